@@ -182,10 +182,9 @@ class Buckets:
             + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         )
 
-    def place_of(self, row: int) -> int | None:
-        """Return where a row is in `rows`, None where it has no bucket."""
-        place = int(np.searchsorted(self.rows, row))
-        return place if place < len(self.rows) and self.rows[place] == row else None
+    def place_of(self, row: int) -> int:
+        """Return where a row with a bucket is in `rows`."""
+        return int(np.searchsorted(self.rows, row))
 
 
 def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -36,34 +36,21 @@ class CacheConfig(Strict):
     disk_gib: Annotated[float, Field(ge=0, le=65_536)]
 
 
-class _Data(Strict):
-    """What every collection has. `validation_fraction` is used only where the collection has no validation split.
+class DataConfig(Strict):
+    """A user's collection, read as it is, or the embedded one, which is drawn into `root` where it is missing.
 
+    validation_fraction: used only where the collection has no validation split.
     background: under transparent images; null: white in training, and what the weights state elsewhere. icc: convert
     images from their colour profile to sRGB; elsewhere also where the weights state it.
     """
 
+    name: Literal["image_folder", "glyphs"]
     root: PathText
     validation_fraction: BelowOne
     max_pixels: Pixels
     background: Background | None
     icc: bool
     cache: CacheConfig
-
-
-class ImageFolderConfig(_Data):
-    """A user's collection, read as it is: class folders, flat folders, sidecars, or a manifest."""
-
-    name: Literal["image_folder"]
-
-
-class GlyphsConfig(_Data):
-    """The embedded collection; drawn into `root` when it is missing."""
-
-    name: Literal["glyphs"]
-
-
-DataConfig = Annotated[ImageFolderConfig | GlyphsConfig, Field(discriminator="name")]
 
 
 class TextConfig(Strict):

@@ -5,7 +5,6 @@ grey or RGB is then decoded by simplejpeg where it is installed, unless it warns
 """
 
 import functools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -17,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.image_formats import open_image
-from data.pixels import UPRIGHT, convert, read_orientation, to_array
+from data.pixels import UPRIGHT, convert, load_upright, read_orientation, to_srgb
 from data.transforms import resize
 from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
@@ -82,11 +81,15 @@ class Decoder:
         scaled = image.size != whole  # asked before loading, which may change the size that a header states
         pixels = self._decode_jpeg(content, image)
         if pixels is None:
-            pixels = to_array(image, self.channels, self.background, self.icc)
+            upright = load_upright(image)[0]
+            pixels = convert(to_srgb(upright) if self.icc else upright, self.channels, background_rgb(self.background))
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
-        if self.shortest_px is None:
+        short, long = sorted(whole if scaled else pixels.shape[:2])
+        if self.shortest_px is None or short <= self.shortest_px:
             return decoded
-        return _shrink(decoded, self.shortest_px, whole if scaled else pixels.shape[:2])
+        longer = int(self.shortest_px * long / short)  # torchvision's rule
+        is_wide = decoded.shape[1] <= decoded.shape[2]
+        return resize(decoded, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
 
     def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image; None where Pillow is to decode."""
@@ -109,16 +112,3 @@ class Decoder:
             return pixels
         picture = Image.fromarray(pixels[..., 0] if grey else pixels)
         return convert(picture if turn is None else picture.transpose(turn), self.channels, None)
-
-
-def _shrink(image: Tensor, shortest_px: int, sides: Sequence[int]) -> Tensor:
-    """Resize an image, uint8 [C, H, W], to a shorter side of at most `shortest_px`, by torchvision's rule.
-
-    sides: of the whole image, in any order; the decoder may have scaled it already.
-    """
-    short, long = sorted(sides)
-    if short <= shortest_px:
-        return image
-    height, width = image.shape[1:]
-    longer = int(shortest_px * long / short)
-    return resize(image, (shortest_px, longer) if height <= width else (longer, shortest_px), "bilinear")

@@ -170,18 +170,15 @@ def _per_image(values: Tensor) -> Tensor:
     return values.view(-1, 1, 1, 1)
 
 
-def _centres(count: int, device: torch.device) -> Tensor:
-    """Return the coordinates of pixel centres, [count], where the image reaches from -1 to 1."""
-    return (torch.arange(count, device=device, dtype=torch.float32) + 0.5) * (2.0 / count) - 1.0
-
-
 def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
     """Return float images [B, C, H, W] sampled bilinearly at `matrices` [B, 6] (inverse_matrix); outside is `fill`.
 
     The grid is made here, because F.affine_grid multiplies matrices, in TF32 where that is on: a tenth of a pixel off
     at 224 px. Differs: along the image's edge torchvision applies the fill's share twice, so the edge is too faint.
     """
-    xs, ys = (_centres(count, images.device) for count in (images.shape[-1], images.shape[-2]))
+    # The centres of pixels, where the image reaches from -1 to 1.
+    places = (torch.arange(count, device=images.device, dtype=torch.float32) for count in images.shape[-2:])
+    ys, xs = ((place + 0.5) * (2.0 / len(place)) - 1.0 for place in places)
     xs, ys = xs.view(1, 1, -1), ys.view(1, -1, 1)
     rows = matrices.view(-1, 2, 3, 1, 1)
     grid = torch.stack([row[:, 0] * xs + row[:, 1] * ys + row[:, 2] for row in rows.unbind(1)], dim=-1)

@@ -26,7 +26,6 @@ from utils.ranks.processes import map_items
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
 _SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
-Detail = Literal["hash", "pixels"]
 
 
 class Facts(NamedTuple):
@@ -62,13 +61,12 @@ class Facts(NamedTuple):
         return self.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
 
 
-def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Detail = "pixels") -> list[Facts]:
-    """Return the facts of some files of a collection, named relative to its root; in one process per core.
-
-    detail: hash reads no pixels.
-    """
+def measure_files(
+    root: Path, paths: Sequence[str], max_pixels: int, detail: Literal["hash", "pixels"] = "pixels"
+) -> list[Facts]:
+    """Return the facts of some files of a collection, named relative to its root; in one process per core."""
     known_by = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
-    measure = functools.partial(measure_file, max_pixels=max_pixels, detail=detail)
+    measure = _hash_file if detail == "hash" else functools.partial(measure_file, max_pixels=max_pixels)
     values = measure_once(
         [Path(root, path) for path in paths],
         lambda missing: map_items(measure, missing, _fatal_file),
@@ -79,12 +77,8 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, detail: Det
     return [Facts(*value) for value in values]
 
 
-def measure_file(
-    file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, detail: Detail = "pixels"
-) -> Facts:
-    """Return the SHA-256 of a file; unless `detail` is hash, and why it cannot be read, or else what it shows."""
-    if detail == "hash":
-        return _hash_file(file)
+def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Facts:
+    """Return the SHA-256 of a file, and why it cannot be read, or else what it shows."""
     digest = None
     try:
         content = read_file(file)

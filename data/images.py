@@ -148,10 +148,6 @@ class RemoteFiles(_Rows):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
         return self.check(row, content, self.place_of(row, "").length)
 
-    def digest_of(self, row: int) -> str | None:
-        """Return the SHA-256 that the index states: a store replaces whole shards, and then the index with them."""
-        return self.collection.row(row).sha256
-
     def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
         files, folder = open_store(str(self.collection.root))
         pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new one: a fork has no threads

@@ -135,9 +135,8 @@ class LatentCache:
 
     def read_variant(self, row: int, variant: int) -> Record:
         """Return a record of the image (0) or of its mirror image (1)."""
-        number, record = self.buckets.place_of(row), None
-        if number is not None:
-            record = self.store.read(self.keys[number, variant].decode())
+        number = self.buckets.place_of(row)
+        record = self.store.read(self.keys[number, variant].decode())
         if record is None:
             advice = "start the same command again, which encodes what is missing"
             raise UnreadableImage(self.collection.row(row).path, "not in the cache of latents, or damaged", advice)

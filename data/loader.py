@@ -26,9 +26,9 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 from data.batch import Ragged, Sample, collate, to_device
 from data.collection import Collection, Row
 from data.image_formats import UnreadableImage
-from data.read_ahead import RowsAhead, read_ahead
+from data.read_ahead import read_ahead
 from data.source import IMAGE, Cached, Prefetching, Record, Source, layers, not_cached
-from data.stream import Draw, Sampler, Share, count_batches, evaluation_batches, train_batches
+from data.stream import Draw, RowsAhead, Sampler, Share, count_batches, evaluation_batches, train_batches
 from data.transforms import Transform
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine

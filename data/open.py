@@ -27,7 +27,7 @@ from data.buckets import assign, letterbox_groups
 from data.cache.disk import DiskCached
 from data.cache.memory import keep_in_memory
 from data.collection import Collection, index_collection
-from data.config import DataConfig, GlyphsConfig
+from data.config import DataConfig
 from data.decode import Decoder, decoder_versions
 from data.device_augment import DeviceAugment
 from data.glyphs import draw_glyphs
@@ -52,7 +52,7 @@ def load_collection(config: DataConfig) -> Collection:
     """Index the collection on rank 0 (drawing the glyphs first where they are missing) and open it on every rank."""
 
     def index() -> str:
-        if isinstance(config, GlyphsConfig):
+        if config.name == "glyphs":
             draw_glyphs(Path(config.root))
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
 

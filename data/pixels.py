@@ -3,13 +3,11 @@
 import functools
 import io
 import os
-from typing import Any
 
 import numpy as np
 from PIL import Image, ImageCms
 
 from data.image_formats import DEFAULT_MAX_PIXELS, Unsupported, formats_of, open_image, read_file
-from utils.canvas import background_rgb
 
 _ORIENTATION = 0x0112
 UPRIGHT = {
@@ -30,12 +28,6 @@ def is_transparent(image: Image.Image) -> bool:
     return image.mode in _ALPHA or "transparency" in image.info
 
 
-def to_array(image: Image.Image, channels: int, background: Any, icc: bool) -> np.ndarray:
-    """Decode an opened image of any mode to uint8 [H, W, channels], writable; icc: with its profile applied."""
-    upright = load_upright(image)[0]
-    return convert(_to_srgb(upright) if icc else upright, channels, background_rgb(background))
-
-
 def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
     """Decode an opened image, turn and mirror it as EXIF asks; returns the orientation as well, None if EXIF is broken.
 
@@ -50,7 +42,7 @@ def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
 
 
 def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
-    """Convert a loaded image of any mode to uint8 [H, W, channels]."""
+    """Convert a loaded image of any mode to uint8 [H, W, channels], writable; colour: of a `background_rgb`."""
     if image.mode == "F":
         raise Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
     if image.mode == "LAB":
@@ -106,7 +98,7 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
     return Image.fromarray(grey)
 
 
-def _to_srgb(image: Image.Image) -> Image.Image:
+def to_srgb(image: Image.Image) -> Image.Image:
     """Convert a loaded image from its embedded ICC profile to sRGB.
 
     It stays as it is without a profile, with one that is broken or describes other pixels, and with 16 bits.

@@ -10,19 +10,16 @@ Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 from data.source import FileRange, OnDisk, Source, join_ranges, layers, not_cached
-from data.stream import Draw
+from data.stream import Draw, RowsAhead
 
 _FILES = 512  # requested ahead, at least
 _THREADS = 16
 _ASKED_BYTES = 2**17  # the kernel may read no more when it is asked (mm/readahead.c: force_page_cache_ra)
 _READ_BYTES = 2**20
-
-# The first position and the size of a batch, and whether it is the stream's first -> further rows to request with it.
-RowsAhead = Callable[[int, int, bool], list[int]]
 
 
 def read_ahead(

@@ -11,7 +11,7 @@ import itertools
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -31,6 +31,10 @@ def _order(seed: int, stream: int, count: int) -> rng.Permutation:
     return rng.Permutation(seed, stream, count)
 
 
+# The first position and the size of a batch, and whether it is the first of the stream -> further rows to read ahead.
+RowsAhead = Callable[[int, int, bool], list[int]]
+
+
 class Draw(NamedTuple):
     """One sample at one position: its row, its random key, and the shape group it belongs to."""
 
@@ -44,6 +48,7 @@ class Sampler:
     """An order of rows: an array or a range. chunk: neighbouring positions of one shape; None: nothing is grouped."""
 
     chunk: int | None = None
+    rows_ahead: RowsAhead | None = None
 
     def __init__(self, rows: Sequence[int], seed: int) -> None:
         if len(rows) == 0:
@@ -62,10 +67,6 @@ class Sampler:
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of a sample of each shape."""
         return [self.at(0)]
-
-    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
-        """Return further rows to read ahead for `count` positions; begins: they are the first of the stream."""
-        return []
 
 
 class ShuffledSampler(Sampler):

@@ -26,7 +26,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from data.config import CacheConfig, ImageFolderConfig
+from data.config import CacheConfig, DataConfig
 from data.decode import Decoder
 from data.image_formats import read_file
 from utils.canvas import DEFAULT
@@ -111,7 +111,7 @@ def cache_config(**changes):
 
 def data_config(**changes):
     """Return the values of data=image_folder, with changed ones."""
-    return ImageFolderConfig(**yaml.safe_load((CONF / "data/image_folder.yaml").read_text()) | {"root": "x"} | changes)
+    return DataConfig(**yaml.safe_load((CONF / "data/image_folder.yaml").read_text()) | {"root": "x"} | changes)
 
 
 def common(task, data, run_dir, *more):

@@ -66,8 +66,8 @@ class DiskCached(Cached):
     def _key(self, row: int) -> str | None:
         """Return the key of a row's image; None where the file is not there, or was changed just now."""
         contents = self.inner.inner
-        if not isinstance(contents, OnDisk):  # shards behind a URL, of which the index states hashes
-            digest = contents.digest_of(row)
+        if not isinstance(contents, OnDisk):  # whole shards are replaced behind a URL, and then the index with them
+            digest = contents.collection.row(row).sha256
             return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
         file = contents.file_of(row)
         version = file_version(file.path)
