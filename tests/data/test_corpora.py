@@ -15,23 +15,12 @@ import pytest
 from PIL import Image, features
 
 from data.facts import measure_file
-from data.image_formats import (
-    CUT_OFF,
-    DAMAGED,
-    EMPTY,
-    NO_MEMORY,
-    NOT_OPENED,
-    TOO_LARGE,
-    UNKNOWN,
-    UNSUPPORTED,
-    UnreadableImage,
-)
+from data.image_formats import CUT_OFF, DAMAGED, TOO_LARGE, UnreadableImage
 from tests.support import no_large_allocation, read_image
 
 CORPORA = Path(__file__).parent / "corpora"
 PNGS = sorted([*CORPORA.glob("pngsuite/**/*.png"), *CORPORA.glob("testpngs/*.png")])
 CRASHERS = sorted(CORPORA.glob("png_crashers/*.png"))
-KINDS = {CUT_OFF, DAMAGED, EMPTY, TOO_LARGE, UNSUPPORTED, UNKNOWN, NOT_OPENED, NO_MEMORY}
 pytestmark = pytest.mark.filterwarnings(r"ignore:::PIL\.")  # pytest undoes the filter in image_formats.py
 
 
@@ -59,14 +48,6 @@ def test_every_png_has_the_pixels_of_the_specification(path):
     assert np.abs(grey[..., 0] - pixels @ [0.299, 0.587, 0.114]).max() <= 1
 
 
-def test_every_file_of_the_corpora_is_tested():
-    tested = {*PNGS, *CRASHERS, *(CORPORA / "jpeg" / f"{name}.jpg" for name in JPEGS)}
-    texts = {"README.md", "README", "README.ijg", "LICENSE", "pixels.json"}
-    files = [path for path in CORPORA.rglob("*") if path.is_file() and path.name not in texts]
-    assert tested == set(files) and len(PNGS) == 86 and len(CRASHERS) == 23
-    assert sum(path.stat().st_size for path in files) < 200_000
-
-
 JPEGS = ["testorig", "testimgint", "testimgari", "testorig12"]
 
 
@@ -80,7 +61,7 @@ def test_arithmetic_coding_gives_the_pixels_of_huffman_coding():
 def refusal(path, max_pixels=10_000_000):
     with pytest.raises(UnreadableImage) as caught:
         read(path, max_pixels=max_pixels)
-    assert caught.value.kind in KINDS and measure_file(path, max_pixels).reason == caught.value.reason
+    assert measure_file(path, max_pixels).reason == caught.value.reason
     return caught.value.reason
 
 
@@ -149,7 +130,7 @@ def outcome(path):
     try:
         pixels = read(path, max_pixels=1_000_000)
     except UnreadableImage as error:
-        assert error.kind in KINDS and error.detail and "\n" not in error.reason
+        assert error.detail and "\n" not in error.reason
         return None
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     return pixels

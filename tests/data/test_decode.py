@@ -1,4 +1,4 @@
-"""Decoding: literal pixels for each odd kind of image, refusals for each bad one, round trip through pickling."""
+"""Decoding: literal pixels for each odd kind of image, refusals for each bad one."""
 
 import numpy as np
 import pytest
@@ -146,14 +146,6 @@ def test_animations_give_their_first_frame(tmp_path, suffix):
     with Image.open(tmp_path / f"x.{suffix}") as image:
         assert image.n_frames == 2
     assert near(read(tmp_path / f"x.{suffix}"), [RED] * 4, 3 if suffix == "avif" else 0)
-
-
-def test_a_jpeg_with_a_preview_behind_it_gives_the_picture(tmp_path):
-    """MPO, as phones and cameras write it, under the name .jpg."""
-    picture(size=(32, 16)).save(
-        tmp_path / "x.jpg", format="MPO", save_all=True, append_images=[Image.new("RGB", (8, 4))], quality=95
-    )
-    assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
 
 
 @pytest.mark.parametrize("mode, options, transparent", [("RGBA", {}, 1), ("RGB", {}, 0), ("P", {"transparency": 0}, 1)])

@@ -192,9 +192,6 @@ def test_weights_of_the_manifest_reach_the_batch_and_weight_0_is_not_decoded(tmp
     assert reader.read(Draw(-1, 2, 1), [])["weight"] == 0.0  # padding
 
 
-# --- evaluation
-
-
 # --- unreadable images
 
 
@@ -305,29 +302,20 @@ def test_numbers_and_images_whose_channels_come_last_are_joined():
 def test_a_batch_has_its_images_alone_in_the_memory_format_of_the_run():
     """Also where a transform has made planes of some."""
     pixels = torch.arange(3 * 5 * 7, dtype=torch.uint8).view(3, 5, 7)
-    samples = [
-        {"images": images, "footprint": images[:1], "latent": images.float(), "labels": torch.tensor(1)}
-        for images in (pixels, pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1).flip(-1))
-    ]
+    last = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1).flip(-1)
+    samples = [{"images": images, "latent": images.float()} for images in (pixels, last)]
     planes, last = (collate(iter(samples), 2, channels_last=choice) for choice in (False, True))
     assert all(torch.equal(planes[name], last[name]) for name in planes.keys() | last.keys())
     assert last["images"].is_contiguous(memory_format=torch.channels_last) and not last["images"].is_contiguous()
-    assert last["latent"].is_contiguous() and last["footprint"].is_contiguous()
+    assert last["latent"].is_contiguous()
 
 
 # --- ragged fields
 
-RAGGED = [[[1, 2], [0], [3, 1, 4]], [[], [2], []], [[], [], []], [[0, 0, 3], [3]]]
 
-
-def ragged_batch(lists):
-    samples = [{"tags": Ragged(torch.tensor(ids, dtype=torch.int64)), "n": torch.tensor(len(ids))} for ids in lists]
-    return collate(samples, len(samples))
-
-
-@pytest.mark.parametrize("lists", RAGGED)
+@pytest.mark.parametrize("lists", [[[1, 2], [0], [3, 1, 4]], [[], [2], []], [[], [], []], [[0, 0, 3], [3]]])
 def test_ragged_values_come_back_by_their_offsets_and_multi_hot_equals_a_slow_reference(lists):
-    batch = ragged_batch(lists)
+    batch = collate([{"tags": Ragged(torch.tensor(ids, dtype=torch.int64))} for ids in lists], len(lists))
     offsets = batch["tags_offsets"].tolist()
     assert offsets[0] == 0 and len(offsets) == len(lists) + 1
     assert [batch["tags"][a:b].tolist() for a, b in zip(offsets, offsets[1:])] == lists
@@ -374,17 +362,12 @@ def test_train_paths_choose_the_training_images(tmp_path):
 # --- views, fields, sources, hooks
 
 
-class Noise:
-    """A view that is nothing but its draws."""
-
-    def __call__(self, image, draw):
-        return torch.rand(4)
-
-
 def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
-    one = make_reader(folder, Noise()).read(Draw(0, 0, 7), [])
-    two = make_reader(folder, Noise(), second=Noise()).read(Draw(0, 0, 7), [])
-    three = make_reader(folder, Noise(), second=Noise(), third=Noise()).read(Draw(0, 0, 7), [])
+    def read(*names):
+        views = {name: lambda image, draw: torch.rand(4) for name in ("images", *names)}
+        return make_reader(folder, views.pop("images"), **views).read(Draw(0, 0, 7), [])
+
+    one, two, three = read(), read("second"), read("second", "third")
     assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])
     assert len({tuple(three[name].tolist()) for name in ("images", "second", "third")}) == 3
     assert one["drawn"] == three["drawn"]

@@ -22,13 +22,10 @@ def batches(size, count=None):
 
 
 class Files:
-    """A store of files; a row's is named by its number, or is a part of a shard."""
-
-    def __init__(self, shard=None):
-        self.shard = shard
+    """A store of files, each named by its row."""
 
     def file_of(self, row):
-        return FileRange(f"{row}.png") if self.shard is None else FileRange(str(self.shard), row * 20_000, 10_000)
+        return FileRange(f"{row}.png")
 
 
 class Asked:

@@ -16,9 +16,7 @@ from data.images import Files, Images
 from data.loader import EvaluationStream, Loader, SampleReader, no_fields
 from data.source import IMAGE, not_cached
 from tests.data.test_collection import load
-from tests.in_process import TINY, make_images, run
 from tests.support import cache_config
-from tests.support import rows as logged
 from utils.errors import UserError
 
 COUNT, RGB = 12, Decoder(3, 10**6)
@@ -133,15 +131,3 @@ def test_a_folder_that_cannot_be_used_is_refused(photos, tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="^data.cache.folder: "):
         cached(photos, tmp_path / "file" / "cache")
-
-
-def test_a_run_is_the_same_with_a_cache(tmp_path, monkeypatch):
-    root = f"data.root={make_images(tmp_path / 'images')}"
-    for name, gib in (("plain", 0.0), ("filling", 0.05), ("cached", 0.05)):
-        words = [f"data.cache.disk_gib={gib}", "data.cache.folder=cache", "data.cache.memory_gib=0"]
-        run("finetune", [*TINY, root, *words, f"run_dir={name}"], tmp_path)
-        if name == "filling":
-            monkeypatch.setattr(Decoder, "__call__", None)
-    losses = [[row["loss"] for row in logged(tmp_path / name / "metrics.jsonl", "train")]
-              for name in ("plain", "filling", "cached")]  # fmt: skip
-    assert losses[0] == losses[1] == losses[2]

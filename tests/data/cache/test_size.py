@@ -70,9 +70,3 @@ def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     assert found == pytest.approx(expected, rel=1e-6)
     with pytest.raises(UserError, match=r"augment.shrink: True in the run, False now"):
         run("finetune", [*command, "augment.shrink=false", "loop.total_steps=3"], tmp_path)
-
-
-def test_kinds_with_crops_of_their_own_refuse_it(tmp_path):
-    root = make_images(tmp_path / "images")
-    with pytest.raises(UserError, match=r"^augment.shrink: true"):
-        run("tests.tasks.multicrop", [*SHORT, f"data.root={root}", "augment.shrink=true"], tmp_path)
