@@ -6,7 +6,10 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: install install-sdxl install-cloud install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+
+help:  ## this list
+	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 

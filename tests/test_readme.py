@@ -30,7 +30,7 @@ SCRIPTS = [
 ]
 NOT_KEYS = re.compile(r"\.(py|yaml|toml|jsonl?|csv|txt|html|parquet|safetensors|png|md|onnx)$|^task\.(origin|column)$")
 MAKE = {
-    "install", "install-sdxl", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
+    "help", "install", "install-sdxl", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",
     "demo-sdxl", "test", "test-slow", "test-slurm", "lint", "bench", "bench-gpu", "simd", "clean",
 }  # fmt: skip
 
