@@ -50,8 +50,10 @@ def read_arrow(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
     """
     try:
         with pa.memory_map(str(file)) as mapped:
-            whole = mapped.read_buffer()
-            rows = [row for batch in _read_batches(whole) for row in _rows_of(name, batch, whole)]
+            whole, rows = mapped.read_buffer(), []
+            for batch in pa.ipc.open_stream(whole):  # whose buffers are parts of the whole
+                batch.validate(full=True)
+                rows += _rows_of(name, batch, whole)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {name!r} cannot be read ({error}); remove it, or save it again") from error
     for number, row in enumerate(rows):
@@ -59,18 +61,6 @@ def read_arrow(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
     found = [row for row in rows if row["length"]]
     absent = len(rows) - len(found)
     return found, [f"{absent:,} rows of {name} without the bytes of an image"] if absent else []
-
-
-def _read_batches(whole: pa.Buffer) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of an Arrow file or stream, whose buffers are parts of the whole, after a check."""
-    if whole.slice(0, min(6, whole.size)).to_pybytes() == b"ARROW1":
-        reader = pa.ipc.open_file(whole)
-        batches: Iterator[pa.RecordBatch] = map(reader.get_batch, range(reader.num_record_batches))
-    else:
-        batches = iter(pa.ipc.open_stream(whole))
-    for batch in batches:
-        batch.validate(full=True)
-        yield batch
 
 
 def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer) -> Iterator[dict[str, Any]]:

@@ -73,11 +73,6 @@ class TagIndex(TagRows):
             tensors = read_tensors(file)
         return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
 
-    def save(self, file: Path) -> None:
-        """Write the arrays as a safetensors file, atomically."""
-        tensors = {name: torch.from_numpy(getattr(self, name)) for name in _ARRAYS}
-        write_atomically(file, lambda path: write_tensors(path, tensors))
-
     def describe(self) -> str:
         """Return in a line how many images have tags."""
         rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
@@ -109,7 +104,8 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
                     f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                     "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
                 )
-            found.save(file)
+            tensors = {name: torch.from_numpy(getattr(found, name)) for name in _ARRAYS}
+            write_atomically(file, lambda path: write_tensors(path, tensors))
         return file
 
     return TagIndex.open(distributed.rank_zero_call(make))
@@ -121,17 +117,15 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagInd
     A row's rating is its `rating`, else its one tag of a rating; else it is unknown. Logs tags that are dropped.
     Raises UserError (`<key>rating_s`) where images are rated `s` or `safe` and the rules do not say what that means.
     """
-    mapper = _Mapper(vocabulary, rules)
-    starts = range(0, max(len(table), 1), _CHUNK_ROWS)
-    parts = [
-        mapper.map_rows(part["tags"].combine_chunks(), part["rating"].combine_chunks())
-        for part in (table.slice(start, _CHUNK_ROWS) for start in starts)
-    ]
-    ids, lengths, known, tagged = (np.concatenate(arrays) for arrays in zip(*parts))
+    mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
+    batches = table.select(["tags", "rating"]).to_batches(_CHUNK_ROWS)
+    parts = [(nothing,) * 4, *map(mapper.map_rows, batches)]
+    ids, lengths, known, tagged = map(np.concatenate, zip(*parts))
     if mapper.unknown:
         texts = ", ".join(repr(text) for text, _ in mapper.unknown.most_common(_SHOWN))
         log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.unknown.total():,}", texts)
-    return TagIndex(ids.astype(np.int32), np.concatenate([[0], np.cumsum(lengths)]), known, tagged)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TagIndex(ids.astype(np.int32), offsets, known.astype(bool), tagged.astype(bool))
 
 
 class _Mapper:
@@ -147,9 +141,10 @@ class _Mapper:
         self._known: dict[str, list[int]] = {}
         self.unknown: Counter[str] = Counter()
 
-    def map_rows(self, tags: pa.ListArray, ratings: pa.StringArray) -> tuple[np.ndarray, ...]:
+    def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
         """Return ids [n], and of each row the number of ids, whether its rating is known, and whether it is tagged."""
-        width, count = len(self._is_rating), len(tags)
+        tags, ratings = batch.columns
+        width, count = len(self._is_rating), len(batch)
         texts = tags.flatten().dictionary_encode()
         found = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
         uses = np.bincount(texts.indices.to_numpy(), minlength=len(found)).tolist()
@@ -158,21 +153,21 @@ class _Mapper:
                 self.unknown[text] += used
         outputs = pa.array(found, pa.list_(pa.int64())).take(texts.indices)
         rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
-        rows, ids = np.divmod(np.unique(rows * width + outputs.flatten().to_numpy()), width)
+        pairs = np.unique(rows * width + outputs.flatten().to_numpy())
 
-        stated, is_rating = ratings.fill_null("").dictionary_encode(), self._is_rating[ids]
-        rating = np.full(count, -1)
-        rating[rows[is_rating]] = ids[is_rating]
-        rating[np.bincount(rows[is_rating], minlength=count) > 1] = -1
-        column = np.array([self._find(Tag(RATING, text)) for text in stated.dictionary.to_pylist()], np.int64)
-        column = column[stated.indices.to_numpy()]
-        rating = np.where(column >= 0, column, rating)
+        # The rating: of the column; else that of the tags, where they agree.
+        names = ratings.fill_null("").dictionary_encode()
+        stated = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
+        stated = stated[names.indices.to_numpy()]
+        rows, ids = np.divmod(pairs, width)
+        is_rating, with_rating = self._is_rating[ids], np.flatnonzero(stated >= 0)
+        agreed = (np.bincount(rows[is_rating], minlength=count) == 1) & (stated < 0)
+        pairs = np.concatenate([pairs[~is_rating | agreed[rows]], with_rating * width + stated[with_rating]])
 
-        tagged, known = np.zeros(count, bool), np.flatnonzero(rating >= 0)
-        tagged[rows[~is_rating]] = True
-        pairs = (rows * width + ids)[~is_rating]
-        rows, ids = np.divmod(np.sort(np.concatenate([pairs, known * width + rating[known]])), width)
-        return ids, np.bincount(rows, minlength=count), rating >= 0, tagged
+        rows, ids = np.divmod(np.sort(pairs), width)
+        rated = np.bincount(rows, self._is_rating[ids], count)
+        lengths = np.bincount(rows, minlength=count)
+        return ids, lengths, rated > 0, lengths > rated
 
     def _find_outputs(self, text: str) -> list[int]:
         """Return the outputs of a text: its tag's and those of the tags that follow from it."""

@@ -3,51 +3,23 @@
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pyarrow.compute as pc
 
-from data.care.tool import Tool
 from data.collection import Collection
-from data.config import DataConfig, VocabularyConfig
-from data.open import load_collection
+from data.config import VocabularyConfig
 from data.tags.index import map_tags
 from data.tags.names import Tag, parse_tag
 from data.tags.rules import TagRules, read_rules
-from utils.config.schema import PathText
 from utils.errors import UserError
-from utils.io.files import output_errors
 from utils.record.logging import get_logger
-from utils.vocabulary import (
-    CATEGORIES,
-    CHARACTER,
-    GENERAL,
-    RATING,
-    RATINGS,
-    Vocabulary,
-    category_name,
-    write_vocabulary,
-)
+from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, category_name
 
 log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # of a name; longer ones are sentences
 _SHOWN = 3  # tags that a message shows
-
-
-class CollectVocabulary(Tool, VocabularyConfig):
-    """Collect the tags of `data.root` into a vocabulary, the file `output`."""
-
-    name: Literal["vocabulary"]
-    output: PathText
-
-    def run(self, data: DataConfig) -> str:
-        """Write it. Raises UserError (`data.root`, `job`)."""
-        made = make_vocabulary(load_collection(data), self, "job.")
-        with output_errors("job.output", Path(self.output)):
-            write_vocabulary(Path(self.output), made)
-        return f"{len(made)} tags in {self.output}"
 
 
 def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> Vocabulary:

@@ -148,12 +148,6 @@ def write_stream(file, table, **options):
         writer.write_table(table, max_chunksize=3)
 
 
-def write_file(file, table):
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-        writer.write_table(table, max_chunksize=3)
-
-
 def write_parquet(file, table):
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file, row_group_size=4, compression="snappy")
@@ -163,7 +157,6 @@ def write_parquet(file, table):
     ("write", "train", "test"),
     [
         (write_stream, "train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"),
-        (write_file, "x-train.arrow", "x-validation.arrow"),
         (write_parquet, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
     ],
 )
