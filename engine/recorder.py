@@ -2,15 +2,16 @@
 bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
 """
 
+import os
 import resource
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.batch_size import shape_of
 from engine.config import TrainingConfig
@@ -18,10 +19,11 @@ from engine.learner import Learner
 from engine.plan import Plan
 from engine.skips import SkipWatch
 from engine.step import StepResult
-from engine.task import Report, networks_of
+from engine.task import Report, checkpointed_state, networks_of
 from utils.contracts import Batch, TrainStream
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
+from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import name_figures, show_duration
@@ -53,8 +55,7 @@ class Meter:
     def add(self, result: StepResult) -> None:
         """Take one step's figures; a skipped step counts only as skipped."""
         names, figures = result.figures
-        before = self._sums.get(tuple(names))
-        self._sums[tuple(names)] = figures if before is None else before + figures
+        self._sums[names] = self._sums[names] + figures if names in self._sums else figures
 
     def state(self) -> dict[str, list[float]]:
         """Return the sums as numbers, exact in JSON."""
@@ -67,10 +68,8 @@ class Meter:
 
     def load(self, state: Mapping[str, list[float]]) -> None:
         """Restore saved sums."""
-        self._sums = {}
-        if state:
-            pairs = [state[name] for name in sorted(state)]
-            self._sums[tuple(sorted(state))] = torch.tensor(pairs, dtype=torch.float64, device=self._device)
+        pairs = torch.tensor(list(state.values()), dtype=torch.float64, device=self._device)
+        self._sums = {tuple(state): pairs} if state else {}
 
     def means(self, *, resets: bool = True) -> dict[str, float]:
         """Return the means and reset; `skipped_steps` is a count. A mean over nothing is NaN."""
@@ -82,76 +81,45 @@ class Meter:
         return means
 
 
-class Clock:
-    """The seconds of training so far, over all resumptions, without evaluations, drawings and checkpoints.
-
-    waited: the seconds among them in which the loop waited for data.
-    """
-
-    def __init__(self) -> None:
-        self.seconds = self.waited = 0.0
-        self._since, self._trains, self._waits = time.perf_counter(), False, False
-
-    def turn(self, *, trains: bool, waits: bool = False) -> None:
-        """Say what the time from now on is for."""
-        self.read()
-        self._trains, self._waits = trains, waits
-
-    def read(self) -> float:
-        """Return the seconds, up to now."""
-        now = time.perf_counter()
-        self.seconds += (now - self._since) * self._trains
-        self.waited += (now - self._since) * self._waits
-        self._since = now
-        return self.seconds
-
-
-def memory_by_part(learner: Learner) -> dict[str, float]:
-    """Return GiB by part, as they are after an update; without parts of 0 GiB.
+def show_memory(learner: Learner) -> str:
+    """Return the memory by part after an update, in a line: `weights 9.56 GiB, gradients 812.0 MiB`.
 
     Gradients count as in the backward pass; they are freed after it. On a GPU, `peak` is the most that was allocated so
-    far, and `activations` is the rest of it, beside the other parts on the GPU. An average in the host's memory is
-    `averages on the host`.
+    far, and `activations` is the rest of it, beside the other parts on the GPU.
     """
     task, device = learner.task, learner.runtime.device
-    helpers = _tensors_of(networks_of(task, task.helpers).values())
-    known = {id(tensor) for tensor in helpers}
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
     states = [value for state in learner.optimizer.state.values() for value in state.values()]
+    helpers = networks_of(task, task.helpers).values()
     parts = {
-        "weights": [tensor for tensor in _tensors_of([task]) if id(tensor) not in known],
+        "weights": checkpointed_state(task).values(),
         "gradients": [parameter for group in learner.optimizer.param_groups for parameter in group["params"]],
         "optimiser state": [value for value in states if isinstance(value, Tensor)],
         "averages": [tensor for tensor in averages if tensor.device.type == device.type],
-        "frozen networks": helpers,
+        "frozen networks": [tensor for network in helpers for tensor in network.state_dict().values()],
     }
-    found = {name: sum(own_part(tensor).nbytes for tensor in tensors) / 2**30 for name, tensors in parts.items()}
+    sizes = {name: sum(own_part(tensor).nbytes for tensor in tensors) for name, tensors in parts.items()}
     if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device) / 2**30
-        found |= {"activations": peak - sum(found.values()), "peak": peak}
-    host = [tensor for tensor in averages if tensor.device.type != device.type]
-    found["averages on the host"] = sum(tensor.nbytes for tensor in host) / 2**30
-    return {name: gib for name, gib in found.items() if gib > 0}
-
-
-def show_memory(parts: dict[str, float]) -> str:
-    """Return the parts in a line: `weights 9.56 GiB, gradients 812.0 MiB`."""
-    sizes = {name: f"{gib:.2f} GiB" if gib >= 1 else f"{1024 * gib:.1f} MiB" for name, gib in parts.items()}
-    return ", ".join(f"{name} {size}" for name, size in sizes.items())
-
-
-def _tensors_of(modules: Iterable[nn.Module]) -> list[Tensor]:
-    return [tensor for module in modules for tensor in (*module.parameters(), *module.buffers())]
+        peak = torch.cuda.max_memory_allocated(device)
+        sizes |= {"activations": peak - sum(sizes.values()), "peak": peak}
+    sizes["averages on the host"] = sum(tensor.nbytes for tensor in averages if tensor.device.type != device.type)
+    shown = {name: f"{size / 2**30:.2f} GiB" for name, size in sizes.items() if size >= 2**30}
+    shown = {name: shown.get(name, f"{size / 2**20:.1f} MiB") for name, size in sizes.items() if size > 0}
+    return ", ".join(f"{name} {size}" for name, size in shown.items())
 
 
 # ------------------------------------------------------------------------------------------------------------ recorder
 
 
 class Recorder:
-    """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`."""
+    """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`.
+
+    seconds: of training so far, over all resumptions, without evaluations, drawings and checkpoints; waited: those
+    among them in which the loop waited for data.
+    """
 
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
-        self.folder, self.clock = folder, Clock()
+        self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.bar = Bar("training", plan.total_steps)
         self.skips = SkipWatch(config.loop.max_skipped_steps)
@@ -162,36 +130,49 @@ class Recorder:
         self._samples: SampleLog | None = None
         self._tracker: Tracker | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
+        self.seconds, self.waited = 0.0, 0.0
+        self._since, self._phase, self._has_stepped = time.perf_counter(), "", False
         self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)  # step, seconds, waited: of the last log, the epoch's start
-        self._next_plot, self._has_stepped = time.perf_counter() + _FIRST_PLOT_SEC, False
+        self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
         self.stage, self.batch = "the start", ("images", 1)  # of an error's message
-        self._earlier_peak_gib = 0.0
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook runs several in one process
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def start_tracker(self, run_config: dict[str, Any], step: int, sweep: str | None) -> None:
-        """Start what `tracking` names, on rank 0. sweep: the name of the run's multirun."""
-        info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
-        self._tracker = start_tracker(self._tracking, info)
+    def open(self, step: int, train: TrainStream | None, run_config: dict[str, Any] | None) -> None:
+        """Open the files that are written row by row, without rows beyond `step`, and start what `tracking` names.
 
-    def open(self, step: int, train: TrainStream | None, *, goes_on: bool = True) -> None:
-        """Open the files that are written row by row, without rows beyond `step`.
-
-        train: names samples, and reads the data's caches. goes_on: the run trains, so that the row of an epoch that an
-        earlier end has cut is dropped, too.
+        train: names samples, and reads the data's caches. run_config: what the tracker is told of the run; None where
+        the run is complete, so that it needs no tracker, and the row of an epoch that its end has cut stays.
         """
+        self._count_time()
+        self._logged = (step, self.seconds, self.waited)
         self._readings = dict if train is None else train.readings
-        self._logged = (step, self.clock.read(), self.clock.waited)
         if distributed.is_main():
+            if run_config is not None:  # W&B reads the rows that are dropped below
+                sweep = os.environ.get(SWEEP_VARIABLE)
+                info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
+                self._tracker = start_tracker(self._tracking, info)
             mark_complete(self.folder, None)
-            self._metrics = MetricsLog(self.folder, step, self._plan.epoch_start(step) if goes_on else step)
+            self._metrics = MetricsLog(self.folder, step, step if run_config is None else self._plan.epoch_start(step))
         if self._tracking.samples:
             self._samples = SampleLog(self.folder, step)
         self.skips.open(self.folder, str if train is None else train.path_of, step)
 
-    def close(self, *, completed_step: int | None, metadata: dict[str, Any] | None = None) -> None:
+    @property
+    def _rows(self) -> list[MetricsLog | SampleLog]:
+        """The open files of rows of this rank."""
+        return [rows for rows in (self._metrics, self._samples) if rows is not None]
+
+    def sync(self) -> None:
+        """Flush this rank's rows to the disk; before a checkpoint beyond them is published. From any thread."""
+        for rows in self._rows:
+            rows.sync()
+
+    def close(
+        self, *, completed_step: int | None = None, metadata: Mapping[str, Any] | None = None, failed: bool = False
+    ) -> None:
         """Close all files at the end of a run, or of its part.
 
         completed_step: the last step of a run that is complete; None: the run goes on later. metadata: of the weights
@@ -201,27 +182,10 @@ class Recorder:
             mark_complete(self.folder, completed_step)
             if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
                 self._tracker.add_model(self.folder / "weights", metadata or {})
-        for record in (self._metrics, self._samples):
-            if record is not None:
-                record.close()
+        for rows in self._rows:
+            rows.close()
         if self._tracker is not None:
-            self._tracker.close(goes_on=completed_step is None)
-
-    def abandon(self) -> None:
-        """End the watch and the tracker of a run that failed."""
-        self.watchdog.abandon()
-        if self._tracker is not None:
-            self._tracker.close(failed=True)
-
-    def sync(self) -> None:
-        """Flush rank 0's rows to the disk; before a checkpoint beyond them is published. From any thread."""
-        if self._metrics is not None:
-            self._metrics.sync()
-
-    def sync_samples(self) -> None:
-        """Flush this rank's record of samples. Raises OSError where the disk refuses it."""
-        if self._samples is not None:
-            self._samples.sync()
+            self._tracker.close(failed, goes_on=completed_step is None)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -231,45 +195,47 @@ class Recorder:
         self.watchdog.progress(self.stage)
         if batch is not None:
             self.batch = shape_of(batch), len(batch["weight"])
-        # The wait of the very first step is that of the workers' start.
-        waits = name == "loading" and self._has_stepped
-        self.clock.turn(trains=name in ("loading", "computing"), waits=waits)
+        self._count_time()
+        self._phase = name
+
+    def _count_time(self) -> None:
+        """Add the time since the last call to `seconds` and `waited`."""
+        now = time.perf_counter()
+        if self._phase in ("loading", "computing"):
+            self.seconds += now - self._since
+        if self._phase == "loading" and self._has_stepped:  # before the first step, the workers start
+            self.waited += now - self._since
+        self._since = now
 
     @property
     def wait_share(self) -> float:
         """The share of the seconds of training in which the loop waited for data."""
-        return self.clock.waited / max(self.clock.read(), 1e-9)
+        return self.waited / max(self.seconds, 1e-9)
 
-    def _speed(self, step: int, since: tuple[int, float]) -> dict[str, float]:
-        """Return the images per second of training since then (NaN where it took no time), and the most memory."""
-        seconds = self.clock.read() - since[1]
-        rate = (step - since[0]) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
-        return {"images_per_sec": rate, "peak_memory_gib": self.peak_gib}
+    def _rate_since(self, step: int, seconds: float, now: int) -> float:
+        """Return the images per second of training from `step`, after `seconds`, to now; NaN where it took no time."""
+        self._count_time()
+        seconds = self.seconds - seconds
+        return (now - step) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
 
-    @property
-    def peak_gib(self) -> float:
-        """The most memory that the run has used, over all resumptions: allocated on its GPU, or resident on a CPU."""
+    def _peak_gib(self) -> float:
+        """Return the most memory that this process has used: allocated on its GPU, or resident on a CPU."""
         if self._device.type == "cuda":
-            peak = torch.cuda.max_memory_allocated(self._device)
-        else:
-            unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-            peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-        return max(self._earlier_peak_gib, peak / 2**30)
-
-    def add_samples(self, step: int, batches: Sequence[Batch]) -> None:
-        """Record which samples update number `step` (from 1) takes, where `tracking.samples` is set."""
-        if self._samples is not None:
-            self._samples.add(step, batches)
+            return torch.cuda.max_memory_allocated(self._device) / 2**30
+        unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Take the result of update number `step` (from 1); nothing is read from the device."""
+        if self._samples is not None:
+            self._samples.add(step, batches)
         self.log_meter.add(result)
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
         if not self._has_stepped:
             self._has_stepped = True
-            log.info("memory at the first step: %s", show_memory(memory_by_part(self._learner)))
+            log.info("memory at the first step: %s", show_memory(self._learner))
 
     def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         """Write a row of metrics, on rank 0."""
@@ -293,18 +259,18 @@ class Recorder:
         Raises as `SkipWatch.check` does where too many steps were skipped.
         """
         plan, means = self._plan, self.log_meter.means()  # waits for the device, so that the seconds are its own
-        since, speed = self._logged, self._speed(step, self._logged[:2])
-        self._logged = (step, self.clock.seconds, self.clock.waited)
-        readings = {"wait_sec": (self.clock.waited - since[2]) / max(1, step - since[0]), **self._readings()}
-        scheduled = self._scheduled(step)
-        row = {"epoch": plan.epoch_at(step), **means, **scheduled, **speed}
+        first, seconds, waited = self._logged
+        rate, scheduled = self._rate_since(first, seconds, step), self._scheduled(step)
+        self._logged = (step, self.seconds, self.waited)
+        row = {"epoch": plan.epoch_at(step), **means, **scheduled}
+        row |= {"images_per_sec": rate, "peak_memory_gib": self._peak_gib()}
+        readings = {"wait_sec": (self.waited - waited) / max(1, step - first), **self._readings()}
         self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
-        left_sec, rate = self.bar.left_sec, speed["images_per_sec"]
         figures = f"train loss {means['loss']:.4g}  lr {scheduled['lr']:.3g}"
         log.info(
             "step %d/%d (epoch %.4g)  %s  %s images/s  %s left",
             step, plan.total_steps, plan.shown_epoch(step), figures,
-            f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(left_sec),
+            f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(self.bar.left_sec),
         )  # fmt: skip
         waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
         self.bar.show(f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", figures + waits)
@@ -325,10 +291,10 @@ class Recorder:
         """
         is_whole = self._plan.epoch_start(step) == step
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
-        speed = self._speed(step, self._epoch)
-        speed = {"images_per_sec": speed.pop("images_per_sec"), "seconds": self.clock.seconds, **speed}
+        speed = {"images_per_sec": self._rate_since(*self._epoch, step), "seconds": self.seconds}
+        speed["peak_memory_gib"] = self._peak_gib()
         if is_whole:
-            self._epoch = (step, self.clock.seconds)
+            self._epoch = (step, self.seconds)
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
@@ -356,8 +322,7 @@ class Recorder:
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
-            "clock": {"seconds": self.clock.read(), "waited": self.clock.waited, "epoch": self._epoch},
-            "peak_memory_gib": self.peak_gib,
+            "clock": (self.seconds, self.waited, self._epoch),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -365,6 +330,4 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.steps = [tuple(skipped) for skipped in state["skipped"]]
-        self.clock.seconds, self.clock.waited = state["clock"]["seconds"], state["clock"]["waited"]
-        self._epoch = tuple(state["clock"]["epoch"])
-        self._earlier_peak_gib = state["peak_memory_gib"]
+        self.seconds, self.waited, self._epoch = state["clock"]

@@ -18,7 +18,7 @@ from engine.learner import Learner
 from engine.lr_finder import find_lr
 from engine.parallel import reshard
 from engine.plan import Plan
-from engine.recorder import MUCH_WAITING, Recorder, memory_by_part, show_memory
+from engine.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.runtime import Runtime
 from engine.screen import advise, show_lines
 from engine.step import Asks, Stopped, Vote
@@ -132,7 +132,6 @@ class Run:
             # 1. Data.
             recorder.phase(learner.step, "loading")
             batches = next(stream)
-            recorder.add_samples(learner.step + 1, batches)
 
             # 2. The update.
             recorder.phase(learner.step, "computing", batches[0])
@@ -315,7 +314,7 @@ class Run:
             rows += [("best", f"{show_evaluated(metric)} {at}")]
             rows += [("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors")]
         rows += [
-            ("memory", show_memory(memory_by_part(self.learner))),
+            ("memory", show_memory(self.learner)),
             ("curves", f"{folder.plots}/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),
         ]

@@ -9,7 +9,6 @@
 The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
 """
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
@@ -35,7 +34,6 @@ from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
-from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config
@@ -128,10 +126,7 @@ def open_run(
         distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
         finished = True
         try:
-            if not run.is_complete:  # a complete run needs no tracker
-                sweep = os.environ.get(SWEEP_VARIABLE)
-                distributed.rank_zero_call(lambda: recorder.start_tracker(folder.saved_config, run.step, sweep))
-            recorder.open(run.step, train, goes_on=not run.is_complete)
+            recorder.open(run.step, train, None if run.is_complete else folder.saved_config)
             recorder.watchdog.start()
             try:
                 yield run
@@ -153,8 +148,9 @@ def _fail(run: Run, error: BaseException) -> NoReturn:
         error = out_of_memory(recorder.stage, *recorder.batch)
     known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
     lost = None if known else recorder.watchdog.name_lost_ranks()
-    recorder.abandon()
+    recorder.watchdog.abandon()
     run.saver.wait()
+    recorder.close(failed=True)
     if lost:
         log.error("%s; the same command resumes from the last checkpoint", lost)
         raise SystemExit(EXIT_LOST_RANK) from error

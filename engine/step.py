@@ -98,13 +98,13 @@ class StepResult:
     losses: Sequence[Tensor] = ()
 
     @cached_property
-    def figures(self) -> tuple[list[str], Tensor]:
+    def figures(self) -> tuple[tuple[str, ...], Tensor]:
         """Return what meters add up: sorted names, and their (sum, count) as one tensor [N, 2], float64."""
         pairs = self.sums | {
             "grad_norm": (self.grad_norm, self.applied),
             "skipped_steps": (1.0 - self.applied, torch.ones_like(self.applied)),
         }
-        names = sorted(pairs)
+        names = tuple(sorted(pairs))
         return names, torch.stack([part for name in names for part in pairs[name]]).double().view(-1, 2)
 
 

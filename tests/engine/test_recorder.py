@@ -36,7 +36,7 @@ def clock(monkeypatch):
 
 def test_curves_are_drawn_in_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch):
     recorder, drawn = make_recorder(tmp_path), []
-    recorder.open(0, None)
+    recorder.open(0, None, {})
 
     def draw(*_):
         clock["now"] += 1.0
@@ -49,7 +49,7 @@ def test_curves_are_drawn_in_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch
     assert len(drawn) == pytest.approx(96 * 2 / 51, abs=2)
     recorder.plot(100, may_skip=True)  # the last one is always drawn
     assert drawn[-1] == clock["now"]
-    recorder.close(completed_step=None)
+    recorder.close()
 
 
 def train_to(recorder, clock, first, last, evaluation=5.0):
@@ -70,36 +70,36 @@ def last_row(recorder):
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder = make_recorder(tmp_path)
-    recorder.open(0, None)
+    recorder.open(0, None, {})
     train_to(recorder, clock, 0, 10)
     recorder.end_epoch(10, 0, {})
     train_to(recorder, clock, 10, 14)
     state = {"step": 14, **json.loads(json.dumps(recorder.state()))}
-    recorder.close(completed_step=None)
+    recorder.close()
     clock["now"] += 1e6
     recorder = make_recorder(tmp_path)
     recorder.load_state(state)
-    recorder.open(14, None)
+    recorder.open(14, None, {})
     train_to(recorder, clock, 14, 20)
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["seconds"] == pytest.approx(4.0)
     assert last_row(recorder)["images_per_sec"] == pytest.approx(8 / 0.2)
     assert "momentum" not in last_row(recorder)
-    recorder.close(completed_step=None)
+    recorder.close()
 
 
 @pytest.mark.parametrize("completed_step", [60, None])
 def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clock):
     recorder = make_recorder(tmp_path)
-    recorder.open(0, None)
+    recorder.open(0, None, {})
     train_to(recorder, clock, 0, 60)
     recorder.close(completed_step=completed_step)
     marked = tmp_path / "complete.json"
     assert (json.loads(marked.read_text()) if marked.exists() else None) == (completed_step and {"step": 60})
     recorder = make_recorder(tmp_path)
-    recorder.open(50, None)
+    recorder.open(50, None, {})
     assert not (tmp_path / "complete.json").exists()
-    recorder.close(completed_step=None)
+    recorder.close()
 
 
 def read_log(folder):
