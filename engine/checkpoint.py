@@ -9,7 +9,7 @@
             scale.safetensors            the loss scale
             state.json                   everything else (engine/run.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
-        .step_00001300.tmp-<pid>/        being written, or moved aside; removed by a later save
+        .step_00001300.tmp-<pid>/        being written or removed; a later save removes what is left
 
 Rank 0 writes each under a temporary name, flushes it and renames it. Nothing is pickled. There is no random state to
 save: all randomness is a function of (seed, step, position) (utils/rng.py). weights/last_weights.safetensors and
@@ -82,7 +82,7 @@ def save_checkpoint(
             fsync_path(temporary / name)
         fsync_path(temporary)
         if final.exists():  # made by the run before a kill; the same step has the same content
-            shutil.rmtree(_move_aside(final))
+            _remove(final)
         os.rename(temporary, final)
         fsync_path(folder)
     finally:
@@ -171,7 +171,7 @@ class Saver:
                     path = save_checkpoint(folder.checkpoints, step, copies, state, texts)
                     for group, name in names.items():
                         link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
-                    remove_old(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
+                    remove_others(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
             except Exception as error:  # the main thread logs or raises it
                 self._error = error
 
@@ -240,37 +240,27 @@ def step_of(path: Path) -> int:
     return int(path.name.removeprefix("step_"))
 
 
-def _move_aside(path: Path) -> Path:
-    """Rename a checkpoint so that nothing finds it; a kill while it is removed then leaves no damaged one."""
+def _remove(path: Path) -> None:
+    """Remove a checkpoint; renamed before, so that a kill meanwhile leaves no damaged one."""
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
     shutil.rmtree(hidden, ignore_errors=True)  # from an earlier process with the same number
     os.rename(path, hidden)
-    return hidden
+    shutil.rmtree(hidden)
 
 
-def move_aside_beyond(folder: Path, step: int) -> None:
-    """Hide the checkpoints of more than `step` updates: damaged ones, or those of another continuation.
+def remove_others(folder: Path, keep: int, step: int, best_step: int | None) -> None:
+    """Keep the newest `keep` checkpoints up to `step`, the one just saved, and the best one; remove the others.
 
-    For a run that continues from `step`: neither a later start nor retention may count them.
-    """
-    hidden = [_move_aside(path) for path in list_checkpoints(folder) if step_of(path) > step]
-    if hidden:
-        log.warning(
-            "resume: checkpoints beyond step %d are moved aside and removed by the next save; until then they are %s",
-            step, ", ".join(map(str, hidden)),
-        )  # fmt: skip
-
-
-def remove_old(folder: Path, keep: int, step: int, best_step: int | None) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, the one just saved, and the best one; remove those before them.
-
-    Also removes half-written folders of killed runs and checkpoints that a resumed run has moved aside.
+    Those beyond `step` are damaged, or the run was told to continue from one before them. Half-written folders of
+    killed runs go, too.
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
-    for path in [path for path in list_checkpoints(folder) if step_of(path) <= step][:-keep]:
-        if step_of(path) != best_step:
-            shutil.rmtree(_move_aside(path))
+    every = list_checkpoints(folder)
+    kept = [path for path in every if step_of(path) <= step][-keep:]
+    for path in every:
+        if path not in kept and step_of(path) != best_step:
+            _remove(path)
 
 
 # ------------------------------------------------------------------------------------------------------------- reading

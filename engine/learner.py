@@ -123,7 +123,7 @@ class Learner:
         rank 0, and the groups are empty elsewhere.
         """
         tensors, others = optimizer_state(self.optimizer)
-        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale.state()}
+        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale.state_dict()}
         return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
 
     def _task_groups(self) -> Tensors:
@@ -144,7 +144,7 @@ class Learner:
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
-        for group, own in {**self._task_groups(), "scale": self.scale.state()}.items():
+        for group, own in {**self._task_groups(), "scale": self.scale.state_dict()}.items():
             forms, saved = (
                 {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
                 for of in (own, tensors.get(group, {}))
@@ -160,7 +160,7 @@ class Learner:
         saved = join_exported(self.task, tensors["weights"], tensors["task"])
         for name, tensor in checkpointed_state(self.task).items():
             sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
-        self.scale.load(tensors["scale"])
+        self.scale.load_state_dict(tensors["scale"])
         if self.averages is not None:
             self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))
 

@@ -93,7 +93,7 @@ def undone(learner: Learner) -> Iterator[None]:
     tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in own]
     optimizer, device = copy.deepcopy(learner.optimizer.state_dict()), learner.runtime.device
     others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
-    learner.averages, learner.scale = None, copy.copy(learner.scale)
+    learner.averages, learner.scale = None, copy.deepcopy(learner.scale)
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield

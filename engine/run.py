@@ -20,7 +20,7 @@ from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.runtime import Runtime
-from engine.screen import advise, show_lines
+from engine.screen import show_lines
 from engine.step import Asks, Stopped, Vote
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
@@ -97,14 +97,14 @@ class Run:
 
         Raises Stopped where the run was asked to stop, and has saved.
         """
-        plan, first, started = self.plan, self.step, time.perf_counter()
+        plan, started = self.plan, time.perf_counter()
         if self.is_complete:
             log.info(
                 "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
                 "run_dir", self.step, plan.total_steps,
             )  # fmt: skip
             return
-        if first == 0 and plan.range_test_steps:
+        if self.step == 0 and plan.range_test_steps:
             with closing(self.streams.train.steps(plan.total_steps, plan)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder, self.stop)
             if rate is not None:
@@ -115,7 +115,7 @@ class Run:
         with closing(self.streams.train.steps(self.step, plan)) as batches, self.recorder.bar.opened(self.step):
             while not self.is_complete:
                 self.train_one_epoch(batches)
-        self._report_end(first, time.perf_counter() - started, next_commands)
+        self._report_end(time.perf_counter() - started, next_commands)
 
     def train_one_epoch(self, stream: Iterator[list[Batch]]) -> None:
         """Run the stream to the end of an epoch, or of the run. One pass of the body is one optimiser update.
@@ -289,8 +289,8 @@ class Run:
             metadata |= {task.best_metric: best.value, "best_step": best.step}
         self.recorder.close(completed_step=self.step if finished else None, metadata=metadata)
 
-    def _report_end(self, first: int, seconds: float, next_commands: Sequence[str]) -> None:
-        """Log how a run ended that has trained from step `first` on."""
+    def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
+        """Log how a run ended after `seconds` of this process."""
         plan, train, folder, best, recorder = self.plan, self.streams.train, self.folder, self.best, self.recorder
         metric = self.learner.task.best_metric
         if self.step < plan.total_steps:
@@ -305,19 +305,21 @@ class Run:
                 train.unreadable_count,
             )
         if recorder.wait_share > MUCH_WAITING:
-            advice = advise(self.learner.runtime, plan.epoch_at(self.step - first), train.readings())
-            log.warning("%.0f %% of the training time was a wait for data; %s", 100 * recorder.wait_share, advice)
-        rows = []
-        if best.step is not None:
-            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-            at = f"{best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"
-            rows += [("best", f"{show_evaluated(metric)} {at}")]
-            rows += [("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors")]
-        rows += [
+            log.warning(
+                "%.0f %% of the training time was a wait for data: raise runtime.workers or data.cache.memory_gib, put "
+                "small files into shards (prepare.py job=pack), or set augment.on_device=true",
+                100 * recorder.wait_share,
+            )
+        rows = [
+            ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
             ("curves", f"{folder.plots}/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),
+            *(("next" if number == 0 else "", line) for number, line in enumerate(next_commands)),
         ]
-        rows += [("next" if number == 0 else "", line) for number, line in enumerate(next_commands)]
+        if best.step is not None:
+            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
+            at = f"{best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"
+            rows.insert(0, ("best", f"{show_evaluated(metric)} {at}"))
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))

@@ -7,9 +7,7 @@ from torch import nn
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
-from engine.runtime import Runtime, choose_workers
-
-_MANY_HITS = 0.9  # of those that a cache of all images could have
+from engine.runtime import Runtime
 
 
 def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
@@ -47,22 +45,3 @@ def start_screen(
             ("machine", f"{ranks}{device}, {machine}"),
         ],
     )
-
-
-def advise(runtime: Runtime, epochs: float, readings: Mapping[str, float]) -> str:
-    """Return the setting that helps a run that waits for data. epochs: that this process has trained."""
-    workers = choose_workers("auto", runtime.device.type)
-    if runtime.workers < workers:
-        return f"runtime.workers is {runtime.workers}, and the cores of a rank allow {workers}"
-    if epochs < 2:
-        return (
-            "images were read once, so no cache could help: prepare.py job=pack puts many small files into shards that "
-            "are read in sequence, and augment.shrink=true decodes large photographs no larger than crops need"
-        )
-    missed = (1 - readings.get("l1_hit_rate", 0.0)) * (1 - readings.get("l2_hit_rate", 0.0))
-    if 1 - missed < _MANY_HITS * (1 - 1 / epochs):
-        return (
-            f"{missed:.0%} of the images were decoded again: raise data.cache.memory_gib, or keep them on a disk "
-            "(data.cache.disk_gib)"
-        )
-    return "decoded images come from a cache, so augmentation takes the time: try augment.on_device=true"

@@ -19,7 +19,7 @@ from typing import NoReturn, TypeVar
 import torch
 
 from engine.batch_size import out_of_memory
-from engine.checkpoint import choose_checkpoint, move_aside_beyond
+from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
 from engine.run import Run
@@ -122,7 +122,6 @@ def open_run(
         found = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if found is not None:
             run.restore(found)
-            distributed.rank_zero_call(lambda: move_aside_beyond(folder.checkpoints, run.step))
         distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
         finished = True
         try:

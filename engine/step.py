@@ -108,18 +108,19 @@ class StepResult:
         return names, torch.stack([part for name in names for part in pairs[name]]).double().view(-1, 2)
 
 
-class LossScale:
+class LossScale(nn.Module):
     """The dynamic loss scale of fp16: doubled after 2,000 finite steps, halved after one that is not.
 
-    Lives on the device; `state()` is checkpointed. For other precisions it is 1 and stays so.
+    It is on the device and checkpointed. For other precisions it is 1 and stays so.
     """
 
     growth_interval = 2000
 
     def __init__(self, runtime: Runtime) -> None:
+        super().__init__()
         self.enabled = runtime.precision == "fp16"
-        self.scale = torch.full((), 65536.0 if self.enabled else 1.0, device=runtime.device)
-        self.good_steps = torch.zeros((), device=runtime.device)
+        self.register_buffer("scale", torch.full((), 65536.0 if self.enabled else 1.0, device=runtime.device))
+        self.register_buffer("good_steps", torch.zeros((), device=runtime.device))
 
     def update(self, applied: Tensor, weight: Tensor) -> None:
         """Adapt to one step; a step of weight 0 was skipped for another reason and changes nothing."""
@@ -130,14 +131,6 @@ class LossScale:
         scale = torch.where(applied == 0, self.scale / 2, torch.where(grow, self.scale * 2, self.scale))
         self.scale = torch.where(weight == 0, self.scale, scale)
         self.good_steps = torch.where(weight == 0, self.good_steps, torch.where(grow, 0.0, good_steps))
-
-    def state(self) -> dict[str, Tensor]:
-        """Return what a checkpoint keeps."""
-        return {"scale": self.scale, "good_steps": self.good_steps}
-
-    def load(self, state: dict[str, Tensor]) -> None:
-        """Restore a saved state."""
-        self.scale, self.good_steps = (state[name].to(self.scale.device) for name in ("scale", "good_steps"))
 
 
 class Buffers:
@@ -167,11 +160,6 @@ class Buffers:
 def _sum(parts: Sequence[Tensor]) -> Tensor:
     """Return the sum over micro-batches; of one, the tensor itself."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
-
-
-def step_weight(batches: Sequence[Batch]) -> Tensor:
-    """Return the sum of the weights of a step's samples over all ranks."""
-    return distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
 
 
 def _forward_backward(learner: Stepped, batch: Batch, progress: Tensor, factor: Tensor) -> tuple[Tensor, StepOutput]:
@@ -237,7 +225,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
     pass does not fit into the device's memory.
     """
     optimizer, scale, step = learner.optimizer, learner.scale, learner.step
-    weight = step_weight(batches)
+    weight = distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
     # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
     factor = scale.scale * distributed.world_size() / denominator

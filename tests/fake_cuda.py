@@ -361,7 +361,7 @@ def score_tags(counts, vocabulary):
 
 def _check_devices(learner):
     """Check that everything a step uses is on the device."""
-    tensors = {**learner.task.state_dict(), **dict(learner.task.named_buffers()), **learner.scale.state()}
+    tensors = {**learner.task.state_dict(), **dict(learner.task.named_buffers()), **learner.scale.state_dict()}
     for state in learner.optimizer.state.values():
         tensors |= {f"{len(tensors)} {key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
     wrong = {name: str(tensor.device) for name, tensor in tensors.items() if tensor.device != DEVICE}

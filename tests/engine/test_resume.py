@@ -54,7 +54,6 @@ def test_a_save_between_a_whole_checkpoint_and_a_damaged_one_stays(place):
     settings = ["loop.checkpoint_every_steps=9", "loop.keep_checkpoints=1"]
     said = finetune(place, "loop.total_steps=3", *settings)
     assert "step_00000004 is damaged" in said and "at step 2" in said
-    assert "WARNING resume: checkpoints beyond step 2 are moved aside and removed by the next save" in said
     assert left(place) == [3]
     assert "at step 3" in finetune(place, "loop.total_steps=5", *settings)
     assert left(place) == [3, 5]  # 3 is the best
@@ -69,13 +68,12 @@ def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_mad
     named = [*length, "loop.keep_checkpoints=2", "resume=run/checkpoints/step_00000004"]
 
     assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=5)
-    assert left(place) == [2, 4]
-    assert len(list((place / "run/checkpoints").glob(".step_*"))) == 2  # 6 and 8, until the next save
+    assert left(place) == [2, 4, 6, 8]  # until the next save
     assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=7)
     assert left(place) == [4, 6] and not list((place / "run/checkpoints").glob(".step_*"))
     said = finetune(place, *named)
     assert "step_00000006 was made by this command, so the run continues from it, not from run/checkpoints/" in said
-    assert "at step 6" in said and "moved aside" not in said
+    assert "at step 6" in said
     assert left(place) == [8, 9]
     assert [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == list(range(1, 10))
 
