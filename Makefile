@@ -35,7 +35,7 @@ $(CLOUD): requirements-cloud.txt $(STAMP)
 	touch $(CLOUD)
 
 INTEROP := .venv-interop
-install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/test_wd14_tools.py
+install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/slow_wd14_tools.py
 	test -x $(INTEROP)/bin/python || $(PY) -m venv $(INTEROP)
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0

@@ -61,8 +61,6 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-import tests.tasks.flow
-import tests.tasks.multicrop
 from bench.measure import build_bench_run, read_group
 from data.batch import Ragged, collate
 from engine.checkpoint import copy_to_host
@@ -255,14 +253,8 @@ def make_setup(task):
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
         "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
         "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both", label_share=0.5),
-        "multicrop": lambda: kind.config(
-            name=task, dim=12, local_size_hw=[32, 32], student_temperature=0.1, centre_momentum=0.9
-        ),
         "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
-        "flow": lambda: kind.config(name=task, chunk=2, label_dropout=0.1),
     }[task]()
-    if task == "flow":
-        model = kind.model(name="toy", in_channels=3, width=8)
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)
     if task in ("tagging", "distillation"):
@@ -296,9 +288,6 @@ def make_batch(task, setup):
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
             sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}
             sample |= {"tag_weight": torch.tensor(1.0)}
-        if task == "multicrop":
-            for name in tests.tasks.multicrop.GLOBAL + tests.tasks.multicrop.LOCAL:
-                sample[name] = images if name.startswith("global") else images[:, :32, :32]
         samples.append(sample)
     batch = collate(samples, len(samples), channels_last=True)
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}

@@ -1,7 +1,6 @@
 """The embedded collection. Literal counts, properties of every row, drawn by two processes at once, refusals."""
 
 import json
-import multiprocessing
 import shutil
 import tempfile
 from pathlib import Path
@@ -15,7 +14,7 @@ from data.collection import check_classes
 from data.glyphs import draw_glyph, draw_glyphs, glyphs_ready, read_codes
 from data.table import count_values
 from tests.data.test_collection import load
-from tests.support import read_image
+from tests.support import FORKS, read_image
 from utils.errors import UserError
 
 
@@ -99,10 +98,9 @@ def test_the_pixels_are_those_that_were_measured(root):
 
 
 def test_two_processes_at_once_make_it_once(tmp_path):
-    context = multiprocessing.get_context("spawn")
-    barrier = context.Barrier(2)
+    barrier = FORKS.Barrier(2)
     root = tmp_path / "sub" / "glyphs"
-    processes = [context.Process(target=_draw_one_face, args=(root, barrier)) for _ in range(2)]
+    processes = [FORKS.Process(target=_draw_one_face, args=(root, barrier)) for _ in range(2)]
     for process in processes:
         process.start()
     for process in processes:

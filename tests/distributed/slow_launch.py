@@ -21,6 +21,16 @@ def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_p
         run("finetune.py", overrides, tmp_path, ranks=4)
 
 
+def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
+    started = start("finetune.py", endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6"), tmp_path, 2)
+    wait_for(has_rows(tmp_path / "run", 6))
+    started.signal(signal.SIGSTOP, ranks=[1])
+    started.processes[0].join(60)
+    assert started.processes[0].exitcode == 70
+    assert "rank 1 has died or was stopped: no sign of life" in started.output
+    started.signal(signal.SIGKILL)
+
+
 def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
     """A sleeping loader is alive but makes no progress."""
     overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")

@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import torch
 
 from engine.runtime import missing_for_compile
 from tests.engine import test_exactness as exactness
@@ -36,13 +37,13 @@ def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     golden.test_losses_of_twenty_steps(task, collection, tmp_path, request)
 
 
-@pytest.mark.parametrize("task", ["flow", "multicrop"])
+@pytest.mark.parametrize("task", ["fcmae", "flow", "multicrop"])
 def test_killed_and_resumed(task, collection, tmp_path):
-    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path)
+    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task)
 
 
 def test_two_ranks_equal_one(collection, tmp_path):
-    exactness.test_two_ranks_equal_one_at_the_same_global_batch("diffusion", collection, tmp_path)
+    exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, "diffusion")
 
 
 @pytest.mark.ddp
@@ -55,10 +56,31 @@ def test_sharded_equals_replicated(case, collection, tmp_path):
 
 @pytest.mark.ddp
 def test_sharded_killed_and_resumed(collection, tmp_path):
-    fsdp.test_killed_and_resumed_equals_uninterrupted_bit_for_bit("diffusion", collection, tmp_path)
+    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, more=[FSDP], ranks=2)
 
 
 # --- what takes long in any form
+
+
+@pytest.mark.ddp
+def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
+    """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
+    settings = [
+        "loop.total_steps=9", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
+        "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001", FSDP,
+    ]  # fmt: skip
+    path = tmp_path / "run"
+    overrides = common("classification", collection, path, *settings)
+    run("tests/tasks/troubled.py", overrides, tmp_path, ranks=3, variables={"TROUBLE": "skip_steps"})
+    states = [checkpoint_tensors(path, step) for step in range(1, 10)]
+    for before, after in ((3, 4), (5, 6), (7, 8)):
+        assert_same_tensors(states[before - 1], states[after - 1])
+    for before, after in ((2, 3), (4, 5), (6, 7), (8, 9)):
+        assert any(not torch.equal(states[before - 1][name], states[after - 1][name]) for name in states[0])
+    skipped = [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")]
+    assert skipped == [0, 0, 0, 1, 0, 1, 0, 1, 0]
+    listed = rows(path / "skipped_steps.jsonl")
+    assert [row["what"] for row in listed] == ["loss", "gradient", "weight"] and listed[0]["ranks"] == [2]
 
 
 LEGS = [(2, "ddp"), (3, "fsdp"), (1, "ddp"), (2, "fsdp")]

@@ -7,6 +7,8 @@ number of ranks sees the same samples.
 import pytest
 import torch
 
+from tests.in_process import run as run_here
+from tests.in_process import run_until_killed
 from tests.support import (
     SCRIPTS,
     assert_same_rows,
@@ -21,7 +23,6 @@ from tests.support import (
 
 TASKS = sorted(SCRIPTS)
 CHEAP = [task for task in TASKS if task != "diffusion"]  # test_diffusion.py resumes it on two ranks
-QUICK = ["classification", "fcmae"]
 # What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
 NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
@@ -40,8 +41,9 @@ def assert_same_tensors(first, second, tolerance=0.0):
         assert difference <= tolerance, f"{name} differs by {difference:.3e}"
 
 
-@pytest.mark.parametrize("task", QUICK)
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, more=(), ranks=1):
+def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
+    collection, tmp_path, task="classification", more=(), ranks=1
+):
     """20 steps against 10 and some, SIGKILL of the process group, the same command again."""
     settings = [
         "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
@@ -67,15 +69,14 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, t
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the test above does the same on a CPU")
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize("task", QUICK)
+@pytest.mark.parametrize("task", ["classification", "fcmae"])
 def test_on_a_gpu(task, precision, collection, tmp_path):
     """With runtime.deterministic=true, which runtime=reference sets."""
     more = ["runtime.device=cuda", f"runtime.precision={precision}"]
-    test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, more)
+    test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task, more)
 
 
-@pytest.mark.parametrize("task", QUICK)
-def test_two_ranks_equal_one_at_the_same_global_batch(task, collection, tmp_path):
+def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification"):
     """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
     settings = ["loop.total_steps=12", "loop.global_batch_size=16", "loop.checkpoint_every_steps=12", "optim.lr=0.001"]
     variants = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
@@ -97,15 +98,16 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
         "loop.sampling=balanced", "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=8",
         "loop.checkpoint_every_steps=3",
     ]  # fmt: skip
-    script, uninterrupted, killed = SCRIPTS["classification"], tmp_path / "uninterrupted", tmp_path / "killed"
-    printed = run(script, common("classification", data, uninterrupted, *settings), tmp_path)
-    run(script, common("classification", data, killed, *settings), tmp_path, expect=-9, kill_at_step=11)
-    run(script, common("classification", data, killed, *settings), tmp_path)
+    uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
+    run_here("finetune", common("classification", data, uninterrupted, *settings), tmp_path)
+    run_until_killed("finetune", common("classification", data, killed, *settings), tmp_path, step=11)
+    run_here("finetune", common("classification", data, killed, *settings), tmp_path)
     assert_same_tensors(checkpoint_tensors(uninterrupted, 16), checkpoint_tensors(killed, 16))
     for folder in (uninterrupted, killed):
         listed = [line.split('"')[3] for line in (folder / "unreadable.jsonl").read_text().splitlines()]
         assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
-    assert "train/A/broken0.png" in printed and "its weight is 0" in printed
+    said = (uninterrupted / "log.txt").read_text()
+    assert "train/A/broken0.png" in said and "its weight is 0" in said
 
 
 @pytest.mark.ddp

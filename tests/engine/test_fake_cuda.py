@@ -1,5 +1,5 @@
-"""Every task's real step on CUDA tensors that do not exist (tests/fake_cuda.py): no wrong device or dtype, and no host
-read within a step. Planted faults are found.
+"""Real steps on CUDA tensors that do not exist (tests/fake_cuda.py): no wrong device or dtype, and no host read within
+a step. Planted faults are found. Other tasks, optimisers and precisions: slow_fake_cuda.py.
 """
 
 import json
@@ -7,16 +7,12 @@ import os
 import shutil
 import subprocess
 import sys
-from importlib.util import find_spec
 
 import pytest
 
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler (cc) for the shim")
-TASKS = ("classification", "test_resnet", "fcmae", "tagging", "distillation", "multicrop", "flow")
-if find_spec("diffusers") is not None:
-    TASKS += ("diffusion",)
 
 
 def run_cases(*cases):
@@ -36,6 +32,6 @@ def check(rows):
     assert not wrong, json.dumps(wrong, indent=1)
 
 
-def test_planted_faults_are_found_and_every_task_runs():
-    """With AdamW in bf16; diffusion takes long and is slow. The vote on stopping is that of several ranks."""
-    check(run_cases("faults", "vote", *[f"{task}:adamw:bf16" for task in TASKS if task != "diffusion"]))
+def test_planted_faults_are_found_and_tasks_run():
+    """The vote on stopping is that of several ranks."""
+    check(run_cases("faults", "vote", *[f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")]))

@@ -1,13 +1,11 @@
 """Sharded training (runtime.parallel=fsdp). Equality of whole runs, as real processes, with one rank and with ddp to
-summation order; resume bit for bit; checkpoints of either resume in the other on any number of ranks; refusals.
+summation order; refusals. Resuming, and steps that are not finite: slow_engine.py.
 """
 
 import pytest
-import torch
 from torch import nn
 
 from engine.parallel import find_units
-from tests.engine import test_exactness as exactness
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
@@ -46,33 +44,6 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
         assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "fsdp")
     norms = [row["grad_norm"] for row in rows(tmp_path / "fsdp/metrics.jsonl", "train")]
     assert max(norms) > 0.01, "nothing was clipped"
-
-
-@pytest.mark.ddp
-@pytest.mark.parametrize("task", ["classification"])
-def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path):
-    exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(task, collection, tmp_path, [FSDP], ranks=2)
-
-
-@pytest.mark.ddp
-def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
-    """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
-    settings = [
-        "loop.total_steps=9", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
-        "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001", FSDP,
-    ]  # fmt: skip
-    path = tmp_path / "run"
-    overrides = common("classification", collection, path, *settings)
-    run("tests/tasks/troubled.py", overrides, tmp_path, ranks=3, variables={"TROUBLE": "skip_steps"})
-    states = [checkpoint_tensors(path, step) for step in range(1, 10)]
-    for before, after in ((3, 4), (5, 6), (7, 8)):
-        assert_same_tensors(states[before - 1], states[after - 1])
-    for before, after in ((2, 3), (4, 5), (6, 7), (8, 9)):
-        assert any(not torch.equal(states[before - 1][name], states[after - 1][name]) for name in states[0])
-    skipped = [row["skipped_steps"] for row in rows(path / "metrics.jsonl", "train")]
-    assert skipped == [0, 0, 0, 1, 0, 1, 0, 1, 0]
-    listed = rows(path / "skipped_steps.jsonl")
-    assert [row["what"] for row in listed] == ["loss", "gradient", "weight"] and listed[0]["ranks"] == [2]
 
 
 # --- what is a unit, and what is refused

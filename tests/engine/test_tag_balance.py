@@ -1,4 +1,4 @@
-"""task.tag_weights.reestimate_steps: what is counted and how it weighs, in a literal case and in runs."""
+"""task.tag_weights.reestimate_steps: what is counted and how it weighs, in a literal case. Runs: slow_diffusion.py."""
 
 import copy
 
@@ -9,10 +9,10 @@ pytest.importorskip("diffusers")
 
 from data.tag_weights import TagWeightsConfig
 from engine.tasks.diffusion import TagBalance
-from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs
+from tests.engine.test_diffusion import RESUMED, SHORT
 from tests.engine.test_no_host_sync import count
-from tests.in_process import run, run_command, run_until_killed
-from tests.support import checkpoint_tensors, make_collection, rows
+from tests.in_process import run_command
+from tests.support import make_collection
 
 RULE = {"power": 1.0, "low": 0.1, "high": 4.0, "factors": {}}
 FACTS = {"counts": [4, 4, 4, 4], "factors": [1.0, 1.0, 1.0, 0.0], "shares": [0.25, 0.25, 0.5, 0.0]}
@@ -42,32 +42,12 @@ def test_tags_weigh_anew_by_what_was_shown():
     assert balance(batch).tolist() == pytest.approx([0.5 / 0.875, 1 / 0.875, 1 / 0.875, 1.0])
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("balance")
-    make_collection(folder / "images")
-    run("finetune_sdxl", [*OWN, WEIGHTS, "run_dir=straight"], folder)
-    return folder
-
-
-def test_a_run_weighs_anew_and_resumes_bit_for_bit_with_other_workers(place):
-    state = {step: checkpoint_tensors(place / "straight", step) for step in (3, 6)}
-    weights, shown = ("task/tag_balance.weights", "task/tag_balance.shown")
-    assert not torch.equal(state[3][weights], state[6][weights]) and state[6][shown].sum() > state[3][shown].sum()
-    shares = [row["effective_share"] for row in rows(place / "straight/metrics.jsonl", "train")]
-    assert len(shares) == 6 and all(0.2 < share < 1 for share in shares[2:])
-    killed = [*OWN, WEIGHTS, "run_dir=killed"]
-    run_until_killed("finetune_sdxl", killed, place, step=5)  # of steps 3 to 6, the weights are those of step 2 and 4
-    run("finetune_sdxl", [*killed, "runtime.workers=2", "runtime.prefetch_batches=3"], place)
-    assert_equal_runs(place / "straight", place / "killed", 6)
-
-
-def test_what_is_refused(place, monkeypatch, capsys):
-    make_collection(place / "prose", per_class=4, validation=1)
-    texts = [(file, file.with_suffix(".json")) for file in (place / "prose").rglob("*.txt")]
+def test_what_is_refused(tmp_path, monkeypatch, capsys):
+    make_collection(tmp_path / "prose", per_class=4, validation=1)
+    texts = [(file, file.with_suffix(".json")) for file in (tmp_path / "prose").rglob("*.txt")]
     for text, sidecar in texts:
         sidecar.write_text('{"caption": "A shape on grey.", "tags": ["circle", "red"]}')
         text.unlink()
     said = [*OWN, WEIGHTS, "data.root=prose", "run_dir=refused"]
-    assert run_command("finetune_sdxl", said, place, monkeypatch) == 2
+    assert run_command("finetune_sdxl", said, tmp_path, monkeypatch) == 2
     assert "task.tag_weights.reestimate_steps: 2" in capsys.readouterr().err

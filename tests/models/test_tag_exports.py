@@ -1,6 +1,6 @@
 """The exports of a tagger: order of the tags, the files, what predict.py reads of them, and refusals.
 
-tests/models/test_wd14_tools.py has them in the programs that read them.
+tests/models/slow_wd14_tools.py has them in the programs that read them.
 """
 
 import csv
