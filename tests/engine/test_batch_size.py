@@ -8,7 +8,7 @@ import torch
 from engine.batch_size import MicroBatches
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run
-from tests.support import checkpoint_tensors, common, rows
+from tests.support import checkpoint_tensors, common, rows, samples_by_step
 from tests.support import run as run_process
 from tests.tasks import troubled
 from utils.errors import UserError
@@ -78,5 +78,8 @@ def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
 @pytest.mark.ddp
 def test_ranks_agree_on_the_smallest(collection, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", *AUTO, "loop.global_batch_size=24")
-    run_process("tests/tasks/troubled.py", overrides, tmp_path, ranks=2, variables={"TROUBLE": "little_memory 9 3"})
+    trouble = {"TROUBLE": "little_memory 9 3"}
+    said = run_process("tests/tasks/troubled.py", overrides, tmp_path, ranks=2, variables=trouble)
+    assert said.count("from now on 3") == 2  # and they train together, each with half of every batch
+    assert [len(pairs) for pairs in samples_by_step(tmp_path / "run").values()] == [24] * 3
     assert list(json.loads((tmp_path / "run/batch_size.json").read_text())["cpu"].values()) == [3]

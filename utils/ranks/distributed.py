@@ -138,10 +138,7 @@ def alone() -> Iterator[None]:
     try:
         yield
     finally:
-        _FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, where Linux begins to give ports to any program that asks
-
-
-_is_alone = False
+        _is_alone = False
 
 
 def rank() -> int:
