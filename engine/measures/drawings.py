@@ -91,7 +91,7 @@ def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.n
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
-    """Draw the micro precision of groups of tags over their recall; a group that has all the positives is `all`."""
+    """Draw the micro precision of groups of tags over their recall."""
     from matplotlib.figure import Figure
 
     from utils.record import plots
@@ -102,12 +102,10 @@ def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
             title="Precision and recall, all decisions of a group together",
             xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01),
         )  # fmt: skip
-        whole = groups.get("all")
         for name, group in groups.items():
-            if not group.support or (whole is not None and group is not whole and group.support == whole.support):
-                continue
-            precision, recall, _ = group.micro()
-            some = group.predicted > 0
-            axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
+            if group.support:
+                precision, recall, _ = group.micro()
+                some = group.predicted > 0
+                axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
         axis.legend()
         return plots.figure_to_image(figure)

@@ -1,4 +1,4 @@
-"""The figures of a tagger's evaluation: of all tags, of each category, of bands of frequency, and of each tag.
+"""The figures of a tagger's evaluation (all tags, each category, bands of frequency, each tag), and its thresholds.
 
 P = R is the threshold at which precision equals recall, to the nearest edge of the histograms. Micro is of all
 decisions together, also those on tags without positives. Macro is a mean over the tags that have positives:
@@ -11,15 +11,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils.errors import UserError
-from utils.thresholds import DEFAULT_LOGIT
+from utils.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
 from utils.vocabulary import Vocabulary, category_name
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as thresholds
 _FIXED = int(edge_below(DEFAULT_LOGIT))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images of each
+_PRIOR = 50  # positives that a category's threshold counts as, beside those of a tag
 _HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least number of positives of a tag there
 
 
@@ -41,7 +43,6 @@ def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
 class Group:
     """Curves of some tags over the edges: tp, predicted [BINS], and means over the `num_tags` that have positives."""
 
-    name: str
     num_tags: int
     num_empty: int
     tp: np.ndarray
@@ -59,7 +60,7 @@ class Group:
         """Return the micro precision, recall and F1 at each edge."""
         return rates(self.tp, self.predicted, self.tp[0])
 
-    def row(self) -> dict[str, Any]:
+    def row(self) -> dict[str, float]:
         """Return its figures."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1, (_, _, mean_f1, mean_mcc) = self.micro()[2], self.macro
@@ -75,7 +76,7 @@ class Group:
             "macro_best_f1": self.mean_best_f1,
         }
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
-        return {"group": self.name, **{name: float(value) for name, value in figures.items()}, **counts}
+        return {name: float(value) for name, value in figures.items()} | counts
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
@@ -100,42 +101,34 @@ class TagScores:
         self.counts, self.vocabulary = counts, vocabulary
         self.ap = counts.average_precision()
         members = _members(vocabulary)
-        member = torch.from_numpy(np.stack(list(members.values()))).to(counts.scores.device).double()
-        micro, macro, per_tag = 0.0, 0.0, []
+        member = np.stack(list(members.values())).astype(np.float64)  # [G, T]
+        sums, device, per_tag = 0.0, counts.scores.device, []
         for own, tp, predicted in counts.tails():
             tp, predicted = tp.double(), predicted.double()
             positives, total = tp[:, :1], predicted[:, :1]
             f1 = 2 * tp / (predicted + positives).clamp(min=1)
             spread = (predicted * (total - predicted) * positives * (total - positives)).sqrt()
             mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
-            curves = torch.stack([tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc])
-            macro = macro + (member[:, own] * (positives.T > 0)) @ curves  # [4, G, BINS]
-            micro = micro + member[:, own] @ torch.stack([tp, predicted])
+            # Without positives, all of the last four are 0.
+            curves = [tp, predicted, tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc]
+            sums = sums + torch.from_numpy(member[:, own]).to(device) @ torch.stack(curves)  # [6, G, BINS]
             best = f1.amax(1, keepdim=True)
             order = (f1 == best).cumsum(1)
             middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)
             per_tag.append(torch.cat([positives, best, middle], dim=1))
         support, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
-        self.support, self.best_edge = support.astype(np.int64), edges.astype(np.int64)
-        if not self.support.any():
+        self.support, self.best_edge, held = support.astype(np.int64), edges.astype(np.int64), support > 0
+        if not held.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
-        tp, predicted = micro.cpu().numpy().astype(np.int64)
-        macro, held = macro.cpu().numpy(), self.support > 0
+        means = member @ np.stack([held, ~held, np.nan_to_num(self.ap), self.best_f1], axis=1)
         self.groups: dict[str, Group] = {}
-        for number, (name, own) in enumerate(members.items()):
-            scored, size = own & held, max(1, int((own & held).sum()))
-            means = (
-                macro[:, number] / size,
-                float(self.ap[scored].sum() / size),
-                float(self.best_f1[scored].sum() / size),
-            )
-            sizes = int(scored.sum()), int((own & ~held).sum())
-            self.groups[name] = Group(name, *sizes, tp[number], predicted[number], *means)
+        for name, (size, empty, ap, best), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
+            counted, mean = curves[:2].astype(np.int64), max(1.0, size)
+            self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean, best / mean)
 
     def scalars(self) -> dict[str, float]:
         """Return the figures of all tags."""
-        row = self.groups["all"].row()
-        return {name: float(value) for name, value in row.items() if name != "group"}
+        return {name: float(value) for name, value in self.groups["all"].row().items()}
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return `tag_groups`, `tags`, in the vocabulary's order, and `hardest_tags`, the lowest AP first.
@@ -153,5 +146,53 @@ class TagScores:
                 words.names, words.categories, words.counts, self.support.tolist(), figures.tolist())
         ]  # fmt: skip
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
-        groups = [group.row() for group in self.groups.values() if group.num_tags]
+        groups = [{"group": name, **group.row()} for name, group in self.groups.items() if group.num_tags]
         return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
+
+
+def to_fit(key: Tensor) -> Tensor:
+    """Return which samples thresholds are fitted to, bool [B]; the others measure them. key: the batch's, [B]."""
+    return key % 2 == 0
+
+
+def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: float) -> ThresholdTable:
+    """Return the thresholds that `fitted` gives, as measured on `reported`, of other images and the same vocabulary.
+
+    Of each category, and of all tags (micro): balanced, P = R; high_precision, the lowest threshold with that
+    precision, or else that of the highest precision; high_recall, the highest with that recall.
+    Of each tag, in logits, with n positives: (n * best + 50 * balanced) / (n + 50), rounded down to an edge; best is
+    that of the tag's best F1, balanced its category's.
+    """
+    vocabulary = fitted.vocabulary
+    groups = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
+    groups = {number: name for number, name in groups.items() if fitted.groups[name].support} | {OVERALL: "all"}
+    chosen = {number: _choose_edges(fitted.groups[name], precision, recall) for number, name in groups.items()}
+    rows = []
+    for place, profile in enumerate(CATEGORY_PROFILES):
+        for number, name in groups.items():
+            edge, group = chosen[number][place], reported.groups[name]
+            counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
+            rows.append(_measured(profile, number, name, edge, counts))
+    balanced = np.array([chosen.get(number, chosen[OVERALL])[0] for number in vocabulary.categories])
+    own = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
+    edges = edge_below(own / (fitted.support + _PRIOR))
+    counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
+    rows += [_measured(PER_TAG, *row) for row in zip(vocabulary.categories, vocabulary.names, edges.tolist(), counts)]
+    return ThresholdTable(vocabulary.hash, tuple(rows))
+
+
+def _choose_edges(group: Group, least_precision: float, least_recall: float) -> tuple[int, int, int]:
+    """Return the edge of each of CATEGORY_PROFILES."""
+    precision, recall, _ = group.micro()
+    precise, complete = np.flatnonzero(precision >= least_precision), np.flatnonzero(recall >= least_recall)
+    return (
+        equal_point(precision, recall),
+        int(precise[0] if len(precise) else precision.argmax()),
+        int(complete[-1]),  # the first edge has recall 1
+    )
+
+
+def _measured(profile: str, category: int, name: str, edge: int, counts: tuple[int, int, int]) -> Threshold:
+    """Return a row; counts: true positives, predictions, positives."""
+    found = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
+    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *found, counts[2], profile)

@@ -21,9 +21,8 @@ from data.tags.rules import read_rules
 from data.tags.vocabulary import make_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
-from engine.measures.tag_scores import TagScores
+from engine.measures.tag_scores import TagScores, calibrate, to_fit
 from engine.measures.tags import TagHistograms
-from engine.measures.thresholds import calibrate, to_fit
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup

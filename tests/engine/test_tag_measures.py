@@ -6,9 +6,8 @@ import torch
 from sklearn import metrics
 
 from engine.measures import tags
-from engine.measures.tag_scores import PROBS, TagScores
+from engine.measures.tag_scores import PROBS, TagScores, calibrate, to_fit
 from engine.measures.tags import BINS, TagHistograms
-from engine.measures.thresholds import calibrate, to_fit
 from tests.engine.test_no_host_sync import count
 from utils.ranks import distributed
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
