@@ -2,7 +2,6 @@
 bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
 """
 
-import os
 import resource
 import sys
 import time
@@ -23,7 +22,6 @@ from engine.task import Report, checkpointed_state, networks_of
 from utils.contracts import Batch, TrainStream
 from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
-from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import name_figures, show_duration
@@ -33,7 +31,7 @@ from utils.record.progress import Bar
 from utils.record.report import write_report
 from utils.record.run_folder import mark_complete
 from utils.record.sample_log import SampleLog
-from utils.record.trackers import RunInfo, Tracker, start_tracker
+from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
@@ -151,9 +149,7 @@ class Recorder:
         self._readings = dict if train is None else train.readings
         if distributed.is_main():
             if run_config is not None:  # W&B reads the rows that are dropped below
-                sweep = os.environ.get(SWEEP_VARIABLE)
-                info = RunInfo(self.folder, run_config, step, self._plan.global_batch_size, sweep)
-                self._tracker = start_tracker(self._tracking, info)
+                self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, step if run_config is None else self._plan.epoch_start(step))
         if self._tracking.samples:
@@ -180,12 +176,11 @@ class Recorder:
         """
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
-            if self._tracker is not None and self._tracking.name == "wandb" and self._tracking.model_artifact:
-                self._tracker.add_model(self.folder / "weights", metadata or {})
         for rows in self._rows:
             rows.close()
         if self._tracker is not None:
-            self._tracker.close(failed, goes_on=completed_step is None)
+            model = None if completed_step is None else (self.folder / "weights", metadata or {})
+            self._tracker.close(failed, model)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 

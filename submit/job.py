@@ -21,7 +21,7 @@ from types import FrameType
 from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.io.files import ignore_write_errors, read_json, write_json, write_text
-from utils.ranks.job_status import SWEEP_VARIABLE, restart_count
+from utils.ranks.job_status import restart_count
 
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
@@ -48,7 +48,7 @@ class ScriptJob:
         script = [str(self.folder / f"code/{self.script}.py"), *self.arguments]
         words = [*(self.command or [sys.executable]), "-u", *script]
         _say(shlex.join(words))
-        environment = dict(os.environ) if self.sweep is None else {**os.environ, SWEEP_VARIABLE: self.sweep}
+        environment = dict(os.environ) if self.sweep is None else {**os.environ, "WANDB_RUN_GROUP": self.sweep}
         process = subprocess.Popen(words, cwd=self.working_dir, env=environment)
 
         def stop(number: int, frame: FrameType | None) -> None:

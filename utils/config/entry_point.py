@@ -46,7 +46,6 @@ from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.sweep_table import read_jobs, sweep_table, with_failures
-from utils.record.trackers import has_unfinished
 
 log = get_logger(__name__)
 
@@ -185,12 +184,12 @@ class Command(Generic[Schema]):
 
 
 def _leave(status: int) -> None:
-    """End the process, without the interpreter's shutdown where gloo may abort it or a tracker hold it up."""
+    """End the process, without the interpreter's shutdown where gloo may abort it."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises where a loader's worker ends while we leave
     grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
     sys.stderr.flush()
-    if grouped or has_unfinished():
+    if grouped:
         os._exit(status)
     sys.exit(status)
 

@@ -34,7 +34,6 @@ from utils.config.schema import Strict, check_path
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.io.files import sha256_text
 from utils.ranks.distributed import detect_world
-from utils.ranks.job_status import SWEEP_VARIABLE
 from utils.ranks.signals import StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader, settings_of
@@ -179,7 +178,7 @@ def _start(job: SweepJob, script: str, gpu: str | None, *, in_turn: bool) -> sub
     """Start a job; its output goes to the terminal where jobs run in turn, else into a file beside its folder."""
     folder = Path(job.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    environment = {**os.environ, SWEEP_VARIABLE: folder.parent.name}
+    environment = {"WANDB_RUN_GROUP": folder.parent.name, **os.environ}
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = gpu
     log.info("started%s: %s", "" if gpu is None else f" on GPU {gpu}", folder if in_turn else f"see {folder}.log")

@@ -1,8 +1,6 @@
-"""What the variables of a SLURM job or of a sweep say."""
+"""What SLURM's variables say of a job."""
 
 import os
-
-SWEEP_VARIABLE = "ATELIER_SWEEP"  # the name of the sweep that a job is of
 
 
 def restart_count() -> int:

@@ -24,8 +24,8 @@ class WandbTrackingConfig(_Tracking):
     """Weights & Biases. Bounds are W&B's own.
 
     entity null: the account's default. mode auto: WANDB_MODE if it is set, else online where an API key is found, else
-    offline. group null: the sweep of a multirun; job_type null: the script. model_artifact: the weights of a complete
-    run are logged. finish_timeout_sec: how long a complete run waits for its upload.
+    offline. group null: WANDB_RUN_GROUP, which a multirun sets to the sweep's name. model_artifact: log the weights of
+    a complete run. finish_timeout_sec: how long the end of a run waits for its upload.
     """
 
     name: Literal["wandb"]
@@ -33,7 +33,6 @@ class WandbTrackingConfig(_Tracking):
     entity: str | None
     mode: Literal["auto", "online", "offline", "disabled"]
     group: Annotated[str, Field(min_length=1, max_length=128)] | None
-    job_type: Annotated[str, Field(min_length=1, max_length=64)] | None
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     notes: str | None
     model_artifact: bool

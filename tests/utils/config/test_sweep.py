@@ -27,7 +27,7 @@ values = dict(word.split("=", 1) for word in sys.argv[1:])
 folder = Path(values["run_dir"]); folder.mkdir(parents=True, exist_ok=True)
 (folder / "overrides.txt").write_text("\\n".join(sys.argv[1:]) + "\\n")
 (folder / "started.json").write_text(json.dumps([time.time(), os.environ.get("CUDA_VISIBLE_DEVICES")]))
-(folder / "sweep.txt").write_text(os.environ.get("ATELIER_SWEEP", ""))
+(folder / "sweep.txt").write_text(os.environ.get("WANDB_RUN_GROUP", ""))
 if values.get("top") == "bad":
     sys.exit(3)
 if values.get("top") == "killed":

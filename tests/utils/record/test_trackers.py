@@ -4,15 +4,13 @@ import json
 import re
 import socket
 import struct
-import threading
 
 import pytest
 
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import is_reading, rows, start
 from utils.config.messages import ConfigError
-from utils.errors import UserError
-from utils.record.trackers import RunInfo, Tracker, choose_mode, has_unfinished, start_tracker
+from utils.record.trackers import choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests", "tracking.tags=[small,glyphs]"]
@@ -146,26 +144,33 @@ def test_online_without_a_login_is_refused_before_anything_is_made(images, tmp_p
     variables = {"HOME": str(tmp_path), "NETRC": str(tmp_path / "none"), "WANDB_API_KEY": ""}
     started = start("finetune.py", arguments, tmp_path, variables=variables)
     assert started.wait() == [2] and not (tmp_path / "run").exists()
-    assert "finetune.py: tracking.mode: online was asked for" in started.output
+    assert "finetune.py: tracking.mode: online needs an API key" in started.output
 
 
 def wandb_options(*overrides):
     return configure("finetune", ["tracking=wandb", *overrides])[0].tracking
 
 
-def test_the_mode_is_chosen_by_what_is_there(monkeypatch, tmp_path):
-    monkeypatch.setattr("utils.record.trackers._find_problem", lambda: None)
+def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
+    monkeypatch.setattr("utils.record.trackers._has_key", lambda: True)
     assert choose_mode(wandb_options()) == "online"
-    monkeypatch.setattr("utils.record.trackers._find_problem", lambda: "no API key was found")
+    monkeypatch.setattr("utils.record.trackers._has_key", lambda: False)
     assert choose_mode(wandb_options()) == choose_mode(wandb_options("tracking.mode=offline")) == "offline"
     monkeypatch.setenv("WANDB_MODE", "disabled")
-    assert start_tracker(wandb_options(), RunInfo(tmp_path, {})) is None
-    monkeypatch.setenv("WANDB_MODE", "dryrun")
-    with pytest.raises(UserError, match=r"^tracking.mode: .*'dryrun'"):
-        choose_mode(wandb_options())
+    assert choose_mode(wandb_options()) == "disabled"
     with pytest.raises(ConfigError) as refused:
         wandb_options("tracking.project=a/b")
     assert refused.value.problems[0].startswith("tracking.project: ")
+
+
+def test_wandb_that_is_disabled_or_misread_ends_no_run(images, tmp_path, monkeypatch):
+    for mode in ("disabled", "nonsense"):
+        monkeypatch.setenv("WANDB_MODE", mode)
+        (tmp_path / mode).mkdir()
+        fine_tune(images, tmp_path / mode, "loop.total_steps=2", "tracking=wandb")
+        assert len(rows(tmp_path / mode / "run/metrics.jsonl", "train")) == 2
+        assert not list(tmp_path.glob(f"{mode}/run/wandb/*run-*"))
+    assert "tracking: wandb cannot be started" in (tmp_path / "nonsense/run/log.txt").read_text()
 
 
 # -------------------------------------------------------------------------------------------------------- TensorBoard
@@ -203,18 +208,8 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     def fail(self, *arguments):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("utils.record.trackers._Tensorboard._add", fail)
+    monkeypatch.setattr("utils.record.trackers._Tensorboard.add", fail)
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     (warning,) = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
     assert "TensorBoard failed (OSError: No space left on device)" in warning
     assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 3
-
-
-def test_a_tracker_that_stalls_at_the_end_is_left_behind(monkeypatch):
-    monkeypatch.setattr("utils.record.trackers._STOP_SEC", 0.1)
-    released = threading.Event()
-    tracker = Tracker("it", 60.0)
-    tracker._close = lambda failed: released.wait()
-    tracker.close(goes_on=True)
-    assert has_unfinished()
-    released.set()
