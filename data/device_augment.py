@@ -38,8 +38,8 @@ _NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
 _WIDTHS = (6, 4, len(_BLENDS), len(_BLENDS), 4)
 
 
-class Drawn(NamedTuple):
-    """What is drawn for one sample, in the terms of torchvision's functions.
+class Augmentation(NamedTuple):
+    """The random changes of one image, in the terms of torchvision's functions.
 
     angle, shear (x, y): degrees. translate (x, y): pixels of the resized image. factors: brightness, contrast,
     saturation (1: unchanged) and hue (0: unchanged); order: in which the four are applied. erased_px: top, left,
@@ -56,7 +56,7 @@ class Drawn(NamedTuple):
     erased_px: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def inverse_matrix(drawn: Drawn, size_hw: Sequence[int]) -> list[float]:
+def inverse_matrix(drawn: Augmentation, size_hw: Sequence[int]) -> list[float]:
     """Return the map from output to input coordinates, [2, 3] row by row; both are -1 to 1 over the image.
 
     Source: torchvision's order, rotation x scale x shear y x shear x about the centre, then the shift; the mirror last.
@@ -92,10 +92,10 @@ class DeviceAugment:
         """Return a sample's parameters, float32 [P]."""
         return self.pack(self.draw())
 
-    def draw(self) -> Drawn:
+    def draw(self) -> Augmentation:
         """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
         like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
-        drawn = Drawn(torch.rand(()).item() < self._config.horizontal_flip)
+        drawn = Augmentation(torch.rand(()).item() < self._config.horizontal_flip)
         if self._affine is not None:
             drawn = drawn._replace(**self._affine.make_params(like))
         if self._jitter is not None:
@@ -109,7 +109,7 @@ class DeviceAugment:
                 drawn = drawn._replace(erased_px=tuple(erased[name] for name in "ijhw"))
         return drawn
 
-    def pack(self, drawn: Drawn) -> Tensor:
+    def pack(self, drawn: Augmentation) -> Tensor:
         """Return what the device needs of one sample's draws, float32 [P]."""
         place = drawn.order.index(_HUE) if self._turns_hue else len(drawn.order)
         parts = drawn.order[:place], drawn.order[place:]

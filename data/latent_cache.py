@@ -105,7 +105,9 @@ class LatentCache:
         if not variants:
             return
         views = {str(variant): functools.partial(self._view, variant) for variant in variants}
-        loader = Loader(SampleReader(self.collection, images, views, _size, training=False), machine, unreadable.add)
+        loader = Loader(
+            SampleReader(self.collection, images, views, _image_size, training=False), machine, unreadable.add
+        )
         stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
         for batch in track(stream, len(stream), "encoding images"):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
@@ -153,5 +155,5 @@ class LatentCache:
         }
 
 
-def _size(example: Example) -> dict[str, Tensor]:
+def _image_size(example: Example) -> dict[str, Tensor]:
     return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}

@@ -107,7 +107,7 @@ def open_images(
     """Return the source of a collection's images, behind the caches that `data.cache` asks for; on all ranks at once.
 
     shortest_px: as in `Decoder`. repeats: images are read again and again, so that keeping them in memory pays.
-    Raises UserError (`model.in_channels`, `data.icc`) where images cannot be read so, and (`data.cache.folder`) as
+    Raises UserError (`model.in_channels`) where images cannot be read so, and (`data.cache.folder`) as
     `DiskCached` does.
     """
     decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)

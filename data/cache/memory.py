@@ -48,10 +48,12 @@ class Arena:
     Such a file has no name that a killed run could leave behind, does not count against the size of /dev/shm, and is
     gone with its last process. A row is published after its image is complete, so a process that is killed while it
     copies leaves unused space and no image.
+
+    path: by which another process may open the file.
     """
 
     def __init__(self, descriptor: int, rows: int) -> None:
-        self.rows, self.path = rows, f"/proc/{os.getpid()}/fd/{descriptor}"
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
@@ -70,11 +72,6 @@ class Arena:
         arena = cls(descriptor, rows)
         arena._next[0], arena._end[0] = first, first + budget
         return arena
-
-    @classmethod
-    def attach(cls, path: str, rows: int) -> Self:
-        """Return the arena that another process has open as `path`. Raises OSError where it cannot be opened."""
-        return cls(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
 
     @property
     def used_bytes(self) -> int:
@@ -171,7 +168,7 @@ def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
     path = distributed.gather_objects(None if arena is None else arena.path)[first]
     if arena is None and path is not None:
         try:
-            arena = Arena.attach(path, rows)
+            arena = Arena(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
     distributed.barrier()  # the first rank lives until all have it open

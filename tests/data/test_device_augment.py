@@ -8,12 +8,11 @@ from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from data.config import AugmentConfig
-from data.device_augment import AUGMENT, DeviceAugment, Drawn
+from data.device_augment import AUGMENT, Augmentation, DeviceAugment
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng
 from utils.config.help import CONF
-from utils.errors import UserError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 SIZE = [24, 32]
@@ -78,7 +77,7 @@ def reference(image, drawn, config, noise):
 def change_colours(image, drawn):
     changes = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
     for number in drawn.order:
-        if drawn.factors[number] != Drawn().factors[number]:
+        if drawn.factors[number] != Augmentation().factors[number]:
             image = changes[number](image, drawn.factors[number])
     return image
 
@@ -112,8 +111,8 @@ def test_the_edge_of_the_fills_level_stays_invisible():
 def test_no_change_is_no_change_to_the_byte():
     config = config_of(**ALL)
     augment, images, _, _, keys = draw_batch(config, 8)
-    assert torch.equal(augment.apply(images, augment.pack(Drawn()).repeat(8, 1), keys), images)
-    mirrored = augment.pack(Drawn(mirrored=True)).repeat(8, 1)
+    assert torch.equal(augment.apply(images, augment.pack(Augmentation()).repeat(8, 1), keys), images)
+    mirrored = augment.pack(Augmentation(mirrored=True)).repeat(8, 1)
     assert torch.equal(augment.apply(images, mirrored, keys), images.flip(-1))
 
 
@@ -207,10 +206,3 @@ def test_a_classifier_trains_with_it_and_fits_its_head_to_augmented_images(tmp_p
     words += ["augment.on_device=true", "run_dir=run"]
     run("finetune", words, tmp_path)
     assert sum(applied[:-4]) >= 8 and applied[-4:] == [2, 2, 2, 2]  # the head's images, then two steps of two batches
-
-
-@pytest.mark.parametrize(("script", "views"), [("multicrop", "global_1, global_2, local_1"), ("flow", "images")])
-def test_a_kind_with_views_of_its_own_refuses(tmp_path, script, views):
-    words = [*SHORT, f"data.root={make_images(tmp_path / 'images')}", "augment.on_device=true", "run_dir=run"]
-    with pytest.raises(UserError, match=rf"augment.on_device: true is for .* \({views}.*set augment.on_device=false"):
-        run(f"tests.tasks.{script}", words, tmp_path)
