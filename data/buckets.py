@@ -21,10 +21,9 @@ from torch import Tensor
 
 from data.collection import Collection
 from data.image_formats import UnreadableImage
-from data.pixels import read_upright_size
-from data.stream import Draw
+from data.pixels import read_upright_size, resize
+from data.stream import Draw, Views
 from data.table import show_some
-from data.transforms import Views, resize
 from utils import rng
 from utils.config.bounds import Fraction, Pixels, Share, Side
 from utils.config.schema import Strict

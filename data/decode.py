@@ -16,8 +16,7 @@ from PIL import Image
 from torch import Tensor
 
 from data.image_formats import open_image
-from data.pixels import UPRIGHT, convert, load_upright, read_orientation, to_srgb
-from data.transforms import resize
+from data.pixels import UPRIGHT, convert, load_upright, read_orientation, resize, to_srgb
 from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
 

@@ -10,7 +10,7 @@ Nothing waits for the device.
 """
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.config import AugmentConfig
-from data.stream import Draw
-from data.transforms import NoiseErasing, TrainTransform, Transform, color_jitter, random_affine
+from data.stream import Draw, Views
+from data.transforms import NoiseErasing, TrainTransform, color_jitter, random_affine
 from utils import rng
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
@@ -249,10 +249,10 @@ def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
-def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Mapping[str, Transform]:
+def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
     """Return the views of a training image: `images`, and with `augment.on_device` the parameters for the device.
 
     background: of what `augment.pad` adds.
     """
-    views: dict[str, Transform] = {IMAGES: TrainTransform(config, background)}
-    return views | ({AUGMENT: DeviceAugment(config)} if config.on_device else {})
+    images = {IMAGES: TrainTransform(config, background)}
+    return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images

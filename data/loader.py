@@ -28,8 +28,7 @@ from data.collection import Collection, Row
 from data.image_formats import UnreadableImage
 from data.read_ahead import read_ahead
 from data.source import IMAGE, Cached, Prefetching, Record, Source, layers, not_cached
-from data.stream import Draw, RowsAhead, Sampler, Share, count_batches, evaluation_batches, train_batches
-from data.transforms import Transform
+from data.stream import Draw, RowsAhead, Sampler, Share, Transform, count_batches, evaluation_batches, train_batches
 from utils import rng
 from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
 from utils.errors import UserError

@@ -36,8 +36,8 @@ from data.images import Images, ListedFiles, open_contents
 from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
 from data.pixels import read_upright_size
 from data.source import Source
-from data.stream import Sampler, ShuffledSampler
-from data.transforms import Views, evaluation_views
+from data.stream import Sampler, ShuffledSampler, Views
+from data.transforms import evaluation_views
 from utils.canvas import background_of
 from utils.contracts import Machine
 from utils.ranks import distributed

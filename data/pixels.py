@@ -1,11 +1,15 @@
-"""The pixels of an image of any mode as Pillow decodes them: 8 bit, upright, on a background; and what headers say."""
+"""The pixels of an image of any mode: 8 bit, upright, on a background, of another size; and what headers say."""
 
 import functools
 import io
 import os
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageCms
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
 
 from data.image_formats import DEFAULT_MAX_PIXELS, Unsupported, formats_of, open_image, read_file
 
@@ -20,6 +24,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 _TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
 
@@ -96,6 +101,24 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
         coloured[pixels == clear] = colour
         return Image.fromarray(coloured)
     return Image.fromarray(grey)
+
+
+def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
+    """Return an image, uint8 [C, H, W], resized.
+
+    lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
+    The others are torch's; its kernel is fastest where a pixel's channels are neighbours, as decoders leave them.
+    """
+    if interpolation in _PILLOWS:
+        picture = v2.functional.to_pil_image(image)
+        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
+    if tuple(size_hw) == tuple(image.shape[1:]):
+        return image
+    if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
+    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

@@ -11,12 +11,13 @@ import itertools
 import os
 import sys
 from bisect import bisect_right
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow.compute as pc
+from torch import Tensor
 
 from data.collection import Collection
 from utils import rng
@@ -31,10 +32,6 @@ def _order(seed: int, stream: int, count: int) -> rng.Permutation:
     return rng.Permutation(seed, stream, count)
 
 
-# The first position and the size of a batch, and whether it is the first of the stream -> further rows to read ahead.
-RowsAhead = Callable[[int, int, bool], list[int]]
-
-
 class Draw(NamedTuple):
     """One sample at one position: its row, its random key, and the shape group it belongs to."""
 
@@ -42,6 +39,13 @@ class Draw(NamedTuple):
     index: int
     key: int
     group: int = 0
+
+
+# A view of an image: from uint8 [C, H, W] of any size to a tensor of the shape that the draw's group has.
+Transform = Callable[[Tensor, Draw], Tensor]
+Views = Mapping[str, Transform]
+# The first position and the size of a batch, and whether it is the first of the stream -> further rows to read ahead.
+RowsAhead = Callable[[int, int, bool], list[int]]
 
 
 class Sampler:

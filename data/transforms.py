@@ -8,17 +8,17 @@ Normalisation happens on the device (models/normalise.py): a batch carries bytes
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
-from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
-from data.stream import Draw
+from data.pixels import resize
+from data.stream import Draw, Transform, Views
 from utils import rng
 from utils.canvas import DEFAULT, background_levels, background_of
 
@@ -26,12 +26,6 @@ from utils.canvas import DEFAULT, background_levels, background_of
 # pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
 _LONGEST = 8
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
-_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
-
-# From uint8 [C, H, W] of any size to uint8 [C, h, w] of the size that the draw's group has. A view that is no image may
-# be any tensor of one shape (data/device_augment.py: parameters for the device).
-Transform = Callable[[Tensor, Draw], Tensor]
-Views = Mapping[str, Transform]
 
 
 class ByGroup:
@@ -43,24 +37,6 @@ class ByGroup:
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""
         return self._transforms[draw.group](image, draw)
-
-
-def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
-    """Return an image, uint8 [C, H, W], resized.
-
-    lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
-    The others are torch's; its kernel is fastest where a pixel's channels are neighbours, as decoders leave them.
-    """
-    if interpolation in _PILLOWS:
-        picture = v2.functional.to_pil_image(image)
-        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
-    if tuple(size_hw) == tuple(image.shape[1:]):
-        return image
-    if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
-    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
-    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
 def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:

@@ -22,10 +22,9 @@ from data.loader import Example, Fields
 from data.open import Data, describe_collection, open_images
 from data.rows import training_rows
 from data.source import Source, layers
-from data.stream import GroupedSampler
+from data.stream import GroupedSampler, Views
 from data.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from data.text_cache import TextCache, vary_caption
-from data.transforms import Views
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig

@@ -27,8 +27,8 @@ from data.loader import Fields, no_fields
 from data.open import Data, describe_collection, open_images
 from data.rows import training_rows
 from data.source import Source
-from data.stream import GroupedSampler, Sampler, build_sampler
-from data.transforms import ByGroup, TrainTransform, Views
+from data.stream import GroupedSampler, Sampler, Views, build_sampler
+from data.transforms import ByGroup, TrainTransform
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported
