@@ -10,22 +10,13 @@ import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from PIL import Image
 
-from data.collection import Collection, index_collection
 from data.manifest_writer import write_manifest
 from data.tags.names import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
+from tests.data.test_collection import load, put
 from utils.errors import UserError
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
-
-
-def put(root, *paths):
-    """Write images."""
-    for path in paths:
-        (root / path).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (2, 2)).save(root / path, format="PNG")
-    return root
 
 
 def write(root, name, content):
@@ -37,12 +28,8 @@ def write(root, name, content):
     return root
 
 
-def load(root, fraction=0.0):
-    return Collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=root / ".cache"))
-
-
 def rows(root):
-    table = load(root).table
+    table = load(root, root / ".cache").table
     ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(table)
     return {
         path: (tags, rating, caption, number)
@@ -54,7 +41,7 @@ def rows(root):
 
 def refused(root, *parts):
     with pytest.raises(UserError, match=r"^data\.root: ") as caught:
-        load(root)
+        load(root, root / ".cache")
     assert all(part in str(caught.value) for part in parts), caught.value
 
 
