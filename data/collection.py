@@ -25,7 +25,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _FINGERPRINT = b"fingerprint"
-_INDEX = 2  # of what an index has: another number makes all of them again
+_INDEX = 3  # version of the index; a new number rebuilds every index
 
 
 class Row:
@@ -38,7 +38,7 @@ class Row:
         self._columns, self._index = columns, index
 
     def __getattr__(self, name: str) -> Any:
-        """Return a column's value; tags as a tuple. Raises AttributeError where there is no such column."""
+        """Return a column's value; tags as a tuple. Raises AttributeError for an unknown column."""
         try:
             value = self._columns[name][self._index].as_py()
         except KeyError:
@@ -117,14 +117,14 @@ class Collection:
 def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
     """Read a collection by the layout it has, and return its index: an uncompressed Arrow IPC file in `cache`.
 
-    The index of an unchanged manifest, and of unchanged shards, is taken as it is; a file that is gone since is
-    reported when it is read. A folder is read anew at each call. An index that came with a collection is never read.
+    The index of an unchanged manifest, and of unchanged shards, is reused; an image that was removed since is reported
+    when it is read. A folder is read again at each call. An index inside a collection is never read.
     Raises UserError (`data.root`).
     """
     layout = recognise(root, cache)
     target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
     if target is not None and target.is_file():
-        log.debug("data.root: %s is unchanged, and its index is there", layout.files[0])
+        log.debug("data.root: %s is unchanged, and so its index is used", layout.files[0])
         return target
     table = assign_validation(layout.read(), validation_fraction)
     fingerprint = hash_table(table)

@@ -48,18 +48,18 @@ _ABOUT = "glyphs.json"
 
 
 def glyphs_ready(root: Path) -> bool:
-    """Tell whether `root` holds this version's glyphs, completely drawn."""
-    there = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
-    return there and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
+    """Return whether `root` holds this version's glyphs, completely drawn."""
+    has_files = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
+    return has_files and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
 
 
 def draw_glyphs(root: Path) -> None:
-    """Draw the embedded collection into `root`, once: where it is ready, nothing happens.
+    """Draw the embedded collection into `root`, unless it is ready.
 
-    It appears whole or not at all; of several processes that draw at once, the first to end makes it. The bytes of
-    every image follow from the fonts and from Pillow and its FreeType.
+    It appears whole or not at all. If several processes draw at once, the first to end writes it. The bytes of every
+    image depend only on the fonts, Pillow and its FreeType.
 
-    Raises UserError (`data.root`) where `root` is something else, and where it cannot be made.
+    Raises UserError (`data.root`) if `root` is something else or cannot be written.
     """
     root = Path(os.path.abspath(root))
     if glyphs_ready(root):

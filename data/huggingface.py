@@ -20,12 +20,12 @@ from utils.io.files import write_atomically
 from utils.io.memo import files_key
 
 _BATCH_ROWS = 64
-# What is read: the first column that is there, where its values are of the type.
+# What is read: the first column that exists, if its values are of the type.
 _COLUMNS = {"label": (("label", "labels"), str), "caption": (("caption", "text"), str), "tags": (("tags",), list)}
 
 
 def unpack_parquet(file: Path, cache: Path) -> Path:
-    """Return an uncompressed Arrow file of a Parquet file's rows, made where it is missing. Raises UserError."""
+    """Return an uncompressed Arrow file of a Parquet file's rows, written if it is missing. Raises UserError."""
 
     def write(temporary: Path) -> None:
         with pq.ParquetFile(file) as parquet, pa.ipc.new_stream(str(temporary), parquet.schema_arrow) as writer:
@@ -75,8 +75,8 @@ def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer) -> Iterator[dic
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it without, as save_to_disk of `datasets` does")
-    there = images.is_valid().to_numpy(zero_copy_only=False) & content.is_valid().to_numpy(zero_copy_only=False)
-    offsets, lengths = (begin + ends[:-1]).tolist(), np.where(there, np.diff(ends), 0).tolist()
+    is_valid = images.is_valid().to_numpy(zero_copy_only=False) & content.is_valid().to_numpy(zero_copy_only=False)
+    offsets, lengths = (begin + ends[:-1]).tolist(), np.where(is_valid, np.diff(ends), 0).tolist()
     files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
     texts = (_read_column(batch, names, kind) for names, kind in _COLUMNS.values())
     for file, offset, length, *values in zip(files, offsets, lengths, *texts):
@@ -92,9 +92,9 @@ def _holds_images(kind: pa.DataType) -> bool:
 
 
 def _read_column(batch: pa.RecordBatch, names: tuple[str, ...], kind: type) -> list[Any]:
-    """Return the values of the first column of these names, None where one is of another type or there is no column.
+    """Return the values of the first column of these names, None for a value of another type or without a column.
 
-    The number of a class becomes its name, where the schema's metadata state it; a negative one is none.
+    The number of a class becomes its name, if the schema's metadata have it; a negative number becomes None.
     """
     name = next((name for name in names if name in batch.schema.names), None)
     values = [None] * len(batch) if name is None else batch.column(name).to_pylist()

@@ -29,18 +29,18 @@ log = get_logger(__name__)
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute, or with an empty part, `.` or `..`
-# The Parquet metadata name the function that made a manifest, so that a user's own file is never overwritten.
+# The Parquet metadata name what wrote a manifest, so that a user's own file is never overwritten.
 _MAKER, _OURS = b"atelier.made_by", "write_manifest"
 _AT_ONCE, _PART = 16, 512  # folders or files that are asked for at once
 
 
 def find_manifest(root: Path) -> Path | None:
-    """Return the root's manifest, None where it has none. Raises UserError where it has two."""
+    """Return the root's manifest, None for none. Raises UserError if it has two."""
     return find_one(root, (PARQUET, JSONL, CSV))
 
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:
-    """Return the one of some files that is at the root, None without any. Raises UserError where two are."""
+    """Return which of some files is at the root, None for none. Raises UserError if two are."""
     found = [root / name for name in names if (root / name).exists()]
     if len(found) > 1:
         names = " and ".join(file.name for file in found)
@@ -106,7 +106,7 @@ def read_table(file: Path) -> pa.Table:
 
 
 def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file as it is, or those of some columns that it has.
+    """Read a Parquet file as it is, or only some of its columns.
 
     Raises ArrowException or OSError where it is not one.
     """
@@ -227,8 +227,8 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
 def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
     """Write a table as the root's `manifest.parquet`, atomically.
 
-    maker: only a manifest of the default one is ever overwritten. Raises UserError (`data.root`) where the folder is
-    not writable.
+    maker: only a manifest of the default maker is ever overwritten. Raises UserError (`data.root`) if the folder is not
+    writable.
     """
     table = table.replace_schema_metadata({_MAKER: maker.encode()})
     try:
@@ -238,7 +238,7 @@ def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
 
 
 def refuse_foreign(file: Path) -> None:
-    """Raise UserError for a manifest that job=manifest did not make."""
+    """Raise UserError for a manifest that job=manifest did not write."""
     made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
     if made_by != _OURS.encode():
         raise UserError(

@@ -83,12 +83,12 @@ def write_manifest(
 ) -> pa.Table:
     """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file; return it.
 
-    verify: decode every image, and fill in the columns _DECODED. An unreadable one stays in the manifest with weight 0
-    and a reason, and so does in any case a file that cannot be opened. duplicates: fill in group (data/duplicates.py)
+    verify: decode every image, and fill in the columns _DECODED. Unreadable images stay in the manifest with weight 0
+    and a reason; without verify, only files that cannot be opened do. duplicates: fill in group (data/duplicates.py)
     too, which needs verify.
 
-    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that cannot be
-    written, and for a manifest already there that this function did not write.
+    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
+    and for an existing manifest that this function did not write.
     """
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:

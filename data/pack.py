@@ -68,10 +68,10 @@ class Pack(Tool):
 def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.Table:
     """Write a collection as shards of about `shard_mib` MiB and their manifest, and return that.
 
-    Goes on where an earlier call ended: shards that are there are kept, and their images found in them.
+    Continues an earlier call: complete shards are kept, and their images are found in them.
 
     Raises UserError: `job.output` where the folder holds anything else, or cannot be written; `data.root` where an
-    image cannot be read, or has not the stated SHA-256.
+    image cannot be read, or has another SHA-256 than the manifest says.
     """
     shards, places = _plan_shards(collection, shard_mib * _MIB), []
     classes = {label: number for number, label in enumerate(collection.class_names("train"))}
@@ -124,8 +124,8 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
         for record, content in _read_rows(collection, rows):
             key, suffix = member_key(record["path"]), os.path.splitext(record["path"])[1].lower()
             members = {suffix if suffix in IMAGE_SUFFIXES else ".img": content}
-            stated = {name: value for name, value in record.items() if value is not None}
-            members[".json"] = json.dumps(stated, ensure_ascii=False, sort_keys=True).encode()
+            known = {name: value for name, value in record.items() if value is not None}
+            members[".json"] = json.dumps(known, ensure_ascii=False, sort_keys=True).encode()
             if record["label"] in classes:
                 members[".cls"] = str(classes[record["label"]]).encode()
             if text := record["caption"] or ", ".join(record["tags"]):
@@ -176,6 +176,6 @@ def _find_places(file: Path) -> list[dict[str, Any]]:
         for image, member in itertools.pairwise(tar):
             if member.name.endswith(".json"):  # which comes right behind its image
                 record = json.load(tar.extractfile(member))
-                stated = {name: record.get(name) for name in ("sha256", "width", "height")}
-                found.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **stated})
+                known = {name: record.get(name) for name in ("sha256", "width", "height")}
+                found.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **known})
     return found

@@ -95,11 +95,11 @@ def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
 
 
 def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, list[str]]:
-    """Return the rows of a shard, which are of the split that its name states, and what is skipped.
+    """Return the rows of a shard, whose name gives their split, and what is skipped.
 
-    shard: its name, what rows name it by, and the file.
+    shard: its name, the name in the column shard, and the file.
     """
-    name, stated, file = shard
+    name, shard_name, file = shard
     rows, skipped = (read_tar if name.endswith(_TAR) else read_arrow)(file, name)
     split = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
-    return pa.Table.from_pylist([{"split": split, "shard": stated, **row} for row in rows], _ROWS), skipped
+    return pa.Table.from_pylist([{"split": split, "shard": shard_name, **row} for row in rows], _ROWS), skipped

@@ -30,7 +30,7 @@ _AT_ONCE = 16  # folders that are listed at once
 
 
 def check_root(root: str) -> Path:
-    """Return the collection's folder. Raises UserError (`data.root`) where there is none."""
+    """Return the collection's folder. Raises UserError (`data.root`) if it does not exist."""
     folder = Path(root).expanduser()
     if not root or not folder.is_dir():
         found = "is a file, not a folder" if root and folder.exists() else f"does not exist (looked from {Path.cwd()})"
@@ -82,13 +82,13 @@ def scan_folder(root: Path) -> pa.Table:
 
 
 def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns: Sequence[Any]) -> pa.Table:
-    """Build a table of images, which have their bytes, and of what is known of each."""
+    """Build a table of images from their sizes in bytes, by path, and from what their sidecars say."""
     fields = {name: [getattr(sidecar, name) for sidecar in sidecars] for name in Sidecar._fields}
     return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
 
 
 def list_images(root: Path) -> dict[str, int]:
-    """Return the bytes of every image below a folder, by path. Raises UserError (`data.root`) as `scan_folder` does."""
+    """Return the sizes of all images below a folder in bytes, by path. Raises UserError as `scan_folder` does."""
     return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
 
 
@@ -107,7 +107,7 @@ def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[
 
     Folders of one depth are listed at once. Raises UserError (`data.root`) for a circle of links.
     """
-    level = [("", (os.path.realpath(root),))]  # each with its real path and those of the folders that it is in
+    level = [("", (os.path.realpath(root),))]  # each with its real path and the real paths of its parents
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while level:
             below = []
@@ -135,7 +135,10 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
-    """Return the bytes of a folder's images, by path. Raises UserError for what is no file, and a name not in UTF-8."""
+    """Return the sizes of a folder's images in bytes, by path.
+
+    Raises UserError for what is no file, and for a name that is not UTF-8.
+    """
     images = {}
     for entry in entries:
         if not is_image_name(entry.name):
@@ -175,7 +178,7 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
 
 
 def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
-    """Warn of folders that hold no image; of those inside each other the outer one."""
+    """Warn of folders that hold no image; of nested ones, only the outer one is named."""
     used = {path[: place + 1] for path in paths for place, letter in enumerate(path) if letter == "/"} | {""}
     empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
     if empty:

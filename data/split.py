@@ -15,8 +15,8 @@ log = get_logger(__name__)
 def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
     """Return a table of training and validation rows alone; of `fraction` for validation where it has none. Logs both.
 
-    Rows of a test split are dropped beside validation rows, and validate where there are none: nothing here needs a
-    third split, and figures of a run must not come from its test images.
+    Rows of a test split are dropped if there are validation rows, else they become the validation split: nothing here
+    needs a third split, and figures of a run must not come from its test images.
     """
     is_test = pc.equal(table["split"], TEST)
     has_validation = "val" in table["split"].unique().to_pylist()

@@ -33,10 +33,10 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _WARNED = 20  # images that are copied as they are
-_THERE, _COPIED, _SHRUNK = "there", "copied", "shrunk"
+_PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
-# What Pillow raises for images that it cannot read, and ValueError for those that are not shrunk.
+# What Pillow raises for images that it cannot read; ValueError also for images that are not shrunk.
 _UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
@@ -88,8 +88,8 @@ def _smooth_mode(image: Image.Image) -> str:
 class Copy(Tool, Rules):
     """Copy the images that have all the tags and break no rule; nothing is overwritten.
 
-    to: the folder. A file that is there with the same size and time of change is passed over, so a killed job goes on
-    where it was.
+    to: the folder. A file that it already has, of the same size and modification time, is skipped, so a killed job
+    continues.
     """
 
     name: Literal["copy"]
@@ -123,7 +123,7 @@ class Copy(Tool, Rules):
 class Downsample(Tool):
     """Copy the collection to the folder `to`, images with a side longer than `longest_px` shrunk to it.
 
-    quality: of JPEG and WebP. Killed, it goes on where it was.
+    quality: of JPEG and WebP. A killed job continues.
     """
 
     name: Literal["downsample"]
@@ -138,7 +138,7 @@ class Downsample(Tool):
         paths = sorted(list_images(root))
         done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
         copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
-        unfit = [(path, what) for path, what in zip(paths, done) if what not in (_THERE, _COPIED, _SHRUNK)]
+        unfit = [(path, what) for path, what in zip(paths, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
         for path, why in unfit[:_WARNED]:
             log.warning("%s is copied as it is: %s", path, why)
         return (
@@ -148,7 +148,7 @@ class Downsample(Tool):
 
 
 def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
-    """Copy files of a collection to the same places below `target`; return what was done with each."""
+    """Copy files of a collection to the same paths below `target`; return what was done with each."""
     copy = functools.partial(_copy_file, root, target, shrink)
     with output_errors("job.to", target):
         done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
@@ -156,16 +156,16 @@ def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | 
 
 
 def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
-    """Copy a file, shrunk where it is longer; return what was done, or why it is copied as it is.
+    """Copy a file, shrunk if it is longer; return what was done, or why it is copied unchanged.
 
-    Raises UserError (`job.to`) where another file is there.
+    Raises UserError (`job.to`) if the copy exists and differs.
     """
     source, copy, done = root / path, target / path, _COPIED
     if copy.exists():
         ours, theirs = source.stat(), copy.stat()
         if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
             raise UserError(f"job.to: {str(copy)!r} is another file than {str(source)!r}; name an empty folder")
-        return _THERE
+        return _PRESENT
     try:
         if shrink is not None and shrink.is_for(source):
             write_atomically(copy, functools.partial(shrink.write, source))

@@ -1,6 +1,6 @@
-"""Jobs that write into the manifest of job=manifest: filter and duplicates weight 0 and a reason, split the splits.
+"""Jobs that change the manifest of job=manifest: filter and duplicates write weight 0 and a reason, split the splits.
 
-A `Finder` takes back what it excluded before and does not find now; job=manifest makes the manifest anew.
+A `Finder` takes back what it excluded before and does not find now; job=manifest writes a new manifest.
 """
 
 from collections.abc import Mapping, Sequence
@@ -35,7 +35,7 @@ _SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images of eac
 
 
 class Finder(Tool):
-    """A job that finds images which are not to be trained on. report: of pages and lists. apply: exclude them."""
+    """A job that finds images to exclude from training. report: the folder of pages and lists. apply: exclude them."""
 
     report: PathText
     apply: bool
@@ -54,7 +54,7 @@ class Finder(Tool):
 
 
 def read_own_manifest(root: Path) -> pa.Table:
-    """Return the manifest that job=manifest made. Raises UserError (`data.root`) where there is none, or another."""
+    """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
     if not (root / PARQUET).is_file():
         raise UserError(f"data.root: {str(root)!r} has no {PARQUET}; run prepare.py job=manifest first")
     refuse_foreign(root / PARQUET)
@@ -62,7 +62,7 @@ def read_own_manifest(root: Path) -> pa.Table:
 
 
 def _read_reasons(table: pa.Table) -> list[str | None]:
-    """Return why each row of a manifest has weight 0, None where it has not."""
+    """Return why each row of a manifest has weight 0, None for other rows."""
     return table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
 
 
@@ -209,7 +209,7 @@ def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarra
 
 
 class Split(Tool):
-    """Write the split column of the manifest that job=manifest made, by its rule; rows of a test split stay.
+    """Write the split column of the manifest that job=manifest wrote, by its rule; rows of a test split stay.
 
     apply: write it; False: say what it would be.
     """

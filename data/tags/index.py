@@ -1,4 +1,4 @@
-"""The tags of a collection as outputs of a vocabulary, made once and memory-mapped by every process.
+"""The tags of a collection as outputs of a vocabulary, computed once and memory-mapped by every process.
 
 index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags"))
 index.of_row(0), index.rating_known[0], index.tagged[rows]
@@ -27,7 +27,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_VERSION = 3  # of what tags are made of texts; a change makes every index again
+_VERSION = 3  # of how texts become tags; a new number rebuilds every index
 _SHOWN = 5  # dropped tags that a report names
 _CHUNK_ROWS = 2**17
 
@@ -88,7 +88,7 @@ class NoKnownTag(UserError):
 
 
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
-    """Return the collection's tags as outputs of the vocabulary; made on rank 0 where `cache` lacks them.
+    """Return the collection's tags as outputs of the vocabulary; rank 0 computes them if `cache` lacks them.
 
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
@@ -134,7 +134,7 @@ class _Mapper:
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
         self._columns, self._rules = vocabulary.columns, rules
         named = [key for key in vocabulary.columns if key[0] != RATING]
-        # The category of a name: general before others, else that of its first output.
+        # The category of a name: general before others, else the category of its first output.
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
         self._is_rating = np.asarray(vocabulary.categories) == RATING
@@ -155,7 +155,7 @@ class _Mapper:
         rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
         pairs = np.unique(rows * width + outputs.flatten().to_numpy())
 
-        # The rating: of the column; else that of the tags, where they agree.
+        # The rating of the column counts; without one, the rating of the tags, if they have only one.
         names = ratings.fill_null("").dictionary_encode()
         stated = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
         stated = stated[names.indices.to_numpy()]
@@ -170,13 +170,13 @@ class _Mapper:
         return ids, lengths, rated > 0, lengths > rated
 
     def _find_outputs(self, text: str) -> list[int]:
-        """Return the outputs of a text: its tag's and those of the tags that follow from it."""
+        """Return the outputs of a text: of its tag and of the tags that it implies."""
         if text not in self._known:
             self._known[text] = [output for tag in self._rules.read(text) if (output := self._find(tag)) >= 0]
         return self._known[text]
 
     def _find(self, tag: Tag) -> int:
-        """Return a tag's output, -1 for none. Without a category it has that of its name in the vocabulary."""
+        """Return a tag's output, -1 for none. A tag without a category gets the category of its name."""
         if tag.category == RATING:
             name = self._rules.read_rating(tag.name) if self._is_rating.any() else None
             return self._columns.get((RATING, name), -1)

@@ -72,7 +72,7 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
 
 
 def _tags_of_record(where: str, record: dict[str, Any]) -> tuple[str, ...] | None:
-    """Return a record's tags, None where it states none: from `tags`, else `tag_string`, else those of categories.
+    """Return a record's tags, None without any: from `tags`, else `tag_string`, else the fields of categories.
 
     Categories: CATEGORY_FIELDS, or `tags` as an object of them.
     """
@@ -91,7 +91,7 @@ def _tags_of_record(where: str, record: dict[str, Any]) -> tuple[str, ...] | Non
 def _words(where: str, field: str, value: Any) -> list[str]:
     """Return the tags of a list or a text.
 
-    Spaces separate in the texts of boorus; in `tags` commas do where there is one, as people write JSON by hand.
+    Spaces separate the tags in the texts of boorus; commas do in a `tags` text that has one, as people write by hand.
     """
     if isinstance(value, str):
         return _SEPARATORS.split(value) if field == "tags" and "," in value else value.split()

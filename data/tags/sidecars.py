@@ -36,7 +36,7 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidec
 
 
 def list_sidecars(name: str, names: set[str]) -> list[str]:
-    """Return those of a folder's file names that are sidecars of the image `name`; `x.jpg.txt` before `x.txt`."""
+    """Return which of a folder's file names are sidecars of the image `name`; `x.jpg.txt` before `x.txt`."""
     stems = dict.fromkeys((name, os.path.splitext(name)[0]))
     return [stem + suffix for suffix in SUFFIXES for stem in stems if stem + suffix in names]
 
@@ -44,8 +44,8 @@ def list_sidecars(name: str, names: set[str]) -> list[str]:
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     """Raise UserError for a link out of the collection, else any text file of this machine could become a caption.
 
-    A link may lead into the collection, or to a file in the folder `beside`: that of the image's own target, as in a
-    folder of links to pairs.
+    A link may lead into the collection, or into the folder `beside`, where the image's own link leads, as in a folder
+    of links to pairs.
     """
     target, real = os.path.realpath(file), os.path.realpath(root)
     if file.is_symlink() and os.path.dirname(target) != beside and not target.startswith(real.rstrip("/") + "/"):

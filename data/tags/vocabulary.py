@@ -54,8 +54,8 @@ def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) 
     taken = Counter(category_name(tag.category) for tag, _ in chosen)
     log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in taken.items()))
     ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
-    made = Vocabulary.of(tag for tag, _ in chosen)
-    return replace(made, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
+    vocabulary = Vocabulary.of(tag for tag, _ in chosen)
+    return replace(vocabulary, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
 
 
 def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:
@@ -70,8 +70,8 @@ def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]
         found.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
     ordered = [tag for tag, _ in found.most_common() if tag.name and tag.category != RATING]
     tags = [tag for tag in ordered if tag.category is not None]
-    stated = {tag.name for tag in tags}
-    tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in stated]
+    named = {tag.name for tag in tags}
+    tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in named]
     every = Vocabulary.of([*((RATING, name) for name in RATINGS), *tags])
     counts = np.bincount(map_tags(table, every, rules).ids, minlength=len(every))
     return list(zip(map(Tag._make, every.columns), counts.tolist()))
