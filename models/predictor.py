@@ -22,12 +22,11 @@ from utils.config.bounds import Side
 from utils.errors import UserError
 from utils.io.onnx_file import refuse_external_data, unreadable_onnx
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL, RATING
+from utils.vocabulary import GENERAL, RATING, check_facts
 
 log = get_logger(__name__)
 
 _Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
-_Names = Annotated[list[str], Field(min_length=1)]
 
 
 class _Preprocessing(BaseModel):
@@ -59,27 +58,15 @@ class _Preprocessing(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """The metadata that a prediction needs; a file may have more. Of tags: the categories and thresholds of each."""
+    """The metadata that a prediction needs beside the columns of tags; a file may have more."""
 
     model_config = ConfigDict(strict=True)
 
     output: str | None = None
     preprocessing: _Preprocessing
     form: OnnxForm | None = None
-    class_names: _Names | None = None
-    tag_names: _Names | None = None
-    tag_categories: list[int] | None = None
-    tag_counts: list[int] | None = None
-    tag_ids: list[int] | None = None
+    class_names: Annotated[list[str], Field(min_length=1)] | None = None
     thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
-
-    @model_validator(mode="after")
-    def _one_per_tag(self) -> Self:
-        count = len(self.tag_names or ())
-        for name in ("tag_categories", "tag_counts", "tag_ids", "thresholds"):
-            if (found := getattr(self, name)) is not None and len(found) != count:
-                raise ValueError(f"{len(found)} {name} for {count} tags")
-        return self
 
 
 def check_metadata(path: Path, metadata: Any) -> None:
@@ -88,9 +75,10 @@ def check_metadata(path: Path, metadata: Any) -> None:
         found = _Metadata.model_validate(metadata)
     except ValidationError as error:
         raise wrong_metadata(path, error) from None
-    output = OUTPUTS.get(found.output or "")
-    if output is not None and output.names_key is not None and getattr(found, output.names_key) is None:
-        raise UserError(f"{path} has wrong metadata ({output.names_key}: none); make the file again")
+    if found.output == "classes" and found.class_names is None:
+        raise UserError(f"{path} has wrong metadata (class_names: none); make the file again")
+    if found.output == "tags" and len(check_facts(path, metadata)) != len(found.thresholds or metadata["tag_names"]):
+        raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
 
 
 def wrong_metadata(path: Path, error: ValidationError) -> UserError:

@@ -8,16 +8,16 @@ Row i, counted from 0 behind the header, names output i. There is no padding and
 columns are allowed, and not read here.
 """
 
+import csv
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Self
+from typing import Annotated, Any, Self
 
 import numpy as np
-import pyarrow as pa
-from pyarrow import csv as arrow_csv
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from utils.errors import UserError
 from utils.io.files import sha256_text
@@ -31,8 +31,10 @@ _CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
 FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")  # in metadata
-_SCHEMA = pa.schema([("tag_id", pa.int64()), ("name", pa.string()), ("category", pa.int64()), ("count", pa.int64())])
+_COLUMNS = dict(zip(("name", "category", "count", "tag_id"), FACTS))
 _SHOWN = 5  # names that a message shows
+_Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
+_Number = Annotated[int, Field(ge=0, lt=2**63)]
 
 
 def category_name(number: int) -> str:
@@ -79,8 +81,7 @@ class Vocabulary:
 
     def facts(self) -> dict[str, Any]:
         """Return it as the metadata of a weight file."""
-        columns = self.names, self.categories, self.counts, self.tag_ids
-        return {name: list(column) for name, column in zip(FACTS, columns)}
+        return dict(zip(FACTS, map(list, (self.names, self.categories, self.counts, self.tag_ids))))
 
 
 def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
@@ -88,72 +89,76 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
 
 
-def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
-    """Return the vocabulary of a weight file, which may be a stranger's, from its metadata.
+class _Facts(BaseModel):
+    """The columns of a file, which may be a stranger's."""
 
-    Raises UserError that names the first wrong entry: a list of other values or another length, another hash.
-    """
-    wrong = f"{path} has wrong metadata"
-    columns = [metadata.get(name) for name in FACTS]
-    for name, column, kind in zip(FACTS, columns, (str, int, int, int)):
-        if not isinstance(column, list) or len(column) != len(columns[0]):
-            raise UserError(f"{wrong} ({name}: not a list as long as {FACTS[0]}); make the file again")
-        if not all(type(value) is kind and (kind is str or 0 <= value < 2**63) for value in column):
-            raise UserError(f"{wrong} ({name}: not all {kind.__name__}, of numbers from 0); make the file again")
-    found = vocabulary_of(metadata)
-    check_vocabulary(found, path)
+    tag_names: Annotated[tuple[_Name, ...], Field(min_length=1)]
+    tag_categories: tuple[_Number, ...]
+    tag_counts: tuple[_Number, ...]
+    tag_ids: tuple[_Number, ...]
+
+    @model_validator(mode="after")
+    def _has_a_row_for_each_tag(self) -> Self:
+        for name in FACTS:
+            if len(getattr(self, name)) != len(self.tag_names):
+                raise ValueError(f"{len(getattr(self, name))} {name} for {len(self.tag_names)} tags")
+        (category, name), count = Counter(zip(self.tag_categories, self.tag_names)).most_common(1)[0]
+        if count > 1:
+            raise ValueError(f"{name!r} of category {category} is there more than once")
+        return self
+
+
+def check_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a file's metadata. Raises UserError that names the first wrong value."""
+    try:
+        return vocabulary_of(_Facts.model_validate(metadata).model_dump())
+    except ValidationError as error:
+        place, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+        raise UserError(f"{path} has wrong tags ({place}: {why}); make the file again") from None
+
+
+def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
+    """Return the vocabulary of a weight file. Raises UserError that names the first wrong value, or another hash."""
+    found = check_facts(path, metadata)
     if (stated := metadata.get("vocabulary_hash")) != found.hash:
-        raise UserError(f"{wrong} (vocabulary_hash: {stated!r}, of its tags {found.hash!r}); make the file again")
+        raise UserError(
+            f"{path} has wrong tags (vocabulary_hash: {stated!r}, found {found.hash!r}); make the file again"
+        )
     return found
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Read a selected_tags.csv. Raises UserError that names the first wrong row."""
+    """Read a selected_tags.csv. Raises UserError that names the first wrong value."""
     try:
-        table = arrow_csv.read_csv(
-            path, convert_options=arrow_csv.ConvertOptions(column_types=_SCHEMA, include_columns=_SCHEMA.names,
-                                                     strings_can_be_null=False),
-        )  # fmt: skip
+        with open(path, encoding="utf-8-sig", newline="") as stream:
+            rows = [[row[column] for column in _COLUMNS] for row in csv.DictReader(stream)]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; prepare.py job=vocabulary makes one") from None
-    except (pa.ArrowException, KeyError, OSError) as error:
+    except (KeyError, ValueError, OSError, csv.Error) as error:
         raise UserError(
-            f"{path} is no vocabulary ({error}); it needs the columns {', '.join(_SCHEMA.names)}, as "
-            "prepare.py job=vocabulary writes them"
+            f"{path} is no vocabulary ({error}); it needs the columns {', '.join(_COLUMNS)}, as prepare.py "
+            "job=vocabulary writes them"
         ) from None
-    found = Vocabulary(*(tuple(table[name].to_pylist()) for name in ("name", "category", "count", "tag_id")))
-    check_vocabulary(found, path)
-    return found
-
-
-def check_vocabulary(vocabulary: Vocabulary, path: Path) -> None:
-    """Raise UserError where a row has no meaning or two mean the same."""
-    if len(vocabulary) == 0:
-        raise UserError(f"{path} has no tag")
-    for row, (category, name) in enumerate(zip(vocabulary.categories, vocabulary.names)):
-        if category is None or not name or name != name.strip() or "\n" in name:
-            raise UserError(
-                f"{path}, row {row}: name {name!r}, category {category}; each row needs a name and a category"
-            )
-    if len(vocabulary.columns) < len(vocabulary):
-        keys = Counter(zip(vocabulary.categories, vocabulary.names))
-        category, name = keys.most_common(1)[0][0]
-        raise UserError(f"{path} has {name!r} of category {category} more than once; keep one of the rows")
+    return check_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write a selected_tags.csv, atomically; further: more columns, behind the four."""
-    columns = vocabulary.tag_ids, vocabulary.names, vocabulary.categories, vocabulary.counts, *(further or {}).values()
-    names = [*_SCHEMA.names, *(further or {})]
-    write_table(path, [dict(zip(names, row)) for row in zip(*columns)])
+    columns = {
+        "tag_id": vocabulary.tag_ids, "name": vocabulary.names, "category": vocabulary.categories,
+        "count": vocabulary.counts, **(further or {}),
+    }  # fmt: skip
+    write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
 
 
 def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:
-    """Return how two vocabularies differ, for messages: the outputs that one lacks, or the first that moved."""
-    only = [sorted(a.columns.keys() - b.columns.keys()) for a, b in ((ours, theirs), (theirs, ours))]
-    if not only[0] and not only[1]:
-        moved = next(i for i in range(len(ours)) if ours.names[i] != theirs.names[i])
-        return f"the same tags in another order, from row {moved} on: {ours.names[moved]!r} and {theirs.names[moved]!r}"
-    shown = [f"{len(keys)} ({', '.join(name for _, name in keys[:_SHOWN])}{', ...' if len(keys) > _SHOWN else ''})"
-             for keys in only]  # fmt: skip
-    return f"{len(ours)} and {len(theirs)} tags; only in the first: {shown[0]}; only in the second: {shown[1]}"
+    """Return how two vocabularies differ, for messages: the outputs that one lacks, or their order."""
+    first, second = (
+        [name for _, name in sorted(a.columns.keys() - b.columns.keys())] for a, b in ((ours, theirs), (theirs, ours))
+    )
+    if not first and not second:
+        return "the same tags in another order"
+    return (
+        f"{len(ours)} and {len(theirs)} tags; {len(first)} only in the first: {', '.join(first[:_SHOWN]) or 'none'}; "
+        f"{len(second)} only in the second: {', '.join(second[:_SHOWN]) or 'none'}"
+    )
