@@ -11,12 +11,13 @@ probability is at least the threshold. A category's balanced row comes before it
 
 import csv
 import math
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+from pydantic import TypeAdapter
 
+from utils.config.bounds import Fraction
 from utils.errors import UserError, about
 from utils.record.logging import get_logger
 from utils.record.report import write_table
@@ -39,7 +40,7 @@ class Threshold:
 
     category: int
     name: str
-    threshold: float
+    threshold: Fraction
     precision: float | None
     recall: float | None
     f1: float | None
@@ -70,58 +71,43 @@ def write_thresholds(path: Path, table: ThresholdTable) -> None:
     write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
 
 
-def read_thresholds(path: Path, vocabulary: Vocabulary, trained: str | None = None) -> ThresholdTable:
-    """Read a thresholds.csv. Raises UserError where it is none, or of another vocabulary.
-
-    trained: the hash of the vocabulary that a tagger was trained on, where its export has another order.
-    """
-    try:
-        with open(path, encoding="utf-8", newline="") as stream:
-            rows, hashes = zip(*_parse(stream))
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
-    except (KeyError, ValueError, TypeError, OSError, csv.Error) as error:
-        raise UserError(
-            f"{path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
-        ) from None
-    table = ThresholdTable(hashes[0], rows)
-    theirs = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
-    if table.vocabulary not in (vocabulary.hash, trained):
-        raise UserError(
-            f"{path} is of another vocabulary than the tagger: {describe_difference(vocabulary, theirs)}; name "
-            "the file that evaluate.py calibrate=true wrote for this tagger"
-        )
-    lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
-    if lacks or theirs.hash != table.vocabulary:
-        raise UserError(
-            f"{path} is not complete: {len(theirs)} of {len(vocabulary)} tags, profiles without a row of "
-            f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
-        )
-    return table
-
-
 @about("thresholds")
 def find_thresholds(
     named: str | None, run_dir: str | None, vocabulary: Vocabulary, trained: str | None = None
 ) -> ThresholdTable | None:
-    """Return the thresholds that `thresholds` names, or those that evaluate.py has written into a run; None without."""
+    """Return the thresholds that `thresholds` names, or those that evaluate.py has written into a run; None without.
+
+    trained: the hash of the vocabulary that a tagger was trained on, where its export has another order. Raises
+    UserError (`thresholds`) where a file is no whole table, or of another vocabulary.
+    """
     path = Path(named or Path(run_dir or "") / FILE)
     if named is None and (run_dir is None or not path.is_file()):
         return None
     log.info("thresholds: %s", path)
-    return read_thresholds(path, vocabulary, trained)
-
-
-def _parse(stream: Iterator[str]) -> Iterator[tuple[Threshold, str]]:
-    """Yield rows and their vocabulary. Raises KeyError or ValueError for what is none."""
-    for row in csv.DictReader(stream):
-        measured = (float(row[name]) if row[name] else None for name in ("precision", "recall", "f1"))
-        found = Threshold(
-            int(row["category"]), row["name"], float(row["threshold"]), *measured, int(row["support"]), row["profile"]
+    try:
+        with open(path, encoding="utf-8", newline="") as stream:
+            read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
+        rows, theirs = TypeAdapter(tuple[Threshold, ...]).validate_python(read), read[0]["vocabulary"]
+    except FileNotFoundError:
+        raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
+    except (LookupError, ValueError, OSError, csv.Error) as error:
+        raise UserError(
+            f"{path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
+        ) from None
+    table = ThresholdTable(theirs, rows)
+    tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
+    if theirs not in (vocabulary.hash, trained):
+        raise UserError(
+            f"{path} is of another vocabulary than the tagger: {describe_difference(vocabulary, tags)}; name "
+            "the file that evaluate.py calibrate=true wrote for this tagger"
         )
-        if not 0 <= found.threshold <= 1:
-            raise ValueError(f"threshold {found.threshold} of {found.name!r} is not between 0 and 1")
-        yield found, row["vocabulary"]
+    lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
+    if lacks or tags.hash != theirs:
+        raise UserError(
+            f"{path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of "
+            f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
+        )
+    return table
 
 
 def mcut(probs: np.ndarray) -> np.ndarray:

@@ -14,7 +14,6 @@ from utils.thresholds import (
     ThresholdTable,
     find_thresholds,
     mcut,
-    read_thresholds,
     write_thresholds,
 )
 from utils.vocabulary import Vocabulary
@@ -39,7 +38,7 @@ def path(tmp_path):
 
 
 def test_a_table_is_read_as_it_was_written(path):
-    assert read_thresholds(path, VOCABULARY) == TABLE
+    assert find_thresholds(str(path), None, VOCABULARY) == TABLE
 
 
 def test_each_tag_has_a_threshold_of_each_profile():
@@ -57,7 +56,7 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
 def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
     other = Vocabulary(("general", "1boy", 'odd,"name"', "miku"), *list(vars(VOCABULARY).values())[1:4])
     with pytest.raises(UserError, match=r"(?s)thresholds.csv .*1boy.*1girl"):
-        read_thresholds(path, other)
+        find_thresholds(str(path), None, other)
 
 
 @pytest.mark.parametrize(
@@ -72,7 +71,7 @@ def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
 def test_a_file_that_is_no_whole_table_is_refused(path, change, complaint):
     path.write_text("\n".join(change(path.read_text().splitlines())))
     with pytest.raises(UserError, match=rf"(?s)thresholds.csv .*{complaint}"):
-        read_thresholds(path, VOCABULARY)
+        find_thresholds(str(path), None, VOCABULARY)
 
 
 def test_no_file_and_no_text_are_refused(path):
