@@ -97,7 +97,7 @@ def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
     if sweep.settings.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
     jobs = list(sweep.jobs())
-    left = [job.arguments for job in jobs if not job.is_complete]
+    left = [list(job.words) for job in jobs if not job.is_complete]
     if len(left) < len(jobs):
         log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
     return Path(sweep.base).name, left

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import IntervalSweep, Override, RangeSweep
+from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 from pydantic import AfterValidator, Field
 
@@ -43,6 +43,7 @@ log = get_logger(__name__)
 FLAGS = {"--multirun", "-m"}
 _NAME_BYTES = 200  # of a job's folder; file systems take 255
 _LOOK_SEC = 0.1
+_QUOTES = "'\""
 
 
 class SweepConfig(Strict):
@@ -64,16 +65,11 @@ class _SweepWords(Strict):
 
 @dataclass(frozen=True)
 class SweepJob:
-    """A job: its overrides, its run folder, and Optuna's trial where it is one."""
+    """A job: the overrides of its command, its run folder, and Optuna's trial where it is one."""
 
     words: tuple[str, ...]
     folder: str
     trial: Any = None
-
-    @property
-    def arguments(self) -> list[str]:
-        """Return the words of a command that runs this job alone."""
-        return [*self.words, f"run_dir={self.folder}"]
 
     @property
     def is_complete(self) -> bool:
@@ -97,9 +93,8 @@ class Sweep:
 
     def jobs(self) -> Iterator[SweepJob]:
         """Yield all jobs: each choice with each other."""
-        keys = [one.key_or_group for one in self.swept]
-        for values in itertools.product(*(one.sweep_string_iterator() for one in self.swept)):
-            yield self.job(dict(zip(keys, values)))
+        choices = ([(one.key_or_group, value) for value in one.sweep_string_iterator()] for one in self.swept)
+        return map(self.job, map(dict, itertools.product(*choices)))
 
     def job(self, chosen: Mapping[str, Any], trial: Any = None) -> SweepJob:
         """Return the job of some values of what is swept.
@@ -114,11 +109,10 @@ class Sweep:
         )
         ends = [key.rpartition(".")[2] for key in chosen]
         names = [end if ends.count(end) == 1 else key for end, key in zip(ends, chosen)]
-        texts = (str(value).strip("'\"") for value in chosen.values())
-        full = ",".join(sorted(f"{name}={text}" for name, text in zip(names, texts)))
+        full = ",".join(sorted(f"{name}={str(value).strip(_QUOTES)}" for name, value in zip(names, chosen.values())))
         name = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
         name = (name if name == full else f"{name}-{sha256_text(full)[:8]}") or "job"
-        return SweepJob(tuple(words), f"{self.base}/{name}", trial)
+        return SweepJob((*words, f"run_dir={self.base}/{name}"), f"{self.base}/{name}", trial)
 
 
 def parse_sweep(words: Sequence[str]) -> Sweep:
@@ -138,12 +132,12 @@ def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
     launcher, which starts the sweep on each rank, jobs run in turn, and each rank starts its own of a job.
     """
     settings = sweep.settings
-    slots: list[str | None] = [*visible_gpus(settings.gpus)] if settings.gpus else [None]
-    at_once = settings.at_once or len(slots)
+    gpus: Sequence[str | None] = visible_gpus(settings.gpus) if settings.gpus else [None]
+    at_once = settings.at_once or len(gpus)
     if detect_world().size > 1 and (at_once > 1 or settings.gpus or settings.trials):
         raise UserError("sweep.at_once: jobs at once and searches have one rank each; start it with python alone")
     jobs = sweep.jobs() if settings.trials is None else _trials(sweep)
-    free = list(itertools.islice(itertools.cycle(slots), at_once))
+    free = list(itertools.islice(itertools.cycle(gpus), at_once))
     running: dict[subprocess.Popen, tuple[SweepJob, str | None]] = {}
     statuses: dict[SweepJob, int] = {}
     asked = False
@@ -158,10 +152,8 @@ def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
                 else:
                     gpu = free.pop(0)
                     running[_start(job, script, gpu, in_turn=at_once == 1)] = job, gpu
-            if not running and stop.requested:
-                raise SystemExit(EXIT_STOPPED)
             if not running:
-                return statuses
+                break
             time.sleep(_LOOK_SEC)
             if stop.requested and not asked:
                 asked = True
@@ -172,6 +164,9 @@ def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
                 free.append(gpu)
                 status = process.returncode
                 _end(job, status if status >= 0 else 128 - status, statuses)  # ended by a signal: a shell's number
+    if stop.requested:
+        raise SystemExit(EXIT_STOPPED)
+    return statuses
 
 
 def _start(job: SweepJob, script: str, gpu: str | None, *, in_turn: bool) -> subprocess.Popen:
@@ -185,7 +180,7 @@ def _start(job: SweepJob, script: str, gpu: str | None, *, in_turn: bool) -> sub
     with nullcontext() if in_turn else open(f"{folder}.log", "ab") as stream:
         # In a session of its own: Ctrl-C is passed on, as a request to save.
         return subprocess.Popen(
-            [sys.executable, script, *job.arguments],
+            [sys.executable, script, *job.words],
             env=environment, stdout=stream, stderr=stream, start_new_session=True,
         )  # fmt: skip
 
@@ -224,13 +219,11 @@ def _trials(sweep: Sweep) -> Iterator[SweepJob]:
 def _suggest(trial: Any, override: Override) -> str | int | float:
     """Return the value of a swept key that a trial suggests."""
     name, sweep = override.key_or_group, override.value()
+    if isinstance(sweep, IntervalSweep) and "int" in sweep.tags:
+        return trial.suggest_int(name, int(sweep.start), int(sweep.end), log="log" in sweep.tags)
     if isinstance(sweep, IntervalSweep):
-        if "int" in sweep.tags:
-            return trial.suggest_int(name, int(sweep.start), int(sweep.end), log="log" in sweep.tags)
         value = trial.suggest_float(name, float(sweep.start), float(sweep.end), log="log" in sweep.tags)
         return float(f"{value:.4g}")  # readable; Optuna may know it to more digits
-    if isinstance(sweep, RangeSweep):
-        return trial.suggest_int(name, int(sweep.start), int(sweep.stop) - 1, step=int(sweep.step))
     return trial.suggest_categorical(name, list(override.sweep_string_iterator()))
 
 
@@ -238,10 +231,9 @@ def _tell(job: SweepJob, result: dict[str, Any] | None) -> None:
     """Give Optuna the result of a job; without one its trial has failed."""
     from optuna.trial import TrialState
 
-    if result is None or result["value"] is None:
-        job.trial.study.tell(job.trial, state=TrialState.FAIL)
-    else:
-        job.trial.study.tell(job.trial, -result["value"] if result["is_lowest_best"] else result["value"])
+    value = result and result["value"]
+    state = TrialState.FAIL if value is None else TrialState.COMPLETE
+    job.trial.study.tell(job.trial, -value if value is not None and result["is_lowest_best"] else value, state)
 
 
 def visible_gpus(numbers: Sequence[int]) -> list[str]:
@@ -250,7 +242,9 @@ def visible_gpus(numbers: Sequence[int]) -> list[str]:
     Raises UserError (`sweep.gpus`) where CUDA_VISIBLE_DEVICES has fewer.
     """
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    names = None if visible is None else [name.strip() for name in visible.split(",") if name.strip()]
-    if names is not None and max(numbers) >= len(names):
+    if visible is None:
+        return list(map(str, numbers))
+    names = [name.strip() for name in visible.split(",") if name.strip()]
+    if max(numbers) >= len(names):
         raise UserError(f"sweep.gpus: {max(numbers)} is none of the {len(names)} of CUDA_VISIBLE_DEVICES={visible}")
-    return [str(number) if names is None else names[number] for number in numbers]
+    return [names[number] for number in numbers]

@@ -70,7 +70,7 @@ def started(name):
 
 def test_jobs_are_all_choices_with_each_other():
     jobs = list(parse_sweep(["-m", "a=1,2", "b=x", "seed=range(0,2)", "sweep.name=n"]).jobs())
-    assert [" ".join(job.arguments) for job in jobs] == [
+    assert [" ".join(job.words) for job in jobs] == [
         f"a={a} b=x seed={seed} sweep.name=n run_dir=outputs/sweeps/n/a={a},seed={seed}"
         for a in (1, 2)
         for seed in (0, 1)
