@@ -114,10 +114,10 @@ class TrainingConfig(Strict):
 
     @model_validator(mode="after")
     def _every_key_is_read(self) -> Self:
-        if self.init_weights == "ema" and self.init_from is None:
+        if self.init_weights == "ema" and self.init_from in (None, "timm"):
             raise ValueError(
-                "init_weights: ema, but init_from is null, so that no weights are read; set init_from=RUN_OR_FILE, or "
-                "init_weights=model"
+                f"init_weights: ema, but init_from is {self.init_from}, which holds no average; set "
+                "init_from=RUN_OR_FILE, or init_weights=model"
             )
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(

@@ -20,7 +20,7 @@ from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
 from utils.errors import UserError
-from utils.io.onnx_file import refuse_external_data, unreadable_onnx
+from utils.io.files import readable
 from utils.record.logging import get_logger
 from utils.vocabulary import GENERAL, RATING, check_facts
 
@@ -170,10 +170,8 @@ def _open_session(path: Path, device: torch.device) -> Any:
     providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     if providers:
         onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
-    try:
+    with readable(path, "ONNX"):
         session = onnxruntime.InferenceSession(path, providers=[*providers, "CPUExecutionProvider"])
-    except Exception as error:  # its classes have no base of their own
-        raise unreadable_onnx(path, error) from None
     if not set(providers) <= set(session.get_providers()):
         log.warning(
             "ONNX Runtime cannot load its CUDA libraries, so %s runs on the CPU; "
@@ -182,15 +180,36 @@ def _open_session(path: Path, device: torch.device) -> Any:
     return session
 
 
+def refuse_external_data(path: Path) -> None:
+    """Raise UserError where an ONNX file takes data from other files.
+
+    ONNX Runtime reads files that an ONNX file names below its own folder, and older versions any file that it names.
+    """
+    import onnx
+    from google.protobuf.message import Message
+
+    with readable(path, "ONNX"):
+        stack = [onnx.load(path, load_external_data=False)]
+    while stack:  # messages: the graph, graphs in attributes, functions
+        found = stack.pop()
+        if not isinstance(found, onnx.TensorProto):
+            fields = [value for field, value in found.ListFields() if field.message_type is not None]
+            stack += [part for value in fields for part in ([value] if isinstance(value, Message) else value)]
+        elif found.data_location == onnx.TensorProto.EXTERNAL or found.external_data:
+            named = next((entry.value for entry in found.external_data if entry.key == "location"), "")
+            raise UserError(
+                f"{path} takes data from another file, {named[:200]!a}, which is not read; export it as one file "
+                "(export.py does)"
+            )
+
+
 def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
     """Return the metadata of a file of ours, or what the WD form stands for."""
     found = session.get_modelmeta().custom_metadata_map
     if "atelier" not in found:
         return read_wd_metadata(path, session.get_inputs(), session.get_outputs())
-    try:
+    with readable(path, "ONNX"):
         metadata = json.loads(found["atelier"])
-    except (ValueError, RecursionError) as error:
-        raise unreadable_onnx(path, error) from None
     check_metadata(path, metadata)
     if metadata.get("output") not in OUTPUTS:
         raise UserError(f"{path} has wrong metadata (output: {metadata.get('output')!r}); export it again")

@@ -13,7 +13,7 @@ from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError, about
 from utils.io.files import read_json
-from utils.io.weights import FOLDER_FILES, InitFrom, read_weights, refuse_average
+from utils.io.weights import FOLDER_FILES, InitFrom, read_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -39,7 +39,6 @@ def initialise_from(
         return None
     known = None
     if source.source == "timm":
-        refuse_average(source.weights, "the weights of timm have no average beside them")
         state, origin = read_timm(network)
     else:
         path = source.find()

@@ -20,6 +20,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")
+_SHOWN_CHARACTERS = 200  # of the reason that a file is refused
 
 
 def fsync_path(path: Path) -> None:
@@ -59,6 +60,16 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{key}: {path} cannot be written ({reason}); make room there, or name another path") from None
+
+
+@contextmanager
+def readable(path: Path, kind: str) -> Iterator[None]:
+    """Turn what a library raises for a damaged or foreign file of some kind into a UserError that names the file."""
+    try:
+        yield
+    except Exception as error:  # safetensors, ONNX and ONNX Runtime raise errors of many classes
+        reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
+        raise UserError(f"{path} is not a readable {kind} file ({reason}); get it again, or name another") from None
 
 
 @contextmanager

@@ -1,5 +1,6 @@
 """Weight files: safetensors that can be used alone, and foreign files read without unpickling code."""
 
+import argparse
 import hashlib
 import json
 from collections.abc import Mapping
@@ -7,20 +8,22 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from utils.errors import UserError, about
-from utils.io.files import fsync_path, write_atomically
-from utils.io.torch_file import read_torch
+from utils.io.files import fsync_path, readable, write_atomically
 from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
 WEIGHT_NAMES = ("best", "last", "ema")  # of a run with an average, `best` is the best average
 FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder that timm or transformers wrote
 _CHECKSUM = "atelier_sha256"
-_SHOWN_CHARACTERS = 200  # of the reason that a file is refused
+_SHOWN_CHARACTERS = 120  # of a name or a reason in a file
+# The entries under which trainers keep weights and their average; `model_ema` is that of the official fine-tuning,
+# `state_dict_ema` timm's.
+ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 
 
 class InitFrom(NamedTuple):
@@ -85,20 +88,22 @@ def read_weights(
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
+    texts: dict[str, str] = {}
     if path.suffix != ".safetensors":
         tensors, metadata = read_torch(path, which)
-        refuse_not_finite(tensors, path)
-        return {name: tensor.to("meta") for name, tensor in tensors.items()} if shapes_only else tensors, metadata
-    shapes, texts = read_header(path)
-    try:
-        metadata = dict(json.loads(texts.get("atelier", "{}")))
-    except (ValueError, TypeError, RecursionError) as error:
-        raise _unreadable(path, error) from None
-    if metadata.get("average") is not True:
-        refuse_average(which, f"{path} does not say that it is an average")
+    else:
+        tensors, texts = read_header(path)
+        with readable(path, "safetensors"):
+            metadata = dict(json.loads(texts.get("atelier", "{}")))
+    if which == "ema" and metadata.get("average") is not True:
+        raise UserError(
+            f"init_weights: ema, but {path} holds no average; set init_weights=model, or name what has one: a run with "
+            "loop.ema_decay, or a torch checkpoint that holds one beside its weights"
+        )
     if shapes_only:
-        return shapes, metadata
-    tensors = read_tensors(path)
+        return {name: tensor.to("meta") for name, tensor in tensors.items()}, metadata
+    if path.suffix == ".safetensors":
+        tensors = read_tensors(path)
     if _CHECKSUM in texts and hash_tensors(tensors) != texts[_CHECKSUM]:
         raise UserError(
             f"{path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, such as "
@@ -106,6 +111,49 @@ def read_weights(
         )
     refuse_not_finite(tensors, path)
     return tensors, metadata
+
+
+def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Return the state dict of a file, on the CPU: bare, or the weights or the average (`ema`) of a checkpoint.
+
+    With it, of a checkpoint: the names of its `entries`, whether it is the `average`, and as `origin` its `licence`,
+    which export.py writes. An `argparse.Namespace`, as training scripts save their arguments, is ignored. Raises
+    UserError for other pickled objects, damage, and what is no state dict of plain tensors.
+    """
+    try:
+        # By its content: torch reads a path that ends in .safetensors by another reader.
+        with open(path, "rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
+            content = torch.load(stream, map_location="cpu", weights_only=True)  # noqa: TID251
+    except Exception as error:  # on a damaged file torch raises KeyError, IndexError, struct.error and more
+        # torch's message begins with the advice to turn weights_only off.
+        lines = [line for line in str(error).splitlines() if line.strip() and "`weights_only`" not in line]
+        reason = next((line for line in lines if "GLOBAL" in line or "function" in line), (lines or ["damaged"])[0])
+        reason = reason.rpartition("WeightsUnpickler error:")[2].strip()[:_SHOWN_CHARACTERS]
+        raise UserError(
+            f"{path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give a "
+            ".safetensors file of these weights"
+        ) from None
+    metadata: dict[str, Any] = {}
+    if isinstance(content, dict):
+        states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
+        if states:
+            metadata["entries"] = [str(name)[:_SHOWN_CHARACTERS] for name in content]
+            if isinstance(licence := content.get("licence"), str):
+                metadata["origin"] = {"licence": licence[:_SHOWN_CHARACTERS]}
+            chosen = next((name for name in ENTRIES[which] if name in states), states[0])
+            metadata["average"] = chosen in ENTRIES["ema"]
+            content = content[chosen]
+    if not isinstance(content, dict) or not content or not all(map(_is_plain, content.keys(), content.values())):
+        raise UserError(f"{path} holds no state dict of plain tensors but a {type(content).__name__}")
+    return content, metadata
+
+
+def _is_plain(name: Any, tensor: Any) -> bool:
+    """Tell whether an entry is a named tensor that is dense and stored whole: strides of 0 repeat one number."""
+    if not isinstance(name, str) or not isinstance(tensor, Tensor):
+        return False
+    is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
+    return is_dense and tensor.nbytes <= tensor.untyped_storage().nbytes()
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
@@ -118,40 +166,18 @@ def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
             )
 
 
-def refuse_average(which: Literal["model", "ema"], why: str) -> None:
-    """Raise UserError (`init_weights`) where an average is asked for; why: the reason that there is none."""
-    if which == "ema":
-        raise UserError(
-            f"init_weights: ema, but {why}; set init_weights=model, or name what has an average: a run with "
-            "loop.ema_decay, or a torch checkpoint that holds one beside its weights"
-        )
-
-
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file on the meta device, and its metadata; only the header is read.
-
-    Raises UserError where the file is damaged.
-    """
-    try:
-        with safe_open(path, "pt") as file:
-            # These tensors are views of the mapped file, so nothing is read.
-            tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
-            return tensors, file.metadata() or {}
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from None
+    """Return the tensors of a safetensors file on the meta device, and its metadata; only the header is read."""
+    with readable(path, "safetensors"), safe_open(path, "pt") as file:
+        # These tensors are views of the mapped file, so nothing is read.
+        tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
+        return tensors, file.metadata() or {}
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of a safetensors file. Raises UserError where the file is damaged."""
-    try:
+    """Read the tensors of a safetensors file."""
+    with readable(path, "safetensors"):
         return load_file(path)
-    except (SafetensorError, OSError, RuntimeError) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> UserError:
-    reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
-    return UserError(f"{path} is not a readable safetensors file ({reason}); get it again, or name another")
 
 
 def find_weights(run_or_file: str, which: str) -> Path:
