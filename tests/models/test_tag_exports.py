@@ -1,23 +1,9 @@
-"""The exports of a tagger: order of the tags, the files, what predict.py reads of them, and refusals.
+"""The exports of a tagger: order of the tags, other networks, refusals; test_wd14_tools.py has the files."""
 
-tests/models/slow_wd14_tools.py has them in the programs that read them.
-"""
-
-import csv
 import json
-import re
-import shutil
-import subprocess
-import sys
-from ast import literal_eval
 
-import numpy as np
-import onnx
 import pytest
-import torch
-from PIL import Image
 
-from engine.exports.weights import load_predictor
 from models.build import build_network
 from models.export.parity import vary_weights
 from models.export.tag_forms import (
@@ -32,9 +18,8 @@ from models.export.tag_forms import (
 from models.image_model import ImageModel
 from models.normalise import Normalise
 from tests.models.test_export_formats import geometry, timm_config
-from tests.support import export, thresholds_of
 from utils.errors import UserError
-from utils.vocabulary import Vocabulary, read_vocabulary, vocabulary_of
+from utils.vocabulary import Vocabulary
 
 MEAN, STD = [0.45, 0.5, 0.6], [0.4, 0.5, 0.6]
 NAMES = ("few", "many", "explicit", "painter", "general", "general", "ann_(x)", "new")
@@ -54,16 +39,6 @@ def open_tagger(config, side=64, vocabulary=VOCABULARY, **preprocessing):
     return ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
 
 
-@pytest.fixture(scope="module")
-def wd14(tmp_path_factory):
-    """Return a folder with a file of wd14."""
-    folder = tmp_path_factory.mktemp("wd14")
-    thresholds = thresholds_of(VOCABULARY, {0: 0.5}, {(0, "new"): 0.1})
-    report = export("wd14", *open_tagger(geometry()), folder, thresholds=thresholds)
-    assert report["left_out"] == {"artist": 1} and report["constant"] == ["questionable", "sensitive"]
-    return folder
-
-
 def test_the_order_of_wd_files_fills_every_place(caplog):
     ordered, rows = to_wd_order(VOCABULARY)
     assert list(ordered.names) == ORDERED and rows == ROWS
@@ -75,39 +50,6 @@ def test_the_order_of_wd_files_fills_every_place(caplog):
     assert changes["left_out"] == {"general": 4, "artist": 1, "character": 1} and changes["tags"] == 6
     assert changes["constant"] == ["no_character", "no_general_tag", "questionable", "sensitive"]
     assert "no training image had a rating" in caplog.text
-
-
-def test_a_wd14_file_takes_and_gives_what_the_programs_expect(wd14):
-    proto = onnx.load(wd14 / "model.onnx")
-    (taken,), gives = proto.graph.input, proto.graph.output
-    sizes = taken.type.tensor_type.shape.dim
-    assert taken.name == "input" and sizes[0].dim_param and [size.dim_value for size in sizes[1:]] == [64, 64, 3]
-    assert [value.name for value in gives] == ["output", "embedding"]
-    assert [value.type.tensor_type.shape.dim[1].dim_value for value in gives] == [len(ORDERED), 20]
-    assert proto.ir_version <= 9 and [entry.version for entry in proto.opset_import] == [18]
-    assert {path.name for path in wd14.iterdir()} == {"model.onnx", "selected_tags.csv", "inv.npz", "README.md"}
-    found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
-    assert vocabulary_of(found) == read_vocabulary(wd14 / "selected_tags.csv") == to_wd_order(VOCABULARY)[0]
-    assert found["vocabulary"] == VOCABULARY.hash
-    assert found["thresholds"] == [0.35, 0.35, 0.35, 0.35, 0.5, 0.1, 0.5, 0.5, 0.35]
-    with open(wd14 / "selected_tags.csv", encoding="utf-8") as stream:
-        rows = list(csv.DictReader(stream))
-    assert [float(row["best_threshold"]) for row in rows] == found["thresholds"]
-
-
-def test_the_program_in_the_readme_prints_rating_and_tags(wd14, tmp_path):
-    shutil.copytree(wd14, tmp_path, dirs_exist_ok=True)
-    Image.fromarray(np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)).save(tmp_path / "image.png")
-    (program,) = re.findall(r"```python\n(.*?)```", (tmp_path / "README.md").read_text(), re.DOTALL)
-    done = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=120)
-    found, image = literal_eval(done.stdout), torch.from_numpy(np.array(Image.open(tmp_path / "image.png")))
-    with torch.no_grad():
-        probs = open_tagger(geometry())[0](image.permute(2, 0, 1)[None])[1][0].tolist()
-    probs = dict(zip(zip(VOCABULARY.categories, NAMES), probs))
-    least = {(0, "new"): 0.1, (4, "ann_(x)"): 0.35}
-    wanted = {key[1]: prob for key, prob in probs.items() if key[0] in (0, 4) and prob >= least.get(key, 0.5)}
-    assert found["tags"] == pytest.approx(wanted, abs=1e-3) and wanted
-    assert found["rating"] == max(("general", "explicit"), key=lambda name: probs[9, name])
 
 
 @pytest.mark.parametrize(("form", "name"), [("imgutils", "test_resnet"), ("cl_tagger", "test_vit")])
@@ -150,12 +92,3 @@ def test_imgutils_gets_our_preprocessing_in_its_own_words(tmp_path):
     assert steps(eval_crop=0.875, pad="none")[1:3] == [("resize", "bicubic", 73), ("center_crop", [64, 64])]
     assert steps()[1] == ("pad_to_size", "bicubic", [64, 64])
     assert not (tmp_path / "thresholds.csv").exists()
-
-
-def test_a_form_that_is_none_is_refused(wd14, tmp_path):
-    proto = onnx.load(wd14 / "model.onnx")
-    (entry,) = proto.metadata_props
-    entry.value = json.dumps(json.loads(entry.value) | {"form": {"outputs": {"output": "probs"}, "layout": "CHWN"}})
-    onnx.save(proto, tmp_path / "model.onnx")
-    with pytest.raises(UserError, match=r"model\.onnx .*form"):
-        load_predictor(tmp_path / "model.onnx", torch.device("cpu"))

@@ -1,0 +1,212 @@
+"""The exports of a tagger in the programs that read them: the same tags as the network itself gives in PyTorch.
+
+timm runs as it is, imgutils in slow_wd14_tools.py. What
+kohya-ss/sd-scripts and pythongosssss/ComfyUI-WD14-Tagger, which are no packages, do to images and probabilities is
+written down here, for images of SIDE in place of 448 px. No program resizes as another does, so tags are equal on
+images of the file's size, and nearly so on others.
+"""
+
+import csv
+import json
+import shutil
+
+import numpy as np
+import onnx
+import onnxruntime
+import pytest
+import timm
+import torch
+from PIL import Image
+
+from engine.exports import formats
+from models.export.tag_forms import to_wd_order
+from tests.models.test_export_formats import geometry
+from tests.models.test_export_snippets import run_program
+from tests.models.test_tag_exports import open_tagger
+from tests.support import export, thresholds_of
+from utils.thresholds import PER_TAG
+from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
+
+SIDE = 128
+BESIDE = ("selected_tags.csv", "inv.npz", "README.md")
+SPECIAL = ["^_^", "<o>_<o>", 'don\'t_say_"lazy"', "a,b", "hat_(x)", "1girl"]
+GENERALS = [*SPECIAL, *(f"tag_{number}" for number in range(120))]
+CHARACTERS = [f"name_{number}_(series)" for number in range(40)]
+KEYS = [(RATING, "explicit"), *((GENERAL, name) for name in GENERALS), (1, "artist"), (3, "copyright"),
+        (RATING, "general"), *((CHARACTER, name) for name in CHARACTERS), (RATING, "questionable"),
+        (GENERAL, "appended")]  # fmt: skip
+COUNTS = np.random.default_rng(0).permutation(len(KEYS)) + 1
+VOCABULARY = Vocabulary(
+    tuple(name for _, name in KEYS), tuple(category for category, _ in KEYS), tuple(COUNTS.tolist()),
+    tuple(range(len(KEYS))),
+)  # fmt: skip
+ORDER = sorted(range(len(KEYS)), key=lambda row: -COUNTS[row])  # the order of the tags within a category
+THRESHOLDS = thresholds_of(VOCABULARY, {GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL, name): 0.6 for name in GENERALS[::2]})
+LEAST = dict(zip(VOCABULARY.columns, THRESHOLDS.of_tags(VOCABULARY, PER_TAG)))
+
+
+def make_tagger(form):
+    """Return a small tagger whose probabilities spread, as export.py opens it: for timm, one of four stages."""
+    model, metadata = open_tagger(geometry(stages=4 if form == "timm" else 2), SIDE, VOCABULARY)
+    with torch.no_grad():
+        model.network.head.weight.mul_(3.0)
+    return model, metadata
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with one export of each form and the images."""
+    folder = tmp_path_factory.mktemp("tools")
+    for form in ("wd14", "timm"):
+        report = export(form, *make_tagger(form), folder / form, thresholds=THRESHOLDS)
+        if form == "wd14":
+            assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
+    for number, (width, height, mode) in enumerate(IMAGES):
+        coarse = np.random.default_rng(number).integers(0, 256, (7, 9, len(mode)), dtype=np.uint8)
+        Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
+    return folder
+
+
+IMAGES = [(SIDE, SIDE, "RGB"), (SIDE, SIDE, "RGB"), (613, 401, "RGB"), (300, 129, "RGBA")]
+SQUARE = range(2)
+
+
+def prepare(image):
+    """Return an image as wd14's and our convention has it: on white, in the middle of a white square, bicubic."""
+    image = image.convert("RGBA")
+    image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image).convert("RGB")
+    square = Image.new("RGB", (max(image.size),) * 2, "white")
+    square.paste(image, ((square.width - image.width) // 2, (square.height - image.height) // 2))
+    return square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
+
+
+def look(place, form):
+    """Return what the network itself gives of each image: probabilities by (category, name)."""
+    images = [np.array(prepare(Image.open(place / f"{number}.png"))) for number in range(len(IMAGES))]
+    with torch.no_grad():
+        probs = make_tagger(form)[0](torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].numpy()
+    return [dict(zip(KEYS, row.tolist())) for row in probs]
+
+
+@pytest.fixture(scope="module")
+def wanted(place):
+    return look(place, "wd14")
+
+
+def passed(probs, threshold_of):
+    """Return the (category, name) whose probability reaches a threshold, in the order of WD files."""
+    keys = [KEYS[row] for category in (GENERAL, CHARACTER) for row in ORDER if KEYS[row][0] == category]
+    return [key for key in keys if probs[key] >= threshold_of(key)]
+
+
+def assert_like(found, wanted):
+    """Assert equal tags on the square images, and an overlap of 95 % on the others."""
+    for number in SQUARE:
+        assert found[number] == wanted[number] and len(found[number]) > 20
+    rest = [(set(found[number]), set(wanted[number])) for number in range(len(SQUARE), len(IMAGES))]
+    assert sum(len(a & b) for a, b in rest) >= 0.95 * sum(len(a | b) for a, b in rest)
+
+
+# --- the file itself
+
+
+def test_a_wd14_file_takes_and_gives_what_the_programs_expect(place):
+    proto, ordered = onnx.load(place / "wd14/model.onnx"), to_wd_order(VOCABULARY)[0]
+    (taken,), gives = proto.graph.input, proto.graph.output
+    sizes = taken.type.tensor_type.shape.dim
+    assert taken.name == "input" and sizes[0].dim_param and [size.dim_value for size in sizes[1:]] == [SIDE, SIDE, 3]
+    assert [value.name for value in gives] == ["output", "embedding"]
+    assert [value.type.tensor_type.shape.dim[1].dim_value for value in gives] == [len(ordered), 12]
+    assert {path.name for path in (place / "wd14").iterdir()} == {"model.onnx", *BESIDE}
+    found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
+    assert vocabulary_of(found) == read_vocabulary(place / "wd14/selected_tags.csv") == ordered
+    assert found["vocabulary"] == VOCABULARY.hash
+    with open(place / "wd14/selected_tags.csv", encoding="utf-8") as stream:
+        least = [float(row["best_threshold"]) for row in csv.DictReader(stream)]
+    assert least == found["thresholds"] == [LEAST.get(key, 0.35) for key in ordered.columns]
+
+
+def test_the_program_in_the_readme_prints_rating_and_tags(place, wanted, tmp_path):
+    shutil.copytree(place / "wd14", tmp_path, dirs_exist_ok=True)
+    shutil.copy(place / "0.png", tmp_path / "image.png")
+    found = run_program(tmp_path)
+    assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
+    assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])
+
+
+# --- kohya-ss/sd-scripts 48d368f, finetune/tag_images_by_wd14_tagger.py (up to fc40a27 it drops alpha)
+
+
+def sd_scripts_image(image):
+    """Return [SIDE, SIDE, 3] BGR. OpenCV's INTER_AREA, which shrinks, is Pillow's BOX."""
+    if image.mode in ("RGBA", "LA"):
+        white = Image.new("RGB", image.size, (255, 255, 255))
+        white.paste(image, mask=image.split()[-1])
+        image = white
+    pixels = np.array(image.convert("RGB"))[:, :, ::-1]
+    side = max(pixels.shape[:2])
+    pads = [((side - length) // 2, side - length - (side - length) // 2) for length in pixels.shape[:2]]
+    square = Image.fromarray(np.ascontiguousarray(np.pad(pixels, (*pads, (0, 0)), constant_values=255)))
+    resample = Image.Resampling.BOX if side >= SIDE else Image.Resampling.LANCZOS
+    return np.asarray(square.resize((SIDE, SIDE), resample)).astype(np.float32)
+
+
+def sd_scripts(folder, images, threshold=0.35):
+    """Return captions, with `--onnx --remove_underscore --use_rating_tags` and a batch of all images."""
+    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
+    batch = np.stack([sd_scripts_image(image) for image in images])
+    probs = session.run(None, {session.get_inputs()[0].name: batch})[0]
+    with open(folder / "selected_tags.csv", encoding="utf-8") as stream:
+        header, *rows = csv.reader(stream)
+    assert header[:3] == ["tag_id", "name", "category"]
+    ratings, general, character = (
+        [name.replace("_", " ") if len(name) > 3 else name for _, name, found, *_ in rows if found == category]
+        for category in "904"
+    )
+    captions = []
+    for prob in probs:
+        tags = [name for name, p in zip([*general, *character], prob[4:], strict=True) if p >= threshold]
+        captions.append(", ".join([ratings[prob[:4].argmax()], *tags]))
+    return captions
+
+
+def test_sd_scripts_writes_our_tags(place, wanted):
+    found = sd_scripts(place / "wd14", [Image.open(place / f"{number}.png") for number in range(len(IMAGES))])
+    ours = [
+        [max(("general", "questionable", "explicit"), key=lambda name: probs[RATING, name]),
+         *(name.replace("_", " ") if len(name) > 3 else name for _, name in passed(probs, lambda _: 0.35))]
+        for probs in wanted
+    ]  # fmt: skip
+    assert found[0] == ", ".join(ours[0])  # names with commas split below
+    assert_like([caption.split(", ") for caption in found], [", ".join(tags).split(", ") for tags in ours])
+
+
+def test_sd_scripts_reads_a_cl_tagger_with_every_category(place, wanted, tmp_path, monkeypatch):
+    """`--repo_id a/b/c`: logits of NCHW, BGR, -1 to 1. Its graph is not made a file, which takes seconds."""
+    graphs = []
+    monkeypatch.setattr(formats, "export_onnx", lambda graph, *_: graphs.append(graph) or 0.0)
+    assert export("cl_tagger", *make_tagger("cl_tagger"), tmp_path)["file"] == "model_optimized.onnx"
+    tags = json.loads((tmp_path / "tag_mapping.json").read_text(encoding="utf-8"))
+    assert {tag["category"] for tag in tags.values()} == {"Rating", "General", "Character", "Copyright", "Artist"}
+    images = [sd_scripts_image(Image.open(place / f"{number}.png")) for number in range(len(IMAGES))]
+    batch = np.stack(images).transpose(0, 3, 1, 2) / 127.5 - 1.0
+    with torch.no_grad():
+        logits = graphs[0](torch.from_numpy(batch))[list(graphs[0].form.outputs).index("logits")].numpy()
+    found = [{tags[str(row)]["tag"] for row in np.flatnonzero(one >= 0.0)} for one in logits]
+    assert_like(found, [{name for (_, name), prob in probs.items() if prob >= 0.5} for probs in wanted])
+
+
+# --- timm, as neggles/wdv3-timm 2f49e85 uses it
+
+
+def test_timm_gives_our_tags_for_bgr(place):
+    model = timm.create_model(f"local-dir:{place / 'timm'}", pretrained=True).eval()
+    transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg, model=model))
+    images = [prepare(Image.open(place / f"{number}.png")) for number in range(len(IMAGES))]
+    batch = torch.stack([transform(image) for image in images])[:, [2, 1, 0]]
+    with torch.no_grad():
+        probs = model(batch).sigmoid().numpy()
+    with open(place / "timm/selected_tags.csv", encoding="utf-8") as stream:
+        keys = [(int(row["category"]), row["name"]) for row in csv.DictReader(stream)]
+    for found, ours in zip(probs, look(place, "timm")):
+        assert dict(zip(keys, found.tolist())) == pytest.approx(ours, abs=1e-4)
