@@ -168,8 +168,10 @@ def test_unreadable_files_are_duplicates_by_their_bytes_alone():
     assert find_groups(facts, "exact") == [["a", "b"]]
 
 
-def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch):
+def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch, log):
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", ["job=count", *FOLDER], tmp_path)
+    assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
     monkeypatch.setattr("data.facts.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
     run("prepare", ["job=duplicates", *FOLDER], tmp_path)
     run("prepare", ["job=verify", *FOLDER], tmp_path)
