@@ -306,7 +306,7 @@ class Recorder:
 
         path = self.folder / "plots" / "curves.png"
         with ignore_write_errors(path):
-            plot_curves(self._metrics, path, self.folder.resolve().name)
+            plot_curves(self._metrics.rows, path, self.folder.resolve().name)
         ended = time.perf_counter()
         self._next_plot = ended + _PLOT_PAUSE * (ended - started)
 

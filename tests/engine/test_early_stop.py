@@ -2,13 +2,14 @@
 
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
+from utils.record.metrics_log import series
 
 
 def test_a_run_stops_early_and_is_complete(tmp_path, monkeypatch, capsys):
     """At a rate of zero nothing gets better after the first evaluation. A longer patience goes on."""
     drawn = []
     monkeypatch.setattr(
-        "utils.record.plots.plot_curves", lambda log, path, title: drawn.append(log.series("loss", "evaluate")[0])
+        "utils.record.plots.plot_curves", lambda rows, path, title: drawn.append(series(rows, "loss", "evaluate")[0])
     )
     images = make_images(tmp_path / "images")
     command = [

@@ -8,6 +8,7 @@ each start and epoch, so that its columns are those of all rows.
 import json
 import math
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +19,16 @@ from utils.record.report import write_table
 log = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+Row = dict[str, Any]
 
 
-class Rows:
-    """Rows of metrics, in their order."""
-
-    def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.rows = rows
-
-    def of(self, kind: str) -> list[dict[str, Any]]:
-        """Return the rows of a kind."""
-        return [row for row in self.rows if row.get("kind") == kind]
-
-    def series(self, name: str, kind: str) -> tuple[list[int], list[float]]:
-        """Return the steps and values of one figure."""
-        found = [(row["step"], row[name]) for row in self.of(kind) if row.get(name) is not None]
-        return [step for step, _ in found], [value for _, value in found]
-
-    def names(self, kind: str) -> list[str]:
-        """Return the names of the numeric figures of a kind of row, in order of appearance."""
-        return list(dict.fromkeys(name for row in self.of(kind) for name in row if isinstance(row[name], float)))
+def series(rows: Sequence[Row], name: str, kind: str) -> tuple[list[int], list[float]]:
+    """Return the steps and values of one figure in the rows of a kind."""
+    found = [(row["step"], row[name]) for row in rows if row.get("kind") == kind and row.get(name) is not None]
+    return [step for step, _ in found], [value for _, value in found]
 
 
-def read_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
+def read_rows(path: Path) -> list[tuple[bytes, Row]]:
     """Return the complete rows of a JSONL file that a run may be writing, each with its line; none without a file.
 
     Lines that are no rows, such as the zeros that a power failure leaves, are left out with a warning.
@@ -53,7 +41,7 @@ def read_rows(path: Path) -> list[tuple[bytes, dict[str, Any]]]:
     return rows
 
 
-def _parse_row(line: bytes) -> dict[str, Any] | None:
+def _parse_row(line: bytes) -> Row | None:
     try:
         row = json.loads(line)
     except (ValueError, RecursionError):
@@ -61,7 +49,7 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[dict[str, Any]]:
+def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[Row]:
     """Drop a JSONL file's rows beyond `last_step`, and what is no complete row; returns the rest.
 
     last_epoch_step: the same for rows of kind `epoch`, where it is given.
@@ -74,45 +62,35 @@ def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) ->
     return [row for _, row in kept]
 
 
-class MetricsLog(Rows):
+class MetricsLog(AppendFile):
     """The rows of one run, `rows` from its start; made on rank 0 alone."""
 
     def __init__(self, folder: Path, last_step: int, last_epoch_step: int | None = None) -> None:
         self._csv = folder / "training_log.txt"
-        super().__init__(keep_rows(folder / METRICS_FILE, last_step, last_epoch_step))
-        self._stream = AppendFile(folder / METRICS_FILE)
+        self.rows = keep_rows(folder / METRICS_FILE, last_step, last_epoch_step)
+        super().__init__(folder / METRICS_FILE)
         self._write_csv()
 
-    def add(self, step: int, kind: str, figures: dict[str, Any]) -> dict[str, Any]:
+    def add(self, step: int, kind: str, figures: Row) -> None:
         """Write a row; a figure that is not finite becomes null (JSON has no NaN)."""
-        clean = {
-            name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in figures.items()
-        }
-        row = {"step": step, "kind": kind, **clean}
+        row: Row = {"step": step, "kind": kind}
+        for name, value in figures.items():
+            row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         self.rows.append(row)
-        self._stream.write(json.dumps(row) + "\n")
+        self.write(json.dumps(row) + "\n")
         if kind == "epoch":
             self._write_csv()
-        return row
 
     def _write_csv(self) -> None:
         rows = [
             {_column(name): f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            for row in self.of("epoch")
+            for row in self.rows
+            if row.get("kind") == "epoch"
         ]
         for row in rows:
             del row["kind"]
         with ignore_write_errors(self._csv):
             write_table(self._csv, rows)
-
-    def sync(self) -> None:
-        """Bring the rows to the disk; called before a checkpoint beyond them is published."""
-        self._stream.sync()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._stream.close()
 
 
 def _column(name: str) -> str:

@@ -18,7 +18,7 @@ from scipy.ndimage import uniform_filter1d
 
 from utils.io.files import write_atomically
 from utils.record.figures import show_name
-from utils.record.metrics_log import Rows
+from utils.record.metrics_log import Row, series
 
 INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
 _STYLE = {
@@ -74,14 +74,14 @@ def plot_range_test(
 
 
 @style()
-def plot_curves(metrics: Rows, path: Path, title: str) -> None:
+def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Draw every figure of the run over its steps, while it trains and at its end."""
-    panels = _panels(metrics)
+    panels = _panels(rows)
     if not panels:  # an epoch ended before the first log
         return
-    columns = len(panels) if len(panels) <= 3 else 2 if len(panels) == 4 else 3
-    rows = -(-len(panels) // columns)
-    width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * rows + _HEAD_INCHES
+    columns = min(len(panels), 3)
+    lines = -(-len(panels) // columns)
+    width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines + _HEAD_INCHES
     figure = Figure(figsize=(width, height))
     # Margins in inches: matplotlib's layout engines draw everything again to measure it.
     figure.subplots_adjust(
@@ -89,41 +89,45 @@ def plot_curves(metrics: Rows, path: Path, title: str) -> None:
         wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=1.05 / (_PANEL_INCHES[1] - 1.05),
     )  # fmt: skip
     figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, va="center")
-    last = next(row for row in reversed(metrics.rows) if row["kind"] in ("train", "evaluate"))  # which has the epoch
+    last = next(row for row in reversed(rows) if row["kind"] in ("train", "evaluate"))  # which has the epoch
     steps_per_epoch = last["step"] / last["epoch"]
     for number, (trained, evaluated) in enumerate(panels, start=1):
-        axis = figure.add_subplot(rows, columns, number, xlim=(0, 1.02 * last["epoch"]))
-        _draw_training(axis, metrics, trained, steps_per_epoch)
+        axis = figure.add_subplot(lines, columns, number, xlim=(0, 1.02 * last["epoch"]))
+        axis.set_title(_TITLES.get(evaluated, show_name(evaluated)), fontweight="bold")
+        _draw_training(axis, series(rows, trained, "train"), trained, steps_per_epoch)
         for label, name, color, marker in (
             ("validation", evaluated, ORANGE, "o"), ("average", f"ema/{evaluated}", GREEN, "D"),
         ):  # fmt: skip
-            steps, values = metrics.series(name, "evaluate")
+            steps, values = series(rows, name, "evaluate")
             size = 5 if len(steps) <= 30 else 0  # few points show as such; many would hide their line
             _plot(axis, steps, values, steps_per_epoch, label, color=color, marker=marker, markersize=size)
         if trained not in _LAST and is_steep(axis):
             axis.set_yscale("log")
         if trained == "images_per_sec":
             axis.set_ylim(bottom=0)
-        _finish_panel(axis, _TITLES.get(evaluated, show_name(evaluated)), steps_per_epoch)
+        _finish_panel(axis, steps_per_epoch)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _panels(metrics: Rows) -> list[tuple[str, str]]:
+def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
     """Return (figure of training, figure of evaluation) of each panel: loss, evaluations, the rest, rate and speed."""
-    evaluated = list(dict.fromkeys(name.removeprefix("ema/") for name in metrics.names("evaluate")))
-    trained = metrics.names("train")
+    names: dict[str, list[str]] = {"train": [], "evaluate": []}
+    for row in rows:
+        if row["kind"] in names:
+            names[row["kind"]] += [name.removeprefix("ema/") for name in row if isinstance(row[name], float)]
     # A number of samples, tags or epochs says nothing as a curve, left-out steps only where there are any.
-    hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS)}
-    if not any(metrics.series("skipped_steps", "train")[1]):
+    hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS)}
+    if not any(series(rows, "skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
-    names = [name for name in dict.fromkeys([*evaluated, *trained]) if name not in hidden and name[:5] != "data/"]
-    names = sorted(names, key=lambda name: name != "loss") + [name for name in _LAST if name in trained]
-    return [(_TRAINED_AS.get(name, name), name) for name in names]
+    shown = [name for name in dict.fromkeys(names["evaluate"] + names["train"]) if name not in hidden]
+    shown = sorted((name for name in shown if name[:5] != "data/"), key=lambda name: name != "loss")
+    shown += [name for name in _LAST if name in names["train"]]
+    return [(_TRAINED_AS.get(name, name), name) for name in shown]
 
 
-def _draw_training(axis: Axes, metrics: Rows, name: str, steps_per_epoch: float) -> None:
+def _draw_training(axis: Axes, found: tuple[Sequence[int], Sequence[float]], name: str, steps_per_epoch: float) -> None:
     """Draw a figure of training; a noisy one lightly, and its running mean over a thirtieth of the run over it."""
-    steps, values = metrics.series(name, "train")
+    steps, values = found
     label = "as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
     width = 2 * (len(values) // 60) + 1
     if name in _SCHEDULED:
@@ -154,19 +158,10 @@ def is_steep(axis: Axes) -> bool:
     return bool(values.min() > 0 and values.max() > 30 * values.min())
 
 
-def _finish_panel(axis: Axes, name: str, steps_per_epoch: float) -> None:
-    """Give a panel its title, epochs and steps and, beside its title, a legend with the newest values."""
-    axis.set_title(name, fontweight="bold")
+def _finish_panel(axis: Axes, steps_per_epoch: float) -> None:
+    """Give a panel epochs and steps and, beside its title, a legend with the newest values."""
     axis.set_xlabel("epoch, step")
     number = EngFormatter(sep="")
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
     axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{number(round(epoch * steps_per_epoch))}")
-    axis.legend(
-        loc="lower right",
-        bbox_to_anchor=(1.0, 1.0),
-        ncols=3,
-        fontsize=8,
-        borderaxespad=0.2,
-        handlelength=1.0,
-        columnspacing=0.8,
-    )
+    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, handlelength=1, columnspacing=0.8)

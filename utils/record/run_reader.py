@@ -10,7 +10,7 @@ from pydantic import BaseModel, ValidationError
 from utils.errors import UserError
 from utils.io.files import canonical_json, is_locked, read_json
 from utils.io.safe_text import hide_secrets
-from utils.record.metrics_log import METRICS_FILE, Rows, read_rows
+from utils.record.metrics_log import METRICS_FILE, Row, read_rows
 
 CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
 RESULT_FILE, COMPLETE_FILE = "result.json", "complete.json"
@@ -55,9 +55,9 @@ class RunReader:
         return settings_of(file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
 
     @property
-    def rows(self) -> Rows:
+    def rows(self) -> list[Row]:
         """The rows of metrics.jsonl."""
-        return Rows([row for _, row in read_rows(self.path / METRICS_FILE)])
+        return [row for _, row in read_rows(self.path / METRICS_FILE)]
 
     @property
     def result(self) -> dict[str, Any] | None:

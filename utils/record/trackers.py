@@ -92,7 +92,7 @@ class _Wandb:
     name = "W&B"
 
     def __init__(self, options: WandbTrackingConfig, mode: str, folder: Path, config: Mapping[str, Any]) -> None:
-        wandb, file, rows = _import_wandb(), folder / ID_FILE, RunReader(folder).rows.rows
+        wandb, file, rows = _import_wandb(), folder / ID_FILE, RunReader(folder).rows
         self._logged_step = max((row["step"] for row in rows), default=0) if file.exists() else 0
         self._options, self._batch_size = options, config["loop"]["global_batch_size"]
         if not file.exists():

@@ -20,7 +20,7 @@ def fill(folder, rows, evaluations, ema):
         figures = {"epoch": number / 2, "loss": 4.0 / number, "top1": number / 50, "samples": 10.0}
         metrics.add(100 * number, "evaluate", figures | ({"ema/loss": 0.5, "ema/top1": 0.5} if ema else {}))
     metrics.close()
-    return metrics
+    return metrics.rows
 
 
 @pytest.mark.parametrize("rows, evaluations, ema", [(1, 0, False), (0, 1, False), (3, 1, True), (4000, 40, True)])
@@ -31,10 +31,10 @@ def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
 
 
 def test_without_a_row_there_is_no_picture(tmp_path):
-    metrics = fill(tmp_path, 0, 0, False)
-    plot_curves(metrics, tmp_path / "curves.png", "run")
-    metrics.rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
-    plot_curves(metrics, tmp_path / "curves.png", "run")
+    rows = fill(tmp_path, 0, 0, False)
+    plot_curves(rows, tmp_path / "curves.png", "run")
+    rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
+    plot_curves(rows, tmp_path / "curves.png", "run")
     assert not (tmp_path / "curves.png").exists()
 
 
@@ -42,9 +42,7 @@ def test_curves_are_redrawn_between_evaluations(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(engine.recorder, "_FIRST_PLOT_SEC", 0.0)
     monkeypatch.setattr(engine.recorder, "_PLOT_PAUSE", 0)
-    monkeypatch.setattr(
-        "utils.record.plots.plot_curves", lambda metrics, path, title: drawn.append((len(metrics.rows), title))
-    )
+    monkeypatch.setattr("utils.record.plots.plot_curves", lambda rows, path, title: drawn.append((len(rows), title)))
     images = make_images(tmp_path / "images")
     often = ["loop.total_steps=5", "loop.log_every_steps=2", "loop.evaluate_every_epochs=100", "run_dir=run"]
     run("finetune", [*TINY, f"data.root={images}", *often], tmp_path)
