@@ -19,19 +19,13 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     is_whole = number <= _WHOLE_MATRIX
     classes = list(range(number)) if is_whole else confusion.most_confused(_PART_OF_MATRIX)
     counts, names = confusion.counts[classes][:, classes].toarray(), [class_names[index] for index in classes]
-    samples = samples[classes]
-    if is_whole:
+    title = f"Confusion matrix of {number} classes; images wrong: {wrong}\nnumbers are per cent of the row's images"
+    if not is_whole:
         title = (
-            f"Confusion matrix of {number} classes; images wrong: {wrong}\n"
-            "numbers are images, the shade is the share of the row"
+            f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong}\n"
+            "numbers are per cent of the row's images; other: of classes that are not shown"
         )
-        return pictures.confusion_matrix(counts, samples, names, title)
-    title = (
-        f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong}\n"
-        "numbers are per cent of the row's images; other: of classes that are not shown"
-    )
-    elsewhere = samples - counts.sum(axis=1)
-    return pictures.confusion_matrix(counts, samples, names, title, percent=True, elsewhere=elsewhere)
+    return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 
 def draw_mistakes(kept: Mapping[str, np.ndarray], confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:

@@ -7,8 +7,8 @@ imported where it is used: it takes 0.3 s.
 import functools
 import re
 import unicodedata
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager
 
 import numpy as np
 import torch
@@ -25,26 +25,25 @@ _LONGEST = 200  # characters of a name that are looked at
 
 
 @functools.cache
-def _fonts() -> list[Any]:
-    """Return the upright fonts of matplotlib and the machine; those that matplotlib ships come first."""
-    from matplotlib.font_manager import fontManager
-
-    shipped = ("DejaVu Sans", "STIXGeneral")
-    # "Last Resort" has a box for every character.
-    plain = [font for font in fontManager.ttflist if font.style == "normal" and "Last Resort" not in font.name]
-    return sorted(plain, key=lambda font: shipped.index(font.name) if font.name in shipped else len(shipped))
-
-
-@functools.cache
 def _font_of(char: str) -> str | None:
-    """Return the first font that has a character, None for none."""
-    from matplotlib.font_manager import get_font
+    """Return the first upright font that has a character, None for none; those that matplotlib ships come first."""
+    from matplotlib.font_manager import fontManager, get_font
 
-    return next((font.name for font in _fonts() if get_font(font.fname).get_char_index(ord(char))), None)
+    fonts = sorted(fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name != "STIXGeneral"))
+    for font in fonts:
+        if font.style != "normal" or "Last Resort" in font.name:  # which has a box for every character
+            continue
+        if get_font(font.fname).get_char_index(ord(char)):
+            return font.name
+    return None
 
 
-def _families(text: str) -> list[str]:
-    return list(dict.fromkeys(["DejaVu Sans", *filter(None, map(_font_of, text))]))
+def _style(texts: Iterable[str]) -> AbstractContextManager[None]:
+    """Return the context of a picture with these texts, of any alphabets."""
+    from utils.record.plots import style
+
+    fonts = filter(None, map(_font_of, sorted(set("".join(texts)))))
+    return style(list(dict.fromkeys(["DejaVu Sans", *fonts])))
 
 
 def legible(name: str) -> str:
@@ -98,15 +97,16 @@ def image_grid(
     """Draw images in rows, each with its lines under it, below a title."""
     from matplotlib.figure import Figure
 
-    from utils.record.plots import figure_to_image, style
+    from utils.record.plots import figure_to_image
 
-    cell = max([tile_px, *(_CHARACTER_PX * len(text) for lines in captions for text, _ in lines)])
+    texts = [text for lines in captions for text, _ in lines]
+    cell = max([tile_px, *(_CHARACTER_PX * len(text) for text in texts)])
     below = _LINE_PX * max(map(len, captions), default=0)
     tiles = [pad(_to_tile(image, tile_px), ((cell - tile_px) // 2, -(-(cell - tile_px) // 2), 0, below), value=255)
              for image in images] or [torch.full((3, 1, cell), 255, dtype=torch.uint8)]  # fmt: skip
     columns = min(columns, len(tiles))
     grid = make_grid(torch.stack(tiles), columns, _PADDING_PX, pad_value=255).permute(1, 2, 0).numpy()
-    with style():
+    with _style(texts):
         figure = Figure(figsize=(grid.shape[1] / 110, grid.shape[0] / 110))
         axis = figure.add_axes((0, 0, 1, 1))
         axis.imshow(grid, interpolation="nearest")
@@ -116,60 +116,42 @@ def image_grid(
             x = place % columns * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
             y = place // columns * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px
             for number, (text, color) in enumerate(lines):
-                axis.text(
-                    x, y + _LINE_PX * (number + 0.5), text, color=color, ha="center", va="center",
-                    family=_families(text), in_layout=False,
-                )  # fmt: skip
+                axis.text(x, y + _LINE_PX * (number + 0.5), text, color=color, ha="center", va="center")
         return figure_to_image(figure)
 
 
-def confusion_matrix(
-    counts: np.ndarray,
-    samples: np.ndarray,
-    names: Sequence[str],
-    title: str,
-    *,
-    percent: bool = False,
-    elsewhere: np.ndarray | None = None,
-) -> np.ndarray:
-    """Draw a confusion matrix: rows are true classes, shaded by their share of the row's samples.
+def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
+    """Draw a confusion matrix: the share of each true class, in per cent, that is predicted as each class.
 
-    counts: [N, N], row true, column predicted; samples: [N], each class's images. `percent` writes shares of the row
-    in place of counts. elsewhere: [N], predictions of classes that are not shown.
+    counts: [N, N], row true, column predicted; samples: [N], each class's images, also those that are predicted as
+    classes that are not shown.
     """
-    from matplotlib.colors import PowerNorm
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
 
-    from utils.record.plots import figure_to_image, style
+    from utils.record.plots import figure_to_image
 
-    shares = np.asarray(counts) / np.maximum(samples, 1)[:, None]
-    cell = 0.9 if len(names) <= 6 else 0.7 if len(names) <= 12 else 0.46  # inches
-    shown = [shorten(legible(name), 24) for name in names]
-    is_flat = max(map(len, shown)) * 0.1 < cell
+    percent = 100 * np.asarray(counts) / np.maximum(samples, 1)[:, None]
+    others = 100 * (samples - counts.sum(axis=1)) / np.maximum(samples, 1)
+    columns = [shorten(legible(name), 24) for name in names]
     rows = []
-    for row, (text, name) in enumerate(zip(shown, names)):
+    for text, name, count, other in zip(columns, names, samples, others):
         # A character alone may have many look-alikes: a row also says which it is.
         called = text if text == name or len(text) > 2 else f"{text}  {name}"
-        other = "" if elsewhere is None else f", other {100 * elsewhere[row] / max(samples[row], 1):.0f}"
-        rows.append(f"{called}  ({samples[row]:,}{other})")
-    with style():
+        rows.append(f"{called}  ({count:,}{f', other {other:.0f}' if others.any() else ''})")
+    cell = 0.9 if len(names) <= 6 else 0.7 if len(names) <= 12 else 0.46  # inches
+    with _style(rows):
         figure = Figure(figsize=(cell * len(names), cell * len(names)))
-        display = ConfusionMatrixDisplay(shares, display_labels=shown).plot(
-            ax=figure.add_axes((0, 0, 1, 1)), cmap="Blues", colorbar=False, im_kw={"norm": PowerNorm(0.7, 0, 1)},
-            text_kw={"in_layout": False},
-        )  # fmt: skip
+        display = ConfusionMatrixDisplay(percent, display_labels=columns)
+        display.plot(ax=figure.add_axes((0, 0, 1, 1)), cmap="Blues", colorbar=False, values_format=".0f")
         axis = display.ax_
         axis.grid(False)
         axis.xaxis.tick_top()
-        axis.tick_params("x", labelrotation=0 if is_flat else 90)
         axis.xaxis.set_label_position("top")
+        axis.tick_params("x", labelrotation=0 if max(map(len, columns)) * 0.1 < cell else 90)
         axis.set(xlabel="predicted", ylabel="true (images)")
         axis.set_yticks(range(len(names)), rows)
-        for label, text in zip((*axis.get_xticklabels(), *axis.get_yticklabels()), (*shown, *rows)):
-            label.set_family(_families(text))
         axis.set_title(title, pad=12)
-        for text, share, count in zip(display.text_.flat, shares.flat, np.asarray(counts).flat):
-            text.set_text(f"{100 * share:.0f}" if percent else f"{count:,}")
+        for text, count in zip(display.text_.flat, np.asarray(counts).flat):
             text.set_visible(count > 0)
         return figure_to_image(figure)

@@ -37,9 +37,9 @@ _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # figures of evaluation and of training that share a panel
 
 
-def style() -> AbstractContextManager[None]:
-    """Return the context in which all our figures are made."""
-    return matplotlib.rc_context(_STYLE)
+def style(families: Sequence[str] = ("DejaVu Sans",)) -> AbstractContextManager[None]:
+    """Return the context in which all our figures are made, with fonts of these families."""
+    return matplotlib.rc_context({**_STYLE, "font.family": list(families)})
 
 
 def figure_to_image(figure: Figure) -> np.ndarray:

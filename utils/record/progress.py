@@ -86,23 +86,13 @@ class Bar:
                 _progress = None
                 progress.stop()
 
-    def advance(self, done: int) -> None:
-        """Set the progress; drawn a few times a second."""
+    def advance(self, done: int, **texts: str) -> None:
+        """Set the progress, and the texts `description` and `figures`; drawn a few times a second."""
         if self._line is not None and _progress is not None:
-            _progress.update(self._line.id, completed=done, total=self.total)
-            if time.monotonic() - self._drawn >= _REDRAW_SEC:
+            _progress.update(self._line.id, completed=done, total=self.total, **texts)
+            if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
                 self._drawn = time.monotonic()
                 _progress.refresh()
-
-    def show(self, what: str, figures: str) -> None:
-        """Set the texts, and draw."""
-        if self._line is not None and _progress is not None:
-            _progress.update(self._line.id, description=what, figures=figures, refresh=True)
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether it is on the screen."""
-        return self._line is not None and _progress is not None and not _progress.disable
 
     @property
     def left_sec(self) -> float | None:
@@ -113,14 +103,14 @@ class Bar:
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
     """Show a bar and yield what moves it: `report(done, total)`."""
-    bar, said = Bar(what, None), time.monotonic()
+    bar, logged = Bar(what, None), time.monotonic()
 
     def report(done: int, total: int | None) -> None:
-        nonlocal said
+        nonlocal logged
         bar.total = total
         bar.advance(done)
-        if time.monotonic() - said >= _LOG_SEC and environment_rank() == 0 and not bar.is_shown:
-            said = time.monotonic()
+        if time.monotonic() - logged >= _LOG_SEC and _progress is not None and not _is_terminal(_progress.console):
+            logged = time.monotonic()
             log.info("%s: %s of %s", what, f"{done:,}", "?" if total is None else f"{total:,}")
 
     with bar.opened():
