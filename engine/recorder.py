@@ -268,7 +268,8 @@ class Recorder:
             f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(self.bar.left_sec),
         )  # fmt: skip
         waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
-        self.bar.show(f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", figures + waits)
+        epochs = f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}"
+        self.bar.advance(step, description=epochs, figures=figures + waits)
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)

@@ -313,7 +313,7 @@ class Run:
         rows = [
             ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
-            ("curves", f"{folder.plots}/curves.png"),
+            ("curves", f"{folder.path}/plots/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),
             *(("next" if number == 0 else "", line) for number, line in enumerate(next_commands)),
         ]

@@ -3,7 +3,7 @@
     bar = Bar("training", total_steps)
     with bar.opened(step):
         bar.advance(step)                                     every step, from a number that the host knows
-        bar.show("epoch 3/20", "loss 0.1234")                 at log steps
+        bar.advance(step, description="epoch 3/20", figures="loss 0.1234")
     for batch in track(loader, len(loader), "evaluating val"): ...
     with counting("reading") as report: report(done, total)
 
@@ -109,7 +109,7 @@ def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
         nonlocal logged
         bar.total = total
         bar.advance(done)
-        if time.monotonic() - logged >= _LOG_SEC and _progress is not None and not _is_terminal(_progress.console):
+        if time.monotonic() - logged >= _LOG_SEC and environment_rank() == 0 and _progress.disable:
             logged = time.monotonic()
             log.info("%s: %s of %s", what, f"{done:,}", "?" if total is None else f"{total:,}")
 

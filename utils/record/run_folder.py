@@ -23,15 +23,7 @@ from utils.config.entry_point import Job
 from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
 from utils.errors import UserError
-from utils.io.files import (
-    AppendFile,
-    file_lock,
-    ignore_write_errors,
-    output_errors,
-    read_json,
-    write_json,
-    write_text,
-)
+from utils.io.files import AppendFile, file_lock, ignore_write_errors, output_errors, read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.ranks.job_status import restart_count
@@ -67,11 +59,6 @@ class RunFolder:
     def weights(self) -> Path:
         """The folder of weight files."""
         return self.path / "weights"
-
-    @property
-    def plots(self) -> Path:
-        """The folder of pictures."""
-        return self.path / "plots"
 
 
 def default_run_dir(config: dict[str, Any], job: Job) -> str:
@@ -136,7 +123,7 @@ def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
 def _open(folder: RunFolder, stack: ExitStack) -> None:
     patience_sec = _REQUEUED_SEC if restart_count() else _READER_SEC
     with output_errors("run_dir", folder.path):
-        for path in (folder.path, folder.checkpoints, folder.weights, folder.plots):
+        for path in (folder.checkpoints, folder.weights, folder.path / "plots"):
             path.mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(file_lock(folder.path / LOCK_FILE, patience_sec))

@@ -18,6 +18,7 @@ from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
 from utils.text_table import align_columns
 
 _SEED = "seed="
+_RESULT = ("metric", "value", "is_lowest_best")
 
 
 @dataclass(frozen=True)
@@ -33,13 +34,12 @@ class SweptRun:
 
 def read_jobs(folder: Path) -> list[SweptRun]:
     """Return the jobs whose run folders are in a sweep's folder."""
-    return [_read_job(RunReader(file.parent)) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
-
-
-def _read_job(run: RunReader) -> SweptRun:
-    state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
-    found = run.result or {}
-    return SweptRun(run.settings, state, found.get("metric"), found.get("value"), bool(found.get("is_lowest_best")))
+    jobs = []
+    for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
+        state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
+        result = {name: value for name, value in (run.result or {}).items() if name in _RESULT}
+        jobs.append(SweptRun(run.settings, state, **result))
+    return jobs
 
 
 def with_failures(jobs: Iterable[SweptRun], statuses: Iterable[tuple[Iterable[str], int]]) -> list[SweptRun]:

@@ -92,11 +92,11 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
             for step in range(41, 44):
                 bar.advance(step)
                 get_logger("test").info("step %d  [bold]loss[/bold] 0.5", step)
-            bar.show("epoch 3/20", "train loss 0.1234")
+            bar.advance(43, description="epoch 3/20", figures="train loss 0.1234")
             get_logger("test").info(long)
             print("a library's own warning", file=sys.stderr)
             assert list(track("abc", 3, "evaluating val")) == ["a", "b", "c"]
-            assert bar.is_shown and bar.left_sec > 0
+            assert bar.left_sec > 0
             bar.advance(44)
             with counting("reading") as report:
                 report(7, None)
@@ -147,8 +147,8 @@ def test_elsewhere_nothing_is_shown(where, terminal, monkeypatch):
         stderr = sys.stderr = io.StringIO() if where == "no terminal" else terminal.stream
         with bar.opened():
             bar.advance(1)
-            bar.show("epoch 1/1", "loss 1")
+            bar.advance(1, description="epoch 1/1", figures="loss 1")
             assert list(track(range(3), 3, "evaluating")) == [0, 1, 2]
             bar.advance(2)
-            assert sys.stderr is stderr and not bar.is_shown and bar.left_sec is not None
+            assert sys.stderr is stderr and bar.left_sec is not None
     assert terminal.text == "" and (where != "no terminal" or stderr.getvalue() == "")
