@@ -197,10 +197,7 @@ def refuse_external_data(path: Path) -> None:
             stack += [part for value in fields for part in ([value] if isinstance(value, Message) else value)]
         elif found.data_location == onnx.TensorProto.EXTERNAL or found.external_data:
             named = next((entry.value for entry in found.external_data if entry.key == "location"), "")
-            raise UserError(
-                f"{path} takes data from another file, {named[:200]!a}, which is not read; export it as one file "
-                "(export.py does)"
-            )
+            raise UserError(f"{path} takes data from another file, {named[:200]!a}; export it as one (export.py does)")
 
 
 def _read_metadata(path: Path, session: Any) -> dict[str, Any]:

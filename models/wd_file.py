@@ -21,10 +21,7 @@ def read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) 
     """
     tags = path.with_name(FILE)
     if not tags.is_file():
-        raise UserError(
-            f"{path} was not exported by Atelier: it has no metadata; use export.py, or put a WD tagger's "
-            f"{FILE} beside it"
-        )
+        raise UserError(f"{path} was not exported by Atelier; use export.py, or put a WD tagger's {FILE} beside it")
     (taken, *others), given = inputs, outputs[0]
     batch, *sides = taken.shape
     is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 
-# Of each version of cgroups: the files of the limit and of what is used, and the part of memory.stat that gives way.
-_CGROUPS = {
-    "": ("", "memory.max", "memory.current", "inactive_file"),
-    "memory": ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
-}
+# Of cgroups of version 2 and 1: the files of the limit and of what is used, and the part of memory.stat that gives way.
+_CGROUPS = (
+    ("", "memory.max", "memory.current", "inactive_file"),
+    ("memory", "memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file"),
+)
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -31,18 +31,16 @@ def free_memory() -> int:
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return max(0, min(free, *_free_of_groups()))
+    return max(0, min([free, *_free_of_groups()]))
 
 
 def _free_of_groups() -> Iterator[int]:
-    """Yield what each group above this process leaves it; without groups nothing that limits it."""
-    yield 2**62
+    """Yield what each group above this process leaves it."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         _, controllers, group = line.split(":", 2)
-        kind = "memory" if "memory" in controllers.split(",") else controllers
-        if kind not in _CGROUPS:
+        if controllers and "memory" not in controllers.split(","):
             continue
-        root, limit, used, gives_way = _CGROUPS[kind]
+        root, limit, used, gives_way = _CGROUPS[bool(controllers)]
         inner = Path("/sys/fs/cgroup", root, group.strip("/"))
         for folder in (inner, *inner.parents):
             try:

@@ -9,35 +9,22 @@ from utils import rng
 # --- hashes
 
 # Changing one of these changes every run: saved ones no longer resume to the same samples.
-KNOWN = [
-    ((), 5700357409661599242, "nothing hashed"),
-    ((0,), 6467540162864785327, "0 is a counter like others"),
-    ((1,), 8702843941935282423, ""),
-    ((0, 0), 3828582881644381438, "another length, another hash"),
-    ((0, 1), 185151156520619842, ""),
-    ((1, 0), 866938649145782109, "the order matters"),
-    ((-1,), 6832720693624013390, "negative counters wrap round 64 bits"),
-    ((3, 1, 4, 1, 5), 4166843669786820992, ""),
-]
+KNOWN = {
+    (): 5700357409661599242,
+    (0,): 6467540162864785327,
+    (1,): 8702843941935282423,
+    (0, 0): 3828582881644381438,
+    (0, 1): 185151156520619842,
+    (1, 0): 866938649145782109,
+    (-1,): 6832720693624013390,
+    (3, 1, 4, 1, 5): 4166843669786820992,
+    (7, 10**9, 0): 2448313011511004704,
+}
 
 
-@pytest.mark.parametrize("counters, expected, why", KNOWN)
-def test_known_hashes(counters, expected, why):
-    assert rng.hash_counters(*counters) == expected, why
-
-
-@pytest.mark.parametrize(
-    "seed, position, view, expected",
-    [
-        (0, 0, 0, 5115939743139180319),
-        (0, 1, 0, 5656945921754971575),
-        (0, 2, 0, 1350151823620711279),
-        (0, 0, 1, 2794863612905254196),
-        (7, 10**9, 0, 2448313011511004704),
-    ],
-)
-def test_known_keys(seed, position, view, expected):
-    assert rng.sample_key(seed, position, view) == expected
+def test_known_hashes():
+    assert {counters: rng.hash_counters(*counters) for counters in KNOWN} == KNOWN
+    assert rng.sample_key(7, 10**9) == KNOWN[7, 10**9, 0]
 
 
 def test_known_orders():

@@ -88,13 +88,11 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
         case "missing":
             return key, f"missing; add {key}=VALUE or the file of its group"
         case "union_tag_not_found":
-            key += "." + context["discriminator"].strip("'")
+            key += f".{context['discriminator'][1:-1]}"
             return key, f"missing; add {key}=VALUE or the file of its group"
         case "union_tag_invalid":
-            names = re.findall("'([^']+)'", context["expected_tags"])
-            return f"{key}.{context['discriminator'].strip(chr(39))}", f"unknown {context['tag']!r}; " + close_names(
-                str(context["tag"]), names
-            )
+            tag, names = str(context["tag"]), re.findall("'([^']+)'", context["expected_tags"])
+            return f"{key}.{context['discriminator'][1:-1]}", f"unknown {tag!r}; {close_names(tag, names)}"
         case "model_type" | "model_attributes_type" | "dict_type":
             return key, f"must be a group of keys, found {found!r}"
     return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, found {found!r}"

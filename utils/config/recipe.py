@@ -20,24 +20,18 @@ FREE_KEYS = (
     "tracking.*",
     "sweep.*",
     "run_dir",
-    "resume",
-    "resume_allow",
+    "resume*",
     "dry_run",
-    "data.cache.disk_gib",
+    "data.cache.*_gib",
     "data.cache.folder",
-    "loop.total_epochs",
-    "loop.total_steps",
+    "loop.total_*",
     "loop.early_stop_epochs",
     "loop.batch_size",
     "loop.on_out_of_memory",
-    "loop.log_every_steps",
-    "loop.evaluate_every_epochs",
-    "loop.checkpoint_every_steps",
-    "loop.checkpoint_every_minutes",
+    "loop.*_every_*",
     "loop.keep_checkpoints",
     "loop.max_skipped_steps",
     "task.probe.*",
-    "data.cache.memory_gib",
 )
 
 
@@ -73,11 +67,8 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
     Raises UserError where another key differs.
     """
     old, new = flatten(saved), flatten(now)
-    lines = {}
-    for key in sorted(old.keys() | new.keys()):
-        before, after = old.get(key, "(absent)"), new.get(key, "(absent)")
-        if before != after:
-            lines[key] = f"{key}: {before!r} in the run, {after!r} now"
+    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted(old.keys() | new.keys())}
+    lines = {key: f"{key}: {a!r} in the run, {b!r} now" for key, (a, b) in pairs.items() if a != b}
     if refused := [key for key in lines if not is_free(key, allowed)]:
         differences = "\n  ".join(lines[key] for key in refused)
         raise UserError(

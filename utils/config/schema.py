@@ -19,50 +19,43 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-class _PathMark:
-    """Mark the text of a path."""
-
-
 def check_path(text: str) -> str:
     """Raise ValueError for a text that is no path on any file system: empty, too long, or with a NUL."""
-    if not text or "\0" in text:
-        raise ValueError(f"{text!r} is no path; give a file or folder, or null where the key may be without one")
     content = text.encode()
-    longest = max(map(len, content.split(b"/")))
-    if longest > _NAME_BYTES or len(content) > _PATH_BYTES:
+    if not text or "\0" in text or len(content) > _PATH_BYTES or max(map(len, content.split(b"/"))) > _NAME_BYTES:
         raise ValueError(
-            f"a path of {len(content):,} bytes, the longest name in it {longest:,}, is too long; file systems take "
-            f"{_NAME_BYTES} bytes in a name and {_PATH_BYTES:,} in all"
+            f"must be a path of at most {_PATH_BYTES:,} bytes, with names of at most {_NAME_BYTES}, or null where that "
+            f"is allowed; found {len(content):,} bytes, {text[:_NAME_BYTES]!r}"
         )
     return text
 
 
 # A path on the command line is taken as it is written, though Hydra's grammar would refuse or change it.
-PathText = Annotated[str, _PathMark(), AfterValidator(check_path)]
+_IS_PATH = AfterValidator(check_path)
+PathText = Annotated[str, _IS_PATH]
 
 
 def walk_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield a schema's dotted keys, groups and leaves, with their fields; of a union those of all models."""
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}", field
-        for model in _models(field.annotation):
-            yield from walk_keys(model, f"{prefix}{name}.")
+        for part in _parts(field.annotation):
+            if isinstance(part, type) and issubclass(part, BaseModel):
+                yield from walk_keys(part, f"{prefix}{name}.")
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
-    """Return the models that an annotation admits; the keys of a dict are free."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return [annotation]
-    options = () if typing.get_origin(annotation) is dict else typing.get_args(annotation)
-    return [model for option in options for model in _models(option)]
+def _parts(annotation: Any) -> Iterator[Any]:
+    """Yield an annotation and all that it is made of; the keys of a dict are free."""
+    yield annotation
+    if typing.get_origin(annotation) is not dict:
+        for part in typing.get_args(annotation):
+            yield from _parts(part)
 
 
 def path_keys(schema: type[BaseModel]) -> set[str]:
     """Return the dotted keys of a schema whose values are paths."""
-    return {key for key, field in walk_keys(schema) if _is_path(field.annotation, field.metadata)}
-
-
-def _is_path(annotation: Any, metadata: typing.Iterable[Any] = ()) -> bool:
-    """Return whether an annotation, or a part of it, is marked as a path."""
-    marked = any(isinstance(mark, _PathMark) for mark in metadata)
-    return marked or any(isinstance(part, _PathMark) or _is_path(part) for part in typing.get_args(annotation))
+    return {
+        key
+        for key, field in walk_keys(schema)
+        if any(part is _IS_PATH for part in (*field.metadata, *_parts(field.annotation)))
+    }

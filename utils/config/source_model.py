@@ -19,9 +19,8 @@ def follow_init_from(values: DictConfig, overrides: Sequence[str], choices: Mapp
     """
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
     keys = [text.lstrip("+~").partition("=")[0] for text in overrides]
-    if "model" not in values or not source or "model" in keys or choices.get("experiment", "None") != "None":
-        return dict(choices)
-    if not (Path(source) / CONFIG_FILE).is_file():
+    is_chosen = "model" in keys or choices.get("experiment", "None") != "None"
+    if "model" not in values or not source or is_chosen or not (Path(source) / CONFIG_FILE).is_file():
         return dict(choices)
     found = RunReader(Path(source)).config.get("model")
     if not isinstance(found, dict) or "name" not in found:

@@ -25,12 +25,12 @@ from typing import Annotated, Any
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from utils.config.bounds import Count, CountOrZero, Processes
 from utils.config.help import CONF
 from utils.config.messages import validate
-from utils.config.schema import Strict, check_path
+from utils.config.schema import PathText, Strict
 from utils.errors import EXIT_OK, EXIT_STOPPED, UserError
 from utils.io.files import sha256_text
 from utils.ranks.distributed import detect_world
@@ -53,7 +53,7 @@ class SweepConfig(Strict):
     whose values Optuna chooses.
     """
 
-    name: Annotated[str, AfterValidator(check_path)]
+    name: PathText
     at_once: Processes | None
     gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None
     trials: Count | None

@@ -35,9 +35,7 @@ def escape_controls(text: str, keep: str = "") -> str:
     """
     if text.isprintable():
         return text
-    return "".join(
-        _escape(character) if _is_control(character) and character not in keep else character for character in text
-    )
+    return "".join(_escape(character) if character not in keep else character for character in text)
 
 
 def safe_lines(text: str) -> str:
@@ -45,16 +43,13 @@ def safe_lines(text: str) -> str:
     return hide_secrets(escape_controls(text, keep="\n\t"))
 
 
-def _is_control(character: str) -> bool:
-    """Tell whether a character moves the cursor, hides, or orders others: control, format, separator, surrogate.
+def _escape(character: str) -> str:
+    """Escape a character that moves the cursor, hides, or orders others: control, format, separator, surrogate.
 
     The joiners within words and emoji (U+200C, U+200D) are format characters that show nothing by themselves.
     """
-    return unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in "\u200c\u200d"
-
-
-def _escape(character: str) -> str:
-    return character.encode("unicode_escape").decode("ascii")
+    is_control = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in "\u200c\u200d"
+    return character.encode("unicode_escape").decode("ascii") if is_control else character
 
 
 def hide_secrets(text: str) -> str:
@@ -63,21 +58,11 @@ def hide_secrets(text: str) -> str:
     """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
-    for value in _environment_secrets():
-        text = text.replace(value, HIDDEN)
+    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())}
+    for value in sorted(values, key=len, reverse=True):
+        if len(value) >= _MIN_SECRET_CHARACTERS and not (os.path.isabs(value) and os.path.exists(value)):
+            text = text.replace(value, HIDDEN)
     return text
-
-
-def _environment_secrets() -> list[str]:
-    """Return the values of variables such as WANDB_API_KEY, the longest first."""
-    values = {
-        value
-        for name, value in os.environ.items()
-        if _SECRET_NAME.search(name.upper())
-        and len(value) >= _MIN_SECRET_CHARACTERS
-        and not (os.path.isabs(value) and os.path.exists(value))
-    }
-    return sorted(values, key=len, reverse=True)
 
 
 def hide_secrets_in(value: Any) -> Any:

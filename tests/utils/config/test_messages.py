@@ -64,23 +64,6 @@ def test_a_message_names_the_key_the_value_and_what_is_allowed(composed, key, va
     assert problems_with(composed(), {key: value}) == [f"{key}: {said}"]
 
 
-# choices of groups, wrong values, the key that the message of a validator begins with
-VALIDATORS = [
-    ([], {"augment.crop_scale": [1.0, 0.5]}, "augment.crop_scale"),
-    ([], {"augment.std": [0.5]}, "augment.std"),
-    ([], {"model.dims": [8, 16]}, "model.dims"),
-    ([], {"init_weights": "ema"}, "init_weights"),
-    (["optim=sgd"], {"optim.momentum": 0.0}, "optim.nesterov"),
-    (["schedule=onecycle"], {"schedule.three_phase": True, "schedule.peak_fraction": 0.6}, "schedule.peak_fraction"),
-]  # fmt: skip
-
-
-@pytest.mark.parametrize(("overrides", "changes", "key"), VALIDATORS)
-def test_a_validator_names_its_key(composed, overrides, changes, key):
-    (problem,) = problems_with(composed(*overrides), changes)
-    assert problem.startswith(f"{key}: ")
-
-
 def test_all_errors_are_listed_together(composed):
     problems = problems_with(composed(), {"seed": 1.5, "loop.batch_size": 0, "optim.lrr": 1, "data.root": "???"})
     assert {problem.partition(": ")[0] for problem in problems} == {"data.root", "seed", "loop.batch_size", "optim.lrr"}
@@ -101,13 +84,13 @@ def test_close_names():
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
-TAG_FILES = ("vocabulary", "aliases", "implications", "orientation", "teacher")
+TAG_FILES = tuple(f"task.{key}" for key in ("vocabulary", "aliases", "implications", "orientation", "teacher"))
 
 
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
-        ("finetune", {"run_dir", *DATA_FILES, "init_from", "resume", *(f"task.{key}" for key in TAG_FILES)}),
+        ("finetune", {"run_dir", "sweep.name", *DATA_FILES, "init_from", "resume", *TAG_FILES}),
         ("predict", {"weights", "input", "output", "like", "thresholds"}),
     ],
 )

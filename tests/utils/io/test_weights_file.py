@@ -5,7 +5,6 @@ import json
 import os
 import pickle
 import random
-import zipfile
 
 import pytest
 import torch
@@ -100,9 +99,6 @@ def test_a_truncated_or_foreign_file_is_refused(tmp_path, name):
     for kept in (0, 1, 7, 40, len(content) - 1):
         path.write_bytes(content[:kept])
         message_of(path)
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr("readme.txt", "hello")
-    message_of(path)
     path.write_bytes(bytes(range(256)))
     message_of(path)
 
@@ -124,10 +120,10 @@ def test_a_damaged_file_is_refused_or_read_but_never_a_traceback(tmp_path):
     assert refused > 10
 
 
-@pytest.mark.parametrize("content", [[1, 2], torch.ones(2), {"epoch": 3}, {3: torch.ones(2)}, {}])
-def test_a_file_without_a_state_dict_is_refused(content, tmp_path):
-    torch.save(content, tmp_path / "w.pt")
-    assert "no state dict of plain tensors" in message_of(tmp_path / "w.pt")
+def test_a_file_without_a_state_dict_is_refused(tmp_path):
+    for content in ([1, 2], torch.ones(2), {"epoch": 3}, {3: torch.ones(2)}, {}):
+        torch.save(content, tmp_path / "w.pt")
+        assert "no state dict of plain tensors" in message_of(tmp_path / "w.pt")
 
 
 def test_a_forged_header_is_refused_by_name(tmp_path):
