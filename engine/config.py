@@ -22,8 +22,6 @@ from utils.config.schema import PathText, Strict
 from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
 
-FIRST_BATCH_SIZE = 4  # of `loop.batch_size=auto`
-
 
 class LoopConfig(Strict):
     """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
@@ -53,11 +51,6 @@ class LoopConfig(Strict):
     checkpoint_every_minutes: Duration | None
     keep_checkpoints: Count
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
-
-    @property
-    def first_batch_size(self) -> int:
-        """The largest batch of what is read before training, such as images that a cache encodes."""
-        return FIRST_BATCH_SIZE if self.batch_size == "auto" else self.batch_size
 
 
 class MachineConfig(Strict):
@@ -122,8 +115,7 @@ class TrainingConfig(Strict):
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not read, because the range test finds the rate; set "
-                "lr_finder.enabled=false to train at this rate, or optim.lr=null and optim.base_lr for the rate where "
-                "the test has no answer"
+                "lr_finder.enabled=false to train at this rate, or optim.base_lr for the rate where it has no answer"
             )
         if self.loop.ema_decay is not None and self.optim.name == "adamw" and self.optim.bf16_weights:
             raise ValueError(

@@ -43,7 +43,7 @@ _WIDTH = 9  # losses in a mean
 _RISE = 0.25  # of the fall before
 _NOISE = 3.0  # standard deviations of such a mean: the least fall, and the least rise
 _ADAPTIVE_SHARE = 0.1
-_MOST_SKIPPED = 4  # in a row: the loss scale of fp16 may be too high for a moment
+_MOST_SKIPPED = 4  # in a row: the loss scale of fp16 may be too high for a moment; blank updates do not count
 
 
 @dataclass
@@ -139,11 +139,10 @@ def range_test(
                 curve.rates.append(values.lr)
                 curve.losses.append(total / weight)
                 skipped = 0
-            elif result.weight > 0:  # an update of which no image could be read says nothing
+            elif result.weight > 0 and curve.losses:  # before the first, the loss scale of fp16 may be far too high
                 skipped += 1
             first = curve.losses[0] if curve.losses else math.inf
-            is_stuck = skipped >= _MOST_SKIPPED and curve.losses  # before the first, the loss scale may be far too high
-            if is_stuck or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
+            if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
                 curve.diverged = True
                 break
     return curve

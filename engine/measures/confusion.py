@@ -57,24 +57,20 @@ class Confusion:
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return a row for each class; None where a score would divide by zero or there is no confusion."""
         worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
-        rows = []
-        columns = (self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
-        for number, (samples, predicted, correct) in enumerate(zip(*columns)):
-            confused_with, times = worst.get(number, (None, None))
-            rows.append(
-                {
-                    "class": names[number],
-                    "samples": samples,
-                    "predicted": predicted,
-                    "correct": correct,
-                    "recall": correct / samples if samples else None,
-                    "precision": correct / predicted if predicted else None,
-                    "f1": 2 * correct / (samples + predicted) if samples else None,
-                    "confused_with": confused_with,
-                    "confused_count": times,
-                }
-            )
-        return rows
+        columns = zip(names, self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
+        return [
+            {
+                "class": name,
+                "samples": samples,
+                "predicted": predicted,
+                "correct": correct,
+                "recall": correct / samples if samples else None,
+                "precision": correct / predicted if predicted else None,
+                "f1": 2 * correct / (samples + predicted) if samples else None,
+                **dict(zip(("confused_with", "confused_count"), worst.get(number, (None, None)))),
+            }
+            for number, (name, samples, predicted, correct) in enumerate(columns)
+        ]
 
     def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
         """Return a row for each of the most frequent wrong pairs."""

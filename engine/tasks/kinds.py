@@ -53,9 +53,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     path = run_path(config, job)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
-    collection, batch_size = load_collection(config.data), config.loop.first_batch_size
+    collection, batch_size = load_collection(config.data), config.loop.batch_size
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
+    batch_size = 4 if batch_size == "auto" else batch_size  # of what is read before training, such as for a cache
     data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
     streams = kind.streams(data, setup, config)
 
