@@ -240,7 +240,6 @@ class Run:
         tensors, optimizer = learner.state()
         state = {
             "config": self.folder.config,
-            "threads": torch.get_num_threads(),
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
@@ -257,11 +256,6 @@ class Run:
         learner, state = self.learner, read_state(path)
         for line in check_resumable(state["fingerprints"], self.fingerprints, self.config.resume_allow, str(path)):
             log.warning("resume_allow accepts %s", line)
-        if state["threads"] != torch.get_num_threads():
-            log.warning(
-                "resume: %d threads now, %d before: results agree to rounding, not bit for bit",
-                torch.get_num_threads(), state["threads"],
-            )  # fmt: skip
         saved, now = (config["optim"] for config in (state["config"], self.folder.config))
         optimizer = state["optimizer"]
         if (saved["name"], saved.get("opt")) != (now["name"], now.get("opt")):

@@ -82,9 +82,8 @@ def _choose_precision(wanted: str, device: str) -> str:
 
 def missing_for_compile(device: str) -> list[str]:
     """Return what torch.compile needs and does not find, searched where inductor (CPU) and Triton (GPU) search."""
-    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
-    if device == "cpu" and sys.platform == "darwin":
-        known = ("clang++",)
+    on_cpu = ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else on_cpu
     compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
     # A Debian Python's own scheme names a folder of /usr/local, where its headers are not.
     folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}

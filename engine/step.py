@@ -8,7 +8,7 @@ has weight, is one decision for all ranks that stays on the device; a skipped st
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -63,20 +63,6 @@ class Vote:
             self._pending = copy.copy_(asked, non_blocking=True), torch.cuda.Event()
             self._pending[1].record()
         return NOTHING if counts is None else Asks(*(count > 0 for count in counts.tolist()))
-
-
-class Stepped(Protocol):
-    """What an update works on (engine/learner.py). `model` is the task as wrapped for the ranks and the compiler."""
-
-    model: nn.Module
-    task: Task
-    buffers: "Buffers"
-    optimizer: torch.optim.Optimizer
-    scale: "LossScale"
-    runtime: Runtime
-    step: int
-    seed: int
-    clip_grad_norm: float | None
 
 
 @dataclass
@@ -162,7 +148,7 @@ def _sum(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
 
 
-def _forward_backward(learner: Stepped, batch: Batch, progress: Tensor, factor: Tensor) -> tuple[Tensor, StepOutput]:
+def _forward_backward(learner: Any, batch: Batch, progress: Tensor, factor: Tensor) -> tuple[Tensor, StepOutput]:
     """Run one micro-batch, its gradient times `factor`; returns its weighted loss sum (detached) and the output."""
     with learner.runtime.autocast():
         output = learner.model(batch, progress)
@@ -217,12 +203,12 @@ def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale:
         torch._foreach_mul_(grads, factor)
 
 
-def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, asks: Asks = NOTHING) -> StepResult:
+def train_step(learner: Any, batches: Sequence[Batch], progress: Tensor, asks: Asks = NOTHING) -> StepResult:
     """Make the next update of a task from its micro-batches of this rank.
 
-    `progress`: the share of the run; `asks`: of this rank. No host synchronisation, except for timm's
-    optimisers, which cannot skip on the device and cost one per step. Raises OutOfMemory, with nothing changed, where a
-    pass does not fit into the device's memory.
+    `learner`: a Learner (engine/learner.py); `progress`: the share of the run; `asks`: of this rank. No host
+    synchronisation, except for timm's optimisers, which cannot skip on the device and cost one per step. Raises
+    OutOfMemory, with nothing changed, where a pass does not fit into the device's memory.
     """
     optimizer, scale, step = learner.optimizer, learner.scale, learner.step
     weight = distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
@@ -268,7 +254,7 @@ def train_step(learner: Stepped, batches: Sequence[Batch], progress: Tensor, ask
     return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)
 
 
-def fits_alone(learner: Stepped, batch: Batch) -> bool:
+def fits_alone(learner: Any, batch: Batch) -> bool:
     """Return whether this rank alone can make a pass over a micro-batch; the pass is undone."""
     before, wrapped, learner.model = learner.buffers.copy(), learner.model, learner.task
     one, device = torch.ones((), device=learner.runtime.device), learner.runtime.device

@@ -4,13 +4,6 @@ A task is an nn.Module that owns its networks and all other state (a teacher, fr
 and FSDP therefore wrap the task, compile sees forward and loss in one graph, and its state is checkpointed with it. Its
 networks run stacked blocks by calling them: FSDP all-gathers a block's weights in its forward call
 (engine/parallel.py).
-
-    task(batch, progress) -> StepOutput       one loss per sample
-    task.trained, .averaged, .helpers         what each network is for
-    task.initialise(source)                   initial weights from `init_from`
-    task.exported, task.metadata              what weight files and exports hold, and what is judged best
-    task.after_step(step, progress, applied)  optional: a teacher's update
-    task.evaluate(loaders, step) -> Report    exact over ranks
 """
 
 import hashlib

@@ -49,6 +49,7 @@ def matches(message, pattern):
 WRONG = {
     "augment.mean=[0.5] augment.std=[0.5]": "augment.mean: ",
     "model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: ",
+    "model=timm model.name=vit_tiny_patch16_224": "augment.image_size_hw: ",
     "runtime.device=cuda": "runtime.device: ",
     "init_from=broken.safetensors": "init_from: broken.safetensors",
     "init_from=foreign.pth": "init_from: ... stages.0.0.grn.gamma",

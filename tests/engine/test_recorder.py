@@ -10,12 +10,14 @@ from types import SimpleNamespace
 import pytest
 
 import engine.recorder
+import engine.run
 import utils.record.plots
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
+from utils.io.files import read_json
 
 
 def make_recorder(folder, momentum=None, *overrides):
@@ -88,20 +90,6 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder.close()
 
 
-@pytest.mark.parametrize("completed_step", [60, None])
-def test_a_complete_run_is_marked_until_it_goes_on(completed_step, tmp_path, clock):
-    recorder = make_recorder(tmp_path)
-    recorder.open(0, None, {})
-    train_to(recorder, clock, 0, 60)
-    recorder.close(completed_step=completed_step)
-    marked = tmp_path / "complete.json"
-    assert (json.loads(marked.read_text()) if marked.exists() else None) == (completed_step and {"step": 60})
-    recorder = make_recorder(tmp_path)
-    recorder.open(50, None, {})
-    assert not (tmp_path / "complete.json").exists()
-    recorder.close()
-
-
 def read_log(folder):
     with open(folder / "run/training_log.txt", newline="") as stream:
         return list(csv.DictReader(stream))
@@ -118,6 +106,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
     assert read_log(tmp_path) == part
     for steps in (5, 6):
         run("finetune", [*common, f"loop.total_steps={steps}"], tmp_path)
+        assert read_json(tmp_path / "run/complete.json") == {"step": steps}
     lines = read_log(tmp_path)
     assert [(line["step"], line["epoch"]) for line in lines] == [("2", "1"), ("4", "2"), ("6", "3")]
     every = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
@@ -130,3 +119,17 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
     columns += ["images_per_sec", "seconds", "peak_memory_gib"]
     assert set(columns) <= set(lines[0])
     assert all(float(line[name]) >= 0 for line in lines for name in columns)
+
+
+def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
+    monkeypatch.setattr(engine.run, "MUCH_WAITING", 0.0)
+    root = make_images(tmp_path / "images")
+    command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
+    run("finetune", command, tmp_path)
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    rows = [row for row in rows if row["kind"] == "train"]
+    rates = [row["data/l1_hit_rate"] for row in rows]
+    assert rates == sorted(rates) and 0 < rates[-1] < 1
+    assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in rows) and rows[-1]["data/wait_sec"] > 0
+    said = (tmp_path / "run/log.txt").read_text()
+    assert "was a wait for data: " in said

@@ -91,29 +91,18 @@ def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(collection, straig
 # --- signals
 
 
-def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straight, tmp_path, number=signal.SIGINT):
+def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straight, tmp_path):
     """A scheduler signals the loader's workers too: they go on until their rank has saved."""
     stopped = tmp_path / "stopped"
     overrides = common("classification", collection, stopped, *SMALL, "runtime.workers=2")
     started = start("finetune.py", overrides, tmp_path)
     wait_for(started, has_step(stopped, 5))
-    started.signal(number)
+    started.signal(signal.SIGINT)
     assert started.wait() == [75]
-    assert started.output.count(f"{number.name}: finishing the step, then saving") == 1
+    assert started.output.count("SIGINT: finishing the step, then saving") == 1
     assert f"saved in {stopped}; the same command continues" in started.output and "Traceback" not in started.output
     step = rows(stopped / "metrics.jsonl")[-1]["step"]
     assert checkpoints(stopped)[-1] == f"step_{step:08d}" and step < 40
-    run("finetune.py", overrides, tmp_path)
-    assert_equal_runs(straight, stopped)
-
-
-def test_a_signal_within_a_save_waits_for_it(collection, straight, tmp_path):
-    stopped = tmp_path / "stopped"
-    started, overrides = start_troubled("slow_save 0.1", collection, stopped, "loop.checkpoint_every_steps=10")
-    wait_for(started, lambda: "ing slowly" in started.output)
-    started.signal(signal.SIGTERM)
-    assert started.wait() == [75]
-    assert not list((stopped / "checkpoints").glob(".*"))
     run("finetune.py", overrides, tmp_path)
     assert_equal_runs(straight, stopped)
 
