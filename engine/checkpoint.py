@@ -42,6 +42,7 @@ from utils.io.files import (
     output_errors,
     sha256_file,
     sha256_text,
+    write_text,
 )
 from utils.io.safe_text import hide_secrets_in
 from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
@@ -61,11 +62,10 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def save_checkpoint(
-    folder: Path, step: int, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
-) -> Path:
-    """Write `folder/step_XXXXXXXX` and return it. texts: the metadata of some groups' files."""
-    final = folder / f"step_{step:08d}"
-    temporary = folder / f".{final.name}.tmp-{os.getpid()}"
+    final: Path, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Write a checkpoint's folder, `.../step_XXXXXXXX`. texts: the metadata of some groups' files."""
+    temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
@@ -75,38 +75,25 @@ def save_checkpoint(
                 file = temporary / f"{name}.safetensors"
                 write_tensors(file, group, texts.get(name))
                 checksums[file.name] = sha256_file(file)
-        content = {"format": FORMAT, "step": step, **state, "groups": list(tensors), "checksums": checksums}
-        text = json.dumps(content, indent=1)
-        for name, line in (("state.json", text), ("state.sha256", sha256_text(text) + "\n")):
-            (temporary / name).write_text(line, encoding="utf-8")
-            fsync_path(temporary / name)
-        fsync_path(temporary)
+        numbers = {"format": FORMAT, "step": step_of(final)}
+        text = json.dumps({**numbers, **state, "groups": list(tensors), "checksums": checksums}, indent=1)
+        write_text(temporary / "state.json", text)
+        write_text(temporary / "state.sha256", sha256_text(text) + "\n")
         if final.exists():  # made by the run before a kill; the same step has the same content
             _remove(final)
         os.rename(temporary, final)
-        fsync_path(folder)
+        fsync_path(final.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-    return final
 
 
-def copy_to_host(groups: Groups, kept: dict[tuple[str, str], Tensor]) -> tuple[Groups, torch.cuda.Event | None]:
-    """Return contiguous copies, and the event after which copies from a GPU, queued by now, are complete.
+def copy_to_host(groups: Groups) -> Groups:
+    """Return contiguous copies; those of a GPU's tensors are in pinned memory, which torch keeps for the next save."""
 
-    kept: the copies' memory, which the next call uses again; pinned for a GPU's tensors.
-    """
-    copies: dict[str, dict[str, Tensor]] = {group: {} for group in groups}
-    event = None
-    for group, tensors in groups.items():
-        for name, tensor in tensors.items():
-            copy = kept.get((group, name))
-            if copy is None or copy.shape != tensor.shape or copy.dtype != tensor.dtype:
-                copy = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda)
-            copies[group][name] = kept[group, name] = copy.copy_(tensor.detach(), non_blocking=True)
-            event = event or (torch.cuda.Event() if tensor.is_cuda else None)
-    if event is not None:
-        event.record()
-    return copies, event
+    def copy(tensor: Tensor) -> Tensor:
+        return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor.detach())
+
+    return {group: {name: copy(tensor) for name, tensor in tensors.items()} for group, tensors in groups.items()}
 
 
 class Saver:
@@ -118,10 +105,8 @@ class Saver:
 
     def __init__(self, folder: RunFolder, loop: LoopConfig, helpers: dict[str, str]) -> None:
         self.folder, self._helpers, self._loop = folder, helpers, loop
-        self._kept: dict[tuple[str, str], Tensor] = {}
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
-        self._newest = folder.checkpoints  # the checkpoint under way
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def is_due(self) -> bool:
@@ -157,18 +142,17 @@ class Saver:
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
-        self._newest = folder.checkpoints / f"step_{step:08d}"
+        path = folder.checkpoints / f"step_{step:08d}"
+        log.debug("saving %s", path)
         # Sharded tensors were gathered into memory that nothing else holds.
-        copies, event = (tensors, None) if is_sharded(learner.model) else copy_to_host(tensors, self._kept)
+        copies = tensors if is_sharded(learner.model) else copy_to_host(tensors)
 
         def write() -> None:
             try:
-                if event is not None:
-                    event.synchronize()
-                with output_errors("run_dir", self._newest):
+                with output_errors("run_dir", path):
                     sync()
                     texts = {group: weight_metadata(values, copies[group]) for group, values in metadata.items()}
-                    path = save_checkpoint(folder.checkpoints, step, copies, state, texts)
+                    save_checkpoint(path, copies, state, texts)
                     for group, name in names.items():
                         link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
                     remove_others(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
@@ -184,11 +168,9 @@ class Saver:
             return
         self._thread.join()
         error, self._thread, self._error = self._error, None, None
-        if error is None:
-            log.debug("saved %s", self._newest)
-        elif last:
+        if error is not None and last:
             raise error
-        else:
+        if error is not None:
             trace = None if isinstance(error, UserError) else error
             log.error("%s\nThe next save tries again", error, exc_info=trace)
 

@@ -146,11 +146,10 @@ class Learner:
         """
         for group, own in {**self._task_groups(), "scale": self.scale.state_dict()}.items():
             forms, saved = (
-                {name: (tensor.shape, tensor.dtype) for name, tensor in of.items()}
+                {(name, tensor.shape, tensor.dtype) for name, tensor in of.items()}
                 for of in (own, tensors.get(group, {}))
             )
-            if forms != saved:
-                wrong = [name for name in {**forms, **saved} if forms.get(name) != saved.get(name)]
+            if wrong := sorted({name for name, *_ in forms ^ saved}):
                 raise UserError(
                     f"resume: {source} is of another model: {len(wrong)} tensors of {group} differ, first "
                     f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"

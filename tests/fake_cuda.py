@@ -332,7 +332,7 @@ def run_case(task, optim, precision):
                 run.measure()
         run.recorder.log_meter.means()
         groups, others = learner.state()
-        copies, _ = copy_to_host(groups, {})
+        copies = copy_to_host(groups)
         assert all(tensor.device.type == "cpu" for group in copies.values() for tensor in group.values())
         learner.load_state(copies, others, "the copies")
         _check_devices(learner)
