@@ -70,16 +70,15 @@ class Learner:
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.schedule.at(self.step))
-        result: StepResult | None = None
-        while result is None:
+        while True:
             try:
                 result = train_step(self, self.micro_batches.split(batches), progress, asks)
+                break
             except OutOfMemory as error:
                 shape, size = error.shape, error.size  # the error holds the activations
-            if result is None:
-                if self.runtime.device.type == "cuda":
-                    torch.cuda.empty_cache()
-                self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
+            if self.runtime.device.type == "cuda":
+                torch.cuda.empty_cache()
+            self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop

@@ -20,7 +20,6 @@ from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.runtime import Runtime
-from engine.screen import show_lines
 from engine.step import Asks, Stopped, Vote
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
@@ -37,6 +36,11 @@ from utils.record.run_folder import RunFolder, write_result
 log = get_logger(__name__)
 
 _SHOWN = 3  # figures of an evaluation on the screen
+
+
+def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return a title and named lines below it."""
+    return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
 
 
 @dataclass
@@ -179,8 +183,9 @@ class Run:
         averaged = learner.exports_average
         with learner.averages.swapped() if averaged else nullcontext():
             report = self.measure()
-            value = report.scalars[learner.task.best_metric]
-            if self._is_best(value) and self.saver.write_best(learner):  # while the network holds them
+            value, best = report.scalars[learner.task.best_metric], self.best.value
+            is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
+            if math.isfinite(value) and is_best and self.saver.write_best(learner):  # while the network holds them
                 self.best = Best(value, step)
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step
@@ -203,13 +208,6 @@ class Run:
         finally:
             learner.task.train()
             reshard(learner.model)
-
-    def _is_best(self, value: float) -> bool:
-        task, best = self.learner.task, self.best.value
-        if not math.isfinite(value):
-            log.warning("step %d: %s is %s, so these are not the best weights", self.step, task.best_metric, value)
-            return False
-        return best is None or (value < best if task.best_is_lowest else value > best)
 
     def _due_loaders(self) -> Mapping[str, Iterable[Batch]]:
         """Return the loaders that are due; each of their batches counts as progress."""

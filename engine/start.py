@@ -9,7 +9,7 @@
 The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from logging import DEBUG, INFO
@@ -17,14 +17,14 @@ from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
+from torch import nn
 
 from engine.batch_size import out_of_memory
 from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
-from engine.run import Run
+from engine.run import Run, show_lines
 from engine.runtime import Runtime, choose_compile, start_machine
-from engine.screen import start_screen
 from engine.step import Stopped
 from engine.task import Streams, Task, networks_of
 from optim.build import check_optimizer, check_shardable
@@ -95,13 +95,45 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
-    screen = start_screen(config, plan, runtime, networks, streams.described)
+    screen = _start_screen(config, plan, runtime, networks, streams.described)
     log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
     log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     if config.dry_run:
         choose_checkpoint(config, path, plan.total_steps)
         log.info("dry run: nothing was written")
     return plan
+
+
+def _start_screen(
+    config: TrainingConfig, plan: Plan, runtime: Runtime, networks: Mapping[str, nn.Module], data: Mapping[str, str]
+) -> str:
+    """Return the first screen. networks: what is trained; data: the lines of the collection and its images."""
+    count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
+    source = "" if config.init_from is None else f", begins with {config.init_from}"
+    steps = f"{plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
+    length = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}, of {plan.global_batch_size} images each"
+    rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256)"
+    if plan.range_test_steps:
+        rate = "found by a range test before the first update"
+    elif config.optim.lr is not None:
+        rate = f"{plan.lr:.3g} (optim.lr)"
+    ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
+    device = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
+    batches = ""
+    if config.loop.batch_size == "auto":
+        batches = ", micro-batches of what its memory takes"
+    elif plan.accum_steps > 1:
+        batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
+    machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
+    return show_lines(
+        f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
+        [
+            *data.items(),
+            ("training", f"{length}; evaluated every {plan.evaluate_every_epochs:.3g} epochs"),
+            ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
+            ("machine", f"{ranks}{device}, {machine}"),
+        ],
+    )
 
 
 @contextmanager
