@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -19,7 +20,7 @@ from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, label_fields
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig
 from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne
@@ -139,7 +140,7 @@ class ClassificationKind(Kind):
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of the known classes, and what adds the label."""
         class_ids = collection.class_ids(setup.facts["class_names"])
-        return class_ids >= 0, label_fields(class_ids)
+        return class_ids >= 0, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
 
     def prepare(
         self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime

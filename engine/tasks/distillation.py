@@ -244,13 +244,6 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
     return {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}, names
 
 
-def count_priors(names: Mapping[str, Any]) -> list[float]:
-    """Return the share of the teacher's training images that has each tag, by the counts of its vocabulary."""
-    counts, is_rating = np.array(names["tag_counts"]), np.array(names["tag_categories"]) == RATING
-    # Each image has one rating; of a vocabulary without ratings, the commonest tag.
-    return (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
-
-
 class DistillationKind(Kind):
     """A student of features is of this kind; one of logits is a tagger or a classifier outside its run.
 
@@ -270,7 +263,9 @@ class DistillationKind(Kind):
             raise UserError(f"task.targets: {task.targets}, but {task.teacher} has no head; set task.targets=features")
         facts = {"teacher": teacher, **names}
         if "tag_names" in names:
-            facts["tag_priors"] = count_priors(names)
+            counts, is_rating = np.array(names["tag_counts"]), np.array(names["tag_categories"]) == RATING
+            # Each image has one rating; of a vocabulary without ratings, the commonest tag.
+            facts["tag_priors"] = (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
         kind, student = find_student(Setup(config.model, task, facts=facts))
         if task.label_share > 0:
             student.task.check_run(config)

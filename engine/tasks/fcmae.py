@@ -21,7 +21,7 @@ from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
 from engine.task import Report, StepOutput, Streams
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
@@ -214,8 +214,9 @@ def _probe_loaders(data: Data, setup: Setup) -> dict[str, Iterable[Batch]]:
         log.info("probe: off, with %s; task.probe.every_epochs=null silences this line", found)
         return {}
     log.info("probe: %s", found)
-    fields = label_fields(class_ids)
     return {
-        name: data.prepared(rows, fields, setup.preprocessing)
+        name: data.prepared(
+            rows, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}, setup.preprocessing
+        )
         for name, rows in (("probe_train", train), ("probe_val", val))
     }

@@ -117,12 +117,6 @@ class ImageTask(Task):
         self.origin = initialise_from(self.network, source, keep_head=False)
 
 
-def label_fields(class_ids: np.ndarray) -> Fields:
-    """Return what adds a sample's class index, int64 []. class_ids: [N] of the collection's rows, -1 for none."""
-    ids = torch.as_tensor(class_ids, dtype=torch.int64)
-    return lambda example: {"labels": ids[example.draw.index]}
-
-
 class Kind:
     """One kind of training on the images of a collection. Subclasses state what differs.
 

@@ -94,18 +94,15 @@ def compare_whole(name, form, place, wanted):
 
 
 def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
-    """tests/engine/slow_diffusion_exports.py has the other formats."""
+    """And it states the licence of the base. tests/engine/slow_diffusion_exports.py has the other formats."""
     compare_lora("kohya", place, wanted)
+    with safe_open(place / "lora_kohya/lora.safetensors", "pt") as file:
+        assert file.metadata()["modelspec.license"] == "openrail++"
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_whole_models_give_the_pictures_of_the_run(name, place, wanted):
     compare_whole(name, "single_file", place, wanted)
-
-
-def test_the_licence_of_the_base_model_is_in_what_is_exported(place):
-    with safe_open(export(place, "lora", "kohya") / "lora.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.license"] == "openrail++"
 
 
 def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_are_refused(place):

@@ -160,23 +160,18 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
         (place / "moved").rename(place / "teacher")
 
 
-def test_labels_are_mixed_in_and_tags_are_measured(place):
-    run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "task.mixup_alpha=0.5",
-                     "run_dir=labels"], place)  # fmt: skip
-    assert {"teacher_loss", "label_loss"} <= train_rows(place, "labels")[0].keys()
-    assert "mAP" in rows(place / "labels/metrics.jsonl", "evaluate")[-1]
-    with pytest.raises(UserError, match=r"^data.root: none of the 12 images of .*bare"):
-        run("finetune", [*DISTIL, "task.teacher=teacher", "task.label_share=0.5", "data.root=bare", "run_dir=x"], place)
-
-
-def test_killed_and_resumed_equals_uninterrupted(place):
+def test_labels_are_mixed_in_and_a_run_resumes_bit_for_bit(place):
     settings = [*DISTIL, "loop.total_steps=6", "task.teacher=teacher/weights/last_weights.safetensors",
                 "task.label_share=0.3", "task.targets=both", "task.cutmix_alpha=1.0"]  # fmt: skip
     run("finetune", [*settings, "run_dir=whole"], place)
     run_until_killed("finetune", [*settings, "run_dir=killed"], place, 3)
     run("finetune", [*settings, "run_dir=killed"], place)
+    assert {"teacher_loss", "label_loss", "feature_loss"} <= train_rows(place, "whole")[0].keys()
+    assert "mAP" in rows(place / "whole/metrics.jsonl", "evaluate")[-1]
     one, other = (checkpoint_tensors(place / name, 6) for name in ("whole", "killed"))
     assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    with pytest.raises(UserError, match=r"^data.root: none of the 12 images of .*bare"):
+        run("finetune", [*settings, "data.root=bare", "run_dir=x"], place)
 
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):
