@@ -28,31 +28,38 @@ CPU = torch.device("cpu")
 HUGE = CONVNEXT.model_dump() | {"dims": [8192, 8192]}
 
 
-def onnx_config(tolerance):
-    return OnnxConfig(precision="fp32", dynamic_size=False, tolerance=tolerance)
-
-
 def load_image_model(path):
     weights = open_weights(path)
     return weights.model, weights.metadata
 
 
-def write_classifier(path, model):
+PREPROCESSING = {
+    "image_size_hw": [24, 32], "mean": [0.4] * 3, "std": [0.3] * 3, "eval_crop": 1.0, "interpolation": "bilinear",
+    "channels": 3,
+}  # fmt: skip
+
+
+def write_classifier(path):
     torch.manual_seed(0)
-    channels = model.in_channels
-    preprocessing = {
-        "image_size_hw": [24, 32], "mean": [0.4] * channels, "std": [0.3] * channels, "eval_crop": 1.0,
-        "interpolation": "bilinear", "channels": channels,
-    }  # fmt: skip
-    task = ClassificationKind().build(Setup(model, TASK, preprocessing, {"class_names": ["ä", "b,c", "d"]}))
-    metadata = {"task": TASK.model_dump(), "model": model.model_dump(), "step": 3, **task.metadata}
+    task = ClassificationKind().build(Setup(CONVNEXT, TASK, PREPROCESSING, {"class_names": ["ä", "b,c", "d"]}))
+    metadata = {"task": TASK.model_dump(), "model": CONVNEXT.model_dump(), "step": 3, **task.metadata}
     write_weights(path, task.network.state_dict(), metadata)
     return task.eval()
 
 
-def assert_alike(folder, task):
-    """Assert that the weight file and the ONNX file of a folder predict what the network does."""
-    images = torch.randint(0, 256, (3, len(task.normalise.mean[0]), 24, 32), dtype=torch.uint8)
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory):
+    """Return a folder with a classifier as w.safetensors and as model.onnx, and its task."""
+    folder = tmp_path_factory.mktemp("exported")
+    task = write_classifier(folder / "w.safetensors")
+    config = OnnxConfig(precision="fp32", dynamic_size=False, tolerance=1e-4)
+    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", config) < 1e-4
+    return folder, task
+
+
+def test_weight_file_and_onnx_file_predict_alike(exported):
+    folder, task = exported
+    images = torch.randint(0, 256, (3, 3, 24, 32), dtype=torch.uint8)
     with torch.no_grad():
         wanted = task.network(task.normalise(images)).softmax(1).numpy()
     for name in ("w.safetensors", "model.onnx"):
@@ -60,24 +67,6 @@ def assert_alike(folder, task):
         assert predictor.names == ["ä", "b,c", "d"]
         assert predictor.preprocessing["image_size_hw"] == [24, 32]
         np.testing.assert_allclose(predictor.predict(images), wanted, atol=1e-5)
-
-
-def write_both(folder, model):
-    """Write a classifier as w.safetensors and as model.onnx; returns its task."""
-    task = write_classifier(folder / "w.safetensors", model)
-    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", onnx_config(1e-4)) < 1e-4
-    return task
-
-
-@pytest.fixture(scope="module")
-def exported(tmp_path_factory):
-    """Return a folder with a classifier in both forms, and its task."""
-    folder = tmp_path_factory.mktemp("exported")
-    return folder, write_both(folder, CONVNEXT)
-
-
-def test_weight_file_and_onnx_file_predict_alike(exported):
-    assert_alike(*exported)
 
 
 def test_the_onnx_file_says_what_it_takes_and_gives(exported):
@@ -109,7 +98,7 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 )  # fmt: skip
 def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
     """Those of HUGE ask for gigabytes: they are compared with the header before anything is allocated."""
-    write_classifier(path := tmp_path / "w.safetensors", CONVNEXT)
+    write_classifier(path := tmp_path / "w.safetensors")
     tensors, metadata = read_weights(path)
     write_weights(path, tensors, {**metadata, **change})
     with no_large_allocation(), pytest.raises(UserError, match=rf"(?s){path}.*{named}"):
@@ -141,10 +130,6 @@ def test_an_onnx_file_that_names_other_files_is_refused(tmp_path):
         load_predictor(tmp_path / "m.onnx", CPU)
 
 
-PREPROCESSING = {
-    "image_size_hw": [24, 32], "mean": [0.4] * 3, "std": [0.3] * 3, "eval_crop": 1.0, "interpolation": "bilinear",
-    "channels": 3,
-}  # fmt: skip
 METADATA = {"output": "classes", "class_names": ["a", "b"], "preprocessing": PREPROCESSING}
 
 
