@@ -31,6 +31,7 @@ from data.decode import Decoder
 from data.image_formats import read_file
 from utils.canvas import DEFAULT
 from utils.config.help import CONF
+from utils.record import plots
 from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -159,7 +160,7 @@ def draw_nothing(metrics, path, title):
     """Stand for `utils.record.plots.plot_curves`, which takes a third of the time of a run of some steps."""
 
 
-def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step, draws):
+def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
     """Be one rank: in a session of its own, so that its loader's workers die with it."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # the loader's workers start as in a process of a user's
@@ -181,10 +182,7 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step, draws):
             return train_step(learner, *arguments, **named)
 
         loop.train_step = fatal
-    if not draws:
-        import utils.record.plots as plots
-
-        plots.plot_curves = draw_nothing
+    plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
     if script.startswith("bench/"):  # as in a process of a user's: what it imports of ours, it must find itself
@@ -220,10 +218,10 @@ class Started:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, draws=False, outputs=None):
+def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, outputs=None):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
-    Several ranks get torchrun's variables beside `variables`. draws: with plots/curves.png.
+    Several ranks get torchrun's variables beside `variables`.
     outputs: the files of standard output and standard error, else one in `cwd`.
     """
     outputs = outputs or [Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"] * 2
@@ -236,16 +234,16 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, dr
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step, draws)
+        arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step)
         process = FORKS.Process(target=_run_rank, args=arguments)
         process.start()
         processes.append(process)
     return Started(processes, outputs[1])
 
 
-def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, draws=False, variables=None):
+def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, variables=None):
     """Run a script to its end and check its exit codes; returns what it printed."""
-    started = start(script, overrides, cwd, ranks, kill_at_step, variables, draws)
+    started = start(script, overrides, cwd, ranks, kill_at_step, variables)
     codes = started.wait()
     assert codes == [expect] * ranks, f"{script} on {ranks} ranks ended with {codes}:\n{started.output[-6000:]}"
     return started.output
@@ -337,19 +335,3 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
             values["thresholds"] = f"{scratch}/thresholds.csv"
         weights = Weights(Path("w"), model, whole or model.network, metadata)
         return write_export(weights, Path(folder), ExportConfig.model_validate(values))
-
-
-@contextmanager
-def at_most(seconds):
-    """End what hangs, such as a read of a FIFO."""
-
-    def end(number, frame):
-        raise TimeoutError("it hangs")
-
-    before = signal.signal(signal.SIGALRM, end)
-    signal.alarm(seconds)
-    try:
-        yield
-    finally:
-        signal.alarm(0)
-        signal.signal(signal.SIGALRM, before)

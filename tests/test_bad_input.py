@@ -1,4 +1,5 @@
-"""Refusals of what users get wrong. Each begins with the key, names the file, says what to do, leaves nothing behind.
+"""Refusals of what users get wrong, and dry runs. Each refusal begins with the key, names the file, says what to do,
+leaves nothing behind.
 
 The scripts' bodies run in the test's own process. What the command line refuses: tests/utils/config/test_messages.py.
 """
@@ -102,3 +103,23 @@ def test_what_is_given_to_the_scripts_after_training(command, place, monkeypatch
     if script == "predict" and "output" not in command:
         overrides.append("output=found.csv")
     matches(refusal(script, overrides, place), OTHERS[command])
+
+
+# ------------------------------------------------------------------------------------------------------------ dry runs
+
+DRY_RUNS = {
+    "evaluate": (["run_dir=tuned", "runtime.device=cpu"], "dry run: nothing is measured"),
+    "export": (["run_dir=tuned"], "dry run: nothing is written"),
+    "predict": (["weights=tuned", "input=images", "output=found.csv"], "dry run: 12 images, nothing is predicted"),
+    "prepare": (["job=manifest", "data=image_folder", "data.root=images"], "dry run: nothing is written"),
+}
+
+
+@pytest.mark.parametrize("script", DRY_RUNS)
+def test_a_dry_run_opens_what_it_was_given_and_writes_nothing(script, place):
+    words, said = DRY_RUNS[script]
+    before = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+    assert run(script, [*words, "dry_run=true"], place) == said
+    after = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
+    assert {path for path in after.keys() - before.keys() if "cache" not in path.parts} == set()
+    assert all(after[path] == time for path, time in before.items())

@@ -39,12 +39,9 @@ def test_the_readme_has_the_commands_that_are_tested_below():
     scripts = {shlex.split(line)[1] for line in COMMANDS if line.startswith("python ")}
     assert scripts == {f"{name}.py" for name in SCRIPTS}
     assert {line.split()[1] for line in COMMANDS if line.startswith("make ")} == MAKE
-
-
-@pytest.mark.parametrize("target", sorted(MAKE))
-def test_every_make_target_is_there(target):
-    """make accepts a phony target without a rule, too: it has nothing to do then."""
-    assert re.search(rf"^{target}:( .+|\n\t)", (ROOT / "Makefile").read_text(), flags=re.MULTILINE)
+    # make accepts a phony target without a rule, too: it has nothing to do then.
+    makefile = (ROOT / "Makefile").read_text()
+    assert all(re.search(rf"^{target}:( .+|\n\t)", makefile, flags=re.MULTILINE) for target in MAKE)
 
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_launch import endless, has_ended, has_rows, processes, pytestmark, wait_for  # noqa: F401
+from tests.distributed.test_launch import endless, has_ended, has_rows, processes, wait_for
 from tests.support import ROOT, common, rows, run, start
 
 

@@ -10,8 +10,6 @@ import pytest
 
 from tests.support import checkpoint_tensors, common, free_port, rows, run, start
 
-pytestmark = pytest.mark.ddp
-
 
 def wait_for(condition, seconds=90):
     """Wait until a condition holds."""

@@ -1,6 +1,5 @@
 """task=diffusion resumes bit for bit on two ranks, which count tags as one."""
 
-import pytest
 import torch
 
 from tests.engine.test_diffusion import RESUMED, SHORT, assert_equal_runs, place  # noqa: F401 (a fixture)
@@ -10,7 +9,6 @@ from tests.support import checkpoint_tensors, rows
 from tests.support import run as run_process
 
 
-@pytest.mark.ddp
 def test_two_ranks_resume_bit_for_bit(place):  # noqa: F811
     own = [*SHORT, *RESUMED, "data.root=images"]
     run_process("finetune_sdxl.py", [*own, "run_dir=straight_2"], place, ranks=2)
@@ -19,7 +17,6 @@ def test_two_ranks_resume_bit_for_bit(place):  # noqa: F811
     assert_equal_runs(place / "straight_2", place / "killed_2", 6)
 
 
-@pytest.mark.ddp
 def test_a_run_weighs_tags_anew_and_resumes_bit_for_bit_with_other_workers_and_two_ranks_count_as_one(place):  # noqa: F811
     run("finetune_sdxl", [*OWN, WEIGHTS, "run_dir=one"], place)
     state = {step: checkpoint_tensors(place / "one", step) for step in (3, 6)}

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from engine.runtime import missing_for_compile
 from tests.engine import test_exactness as exactness
@@ -29,6 +30,9 @@ from tests.support import (
     start,
 )
 
+needs_compiler = pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
+FAST = ["runtime.compile=true", "runtime.channels_last=true", "runtime.precision=bf16", "runtime.deterministic=false"]
+
 # --- the quick tests of other tasks, optimisers and signals
 
 
@@ -46,7 +50,6 @@ def test_two_ranks_equal_one(collection, tmp_path):
     exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, "diffusion")
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize(
     "case", ["diffusion", "classification optim.layer_decay=0.7", "fcmae runtime.grad_checkpointing=true"]
 )
@@ -54,7 +57,6 @@ def test_sharded_equals_replicated(case, collection, tmp_path):
     fsdp.test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path)
 
 
-@pytest.mark.ddp
 def test_sharded_killed_and_resumed(collection, tmp_path):
     exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, more=[FSDP], ranks=2)
 
@@ -62,7 +64,6 @@ def test_sharded_killed_and_resumed(collection, tmp_path):
 # --- what takes long in any form
 
 
-@pytest.mark.ddp
 def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
     """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
     settings = [
@@ -86,7 +87,6 @@ def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
 LEGS = [(2, "ddp"), (3, "fsdp"), (1, "ddp"), (2, "fsdp")]
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize("case", [*CHEAP, "classification optim=adan", "classification optim=sgd"])
 def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case, collection, tmp_path):
     """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
@@ -108,7 +108,6 @@ def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case
     assert losses[0] == pytest.approx(losses[1], rel=1e-5) and len(losses[0]) == total
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize(
     ("task", "settings", "tolerance"),
     [
@@ -129,8 +128,7 @@ def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, toleranc
     run("evaluate.py", [f"run_dir={tmp_path}/fsdp", "weights=last", "runtime.threads=1"], tmp_path)
 
 
-@pytest.mark.ddp
-@pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler")
+@needs_compiler
 def test_compiled_unit_by_unit(collection, tmp_path):
     settings = ["loop.total_steps=3", "loop.global_batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
     for compiles in ("false", "true"):
@@ -142,7 +140,6 @@ def test_compiled_unit_by_unit(collection, tmp_path):
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
-@pytest.mark.ddp
 def test_torchrun_restarts_what_was_killed(collection, tmp_path):
     """Of rank 0 alone, so that its workers are orphans: they must not hold the run folder."""
     settings = [*SMALL, "loop.total_steps=16", "loop.checkpoint_every_steps=4", "runtime.workers=1",
@@ -159,7 +156,6 @@ def test_torchrun_restarts_what_was_killed(collection, tmp_path):
     assert_equal_runs(whole, killed, 16)
 
 
-@pytest.mark.ddp
 def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     """Sets that no number of ranks divides, one image of them unreadable."""
     data = make_collection(tmp_path / "images", per_class=17, validation=7, broken=1)
@@ -184,7 +180,6 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
         assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0][1]
 
 
-@pytest.mark.ddp
 def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
     """With replicated and with sharded parameters; the run after it is the same up to summation order."""
     folder, base = searched
@@ -196,3 +191,38 @@ def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
         assert other["taken"] == one["taken"]
         assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
         assert_same_rows(folder / "one", folder / name, 1e-3)
+
+
+def test_one_head_on_any_number_of_ranks(tmp_path):
+    data, losses = make_collection(tmp_path / "images", per_class=8), []
+    for ranks in (1, 2):
+        folder = tmp_path / f"run{ranks}"
+        run(
+            "finetune.py", common("classification", data, folder, "task.head=fitted", "loop.total_steps=1"), tmp_path,
+            ranks=ranks,
+        )  # fmt: skip
+        losses.append(rows(folder / "metrics.jsonl", "train")[0]["loss"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
+
+
+@needs_compiler
+def test_a_compiled_run_on_two_ranks_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
+    settings = ["loop.total_steps=4", "loop.global_batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
+    compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST)
+    started = start(SCRIPTS[task], compiled, tmp_path, ranks=2)
+    assert started.wait(500) == [0, 0], started.output[-3000:]
+    assert "compiling" in started.output
+    run(SCRIPTS[task], common(task, collection, tmp_path / "eager", *settings), tmp_path)
+
+    found, expected = (checkpoint_tensors(tmp_path / name, 4) for name in ("compiled", "eager"))
+    assert found.keys() == expected.keys()
+    assert all(
+        found[name].shape == tensor.shape and found[name].dtype == tensor.dtype for name, tensor in expected.items()
+    )
+    for file in sorted((tmp_path / "eager/weights").glob("*.safetensors")):
+        assert load_file(tmp_path / "compiled/weights" / file.name).keys() == load_file(file).keys()
+    run("evaluate.py", [f"run_dir={tmp_path}/compiled", "weights=ema", "runtime.threads=1"], tmp_path)
+    # An eager float32 rank goes on from it.
+    more = [text for text in compiled if text not in FAST and not text.startswith("loop.total_steps")]
+    allowed = ["loop.total_steps=6", "resume_allow=[runtime.precision,runtime.deterministic]"]
+    assert "at step 4" in run(SCRIPTS[task], [*more, *allowed], tmp_path)

@@ -75,7 +75,6 @@ def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
         run("finetune", base, tmp_path)
 
 
-@pytest.mark.ddp
 def test_ranks_agree_on_the_smallest(collection, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", *AUTO, "loop.global_batch_size=24")
     trouble = {"TROUBLE": "little_memory 9 3"}

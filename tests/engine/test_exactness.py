@@ -110,7 +110,6 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
     assert "train/A/broken0.png" in said and "its weight is 0" in said
 
 
-@pytest.mark.ddp
 def test_evaluation_is_exact_on_any_number_of_ranks(collection, tmp_path, task="classification"):
     """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
     figures, tables = [], []

@@ -23,7 +23,6 @@ from utils.errors import UserError
 FSDP = "runtime.parallel=fsdp"
 
 
-@pytest.mark.ddp
 @pytest.mark.parametrize("case", ["fcmae"])
 def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
     """The same weights, optimiser state, average, losses and evaluations."""

@@ -188,7 +188,6 @@ def test_a_disk_that_is_full_for_a_while(small_disk, collection, straight, tmp_p
 # --- processes
 
 
-@pytest.mark.ddp
 def test_a_killed_worker_is_named_with_what_to_do(collection, straight, tmp_path):
     killed, settings = tmp_path / "killed", ["loop.checkpoint_every_steps=10", "runtime.workers=2"]
     started, overrides = start_troubled(f"kill_worker 17 {tmp_path}/marker", collection, killed, *settings)

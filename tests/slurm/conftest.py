@@ -1,4 +1,6 @@
-"""The clusters and the collection of these tests. A module states its cluster: CLUSTER, the values of Cluster."""
+"""A cluster for each file of tests, beside those of other processes, and the collection."""
+
+import os
 
 import pytest
 
@@ -7,8 +9,9 @@ from tests.slurm.cluster import Cluster
 
 
 @pytest.fixture(scope="module")
-def cluster(request, tmp_path_factory):
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), **request.module.CLUSTER)
+def cluster(tmp_path_factory):
+    process = os.getpid()
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), port=10_000 + process % 5000 * 4, prefix=f"n{process}x")
     cluster.start()
     yield cluster
     cluster.stop()

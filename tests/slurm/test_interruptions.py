@@ -12,7 +12,7 @@ from tests.support import checkpoint_tensors, rows, run
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
 
-CLUSTER, STEPS = {}, 1000
+STEPS = 1000
 
 
 @pytest.fixture

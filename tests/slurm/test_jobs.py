@@ -15,32 +15,30 @@ from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
-CLUSTER = {"port": 17017, "prefix": "j"}
 
 
 def test_a_sweep_is_one_array(cluster, images, tmp_path):
     """A job that fails does not end the others; the same sweep again runs what is missing; the table has them all."""
-    words = ["--multirun", "seed=0,1", "optim.lr=0.01,0.02", "sweep.name=rates", "launch.gpus_per_node=0",
+    words = ["--multirun", "optim.lr=0.01,0.02", "sweep.name=rates", "launch.gpus_per_node=0",
              "launch.wait=true", *(word for word in TRAINING if not word.startswith("optim.lr")), f"data.root={images}",
              "loop.total_steps=4"]  # fmt: skip
-    folder = list_jobs("finetune", split_words(words)[1])[1][3][-1].removeprefix("run_dir=")
+    folder = list_jobs("finetune", split_words(words)[1])[1][1][-1].removeprefix("run_dir=")
     in_the_way = tmp_path / folder  # no folder: its job fails
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
     said = Submission(cluster, tmp_path, words).wait_for(2)
-    assert re.findall(r"job \d+_(\d) has ended with status 2", said) == ["3"]
-    assert len(list(tmp_path.glob("outputs/sweeps/rates/*/complete.json"))) == 3
+    assert re.findall(r"job \d+_(\d) has ended with status 2", said) == ["1"]
+    assert len(list(tmp_path.glob("outputs/sweeps/rates/*/complete.json"))) == 1
     in_the_way.unlink()
     said = Submission(cluster, tmp_path, words).wait_for(0)
-    assert "3 of the 4 jobs are complete already" in said and said.count("has ended with status 0") == 1
-    assert "4 of the 4 jobs are complete already" in Submission(cluster, tmp_path, words).wait_for(0)
+    assert "1 of the 2 jobs are complete already" in said and said.count("has ended with status 0") == 1
+    assert "2 of the 2 jobs are complete already" in Submission(cluster, tmp_path, words).wait_for(0)
     table = subprocess.run(
         [sys.executable, "-m", "utils.record.sweep_table", str(tmp_path / "outputs/sweeps/rates")],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
     assert table[0].split()[:3] == ["settings", "runs", "top1"]
     assert sorted(row.split()[0] for row in table[1:]) == ["optim.lr=0.01", "optim.lr=0.02"]
-    assert all(row.split()[1] == "2" for row in table[1:])
 
 
 def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
@@ -52,14 +50,6 @@ def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
     assert said.returncode == 0, said.stderr
     assert "2 ranks, each CPU" in said.stderr and f"[rank 0 {cluster.names[0]}]   run folder " in said.stderr
     assert (tmp_path / "run/complete.json").exists()
-
-
-def test_a_script_that_fails_gives_its_status(cluster, images, tmp_path):
-    words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
-    (tmp_path / "run").write_text("")  # in the place of the run's folder, which no dry run makes
-    submission = submit(cluster, tmp_path, "launch.wait=true", *words)
-    assert "has ended with status 2, after 0 restarts" in submission.wait_for(2)
-    assert "run_dir: " in submission.log() and ask(cluster, "squeue", "-h") == ""
 
 
 # It notes its words, and runs the rest here; as in an image, there is no SLURM that it could ask.
@@ -119,13 +109,6 @@ def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
     said = Submission(cluster, tmp_path, [*shlex.split(line), *small]).wait_for(0)
     assert "has ended with status 0, after 0 restarts" in said
     assert (tmp_path / "outputs/tried/complete.json").exists()
-
-
-def test_what_the_script_refuses_is_not_queued(cluster, images, tmp_path):
-    words = [*TRAINING, f"data.root={images}", "launch.gpus_per_node=0", "launch.nodes=99"]
-    output = submit(cluster, tmp_path, *words).wait_for(2)
-    assert "finetune.py: loop.global_batch_size: 4 does not divide by the 99 ranks" in output
-    assert "nothing is queued" in output and not (tmp_path / "outputs/slurm").exists()
 
 
 def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from tests.in_process import TINY, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
-from tests.support import ROOT, command
+from tests.support import fork_command
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
 from utils.record.run_folder import default_run_dir
@@ -133,10 +133,8 @@ def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(
     """As a user would start it, in a folder whose name has characters of every kind."""
     name = "données, [a=b] & 'q' \"d\" \\"
     make_images(tmp_path / name)
-    done = command(
-        "python", ROOT / "finetune.py", *TINY, f"data.root={name}", f"run_dir={name}/run", "dry_run=true",
-        cwd=tmp_path, OMP_NUM_THREADS="1",
-    )  # fmt: skip
+    words = [*TINY, f"data.root={name}", f"run_dir={name}/run", "dry_run=true"]
+    done = fork_command("finetune.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[:9] == [
         "data.root: 12 of 12 images have a sidecar",
