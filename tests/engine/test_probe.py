@@ -31,11 +31,11 @@ def make_batches(features, labels, size, weight=None):
     return [{name: tensor[start : start + size] for name, tensor in batch.items()} for start in range(0, count, size)]
 
 
-def measure(train, val, k=5, size=7):
-    return measure_batches(make_batches(*train, size), make_batches(*val, size), k)
+def measure(train, val):
+    return measure_batches(make_batches(*train, 7), make_batches(*val, 7))
 
 
-def measure_batches(train, val, k):
+def measure_batches(train, val, k=5):
     sets = Features(), Features()
     for features, batches in zip(sets, (train, val)):
         for batch in batches:
@@ -93,23 +93,18 @@ def test_padding_and_unreadable_images_are_ignored_and_batches_do_not_matter():
     train, val = make_features(41, 12, noise=3.0), make_features(30, 12, seed=1, noise=3.0)
     whole = measure(train, val)
     blank = torch.full((9, 12), 1e6, dtype=torch.float64)
-    padded = [
-        make_batches(
-            torch.cat([features, blank]),
-            torch.cat([labels, torch.zeros(9, dtype=torch.int64)]),
-            4,
-            (torch.arange(len(labels) + 9) < len(labels)).float() * 0.5,  # a weight above 0 counts as one image
-        )
-        for features, labels in (train, val)
-    ]
-    assert measure_batches(*padded, 5) == whole
-    assert measure_batches(*[list(reversed(batches)) for batches in padded], 5) == whole
+    padded = []
+    for features, labels in (train, val):
+        weight = (torch.arange(len(labels) + 9) < len(labels)).float() * 0.5  # a weight above 0 counts as one image
+        labels = torch.cat([labels, torch.zeros(9, dtype=torch.int64)])
+        padded.append(make_batches(torch.cat([features, blank]), labels, 4, weight))
+    assert measure_batches(*padded) == whole == measure_batches(*[list(reversed(batches)) for batches in padded])
 
 
 def test_features_that_are_not_finite_or_not_there_are_told_and_end_nothing(log):
     train, val = make_features(20, 3), make_features(10, 3, seed=1)
     unreadable = make_batches(*train, 4, torch.zeros(20))
-    assert measure_batches(unreadable, make_batches(*val, 4), 2) == {}
+    assert measure_batches(unreadable, make_batches(*val, 4)) == {}
     train[0][3, 1] = torch.nan
     assert measure(train, val) == {}
     assert log.text.count("probe: skipped") == 2
@@ -119,9 +114,9 @@ def test_features_that_are_not_finite_or_not_there_are_told_and_end_nothing(log)
 
 
 def probed(run_dir, of=""):
-    """Return step -> (kNN, linear) of a run's evaluations with a probe; of: ema/ for those of the average."""
-    found = rows(run_dir / "metrics.jsonl", "evaluate")
-    return {row["step"]: (row[f"{of}probe/knn"], row[f"{of}probe/linear"]) for row in found if f"{of}probe/knn" in row}
+    """Return the steps of a run's evaluations with a probe; of: ema/ for those of the average."""
+    names = {f"{of}probe/knn", f"{of}probe/linear"}
+    return [row["step"] for row in rows(run_dir / "metrics.jsonl", "evaluate") if names <= row.keys()]
 
 
 def pretrain(data, folder, *settings):
@@ -140,14 +135,10 @@ def test_a_run_with_a_probe_is_the_same_run(collection, tmp_path):
 
     A run with a probe resumes bit for bit: test_letterbox.py.
     """
-    settings = [
-        "loop.ema_decay=0.95", "loop.checkpoint_every_steps=4",
-        "loop.evaluate_every_epochs=1.0", "model.drop_path_rate=0.3",
-    ]  # fmt: skip
-    often, never = [*settings, "task.probe.every_epochs=1.5"], [*settings, "task.probe.every_epochs=null"]
-    pretrain(collection, tmp_path / "with", *often)
-    pretrain(collection, tmp_path / "without", *never)
-    assert list(probed(tmp_path / "with", "ema/")) == [14, 20] and probed(tmp_path / "without", "ema/") == {}
+    settings = ["loop.ema_decay=0.95", "loop.evaluate_every_epochs=1.0", "model.drop_path_rate=0.3"]
+    for name, every in (("with", "1.5"), ("without", "null")):
+        pretrain(collection, tmp_path / name, *settings, f"task.probe.every_epochs={every}")
+    assert probed(tmp_path / "with", "ema/") == [14, 20] and probed(tmp_path / "without", "ema/") == []
     one, other = (checkpoint_tensors(tmp_path / name, 20) for name in ("with", "without"))
     assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
     assert [bool(line["ema/probe/linear"]) for line in training_log(tmp_path / "with")] == [False, True, True]
@@ -160,4 +151,4 @@ def test_without_labels_one_line_says_that_the_probe_is_off(collection, tmp_path
             shutil.copy(path, tmp_path / "flat" / split / f"{path.parent.name}{path.name}")
     said = pretrain(tmp_path / "flat", tmp_path / "run", "loop.total_steps=2")
     assert said.count("probe") == 1 + said.count("task.probe.every_epochs=null silences this line") == 2
-    assert "loss" in rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1] and probed(tmp_path / "run") == {}
+    assert "loss" in rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1] and probed(tmp_path / "run") == []
