@@ -184,9 +184,8 @@ PROVED = {
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
-    *(
-        f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks")
-    ),  # on the nodes: tests/submit/test_slurm.py
+    # The first two on the nodes: tests/submit/test_slurm.py.
+    *(f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks", "nodes", "array_parallelism")),
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
     # All go to the network by one call: tests/models/test_build.py, test_fcmae.py. The name is for messages.
@@ -200,11 +199,12 @@ PROVED = {
     "AugmentConfig.eval_crop",
     "AugmentConfig.eval_resize",
     "AugmentConfig.pad",
+    "AugmentConfig.shrink",  # by its own method: tests/data/cache/test_size.py
 }
 # Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
-    "prepare": ("CacheConfig.", "_Data.icc"),
+    "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
 }
 
