@@ -31,7 +31,6 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.schema import path_keys
-from utils.config.source_model import follow_init_from
 from utils.config.sweep import FLAGS, parse_sweep, run_sweep
 from utils.errors import (
     EXIT_CRASH,
@@ -45,6 +44,7 @@ from utils.errors import (
 from utils.io.safe_text import Lines, safe_lines
 from utils.ranks import distributed
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
+from utils.record.run_reader import CONFIG_FILE, RunReader
 from utils.record.sweep_table import read_jobs, sweep_table, with_failures
 
 log = get_logger(__name__)
@@ -89,6 +89,27 @@ def _quote(value: str) -> str:
     return value if plain else QuotedString(value, Quote.single).with_quotes()
 
 
+def follow_init_from(values: DictConfig, job: Job) -> Job:
+    """Set `model` in composed values to that of the run that `init_from` names; returns the job with that choice.
+
+    A model that the command line or an experiment chooses stays, and so do keys of it that the command line sets.
+    """
+    source = OmegaConf.select(values, "init_from", throw_on_missing=False)
+    keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides]
+    is_chosen = "model" in keys or job.choices.get("experiment", "None") != "None"
+    if "model" not in values or not source or is_chosen or not (Path(source) / CONFIG_FILE).is_file():
+        return job
+    model = RunReader(Path(source)).config.get("model")
+    if not isinstance(model, dict) or "name" not in model:
+        return job
+    kept = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}
+    values.model = model
+    for key, value in kept.items():
+        OmegaConf.update(values, key, value)
+    log.debug("model: %s, the network of init_from", model["name"])
+    return replace(job, choices={**job.choices, "model": str(model["name"])})
+
+
 @dataclass(frozen=True)
 class Command(Generic[Schema]):
     """A script as a command. Its parts serve those who compose and run it in their own process (tests, notebooks)."""
@@ -130,7 +151,7 @@ class Command(Generic[Schema]):
             if "--cfg" in arguments:
                 sys.stdout.write(OmegaConf.to_yaml(values))
                 return EXIT_OK
-            job = replace(job, choices=follow_init_from(values, job.overrides, job.choices))
+            job = follow_init_from(values, job)
             config = validate(values, self.schema)
         except (HydraException, OmegaConfBaseException) as error:
             raise ConfigError([hydra_problem(error, self.schema)]) from None

@@ -93,12 +93,8 @@ def test_a_start_compares_configuration_and_precision(tmp_path, monkeypatch):
 def test_a_rank_takes_the_gpu_of_its_local_rank(world, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert distributed.local_device_index(world) == expected
-
-
-def test_more_processes_than_gpus_are_refused(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
-    with pytest.raises(UserError, match=r"^runtime\.device: rank 3 needs GPU 3 of its node, which has 2; start"):
-        distributed.local_device_index(World(3, 4, 3, "torchrun"))
+    with pytest.raises(UserError, match=r"^runtime\.device: rank 9 needs GPU 9 of its node"):
+        distributed.local_device_index(World(9, 16, 9, "torchrun"))
 
 
 @pytest.mark.parametrize("backends, failed, leaves", [
