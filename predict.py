@@ -23,7 +23,7 @@ from torch import Tensor
 
 from data.config import TextConfig
 from data.open import load_files
-from data.predictions import (
+from data.tools.predictions import (
     Images,
     Row,
     RowFile,

@@ -15,13 +15,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data.care.collect_tags import CollectVocabulary
-from data.care.copy import Copy, Downsample
-from data.care.exclude import Duplicates, Filter, Split
-from data.care.reports import Count, Statistics, Verify
+from data.tools.collect_tags import CollectVocabulary
+from data.tools.copy_collection import Copy, Downsample
+from data.tools.exclude import Duplicates, Filter, Split
+from data.tools.reports import Count, Statistics, Verify
 from data.config import DataConfig
-from data.manifest_writer import Manifest
-from data.pack import Pack
+from data.tools.write_manifest import Manifest
+from data.tools.pack import Pack
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 

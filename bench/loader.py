@@ -24,10 +24,10 @@ from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 from torch.nn import functional as F
 
+from data.augment.on_device import training_views
 from data.config import AugmentConfig
-from data.device_augment import training_views
-from data.loader import no_fields
 from data.open import Data, load_collection, open_images
+from data.stream.loader import no_fields
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.normalise import Normalise

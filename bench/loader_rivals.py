@@ -28,9 +28,9 @@ from torchvision.datasets import ImageFolder
 
 from bench.loader import read_arguments
 from bench.measure import OUT, Comparison, run_bench
-from data.device_augment import training_views
-from data.loader import no_fields
+from data.augment.on_device import training_views
 from data.open import Data, load_collection, open_images
+from data.stream.loader import no_fields
 from models.normalise import Normalise
 
 BATCH = 16 if "quick" in sys.argv else 128

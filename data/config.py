@@ -118,17 +118,17 @@ class ColorJitterConfig(Strict):
 class AugmentConfig(Strict):
     """From a decoded image to the network's input: in training the steps below, in this order.
 
-    `on_device` true: the workers decode, crop and resize, and the rest runs on the device, on whole batches
-    (data/device_augment.py). The draws have the same distributions. What differs: `affine` acts on the resized image,
-    so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one bilinear
-    sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not after each
-    change.
+    `on_device` true: the workers decode, crop and resize. data/augment/on_device.py applies the rest to whole
+    batches on the device. The draws have the same distributions. What differs: `affine` acts on the resized image,
+    so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one
+    bilinear sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not
+    after each change.
     """
 
     image_size_hw: Annotated[list[Side], _Pair]
     # In training and evaluation. square: the whole image in the middle of a square of the background. buckets: of the
-    # nearest of several shapes (data/buckets.py: letterbox_sizes), each with as many pixels as `image_size_hw` or
-    # fewer; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
+    # nearest of several shapes (`letterbox_sizes` in data/latents/buckets.py), each with at most as many pixels as
+    # `image_size_hw`; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
     pad: Literal["none", "square", "buckets"]
     affine: AffineConfig | None  # of the decoded image; its cost grows with it
     fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of what the affine map uncovers

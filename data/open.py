@@ -23,21 +23,20 @@ from typing import Any
 
 import numpy as np
 
-from data.buckets import assign, letterbox_groups
-from data.cache.disk import DiskCached
-from data.cache.memory import keep_in_memory
-from data.collection import Collection, index_collection
+from data.augment.on_device import DeviceAugment
+from data.augment.transforms import evaluation_views
+from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
-from data.decode import Decoder, decoder_versions
-from data.device_augment import DeviceAugment
-from data.glyphs import draw_glyphs
-from data.image_formats import UnreadableImage
-from data.images import Images, ListedFiles, open_contents
-from data.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
-from data.pixels import read_upright_size
-from data.source import Source
-from data.stream import Sampler, ShuffledSampler, Views
-from data.transforms import evaluation_views
+from data.images.decode import Decoder, decoder_versions
+from data.images.disk_cache import DiskCached
+from data.images.image_source import Images, ListedFiles, open_contents
+from data.images.memory_cache import keep_in_memory
+from data.images.pixels import read_upright_size
+from data.latents.buckets import assign, letterbox_groups
+from data.layouts.glyphs import draw_glyphs
+from data.stream.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
+from data.stream.order import Sampler, ShuffledSampler, Views
+from data.stream.source import Source, UnreadableImage
 from utils.canvas import background_of
 from utils.contracts import Machine
 from utils.ranks import distributed

@@ -103,7 +103,7 @@ class MicroBatches:
 
 
 def _cut(batch: Batch, first: int, size: int) -> Batch:
-    """Return some samples of a batch; of a ragged field (data/batch.py) they have all values, and their own offsets."""
+    """Return some samples of a batch; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
     part = {name: tensor[first : first + size] for name, tensor in batch.items()}
     for name in batch:
         if (offsets := f"{name}_offsets") in batch:

@@ -62,7 +62,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.measure import build_bench_run, read_group
-from data.batch import Ragged, collate
+from data.stream.batch import Ragged, collate
 from engine.checkpoint import copy_to_host
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores

@@ -18,8 +18,8 @@ import torch
 from omegaconf import DictConfig
 
 import engine.learner
-from data.glyphs import GLYPHS_VERSION
-from data.manifest_writer import write_manifest
+from data.layouts.glyphs import GLYPHS_VERSION
+from data.tools.write_manifest import write_manifest
 from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import Job, validate
 from utils.config.help import ROOT

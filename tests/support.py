@@ -27,8 +27,8 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from data.config import CacheConfig, DataConfig
-from data.decode import Decoder
-from data.image_formats import read_file
+from data.images.decode import Decoder
+from data.images.image_formats import read_file
 from utils.canvas import DEFAULT
 from utils.config.help import CONF
 from utils.record import plots

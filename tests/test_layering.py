@@ -9,17 +9,26 @@ from graphlib import CycleError, TopologicalSorter
 from utils.config.help import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
+DATA = {f"data/{name}" for name in ("layouts", "collection", "stream", "images", "tags", "augment", "latents")}
 # What each room may import beside itself. Root scripts are not a room: not even another script imports one.
 ALLOWED = {
     "utils": set(),
     "models": {"utils"},
-    "data": {"utils"},
+    "data": {"utils", "data/collection", "data/layouts", "data/stream", "data/images", "data/latents", "data/augment"},
+    "data/layouts": {"utils"},
+    "data/collection": {"utils", "data/layouts"},
+    "data/stream": {"utils", "data/collection"},
+    "data/images": {"utils", "data", "data/stream", "data/collection", "data/layouts"},
+    "data/tags": {"utils", "data", "data/collection", "data/layouts"},
+    "data/augment": {"utils", "data", "data/stream", "data/images"},
+    "data/latents": {"utils", "data/stream", "data/images", "data/collection", "data/layouts"},
+    "data/tools": {"utils", "data", *DATA},
     "optim": {"utils"},
     "engine/measures": {"utils"},
     "engine": {"utils", "optim"},
-    "engine/tasks": {"utils", "optim", "engine", "engine/measures", "models", "data"},
+    "engine/tasks": {"utils", "optim", "engine", "engine/measures", "models", "data", *DATA},
     "engine/exports": {"utils", "engine", "engine/tasks", "models"},
-    SCRIPT: {"utils", "models", "data", "optim", "engine", "engine/tasks", "engine/exports"},
+    SCRIPT: {"utils", "models", "data", "optim", "engine", "engine/tasks", "engine/exports", "data/tools", *DATA},
     "submit": {"utils"},
 }
 FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most
@@ -128,11 +137,11 @@ def test_nothing_is_passed_over():
 def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
     planted = {
         "utils/io/files.py": "import os\nimport torch.optim\nimport optim\n",
-        "data/loader.py": "import utils.io.files\ndef f():\n    from ..models import build\n",
+        "data/stream/loader.py": "import utils.io.files\ndef f():\n    from ...models import build\n",
         "models/build.py": "from utils import a\n",
         "optim/build.py": "import_module('engine.step')\n",
         "engine/step.py": "import optim.build\n",
-        "finetune.py": "import data.loader\nfrom evaluate import x\n",
+        "finetune.py": "import data.stream.loader\nfrom evaluate import x\n",
         "evaluate.py": "import engine.step\n",
         "viewer/app.py": "import utils.io.files\n",
         "utils/a.py": "import utils.b\n",
@@ -142,7 +151,7 @@ def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert find_wrong_arrows(tmp_path) == [
-        "data/loader.py:3: data may not import models.build",
+        "data/stream/loader.py:3: data/stream may not import models.build",
         "finetune.py:2: root scripts may not import evaluate",
         "optim/build.py:1: optim may not import engine.step",
         "utils/io/files.py:3: utils may not import optim",

@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.transforms import EvalTransform
+from data.augment.transforms import EvalTransform
 from engine.exports.weights import open_weights
 from tests.in_process import TINY, make_images, run
 from tests.support import rows

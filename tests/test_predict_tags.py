@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from data.collection import Collection, index_collection
+from data.collection.collection import Collection, index_collection
 from data.config import TextConfig
-from data.predictions import find_excluded, join_tags, spell_tags
-from data.tags.index import map_tags
 from data.tags.rules import TagRules
+from data.tags.tag_index import map_tags
+from data.tools.predictions import find_excluded, join_tags, spell_tags
 from models.outputs import OUTPUTS, Columns, RowOptions
 from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run

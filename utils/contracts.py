@@ -29,7 +29,7 @@ class BatchPlan(Protocol):
 
 
 class TrainStream(Protocol):
-    """The endless training stream (data/loader.py)."""
+    """The endless training stream (data/stream/loader.py)."""
 
     epoch_length: int  # positions
     chunk: int | None  # neighbouring positions of one shape; None where the sampler groups nothing

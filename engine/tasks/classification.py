@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.buckets import letterbox_groups
-from data.collection import Collection, check_classes
-from data.loader import Fields
+from data.collection.collection import Collection, check_classes
+from data.collection.rows import spread, training_rows
+from data.latents.buckets import letterbox_groups
 from data.open import Data
-from data.rows import spread, training_rows
+from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
 from engine.measures.means import Means

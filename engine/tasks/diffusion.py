@@ -21,9 +21,9 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.buckets import BucketConfig
-from data.captions import CaptionConfig
-from data.tag_weights import TagWeightsConfig
+from data.latents.buckets import BucketConfig
+from data.tags.captions import CaptionConfig
+from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
@@ -151,7 +151,8 @@ class TagBalance(nn.Module):
     """Weights [T] float32 of tags, every `reestimate_steps` by how often training has shown each: counts [T] int64.
 
     What is counted is what the network was told: neither dropped tags and captions, nor unreadable images, nor skipped
-    steps. Counts are integers, so their sum over ranks is exact. facts: of data/tag_weights.py, for the first weights.
+    steps. Counts are integers, so their sum over ranks is exact. facts: for the first weights
+    (data/tags/tag_weights.py).
     """
 
     def __init__(self, config: TagWeightsConfig, facts: Mapping[str, Sequence[float]]) -> None:
@@ -167,7 +168,7 @@ class TagBalance(nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean weight of each sample's tags, float32 [B], 1 where it has none; count the tags shown."""
         tags, offsets = batch["tags"], batch["tags_offsets"]
-        # From 1; 0 and B + 1 own the tags of other parts of a batch that was cut (data/batch.py).
+        # From 1; 0 and B + 1 own the tags of other parts of a batch that was cut (data/stream/batch.py).
         owners = torch.bucketize(torch.arange(len(tags), device=tags.device), offsets, right=True)
         shown = batch["tags_shown"] & F.pad(batch["weight"] > 0, (1, 1))[owners]
         self.pending.index_add_(0, tags, shown.long())

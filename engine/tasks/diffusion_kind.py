@@ -10,21 +10,21 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.batch import Ragged, Sample
-from data.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
-from data.cache.store import TensorStore, record_key
-from data.captions import CaptionConfig, describe_captions
-from data.collection import Collection
+from data.collection.collection import Collection
+from data.collection.rows import training_rows
 from data.config import DataConfig
-from data.images import Images
-from data.latent_cache import LatentCache, image_hashes
-from data.loader import Example, Fields
+from data.images.image_source import Images
+from data.images.record_store import TensorStore, record_key
+from data.latents.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
+from data.latents.latent_cache import LatentCache, image_hashes
+from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection, open_images
-from data.rows import training_rows
-from data.source import Source, layers
-from data.stream import GroupedSampler, Views
-from data.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
-from data.text_cache import TextCache, vary_caption
+from data.stream.batch import Ragged, Sample
+from data.stream.loader import Example, Fields
+from data.stream.order import GroupedSampler, Views
+from data.stream.source import Source, layers
+from data.tags.captions import CaptionConfig, describe_captions
+from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig

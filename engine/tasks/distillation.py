@@ -22,12 +22,12 @@ from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.collection import Collection
+from data.collection.collection import Collection
 from data.config import TagRulesConfig
-from data.loader import Fields, no_fields
 from data.open import Data
-from data.tags.index import NoKnownTag
+from data.stream.loader import Fields, no_fields
 from data.tags.orientation import build_orientation
+from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.classification import ClassificationKind

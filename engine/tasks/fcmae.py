@@ -12,11 +12,11 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from data.collection import Collection
-from data.device_augment import IMAGES
-from data.loader import Example, Fields
+from data.augment.on_device import IMAGES
+from data.collection.collection import Collection
+from data.collection.rows import choose_probe_rows, spread
 from data.open import Data
-from data.rows import choose_probe_rows, spread
+from data.stream.loader import Example, Fields
 from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes

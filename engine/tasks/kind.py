@@ -19,16 +19,16 @@ import torch
 from pydantic import TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
-from data.buckets import letterbox_groups, letterbox_sizes
-from data.collection import Collection
+from data.augment.on_device import IMAGES, training_views
+from data.augment.transforms import ByGroup, TrainTransform
+from data.collection.collection import Collection
+from data.collection.rows import training_rows
 from data.config import AugmentConfig, DataConfig
-from data.device_augment import IMAGES, training_views
-from data.loader import Fields, no_fields
+from data.latents.buckets import letterbox_groups, letterbox_sizes
 from data.open import Data, describe_collection, open_images
-from data.rows import training_rows
-from data.source import Source
-from data.stream import GroupedSampler, Sampler, Views, build_sampler
-from data.transforms import ByGroup, TrainTransform
+from data.stream.loader import Fields, no_fields
+from data.stream.order import GroupedSampler, Sampler, Views, build_sampler
+from data.stream.source import Source
 from engine.config import TrainingConfig
 from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported

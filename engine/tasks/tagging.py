@@ -10,15 +10,15 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from data.batch import Ragged, Sample, multi_hot
-from data.collection import Collection
+from data.collection.collection import Collection
+from data.collection.rows import training_rows
 from data.config import TagRulesConfig, VocabularyConfig
-from data.loader import Example, Fields
-from data.rows import training_rows
-from data.tags.index import TagIndex, index_tags
+from data.stream.batch import Ragged, Sample, multi_hot
+from data.stream.loader import Example, Fields
+from data.tags.build_vocabulary import make_vocabulary
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import read_rules
-from data.tags.vocabulary import make_vocabulary
+from data.tags.tag_index import TagIndex, index_tags
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, to_fit

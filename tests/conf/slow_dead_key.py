@@ -199,7 +199,7 @@ PROVED = {
     "AugmentConfig.eval_crop",
     "AugmentConfig.eval_resize",
     "AugmentConfig.pad",
-    "AugmentConfig.shrink",  # by its own method: tests/data/cache/test_size.py
+    "AugmentConfig.shrink",  # by its own method: tests/data/augment/test_shrink.py
 }
 # Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {

@@ -9,7 +9,7 @@ import pytest
 import torch
 from omegaconf import OmegaConf
 
-from data.transforms import EvalTransform
+from data.augment.transforms import EvalTransform
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.conf.test_compose import TO

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.manifest_writer import write_manifest
+from data.tools.write_manifest import write_manifest
 from engine.exports.weights import open_weights
 from engine.tasks.distillation import DistillationKind, find_teacher
 from engine.tasks.kind import Setup

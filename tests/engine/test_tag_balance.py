@@ -7,7 +7,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from data.tag_weights import TagWeightsConfig
+from data.tags.tag_weights import TagWeightsConfig
 from engine.tasks.diffusion import TagBalance
 from tests.engine.test_diffusion import RESUMED, SHORT
 from tests.engine.test_no_host_sync import count

@@ -15,7 +15,7 @@ import torch
 import transformers
 from PIL import Image
 
-from data.transforms import EvalTransform
+from data.augment.transforms import EvalTransform
 from engine.exports.weights import Weights
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig

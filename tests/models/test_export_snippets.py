@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.transforms import EvalTransform
+from data.augment.transforms import EvalTransform
 from models.export.model_card import write_card
 from tests.models.test_export_formats import geometry, make
 from tests.support import export, read_image

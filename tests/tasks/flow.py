@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torchvision.transforms import v2
 
-from data.stream import GroupedSampler
+from data.stream.order import GroupedSampler
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
 from engine.tasks.kind import ImageTrainingConfig, Kind, TaskConfig

@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import data.loader
+import data.stream.loader
 import engine.checkpoint
 import engine.learner
 import engine.tasks.classification
@@ -34,7 +34,7 @@ from utils.ranks import distributed
 
 
 def slow_evaluation(seconds):
-    batches = data.loader.EvaluationStream.__iter__
+    batches = data.stream.loader.EvaluationStream.__iter__
 
     def slow(self):
         for batch in batches(self):
@@ -42,7 +42,7 @@ def slow_evaluation(seconds):
             time.sleep(float(seconds))
             yield batch
 
-    data.loader.EvaluationStream.__iter__ = slow
+    data.stream.loader.EvaluationStream.__iter__ = slow
 
 
 def slow_save(seconds):
@@ -119,7 +119,7 @@ def little_memory(*sizes):
 
 
 def hang_loading(rank, step):
-    steps = data.loader.TrainStream.steps
+    steps = data.stream.loader.TrainStream.steps
 
     def hanging(self, start_step, plan):
         for number, batches in enumerate(steps(self, start_step, plan), start_step):
@@ -127,7 +127,7 @@ def hang_loading(rank, step):
                 time.sleep(3600)
             yield batches
 
-    data.loader.TrainStream.steps = hanging
+    data.stream.loader.TrainStream.steps = hanging
 
 
 def skip_steps():
@@ -152,7 +152,7 @@ def skip_steps():
 
 
 def hang_reading(position):
-    read = data.loader.SampleReader.read
+    read = data.stream.loader.SampleReader.read
 
     def hanging(self, draw, *given, **named):
         if draw.position == int(position):
@@ -160,13 +160,13 @@ def hang_reading(position):
             time.sleep(3600)
         return read(self, draw, *given, **named)
 
-    data.loader.SampleReader.read = hanging
+    data.stream.loader.SampleReader.read = hanging
 
 
 # What the troubles replace.
 PATCHED = (
-    (data.loader.EvaluationStream, "__iter__"),
-    (data.loader.SampleReader, "read"),
+    (data.stream.loader.EvaluationStream, "__iter__"),
+    (data.stream.loader.SampleReader, "read"),
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),
     (engine.learner, "train_step"),

@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 
-from data.glyphs import TRAIN_FACES, describe_code, read_codes
+from data.layouts.glyphs import TRAIN_FACES, describe_code, read_codes
 from data.tags.orientation import Mirror, build_orientation
 from tests.engine.test_no_host_sync import count
 from utils.errors import UserError

@@ -1,0 +1,237 @@
+"""Transforms from a decoded image to the uint8 tensor of a batch; random draws come from the sample's key.
+
+The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
+Each runs on what it is fastest with, by a factor of 2 to 4 (one thread, 64 and 224 px): crops and resizes on tensors,
+affine maps on Pillow's images. RandAugment is timm's, on Pillow's images too.
+Normalisation happens on the device (models/normalise.py): a batch carries bytes, a quarter of floats.
+"""
+
+import functools
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from PIL import Image, ImageOps
+from torch import Tensor
+from torchvision.transforms import InterpolationMode, v2
+
+from data.config import AugmentConfig
+from data.images.pixels import resize
+from data.stream.order import Draw, Transform, Views
+from utils import rng
+from utils.canvas import DEFAULT, background_levels, background_of
+
+# Only the middle of a very long image is resized, at most this many times the evaluation size: a strip of 1 x 50,000
+# pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
+_LONGEST = 8
+_VARIED = ("bilinear", "bicubic", "lanczos", "area")
+
+
+class ByGroup:
+    """The transform of the draw's group: one for each bucket."""
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        self._transforms = transforms
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the transformed image."""
+        return self._transforms[draw.group](image, draw)
+
+
+def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
+    """Put the whole image, uint8 [C, H, W], into the middle of a square; an odd pixel goes to the right or the bottom.
+
+    background: of data.config; for `drop`, which states no colour, white. pad: of AugmentConfig; with none the image is
+    returned as it is, with buckets the canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide
+    as the image.
+    """
+    if pad == "none":
+        return image
+    shrink = _LONGEST * max(image_size_hw) / max(image.shape[-2:])
+    if shrink < 1:
+        image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
+    channels, height, width = image.shape
+    tall, wide = image_size_hw if pad == "buckets" else (1, 1)
+    rows, columns = max(height, -(-width * tall // wide)), max(width, -(-height * wide // tall))
+    levels = torch.tensor(background_levels(background, channels), dtype=torch.uint8)
+    canvas = levels.repeat(rows, columns, 1).permute(2, 0, 1)
+    top, left = (rows - height) // 2, (columns - width) // 2
+    canvas[:, top : top + height, left : left + width] = image
+    return canvas
+
+
+class NoiseErasing(v2.RandomErasing):
+    """Erase a rectangle of 2 to 33 % of the image with noise, for which torchvision's own takes floats only.
+
+    The noise is uniform over bytes, or, where `mean` and `std` are given, normal.
+    Differs: published code draws normal noise after the normalisation; here it is rounded to bytes and clipped to
+    black and white.
+    """
+
+    def __init__(self, p: float, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
+        super().__init__(p=p, scale=(0.02, 1 / 3), value=0)
+        self._mean, self._std = (
+            None if values is None else 255.0 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std)
+        )
+
+    def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
+        """Return the image with noise in the drawn rectangle, or as it was where none was drawn."""
+        if params["v"] is None:
+            return inpt
+        shape = inpt.shape[-3], params["h"], params["w"]
+        if self._mean is None:
+            noise = torch.randint(0, 256, shape)
+        else:
+            noise = (self._mean + self._std * torch.randn(shape)).round().clamp(0, 255)
+        return super().transform(inpt, {**params, "v": noise.to(inpt)})
+
+
+class PolicyAugment(v2.Transform):
+    """timm's RandAugment by its policy string, on Pillow's images.
+
+    timm draws from Python's and NumPy's generators, which are seeded from torch's here: the result depends on the
+    sample's key alone.
+    """
+
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__()
+        from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only where it is used
+
+        mean = tuple(round(255 * value) for value in config.mean)
+        filters = Image.Resampling  # of which Pillow's affine maps have two
+        settings = {
+            "translate_const": int(0.45 * min(config.image_size_hw)),
+            "img_mean": mean if len(mean) > 1 else mean[0],
+            "interpolation": filters.BILINEAR if config.interpolation == "bilinear" else filters.BICUBIC,
+        }
+        self._policy = rand_augment_transform(config.rand_augment, settings)
+        for operation in self._policy.ops:
+            if operation.aug_fn is posterize:
+                operation.aug_fn = _posterize
+
+    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Image.Image:
+        """Return the augmented image."""
+        with rng.seeded_python(int(torch.randint(2**31, ()))):
+            return self._policy(inpt)
+
+
+def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
+    """Keep the upper bits of each channel; none, which Pillow 13 refuses and timm asks for, makes the image black."""
+    return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
+
+
+def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
+    """Return the steps that apply a transform to the image as Pillow has it; from and to uint8 [C, H, W], C 1 or 3."""
+    return [v2.ToPILImage(), transform, v2.PILToTensor()]
+
+
+def random_affine(config: AugmentConfig) -> v2.RandomAffine | None:
+    """Return the random affine map of `augment.affine`."""
+    if (affine := config.affine) is None:
+        return None
+    return v2.RandomAffine(
+        affine.degrees,
+        translate=(affine.translate, affine.translate),
+        scale=tuple(affine.scale),
+        shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
+        interpolation=InterpolationMode.BILINEAR,
+        fill=config.fill,
+    )
+
+
+def color_jitter(config: AugmentConfig) -> v2.ColorJitter | None:
+    """Return the random colours of `augment.color_jitter`."""
+    jitter = config.color_jitter
+    return None if jitter is None else v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
+
+
+class ResizedCrop(v2.RandomResizedCrop):
+    """The random crop of `augment`, resized to the image size by its interpolation."""
+
+    def __init__(self, config: AugmentConfig) -> None:
+        height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
+        ratio = [stated * width / height for stated in config.crop_ratio]
+        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
+        self._log_ratio = self._log_ratio.tolist()  # tensors as bounds make a draw half as long again
+        self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
+
+    def __call__(self, image: Tensor) -> Tensor:
+        """Return a drawn crop, resized. Differs: v2 pads crops that reach beyond the image; these never do."""
+        top, left, height, width = self.make_params([image]).values()
+        choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
+        return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
+
+
+class TrainTransform:
+    """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
+
+    With `augment.on_device` the crop alone. background: of the canvas that `augment.pad` puts the image on first.
+    Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
+    """
+
+    def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
+        size_hw, crop = config.image_size_hw, ResizedCrop(config)
+        pad = functools.partial(letterbox, image_size_hw=size_hw, background=background, pad=config.pad)
+        self._steps: list[Any] = [pad, crop]
+        if config.on_device:
+            return
+        if (affine := random_affine(config)) is not None:
+            # Before the resize: after it, training images would be blurred and validation images not.
+            self._steps = [pad, *on_pillow(affine), crop]
+        if config.horizontal_flip > 0:
+            self._steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+        if (jitter := color_jitter(config)) is not None:
+            self._steps.append(jitter)
+        if config.rand_augment is not None:
+            self._steps += on_pillow(PolicyAugment(config))
+        if config.random_erasing > 0:
+            noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
+            self._steps.append(NoiseErasing(config.random_erasing, *noise))
+
+    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
+        """Return the transformed image."""
+        for step in self._steps:  # plain calls: v2.Compose looks for images in nested inputs at each step
+            image = step(image)
+        return image
+
+
+class EvalTransform:
+    """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`).
+
+    preprocessing: of a weight file, as AugmentConfig.preprocessing states it. The pixels are those of torchvision's
+    resize and centre crop; of a very long image only the middle is resized, because the whole could exceed the memory.
+    """
+
+    def __init__(self, preprocessing: Mapping[str, Any]) -> None:
+        self._size_hw = tuple(preprocessing["image_size_hw"])
+        self._squash = preprocessing.get("eval_resize", "crop") == "squash"
+        self._resized_hw = [math.floor(side / preprocessing["eval_crop"]) for side in self._size_hw]
+        self._interpolation = preprocessing["interpolation"]
+        self._background, self._pad = background_of(preprocessing), preprocessing.get("pad", "none")
+
+    def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return the resized image or its centre, [C, H, W]."""
+        image = letterbox(image, self._size_hw, self._background, self._pad)
+        if self._squash:
+            return resize(image, self._size_hw, self._interpolation)
+        factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
+        resized_hw = []
+        for axis, least, shown in zip((-2, -1), self._size_hw, self._resized_hw):
+            side, most = image.shape[axis], math.ceil(_LONGEST * shown / factor)
+            resized = int(side * factor + 1e-6)  # down, as torchvision; 1e-6 is for the side that sets the factor
+            if side > most:  # the remainders keep the centre, and how torchvision rounds it, where they are
+                kept = most + (side - most) % 2
+                image = image.narrow(axis, (side - kept) // 2, kept)
+                resized = int(kept * factor) + (resized - int(kept * factor)) % 4
+            resized_hw.append(max(least, resized))
+        return v2.functional.center_crop(resize(image, resized_hw, self._interpolation), list(self._size_hw))
+
+
+def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
+    """Return the one view of an evaluation image; in the draw's bucket, where a weight file states some."""
+    sizes_hw = preprocessing.get("buckets_hw")
+    if sizes_hw is None:
+        return {"images": EvalTransform(preprocessing)}
+    each = [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in sizes_hw]
+    return {"images": ByGroup(list(map(EvalTransform, each)))}

@@ -1,1 +1,0 @@
-"""Caches of decoded images: each is a source in front of another."""

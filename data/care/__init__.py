@@ -1,1 +1,0 @@
-"""Tools that look after a collection: prepare.py runs them, docs/collections.md explains them."""

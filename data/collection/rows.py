@@ -1,0 +1,60 @@
+"""Which rows of a collection are used."""
+
+import fnmatch
+
+import numpy as np
+
+from data.collection.collection import Collection
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndarray:
+    """Return the rows of the training split whose path matches a pattern (`loop.train_paths`), ascending; None for all.
+
+    Raises UserError where every image of the split has weight 0, and where a pattern matches none of them.
+    """
+    rows = collection.rows("train")
+    if len(rows) and not collection.weights()[rows].any():  # no step would change the network
+        raise UserError(
+            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
+            "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "
+            "those that can be read a weight above 0"
+        )
+    if patterns is None or len(rows) == 0:
+        return rows
+    paths = collection.table["path"].take(rows).to_pylist()
+    chosen = np.zeros(len(rows), dtype=bool)
+    for pattern in patterns:
+        matches = np.array([fnmatch.fnmatchcase(path, pattern) for path in paths])
+        if not matches.any():
+            raise UserError(
+                f"loop.train_paths: {pattern!r} matches none of the {len(rows):,} training images; paths look like "
+                f"{paths[0]!r} (* also matches /)"
+            )
+        chosen |= matches
+    log.info("loop.train_paths: %s of %s training images", f"{chosen.sum():,}", f"{len(rows):,}")
+    return rows[chosen]
+
+
+def spread(rows: np.ndarray, limit: int) -> np.ndarray:
+    """Return at most `limit` of the rows, evenly spread."""
+    return rows[:: max(1, -(-len(rows) // limit))]
+
+
+def choose_probe_rows(
+    class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, train_images: int, val_images: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return rows to fit a probe of features to and rows to measure it on, both evenly spread over the classes.
+
+    class_ids: [N] of all rows, -1 for none. The second are of classes among the first; either may be empty.
+    """
+
+    def pick(rows: np.ndarray, limit: int) -> np.ndarray:
+        return spread(rows[np.argsort(class_ids[rows], kind="stable")], limit)
+
+    train = pick(train_rows[class_ids[train_rows] >= 0], train_images)
+    val = pick(val_rows[np.isin(class_ids[val_rows], class_ids[train])], val_images)
+    return train, val

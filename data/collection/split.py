@@ -1,0 +1,84 @@
+"""Which rows are for validation: those that a collection names, or a share of them."""
+
+import hashlib
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.layouts.table import TEST, replace_column, show_some
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
+    """Return a table of training and validation rows alone; of `fraction` for validation where it has none. Logs both.
+
+    Rows of a test split are dropped if there are validation rows, else they become the validation split: nothing here
+    needs a third split, and figures of a run must not come from its test images.
+    """
+    is_test = pc.equal(table["split"], TEST)
+    has_validation = "val" in table["split"].unique().to_pylist()
+    if pc.any(is_test).as_py():
+        use = "ignored; there is a validation split" if has_validation else "used for validation; there is no other"
+        log.info("data.root: the test split (%s images) is %s", f"{pc.sum(is_test).as_py():,}", use)
+        if has_validation:
+            return table.filter(pc.invert(is_test))
+        return replace_column(table, "split", pc.if_else(is_test, "val", table["split"]))
+    if fraction == 0 or has_validation:
+        return table
+    chosen = np.zeros(len(table), bool)
+    is_read = pc.not_equal(table["weight"], 0.0).to_numpy()  # nothing reads the others; they stay in training
+    chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
+    log.info(
+        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)",
+        f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
+    )  # fmt: skip
+    return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))
+
+
+def _choose(table: pa.Table, fraction: float) -> np.ndarray:
+    """Return which rows of a table, sorted by path, are split off, bool [N].
+
+    Of a class of n images, round(fraction * n) (halves up), at least 1 and at most n - 1: those whose paths have the
+    lowest hashes. So the choice in a class does not depend on other classes, and an added image moves at most one
+    other. The image of a class of one stays in training, with a warning. An image without a label goes by its `id`, if
+    the table has that column: those of the highest id % 1000, 950 and more for 0.05; else if its path's hash is in the
+    lowest `fraction` of all hashes. Rows of one `group` count as one, and go where the first goes.
+    """
+    names = pc.unique(table["label"]).drop_null()
+    labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
+    hashes = _hash_paths(table["path"])
+    chosen = hashes < np.uint64(fraction * 2**64)
+    if _has_integers(table, "id"):
+        by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
+        chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
+    leads = np.arange(len(table))  # the row that each row goes with
+    if _has_integers(table, "group"):
+        members = np.flatnonzero(pc.is_valid(table["group"]).to_numpy())
+        groups = table["group"].drop_null().to_numpy()
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        leads[members] = members[first][group]
+    rows = np.flatnonzero((leads == np.arange(len(table))) & (labels >= 0))
+    rows = rows[np.lexsort((hashes[rows], labels[rows]))]  # by class and hash
+    counts = np.bincount(labels[rows], minlength=len(names))
+    shares = np.where(counts > 1, np.clip(np.floor(fraction * counts + 0.5), 1, np.maximum(counts - 1, 1)), 0)
+    chosen[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) < np.repeat(shares, counts)
+    if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
+        log.warning(
+            "data.root: %d classes have a single image (of weight above 0), which stays in training: %s; add a second "
+            "image of each, or remove the class",
+            len(single), show_some(single),
+        )  # fmt: skip
+    return chosen[leads]
+
+
+def _has_integers(table: pa.Table, name: str) -> bool:
+    return name in table.column_names and pa.types.is_integer(table.schema.field(name).type)
+
+
+def _hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
+    """Return the first 8 bytes of the SHA-256 of each path, uint64 [N]."""
+    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
+    return np.frombuffer(digests, ">u8").astype(np.uint64)

@@ -1,0 +1,113 @@
+"""Decode the bytes of an image file to Pillow's pixels, a plain JPEG faster.
+
+Pillow opens every file, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
+grey or RGB is then decoded by simplejpeg where it is installed, unless it warns; all else by Pillow.
+"""
+
+import functools
+from dataclasses import dataclass
+from importlib.metadata import version
+from typing import Any
+
+import numpy as np
+import PIL
+import torch
+from PIL import Image
+from torch import Tensor
+
+from data.images.image_formats import open_image
+from data.images.pixels import UPRIGHT, convert, load_upright, read_orientation, resize, to_srgb
+from utils.canvas import DEFAULT, background_rgb
+from utils.errors import UserError
+
+try:
+    import simplejpeg
+except ImportError:  # no wheel for this machine: Pillow decodes
+    simplejpeg = None
+
+_RULES = 2  # of how pixels are converted and resized here: another number makes cached images anew
+
+
+def decoder_versions() -> str:
+    """Return which libraries decode, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
+    jpeg = "" if simplejpeg is None else f"JPEG by simplejpeg {version('simplejpeg')}, "
+    return f"{jpeg}others by pillow {PIL.__version__}"
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """How the bytes of an image file become pixels: of the first frame, 8 bit, upright, RGB (3 channels) or grey (1).
+
+    EXIF rotation is applied, transparency put on `background`, 16-bit grey scaled to 8 bit, CMYK converted; of an icon
+    the largest image is taken. max_pixels: a larger image is refused from its header, before anything is decoded;
+    Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. icc: convert from an embedded profile to sRGB. shortest_px:
+    an image whose shorter side is longer is shrunk to it; a JPEG is decoded at 1/2, 1/4 or 1/8 where that suffices.
+    Raises UserError (`model.in_channels`).
+    """
+
+    channels: int
+    max_pixels: int
+    background: Any = DEFAULT
+    icc: bool = False
+    shortest_px: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.channels not in (1, 3):
+            raise UserError(
+                f"model.in_channels: {self.channels}; images are read as 1 channel (grey) or 3 (RGB): set 1 or 3"
+            )
+
+    def identity(self) -> str:
+        """Return all that pixels and refusals depend on beside the content; for the keys of caches."""
+        shrunk = f"shorter side {self.shortest_px}, torch {torch.__version__}" if self.shortest_px else "whole"
+        return (
+            f"{_RULES}: {decoder_versions()}; {self.channels} channels; on {background_rgb(self.background)}; "
+            f"icc {self.icc}; up to {self.max_pixels} pixels; {shrunk}"
+        )
+
+    def __call__(self, content: bytes, name: str) -> Tensor:
+        """Return the pixels of a file's bytes, uint8 [channels, H, W]; name: of the file.
+
+        Raises UnreadableImage for any reason: empty, cut off, damaged, not an image, too large, unsupported.
+        """
+        return open_image(content, name, self.max_pixels, functools.partial(self._decode, content))
+
+    def _decode(self, content: bytes, image: Image.Image) -> Tensor:
+        """Decode an opened image."""
+        whole = image.size
+        if self.shortest_px is not None:
+            image.draft(None, (self.shortest_px, self.shortest_px))  # a JPEG's scale, with both sides at least so long
+        scaled = image.size != whole  # asked before loading, which may change the size that a header states
+        pixels = self._decode_jpeg(content, image)
+        if pixels is None:
+            upright = load_upright(image)[0]
+            pixels = convert(to_srgb(upright) if self.icc else upright, self.channels, background_rgb(self.background))
+        decoded = torch.from_numpy(pixels).permute(2, 0, 1)
+        short, long = sorted(whole if scaled else pixels.shape[:2])
+        if self.shortest_px is None or short <= self.shortest_px:
+            return decoded
+        longer = int(self.shortest_px * long / short)  # torchvision's rule
+        is_wide = decoded.shape[1] <= decoded.shape[2]
+        return resize(decoded, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
+
+    def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
+        """Return the pixels of a plain JPEG at the scale of the opened image; None where Pillow is to decode."""
+        is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
+        if simplejpeg is None or not is_plain or (self.icc and "icc_profile" in image.info):
+            return None
+        height, width, grey = image.height, image.width, image.mode == "L" and self.channels == 1
+        # Room for what was read in the header: a file in which libjpeg sees a larger image is refused.
+        room = np.empty((height, width, 1 if grey else 3), np.uint8)
+        try:
+            pixels = simplejpeg.decode_jpeg(
+                content, "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
+            )
+        except ValueError:  # of damage that Pillow may accept, and of kinds unknown here
+            return None
+        if pixels.shape[:2] != (height, width):
+            return None
+        turn = UPRIGHT.get(read_orientation(image))
+        if turn is None and pixels.shape[2] == self.channels:
+            return pixels
+        picture = Image.fromarray(pixels[..., 0] if grey else pixels)
+        return convert(picture if turn is None else picture.transpose(turn), self.channels, None)

@@ -1,0 +1,90 @@
+"""Decoded images on a disk: a source in front of `Images` that decodes each image once.
+
+    source = DiskCached(Images(Files(collection), decoder), config.data.cache)
+    source.read(7)["image"]        uint8 [3, H, W]
+
+A hit, a miss and a full disk give the decoder's pixels. A key is made of the file as it is now (path, range, size,
+times, inode) and of the decoder's identity, so an edited file or another decoder never finds what was kept before.
+"""
+
+import os
+import struct
+import time
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from data.config import CacheConfig
+from data.images.image_source import Images
+from data.images.record_store import LimitedStore, record_key
+from data.stream.source import IMAGE, Cached, OnDisk, Record
+from utils.io.memo import file_version
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
+_HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
+
+
+class DiskCached(Cached):
+    """The images of a source, kept in a folder.
+
+    Raises UserError (`data.cache.folder`) where the folder cannot be used.
+    """
+
+    def __init__(self, images: Images, config: CacheConfig) -> None:
+        super().__init__(images, "evicted", "refused")
+        self._config = config
+        self._recipe = images.decoder.identity()
+        self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
+
+    def readings(self) -> dict[str, float]:
+        """Return the share of reads that the cache has answered, the GiB of all records, and how many made room."""
+        gib, evicted = self._store.used_bytes() / 2**30, self.counts()["evicted"]
+        return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's image is in the cache."""
+        key = self._key(row)
+        return key is not None and self._store.has(key)
+
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return the image of a row. Raises UnreadableImage."""
+        found_by = self._key(row)  # of the file before it is read: one that changes meanwhile is never found by it
+        record = None if found_by is None else self._store.get(found_by)
+        self.count("misses" if record is None else "hits")
+        if record is not None:
+            shape = _HEAD.unpack(record[: _HEAD.size])
+            return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
+        image = self.inner.read(row)[IMAGE]
+        if found_by is not None:
+            self._keep(found_by, image)
+        return {IMAGE: image}
+
+    def _key(self, row: int) -> str | None:
+        """Return the key of a row's image; None where the file is not there, or was changed just now."""
+        contents = self.inner.inner
+        if not isinstance(contents, OnDisk):  # whole shards are replaced behind a URL, and then the index with them
+            digest = contents.collection.row(row).sha256
+            return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
+        file = contents.file_of(row)
+        version = file_version(file.path)
+        if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
+            return None
+        return record_key(self._recipe, os.path.abspath(file.path), file.offset, file.length, version)
+
+    def _keep(self, key: str, image: Tensor) -> None:
+        """Write the record of an image, uint8 [C, H, W]; where the disk refuses it, one warns and all write no more."""
+        if self.counts()["refused"]:
+            return
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        try:
+            self.count("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
+        except OSError as error:
+            self.count("refused")
+            log.warning(
+                "data.cache.folder: %s cannot be written (%s); the run goes on, and decodes what is not in the cache",
+                self._config.folder, error.strerror,
+            )  # fmt: skip

@@ -1,0 +1,199 @@
+"""Decoded images in shared memory, one copy for all ranks and loader workers of a node.
+
+    source = keep_in_memory(images, collection, config.cache, repeats=True)
+
+The process that first decodes an image keeps it, and all others read those pages. Nothing is evicted: an epoch takes
+every image once, so whatever is kept is hit as often as anything else would be.
+"""
+
+import fcntl
+import mmap
+import os
+import socket
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Self
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collection.collection import Collection
+from data.collection.rows import spread
+from data.config import CacheConfig
+from data.stream.source import IMAGE, Cached, Record, Source, UnreadableImage
+from utils.hardware import free_memory
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+GIB = 2**30
+_FREE_SHARE = 0.5  # of the free memory, that `auto` takes at most
+_WORTH_SHARE = 0.5  # of the images, that must fit for `auto` to keep any: below, the files' own page cache is better
+_ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
+_LEFT_SHARE = 0.1  # of the memory that was free at first: no image is added where less is left
+_CHECKED_BYTES = 2**28  # between two looks at what is left
+_SIZES_BYTES, _ALIGNED = 24, 8
+
+
+class Arena:
+    """Images by row in an anonymous file (memfd_create): int64 numbers, then images one behind the other.
+
+    The numbers are where the next image goes, where the last must end, and where the image of each row begins (0: it is
+    not there). An image is its height, width and channels, int64, and uint8 [H, W, C].
+
+    Such a file has no name that a killed run could leave behind, does not count against the size of /dev/shm, and is
+    gone with its last process. A row is published after its image is complete, so a process that is killed while it
+    copies leaves unused space and no image.
+
+    path: by which another process may open the file.
+    """
+
+    def __init__(self, descriptor: int, rows: int) -> None:
+        self.path = f"/proc/{os.getpid()}/fd/{descriptor}"
+        self._descriptor = descriptor
+        weakref.finalize(self, os.close, descriptor)
+        self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
+        self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // 8)
+        self._levels = self._words.view(np.uint8)
+        self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
+        self._numbers_bytes = 8 * (2 + rows)
+        self._reserve = int(_LEFT_SHARE * free_memory())
+
+    @classmethod
+    def create(cls, rows: int, budget: int) -> Self:
+        """Return an empty arena for images of `budget` bytes; memory is taken as images come."""
+        first = 8 * (2 + rows)
+        descriptor = os.memfd_create("atelier-images")
+        os.ftruncate(descriptor, first + budget)
+        arena = cls(descriptor, rows)
+        arena._next[0], arena._end[0] = first, first + budget
+        return arena
+
+    @property
+    def used_bytes(self) -> int:
+        """Return the bytes that images take so far."""
+        return int(self._next[0]) - self._numbers_bytes
+
+    def __contains__(self, row: int) -> bool:
+        return self._starts[row] != 0
+
+    def get(self, row: int) -> Tensor | None:
+        """Return the image of a row, uint8 [C, H, W], which must not be written to; None where it is not there."""
+        start = int(self._starts[row])
+        return None if start == 0 else torch.from_numpy(self._pixels(start).transpose(2, 0, 1))
+
+    def put(self, row: int, pixels: Tensor) -> None:
+        """Keep the image of a row, uint8 [H, W, C], where there is room and no other process was faster."""
+        bytes_taken = -(-(_SIZES_BYTES + pixels.numel()) // _ALIGNED) * _ALIGNED
+        if self._next[0] + bytes_taken > self._end[0]:
+            return
+        with self._locked():
+            start = int(self._next[0])
+            end = start + bytes_taken
+            if end // _CHECKED_BYTES > start // _CHECKED_BYTES and free_memory() < self._reserve:
+                self._end[0] = start
+            if end > self._end[0] or row in self:
+                return
+            self._next[0] = end
+        self._words[start // 8 : start // 8 + 3] = pixels.shape
+        self._pixels(start)[:] = pixels.numpy()
+        with self._locked():  # which orders what is stored before it, on any processor
+            self._starts[row] = start
+
+    def _pixels(self, start: int) -> np.ndarray:
+        height, width, channels = self._words[start // 8 : start // 8 + 3].tolist()
+        first = start + _SIZES_BYTES
+        return self._levels[first : first + height * width * channels].reshape(height, width, channels)
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Exclude all other processes. The system takes the lock from one that is killed."""
+        fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
+
+
+class MemoryCached(Cached):
+    """The images of a source, kept in an arena as they are decoded. A hit and a miss have equal pixels and strides."""
+
+    def __init__(self, source: Source, arena: Arena) -> None:
+        super().__init__(source)
+        self.arena = arena
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's image is in memory."""
+        return row in self.arena
+
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return the image of a row, from memory or from the source."""
+        image = self.arena.get(row)
+        self.count("misses" if image is None else "hits")
+        if image is None:
+            pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
+            self.arena.put(row, pixels)
+            image = pixels.permute(2, 0, 1)
+        return {IMAGE: image}
+
+    def readings(self) -> dict[str, float]:
+        """Return the share of reads that memory has answered, and the GiB that its images take."""
+        return {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
+
+
+def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
+    """Return the source with its images kept in memory; the source itself where `data.cache.memory_gib` keeps none.
+
+    Called on all ranks.
+    """
+    gib = config.memory_gib
+    if gib == 0 or not hasattr(os, "memfd_create"):  # a system without anonymous shared files
+        return source
+    arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
+    return source if arena is None else MemoryCached(source, arena)
+
+
+def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
+    """Return one arena on all ranks of a node, of the bytes that its first rank chooses; None for 0."""
+    hosts = distributed.gather_objects(socket.gethostname())
+    first = hosts.index(hosts[distributed.rank()])
+    arena = None
+    if distributed.rank() == first and (budget := choose()):
+        log.debug("data.cache.memory_gib: decoded images are kept, in up to %.3g GiB", budget / GIB)
+        arena = Arena.create(rows, budget)
+    path = distributed.gather_objects(None if arena is None else arena.path)[first]
+    if arena is None and path is not None:
+        try:
+            arena = Arena(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
+        except OSError as error:
+            log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
+    distributed.barrier()  # the first rank lives until all have it open
+    return arena
+
+
+def choose_budget(source: Source, collection: Collection, gib: float | str) -> int:
+    """Return the bytes for decoded images, 0 for none.
+
+    A number is taken, up to what is free. `auto`: half of the free memory, up to what all images are expected to need,
+    by some that are decoded; none where less than half of the images would fit.
+    """
+    free = free_memory()
+    if gib != "auto":
+        if gib * GIB > free:
+            log.warning("data.cache.memory_gib: %g is more than the %.1f that are free", gib, free / GIB)
+        return int(min(gib * GIB, free))
+    sizes = [0]
+    for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
+        with suppress(UnreadableImage):  # the loader reports it
+            sizes.append(source.read(int(row))[IMAGE].numel())
+    room, whole = _FREE_SHARE * free, len(collection) * sum(sizes) / max(1, len(sizes) - 1)
+    if room < _WORTH_SHARE * whole:
+        log.info(
+            "data.cache.memory_gib: decoded images are not kept, because all take about %.1f GiB and %.1f are free; a "
+            "number keeps as many as it holds", whole / GIB, free / GIB,
+        )  # fmt: skip
+        return 0
+    return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))

@@ -1,0 +1,171 @@
+"""The pixels of an image of any mode: 8 bit, upright, on a background, of another size; and what headers say."""
+
+import functools
+import io
+import os
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageCms
+from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
+
+from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, formats_of, open_image, read_file
+
+_ORIENTATION = 0x0112
+UPRIGHT = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+_ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
+_TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
+
+
+def is_transparent(image: Image.Image) -> bool:
+    """Return whether an image has an alpha channel or a transparent colour."""
+    return image.mode in _ALPHA or "transparency" in image.info
+
+
+def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
+    """Decode an opened image, turn and mirror it as EXIF asks; returns the orientation as well, None if EXIF is broken.
+
+    Pillow's TIFF reader turns on loading, and forgets the orientation.
+    """
+    if "transparency" in image.info:
+        _scale_transparency(image)
+    image.load()
+    orientation = read_orientation(image)
+    method = UPRIGHT.get(orientation)
+    return (image if method is None else image.transpose(method)), orientation
+
+
+def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
+    """Convert a loaded image of any mode to uint8 [H, W, channels], writable; colour: of a `background_rgb`."""
+    if image.mode == "F":
+        raise Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
+    if image.mode == "LAB":
+        raise Unsupported("L*a*b* colours; save the image as RGB")
+    if image.mode == "I" or image.mode.startswith("I;16"):
+        image = _to_eight_bit(image, colour)
+    elif is_transparent(image) and colour is not None:
+        canvas = Image.new("RGBA", image.size, (*colour, 255))
+        image = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
+    elif image.mode == "RGBa":
+        image = image.convert("RGBA")  # Pillow converts premultiplied colours to nothing else
+    mode = "L" if channels == 1 else "RGB"
+    image = image if image.mode == mode else image.convert(mode)  # which copies even where there is nothing to do
+    pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
+    return pixels[:, :, None] if channels == 1 else pixels
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Bring the transparent grey or colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it.
+
+    Of 16 bits the high byte is compared, which is what Pillow keeps of the pixels.
+    """
+    clear, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
+    if raw in ("L;2", "L;4"):
+        top = 2 ** int(raw[2:]) - 1
+        image.info["transparency"] = (clear & top) * (255 // top)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
+
+
+def read_orientation(image: Image.Image) -> int | None:
+    """Return the EXIF orientation, 1 where none is given, None where EXIF is broken; asked again, it is 1 then."""
+    try:
+        return image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # any, as for pixels; these are as good without it, and every viewer shows them
+        return None
+
+
+def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
+    """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to a colour.
+
+    Raises Unsupported for 32-bit integers that do not fit 16 bits, whose range is unknown.
+    """
+    pixels = np.asarray(image)
+    if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
+        raise Unsupported(f"integer pixels from {pixels.min()} to {pixels.max()}; save the image with 8 or 16 bits")
+    grey = _TO_EIGHT_BIT[pixels]
+    clear = image.info.get("transparency")
+    if isinstance(clear, int) and colour is not None:
+        coloured = np.repeat(grey[..., None], 3, axis=2)
+        coloured[pixels == clear] = colour
+        return Image.fromarray(coloured)
+    return Image.fromarray(grey)
+
+
+def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
+    """Return an image, uint8 [C, H, W], resized.
+
+    lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
+    The others are torch's; its kernel is fastest where a pixel's channels are neighbours, as decoders leave them.
+    """
+    if interpolation in _PILLOWS:
+        picture = v2.functional.to_pil_image(image)
+        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
+    if tuple(size_hw) == tuple(image.shape[1:]):
+        return image
+    if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
+    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
+
+
+def to_srgb(image: Image.Image) -> Image.Image:
+    """Convert a loaded image from its embedded ICC profile to sRGB.
+
+    It stays as it is without a profile, with one that is broken or describes other pixels, and with 16 bits.
+    """
+    profile = image.info.get("icc_profile")
+    if not profile or image.mode not in ("L", "P", "RGB", "RGBA", "CMYK"):
+        return image
+    if is_transparent(image):
+        image = image.convert("RGBA")
+    elif image.mode == "P":
+        image = image.convert("RGB")
+    try:
+        return _srgb_transform(profile, image.mode).apply(image)
+    except (ImageCms.PyCMSError, ValueError):
+        return image
+
+
+@functools.lru_cache(maxsize=16)
+def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
+    """Return the conversion of pixels with a profile to sRGB; few profiles are in use, and making one takes long."""
+    source = ImageCms.getOpenProfile(io.BytesIO(profile))
+    target = "RGBA" if mode == "RGBA" else "RGB"
+    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
+
+
+def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the width and height in the header of an image file that can be read; EXIF may yet turn it."""
+    with Image.open(path, formats=formats_of(os.fspath(path))) as image:
+        return image.size
+
+
+def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the `upright_size` of a file."""
+    return upright_size(read_file(path), os.fspath(path))
+
+
+def upright_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return the height and width that a `Decoder` gives, from the header; only of a PNG all is decoded.
+
+    Raises UnreadableImage as it does, but for damaged pixels.
+    """
+
+    def size_of(image: Image.Image) -> tuple[int, int]:
+        size_hw = image.height, image.width  # before EXIF is asked for: Pillow's TIFF reader turns on loading
+        return size_hw if read_orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
+
+    return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)

@@ -1,0 +1,158 @@
+"""Latents of images, encoded once: the mean and log variance that the VAE gives of each image in its bucket.
+
+    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
+    cache.fill(encode, open_images(...), machine, batch_size, unreadable)
+    data = data.read_from(cache, cache.fingerprints)
+
+A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
+again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from data.collection.collection import Collection
+from data.images.record_store import TensorStore, record_key
+from data.latents.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
+from data.stream.loader import EvaluationStream, Example, Loader, SampleReader, UnreadableLog
+from data.stream.order import Draw
+from data.stream.source import IMAGE, Record, Source, UnreadableImage
+from utils import rng
+from utils.contracts import Machine
+from utils.io.files import sha256_file
+from utils.ranks import distributed
+from utils.record.progress import track
+
+STORED = torch.float16  # of what networks give
+_VERSION = 1  # of what `place` and the decoder make of a file: another number encodes everything again
+_CHANNELS, _SHRINK = 4, 8  # of SDXL's latents
+_FLIP_DRAW = 4  # of a sample's key; the loader's are 1 and 2, a bucket's 3
+
+# uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
+EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
+    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; of shards, what the manifest states."""
+    if collection.is_packed and collection.table["sha256"].null_count == 0:
+        return collection.table["sha256"].take(rows).to_pylist()
+    found = measure_rows(collection, rows, cache, sha256_file, "images, to know changes")
+    return [digest or "" for digest in found]
+
+
+class LatentCache:
+    """A source of the latents of `buckets.rows`, and of their mirror images where the config asks for some.
+
+    recipe: what latents depend on beside the image and its fit, such as a hash of the VAE. hashes: of `image_hashes`.
+    fits: [rows, variants, 2]; variant 1 is the mirror image.
+    keys: of the records, [rows, variants], of 32 hexadecimal digits. fingerprints: of all, by the configuration key.
+    """
+
+    def __init__(
+        self,
+        store: TensorStore,
+        collection: Collection,
+        buckets: Buckets,
+        config: BucketConfig,
+        recipe: Sequence[Any],
+        hashes: list[str],
+    ) -> None:
+        self.store, self.collection, self.buckets = store, collection, buckets
+        self._flip, self.variants = config.flip, 2 if config.flip > 0 else 1
+        digests = bytes.fromhex("".join(f"{digest[:32]:0>32}" for digest in hashes))
+        words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 1, 2)
+        variant = np.arange(self.variants, dtype=np.uint64)[:, None]
+
+        def draw_corner(slack: np.ndarray) -> np.ndarray:
+            return (rng.mix64(words + variant) % (slack + 1).astype(np.uint64)).astype(np.int64)
+
+        sizes_hw, bucket_hw = buckets.image_hw[:, None], buckets.sizes_hw[buckets.groups][:, None]
+        fits = fit_into(sizes_hw, bucket_hw, draw_corner if config.crop == "random" else None)
+        shape = len(hashes), self.variants, 2
+        self.fits = Fit(*(np.broadcast_to(part, shape) for part in fits))
+        done = np.concatenate([self.fits.resized_hw, self.fits.conditions()], axis=-1).astype(np.uint64)
+        made_by = np.uint64(int(record_key(_VERSION, recipe)[:16], 16))
+        for number in (made_by, variant, *np.split(done, done.shape[-1], axis=-1)):
+            words = rng.mix64(words + number)
+        self.keys = np.frombuffer(words.astype(">u8").tobytes().hex().encode(), "S32").reshape(shape[:2])
+        self.fingerprints = {store.key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
+
+    def fit(self, number: int, variant: int) -> Fit:
+        """Return how the image of `buckets.rows[number]` fills its bucket."""
+        return Fit(*(part[number, variant] for part in self.fits))
+
+    def is_missing(self) -> np.ndarray:
+        """Return which records are not in the store, bool [rows, variants], on all ranks."""
+        return distributed.rank_zero_call(lambda: ~np.isin(self.keys, self.store.keys()))
+
+    @torch.no_grad()
+    def fill(
+        self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
+    ) -> None:
+        """Encode what is missing, each rank its share; an image that cannot be read is reported and skipped.
+
+        Raises UserError as `TensorStore.put` does.
+        """
+        is_missing, buckets = self.is_missing(), self.buckets
+        chosen, variants = is_missing.any(axis=1), np.flatnonzero(is_missing.any(axis=0)).tolist()
+        if not variants:
+            return
+        views = {str(variant): functools.partial(self._view, variant) for variant in variants}
+        loader = Loader(
+            SampleReader(self.collection, images, views, _image_size, training=False), machine, unreadable.add
+        )
+        stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
+        for batch in track(stream, len(stream), "encoding images"):
+            latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
+            samples = zip(*(batch[name].tolist() for name in ("sample_id", "weight", "size_hw")))
+            for at, (row, weight, size_hw) in enumerate(samples):
+                number, path = buckets.place_of(row), self.collection.row(row).path
+                if weight > 0 and size_hw != (stated := buckets.image_hw[number].tolist()):
+                    unreadable.add([(path, f"height and width are {size_hw}, not {stated}; make the manifest again")])
+                elif weight > 0:
+                    for variant, (mean, logvar) in zip(variants, latents):
+                        record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
+                        self.store.put(self.keys[number, variant].decode(), path, record)
+        self.store.finish()
+
+    def _view(self, variant: int, image: Tensor, draw: Draw) -> Tensor:
+        """Return an image in its bucket, uint8 [3, h, w]."""
+        return place(image, self.fit(self.buckets.place_of(draw.index), variant), flip=variant == 1)
+
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
+
+        key: of the draw, which decides whether they are of the mirror image. Raises UnreadableImage where the cache
+        does not have them.
+        """
+        variant = int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
+        return self.read_variant(row, variant)
+
+    def read_variant(self, row: int, variant: int) -> Record:
+        """Return a record of the image (0) or of its mirror image (1)."""
+        number = self.buckets.place_of(row)
+        record = self.store.read(self.keys[number, variant].decode())
+        if record is None:
+            advice = "start the same command again, which encodes what is missing"
+            raise UnreadableImage(self.collection.row(row).path, "not in the cache of latents, or damaged", advice)
+        return record | {"fit": torch.from_numpy(self.fit(number, variant).conditions())}
+
+    def blank(self, group: int) -> Record:
+        """Return latents of zeros in a bucket's shape."""
+        size = torch.from_numpy(self.buckets.sizes_hw[group])
+        latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
+        return {
+            "latent_mean": latents,
+            "latent_logvar": latents,
+            "fit": torch.cat([size, torch.zeros_like(size), size]),
+        }
+
+
+def _image_size(example: Example) -> dict[str, Tensor]:
+    return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}

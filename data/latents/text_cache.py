@@ -1,0 +1,69 @@
+"""Encoded captions, each once: what both text encoders give of it.
+
+    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1})
+    cache.fill(captions, encode, batch_size)
+    cache.read(caption)
+
+Where captions vary (shuffled or dropped tags), K variants of each are made beforehand by `vary_caption`.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from data.images.record_store import TensorStore, record_key
+from data.latents.latent_cache import STORED
+from data.stream.source import Record
+from utils import rng
+from utils.errors import UserError
+from utils.io.files import sha256_text
+from utils.ranks import distributed
+from utils.record.progress import track
+
+# Captions -> prompt_embeds [B, 77 * chunks, 2048] and pooled_prompt_embeds [B, 1280].
+EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
+
+
+def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator], str]) -> str:
+    """Return variant `number` of a caption, always the same: `vary` draws from the caption and the number alone."""
+    seed = int(sha256_text(caption)[:15], 16)
+    return vary(caption, rng.generator_for(rng.hash_counters(seed, number)))
+
+
+class TextCache:
+    """Encoded captions. recipe: what they depend on beside the caption, such as the hashes of the encoders."""
+
+    def __init__(self, store: TensorStore, recipe: Mapping[str, Any]) -> None:
+        self.store, self._recipe = store, recipe
+
+    def _key(self, caption: str) -> str:
+        return record_key(self._recipe, caption)
+
+    @torch.no_grad()
+    def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
+        """Encode the captions that are missing, each rank its share; all ranks give the same captions."""
+        keys = {self._key(text): text for text in captions}
+        there = set(distributed.rank_zero_call(self.store.keys).tolist())
+        missing = [text for key, text in keys.items() if key.encode() not in there]
+        mine = missing[distributed.rank() :: distributed.world_size()]
+        starts = range(0, len(mine), batch_size)
+        for start in track(starts, len(starts), "encoding captions"):
+            part = mine[start : start + batch_size]
+            for text, embeds, pooled in zip(part, *(found.to(STORED) for found in encode(part))):
+                self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+        self.store.finish()
+
+    def read(self, caption: str) -> Record:
+        """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
+
+        Raises UserError where the cache does not have it, or has it damaged.
+        """
+        record = self.store.read(self._key(caption))
+        if record is None:
+            raise UserError(
+                f"{self.store.key}: the caption {caption!r} is not in the cache, or damaged; start the same command "
+                "again, which encodes what is missing"
+            )
+        return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16

@@ -1,0 +1,185 @@
+"""Read a folder of images as it is into one table, for a collection without a manifest.
+
+Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
+and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/layouts/sidecars.py). Names
+that begin with a dot are ignored, links are followed.
+"""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from data.layouts.records import Sidecar
+from data.layouts.sidecars import read_sidecars
+from data.layouts.table import SPLIT_NAMES, build_table, show_some
+from utils.errors import UserError
+from utils.io.memo import in_threads
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+)
+_AT_ONCE = 16  # folders that are listed at once
+
+
+def check_root(root: str) -> Path:
+    """Return the collection's folder. Raises UserError (`data.root`) if it does not exist."""
+    folder = Path(root).expanduser()
+    if not root or not folder.is_dir():
+        found = "is a file, not a folder" if root and folder.exists() else f"does not exist (looked from {Path.cwd()})"
+        raise UserError(f"data.root: {root!r} {found}; set data.root to the folder that holds the images")
+    return folder
+
+
+def list_folder(folder: Path) -> list[os.DirEntry[str]]:
+    """List a folder. Raises UserError (`data.root`) where this user may not."""
+    try:
+        with os.scandir(folder) as entries:
+            return list(entries)
+    except OSError as error:
+        raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror})") from error
+
+
+def scan_folder(root: Path) -> pa.Table:
+    """Read every image and sidecar below a folder into a table, sorted by path.
+
+    Warns of folders that hold no image.
+    Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
+    file that is none, such as a dangling link; a circle of links; a sidecar that cannot be read.
+    """
+    images: dict[str, int] = {}
+    beside: dict[str, set[str]] = {}  # the files of the folder of each image that may have a sidecar
+    folders: list[str] = []
+    for folder, entries, names in walk_folders(root):
+        found = _read_images(folder, entries)
+        images |= found
+        beside |= dict.fromkeys(found, names) if len(found) < len(names) else {}
+        folders.append(folder)
+    if not images:
+        raise UserError(
+            f"data.root: {str(root)!r} holds no image; allowed are "
+            f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
+        )
+    splits, labels = _place_images(root, list(images))
+    _warn_of_empty(list(images), folders)
+
+    def read(path: str) -> Sidecar:
+        folder, slash, name = path.rpartition("/")
+        return read_sidecars(root, root / folder, name, beside[path])
+
+    known = dict(zip(beside, in_threads(read, list(beside))))
+    sidecars = [known.get(path, Sidecar()) for path in images]
+    if count := sum(sidecar != Sidecar() for sidecar in sidecars):
+        log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
+    return build_rows(images, sidecars, split=splits, label=labels)
+
+
+def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns: Sequence[Any]) -> pa.Table:
+    """Build a table of images from their sizes in bytes, by path, and from what their sidecars say."""
+    fields = {name: [getattr(sidecar, name) for sidecar in sidecars] for name in Sidecar._fields}
+    return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
+
+
+def list_images(root: Path) -> dict[str, int]:
+    """Return the sizes of all images below a folder in bytes, by path. Raises UserError as `scan_folder` does."""
+    return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
+
+
+def holds_image(root: Path) -> bool:
+    """Return whether an image is anywhere below a folder."""
+    return any(is_image_name(entry.name) for _, entries, _ in walk_folders(root) for entry in entries)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file's name ends as an image's."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+
+
+def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
+    """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names.
+
+    Folders of one depth are listed at once. Raises UserError (`data.root`) for a circle of links.
+    """
+    level = [("", (os.path.realpath(root),))]  # each with its real path and the real paths of its parents
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        while level:
+            below = []
+            for (folder, chain), entries in zip(level, pool.map(lambda place: list_folder(root / place[0]), level)):
+                files = []
+                for entry in entries:
+                    if entry.name.startswith("."):
+                        continue
+                    if not _is_folder(entry):
+                        files.append(entry)
+                        continue
+                    real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(chain[-1], entry.name)
+                    if real in chain:
+                        raise UserError(f"data.root: {entry.path!r} is a link back to {real!r}, a circle; remove it")
+                    below.append((f"{folder}{entry.name}/", (*chain, real)))
+                yield folder, files, {entry.name for entry in files}
+            level = below
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:  # a link that leads to itself, or to where this user may not look
+        raise UserError(f"data.root: {entry.path!r} cannot be followed ({error.strerror}); remove the link") from error
+
+
+def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
+    """Return the sizes of a folder's images in bytes, by path.
+
+    Raises UserError for what is no file, and for a name that is not UTF-8.
+    """
+    images = {}
+    for entry in entries:
+        if not is_image_name(entry.name):
+            continue
+        path = folder + entry.name
+        try:
+            path.encode()
+            fault = "" if entry.is_file() else "it is no file, or a link to nothing"
+            images[path] = 0 if fault else entry.stat().st_size
+        except (OSError, UnicodeEncodeError) as error:
+            fault = str(error)
+        if fault:
+            raise UserError(f"data.root: {path!r} cannot be read ({fault}); remove or rename it")
+    return images
+
+
+def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:
+    """Return the split and the label (None in a flat folder) of each path.
+
+    Raises UserError where only some images are in split or class folders: the split or class of the others is unknown.
+    """
+    splits, labels = [], []
+    for path in paths:
+        folders = path.split("/")[:-1]
+        split = SPLIT_NAMES.get(folders[0].lower()) if folders else None
+        inner = folders if split is None else folders[1:]
+        splits.append(split)
+        labels.append(inner[0] if inner else None)
+    for found, what in ((splits, "a split folder (train/, val/)"), (labels, "a class folder")):
+        if None in found and any(found):
+            yes, no = (paths[[place is None for place in found].index(absent)] for absent in (False, True))
+            raise UserError(
+                f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move every image into "
+                "one, or none, or name images, splits and labels in a manifest.jsonl"
+            )
+    return [split or "train" for split in splits], labels
+
+
+def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
+    """Warn of folders that hold no image; of nested ones, only the outer one is named."""
+    used = {path[: place + 1] for path in paths for place, letter in enumerate(path) if letter == "/"} | {""}
+    empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
+    if empty:
+        log.warning("data.root: %d folders hold no image and are ignored: %s", len(empty), show_some(sorted(empty)))

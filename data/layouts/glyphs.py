@@ -1,0 +1,177 @@
+"""The embedded collection: every glyph of the DejaVu and STIX fonts that matplotlib ships, drawn into PNG files.
+
+    draw_glyphs(Path("collections/glyphs"))
+
+A glyph's Unicode name is its caption, the words of the name its tags, the character its class (characters that DejaVu
+Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files are
+images/<face>/U+0041.png and manifest.parquet.
+
+A glyph is drawn at 44 px into 64 x 64 grey, dark on white: on one baseline, centred by its advance width. One that
+would stick out is moved by as little as keeps it inside; one larger than the square is drawn at the largest size that
+fits. Centring by the ink instead would make one shape of an underscore and a combining low line.
+"""
+
+import functools
+import hashlib
+import os
+import unicodedata
+import zlib
+from collections import Counter
+from importlib.metadata import version
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from PIL import Image, ImageDraw, ImageFont, features
+
+from data.layouts.manifest import save_manifest
+from data.layouts.table import build_table
+from utils.errors import UserError
+from utils.io.files import output_errors, read_json, write_json
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+GLYPHS_VERSION = 1
+TRAIN_FACES = (
+    *("DejaVuSans", "DejaVuSans-Bold", "DejaVuSans-BoldOblique", "DejaVuSans-Oblique"),
+    *("DejaVuSansMono", "DejaVuSansMono-Bold", "DejaVuSansMono-BoldOblique", "DejaVuSansMono-Oblique"),
+    *("DejaVuSerif", "DejaVuSerif-Bold", "DejaVuSerif-BoldItalic", "DejaVuSerif-Italic"),
+)
+VAL_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralItalic")
+
+_SIDE_PX, _FONT_PX, _BASELINE_PX = 64, 44, 46
+_FACES_OF_A_CLASS = 14  # of 16
+_MERGED_IN = "DejaVuSans"
+_ABOUT = "glyphs.json"
+
+
+def glyphs_ready(root: Path) -> bool:
+    """Return whether `root` holds this version's glyphs, completely drawn."""
+    has_files = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
+    return has_files and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
+
+
+def draw_glyphs(root: Path) -> None:
+    """Draw the embedded collection into `root`, unless it is ready.
+
+    It appears whole or not at all. If several processes draw at once, the first to end writes it. The bytes of every
+    image depend only on the fonts, Pillow and its FreeType.
+
+    Raises UserError (`data.root`) if `root` is something else or cannot be written.
+    """
+    root = Path(os.path.abspath(root))
+    if glyphs_ready(root):
+        return
+    if root.exists() and not (root.is_dir() and not any(root.iterdir())):
+        raise UserError(
+            f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
+            "collection; set data.root to a new folder, or remove this one to have the glyphs drawn into it"
+        )
+    log.info("drawing the glyph collection into %s (once, some seconds)", root)
+    with output_errors("data.root", root):
+        root.parent.mkdir(parents=True, exist_ok=True)
+        with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
+            drawn = Path(folder) / "glyphs"
+            _draw_into(drawn)
+            try:
+                os.rename(drawn, root)
+            except OSError:
+                if not glyphs_ready(root):  # else another process was faster
+                    raise
+
+
+def draw_glyph(face: str, code: int) -> Image.Image | None:
+    """Draw the glyph of a code point as 64 x 64 grey, dark on white; None where it is blank."""
+    size = _FONT_PX
+    while True:
+        font = _load_font(face, size)
+        left, top, right, bottom = font.getbbox(chr(code), anchor="ls")
+        if right <= left or bottom <= top:
+            return None
+        mask = Image.new("L", (right - left, bottom - top), 0)
+        ImageDraw.Draw(mask).text((-left, -top), chr(code), 255, font=font, anchor="ls")
+        box = mask.getbbox()
+        if box is None:
+            return None
+        ink = mask.crop(box)
+        if max(ink.size) <= _SIDE_PX:
+            break
+        size = min(size - 1, size * _SIDE_PX // max(ink.size))
+    left += _SIDE_PX // 2 - round(font.getlength(chr(code))) // 2 + box[0]
+    top += _BASELINE_PX + box[1]
+    corner = (min(max(left, 0), _SIDE_PX - ink.width), min(max(top, 0), _SIDE_PX - ink.height))
+    image = Image.new("L", (_SIDE_PX, _SIDE_PX), 255)
+    image.paste(0, corner, ink)
+    return image
+
+
+def name_code(code: int) -> str:
+    """Return `U+0041` for a code point."""
+    return f"U+{code:04X}"
+
+
+def describe_code(code: int) -> tuple[str | None, list[str]]:
+    """Return a character's caption, its Unicode name in lower case, and tags, the name's words; (None, []) without."""
+    name = unicodedata.name(chr(code), "").lower()
+    return name or None, list(dict.fromkeys(name.replace("-", " ").split()))
+
+
+def font_file(face: str) -> Path:
+    """Return the file of a face in the fonts of matplotlib."""
+    import matplotlib  # takes 0.1 s
+
+    return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
+
+
+def read_codes(face: str) -> list[int]:
+    """Return the code points that a face has glyphs for, ascending."""
+    from fontTools.ttLib import TTFont
+
+    with TTFont(font_file(face), lazy=True) as font:
+        return sorted(font.getBestCmap())
+
+
+@functools.lru_cache(maxsize=64)
+def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
+    """Load a face at a size in pixels. Basic layout: Raqm, where a machine has it, would shape the characters."""
+    return ImageFont.truetype(str(font_file(face)), size, layout_engine=ImageFont.Layout.BASIC)
+
+
+def _draw_into(root: Path) -> None:
+    """Draw all faces into an absent folder, then write its manifest and glyphs.json."""
+    codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
+    rows: list[dict[str, Any]] = []
+    for face, code in track(codes, len(codes), "drawing the glyphs"):
+        if (image := draw_glyph(face, code)) is None:
+            continue
+        file = root / "images" / face / f"{name_code(code)}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        image.save(file, compress_type=zlib.Z_RLE)  # the same bytes from zlib and zlib-ng, which some systems have
+        png, (caption, tags) = file.read_bytes(), describe_code(code)
+        split, pixels = "val" if face in VAL_FACES else "train", hashlib.sha256(image.tobytes()).hexdigest()
+        columns = {"path": file.relative_to(root).as_posix(), "split": split, "tags": tags, "caption": caption}
+        columns |= {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}
+        rows.append({"face": face, "code": code, "pixels": pixels, **columns})
+    classes = _name_classes(rows)
+    columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
+    save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}), "draw_glyphs")
+    lines = "".join(f"{row['face']} {row['code']} {row['pixels']}\n" for row in rows)
+    about = {
+        "version": GLYPHS_VERSION,
+        "count": len(rows),
+        "pixels": hashlib.sha256(lines.encode()).hexdigest(),  # another FreeType may round an edge differently
+        "freetype": features.version("freetype2"),
+        "matplotlib": version("matplotlib"),
+    }
+    write_json(root / _ABOUT, about)
+
+
+def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:
+    """Return the class of each code point that nearly all faces have: the lowest code point that looks the same."""
+    faces = Counter(row["code"] for row in rows)
+    looks = {row["code"]: row["pixels"] for row in rows if row["face"] == _MERGED_IN}
+    codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)
+    lowest: dict[str | int, int] = {}
+    return {code: name_code(lowest.setdefault(looks.get(code, code), code)) for code in codes}

@@ -1,0 +1,76 @@
+"""A table of posts as Danbooru gives them, at the root of a collection: posts.parquet or posts.jsonl.
+
+A post's image is the file that is named by its id or its md5, in any folder and of any format: `0123/4000123.jpg`,
+`ab/ab12....webp`, `4000123.png`. What a post states is read as from any record (data/layouts/records.py).
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from data.layouts.folders import build_rows, list_images, scan_folder
+from data.layouts.manifest import find_one
+from data.layouts.records import FIELDS, Sidecar, parse_record
+from data.layouts.sidecars import parse_object, refuse_link_out
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+POSTS = ("posts.parquet", "posts.jsonl")
+
+
+def read_folder(root: Path) -> pa.Table:
+    """Read a collection that has no manifest: by its table of posts, or else its folders and sidecars."""
+    file = find_one(root, POSTS)
+    return scan_folder(root) if file is None else read_posts(root, file)
+
+
+def read_posts(root: Path, file: Path) -> pa.Table:
+    """Read the posts that have an image into a table, sorted by path. Logs how many have none.
+
+    Raises UserError (`data.root`) naming the file where it cannot be read, or has no post with an image here.
+    """
+    refuse_link_out(root, file)
+    images = list_images(root)
+    by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
+    found: dict[str, Sidecar] = {}
+    count, tried = 0, []
+    for count, (where, post) in enumerate(_read(file), start=1):
+        names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
+        tried += names if count <= 3 else []
+        path = next((by_name[name] for name in names if name in by_name), None)
+        if path is not None and path not in found:
+            found[path] = parse_record(where, post)
+    if not found:
+        raise UserError(
+            f"data.root: none of the {count:,} posts of {str(file)!r} has an image: {str(root)!r} holds "
+            f"{len(images):,}, none of them {', '.join(f'{name}.*' for name in tried)}; name images by id or md5"
+        )
+    log.info(
+        "%s: %s of %s posts have an image (the others have none, or are repeated), %s of %s images a post",
+        file.name, f"{len(found):,}", f"{count:,}", f"{len(found):,}", f"{len(images):,}",
+    )  # fmt: skip
+    sizes = {path: images[path] for path in found}
+    return build_rows(sizes, list(found.values()), split=["train"] * len(found))
+
+
+def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each post, and its name for messages."""
+    try:
+        if file.suffix == ".jsonl":
+            with open(file, encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines):
+                    where = f"{str(file)!r}, line {number},"
+                    if line.strip():
+                        yield where, parse_object(line, where)
+            return
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(columns=[name for name in FIELDS if name in parquet.schema_arrow.names]):
+                yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
+    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error

@@ -1,0 +1,105 @@
+"""The door: which layout a collection has, and how it becomes a table. Nothing behind it asks for the layout again."""
+
+import functools
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from data.layouts.folders import check_root, holds_image, list_folder
+from data.layouts.huggingface import read_arrow, unpack_parquet
+from data.layouts.manifest import find_manifest, read_manifest
+from data.layouts.posts import POSTS, read_folder
+from data.layouts.remote import fetch_manifest, is_remote
+from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
+from data.layouts.webdataset import read_tar
+from utils.errors import UserError
+from utils.ranks.processes import count_cores, map_in_processes
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+_TAR, _ARROW, _PARQUET = ".tar", ".arrow", ".parquet"
+_ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), *PLACES.items()])
+_PARALLEL_FROM = 8  # tar files; below, starting processes takes longer
+
+
+class Layout(NamedTuple):
+    """How a collection is read. files: what the table follows from; none: from all that the folder holds."""
+
+    files: list[Path]
+    read: Callable[[], pa.Table]
+
+
+def recognise(root: str, cache: Path) -> Layout:
+    """Return the layout of a collection; `cache` keeps what is fetched or unpacked.
+
+    In this order: a URL of packed shards, a manifest, shards of others where there is no image, then a table of posts
+    or the folders. Raises UserError (`data.root`).
+    """
+    if is_remote(root):
+        manifest = fetch_manifest(root, cache)
+        return Layout([manifest], functools.partial(read_manifest, None, manifest))
+    folder = check_root(root)
+    if (manifest := find_manifest(folder)) is not None:
+        return Layout([manifest], functools.partial(read_manifest, folder, manifest))
+    names = _find_shards(folder)
+    if names and not holds_image(folder):
+        files = {name: folder / name for name in names}
+        files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
+        return Layout(list(files.values()), functools.partial(_read_shards, folder, files))
+    if names:
+        log.info("data.root: %s beside images: only the images are read", show_some(names))
+    return Layout([], functools.partial(read_folder, folder))
+
+
+def _find_shards(root: Path) -> list[str]:
+    """Return the paths of other people's shards at the root or in its folders train, val and so on, and data, sorted.
+
+    Raises UserError where they are of both kinds.
+    """
+    folders = [entry.name for entry in list_folder(root) if entry.name.lower() in (*SPLIT_NAMES, "data")]
+    found = sorted(
+        f"{folder}{entry.name}"
+        for folder in ("", *(f"{name}/" for name in folders if (root / name).is_dir()))
+        for entry in list_folder(root / folder)
+        if entry.name.endswith((_TAR, _ARROW, _PARQUET)) and entry.name[0] != "." and entry.name not in POSTS
+    )
+    if len({name.endswith(_TAR) for name in found}) > 1:
+        raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep those of one kind")
+    return found
+
+
+def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
+    """Read shards of others into one table; tar files in one process per core. files: what is read, by their names."""
+    shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
+    if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
+        fatal = lambda shard: ([], [f"{shard[0]}, which ends the process that reads it"])  # noqa: E731
+        found = map_in_processes(_read_shard, shards, fatal)
+    else:
+        found = map(_read_shard, shards)
+    tables, skipped = [], []
+    for rows, faults in track(found, len(shards), "scanning shards"):
+        tables.append(rows)
+        skipped += faults
+    if not any(map(len, tables)):
+        raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}; {show_some(skipped)}")
+    if skipped:
+        log.warning("data.root: %s parts of shards are skipped: %s", f"{len(skipped):,}", show_some(skipped))
+    table = pa.concat_tables(tables)
+    log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))
+    return build_table(dict(zip(table.column_names, table.columns)))
+
+
+def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, list[str]]:
+    """Return the rows of a shard, whose name gives their split, and what is skipped.
+
+    shard: its name, the name in the column shard, and the file.
+    """
+    name, shard_name, file = shard
+    rows, skipped = (read_tar if name.endswith(_TAR) else read_arrow)(file, name)
+    split = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
+    return pa.Table.from_pylist([{"split": split, "shard": shard_name, **row} for row in rows], _ROWS), skipped

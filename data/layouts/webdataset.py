@@ -1,0 +1,67 @@
+"""Tar files of WebDataset: an image, and the members of the same key beside it."""
+
+import re
+import tarfile  # noqa: TID251 (members are listed and read in place)
+from pathlib import Path
+from typing import Any
+
+from data.layouts.folders import IMAGE_SUFFIXES
+from data.layouts.manifest import OUTSIDE
+from data.layouts.records import Sidecar, parse_json, parse_record, parse_text
+
+_TEXTS = ("txt", "cls", "json")  # the last one takes precedence
+_MAX_TEXT_BYTES = 2**20
+
+
+def read_tar(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
+    """Return the images of a tar file as rows, and what is skipped."""
+    images: dict[str, tarfile.TarInfo] = {}
+    texts: dict[str, dict[str, bytes]] = {}
+    skipped = []
+    try:
+        with tarfile.open(file, "r:", errors="backslashreplace") as tar:
+            for member in tar:
+                path = member.name.removeprefix("./")
+                key, extension = _split_name(path)
+                if member.isdir():
+                    continue
+                if not member.isreg() or member.issparse() or re.search(OUTSIDE, path):
+                    skipped.append(f"{path!r} in {name}, which is no plain file, or leads out")
+                elif f".{extension}" in IMAGE_SUFFIXES:
+                    images[path] = member
+                elif extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
+                    texts.setdefault(key, {})[extension] = tar.extractfile(member).read()
+    except (tarfile.TarError, OSError) as error:  # what came before is whole
+        skipped.append(f"the end of {name} ({error})")
+    rows = []
+    for path, member in images.items():
+        found, faults = _read_texts(f"{path!r} in {name}", texts.get(_split_name(path)[0], {}))
+        place = {"offset": member.offset_data, "length": member.size, "size": member.size}
+        rows.append({"path": f"{name}/{path}", **place, **found})
+        skipped += faults
+    return rows, skipped
+
+
+def _split_name(path: str) -> tuple[str, str]:
+    """Return the key and the extension of a member, as WebDataset does: at the first dot of its name."""
+    folder, slash, name = path.rpartition("/")
+    key, _, extension = name.partition(".")
+    return folder + slash + key, extension.lower()
+
+
+def _read_texts(where: str, texts: dict[str, bytes]) -> tuple[dict[str, Any], list[str]]:
+    """Return the columns that the texts beside an image give, and what of them cannot be read."""
+    sidecar, label, faults = Sidecar(), None, []
+    for extension in sorted(texts, key=_TEXTS.index):
+        try:
+            text = texts[extension].decode("utf-8-sig").strip()
+            if extension == "cls":
+                label = text or None
+            elif extension == "txt":
+                sidecar = parse_text(text)
+            elif isinstance(record := parse_json(text or "{}"), dict):
+                sidecar = sidecar.updated(parse_record(where, record))
+                label = str(record["label"]) if isinstance(record.get("label"), str | int) else label
+        except ValueError as error:  # UserError is one
+            faults.append(f"the {extension} of {where} ({error})")
+    return {**sidecar._asdict(), "label": label}, faults

@@ -1,0 +1,306 @@
+"""Readers and loaders: from draws to batches on the device.
+
+A worker reads a sample's record from the source, makes the named views of its image with the sample's key, and adds the
+fields of the task. A sample that cannot be read is blank, has weight 0 and is reported by name; it never ends a run.
+"""
+
+import ctypes
+import functools
+import itertools
+import json
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from multiprocessing.context import ForkContext, ForkProcess
+from multiprocessing.popen_fork import Popen
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, get_worker_info
+
+from data.collection.collection import Collection, Row
+from data.stream.batch import Ragged, Sample, collate, to_device
+from data.stream.order import (
+    Draw,
+    RowsAhead,
+    Sampler,
+    Share,
+    Transform,
+    count_batches,
+    evaluation_batches,
+    train_batches,
+)
+from data.stream.read_ahead import read_ahead
+from data.stream.source import IMAGE, Cached, Prefetching, Record, Source, UnreadableImage, layers, not_cached
+from utils import rng
+from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
+from utils.errors import UserError
+from utils.io.files import AppendFile, ignore_write_errors
+from utils.ranks import distributed
+from utils.ranks.signals import SIGNALS
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+Problem = tuple[str, str]  # the name of an image, and why it cannot be read
+Loaded = tuple[Batch, list[Problem]]
+Report = Callable[[list[Problem]], None]
+# Counters of the keys that are hashed from a sample's key.
+_FIELDS_KEY, _VIEW_KEY = 1, 2
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
+
+
+@dataclass
+class Example:
+    """What a field may look at: the row, the record before any transform, and the views; training: no evaluation."""
+
+    draw: Draw
+    row: Row
+    training: bool
+    record: Record
+    views: Mapping[str, Tensor]
+
+    @functools.cached_property  # most fields draw nothing
+    def generator(self) -> torch.Generator:
+        """A generator that is seeded with the sample's key, for the fields alone."""
+        return rng.generator_for(rng.hash_counters(self.draw.key, _FIELDS_KEY))
+
+
+Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
+
+
+def no_fields(example: Example) -> dict[str, Tensor]:
+    """Add nothing to a sample."""
+    return {}
+
+
+class SampleReader(Dataset):
+    """Read the sample of a draw, in a worker.
+
+    views: they make named tensors of the record's image. The first is seeded with the sample's key, the others with
+    keys hashed from it, so another view changes none of those before it. fields: what a task adds, such as labels.
+    collection: of the rows; files of none have no fields, and weight 1.
+    """
+
+    def __init__(
+        self,
+        collection: Collection | None,
+        source: Source,
+        views: Mapping[str, Transform],
+        fields: Fields,
+        *,
+        training: bool,
+        channels_last: bool = False,
+    ) -> None:
+        self.collection, self.source = collection, source
+        self.views, self.fields, self.training = dict(views), fields, training
+        self.channels_last = channels_last
+
+    def __getitems__(self, draws: list[Draw]) -> Loaded:
+        """Return the batch of some draws, and the (name, reason) of each that could not be read."""
+        store, problems = layers(self.source)[-1], []
+        if isinstance(store, Prefetching):
+            store.prefetch(not_cached(self.source, [draw.index for draw in draws]))
+        samples = map(functools.partial(self.read, problems=problems), draws)
+        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
+            return collate(samples, len(draws), channels_last=self.channels_last), problems
+
+    def read(self, draw: Draw, problems: list[Problem]) -> Sample:
+        """Return the sample of a draw; where its record cannot be read, add why."""
+        row = None if self.collection is None else self.collection.row(draw.index)
+        weight, record = 1.0 if row is None else row.weight, None
+        if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
+            try:
+                record = self.source.read(draw.index, draw.key)
+            except UnreadableImage as error:
+                problems.append((error.path, error.reason))
+        weight = 0.0 if record is None or draw.position < 0 else weight  # unreadable, or padding
+        record = self.source.blank(draw.group) if record is None else record
+        views = {}
+        for number, (name, transform) in enumerate(self.views.items()):
+            key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
+            with rng.seeded(key):
+                views[name] = transform(record[IMAGE], draw)
+        fields = {} if row is None else self.fields(Example(draw, row, self.training, record, views))
+        return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
+
+
+def _share(loaded: Loaded) -> Loaded:
+    """Move a batch to shared memory, in a worker."""
+    batch, problems = loaded
+    if get_worker_info() is not None:
+        # Where there is no room, this raises. The queue would drop the batch instead, and the rank wait for ever.
+        batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
+    return batch, problems
+
+
+class UnreadableLog:
+    """Count unreadable images, warn of each once, and list them in the run folder's unreadable.jsonl.
+
+    Rows are kept until the folder exists and its disk accepts them. Ranks append to one file.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self._lines, self._seen = file, None, set()
+        text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
+        for line in text.split("\n"):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
+                self._seen.add(str(json.loads(line)["path"]))
+        self._waiting = "" if text.endswith("\n") or not text else "\n"  # behind a torn row
+
+    @property
+    def count(self) -> int:
+        """Return how many paths were unreadable on this rank, earlier starts of the run included."""
+        return len(self._seen)
+
+    def add(self, problems: list[Problem]) -> None:
+        """Take the problems of a batch."""
+        for path, reason in problems:
+            if path not in self._seen:
+                self._seen.add(path)
+                log.warning("unreadable image %s: %s; its weight is 0", path, reason)
+                self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
+        if not self._waiting or self._file is None or not self._file.parent.is_dir():
+            return
+        with ignore_write_errors(self._file):
+            if self._lines is None:
+                self._lines = AppendFile(self._file)
+            self._lines.write(self._waiting)
+            self._waiting = ""
+
+
+def _leave_signals_to_parent(worker: int) -> None:
+    """Ignore stop signals in a worker: a scheduler sends them to all processes, and the rank still needs the worker.
+
+    A worker is killed when its rank ends, even if either of them hangs.
+    """
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    if sys.platform == "linux":  # elsewhere torch's worker looks for its parent, but only between two batches
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+class _WorkerPopen(Popen):
+    """A forked process that ignores SIGTERM, so terminate() kills it: torch and multiprocessing wait for its end."""
+
+    terminate = Popen.kill
+
+
+class _WorkerProcess(ForkProcess):
+    _Popen = staticmethod(_WorkerPopen)
+
+
+class _WorkerContext(ForkContext):
+    Process = _WorkerProcess
+
+
+class Loader:
+    """Read batches of draws, report unreadable samples, copy to the device, and call the hook.
+
+    report: called with the (name, reason) of samples that could not be read. on_device: called with each batch after
+    the copy; it draws from batch["key"] (utils/rng.py: normal, uniform).
+    """
+
+    def __init__(
+        self, reader: SampleReader, machine: Machine, report: Report, on_device: DeviceHook | None = None
+    ) -> None:
+        self.reader, self.machine = reader, machine
+        self._report, self._on_device = report, on_device or (lambda batch: batch)
+
+    def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
+        """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
+        workers = self.machine.workers
+        loader = DataLoader(
+            self.reader,
+            batch_sampler=read_ahead(batches, self.reader.source, rows_ahead),
+            num_workers=workers,
+            prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
+            collate_fn=_share,
+            worker_init_fn=_leave_signals_to_parent,
+            multiprocessing_context=_WorkerContext() if workers > 0 else None,
+            pin_memory=self.machine.device.type == "cuda",
+            generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
+        )
+        try:
+            for loaded, problems in loader:
+                self._report(problems)
+                yield self._on_device(to_device(loaded, self.machine.device))
+        except RuntimeError as error:
+            if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
+                raise
+            raise UserError(
+                f"runtime.workers: a loader worker has no room for a batch ({found.group(1)}); set runtime.workers=0, "
+                "or a lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more "
+                "shared memory (/dev/shm; docker run --shm-size=8g)"
+            ) from None
+
+    def repeat(self, draw: Draw, size: int) -> Batch:
+        """Return a batch of `size` times one sample, on the device, with weight 1."""
+        batch = collate([self.reader.read(draw, [])] * size, size, channels_last=self.reader.channels_last)
+        return self._on_device(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
+
+
+class TrainStream:
+    """The endless stream of training samples as steps: each a list of this rank's micro-batches on the device."""
+
+    def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
+        self.loader, self.sampler, self.unreadable = loader, sampler, unreadable
+        self.epoch_length, self.chunk = sampler.epoch_length, sampler.chunk
+
+    @property
+    def unreadable_count(self) -> int:
+        """Samples that could not be read so far, on this rank."""
+        return self.unreadable.count
+
+    def readings(self) -> Mapping[str, float]:
+        """Return what the caches of this rank's source have counted so far."""
+        caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cached)]
+        return {name: value for cache in caches for name, value in cache.readings().items()}
+
+    def trial_batches(self, size: int) -> Iterator[Batch]:
+        """Yield `size` times one sample of each shape, on the device, with weight 1; no part of the stream."""
+        for row, group in self.sampler.examples():
+            yield self.loader.repeat(Draw(0, row, rng.sample_key(self.sampler.seed, 0), group), size)
+
+    def path_of(self, sample_id: int) -> str:
+        """Return the path of a sample as the collection states it, for messages."""
+        return self.loader.reader.collection.row(sample_id).path
+
+    def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of step after step, from `start_step` on."""
+        share = Share(plan.micro_batch_size, distributed.rank(), plan.world_size)
+        draws = train_batches(self.sampler, share, plan.global_batch_size, start_step)
+        batches = self.loader.load(draws, self.sampler.rows_ahead)
+        while True:
+            yield list(itertools.islice(batches, plan.accum_steps))
+
+
+class EvaluationStream:
+    """Some rows, each exactly once over all ranks (`evaluation_batches`); iterate it as often as needed.
+
+    batch_size: of a rank; it may be changed. groups: the shape group of each row, [len(rows)].
+    """
+
+    def __init__(
+        self, loader: Loader, rows: Sequence[int], batch_size: int, groups: np.ndarray | None = None, seed: int = 0
+    ) -> None:
+        if len(rows) == 0:
+            raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
+        self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
+        self.samples = len(rows)  # over all ranks
+
+    def _share(self) -> Share:
+        return Share(self.batch_size, distributed.rank(), distributed.world_size())
+
+    def __len__(self) -> int:
+        """Return the number of batches, equal on all ranks."""
+        return count_batches(self.rows, self._share(), self.groups)
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Yield batches on the device."""
+        return self.loader.load(evaluation_batches(self.rows, self._share(), self._seed, self.groups))

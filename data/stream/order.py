@@ -1,0 +1,290 @@
+"""The endless stream: position -> sample, a pure function.
+
+Epochs are concatenated orders; there is no partial batch, an epoch boundary is a position, and resuming is starting at
+another position. Nothing depends on the number of ranks, workers or micro-batches: step t of a run takes positions
+[t * G, (t + 1) * G), of which every rank takes an equal, contiguous share.
+
+A position costs the same in a collection of any size: orders are keyed permutations (utils/rng.py), not tables.
+"""
+
+import itertools
+import os
+import sys
+from bisect import bisect_right
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow.compute as pc
+from torch import Tensor
+
+from data.collection.collection import Collection
+from utils import rng
+from utils.errors import UserError
+from utils.hardware import free_memory
+from utils.ranks import distributed
+
+
+@lru_cache(maxsize=4096)
+def _order(seed: int, stream: int, count: int) -> rng.Permutation:
+    """Return a permutation; those of recent epochs, classes and groups are kept."""
+    return rng.Permutation(seed, stream, count)
+
+
+class Draw(NamedTuple):
+    """One sample at one position: its row, its random key, and the shape group it belongs to."""
+
+    position: int
+    index: int
+    key: int
+    group: int = 0
+
+
+# A view of an image: from uint8 [C, H, W] of any size to a tensor of the shape that the draw's group has.
+Transform = Callable[[Tensor, Draw], Tensor]
+Views = Mapping[str, Transform]
+# The first position and the size of a batch, and whether it is the first of the stream -> further rows to read ahead.
+RowsAhead = Callable[[int, int, bool], list[int]]
+
+
+class Sampler:
+    """An order of rows: an array or a range. chunk: neighbouring positions of one shape; None: nothing is grouped."""
+
+    chunk: int | None = None
+    rows_ahead: RowsAhead | None = None
+
+    def __init__(self, rows: Sequence[int], seed: int) -> None:
+        if len(rows) == 0:
+            raise UserError("data.root: there is no sample to train on; see the collection's splits and labels")
+        self.rows, self.seed, self.epoch_length = rows, seed, len(rows)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, group) at a position."""
+        raise NotImplementedError
+
+    def draw(self, position: int) -> Draw:
+        """Return the draw of a position."""
+        row, group = self.at(position)
+        return Draw(position, row, rng.sample_key(self.seed, position), group)
+
+    def examples(self) -> list[tuple[int, int]]:
+        """Return (row, group) of a sample of each shape."""
+        return [self.at(0)]
+
+
+class ShuffledSampler(Sampler):
+    """Every sample once per epoch, in another order each epoch."""
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, 0)."""
+        epoch, offset = divmod(position, self.epoch_length)
+        return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
+
+
+class BalancedSampler(Sampler):
+    """Every class equally often; within a class its samples in turn, in another order each lap.
+
+    An epoch has as many positions as there are samples, so samples of small classes occur several times in it (with
+    another augmentation each time) and not all samples of large classes do.
+    """
+
+    def __init__(self, rows: Sequence[int], class_ids: np.ndarray, seed: int) -> None:
+        super().__init__(rows, seed)
+        order = np.argsort(class_ids, kind="stable")
+        self._members = np.split(order, np.flatnonzero(np.diff(class_ids[order])) + 1)
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, 0)."""
+        number, turn = self._class_at(position)
+        members = self._members[number]
+        lap, index = divmod(turn, len(members))
+        order = _order(self.seed, rng.hash_counters(number, lap, 2), len(members))
+        return int(self.rows[members[order(index)]]), 0
+
+    def _class_at(self, position: int) -> tuple[int, int]:
+        """Return the class of a position, and how often that class came before.
+
+        An epoch has full rounds of all classes, each in a random order. The positions that are left go to the classes
+        that are next in turn, so that over the epochs every class occurs equally often.
+        """
+        classes = len(self._members)
+        rounds, extra = divmod(self.epoch_length, classes)
+        epoch, offset = divmod(position, self.epoch_length)
+        turn, place = divmod(offset, classes)
+        key = rng.hash_counters(epoch, turn, 1)
+        extra_before = epoch * extra  # positions beyond full rounds, in the epochs before
+        if turn < rounds:
+            number = _order(self.seed, key, classes)(place)
+        else:
+            number = (extra_before + _order(self.seed, key, extra)(place)) % classes
+        extra_of_class = (extra_before + classes - 1 - number) // classes
+        return number, epoch * rounds + extra_of_class + turn
+
+
+class BlockSampler(Sampler):
+    """Every sample once per epoch, by blocks of neighbours, so that a shard is read nearly in sequence.
+
+    An epoch cuts the rows, as a circle from a random place on, into blocks of `block` rows. The blocks come in a random
+    order, and `window` of them at a time are shuffled together; rows that fill no block are at the end of the last
+    window. So about one of `window` neighbouring samples is of the block of the first, where a whole shuffle has next
+    to none: a block must not be of one class, and job=pack shuffles first.
+
+    reads_blocks: whole blocks are read ahead, a window before they are drawn from.
+    """
+
+    def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
+        super().__init__(rows, seed)
+        self.block, self.window, self.reads_blocks = block, block * window, False
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, 0)."""
+        epoch, offset = divmod(position, self.epoch_length)
+        number, place = divmod(offset, self.window)
+        start = offset - place
+        width = min(self.window, self.epoch_length - start)
+        return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)), 0
+
+    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
+        """Return as many rows of the next window, by blocks; at first all from the beginning of this window on."""
+        if not self.reads_blocks:
+            return []
+        window_start = first - first % self.epoch_length % self.window
+        places = range(window_start if begins else first + self.window, first + count + self.window)
+        return [self._row(*divmod(place, self.epoch_length)) for place in places]
+
+    def _row(self, epoch: int, place: int) -> int:
+        """Return the row at a place of an epoch's blocks, before windows are shuffled."""
+        blocks, (block, inner) = self.epoch_length // self.block, divmod(place, self.block)
+        if block < blocks:  # not of the rows that fill none
+            block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
+        first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
+        return int(self.rows[(first + block * self.block + inner) % self.epoch_length])
+
+
+class GroupedSampler(Sampler):
+    """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
+
+    A group's samples come in laps, each in another order, and its chunks are cut from the laps without a gap: what does
+    not fill a chunk is carried into a later epoch. So the samples of all groups come equally often: in a cycle of
+    `chunk` epochs, each `chunk` times. groups: [len(rows)].
+    """
+
+    def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
+        super().__init__(rows, seed)
+        self.chunk = chunk
+        self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
+        self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
+        # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread what small groups
+        # have over the epochs: without them, all would have it in the last.
+        phases = (np.cumsum(counts) - counts) % chunk
+        before = (np.arange(chunk + 1)[:, None] * counts + phases) // chunk
+        chunks = np.diff(before, axis=0)  # in each epoch
+        # A cycle's chunks, as many as there are samples, epoch after epoch and group after group: the group of each,
+        # and how many chunks its group has had before it.
+        self.epoch_starts = [0, *chunks.sum(axis=1).cumsum().tolist()]
+        self._group = np.repeat(np.tile(np.arange(len(counts)), chunk), chunks.ravel())
+        firsts = chunks.cumsum().reshape(chunks.shape) - chunks
+        self._turn = np.arange(len(self._group)) + np.repeat((before[:-1] - firsts).ravel(), chunks.ravel())
+
+    def examples(self) -> list[tuple[int, int]]:
+        """Return (row, group) of a sample of each group."""
+        return [(int(self.rows[members[0]]), int(group)) for members, group in zip(self._members, self._groups)]
+
+    def at(self, position: int) -> tuple[int, int]:
+        """Return (row, group)."""
+        number, offset = divmod(position, self.chunk)
+        cycle, number = divmod(number, self.epoch_length)
+        epoch = bisect_right(self.epoch_starts, number) - 1
+        first, end = self.epoch_starts[epoch : epoch + 2]
+        place = first + _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
+        group = int(self._group[place])
+        members = self._members[group]
+        turn = cycle * len(members) + int(self._turn[place])
+        lap, index = divmod(turn * self.chunk + offset, len(members))
+        member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(index)]
+        return int(self.rows[member]), int(self._groups[group])
+
+
+def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
+    """Return the order that `loop.sampling` names: shuffled, in blocks, or balanced over the training split's classes.
+
+    Balanced passes over images of weight 0, which would take turns of their class. Raises UserError where it meets
+    images without a label.
+    """
+    if name == "shuffled":
+        return ShuffledSampler(rows, seed)
+    if name == "blocks":
+        sampler = BlockSampler(_as_stored(rows, collection), seed)
+        sampler.reads_blocks = _has_room_for(sampler.window, collection)
+        return sampler
+    class_ids = collection.class_ids(collection.class_names("train"))[rows]
+    if without := np.count_nonzero(class_ids < 0):
+        raise UserError(
+            f"loop.sampling: balanced needs the class of every training image, and {without:,} of {len(rows):,} have "
+            "none; set loop.sampling=shuffled"
+        )
+    has_weight = collection.weights()[rows] > 0
+    return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
+
+
+def _has_room_for(window: int, collection: Collection) -> bool:
+    """Return whether the page cache has room for two windows of local shards, which are read by this node alone."""
+    one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not one_node or sys.platform != "linux" or not collection.is_packed:
+        return False
+    return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
+
+
+def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
+    """Return rows in the order in which they are stored: of their shards, else of their paths."""
+    if not collection.is_packed:
+        return np.sort(rows)
+    order = pc.sort_indices(collection.table, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
+    return order[np.isin(order, rows)].astype(np.int64)
+
+
+class Share(NamedTuple):
+    """The samples that a rank takes, in batches of `batch_size`."""
+
+    batch_size: int
+    rank: int = 0
+    world_size: int = 1
+
+
+def train_batches(sampler: Sampler, share: Share, global_batch_size: int, start_step: int) -> Iterator[list[Draw]]:
+    """Yield the endless micro-batches of one rank from a step on, in the order of train_step."""
+    count = global_batch_size // share.world_size
+    for step in itertools.count(start_step):
+        first = step * global_batch_size + share.rank * count
+        for start in range(first, first + count, share.batch_size):
+            yield [sampler.draw(position) for position in range(start, start + share.batch_size)]
+
+
+def evaluation_batches(
+    rows: Sequence[int], share: Share, seed: int, groups: np.ndarray | None = None
+) -> Iterator[list[Draw]]:
+    """Yield a rank's share of some rows, each exactly once. All ranks make the same number of batches.
+
+    groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
+    padded. Padding repeats a row with `position` -1 and key 0, to which the reader gives weight 0. A row's key depends
+    on the row alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
+    """
+    for group, places, starts in _plan(rows, share, groups):
+        mine, filler = places[share.rank :: share.world_size], Draw(-1, int(rows[places[0]]), 0, group)
+        for start in starts:
+            chosen = [(int(place), int(rows[place])) for place in mine[start : start + share.batch_size]]
+            draws = [Draw(place, row, rng.sample_key(seed, row, 1), group) for place, row in chosen]
+            yield draws + [filler] * (min(share.batch_size, len(places)) - len(draws))
+
+
+def count_batches(rows: Sequence[int], share: Share, groups: np.ndarray | None = None) -> int:
+    """Return the number of `evaluation_batches`, equal on all ranks."""
+    return sum(len(starts) for _, _, starts in _plan(rows, share, groups))
+
+
+def _plan(rows: Sequence[int], share: Share, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
+    """Yield each group, the places of its rows, and where each batch begins in a rank's share; the largest counts."""
+    for group in (0,) if groups is None else np.unique(groups).tolist():
+        places = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
+        yield group, places, range(0, -(-len(places) // share.world_size), share.batch_size)

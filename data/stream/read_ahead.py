@@ -1,0 +1,76 @@
+"""Prefetch the files of coming batches, or the parts of shards, into the system's page cache.
+
+    for batch in read_ahead(batches, source):
+
+A reader opens one file after another. A slow disk or file server answers many requests in nearly the time of one:
+threads make the requests, and the reader finds the files in the page cache. The samples and their order do not change.
+Parts of a shard that are near one another are one request.
+Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
+"""
+
+import os
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+from data.stream.order import Draw, RowsAhead
+from data.stream.source import FileRange, OnDisk, Source, join_ranges, layers, not_cached
+
+_FILES = 512  # requested ahead, at least
+_THREADS = 16
+_ASKED_BYTES = 2**17  # the kernel may read no more when it is asked (mm/readahead.c: force_page_cache_ra)
+_READ_BYTES = 2**20
+
+
+def read_ahead(
+    batches: Iterable[list[Draw]], source: Source, rows_ahead: RowsAhead | None = None
+) -> Iterator[list[Draw]]:
+    """Yield the batches, and request what they read some batches before.
+
+    Nothing is requested where the source reads no files, or the system has no posix_fadvise (macOS, Windows).
+    """
+    store = layers(source)[-1]
+    if not isinstance(store, OnDisk) or not hasattr(os, "posix_fadvise"):
+        yield from batches
+        return
+    waiting: deque[list[Draw]] = deque()
+    pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
+    try:
+        for number, batch in enumerate(batches):
+            # Here, not in the threads: they only make system calls, so a fork is safe.
+            rows = [draw.index for draw in batch]
+            further = [] if rows_ahead is None else rows_ahead(batch[0].position, len(batch), number == 0)
+            files = [
+                file for some in (rows, further) for file in join_ranges(map(store.file_of, not_cached(source, some)))
+            ]
+            for first in range(min(_THREADS, len(files))):
+                pool.submit(_request, files[first::_THREADS])
+            waiting.append(batch)
+            if (len(waiting) - 1) * len(batch) >= _FILES:
+                yield waiting.popleft()
+        yield from waiting
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def _request(files: list[FileRange]) -> None:
+    for file in files:
+        will_need(file)
+
+
+def will_need(file: FileRange) -> None:
+    """Ask the system to read it in the background, or read it where it is large; its reader reports what is wrong."""
+    try:
+        descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
+    except OSError:
+        return
+    try:
+        if file.length <= _ASKED_BYTES:
+            os.posix_fadvise(descriptor, file.offset, file.length, os.POSIX_FADV_WILLNEED)
+            return
+        for done in range(0, file.length, _READ_BYTES):
+            os.pread(descriptor, min(_READ_BYTES, file.length - done), file.offset + done)
+    except OSError:  # of a pipe, or of an offset that is none: there is nothing to read ahead
+        pass
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,91 @@
+"""Make a vocabulary of the tags of a collection."""
+
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.compute as pc
+
+from data.collection.collection import Collection
+from data.config import VocabularyConfig
+from data.tags.rules import TagRules, read_rules
+from data.tags.spelling import Tag, parse_tag
+from data.tags.tag_index import map_tags
+from utils.errors import UserError
+from utils.record.logging import get_logger
+from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, category_name
+
+log = get_logger(__name__)
+
+_MAX_LENGTH = 255  # of a name; longer ones are sentences
+_SHOWN = 3  # tags that a message shows
+
+
+def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> Vocabulary:
+    """Return the vocabulary that the configuration asks for, in the order of published taggers. Logs what was taken.
+
+    The order: ratings, general, characters, the other categories; in each by descending count, then by name. Where no
+    image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
+    of its name in any category. key: what the configuration keys begin with.
+    Raises UserError (`<key>...`) where a file cannot be read, ratings are ambiguous, or no tag is left.
+    """
+    categories = {CATEGORIES[name] for name in wanted.categories}
+    ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
+
+    def is_wanted(tag: Tag, count: int) -> bool:
+        listed = {tag, Tag(None, tag.name)}
+        fits = tag.category in categories and count >= wanted.min_count and len(tag.name) <= _MAX_LENGTH
+        return tag.category != RATING and (bool(listed & keep) or (fits and not listed & ignore))
+
+    found = count_tags(collection, read_rules(wanted, key))
+    chosen = [entry for entry in found if is_wanted(*entry)]
+    if not chosen:
+        most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]
+        raise UserError(
+            f"{key}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
+            f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); set a lower one, or give the "
+            "images sidecars (docs/collections.md)"
+        )
+    order = {GENERAL: -2, CHARACTER: -1}
+    chosen.sort(key=lambda entry: (order.get(entry[0].category, entry[0].category), -entry[1], entry[0].name))
+    if any(count for _, count in found[: len(RATINGS)]):
+        chosen = found[: len(RATINGS)] + chosen
+    taken = Counter(category_name(tag.category) for tag, _ in chosen)
+    log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in taken.items()))
+    ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
+    vocabulary = Vocabulary.of(tag for tag, _ in chosen)
+    return replace(vocabulary, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
+
+
+def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:
+    """Return the four ratings and every tag, each with the number of training images that have it, implied tags too.
+
+    Images of weight 0 do not count. Raises UserError (`<key>rating_s`) as `map_tags` does.
+    """
+    table = collection.table.select(["tags", "rating", "split", "weight"])
+    table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
+    found: Counter[Tag] = Counter()
+    for entry in pc.value_counts(pc.list_flatten(table["tags"])).to_pylist():
+        found.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
+    ordered = [tag for tag, _ in found.most_common() if tag.name and tag.category != RATING]
+    tags = [tag for tag in ordered if tag.category is not None]
+    named = {tag.name for tag in tags}
+    tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in named]
+    every = Vocabulary.of([*((RATING, name) for name in RATINGS), *tags])
+    counts = np.bincount(map_tags(table, every, rules).ids, minlength=len(every))
+    return list(zip(map(Tag._make, every.columns), counts.tolist()))
+
+
+def _read_names(path: str | None, key: str) -> frozenset[Tag]:
+    """Read a list of tags, one on each line, without blank lines and those that begin with `#`; none of None.
+
+    Raises UserError (`key`) where the file cannot be read.
+    """
+    if path is None:
+        return frozenset()
+    try:
+        lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{key}: {path} cannot be read ({error}); give a text file in UTF-8, a tag on a line") from None
+    return frozenset(parse_tag(line) for line in lines if line.strip() and not line.startswith("#"))

@@ -1,0 +1,184 @@
+"""The tags of a collection as outputs of a vocabulary, computed once and memory-mapped by every process.
+
+index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags"))
+index.of_row(0), index.rating_known[0], index.tagged[rows]
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+
+from data.collection.collection import Collection
+from data.tags.rules import TagRules
+from data.tags.spelling import Tag
+from utils.errors import UserError, about
+from utils.io.files import write_atomically
+from utils.io.weights import read_tensors, write_tensors
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.vocabulary import GENERAL, RATING, Vocabulary
+
+log = get_logger(__name__)
+
+_ARRAYS = ("ids", "offsets", "rating_known", "tagged")
+_VERSION = 3  # of how texts become tags; a new number rebuilds every index
+_SHOWN = 5  # dropped tags that a report names
+_CHUNK_ROWS = 2**17
+
+
+@dataclass(frozen=True, eq=False)
+class TagRows:
+    """The tags of rows as numbers: ids int32 [N], row after row, and offsets int64 [rows + 1]."""
+
+    ids: np.ndarray
+    offsets: np.ndarray
+
+    def of_row(self, row: int) -> np.ndarray:
+        """Return the ids of a row, int32 [n]."""
+        return self.ids[self.offsets[row] : self.offsets[row + 1]]
+
+    def owners(self) -> np.ndarray:
+        """Return the row of each id, int64 [N]."""
+        return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
+
+    def count(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Return how often some rows have each of `width` ids, int64 [width]."""
+        chosen = np.zeros(len(self.offsets) - 1, bool)
+        chosen[rows] = True
+        return np.bincount(self.ids[np.repeat(chosen, np.diff(self.offsets))], minlength=width)
+
+
+@dataclass(frozen=True, eq=False)
+class TagIndex(TagRows):
+    """The outputs of each row, ascending, and what is known of it.
+
+    rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
+    file: of the memory-mapped arrays; the index is pickled by it, so that a worker maps it itself.
+    """
+
+    rating_known: np.ndarray
+    tagged: np.ndarray
+    file: Path | None = None
+
+    @classmethod
+    def open(cls, file: Path) -> "TagIndex":
+        """Map a file. Raises UserError (`data.root`) where it is damaged."""
+        with about("data.root"):
+            tensors = read_tensors(file)
+        return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
+
+    def describe(self) -> str:
+        """Return in a line how many images have tags."""
+        rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
+        return f"{tagged:,} of {rows:,} images have one of the vocabulary, {rated:,} a known rating"
+
+    def __reduce__(self) -> tuple[Any, tuple[Path]]:
+        """Leave the arrays out."""
+        return TagIndex.open, (self.file,)
+
+
+class NoKnownTag(UserError):
+    """No image has a tag of the vocabulary."""
+
+
+def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
+    """Return the collection's tags as outputs of the vocabulary; rank 0 computes them if `cache` lacks them.
+
+    Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
+    """
+
+    def make() -> Path:
+        file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
+        if not file.is_file():
+            found = map_tags(collection.table, vocabulary, rules)
+            if not found.tagged.any():
+                names = [name for category, name in vocabulary.columns if category != RATING]
+                raise NoKnownTag(
+                    f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
+                    f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
+                    "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
+                )
+            tensors = {name: torch.from_numpy(getattr(found, name)) for name in _ARRAYS}
+            write_atomically(file, lambda path: write_tensors(path, tensors))
+        return file
+
+    return TagIndex.open(distributed.rank_zero_call(make))
+
+
+def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
+    """Map the columns `tags` and `rating` of a collection's table to outputs.
+
+    A row's rating is its `rating`, else its one tag of a rating; else it is unknown. Logs tags that are dropped.
+    Raises UserError (`<key>rating_s`) where images are rated `s` or `safe` and the rules do not say what that means.
+    """
+    mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
+    batches = table.select(["tags", "rating"]).to_batches(_CHUNK_ROWS)
+    parts = [(nothing,) * 4, *map(mapper.map_rows, batches)]
+    ids, lengths, known, tagged = map(np.concatenate, zip(*parts))
+    if mapper.unknown:
+        texts = ", ".join(repr(text) for text, _ in mapper.unknown.most_common(_SHOWN))
+        log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.unknown.total():,}", texts)
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    return TagIndex(ids.astype(np.int32), offsets, known.astype(bool), tagged.astype(bool))
+
+
+class _Mapper:
+    """Map rows to a vocabulary's outputs, each distinct text once, and count the texts that have none."""
+
+    def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
+        self._columns, self._rules = vocabulary.columns, rules
+        named = [key for key in vocabulary.columns if key[0] != RATING]
+        # The category of a name: general before others, else the category of its first output.
+        self._categories = {name: category for category, name in reversed(named)}
+        self._categories |= {name: category for category, name in named if category == GENERAL}
+        self._is_rating = np.asarray(vocabulary.categories) == RATING
+        self._known: dict[str, list[int]] = {}
+        self.unknown: Counter[str] = Counter()
+
+    def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
+        """Return ids [n], and of each row the number of ids, whether its rating is known, and whether it is tagged."""
+        tags, ratings = batch.columns
+        width, count = len(self._is_rating), len(batch)
+        texts = tags.flatten().dictionary_encode()
+        found = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
+        uses = np.bincount(texts.indices.to_numpy(), minlength=len(found)).tolist()
+        for text, outputs, used in zip(texts.dictionary.to_pylist(), found, uses):
+            if not outputs and text.strip():
+                self.unknown[text] += used
+        outputs = pa.array(found, pa.list_(pa.int64())).take(texts.indices)
+        rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
+        pairs = np.unique(rows * width + outputs.flatten().to_numpy())
+
+        # The rating of the column counts; without one, the rating of the tags, if they have only one.
+        names = ratings.fill_null("").dictionary_encode()
+        stated = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
+        stated = stated[names.indices.to_numpy()]
+        rows, ids = np.divmod(pairs, width)
+        is_rating, with_rating = self._is_rating[ids], np.flatnonzero(stated >= 0)
+        agreed = (np.bincount(rows[is_rating], minlength=count) == 1) & (stated < 0)
+        pairs = np.concatenate([pairs[~is_rating | agreed[rows]], with_rating * width + stated[with_rating]])
+
+        rows, ids = np.divmod(np.sort(pairs), width)
+        rated = np.bincount(rows, self._is_rating[ids], count)
+        lengths = np.bincount(rows, minlength=count)
+        return ids, lengths, rated > 0, lengths > rated
+
+    def _find_outputs(self, text: str) -> list[int]:
+        """Return the outputs of a text: of its tag and of the tags that it implies."""
+        if text not in self._known:
+            self._known[text] = [output for tag in self._rules.read(text) if (output := self._find(tag)) >= 0]
+        return self._known[text]
+
+    def _find(self, tag: Tag) -> int:
+        """Return a tag's output, -1 for none. A tag without a category gets the category of its name."""
+        if tag.category == RATING:
+            name = self._rules.read_rating(tag.name) if self._is_rating.any() else None
+            return self._columns.get((RATING, name), -1)
+        category = self._categories.get(tag.name, GENERAL) if tag.category is None else tag.category
+        return self._columns.get((category, tag.name), -1)

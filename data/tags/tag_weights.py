@@ -1,0 +1,115 @@
+"""Weights of images by how frequent their tags are, so that a collection's common subjects do not drown the rare ones.
+
+weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 on average
+facts = find_tag_facts(collection, rows, config, captions)       # what a task needs that weighs anew while it trains
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+from pydantic import Field
+
+from data.collection.collection import Collection
+from data.tags.captions import CaptionConfig, spell
+from data.tags.spelling import parse_tag
+from data.tags.tag_index import TagRows
+from utils.config.bounds import Count, Factor, Positive
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.vocabulary import category_name
+
+
+class TagWeightsConfig(Strict):
+    """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
+
+    An image weighs the mean of its tags, and images weigh 1 on average. reestimate_steps: null counts the tags of the
+    collection once; a number counts those that training has shown, and weighs anew by them after so many steps.
+    """
+
+    power: Annotated[float, Field(ge=0, le=4)]
+    low: Factor
+    high: Positive
+    factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
+    reestimate_steps: Count | None
+
+    def weigh(self, counts: np.ndarray, factors: np.ndarray) -> np.ndarray:
+        """Return each tag's weight, float64 [T]; counts: images that have it; factors: of its category, both [T].
+
+        The median is that of tags with a count.
+        """
+        seen = counts[counts > 0]
+        median = np.median(seen) if len(seen) else 1.0
+        return np.clip((median / np.maximum(counts, 1)) ** self.power, self.low, self.high) * factors
+
+
+@dataclass(frozen=True, eq=False)
+class ImageTags(TagRows):
+    """The tags of all rows; ids are places in `names`."""
+
+    names: list[str]
+
+    def factors(self, config: TagWeightsConfig) -> np.ndarray:
+        """Return the factor of each tag's category, float64 [T]; 1 where none is stated."""
+        categories = (category_name(parse_tag(name).category or 0) for name in self.names)
+        return np.array([config.factors.get(category, 1.0) for category in categories])
+
+    def find_shown(self, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
+        """Return which tags of a row are in its caption, however they are spelled."""
+        pieces = set(map(spell, captions.split(caption)))
+        tags = [self.names[tag] for tag in self.of_row(row)]
+        return [pieces.issuperset(map(spell, captions.split(spell(tag)))) for tag in tags]
+
+
+def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
+    """Return the tags of a collection, or of its captions where a row has none."""
+    views = map(collection.row, range(len(collection)))
+    tags = [view.tags or captions.split(captions.read(view)) for view in views]
+    encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
+    return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
+
+
+def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
+    """Return the weight of each row of a collection, float64; counts, and the mean of 1, are those of `rows`."""
+    weights = weigh_rows(tags, config.weigh(tags.count(rows, len(tags.names)), tags.factors(config)))
+    return weights / weights[rows].mean()
+
+
+def weigh_rows(tags: TagRows, weights: np.ndarray) -> np.ndarray:
+    """Return the mean weight of each row's tags, float64 [rows]; without tags, the mean of the rows that have any.
+
+    weights: of the tags, [T]; tags of weight 0 do not count.
+    """
+    owners, values, rows = tags.owners(), weights[tags.ids], len(tags.offsets) - 1
+    sums, counts = np.bincount(owners, values, rows), np.bincount(owners, values > 0, rows)
+    means = sums / np.maximum(counts, 1)
+    return np.where(counts > 0, means, means[counts > 0].mean() if counts.any() else 1.0)
+
+
+def find_tag_facts(
+    collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: CaptionConfig
+) -> dict[str, list[float]]:
+    """Return counts, factors and shares [T] of the tags of some rows; the weights' mean is that of the tags by shares.
+
+    Raises UserError (`task.tag_weights.reestimate_steps`) where no caption has a tag of its row.
+    """
+    tags = read_tags(collection, captions)
+    if not any(any(tags.find_shown(row, captions.read(collection.row(row)), captions)) for row in rows.tolist()):
+        raise UserError(
+            f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, and of "
+            f"{len(rows):,} none has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
+        )
+    factors, owners = tags.factors(config), tags.owners()
+    counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
+    ids, owners = tags.ids[counted], owners[counted]
+    sizes = np.bincount(owners, minlength=len(collection))
+    shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
+    counts = tags.count(rows, len(factors))
+    return {"counts": counts.tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
+
+
+def describe_weights(weights: np.ndarray) -> str:
+    """Return the range of weights, and how many images of equal weight give a mean of the same variance."""
+    count = weights.sum() ** 2 / np.square(weights).sum()
+    return f"{weights.min():.2f} to {weights.max():.2f} by tags; as {count:,.0f} images of equal weight"

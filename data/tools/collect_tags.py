@@ -1,0 +1,26 @@
+"""Collect the tags of a collection into the vocabulary of a tagger (prepare.py job=vocabulary)."""
+
+from pathlib import Path
+from typing import Literal
+
+from data.config import DataConfig, VocabularyConfig
+from data.open import load_collection
+from data.tags.build_vocabulary import make_vocabulary
+from data.tools.tool import Tool
+from utils.config.schema import PathText
+from utils.io.files import output_errors
+from utils.vocabulary import write_vocabulary
+
+
+class CollectVocabulary(Tool, VocabularyConfig):
+    """Collect the tags of `data.root` into a vocabulary, the file `output`."""
+
+    name: Literal["vocabulary"]
+    output: PathText
+
+    def run(self, data: DataConfig) -> str:
+        """Write it. Raises UserError (`data.root`, `job`)."""
+        vocabulary = make_vocabulary(load_collection(data), self, "job.")
+        with output_errors("job.output", Path(self.output)):
+            write_vocabulary(Path(self.output), vocabulary)
+        return f"{len(vocabulary)} tags in {self.output}"

@@ -1,0 +1,194 @@
+"""Copy a collection or a part of it, with sidecars and the rows of its manifest, to another folder; or shrunk."""
+
+import functools
+import shutil
+import struct
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Annotated, Literal, NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+
+from data.config import DataConfig
+from data.images.pixels import read_size
+from data.layouts.folders import check_root, list_folder, list_images
+from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
+from data.layouts.sidecars import list_sidecars
+from data.open import load_collection
+from data.tags.spelling import parse_tag
+from data.tools.exclude import Rules, find_failing
+from data.tools.tool import Tool
+from utils.config.bounds import Side
+from utils.config.schema import PathText
+from utils.errors import UserError
+from utils.io.files import output_errors, write_atomically
+from utils.ranks.processes import map_items
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+_WARNED = 20  # images that are copied as they are
+_PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
+_WRITTEN = ("JPEG", "PNG", "WEBP")
+_METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
+# What Pillow raises for images that it cannot read; ValueError also for images that are not shrunk.
+_UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
+
+
+class Shrink(NamedTuple):
+    """How a smaller copy is made. quality: of JPEG and WebP. max_pixels: an image of more is not decoded."""
+
+    longest_px: int
+    quality: int
+    max_pixels: int
+
+    def is_for(self, file: Path) -> bool:
+        """Return whether a side of an image is longer. Raises _UNFIT where the image cannot be read or shrunk."""
+        width, height = read_size(file)
+        if max(width, height) > self.longest_px and width * height > self.max_pixels:
+            raise ValueError(f"more than {self.max_pixels:,} pixels (data.max_pixels)")
+        return max(width, height) > self.longest_px
+
+    def write(self, file: Path, target: Path) -> None:
+        """Write the copy, with the same metadata and time of change. Raises _UNFIT."""
+        with Image.open(file, formats=_WRITTEN) as image:
+            name = image.format
+            if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
+                raise ValueError(f"{name} of several frames")
+            options = {key: image.info[key] for key in _METADATA if key in image.info}
+            if name == "PNG":
+                options["pnginfo"] = PngInfo()
+                for key, text in image.text.items():
+                    options["pnginfo"].add_text(key, text)
+            else:
+                options["quality"] = self.quality
+            is_wide = image.mode.startswith("I")  # grey of 16 bits
+            if (mode := _smooth_mode(image)) != image.mode:  # else a JPEG would be decoded at its full size
+                image = image.convert(mode)
+            image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+            image = image.convert("I;16") if is_wide else image
+            image.save(target, format=name, **options)
+        shutil.copystat(file, target)
+
+
+def _smooth_mode(image: Image.Image) -> str:
+    """Return the mode in which an image is resized smoothly."""
+    if "transparency" in image.info or image.mode == "PA":
+        return "RGBA"
+    if image.mode.startswith("I"):
+        return "I"
+    return {"P": "RGB", "1": "L"}.get(image.mode, image.mode)
+
+
+class Copy(Tool, Rules):
+    """Copy the images that have all the tags and break no rule; nothing is overwritten.
+
+    to: the folder. A file that it already has, of the same size and modification time, is skipped, so a killed job
+    continues.
+    """
+
+    name: Literal["copy"]
+    to: PathText
+    tags: list[str]
+
+    def run(self, data: DataConfig) -> str:
+        """Copy. Raises UserError (`job.to`, `data.root`)."""
+        root = check_root(data.root)
+        target = _check_target(root, self.to)
+        collection = load_collection(data)
+        paths = collection.table["path"].to_pylist()
+        chosen = set(paths).difference(find_failing(collection, self, data))
+        needed = {parse_tag(tag).name for tag in self.tags}
+        for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
+            if not needed <= {parse_tag(tag).name for tag in tags}:
+                chosen.discard(path)
+        files = list(dict.fromkeys([*sorted(chosen), *_sidecars_of(root, sorted(chosen))]))
+        done = copy_files(root, target, files)
+        if (manifest := find_manifest(root)) is not None:
+            table = (read_parquet if manifest.name == PARQUET else read_table)(manifest)
+            rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
+            with output_errors("job.to", target):
+                write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
+        return (
+            f"{len(chosen):,} of {len(paths):,} images are in {target}, {done.count(_COPIED):,} of {len(files):,} "
+            "files copied now"
+        )
+
+
+class Downsample(Tool):
+    """Copy the collection to the folder `to`, images with a side longer than `longest_px` shrunk to it.
+
+    quality: of JPEG and WebP. A killed job continues.
+    """
+
+    name: Literal["downsample"]
+    to: PathText
+    longest_px: Side
+    quality: Annotated[int, Field(ge=1, le=100)]
+
+    def run(self, data: DataConfig) -> str:
+        """Write the copy. Raises UserError (`data.root`, `job.to`)."""
+        root = check_root(data.root)
+        target = _check_target(root, self.to)
+        paths = sorted(list_images(root))
+        done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
+        copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
+        unfit = [(path, what) for path, what in zip(paths, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
+        for path, why in unfit[:_WARNED]:
+            log.warning("%s is copied as it is: %s", path, why)
+        return (
+            f"{len(paths):,} images are in {target}; {done.count(_SHRUNK):,} longer than {self.longest_px} pixels were "
+            f"downsampled now, {len(unfit):,} could not be; prepare.py job=manifest makes a manifest there"
+        )
+
+
+def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
+    """Copy files of a collection to the same paths below `target`; return what was done with each."""
+    copy = functools.partial(_copy_file, root, target, shrink)
+    with output_errors("job.to", target):
+        done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
+        return list(track(done, len(files), "copying files"))
+
+
+def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
+    """Copy a file, shrunk if it is longer; return what was done, or why it is copied unchanged.
+
+    Raises UserError (`job.to`) if the copy exists and differs.
+    """
+    source, copy, done = root / path, target / path, _COPIED
+    if copy.exists():
+        ours, theirs = source.stat(), copy.stat()
+        if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
+            raise UserError(f"job.to: {str(copy)!r} is another file than {str(source)!r}; name an empty folder")
+        return _PRESENT
+    try:
+        if shrink is not None and shrink.is_for(source):
+            write_atomically(copy, functools.partial(shrink.write, source))
+            return _SHRUNK
+    except _UNFIT as error:
+        done = f"{type(error).__name__}: {error}"
+    write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
+    return done
+
+
+def _check_target(root: Path, to: str) -> Path:
+    """Return the folder `job.to`. Raises UserError where it is inside the collection, or the collection inside it."""
+    target, inside = Path(to).expanduser().resolve(), root.resolve()
+    if target.is_relative_to(inside) or inside.is_relative_to(target):
+        raise UserError(f"job.to: {to!r} is inside data.root, or data.root inside it; name a folder beside it")
+    return target
+
+
+def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
+    """Yield the sidecars of each image; one of two images comes twice."""
+    names: dict[str, set[str]] = {}
+    for path in paths:
+        folder, slash, name = path.rpartition("/")
+        if folder not in names:
+            names[folder] = {entry.name for entry in list_folder(root / folder)}
+        yield from (folder + slash + sidecar for sidecar in list_sidecars(name, names[folder]))

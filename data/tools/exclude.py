@@ -1,0 +1,235 @@
+"""Jobs that change the manifest of job=manifest: filter and duplicates write weight 0 and a reason, split the splits.
+
+A `Finder` takes back what it excluded before and does not find now; job=manifest writes a new manifest.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from data.collection.collection import Collection
+from data.collection.split import assign_validation
+from data.config import DataConfig
+from data.images.decode import Decoder
+from data.images.image_formats import read_file
+from data.layouts.folders import check_root
+from data.layouts.manifest import PARQUET, read_parquet, refuse_foreign, save_manifest
+from data.layouts.table import replace_column
+from data.open import load_collection
+from data.tags.spelling import parse_rating
+from data.tools.duplicates import group_duplicates
+from data.tools.facts import Facts, measure_files
+from data.tools.tool import Tool, list_files, save_report
+from utils.config.bounds import Count, Factor, KnobValue, Side
+from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
+from utils.record.progress import track
+
+_SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images of each
+
+
+class Finder(Tool):
+    """A job that finds images to exclude from training. report: the folder of pages and lists. apply: exclude them."""
+
+    report: PathText
+    apply: bool
+
+    def find(self, data: DataConfig) -> dict[str, str]:
+        """Return the images, by path, and why. Raises UserError."""
+        raise NotImplementedError
+
+    def run(self, data: DataConfig) -> str:
+        """List them, and exclude them where `apply` says so."""
+        reasons = self.find(data)
+        listing = list_files(self.report, self.name, reasons)
+        if not self.apply:
+            return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to do it"
+        return f"{exclude(check_root(data.root), self.name, reasons):,} images excluded ({listing})"
+
+
+def read_own_manifest(root: Path) -> pa.Table:
+    """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
+    if not (root / PARQUET).is_file():
+        raise UserError(f"data.root: {str(root)!r} has no {PARQUET}; run prepare.py job=manifest first")
+    refuse_foreign(root / PARQUET)
+    return read_parquet(root / PARQUET)
+
+
+def _read_reasons(table: pa.Table) -> list[str | None]:
+    """Return why each row of a manifest has weight 0, None for other rows."""
+    return table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
+
+
+def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
+    """Write weight 0 and the reason of each image into the manifest; return how many rows of this job have one."""
+    table = read_own_manifest(root)
+    weights, now, ours = [], [], 0
+    for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table)):
+        is_ours = before is None or before.startswith(f"{job}: ")
+        now.append(before if not is_ours else f"{job}: {reasons[path]}" if path in reasons else None)
+        weights.append(0.0 if now[-1] else 1.0 if before else weight)
+        ours += bool(is_ours and now[-1])
+    table = replace_column(table, "weight", pa.array(weights, pa.float32()))
+    table = replace_column(table, "reason", pa.array(now, pa.string()))
+    save_manifest(root, table if any(now) else table.drop_columns("reason"))
+    return ours
+
+
+class Rules(Strict):
+    """What an image needs to stay; null asks for nothing.
+
+    max_aspect: longer side / shorter side. ratings: one of them. min_score: in the manifest's column score.
+    min_sharpness: as data/tools/facts.py measures it.
+    """
+
+    min_tags: Count | None
+    min_side_px: Side | None
+    max_aspect: Annotated[float, Field(ge=1, le=1e6)] | None
+    ratings: list[str] | None
+    min_score: KnobValue | None
+    min_sharpness: Factor | None
+
+
+class Filter(Finder, Rules):
+    """Exclude or list the images that break a rule; without a rule, take back what an earlier call excluded."""
+
+    name: Literal["filter"]
+
+    def find(self, data: DataConfig) -> dict[str, str]:
+        """Return the images that break a rule. Raises UserError (`data.root`, `job`)."""
+        return find_failing(load_collection(data), self, data)
+
+
+def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict[str, str]:
+    """Return the paths of the images that break a rule, and the first that each breaks.
+
+    A rule on pixels passes over images that cannot be read, which job=verify lists.
+    """
+    table, failing = collection.table, {}
+    paths = table["path"].to_pylist()
+
+    def fail(rows: np.ndarray, reason: str, *values: np.ndarray) -> None:
+        """Note the rows [N] that break a rule; their values are filled into the reason."""
+        for row in np.flatnonzero(rows).tolist():
+            failing.setdefault(paths[row], reason.format(*(value[row] for value in values)))
+
+    if rules.min_tags is not None:
+        lengths = pc.list_value_length(table["tags"]).to_numpy()
+        fail(lengths < rules.min_tags, "too few tags: {}", lengths)
+    if rules.ratings is not None:
+        ratings = np.array([parse_rating(text) if text else "none" for text in table["rating"].to_pylist()])
+        fail(~np.isin(ratings, [parse_rating(text) for text in rules.ratings]), "another rating: {}", ratings)
+    if rules.min_score is not None:
+        scores = collection.column("score")
+        if scores.dtype.kind not in "if":
+            raise UserError("job.min_score: the column score of the manifest holds no numbers; give it numbers")
+        fail(~(scores >= rules.min_score), "too low a score: {:g}", scores)
+    if rules.min_side_px or rules.max_aspect or rules.min_sharpness:
+        facts = measure_files(Path(data.root), paths, data.max_pixels)
+        width, height, sharpness = (  # None becomes NaN, which breaks no rule
+            np.array([getattr(fact, name) for fact in facts], float) for name in ("width", "height", "sharpness")
+        )
+        short, long = np.minimum(width, height), np.maximum(width, height)
+        fail(short < (rules.min_side_px or 0), "too small: {:.0f} x {:.0f}", width, height)
+        fail(long / short > (rules.max_aspect or np.inf), "too long: {:.0f} x {:.0f}", width, height)
+        fail(sharpness < (rules.min_sharpness or 0), "blurred: {:.1f}", sharpness)
+    return failing
+
+
+class Duplicates(Finder):
+    """Write a page of the groups of duplicates, and exclude or list all but the largest of each.
+
+    match: near: look alike, mirrored too; exact: files of equal bytes.
+    """
+
+    name: Literal["duplicates"]
+    match: Literal["near", "exact"]
+
+    def find(self, data: DataConfig) -> dict[str, str]:
+        """Return all but one of each group. Raises UserError (`data.root`, `job.report`)."""
+        root, table = check_root(data.root), load_collection(data).table
+        rows = zip(*(table[name].to_pylist() for name in ("path", "size", "weight")), _read_reasons(table))
+        sizes = {  # without what others exclude: else one of those could be kept, and its whole group lost
+            path: size for path, size, weight, why in rows if weight or not why or str(why).startswith(f"{self.name}: ")
+        }
+        facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
+
+        def rank(path: str) -> tuple[int, int, str]:  # the image of most pixels first, then of most bytes
+            return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
+
+        groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
+        rows = [
+            {"group": number, "path": path, "kept": place == 0} | facts[path].size()
+            for number, group in enumerate(groups, start=1)
+            for place, path in enumerate(group)
+        ]
+        shown = [group for group in groups if facts[group[0]].kind is None][:_SHEETS]
+        sheets = {
+            f"group_{number:03}": _draw_group(root, group, Decoder(3, data.max_pixels))
+            for number, group in enumerate(track(shown, len(shown), "drawing the groups"), start=1)
+        }
+        figures = {"groups": len(groups), "images in them": len(rows)}
+        save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, sheets)
+        return {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}
+
+
+def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
+    """Return the paths of each group of two or more, the largest group first.
+
+    match: near: look alike by the perceptual hash; exact, and where no hash is known: have equal bytes.
+    """
+    keys: dict[str, int | str | None] = {path: fact.sha256 for path, fact in facts.items()}
+    if match != "exact":
+        hashed = [path for path, fact in facts.items() if fact.phash is not None]
+        found = group_duplicates(np.array([facts[path].phash for path in hashed], np.int64))
+        keys |= zip(hashed, found.tolist())
+    members: dict[int | str, list[str]] = {}
+    for path, key in keys.items():
+        if key is not None:
+            members.setdefault(key, []).append(path)
+    return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))
+
+
+def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarray:
+    """Draw the first images of a group with their names and sizes; what is kept in blue."""
+    pixels, captions = [], []
+    for path in group[:_SHOWN]:
+        pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
+        height, width = pixels[-1].shape[:2]
+        texts, color = (path.rpartition("/")[2], f"{width} x {height}"), RIGHT if path == group[0] else WRONG
+        captions.append([(shorten(legible(text), 30), color) for text in texts])
+    title = f"{len(group):,} images like {shorten(legible(group[0]), 60)}"
+    return image_grid(pixels, captions, title, columns=4, tile_px=226)
+
+
+class Split(Tool):
+    """Write the split column of the manifest that job=manifest wrote, by its rule; rows of a test split stay.
+
+    apply: write it; False: say what it would be.
+    """
+
+    name: Literal["split"]
+    apply: bool
+
+    def run(self, data: DataConfig) -> str:
+        """Split. Raises UserError (`data.root`, `data.validation_fraction`)."""
+        if data.validation_fraction == 0:
+            raise UserError("data.validation_fraction: 0.0 leaves nothing to validate on; set a share, such as 0.05")
+        root = check_root(data.root)
+        table = read_own_manifest(root)
+        is_ours = pc.not_equal(table["split"], "test")
+        ours = table.filter(is_ours)
+        ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
+        splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
+        line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
+        if not self.apply:
+            return f"{line}; set job.apply=true to write it into the manifest"
+        whole = pc.replace_with_mask(table["split"].combine_chunks(), is_ours.combine_chunks(), splits)
+        save_manifest(root, replace_column(table, "split", whole))
+        return line

@@ -1,0 +1,134 @@
+"""What is known of each image file, measured once for the manifest and for the other tools.
+
+A line is appended to a journal for each file as it is read, so a killed job goes on where it was, and the next job
+reads only files that are new or changed.
+"""
+
+import functools
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import PIL
+from PIL import Image
+
+from data.images.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, open_image, read_file
+from data.images.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
+from data.stream.source import UnreadableImage
+from data.tools.duplicates import perceptual_hash
+from utils.canvas import DEFAULT, background_rgb
+from utils.io.files import sha256_file, sha256_text
+from utils.io.memo import measure_once
+from utils.ranks.processes import map_items
+
+CACHE = Path("outputs/cache/facts")
+FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
+_SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
+
+
+class Facts(NamedTuple):
+    """One image file; `kind` and `reason` say why it cannot be read (data/images/image_formats.py), else None.
+
+    sha256: None where it cannot be opened. All else is None unless it was decoded. width, height: of the upright image.
+    mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. transparent: 0 or 1. phash: of data/tools/duplicates.py.
+    brightness: the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at
+    512 pixels of the longest side; below about 100 an image looks blurred.
+    Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
+    """
+
+    sha256: str | None = None
+    kind: str | None = None
+    reason: str | None = None
+    format: str | None = None
+    width: int | None = None
+    height: int | None = None
+    mode: str | None = None
+    orientation: int | None = None
+    transparent: int | None = None
+    phash: int | None = None
+    brightness: float | None = None
+    sharpness: float | None = None
+
+    def size(self) -> dict[str, int | None]:
+        """Return width and height by name."""
+        return {"width": self.width, "height": self.height}
+
+    @property
+    def is_lasting(self) -> bool:
+        """Whether the same file is found to be so at any time."""
+        return self.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
+
+
+def measure_files(
+    root: Path, paths: Sequence[str], max_pixels: int, detail: Literal["hash", "pixels"] = "pixels"
+) -> list[Facts]:
+    """Return the facts of some files of a collection, named relative to its root; in one process per core."""
+    known_by = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
+    measure = _hash_file if detail == "hash" else functools.partial(measure_file, max_pixels=max_pixels)
+    values = measure_once(
+        [Path(root, path) for path in paths],
+        lambda missing: map_items(measure, missing, _fatal_file),
+        CACHE / f"{sha256_text(known_by)[:16]}.jsonl",
+        "reading the images",
+        lambda facts: facts.is_lasting,
+    )
+    return [Facts(*value) for value in values]
+
+
+def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Facts:
+    """Return the SHA-256 of a file, and why it cannot be read, or else what it shows."""
+    digest = None
+    try:
+        content = read_file(file)
+        digest = hashlib.sha256(content).hexdigest()
+        return open_image(content, os.fspath(file), max_pixels, _measure_image)._replace(sha256=digest)
+    except UnreadableImage as error:
+        return Facts(digest, error.kind, error.reason)
+
+
+def _hash_file(file: str | os.PathLike[str]) -> Facts:
+    """Return the SHA-256 of a file of any size."""
+    try:
+        return Facts(sha256_file(Path(file)))
+    except OSError as error:
+        return Facts(None, NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})")
+
+
+def _fatal_file(file: str) -> Facts:
+    """Return the facts of a file that crashed the process that read it: it would crash training as well."""
+    reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
+    return _hash_file(file)._replace(kind=FATAL, reason=reason)
+
+
+def _measure_image(image: Image.Image) -> Facts:
+    """Decode an opened image and return what it shows."""
+    mode = image.mode
+    turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
+    upright, orientation = load_upright(image)
+    transparent = int(is_transparent(image))
+    pixels = convert(upright, 3, background_rgb(DEFAULT))
+    grey = Image.fromarray(pixels).convert("L")
+    grey.thumbnail((_SIDE_PX, _SIDE_PX))
+    levels = np.asarray(grey, np.float32)
+    stated = turned or orientation
+    return Facts(
+        format=image.format,
+        width=upright.width,
+        height=upright.height,
+        mode=mode,
+        orientation=stated if stated in UPRIGHT else 1,
+        transparent=transparent,
+        phash=perceptual_hash(pixels),
+        brightness=round(float(levels.mean()) / 255, 4),
+        sharpness=round(_measure_sharpness(levels), 2),
+    )
+
+
+def _measure_sharpness(levels: np.ndarray) -> float:
+    """Return the variance of the Laplacian of grey levels [H, W]; 0 where a side is below 3."""
+    inner = levels[1:-1, 1:-1]
+    edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
+    return float(edges.var()) if edges.size else 0.0

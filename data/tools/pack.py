@@ -1,0 +1,181 @@
+"""Pack a collection into tar shards, which WebDataset reads too (prepare.py job=pack).
+
+The shards of a split are `000000.tar` and on; a row is `<key>.jpg`, `<key>.json` with all its columns, `<key>.cls` with
+the number of its class among the sorted classes of training, and `<key>.txt` with its caption or tags. The training
+rows are in a random order, so that neighbours in a shard are not of one class. `manifest.parquet` is written last: it
+has the columns of the collection, where each image is, and its width and height (null for what is no image).
+"""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import tarfile  # noqa: TID251 (shards are written, and their members listed)
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import Field
+
+from data.collection.collection import Collection
+from data.config import DataConfig
+from data.images.image_source import TAR, member_key, open_contents
+from data.images.pixels import upright_size
+from data.layouts.folders import IMAGE_SUFFIXES
+from data.layouts.manifest import save_manifest
+from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
+from data.open import load_collection
+from data.stream.source import UnreadableImage
+from data.tools.tool import Tool
+from utils import rng
+from utils.config.schema import PathText
+from utils.errors import UserError
+from utils.io.files import output_errors, read_json, write_atomically, write_json
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+_PLAN = "pack.json"  # what is packed: a folder is gone on with only where that is the same
+_VERSION = 1  # of what is in a shard
+_ORDER_SEED = 0
+_MIB = 2**20
+_OVERHEAD_BYTES = 3072  # of a row beside its image: headers, padding and the other members
+_READ_AT_ONCE, _THREADS = 256, 16
+
+
+class Pack(Tool):
+    """Write the images as tar shards of about `shard_mib` MiB, and their manifest, into the folder `output`."""
+
+    name: Literal["pack"]
+    output: PathText
+    shard_mib: Annotated[int, Field(ge=1, le=2**20)]
+
+    def run(self, data: DataConfig) -> str:
+        """Pack. Raises UserError (`job.output`, `data.root`)."""
+        collection = load_collection(data)
+        table = pack_collection(collection, Path(self.output), self.shard_mib)
+        log.info("%d images of weight 0 are left out", len(collection) - len(table))
+        return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
+
+
+def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.Table:
+    """Write a collection as shards of about `shard_mib` MiB and their manifest, and return that.
+
+    Continues an earlier call: complete shards are kept, and their images are found in them.
+
+    Raises UserError: `job.output` where the folder holds anything else, or cannot be written; `data.root` where an
+    image cannot be read, or has another SHA-256 than the manifest says.
+    """
+    shards, places = _plan_shards(collection, shard_mib * _MIB), []
+    classes = {label: number for number, label in enumerate(collection.class_names("train"))}
+    with output_errors("job.output", output):
+        _claim(output, {"collection": collection.fingerprint, "shard_mib": shard_mib, "version": _VERSION})
+        for name, rows in track(shards.items(), len(shards), "packing the images"):
+            found = _find_places(output / name)
+            if len(found) < len(rows):
+                write_atomically(output / name, lambda file, rows=rows: _write_shard(file, collection, rows, classes))
+                found = _find_places(output / name)
+            places += found
+    table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
+    columns = {name: [place[name] for place in places] for name in (*PLACES, "sha256", "width", "height")}
+    for name, values in {**columns, "size": columns["length"]}.items():
+        table = replace_column(table, name, pa.array(values, TYPES[name]))
+    save_manifest(output, table, "pack_collection")
+    return table
+
+
+def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
+    """Return the rows of each shard by its name: no shard has rows of two splits."""
+    groups: list[np.ndarray] = []
+    sizes, kept = collection.table["size"].to_numpy(), collection.weights() > 0
+    for split in SPLITS:
+        rows = collection.rows(split)
+        rows = rows[kept[rows]]
+        if split == "train":
+            rows = rows[rng.permutation(_ORDER_SEED, 0, len(rows))]
+        numbers = (np.cumsum(sizes[rows] + _OVERHEAD_BYTES) - 1) // limit
+        groups += np.split(rows, np.flatnonzero(np.diff(numbers)) + 1) if len(rows) else []
+    return {f"{number:06}{TAR}": rows for number, rows in enumerate(groups)}
+
+
+def _claim(output: Path, plan: dict[str, Any]) -> None:
+    """Make the folder, or make sure that it holds what an earlier call with the same plan wrote."""
+    if not output.exists() or not any(output.iterdir()):
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / _PLAN, plan)
+    if not (output / _PLAN).is_file() or read_json(output / _PLAN) != plan:
+        raise UserError(
+            f"job.output: {str(output)!r} is not empty, and does not hold shards of this collection with the same "
+            "job.shard_mib; name a new folder"
+        )
+    for leftover in output.glob(f".*{TAR}.*.tmp"):  # of a call that was killed
+        leftover.unlink()
+
+
+def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> None:
+    with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
+        for record, content in _read_rows(collection, rows):
+            key, suffix = member_key(record["path"]), os.path.splitext(record["path"])[1].lower()
+            members = {suffix if suffix in IMAGE_SUFFIXES else ".img": content}
+            known = {name: value for name, value in record.items() if value is not None}
+            members[".json"] = json.dumps(known, ensure_ascii=False, sort_keys=True).encode()
+            if record["label"] in classes:
+                members[".cls"] = str(classes[record["label"]]).encode()
+            if text := record["caption"] or ", ".join(record["tags"]):
+                members[".txt"] = text.encode()
+            for name, member in members.items():
+                header = tarfile.TarInfo(key + name)
+                header.size, header.mode = len(member), 0o644
+                tar.addfile(header, io.BytesIO(member))
+
+
+def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
+    """Yield the columns of rows, with SHA-256 and upright size, and their images; threads read some ahead.
+
+    Raises UserError (`data.root`).
+    """
+    contents = open_contents(collection)
+    names = [name for name in collection.table.column_names if name not in PLACES]
+
+    def load(row: int) -> tuple[dict[str, Any], bytes]:
+        view = collection.row(row)
+        record = {name: getattr(view, name) for name in names}
+        try:
+            content = contents.read(row)
+        except UnreadableImage as error:
+            raise UserError(
+                f"data.root: {error}; restore the image, or let prepare.py job=manifest give it weight 0"
+            ) from None
+        digest = hashlib.sha256(content).hexdigest()
+        if record["sha256"] not in (None, digest):
+            raise UserError(
+                f"data.root: {record['path']!r} has the SHA-256 {digest}, not {record['sha256']} as the manifest "
+                "states; restore the image, or make the manifest again"
+            )
+        if not record.get("width"):
+            with suppress(UnreadableImage):
+                record["height"], record["width"] = upright_size(content, record["path"])
+        return {**record, "sha256": digest}, content
+
+    with ThreadPoolExecutor(_THREADS) as pool:
+        for start in range(0, len(rows), _READ_AT_ONCE):
+            yield from pool.map(load, rows[start : start + _READ_AT_ONCE].tolist())
+
+
+def _find_places(file: Path) -> list[dict[str, Any]]:
+    """Return where the images of a shard are, their SHA-256 and sizes; fewer where it ends early, none without it."""
+    found = []
+    with suppress(FileNotFoundError, tarfile.TarError), tarfile.open(file, "r:") as tar:
+        for image, member in itertools.pairwise(tar):
+            if member.name.endswith(".json"):  # which comes right behind its image
+                record = json.load(tar.extractfile(member))
+                known = {name: record.get(name) for name in ("sha256", "width", "height")}
+                found.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **known})
+    return found

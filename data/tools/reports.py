@@ -1,0 +1,167 @@
+"""Jobs that only look: count, statistics (one HTML page) and verify (unreadable images, and orphans both ways)."""
+
+import os
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.collection.collection import Collection
+from data.config import DataConfig
+from data.layouts.folders import check_root, is_image_name, list_images, walk_folders
+from data.layouts.manifest import find_manifest, read_table
+from data.layouts.sidecars import SUFFIXES, list_sidecars
+from data.layouts.table import SPLITS, count_values
+from data.open import describe_collection, load_collection
+from data.tools.facts import Facts, measure_files
+from data.tools.tool import Tool, list_files, save_report
+from utils.config.schema import PathText
+from utils.record.logging import get_logger
+from utils.record.report import TableRow
+
+log = get_logger(__name__)
+
+_SHOWN = 30  # classes and tags in the log
+
+
+class Count(Tool):
+    """Log how many images have each value of split, label, rating and tags, and of what job=manifest has measured."""
+
+    name: Literal["count"]
+
+    def run(self, data: DataConfig) -> str:
+        """Count. Raises UserError (`data.root`)."""
+        table = load_collection(data).table
+        for name in ("split", "label", "rating", "mode", "orientation", "transparent", "tags"):
+            counts = list(count_values(table[name]).items()) if name in table.column_names else []
+            if counts:
+                more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
+                log.info("%s: %s%s", name, ", ".join(f"{value} {count:,}" for value, count in counts[:_SHOWN]), more)
+        return f"{table.num_rows:,} images"
+
+
+class Statistics(Tool):
+    """Write the statistics of a collection as a page and as JSON, in the folder `report`.
+
+    Files are decoded, for sizes, brightness, sharpness and formats; of shards the manifest's width and height are
+    taken.
+    """
+
+    name: Literal["statistics"]
+    report: PathText
+
+    def run(self, data: DataConfig) -> str:
+        """Write them. Raises UserError (`data.root`, `job`)."""
+        collection = load_collection(data)
+        facts = _find_facts(collection, data)
+        tables = _count_tables(collection.table, facts)
+        lengths = pc.list_value_length(collection.table["tags"]).to_numpy()
+        figures = {
+            "images": len(collection),
+            **{f"images of {split}": len(collection.rows(split)) for split in SPLITS},
+            "unreadable": sum(fact.kind is not None for fact in facts),
+            "classes": len(tables["classes"]),
+            "tags": len(tables["tags"]),
+            "images without a tag": int((lengths == 0).sum()),
+            "tags per image": round(float(lengths.mean()), 2),
+            "GiB": round(pc.sum(collection.table["size"]).as_py() / 2**30, 3),
+        }
+        names = ("width", "height", "brightness", "sharpness")
+        columns = {name: np.array([getattr(fact, name) for fact in facts], float) for name in names}
+        columns["aspect"], pictures = columns["width"] / columns["height"], {}
+        for name, column in columns.items():
+            if len(values := column[np.isfinite(column)]):  # NaN where it was not measured
+                quantiles = zip(("5 %", "median", "95 %"), np.quantile(values, [0.05, 0.5, 0.95]).tolist())
+                figures |= {f"{name}, {word}": round(value, 4) for word, value in quantiles}
+                pictures[name] = _draw_histogram(name, values)
+        page = save_report(Path(self.report) / self.name, data.root, figures, tables, pictures)
+        return f"{describe_collection(collection)}; {page}"
+
+
+def _find_facts(collection: Collection, data: DataConfig) -> list[Facts]:
+    """Return the facts of each image; of shards without sizes, none."""
+    if not collection.is_packed:
+        return measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
+    sizes = collection.stated_sizes()
+    return [] if sizes is None else [Facts(width=w or None, height=h or None) for h, w in sizes.tolist()]
+
+
+def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
+    """Return the counts by name, the most frequent first."""
+    splits = {split: count_values(table["label"].filter(pc.equal(table["split"], split))) for split in SPLITS}
+    formats, faults = (Counter(filter(None, (getattr(fact, name) for fact in facts))) for name in ("format", "kind"))
+    counted = {
+        "tags": ("tag", count_values(table["tags"])), "ratings": ("rating", count_values(table["rating"])),
+        "formats": ("format", dict(formats.most_common())), "unreadable": ("fault", dict(faults.most_common())),
+    }  # fmt: skip
+    classes = [
+        {"class": name, **{split: counts.get(name, 0) for split, counts in splits.items()}}
+        for name in count_values(table["label"])
+    ]
+    return {"classes": classes} | {
+        name: [{what: value, "images": count} for value, count in counts.items()]
+        for name, (what, counts) in counted.items()
+    }
+
+
+def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:
+    """Draw how many images have which value, but for the highest hundredth, [H, W, 3] uint8."""
+    from matplotlib.figure import Figure  # which takes 0.3 s
+
+    from utils.record.plots import figure_to_image, style
+
+    with style():
+        figure = Figure(figsize=(7.2, 3.6))
+        axis = figure.add_subplot(title=title, ylabel="images")
+        axis.hist(values, bins=60, range=(values.min(), np.quantile(values, 0.99)))
+        return figure_to_image(figure)
+
+
+class Verify(Tool):
+    """Decode every image and compare files, sidecars and manifest; list what does not fit. report: of the list."""
+
+    name: Literal["verify"]
+    report: PathText
+
+    def run(self, data: DataConfig) -> str:
+        """List the faults. Raises UserError (`data.root`, `job.report`)."""
+        root = check_root(data.root)
+        images = sorted(list_images(root))
+        facts = measure_files(root, images, data.max_pixels)
+        faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
+        kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
+        for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)):
+            kinds[fault] += 1
+            faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
+        listing = list_files(self.report, self.name, faults)
+        found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
+        return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
+
+
+def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
+    """Yield the paths that only the manifest, or only the folder has."""
+    if (manifest := find_manifest(root)) is not None:
+        rows = set(read_table(manifest)["path"].to_pylist())
+        yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
+        gone = (path for path in sorted(rows.difference(images)) if not (root / path).is_file())
+        yield from ((path, "a row of the manifest without a file") for path in gone)
+
+
+def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield sidecars without an image; and images without a sidecar, where any image has one."""
+    bare, some = [], False
+    for folder, _, names in walk_folders(root):
+        images = {name for name in names if is_image_name(name)}
+        without = [folder + name for name in images if not list_sidecars(name, names)]
+        bare += without
+        some = some or len(without) < len(images)
+        owners = images | {os.path.splitext(name)[0] for name in images}
+        for stem, suffix in map(os.path.splitext, sorted(names - images) if images else ()):
+            if suffix in SUFFIXES and stem not in owners:
+                yield folder + stem + suffix, "a sidecar without an image"
+    if some:
+        yield from ((path, "an image without a sidecar") for path in sorted(bare))

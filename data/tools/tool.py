@@ -1,0 +1,65 @@
+"""What the jobs of prepare.py have in common: a job is its keys and what it does with a collection.
+
+    class Pack(Tool):
+        name: Literal["pack"]      # conf/job/pack.yaml
+        output: PathText
+        def run(self, data): ...
+
+A tool reads files and writes new ones. It never moves, changes or deletes an image.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from data.config import DataConfig
+from data.layouts.folders import check_root
+from utils.config.schema import Strict
+from utils.io.files import output_errors, write_json, write_text
+from utils.record.logging import get_logger
+from utils.record.report import PAGE, TableRow, write_page, write_report
+
+log = get_logger(__name__)
+
+_NAMED = 10  # files in the log
+
+
+class Tool(Strict):
+    """A job of prepare.py."""
+
+    def check(self, data: DataConfig) -> str:
+        """Check what can be checked without doing anything (`dry_run`); return a line for the log."""
+        check_root(data.root)
+        return "dry run: nothing is written"
+
+    def run(self, data: DataConfig) -> str:
+        """Do the job; return a line for the log. Raises UserError."""
+        raise NotImplementedError
+
+
+def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:
+    """Write one JSON line for each file, {"path", "reason"}; log the first of them."""
+    for path, reason in list(reasons.items())[:_NAMED]:
+        log.info("%s: %s", path, reason)
+    file = Path(report) / f"{job}.jsonl"
+    lines = [json.dumps({"path": path, "reason": reason}, ensure_ascii=False) for path, reason in reasons.items()]
+    with output_errors("job.report", file):
+        write_text(file, "".join(line + "\n" for line in lines))
+    return file
+
+
+def save_report(
+    folder: Path,
+    title: str,
+    figures: Mapping[str, float],
+    tables: Mapping[str, Sequence[TableRow]],
+    images: Mapping[str, np.ndarray],
+) -> Path:
+    """Write figures, tables and images [H, W, 3] as one HTML page, which is returned, as JSON, CSV and PNG files."""
+    with output_errors("job.report", folder):
+        write_report(folder, tables, images)
+        write_json(folder / f"{folder.name}.json", {"figures": figures, "tables": tables})
+        write_page(folder / PAGE, f"{folder.name}: {title}", figures, tables, images)
+    return folder / PAGE

@@ -1,0 +1,116 @@
+"""Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
+
+from collections import Counter
+from pathlib import Path
+from typing import Literal, Self
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import model_validator
+
+from data.collection.split import assign_validation
+from data.config import DataConfig
+from data.images.image_formats import DEFAULT_MAX_PIXELS
+from data.layouts.folders import check_root
+from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
+from data.layouts.posts import read_folder
+from data.layouts.table import MEASURED, count_values, replace_column
+from data.tools.duplicates import group_duplicates
+from data.tools.facts import measure_files
+from data.tools.tool import Tool
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns that verify fills in
+_NAMED = 20  # unreadable images in the log
+
+
+class Manifest(Tool):
+    """Check the images of `data.root` and write its manifest.
+
+    verify: decode every image; unreadable ones get weight 0. duplicates: find near-duplicates too, which needs verify.
+    """
+
+    name: Literal["manifest"]
+    verify: bool
+    duplicates: bool
+
+    def run(self, data: DataConfig) -> str:
+        """Write it. Raises UserError (`data.root`)."""
+        table = write_manifest(
+            data.root,
+            validation_fraction=data.validation_fraction,
+            verify=self.verify,
+            duplicates=self.duplicates,
+            max_pixels=data.max_pixels,
+        )
+        reasons: dict[str, str] = {}
+        if "reason" in table.column_names:
+            reasons = {row["path"]: row["reason"] for row in table.to_pylist() if row["reason"]}
+            for path in list(reasons)[:_NAMED]:
+                log.warning("%s: %s", path, reasons[path])
+            kinds = Counter(reason.removeprefix("unreadable: ").split(" (")[0] for reason in reasons.values())
+            log.warning(
+                "%s of %s images are unreadable and weigh 0 (the column reason says why): %s; replace or remove them, "
+                "then make the manifest again", f"{len(reasons):,}", f"{len(table):,}",
+                ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common()),
+            )  # fmt: skip
+        if self.duplicates:
+            sizes = [count for count in Counter(table["group"].drop_null().to_pylist()).values() if count > 1]
+            log.info(
+                "%s of %s images are near-duplicates of others, some mirrored: %s groups, the largest of %s (column "
+                "group)", f"{sum(sizes):,}", f"{len(table):,}", f"{len(sizes):,}", f"{max(sizes, default=0):,}",
+            )  # fmt: skip
+        splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
+        log.info("wrote %s: %s, %d classes, %d tags", Path(data.root) / PARQUET, splits, len(labels), len(tags))
+        return f"{len(table)} images, {len(reasons)} unreadable"
+
+    @model_validator(mode="after")
+    def _decodes_for_duplicates(self) -> Self:
+        if self.duplicates and not self.verify:
+            raise ValueError("job.duplicates: true, and job.verify=false decodes no image; set job.verify=true")
+        return self
+
+
+def write_manifest(
+    root: str,
+    *,
+    validation_fraction: float,
+    verify: bool,
+    duplicates: bool = False,
+    max_pixels: int = DEFAULT_MAX_PIXELS,
+) -> pa.Table:
+    """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file; return it.
+
+    verify: decode every image, and fill in the columns _DECODED. Unreadable images stay in the manifest with weight 0
+    and a reason; without verify, only files that cannot be opened do. duplicates: also fill in
+    group (data/tools/duplicates.py), which needs verify.
+
+    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
+    and for an existing manifest that this function did not write.
+    """
+    folder = check_root(root)
+    if (manifest := find_manifest(folder)) is not None:
+        refuse_foreign(manifest)
+    table = read_folder(folder)
+    paths = table["path"].to_pylist()
+    find_sizes(folder, paths, "a manifest cannot name this image")
+    facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")
+    columns = {
+        "sha256": pa.array([fact.sha256 for fact in facts], pa.string()),
+        "weight": pa.array([1.0 if fact.kind is None else 0.0 for fact in facts], pa.float32()),
+    }
+    if any(fact.kind for fact in facts):
+        columns["reason"] = pa.array([fact.kind and f"unreadable: {fact.reason}" for fact in facts], pa.string())
+    if verify:
+        columns |= {name: pa.array([getattr(fact, name) for fact in facts], MEASURED[name]) for name in _DECODED}
+    if duplicates:
+        hashes = columns["phash"]
+        groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
+        columns["group"] = pc.replace_with_mask(hashes, hashes.is_valid(), groups)
+    for name, column in columns.items():
+        table = replace_column(table, name, column)
+    table = assign_validation(table, validation_fraction)
+    save_manifest(folder, table)
+    return table

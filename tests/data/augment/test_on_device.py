@@ -1,0 +1,208 @@
+"""Augmentation on the device. Reference equality: torchvision's functions, one image at a time with the same draws.
+Properties: splits and workers change nothing, the draws cover their ranges, nothing waits for the device."""
+
+import pytest
+import torch
+import yaml
+from torchvision.transforms import InterpolationMode
+from torchvision.transforms.v2 import functional as tv
+
+from data.augment.on_device import AUGMENT, Augmentation, DeviceAugment
+from data.config import AugmentConfig
+from tests.engine.test_no_host_sync import count
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from utils import rng
+from utils.config.help import CONF
+
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
+SIZE = [24, 32]
+OPTIONS = {
+    "mirror": {"horizontal_flip": 0.5},
+    "affine": {"affine": {"degrees": 40.0, "translate": 0.2, "scale": [0.6, 1.3], "shear_degrees": 15.0}},
+    "colours": {"color_jitter": {"brightness": 0.4, "contrast": 0.5, "saturation": 0.6, "hue": 0.3}},
+    "erasing": {"random_erasing": 0.7},
+}
+ALL = {key: value for option in OPTIONS.values() for key, value in option.items()}
+CASES = {
+    **OPTIONS,
+    "all": ALL,
+    "no hue": {"color_jitter": {"brightness": 0.4, "contrast": 0.5, "saturation": 0.0, "hue": 0.0}},
+    "hue alone": {"color_jitter": {"brightness": 0.0, "contrast": 0.0, "saturation": 0.0, "hue": 0.5}},
+    "normal noise": {"random_erasing": 1.0, "erasing_noise": "normal"},
+}
+
+
+def config_of(channels=3, **changes):
+    values = yaml.safe_load((CONF / "augment" / "light.yaml").read_text())
+    values |= {"image_size_hw": SIZE, "horizontal_flip": 0.0, "on_device": True, "fill": 200}
+    values |= {"mean": [0.5, 0.4, 0.6][:channels], "std": [0.2, 0.3, 0.25][:channels]}
+    return AugmentConfig.model_validate(values | changes)
+
+
+def draw_batch(config, count, channels=3):
+    """Return the hook's object, images of soft noise, the draws of each sample, their parameters and keys."""
+    augment, generator = DeviceAugment(config), torch.Generator().manual_seed(3)
+    coarse = torch.rand(count, channels, SIZE[0] // 4, SIZE[1] // 4, generator=generator)
+    images = torch.nn.functional.interpolate(coarse, size=SIZE, mode="bicubic").clamp(0, 1)
+    images = (images * 255).round().to(torch.uint8)
+    keys, drawn = torch.tensor([rng.sample_key(0, place) for place in range(count)]), []
+    for key in keys.tolist():
+        with rng.seeded(key):
+            drawn.append(augment.draw())
+    return augment, images, drawn, torch.stack([augment.pack(one) for one in drawn]), keys
+
+
+def reference(image, drawn, config, noise):
+    """Apply torchvision's functions to one image, in float32 from 0 to 1, and round at the end as the batch does."""
+    image = image.float() / 255
+    if config.affine is not None:
+        # A frame in the fill's level keeps torchvision from applying the fill's share twice along the image's edge.
+        frame = 3 * max(SIZE)
+        image = tv.pad(image, [frame], fill=config.fill / 255)
+        image = tv.affine(
+            image, angle=drawn.angle, translate=list(drawn.translate), scale=drawn.scale, shear=list(drawn.shear),
+            interpolation=InterpolationMode.BILINEAR, fill=[config.fill / 255],
+        )  # fmt: skip
+        image = tv.crop(image, frame, frame, *SIZE)
+    if drawn.mirrored:
+        image = tv.horizontal_flip(image)
+    image = change_colours(image, drawn)
+    image = (image * 255).round().to(torch.uint8)
+    top, left, height, width = drawn.erased_px
+    if height:
+        image = tv.erase(image, top, left, height, width, noise[:, top : top + height, left : left + width])
+    return image
+
+
+def change_colours(image, drawn):
+    changes = (tv.adjust_brightness, tv.adjust_contrast, tv.adjust_saturation, tv.adjust_hue)
+    for number in drawn.order:
+        if drawn.factors[number] != Augmentation().factors[number]:
+            image = changes[number](image, drawn.factors[number])
+    return image
+
+
+# ------------------------------------------------------------------------------------------------------------ equality
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("case", CASES)
+def test_a_batch_equals_torchvisions_functions_on_each_image(case, channels):
+    """To one level in a few pixels: both round once, after float32 sums in another order and on another scale."""
+    config = config_of(channels, **CASES[case])
+    augment, images, drawn, parameters, keys = draw_batch(config, 48, channels)
+    assert parameters.shape == (48, 20) and parameters.dtype == torch.float32
+    found = augment.apply(images, parameters, keys)
+    noise = augment._noise(keys, images.shape)
+    wanted = torch.stack([reference(*sample, config, own) for *sample, own in zip(images, drawn, noise)])
+    assert found.dtype == torch.uint8 and found.is_contiguous()
+    distance = (found.int() - wanted.int()).abs()
+    assert distance.max() <= 1 and (distance > 0).float().mean() < 5e-4
+    assert channels == 1 and case == "hue alone" or not torch.equal(found, images)
+
+
+def test_the_edge_of_the_fills_level_stays_invisible():
+    """A white letter's sheet, turned: no grey line where the sheet ended."""
+    config = config_of(1, **OPTIONS["affine"], fill=255)
+    augment, _, _, parameters, keys = draw_batch(config, 16, 1)
+    assert (augment.apply(torch.full((16, 1, *SIZE), 255, dtype=torch.uint8), parameters, keys) == 255).all()
+
+
+def test_no_change_is_no_change_to_the_byte():
+    config = config_of(**ALL)
+    augment, images, _, _, keys = draw_batch(config, 8)
+    assert torch.equal(augment.apply(images, augment.pack(Augmentation()).repeat(8, 1), keys), images)
+    mirrored = augment.pack(Augmentation(mirrored=True)).repeat(8, 1)
+    assert torch.equal(augment.apply(images, mirrored, keys), images.flip(-1))
+
+
+# -------------------------------------------------------------------------------------------------- splits and workers
+
+
+@pytest.mark.parametrize("case", ["all", "normal noise"])
+def test_the_split_of_a_batch_changes_no_bit(case):
+    augment, images, _, parameters, keys = draw_batch(config_of(**CASES[case]), 13)
+    whole = augment.apply(images, parameters, keys)
+    for sizes in ([1] * 13, [5, 8], [2, 7, 4]):
+        pieces = [part.split(sizes) for part in (images, parameters, keys)]
+        assert torch.equal(torch.cat([augment.apply(*piece) for piece in zip(*pieces)]), whole)
+
+
+def test_nothing_waits_for_the_device():
+    augment, images, _, parameters, keys = draw_batch(config_of(**ALL), 4)
+    normal = draw_batch(config_of(**CASES["normal noise"]), 4)[0]
+    assert count(lambda: augment.on_device({"images": images, "key": keys, AUGMENT: parameters})) == []
+    assert count(lambda: normal.apply(images, parameters, keys)) == []
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the tests above do the same on a CPU")
+def test_a_gpu_gives_the_same_images():
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    augment, *batch = draw_batch(config_of(**ALL), 32)
+    images, _, parameters, keys = batch
+    here = augment.apply(images, parameters, keys)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        moved = [
+            part.cuda(non_blocking=True) for part in (images.pin_memory(), parameters.pin_memory(), keys.pin_memory())
+        ]
+        there = augment.apply(*moved)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    distance = (there.cpu().int() - here.int()).abs()
+    assert distance.max() <= 1 and (distance > 0).float().mean() < 1e-2
+
+
+# ----------------------------------------------------------------------------------------------------------- the draws
+
+
+def test_the_draws_cover_their_ranges():
+    """4,000 draws: ends within 5 % of a range, means within four standard errors, all 24 orders of colours."""
+    config = config_of(**{**ALL, "horizontal_flip": 0.3})
+    augment, drawn = DeviceAugment(config), []
+    for position in range(4000):
+        with rng.seeded(rng.sample_key(0, position)):
+            drawn.append(augment.draw())
+    height, width = SIZE
+    ranges = {
+        "angle": (-40.0, 40.0, [one.angle for one in drawn]),
+        "scale": (0.6, 1.3, [one.scale for one in drawn]),
+        "shear": (-15.0, 15.0, [one.shear[1] for one in drawn]),
+        "shift": (-0.2 * height, 0.2 * height, [one.translate[1] for one in drawn]),
+        "brightness": (0.6, 1.4, [one.factors[0] for one in drawn]),
+        "hue": (-0.3, 0.3, [one.factors[3] for one in drawn]),
+    }
+    for name, (low, high, values) in ranges.items():
+        slack = 1.0 if name.startswith("shift") else 0.05 * (high - low)  # shifts are whole pixels
+        assert low - slack <= min(values) <= low + slack and high - slack <= max(values) <= high + slack, name
+        assert abs(sum(values) / 4000 - (low + high) / 2) < 4 * (high - low) / 12**0.5 / 4000**0.5, name
+    assert len({one.order for one in drawn}) == 24
+    assert abs(sum(one.mirrored for one in drawn) / 4000 - 0.3) < 0.03
+    areas = [one.erased_px[2] * one.erased_px[3] / (height * width) for one in drawn if one.erased_px[2]]
+    assert abs(len(areas) / 4000 - 0.7) < 0.03
+    assert 0.01 < min(areas) < 0.04 and 0.28 < max(areas) < 0.36
+
+
+def test_the_noise_of_an_erased_rectangle_is_that_of_the_configuration():
+    keys = torch.tensor([rng.sample_key(0, place) for place in range(64)])
+    std = [0.1, 0.05, 0.08]  # so small that black and white cut off next to nothing
+    normal = DeviceAugment(config_of(random_erasing=1.0, erasing_noise="normal", std=std))
+    noise = normal._noise(keys, torch.Size((64, 3, 32, 32))).float() / 255
+    torch.testing.assert_close(noise.mean(dim=(0, 2, 3)), torch.tensor([0.5, 0.4, 0.6]), atol=2e-3, rtol=0)
+    torch.testing.assert_close(noise.std(dim=(0, 2, 3)), torch.tensor(std), atol=2e-3, rtol=0)
+
+
+# --------------------------------------------------------------------------------------------------------------- kinds
+
+
+def test_a_classifier_trains_with_it_and_fits_its_head_to_augmented_images(tmp_path, monkeypatch):
+    images, applied = make_images(tmp_path / "images"), []
+    apply = DeviceAugment.apply
+    monkeypatch.setattr(
+        DeviceAugment, "apply", lambda self, *batch: applied.append(len(batch[0])) or apply(self, *batch)
+    )
+    words = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={images}", "augment=light", "task.head=fitted"]
+    words += ["augment.on_device=true", "run_dir=run"]
+    run("finetune", words, tmp_path)
+    assert sum(applied[:-4]) >= 8 and applied[-4:] == [2, 2, 2, 2]  # the head's images, then two steps of two batches

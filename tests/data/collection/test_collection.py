@@ -1,0 +1,274 @@
+"""Collections: literal tables of the folders' layouts, refusals by key and one word, and the index that is kept."""
+
+import os
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data.collection.collection
+import data.layouts.table
+from data.collection.collection import Collection, check_classes, index_collection
+from data.layouts.table import SCHEMA, build_table, count_values, hash_table
+from utils.errors import UserError
+
+
+def put(root, *paths, text=None):
+    """Write small images, and text files for them; return the root."""
+    for number, path in enumerate(paths):
+        file = root / path
+        file.parent.mkdir(parents=True, exist_ok=True)
+        Image.new("L", (4, 4), 10 * number).save(file, format="PNG")
+        if text is not None:
+            file.with_suffix(".txt").write_text(text, encoding="utf-8")
+    return root
+
+
+def load(root, cache, fraction=0.0):
+    return Collection(str(root), index_collection(str(root), validation_fraction=fraction, cache=cache))
+
+
+def columns(collection, *names):
+    return [tuple(row) for row in zip(*(collection.table[name].to_pylist() for name in names))]
+
+
+@pytest.fixture
+def root(tmp_path):
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+@pytest.fixture
+def opened(tmp_path):
+    return lambda root, fraction=0.0: load(root, tmp_path / "cache", fraction)
+
+
+@pytest.fixture
+def refuse(opened, tmp_path):
+    def refuse(root, *words):
+        with pytest.raises(UserError, match=r"^data\.root: ") as caught:
+            opened(root)
+        assert all(word in str(caught.value) for word in words), caught.value
+        assert not (tmp_path / "cache").exists()
+
+    return refuse
+
+
+# Layouts.
+
+
+def test_class_folders_with_splits(opened, root):
+    put(root, "train/cat/b.png", "train/cat/deep/er/a.png", "train/dog/a.png", "val/cat/a.png", "Valid/dog/a.png")
+    collection = opened(root)
+    assert columns(collection, "path", "split", "label") == [
+        ("Valid/dog/a.png", "val", "dog"),
+        ("train/cat/b.png", "train", "cat"),
+        ("train/cat/deep/er/a.png", "train", "cat"),
+        ("train/dog/a.png", "train", "dog"),
+        ("val/cat/a.png", "val", "cat"),
+    ]
+    assert collection.rows("train").tolist() == [1, 2, 3] and collection.rows("val").dtype == np.int64
+    assert collection.absolute_path(4) == root / "val/cat/a.png"
+    assert collection.table["size"][1].as_py() == (root / "train/cat/b.png").stat().st_size
+
+
+def test_class_folders_without_splits_and_flat_folders(opened, root, tmp_path):
+    put(root, "cat/a.png", "dog/x/a.png")
+    assert columns(opened(root), "path", "split", "label") == [
+        ("cat/a.png", "train", "cat"),
+        ("dog/x/a.png", "train", "dog"),
+    ]
+    flat = put(tmp_path / "flat", "b.PNG", "a.png", "._a.png", ".trash/b.png")
+    (flat / "notes.md").write_text("not an image")
+    assert columns(opened(flat), "path", "split", "label") == [("a.png", "train", None), ("b.PNG", "train", None)]
+
+
+@pytest.mark.parametrize("is_manifest", [False, True], ids=["folders", "manifest"])
+@pytest.mark.parametrize("names, use", [(["train", "test", "valid"], "ignored"), (["train", "test"], "validation")])
+def test_a_test_split_is_ignored_beside_a_validation_split(names, use, is_manifest, opened, root, log):
+    put(root, *(f"{name}/a.png" for name in names))
+    if is_manifest:
+        lines = [f"{name}/a.png,{name}" for name in names]
+        (root / "manifest.csv").write_text("\n".join(["path,split", *lines]))
+    collection = opened(root, 0.5)
+    assert dict(columns(collection, "path", "split")) == {"train/a.png": "train", f"{names[-1]}/a.png": "val"}
+    assert [use in text for text in log.messages if "test split" in text] == [True]
+
+
+def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
+    put(tmp_path / "elsewhere", "x.png")
+    put(root, "cat/a.png")
+    (root / "dog").symlink_to(tmp_path / "elsewhere")
+    assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/x.png", "dog")]
+
+
+@pytest.mark.parametrize(
+    "paths, words",
+    [
+        (["a.png", "cat/b.png"], ["'cat/b.png'", "class folder", "'a.png'"]),
+        (["train/cat/a.png", "val/b.png"], ["'train/cat/a.png'", "class folder", "'val/b.png'"]),
+        (["train/a.png", "extra/b.png"], ["'train/a.png'", "split folder", "'extra/b.png'"]),
+    ],
+)
+def test_mixed_layouts_are_refused(refuse, root, paths, words):
+    refuse(put(root, *paths), "mixes", *words)
+
+
+def test_roots_that_are_none(refuse, root, tmp_path):
+    refuse(tmp_path / "absent", str(tmp_path / "absent"), "does not exist")
+    refuse("", "''")
+    (tmp_path / "file").write_text("")
+    refuse(tmp_path / "file", "a file, not a folder")
+    (root / "a.heic").write_text("")
+    refuse(root, "no image", ".png")
+
+
+def test_bad_links_and_names_are_refused(refuse, root):
+    put(root, "cat/a.png")
+    bad = root / "cat" / "b.png"
+    for make, word in (
+        (lambda: bad.symlink_to(root), "circle"),
+        (lambda: bad.symlink_to(root / "nowhere.png"), "link to nothing"),
+        (lambda: bad.symlink_to("b.png"), "symbolic links"),
+        (lambda: os.mkfifo(bad), "no file"),
+    ):
+        make()
+        refuse(root, "cat/b.png", word)
+        bad.unlink()
+    (root / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
+    refuse(root, r"cat/\udcff.png", "rename")
+
+
+# Sidecars. Their content is in test_tag_readers.py.
+
+
+def test_sidecars_with_the_whole_name_come_first(opened, root):
+    put(root, "a.png", "a.jpg", text="stem")
+    (root / "a.png.txt").write_text("whole")
+    assert columns(opened(root), "caption") == [("stem",), ("whole",)]
+
+
+@pytest.mark.parametrize("ending", [".txt", ".png.txt", ".json"])
+def test_a_sidecar_may_not_be_a_link_out_of_the_root(opened, refuse, root, tmp_path, ending):
+    put(root, "cat/a.png", "cat/b.png")
+    secret = tmp_path / f"root_secret{ending}"  # its name begins like the root's
+    secret.write_text('{"tags": ["secret"]}')
+    link = root / f"cat/a{ending}"
+    for target in (secret, f"../../{secret.name}"):
+        link.symlink_to(target)
+        refuse(root, str(link), "link out of the collection", str(secret))
+        link.unlink()
+    (root / f"inside{ending}").write_text('{"tags": ["ours"]}')
+    link.symlink_to(f"../inside{ending}")
+    assert "ours" in str(opened(root).row(0).tags)
+
+
+def test_links_to_pairs_of_image_and_sidecar_are_followed(opened, root, tmp_path):
+    put(tmp_path / "pool", "x.png", text="one, two")
+    for name in ("x.png", "x.txt"):
+        (root / name).symlink_to(tmp_path / "pool" / name)
+    assert opened(root).row(0).tags == ("one", "two")
+
+
+def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
+    put(root, "a.png")
+    sidecar = root / "a.txt"
+    for make in (
+        lambda: os.mkfifo(sidecar),
+        lambda: sidecar.write_bytes(b"") or os.truncate(sidecar, 2**40),
+        lambda: sidecar.symlink_to(root / "nowhere.txt"),
+    ):
+        make()
+        refuse(root, "a.txt")
+        sidecar.unlink()
+
+
+# The index.
+
+
+def test_the_index_of_a_folder(opened, root, tmp_path):
+    put(root, "cat/a.png", "dog/b.png", text="x, y")
+    before = sorted(root.rglob("*"))
+    collection = opened(root)
+    assert list((tmp_path / "cache").iterdir()) == [collection.arrow] and sorted(root.rglob("*")) == before
+    assert collection.table.schema.equals(SCHEMA) and len(collection.fingerprint) == 16
+    row = collection.row(np.int64(1))
+    assert (row.path, row.label, row.tags, row.rating) == ("dog/b.png", "dog", ("x", "y"), None)
+    assert (row.caption, row.weight) == ("x, y", 1.0)
+    with pytest.raises(IndexError):
+        collection.row(2).path  # noqa: B018
+    with pytest.raises(AttributeError, match="not score"):
+        row.score  # noqa: B018
+    before = collection.arrow.stat()
+    assert opened(root).arrow.stat() == before
+
+
+@pytest.mark.parametrize("name", SCHEMA.names)
+def test_every_column_is_in_the_hash(name):
+    base = {"path": ["a", "b"], "size": [1, 2], "tags": [["x", "y"], []], "label": ["l", None], "weight": [1, 0.5]}
+    other = {"path": ["a", "c"], "size": [1, 3], "tags": [["x"], ["y"]], "label": [None, "l"], "weight": [1, 0.25]}
+    changed = {**base, name: other.get(name, ["new", None])}
+    assert hash_table(build_table(base)) != hash_table(build_table(changed))
+
+
+def test_the_hash_does_not_see_chunks():
+    table = build_table(
+        {"path": ["a", "b", "c"], "tags": [["x"], [], ["yy", "z"]], "caption": [None, "é", "f"], "size": [1, None, 3]}
+    )
+    cut = pa.concat_tables([table.slice(0, 1), table.slice(1, 0), table.slice(1, 2)])
+    assert cut["path"].num_chunks > 1 and hash_table(cut) == hash_table(table)
+    # A literal, so that no release of pyarrow changes it unseen: a run is resumed only where it is the same.
+    assert hash_table(table) == "ea333e738e8eed9e"
+
+
+def test_a_collection_of_many_chunks(opened, root, monkeypatch):
+    put(root, *(f"{name}/{number}.png" for name in "ab" for number in range(5)), text="t")
+    whole = opened(root, 0.5)
+    rows = whole.table.to_pylist()
+    whole.arrow.unlink()
+    monkeypatch.setattr(data.layouts.table, "_CHUNK_ROWS", 3)
+    cut = opened(root, 0.5)
+    assert cut.table["path"].num_chunks == 4 and cut.fingerprint == whole.fingerprint
+    assert cut.table.to_pylist() == rows and [cut.row(i).path for i in range(10)] == [row["path"] for row in rows]
+    assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab"))
+
+
+def test_a_damaged_index_is_refused(opened, root):
+    collection = opened(put(root, "a.png"))
+    collection.arrow.write_bytes(collection.arrow.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"^data\.root: the index .*delete it"):
+        Collection(str(root), collection.arrow)
+
+
+def test_the_index_of_an_unchanged_manifest_is_not_made_again(opened, root, monkeypatch):
+    put(root, "a.png", "b.png")
+    (root / "manifest.csv").write_text("path\na.png\n")
+    assert len(opened(root)) == 1
+    with monkeypatch.context() as patched:
+        patched.setattr("data.layouts.recognise.read_manifest", lambda *_: pytest.fail("read again"))
+        assert len(opened(root)) == 1
+    (root / "manifest.csv").write_text("path\na.png\nb.png\n")
+    assert len(opened(root)) == 2
+
+
+def test_columns_as_arrays(opened, root):
+    put(root, "a.png", "b.png", "c.png", "d.png")
+    columns = {"path": list("abcd"), "label": ["x", "y", "x", None], "tags": [["t", "u"], ["u"], ["u", "v"], None]}
+    columns |= {"weight": [0.5, None, None, None], "split": [None, None, "val", None]}
+    pq.write_table(pa.table({**columns, "path": [f"{name}.png" for name in "abcd"]}), root / "manifest.parquet")
+    collection = opened(root)
+    ids = collection.class_ids(["y", "x"])
+    assert ids.tolist() == [1, 0, 1, -1] and ids.dtype == np.int64
+    assert collection.class_names("train") == ["x", "y"] and collection.class_names("val") == ["x"]
+    assert collection.weights().tolist() == [0.5, 1, 1, 1]
+    assert list(count_values(collection.table["tags"]).items()) == [("u", 3), ("t", 1), ("v", 1)]
+
+
+# Classes.
+
+
+def test_fewer_than_two_classes_are_refused(opened, root):
+    with pytest.raises(UserError, match=r"^data\.root: .* has 1 classes .*manifest\.csv"):
+        check_classes(opened(put(root, "train/a/a.png")), allow_missing=True)

@@ -1,0 +1,121 @@
+"""The validation split: stratified by class, by ids, and whole groups."""
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pytest
+
+from data.collection.split import assign_validation
+from data.layouts.table import build_table, replace_column
+from data.tools.write_manifest import write_manifest
+from tests.data.collection.test_collection import load, put
+
+SIZES = {"a": 1, "b": 2, "c": 5, "d": 10, "e": 25, "f": 34}
+SHARES = {  # round(fraction * n), halves up, at least 1 and at most n - 1; none of a single image
+    0.01: {"b": 1, "c": 1, "d": 1, "e": 1, "f": 1},
+    0.5: {"b": 1, "c": 3, "d": 5, "e": 13, "f": 17},
+    0.95: {"b": 1, "c": 4, "d": 9, "e": 24, "f": 32},
+}
+
+
+def labelled(sizes, unlabelled=0):
+    paths = {f"{name}/{number}.png": name for name, count in sizes.items() for number in range(count)}
+    paths |= {f"{number:04}.png": None for number in range(unlabelled)}
+    return build_table({"path": list(paths), "label": list(paths.values()), "split": ["train"] * len(paths)})
+
+
+def chosen(table, fraction):
+    """Return the paths that are split off."""
+    table = assign_validation(table, fraction)
+    return {path for path, split in zip(table["path"].to_pylist(), table["split"].to_pylist()) if split == "val"}
+
+
+def lowest(paths):
+    return sorted(paths, key=lambda path: hashlib.sha256(path.encode()).digest())
+
+
+def table_of(count, label=None, **columns):
+    paths = [f"{number:05}" for number in range(count)]
+    return build_table({"path": paths, "label": [label] * count, "split": ["train"] * count, **columns})
+
+
+def chosen_numbers(table, fraction):
+    return {int(path) for path in chosen(table, fraction)}
+
+
+@pytest.mark.parametrize("fraction", SHARES)
+def test_each_class_gives_a_share_of_its_lowest_hashes(fraction, log):
+    expected = set()
+    for name, count in SHARES[fraction].items():
+        expected.update(lowest([f"{name}/{number}.png" for number in range(SIZES[name])])[:count])
+    assert chosen(labelled(SIZES), fraction) == expected
+    assert f"split off {len(expected)} of 77 images" in log.text and "1 classes have a single image" in log.text
+
+
+def test_the_choice_is_that_of_the_class_alone_and_an_added_image_moves_at_most_one_other():
+    before = chosen(labelled({"x": 30, "y": 7}), 0.25)
+    other = chosen(labelled({"x": 30, "z": 300}), 0.25)
+    assert {path for path in before if path[0] == "x"} == {path for path in other if path[0] == "x"}
+    for count in range(31, 60):
+        after = chosen(labelled({"x": count, "y": 7}), 0.25)
+        assert len((before ^ after) - {f"x/{count - 1}.png"}) <= 1
+        before = after
+
+
+def test_unlabelled_images_go_by_their_hash_and_do_not_move():
+    alone, beside, more = (chosen(labelled(*sizes), 0.25) for sizes in (({}, 200), ({"x": 8}, 200), ({}, 300)))
+    assert {path for path in beside if "/" not in path} == alone and 30 < len(alone) < 70
+    assert len(beside) == len(alone) + 2 and {path for path in more if path < "0200"} == alone
+    assert alone < chosen(labelled({}, 200), 0.5)
+
+
+def test_a_given_split_stays():
+    given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": ["train", "val"]})
+    assert assign_validation(given, 0.5) is given and chosen(labelled({"x": 2}), 0) == set()
+
+
+def test_images_that_nothing_reads_are_not_split_off(tmp_path):
+    """Else the only validation image of a class may be one of weight 0."""
+    root = put(tmp_path / "root", *(f"x/{number}.png" for number in range(5)))
+    first, second = lowest([f"x/{number}.png" for number in range(5)])[:2]
+    (root / first).write_bytes(b"")
+    write_manifest(str(root), validation_fraction=0.2, verify=True)
+    collection = load(Path(root), tmp_path / "cache")
+    assert [collection.row(row).path for row in collection.rows("val")] == [second]
+
+
+@pytest.mark.parametrize("fraction, start", [(0.05, 950), (0.7, 300), (0.001, 999), (0.0004, 1000)])
+def test_rows_with_an_id_go_by_its_last_digits(fraction, start):
+    ids = np.random.default_rng(0).integers(-(2**40), 2**40, 3000).tolist()
+    table = table_of(3000, id=ids)
+    expected = {number for number, id in enumerate(ids) if id % 1000 >= start}
+    assert chosen_numbers(table, fraction) == expected
+    assert chosen_numbers(table.slice(0, 100), fraction) == {number for number in expected if number < 100}
+
+
+def test_rows_without_an_id_go_by_their_path_and_classes_do_in_any_case():
+    by_path = chosen_numbers(table_of(200), 0.25)
+    mixed = chosen_numbers(table_of(200, id=[0] * 100 + [None] * 100), 0.25)
+    assert mixed == {number for number in by_path if number >= 100}
+    names = replace_column(table_of(200), "id", pa.array([f"{number}999" for number in range(200)]))
+    assert chosen_numbers(names, 0.25) == by_path
+    assert chosen_numbers(table_of(40, "x", id=[999] * 40), 0.25) == chosen_numbers(table_of(40, "x"), 0.25)
+
+
+def test_a_group_goes_where_its_first_image_goes():
+    draw = np.random.default_rng(1)
+    groups = [None if draw.random() < 0.3 else int(draw.integers(200)) for _ in range(1000)]
+    alone, found = chosen_numbers(table_of(1000), 0.3), chosen_numbers(table_of(1000, group=groups), 0.3)
+    for number, group in enumerate(groups):
+        lead = number if group is None else groups.index(group)
+        assert (number in found) == (lead in alone)
+    assert 200 < len(found) < 400
+
+
+def test_a_group_is_one_image_of_its_class():
+    table = table_of(6, "x", group=[1, 1, 1, 2, 2, 0])
+    (first,) = [int(path) for path in lowest(["00000", "00003", "00005"])[:1]]
+    assert chosen_numbers(table, 0.3) == {0: {0, 1, 2}, 3: {3, 4}, 5: {5}}[first]
+    assert chosen_numbers(table_of(3, "x", group=[7, 7, 7]), 0.5) == set()

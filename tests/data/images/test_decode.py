@@ -1,0 +1,163 @@
+"""Decoding: literal pixels for each odd kind of image, refusals for each bad one."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.stream.source import UnreadableImage
+from data.tools.facts import measure_file
+from tests.support import read_image
+
+MAX_PIXELS = 10_000_000
+
+
+def read(path, channels=3):
+    return read_image(path, channels, MAX_PIXELS)
+
+
+def picture(mode="RGB", size=(6, 4)):
+    """Four plain quarters: red, green, blue, white (in grey: their luma)."""
+    image = Image.new("RGB", size, "white")
+    width, height = size[0] // 2, size[1] // 2
+    image.paste("red", (0, 0, width, height))
+    image.paste("lime", (width, 0, size[0], height))
+    image.paste("blue", (0, height, width, size[1]))
+    return image.convert(mode)
+
+
+RED, LIME, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
+
+
+def corners(pixels):
+    return [tuple(int(value) for value in pixels[y, x]) for y in (0, -1) for x in (0, -1)]
+
+
+def near(pixels, colours, tolerance):
+    return np.abs(np.array(corners(pixels)) - np.array(colours)).max() <= tolerance
+
+
+@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "ppm", "gif"])
+def test_lossless_formats_come_back_as_they_were(tmp_path, suffix):
+    picture().save(tmp_path / f"x.{suffix}")
+    pixels = read(tmp_path / f"x.{suffix}")
+    assert pixels.dtype == np.uint8 and pixels.shape == (4, 6, 3) and pixels.flags.writeable
+    assert np.array_equal(pixels, np.array(picture()))
+
+
+@pytest.mark.parametrize("name", ["x.tga", "x.TGA", "x.jp2", "x.j2k"])
+def test_tga_and_jpeg_2000_are_read(tmp_path, name):
+    wanted = {"tga": {"format": "TGA", "compression": "tga_rle"}}.get(name[-3:].lower(), {"format": "JPEG2000"})
+    picture(size=(32, 16)).save(tmp_path / name, irreversible=False, **wanted)
+    assert np.array_equal(read(tmp_path / name), np.array(picture(size=(32, 16))))
+
+
+def test_an_icon_is_read_at_its_largest_size_on_white(tmp_path):
+    icon = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    icon.paste((0, 0, 255, 255), (32, 0, 64, 64))
+    icon.save(tmp_path / "x.ico", sizes=[(16, 16), (64, 64)])
+    pixels = read(tmp_path / "x.ico")
+    assert pixels.shape == (64, 64, 3) and corners(pixels) == [WHITE, BLUE, WHITE, BLUE]
+
+
+def test_only_the_name_makes_a_file_tga(tmp_path):
+    """TGA has no signature: other bytes could be taken for it."""
+    picture().save(tmp_path / "x.png", format="TGA")
+    with pytest.raises(UnreadableImage, match="not an image of a known format"):
+        read(tmp_path / "x.png")
+    picture().save(tmp_path / "x.tga", format="PNG")
+    assert np.array_equal(read(tmp_path / "x.tga"), np.array(picture()))
+    for content in (b"", b"no image at all, but long enough to be read as a header of TGA", bytes(40)):
+        (tmp_path / "bad.tga").write_bytes(content)
+        with pytest.raises(UnreadableImage):
+            read(tmp_path / "bad.tga")
+
+
+@pytest.mark.parametrize(
+    "suffix, orientation",
+    [("jpg", 1), ("jpg", 2), ("png", 3), ("tiff", 4), ("webp", 5), ("avif", 6), ("png", 7), ("tiff", 8)],
+)
+def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
+    upright = picture(size=(32, 16))
+    inverse = {
+        2: Image.Transpose.FLIP_LEFT_RIGHT,
+        3: Image.Transpose.ROTATE_180,
+        4: Image.Transpose.FLIP_TOP_BOTTOM,
+        5: Image.Transpose.TRANSPOSE,
+        6: Image.Transpose.ROTATE_90,
+        7: Image.Transpose.TRANSVERSE,
+        8: Image.Transpose.ROTATE_270,
+    }
+    stored = upright.transpose(inverse[orientation]) if orientation > 1 else upright
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored.save(tmp_path / f"x.{suffix}", exif=exif, quality=95)
+    pixels = read(tmp_path / f"x.{suffix}")
+    assert pixels.shape == (16, 32, 3)
+    assert near(pixels, [RED, LIME, BLUE, WHITE], 12)
+    found = measure_file(tmp_path / f"x.{suffix}")
+    assert (found.orientation, found.width, found.height) == (orientation, 32, 16)
+
+
+@pytest.mark.parametrize("background, clear", [([10, 20, 30], [10, 20, 30]), ("drop", [200, 100, 50])])
+@pytest.mark.parametrize("mode", ["RGBA", "P"])
+def test_the_background_of_transparent_pixels_is_as_stated(mode, background, clear, tmp_path):
+    """The left pixel is clear, the right one is not; on white: test_corpora.py."""
+    image = Image.new(mode, (2, 1), (200, 100, 50, 0) if mode == "RGBA" else 0)
+    if mode == "P":
+        image.putpalette([200, 100, 50, 200, 100, 50])
+    image.putpixel((1, 0), (200, 100, 50, 255) if mode == "RGBA" else 1)
+    image.save(tmp_path / "x.png", **({"transparency": 0} if mode == "P" else {}))
+    assert read_image(tmp_path / "x.png", 3, 100, background)[0].tolist() == [clear, [200, 100, 50]]
+
+
+@pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
+def test_sixteen_bit_grey_is_scaled_not_clipped(tmp_path, suffix):
+    values = np.array([[0, 128, 129, 257, 32768, 65535]], np.uint16)
+    Image.fromarray(values).save(tmp_path / f"x.{suffix}")
+    expected = [0, 0, 1, 1, 128, 255]
+    assert read(tmp_path / f"x.{suffix}", 1)[0, :, 0].tolist() == expected
+    assert read(tmp_path / f"x.{suffix}")[0, :, 2].tolist() == expected
+
+
+def test_cmyk_jpeg_is_converted(tmp_path):
+    picture("CMYK", (32, 32)).save(tmp_path / "x.jpg", quality=95)
+    assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
+    assert measure_file(tmp_path / "x.jpg").mode == "CMYK"
+
+
+def test_adobe_ycck_jpeg_is_converted(tmp_path):
+    """What Photoshop writes: inks stored inverted, three of them as luma and chroma, and a flag that says so."""
+    inks = np.array(picture("CMYK", (32, 32)))
+    luma = np.array(Image.fromarray(inks[..., :3]).convert("YCbCr"))
+    stored = np.dstack([luma, 255 - inks[..., 3]])
+    Image.fromarray(255 - stored, "CMYK").save(tmp_path / "x.jpg", quality=95)
+    data = bytearray((tmp_path / "x.jpg").read_bytes())
+    flag = data.index(b"Adobe") + 11
+    assert data[flag] == 0
+    data[flag] = 2
+    (tmp_path / "x.jpg").write_bytes(data)
+    assert near(read(tmp_path / "x.jpg"), [RED, LIME, BLUE, WHITE], 12)
+
+
+@pytest.mark.parametrize("suffix", ["gif", "webp", "png", "tiff", "avif"])
+def test_animations_give_their_first_frame(tmp_path, suffix):
+    frames = [Image.new("RGB", (8, 8), colour) for colour in ("red", "blue")]
+    frames[0].save(tmp_path / f"x.{suffix}", save_all=True, append_images=frames[1:], lossless=True)
+    with Image.open(tmp_path / f"x.{suffix}") as image:
+        assert image.n_frames == 2
+    assert near(read(tmp_path / f"x.{suffix}"), [RED] * 4, 3 if suffix == "avif" else 0)
+
+
+@pytest.mark.parametrize("mode, options, transparent", [("RGBA", {}, 1), ("RGB", {}, 0), ("P", {"transparency": 0}, 1)])
+def test_what_a_manifest_states_of_the_pixels(tmp_path, mode, options, transparent):
+    Image.new(mode, (4, 4)).save(tmp_path / "x.png", **options)
+    found = measure_file(tmp_path / "x.png")
+    assert (found.kind, found.format, found.mode, found.transparent) == (None, "PNG", mode, transparent)
+
+
+def test_pixels_of_unknown_range_are_refused(tmp_path):
+    Image.fromarray(np.array([[0.0, 1e9]], np.float32)).save(tmp_path / "float.tiff")
+    Image.fromarray(np.array([[-1, 70000]], np.int32)).save(tmp_path / "integer.tiff")
+    for name, reason in (("float", "floating-point pixels"), ("integer", "integer pixels from -1 to 70000")):
+        with pytest.raises(UnreadableImage, match=reason):
+            read(tmp_path / f"{name}.tiff")

@@ -1,0 +1,132 @@
+"""The cache on disk: hits equal misses, nothing stale is served, and no full disk matters."""
+
+import os
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.images import disk_cache as disk
+from data.images.decode import Decoder
+from data.images.disk_cache import DiskCached
+from data.images.image_source import Files, Images
+from data.stream.loader import EvaluationStream, Loader, SampleReader, no_fields
+from data.stream.source import IMAGE, UnreadableImage, not_cached
+from tests.data.collection.test_collection import load
+from tests.support import cache_config
+from utils.errors import UserError
+
+COUNT, RGB = 12, Decoder(3, 10**6)
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Take files that were just written for old ones."""
+    monkeypatch.setattr(disk, "_YOUNG_SEC", 0)
+
+
+def write_noise(file, seed):
+    """Write a BMP, whose size does not depend on its pixels."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (30, 40 + seed % 7, 3), dtype=np.uint8)).save(file)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    for number in range(COUNT):
+        write_noise(tmp_path / "photos" / "train" / "a" / f"{number:02}.bmp", number)
+    return load(tmp_path / "photos", tmp_path / "index")
+
+
+def cached(photos, folder, decoder=RGB, **changes):
+    config = cache_config(folder=str(folder), **{"disk_gib": 0.05} | changes)
+    return DiskCached(Images(Files(photos), decoder), config)
+
+
+def read_all(source):
+    return [source.read(row)[IMAGE] for row in range(COUNT)]
+
+
+def counted(source):
+    counts = source.counts()
+    return counts["hits"], counts["misses"]
+
+
+def assert_equal(first, second):
+    assert all(map(torch.equal, first, second))
+
+
+# ---------------------------------------------------------------------------------------------------- the same pixels
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_hit_equals_a_miss(channels, photos, tmp_path):
+    source = cached(photos, tmp_path / "cache", Decoder(channels, 10**6))
+    missed = read_all(source)
+    hit = read_all(source)
+    assert counted(source) == (COUNT, COUNT)
+    assert_equal(hit, missed)
+    for image, plain in zip(hit, read_all(source.inner)):
+        assert image.shape == plain.shape and (channels == 1 or image.stride() == plain.stride())
+        assert torch.equal(image, plain)
+        image.zero_()  # memory of its own
+    assert_equal(read_all(source), missed)
+
+
+def test_an_edited_file_is_read_again(photos, tmp_path):
+    source = cached(photos, tmp_path / "cache")
+    before = read_all(source)
+    file, times = photos.absolute_path(0), os.stat(photos.absolute_path(0))
+    Image.fromarray(255 - np.asarray(Image.open(file))).save(file)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert os.stat(file).st_size == times.st_size and os.stat(file).st_mtime_ns == times.st_mtime_ns
+    assert torch.equal(source.read(0)[IMAGE], 255 - before[0])
+    file.unlink()
+    with pytest.raises(UnreadableImage):
+        source.read(0)
+
+
+def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(photos, tmp_path, monkeypatch):
+    monkeypatch.setattr(disk, "_YOUNG_SEC", 3600)
+    source = cached(photos, tmp_path / "cache")
+    read_all(source)
+    assert not any(map(source.has, range(COUNT)))
+
+
+def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_path):
+    source = cached(photos, tmp_path / "cache")
+    machine = type("Machine", (), {"workers": 2, "prefetch_batches": 2, "device": torch.device("cpu")})
+    views = {"images": lambda image, draw: image[:, :30, :40].float()}
+
+    def epoch():
+        reader = SampleReader(photos, source, views, no_fields, training=False)
+        batches = EvaluationStream(Loader(reader, machine, print), range(COUNT), 4)
+        return torch.cat([batch["images"] for batch in batches])
+
+    assert not_cached(source, range(COUNT)) == list(range(COUNT))  # which opens the store in this process
+    first = epoch()
+    assert not_cached(source, range(COUNT)) == []
+    assert torch.equal(epoch(), first) and counted(source) == (COUNT, COUNT)
+    readings = source.readings()
+    assert readings.pop("l2_hit_rate") == 0.5 and readings.pop("l2_gib") > 0 and set(readings.values()) == {0}
+
+
+def test_a_full_disk_is_one_warning(photos, small_disk, log):
+    shutil.copytree(photos.root, small_disk / "more")  # half of the disk
+    source = cached(photos, small_disk / "cache")
+    for number in range(80):
+        source._recipe = str(number)
+        assert_equal(read_all(source), read_all(source.inner))
+    warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
+    assert len(warned) == 1 and source.counts()["refused"] > 0
+
+
+# ------------------------------------------------------------------------------------------------------------ settings
+
+
+def test_a_folder_that_cannot_be_used_is_refused(photos, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="^data.cache.folder: "):
+        cached(photos, tmp_path / "file" / "cache")

@@ -1,0 +1,206 @@
+"""Decoded images in shared memory: hits equal misses, writers are killed, ranks share, and what `auto` decides."""
+
+import gc
+import logging
+import multiprocessing
+import os
+import signal
+import time
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+from data.augment.transforms import EvalTransform, TrainTransform
+from data.config import AugmentConfig
+from data.images import memory_cache as memory
+from data.images.decode import Decoder
+from data.images.image_source import Files, Images
+from data.images.memory_cache import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
+from data.stream.loader import SampleReader, no_fields
+from data.stream.order import Draw
+from data.stream.source import UnreadableImage
+from tests.data.collection.test_collection import load
+from tests.support import cache_config
+from utils.config.help import CONF
+from utils.ranks import distributed
+
+FORK = multiprocessing.get_context("fork")
+SIZES_WH = ((40, 30), (64, 200), (25, 25), (300, 90))
+
+
+@pytest.fixture(scope="module")
+def collection(tmp_path_factory):
+    root = tmp_path_factory.mktemp("images")
+    draw = np.random.default_rng(0)
+    for number in range(12):
+        width, height = SIZES_WH[number % 4]
+        Image.fromarray(draw.integers(0, 256, (height, width, 3), np.uint8)).save(root / f"{number:02}.png")
+    (root / "99.png").write_bytes(b"no image")
+    return load(root, root.parent / "cache")
+
+
+def images(collection, shortest_px=None, channels=3):
+    return Images(Files(collection), Decoder(channels, 10**6, "white", shortest_px=shortest_px))
+
+
+def cached(collection, **changes):
+    return MemoryCached(images(collection, **changes), Arena.create(len(collection), 2**22))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("shortest_px", [None, 50])
+def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, shortest_px, channels):
+    plain, kept = (make(collection, shortest_px=shortest_px, channels=channels) for make in (images, cached))
+    for row in range(12):
+        direct, miss, hit = (source.read(row)["image"] for source in (plain, kept, kept))
+        assert torch.equal(direct, miss) and torch.equal(miss, hit)
+        first = 1 if channels == 1 else 0  # the stride of one channel means nothing
+        assert direct.stride()[first:] == miss.stride()[first:] == hit.stride()[first:]
+    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.arena.used_bytes / GIB}
+
+
+def test_an_unreadable_image_is_refused_each_time(collection):
+    kept = cached(collection)
+    for _ in range(2):
+        with pytest.raises(UnreadableImage):
+            kept.read(12)
+    assert 12 not in kept.arena
+
+
+def test_no_transform_changes_what_is_kept(collection):
+    values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {
+        "image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0, "pad": "square",
+        "affine": {"degrees": 5.0, "translate": 0.1, "scale": [0.9, 1.1], "shear_degrees": 5.0},
+        "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+        "rand_augment": "rand-m9-mstd0.5-inc1",
+    }  # fmt: skip
+    erased = values | {"affine": None, "color_jitter": None, "rand_augment": None, "pad": "none"}
+    transforms = [TrainTransform(AugmentConfig(**config)) for config in (values, erased)]
+    transforms.append(EvalTransform({**values, "eval_resize": "squash"}))
+    kept = cached(collection)
+    before = [kept.read(row)["image"].clone() for row in range(12)]
+    for transform in transforms:
+        reader = SampleReader(collection, kept, {"images": transform}, no_fields, training=True)
+        for row in range(12):
+            reader.read(Draw(row, row, 7), [])
+    assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
+
+
+# ------------------------------------------------------------------------------------------------------------ the arena
+
+
+def pixels_of(row):
+    return torch.full((40, 50, 3), row, dtype=torch.uint8)
+
+
+def test_a_full_arena_keeps_the_first_images():
+    arena = Arena.create(100, 5 * (40 * 50 * 3 + 24))
+    for row in range(100):
+        arena.put(row, pixels_of(row))
+    assert [row for row in range(100) if row in arena] == [0, 1, 2, 3, 4]
+    assert torch.equal(arena.get(4), pixels_of(4).permute(2, 0, 1)) and arena.get(5) is None
+
+
+def test_no_image_is_added_where_memory_runs_out(monkeypatch):
+    arena = Arena.create(9, 2**20)
+    monkeypatch.setattr(memory, "_CHECKED_BYTES", 10_000)
+    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    for row in range(9):
+        arena.put(row, pixels_of(row))
+    assert [row for row in range(9) if row in arena] == [0]
+
+
+def fill(arena, first):
+    for number in range(2000):
+        row = (first + number) % 2000
+        if (image := arena.get(row)) is not None:
+            assert torch.equal(image, pixels_of(row % 251).permute(2, 0, 1))
+        arena.put(row, pixels_of(row % 251))
+
+
+def test_killed_writers_leave_no_bad_image():
+    arena = Arena.create(2000, 2000 * (40 * 50 * 3 + 24) * 2)
+    for number in range(12):
+        writers = [FORK.Process(target=fill, args=(arena, 150 * number + 700 * place)) for place in range(2)]
+        for writer in writers:
+            writer.start()
+        time.sleep(0.01 + 0.005 * number)
+        for writer in writers:
+            os.kill(writer.pid, signal.SIGKILL)
+            writer.join()
+    kept = [row for row in range(2000) if row in arena]
+    assert len(kept) > 100
+    fill(arena, 0)  # which checks each image that it finds
+    assert all(row in arena for row in range(2000))
+
+
+def test_another_rank_attaches(collection):
+    kept = cached(collection)
+    image = kept.read(0)["image"]
+    other = MemoryCached(images(collection), Arena(os.open(kept.arena.path, os.O_RDWR), len(collection)))
+    other.read(5)
+    assert torch.equal(other.read(0)["image"], image) and 5 in kept.arena
+    descriptor, path = kept.arena._descriptor, kept.arena.path
+    del kept, image
+    gc.collect()
+    with pytest.raises(OSError):
+        os.fstat(descriptor)
+    with pytest.raises(OSError):
+        os.open(path, os.O_RDWR)
+    assert 5 in other.arena
+
+
+def rank_of_two(rank, pipe, found):
+    """Share an arena as one of two ranks, joined by a pipe."""
+
+    def gather(value):
+        pipe.send(value)
+        other = pipe.recv()
+        return [value, other] if rank == 0 else [other, value]
+
+    distributed.gather_objects, distributed.rank = gather, lambda: rank
+    arena = share_arena(4, lambda: 2**20)
+    arena.put(rank, pixels_of(rank))
+    gather(None)
+    found.put([int(arena.get(row)[0, 0, 0]) for row in (0, 1)])
+
+
+def test_two_ranks_share_one_arena():
+    found = FORK.Queue()
+    ranks = [FORK.Process(target=rank_of_two, args=(rank, end, found)) for rank, end in enumerate(FORK.Pipe())]
+    for process in ranks:
+        process.start()
+    assert [found.get(timeout=60) for _ in ranks] == [[0, 1], [0, 1]]
+    for process in ranks:
+        process.join()
+
+
+# ------------------------------------------------------------------------------------------------------ what is chosen
+
+
+@pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
+def test_images_are_kept_as_configured(collection, monkeypatch, gib, kept):
+    source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
+    assert isinstance(source, MemoryCached) is kept
+    monkeypatch.delattr(os, "memfd_create")
+    assert not isinstance(keep_in_memory(images(collection), collection, cache_config(memory_gib=gib)), MemoryCached)
+
+
+@pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])
+def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collection, monkeypatch, caplog, share, kept):
+    source = images(collection)
+    whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13
+    monkeypatch.setattr(memory, "free_memory", lambda: int(share * whole))
+    with caplog.at_level(logging.INFO):
+        budget = choose_budget(source, collection, "auto")
+    assert (0 < budget <= share * whole / 2) is kept
+    assert ("data.cache.memory_gib" in caplog.text) is not kept
+
+
+def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
+    monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
+    assert choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
+    assert choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text

@@ -1,0 +1,57 @@
+"""The keyed store: round trips, damage, a limit, a full disk, and writers that are killed."""
+
+import numpy as np
+import pytest
+import torch
+
+from data.images.record_store import LimitedStore, Store, TensorStore, record_key
+from utils.errors import UserError
+
+KEYS = [record_key("record", number) for number in range(40)]
+RECORD = {"mean": torch.randn(2, 3).half(), "logvar": torch.randn(2, 3).bfloat16()}
+
+
+def content_of(key):
+    return np.random.default_rng(int(key, 16)).bytes(20_000)
+
+
+def test_records_of_tensors_come_back(tmp_path):
+    store = TensorStore(tmp_path, "cache.test")
+    store.put(KEYS[0], "7.png", RECORD)
+    found = store.read(KEYS[0])
+    assert found.keys() == RECORD.keys() and all(torch.equal(found[name], RECORD[name]) for name in found)
+    assert all(found[name].dtype == RECORD[name].dtype for name in found)
+    assert store.read(KEYS[1]) is None and store.keys().tolist() == [KEYS[0].encode()]
+    with pytest.raises(UserError, match=r"^cache\.test: 7\.png "):
+        store.put(KEYS[0], "7.png", {"mean": torch.tensor([1.0, float("inf")])})
+
+
+def test_a_full_disk_is_a_users_error(small_disk):
+    store = TensorStore(small_disk / "store", "cache.test")
+    with pytest.raises(UserError, match=r"^cache\.test: .*cannot be written"):
+        for key in KEYS:
+            store.put(key, "large", {"mean": torch.randn(200_000)})
+
+
+@pytest.mark.parametrize("damage", ["cut", "bit", "zeros", "empty"])
+def test_a_damaged_record_is_none(tmp_path, damage):
+    store = Store(tmp_path)
+    store.put(KEYS[0], content_of(KEYS[0]))
+    (file,) = store.files()
+    whole = file.read_bytes()
+    bad = {"cut": whole[:-7], "bit": whole[:-1] + bytes([whole[-1] ^ 4]), "zeros": bytes(len(whole)), "empty": b""}
+    file.write_bytes(bad[damage])
+    assert store.get(KEYS[0]) is None and not store.has(KEYS[0])
+
+
+def test_the_oldest_records_make_room(tmp_path):
+    kept, random = LimitedStore(tmp_path, 4 << 20), np.random.default_rng(0)
+    contents = {record_key(number): random.bytes(int(random.integers(10, 90_000))) for number in range(140)}
+    removed = sum(kept.add(key, content) for key, content in contents.items())
+    assert kept.used_bytes() == sum(file.stat().st_size for file in kept.files()) <= 4 << 20
+    found = [key for key in contents if kept.has(key)]
+    assert all(kept.get(key).tobytes() == contents[key] for key in found) and removed == 140 - len(found)
+    assert sum(len(contents[key]) for key in found) > 3 << 20 and found == list(contents)[-len(found) :]
+    assert kept.add(KEYS[0], bytes(4 << 20)) == 0 and not kept.has(KEYS[0])
+    (tmp_path / "used").write_text("damaged")
+    assert LimitedStore(tmp_path, 4 << 20).used_bytes() == sum(file.stat().st_size for file in kept.files())

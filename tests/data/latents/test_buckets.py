@@ -1,0 +1,164 @@
+"""Buckets: the rule, the nearest ratio, fits whose coordinates an index image gives back, images that fit nowhere."""
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from PIL import Image
+from pydantic import ValidationError
+
+from data.latents.buckets import (
+    BucketConfig,
+    Fit,
+    assign,
+    fit_into,
+    fitted_views,
+    image_sizes,
+    letterbox_sizes,
+    make_buckets,
+    place,
+    sdxl_sizes,
+)
+from data.stream.order import Draw
+from tests.data.collection.test_collection import load
+from utils.errors import UserError
+
+RULE = {"area_px": 1024**2, "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
+POLICY = {"crop": "centre", "small": "keep", "max_upscale": 1.5, "max_crop": 0.5, "flip": 0.0}
+
+
+def config(**changes):
+    return BucketConfig.model_validate(RULE | POLICY | changes)
+
+
+def test_the_rule_is_that_of_sdxl():
+    sizes = sdxl_sizes(1024**2, 64, 512, 2048)
+    assert len(sizes) == 33 and sizes.tolist() == sorted(map(list, {tuple(size) for size in sizes.tolist()}))
+    known = {(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640)}
+    assert known <= {tuple(size) for size in sizes.tolist()}
+    assert sizes.prod(axis=1).max() <= 1024**2 and sizes.min() == 512 and sizes.max() == 2048
+
+
+@pytest.mark.parametrize(
+    ("size_hw", "unit", "wide"),
+    [
+        ((224, 224), 32, [(160, 288), (192, 256), (224, 224)]),
+        ((64, 192), 32, [(96, 128), (96, 96)]),
+        ((32, 32), 32, [(32, 32)]),
+    ],
+)
+def test_letterboxes_have_the_area_of_the_image_size_and_no_longer_ratio_than_two(size_hw, unit, wide):
+    assert letterbox_sizes(size_hw, unit).tolist() == sorted(map(list, {*wide, *((w, h) for h, w in wide)}))
+
+
+def test_the_nearest_ratio_is_chosen_by_its_logarithm():
+    buckets, draws = sdxl_sizes(1024**2, 64, 512, 2048), np.random.default_rng(0)
+    sizes = draws.integers(1, 4000, (5000, 2))
+    distance = np.abs(np.log(sizes[:, :1] / sizes[:, 1:]) - np.log(buckets[:, 0] / buckets[:, 1]))
+    found = assign(sizes, buckets)
+    assert np.allclose(distance[np.arange(5000), found], distance.min(axis=1))
+    assert assign(np.array([[1, 1], [3, 3]]), np.array([[64, 64], [32, 32], [64, 32]])).tolist() == [0, 0]
+
+
+@pytest.mark.parametrize("flip", [False, True])
+@pytest.mark.parametrize("is_random", [False, True])
+def test_an_index_image_gives_back_the_recorded_coordinates(is_random, flip):
+    """Its pixels hold their own row and column, so the placed image says where it was cut from."""
+    draws = np.random.default_rng(int(flip))
+    sizes, buckets = draws.integers(30, 300, (40, 2)), draws.integers(2, 9, (40, 2)) * 16
+    fits = fit_into(sizes, buckets, (lambda slack: draws.integers(0, slack + 1)) if is_random else None)
+    assert (fits.target_hw == buckets).all() and (fits.original_hw == sizes).all()
+    assert (fits.crop_top_left >= 0).all() and (fits.crop_top_left <= fits.resized_hw - buckets).all()
+    assert (buckets == fits.resized_hw).any(axis=1).all()
+    for number, (height, width) in enumerate(sizes.tolist()):
+        fit = Fit(*(part[number] for part in fits))
+        image = torch.stack(torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")).float()
+        placed = place(image, fit, flip=flip)
+        middle = tuple((fit.target_hw // 2).tolist())  # away from the edges, where a resized ramp is not straight
+        row, column = ((placed[:, *middle].double().numpy() + 0.5) * fit.resized_hw / fit.original_hw - 0.5).tolist()
+        column = fit.resized_hw[1] - 1 - column if flip else column  # in the mirror image
+        assert placed.shape[-2:] == tuple(fit.target_hw)
+        assert np.abs(np.array([row, column]) - middle - fit.crop_top_left).max() < 0.75, fit
+
+
+def test_a_view_and_its_conditions_are_of_one_fit():
+    image = torch.stack([torch.arange(200).expand(100, 200)] * 3).to(torch.uint8)
+    sizes, settings = np.array([[64, 64], [64, 96]]), config(crop="random", flip=0.5)
+    views = fitted_views(sizes, settings).values()
+    seen = set()
+    for key in range(20):
+        pixels, found = (view(image, Draw(key, 0, key, 1)) for view in views)
+        fit = fit_into(np.array([100, 200]), np.array([64, 96]))
+        original, (top, left), target = found.split(2)
+        assert pixels.shape == (3, 64, 96) and original.tolist() == [100, 200] and target.tolist() == [64, 96]
+        mirrored = bool(pixels[0, 0, 0] > pixels[0, 0, -1])
+        first = pixels[0, 0, -1 if mirrored else 0].item() * fit.resized_hw[1] / 200
+        assert abs(first - (fit.resized_hw[1] - 96 - int(left) if mirrored else int(left))) <= 2 and top == 0
+        seen.add((mirrored, int(left)))
+    assert {mirrored for mirrored, _ in seen} == {False, True} and len(seen) > 10
+
+
+# --- collections
+
+
+def make_folder(root, sizes_wh, **columns):
+    """Return a collection of images of these sizes; with columns, by a manifest."""
+    (root / "images").mkdir(parents=True)
+    for number, size in enumerate(sizes_wh):
+        Image.new("RGB", size).save(root / f"images/{number}.png")
+    if columns:
+        paths = [f"{number}.png" for number in range(len(sizes_wh))]
+        pq.write_table(pa.table({"path": paths, **columns}), root / "images/manifest.parquet")
+    return load(root / "images", root / "cache")
+
+
+def test_sizes_come_from_the_manifest_or_the_headers_read_once(tmp_path, monkeypatch):
+    stated = make_folder(
+        tmp_path / "a", [(9, 9)] * 3, width=[40, None, 7], height=[30, None, 8], weight=[1.0, 1.0, 0.0]
+    )
+    assert image_sizes(stated, np.arange(3), tmp_path / "sizes.json").tolist() == [[30, 40], [9, 9], [0, 0]]
+    plain = make_folder(tmp_path / "b", [(40, 30), (20, 10), (5, 5), (6, 6)])
+    exif = Image.Exif()
+    exif[0x0112] = 6  # turned by a quarter
+    Image.new("RGB", (20, 10)).save(plain.absolute_path(1), exif=exif)
+    plain.absolute_path(2).write_bytes(b"no image")
+    plain.absolute_path(3).unlink()
+    for _ in range(2):
+        assert image_sizes(plain, np.arange(4), tmp_path / "sizes.json").tolist() == [
+            [30, 40],
+            [20, 10],
+            [0, 0],
+            [0, 0],
+        ]
+        plain.absolute_path(2).unlink(missing_ok=True)
+        monkeypatch.setattr("data.latents.buckets.read_upright_size", lambda path: (1, 1) if path.exists() else None)
+
+
+def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
+    sizes = [(512, 512), (4000, 1), (600, 400), (100, 70), (1000, 1050), (40, 20), (0, 0)]
+    folder = make_folder(tmp_path, [(9, 9)] * len(sizes))
+    rows, sizes_hw = np.arange(len(sizes)), np.array(sizes)[:, ::-1]
+    settings = {"area_px": 512**2, "min_px": 256, "max_px": 1024}
+
+    def buckets(small):
+        made = make_buckets(folder, rows, sizes_hw, config(small=small, **settings))
+        return made, dict(zip(made.rows.tolist(), map(tuple, made.sizes_hw[made.groups].tolist())))
+
+    kept, size_of = buckets("keep")
+    assert size_of == {0: (512, 512), 2: (384, 640), 3: (448, 576), 4: (512, 512), 5: (320, 704)}
+    assert sorted(np.concatenate(list(kept.dropped.values())).tolist()) == [1, 6]
+    assert "1.png" in log.text and "6.png" in log.text and "buckets.max_crop" in kept.describe()
+    dropped, size_of = buckets("drop")
+    assert set(size_of) == {0, 2, 4} and "3 dropped: too small" in dropped.describe()
+    _, size_of = buckets("native")
+    assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
+    assert [kept.place_of(row) for row in (0, 2, 3, 4, 5)] == [0, 1, 2, 3, 4]
+    with pytest.raises(UserError, match=r"^task\.buckets: "):
+        make_buckets(folder, rows, np.zeros_like(sizes_hw), config())
+
+
+def test_sizes_that_the_network_cannot_take_are_refused():
+    for key, value in (("step_px", 48), ("min_px", 500), ("area_px", 400**2), ("sizes_hw", [[512, 500]])):
+        with pytest.raises(ValidationError, match=key):
+            config(**{key: value})

@@ -1,0 +1,197 @@
+"""Other people's shards: WebDataset's tar files, and Arrow and Parquet files of Hugging Face's `datasets`."""
+
+import io
+import json
+import os
+import tarfile
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data.images.image_source import open_contents
+from data.open import open_images
+from data.stream.source import UnreadableImage
+from tests.data.collection.test_collection import load as load_into
+from tests.support import data_config
+from utils.errors import UserError
+
+
+def png(level):
+    stream = io.BytesIO()
+    Image.new("L", (5, 4), level).save(stream, "PNG")
+    return stream.getvalue()
+
+
+def write_tar(file, members, format=tarfile.GNU_FORMAT):
+    """Write members: by name a content, or as a text the type of a member without one."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(file, "w", format=format) as tar:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            if isinstance(content, bytes):
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+            else:
+                member.type, member.linkname = content.encode(), "x.png"
+                tar.addfile(member)
+
+
+@pytest.fixture
+def load(tmp_path):
+    return lambda root, fraction=0.0: load_into(root, tmp_path / "cache", fraction)
+
+
+def record(**columns):
+    return json.dumps(columns).encode()
+
+
+@pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
+def test_tar_files_give_images_and_what_is_beside_them(format, tmp_path, load):
+    deep = "d/" * 60 + "猫.png"  # longer than an old header holds
+    train = {
+        "./a.png": png(1),
+        "a.cls": b"3\n",
+        "b.PNG": png(2),
+        "b.txt": b"one, two",
+        "b.json": record(label="dog", rating="general"),
+        "b.seg.png": png(3),
+        "readme.md": b"no image",
+        "d": tarfile.DIRTYPE.decode(),
+    }
+    if format != tarfile.USTAR_FORMAT:
+        train[deep] = png(4)
+    write_tar(tmp_path / "root/x-train-0.tar", train, format)
+    write_tar(tmp_path / "root/val/0.tar", {"a.png": png(9), "a.json": record(caption="A cat.", tags=["cat"])}, format)
+    found = load(tmp_path / "root")
+    rows = {row.path: row for row in map(found.row, range(len(found)))}
+    assert rows.keys() - {f"x-train-0.tar/{deep}"} == {"val/0.tar/a.png", "x-train-0.tar/a.png", "x-train-0.tar/b.PNG"}
+    one, dog, cat = (rows[path] for path in ("x-train-0.tar/a.png", "x-train-0.tar/b.PNG", "val/0.tar/a.png"))
+    assert one.label == "3" and [found.row(int(row)).path for row in found.rows("val")] == ["val/0.tar/a.png"]
+    assert (dog.label, dog.tags, dog.rating, dog.caption) == ("dog", ("one", "two"), "general", "one, two")
+    assert (cat.label, cat.tags, cat.rating, cat.caption) == (None, ("cat",), None, "A cat.")
+    contents = open_contents(found)
+    levels = [Image.open(io.BytesIO(contents.read(row))).getpixel((0, 0)) for row in range(len(found))]
+    assert sorted(levels) == [1, 2, 9] if format == tarfile.USTAR_FORMAT else [1, 2, 4, 9]
+
+
+def test_dangerous_members_are_skipped_and_named(tmp_path, load, log):
+    kinds = {"link": tarfile.SYMTYPE, "hard": tarfile.LNKTYPE, "device": tarfile.CHRTYPE, "pipe": tarfile.FIFOTYPE}
+    bad = {"../x.png": png(1), "/etc/x.png": png(1)} | {f"{name}.png": kind.decode() for name, kind in kinds.items()}
+    write_tar(tmp_path / "root/0.tar", bad | {"good.png": png(7), "good.json": b"{", "bad.json": b"{}"})
+    found = load(tmp_path / "root")
+    assert [found.row(0).path, len(found)] == ["0.tar/good.png", 1]
+    assert "7 parts of shards are skipped" in log.text and "../x.png" in log.text
+    write_tar(tmp_path / "other/0.tar", bad)
+    with pytest.raises(UserError, match=r"^data\.root: .*holds no image in 0\.tar; .*\.\./x\.png"):
+        load(tmp_path / "other")
+
+
+def test_a_tar_file_that_is_cut_keeps_what_came_before(tmp_path, load, log):
+    write_tar(tmp_path / "root/0.tar", {f"{number}.png": png(number) for number in range(9)})
+    os.truncate(tmp_path / "root/0.tar", 5 * 1024 + 512 + 30)
+    found = load(tmp_path / "root")
+    assert "the end of 0.tar" in log.text
+    contents = open_contents(found)
+    assert [contents.read(row) for row in range(5)] == [png(number) for number in range(5)]
+    for row in range(5, len(found)):
+        with pytest.raises(UnreadableImage, match=r"^0\.tar/5\.png"):
+            contents.read(row)
+
+
+def test_shards_are_scanned_again_only_where_a_file_changes(tmp_path, load, monkeypatch):
+    for number in range(9):  # enough for processes
+        write_tar(tmp_path / f"root/{number}.tar", {"a.png": png(number)})
+    before = load(tmp_path / "root")
+    with monkeypatch.context() as patch:
+        patch.setattr("data.layouts.recognise._read_shards", lambda *_: pytest.fail("scanned again"))
+        again = load(tmp_path / "root")
+    assert again.fingerprint == before.fingerprint
+    assert [open_contents(again).read(row) for row in range(9)] == [png(number) for number in range(9)]
+    write_tar(tmp_path / "root/0.tar", {"a.png": png(1), "b.png": png(2)})
+    assert len(load(tmp_path / "root")) == 10
+
+
+def test_a_folder_with_images_is_read_as_it_was(tmp_path, load):
+    write_tar(tmp_path / "root/backup.tar", {"a.png": png(1)})
+    (tmp_path / "root/cat").mkdir()
+    (tmp_path / "root/cat/x.png").write_bytes(png(2))
+    assert load(tmp_path / "root").row(0).path == "cat/x.png"
+    write_tar(tmp_path / "two/0.tar", {"a.png": png(1)})
+    (tmp_path / "two/x.arrow").touch()
+    with pytest.raises(UserError, match=r"^data\.root: .*both tar and Arrow"):
+        load(tmp_path / "two")
+
+
+# ---------------------------------------------------------------------------------------------- Hugging Face datasets
+
+
+def arrow_table(levels, kind="binary"):
+    """Return a table as `datasets` writes it: images, their classes, captions and tags."""
+    features = {"image": {"_type": "Image"}, "label": {"names": ["cat", "dog"], "_type": "ClassLabel"}}
+    images = [None if level is None else {"bytes": png(level), "path": f"{level}.PNG"} for level in levels]
+    table = pa.table(
+        {
+            "image": pa.array(images, pa.struct([("bytes", getattr(pa, kind)()), ("path", pa.string())])),
+            "label": pa.array([number % 3 - 1 for number in range(len(levels))]),
+            "text": [f"picture {number}" for number in range(len(levels))],
+            "tags": [["a", "b"]] * len(levels),
+        }
+    )
+    return table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+
+
+def write_stream(file, table, **options):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_stream(sink, table.schema, **options) as writer:
+        writer.write_table(table, max_chunksize=3)
+
+
+def write_parquet(file, table):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, file, row_group_size=4, compression="snappy")
+
+
+@pytest.mark.parametrize(
+    ("write", "train", "test"),
+    [
+        (write_stream, "train/data-00000-of-00001.arrow", "test/data-00000-of-00001.arrow"),
+        (write_parquet, "data/train-00000-of-00001.parquet", "data/test-00000-of-00001.parquet"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["binary", "large_binary"])
+def test_folders_of_datasets_are_read(write, train, test, kind, tmp_path, load, log):
+    write(tmp_path / "root" / train, arrow_table([1, 2, None, 4, 5, 6, 7], kind))
+    write(tmp_path / "root" / test, arrow_table([20, 21], kind))
+    found = load(tmp_path / "root")
+    assert [found.row(row).path for row in found.rows("train")] == [f"{train}/{n:08}.png" for n in (0, 1, 3, 4, 5, 6)]
+    assert len(found.rows("val")) == 2 and "1 rows of" in log.text
+    rows = [found.row(int(row)) for row in found.rows("train")]
+    assert [row.label for row in rows] == [None, "cat", None, "cat", "dog", None]
+    assert (rows[2].caption, rows[2].tags) == ("picture 3", ("a", "b"))
+    contents = open_contents(found)
+    assert [contents.read(int(row)) for row in found.rows("train")] == [png(n) for n in (1, 2, 4, 5, 6, 7)]
+    config = data_config(max_pixels=100)
+    assert open_images(found, config, 1, "white").read(int(found.rows("val")[1]))["image"].unique().tolist() == [21]
+
+
+def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):
+    options = pa.ipc.IpcWriteOptions(compression="zstd")
+    write_stream(tmp_path / "compressed/0.arrow", arrow_table([1] * 50), options=options)
+    write_stream(tmp_path / "text/0.arrow", pa.table({"text": ["a"]}))
+    write_stream(tmp_path / "cut/0.arrow", arrow_table(range(50)))
+    os.truncate(tmp_path / "cut/0.arrow", 3000)
+    (tmp_path / "none").mkdir()
+    (tmp_path / "none/0.parquet").write_bytes(b"PAR1")
+    for name in ("compressed", "text", "cut", "none"):
+        with pytest.raises(UserError, match=r"^data\.root: .*0\.(arrow|parquet)'"):
+            load(tmp_path / name)
+
+
+def test_an_unpacked_file_that_is_gone_is_made_again(tmp_path, load):
+    write_parquet(tmp_path / "root/train.parquet", arrow_table([1, 2]))
+    load(tmp_path / "root")
+    for file in (tmp_path / "cache/unpacked").iterdir():
+        file.unlink()
+    assert open_contents(load(tmp_path / "root")).read(0) == png(1)

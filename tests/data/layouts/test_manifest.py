@@ -1,0 +1,230 @@
+"""Manifests: three forms of one table, refusals by column, row or path, and what prepare.py writes."""
+
+# ruff: noqa: F811
+
+import json
+import pickle
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data.tools.facts
+import utils.ranks.processes
+from data.layouts.manifest import find_manifest
+from data.layouts.table import MEASURED, SCHEMA
+from data.tools.write_manifest import write_manifest
+from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
+from utils.errors import UserError
+
+
+def jsonl(root, rows):
+    lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    (root / "manifest.jsonl").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return root
+
+
+def parquet(root, **arrays):
+    pq.write_table(pa.table(arrays), root / "manifest.parquet")
+    return root
+
+
+def rows(collection):
+    return [tuple(row.values()) for row in collection.table.select(SCHEMA.names).drop_columns("sha256").to_pylist()]
+
+
+def test_a_jsonl_manifest_wins_over_the_layout(opened, root):
+    put(root, "one/a.png", "two/b, ü.png", "three/c.png", text="ignored")
+    written = [
+        {"path": "two/b, ü.png", "split": "validation", "label": "B", "tags": ["t"], "rating": "g", "caption": "C"},
+        "",
+        {"path": "one/a.png", "label": "A", "weight": 2, "size": 77, "sha256": "ab", "caption": None},
+    ]
+    collection = opened(jsonl(root, written))
+    assert rows(collection) == [
+        ("one/a.png", 77, "train", "A", [], None, None, 2.0),
+        ("two/b, ü.png", (root / "two/b, ü.png").stat().st_size, "val", "B", ["t"], "g", "C", 1.0),
+    ]
+    assert columns(collection, "sha256") == [("ab",), (None,)]
+
+
+def test_a_parquet_manifest_of_other_types(opened, root):
+    put(root, "b.png", "a.png")
+    parquet(
+        root,
+        path=pa.array(["b.png", "a.png"], pa.large_string()),
+        label=pa.array([3, 5]).dictionary_encode(),
+        tags=pa.array([["t"], None], pa.large_list(pa.large_string())),
+        weight=pa.array([1, 0], pa.int64()),
+        caption=pa.nulls(2),
+    )
+    collection = opened(root)
+    assert [row[3:] for row in rows(collection)] == [("5", [], None, None, 0.0), ("3", ["t"], None, None, 1.0)]
+    (root / "manifest.parquet").unlink()
+    lines = [{"path": "a.png", "label": "5", "weight": 0}, {"path": "b.png", "label": "3", "tags": ["t"]}]
+    assert opened(jsonl(root, lines)).fingerprint == collection.fingerprint
+
+
+def test_a_csv_manifest(opened, root):
+    put(root, "one/a.png", "two/b, ü.png", text="ignored")
+    text = (
+        'path,label,tags,weight,split,caption\r\n"two/b, ü.png",B,"x, y z,",0.5,val,"two\nlines"\r\none/a.png,7,,,,\r\n'
+    )
+    (root / "manifest.csv").write_bytes(("\ufeff" + text).encode())
+    found = [row[2:] for row in rows(opened(root))]
+    assert found == [
+        ("train", "7", [], None, None, 1.0),
+        ("val", "B", ["x", "y z"], None, "two\nlines", 0.5),
+    ]
+
+
+@pytest.mark.parametrize(
+    "row, words",
+    [
+        ('{"path": "a.png"', ["JSON"]),
+        ({"label": "x"}, ["row 1", "path is null"]),
+        ({"path": "b.png", "tags": "x y"}, ["'tags'", "list<"]),
+        ({"path": "b.png", "tags": ["x", None]}, ["'tags'", "null"]),
+        ({"path": "b.png", "size": 1.5}, ["'size'"]),
+        ({"path": "b.png", "weight": float("nan")}, ["row 1", "nan"]),
+        ({"path": "b.png", "split": "dev"}, ["row 1", "'dev'", "validation"]),
+        ({"path": "a.png"}, ["'a.png'", "twice"]),
+        ({"path": "no/b.png"}, ["'no/b.png'", "No such file"]),
+        ({"path": "sub"}, ["'sub'", "is no file"]),
+        ({"path": "/etc/passwd"}, ["'/etc/passwd'", "absolute"]),
+        ({"path": "sub/../b.png"}, ["'sub/../b.png'", "leads out"]),
+        ({"path": "out.png"}, ["'out.png'", "link out"]),
+        ({"path": "away/b.png"}, ["'away/b.png'", "link out"]),
+        ({"path": "itself.png"}, ["'itself.png'", "symbolic links"]),
+    ],
+)
+def test_rows_are_refused(refuse, root, tmp_path, row, words):
+    put(root, "a.png", "b.png", "sub/b.png")
+    put(tmp_path / "root_elsewhere", "b.png")  # its name begins like the root's
+    (root / "out.png").symlink_to(tmp_path / "root_elsewhere" / "b.png")
+    (root / "away").symlink_to(tmp_path / "root_elsewhere")
+    (root / "itself.png").symlink_to("itself.png")
+    refuse(jsonl(root, [{"path": "a.png"}, row]), "manifest.jsonl", *words)
+
+
+def test_links_inside_the_root_are_fine(opened, root):
+    put(root, "real/a.png")
+    (root / "b.png").symlink_to(root / "real" / "a.png")
+    (root / "link").symlink_to(root / "real")
+    assert len(opened(jsonl(root, [{"path": "b.png"}, {"path": "link/a.png"}]))) == 2
+
+
+@pytest.mark.parametrize(
+    "text, word",
+    [
+        ("", "Empty"),
+        ("a.png,cat\n", "path must be there"),
+        ("path,label\na.png\n", "Expected 2 columns"),
+        ("path,weight\na.png,heavy\n", "heavy"),
+        ("path\n", "no row"),
+        ("path,label\na.png,f\udcfcr\n", "cannot be read"),  # in another encoding
+    ],
+)
+def test_csv_manifests_are_refused(refuse, root, text, word):
+    put(root, "a.png", "b.png")
+    (root / "manifest.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    refuse(root, "manifest.csv", word)
+
+
+def test_broken_and_double_manifests_are_refused(refuse, root):
+    put(root, "a.png")
+    (root / "manifest.parquet").write_bytes(b"no Parquet")
+    refuse(root, str(root / "manifest.parquet"), "cannot be read")
+    jsonl(root, [{"path": "a.png"}])
+    refuse(root, "both manifest.parquet and manifest.jsonl")
+
+
+# Further columns.
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_further_columns_are_kept_with_their_types(form, opened, root, log):
+    put(root, "a.png", "b.png")
+    names = {"path": ["a.png", "b.png"], "score": [1, 2.5], "hash": ["f0", None], "width": [9, 8]}
+    nested = {"vector": [[0.5, 1.0], [2.0]], "extra": [{"a": 1}, None]}
+    match form:
+        case "jsonl":
+            jsonl(root, [dict(zip((*names, *nested), row)) for row in zip(*names.values(), *nested.values())])
+        case "csv":
+            (root / "manifest.csv").write_text("path,score,hash,width\na.png,1,f0,9\nb.png,2.5,,8\n")
+        case "parquet":
+            parquet(root, **names, **nested)
+    collection = pickle.loads(pickle.dumps(opened(root)))
+    assert collection.column("score").tolist() == [1.0, 2.5] and collection.column("hash").tolist() == ["f0", None]
+    assert collection.column("width").dtype == np.int64 and collection.row(1).width == 8
+    assert form == "csv" or "are ignored: vector, extra" in log.text
+    with pytest.raises(UserError, match=r"^data.root: .*'height'.*job=manifest"):
+        collection.column("height")
+
+
+def test_further_columns_are_in_the_fingerprint_unless_they_follow_from_the_files(opened, root):
+    plain = opened(jsonl(put(root, "a.png"), [{"path": "a.png"}]))
+    measured = opened(jsonl(root, [{"path": "a.png", "width": 3}]))
+    scored = opened(jsonl(root, [{"path": "a.png", "width": 3, "score": 1.0}]))
+    assert plain.fingerprint == measured.fingerprint != scored.fingerprint
+    assert len({found.arrow for found in (plain, measured, scored)}) == 3
+    assert measured.column("width").tolist() == [3]
+
+
+# Writing a manifest.
+
+
+def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
+    put(root, "train/cat/a.png", "train/dog/b.png", "val/cat/c.png", "val/dog/ä, d.png", text="t, u")
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (30, 20)).save(root / "val/dog/e.jpg", exif=exif)
+    scanned = opened(root)
+    assert write_manifest(str(root), validation_fraction=0.5, verify=True).num_rows == 5
+    collection = opened(root)
+    assert rows(collection) == rows(scanned) and collection.fingerprint != scanned.fingerprint  # of the checksums
+    assert all(len(digest) == 64 for digest in collection.table["sha256"].to_pylist())
+    measured = {name: collection.column(name).tolist()[3] for name in MEASURED if name not in ("phash", "group")}
+    assert measured == {"width": 20, "height": 30, "mode": "RGB", "orientation": 6, "transparent": 0}
+    write_manifest(str(root), validation_fraction=0, verify=False)  # its own manifest it may write again
+    assert opened(root).fingerprint == collection.fingerprint
+
+
+@pytest.mark.parametrize("parallel", [False, True])
+def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, parallel):
+    monkeypatch.setattr(utils.ranks.processes, "PARALLEL_FROM", 2 if parallel else 100)
+    monkeypatch.setattr(utils.ranks.processes, "count_cores", lambda: 2)
+    put(root, "a.png", "b.png", "c.png", "d.png")
+    (root / "b.png").write_bytes(b"")
+    (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
+    table = write_manifest(str(root), validation_fraction=0, verify=True)
+    assert table["reason"][1].as_py() == "unreadable: the file is empty (0 bytes)"
+    assert table["reason"].is_valid().to_pylist() == [False, True, False, True]
+    assert opened(root).weights().tolist() == [1, 0, 1, 0]
+    assert "reason" not in write_manifest(str(root), validation_fraction=0, verify=False).column_names
+
+
+def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
+    """tests/utils/test_processes.py kills the processes; here every second file does."""
+
+    def all_but_every_second(inspect, files, fatal):
+        return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
+
+    monkeypatch.setattr(data.tools.facts, "map_items", all_but_every_second)
+    put(root, "a.png", "b.png", "c.png")
+    table = write_manifest(str(root), validation_fraction=0, verify=True)
+    assert "ended the process" in table["reason"][1].as_py() and table["weight"].to_pylist() == [1, 0, 1]
+    assert all(len(digest) == 64 for digest in opened(root).table["sha256"].to_pylist())
+
+
+def test_nobodys_manifest_is_overwritten(root):
+    for write in (lambda: jsonl(root, [{"path": "a.png"}]), lambda: parquet(root, path=["a.png"])):
+        put(root, "a.png")
+        write()
+        before = find_manifest(root).read_bytes()
+        with pytest.raises(UserError, match=r"^data\.root: .*not overwritten"):
+            write_manifest(str(root), validation_fraction=0, verify=False)
+        assert find_manifest(root).read_bytes() == before
+        find_manifest(root).unlink()

@@ -1,0 +1,135 @@
+"""Shards in an object store: a local S3 server stands for it; what it refuses, lacks, cuts or holds back is said."""
+
+import time
+
+import fsspec
+import pytest
+
+from data.augment.transforms import EvalTransform
+from data.images import image_source as images
+from data.images.image_source import NO_ANSWER, Files, RemoteFiles, open_contents
+from data.open import open_images
+from data.stream.loader import SampleReader, no_fields
+from data.stream.order import build_sampler
+from data.stream.source import FileRange, UnreadableImage, join_ranges
+from data.tools.pack import pack_collection
+from data.tools.write_manifest import write_manifest
+from tests.data.collection.test_collection import load
+from tests.data.stream.test_loader import stream, take
+from tests.support import data_config, make_collection
+from utils.errors import UserError
+
+s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+BUCKET = "s3://pictures"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with the files of a collection and its shards, which a local server has too."""
+    place = tmp_path_factory.mktemp("remote")
+    make_collection(place / "files", per_class=20, validation=2)
+    write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
+    started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
+    started.start()
+    host, port = started.get_host_and_port()
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "us-east-1",
+                            "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():  # fmt: skip
+            patch.setenv(name, value)
+        patch.setattr("data.tools.pack._MIB", 2**16)
+        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
+        store = s3fs.S3FileSystem()
+        store.mkdir(BUCKET)
+        store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)
+        yield place
+    started.stop()
+
+
+@pytest.fixture
+def store(place):
+    """Return the store."""
+    return fsspec.core.url_to_fs(BUCKET)[0]  # the one that fsspec keeps for this thread
+
+
+@pytest.fixture
+def packed(place, store):
+    return load(f"{BUCKET}/packed", place / "cache")
+
+
+def test_a_remote_collection_is_the_collection(packed, place):
+    files = load(place / "files", place / "cache")
+    assert packed.fingerprint == files.fingerprint and str(packed.root) == f"{BUCKET}/packed"
+    contents = open_contents(packed)
+    assert isinstance(contents, RemoteFiles)
+    contents.prefetch(range(50))
+    assert [contents.read(row) for row in range(len(packed))] == [Files(files).read(row) for row in range(len(files))]
+
+
+def test_near_ranges_are_one_request(packed, store, monkeypatch):
+    asked, cat = [], store.cat_ranges
+    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: asked.append(paths) or cat(paths, *a, **k))
+    contents = open_contents(packed)
+    rows = build_sampler("blocks", packed.rows("train"), packed, 0).rows[:32].tolist()
+    contents.prefetch(rows)
+    for row in rows:
+        contents.read(row)
+    assert len(asked) == 1 and len(asked[0]) == len({packed.row(row).shard for row in rows})
+    parts = [FileRange("a", 10, 2**23), FileRange("b", 9, 1), FileRange("a", 0, 9), FileRange("a", 2**20, 5)]
+    assert join_ranges(parts) == [FileRange("a", 0, 9), FileRange("a", 10, 2**23), FileRange("b", 9, 1)]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_loader_gives_what_the_files_give(workers, packed, place):
+    sizes = {"image_size_hw": [32, 32], "pad": "none", "eval_resize": "squash", "eval_crop": 1.0}
+    levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
+    views = {"images": EvalTransform({**sizes, **levels, "background": "white"})}
+    config = data_config(max_pixels=10**6)
+    found = []
+    for collection in (packed, load(place / "files", place / "cache")):
+        reader = SampleReader(collection, open_images(collection, config, 3, "white"), views, no_fields, training=True)
+        sampler = build_sampler("shuffled", packed.rows("train"), packed, 0)
+        loader = stream(reader, sampler, workers=workers)
+        found.append([batch["images"] for step in take(loader, 2, 24) for batch in step])
+        assert loader.unreadable_count == 0
+    assert all((one == two).all() for one, two in zip(*found, strict=True))
+
+
+def refused(packed, row=0):
+    with pytest.raises(UnreadableImage) as error:
+        open_contents(packed).read(row)
+    assert packed.row(row).shard in str(error.value)
+    return error.value
+
+
+def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, store, place, monkeypatch):
+    path, offset, length = open_contents(packed).place_of(0, f"{BUCKET}/packed")
+    whole = store.cat_file(path)
+    try:
+        store.pipe_file(path, whole[: offset + length - 10])
+        assert refused(packed).kind == "the file is cut off"
+        store.rm(path)
+        assert refused(packed).kind == NO_ANSWER
+    finally:
+        store.pipe_file(path, whole)
+    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: [PermissionError("Forbidden")] * len(paths))
+    error = refused(packed)
+    assert error.kind == NO_ANSWER and "PermissionError" in error.detail
+
+
+def test_a_slow_store_is_given_up(packed, store, monkeypatch):
+    monkeypatch.setattr(images, "_PATIENCE_SEC", 0.2)
+    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: time.sleep(0.5) or [b""] * len(paths))
+    assert "within 0.2 s" in refused(packed).detail
+
+
+def test_what_cannot_be_had_ends_the_start(place, store, monkeypatch):
+    with pytest.raises(UserError, match=r"^data\.root: .*'s3://pictures/absent'.*FileNotFoundError"):
+        load(f"{BUCKET}/absent", place / "cache")
+    store.put(str(place / "files/manifest.parquet"), f"{BUCKET}/files/manifest.parquet")
+    with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet names files"):
+        load(f"{BUCKET}/files", place / "cache")
+    with pytest.raises(UserError, match=r"^data\.root: 'nonsense://x'.*install-cloud"):
+        load("nonsense://x", place / "cache")
+    monkeypatch.setattr(store, "cat_file", lambda *a, **k: (_ for _ in ()).throw(PermissionError("no")))
+    with pytest.raises(UserError, match=r"^data\.root: .*PermissionError"):
+        load(f"{BUCKET}/packed", place / "cache")

@@ -1,0 +1,214 @@
+"""Readers of tags: literal tables per layout, refusals by file, and files of any content (Hypothesis)."""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from data.tags.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
+from data.tools.write_manifest import write_manifest
+from tests.data.collection.test_collection import load, put
+from utils.errors import UserError
+
+FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
+
+
+def write(root, name, content):
+    """Write bytes, a text, or anything else as JSON; return the root."""
+    if not isinstance(content, bytes):
+        content = (content if isinstance(content, str) else json.dumps(content)).encode()
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content)
+    return root
+
+
+def rows(root):
+    table = load(root, root / ".cache").table
+    ids = table["id"].to_pylist() if "id" in table.column_names else [None] * len(table)
+    return {
+        path: (tags, rating, caption, number)
+        for path, tags, rating, caption, number in zip(
+            *(table[name].to_pylist() for name in ("path", "tags", "rating", "caption")), ids
+        )
+    }
+
+
+def refused(root, *parts):
+    with pytest.raises(UserError, match=r"^data\.root: ") as caught:
+        load(root, root / ".cache")
+    assert all(part in str(caught.value) for part in parts), caught.value
+
+
+# Spelling.
+
+SPELLINGS = {
+    "Long Hair": (None, "long_hair"),
+    " hat \\(x\\) ": (None, "hat_(x)"),
+    "(hatsune miku \\(cosplay\\):.5)": (None, "hatsune_miku_(cosplay)"),
+    "\\(a:1\\)": (None, "(a:1)"),
+    "character:Hatsune Miku": (4, "hatsune_miku"),
+    "creator: someone": (1, "someone"),
+    "general:meta:x": (0, "meta:x"),
+    "rating:safe": (9, "safe"),
+    "re:zero": (None, "re:zero"),
+    "cafe\u0301\u3000\t x": (None, "caf\u00e9_x"),
+    "^ ^": (None, "^_^"),
+    " \n": (None, ""),
+    "meta:": (5, ""),
+}
+
+
+def test_spelling():
+    assert {text: tuple(parse_tag(text)) for text in SPELLINGS} == SPELLINGS
+
+
+def test_kaomoji_and_ratings():
+    assert len(KAOMOJI) == 19 and {parse_tag(name) for name in KAOMOJI} == {Tag(None, name) for name in KAOMOJI}
+    assert [with_spaces(name) for name in ("long_hair", ">_<")] == ["long hair", ">_<"]
+    texts = ["g", "Rating: General", "1", "sensitive", "2", "q", "E", "s", "rating:safe", "other", ""]
+    names = ["general", "general", "sensitive", "sensitive", "questionable", "questionable", "explicit", "s", "safe"]
+    assert [parse_rating(text) for text in texts] == [*names, "other", ""]
+
+
+@FUZZ
+@given(st.text(max_size=40))
+def test_a_spelt_name_is_spelt_as_itself(text):
+    tag = parse_tag(text)
+    assert not any(letter.isspace() for letter in tag.name)
+    if "\\" not in tag.name and not tag.name.startswith("("):
+        assert parse_tag(f"general:{tag.name}") == Tag(0, tag.name)
+
+
+# Sidecars.
+
+RECORDS = [
+    (
+        {"id": 7, "tag_string": "1girl b_(c) x,y", "tag_string_general": "1girl", "tag_string_artist": "x,y",
+         "rating": "s"},
+        (["1girl", "b_(c)", "artist:x,y"], "s", None, 7),
+    ),
+    (
+        {"tag_string_copyright": "a b", "tag_string_meta": "", "tag_string_general": None},
+        (["copyright:a", "copyright:b"], None, None, None),
+    ),
+    (  # gallery-dl: lists, or texts, beside all tags
+        {"tags": ["a", "b", "c"], "tags_general": ["a"], "tags_character": ["b"], "tags_artist": "c"},
+        (["a", "character:b", "artist:c"], None, None, None),
+    ),
+    ({"tags": {"artist": ["x"], "general": ["y z"], "lore": "w v"}}, (["artist:x", "y z", "w", "v"], None, None, None)),
+    # our predecessor
+    ({"filename": "b.png", "tags": "a b, c", "rating": 1}, (["a b", "c"], "1", None, None)),
+    ({"tags": ["a,b", 'c "d"'], "rating": "safe", "id": True}, (["a,b", 'c "d"'], "safe", None, None)),
+    ({"tags": [], "id": 2**70}, ([], None, None, None)),
+]  # fmt: skip
+
+
+def test_json_sidecars(tmp_path):
+    for number, (record, _) in enumerate(RECORDS):
+        write(put(tmp_path, f"{number}.png"), f"{number}.png.json", record)
+    assert list(rows(tmp_path).values()) == [row for _, row in RECORDS]
+
+
+TEXTS = [
+    ({"a.png.txt": "creator:b c\nseries:x, y\nrating:safe\n"}, ["creator:b c", "series:x, y", "rating:safe"]),
+    ({"a.png.txt": "one, two"}, ["one", "two"]),
+    ({"a.txt": "one, two\nthree, one"}, ["one", "two", "three"]),
+    ({"a.caption": "one, two"}, ["one", "two"]),
+    ({"a.txt": "one", "a.caption": "a text, long"}, ["one"]),
+]  # fmt: skip
+
+
+def test_text_sidecars(tmp_path):
+    for number, (files, tags) in enumerate(TEXTS):
+        for name, text in files.items():
+            write(put(tmp_path, f"{number}/a.png"), f"{number}/{name}", text)
+        text = files.get("a.caption", next(iter(files.values()))).strip()
+        assert rows(tmp_path / str(number)) == {"a.png": (tags, None, text, None)}
+
+
+# Tables of posts.
+
+POSTS = [
+    {"id": 4000123, "md5": "ab" * 16, "file_ext": "png", "rating": "g", "tag_string_general": " 1girl  solo ",
+     "tag_string_character": "miku", "tag_string_artist": "", "tag_string": "1girl miku solo", "score": {"x": 1}},
+    {"id": 17, "md5": "cd" * 16, "rating": "s", "tag_string": "a,b c", "tag_string_general": None},
+    {"id": 18, "md5": None, "rating": None, "tag_string": ""},
+    {"id": 19, "md5": None, "rating": "q", "tag_string_general": "gone"},
+]  # fmt: skip
+FOUND = {
+    "0123/4000123.png": (["1girl", "character:miku", "solo"], "g", None, 4000123),
+    "18.jpg": ([], None, None, 18),
+    "cd/" + "cd" * 16 + ".webp": (["a,b", "c"], "s", None, 17),
+}
+
+
+def write_posts(root, form, posts=POSTS):
+    match form:
+        case "jsonl":
+            write(root, "posts.jsonl", b"\xef\xbb\xbf" + "\n".join(map(json.dumps, posts)).encode())
+        case "parquet":
+            columns = {name: [post.get(name) for post in posts] for name in posts[0] if name != "score"}
+            table = pa.table(columns).set_column(0, "id", pa.array(columns["id"], pa.int32()))
+            pq.write_table(table.append_column("score", pa.array([[1]] * len(posts))), root / "posts.parquet")
+    return root
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_a_table_of_posts(tmp_path, form, log):
+    write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
+    assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
+    assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "3 of 4 images a post" in log.text
+    write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
+    assert rows(tmp_path) == FOUND
+
+
+BAD = [
+    ({"1.json": "[" * 100_000}, "1.json' is broken JSON (nested too deeply)"),
+    ({"1.json": '{"tags": 5}'}, "1.json' are 5"),
+    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 1, is broken JSON"),
+    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
+    ({"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'}, "holds 1, none of them 9.*, ee.*; name images by"),
+    ({"posts.parquet": "PAR1", "posts.jsonl": ""}, "holds both posts.parquet and posts.jsonl"),
+    ({"posts.parquet": "PAR1"}, "posts.parquet' cannot be read"),
+]
+
+
+@pytest.mark.parametrize("files, message", BAD)
+def test_bad_sidecars_and_tables_of_posts_are_refused_by_name(tmp_path, files, message):
+    for name, content in files.items():
+        write(put(tmp_path, "1.png"), name, content)
+    refused(tmp_path, message)
+
+
+# Anything.
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8) | st.just("x" * 10_000),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=4), inner, max_size=3),
+    max_leaves=6,
+)
+KEYS = st.sampled_from(["tags", "tag_string", "tag_string_artist", "tags_meta", "rating", "caption", "id", "md5"])
+JSON = st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=5).map(json.dumps).map(str.encode)
+CONTENT = st.binary(max_size=60) | JSON | JSON.map(lambda text: b"[" + text + b"]")
+NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "posts.jsonl")
+
+
+@FUZZ
+@given(st.dictionaries(st.sampled_from(NAMES), CONTENT, min_size=1, max_size=2))
+def test_any_content_is_read_or_refused_by_the_name_of_its_file(files):
+    root = Path(tempfile.mkdtemp())
+    try:
+        for name, content in files.items():
+            write(put(root, "a.png"), name, content)
+        found = rows(root)
+        assert set(found) == {"a.png"}
+    except UserError as error:
+        assert str(error).startswith("data.root: ") and any(name in str(error) for name in files), error
+    finally:
+        shutil.rmtree(root)

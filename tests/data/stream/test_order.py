@@ -1,0 +1,333 @@
+"""The stream. Properties of every sampler, purity of positions, exactness over ranks and micro-batches."""
+
+import itertools
+import random
+from collections import Counter
+from itertools import islice
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from data.stream.order import (
+    BalancedSampler,
+    BlockSampler,
+    GroupedSampler,
+    Share,
+    ShuffledSampler,
+    build_sampler,
+    count_batches,
+    evaluation_batches,
+    train_batches,
+)
+from utils import rng
+from utils.errors import UserError
+
+# Rows of a collection are no 0..n-1: the other split lies in between.
+ROWS = np.arange(3, 3 + 2 * 37, 2)
+CLASS_SIZES = [1, 3, 20, 13]
+CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES)), CLASS_SIZES))
+GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
+CHUNK = 4
+SAMPLERS = {
+    "shuffled": lambda seed: ShuffledSampler(ROWS, seed),
+    "blocks": lambda seed: BlockSampler(ROWS, seed, block=5, window=3),
+    "balanced": lambda seed: BalancedSampler(ROWS, CLASS_IDS, seed),
+    "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
+}
+
+
+def epoch_rows(sampler, epoch):
+    length = sampler.epoch_length
+    return [sampler.at(position)[0] for position in range(epoch * length, (epoch + 1) * length)]
+
+
+# --- all samplers
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_position_does_not_depend_on_what_was_asked_before(name):
+    positions = range(5 * SAMPLERS[name](0).epoch_length + 3)
+    in_order = [SAMPLERS[name](0).at(position) for position in positions]
+    one = SAMPLERS[name](0)
+    for position in random.Random(0).choices(positions, k=1000):
+        assert one.at(position) == in_order[position]
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_epochs_and_seeds_have_orders_of_their_own(name):
+    orders = [tuple(epoch_rows(SAMPLERS[name](seed), epoch)) for seed in range(3) for epoch in range(4)]
+    assert len(set(orders)) == len(orders)
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_a_far_position_is_found_at_once(monkeypatch, name):
+    """A run that resumes at its millionth epoch must not build the ones before."""
+    sampler, made = SAMPLERS[name](0), []
+    permutation = rng.Permutation
+    monkeypatch.setattr(rng, "Permutation", lambda *counters: made.append(counters) or permutation(*counters))
+    row, group = sampler.at(10**6 * sampler.epoch_length + 1)
+    assert type(row) is int and type(group) is int and row in ROWS and 1 <= len(made) <= 3
+
+
+def test_an_empty_split_is_refused():
+    none = np.empty(0, dtype=np.int64)
+    for make in (ShuffledSampler, BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
+        with pytest.raises(UserError, match=r"^data\.root: there is no sample"):
+            make(none, 0)
+
+
+# --- shuffled
+
+
+@pytest.mark.parametrize("count", [1, 2, 4, 5, 37, 60, 64, 1000])
+def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
+    rows = np.arange(count) * 5
+    for sampler in (ShuffledSampler(rows, 2**40), BlockSampler(rows, 3, block=5, window=3)):
+        assert sampler.epoch_length == count and sampler.chunk is None
+        for epoch in (0, 1, 999):
+            assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
+
+
+# --- blocks
+
+
+def test_a_window_has_whole_blocks_of_neighbours():
+    found = epoch_rows(BlockSampler(np.arange(67), 0, block=5, window=3), 1)
+    for start in (0, 15, 30, 45):  # the last window has one block and the two rows that fill none
+        rows = {*found[start : start + 15]}
+        begins = [row for row in rows if (row - 1) % 67 not in rows]
+        assert len(rows) == 15 and len(begins) <= 3, "a row in it whose neighbour is not begins a block"
+
+
+@pytest.mark.parametrize("start", [0, 2])
+def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
+    sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
+    sampler.reads_blocks = True
+    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, Share(5), 10, start), 40))
+    for number, batch in enumerate(micro):
+        rows = sampler.rows_ahead(batch[0].position, 5, number == 0)
+        asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
+        assert {draw.index for draw in batch} <= {row for row, _ in asked}
+        jumps += sum((after - before) % 67 != 1 for before, after in zip(rows, rows[1:])) if number else 0
+        assert len(rows) == 5 or number == 0
+    assert jumps < 60, "neighbours but for the ends of blocks"
+    sampler.reads_blocks = False
+    assert sampler.rows_ahead(0, 5, True) == []
+
+
+# --- balanced
+
+
+def balanced_cases():
+    """(class ids, name): epochs that are whole rounds and that are not, classes of one sample, one class."""
+    draws = np.random.default_rng(2)
+    return {
+        "mixed": CLASS_IDS,
+        "whole_rounds": draws.permutation(np.repeat([0, 1, 2], [1, 5, 6])),  # 12 = 4 rounds of 3
+        "remainder": draws.permutation(np.repeat([0, 1, 2], [2, 5, 7])),  # 14 = 4 rounds of 3 and 2 more
+        "one_class": np.zeros(9, dtype=np.int64),
+        "all_single": np.arange(6),
+        "numbers_with_gaps": draws.permutation(np.repeat([7, -1, 100], [4, 3, 4])),
+    }
+
+
+@pytest.mark.parametrize("name", balanced_cases())
+def test_class_counts_of_an_epoch_and_from_the_start_differ_by_at_most_one(name):
+    """Which classes come once more takes turns."""
+    ids = balanced_cases()[name]
+    sampler = BalancedSampler(np.arange(len(ids)), ids, 0)
+    assert sampler.epoch_length == len(ids)
+    counts = Counter(dict.fromkeys(ids.tolist(), 0))
+    for epoch in range(20):
+        of_epoch = Counter(int(ids[row]) for row in epoch_rows(sampler, epoch))
+        counts.update(of_epoch)
+        assert set(of_epoch) == set(ids.tolist())
+        assert all(max(of.values()) - min(of.values()) <= 1 for of in (of_epoch, counts)), epoch
+
+
+@pytest.mark.parametrize("name", balanced_cases())
+@pytest.mark.parametrize("seed", [0, 1])
+def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
+    """Over epochs' ends too: the draws of a class are whole laps, each a permutation of its samples."""
+    ids = balanced_cases()[name]
+    sampler = BalancedSampler(np.arange(len(ids)), ids, seed)
+    drawn = {number: [] for number in set(ids.tolist())}
+    for epoch in range(12):
+        for row in epoch_rows(sampler, epoch):
+            drawn[int(ids[row])].append(row)
+    for number, rows in drawn.items():
+        members = np.flatnonzero(ids == number).tolist()
+        laps = [rows[start : start + len(members)] for start in range(0, len(rows), len(members))]
+        assert all(sorted(lap) == members for lap in laps[:-1])
+        assert len(set(laps[-1])) == len(laps[-1])
+    long = [rows for number, rows in drawn.items() if (ids == number).sum() >= 5]
+    assert all(rows[:5] != rows[5:10] for rows in long)  # each lap has an order of its own
+
+
+def test_a_known_balanced_order():
+    """An epoch is two rounds of three classes and one more sample."""
+    sampler = BalancedSampler(np.arange(7), np.array([0, 0, 0, 0, 1, 1, 2]), 0)
+    found = [sampler.at(position)[0] for position in range(14)]
+    assert found == [5, 0, 6, 4, 6, 2, 1, 3, 5, 6, 4, 0, 6, 4]
+
+
+# --- grouped
+
+
+def grouped_chunks(first, count):
+    """Return the rows and the group of some chunks; a chunk holds one group, that of its rows."""
+    sampler = SAMPLERS["grouped"](0)
+    found = [[sampler.at(number * CHUNK + offset) for offset in range(CHUNK)] for number in range(first, first + count)]
+    of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
+    assert all(of_row[row] == chunk[0][1] == group for chunk in found for row, group in chunk)
+    return [([row for row, _ in chunk], chunk[0][1]) for chunk in found]
+
+
+def test_a_group_carries_what_fills_no_chunk_so_that_its_samples_come_equally_often():
+    """From the start to the end of any epoch, their counts differ by at most one; after `chunk` epochs, by none."""
+    sampler = SAMPLERS["grouped"](0)
+    assert sampler.chunk == CHUNK and sampler.epoch_length == len(ROWS)
+    counts = {group: Counter(dict.fromkeys(ROWS[group == GROUPS].tolist(), 0)) for group in set(GROUPS.tolist())}
+    for cycle in range(3):
+        for first, end in itertools.pairwise(sampler.epoch_starts):
+            for rows, group in grouped_chunks(cycle * len(ROWS) + first, end - first):
+                counts[group].update(rows)
+            for group, of in counts.items():
+                assert max(of.values()) - min(of.values()) <= 1, group
+        assert {count for of in counts.values() for count in of.values()} == {CHUNK * (cycle + 1)}
+
+
+def test_a_known_grouped_order():
+    """Of the first and of a far cycle."""
+    sampler = GroupedSampler(np.arange(7), np.array([0, 0, 0, 1, 1, 2, 2]), 2, 0)
+    assert [sampler.at(position) for position in range(14)] == [
+        (6, 2), (5, 2), (2, 0), (0, 0), (3, 1), (4, 1), (5, 2), (6, 2), (2, 0), (0, 0), (1, 0), (1, 0), (3, 1), (4, 1),
+    ]  # fmt: skip
+    far = [sampler.at(position) for position in range(14 * 10**6 + 7, 14 * 10**6 + 14)]
+    assert far == [(2, 0), (6, 2), (5, 2), (3, 1), (4, 1), (1, 0), (0, 0)]
+
+
+# --- ranks and micro-batches
+
+GLOBAL = 24
+STEPS = 7
+
+
+def batches(sampler, *, rank, world, micro, start_step=0, count):
+    return list(islice(train_batches(sampler, Share(micro, rank, world), GLOBAL, start_step), count))
+
+
+def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
+    """Per step, the draws of all ranks in rank order."""
+    accum = GLOBAL // world // micro
+    found = [[] for _ in range(steps)]
+    for rank in range(world):
+        mine = batches(
+            SAMPLERS[name](0), rank=rank, world=world, micro=micro, start_step=start_step, count=accum * steps
+        )
+        assert all(len(batch) == micro for batch in mine)
+        for number, batch in enumerate(mine):
+            found[number // accum].extend(batch)
+    return found
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("world", [1, 2, 3, 4])
+def test_a_step_takes_the_same_samples_on_any_number_of_ranks_and_micro_batches(name, world):
+    alone = steps_over_ranks(name, 1, GLOBAL)
+    positions = [draw.position for step in alone for draw in step]
+    assert positions == list(range(GLOBAL * STEPS))
+    share = GLOBAL // world
+    for micro in [size for size in range(1, share + 1) if share % size == 0]:
+        assert steps_over_ranks(name, world, micro) == alone
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("world, micro", [(1, 8), (3, 2)])
+def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro):
+    whole = steps_over_ranks(name, world, micro)
+    for start_step in (1, 2, 5):
+        rest = steps_over_ranks(name, world, micro, start_step, STEPS - start_step)
+        assert rest == whole[start_step:]
+    assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
+
+
+def labelled(labels, weights):
+    """What `build_sampler` reads of a collection."""
+    names = sorted({label for label in labels if label is not None})
+    ids = np.array([-1 if label is None else names.index(label) for label in labels])
+    return SimpleNamespace(
+        class_names=lambda split: names, class_ids=lambda names: ids, weights=lambda: np.array(weights)
+    )
+
+
+def test_images_of_weight_0_take_no_turn_of_their_class():
+    collection = labelled("AAAABBBB", [1, 1, 1, 1, 0, 1, 0, 0])
+    sampler = build_sampler("balanced", np.arange(8), collection, 0)
+    drawn = Counter(row for epoch in range(20) for row in epoch_rows(sampler, epoch))
+    assert set(drawn) == {0, 1, 2, 3, 5} and drawn[5] == sum(drawn.values()) / 2
+    assert set(epoch_rows(build_sampler("shuffled", np.arange(8), collection, 0), 0)) == set(range(8))
+
+
+def test_balanced_needs_labels():
+    """Those without would be one class."""
+    collection = labelled(["A", None, "B", None], [1, 1, 1, 1])
+    with pytest.raises(UserError, match=r"^loop.sampling: balanced needs the class of every training image, and 2 of"):
+        build_sampler("balanced", np.arange(4), collection, 0)
+
+
+# --- evaluation
+
+
+def evaluation(rows, batch_size, world=1, groups=None, seed=0):
+    """Return the batches of each rank."""
+    shares = [Share(batch_size, rank, world) for rank in range(world)]
+    made = [list(evaluation_batches(rows, share, seed, groups)) for share in shares]
+    assert all(len(each) == count_batches(rows, share, groups) for each, share in zip(made, shares))
+    assert len(set(map(len, made))) == 1
+    return made
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+@pytest.mark.parametrize("batch_size", [1, 4, 100])
+def test_evaluation_in_groups_takes_each_row_once_and_mixes_no_shapes(world, batch_size):
+    rows = np.arange(23) * 3
+    groups = np.where(rows % 2, 5, np.where(rows % 5 == 0, 9, 2))
+    made = evaluation(rows, batch_size, world, groups)
+    draws = [draw for batches in made for batch in batches for draw in batch]
+    assert sorted(draw.index for draw in draws if draw.position >= 0) == rows.tolist()
+    group_of = dict(zip(rows.tolist(), groups.tolist()))
+    assert all(draw.group == group_of[draw.index] for draw in draws)
+    for each in zip(*made):  # the same step on all ranks
+        assert len({draw.group for batch in each for draw in batch}) == len({len(batch) for batch in each}) == 1
+
+
+@pytest.mark.parametrize("world", [1, 3])
+@pytest.mark.parametrize("count", [1, 2, 7, 37])
+@pytest.mark.parametrize("batch_size", [1, 6, 100])
+def test_evaluation_takes_each_row_once_in_equally_many_batches(world, count, batch_size):
+    rows = np.arange(count) * 3 + 1
+    made = evaluation(rows, batch_size, world)
+    draws = [draw for each in made for batch in each for draw in batch]
+    real = [draw for draw in draws if draw.position >= 0]
+    assert sorted(draw.index for draw in real) == rows.tolist()
+    assert all(rows[draw.position] == draw.index for draw in real)
+    assert all(draw.position == -1 and draw.index in rows for draw in draws if draw.position < 0)
+    assert len({len(batch) for each in made for batch in each}) == 1  # one size: nothing is compiled twice
+    assert len(made[0][0]) <= batch_size
+
+
+def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
+    def keys(rows, world, batch_size):
+        batches = [batch for each in evaluation(rows, batch_size, world, seed=5) for batch in each]
+        return {draw.index: draw.key for batch in batches for draw in batch if draw.position >= 0}
+
+    alone = keys(np.arange(20), 1, 4)
+    assert len(set(alone.values())) == 20
+    assert keys(np.arange(20), 3, 7) == alone
+    assert keys(np.arange(10, 20), 2, 3) == {row: alone[row] for row in range(10, 20)}
+    assert not {rng.sample_key(5, position) for position in range(1000)} & set(alone.values())  # no training key
+
+
+# --- size

@@ -1,0 +1,110 @@
+"""Captions: where they come from, how they vary, and what is said of bad ones."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.tags.captions import CaptionConfig, describe_captions
+from tests.data.collection.test_collection import load
+from utils.errors import UserError
+from utils.rng import generator_for
+
+PLAIN = {
+    "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
+    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "",
+}  # fmt: skip
+
+
+def config(**changed):
+    return CaptionConfig(**{**PLAIN, **changed})
+
+
+def collection_of(root, files, images=("a.png", "b.png", "c.png")):
+    """Return a collection of images and other files, by name; a text, or objects of which each is a line."""
+    for name in images:
+        Image.new("L", (2, 2)).save(root / name)
+    for name, content in files.items():
+        if isinstance(content, list):
+            content = "\n".join(map(json.dumps, content))
+        (root / name).write_text(content)
+    return load(root, root / ".cache")
+
+
+def texts(collection, **changed):
+    return [config(**changed).read(collection.row(row)) for row in range(len(collection))]
+
+
+SIDECARS = {
+    "a.txt": "A cat, sleeping.\n", "a.json": json.dumps({"tags": ["character:Hatsune_Miku", "hat_\\(x\\)", "^_^"]}),
+    "b.json": json.dumps({"tag_string": "1girl long_hair rating:g", "caption": "  "}),
+}  # fmt: skip
+
+
+def test_captions_of_sidecars_and_tags_in_words(tmp_path):
+    collection = collection_of(tmp_path, SIDECARS)
+    assert texts(collection) == ["A cat, sleeping.", "1girl, long hair, rating:g", ""]
+    assert texts(collection, source="tags")[0] == "hatsune miku, hat (x), ^_^"
+    assert texts(collection, source="tags", separator=" | ")[1] == "1girl | long hair | rating:g"
+
+
+# Variation.
+
+
+def vary(text, key=0, **changed):
+    """Return a caption of a training sample, and whether it is dropped."""
+    generator, varied = generator_for(key), config(**changed)
+    return ("", True) if varied.drops(generator) else (varied.vary_tags(text, generator), False)
+
+
+def test_a_plain_caption_is_left_as_it_is():
+    assert vary(" One,two\nthree ") == (" One,two\nthree ", False)
+    assert vary("a", prefix="sks") == ("sks, a", False) and vary("", prefix="sks") == ("sks", False)
+
+
+def test_the_first_tags_stay_and_the_others_are_shuffled():
+    text = "a,b,\nc,  d,e,f,g"
+    found = {vary(text, key, shuffle=True, keep_first=2, prefix="p")[0] for key in range(40)}
+    assert len(found) > 20
+    for caption in found:
+        tags = caption.split(", ")
+        assert tags[:3] == ["p", "a", "b"] and sorted(tags[3:]) == list("cdefg")
+    assert vary(text, 3, shuffle=True) == vary(text, 3, shuffle=True)
+    assert vary("a b", 0, shuffle=True, separator=" ")[0] in ("a b", "b a")
+
+
+def test_tags_are_dropped_in_their_order_with_the_probability_stated():
+    text = ", ".join(map(str, range(100)))
+    lengths = []
+    for key in range(50):
+        tags = list(map(int, vary(text, key, tag_dropout=0.3, keep_first=5)[0].split(", ")))
+        assert tags[:5] == list(range(5)) and tags == sorted(tags)
+        lengths.append(len(tags) - 5)
+    assert abs(np.mean(lengths) / 95 - 0.7) < 0.03
+    assert vary(text, tag_dropout=1.0, keep_first=1) == ("0", False)
+
+
+def test_captions_are_dropped_with_the_probability_stated():
+    found = [vary("a, b", key, caption_dropout=0.2, shuffle=True, prefix="p") for key in range(1000)]
+    assert abs(np.mean([dropped for _, dropped in found]) - 0.2) < 0.04
+    assert all((caption == "") == dropped for caption, dropped in found)
+    assert config(caption_dropout=1.0).vary_tags("a", torch.Generator()) == "a"
+
+
+# What is said of them.
+
+
+def test_sources_and_bad_captions_are_counted_and_named(tmp_path, log):
+    rows = [
+        {"path": "a.png", "caption": "a cat"}, {"path": "b.png", "caption": " ", "tags": ["x"]},
+        {"path": "c.png", "caption": " ", "tags": []},
+    ]  # fmt: skip
+    collection = collection_of(tmp_path, {"manifest.jsonl": rows})
+    every = np.arange(3)
+    assert describe_captions(collection, every, config()) == "caption 1; tags 1; empty 1"
+    assert describe_captions(collection, every[:2], config(source="tags")) == "tags 1; caption 1"
+    assert "1 images" in log.messages[-1] and "'c.png'" in log.messages[-1]
+    with pytest.raises(UserError, match=r"^data\.root: none of the 1 images"):
+        describe_captions(collection, every[2:], config())

@@ -1,0 +1,218 @@
+"""Tags as outputs of a vocabulary, and vocabularies: literal cases, refusals, and rows of any texts (Hypothesis)."""
+
+import json
+import pickle
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data.config import TagRulesConfig, VocabularyConfig
+from data.layouts.table import build_table
+from data.tags.build_vocabulary import make_vocabulary
+from data.tags.rules import TagRules, read_rules
+from data.tags.spelling import Tag, parse_rating, parse_tag
+from data.tags.tag_index import index_tags, map_tags
+from tests.data.collection.test_collection import load
+from utils.errors import UserError
+from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+
+NO_RULES = TagRules(None, {}, {}, "task.")
+FUZZ = settings(max_examples=60, deadline=None, database=None)
+
+
+def vocabulary(*tags, ratings=True):
+    """Return the ratings and tags: (category, name), or a name for a general one."""
+    keys = [(9, name) for name in RATINGS] if ratings else []
+    keys += [(0, tag) if isinstance(tag, str) else tag for tag in tags]
+    return Vocabulary(tuple(name for _, name in keys), tuple(number for number, _ in keys), (1,) * len(keys),
+                      tuple(range(len(keys))))  # fmt: skip
+
+
+def collection_of(root, rows):
+    """Return a collection of a manifest; the files are empty."""
+    for row in rows:
+        (root / row["path"]).parent.mkdir(parents=True, exist_ok=True)
+        (root / row["path"]).touch()
+    (root / "manifest.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return load(root, root / ".cache")
+
+
+def of_rows(tags, ratings=None):
+    paths = [f"{number:03}" for number in range(len(tags))]
+    return build_table({"path": paths, "tags": tags, "rating": ratings or [None] * len(tags)})
+
+
+def rows_of(found):
+    return [found.ids[start:end].tolist() for start, end in zip(found.offsets, found.offsets[1:])]
+
+
+def rules_of(root, aliases="", implications="", rating_s=None):
+    (root / "aliases.csv").write_text(aliases)
+    (root / "implications.csv").write_text(implications)
+    return read(root, rating_s=rating_s)
+
+
+def read(root, **changes):
+    files = {name: str(root / f"{name}.csv") for name in ("aliases", "implications")}
+    return read_rules(TagRulesConfig(**{"rating_s": None, **files, **changes}), "task.")
+
+
+# Mapping.
+
+
+def test_tags_and_ratings_become_outputs(log):
+    tags = [
+        ["Long Hair", "long_hair", "(smile:1.1)", "gone", "gone "],
+        ["miku", "character:miku", "artist:miku", "rating:general"],
+        ["rating:e", "rating:g"],
+        ["explicit"],
+        ["rating:e", " "],
+        [],
+    ]
+    known = vocabulary("smile", "long_hair", (4, "miku"))
+    found = map_tags(of_rows(tags, ["q", None, None, "weird", "1", None]), known, NO_RULES)
+    assert rows_of(found) == [[2, 4, 5], [0, 6], [], [], [1], []]
+    assert found.ids.dtype == np.int32 and found.offsets.dtype == np.int64
+    assert found.rating_known.tolist() == [True, True, False, False, True, False]
+    assert found.tagged.tolist() == [True, True, False, False, False, False]
+    assert "2 of 6 images" in found.describe() and "3 a known rating" in found.describe()
+    assert log.messages[-1].startswith("4 tags are not in the vocabulary, such as 'gone', ")
+
+
+def test_aliases_and_implications(tmp_path):
+    aliases = "cat ears,animal ears\nkitty,cat\ncat,character:Felix\n"
+    rules = rules_of(tmp_path, aliases, "felix,tail\n\ntail,animal\nlost,tail\n")
+    table = of_rows([["kitty"], ["cat_ears", "artist:kitty"], ["lost"]])
+    found = map_tags(table, vocabulary("animal", "animal_ears", (4, "felix"), "tail", ratings=False), rules)
+    assert rows_of(found) == [[0, 2, 3], [0, 1, 2, 3], [0, 3]]
+    assert rules.hash != rules_of(tmp_path, "kitty,cat\n").hash != NO_RULES.hash
+
+
+def test_bad_rules_are_refused_by_line(tmp_path):
+    for aliases, implications, message in (
+        ("a,b\nb,c\nc,a\n", "", r"^task.aliases: a -> b -> c -> a "),
+        ("", "x,y\na\n", r"^task.implications: .*csv, line 2: \['a'\]"),
+        ("", "a,  \n", r"^task.implications: .*csv, line 1: "),
+    ):
+        with pytest.raises(UserError, match=message):
+            rules_of(tmp_path, aliases, implications)
+    with pytest.raises(UserError, match=r"^task\.aliases: nowhere cannot be read"):
+        read(tmp_path, aliases="nowhere")
+
+
+def test_what_s_means_is_stated():
+    table = of_rows([["a"], ["a"], ["rating:safe"], ["a"]], ["s", "Safe", None, "g"])
+    with pytest.raises(UserError, match=r"^task\.rating_s: null"):
+        map_tags(table, vocabulary("a"), NO_RULES)
+    for meaning, column in (("general", 0), ("sensitive", 1)):
+        found = map_tags(table, vocabulary("a"), TagRules(meaning, {}, {}, "task."))
+        assert rows_of(found) == [[column, 4], [column, 4], [column], [0, 4]]
+    assert rows_of(map_tags(table, vocabulary("a", ratings=False), NO_RULES)) == [[0], [0], [], [0]]
+
+
+TEXTS = st.sampled_from(["a", "A ", "b c", "(b_c:2)", "character:a", "x", "", "rating:q", "meta:d", "d", 'q",\\('])
+ROWS = st.tuples(st.lists(TEXTS | st.text(max_size=3), max_size=6), st.sampled_from([None, "e", "?"]))
+
+
+@FUZZ
+@given(st.lists(ROWS, min_size=1))
+def test_any_rows_are_mapped_as_one_by_one(rows):
+    known = vocabulary("a", "b_c", (5, "d"), (4, "a"))
+    found = map_tags(of_rows([tags for tags, _ in rows], [rating for _, rating in rows]), known, NO_RULES)
+    for (tags, rating), outputs in zip(rows, rows_of(found)):
+        parsed = {parse_tag(text) for text in tags}
+        keys = {({"d": 5}.get(tag.name, 0) if tag.category is None else tag.category, tag.name) for tag in parsed}
+        ratings = {parse_rating(name) for number, name in keys if number == 9} & set(RATINGS)
+        ratings = {"explicit"} if rating == "e" else ratings if len(ratings) == 1 else set()
+        expected = {known.columns[key] for key in keys if key in known.columns and key[0] != 9}
+        assert outputs == sorted({known.columns[9, name] for name in ratings} | expected)
+
+
+# The index.
+
+
+def test_the_index_is_made_once_and_mapped(tmp_path):
+    rows = [{"path": "a", "tags": ["x", "y"], "rating": "e"}, {"path": "b", "tags": ["z"]}]
+    collection, known = collection_of(tmp_path / "root", rows), vocabulary("y", "x")
+    index = index_tags(collection, known, NO_RULES, tmp_path / "cache")
+    before = index.file.stat()
+    again = pickle.loads(pickle.dumps(index_tags(collection, known, NO_RULES, tmp_path / "cache")))
+    assert again.file.stat() == before and (again.ids.dtype, again.tagged.dtype) == (np.int32, bool)
+    assert len(pickle.dumps(index)) < 500
+    assert [again.of_row(row).tolist() for row in range(2)] == [[3, 4, 5], []]
+    others = [index_tags(collection, vocabulary("x", "y"), NO_RULES, tmp_path / "cache"),
+              index_tags(collection, known, rules_of(tmp_path, "z,x"), tmp_path / "cache")]  # fmt: skip
+    assert len({found.file for found in (index, *others)}) == 3 and others[1].of_row(1).tolist() == [5]
+    with pytest.raises(UserError, match=r"^data\.root: none of the 2 images of .* has a tag of the voc"):
+        index_tags(collection, vocabulary("w"), NO_RULES, tmp_path / "cache")
+    index.file.write_bytes(b"x")
+    with pytest.raises(UserError, match=r"^data\.root: .*safetensors"):
+        index_tags(collection, known, NO_RULES, tmp_path / "cache")
+
+
+# Vocabularies.
+
+
+def wanted(**changes):
+    keys = dict.fromkeys(("ignore", "keep", "aliases", "implications", "rating_s"))
+    return VocabularyConfig(**{**keys, "min_count": 2, "categories": ["general", "character"], **changes})
+
+
+def rows_with(counts, first=0):
+    """Return manifest rows, of which `counts[tag]` have a tag."""
+    rows = [{"path": f"{first + number}", "tags": []} for number in range(max(counts.values()))]
+    for tag, count in counts.items():
+        for row in rows[:count]:
+            row["tags"].append(tag)
+    return rows
+
+
+COUNTS = {"b": 2, "A ": 3, "a": 2, "miku": 2, "character:miku": 3, "artist:x": 4, "rare": 1, "kept": 1, "bad": 4}
+COUNTS |= {"c,d": 2, "y" * 300: 4, "rating:q": 1}
+
+
+def test_a_vocabulary_is_made_in_the_order_of_published_taggers(tmp_path):
+    rows = rows_with(COUNTS)
+    rows += [{"path": "v", "tags": ["a", "val"], "split": "val"}, {"path": "w", "tags": ["rare"], "weight": 0}]
+    collection = collection_of(tmp_path / "root", rows)
+    (tmp_path / "ignore.txt").write_text("# comment\n\nBad\ncharacter:a\n")
+    (tmp_path / "keep.txt").write_text("kept\n")
+    lists = {name: str(tmp_path / f"{name}.txt") for name in ("ignore", "keep")}
+    made = make_vocabulary(collection, wanted(**lists), "vocabulary.")
+    assert made.names == (*RATINGS, "a", "b", "c,d", "kept", "miku")
+    assert made.categories == (9, 9, 9, 9, 0, 0, 0, 0, 4) and made.counts == (0, 0, 1, 0, 3, 2, 2, 1, 3)
+    assert made.tag_ids == (*RATINGS.values(), 4, 5, 6, 7, 8)
+
+
+def test_implied_tags_count_and_other_categories_come_last(tmp_path):
+    collection = collection_of(tmp_path / "root", rows_with({"kitty": 3, "cat": 1, "artist:z": 2, "copyright:y": 2}))
+    (tmp_path / "aliases.csv").write_text("kitty,cat")
+    (tmp_path / "implications.csv").write_text("cat,animal")
+    files = {name: str(tmp_path / f"{name}.csv") for name in ("aliases", "implications")}
+    chosen = make_vocabulary(collection, wanted(categories=["artist", "general", "copyright"], **files), "vocabulary.")
+    assert list(zip(chosen.names, chosen.counts)) == [("animal", 3), ("cat", 3), ("z", 2), ("y", 2)]  # nor ratings
+
+
+def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
+    collection = collection_of(tmp_path / "root", rows_with({"a": 1, "b": 3}))
+    with pytest.raises(
+        UserError, match=r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"
+    ):
+        make_vocabulary(collection, wanted(min_count=4), "vocabulary.")
+    with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere cannot be read"):
+        make_vocabulary(collection, wanted(ignore="nowhere"), "vocabulary.")
+
+
+@FUZZ
+@given(st.lists(st.text(max_size=6), min_size=1, max_size=8))
+def test_a_vocabulary_of_any_texts_can_be_written_and_read(tmp_path_factory, texts):
+    root = tmp_path_factory.mktemp("any")
+    collection = collection_of(root / "root", [{"path": "a", "tags": ["tag", *texts]}])
+    every = wanted(min_count=1, categories=["general", "artist", "copyright", "character", "meta"], rating_s="general")
+    made = make_vocabulary(collection, every, "task.")
+    write_vocabulary(root / FILE, made)
+    assert read_vocabulary(root / FILE) == made
+    expected = {tag for tag in map(parse_tag, texts) if tag.name and tag.category != 9}
+    assert expected <= {Tag(c, n) for c, n in made.columns} | {Tag(None, n) for n in made.names}

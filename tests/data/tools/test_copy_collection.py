@@ -1,0 +1,95 @@
+"""job=copy and job=downsample. Literal sets of files; run again they copy nothing; refusals. A smaller copy has the
+metadata and the mode of its image."""
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageCms
+from PIL.PngImagePlugin import PngInfo
+
+from data.tools.copy_collection import Shrink, copy_files
+from tests.data.tools.test_duplicates import picture
+from tests.in_process import run
+from utils.errors import UserError
+
+COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    for name, tags in (("x/a", "red hair, hat"), ("x/b", "hat"), ("y/c", "red_hair")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (9, 9 if name == "x/a" else 5)).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(tags)
+    return folder
+
+
+def test_a_part_by_tags_and_rules(root, tmp_path):
+    assert "2 of 3 images" in run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path)
+    copied = sorted(p.relative_to(tmp_path / "part").as_posix() for p in (tmp_path / "part").rglob("*") if p.is_file())
+    assert copied == ["x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
+    assert (tmp_path / "part/x/a.png").read_bytes() == (root / "x/a.png").read_bytes()
+    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("0 of 4 files copied now")
+    assert run("prepare", [*COPY, "job.to=other", "job.min_side_px=9"], tmp_path).startswith("1 of 3 images")
+    assert (tmp_path / "other/x/a.txt").is_file()
+
+
+def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
+    run("prepare", ["job=manifest", *COPY[1:-1]], tmp_path)
+    run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
+    assert pq.read_table(tmp_path / "part/manifest.parquet")["path"].to_pylist() == ["x/a.png", "x/b.png"]
+    (tmp_path / "part/x/a.png").write_text("another")
+    for to, word in (("part", "another file"), ("images/part", "inside data.root")):
+        with pytest.raises(UserError, match=rf"^job.to: .*{word}"):
+            run("prepare", [*COPY, f"job.to={to}"], tmp_path)
+
+
+def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
+    root, small = tmp_path / "images", tmp_path / "small"
+    root.mkdir()
+    exif, text = Image.Exif(), PngInfo()
+    exif[0x0112], exif[0x010E] = 6, "a description"
+    text.add_text("parameters", "a prompt, ü")
+    picture(1, (120, 60)).save(root / "a.jpg", exif=exif, icc_profile=PROFILE, quality=90)
+    picture(2, (60, 120)).save(root / "b.png", exif=exif, pnginfo=text, icc_profile=PROFILE)
+    picture(3, (40, 30)).save(root / "small.png")
+    picture(4, (90, 90)).save(root / "two.gif", save_all=True, append_images=[picture(5, (90, 90))])
+    picture(6, (99, 99)).save(root / "huge.png")
+    (root / "cut.png").write_bytes((root / "b.png").read_bytes()[:-4000])
+    (root / "a.txt").write_text("red")
+    before = {file.name: file.read_bytes() for file in root.iterdir()}
+    words = ["job=downsample", *COPY[1:3], "job.longest_px=40", "job.to=small", "data.max_pixels=9000"]
+    for now in (2, 1):  # the second finds all but one there
+        assert f" {now} longer than 40 pixels were downsampled now" in run("prepare", words, tmp_path)
+        assert {file.name: file.read_bytes() for file in root.iterdir()} == before
+        changed = {name for name in before if (small / name).read_bytes() != before[name]}
+        assert changed == {"a.jpg", "b.png"} and {file.name for file in small.iterdir()} == set(before)
+        (small / "b.png").unlink(missing_ok=now == 2)
+    as_they_are = [line for line in log.messages if "is copied as it is" in line]
+    assert [line.split()[0] for line in as_they_are] == ["cut.png", "huge.png", "two.gif"]
+    run("prepare", words, tmp_path)
+    for name, size in (("a.jpg", (40, 20)), ("b.png", (20, 40))):
+        with Image.open(small / name) as image:
+            assert image.size == size and image.info["icc_profile"] == PROFILE
+            assert image.getexif()[0x0112] == 6 and image.getexif()[0x010E] == "a description"
+            assert name == "a.jpg" or image.text["parameters"] == "a prompt, ü"
+
+
+MODES = {
+    "1": "L", "L": "L", "LA": "LA", "P": "RGB", "RGB": "RGB", "RGBA": "RGBA", "I;16": "I;16", "clear": "RGBA",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_every_mode_is_resized_smoothly(mode, tmp_path):
+    wide = np.linspace(0, 65535, 90 * 60).reshape(60, 90).astype(np.uint16)
+    image = Image.fromarray(wide) if mode == "I;16" else picture(7, (90, 60)).convert("P" if mode == "clear" else mode)
+    image.save(tmp_path / "x.png", **({"transparency": 3} if mode == "clear" else {}))
+    assert copy_files(tmp_path, tmp_path / "small", ["x.png"], Shrink(40, 95, 10**8)) == ["shrunk"]
+    with Image.open(tmp_path / "small/x.png") as small:
+        assert small.size == (40, 27) and small.mode == MODES[mode]
+        reference = image if mode == "I;16" else image.convert(MODES[mode])
+        there = np.asarray(reference.convert("I") if mode == "I;16" else reference, float)
+        assert abs(np.asarray(small, float).mean(axis=(0, 1)) - there.mean(axis=(0, 1))).max() < there.max() / 50

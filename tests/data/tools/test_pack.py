@@ -1,0 +1,250 @@
+"""Shards: what is packed is read back as the files are, by WebDataset too; a pack goes on; damage names the shard."""
+
+import itertools
+import json
+import os
+import tarfile
+from pathlib import Path
+from signal import SIGKILL
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+import data.tools.pack
+from data.images.image_source import Files, member_key, open_contents
+from data.latents.buckets import image_sizes
+from data.layouts.table import replace_column
+from data.stream.order import build_sampler
+from data.stream.source import UnreadableImage
+from data.tools.pack import pack_collection
+from data.tools.write_manifest import write_manifest
+from tests.data.collection.test_collection import load
+from tests.in_process import run
+from tests.support import make_collection
+from utils.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with the files of a collection and with its shards, which are of about 20 KiB."""
+    place = tmp_path_factory.mktemp("pack")
+    make_collection(place / "files", per_class=6, validation=2)
+    write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.tools.pack._MIB", 2**14)
+        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
+    return place
+
+
+@pytest.fixture
+def collections(place):
+    return load(place / "files", place / "cache"), load(place / "packed", place / "cache")
+
+
+@pytest.fixture
+def pack(monkeypatch):
+    """Return what packs a collection into small shards, and the names of the shards that it wrote."""
+    monkeypatch.setattr("data.tools.pack._MIB", 2**14)
+    written, write = [], data.tools.pack._write_shard
+    note = lambda file, *rest: written.append(file.name.split(".")[1]) or write(file, *rest)  # noqa: E731
+    monkeypatch.setattr("data.tools.pack._write_shard", note)
+
+    def pack(collection, output, shard_mib=1):
+        written.clear()
+        pack_collection(collection, output, shard_mib)
+        return [f"{number}.tar" for number in written]
+
+    return pack
+
+
+def shards(folder):
+    return sorted(folder.glob("*.tar"))
+
+
+def test_a_packed_collection_is_the_collection(collections, place):
+    files, packed = collections
+    assert packed.fingerprint == files.fingerprint and packed.is_packed and not files.is_packed
+    contents = open_contents(packed)
+    for row in range(len(files)):
+        assert contents.read(row) == Files(files).read(row)
+        path, offset, length = contents.file_of(row)
+        assert Path(path).read_bytes()[offset : offset + length].endswith(contents.read(row))
+    table = packed.table.sort_by([("shard", "ascending"), ("offset", "ascending")])
+    splits = set(zip(table["shard"].to_pylist(), table["split"].to_pylist()))
+    assert len(splits) == len(shards(place / "packed")) > 3  # each of one split
+    labels = [row["label"] for row in table.to_pylist() if row["split"] == "train"]
+    assert labels != sorted(labels)  # training rows are mixed
+    sampler = build_sampler("blocks", packed.rows("train"), packed, 0)
+    places = [(packed.row(row).shard, packed.row(row).offset) for row in sampler.rows.tolist()]
+    assert places == sorted(places) and sorted(sampler.rows) == packed.rows("train").tolist()
+
+
+def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
+    """Of a file that no manifest describes, of one that EXIF turns, of no image, and again of shards that are there."""
+    (tmp_path / "files").mkdir()
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    Image.new("RGB", (20, 10)).save(tmp_path / "files/a.png")
+    Image.new("RGB", (30, 40)).save(tmp_path / "files/b.jpg", exif=exif)
+    (tmp_path / "files/c.png").write_bytes(b"no image")
+    files, manifest = load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed/manifest.parquet"
+    sizes = image_sizes(files, np.arange(3), tmp_path / "sizes.json").tolist()
+    for _ in range(2):
+        pack(files, tmp_path / "packed")
+        found = image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
+        assert found.tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
+        pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
+    with pytest.raises(UserError, match=r"^data\.root: .*image sizes.*job=pack"):
+        image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
+
+
+def test_what_a_manifest_states_of_the_pixels_is_kept(tmp_path, pack, monkeypatch):
+    make_collection(tmp_path / "files", per_class=2, validation=1)
+    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "files/train/A/clear.png")
+    write_manifest(str(tmp_path / "files"), validation_fraction=0.0, verify=True)
+    monkeypatch.setattr("data.tools.pack.upright_size", lambda content, name: pytest.fail("read again"))
+    pack(load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed")
+    files, packed = (load(tmp_path / name, tmp_path / "cache") for name in ("files", "packed"))
+    assert files.stated_sizes().tolist() == packed.stated_sizes().tolist() and files.stated_sizes().all()
+
+
+def test_webdataset_reads_the_shards(collections, place):
+    webdataset = pytest.importorskip("webdataset")
+    _, packed = collections
+    rows = {member_key(packed.row(row).path): packed.row(row) for row in range(len(packed))}
+    files = [str(file) for file in shards(place / "packed")]
+    found = list(webdataset.WebDataset(files, shardshuffle=False).decode("pil"))
+    assert {sample["__key__"] for sample in found} == rows.keys()
+    for sample in found:
+        row = rows[sample["__key__"]]
+        assert sample["png"].width > 30 and sample["txt"] == row.caption and sample["cls"] == "ABC".index(row.label)
+        assert (sample["json"]["path"], tuple(sample["json"]["tags"])) == (row.path, row.tags)
+
+
+# ------------------------------------------------------------------------------------------------------- going on
+
+
+def test_a_killed_pack_goes_on_and_writes_shards_that_are_cut_again(collections, place, tmp_path, pack):
+    files, _ = collections
+    whole = {file.name: file.read_bytes() for file in shards(place / "packed")}
+    child = os.fork()
+    if child == 0:
+        count, add = itertools.count(), tarfile.TarFile.addfile
+        tarfile.TarFile.addfile = lambda *a: os.kill(os.getpid(), SIGKILL) if next(count) == 50 else add(*a)
+        pack(files, tmp_path)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -SIGKILL
+    there = {file.name for file in shards(tmp_path)}
+    assert there and list(tmp_path.glob(".*.tmp")) and not (tmp_path / "manifest.parquet").exists()
+    assert pack(files, tmp_path) == [name for name in whole if name not in there]
+    cut, gone = shards(tmp_path)[:2]
+    os.truncate(cut, 3000)
+    gone.unlink()
+    assert pack(files, tmp_path) == [cut.name, gone.name] and pack(files, tmp_path) == []
+    assert {file.name: file.read_bytes() for file in tmp_path.glob("*.tar*")} == whole
+    assert load(tmp_path, place / "cache").table.equals(collections[1].table) and not list(tmp_path.glob(".*"))
+
+
+def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
+    files, _ = collections
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine/000000.tar").write_bytes(b"mine")
+    with pytest.raises(UserError, match=r"^job\.output: "):
+        pack(files, tmp_path / "mine")
+    pack(files, tmp_path / "packed")
+    with pytest.raises(UserError, match=r"^job\.output: "):
+        pack(files, tmp_path / "packed", shard_mib=2)
+
+
+def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monkeypatch):
+    make_collection(tmp_path / "root", per_class=2, validation=1)
+    write_manifest(str(tmp_path / "root"), validation_fraction=0.0, verify=False)
+    files = load(tmp_path / "root", tmp_path / "cache")
+    image = tmp_path / "root/train/A/000.png"
+    before = image.read_bytes()
+    image.write_bytes(before[:-1] + b"x")
+    with pytest.raises(UserError, match=r"^data\.root: 'train/A/000.png' has the SHA-256 "):
+        pack(files, tmp_path / "packed")
+    image.unlink()
+    with pytest.raises(UserError, match=r"^data\.root: .*train/A/000.png"):
+        pack(files, tmp_path / "packed")
+    image.write_bytes(before)
+
+    def fill(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tarfile.TarFile, "addfile", fill)
+        with pytest.raises(UserError, match=r"^job\.output: .*No space left"):
+            pack(files, tmp_path / "packed")
+    assert sorted(file.name for file in (tmp_path / "packed").iterdir()) == ["pack.json"]
+    pack(files, tmp_path / "packed")
+
+
+def test_images_of_weight_0_are_left_out_and_shards_are_packed_again(collections, tmp_path, pack):
+    _, packed = collections
+    weights = np.where(np.arange(len(packed)) == 3, 0, 1).astype(np.float32)
+    pq.write_table(replace_column(packed.table, "weight", pa.array(weights)), tmp_path / "manifest.parquet")
+    for file in shards(packed.root):
+        os.link(file, tmp_path / file.name)
+    pack(load(tmp_path, tmp_path / "cache"), tmp_path / "again")
+    again = load(tmp_path / "again", tmp_path / "cache")
+    assert len(again) == len(packed) - 1
+    assert open_contents(again).read(3) == open_contents(packed).read(4)
+
+
+# --------------------------------------------------------------------------------------------------------- damage
+
+
+@pytest.fixture
+def changed(collections, tmp_path):
+    """Return what writes the shards with another first row, and loads them."""
+
+    def load_changed(change):
+        records = collections[1].table.to_pylist()
+        records[0] |= change(records) if callable(change) else change
+        for file in shards(collections[1].root):
+            (tmp_path / file.name).write_bytes(file.read_bytes())
+        pq.write_table(pa.Table.from_pylist(records, collections[1].table.schema), tmp_path / "manifest.parquet")
+        return load(tmp_path, tmp_path / "cache")
+
+    return load_changed
+
+
+def test_damage_is_an_unreadable_image_that_names_the_shard(changed):
+    def other(records):
+        row = next(row for row in records[1:] if row["shard"] != records[0]["shard"])
+        return {name: row[name] for name in ("shard", "offset", "length", "size")}
+
+    def kind(collection):
+        with pytest.raises(UnreadableImage) as error:
+            open_contents(collection).read(0)
+        assert collection.row(0).shard in str(error.value) and collection.row(0).path in str(error.value)
+        return error.value.kind
+
+    assert kind(changed(other)) == "the shard holds something else there"
+    assert kind(changed(lambda records: {"offset": records[0]["offset"] + 1})) == "the shard holds something else there"
+    collection = changed({})
+    os.truncate(collection.root / collection.row(0).shard, collection.row(0).offset + 100)
+    assert kind(collection) == "the file is cut off"
+    (collection.root / collection.row(0).shard).unlink()
+    assert kind(collection) == "the file cannot be opened"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{"offset": -1}, {"length": None}, {"length": 10**15}, {"shard": None}, {"shard": "../x.tar"}, {"path": "/x"}],
+    ids=str,
+)
+def test_an_index_that_cannot_be_is_refused(change, changed):
+    with pytest.raises(UserError, match=r"^data\.root: .*manifest\.parquet"):
+        changed(change)
+
+
+def test_the_command(place, tmp_path):
+    overrides = ["job=pack", "data=image_folder", f"data.root={place / 'files'}", "job.output=packed"]
+    for _ in range(2):
+        assert run("prepare", overrides, tmp_path) == "24 images in 2 shards"
+    assert json.loads((tmp_path / "packed/pack.json").read_text())["shard_mib"] == 256

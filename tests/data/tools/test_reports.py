@@ -1,0 +1,186 @@
+"""job=count, statistics, verify, duplicates, filter and split. Literal tables of a small folder; a killed reading goes
+on; the pages hold what they show."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image, ImageFilter
+
+from data.images.image_formats import CUT_OFF, NOT_OPENED
+from data.tools.exclude import find_groups
+from data.tools.facts import Facts, measure_file, measure_files
+from tests.data.tools.test_duplicates import picture
+from tests.in_process import run
+from utils.errors import UserError
+
+FOLDER = ["data=image_folder", "data.root=images", "data.validation_fraction=0.0"]
+TAGS = {"cat/1.png": "red, hat", "cat/2.jpg": "red", "dog/1.png": "hat, red, round"}
+
+
+@pytest.fixture
+def root(tmp_path):
+    folder = tmp_path / "images"
+    for number, (name, tags) in enumerate(TAGS.items()):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(folder / name)
+        (folder / name).with_suffix(".txt").write_text(tags)
+    picture(1).resize((300, 202)).transpose(Image.Transpose.FLIP_LEFT_RIGHT).save(folder / "dog/copy.png")
+    (folder / "dog/same.png").write_bytes((folder / "dog/1.png").read_bytes())
+    (folder / "dog/cut.png").write_bytes((folder / "dog/1.png").read_bytes()[:400])
+    (folder / "dog/lost.txt").write_text("red")
+    return folder
+
+
+def listed(tmp_path, job):
+    lines = (tmp_path / f"outputs/care/{job}.jsonl").read_text().splitlines()
+    return {row["path"]: row["reason"] for row in map(json.loads, lines)}
+
+
+def reasons(root):
+    """Return why each image of weight 0 has it."""
+    table = pq.read_table(root / "manifest.parquet").to_pylist()
+    assert all((row["weight"] == 0) == (row["reason"] is not None) for row in table if "reason" in row)
+    return {row["path"]: row["reason"] for row in table if row.get("reason")}
+
+
+def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
+    words = ["job=filter", *FOLDER, "job.apply=true"]
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    unreadable = reasons(root)
+    assert list(unreadable) == ["dog/cut.png"] and unreadable["dog/cut.png"].startswith("unreadable: ")
+    assert run("prepare", [*words[:-1], "job.min_tags=2"], tmp_path).startswith("4 images would be excluded")
+    assert reasons(root) == unreadable
+    assert run("prepare", [*words, "job.min_tags=2"], tmp_path).startswith("3 images excluded")
+    few = {path: f"filter: too few tags: {count}" for path, count in
+           (("cat/2.jpg", 1), ("dog/copy.png", 0), ("dog/same.png", 0))}  # fmt: skip
+    assert reasons(root) == unreadable | few
+    run("prepare", [*words, "job.min_tags=1"], tmp_path)
+    assert set(reasons(root)) == {"dog/cut.png", "dog/copy.png", "dog/same.png"}
+    run("prepare", words, tmp_path)
+    assert reasons(root) == unreadable
+
+
+def test_a_split_is_written_into_the_manifest(root, tmp_path):
+    words = ["job=split", *FOLDER[:2], "data.validation_fraction=0.34"]
+    run("prepare", ["job=manifest", "job.duplicates=true", *FOLDER], tmp_path)
+    splits = pq.read_table(root / "manifest.parquet")["split"].to_pylist()
+    assert run("prepare", words, tmp_path).endswith("set job.apply=true to write it into the manifest")
+    assert pq.read_table(root / "manifest.parquet")["split"].to_pylist() == splits
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    table = pq.read_table(root / "manifest.parquet").to_pylist()
+    sides = {}
+    for row in table:
+        sides.setdefault(row["group"], set()).add(row["split"])
+    assert {row["split"] for row in table} == {"train", "val"}
+    assert all(len(found) == 1 for group, found in sides.items() if group is not None)
+
+
+def test_facts_are_of_the_upright_image(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    picture(3, (90, 40)).save(tmp_path / "a.jpg", exif=exif, quality=95)
+    facts = measure_file(str(tmp_path / "a.jpg"), 10**6)
+    assert (facts.format, facts.width, facts.height, facts.kind) == ("JPEG", 40, 90, None)
+    Image.new("L", (7, 2), 51).save(tmp_path / "b.png")
+    facts = measure_file(str(tmp_path / "b.png"), 10**6)
+    assert (facts.brightness, facts.sharpness) == (0.2, 0.0)
+    noise = Image.effect_noise((80, 80), 50)
+    noise.save(tmp_path / "c.png")
+    levels = np.asarray(noise, float)
+    edges = sum(np.roll(levels, shift, axis) for shift in (1, -1) for axis in (0, 1)) - 4 * levels
+    assert measure_file(str(tmp_path / "c.png"), 10**6).sharpness == pytest.approx(edges[1:-1, 1:-1].var(), abs=0.01)
+    noise.filter(ImageFilter.GaussianBlur(2)).save(tmp_path / "d.png")
+    assert measure_file(str(tmp_path / "d.png"), 10**6).sharpness < 20
+    assert measure_file(str(tmp_path / "none.png"), 9).sha256 is None
+
+
+def test_statistics(root, tmp_path):
+    assert run("prepare", ["job=count", *FOLDER], tmp_path) == "6 images"
+    run("prepare", ["job=statistics", *FOLDER], tmp_path)
+    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
+    figures, tables = found["figures"], found["tables"]
+    assert (figures["images"], figures["unreadable"], figures["images without a tag"]) == (6, 1, 3)
+    assert (figures["width, median"], figures["height, median"]) == (150, 101)
+    assert tables["classes"] == [{"class": "dog", "train": 4, "val": 0}, {"class": "cat", "train": 2, "val": 0}]
+    assert tables["formats"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
+    assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
+    assert tables["tags"][0] == {"tag": "red", "images": 3}
+    page = (tmp_path / "outputs/care/statistics/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
+
+
+def test_statistics_of_shards_are_those_of_their_manifest(root, tmp_path):
+    (root / "dog/cut.png").unlink()
+    run("prepare", ["job=pack", *FOLDER, "job.output=packed"], tmp_path)
+    run("prepare", ["job=statistics", *FOLDER, "data.root=packed"], tmp_path)
+    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
+    assert found["figures"]["width, median"] == 150 and found["tables"]["formats"] == []
+
+
+def test_verify_finds_orphans_both_ways(root, tmp_path):
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    found = listed(tmp_path, "verify")
+    assert found["dog/cut.png"].startswith(CUT_OFF) and found["dog/cut.png"].endswith("an image without a sidecar")
+    assert found["dog/lost.txt"] == "a sidecar without an image"
+    assert set(found) == {"dog/cut.png", "dog/lost.txt", "dog/copy.png", "dog/same.png"}
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    (root / "cat/1.png").rename(root / "cat/3.png")
+    (root / "cat/1.txt").unlink()
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    found = listed(tmp_path, "verify")
+    assert found["cat/1.png"] == "a row of the manifest without a file"
+    assert found["cat/3.png"] == "an image without a row in the manifest; an image without a sidecar"
+    (root / "manifest.parquet").unlink()
+    for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
+        file.unlink()
+    assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"  # nor does any lack a sidecar
+
+
+def test_the_largest_of_each_group_stays(root, tmp_path):
+    words = ["job=duplicates", *FOLDER]
+    run("prepare", [*words, "job.match=exact"], tmp_path)
+    assert listed(tmp_path, "duplicates") == {"dog/same.png": "a duplicate: dog/1.png is kept"}
+    files = {file: file.read_bytes() for file in root.rglob("*.*")}
+    with pytest.raises(UserError, match=r"^data.root: .* run prepare.py job=manifest first"):
+        run("prepare", [*words, "job.apply=true"], tmp_path)
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    excluded = {
+        "cat/2.jpg": "duplicates: a duplicate: dog/copy.png is kept",
+        "dog/same.png": "duplicates: a duplicate: dog/1.png is kept",
+    }
+    assert {path: reason for path, reason in reasons(root).items() if reason.startswith("duplicates")} == excluded
+    assert all(file.read_bytes() == content for file, content in files.items())
+    page = (tmp_path / "outputs/care/duplicates/report.html").read_text()
+    assert page.count("data:image/png;base64,") == 2 and "dog/copy.png" in page
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", ["job=filter", *FOLDER, "job.min_tags=1", "job.apply=true"], tmp_path)  # the copies have no tags
+    run("prepare", [*words, "job.apply=true"], tmp_path)
+    assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
+
+
+def test_unreadable_files_are_duplicates_by_their_bytes_alone():
+    facts = {"a": Facts("x", CUT_OFF), "b": Facts("x", CUT_OFF), "c": Facts(None), "d": Facts(None)}
+    facts |= {"e": Facts("y", phash=0), "f": Facts("z", phash=3)}
+    assert find_groups(facts, "near") == [["a", "b"], ["e", "f"]]
+    assert find_groups(facts, "exact") == [["a", "b"]]
+
+
+def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch, log):
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", ["job=count", *FOLDER], tmp_path)
+    assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
+    monkeypatch.setattr("data.tools.facts.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
+    run("prepare", ["job=duplicates", *FOLDER], tmp_path)
+    run("prepare", ["job=verify", *FOLDER], tmp_path)
+    assert listed(tmp_path, "verify")["dog/cut.png"].startswith(CUT_OFF)
+
+
+def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr("data.tools.facts.measure_file", lambda *_, **__: Facts(None, NOT_OPENED, "busy"))
+        assert measure_files(root, list(TAGS), 10**6)[0].kind == NOT_OPENED
+    assert [facts.kind for facts in measure_files(root, list(TAGS), 10**6)] == [None] * 3
