@@ -137,7 +137,7 @@ class Saver:
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
-        """Begin to write, the state as it is now, when the write before has ended."""
+        """Copy the state and begin to write it, when the write before has ended."""
         step, folder = learner.step, self.folder
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
@@ -186,7 +186,7 @@ class Saver:
             try:
                 write_weights(path, tensors, metadata)
             except (OSError, SafetensorError) as error:
-                log.error("%s cannot be written (%s); better weights than before are written later", path, error)
+                log.error("%s cannot be written (%s); the next better evaluation tries again", path, error)
                 return False
             return True
 
@@ -354,4 +354,6 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
             f"loop.total_steps: the run is already at step {state['step']}, beyond the {total_steps} requested; "
             "request more, or give another run_dir (a sweep: another sweep.name)"
         )
+    if existing and step_of(existing[-1]) > state["step"]:  # damaged ones, or the user has named an earlier one
+        log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
     return found

@@ -54,6 +54,7 @@ def test_a_save_between_a_whole_checkpoint_and_a_damaged_one_stays(place):
     settings = ["loop.checkpoint_every_steps=9", "loop.keep_checkpoints=1"]
     said = finetune(place, "loop.total_steps=3", *settings)
     assert "step_00000004 is damaged" in said and "at step 2" in said
+    assert "WARNING resume: the next save removes the checkpoints beyond step 2" in said
     assert left(place) == [3]
     assert "at step 3" in finetune(place, "loop.total_steps=5", *settings)
     assert left(place) == [3, 5]  # 3 is the best

@@ -12,8 +12,7 @@ from torch import Tensor
 
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, log_mean
-from engine.tasks.image_kind import ImageKind, ImageTrainingConfig
-from engine.tasks.kind import TaskConfig
+from engine.tasks.kind import ImageTrainingConfig, Kind, TaskConfig
 from models.sdxl.networks import SDXLConfig, base_files, open_networks
 from tests.tasks.entry import add_kind
 from utils.errors import UserError
@@ -81,7 +80,7 @@ class VAETask(Task):
         return Report(measure_means(loaders["val"], lambda batch: self._losses(*self._decode(batch))))
 
 
-class VAEKind(ImageKind):
+class VAEKind(Kind):
     config, model, task = VAETaskConfig, SDXLConfig, VAETask
 
 
