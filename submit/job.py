@@ -57,7 +57,7 @@ class ScriptJob:
         for number in _STOPPING:  # in place of submitit's handler, which would requeue the job before it has saved
             signal.signal(number, stop)
         status = _meaning(process.wait())
-        _note(_status_folder(self.folder) / f"task_{os.environ['SLURM_PROCID']}", status)
+        _write_status(self.folder, f"task_{os.environ['SLURM_PROCID']}", status)
         _say(f"{self.script}.py has ended with status {status}")
         if status == EXIT_LOST_RANK and os.environ["SLURM_PROCID"] == "0":
             finish(self.folder, status)  # srun waits for a lost node, until SLURM knows
@@ -69,9 +69,11 @@ def _index() -> int:
     return int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
 
 
-def _status_folder(folder: Path) -> Path:
-    """Return the folder where this start of a job and its tasks write their statuses."""
-    return folder / f"status_{_index()}_{restart_count()}"
+def _write_status(folder: Path, name: str, status: int) -> None:
+    """Write the status of a task, or of this start of the job. A write error is a warning."""
+    file = folder / f"status_{_index()}_{restart_count()}" / name
+    with ignore_write_errors(file):
+        write_text(file, f"{status}\n")
 
 
 def finish(folder: Path, status: int) -> int:
@@ -79,13 +81,13 @@ def finish(folder: Path, status: int) -> int:
     index, launch = _index(), read_json(folder / "job.json")["launch"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")  # whose number is also that of one of its jobs
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
-    noted = [int(file.read_text()) for file in _status_folder(folder).glob("task_*")]
+    noted = [int(file.read_text()) for file in folder.glob(f"status_{index}_{restart_count()}/task_*")]
     if not noted:
         noted = [_meaning(128 - status if status > 128 else status)]  # a shell's number of a signal
     elif len(noted) < int(os.environ["SLURM_NTASKS"]):  # the node of a task is lost, or it was killed
         noted.append(EXIT_LOST_RANK)
     status = _worst(noted)
-    _note(_status_folder(folder) / "job", status)
+    _write_status(folder, "job", status)
     if status in (EXIT_STOPPED, EXIT_LOST_RANK):
         limit = launch["max_requeues" if status == EXIT_STOPPED else "max_lost_ranks"]
         often = sum(int(file.read_text()) == status for file in folder.glob(f"status_{index}_*/job"))
@@ -98,13 +100,6 @@ def finish(folder: Path, status: int) -> int:
             ask("scontrol", "update", f"JobId={job}", "Requeue=0")  # which SLURM would do where a node has failed
     write_json(folder / f"end_{index}.json", {"status": status, "restarts": restart_count()})
     return status
-
-
-def _note(file: Path, status: int) -> None:
-    """Write a status into a file; a write error is a warning."""
-    with ignore_write_errors(file):
-        file.parent.mkdir(parents=True, exist_ok=True)
-        write_text(file, f"{status}\n")
 
 
 def _worst(statuses: Collection[int]) -> int:

@@ -106,11 +106,10 @@ def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
     """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
-    environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
     log.info("checking: %s", " ".join(command[1:]))
-    if launch.gpus_per_node:
-        environment[GPUS_VARIABLE] = "1"
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    job = {RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
+    job |= {GPUS_VARIABLE: "1"} if launch.gpus_per_node else {}
+    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
         log.error("nothing is queued: %s.py refuses what it was given", launch.script)

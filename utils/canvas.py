@@ -26,5 +26,5 @@ def background_levels(background: Any, channels: int) -> list[int]:
 
 
 def background_of(preprocessing: Any) -> Any:
-    """Return the background that a weight file's preprocessing states; older files do not, and are on white."""
+    """Return the background of a weight file's preprocessing; where it names none, white."""
     return preprocessing.get("background", DEFAULT)

@@ -11,13 +11,14 @@ from types import SimpleNamespace
 import pytest
 
 from submit import slurm
-from submit.job import ScriptJob, _meaning, _note, finish
+from submit.job import ScriptJob, _meaning, finish
 from submit.queue import list_active, wait_for
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, configure
 from tests.support import ROOT, fork_command
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.io.files import write_text
 from utils.record.logging import setup_logging
 
 
@@ -207,9 +208,9 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}
     (tmp_path / "job.json").write_text(json.dumps({"launch": limits}))
     for number in range(before):
-        _note(tmp_path / f"status_0_{number}/job", 70)
+        write_text(tmp_path / f"status_0_{number}/job", "70")
     for task, status in enumerate(noted):
-        _note(tmp_path / f"status_0_5/task_{task}", status)
+        write_text(tmp_path / f"status_0_5/task_{task}", f"{status}")
     status = finish(tmp_path, srun)
     if end is None:
         assert asked == [("requeue", "7")] and slept
