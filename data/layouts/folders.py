@@ -1,8 +1,9 @@
 """Read a folder of images as it is into one table, for a collection without a manifest.
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
-and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (data/layouts/sidecars.py). Names
-that begin with a dot are ignored, links are followed.
+and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (sidecars.py), and
+kohya's metadata at the root take precedence over them (kohya.py). Names that begin with a dot are ignored, links are
+followed.
 """
 
 import os
@@ -13,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data.layouts.kohya import read_metadata
 from data.layouts.records import Sidecar
 from data.layouts.sidecars import read_sidecars
 from data.layouts.table import SPLIT_NAMES, build_table, show_some
@@ -74,8 +76,8 @@ def scan_folder(root: Path) -> pa.Table:
         folder, slash, name = path.rpartition("/")
         return read_sidecars(root, root / folder, name, beside[path])
 
-    known = dict(zip(beside, in_threads(read, list(beside))))
-    sidecars = [known.get(path, Sidecar()) for path in images]
+    known, metadata = dict(zip(beside, in_threads(read, list(beside)))), read_metadata(root, images)
+    sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     return build_rows(images, sidecars, split=splits, label=labels)

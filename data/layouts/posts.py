@@ -64,7 +64,7 @@ def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     try:
         if file.suffix == ".jsonl":
             with open(file, encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines):
+                for number, line in enumerate(lines, start=1):
                     where = f"{str(file)!r}, line {number},"
                     if line.strip():
                         yield where, parse_object(line, where)

@@ -132,6 +132,36 @@ def test_text_sidecars(tmp_path):
         assert rows(tmp_path / str(number)) == {"a.png": (tags, None, text, None)}
 
 
+# kohya's metadata.
+
+
+def test_metadata_of_kohya(tmp_path, log):
+    put(tmp_path, "x/a.png", "x/b.png", "x/meta_c.png", "x/d.png")
+    entries = {
+        "x/a": {"tags": "long hair, hat \\(x\\)", "caption": "a girl", "train_resolution": [2, 2]},
+        "C:\\photos\\x\\b.png": {"caption": "one, two\nthree"},
+        "/elsewhere/x/gone.png": {"tags": "t"},
+    }
+    write(write(write(tmp_path, "meta_lat.json", entries), "x/a.txt", "old"), "x/d.txt", "kept")
+    assert rows(tmp_path) == {
+        "x/a.png": (["long hair", "hat \\(x\\)"], None, "a girl", None),
+        "x/b.png": (["one", "two", "three"], None, "one, two\nthree", None),
+        "x/d.png": (["kept"], None, "kept", None),
+        "x/meta_c.png": ([], None, None, None),
+    }
+    assert "meta_lat.json: 2 of 3 entries match" in log.text
+
+
+def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
+    put(tmp_path, "a.png", "b.png", "meta_b.png")
+    lines = [{"image_path": "imgs/a.png", "caption": "1girl, solo"}, {"path": "b.png", "tags": "x, y", "rating": "g"}]
+    write(tmp_path, "meta_tags.jsonl", "\n\n".join(map(json.dumps, lines)))
+    write(write(tmp_path, "meta_b.json", {"tags": "own"}), "meta_info.json", {"version": 1})
+    found = rows(tmp_path)
+    assert found["a.png"][0] == ["1girl", "solo"] and found["b.png"][:2] == (["x", "y"], "g")
+    assert found["meta_b.png"][0] == ["own"] and "'meta_info.json'" in log.text
+
+
 # Tables of posts.
 
 POSTS = [
@@ -171,7 +201,10 @@ def test_a_table_of_posts(tmp_path, form, log):
 BAD = [
     ({"1.json": "[" * 100_000}, "1.json' is broken JSON (nested too deeply)"),
     ({"1.json": '{"tags": 5}'}, "1.json' are 5"),
-    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 1, is broken JSON"),
+    ({"meta_a.json": '{"1": {"tags": 5}}'}, "meta_a.json', '1' are 5"),
+    ({"meta_a.jsonl": '{"path": "1"}\n{'}, "meta_a.jsonl', line 2, is broken JSON"),
+    ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
+    ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 2, is broken JSON"),
     ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
     ({"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'}, "holds 1, none of them 9.*, ee.*; name images by"),
     ({"posts.parquet": "PAR1", "posts.jsonl": ""}, "holds both posts.parquet and posts.jsonl"),
@@ -196,7 +229,7 @@ VALUES = st.recursive(
 KEYS = st.sampled_from(["tags", "tag_string", "tag_string_artist", "tags_meta", "rating", "caption", "id", "md5"])
 JSON = st.dictionaries(KEYS | st.text(max_size=5), VALUES, max_size=5).map(json.dumps).map(str.encode)
 CONTENT = st.binary(max_size=60) | JSON | JSON.map(lambda text: b"[" + text + b"]")
-NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "posts.jsonl")
+NAMES = ("a.json", "a.png.txt", "a.txt", "a.caption", "meta_x.json", "meta_x.jsonl", "posts.jsonl")
 
 
 @FUZZ

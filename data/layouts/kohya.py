@@ -1,0 +1,65 @@
+"""Read kohya's metadata at the root of a folder, and rows in its form that predict.py writes.
+
+    meta_cap.json     {"folder/1": {"tags": "1girl, solo", "caption": "a girl"}, ...}
+    meta_tags.jsonl   {"image_path": "folder/1.png", "caption": "1girl, solo"} on each line
+    meta_ours.jsonl   {"path": "folder/1.png", "tags": "1girl, solo", "rating": "general"} on each line
+
+A key is an image's path, with or without its suffix. A path of another machine matches by its last parts.
+"""
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from data.layouts.records import Sidecar, parse_record, parse_text
+from data.layouts.sidecars import parse_object, read_text, refuse_link_out
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+
+def read_metadata(root: Path, paths: Iterable[str]) -> dict[str, Sidecar]:
+    """Return what the metadata file says about the images `paths`, by path; {} if there is no such file.
+
+    Logs how many of its entries match an image. Raises UserError (`data.root`) if the file cannot be read, or if there
+    is more than one.
+    """
+    files = [file for file in sorted(root.glob("meta_*")) if file.suffix in (".json", ".jsonl")]
+    read = {file: entries for file in files if (entries := _read_entries(root, file))}
+    if len(read) > 1:
+        names = " and ".join(file.name for file in read)
+        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
+    by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
+    sidecars: dict[str, Sidecar] = {}
+    for file, entries in read.items():
+        for key, record in entries.items():
+            parts = key.replace("\\", "/").split("/")
+            ends = ("/".join(parts[start:]) for start in range(len(parts)))
+            if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
+                sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record)
+        log.info("%s: %s of %s entries match an image", file.name, f"{len(sidecars):,}", f"{len(entries):,}")
+    return sidecars
+
+
+def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
+    """Return the records of a file by their keys; {}, with a warning, if it holds something else."""
+    refuse_link_out(root, file)
+    if file.suffix == ".json":
+        entries = parse_object(read_text(file), repr(str(file)))
+    else:
+        lines = enumerate(read_text(file).split("\n"), start=1)
+        records = [parse_object(line, f"{str(file)!r}, line {number},") for number, line in lines if line.strip()]
+        entries = {record.get("image_path", record.get("path")): record for record in records}
+    if all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items()):
+        return entries
+    log.warning("data.root: %r has the name of kohya's metadata, but no entry per image; it is ignored", file.name)
+    return {}
+
+
+def _parse_entry(where: str, record: dict[str, Any]) -> Sidecar:
+    """Read an entry. Without tags, its caption is a list of tags."""
+    tags = record.get("tags")
+    sidecar = parse_record(where, {**record, "tags": list(parse_text(tags).tags) if isinstance(tags, str) else tags})
+    return sidecar if sidecar.tags is not None else parse_text(sidecar.caption or "").updated(sidecar)
