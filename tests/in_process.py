@@ -20,13 +20,16 @@ from omegaconf import DictConfig
 import engine.learner
 from data.layouts.glyphs import GLYPHS_VERSION
 from data.tools.write_manifest import write_manifest
+from engine.tasks.kinds import KINDS
 from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import Job, validate
-from utils.config.help import ROOT
+from utils.config.help import CONF, ROOT
 from utils.io.files import write_json
 
-TRAINING = ("pretrain_fcmae", "finetune", "train")
-SCRIPTS = (*TRAINING, "finetune_sdxl", "prepare", "evaluate", "predict", "export", "slurm")
+TASKS = {name: kind.scripts for name, kind in KINDS.items()}  # the scripts that train each
+TRAINING = sorted({script for scripts in TASKS.values() for script in scripts})
+ON_IMAGES = [script for script in TRAINING if "- augment:" in (CONF / f"{script}.yaml").read_text()]
+SCRIPTS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "common")
 
 SHORT = [
     "augment.image_size_hw=[16,16]",

@@ -6,6 +6,7 @@ import shlex
 import pytest
 import yaml
 
+from tests.in_process import SCRIPTS as COMMAND_NAMES
 from tests.support import ROOT
 from utils.config.help import CONF
 
@@ -17,17 +18,7 @@ COMMANDS = [
     for line in block.splitlines()
     if line.split("#")[0].strip()
 ]
-SCRIPTS = [
-    "prepare",
-    "train",
-    "pretrain_fcmae",
-    "finetune",
-    "finetune_sdxl",
-    "evaluate",
-    "export",
-    "predict",
-    "submit/slurm",
-]
+SCRIPTS = ["submit/slurm" if name == "slurm" else name for name in COMMAND_NAMES]
 NOT_KEYS = re.compile(r"\.(py|yaml|toml|jsonl?|csv|txt|html|parquet|safetensors|png|md|onnx)$|^task\.(origin|column)$")
 MAKE = {
     "help", "install", "install-sdxl", "install-cloud", "install-interop", "demo", "demo-full", "demo-tagger",

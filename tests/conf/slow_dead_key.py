@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from engine.runtime import Runtime
 from tests.conf.test_no_dead_key import TAG_WEIGHTS
-from tests.in_process import SCRIPTS, SHORT, SMALL_MODEL, TRAINING, load_command, make_glyph_folder, make_images, run
+from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, load_command, make_glyph_folder, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
 
@@ -100,7 +100,7 @@ def run_sdxl(go, data):
 
 
 def group_of(script):
-    return "training" if script in TRAINING else script
+    return "training" if script in ON_IMAGES else script
 
 
 def run_all(recorder, folder, monkeypatch):

@@ -7,7 +7,7 @@ import random
 import pytest
 
 from tests.conf.test_no_dead_key import CONFIGURATIONS, list_leaves, look_up, replaced, values_of
-from tests.in_process import TINY, TRAINING, load_command, make_images, run, run_command
+from tests.in_process import ON_IMAGES, TINY, load_command, make_images, run, run_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 
@@ -86,7 +86,7 @@ def place(tmp_path_factory):
     return folder
 
 
-@pytest.mark.parametrize("script", [*TRAINING, *OTHERS])
+@pytest.mark.parametrize("script", [*ON_IMAGES, *OTHERS])
 def test_what_is_accepted_can_be_checked(script, place, monkeypatch, capfd):
     base = OTHERS.get(script, [*TRAINED, "dry_run=true"])
     for mutation in random.Random(0).sample(accepted(script, base), 8):

@@ -6,9 +6,10 @@ import re
 from importlib.util import find_spec
 
 import pytest
+import yaml
 
-from tests.in_process import SCRIPTS, compose, configure, make_glyph_folder, run
-from utils.config.help import CONF
+from tests.in_process import SCRIPTS, TASKS, TRAINING, compose, configure, make_glyph_folder, run
+from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 
@@ -22,27 +23,6 @@ MANDATORY = {
 # What jobs of prepare.py must be given.
 TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
 SHARED = {"common"}  # files that primaries include
-ALL_TRAINING = ("finetune", "train", "pretrain_fcmae", "finetune_sdxl")
-GROUPS = {
-    "model": ALL_TRAINING,
-    "data": (*ALL_TRAINING, "prepare"),
-    "augment": ("finetune", "train"),
-    "optim": ALL_TRAINING,
-    "schedule": ALL_TRAINING,
-    "loop": ALL_TRAINING,
-    "runtime": ALL_TRAINING,
-    "tracking": ALL_TRAINING,
-    "launch": ["slurm"],
-    "job": ["prepare"],
-}
-# A task and the scripts that train it.
-TASKS = {
-    "fcmae": ["pretrain_fcmae"],
-    "classification": ["train", "finetune"],
-    "tagging": ["train", "finetune"],
-    "distillation": ["train", "finetune"],
-    "diffusion": ["finetune_sdxl"],
-}
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18", "task.label_share=0.0"]}
 
@@ -51,13 +31,19 @@ def list_yaml(folder):
     return sorted(path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml"))
 
 
+def groups_of(script):
+    defaults = yaml.safe_load((CONF / f"{script}.yaml").read_text()).get("defaults", [])
+    return [group for item in defaults if isinstance(item, dict) for group in item if (CONF / group).is_dir()]
+
+
 # Each option of each group once, with a script that takes it.
-OPTIONS = [
-    ("finetune_sdxl" if group == "model" and name.startswith("sdxl") else scripts[0], group, name)
-    for group, scripts in GROUPS.items()
-    for name in list_yaml(CONF / group)
-]
-OPTIONS += [(scripts[0], "task", name) for name, scripts in TASKS.items()]
+OPTIONS = {
+    (group, name): script
+    for script in (*SCRIPTS, *reversed(TRAINING))
+    for group in groups_of(script)
+    for name in list_options(group, script)
+    if group != "experiment"
+}
 BASES = [name for name in list_yaml(CONF / "experiment") if name.startswith("base/")]  # of families of recipes
 EXPERIMENTS = [name for name in list_yaml(CONF / "experiment") if name not in BASES]
 
@@ -77,10 +63,13 @@ def script_of(experiment):
     return re.search(rf"python (\w+)\.py experiment={experiment}\b", read_header(experiment)).group(1)
 
 
+def test_each_kind_is_listed_by_the_help_of_its_scripts():
+    listed = {name: tuple(script for script in TRAINING if name in list_options("task", script)) for name in TASKS}
+    assert listed == {name: tuple(sorted(scripts)) for name, scripts in TASKS.items()}
+
+
 def test_no_file_is_passed_over():
-    primaries = {path.stem for path in CONF.glob("*.yaml")} - SHARED
-    assert primaries == set(SCRIPTS)
-    covered = {f"{group}/{name}" for _, group, name in OPTIONS}
+    covered = {f"{group}/{name}" for group, name in OPTIONS}
     everything = {*SCRIPTS, *SHARED, *covered, *(f"experiment/{name}" for name in (*EXPERIMENTS, *BASES))}
     assert set(list_yaml(CONF)) == everything
 
@@ -98,10 +87,11 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
         assert refused.value.problems == [f"{key}: must be given; add {key}=VALUE" for key in keys]
 
 
-@pytest.mark.parametrize(("script", "group", "name"), OPTIONS)
-def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
+@pytest.mark.parametrize(("group", "name"), OPTIONS)
+def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
+    script = OPTIONS[group, name]
     overrides = [f"{group}={name}"]
-    if script not in ALL_TRAINING:
+    if script not in TRAINING:
         given = {"data": ["data.root=IMAGES"], "job": TO.get(name, [])}.get(group, [])
         configure(script, [*overrides, *MANDATORY.get(script, []), *given])
         return
@@ -116,7 +106,7 @@ def test_an_option_of_a_group_builds(script, group, name, glyphs, tmp_path):
             run(script, overrides, tmp_path)
         return
     assert run(script, overrides, tmp_path).startswith("dry run: ")
-    assert not any((tmp_path / "outputs" / script).exists() for script in ALL_TRAINING)
+    assert not any((tmp_path / "outputs" / script).exists() for script in TRAINING)
 
 
 @pytest.mark.parametrize("name", EXPERIMENTS)

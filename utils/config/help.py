@@ -25,9 +25,19 @@ Keys with their defaults (null: none; ???: must be given). A group is a folder o
 `--help GROUP=FILE` shows another. A key in it is GROUP.KEY, such as optim.lr."""
 
 
-def list_options(group: str) -> list[str]:
-    """Return the files of a group, those of subfolders as `folder/name`."""
-    return sorted(file.relative_to(CONF / group).with_suffix("").as_posix() for file in (CONF / group).rglob("*.yaml"))
+def list_options(group: str, script: str | None = None) -> list[str]:
+    """Return the files of a group (in subfolders as `folder/name`); script: only those that this script accepts.
+
+    A file names its scripts in a comment: `# Scripts: train, finetune`, or a recipe in `# Command: python train.py`.
+    """
+    files = {file.relative_to(CONF / group).with_suffix("").as_posix(): file for file in (CONF / group).rglob("*.yaml")}
+    return sorted(name for name, file in files.items() if script is None or _accepts(script, group, file))
+
+
+def _accepts(script: str, group: str, file: Path) -> bool:
+    text = file.read_text(encoding="utf-8")
+    names = re.findall(r"^# Scripts: (.*)$|^# Command: .*?(\w+)\.py experiment=", text, flags=re.MULTILINE)
+    return script in ", ".join(map("".join, names)).split(", ") if names else group != "experiment"
 
 
 def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
@@ -43,7 +53,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
     for group, name in groups.items():
         name = chosen[group] if (CONF / group / f"{chosen.get(group)}.yaml").is_file() else name
         if (CONF / group).is_dir():
-            known = list_options(group)
+            known = list_options(group, script.stem)
             lines += ["", f"{group}={name}  ({', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"]
             lines += [f"  {line}" for line in _read(CONF / group, name)] if name in known else []
     return "\n".join([*lines, "", "Examples:", examples])
