@@ -1,7 +1,7 @@
-"""The formats that export.py writes, each a function of (weights, folder, config) that returns a report.
+"""The formats of export.py. Each is a function of (weights, folder, config) that returns a report.
 
-A function writes into an empty folder and compares what it wrote with PyTorch; only then do the files take their names.
-The libraries are imported where they are used.
+A function writes into an empty folder and compares the files with PyTorch. Only then are they moved to their place.
+Libraries are imported where they are used.
 """
 
 import os
@@ -37,10 +37,10 @@ _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "mode
 
 
 class ExportConfig(OnnxConfig):
-    """`weights` is best, last or ema of `run_dir`, or a weight file of ours.
+    """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
-    `output` is a folder (null: export/ in the run folder, export/FORMAT/ for others than onnx). `licence` replaces what
-    is known of the licence of the source weights.
+    `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
+    `licence` replaces the known licence of the source weights.
     """
 
     format: Literal[
@@ -60,11 +60,11 @@ class ExportConfig(OnnxConfig):
         if self.run_dir is None and self.weights in WEIGHT_NAMES:
             raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and self.output is None:
-            raise ValueError("output: must be given where there is no run_dir; add output=FOLDER")
+            raise ValueError("output: must be given without a run_dir; add output=FOLDER")
         if self.precision == "fp16" and self.format in TARGETS:
-            raise ValueError(f"precision: format={self.format} does not read it; remove precision, or set format=onnx")
+            raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
         if self.dynamic_size and self.format != "onnx":
-            raise ValueError(f"dynamic_size: format={self.format} does not read it; remove it, or set format=onnx")
+            raise ValueError(f"dynamic_size: format={self.format} ignores it; remove it, or set format=onnx")
         return self
 
 
@@ -72,19 +72,19 @@ Format = Callable[[Weights, Path, ExportConfig], dict[str, Any]]
 
 
 def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the files of one of TARGETS; of a tagger, selected_tags.csv lies beside timm's.
+    """Write the files of one of TARGETS. A tagger in timm's format also gets a selected_tags.csv.
 
-    timm's taggers take BGR, as the published ones do. Mean and standard deviation stay those of red, green and blue:
-    neggles/wdv3-timm normalises, then turns the channels round. A backbone takes RGB, as every other network does.
+    timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
+    neggles/wdv3-timm normalises, then reverses the channels. A backbone takes RGB, like every other network.
     """
     form, network, metadata = config.format, weights.whole, weights.metadata
     is_tagger = form == "timm" and _is_tagger(weights)
     if form in ("timm", "transformers"):
         network = weights.model.network
     if is_tagger:
-        stated = metadata["preprocessing"]
-        network = tag_forms.to_bgr(network, stated["image_size_hw"])
-        metadata = {**metadata, "channel_order": "BGR", "preprocessing": {**stated, "pad": "none"}}  # programs pad
+        preprocessing = {**metadata["preprocessing"], "pad": "none"}  # the other programs pad
+        network = tag_forms.to_bgr(network, preprocessing["image_size_hw"])
+        metadata = {**metadata, "channel_order": "BGR", "preprocessing": preprocessing}
     report = export_folder(form, network, metadata, folder, config.accepted)
     if is_tagger:
         vocabulary = vocabulary_of(metadata)
@@ -105,15 +105,16 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
 
 
 def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write an ONNX file in one of the forms of models/export/tag_forms.py, and what lies beside it."""
+    """Write an ONNX file in a form of models/export/tag_forms.py, and the form's other files."""
     form, vocabulary, preprocessing = config.format, vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
     tag_forms.check_images(form, preprocessing)
     thresholds = find_thresholds(config.thresholds, config.run_dir, vocabulary)
     kept, rows = tag_forms.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
-    made = tag_forms.make_form(form, preprocessing)
-    graph = tag_forms.make_graph(weights.model, made, rows, preprocessing["image_size_hw"])
-    stated = {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
-    metadata = {**weights.metadata, **kept.facts(), **stated, "form": made.model_dump(), "vocabulary": vocabulary.hash}
+    onnx_form = tag_forms.make_form(form, preprocessing)
+    graph = tag_forms.make_graph(weights.model, onnx_form, rows, preprocessing["image_size_hw"])
+    facts = {**kept.facts(), "form": onnx_form.model_dump(), "vocabulary": vocabulary.hash}
+    facts |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
+    metadata = {**weights.metadata, **facts}
     path = folder / _TAG_FILES[form]
     difference = export_onnx(graph, metadata, path, config)
     if form == "wd14":
@@ -132,10 +133,10 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
 
 
 def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write a LoRA alone: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers."""
+    """Write only the LoRA: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers."""
     if weights.setup.task.lora is None:
         raise UserError(
-            f"format: {config.format} is of a LoRA, and this run trained the whole U-Net; set format=single_file"
+            f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
     adapter, dtype = weights.task.adapter, _DTYPES[config.precision]
     if config.format == "lora_diffusers":
@@ -149,7 +150,7 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
 
 
 def _facts(weights: Weights) -> dict[str, str]:
-    """Return what ModelSpec calls title, date and so on."""
+    """Return ModelSpec's title, date, resolution and license."""
     height, width = weights.setup.task.samples.image_size_hw
     return {
         "title": weights.path.stem,
@@ -160,7 +161,7 @@ def _facts(weights: Weights) -> dict[str, str]:
 
 
 def whole_networks(weights: Weights) -> tuple[SDXLNetworks, dict[str, Any]]:
-    """Return all networks in float32, with what was trained in them, and a report of a LoRA's merge."""
+    """Return all networks in float32 with the trained weights, and a report on merging the LoRA."""
     task, setup = weights.task, weights.setup
     networks = open_networks(setup.model)
     if setup.task.lora is None:
@@ -173,7 +174,7 @@ def whole_networks(weights: Weights) -> tuple[SDXLNetworks, dict[str, Any]]:
     task.adapter.merge(parts)
     difference = float((_run_unet(networks.unet) - before).abs().max() / before.abs().max())
     if difference > _MERGE_TOLERANCE:
-        raise UserError(f"format: the merged U-Net differs by {difference:.1e} from the LoRA beside it; report this")
+        raise UserError(f"format: the merged U-Net differs by {difference:.1e} from the attached LoRA; report this")
     return networks, {"merge_max_rel_diff": difference}
 
 
@@ -189,7 +190,7 @@ def _run_unet(unet: nn.Module) -> torch.Tensor:
 
 
 def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the whole model: a folder of diffusers, or a single file, which is read back."""
+    """Write the whole model: a diffusers folder, or a single file, which is read back and compared."""
     networks, report = whole_networks(weights)
     task, dtype = weights.setup.task, _DTYPES[config.precision]
     noise = {"prediction_type": task.noise.prediction_type, "zero_terminal_snr": task.noise.zero_terminal_snr}
@@ -216,27 +217,27 @@ TAG_FORMATS = {**IMAGE_FORMATS, **dict.fromkeys(_TAG_FILES, write_tagger)}
 
 
 def find_format(name: str, weights: Weights) -> Format:
-    """Return a format of some weights. Raises UserError (`format`) where they do not have it."""
+    """Return the function that writes a format. Raises UserError (`format`) if the weights do not support it."""
     if weights.model is None:
         formats = SDXL_FORMATS if isinstance(weights.task, DiffusionTask) else {}
     else:
         formats = TAG_FORMATS if _is_tagger(weights) else IMAGE_FORMATS
     if name not in formats:
-        raise UserError(f"format: {name} is no format of {weights.path}; it has {', '.join(formats) or 'none'}")
+        raise UserError(f"format: {name} is no format of {weights.path}; it supports {', '.join(formats) or 'none'}")
     return formats[name]
 
 
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the files of `config.format` into a folder, and return the report.
 
-    Raises UserError (`format`, `tolerance`, `output`); then nothing is written and older files stay.
+    Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.
     """
     write = find_format(config.format, weights)
-    there = next(path for path in (folder, *folder.parents) if path.exists())
-    with TemporaryDirectory(dir=there, prefix=".export-") as scratch:
+    parent = next(path for path in (folder, *folder.parents) if path.exists())
+    with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
         report = write(weights, Path(scratch), config)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
-            place = folder / path.relative_to(scratch)
-            place.parent.mkdir(parents=True, exist_ok=True)
-            os.replace(path, place)
+            target = folder / path.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            os.replace(path, target)
     return report

@@ -1,7 +1,7 @@
-"""A task from a weight file alone: its metadata say kind, network, preprocessing and facts.
+"""Rebuild a task from a weight file alone. Its metadata state the kind, network, preprocessing and facts.
 
-The file may come from a stranger: its metadata are checked, and compared with its tensors' shapes, before a network of
-the size that they state is allocated.
+The file may come from a stranger, so its metadata are checked and compared with the shapes of its tensors before any
+network is allocated.
 """
 
 from dataclasses import dataclass, replace
@@ -26,50 +26,45 @@ from utils.io.weights import read_weights
 
 @dataclass(frozen=True)
 class Weights:
-    """What a weight file holds.
-
-    model: from images to outputs; None where the task makes nothing of an image. whole: the network of the file, such
-    as an FCMAE with its decoder. metadata: as the file states them, with `output`. task: in eval mode; task, kind and
-    setup are None of a backbone.
-    """
+    """The contents of a weight file. A backbone has no task, kind or setup."""
 
     path: Path
-    model: ImageModel | None
-    whole: nn.Module | None
-    metadata: dict[str, Any]
+    model: ImageModel | None  # from images to outputs; None if the task has no output for a single image
+    whole: nn.Module | None  # the complete network, such as an FCMAE with its decoder
+    metadata: dict[str, Any]  # from the file, with `output`
     kind: Kind | None = None
-    task: Task | None = None
+    task: Task | None = None  # in eval mode
     setup: Setup | None = None
 
     def for_export(self, licence: str | None) -> Self:
-        """Return the same for programs that show images of one size, padded to a square.
+        """Return the weights for programs that use images of one size, padded to a square.
 
-        licence: of the source weights; None leaves what is known of it. Raises UserError (`weights`) for predictions of
-        a network that was trained in buckets.
+        licence: replaces the known licence of the source weights; None keeps it. Raises UserError (`weights`) for
+        predictions of a network that was trained in buckets.
         """
         metadata = dict(self.metadata)
         if licence is not None:
             metadata["origin"] = {**(metadata.get("origin") or {}), "licence": licence}
-        stated = dict(metadata.get("preprocessing", {}))
-        if stated.pop("buckets_hw", None) is None:
+        preprocessing = dict(metadata.get("preprocessing", {}))
+        if preprocessing.pop("buckets_hw", None) is None:
             return replace(self, metadata=metadata)
         if metadata["output"] != "features":
             raise UserError(
-                "weights: they were trained on images of several shapes (augment.pad=buckets), and programs that load "
-                "an export show images in a square, where such a network is wrong far more often; predict with "
-                "predict.py, or train on: python finetune.py init_from=RUN augment.pad=square"
+                "weights: they were trained on images of several shapes (augment.pad=buckets), but programs that load "
+                "an export pad images to a square, and there such a network is wrong far more often; predict with "
+                "predict.py, or continue training: python finetune.py init_from=RUN augment.pad=square"
             )
-        return replace(self, metadata={**metadata, "preprocessing": stated})
+        return replace(self, metadata={**metadata, "preprocessing": preprocessing})
 
     def without_head(self) -> Self:
-        """Return the backbone: the network without head and final norm, whose output is the mean of the last map.
+        """Return the backbone: the network without head and final norm. Its output is the mean of the last feature map.
 
-        A network of timm gives its pooled features; where it pools a map and norms the result, that norm is removed
-        too. The metadata name no task, because a file of these weights has none: it is for `init_from`.
+        A timm network returns its pooled features; a norm after the pooling is removed too. The metadata name no task,
+        because a backbone file is only for `init_from`.
         """
         if self.model is None:
             raise UserError(
-                "backbone_only: true, but this task has no network on single images; set backbone_only=false"
+                "backbone_only: true, but this task has no network for single images; set backbone_only=false"
             )
         network = self.model.network
         if hasattr(network, "reset_classifier"):
@@ -77,7 +72,7 @@ class Weights:
 
             network.reset_classifier(0)
             if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
-                head.reset(0, reset_other=True)  # the norm behind the pool
+                head.reset(0, reset_other=True)  # the norm after the pooling
         elif getattr(network, "num_classes", 0):
             backbone = build_network(ConvNeXtV2Config.model_validate(self.metadata["model"]), num_classes=0)
             load_into(backbone, network.state_dict(), keep_head=False)
@@ -88,7 +83,7 @@ class Weights:
 
 
 def open_weights(path: Path) -> Weights:
-    """Rebuild the task of a weight file that Atelier wrote. Raises UserError where the file is not one."""
+    """Rebuild the task of a weight file. Raises UserError for a file that Atelier did not write."""
     shapes, metadata = read_weights(path, shapes_only=True)
     kind, setup = check_weights(path, shapes, metadata, KINDS)
     tensors, _ = read_weights(path)
@@ -106,11 +101,11 @@ def open_weights(path: Path) -> Weights:
 
 
 def load_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of a weight file or an ONNX file, by its suffix. Raises UserError."""
+    """Return the predictor of a weight file or, by its suffix, an ONNX file. Raises UserError."""
     if path.suffix == ".onnx":
         return onnx_predictor(path, device)
     weights = open_weights(path)
     if weights.model is None:
         name = weights.metadata["task"]["name"]
-        raise UserError(f"{path} is of task {name!r}, which has no output for one image; see evaluate.py")
+        raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
     return torch_predictor(weights.model, weights.metadata, device)

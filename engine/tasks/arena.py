@@ -1,8 +1,8 @@
-"""Compare taggers, ours and others', on the tags that all of them know, over the images of one collection.
+"""Compare taggers, ours and others, on the tags that all of them know and the images of one collection.
 
     report = Arena({"outputs/run": ours, "wd-vit-tagger-v3": other}, data, config, runtime, batch_size=32).measure()
 
-Every model prepares images as its file states. Only images that no model was trained on compare them.
+Every model prepares images as its file states. A comparison is fair only on images that no model was trained on.
 """
 
 from collections.abc import Mapping
@@ -33,20 +33,20 @@ from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabular
 
 log = get_logger(__name__)
 
-_SLACK = 1e-3  # of probabilities beyond 0 and 1, as fp16 rounds them
+_SLACK = 1e-3  # rounding in fp16 may move probabilities this far beyond 0 and 1
 _SHOWN = ("mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "micro_f1_at_0.35", "tags")
 
 
 class ArenaConfig(TagRulesConfig):
-    """min_support: the images that a tag needs to be compared."""
+    """min_support: a tag is compared if it is on at least this many images."""
 
     min_support: Count
 
 
 class Arena:
-    """Models by name, the tags that all of them know, and the images that have such a tag.
+    """Models by name, the tags that all of them know, and the images with at least one of these tags.
 
-    Raises UserError (`models`, `data.root`, `arena...`) where they have none in common.
+    Raises UserError (`models`, `data.root`, `arena...`) if there are no such tags or images.
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Arena:
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe())
 
     def measure(self) -> Report:
-        """Measure all models, the same on any number of ranks.
+        """Measure all models. The result does not depend on the number of ranks.
 
-        Tables: `arena`, a row for each model, the best mAP first; `arena_groups`, all figures of each category;
-        `arena_tags`, the AP of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
+        Tables: `arena`, a row per model, best mAP first; `arena_groups`, all metrics per category; `arena_tags`, the AP
+        of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
         """
         rows, groups, wholes, tags = [], [], {}, {}
         for name in self._models:
@@ -85,61 +85,61 @@ class Arena:
         )
 
     def _measure(self, name: str) -> tuple[TagScores, int]:
-        """Return a model's scores of the shared tags with enough support, and how many images could be read."""
+        """Return a model's scores on the shared tags with enough support, and the number of readable images."""
         predictor, shared = self._models[name], self._shared
         outputs = [self._outputs[name][key] for key in shared.columns]
-        stated = predictor.preprocessing
-        source = Kind().source(self._collection, self._data, Setup(None, None, stated), repeats=False)
+        preprocessing = predictor.preprocessing
+        source = Kind().source(self._collection, self._data, Setup(None, None, preprocessing), repeats=False)
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
-        loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), stated)
+        loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), preprocessing)
         is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING
         histograms = TagHistograms(len(shared))
         for batch in track(loader, len(loader), f"measuring {name}"):
-            found = predictor.predict(batch["images"])[:, outputs]
-            if found.min() < -_SLACK or found.max() > 1 + _SLACK:
+            probs = predictor.predict(batch["images"])[:, outputs]
+            if probs.min() < -_SLACK or probs.max() > 1 + _SLACK:
                 raise UserError(
-                    f"models: {name} gives {found.min():.3g} to {found.max():.3g}, not probabilities; name a file with "
-                    "the sigmoid in its graph, as the WD form has it"
+                    f"models: {name} outputs {probs.min():.3g} to {probs.max():.3g}, not probabilities; name a file "
+                    "whose graph includes the sigmoid, like the WD form"
                 )
             targets = multi_hot(batch["tags"], batch["tags_offsets"], len(shared))
             targets.masked_fill_(~batch["rating_known"][:, None] & is_rating, torch.nan)
-            logits = torch.from_numpy(found).float().clamp(0, 1).to(targets.device).logit()
+            logits = torch.from_numpy(probs).float().clamp(0, 1).to(targets.device).logit()
             histograms.add(logits, targets, batch["weight"] > 0)
         counts = histograms.reduce()
         support = counts.histograms[:, 1].sum(1)
         kept = support >= self._min_support
         if not kept.any():
             raise UserError(
-                f"arena.min_support: {self._min_support}, and the most frequent tag that the models share is on "
-                f"{int(support.max())} of the images; set a lower one, or give more images"
+                f"arena.min_support: {self._min_support}, but the most frequent shared tag is on only "
+                f"{int(support.max())} images; set a lower value, or add images"
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
         vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
-        images = counts.histograms.sum((1, 2)).max()  # of a tag that is no rating, and so known of every image
+        images = counts.histograms.sum((1, 2)).max()  # every image counts for a tag that is no rating
         return TagScores(chosen, vocabulary), int(images)
 
 
 def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
-    """Return the output of each tag that a model was trained on, by (category, name as we spell it).
+    """Return the output of each tag that a model was trained on, by (category, name in our spelling).
 
-    A tag of no training image only fills a place (models/export/tag_forms.py). Raises UserError (`models`) for a model
-    that is no tagger.
+    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError (`models`)
+    if the model is no tagger.
     """
     if not set(FACTS) <= predictor.metadata.keys():
-        raise UserError(f"models: {name} is no tagger: it states no tags; name taggers alone")
+        raise UserError(f"models: {name} is no tagger: its metadata have no tags; name only taggers")
     vocabulary = vocabulary_of(predictor.metadata)
     keys = [(category, parse_tag(tag).name) for category, tag in vocabulary.columns]
     return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}
 
 
 def share_tags(outputs: Mapping[str, Mapping[tuple[int, str], int]]) -> Vocabulary:
-    """Return the tags that all models know, in the order of the first. Raises UserError (`models`) without any."""
+    """Return the tags that all models know, in the first model's order. Raises UserError (`models`) without any."""
     first, *others = outputs.values()
     keys = [key for key in first if all(key in other for other in others)]
     if all(category == RATING for category, _ in keys):
         sizes = ", ".join(f"{name} ({len(known):,} tags)" for name, known in outputs.items())
         raise UserError(
-            f"models: no tag beside ratings has the same category and name in all of them: {sizes}; tags on no "
-            "training image (count 0) are left out"
+            f"models: except for ratings, no tag has the same category and name in all models: {sizes}; tags "
+            "without training images (count 0) are skipped"
         )
     return Vocabulary.of(keys)

@@ -30,11 +30,11 @@ from utils.ranks import distributed
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
 _PAIRS = 1000  # rows of the table of confusions
-HEAD_IMAGES = 16384  # enough to fit a linear head well, in seconds
+HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 
 
 class ClassificationTaskConfig(MixingConfig):
-    """How a classifier is trained."""
+    """Settings of a classifier's training."""
 
     name: Literal["classification"]
     label_smoothing: BelowOne
@@ -42,16 +42,16 @@ class ClassificationTaskConfig(MixingConfig):
     head: Literal["drawn", "standardised", "fitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for a head kept from no weights."""
+        """Raise ValueError for task.head=kept without init_from."""
         if self.head == "kept" and config.init_from is None:
             raise ValueError(
-                "task.head: kept keeps the head of init_from, and init_from is null; name a run or a weight file in "
-                "init_from, or set task.head=drawn or standardised"
+                "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
+                "weight file, or set task.head=drawn or standardised"
             )
 
 
 class ClassificationTask(ImageTask):
-    """Own a classifier of `facts["class_names"]`, which fix the order of its outputs."""
+    """Own a classifier. `facts["class_names"]` gives the order of its outputs."""
 
     best_metric: ClassVar[str] = "top1"
     best_is_lowest: ClassVar[bool] = False
@@ -63,7 +63,7 @@ class ClassificationTask(ImageTask):
         self.mixing = Mixing(setup.task)
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file; the head too where `task.head` is kept."""
+        """Load the network of a run or file, and its head if `task.head` is kept."""
         self.origin = initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
@@ -75,7 +75,7 @@ class ClassificationTask(ImageTask):
         return StepOutput(self.label_losses(logits, targets, progress), logs)
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return images for the network, and labels [B] or, where images are mixed, targets [B, K]."""
+        """Return images for the network, and labels [B], or targets [B, K] if images are mixed."""
         images, labels = self.normalise(batch["images"]), batch["labels"]
         if not self.mixing.is_on:
             return images, labels
@@ -89,7 +89,7 @@ class ClassificationTask(ImageTask):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.
 
-        Scalars: loss, top-1, top-5 (of fewer classes, top-K), and the means of accuracy and F1 over classes that have
+        Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
         samples. Tables: `classes`, `confusions`. Images: `confusion`, `mistakes`, `predictions`.
         """
         names, most = self.class_names, min(5, len(self.class_names))
@@ -122,7 +122,7 @@ class ClassificationTask(ImageTask):
 
 
 class ClassificationKind(Kind):
-    """Labelled images; the training split's classes are the classes."""
+    """Labelled images. The classes are those in the training split."""
 
     config, task = ClassificationTaskConfig, ClassificationTask
     names = ("class_names",)
@@ -138,20 +138,20 @@ class ClassificationKind(Kind):
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return the rows of the known classes, and what adds the label."""
+        """Return the rows of known classes, and a function that adds a sample's label."""
         class_ids = collection.class_ids(setup.facts["class_names"])
         return class_ids >= 0, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
 
     def prepare(
         self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
     ) -> None:
-        """Standardise the features of a new head, or fit it, as `task.head` says."""
+        """Standardise the features of a new head, or fit the head, according to `task.head`."""
         if task.head not in ("standardised", "fitted"):
             return
         is_usable, fields = self.samples(data.collection, setup)
         rows = training_rows(data.collection, config.loop.train_paths)
         rows = spread(rows[is_usable[rows]], HEAD_IMAGES)
-        # Augmented as in training: a head fitted to plain images is too confident, and the first steps undo it.
+        # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
         views, groups = self.views(setup, config.augment), letterbox_groups(data.collection, rows, setup.preprocessing)
         loader = data.evaluation(rows, fields, views, groups=groups)
         prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")

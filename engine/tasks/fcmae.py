@@ -1,6 +1,6 @@
 """FCMAE pretraining: reconstruct the masked patches of an image.
 
-The loader's workers draw the mask from each sample's key, so it is the same on any number of ranks.
+The loader's workers draw the mask from each sample's key, so it does not depend on the number of ranks.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -35,14 +35,14 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# The loss of this number of images is exact to a percent; a large split would take longer than an epoch of training.
+# With this many images the loss is exact to a percent; a large split would take longer than an epoch of training.
 VALIDATION_IMAGES = 4096
 _MASK_GREY = 160
 _PICTURES = 10
 
 
 class ProbeConfig(Strict):
-    """When frozen features are probed (null: never in training), on how many images at most, with k neighbours."""
+    """When to probe the frozen features (null: not in training), on at most how many images, with k neighbours."""
 
     every_epochs: Duration | None
     train_images: Count
@@ -51,30 +51,30 @@ class ProbeConfig(Strict):
 
 
 class FCMAETaskConfig(TaskConfig):
-    """Pretraining by reconstruction of masked patches. `patch_px` null means the network's total stride."""
+    """Pretraining by reconstructing masked patches. `patch_px` null means the network's total stride."""
 
     name: Literal["fcmae"]
     mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
     patch_px: Side | None
     decoder_dim: Width
-    decoder_depth: Depth  # without a block, nothing of the image would reach a masked site
+    decoder_depth: Depth  # at least one block, or nothing of the image would reach a masked site
     norm_pix_loss: bool
     execution: Literal["sparse", "dense"]
     probe: ProbeConfig
 
 
 def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
-    """Return the patch size, after checking that the network can be pretrained this way."""
+    """Return the patch size. Raises UserError if FCMAE cannot pretrain the network."""
     if not isinstance(model, ConvNeXtV2Config):
-        raise UserError(f"model: FCMAE pretrains ConvNeXt V2, not {model.name}; set model=convnextv2_tiny, say")
+        raise UserError(f"model: FCMAE pretrains ConvNeXt V2, not {model.name}; set model=convnextv2_tiny, for example")
     return model.total_stride if config.patch_px is None else config.patch_px
 
 
 def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequence[int]) -> int:
     """Return the number of patches of an image.
 
-    Raises UserError where patches, image and network do not fit, and where a single patch would be visible: nothing of
-    the others can be told from it.
+    Raises UserError if patches, image and network do not fit, or if only one patch would be visible: the others cannot
+    be predicted from it.
     """
     height, width = image_size_hw
     patch_px = _patch_px(model, config)
@@ -82,15 +82,15 @@ def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequ
     count = (height // patch_px) * (width // patch_px)
     if count - count_removed(count, config.mask_ratio) < 2:
         raise UserError(
-            f"task.mask_ratio: {config.mask_ratio} of {count} patches of {patch_px} px leaves one visible, of which "
-            f"nothing can be learned; set a larger augment.image_size_hw (it is {height} x {width}), a lower "
-            "task.mask_ratio, or a model of a smaller total stride, such as model=convnextv2_glyph"
+            f"task.mask_ratio: {config.mask_ratio} of {count} patches of {patch_px} px leaves one visible, and nothing "
+            f"can be learned from one; set a larger augment.image_size_hw (it is {height} x {width}), a lower "
+            "task.mask_ratio, or a model with a smaller total stride, such as model=convnextv2_glyph"
         )
     return count
 
 
 class FCMAETask(ImageTask):
-    """Own the masked autoencoder; fine-tuning takes the encoder in it."""
+    """Own the masked autoencoder. Fine-tuning uses its encoder."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
@@ -107,7 +107,7 @@ class FCMAETask(ImageTask):
         self.probe_k = config.probe.k
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file; of an encoder alone, the decoder stays as it was drawn."""
+        """Load the network of a run or file. If it has only an encoder, the decoder keeps its random weights."""
         self.origin = initialise_from(self.network, source, keep_head=True)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
@@ -123,7 +123,7 @@ class FCMAETask(ImageTask):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
 
-        With labelled samples in `probe_train` and `probe_val`, also the accuracies of probes of the encoder.
+        With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder.
         """
         means, images = Means(), {}
         for batch in loaders["val"]:
@@ -146,7 +146,7 @@ class FCMAETask(ImageTask):
         return measure_probes(train, val, self.probe_k)
 
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
-        """Return rows of originals, inputs with the masked patches grey, and reconstructions of some of a batch."""
+        """Draw rows of originals, inputs with grey masked patches, and reconstructions, for a few images of a batch."""
         few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
         images, mask = images[few], batch["mask"][few]
         painted = self.network.reconstruct(images, pred[few].float(), mask)
@@ -158,9 +158,9 @@ class FCMAETask(ImageTask):
 
 
 class FCMAEKind(Kind):
-    """Pretraining on all images of the training split; its encoder gives features.
+    """Pretraining on all images of the training split. The encoder outputs features.
 
-    Labels are used to probe the encoder, never to train it.
+    Labels are only used to probe the encoder, never to train it.
     """
 
     config, task = FCMAETaskConfig, FCMAETask
@@ -169,13 +169,13 @@ class FCMAEKind(Kind):
     next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return nothing, after checking that patches, images and network fit."""
+        """Check that patches, images and network fit. There are no facts."""
         for size_hw in (config.augment.image_size_hw, *self.preprocessing(config).get("buckets_hw", ())):
             patch_count(config.model, config.task, size_hw)
         return {}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return all rows, and what adds a sample's mask, bool [L], True where a patch of its image is removed."""
+        """Return all rows, and a function that adds a sample's mask, bool [L], True for removed patches."""
         patch_px, mask_ratio = _patch_px(setup.model, setup.task), setup.task.mask_ratio
 
         def mask(example: Example) -> dict[str, Tensor]:
@@ -186,13 +186,13 @@ class FCMAEKind(Kind):
         return super().samples(collection, setup)[0], mask
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the data of a run; the probe's loaders are used every `task.probe.every_epochs`."""
+        """Return the data of a run. The probe runs every `task.probe.every_epochs`."""
         streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
     def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`, of at most VALIDATION_IMAGES images within a run, and the probe's loaders."""
+        """Return `val`, in a run with at most VALIDATION_IMAGES images, and the probe's loaders."""
         rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
         loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}
@@ -202,7 +202,7 @@ class FCMAEKind(Kind):
 
 
 def _probe_loaders(data: Data, setup: Setup) -> dict[str, Iterable[Batch]]:
-    """Return `probe_train` and `probe_val`; nothing, and a line in the log, where there are too few labels."""
+    """Return `probe_train` and `probe_val`. With too few labels, log a line and return nothing."""
     collection, probe = data.collection, setup.task.probe
     class_ids = collection.class_ids(collection.class_names("train"))
     train, val = choose_probe_rows(

@@ -1,13 +1,13 @@
-"""How a new head starts (`task.head`): with standardised features, or fitted to them like a linear probe.
+"""Initialise a new head (`task.head`): standardise its input features, or fit the head like a linear probe.
 
-The features of a network that was trained without labels differ little between images, and a head learns small
-differences slowly. Where a layer norm comes directly before the head, `standardised` sets its scale and shift so that
-each feature has mean 0 and standard deviation 1. A head of random weights sends random gradients into a trained network
-for hundreds of steps; `fitted` solves for the head in closed form, in seconds.
+After training without labels, features differ little between images, and a head learns small differences slowly.
+`standardised` sets the scale and shift of a layer norm directly before the head, so that each feature has mean 0 and
+standard deviation 1. A random head sends random gradients into a trained network for hundreds of steps. `fitted` solves
+for the head in closed form, in seconds.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
-(arXiv 2111.06377), section A.1. Differs: the probe is ridge regression, scaled for the least cross-entropy of images
-held out, and the norm is an affine map.
+(arXiv 2111.06377), section A.1. Differs: the probe is a ridge regression, scaled to minimise the cross-entropy of
+held-out images, and the norm is an affine map.
 """
 
 from collections.abc import Iterable
@@ -37,9 +37,9 @@ def prepare_head(
 ) -> None:
     """Standardise the head's input over the loader's images; with `fit`, also fit the head to their labels.
 
-    The fitted weights are a ridge regression of the classes; otherwise the drawn weights stay. Every rank calls it,
-    with batches of the same sizes, and gets the same head. Raises UserError where no image could be read, or for a
-    network that does not end in one linear layer.
+    The fitted weights are a ridge regression of the classes. Without `fit`, the random weights stay. All ranks call it
+    with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does not
+    end in one linear layer.
     """
     head = find_head(network)
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
@@ -68,16 +68,16 @@ def prepare_head(
     if fit:
         standard = (features - mean) / scale
         weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
-        result = f"weights fitted; of each, held out, the loss is {loss:.3f} and the accuracy {accuracy:.3f}"
-    # What lies between norm and head returns its input (dropout, flatten), so both share their memory.
-    taken = seen.pop(head)
-    same = taken.data_ptr(), taken.numel()
+        result = f"weights fitted; leave-one-out loss {loss:.3f}, accuracy {accuracy:.3f}"
+    # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
+    features_in = seen.pop(head)
+    same = features_in.data_ptr(), features_in.numel()
     norm = next((norm for norm, output in seen.items() if (output.data_ptr(), output.numel()) == same), None)
     if norm is None:
         weight = weight / scale
         bias = bias - weight @ mean
     else:
-        # A constant feature (scale infinite) stays as it is; a fitted head gives it no weight.
+        # A constant feature (infinite scale) is left unchanged; a fitted head gives it no weight.
         mean, scale = (torch.where(scale.isfinite(), value, other) for value, other in ((mean, 0.0), (scale, 1.0)))
         norm.weight.copy_(norm.weight.cpu() / scale)
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
@@ -87,20 +87,19 @@ def prepare_head(
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:
-    """Return weight [K, C] and bias [K] of a head for standardised features [N, C], and how well it does on the images.
+    """Return a head for standardised features [N, C]: weight [K, C], bias [K], leave-one-out loss and accuracy.
 
-    Penalty and scale are those of the least cross-entropy of the leave-one-out scores: on the images that it was fitted
-    to, a head of many classes of a few images each is right far too often, so that it would start overconfident. The
-    last two values are that cross-entropy and the share of images recognised, held out.
+    Penalty and scale minimise the cross-entropy of the leave-one-out scores. On its own training images, a head with
+    many classes and few images of each is right too often, and would start overconfident.
     """
-    found = []  # of each penalty
+    trials = []  # per penalty: loss, scale and accuracy
 
-    def quality(left_out: Tensor, labels: Tensor) -> float:
-        scores, recognised = left_out.float(), (left_out.argmax(dim=1) == labels).double().mean().item()
-        found.append((*min((float(F.cross_entropy(by * scores, labels)), by) for by in _SCALES), recognised))
-        return -found[-1][0]
+    def quality(held_out: Tensor, labels: Tensor) -> float:
+        scores, accuracy = held_out.float(), (held_out.argmax(dim=1) == labels).double().mean().item()
+        trials.append((*min((float(F.cross_entropy(by * scores, labels)), by) for by in _SCALES), accuracy))
+        return -trials[-1][0]
 
     ridge = fit_ridge(features, labels, num_classes, quality)
-    loss, scale, accuracy = min(found, key=lambda penalty: penalty[0])
+    loss, scale, accuracy = min(trials, key=lambda trial: trial[0])
     weight, bias = (scale * torch.from_numpy(np.asarray(values)) for values in (ridge.coef_, ridge.intercept_))
     return weight.view(num_classes, -1), bias.view(num_classes), loss, accuracy

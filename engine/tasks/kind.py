@@ -1,4 +1,4 @@
-"""What a kind of training is: its config, what it knows of the collection, how data reach its task, what comes of it.
+"""The base class of all kinds of training: config, facts about the collection, data, task and output.
 
     collection = load_collection(config.data)
     setup = kind.set_up(config, collection)
@@ -49,8 +49,8 @@ from utils.vocabulary import FACTS, read_facts
 
 log = get_logger(__name__)
 
-_CHUNK = 128  # neighbouring samples of one bucket at most, and so the largest micro-batch
-_STRIDE_PX = 32  # total, of nearly all of timm's networks
+_CHUNK = 128  # most samples of one bucket in a row, and so the largest micro-batch
+_STRIDE_PX = 32  # total stride of nearly all timm networks
 
 
 class TaskConfig(Strict):
@@ -59,20 +59,18 @@ class TaskConfig(Strict):
     name: str
 
     def check_run(self, config: "ImageTrainingConfig") -> None:
-        """Raise ValueError where other keys of the run do not suit the task; the message begins with the key."""
+        """Raise ValueError if other keys of the run do not suit the task. The message begins with the key."""
 
 
 @dataclass(frozen=True)
 class Setup:
-    """What a task is built from: by a run's configuration and collection, or by a weight file's metadata alone.
-
-    preprocessing: what evaluation does to an image (AugmentConfig.preprocessing); empty for kinds without images.
-    facts: what the task knows of the collection it was trained on, such as class names (JSON values).
-    """
+    """All that builds a task. It comes from a run's configuration and collection, or from a weight file's metadata."""
 
     model: Any
     task: Any
+    # How evaluation prepares an image (AugmentConfig.preprocessing); empty for kinds without images.
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
+    # Facts about the training collection, such as class names (JSON values).
     facts: Mapping[str, Any] = field(default_factory=dict)
 
     def normalise(self) -> Normalise:
@@ -80,12 +78,12 @@ class Setup:
         return Normalise(self.preprocessing["mean"], self.preprocessing["std"], self.model.in_channels)
 
     def fingerprints(self) -> dict[str, str]:
-        """Return a hash of each fact: a resumed run must know the same, in the same order."""
+        """Return a hash of each fact. A resumed run must have the same facts in the same order."""
         return {f"facts.{name}": sha256_text(canonical_json(value))[:16] for name, value in self.facts.items()}
 
 
 class ImageTrainingConfig(TrainingConfig):
-    """The schema of a training script on images; the script says which tasks it trains."""
+    """The schema of a training script on images."""
 
     model: ModelConfig
     data: DataConfig
@@ -104,7 +102,7 @@ class ImageTrainingConfig(TrainingConfig):
 
 
 class ImageTask(Task):
-    """A task with one network on images, whose head has so many outputs (0: no head)."""
+    """A task with one network on images; `outputs` is the width of its head (0: no head)."""
 
     def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
@@ -113,78 +111,74 @@ class ImageTask(Task):
         self.normalise = setup.normalise()
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file; the head stays as it was drawn."""
+        """Load the network of a run or file, but keep the head's random weights."""
         self.origin = initialise_from(self.network, source, keep_head=False)
 
 
 class Kind:
-    """One kind of training on the images of a collection. Subclasses state what differs.
+    """One kind of training on the images of a collection. Subclasses override what differs."""
 
-    config: the schema of its `task` group; model: of its `model` group. task: is built from a Setup. scripts: the root
-    scripts that train it. names: the facts that its weight files state; the others are for training alone.
-    output: what the network named `network` makes of one image, a name in models/outputs.py; None where it makes
-    nothing of an image alone. next_commands: what can be typed after a run, with {run} for its folder and {data} for
-    its collection.
-    """
-
-    config: ClassVar[type[TaskConfig]]
-    model: ClassVar[Any] = ModelConfig
+    config: ClassVar[type[TaskConfig]]  # the schema of the `task` group
+    model: ClassVar[Any] = ModelConfig  # the schema of the `model` group
     task: ClassVar[type[Task]] = ImageTask
-    scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")
-    names: ClassVar[tuple[str, ...]] = ()
+    scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")  # the root scripts that train it
+    names: ClassVar[tuple[str, ...]] = ()  # the facts in its weight files; other facts are for training only
+    # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: ClassVar[str | None] = None
     network: ClassVar[str] = "network"
+    # Commands to suggest after a run; {run} is its folder and {data} its collection.
     next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 
     # --------------------------------------------------------------------------------------------------------- setup
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return what the task must know of the collection. Raises UserError where the collection does not suit it."""
+        """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""
         return {}
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
-        """Return what evaluation does to an image; of buckets, to one in a square, and their sizes (`buckets_hw`)."""
+        """Return how evaluation prepares an image. With buckets: in a square, and also `buckets_hw`, their sizes."""
         augment, background = config.augment, config.data.background
-        stated = augment.preprocessing(config.model.in_channels)
-        stated["background"] = DEFAULT if background is None else background
+        preprocessing = augment.preprocessing(config.model.in_channels)
+        preprocessing["background"] = DEFAULT if background is None else background
         if config.data.icc:
-            stated["icc"] = True
+            preprocessing["icc"] = True
         if augment.pad == "buckets":
             unit_px = getattr(config.task, "patch_px", None) or getattr(config.model, "total_stride", _STRIDE_PX)
-            stated["buckets_hw"] = letterbox_sizes(augment.image_size_hw, unit_px).tolist()
-        return stated
+            preprocessing["buckets_hw"] = letterbox_sizes(augment.image_size_hw, unit_px).tolist()
+        return preprocessing
 
     def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
-        """Return what the task of a new run is built from."""
+        """Return the setup of a new run."""
         facts = self.find_facts(config, collection)
         return Setup(config.model, config.task, self.preprocessing(config), facts)
 
     def build(self, setup: Setup) -> Task:
-        """Return the task with drawn weights."""
+        """Return the task with random weights."""
         task = self.task(setup)
-        stated = {name: setup.facts[name] for name in self.names}
+        metadata = {name: setup.facts[name] for name in self.names}
         if setup.preprocessing:
-            stated["preprocessing"] = dict(setup.preprocessing)
-        task.metadata = {**stated, **task.metadata}
+            metadata["preprocessing"] = dict(setup.preprocessing)
+        task.metadata = {**metadata, **task.metadata}
         return task
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the images on the background and in the colours that the network was trained on."""
-        stated = setup.preprocessing
-        background = background_of(stated) if config.background is None else config.background
-        config = config.model_copy(update={"icc": config.icc or stated.get("icc", False)})
+        """Return the images, with the background and colour handling of the network's training."""
+        trained = setup.preprocessing
+        background = background_of(trained) if config.background is None else config.background
+        config = config.model_copy(update={"icc": config.icc or trained.get("icc", False)})
+        shortest_px = trained.get("shortest_px")
         return open_images(
-            collection, config, stated["channels"], background, shortest_px=stated.get("shortest_px"), repeats=repeats
+            collection, config, trained["channels"], background, shortest_px=shortest_px, repeats=repeats
         )
 
     # ----------------------------------------------------------------------------------------------------- samples
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return which rows the task can use, bool [N], and what a sample has beside its images."""
+        """Return which rows the task can use, bool [N], and a function that adds a sample's fields to its images."""
         return np.ones(len(collection), dtype=bool), no_fields
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
-        """Return the named views of a training image; a kind with its own makes them in the workers."""
+        """Return the named views of a training image. Custom views are made in the workers."""
         background, sizes_hw = setup.preprocessing["background"], setup.preprocessing.get("buckets_hw")
         if sizes_hw is None:
             return training_views(augment, background)
@@ -192,18 +186,18 @@ class Kind:
         return {IMAGES: ByGroup([TrainTransform(own, background) for own in each])}
 
     def sampler(self, collection: Collection, setup: Setup, config: ImageTrainingConfig, rows: np.ndarray) -> Sampler:
-        """Return the order of the training rows: the one that `loop.sampling` names.
+        """Return the order of the training rows, by `loop.sampling`.
 
-        Of buckets, in chunks that divide the global batch. Raises UserError (`augment.image_size_hw`) where the network
-        does not take images of all their sizes.
+        With buckets, rows come in chunks that divide the global batch. Raises UserError (`augment.image_size_hw`) if
+        the network does not take images of every bucket's size.
         """
         groups = letterbox_groups(collection, rows, setup.preprocessing)
         if groups is None:
             return build_sampler(config.loop.sampling, rows, collection, config.seed)
         sizes_hw, batch = setup.preprocessing["buckets_hw"], config.loop.global_batch_size
-        counted = zip(np.bincount(groups).tolist(), sizes_hw)
-        found = [f"{count:,} of {height} x {width}" for count, (height, width) in counted if count]
-        log.info("augment.pad=buckets: %s px", ", ".join(found))
+        counts = zip(np.bincount(groups).tolist(), sizes_hw)
+        used = [f"{count:,} of {height} x {width}" for count, (height, width) in counts if count]
+        log.info("augment.pad=buckets: %s px", ", ".join(used))
         for height, width in sizes_hw:
             check_image_size(setup.model, (height, width))
         return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
@@ -230,39 +224,41 @@ class Kind:
         return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}
 
     def prepare(self, task: Task, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime) -> None:
-        """Change the initial weights by looking at the data, on a new run only."""
+        """Adapt the initial weights to the data. Only new runs call it."""
 
 
 def check_weights(
     path: Path, shapes: Mapping[str, Tensor], metadata: dict[str, Any], kinds: Mapping[str, Kind]
 ) -> tuple[Kind, Setup]:
-    """Return a weight file's kind, one of `kinds`, and setup, for the price of its header.
+    """Return the kind, one of `kinds`, and the setup of a weight file, from its header alone.
 
-    shapes: its tensors on the meta device. Raises UserError that names the first wrong value of the metadata,
-    which may be a stranger's, and where metadata and tensors do not fit together.
+    shapes: its tensors on the meta device. The file may come from a stranger. Raises UserError that names the first
+    missing or wrong value of the metadata, or the tensors that do not fit it.
     """
     if "model" not in metadata or not isinstance(metadata.get("task"), dict):
         raise UserError(
-            f"{path} is no file of a run of Atelier, or of a backbone, which is for init_from. Other weights "
-            f"become a run by: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
+            f"{path} was not written by a run of Atelier, or holds a backbone, which is for init_from. To turn other "
+            f"weights into a run: python finetune.py init_from={path} task.head=kept loop.total_steps=0 model=... "
             "augment=... data=... run_dir=... (docs/weights.md)"
         )
     name = metadata["task"].get("name")
     if not isinstance(name, str) or name not in kinds:
         raise UserError(f"{path} is of an unknown task {name!r}; {close_names(str(name), kinds)}")
     kind = kinds[name]
+    if missing := [fact for fact in kind.names if fact not in metadata]:
+        raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
     if kind.names == FACTS:
         read_facts(path, metadata)
     try:
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
-        task = kind.config.model_validate(metadata["task"])
+        config = kind.config.model_validate(metadata["task"])
     except ValidationError as error:
         raise wrong_metadata(path, error) from None
-    setup = Setup(model, task, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
+    setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
     with torch.device("meta"):
-        built = kind.build(setup)
-    wanted, _ = split_exported(built, built.state_dict())
-    refuse_misfits(shapes, wanted, str(path), "Export or train the file again.")
+        task = kind.build(setup)
+    expected, _ = split_exported(task, task.state_dict())
+    refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
     return kind, setup

@@ -1,4 +1,4 @@
-"""The table of kinds: task name -> Kind, and the `main` of every training script, which looks its task up here.
+"""The table of kinds (task name -> Kind) and `train`, the main function of every training script.
 
 | name | script | rows | fields | output |
 |---|---|---|---|---|
@@ -41,13 +41,13 @@ KINDS: dict[str, Kind] = {
 
 
 def task_schema(script: str) -> Any:
-    """Return the schema of `task` in a root script: the configs of its kinds, chosen by `name`."""
+    """Return the schema of `task` in a root script: the union of its kinds' configs, chosen by `name`."""
     configs = tuple(kind.config for kind in KINDS.values() if script in kind.scripts)
     return configs[0] if len(configs) == 1 else Annotated[reduce(or_, configs), Field(discriminator="name")]
 
 
 def train(config: TrainingConfig, job: Job) -> str | None:
-    """Train what `task` names; the same command resumes. Returns what a dry run found."""
+    """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime, kind, config = start_ranks(config), KINDS[config.task.name], use_pretrained(config)
     path = run_path(config, job)
@@ -56,7 +56,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     collection, batch_size = load_collection(config.data), config.loop.batch_size
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
-    batch_size = 4 if batch_size == "auto" else batch_size  # of what is read before training, such as for a cache
+    batch_size = 4 if batch_size == "auto" else batch_size  # for reading before training, such as to fill a cache
     data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
     streams = kind.streams(data, setup, config)
 
@@ -65,7 +65,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
 
     plan = describe_run(task, streams, config, job, runtime)
 
-    # ----------------------------------------------------------------- 4. Initial weights, and what is fitted to data
+    # ------------------------------------------------------------- 4. Initial weights, and layers fitted to the data
     if not distributed.rank_zero_call(lambda: will_resume(config, path)):
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
         if not config.dry_run:

@@ -1,4 +1,4 @@
-"""Mixup and cutmix of a batch, as timm and the published recipes have them: one draw for the whole micro-batch.
+"""Mixup and cutmix as in timm and the published recipes: one random draw for the whole micro-batch.
 
 Source: mixup, Zhang et al. 2017 (arXiv 1710.09412); cutmix, Yun et al. 2019 (arXiv 1905.04899);
 huggingface/pytorch-image-models:timm/data/mixup.py, mode `batch`.
@@ -15,20 +15,16 @@ from utils.config.bounds import Alpha, Fraction
 
 
 class MixingConfig(TaskConfig):
-    """The keys of a task that mixes its batches.
-
-    mixup_alpha, cutmix_alpha: parameters of the beta distribution of the share lambda, 0 for off. mix_probability: that
-    a batch is mixed. mix_switch_probability: that it is cutmix, where both are on.
-    """
+    """The keys of a task that mixes its batches. Each alpha is a parameter of lambda's beta distribution; 0: off."""
 
     mixup_alpha: Alpha
     cutmix_alpha: Alpha
-    mix_probability: Fraction
-    mix_switch_probability: Fraction
+    mix_probability: Fraction  # of mixing a batch
+    mix_switch_probability: Fraction  # of cutmix, if both are on
 
 
 class Mixing(nn.Module):
-    """Mix a batch with itself in reverse order, in training."""
+    """In training, mix a batch with itself in reverse order."""
 
     def __init__(self, config: MixingConfig) -> None:
         super().__init__()
@@ -42,32 +38,32 @@ class Mixing(nn.Module):
 
     @torch.compiler.disable
     def forward(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and targets [B, K]; train_step has seeded the draws.
+        """Return mixed images [B, C, H, W] and targets [B, K]. `train_step` has seeded the random draws.
 
         images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """
-        drawn = self.draw(*images.shape[-2:]) if self.is_on else None
-        if drawn is None:
+        mix = self.draw(*images.shape[-2:]) if self.is_on else None
+        if mix is None:
             return images, targets
-        share, box = drawn
+        share, box = mix
         if box is None:
             mixed = torch.lerp(images.flip(0), images, share)
         else:
             top, bottom, left, right = box
             mixed = images.clone(memory_format=torch.preserve_format)
             mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
-        mixes = weight.flip(0) > 0
-        # The mixed images first: torch.where takes the memory format of its first argument.
+        has_partner = weight.flip(0) > 0
+        # The mixed images first: torch.where uses the memory format of its first argument.
         return (
-            torch.where(mixes.view(-1, 1, 1, 1), mixed, images),
-            torch.where(mixes[:, None], torch.lerp(targets.flip(0), targets, share), targets),
+            torch.where(has_partner.view(-1, 1, 1, 1), mixed, images),
+            torch.where(has_partner[:, None], torch.lerp(targets.flip(0), targets, share), targets),
         )
 
     def draw(self, height: int, width: int) -> tuple[float, tuple[int, int, int, int] | None] | None:
-        """Draw, from torch's CPU generator, the share of a sample itself, and the box that is its partner's.
+        """Draw lambda (the sample's own share) and the partner's box from torch's CPU generator; None: do not mix.
 
-        The box (top, bottom, left, right) has about 1 - share of the area, and is cut off at the image's sides; None
-        for mixup. None in place of both: this batch is not mixed.
+        The box (top, bottom, left, right) has about 1 - lambda of the area and is clipped to the image. It is None for
+        mixup.
         """
         if torch.rand(()) >= self._probability:
             return None

@@ -1,4 +1,4 @@
-"""Tagging: any number of tags for an image, each with its own probability."""
+"""Tagging: any number of tags per image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -45,30 +45,30 @@ log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
-_LOWEST = -8.0  # of a bias; a tag on no training image has no logarithm
-_EPS = 1e-8  # as the published code of the asymmetric loss has it
+_LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
+_EPS = 1e-8  # from the published code of the asymmetric loss
 _Amount = Annotated[float, Field(ge=0, le=100)]
 _Number = TypeVar("_Number")
 _Pair = Annotated[list[_Number], Field(min_length=2, max_length=2)]
 
 
 class TagLossConfig(Strict):
-    """Which loss: the binary cross-entropy, or the asymmetric loss, which reads the others.
+    """The loss. A parameter is a number, or a pair: it then changes linearly from the first value to the second.
 
-    A parameter is a number, or a pair: its values at the start and at the end of the run, with a straight line between.
+    Only the asymmetric loss has parameters.
     """
 
-    name: Literal["bce", "asl"]
+    name: Literal["bce", "asl"]  # binary cross-entropy or asymmetric loss
     gamma_pos: _Amount | _Pair[_Amount]
     gamma_neg: _Amount | _Pair[_Amount]
     clip: BelowOne | _Pair[BelowOne]
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig):
-    """How a tagger is trained.
+    """Settings of a tagger's training.
 
-    vocabulary: a selected_tags.csv; null: the general tags and characters on `min_count` training images or more.
-    orientation: what a mirror does to tags: booru, glyphs, or the path of a map; null: no image is mirrored.
+    vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
+    orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no mirroring.
     """
 
     name: Literal["tagging"]
@@ -79,7 +79,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     label_smoothing: BelowOne
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise UserError for a mirror that knows nothing of tags."""
+        """Raise UserError for a mirror that would ignore the tags."""
         if config.augment.horizontal_flip > 0:
             raise UserError(
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
@@ -88,7 +88,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
 
 
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
-    """Return the loss of each pair, float32 [B, T]. progress: the share of the run, which parameters may follow."""
+    """Return the loss per sample and tag, float32 [B, T]. progress: how much of the run is done, 0 to 1."""
     if config.name == "bce":
         return bce(logits.float(), targets)
     values = (config.gamma_pos, config.gamma_neg, config.clip)
@@ -103,21 +103,21 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
 def asymmetric(
     logits: Tensor, targets: Tensor, gamma_pos: Tensor | float, gamma_neg: Tensor | float, clip: Tensor | float
 ) -> Tensor:
-    """Return the asymmetric loss; its focusing weights get no gradient, as in the published training.
+    """Return the asymmetric loss. Its focusing weights get no gradient, as in the published training.
 
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
-    Differs: log p is exact for a positive of p < 1e-8 too, which so keeps its gradient.
+    Differs: log p is exact even for a positive with p < 1e-8, which therefore keeps its gradient.
     """
     absent = ((-logits).sigmoid() + clip).clamp(max=1)  # 1 - p_m
     log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
     with torch.no_grad():
-        right = logits.sigmoid() * targets + absent * (1 - targets)
-        weight = (1 - right) ** (gamma_pos * targets + gamma_neg * (1 - targets))
+        prob = logits.sigmoid() * targets + absent * (1 - targets)  # of the target
+        weight = (1 - prob) ** (gamma_pos * targets + gamma_neg * (1 - targets))
     return -log_likelihood * weight
 
 
 class TaggingTask(ImageTask):
-    """Own a tagger of a vocabulary, whose order is that of its outputs."""
+    """Own a tagger. Its outputs have the order of its vocabulary."""
 
     best_metric: ClassVar[str] = "mAP"
     best_is_lowest: ClassVar[bool] = False
@@ -128,7 +128,7 @@ class TaggingTask(ImageTask):
         self.vocabulary = vocabulary_of(facts)
         self.loss, self.label_smoothing = config.loss, config.label_smoothing
         self.mixing = Mixing(config)
-        # Facts of training, which weight files do not have.
+        # Facts for training only; weight files do not have them.
         orientation, priors = facts.get("orientation"), facts.get("tag_priors")
         self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
@@ -140,14 +140,14 @@ class TaggingTask(ImageTask):
         self.metadata = {"vocabulary_hash": self.vocabulary.hash}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file; of a tagger of ours, the rows of its head by the tags' names."""
+        """Load the network of a run or file. The head of one of our taggers is matched by the tags' names."""
         super().initialise(source)
         if source is not None:
             continue_head(self.network, source, self.vocabulary, self._priors)
 
-    @torch.compiler.disable  # the number of tags of a batch is not one to compile for
+    @torch.compiler.disable  # the number of tags changes with each batch
     def targets(self, batch: Batch) -> Tensor:
-        """Return the targets float32 [B, T]: 1 with the tag, 0 without, NaN for the ratings where none is known."""
+        """Return the targets float32 [B, T]: 1 with the tag, 0 without; ratings are NaN if none is known."""
         targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.vocabulary))
         return targets.masked_fill(~batch["rating_known"][:, None] & self.is_rating, torch.nan)
 
@@ -158,38 +158,38 @@ class TaggingTask(ImageTask):
         return StepOutput(self.label_losses(logits, targets, progress), self._logs(logits, targets, batch["weight"]))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return images for the network and targets [B, T]; in training both are mirrored and mixed."""
+        """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
         images, targets = batch["images"], self.targets(batch)
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
 
     def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
-        """Return the loss of each sample [B], the sum over its tags; a target that is NaN counts nothing."""
+        """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""
         known = ~targets.isnan()
         soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
         return tag_loss(self.loss, logits, soft, progress).where(known, 0.0).sum(dim=1)
 
     @torch.no_grad()
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return precision and recall of all decisions at one threshold."""
+        """Return precision and recall over all tags at the default threshold."""
         valid = (weight > 0)[:, None] & ~targets.isnan()
         predicted = (logits > DEFAULT_LOGIT) & valid
-        has = (targets > 0.5) & valid
-        right = (predicted & has).sum().float()
-        return {"precision": (right, predicted.sum().float()), "recall": (right, has.sum().float())}
+        positive = (targets > 0.5) & valid
+        hits = (predicted & positive).sum().float()
+        return {"precision": (hits, predicted.sum().float()), "recall": (hits, positive.sum().float())}
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure all samples of `val`: mAP, F1 where precision equals recall, and more (measures/tag_scores.py).
+        """Measure all samples of `val`: mAP, F1 at equal precision and recall, and more (measures/tag_scores.py).
 
         Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
         for batch in loaders["val"]:
             logits, targets, valid = self._predict(batch)
-            # The cross-entropy, whatever the loss in training, so that runs compare.
+            # Always the cross-entropy, so that runs with different training losses can be compared.
             loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets, valid)
@@ -207,14 +207,14 @@ class TaggingTask(ImageTask):
         return report
 
     def calibrate(self, loader: Iterable[Batch], precision: float, recall: float) -> ThresholdTable:
-        """Fit thresholds on one half of the samples, by their keys, and measure them on the other."""
-        fitted, others = (TagHistograms(len(self.vocabulary)) for _ in range(2))
+        """Fit thresholds on one half of the samples, chosen by their keys, and measure them on the other."""
+        fit_counts, test_counts = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
             logits, targets, valid = self._predict(batch)
             half = to_fit(batch["key"])
-            fitted.add(logits, targets, valid & half)
-            others.add(logits, targets, valid & ~half)
-        scores = (TagScores(counts.reduce(), self.vocabulary) for counts in (fitted, others))
+            fit_counts.add(logits, targets, valid & half)
+            test_counts.add(logits, targets, valid & ~half)
+        scores = (TagScores(counts.reduce(), self.vocabulary) for counts in (fit_counts, test_counts))
         return calibrate(*scores, precision, recall)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
@@ -224,7 +224,7 @@ class TaggingTask(ImageTask):
 
 
 def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return the worst tags of each sample, as `draw_tag_mistakes` shows them."""
+    """Return the worst tags of each sample, for `draw_tag_mistakes`."""
     probs, most = logits.sigmoid(), min(_LINES, logits.shape[1])
     wrong, missed = (probs * (targets == 0)).topk(most), ((1 - probs) * (targets == 1)).topk(most)
     return {
@@ -233,17 +233,17 @@ def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
 
 
 def prior_bias(priors: Tensor) -> Tensor:
-    """Return the biases at which an untrained head gives each tag its frequency; priors: [T], shares of images."""
+    """Return biases with which an untrained head predicts each tag's frequency; priors: [T], shares of images."""
     return priors.logit(eps=1e-6).clamp(_LOWEST, 0.0)
 
 
 @about("init_from")
 @torch.no_grad()
 def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, priors: Tensor) -> None:
-    """Copy the head's rows of the tags that `init_from` has too; nothing where it is no tagger of ours.
+    """Copy the head's rows for the tags of `init_from`; do nothing unless it is one of our taggers.
 
-    A new tag begins with the mean of all rows of `init_from`, and the bias of its own frequency.
-    Raises UserError (`init_from`) where a file's vocabulary and head do not fit together.
+    The row of a new tag starts as the mean of all rows of `init_from`, with the bias for its own frequency.
+    Raises UserError (`init_from`) if the file's vocabulary does not fit its head.
     """
     if source.source == "timm" or is_meta(network):
         return
@@ -255,23 +255,23 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
     weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
     if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:
-        raise UserError(f"init_from: {path} has no head of its {len(known)} tags; give the file of a whole tagger")
+        raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger")
     weight = weight.flatten(1)
     pairs = {row: known.columns[key] for key, row in vocabulary.columns.items() if key in known.columns}
     rows, old = list(pairs), list(pairs.values())
     head.weight.copy_(weight.mean(0))
     head.bias.copy_(prior_bias(priors))
     head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
-    log.info("init_from: the head continues %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
+    log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
-    """Return a collection's tags as outputs. Raises UserError (`task.rating_s`, `data.root`)."""
+    """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
     return index_tags(collection, vocabulary_of(setup.facts), read_rules(setup.task, "task."), CACHE)
 
 
 def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
-    """Return what adds a sample's outputs, whether its rating is known, and `flip`, for `Mirror`."""
+    """Return a function that adds a sample's tags, whether its rating is known, and `flip` for `Mirror`."""
 
     def add(example: Example) -> Sample:
         row = example.draw.index
@@ -283,20 +283,20 @@ def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
 
 
 def read_flips(collection: Collection) -> np.ndarray | None:
-    """Return the signs of a manifest's column `flip`, int8 [N], 0 where it is empty; None without the column.
+    """Return the signs of a manifest's column `flip`, int8 [N], 0 for empty cells; None without the column.
 
-    Raises UserError (`data.root`) where it has no numbers.
+    Raises UserError (`data.root`) if the column is not numeric.
     """
     if "flip" not in collection.table.column_names:
         return None
     flips = collection.column("flip")
     if flips.dtype.kind not in "if":
-        raise UserError(f"data.root: the column flip of {str(collection.root)!r} has no numbers; write -1, 0 or 1")
+        raise UserError(f"data.root: the column flip of {str(collection.root)!r} is not numeric; write -1, 0 or 1")
     return np.sign(np.nan_to_num(flips)).astype(np.int8)
 
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
-    """Return the share of some images that has each output, of a rating among those with a known rating."""
+    """Return how frequent each tag is in some rows; for ratings, among the rows with a known rating."""
     rows = rows[index.tagged[rows]]
     is_rating = np.asarray(vocabulary.categories) == RATING
     images = np.where(is_rating, index.rating_known[rows].sum(), len(rows))
@@ -304,19 +304,19 @@ def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) ->
 
 
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
-    """Return the vocabulary of `task.vocabulary`, or that of the training split."""
+    """Read `task.vocabulary`, or build the vocabulary from the training split."""
     if config.vocabulary is not None:
         with about("task.vocabulary"):
             return read_vocabulary(Path(config.vocabulary))
-    wanted = VocabularyConfig(
+    rules = VocabularyConfig(
         min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
         **config.model_dump(include=set(TagRulesConfig.model_fields)),
     )  # fmt: skip
-    return make_vocabulary(collection, wanted, "task.")
+    return make_vocabulary(collection, rules, "task.")
 
 
 class TaggingKind(Kind):
-    """Images with a tag of the vocabulary."""
+    """Images with at least one tag of the vocabulary."""
 
     config, task = TaggingTaskConfig, TaggingTask
     names = FACTS
@@ -328,7 +328,7 @@ class TaggingKind(Kind):
     )
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the vocabulary, and what training alone reads: the tags' frequencies, and what a mirror does."""
+        """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         rows = training_rows(collection, config.loop.train_paths)
         vocabulary = choose_vocabulary(config.task, collection)
         facts = vocabulary.facts()
@@ -340,6 +340,6 @@ class TaggingKind(Kind):
         return facts
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return the rows that have a tag, beside a rating, and what adds the tags."""
+        """Return the rows with at least one tag other than a rating, and a function that adds the tags."""
         index = index_of(collection, setup)
         return index.tagged, tag_fields(index, read_flips(collection))

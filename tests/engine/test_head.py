@@ -119,7 +119,7 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
     given = ["task.head=fitted", "run_dir=fitted"]
     finetune(place, *given)
     text = (place / "fitted/log.txt").read_text()
-    assert "task.head: features standardised over 24 images; weights fitted; of each, held out, the loss is " in text
+    assert "task.head: features standardised over 24 images; weights fitted; leave-one-out loss " in text
     finetune(place, *given, "loop.total_steps=4")
     assert "task.head" not in (place / "fitted/log.txt").read_text()[len(text) :]
 

@@ -9,11 +9,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.exports.weights import open_weights
 from tests.engine.test_checkpoint import replace_state
 from tests.in_process import SHORT, make_images, run
 from tests.support import rows
 from utils.errors import UserError
-from utils.io.weights import read_weights
+from utils.io.weights import read_weights, write_weights
 
 OVERRIDES = [*SHORT, "data.root=images", "augment.image_size_hw=[32,32]", "loop.total_steps=3"]
 
@@ -85,6 +86,14 @@ def test_what_a_task_has_no_output_for_is_refused(place):
         run("export", ["run_dir=flow", "format=onnx"], place)
     with pytest.raises(UserError, match=r"^output: .* gives vectors"):
         run("predict", ["weights=multicrop", "input=images/val", "output=features.csv", "device=cpu"], place)
+
+
+def test_a_weight_file_without_a_fact_of_its_kind_is_refused(place, tmp_path):
+    tensors, metadata = read_weights(place / "flow/weights/best_weights.safetensors")
+    del metadata["class_names"]
+    write_weights(tmp_path / "without.safetensors", tensors, metadata)
+    with pytest.raises(UserError, match=r"without\.safetensors has wrong metadata \(class_names: none\)"):
+        open_weights(tmp_path / "without.safetensors")
 
 
 def test_half_of_a_network_is_trained(place):

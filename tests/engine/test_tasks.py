@@ -1,11 +1,13 @@
-"""FCMAE learns one batch."""
+"""FCMAE learns one batch. The helpers serve the tests of other tasks too."""
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 
 from engine.runtime import Runtime
 from engine.step import Buffers, LossScale, train_step
+from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -20,25 +22,48 @@ FCMAE = FCMAETaskConfig(
     name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True,
     execution="sparse", probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
 )  # fmt: skip
+CLASSIFY = ClassificationTaskConfig(
+    name="classification", label_smoothing=0.0, mixup_alpha=0.0, mix_probability=1.0, mix_switch_probability=0.5,
+    cutmix_alpha=0.0, allow_missing_classes=False, head="drawn",
+)  # fmt: skip
+PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
 
-def test_fcmae_learns_one_batch():
-    """Noise cannot be guessed, so the images are stripes that continue into the masked patches."""
-    patches = patch_count(MODEL, FCMAE, [32, 32])
-    batch = {
-        "weight": torch.ones(8),
-        "images": (torch.arange(32) // 3 % 2 * 255).to(torch.uint8).expand(8, 3, 32, 32).clone(),
-        "mask": torch.stack([draw_mask(generator_for(key), patches, 0.6) for key in range(8)]),
-    }
+@pytest.fixture(scope="module")
+def runtime():
+    return Runtime(torch.device("cpu"), "fp32", channels_last=False, workers=0, prefetch_batches=1)
+
+
+def make_batch(size=8, seed=0):
+    images = torch.randint(0, 256, (size, 3, 32, 32), dtype=torch.uint8, generator=torch.Generator().manual_seed(seed))
+    return {"sample_id": torch.arange(size), "key": torch.arange(size), "weight": torch.ones(size), "images": images}
+
+
+def make_classifier(classes=4):
     torch.manual_seed(0)
-    task = FCMAETask(Setup(MODEL, FCMAE, {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}))
-    runtime = Runtime(torch.device("cpu"), "fp32", channels_last=False, workers=0, prefetch_batches=1)
+    facts = {"class_names": [f"c{number}" for number in range(classes)]}
+    return ClassificationTask(Setup(MODEL, CLASSIFY, PREPROCESSING, facts))
+
+
+def learn(task, batch, runtime, steps=60, lr=3e-3):
+    """Train on one batch; return the first and the last loss."""
     learner = SimpleNamespace(
-        model=task, task=task, optimizer=torch.optim.AdamW(task.parameters(), lr=3e-3, fused=True),
+        model=task, task=task, optimizer=torch.optim.AdamW(task.parameters(), lr=lr, fused=True),
         buffers=Buffers(task), scale=LossScale(runtime), runtime=runtime, seed=0, clip_grad_norm=None,
     )  # fmt: skip
     losses = []
-    for learner.step in range(60):
+    for learner.step in range(steps):
         total, count = train_step(learner, [batch], 0.0).sums["loss"]
         losses.append(float(total / count))
-    assert losses[0] > 0.5 and losses[-1] < losses[0] / 10
+    return losses[0], losses[-1]
+
+
+def test_fcmae_learns_one_batch(runtime):
+    """Noise cannot be guessed, so the images are stripes that continue into the masked patches."""
+    patches = patch_count(MODEL, FCMAE, [32, 32])
+    batch = make_batch()
+    batch["images"] = (torch.arange(32) // 3 % 2 * 255).to(torch.uint8).expand(8, 3, 32, 32).clone()
+    batch["mask"] = torch.stack([draw_mask(generator_for(key), patches, 0.6) for key in range(8)])
+    torch.manual_seed(0)
+    first, last = learn(FCMAETask(Setup(MODEL, FCMAE, PREPROCESSING)), batch, runtime)
+    assert first > 0.5 and last < first / 10
