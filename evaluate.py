@@ -1,4 +1,4 @@
-"""Measure weights on a collection's validation split: exact on any number of ranks.
+"""Evaluate weights on a collection's validation split, exactly on any number of ranks.
 
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
     python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
@@ -6,10 +6,10 @@
     python evaluate.py models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
                                                                                    taggers, ours and others', compared
 
-Weights of others are measured as they become a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
+Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
 
-Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or below
-outputs/evaluate/, in a folder for each file and collection. The arena writes arena.json, report.html, tables and plots.
+Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or for a file into
+a folder in outputs/evaluate/. A comparison of taggers writes arena.json, report.html, tables and plots.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -50,37 +50,34 @@ from utils.thresholds import PER_TAG, write_thresholds
 
 log = get_logger(__name__)
 
-_RESULTS = Path("outputs/evaluate")  # without a run
-_DRY_RUN = "dry run: nothing is measured"
+_RESULTS = Path("outputs/evaluate")  # results that belong to no run
+_DRY_RUN = "dry run: nothing is evaluated"
 
 
 def _as_list(value: Any) -> Any:
-    """Return one path, with brackets or without, as a list: on a command line, only a comma makes one of paths."""
+    """Return a single path as a list: the command line parses `[PATH]` without a comma as text."""
     return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
 
 
 class Targets(Strict):
-    """What the profiles high_precision and high_recall are to reach."""
+    """The precision and recall that the profiles high_precision and high_recall reach."""
 
     precision: Annotated[float, Field(gt=0, lt=1)]
     recall: Annotated[float, Field(gt=0, lt=1)]
 
 
 class EvaluateConfig(Strict):
-    """`weights` is best, last or ema of `run_dir`, or a weight file of ours, with `data`; `output` a JSON file.
+    """conf/evaluate.yaml, checked."""
 
-    `calibrate` also writes the thresholds of a tagger. `models` are compared on `data` instead, as `arena` says.
-    """
-
-    models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]
+    models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]  # taggers to compare on `data`, or None
     run_dir: PathText | None
-    weights: PathText
-    output: PathText | None
-    data: DataConfig | None
+    weights: PathText  # best, last or ema of `run_dir`, or a weight file
+    output: PathText | None  # a JSON file
+    data: DataConfig | None  # None: the data of the run
     batch_size: BatchSize
-    calibrate: bool
+    calibrate: bool  # also write a tagger's thresholds
     calibration: Targets
-    arena: ArenaConfig
+    arena: ArenaConfig  # how `models` are compared
     dry_run: bool
     runtime: MachineConfig
 
@@ -91,17 +88,17 @@ class EvaluateConfig(Strict):
                 raise ValueError("data: must be given with models; add data=image_folder data.root=PATH")
             if self.run_dir or self.calibrate:
                 key = "run_dir" if self.run_dir else "calibrate"
-                raise ValueError(f"{key}: models are compared as they are; remove {key}, or models")
+                raise ValueError(f"{key}: cannot be combined with models; remove one of the two")
         elif self.run_dir is None:
             if self.weights in WEIGHT_NAMES:
                 raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
             if self.data is None:
-                raise ValueError("data: must be given where there is no run_dir; add data=image_folder data.root=PATH")
+                raise ValueError("data: must be given without run_dir; add data=image_folder data.root=PATH")
         return self
 
 
 class RunData(BaseModel):
-    """The data of a run, as its folder states them."""
+    """The keys of a run's configuration that evaluation reads."""
 
     model_config = ConfigDict(strict=True)
 
@@ -110,7 +107,7 @@ class RunData(BaseModel):
 
 
 def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
-    """Measure `models` on the tags that all of them know; returns the best one's line."""
+    """Evaluate `models` on the tags that all of them know. Return the line of the best one."""
     models = {}
     for name in config.models:
         path = Path(name) / "model.onnx"
@@ -133,14 +130,14 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
 
 
 def result_folder(name: str, source: dict[str, Any]) -> Path:
-    """Return the folder of results that belong to no run: the same source finds it again."""
+    """Return the folder of results that belong to no run; the same source has the same folder."""
     return _RESULTS / f"{name}-{sha256_text(canonical_json(source))[:8]}"
 
 
 def write_results(
     folder: Path, output: Path, title: str, figures: Mapping[str, Any], report: Report, prefix: str = ""
 ) -> None:
-    """Write the figures to `output`, and tables, pictures and a page of them into the folder."""
+    """Write the figures to `output`, and tables, pictures and a report page into the folder."""
     with output_errors("output", output):
         write_json(output, figures)
     log.info("wrote %s", output)
@@ -159,7 +156,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     if config.models is not None:
         return compare_taggers(config, runtime)
 
-    # --------------------------------------------------------------------- 2. The task with those weights, and the data
+    # -------------------------------------------------------------------------------------- 2. The task and the data
     saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
     with about("weights"):
         path = choose_weights(config.run_dir or "", config.weights)
@@ -167,7 +164,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
     if config.calibrate and not isinstance(task, TaggingTask):
         name = weights.metadata["task"]["name"]
-        raise UserError(f"calibrate: true fits the thresholds of a tagger, and these weights are of task {name!r}")
+        raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {name!r}")
     data_config, seed = config.data or saved.data, saved.seed if saved else 0
     collection = load_collection(data_config)
     images = kind.source(collection, data_config, setup, repeats=False)

@@ -1,12 +1,12 @@
-"""Export weights to files that other tools read; each is compared with PyTorch before it is kept.
+"""Export weights to files for other tools. Each file is compared with PyTorch before it is kept.
 
     python export.py format=onnx run_dir=RUN                          writes RUN/export/model.onnx
     python export.py format=onnx precision=fp16 run_dir=RUN           RUN/export/model_fp16.onnx
     python export.py format=timm run_dir=RUN                          or transformers, safetensors, pth
-    python export.py format=wd14 run_dir=RUN                          of a tagger; or imgutils, cl_tagger
-    python export.py format=kohya run_dir=RUN                         of SDXL; or single_file, diffusers, lora_diffusers
+    python export.py format=wd14 run_dir=RUN                          for a tagger; or imgutils, cl_tagger
+    python export.py format=kohya run_dir=RUN                         for SDXL; or diffusers, ...
 
-docs/weights.md has each format, what it can hold, how it is loaded, and how weights of others become a run.
+docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)

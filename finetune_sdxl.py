@@ -2,13 +2,13 @@ r"""Fine-tune SDXL on captioned images: a LoRA, or the whole U-Net.
 
     python finetune_sdxl.py model.path=sd_xl_base_1.0.safetensors data.root=PATH task.noise.convert=true
     python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora.rank=32 'task.samples.prompts=["a cat"]'
-    python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora=null optim.lr=1e-5   trains the whole U-Net
-    python finetune_sdxl.py model.path=FOLDER data.root=PATH dry_run=true                   checks all, prints the plan
+    python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora=null optim.lr=1e-5   train the whole U-Net
+    python finetune_sdxl.py model.path=FOLDER data.root=PATH dry_run=true                   check and print the plan
     torchrun --nproc_per_node=8 finetune_sdxl.py model.path=FOLDER data.root=PATH loop.global_batch_size=32
 
-Captions are the collection's: .txt files beside the images, a manifest, or what predict.py output=beside writes. Images
-keep their proportions in buckets of about one area; latents are cached. The same command resumes. `make install-sdxl`
-installs what it needs; docs/sdxl.md goes from a folder of images to a file that ComfyUI loads.
+Captions come from .txt files beside the images (predict.py output=beside writes them) or from a manifest. Buckets of
+about equal area keep the images' proportions; latents are cached. The same command resumes a run. `make install-sdxl`
+installs the requirements. docs/sdxl.md leads from a folder of images to a file for ComfyUI.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)

@@ -1,4 +1,4 @@
-"""Predict classes, tags or features of images, from a run, a weight file or an ONNX file.
+"""Predict classes, tags or features of images with a run, a weight file or an ONNX file.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
     python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
@@ -6,8 +6,8 @@
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
     python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
 
-`input` is an image, a folder with its subfolders, a pattern, a list of these, or `-`. An image that cannot be read gets
-a row with the reason.
+`input` is an image, a folder with its subfolders, a pattern, a list of these, or `-` (paths from standard input). An
+image that cannot be read gets a row with the reason.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -56,19 +56,15 @@ log = get_logger(__name__)
 
 
 class PredictConfig(Strict):
-    """`weights` is a run folder or a file; `output` a file, FOLDER/ or `beside`; `top` of classes, or of images.
+    """conf/predict.yaml, checked."""
 
-    threshold: of every tag; null: those of `thresholds`, by `profile`. existing: what is done where an image has tags
-    or, with skip, a row; null: rows are replaced, and texts are not touched.
-    """
-
-    weights: PathText
+    weights: PathText  # a run folder or a file
     input: PathText | Annotated[list[PathText], Field(min_length=1)]
-    output: PathText
-    existing: Literal["skip", "append", "overwrite"] | None
+    output: PathText  # a file, FOLDER/ or `beside`
+    existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     like: PathText | None
-    top: Count
-    threshold: Fraction | None
+    top: Count  # the number of classes, or with `like` of images
+    threshold: Fraction | None  # for every tag; None: from `thresholds`, by `profile`
     thresholds: PathText | None
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
     text: TextConfig
@@ -82,13 +78,13 @@ class PredictConfig(Strict):
     def _fits_together(self) -> Self:
         if self.threshold is not None and (self.thresholds is not None or self.profile != PER_TAG):
             raise ValueError(
-                f"threshold: {self.threshold:g} is that of every tag; remove it, or remove thresholds and profile"
+                f"threshold: {self.threshold:g} applies to every tag; remove it, or remove thresholds and profile"
             )
         return self
 
 
 def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
-    """Return what rows are made of: of tags, those that are not excluded and reach their thresholds."""
+    """Return the options for rows. An excluded tag has an infinite threshold."""
     text, least = config.text, np.float32(0.0)
     if predictor.has_tags:
         least = np.broadcast_to(choose_thresholds(config, predictor), len(predictor.names))
@@ -98,10 +94,7 @@ def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
 
 
 def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray:
-    """Return the least probability of each tag, [T] or one for all.
-
-    Raises UserError (`thresholds`, `profile`) where there are none of the tagger, or of the profile.
-    """
+    """Return the threshold of each tag [T], or one for all. Raises UserError if `thresholds` or `profile` has none."""
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
     vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
@@ -110,47 +103,47 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray
         return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
     if config.profile != PER_TAG:
         raise UserError(
-            f"profile: {config.profile} is one of thresholds.csv, and {config.weights} comes with none; evaluate.py "
-            "calibrate=true writes it into the run, and thresholds=FILE names it"
+            f"profile: {config.profile} needs a thresholds.csv, and {config.weights} has none; write it into the run "
+            "with evaluate.py calibrate=true, or give thresholds=FILE"
         )
-    log.info("thresholds: %s", f"those in {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
+    log.info("thresholds: %s", f"from {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
 def open_destination(
     config: PredictConfig, predictor: Predictor, images: Images
 ) -> tuple[RowFile | Sidecars, list[Path]]:
-    """Return where the predictions go, and the images that are still to be predicted.
+    """Return the destination of the predictions, and the images without predictions there.
 
-    Raises UserError (`output`, `existing`) where they cannot go there, or `existing` does not say what to do with what
-    is there.
+    Raises UserError (`output`, `existing`) if the destination does not suit them, or if some exist and `existing` is
+    not set.
     """
     output, columns = Path(config.output), predictor.output.columns
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
         if not predictor.has_tags:
-            raise UserError(f"output: {output} is for tags, which {config.weights} does not give; name a .jsonl file")
+            raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
         destination = Sidecars(images, None if config.output == "beside" else config.output)
     elif config.existing == "append":
-        raise UserError(f"existing: append is for the texts of tags, and {output} has rows; set skip or overwrite")
+        raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")
     elif output.suffix == ".csv" and columns is None:
-        raise UserError(f"output: {config.weights} gives vectors, which CSV does not hold; name a .jsonl file")
+        raise UserError(f"output: {config.weights} predicts vectors, which CSV cannot hold; name a .jsonl file")
     else:
         destination = RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
-    there = {path for path in images.paths if destination.has(str(path))}
-    if there and config.existing is None:
+    done = {path for path in images.paths if destination.has(str(path))}
+    if done and config.existing is None:
         raise UserError(
-            f"existing: null, and {len(there):,} of {len(images.paths):,} images have tags there already, such as "
-            f"{min(there)}; set skip (so that a command that was killed goes on), append or overwrite"
+            f"existing: null, but {len(done):,} of {len(images.paths):,} images already have tags, such as "
+            f"{min(done)}; set skip (to continue a command that was killed), append or overwrite"
         )
-    return destination, [path for path in images.paths if path not in there or config.existing != "skip"]
+    return destination, [path for path in images.paths if path not in done or config.existing != "skip"]
 
 
 def predict_all(
     predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Callable[[Tensor], Iterable[Row]]
 ) -> Iterator[Row]:
-    """Yield a row per image: its path, and what `predict` makes of it or an error.
+    """Yield a row per image: its path, and the result of `predict` or an error.
 
-    In order; of weights that were trained in buckets, one bucket after the other.
+    Rows are in the order of `paths`, but sorted by bucket for weights that were trained in buckets.
     """
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
@@ -165,17 +158,17 @@ def predict_all(
     for batch in loader:
         readable = batch["weight"] > 0
         predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
-        for there, place, key in zip(readable.tolist(), batch["sample_id"].tolist(), batch["key"].tolist()):
-            path = str(paths[place])
-            if there:
+        for is_readable, index, key in zip(readable.tolist(), batch["sample_id"].tolist(), batch["key"].tolist()):
+            path = str(paths[index])
+            if is_readable:
                 yield {"path": path, **next(predicted)}
-            elif key:  # not of padding
+            elif key:  # 0 for padding
                 log.warning("unreadable image %s: %s", path, reasons[path])
                 yield {"path": path, "error": reasons[path]}
 
 
 def write_texts(rows: Iterable[Row], destination: RowFile | Sidecars, config: PredictConfig) -> Iterator[Row]:
-    """Yield rows with the text of their tags, behind those that an image has already where these are kept."""
+    """Yield rows with their tags joined to a text; existing=append puts them after the image's present tags."""
     for row in rows:
         if "tags" in row:
             before = destination.tags(row["path"]) if config.existing == "append" else ()
@@ -185,20 +178,17 @@ def write_texts(rows: Iterable[Row], destination: RowFile | Sidecars, config: Pr
 
 
 def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[str], np.ndarray]:
-    """Return the paths of the images of `key` that can be read, and their embeddings [N, D].
-
-    Raises UserError (`key`) where there is none.
-    """
+    """Return the paths and embeddings [N, D] of the readable images of `key`. Raises UserError if there are none."""
     paths = find_images(getattr(config, key), key).paths
-    rows = predict_all(predictor, paths, config, lambda images: [{"vector": one} for one in predictor.embed(images)])
-    found = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
-    if not found:
-        raise UserError(f"{key}: {paths[0]} cannot be read, nor any other; predict.py output=x.jsonl gives the reasons")
-    return [row["path"] for row in found], np.stack([row["vector"] for row in found])
+    rows = predict_all(predictor, paths, config, lambda images: [{"vector": row} for row in predictor.embed(images)])
+    readable = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
+    if not readable:
+        raise UserError(f"{key}: no image can be read, such as {paths[0]}; predict.py output=x.jsonl gives the reasons")
+    return [row["path"] for row in readable], np.stack([row["vector"] for row in readable])
 
 
 def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
-    """Write embeddings of images, or which are most like one; weights: their hash."""
+    """Write the images' embeddings, or with `like` the most similar images. weights: the weights' hash."""
     output, source = Path(config.output), config.input
     likes = None if config.like is None else RowFile(output, ["path", "similarity"], keep=False)
     stored = isinstance(source, str) and source.endswith(".npz")
@@ -208,7 +198,7 @@ def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
             write_embeddings(output, paths, vectors, weights)
         else:
             likes.write(rank(paths, vectors, embed("like", predictor, config)[1][0], config.top))
-    return f"wrote {output}: of {len(paths)} images"
+    return f"wrote {output}: {len(paths)} images"
 
 
 @entry_point("predict", PredictConfig)
@@ -222,7 +212,7 @@ def main(config: PredictConfig, job: Job) -> str:
     if config.like is not None or config.output.endswith(".npz"):
         return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
 
-    # ------------------------------------------------------------------------ 2. The images, and where the rows go
+    # --------------------------------------------------------------------------- 2. The images and the destination
     options, images = choose_rows(config, predictor), find_images(config.input, "input")
     destination, paths = open_destination(config, predictor, images)
     if config.dry_run:
@@ -232,8 +222,8 @@ def main(config: PredictConfig, job: Job) -> str:
     rows = predict_all(predictor, paths, config, lambda images: predictor.rows(images, options))
     with output_errors("output", Path(config.output)):
         destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
-    place = "files beside the images" if config.output == "beside" else config.output
-    return f"wrote {place}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
+    written = "files beside the images" if config.output == "beside" else config.output
+    return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
 
 
 if __name__ == "__main__":

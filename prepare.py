@@ -1,12 +1,12 @@
-"""Slow offline work on a collection: one job, whose keys are those of conf/job/ (docs/collections.md).
+"""Run one offline job on a collection. conf/job/ has the keys of each job (docs/collections.md).
 
     python prepare.py job=manifest data=image_folder data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data=image_folder data.root=PATH job.verify=false          without decoding them
     python prepare.py job=vocabulary data=image_folder data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
-    python prepare.py job=statistics data=image_folder data.root=PATH        what is in a collection, as an HTML page
+    python prepare.py job=statistics data=image_folder data.root=PATH        an HTML page about the collection
 
-Likewise job=count, verify, duplicates, filter, downsample, split and copy. No job moves, changes or deletes an image.
+Other jobs: count, verify, duplicates, filter, downsample, split, copy. No job moves, changes or deletes an image.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -33,7 +33,7 @@ AnyJob = Annotated[
 
 
 class PrepareConfig(Strict):
-    """The job and the collection. dry_run: check what is asked for, and stop."""
+    """The job and the collection. dry_run: only check the configuration."""
 
     job: AnyJob
     data: DataConfig
@@ -42,7 +42,7 @@ class PrepareConfig(Strict):
 
 @entry_point("prepare", PrepareConfig)
 def main(config: PrepareConfig, job: Job) -> str:
-    """Do the one job that was asked for."""
+    """Run the job."""
     return config.job.check(config.data) if config.dry_run else config.job.run(config.data)
 
 

@@ -1,12 +1,12 @@
-r"""Pretrain a ConvNeXt V2 by FCMAE, without labels.
+r"""Pretrain a ConvNeXt V2 with FCMAE, without labels.
 
     python pretrain_fcmae.py                                                         the embedded glyphs
     python pretrain_fcmae.py experiment=glyphs/demo_pretrain run_dir=outputs/tried   a recipe
     python pretrain_fcmae.py model=convnextv2_tiny data=image_folder data.root=PATH loop.total_epochs=100
-    python pretrain_fcmae.py model=convnextv2_base runtime.device=cpu dry_run=true   checks all and prints the plan
+    python pretrain_fcmae.py model=convnextv2_base runtime.device=cpu dry_run=true   check and print the plan
     torchrun --nproc_per_node=8 pretrain_fcmae.py model=convnextv2_base data=image_folder data.root=PATH
 
-It trains on all images of the training split, labelled or not. The same command resumes.
+All images of the training split are used, labelled or not. The same command resumes a run.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)

@@ -1,4 +1,4 @@
-r"""Train a classifier from scratch: find the learning rate, then one cycle of it, with live plots.
+r"""Train a classifier from scratch: find the learning rate, then train one cycle, with live plots.
 
     python train.py                                                       the embedded glyphs
     python train.py data=image_folder data.root=PATH                      class folders, with or without train/ and val/
@@ -6,7 +6,7 @@ r"""Train a classifier from scratch: find the learning rate, then one cycle of i
     python train.py --multirun optim.base_lr=0.1,0.4 lr_finder.enabled=false sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data=image_folder data.root=PATH
 
-The same command resumes. To begin with weights, use finetune.py.
+The same command resumes a run. To start from weights, use finetune.py.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -21,14 +21,14 @@ from utils.config.entry_point import entry_point
 
 
 class TrainConfig(ImageTrainingConfig):
-    """conf/train.yaml, checked. `lr_finder.enabled` finds the rate before the first update."""
+    """conf/train.yaml, checked."""
 
     task: task_schema("train")
 
     @model_validator(mode="after")
     def _begins_from_scratch(self) -> Self:
         if self.init_from is not None:
-            raise ValueError(f"init_from: train.py begins from scratch; python finetune.py init_from={self.init_from}")
+            raise ValueError(f"init_from: train.py starts from scratch; use finetune.py init_from={self.init_from}")
         return self
 
 

@@ -1,12 +1,12 @@
-"""The micro-batch of each image shape, halved where the device runs out of memory.
+"""The micro-batch size of each image shape, halved when the device runs out of memory.
 
 A run begins with `loop.batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory changes
-nothing: the update is made again from micro-batches half as large, and so is every later one of that shape. Samples,
-order, global batch and learning rate stay. batch_size.json in the run folder keeps the sizes by device and shape.
+nothing: the update is repeated with micro-batches half as large, as are later updates of that shape. Samples, order,
+global batch and learning rate stay. batch_size.json in the run folder keeps the sizes by device and shape.
 
-A rank whose memory ends leaves the others in a collective. So with several ranks `auto` tries every shape before
-training, and all ranks halve by one decision (`Learner.rehearse`); a rank that runs out later ends the run, and the
-same command resumes with the smaller size.
+A rank that runs out of memory would leave the others waiting in a collective. With several ranks, `auto` therefore
+tries every shape before training, and all ranks halve together (`Learner.rehearse`). A rank that runs out of memory
+later ends the run; the same command resumes with the smaller size.
 """
 
 from collections.abc import Sequence
@@ -29,7 +29,7 @@ _SIZES = TypeAdapter(dict[str, dict[str, Annotated[int, Field(ge=1)]]])
 
 
 class OutOfMemory(Exception):
-    """A pass over a micro-batch has run out of memory, and changed nothing."""
+    """A pass over a micro-batch ran out of memory; no state has changed."""
 
     def __init__(self, batch: Batch) -> None:
         super().__init__("out of memory")
@@ -37,13 +37,13 @@ class OutOfMemory(Exception):
 
 
 def shape_of(batch: Batch) -> str:
-    """Return the shape of a batch's largest field without the samples' axis, such as `3x224x224`."""
+    """Return the shape of one sample in a batch's largest field, such as `3x224x224`."""
     largest = max(batch.values(), key=lambda tensor: tensor.numel())
     return "x".join(map(str, largest.shape[1:]))
 
 
 def out_of_memory(stage: str, shape: str, size: int, *, goes_on: str = "the same command resumes") -> UserError:
-    """Return the error of a device that is out of memory while it makes `stage` of `size` samples of `shape`."""
+    """Return the error of a device that ran out of memory in `stage`."""
     return UserError(
         f"loop.batch_size: the device is out of memory in {stage}, with {size} samples of {shape} at once; set a "
         f"smaller loop.batch_size, runtime.grad_checkpointing=true, or a smaller model or image; {goes_on}"
@@ -51,18 +51,15 @@ def out_of_memory(stage: str, shape: str, size: int, *, goes_on: str = "the same
 
 
 class MicroBatches:
-    """The largest micro-batch by image shape; `begin` is that of a shape without an entry.
+    """The micro-batch size by image shape. `begin` is the first size of every shape."""
 
-    halves: whether a size is halved where the device is out of memory (`loop.on_out_of_memory`).
-    """
-
-    def __init__(self, begin: int, *, halves: bool) -> None:
+    def __init__(self, begin: int, *, halves: bool) -> None:  # halves: loop.on_out_of_memory
         self.begin, self.halves, self.sizes = begin, halves, dict[str, int]()
         self._file: Path | None = None
         self._by_device: dict[str, dict[str, int]] = {}
 
     def open(self, folder: Path, device: torch.device) -> None:
-        """Read what the run folder keeps for this device, and write there from now on."""
+        """Read this device's sizes from the run folder, and save later changes there."""
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
         self._file = folder / "batch_size.json"
         self._by_device = distributed.rank_zero_call(self._read)
@@ -72,15 +69,15 @@ class MicroBatches:
         try:
             return _SIZES.validate_json(self._file.read_bytes()) if self._file.exists() else {}
         except ValueError as error:
-            raise UserError(f"loop.batch_size: {self._file} is damaged; remove it to begin again") from error
+            raise UserError(f"loop.batch_size: {self._file} is damaged; remove it to search again") from error
 
     @property
     def smallest(self) -> int:
-        """The size that every shape takes."""
+        """The smallest size, which fits every shape."""
         return min([self.begin, *self.sizes.values()])
 
     def split(self, batches: Sequence[Batch]) -> list[Batch]:
-        """Cut the loader's micro-batches into those of the present sizes, with the same samples in the same order."""
+        """Cut the loader's micro-batches to the current sizes; samples and order stay the same."""
         parts = []
         for batch in batches:
             size = largest_divisor(len(batch["weight"]), self.sizes.get(shape_of(batch), self.begin))
@@ -88,9 +85,9 @@ class MicroBatches:
         return parts
 
     def halve(self, shape: str, size: int, *, everywhere: bool = True) -> None:
-        """Halve the size of a shape. everywhere: all ranks do so now; otherwise the run must end and begin again.
+        """Halve the size of a shape. everywhere: all ranks do so now; otherwise the run must end and resume.
 
-        Raises UserError where it must, where a micro-batch has one sample, or where `loop.on_out_of_memory=stop`.
+        Raises UserError if the run must end, a micro-batch has one sample, or `loop.on_out_of_memory=stop`.
         """
         if not self.halves or size == 1:
             raise out_of_memory("training", shape, size)
@@ -99,11 +96,11 @@ class MicroBatches:
             write_json(self._file, self._by_device)
         if not everywhere:
             raise out_of_memory("training", shape, size, goes_on=f"the same command resumes with {half}")
-        log.warning("out of memory with %d samples of %s at once: from now on %d", size, shape, half)
+        log.warning("out of memory with %d samples of %s at once; from now on %d", size, shape, half)
 
 
 def _cut(batch: Batch, first: int, size: int) -> Batch:
-    """Return some samples of a batch; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
+    """Return `size` samples from `first` on; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
     part = {name: tensor[first : first + size] for name, tensor in batch.items()}
     for name in batch:
         if (offsets := f"{name}_offsets") in batch:

@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or absent, and that resume on any number of ranks; how they are written and found.
+"""Write, find and read checkpoints. They are written atomically and resume on any number of ranks.
 
     checkpoints/
         step_00001200/
@@ -9,11 +9,11 @@
             scale.safetensors            the loss scale
             state.json                   everything else (engine/run.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
-        .step_00001300.tmp-<pid>/        being written or removed; a later save removes what is left
+        .step_00001300.tmp-<pid>/        being written or removed; a later save removes leftovers
 
-Rank 0 writes each under a temporary name, flushes it and renames it. Nothing is pickled. There is no random state to
-save: all randomness is a function of (seed, step, position) (utils/rng.py). weights/last_weights.safetensors and
-weights/ema_weights.safetensors are links to a checkpoint's files: no tensor is written twice.
+Rank 0 writes a checkpoint under a temporary name, flushes it and renames it. Nothing is pickled. There is no random
+state: random numbers are functions of (seed, step, position) (utils/rng.py). weights/last_weights.safetensors and
+weights/ema_weights.safetensors are links to a checkpoint's files.
 """
 
 import json
@@ -64,7 +64,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 def save_checkpoint(
     final: Path, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
 ) -> None:
-    """Write a checkpoint's folder, `.../step_XXXXXXXX`. texts: the metadata of some groups' files."""
+    """Write a checkpoint folder, `.../step_XXXXXXXX`. texts: metadata by group."""
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
@@ -79,7 +79,7 @@ def save_checkpoint(
         text = json.dumps({**numbers, **state, "groups": list(tensors), "checksums": checksums}, indent=1)
         write_text(temporary / "state.json", text)
         write_text(temporary / "state.sha256", sha256_text(text) + "\n")
-        if final.exists():  # made by the run before a kill; the same step has the same content
+        if final.exists():  # written before a kill; the same step has the same content
             _remove(final)
         os.rename(temporary, final)
         fsync_path(final.parent)
@@ -88,7 +88,7 @@ def save_checkpoint(
 
 
 def copy_to_host(groups: Groups) -> Groups:
-    """Return contiguous copies; those of a GPU's tensors are in pinned memory, which torch keeps for the next save."""
+    """Return contiguous copies on the CPU, of GPU tensors in pinned memory, which torch reuses for the next save."""
 
     def copy(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=tensor.is_cuda).copy_(tensor.detach())
@@ -99,8 +99,8 @@ def copy_to_host(groups: Groups) -> Groups:
 class Saver:
     """Write checkpoints and weight files into a run folder. helpers: fingerprints of the task's helpers.
 
-    A thread of rank 0 writes one checkpoint at a time. The main thread logs its error, so that a process that is forked
-    meanwhile inherits no lock of the logger.
+    A thread of rank 0 writes one checkpoint at a time. The main thread logs its errors: a process forked while the
+    thread logs would inherit the logger's lock.
     """
 
     def __init__(self, folder: RunFolder, loop: LoopConfig, helpers: dict[str, str]) -> None:
@@ -110,7 +110,7 @@ class Saver:
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def is_due(self) -> bool:
-        """Return, once, whether `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
+        """Return True once when `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
         if self._thread is not None and not self._thread.is_alive():
             self.wait()
         minutes = self._loop.checkpoint_every_minutes
@@ -124,8 +124,8 @@ class Saver:
     ) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
-        sync: flushes this rank's rows, which a run resumed from here keeps; before the checkpoint is published. last:
-        wait until everything is on the disk. Raises UserError where the disk refuses the last checkpoint.
+        sync: flushes this rank's rows before the checkpoint is published. last: wait for the write, and raise UserError
+        if it fails.
         """
         if distributed.is_main():
             self._start(learner, tensors, state, sync)
@@ -137,14 +137,14 @@ class Saver:
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
-        """Copy the state and begin to write it, when the write before has ended."""
+        """Wait for the previous write, copy the state and begin to write it."""
         step, folder = learner.step, self.folder
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
         path = folder.checkpoints / f"step_{step:08d}"
         log.debug("saving %s", path)
-        # Sharded tensors were gathered into memory that nothing else holds.
+        # Gathering sharded tensors has already copied them.
         copies = tensors if is_sharded(learner.model) else copy_to_host(tensors)
 
         def write() -> None:
@@ -163,7 +163,7 @@ class Saver:
         self._thread.start()
 
     def wait(self, *, last: bool = False) -> None:
-        """Wait for the write under way. Its error is logged, or raised where it is the `last` write."""
+        """Wait for the current write. Its error is logged, or raised if this is the `last` write."""
         if self._thread is None:
             return
         self._thread.join()
@@ -175,10 +175,7 @@ class Saver:
             log.error("%s\nThe next save tries again", error, exc_info=trace)
 
     def write_best(self, learner: Learner) -> bool:
-        """Write the exported networks as they are now as the best weights; on all ranks.
-
-        Returns False where the disk refuses them, so that the best weights before them stay.
-        """
+        """Write the current weights as the best ones; on all ranks. Return False if the disk refuses them."""
         tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
         path = self.folder.weights / "best_weights.safetensors"
 
@@ -223,7 +220,7 @@ def step_of(path: Path) -> int:
 
 
 def _remove(path: Path) -> None:
-    """Remove a checkpoint; renamed before, so that a kill meanwhile leaves no damaged one."""
+    """Rename a checkpoint, then remove it, so that a kill leaves no damaged checkpoint."""
     hidden = path.with_name(f".{path.name}.tmp-{os.getpid()}-old")
     shutil.rmtree(hidden, ignore_errors=True)  # from an earlier process with the same number
     os.rename(path, hidden)
@@ -231,10 +228,9 @@ def _remove(path: Path) -> None:
 
 
 def remove_others(folder: Path, keep: int, step: int, best_step: int | None) -> None:
-    """Keep the newest `keep` checkpoints up to `step`, the one just saved, and the best one; remove the others.
+    """Keep the newest `keep` checkpoints up to `step` (just saved) and the best one; remove all others.
 
-    Those beyond `step` are damaged, or the run was told to continue from one before them. Half-written folders of
-    killed runs go, too.
+    Checkpoints beyond `step` are damaged, or the run resumed from an earlier one.
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
@@ -249,14 +245,14 @@ def remove_others(folder: Path, keep: int, step: int, best_step: int | None) -> 
 
 
 def find_damage(path: Path) -> str | None:
-    """Return the first error in a checkpoint's files, None where all agree with their checksums."""
+    """Return the first error in a checkpoint's files, or None if all match their checksums."""
     try:
         text = (path / "state.json").read_text(encoding="utf-8")
         if sha256_text(text) != (path / "state.sha256").read_text(encoding="utf-8").strip():
             return "state.json does not match its checksum"
         state = json.loads(text)
         if state["format"] != FORMAT:
-            return f"state.json has format {state['format']}, this version reads {FORMAT}"
+            return f"state.json has format {state['format']}; this version reads {FORMAT}"
         for name, checksum in state["checksums"].items():
             if sha256_file(path / name) != checksum:
                 return f"{name} does not match its checksum"
@@ -268,9 +264,9 @@ def find_damage(path: Path) -> str | None:
 
 
 def find_checkpoint(folder: Path) -> Path | None:
-    """Return the newest undamaged checkpoint, None where there is none at all; a warning names each damaged one.
+    """Return the newest undamaged checkpoint, or None if the folder has none; warn about each damaged one.
 
-    Raises UserError where all checkpoints are damaged: the run never starts again unasked.
+    Raises UserError if all are damaged, because a run must not silently start again from step 0.
     """
     every = list_checkpoints(folder)
     for path in reversed(every):
@@ -293,7 +289,7 @@ def read_state(path: Path) -> dict[str, Any]:
 
 @about("resume")
 def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
-    """Read a checkpoint's tensors. Raises UserError (`resume`) where values are not finite."""
+    """Read a checkpoint's tensors. Raises UserError (`resume`) if a value is not finite."""
     groups: dict[str, dict[str, Tensor]] = {}
     for group in state["groups"]:
         file = path / f"{group}.safetensors"
@@ -306,40 +302,40 @@ def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Ten
 
 
 def _resume_of(config: TrainingConfig) -> str:
-    """Return `resume`; in a requeued job, never means auto."""
+    """Return `resume`, with auto for never in a requeued job."""
     return "auto" if config.resume == "never" and restart_count() > 0 else config.resume
 
 
 def will_resume(config: TrainingConfig, folder: Path) -> bool:
-    """Return whether the run continues from a checkpoint, so that no initial weights are loaded.
+    """Return whether the run resumes, so that no initial weights are loaded.
 
-    Which one is chosen later, when the folder is locked: until then an earlier process may save and remove some.
+    `choose_checkpoint` chooses the checkpoint later, under the folder's lock: an earlier process may still save.
     """
     resume = _resume_of(config)
     return bool(list_checkpoints(folder / "checkpoints")) if resume == "auto" else resume != "never"
 
 
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:
-    """Return the checkpoint to continue from, of this recipe and length, None for a new run; on rank 0.
+    """Return the checkpoint to resume from, or None for a new run; on rank 0.
 
-    Raises UserError where it cannot be read, or does not fit.
+    Raises UserError if it cannot be read, or its recipe or length does not fit.
     """
     resume, existing = _resume_of(config), list_checkpoints(folder / "checkpoints")
     if resume == "never" and existing:
         raise UserError(
-            f"resume: never was given, but {folder} holds {len(existing)} checkpoints (up to {existing[-1].name}); "
-            "nothing is overwritten: give another run_dir, or set resume=auto"
+            f"resume: never was given, but {folder} holds {len(existing)} checkpoints (up to {existing[-1].name}), "
+            "which are never overwritten; give another run_dir, or set resume=auto"
         )
     found = find_checkpoint(folder / "checkpoints")
     if resume not in ("auto", "never"):
         named = Path(resume)
-        # After a kill, the same command continues from what it has saved since.
+        # After a kill, the same command resumes from its own newer checkpoints.
         if found is not None and Path(read_state(found)["config"]["resume"]) == named:
-            log.info("resume: %s was made by this command, so the run continues from it, not from %s", found, named)
+            log.info("resume: %s was written by this command; the run continues from it, not from %s", found, named)
         elif (problem := find_damage(named)) is not None:
             raise UserError(
-                f"resume: {named} is no whole checkpoint: {problem}; name one like RUN/checkpoints/step_00001200, or "
-                "set resume=auto"
+                f"resume: {named} is not a complete checkpoint: {problem}; name one like "
+                "RUN/checkpoints/step_00001200, or set resume=auto"
             )
         else:
             found = named
@@ -354,6 +350,6 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
             f"loop.total_steps: the run is already at step {state['step']}, beyond the {total_steps} requested; "
             "request more, or give another run_dir (a sweep: another sweep.name)"
         )
-    if existing and step_of(existing[-1]) > state["step"]:  # damaged ones, or the user has named an earlier one
+    if existing and step_of(existing[-1]) > state["step"]:  # damaged, or the user named an earlier one
         log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
     return found

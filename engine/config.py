@@ -1,4 +1,4 @@
-"""The shape of `loop`, `runtime` and of the keys that every training script has. Values are in conf/."""
+"""The schema of `loop`, `runtime` and the keys of every training script. Defaults are in conf/."""
 
 from typing import Annotated, Literal, Self
 
@@ -24,22 +24,14 @@ from utils.record.config import TrackingConfig
 
 
 class LoopConfig(Strict):
-    """How long, how large, how often. `total_steps` takes precedence over `total_epochs`.
+    """Length, batch sizes, evaluations and checkpoints of a run. `total_steps` takes precedence over `total_epochs`."""
 
-    total_steps: 0 measures `init_from` and saves it as a run.
-    total_epochs, evaluate_every_epochs: `auto` derives them from the collection's sizes (engine/plan.py).
-    batch_size: `auto` begins with all samples of a rank. on_out_of_memory: `halve` makes an update that runs out of
-        memory again from micro-batches half as large (engine/batch_size.py).
-    early_stop_epochs: the run ends after an evaluation that comes this many epochs after the best one.
-    checkpoint_every_minutes: beside the steps, by the clock of rank 0; checkpoints change no result.
-    """
-
-    total_epochs: Literal["auto"] | Duration
-    total_steps: CountOrZero | None
-    early_stop_epochs: Duration | None
+    total_epochs: Literal["auto"] | Duration  # auto: derived from the collection's size (engine/plan.py)
+    total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
+    early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     global_batch_size: BatchSize
-    batch_size: Literal["auto"] | BatchSize
-    on_out_of_memory: Literal["halve", "stop"]
+    batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
+    on_out_of_memory: Literal["halve", "stop"]  # halve: repeat the update with smaller micro-batches
     sampling: Literal["shuffled", "blocks", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
     clip_grad_norm: Positive | None
@@ -54,7 +46,7 @@ class LoopConfig(Strict):
 
 
 class MachineConfig(Strict):
-    """The machine: `auto` probes it, and the start-up lines show the choices."""
+    """The machine. `auto` is decided at startup (engine/runtime.py)."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
@@ -66,29 +58,25 @@ class MachineConfig(Strict):
 
 
 class RuntimeConfig(MachineConfig):
-    """The machine as training uses it."""
+    """The machine, with settings for training."""
 
     parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     prefetch_batches: Processes
-    sync_batchnorm: bool
     grad_checkpointing: bool
     explain: bool
 
 
 class LRFinderConfig(Strict):
-    """A range test before the first update, which finds the peak learning rate (engine/lr_finder.py).
-
-    steps: its updates; a run of which they are more than `max_share` has no range test.
-    """
+    """A range test before the first update finds the peak learning rate (engine/lr_finder.py)."""
 
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
-    max_share: Share
+    max_share: Share  # the test is skipped if its steps are a larger share of the run's
 
 
 class TrainingConfig(Strict):
-    """What every training script's schema begins with; the script adds model, task, data and augment."""
+    """The keys of every training script; each script adds model, task, data and augment."""
 
     seed: Seed
     run_dir: PathText | None
@@ -109,17 +97,17 @@ class TrainingConfig(Strict):
     def _every_key_is_read(self) -> Self:
         if self.init_weights == "ema" and self.init_from in (None, "timm"):
             raise ValueError(
-                f"init_weights: ema, but init_from is {self.init_from}, which holds no average; set "
+                f"init_weights: ema, but init_from={self.init_from} has no averaged weights; set "
                 "init_from=RUN_OR_FILE, or init_weights=model"
             )
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(
-                f"optim.lr: {self.optim.lr:g} is not read, because the range test finds the rate; set "
-                "lr_finder.enabled=false to train at this rate, or optim.base_lr for the rate where it has no answer"
+                f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "
+                "lr_finder.enabled=false to train at this rate, or optim.base_lr as the fallback"
             )
         if self.loop.ema_decay is not None and self.optim.name == "adamw" and self.optim.bf16_weights:
             raise ValueError(
-                f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} averages weights in their own "
-                "precision, where such small changes are lost; set optim.bf16_weights=false or loop.ema_decay=null"
+                f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "
+                "which loses small changes; set optim.bf16_weights=false or loop.ema_decay=null"
             )
         return self

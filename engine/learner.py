@@ -1,4 +1,4 @@
-"""The learner: a task with everything that an update needs. It needs no run folder.
+"""The learner: a task with its optimiser, schedule and averages. It needs no run folder.
 
 learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
@@ -36,8 +36,8 @@ Tensors = dict[str, dict[str, Tensor]]  # by group and name
 class Learner:
     """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
 
-    `model` is the task as wrapped for the ranks and the compiler. `exports_average`: the averaged weights are the ones
-    judged and exported.
+    model: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
+    exported.
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
@@ -52,7 +52,7 @@ class Learner:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         if not skips_on_device(self.optimizer):
-            log.warning("optim: %s cannot skip a step on the device; each waits for it once", config.optim.name)
+            log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.scale = LossScale(runtime)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
@@ -64,10 +64,7 @@ class Learner:
         self.micro_batches = MicroBatches(plan.micro_batch_size, halves=config.loop.on_out_of_memory == "halve")
 
     def update(self, batches: Sequence[Batch], asks: Asks = NOTHING) -> StepResult:
-        """Make one update from this rank's micro-batches, smaller ones where the device takes no larger.
-
-        Raises UserError (`loop.batch_size`) where it takes none.
-        """
+        """Make one update from this rank's micro-batches; halve them when the device runs out of memory."""
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.schedule.at(self.step))
         while True:
@@ -75,7 +72,7 @@ class Learner:
                 result = train_step(self, self.micro_batches.split(batches), progress, asks)
                 break
             except OutOfMemory as error:
-                shape, size = error.shape, error.size  # the error holds the activations
+                shape, size = error.shape, error.size  # the error would keep the activations in memory
             if self.runtime.device.type == "cuda":
                 torch.cuda.empty_cache()
             self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
@@ -87,12 +84,10 @@ class Learner:
         return result
 
     def rehearse(self, trials: Iterable[Batch]) -> None:
-        """Halve the micro-batches, on all ranks alike, until every rank can make a pass over each trial's shape.
-
-        The optimiser's state and the ranks' buckets of gradients, which do not exist yet, take their share of memory.
-        """
+        """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
         device = self.runtime.device
         trained = sum(parameter.nbytes for group in self.optimizer.param_groups for parameter in group["params"])
+        # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
         reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         for trial in trials:
             while not all(distributed.gather_objects(fits_alone(self, part := self.micro_batches.split([trial])[0]))):
@@ -103,30 +98,30 @@ class Learner:
             torch.cuda.reset_peak_memory_stats(device)
 
     def sync_buffers(self) -> None:
-        """Give every rank the buffers of rank 0 (batch statistics) and their averages; before they are read."""
+        """Broadcast the buffers (batch statistics) and their averages from rank 0, before they are read."""
         if not distributed.is_distributed():
             return
         averages = {} if self.averages is None else self.averages.tensors()
         for name, buffer in self.task.named_buffers():
             dist.broadcast(buffer, src=0)
-            if name in averages:  # constants that are not in the state dict have none
+            if name in averages:  # buffers outside the state dict have no average
                 dist.broadcast(averages[name], src=0)
 
     # ------------------------------------------------------------------------------------------------------- state
 
     def state(self) -> tuple[Tensors, dict[str, Any]]:
-        """Return the tensors by group and name, and the optimiser's state that is not tensors; on all ranks.
+        """Return the tensors by group and name, and the optimiser's other state; on all ranks.
 
-        Groups: `weights`, the exported networks under a weight file's names, and `task`, the rest of the task;
-        `average_weights` and `averages` likewise; `optimizer`; `scale`. Sharded tensors are gathered on the CPU of
-        rank 0, and the groups are empty elsewhere.
+        Groups: `weights` (the exported networks, named as in weight files), `task` (the rest of the task),
+        `average_weights` and `averages` likewise, `optimizer`, `scale`. Sharded tensors are gathered on the CPU of
+        rank 0; other ranks get empty groups.
         """
         tensors, others = optimizer_state(self.optimizer)
         groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale.state_dict()}
         return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
 
     def _task_groups(self) -> Tensors:
-        """Return the groups of the task and its averages."""
+        """Return the task's tensors and their averages, by group."""
         weights, rest = split_exported(self.task, checkpointed_state(self.task))
         groups = {"weights": weights, "task": rest}
         if self.averages is not None:
@@ -134,23 +129,23 @@ class Learner:
         return groups
 
     def exported_tensors(self) -> dict[str, Tensor]:
-        """Return the tensors of a weight file as the networks hold them now; on rank 0, whole."""
+        """Return the current tensors of a weight file, gathered on rank 0."""
         return sharded.gather_parts(self._task_groups()["weights"])
 
     @torch.no_grad()
     def load_state(self, tensors: Tensors, others: Mapping[str, Any] | None, source: str) -> None:
-        """Copy a saved state in. others: the optimiser's state that is not tensors; None keeps the optimiser's state.
+        """Load what `state` returned. others: None keeps the optimiser's state.
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
-        for group, own in {**self._task_groups(), "scale": self.scale.state_dict()}.items():
-            forms, saved = (
-                {(name, tensor.shape, tensor.dtype) for name, tensor in of.items()}
-                for of in (own, tensors.get(group, {}))
+        for group, current in {**self._task_groups(), "scale": self.scale.state_dict()}.items():
+            expected, saved = (
+                {(name, tensor.shape, tensor.dtype) for name, tensor in part.items()}
+                for part in (current, tensors.get(group, {}))
             )
-            if wrong := sorted({name for name, *_ in forms ^ saved}):
+            if wrong := sorted({name for name, *_ in expected ^ saved}):
                 raise UserError(
-                    f"resume: {source} is of another model: {len(wrong)} tensors of {group} differ, first "
+                    f"resume: {source} is a checkpoint of another model: {len(wrong)} tensors of {group} differ, first "
                     f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
                 )
         if others is not None:
@@ -164,10 +159,10 @@ class Learner:
 
 
 def _store_in_bf16(task: Task, runtime: Runtime) -> None:
-    """Convert the trained parameters. Raises UserError (`optim.bf16_weights`) where activations have another dtype."""
+    """Convert the trained parameters. Raises UserError (`optim.bf16_weights`) unless activations are bfloat16."""
     if runtime.precision != "bf16":
         raise UserError(
-            f"optim.bf16_weights: true needs runtime.precision=bf16, and it is {runtime.precision}; set one of the two"
+            f"optim.bf16_weights: true needs runtime.precision=bf16, not {runtime.precision}; change one of the two"
         )
     for parameter in task.parameters():
         if parameter.requires_grad:

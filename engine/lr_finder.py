@@ -1,11 +1,11 @@
-"""The learning-rate range test: the run's own updates at rising rates, before the first one, and then undone.
+"""The learning-rate range test: updates at rising learning rates before the first update, which are then undone.
 
-The rule: the rate rises by a constant factor from 1e-5 to 10 over at least 100 updates. The run takes the rate at which
-the smoothed loss has risen from its lowest by a quarter of its fall, the edge of stability; an adaptive optimiser,
-whose first updates bear more than a run does, takes a tenth of it. Falls and rises of no more than noise do not count.
+The rate rises by a constant factor from 1e-5 to 10 over at least 100 updates. The run takes the rate at which the
+smoothed loss has risen from its minimum by a quarter of its fall (the edge of stability). Adaptive optimisers take a
+tenth of it, because their first updates tolerate higher rates than a whole run. Changes within the noise are ignored.
 
-The updates are those of the run: its precision, accumulation, clipping, ranks and parameter groups, whose rates keep
-their ratios. Their samples come from beyond the end of the run, so the run reads none of them with the same key.
+The updates use the run's precision, accumulation, clipping, ranks and parameter groups. Their samples come from beyond
+the end of the run, so no augmented sample is seen twice.
 Source: Smith, "Cyclical Learning Rates for Training Neural Networks", WACV 2017 (arXiv:1506.01186), section 3.3.
 """
 
@@ -39,16 +39,16 @@ from utils.record.progress import counting
 log = get_logger(__name__)
 
 _LOWEST_RATE, _HIGHEST_RATE = 1e-5, 10.0
-_WIDTH = 9  # losses in a mean
-_RISE = 0.25  # of the fall before
-_NOISE = 3.0  # standard deviations of such a mean: the least fall, and the least rise
+_WIDTH = 9  # losses per mean
+_RISE = 0.25  # as a share of the fall before
+_NOISE = 3.0  # least fall and rise, in standard deviations of a mean
 _ADAPTIVE_SHARE = 0.1
-_MOST_SKIPPED = 4  # in a row: the loss scale of fp16 may be too high for a moment; blank updates do not count
+_MOST_SKIPPED = 4  # in a row, because the loss scale of fp16 may be too high at times; blank updates do not count
 
 
 @dataclass
 class Curve:
-    """A range test: learning rates, ascending, and the losses at them, which ended early where they `diverged`."""
+    """Ascending learning rates and their losses. diverged: the test ended early because the loss diverged."""
 
     rates: list[float] = field(default_factory=list)
     losses: list[float] = field(default_factory=list)
@@ -56,18 +56,18 @@ class Curve:
 
     @property
     def smoothed(self) -> np.ndarray:
-        """The mean of each loss and its neighbours, _WIDTH in all; fewer at the ends."""
+        """The moving average of the losses, over _WIDTH losses or fewer at the ends."""
         half = _WIDTH // 2
-        windows = [self.losses[max(0, place - half) : place + half + 1] for place in range(len(self.losses))]
+        windows = [self.losses[max(0, index - half) : index + half + 1] for index in range(len(self.losses))]
         return np.array([np.mean(window) for window in windows])
 
 
 def suggest(curve: Curve, *, adaptive: bool) -> tuple[float | None, str]:
-    """Return the rate that a curve suggests, None where it has no answer; and the reason."""
+    """Return the suggested learning rate, or None, and the reason."""
     count = len(curve.losses)
     if count < 2 * _WIDTH:
         return None, f"the loss diverged after {count} updates"
-    # The noise of one loss, from the differences of neighbours where the rates are low; then of a mean.
+    # Estimate the noise of a mean from the differences of successive losses at low rates.
     noise = _NOISE * float(np.std(np.diff(curve.losses[: max(_WIDTH, count // 3)]))) / math.sqrt(2 * _WIDTH)
     smoothed, first = curve.smoothed, float(np.median(curve.losses[: 2 * _WIDTH]))
     lowest = np.minimum.accumulate(smoothed)
@@ -85,12 +85,9 @@ def suggest(curve: Curve, *, adaptive: bool) -> tuple[float | None, str]:
 
 @contextmanager
 def undone(learner: Learner) -> Iterator[None]:
-    """Undo all updates of the learner that are made inside the context, bit for bit; averages take no part.
-
-    The task's tensors are kept in the host's memory.
-    """
-    own = map(sharded.own_part, checkpointed_state(learner.task).values())
-    tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in own]
+    """Undo all updates made inside the context, bit for bit. Averages are not updated. Copies are in host memory."""
+    parts = map(sharded.own_part, checkpointed_state(learner.task).values())
+    tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in parts]
     optimizer, device = copy.deepcopy(learner.optimizer.state_dict()), learner.runtime.device
     others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
     learner.averages, learner.scale = None, copy.deepcopy(learner.scale)
@@ -108,17 +105,16 @@ def undone(learner: Learner) -> Iterator[None]:
 
 
 def rate_at(number: int, steps: int) -> float:
-    """Return the rate of update `number` (from 0) of a range test."""
+    """Return the learning rate of update `number` (from 0) of a range test."""
     return _LOWEST_RATE * (_HIGHEST_RATE / _LOWEST_RATE) ** (number / (steps - 1))
 
 
 def range_test(
     learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
 ) -> Curve:
-    """Make at most `plan.range_test_steps` updates at rising rates, inside `undone`. Raises Stopped on request.
+    """Make up to `plan.range_test_steps` updates at rising rates, inside `undone`; raise Stopped on request.
 
-    It ends where the loss is not finite or has doubled. Groups that the run freezes only at first (`optim.rules`) are
-    trained: the rate is theirs, too. Momentum is as the optimiser has it, the rest as the run begins.
+    The test ends when the loss is not finite or has doubled. Groups frozen only at first (`optim.rules`) are trained.
     """
     curve, skipped, steps, decay = Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
     for group in learner.optimizer.param_groups:
@@ -139,7 +135,7 @@ def range_test(
                 curve.rates.append(values.lr)
                 curve.losses.append(total / weight)
                 skipped = 0
-            elif result.weight > 0 and curve.losses:  # before the first, the loss scale of fp16 may be far too high
+            elif result.weight > 0 and curve.losses:  # the first loss scale of fp16 may be far too high
                 skipped += 1
             first = curve.losses[0] if curve.losses else math.inf
             if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
@@ -151,9 +147,9 @@ def range_test(
 def find_lr(
     learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
 ) -> float | None:
-    """Return the run's peak rate by a range test; None, so that the configured one stays, where it has no answer.
+    """Return the peak learning rate found by a range test, or None to keep the configured one.
 
-    Writes lr_finder.json and plots/lr_finder_plot.png. Raises Stopped where the run was asked to stop meanwhile.
+    Writes lr_finder.json and plots/lr_finder_plot.png. Raises Stopped on request.
     """
     started = time.perf_counter()
     with undone(learner):
@@ -163,7 +159,7 @@ def find_lr(
     if rate is None:
         log.warning("lr_finder: no answer: %s. The rate stays %.3g", reason, plan.lr)
     else:
-        log.info("lr_finder: takes %.3g, %s; configured was %.3g; %.1f s", rate, reason, plan.lr, seconds)
+        log.info("lr_finder: takes %.3g, %s; the configured rate is %.3g; %.1f s", rate, reason, plan.lr, seconds)
     if distributed.is_main():
         about = {"configured": plan.lr, "taken": rate, "reason": reason, "seconds": seconds}
         _write(recorder.folder, curve, about)

@@ -1,4 +1,4 @@
-"""All derived values, computed in one place: micro-batch, accumulation, steps, warm-up, learning rate."""
+"""The values derived from the configuration: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
 from dataclasses import dataclass
@@ -11,16 +11,15 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-# `loop.total_epochs=auto`: enough updates for a small network from scratch, and enough epochs for a large collection.
+# `loop.total_epochs=auto`: at least 1,000 updates, within 12 to 200 epochs.
 AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
-# `loop.evaluate_every_epochs=auto`: evaluations read at most this share of the images that training reads, and there
-# are at least `AUTO_EVALUATIONS` of them.
+# `loop.evaluate_every_epochs=auto`: evaluations read at most a fifth as many images as training, but at least 5 run.
 AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The derived sizes of a run. Only micro_batch_size and accum_steps depend on the number of ranks."""
+    """The derived values of a run. Only micro_batch_size and accum_steps depend on the number of ranks."""
 
     world_size: int
     global_batch_size: int
@@ -38,25 +37,25 @@ class Plan:
         return step * self.global_batch_size / self.epoch_length
 
     def shown_epoch(self, step: int) -> float:
-        """Return the epochs read after `step` updates, with a digit after the point."""
+        """Return the epochs read after `step` updates, rounded to one decimal."""
         return round(self.epoch_at(step), 1)
 
     def epoch_end(self, epoch: int) -> int:
-        """Return the step that completes epoch number `epoch`, counted from 0; the last one ends with the run."""
+        """Return the step that completes epoch number `epoch` (from 0); the run's last step for its last epoch."""
         return min(-(-(epoch + 1) * self.epoch_length // self.global_batch_size), self.total_steps)
 
     def epoch_of(self, step: int) -> int:
-        """Return the epoch that the update after `step` updates belongs to."""
+        """Return the epoch of the update that follows `step` updates."""
         return step * self.global_batch_size // self.epoch_length
 
     def epoch_start(self, step: int) -> int:
-        """Return the step at which the epoch of the update after `step` updates began; `step` where it begins one."""
+        """Return the first step of the epoch of the update that follows `step` updates."""
         return -(-self.epoch_of(step) * self.epoch_length // self.global_batch_size)
 
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
-        """Return whether `step` ends the run, or is the first after `since` (None: the step before) at a multiple."""
+        """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
         since = step - 1 if since is None else since
-        after, before = (math.floor(self.epoch_at(one) / every_epochs + 1e-9) for one in (step, since))
+        after, before = (math.floor(self.epoch_at(number) / every_epochs + 1e-9) for number in (step, since))
         return after > before or step == self.total_steps
 
 
@@ -66,22 +65,16 @@ def largest_divisor(count: int, most: int) -> int:
 
 
 def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
-    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share that is not above the cap.
+    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share up to `cap`.
 
-    `chunk` is the number of consecutive samples of one shape that a grouping sampler hands out; a micro-batch never
-    spans two of them. Raises UserError where the batch does not divide.
+    chunk: samples of one shape that follow each other; a micro-batch is within one chunk.
     """
     if global_batch_size % world_size != 0:
         below = global_batch_size // world_size * world_size
         allowed = ", ".join(str(size) for size in (below, below + world_size) if size > 0)
         raise UserError(
             f"loop.global_batch_size: {global_batch_size} does not divide by the {world_size} ranks; set it to "
-            f"{allowed}, or start another number of processes"
-        )
-    if chunk is not None and global_batch_size % chunk != 0:
-        raise UserError(
-            f"loop.global_batch_size: {global_batch_size} is not a multiple of the sampler's chunk of {chunk} samples "
-            f"of one shape; set it to a multiple of {chunk}"
+            f"{allowed}, or change the number of processes"
         )
     share = global_batch_size // world_size
     micro = largest_divisor(share if chunk is None else math.gcd(share, chunk), cap)
@@ -91,7 +84,7 @@ def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | 
 def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
-    """Return the plan. evaluation_samples: what one evaluation reads. Raises UserError as `split_batch`."""
+    """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
     loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.global_batch_size
     micro, accum = split_batch(size, world_size, size if loop.batch_size == "auto" else loop.batch_size, chunk)
     per_epoch = epoch_length / size
@@ -108,7 +101,7 @@ def make_plan(
     is_tested = finder.enabled and finder.steps <= finder.max_share * total
     if finder.enabled and not is_tested:
         log.warning(
-            "lr_finder: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate stays %.3g",
+            "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",
             finder.steps, finder.max_share, total, lr,
         )  # fmt: skip
     return Plan(
@@ -132,6 +125,6 @@ def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps:
     warmup = round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
     if warmup > total_steps > 0:
         log.warning(
-            "schedule: the warm-up of %d steps is longer than the run; it is cut to its %d steps", warmup, total_steps
+            "schedule: the warm-up of %d steps is longer than the run; cut to the run's %d steps", warmup, total_steps
         )
     return min(warmup, total_steps)

@@ -1,6 +1,4 @@
-"""What a run writes down about itself while it trains: exact means, seconds and memory; metrics, tracker, progress
-bar, curves, the audit of samples, skipped steps, and the phases that the watchdog sees.
-"""
+"""Record a run: metrics, time, memory, tracker, progress bar, curves, samples, skipped steps, watchdog phases."""
 
 import resource
 import sys
@@ -35,9 +33,9 @@ from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
-MUCH_WAITING = 0.1  # of the time of training, for data; the bar shows it, and the end says what helps
-_FIRST_PLOT_SEC = 10.0  # a run that is shorter draws at its end alone
-_PLOT_PAUSE = 50  # times the duration of a drawing: curves are drawn in at most 2 % of the time
+MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the bar and the summary report it
+_FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
+_PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
 
 
 # ------------------------------------------------------------------------------------------- means, seconds and memory
@@ -51,12 +49,12 @@ class Meter:
         self._sums: dict[tuple[str, ...], Tensor] = {}  # [N, 2] by the N names of a step
 
     def add(self, result: StepResult) -> None:
-        """Take one step's figures; a skipped step counts only as skipped."""
+        """Add one step's figures; a skipped step only adds to `skipped_steps`."""
         names, figures = result.figures
         self._sums[names] = self._sums[names] + figures if names in self._sums else figures
 
     def state(self) -> dict[str, list[float]]:
-        """Return the sums as numbers, exact in JSON."""
+        """Return the sums as JSON values."""
         state: dict[str, list[float]] = {}
         for names, sums in self._sums.items():
             for name, (total, count) in zip(names, sums.tolist()):
@@ -70,7 +68,7 @@ class Meter:
         self._sums = {tuple(state): pairs} if state else {}
 
     def means(self, *, resets: bool = True) -> dict[str, float]:
-        """Return the means and reset; `skipped_steps` is a count. A mean over nothing is NaN."""
+        """Return the means, and `skipped_steps` as a count; an empty mean is NaN. Then reset."""
         means = {}
         for name, (total, count) in self.state().items():
             means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
@@ -80,10 +78,9 @@ class Meter:
 
 
 def show_memory(learner: Learner) -> str:
-    """Return the memory by part after an update, in a line: `weights 9.56 GiB, gradients 812.0 MiB`.
+    """Return the memory by part as one line: `weights 9.56 GiB, gradients 812.0 MiB`.
 
-    Gradients count as in the backward pass; they are freed after it. On a GPU, `peak` is the most that was allocated so
-    far, and `activations` is the rest of it, beside the other parts on the GPU.
+    Gradients count as in the backward pass. On a GPU, `activations` is the peak without the other parts.
     """
     task, device = learner.task, learner.runtime.device
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
@@ -110,10 +107,10 @@ def show_memory(learner: Learner) -> str:
 
 
 class Recorder:
-    """Record one run. `watchdog` and `bar` are started by the run; the files are opened by `open`.
+    """Record one run. The run starts `watchdog` and `bar`; `open` opens the files.
 
-    seconds: of training so far, over all resumptions, without evaluations, drawings and checkpoints; waited: those
-    among them in which the loop waited for data.
+    seconds: training time over all resumptions, without evaluations, plots and checkpoints. waited: the part of it
+    spent waiting for data.
     """
 
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
@@ -130,25 +127,26 @@ class Recorder:
         self._readings: Callable[[], Mapping[str, float]] = dict
         self.seconds, self.waited = 0.0, 0.0
         self._since, self._phase, self._has_stepped = time.perf_counter(), "", False
-        self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)  # step, seconds, waited: of the last log, the epoch's start
+        # Step, seconds and waited at the last log; step and seconds at the epoch's start.
+        self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
-        self.stage, self.batch = "the start", ("images", 1)  # of an error's message
+        self.stage, self.batch = "the start", ("images", 1)  # for error messages
         if self._device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats(self._device)  # a notebook runs several in one process
+            torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
     # ------------------------------------------------------------------------------------------------- open and close
 
     def open(self, step: int, train: TrainStream | None, run_config: dict[str, Any] | None) -> None:
-        """Open the files that are written row by row, without rows beyond `step`, and start what `tracking` names.
+        """Open the row files, drop their rows beyond `step`, and start the tracker.
 
-        train: names samples, and reads the data's caches. run_config: what the tracker is told of the run; None where
-        the run is complete, so that it needs no tracker, and the row of an epoch that its end has cut stays.
+        run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps
+        the row of its last, partial epoch.
         """
         self._count_time()
         self._logged = (step, self.seconds, self.waited)
         self._readings = dict if train is None else train.readings
         if distributed.is_main():
-            if run_config is not None:  # W&B reads the rows that are dropped below
+            if run_config is not None:  # first, because W&B reads the rows dropped below
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
             self._metrics = MetricsLog(self.folder, step, step if run_config is None else self._plan.epoch_start(step))
@@ -158,21 +156,21 @@ class Recorder:
 
     @property
     def _rows(self) -> list[MetricsLog | SampleLog]:
-        """The open files of rows of this rank."""
+        """This rank's open row files."""
         return [rows for rows in (self._metrics, self._samples) if rows is not None]
 
     def sync(self) -> None:
-        """Flush this rank's rows to the disk; before a checkpoint beyond them is published. From any thread."""
+        """Flush this rank's rows before a checkpoint is published. Any thread may call it."""
         for rows in self._rows:
             rows.sync()
 
     def close(
         self, *, completed_step: int | None = None, metadata: Mapping[str, Any] | None = None, failed: bool = False
     ) -> None:
-        """Close all files at the end of a run, or of its part.
+        """Close all files.
 
-        completed_step: the last step of a run that is complete; None: the run goes on later. metadata: of the weights
-        that W&B gets then, the best ones or else the last ones, where `tracking.model_artifact` is set.
+        completed_step: the last step of a complete run; None if the run will be resumed. metadata: for the weights that
+        W&B uploads if `tracking.model_artifact` is set.
         """
         if distributed.is_main() and completed_step is not None:
             mark_complete(self.folder, completed_step)
@@ -185,7 +183,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------------------------------- steps
 
     def phase(self, step: int, name: str, batch: Batch | None = None) -> None:
-        """Tell the watchdog what the main thread does next, and on what; each call counts as progress."""
+        """Report the main thread's next phase to the watchdog; each call counts as progress."""
         self.stage = f"step {step}: {name}"
         self.watchdog.progress(self.stage)
         if batch is not None:
@@ -204,24 +202,24 @@ class Recorder:
 
     @property
     def wait_share(self) -> float:
-        """The share of the seconds of training in which the loop waited for data."""
+        """The share of training time spent waiting for data."""
         return self.waited / max(self.seconds, 1e-9)
 
     def _rate_since(self, step: int, seconds: float, now: int) -> float:
-        """Return the images per second of training from `step`, after `seconds`, to now; NaN where it took no time."""
+        """Return the images per second since `step`, which ended after `seconds`; NaN if no time has passed."""
         self._count_time()
         seconds = self.seconds - seconds
         return (now - step) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
 
     def _peak_gib(self) -> float:
-        """Return the most memory that this process has used: allocated on its GPU, or resident on a CPU."""
+        """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
         unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
-        """Take the result of update number `step` (from 1); nothing is read from the device."""
+        """Record update number `step` (from 1), without a host synchronisation."""
         if self._samples is not None:
             self._samples.add(step, batches)
         self.log_meter.add(result)
@@ -251,9 +249,9 @@ class Recorder:
     def log_step(self, step: int) -> None:
         """Write the means since the last log: the only regular host synchronisation.
 
-        Raises as `SkipWatch.check` does where too many steps were skipped.
+        Raises UserError if too many steps were skipped (`SkipWatch.check`).
         """
-        plan, means = self._plan, self.log_meter.means()  # waits for the device, so that the seconds are its own
+        plan, means = self._plan, self.log_meter.means()  # waits for the device, so the time below includes its work
         first, seconds, waited = self._logged
         rate, scheduled = self._rate_since(first, seconds, step), self._scheduled(step)
         self._logged = (step, self.seconds, self.waited)
@@ -276,15 +274,12 @@ class Recorder:
             self.skips.check(step, last=step == plan.total_steps)
 
     def _scheduled(self, step: int) -> dict[str, float]:
-        """Return the scheduled figures of update number `step`, from 1; the momentum only where it moves."""
+        """Return the learning rate of update number `step` (from 1), and the momentum if it is scheduled."""
         values = self._learner.schedule.at(step - 1)
         return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
-        """Write the epoch's row: its mean losses, the newest evaluation, the schedule, speed, time and memory.
-
-        Where the run ends within the epoch, its sums are kept, so that a longer run writes the row of the whole epoch.
-        """
+        """Write the epoch's row. A partial last epoch keeps its sums, so that a longer run can complete the row."""
         is_whole = self._plan.epoch_start(step) == step
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
         speed = {"images_per_sec": self._rate_since(*self._epoch, step), "seconds": self.seconds}
@@ -294,11 +289,8 @@ class Recorder:
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
     def plot(self, step: int, *, may_skip: bool = False) -> None:
-        """Draw the curves of the run so far, on rank 0.
-
-        may_skip: not if they were drawn shortly before, unless this is the last step.
-        """
-        self.phase(step, "plotting")  # on all ranks: the watchdog compares their counts
+        """Draw the run's curves, on rank 0. may_skip: skip if drawn recently, except at the last step."""
+        self.phase(step, "plotting")  # on all ranks, because the watchdog compares their counts
         started = time.perf_counter()
         skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
         if self._metrics is None or skipped:
@@ -314,7 +306,7 @@ class Recorder:
     # ---------------------------------------------------------------------------------------------------- checkpoints
 
     def state(self) -> dict[str, Any]:
-        """Return what a checkpoint keeps (JSON values)."""
+        """Return the state for a checkpoint (JSON values)."""
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,

@@ -1,4 +1,4 @@
-"""A run from its first update to its last: the only training loop, and what it evaluates, saves and continues from.
+"""A run: the training loop, evaluation, saving and resuming.
 
 Run.fit -> train_one_epoch -> Learner.update -> train_step (engine/step.py) -> task(batch, progress)
 """
@@ -35,27 +35,27 @@ from utils.record.run_folder import RunFolder, write_result
 
 log = get_logger(__name__)
 
-_SHOWN = 3  # figures of an evaluation on the screen
+_SHOWN = 3  # figures of an evaluation in the log line
 
 
 def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a title and named lines below it."""
+    """Return a title with named lines below it."""
     return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
 
 
 @dataclass
 class Best:
-    """The best evaluation so far: value of the task's best_metric, and its step."""
+    """The best evaluation so far: the value of the task's best_metric, and its step."""
 
     value: float | None = None
     step: int | None = None
 
 
 class Run:
-    """One run: learner, recorder and saver, and how far it is.
+    """One run: learner, recorder, saver and progress.
 
-    last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak rate that a range test
-    has found. All are checkpointed.
+    last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
+    range test. All are checkpointed.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Run:
 
     @property
     def has_stalled(self) -> bool:
-        """Whether the newest evaluation is `loop.early_stop_epochs` or more after the best one."""
+        """Whether the best evaluation is `loop.early_stop_epochs` or more before the newest one."""
         patience, plan = self.config.loop.early_stop_epochs, self.plan
         if patience is None or self.best.step is None:
             return False
@@ -90,22 +90,22 @@ class Run:
 
     @property
     def is_complete(self) -> bool:
-        """Whether all steps are done, or the best value is too old."""
+        """Whether all steps are done or the run stops early."""
         is_measured = self.plan.total_steps > 0 or bool(self.last_report)
         return (self.step >= self.plan.total_steps and is_measured) or self.has_stalled
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
     def fit(self, next_commands: Sequence[str] = ()) -> None:
-        """Make the updates that are left. next_commands: what can be typed next.
+        """Make the remaining updates. Raises Stopped after a stop request, once the checkpoint is saved.
 
-        Raises Stopped where the run was asked to stop, and has saved.
+        next_commands: shown in the summary.
         """
         plan, started = self.plan, time.perf_counter()
         if self.is_complete:
             log.info(
-                "the run is complete: %d of %d steps are done; for more, raise loop.total_epochs, or give another "
-                "run_dir", self.step, plan.total_steps,
+                "the run is complete: %d of %d steps are done; to train longer, raise loop.total_epochs or give "
+                "another run_dir", self.step, plan.total_steps,
             )  # fmt: skip
             return
         if self.step == 0 and plan.range_test_steps:
@@ -122,12 +122,11 @@ class Run:
         self._report_end(time.perf_counter() - started, next_commands)
 
     def train_one_epoch(self, stream: Iterator[list[Batch]]) -> None:
-        """Run the stream to the end of an epoch, or of the run. One pass of the body is one optimiser update.
+        """Train to the end of an epoch or of the run. Each pass of the loop is one optimiser update.
 
-        What is due after it depends on the step alone, so a resumed run does the same things at the same steps.
-        `stream` yields this rank's micro-batches of step after step, beginning with the run's next step. Raises Stopped
-        after a request to stop, and UserError where the last checkpoint cannot be written or too many steps were
-        skipped.
+        Evaluations, logs and checkpoints depend on the step alone, so a resumed run repeats them at the same steps.
+        stream: yields this rank's micro-batches of each step. Raises UserError if the last checkpoint cannot be written
+        or too many steps were skipped.
         """
         learner, recorder, plan, loop = self.learner, self.recorder, self.plan, self.config.loop
         epoch = plan.epoch_of(learner.step)
@@ -146,7 +145,7 @@ class Run:
             step = learner.step
             recorder.add_step(step, batches, result)
 
-            # 4. What is due. Figures come before the checkpoint, so that a resumed run has them.
+            # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
             asked = self.vote.read(result.asked, Asks(self.stop.requested, is_due))
             evaluates = plan.is_due(step, plan.evaluate_every_epochs)
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
@@ -168,7 +167,7 @@ class Run:
                 raise Stopped
 
     def use_lr(self, lr: float) -> None:
-        """Take a peak learning rate that was found, in place of the configured one."""
+        """Replace the configured peak learning rate with the one that the range test found."""
         self.found_lr = lr
         self.learner.schedule = replace(self.learner.schedule, lr=lr)
         set_peak_lr(self.learner.optimizer, lr)
@@ -176,7 +175,7 @@ class Run:
     # ----------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self) -> None:
-        """Measure what is exported, the average where there is one, and write its weights where they are the best."""
+        """Evaluate the exported weights (averaged, if averages are exported), and save them if they are the best."""
         learner, recorder, plan, step = self.learner, self.recorder, self.plan, self.step
         recorder.phase(step, "evaluating")
         learner.sync_buffers()
@@ -185,7 +184,7 @@ class Run:
             report = self.measure()
             value, best = report.scalars[learner.task.best_metric], self.best.value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
-            if math.isfinite(value) and is_best and self.saver.write_best(learner):  # while the network holds them
+            if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
                 self.best = Best(value, step)
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step
@@ -194,12 +193,12 @@ class Run:
         shown += [] if self.best.value is None else [f"best {self.best.value:.4g}"]
         log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
         recorder.add_report(step, report)
-        if step > 0:  # a run of no steps has no curves
-            recorder.plot(step, may_skip=not self.has_stalled)  # they end where the run stops early
+        if step > 0:  # a run without steps has no curves
+            recorder.plot(step, may_skip=not self.has_stalled)  # always plot before stopping early
 
     @torch.no_grad()
     def measure(self) -> Report:
-        """Return the task's report on the loaders that are due."""
+        """Return the task's report on the due loaders."""
         learner = self.learner
         learner.task.eval()
         try:
@@ -210,7 +209,7 @@ class Run:
             reshard(learner.model)
 
     def _due_loaders(self) -> Mapping[str, Iterable[Batch]]:
-        """Return the loaders that are due; each of their batches counts as progress."""
+        """Return the loaders due at this step; each batch counts as progress."""
 
         def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
             for batch in loader:
@@ -230,7 +229,7 @@ class Run:
     # ----------------------------------------------------------------------------------------------- save and restore
 
     def save(self, *, last: bool) -> None:
-        """Save everything that the run continues from, on all ranks; `last` and errors: as `Saver.save`."""
+        """Save a checkpoint, on all ranks; `last` and errors as in `Saver.save`."""
         learner, recorder = self.learner, self.recorder
         recorder.phase(self.step, "saving")
         learner.sync_buffers()
@@ -245,12 +244,12 @@ class Run:
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
-            "optimizer": optimizer,  # what of its state is not tensors
+            "optimizer": optimizer,  # its state without tensors
         }
         self.saver.save(learner, tensors, state, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
-        """Continue from a checkpoint that `save` has written. Raises UserError where it does not fit this run."""
+        """Resume from a checkpoint. Raises UserError if it does not fit this run."""
         learner, state = self.learner, read_state(path)
         for line in check_resumable(state["fingerprints"], self.fingerprints, self.config.resume_allow, str(path)):
             log.warning("resume_allow accepts %s", line)
@@ -267,12 +266,12 @@ class Run:
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):
             self.use_lr(state["found_lr"])
-            log.info("the peak rate is %.3g, which the range test of this run found", self.found_lr)
+            log.info("the peak learning rate is %.3g, found by this run's range test", self.found_lr)
 
     # -------------------------------------------------------------------------------------------------------- the end
 
     def close(self, *, finished: bool) -> None:
-        """Write the run's result for its sweep, send the tracker the best weights of a complete run, and close."""
+        """Write the run's result for its sweep, and close the recorder."""
         task, best = self.learner.task, self.best
         if distributed.is_main():
             write_result(self.folder.path, task.best_metric, best, is_lowest_best=task.best_is_lowest)
@@ -282,24 +281,25 @@ class Run:
         self.recorder.close(completed_step=self.step if finished else None, metadata=metadata)
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
-        """Log how a run ended after `seconds` of this process."""
+        """Log the summary of a finished run. seconds: of this process."""
         plan, train, folder, best, recorder = self.plan, self.streams.train, self.folder, self.best, self.recorder
         metric = self.learner.task.best_metric
         if self.step < plan.total_steps:
             log.info(
                 "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
-                "weights/best_weights.safetensors has those weights",
+                "its weights are in weights/best_weights.safetensors",
                 metric, best.step, best.value, self.config.loop.early_stop_epochs,
             )  # fmt: skip
         if train.unreadable_count:
             log.warning(
-                "unreadable images: %d, each with weight 0, in this start or an earlier one; see unreadable.jsonl",
+                "unreadable images: %d, each with weight 0, including earlier starts of this run; see unreadable.jsonl",
                 train.unreadable_count,
             )
         if recorder.wait_share > MUCH_WAITING:
             log.warning(
-                "%.0f %% of the training time was a wait for data: raise runtime.workers or data.cache.memory_gib, put "
-                "small files into shards (prepare.py job=pack), or set augment.on_device=true",
+                "%.0f %% of the training time was spent waiting for data: raise runtime.workers or "
+                "data.cache.memory_gib, pack small files into shards (prepare.py job=pack), or set "
+                "augment.on_device=true",
                 100 * recorder.wait_share,
             )
         rows = [

@@ -1,11 +1,10 @@
-"""Skipped steps, not finite or without weight: which they are, on which samples, and how many are too many.
+"""Report skipped steps and their samples, and end a run that skips too many.
 
-Nothing is read from the device between two reports: flags, sample ids and losses of the last steps are kept there by
-reference.
+Flags, sample ids and losses of the last steps stay on the device until the next report.
 
     {"step": 12, "ranks": [1], "what": "loss", "paths": ["cats/a.png"]}     a row of skipped_steps.jsonl
 
-`what` is `loss` or `gradient`, the one that was not finite, or `weight`: no image of the step could be read.
+what: `loss` or `gradient` was not finite, or `weight` was 0 because no image of the step could be read.
 """
 
 import json
@@ -26,9 +25,9 @@ from utils.record.metrics_log import keep_rows
 
 log = get_logger(__name__)
 
-WINDOW_STEPS = 100  # of which `loop.max_skipped_steps` may be skipped
-EMPTY_STEPS = 10  # after this many steps in a row without a readable image the run ends, with any limit
-_SHOWN = 8  # steps and paths of a report that are logged; the file has all
+WINDOW_STEPS = 100  # `loop.max_skipped_steps` limits the skipped ones among these
+EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run, whatever the limit
+_SHOWN = 8  # steps and paths in the log; the file has all
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
     "gradient": "its gradient was not finite (every loss was)",
@@ -37,7 +36,7 @@ _REASONS = {
 
 
 def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int], list[int]]:
-    """Return the ids of this rank's samples whose loss is not finite, and of all of them."""
+    """Return the ids of this rank's samples with a loss that is not finite, and the ids of all its samples."""
     bad, every = [], []
     for batch, loss in zip(batches, result.losses):
         bad += batch["sample_id"][~torch.isfinite(loss) & (batch["weight"] > 0)].tolist()
@@ -46,7 +45,7 @@ def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int]
 
 
 class SkipWatch:
-    """Count skipped steps. steps: among the last WINDOW_STEPS, the number (from 1) of each, and what was wrong."""
+    """Count skipped steps. steps: (number from 1, cause) of each one among the last WINDOW_STEPS."""
 
     def __init__(self, limit: int | None) -> None:
         self.limit, self.steps = limit, list[tuple[int, str]]()
@@ -55,14 +54,14 @@ class SkipWatch:
         self._path: Path | None = None
 
     def open(self, folder: Path, path_of: Callable[[int], str], last_step: int) -> None:
-        """Drop the file's rows beyond `last_step`, and write there from now on. path_of: returns a sample's path."""
+        """Drop the file's rows beyond `last_step`, and append later ones. path_of: returns a sample's path."""
         self._path_of = path_of
         if distributed.is_main():
             self._path = folder / "skipped_steps.jsonl"
             keep_rows(self._path, last_step)
 
     def add(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
-        """Take update number `step`, from 1."""
+        """Add update number `step`, from 1."""
         kept = [{name: batch[name] for name in ("sample_id", "weight")} for batch in batches]
         self._unread.append((step, kept, result))
 
@@ -96,22 +95,22 @@ class SkipWatch:
                 file.sync()
 
     def check(self, step: int, *, last: bool) -> None:
-        """Raise UserError where EMPTY_STEPS steps in a row had no readable image, or more were skipped than allowed.
+        """Raise UserError after EMPTY_STEPS steps in a row without a readable image, or too many skipped steps.
 
-        last: this is the run's last step; a shorter run may have none with a readable image.
+        last: whether this is the run's last step; a run shorter than EMPTY_STEPS is checked there.
         """
         empty = {number for number, what in self.steps if what == "weight"}
         newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
         if (last or len(newest) == EMPTY_STEPS) and empty.issuperset(newest):
             raise UserError(
-                f"data.root: no image of steps {newest[0]} to {step} could be read, see the warnings above and "
-                "unreadable.jsonl; these steps changed no weight. Restore the images and give the same command again; "
+                f"data.root: no image of steps {newest[0]} to {step} could be read; see the warnings above and "
+                "unreadable.jsonl. These steps changed no weight. Restore the images and run the same command again; "
                 "prepare.py job=manifest lists unreadable images"
             )
         if self.limit is not None and len(self.steps) > self.limit:
             raise UserError(
                 f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step "
                 f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them without a readable image; "
-                f"{self.limit} are allowed. skipped_steps.jsonl has the causes and samples. Start another run "
-                "with a lower rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a higher limit"
+                f"{self.limit} are allowed. skipped_steps.jsonl has the causes and samples. Start another run with "
+                "a lower learning rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a higher limit"
             )

@@ -1,4 +1,4 @@
-"""What every training script calls before `Run.fit`: ranks, the task, checks, and the run in its folder.
+"""The steps of every training script before `Run.fit`: start the ranks, build the task, check, open the run folder.
 
     runtime = start_ranks(config)
     task = build_task(make, config)
@@ -6,7 +6,7 @@
     with open_run(task, streams, plan, config, job, runtime) as run:
         run.fit()
 
-The run folder is opened only after data and task are built, so a mistake leaves nothing behind.
+The run folder is opened last, so a configuration error creates no folder.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -46,13 +46,9 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training, and check that all ranks have the same configuration."""
     runtime = start_machine(config.runtime)
-    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
-    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
-        raise UserError(
-            "loop.batch_size: auto lets each rank try alone, which runtime.parallel=fsdp and "
-            "runtime.sync_batchnorm=true rule out; set a number"
-        )
-    if config.optim.name == "adamw8bit":  # it moves other weights into memory that averages do not see
+    if config.loop.batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
+        raise UserError("loop.batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number")
+    if config.optim.name == "adamw8bit":  # it replaces the memory of weights in other formats; averages would miss it
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
@@ -60,7 +56,7 @@ def start_ranks(config: TrainingConfig) -> Runtime:
 
 
 def run_path(config: TrainingConfig, job: Job) -> Path:
-    """Return where the run's folder is, or will be."""
+    """Return the path of the run folder, which may not exist yet."""
     return Path(default_run_dir(config.model_dump(mode="json"), job))
 
 
@@ -75,10 +71,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 
 
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
-    """Return the run's plan; check what can be checked before any image is read, and log what will run.
-
-    In a dry run also the checkpoint that it would continue from.
-    """
+    """Return the run's plan. Check the configuration before any image is read, and log the start screen."""
     train, path = streams.train, run_path(config, job)
     plan = make_plan(
         config,
@@ -107,7 +100,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
 def _start_screen(
     config: TrainingConfig, plan: Plan, runtime: Runtime, networks: Mapping[str, nn.Module], data: Mapping[str, str]
 ) -> str:
-    """Return the first screen. networks: what is trained; data: the lines of the collection and its images."""
+    """Return the start screen. networks: the trained networks; data: the lines about the collection."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
     steps = f"{plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
@@ -121,7 +114,7 @@ def _start_screen(
     device = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
     batches = ""
     if config.loop.batch_size == "auto":
-        batches = ", micro-batches of what its memory takes"
+        batches = ", micro-batches as large as memory allows"
     elif plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
     machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
@@ -140,9 +133,9 @@ def _start_screen(
 def open_run(
     task: Task, streams: Streams, plan: Plan, config: TrainingConfig, job: Job, runtime: Runtime
 ) -> Iterator[Run]:
-    """Open a run's folder and records, continue from its checkpoint if it has one, and close all at the end.
+    """Open the run folder, resume from its checkpoint if it has one, and close everything at the end.
 
-    Raises UserError for what the user can fix, SystemExit(75) after a stop signal.
+    Raises SystemExit(75) after a stop signal.
     """
     values = config.model_dump(mode="json")
     with open_run_folder(values, job) as folder, StopRequest() as stop:
@@ -164,7 +157,7 @@ def open_run(
             except Stopped:
                 finished = False
             recorder.watchdog.stop()
-        except BaseException as error:  # an interrupt too: in a notebook the process lives on
+        except BaseException as error:  # KeyboardInterrupt too: in a notebook the process lives on
             _fail(run, error)
         run.close(finished=finished)
     if not finished:
@@ -173,7 +166,7 @@ def open_run(
 
 
 def _fail(run: Run, error: BaseException) -> NoReturn:
-    """Close what must be of a run that failed, and raise the error; where a rank was lost, name it."""
+    """Close a failed run and raise its error; log the rank that was lost, if any."""
     recorder = run.recorder
     if isinstance(error, torch.OutOfMemoryError):
         error = out_of_memory(recorder.stage, *recorder.batch)

@@ -1,8 +1,8 @@
-"""train_step: the only forward, backward, clip and optimiser step in the repository.
+"""train_step: the forward pass, backward pass, gradient clipping and optimiser step of every task.
 
-The loss of a step is the weighted mean over all its samples, on all ranks and micro-batches: the sum of the weights is
-known before the first backward pass, so accumulation and uneven weights are exact. Whether the step is finite, and
-has weight, is one decision for all ranks that stays on the device; a skipped step leaves every tensor unchanged.
+The loss of a step is the weighted mean over all samples of all ranks and micro-batches. The ranks sum the weights
+before the first backward pass, so accumulation and uneven weights are exact. All ranks skip a step together if it is
+not finite or has no weight; this is decided on the device, and a skipped step leaves every tensor unchanged.
 """
 
 from collections.abc import Sequence
@@ -28,7 +28,7 @@ from utils.ranks.sharded import Part
 
 
 class Asks(NamedTuple):
-    """What a rank, or any rank, asks for in a step: to end the run after it, to save a checkpoint."""
+    """Requests of a rank: end the run after this step, or save a checkpoint."""
 
     stop: bool = False
     save: bool = False
@@ -38,20 +38,17 @@ NOTHING = Asks()
 
 
 class Stopped(Exception):
-    """The ranks have agreed to end the run here; the same command resumes."""
+    """All ranks end the run after this step; the same command resumes it."""
 
 
 class Vote:
-    """Learn, without waiting for the device, what any rank asks for, so that all stop, or save, at the same step.
-
-    On a GPU the counts are copied in the background, and read one step later.
-    """
+    """Read the requests of all ranks without waiting for the GPU, so that all stop or save at the same step."""
 
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
     def read(self, asked: Tensor, own: Asks) -> Asks:
-        """Return what any rank asked for at this step, or at the step before (GPU ranks). own: of a single process."""
+        """Return the requests of any rank at this step, or on GPUs at the previous step. own: this process's."""
         if not distributed.is_distributed():
             return own
         counts: Tensor | None = asked
@@ -67,25 +64,18 @@ class Vote:
 
 @dataclass
 class StepResult:
-    """Device scalars of one step, equal on all ranks.
+    """Device scalars of one step, equal on all ranks."""
 
-    sums: log name -> (sum, count) over all samples of the step, float64; 0 for a skipped step.
-    applied: 1 where the optimiser stepped, 0 where the step was skipped.
-    asked: [2], how many ranks ask to stop, and to save.
-    weight: the sum of the samples' weights; 0, which skips the step, where no image could be read.
-    losses: the losses [B] of this rank's micro-batches, detached.
-    """
-
-    sums: dict[str, tuple[Tensor, Tensor]]
+    sums: dict[str, tuple[Tensor, Tensor]]  # (sum, count) by log name over all samples, float64; 0 if skipped
     grad_norm: Tensor
-    applied: Tensor
-    asked: Tensor
-    weight: Tensor
-    losses: Sequence[Tensor] = ()
+    applied: Tensor  # 0 if the step was skipped, else 1
+    asked: Tensor  # [2]: the number of ranks that ask to stop, and to save
+    weight: Tensor  # sum of the samples' weights; 0 (no image could be read) skips the step
+    losses: Sequence[Tensor] = ()  # [B] of each micro-batch of this rank, detached
 
     @cached_property
     def figures(self) -> tuple[tuple[str, ...], Tensor]:
-        """Return what meters add up: sorted names, and their (sum, count) as one tensor [N, 2], float64."""
+        """Return sorted names, and their (sum, count) as one tensor [N, 2], float64."""
         pairs = self.sums | {
             "grad_norm": (self.grad_norm, self.applied),
             "skipped_steps": (1.0 - self.applied, torch.ones_like(self.applied)),
@@ -95,10 +85,7 @@ class StepResult:
 
 
 class LossScale(nn.Module):
-    """The dynamic loss scale of fp16: doubled after 2,000 finite steps, halved after one that is not.
-
-    It is on the device and checkpointed. For other precisions it is 1 and stays so.
-    """
+    """The dynamic loss scale of fp16: doubled after 2,000 finite steps, halved after a non-finite one; otherwise 1."""
 
     growth_interval = 2000
 
@@ -109,7 +96,7 @@ class LossScale(nn.Module):
         self.register_buffer("good_steps", torch.zeros((), device=runtime.device))
 
     def update(self, applied: Tensor, weight: Tensor) -> None:
-        """Adapt to one step; a step of weight 0 was skipped for another reason and changes nothing."""
+        """Adapt to one step, unless its weight is 0."""
         if not self.enabled:
             return
         good_steps = (self.good_steps + 1) * applied
@@ -120,10 +107,7 @@ class LossScale(nn.Module):
 
 
 class Buffers:
-    """The buffers of a task's state, such as batch statistics, packed by dtype: a few kernels for any number of them.
-
-    Buffers that no checkpoint has are constants, which a forward pass does not change.
-    """
+    """A task's checkpointed buffers, such as batch statistics, packed by dtype so that a few kernels copy them all."""
 
     def __init__(self, task: Task) -> None:
         self._flat: dict[torch.dtype, list[Tensor]] = {}
@@ -133,23 +117,23 @@ class Buffers:
                 self._flat.setdefault(tensor.dtype, []).append(flat_view(tensor))
 
     def copy(self) -> list[Tensor]:
-        """Return their values."""
+        """Return a copy of the values."""
         return [torch.cat(flat) for flat in self._flat.values()]
 
     def put_back(self, values: Sequence[Tensor], where: Tensor | None = None) -> None:
-        """Restore a copy where a device scalar says so; None: everywhere, without memory."""
+        """Restore a copy if the device scalar `where` is true. None: always, without further memory."""
         for flat, before in zip(self._flat.values(), values):
             chosen = before if where is None else torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
 
 
 def _sum(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum over micro-batches; of one, the tensor itself."""
+    """Return the sum over micro-batches, or the tensor itself if there is one."""
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
 
 
 def _forward_backward(learner: Any, batch: Batch, progress: Tensor, factor: Tensor) -> tuple[Tensor, StepOutput]:
-    """Run one micro-batch, its gradient times `factor`; returns its weighted loss sum (detached) and the output."""
+    """Run one micro-batch with its gradient times `factor`. Return its weighted loss sum (detached) and its output."""
     with learner.runtime.autocast():
         output = learner.model(batch, progress)
     weight = batch["weight"]
@@ -163,24 +147,23 @@ def _forward_backward(learner: Any, batch: Batch, progress: Tensor, factor: Tens
 def _pack(loss: Tensor, logs: dict[str, tuple[Tensor, Tensor]], names: Sequence[str]) -> Tensor:
     """Return a micro-batch's loss and logs as one float64 tensor [1 + 2 N]."""
     parts = [loss, *(part for name in names for part in logs[name])]
-    # stack finds the common type, which for float32 and an integer would be too narrow.
+    # stack would promote float32 and an integer to float32, which is too narrow.
     return torch.stack([part if part.dtype == torch.float32 else part.double() for part in parts]).double()
 
 
 def _reduce(
     figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, asks: Asks, *, rows_only: bool
 ) -> tuple[dict[str, tuple[Tensor, Tensor]], Tensor, Tensor, Tensor]:
-    """Sum figures and flags over ranks in one collective: (sums, gradient norm, skip, asked).
+    """Sum figures and flags over ranks in one collective. Return (sums, gradient norm, skip, asked).
 
-    A step that is not finite, or whose `weight` is 0, is skipped. `figures` begin with the loss. `rows_only`: the norm
-    is that of this rank's rows, so the squares are summed over ranks.
+    figures: the loss, then the logs. rows_only: `norm` covers only this rank's rows (fsdp).
     """
     total = F.pad(figures, (3, 1 if rows_only else 0))
-    # In float64 the sum of two finite float32 is finite, and any other is not.
+    # In float64, the sum of two float32 values is finite only if both are.
     total[0] = ~torch.isfinite(norm + figures[0])
-    for place, asked in enumerate(asks, start=1):
+    for index, asked in enumerate(asks, start=1):
         if asked:
-            total[place].fill_(1.0)
+            total[index].fill_(1.0)
     if rows_only:
         total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
@@ -204,16 +187,15 @@ def _clip(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale:
 
 
 def train_step(learner: Any, batches: Sequence[Batch], progress: Tensor, asks: Asks = NOTHING) -> StepResult:
-    """Make the next update of a task from its micro-batches of this rank.
+    """Make one update from this rank's micro-batches.
 
-    `learner`: a Learner (engine/learner.py); `progress`: the share of the run; `asks`: of this rank. No host
-    synchronisation, except for timm's optimisers, which cannot skip on the device and cost one per step. Raises
-    OutOfMemory, with nothing changed, where a pass does not fit into the device's memory.
+    learner: a Learner (engine/learner.py). progress: the share of the run. No host synchronisation, except one per step
+    for optimisers that cannot skip on the device. Raises OutOfMemory, with no state changed.
     """
     optimizer, scale, step = learner.optimizer, learner.scale, learner.step
     weight = distributed.all_reduce_sum(_sum([batch["weight"].sum() for batch in batches]))
     denominator = weight.clamp_min(torch.finfo(torch.float32).tiny)
-    # DDP and fully_shard average over ranks where the mean over all samples is wanted: hence the world size.
+    # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
     factor = scale.scale * distributed.world_size() / denominator
     before = learner.buffers.copy()
     rows, names, losses = [], [], []
@@ -230,7 +212,7 @@ def train_step(learner: Any, batches: Sequence[Batch], progress: Tensor, asks: A
         losses.append(output.loss.detach())
         rows.append(_pack(loss, output.logs, names))
 
-    # The optimiser's parameters are all trained ones (optim/groups.py), so no walk over the modules is needed.
+    # The optimiser holds all trained parameters (optim/groups.py).
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     drop_frozen_gradients(optimizer, step)
     grads = take_gradients(parameters)
@@ -255,7 +237,7 @@ def train_step(learner: Any, batches: Sequence[Batch], progress: Tensor, asks: A
 
 
 def fits_alone(learner: Any, batch: Batch) -> bool:
-    """Return whether this rank alone can make a pass over a micro-batch; the pass is undone."""
+    """Return whether a pass over a micro-batch fits this rank's memory; no rank waits, and no state changes."""
     before, wrapped, learner.model = learner.buffers.copy(), learner.model, learner.task
     one, device = torch.ones((), device=learner.runtime.device), learner.runtime.device
     try:

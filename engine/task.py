@@ -1,9 +1,7 @@
-"""The contract between a kind of training and the engine.
+"""The interface between a task and the engine.
 
 A task is an nn.Module that owns its networks and all other state (a teacher, frozen encoders, a running centre). DDP
-and FSDP therefore wrap the task, compile sees forward and loss in one graph, and its state is checkpointed with it. Its
-networks run stacked blocks by calling them: FSDP all-gathers a block's weights in its forward call
-(engine/parallel.py).
+and FSDP therefore wrap the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
 """
 
 import hashlib
@@ -28,10 +26,10 @@ FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 class Streams:
     """The data of a run.
 
-    fingerprints: what must not change while a run is resumed, by configuration key, such as the collection's content.
-    every_epochs: for evaluation loaders that not every evaluation needs (a probe), the epochs between two uses. The
-        first evaluation at or after each multiple uses them, and so does that of the run's last step.
-    described: lines of the first screen, such as `collection` and `images`.
+    fingerprints: hashes by configuration key that must not change on resume, such as the collection's content.
+    every_epochs: the epochs between two uses of an evaluation loader that not every evaluation needs (a probe). The
+        first evaluation at or after each multiple uses it, and so does the last evaluation.
+    described: lines of the start screen, such as `collection` and `images`.
     """
 
     train: TrainStream
@@ -42,50 +40,43 @@ class Streams:
 
     @property
     def evaluation_samples(self) -> int:
-        """Samples that every evaluation reads, of the loaders that say how many they have."""
+        """The number of samples that every evaluation reads, from the loaders that have `samples`."""
         every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
         return sum(getattr(loader, "samples", 0) for loader in every)
 
 
 @dataclass
 class StepOutput:
-    """What a forward pass returns.
+    """The output of a forward pass."""
 
-    loss: [B] float32, one per sample; a loss that couples the batch gives every sample its mean.
-    logs: detached scalars as (sum, count), so that means are exact over micro-batches and ranks.
-    """
-
-    loss: Tensor
-    logs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)
+    loss: Tensor  # [B] float32; a loss over the whole batch gives every sample its mean
+    logs: dict[str, tuple[Tensor, Tensor]] = field(default_factory=dict)  # detached (sum, count), for exact means
 
 
 @dataclass
 class Report:
-    """The result of an evaluation: scalars on every rank; on rank 0 also tables (rows with equal keys) and images.
-
-    A None in a table row is an empty cell; an image is [H, W, 3] uint8. Other ranks may leave tables and images empty.
-    """
+    """The result of an evaluation. Only rank 0 needs tables and images."""
 
     scalars: dict[str, float] = field(default_factory=dict)
-    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
-    images: dict[str, np.ndarray] = field(default_factory=dict)
+    tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
+    images: dict[str, np.ndarray] = field(default_factory=dict)  # [H, W, 3] uint8
 
 
 class Task(nn.Module):
-    """Base of all tasks: the names that the engine uses, and defaults for what is optional.
+    """Base class of all tasks.
 
-    Networks are named with dots, such as `vae.decoder`. One that is in no list, such as an EMA teacher, is checkpointed
-    but gets no gradient.
+    Networks are named with dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed
+    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights (engine/parallel.py).
 
     trained: networks that receive gradients.
-    averaged: networks whose weights are averaged where `loop.ema_decay` is set, and where the average is kept.
+    averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
     helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
-        makes them at every start; they are compared by fingerprint on resume.
-    exported: networks that weight files and exports hold. The tensors of a single one keep their own names in a file;
-        those of several are prefixed with the network's. metadata: of the files (JSON values).
-    best_metric: the scalar of a report that decides which weights are best; `best_is_lowest` is its direction.
-    origin: what is known of the weights that training began with, such as their licence (JSON values), or None. It is
-        checkpointed and written into weight files.
+        creates them at every start; a resumed run compares their fingerprints.
+    exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
+        are several networks.
+    metadata: JSON values for weight files.
+    best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
+    origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """
 
     trained: tuple[str, ...] = ("network",)
@@ -100,35 +91,35 @@ class Task(nn.Module):
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return one loss per sample.
 
-        progress: the share of the run, a device scalar: 0 at the first update, 1 at the last. A value of the task that
-        moves follows it by a curve of optim/schedules.py.
+        progress: a device scalar, 0 at the first update and 1 at the last. A task's own schedules follow it by a curve
+        of optim/schedules.py.
         """
         raise NotImplementedError
 
     def load_helpers(self) -> None:
-        """Set the helpers, None before; called at every start and rebuild, never on the meta device."""
+        """Set the helpers, which are None until then. Called at every start, but not on the meta device."""
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
-        """Return the files that helpers were loaded from, by network; one without files has its own tensors."""
+        """Return the files of each helper that was loaded from files."""
         return {}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load initial weights (`init_from`) and set `origin`; called on a new run, not on resume.
+        """Load initial weights (`init_from`; None keeps the random ones) and set `origin`. Not called on resume.
 
-        A task that keeps a copy of its network (a teacher) copies it again here. None keeps the drawn weights.
+        A task that keeps a copy of its network (a teacher) must copy it again here.
         """
         if source is not None:
             raise UserError(f"init_from: {type(self).__name__} loads no weights; set init_from=null")
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
-        """Update what follows the network; `applied` is a device scalar, 0 where the step was skipped."""
+        """Update other state, such as an EMA teacher. applied: a device scalar, 0 if the step was skipped."""
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure on the loaders' samples, exact over ranks. Called on every rank, in eval mode, without gradients."""
+        """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
 
     def train(self, mode: bool = True) -> Self:
-        """Set the mode of all networks but the helpers, which stay frozen and in eval mode."""
+        """Set the mode of all networks except the helpers, which stay frozen and in eval mode."""
         super().train(mode)
         for network in networks_of(self, self.helpers).values():
             network.eval().requires_grad_(False)
@@ -137,12 +128,12 @@ class Task(nn.Module):
 
 def networks_of(task: Task, names: Iterable[str]) -> dict[str, nn.Module]:
     """Return networks by name, without helpers that are not loaded. Raises AttributeError for a wrong name."""
-    found = {}
+    networks = {}
     for name in names:
         owner, _, last = name.rpartition(".")
         if (network := getattr(task.get_submodule(owner), last)) is not None:
-            found[name] = network
-    return found
+            networks[name] = network
+    return networks
 
 
 def checkpointed_state(task: Task) -> dict[str, Tensor]:
@@ -152,7 +143,7 @@ def checkpointed_state(task: Task) -> dict[str, Tensor]:
 
 
 def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Split tensors by full name into those of a weight file, under the file's names, and the rest."""
+    """Split tensors by full name into the exported ones, renamed as in weight files, and the rest."""
     networks = tuple(f"{name}." for name in task.exported)
     prefix = networks[0] if len(networks) == 1 else ""
     exported = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(networks)}
@@ -167,7 +158,7 @@ def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str,
 
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:
-    """Return a hash of each helper by name: of its files, or else of its tensors' names, shapes and bytes."""
+    """Return a hash of each helper: of its files, or else of its tensors' names, shapes and bytes."""
     fingerprints, files = {}, task.helper_files()
     for network, module in networks_of(task, task.helpers).items():
         digest = hashlib.sha256()

@@ -1,1 +1,1 @@
-"""Optimisers, parameter groups, schedules and EMA. Imports utils only."""
+"""Optimisers, parameter groups, schedules and EMA. Imports only utils."""

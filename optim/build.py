@@ -20,12 +20,12 @@ from utils.errors import UserError, close_names
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimiser itself skips a step where `found_inf` is 1, without a host synchronisation."""
+    """Return whether the optimiser skips a step by itself if `found_inf` is 1, without a host synchronisation."""
     return isinstance(optimizer, VectorOptimizer) or any(group.get("fused") for group in optimizer.param_groups)
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
-    """Build the optimiser over groups of `build_groups`; lr is the peak learning rate before a group's scale."""
+    """Build the optimiser. groups: from `build_groups`; lr: the peak learning rate before a group's scale."""
     match config:
         case AdamWConfig(bf16_weights=True):
             return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
@@ -36,7 +36,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                 from bitsandbytes.optim import AdamW8bit
             except ImportError as error:
                 raise UserError(
-                    f"optim.name: adamw8bit is of the package bitsandbytes, which cannot be imported ({error}); run "
+                    f"optim.name: adamw8bit needs the package bitsandbytes, which cannot be imported ({error}); run "
                     "`pip install bitsandbytes`, or set optim=adamw"
                 ) from error
             return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
@@ -44,8 +44,8 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             return Adan(groups, lr, tuple(config.betas), config.eps)
         case SGDConfig():
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
-            # torch makes the buffers in the first step, and would leave them uninitialised if that step is skipped.
-            # Without momentum too: a one-cycle schedule sets one.
+            # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.
+            # Needed without momentum too, because a one-cycle schedule sets it.
             for group in optimizer.param_groups:
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
@@ -55,51 +55,50 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
 
 
 def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
-    """Return timm's optimiser with its defaults. Raises UserError (`optim.opt`) for one that cannot train here."""
-    import timm.optim  # takes 0.8 s, so only where it is used
+    """Return a class of timm with its defaults. Raises UserError (`optim.opt`) if it cannot be used here."""
+    import timm.optim  # takes 0.8 s
 
     known = timm.optim.list_optimizers()
     if opt not in known:
         raise UserError(f"optim.opt: unknown timm optimiser {opt!r}; {close_names(opt, known)}")
     if opt.startswith(("kron", "adahessian")):
         raise UserError(
-            f"optim.opt: {opt} needs second derivatives, or random numbers of its own, which no checkpoint has; take "
-            "another, such as optim.opt=nadamw"
+            f"optim.opt: {opt} is not supported: it needs second derivatives, or random state that checkpoints do not "
+            "hold; choose another, such as optim.opt=nadamw"
         )
     try:
         return timm.optim.get_optimizer_class(opt)
-    except (AssertionError, ImportError) as error:  # apex and bitsandbytes without a GPU, or not installed
+    except (AssertionError, ImportError) as error:  # apex or bitsandbytes without a GPU, or not installed
         raise UserError(f"optim.opt: {opt} cannot be used here ({error}); choose another") from error
 
 
 def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
-    """Raise UserError where an optimiser of a library cannot be built or step, or has no beta1 for the schedule."""
+    """Raise UserError if a library's optimiser cannot be built or step, or has no beta1 for the schedule."""
     if not isinstance(config, AdamW8bitConfig | TimmOptimConfig):
         return
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
         optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
-        if isinstance(config, TimmOptimConfig) and not config.opt.startswith(
-            ("bnb", "fused")
-        ):  # kernels of a GPU alone
+        runs_on_cpu = isinstance(config, TimmOptimConfig) and not config.opt.startswith(("bnb", "fused"))
+        if runs_on_cpu:
             optimizer.step()
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"optim.extra: timm's {config.opt} does not take {config.extra}: {error}") from error
+        raise UserError(f"optim.extra: timm's {config.opt} does not accept {config.extra}: {error}") from error
     moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
     if moves and "betas" not in optimizer.param_groups[0]:
         raise UserError(
-            f"schedule.cycle_momentum: true moves beta1, which timm's {config.opt} does not have; set "
+            f"schedule.cycle_momentum: true changes beta1, which timm's {config.opt} does not have; set "
             "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
         )
 
 
 def check_shardable(config: OptimConfig) -> None:
-    """Raise UserError where the optimiser cannot step on some rows of a parameter, as `runtime.parallel=fsdp` needs."""
+    """Raise UserError if the optimiser may need whole parameters, which `runtime.parallel=fsdp` does not have."""
     if isinstance(config, AdamW8bitConfig | TimmOptimConfig):
         raise UserError(
-            f"runtime.parallel: fsdp gives each rank some rows of every parameter, and optim.name={config.name} may "
+            f"runtime.parallel: fsdp gives each rank some rows of every parameter, but optim.name={config.name} may "
             "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"
         )

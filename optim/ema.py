@@ -1,7 +1,7 @@
 """Exponential moving averages of networks' weights.
 
-With the warm-up the decay at step t is min(decay, (1 + t) / (10 + t)), so that a short run does not keep its initial
-weights: with a constant 0.9999, as published recipes have it, they would keep a share of 37 % after 10,000 steps.
+With warm-up, the decay at step t is min(decay, (1 + t) / (10 + t)), so that a short run forgets its initial weights.
+With a constant decay of 0.9999, as in published recipes, their share would still be 37 % after 10,000 steps.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -15,23 +15,23 @@ from utils.ranks.sharded import is_shared, own_part, take_part
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
-    """Return the decay for the average that follows update number `step`, counted from 0."""
+    """Return the decay after update number `step`, counted from 0."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 
 class Averages:
-    """Average the floating-point parameters and buffers of networks by `<network>.<name>`; other buffers are copied.
+    """Averages of floating-point parameters and buffers, by `<network>.<name>`; other buffers are copied.
 
-    Where ranks hold rows of a parameter (engine/parallel.py), they hold the same rows of its average, on the device. An
-    average on the "cpu" of a network on a GPU costs no host synchronisation: weights are copied to pinned memory, and
-    averaged there at the next update, when the copy is complete, or by `flush`.
+    Averages of sharded parameters (engine/parallel.py) are sharded on the device. Averages on the "cpu" of a network on
+    a GPU need no host synchronisation: weights are copied to pinned memory in the background, and averaged at the next
+    update or by `flush`.
     """
 
     def __init__(self, networks: Mapping[str, nn.Module], devices: Mapping[str, Literal["device", "cpu"]]) -> None:
-        # The networks' tensors are changed in place only, so they are looked up once.
-        self._weights: dict[str, Tensor] = {}  # this rank's rows, same memory
+        # The networks' tensors only change in place, so they are looked up once.
+        self._weights: dict[str, Tensor] = {}  # views of this rank's rows
         self._averages: dict[str, Tensor] = {}
-        self._pinned: dict[str, Tensor] = {}  # weights on their way to an average on the host
+        self._pinned: dict[str, Tensor] = {}  # copies of weights for averages on the host
         for network, module in networks.items():
             current = {f"{network}.{name}": tensor.detach() for name, tensor in module.state_dict().items()}
             shared = any(map(is_shared, current.values()))
@@ -46,7 +46,7 @@ class Averages:
 
     @torch.no_grad()
     def update(self, decay: float, applied: Tensor) -> None:
-        """Move the averages towards the weights by 1 - decay; not at all where `applied` (device scalar) is 0."""
+        """Move the averages towards the weights by 1 - decay, unless `applied` (a device scalar) is 0."""
         self._average(self._weights.keys() - self._pinned.keys(), self._weights, decay, applied)
         if not self._pinned:
             return
@@ -61,7 +61,7 @@ class Averages:
 
     @torch.no_grad()
     def flush(self) -> None:
-        """Average the weights whose copy to the host is under way."""
+        """Wait for the copy to the host, and average these weights."""
         if self._pending is not None:
             decay, flag, event = self._pending
             event.synchronize()
@@ -72,7 +72,7 @@ class Averages:
         pairs = [(self._own[name], weights[name]) for name in names]
         share = (1.0 - decay) * applied
         if averaged := [pair for pair in pairs if pair[0].is_floating_point()]:
-            # A list of shares, because one share for all would be read on the host.
+            # A list of tensors: torch would read a single one on the host.
             shares = [share.to(average.dtype) for average, _ in averaged]
             torch._foreach_lerp_(*map(list, zip(*averaged)), shares)
         if copied := [pair for pair in pairs if not pair[0].is_floating_point()]:
@@ -80,14 +80,14 @@ class Averages:
 
     @contextmanager
     def swapped(self) -> Iterator[None]:
-        """Let the networks hold the averages inside the context; their own weights are restored bit for bit."""
+        """Load the averages into the networks inside the context, then restore their weights bit for bit."""
         self.flush()
-        own = {name: tensor.clone() for name, tensor in self._weights.items()}
+        weights = {name: tensor.clone() for name, tensor in self._weights.items()}
         self._copy_in(self._own)
         try:
             yield
         finally:
-            self._copy_in(own)
+            self._copy_in(weights)
 
     @torch.no_grad()
     def _copy_in(self, tensors: Mapping[str, Tensor]) -> None:
@@ -95,13 +95,13 @@ class Averages:
             tensor.copy_(tensors[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averages by name; of shared weights, shared."""
+        """Return the averages by name; sharded if the weights are."""
         self.flush()
         return dict(self._averages)
 
     @torch.no_grad()
     def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Restore averages (`tensors` of earlier ones, whole)."""
+        """Load averages from whole tensors."""
         assert tensors.keys() == self._averages.keys(), "the averages are of other networks"
         self._pending = None
         for name, tensor in tensors.items():

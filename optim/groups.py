@@ -1,7 +1,7 @@
-"""Parameter groups: every trainable parameter is in exactly one, and every rule matches something.
+"""Parameter groups. Every trainable parameter is in exactly one.
 
-A parameter's group follows from three things: layer decay, its shape (vectors are exempt from weight decay), and the
-rules of `optim.rules`, which win.
+A parameter's group depends on layer decay, its shape (vectors have no weight decay), and `optim.rules`, which take
+precedence.
 """
 
 import fnmatch
@@ -20,44 +20,43 @@ _RULE_FIELDS = ("lr_scale", "weight_decay", "freeze_steps")
 
 
 class _Settings(NamedTuple):
-    """What the parameters of a group share."""
+    """The settings of a group."""
 
     lr_scale: float
     decays: bool
-    fixed_decay: float | None  # of a rule; None for the scheduled one
+    fixed_decay: float | None  # from a rule; None: scheduled
     freeze_steps: int
 
 
 def is_vector(parameter: nn.Parameter) -> bool:
-    """Return whether a parameter is a vector, exempt from weight decay; GRN's (1, 1, 1, C) is one."""
+    """Return whether a parameter has at most one axis longer than 1, as GRN's (1, 1, 1, C)."""
     return len([size for size in parameter.shape if size > 1]) <= 1
 
 
 def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: OptimConfig) -> list[dict]:
-    """Return optimiser groups of a task's trainable parameters.
+    """Return the optimiser groups of a task's trainable parameters.
 
-    networks: the trained networks by attribute name in the task; layer decay applies within each. Parameters outside
-    of them have scale 1. Beside the optimiser's own keys, a group has `names`, `lr_scale`, `decays`, `fixed_decay` and
-    `freeze_steps`. Raises UserError (`optim.rules`) where a rule matches nothing, two rules contradict each other, or
-    nothing is left to train at first.
+    networks: the trained networks by name; layer decay applies within each, and other parameters have scale 1. Beside
+    the optimiser's keys, a group has `names`, `lr_scale`, `decays`, `fixed_decay` and `freeze_steps`. Raises UserError
+    (`optim.rules`) if a rule matches nothing, two rules conflict, or all parameters are frozen at first.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
-        raise UserError("model: the task has no trainable parameter; nothing to optimise")
+        raise UserError("model: the task has no trainable parameter")
     scales = {
         f"{network_name}.{name}": scale
         for network_name, network in networks.items()
         for name, scale in layer_scales(network, config.layer_decay_kind, config.layer_decay).items()
     }
-    stated = _apply_rules(list(parameters), config.rules)
-    if (frozen := min(rule.get("freeze_steps", 0) for rule in stated.values())) > 0:
+    rules = _apply_rules(list(parameters), config.rules)
+    if (frozen := min(rule.get("freeze_steps", 0) for rule in rules.values())) > 0:
         raise UserError(
-            f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps, which would train "
-            "nothing; leave some free, such as network.head.*"
+            f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps; exempt some, such as "
+            "network.head.*"
         )
     groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
-        rule = stated[name]
+        rule = rules[name]
         fixed = rule.get("weight_decay")
         settings = _Settings(
             lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
@@ -68,13 +67,13 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
         group["params"].append(parameter)
         group["names"].append(name)
-    ordered = sorted(groups, key=lambda one: (one.lr_scale, one.decays, one.fixed_decay or 0.0, one.freeze_steps))
+    ordered = sorted(groups, key=lambda key: (key.lr_scale, key.decays, key.fixed_decay or 0.0, key.freeze_steps))
     return [groups[settings] for settings in ordered]
 
 
 def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, float]]:
-    """Return what the rules state for each parameter, by field."""
-    stated: dict[str, dict[str, float]] = {name: {} for name in names}
+    """Return the fields that the rules set, by parameter."""
+    settings: dict[str, dict[str, float]] = {name: {} for name in names}
     sources: dict[tuple[str, str], str] = {}
     for index, rule in enumerate(rules):
         matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
@@ -82,16 +81,16 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
             raise UserError(
                 f"optim.rules.{index}.match: {rule.match!r} matches no parameter; {close_names(rule.match, names)}"
             )
-        given = {field: value for field in _RULE_FIELDS if (value := getattr(rule, field)) is not None}
+        fields = {field: value for field in _RULE_FIELDS if (value := getattr(rule, field)) is not None}
         for name in matched:
-            for field, value in given.items():
-                if field in stated[name]:
+            for field, value in fields.items():
+                if field in settings[name]:
                     raise UserError(
                         f"optim.rules.{index}.{field}: {rule.match!r} and {sources[name, field]!r} both set it for "
                         f"{name}; make their patterns disjoint"
                     )
-                stated[name][field], sources[name, field] = value, rule.match
-    return stated
+                settings[name][field], sources[name, field] = value, rule.match
+    return settings
 
 
 def groups_table(groups: list[dict]) -> str:
@@ -109,7 +108,7 @@ def groups_table(groups: list[dict]) -> str:
 
 
 def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
-    """Give every group its scheduled values: lr times its scale, weight decay, momentum or beta1 (Muon has both)."""
+    """Set every group's lr times its scale, weight decay, and momentum or beta1 (Muon has both)."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
         fixed = group["fixed_decay"]
@@ -123,14 +122,14 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
 
 
 def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
-    """Tell timm's optimisers that decay by lr**2 / peak (adamc, sgdc, ...) a peak that was found after the start."""
+    """Set a new peak learning rate in timm's optimisers that decay weights by lr**2 / peak (adamc, sgdc, ...)."""
     for group in optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = lr
 
 
 def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
-    """Drop the gradients of groups frozen in update number `step` (from 0); neither they nor their state change."""
+    """Drop the gradients of groups frozen in update number `step` (from 0), so that the optimiser skips them."""
     for group in optimizer.param_groups:
         if step < group.get("freeze_steps", 0):
             for parameter in group["params"]:

@@ -1,6 +1,6 @@
 """Schedules: pure functions of the step.
 
-`step` counts the updates done so far: the first update uses the value at step 0. Nothing here has state.
+`step` counts the updates done so far: the first update uses the value at step 0.
 """
 
 import math
@@ -16,13 +16,13 @@ Number = TypeVar("Number", float, Tensor)
 
 
 def cosine(start: float, end: float, fraction: Number) -> Number:
-    """Go from start to end along half a cosine, from fraction 0 to 1; a device scalar stays one."""
+    """Interpolate from start to end along half a cosine; a tensor fraction returns a tensor."""
     angle = math.pi * _clamp(fraction)
     return end + (start - end) * 0.5 * (1.0 + (torch.cos(angle) if isinstance(angle, Tensor) else math.cos(angle)))
 
 
 def linear(start: float, end: float, fraction: Number) -> Number:
-    """Go from start to end in a straight line, from fraction 0 to 1; a device scalar stays one."""
+    """Interpolate linearly from start to end; a tensor fraction returns a tensor."""
     return start + (end - start) * _clamp(fraction)
 
 
@@ -32,7 +32,7 @@ def _clamp(fraction: Number) -> Number:
 
 @dataclass(frozen=True)
 class GroupValues:
-    """Values of an update: `lr` and `weight_decay` before a group's own scale; momentum None stays as configured."""
+    """Values of an update, before a group's scale. momentum: None keeps the configured one."""
 
     lr: float
     weight_decay: float
@@ -41,11 +41,11 @@ class GroupValues:
 
 @dataclass(frozen=True)
 class Schedule:
-    """All scheduled values of one run.
+    """The scheduled values of one run.
 
     The rate follows the official ConvNeXt V2 rule (linear warm-up from 0, half a cosine to min_lr), per step.
     Source: facebookresearch/ConvNeXt-V2:utils.py adjust_learning_rate. Differs: warm-up counts from step + 1, so that
-    the first update does not have rate 0.
+    the first update's rate is not 0.
     """
 
     config: ScheduleConfig
@@ -55,7 +55,7 @@ class Schedule:
     warmup_steps: int
 
     def at(self, step: int) -> GroupValues:
-        """Return the optimiser's values for the update that follows `step` updates."""
+        """Return the values of the update that follows `step` updates."""
         match self.config:
             case OneCycleConfig():
                 return self._one_cycle(step)
@@ -71,7 +71,7 @@ class Schedule:
                 return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self._decay(step))
 
     def progress_at(self, step: int) -> float:
-        """Return the share of the run at the update that follows `step` updates: 0 at the first, 1 at the last."""
+        """Return the progress at the update that follows `step` updates: 0 at the first, 1 at the last."""
         return step / max(1, self.total_steps - 1)
 
     def _decay(self, step: int) -> float:
@@ -92,7 +92,7 @@ class Schedule:
         raise AssertionError("the last phase ends with the run")
 
     def _cycle_phases(self, config: OneCycleConfig) -> list[tuple[float, tuple[float, float], tuple[float, float]]]:
-        """Return the phases of a cycle: last step, and the rate and the momentum at both ends."""
+        """Return the phases of a cycle: last step, (first, last) rate, and (first, last) momentum."""
         first, last = self.lr / config.div_factor, self.lr / config.div_factor / config.final_div_factor
         low, high = config.momentum_low, config.momentum_high
         peak, end = config.peak_fraction * self.total_steps - 1, self.total_steps - 1

@@ -1,4 +1,4 @@
-"""The base of our own optimisers: they step on vectors of many parameters, and skip a step on the device."""
+"""Base class of optimisers that step on vectors of many parameters and can skip a step on the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -6,19 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# Elements of a vector. CPU: of 2**14 to 2**20 the fastest on convnextv2_atto, whose caches hold all that one step
-# touches. GPU: 64 MiB for each of about fifteen float32 temporaries, however large the model is.
+# Elements of a vector. CPU: the fastest of 2**14 to 2**20 on convnextv2_atto; a step's data fits the caches.
+# GPU: 64 MiB for each of about fifteen float32 temporaries, for any model size.
 PART_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 
 
 class VectorOptimizer(torch.optim.Optimizer):
-    """Step on each group part by part; a part is the memory of some of its parameters, joined to one vector.
+    """Step on each group in parts. A part joins the memory of several parameters to one vector.
 
-    State of a parameter: `averages`, of its shape, dtype and layout, and `step`, a float32 scalar on its device. Groups
-    have the same betas and eps; the parameters of one have made the same number of steps.
+    State of a parameter: `averages`, with its shape, dtype and layout, and `step`, a float32 scalar on its device. All
+    groups have the same betas and eps; parameters of one group have made the same number of steps.
 
-    Set by train_step: `found_inf`, a device scalar, 1 where a gradient is not finite (the step then changes no tensor,
-    without a host synchronisation), and `update`, the number of the update.
+    train_step sets `found_inf`, a device scalar (1: the step changes no tensor, without a host synchronisation), and
+    `update`, the update's number.
     """
 
     _step_supports_amp_scaling = True
@@ -32,44 +32,45 @@ class VectorOptimizer(torch.optim.Optimizer):
         self.update = 0
 
     def factors(self, counts: Tensor, keep: Tensor, group: dict[str, Any]) -> Tensor:
-        """Return what follows from the steps made, counts float64 [G] from 1 on: float64 [F, G].
+        """Return float64 factors [F, G] from the step counts, float64 [G] from 1 on.
 
-        keep: 0 where this step is skipped, else 1; the weight of what a step adds is a multiple of it.
+        keep: 0 if this step is skipped, else 1; multiply all changes by it.
         """
         raise NotImplementedError
 
     def stepped(
         self, vectors: Sequence[Tensor], grads: Tensor, group: dict[str, Any], factors: Sequence[Tensor], part: int
     ) -> Sequence[Tensor]:
-        """Return the weights and `averages` after a step, vectors of float32 or wider that it may change; part: number.
+        """Return weights and `averages` after a step on float32 or wider vectors, which may change in place.
 
-        The gradients of a step that is skipped are 0.
+        part: the part's number. In a skipped step, gradients are 0.
         """
         raise NotImplementedError
 
     @torch.no_grad()
     def step(self) -> None:
         """Make one update of all groups."""
-        members = [(group, [one for one in group["params"] if one.grad is not None]) for group in self.param_groups]
+        members = [(group, [p for p in group["params"] if p.grad is not None]) for group in self.param_groups]
         members = [(group, parameters) for group, parameters in members if parameters]
         steps = [[self._state_of(parameter)["step"] for parameter in parameters] for _, parameters in members]
         if not members:
             return
         keep = steps[0][0].new_ones(()) if self.found_inf is None else 1.0 - self.found_inf
         # torch._foreach_add_ would read the scalar on the host.
-        torch.ops.aten._foreach_add_.Tensor([step for own in steps for step in own], keep)
-        counts = torch.stack([own[0] for own in steps]).clamp(min=1).double()  # float32 loses digits of 1 - beta**count
+        torch.ops.aten._foreach_add_.Tensor([step for group in steps for step in group], keep)
+        # float32 would lose digits of 1 - beta**count.
+        counts = torch.stack([group[0] for group in steps]).clamp(min=1).double()
         factors = self.factors(counts, keep.double().expand_as(counts), members[0][0])
         number = 0
-        for (group, parameters), own in zip(members, factors.unbind(1)):
-            own = own.to(torch.promote_types(parameters[0].dtype, torch.float32))
-            for part in _parts(map(self._vectors, parameters), PART_ELEMENTS[own.device.type]):
+        for (group, parameters), column in zip(members, factors.unbind(1)):
+            column = column.to(torch.promote_types(parameters[0].dtype, torch.float32))
+            for part in _parts(map(self._vectors, parameters), PART_ELEMENTS[column.device.type]):
                 columns = list(zip(*part))
                 joined = [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in columns]
-                grads, *stored = (vector.to(own.dtype) for vector in joined)
-                grads = (grads * keep).nan_to_num_(0.0, 0.0, 0.0)  # all 0 where the step is skipped
-                made = self.stepped(stored, grads, group, own.unbind(), number)
-                for pieces, vector in zip(columns[1:], made):
+                grads, *stored = (vector.to(column.dtype) for vector in joined)
+                grads = (grads * keep).nan_to_num_(0.0, 0.0, 0.0)  # all 0 in a skipped step
+                results = self.stepped(stored, grads, group, column.unbind(), number)
+                for pieces, vector in zip(columns[1:], results):
                     if vector is not pieces[0]:
                         torch._foreach_copy_(list(pieces), vector.split([len(piece) for piece in pieces]))
                 number += 1
@@ -82,7 +83,7 @@ class VectorOptimizer(torch.optim.Optimizer):
         return state
 
     def _vectors(self, parameter: Tensor) -> list[Tensor]:
-        """Return gradient, weights and averages of a parameter as vectors, in the order of the parameter's memory."""
+        """Return a parameter's gradient, weights and averages as vectors, in the order of its memory."""
         grad = parameter.grad
         if grad.stride() != parameter.stride():
             grad = torch.empty_like(parameter).copy_(grad)
@@ -90,17 +91,17 @@ class VectorOptimizer(torch.optim.Optimizer):
 
 
 def flat_view(tensor: Tensor) -> Tensor:
-    """Return a view of a dense tensor's memory as a vector, for any order of its axes."""
+    """Return a dense tensor's memory as a vector, for any memory layout."""
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
 
 
 def _parts(rows: Iterable[list[Tensor]], limit: int) -> Iterator[list[tuple[Tensor, ...]]]:
-    """Yield parts of at most `limit` elements of rows of equally long vectors; longer vectors are cut."""
+    """Yield parts of at most `limit` elements from rows of equally long vectors; longer vectors are cut."""
     part: list[tuple[Tensor, ...]] = []
     size = 0
     for row in rows:
         for pieces in zip(*(vector.split(limit) for vector in row)):
-            if len(pieces[0]) > limit // 8:  # worth a part of its own, which nothing is copied for
+            if len(pieces[0]) > limit // 8:  # large enough for its own part, which needs no copy
                 yield [pieces]
                 continue
             if part and size + len(pieces[0]) > limit:

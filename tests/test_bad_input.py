@@ -108,7 +108,7 @@ def test_what_is_given_to_the_scripts_after_training(command, place, monkeypatch
 # ------------------------------------------------------------------------------------------------------------ dry runs
 
 DRY_RUNS = {
-    "evaluate": (["run_dir=tuned", "runtime.device=cpu"], "dry run: nothing is measured"),
+    "evaluate": (["run_dir=tuned", "runtime.device=cpu"], "dry run: nothing is evaluated"),
     "export": (["run_dir=tuned"], "dry run: nothing is written"),
     "predict": (["weights=tuned", "input=images", "output=found.csv"], "dry run: 12 images, nothing is predicted"),
     "prepare": (["job=manifest", "data=image_folder", "data.root=images"], "dry run: nothing is written"),

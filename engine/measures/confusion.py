@@ -1,6 +1,6 @@
-"""The confusion matrix of a classifier: exact counts over all ranks, and the scores that follow from them.
+"""The confusion matrix of a classifier, counted exactly over all ranks, and its scores.
 
-Only pairs that occur are stored, so 22,000 classes need no more memory than their samples.
+The matrix is sparse, so 22,000 classes need no more memory than their samples.
 """
 
 from collections.abc import Sequence
@@ -24,29 +24,29 @@ class Confusion:
 
     @cached_property
     def samples(self) -> np.ndarray:
-        """How many samples each class has, [K]."""
+        """The number of samples of each class, [K]."""
         return self.counts.sum(axis=1)
 
     @cached_property
     def predicted(self) -> np.ndarray:
-        """How often each class was predicted, [K]."""
+        """The number of predictions of each class, [K]."""
         return self.counts.sum(axis=0)
 
     @cached_property
     def correct(self) -> np.ndarray:
-        """How many of each class's samples were predicted as it, [K]."""
+        """The number of correct predictions of each class, [K]."""
         return self.counts.diagonal()
 
     @cached_property
     def mistakes(self) -> list[tuple[int, int, int]]:
-        """(label, prediction, count) of the wrong pairs: the most frequent first, then by class."""
+        """Wrong pairs as (label, prediction, count), the most frequent first, then by class."""
         pairs = self.counts.tocoo()
         wrong = np.flatnonzero(pairs.row != pairs.col)
         wrong = wrong[np.argsort(-pairs.data[wrong], kind="stable")]
         return list(zip(*(column[wrong].tolist() for column in (pairs.row, pairs.col, pairs.data))))
 
     def macro_scalars(self) -> dict[str, float]:
-        """Return the means over the classes that have samples: of accuracy and of F1."""
+        """Return the mean accuracy and mean F1 over the classes that have samples."""
         held = np.flatnonzero(self.samples)
         samples, predicted, correct = self.samples[held], self.predicted[held], self.correct[held]
         return {
@@ -55,7 +55,7 @@ class Confusion:
         }
 
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
-        """Return a row for each class; None where a score would divide by zero or there is no confusion."""
+        """Return a row per class, with None for scores that would divide by zero and for missing confusions."""
         worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
         columns = zip(names, self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
         return [
@@ -73,7 +73,7 @@ class Confusion:
         ]
 
     def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
-        """Return a row for each of the most frequent wrong pairs."""
+        """Return a row for each of the `most` most frequent wrong pairs."""
         samples = self.samples.tolist()
         return [
             {"true": names[label], "predicted": names[prediction], "count": count, "share": count / samples[label]}
@@ -81,10 +81,9 @@ class Confusion:
         ]
 
     def most_confused(self, most: int) -> list[int]:
-        """Return at most `most` classes, those of the pairs that are confused most often, pair by pair.
+        """Return up to `most` classes from the most confused pairs, or the first with samples if none is confused.
 
-        Confusions of two classes count in both directions; ties go to the lower class. Without any confusion these are
-        the first classes that have samples.
+        Confusions count in both directions; ties go to the lower class.
         """
         pairs = triu(self.counts + self.counts.T, 1).tocoo()
         order = np.lexsort((pairs.col, pairs.row, -pairs.data))
@@ -100,7 +99,7 @@ class ConfusionCounts:
         self._codes: list[Tensor] = []
 
     def add(self, labels: Tensor, predictions: Tensor, valid: Tensor) -> None:
-        """Take a batch: labels, predictions [B] int64, and valid [B] bool."""
+        """Add a batch: labels, predictions [B] int64, and valid [B] bool."""
         self._codes.append(torch.where(valid, labels * self.num_classes + predictions, -1))
 
     def reduce(self) -> Confusion:

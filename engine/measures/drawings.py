@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusion matrices, grids of predictions, reconstructions, curves of a tagger."""
+"""Pictures of an evaluation: confusion matrices, grids of predictions, reconstructions, a tagger's curves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -8,12 +8,12 @@ from engine.measures.confusion import Confusion
 from engine.measures.tag_scores import Group
 from utils.record import pictures
 
-_WHOLE_MATRIX = 40  # up to this number of classes all are drawn
-_PART_OF_MATRIX = 24  # of more classes, the most confused ones
+_WHOLE_MATRIX = 40  # up to this many classes, all are drawn
+_PART_OF_MATRIX = 24  # otherwise, this many of the most confused ones
 
 
 def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the whole confusion matrix of few classes, or that of the most confused of many."""
+    """Draw the whole confusion matrix, or with many classes only the most confused ones."""
     samples, number = confusion.samples, len(class_names)
     wrong = f"{int((samples - confusion.correct).sum()):,} of {int(samples.sum()):,}"
     is_whole = number <= _WHOLE_MATRIX
@@ -23,7 +23,7 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     if not is_whole:
         title = (
             f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong}\n"
-            "numbers are per cent of the row's images; other: of classes that are not shown"
+            "numbers are per cent of the row's images; other: classes that are not shown"
         )
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
@@ -52,17 +52,17 @@ def _draw_samples(kept: Mapping[str, np.ndarray], class_names: Sequence[str], ti
     captions = []
     for label, predicted, prob in zip(kept["labels"], kept["predicted"], kept["prob"]):
         color = pictures.RIGHT if label == predicted else pictures.WRONG
-        true, given = (pictures.legible(class_names[index]) for index in (label, predicted))
-        mark = "✓" if label == predicted else f"→ {pictures.shorten(given, 14)}"
+        true, wrong = (pictures.legible(class_names[index]) for index in (label, predicted))
+        mark = "✓" if label == predicted else f"→ {pictures.shorten(wrong, 14)}"
         captions.append([(pictures.shorten(true, 20), color), (f"{mark} ({prob:.2f})", color)])
     return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title)
 
 
 def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> np.ndarray:
-    """Draw the images of the greatest losses with their worst tags.
+    """Draw the images with the highest losses and their worst tags.
 
-    kept: images, uint8 [N, C, H, W]; wrong, missed: [N, k] outputs of tags that were given wrongly, or not given;
-    wrong_prob, missed_prob: [N, k], the probability of each mistake.
+    kept: images, uint8 [N, C, H, W]; wrong, missed: [N, k] indices of false positives and false negatives;
+    wrong_prob, missed_prob: [N, k] probabilities of these mistakes.
     """
     captions = []
     for index in range(len(kept["images"])):
@@ -73,7 +73,7 @@ def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> n
                     name = pictures.shorten(pictures.legible(names[tag]), 22)
                     lines.append((f"{sign} {name} ({prob if kind == 'wrong' else 1 - prob:.2f})", color))
         captions.append(lines)
-    title = "Greatest losses\n+ given wrongly, in red; - not given, in blue (probability of the tag)"
+    title = "Highest losses\n+ false positives, in red; - false negatives, in blue (probability of the tag)"
     return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title, columns=4, tile_px=226)
 
 
@@ -85,7 +85,7 @@ def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.n
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
-    """Draw the micro precision of groups of tags over their recall."""
+    """Draw the micro precision of each group of tags over its recall."""
     from matplotlib.figure import Figure
 
     from utils.record import plots
@@ -93,13 +93,13 @@ def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:
     with plots.style():
         figure = Figure(figsize=(6.4, 6.0))
         axis = figure.add_subplot(
-            title="Precision and recall, all decisions of a group together",
+            title="Micro precision and recall of each group",
             xlabel="recall", ylabel="precision", xlim=(0, 1), ylim=(0, 1.01),
         )  # fmt: skip
         for name, group in groups.items():
             if group.support:
                 precision, recall, _ = group.micro()
-                some = group.predicted > 0
-                axis.plot(recall[some], precision[some], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
+                used = group.predicted > 0
+                axis.plot(recall[used], precision[used], linewidth=1.8, label=f"{name} (positives: {group.support:,})")
         axis.legend()
         return plots.figure_to_image(figure)

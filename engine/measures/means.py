@@ -11,7 +11,7 @@ from utils.ranks import distributed
 
 
 def measure_means(batches: Iterable[Batch], compute: Callable[[Batch], Mapping[str, Tensor]]) -> dict[str, float]:
-    """Return the means over all batches of the per-sample values [B] that `compute` returns, as `Means.reduce`."""
+    """Return `Means.reduce` of the per-sample values [B] that `compute` returns for each batch."""
     means = Means()
     for batch in batches:
         means.add(compute(batch), batch["weight"] > 0)
@@ -26,7 +26,7 @@ class Means:
         self._sums: Tensor | None = None  # [1 + N]: the count, then a sum for each name
 
     def add(self, values: Mapping[str, Tensor], valid: Tensor) -> None:
-        """Take a batch: values [B] by name, the same names each time, and valid [B] bool."""
+        """Add a batch: values [B] by name, with the same names each time, and valid [B] bool."""
         self._names = list(values)
         rows = torch.stack(
             [torch.ones_like(valid, dtype=torch.float64), *(value.double() for value in values.values())]
@@ -36,10 +36,7 @@ class Means:
         self._sums = sums if self._sums is None else self._sums + sums
 
     def reduce(self) -> dict[str, float]:
-        """Return the means by name, and `samples`, the number of valid samples.
-
-        Raises UserError where there is no valid sample.
-        """
+        """Return the means by name, and `samples`, the number of valid samples. Raises UserError if it is 0."""
         assert self._sums is not None, "no batch was added"
         count, *sums = distributed.all_reduce_sum(self._sums).tolist()
         if count == 0:

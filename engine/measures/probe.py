@@ -1,8 +1,8 @@
 """Probes of frozen features: k nearest neighbours, and a linear classifier.
 
-Both are fitted to labelled training images and measured on labelled validation images, in float64 on the CPU of rank 0,
-so the scores do not depend on the ranks. Nothing is drawn at random and no gradient is taken: a probe does not change
-the run. The linear classifier is a ridge regression of the classes, whose leave-one-out scores choose the penalty.
+Both are fitted to labelled training images and evaluated on labelled validation images, in float64 on the CPU of rank
+0, so the scores do not depend on the ranks. They use no random numbers and no gradients, so a probe does not change the
+run. The linear classifier is a ridge regression on one-hot labels; leave-one-out scores choose its penalty.
 """
 
 from collections.abc import Callable
@@ -20,7 +20,7 @@ log = get_logger(__name__)
 
 # Source: Wu et al. 2018 (arXiv 1805.01978), section 3.4; facebookresearch/dino:eval_knn.py.
 TEMPERATURE = 0.07
-# Candidates of the ridge penalty, per training image; features have variance 1.
+# Candidates for the ridge penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
 
 
@@ -31,11 +31,11 @@ class Features:
         self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
 
     def add(self, features: Tensor, labels: Tensor, sample_id: Tensor, weight: Tensor) -> None:
-        """Take a batch: features [B, C]; labels, sample_id, weight [B]. All ranks add batches of the same sizes."""
+        """Add a batch: features [B, C]; labels, sample_id, weight [B]. All ranks add batches of the same sizes."""
         self._batches.append((features.float(), labels, sample_id, weight))
 
     def reduce(self) -> tuple[Tensor, Tensor]:
-        """Return features [N, C] float64 and labels [N] of all readable samples, by sample_id, on the CPU."""
+        """Return features [N, C] float64 and labels [N] of all readable samples, sorted by sample_id, on the CPU."""
         columns = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*self._batches))
         features, labels, ids, weight = columns
         order = torch.argsort(ids, stable=True)
@@ -46,8 +46,8 @@ class Features:
 def measure_probes(train: Features, val: Features, k: int) -> dict[str, float]:
     """Return `probe/knn` and `probe/linear`, the accuracies on `val` of classifiers fitted to `train`.
 
-    A class without a training image counts as an error. Without a readable image in both sets, or with features that
-    are not finite, it warns and returns nothing.
+    Samples of a class without training images count as errors. If a set is empty or features are not finite, warn and
+    return nothing.
     """
     collected = (*train.reduce(), *val.reduce())
     return distributed.rank_zero_call(lambda: _score(*collected, k))
@@ -57,7 +57,7 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     from sklearn.neighbors import KNeighborsClassifier  # 1.3 s
 
     if not (len(train) and len(val) and train.isfinite().all() and val.isfinite().all()):
-        log.warning("probe: skipped: no image of one of its two sets could be read, or features are not finite")
+        log.warning("probe: skipped: features are not finite, or no image of the training or validation set was read")
         return {}
     mean, scale = standardise(train)
     train, val = (train - mean) / scale, (val - mean) / scale
@@ -70,15 +70,15 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
         "probe/linear": fit_ridge(train, targets, len(classes), _count_hits).predict(val.numpy()),
     }
     return {
-        name: (classes[found.reshape(len(val), -1).argmax(axis=1)] == val_labels).double().mean().item()
-        for name, found in scores.items()
+        name: (classes[score.reshape(len(val), -1).argmax(axis=1)] == val_labels).double().mean().item()
+        for name, score in scores.items()
     }
 
 
 def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and deviation [C] of features [N, C]; infinity for a constant one, so that division makes it 0."""
+    """Return mean and standard deviation [C] of features [N, C]; infinity for constant ones, so they become 0."""
     mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
-    # Rounding errors of a constant are no signal.
+    # Ignore the rounding errors of a constant.
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
 
 
@@ -87,8 +87,8 @@ def fit_ridge(
 ) -> Any:  # RidgeCV
     """Return the ridge regression of one-hot labels [N] on features [N, C], with the penalty of the best quality.
 
-    quality: of the scores [N, K] of each sample by a fit without it, and the labels; ties go to the lower penalty.
-    Differs from RidgeClassifierCV(scoring="accuracy"), which takes the lowest penalty for two classes (1.9).
+    quality: a function of the leave-one-out scores [N, K] and the labels; ties go to the lower penalty.
+    Differs: RidgeClassifierCV(scoring="accuracy") always takes the lowest penalty for two classes (scikit-learn 1.9).
     """
     from sklearn.linear_model import RidgeCV
 
@@ -101,9 +101,9 @@ def fit_ridge(
 
 
 def _count_hits(left_out: Tensor, labels: Tensor) -> float:
-    """Return how many labels the scores recognise, plus less than 1 for a small squared error, which decides ties.
+    """Return the number of correct predictions, plus less than 1 for a small squared error, which breaks ties.
 
-    That error alone would, with many classes of a few images each, choose scores of nearly 0, which recognise nothing.
+    With many small classes, the squared error alone would choose scores near 0, which recognise nothing.
     """
     hits = (left_out.argmax(dim=1) == labels).sum()
     error = (F.one_hot(labels, left_out.shape[1]) - left_out).square().sum()

@@ -1,8 +1,7 @@
-"""The figures of a tagger's evaluation (all tags, each category, bands of frequency, each tag), and its thresholds.
+"""A tagger's scores (all tags, each category, bands of frequency, each tag) and its thresholds.
 
-P = R is the threshold at which precision equals recall, to the nearest edge of the histograms. Micro is of all
-decisions together, also those on tags without positives. Macro is a mean over the tags that have positives:
-scikit-learn's, with `labels` set to those.
+P = R is the threshold at which precision equals recall, to the nearest edge of the histograms. Micro scores count the
+decisions on all tags. Macro scores are means over the tags with positives, as scikit-learn's with `labels` set to them.
 """
 
 import math
@@ -18,21 +17,21 @@ from utils.errors import UserError
 from utils.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
 from utils.vocabulary import Vocabulary, category_name
 
-PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as thresholds
+PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _FIXED = int(edge_below(DEFAULT_LOGIT))
-_BANDS = (0, 100, 1_000, 10_000)  # the least number of training images of each
-_PRIOR = 50  # positives that a category's threshold counts as, beside those of a tag
-_HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least number of positives of a tag there
+_BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
+_PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
+_HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least positives of a tag in it
 
 
 def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return precision, recall and F1, elementwise; 0 where one would divide by zero."""
+    """Return precision, recall and F1, elementwise; 0 for a division by zero."""
     f1 = 2 * tp / np.maximum(predicted + positives, 1)
     return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
 
 
 def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
-    """Return the edge nearest to where precision, rising, meets recall, falling; the last where they never meet."""
+    """Return the edge nearest to where rising precision meets falling recall, or the last edge if they never meet."""
     above = np.flatnonzero(precision >= recall)
     edge = int(above[0]) if len(above) else len(precision) - 1
     gaps = np.abs(precision - recall)
@@ -41,19 +40,19 @@ def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
 
 @dataclass(frozen=True)
 class Group:
-    """Curves of some tags over the edges: tp, predicted [BINS], and means over the `num_tags` that have positives."""
+    """A group of tags. Its curves are over the edges."""
 
-    num_tags: int
-    num_empty: int
-    tp: np.ndarray
-    predicted: np.ndarray
-    macro: np.ndarray  # [4, BINS]: precision, recall, F1, MCC
+    num_tags: int  # tags with positives
+    num_empty: int  # tags without positives
+    tp: np.ndarray  # [BINS]
+    predicted: np.ndarray  # [BINS]
+    macro: np.ndarray  # [4, BINS]: precision, recall, F1, MCC, averaged over `num_tags`
     mean_ap: float
     mean_best_f1: float
 
     @property
     def support(self) -> int:
-        """Return the number of positives of all tags."""
+        """The number of positives of all tags."""
         return int(self.tp[0])
 
     def micro(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -61,7 +60,7 @@ class Group:
         return rates(self.tp, self.predicted, self.tp[0])
 
     def row(self) -> dict[str, float]:
-        """Return its figures."""
+        """Return the group's scores."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1, (_, _, mean_f1, mean_mcc) = self.micro()[2], self.macro
         figures = {
@@ -80,7 +79,7 @@ class Group:
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return which tags each group has, bool [T] by name: all, categories, bands of training images."""
+    """Return the tags of each group as bool [T], by name: all, categories, bands of training images."""
     counts, categories = np.asarray(vocabulary.counts), np.asarray(vocabulary.categories)
     members = {"all": np.ones(len(vocabulary), dtype=bool)}
     for number in np.unique(categories):
@@ -92,9 +91,9 @@ def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
 
 
 class TagScores:
-    """Derive the figures. Per tag, [T]: support, ap (NaN without positives), best_f1 and the edge that reaches it.
+    """Compute the scores. Per tag, [T]: support, ap (NaN without positives), best_f1 and best_edge, which reaches it.
 
-    best_edge is the middle of several that are equal. groups: by name. Raises UserError where no tag has a positive.
+    best_edge is the middle one of equal edges. Raises UserError if no tag has a positive.
     """
 
     def __init__(self, counts: TagCounts, vocabulary: Vocabulary) -> None:
@@ -109,7 +108,7 @@ class TagScores:
             f1 = 2 * tp / (predicted + positives).clamp(min=1)
             spread = (predicted * (total - predicted) * positives * (total - positives)).sqrt()
             mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
-            # Without positives, all of the last four are 0.
+            # For a tag without positives, the last four are 0.
             curves = [tp, predicted, tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc]
             sums = sums + torch.from_numpy(member[:, own]).to(device) @ torch.stack(curves)  # [6, G, BINS]
             best = f1.amax(1, keepdim=True)
@@ -127,14 +126,11 @@ class TagScores:
             self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean, best / mean)
 
     def scalars(self) -> dict[str, float]:
-        """Return the figures of all tags."""
+        """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Return `tag_groups`, `tags`, in the vocabulary's order, and `hardest_tags`, the lowest AP first.
-
-        The figures of a tag without positives are None.
-        """
+        """Return `tag_groups`, `tags` (in the vocabulary's order; None without positives), and `hardest_tags` by AP."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
@@ -151,38 +147,38 @@ class TagScores:
 
 
 def to_fit(key: Tensor) -> Tensor:
-    """Return which samples thresholds are fitted to, bool [B]; the others measure them. key: the batch's, [B]."""
+    """Return the samples to fit thresholds to, bool [B]; the others measure them. key: the batch's, [B]."""
     return key % 2 == 0
 
 
 def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: float) -> ThresholdTable:
-    """Return the thresholds that `fitted` gives, as measured on `reported`, of other images and the same vocabulary.
+    """Return the thresholds fitted to `fitted` and measured on `reported`, the scores of other images.
 
-    Of each category, and of all tags (micro): balanced, P = R; high_precision, the lowest threshold with that
-    precision, or else that of the highest precision; high_recall, the highest with that recall.
-    Of each tag, in logits, with n positives: (n * best + 50 * balanced) / (n + 50), rounded down to an edge; best is
-    that of the tag's best F1, balanced its category's.
+    For each category and for all tags (micro): `balanced` is P = R; `high_precision` is the lowest threshold with at
+    least `precision`, or else the one with the highest precision; `high_recall` is the highest with at least `recall`.
+    For each tag with n positives, in logits: (n * best + 50 * balanced) / (n + 50), rounded down to an edge. `best`
+    reaches the tag's best F1; `balanced` is its category's threshold.
     """
     vocabulary = fitted.vocabulary
     groups = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
     groups = {number: name for number, name in groups.items() if fitted.groups[name].support} | {OVERALL: "all"}
     chosen = {number: _choose_edges(fitted.groups[name], precision, recall) for number, name in groups.items()}
     rows = []
-    for place, profile in enumerate(CATEGORY_PROFILES):
+    for index, profile in enumerate(CATEGORY_PROFILES):
         for number, name in groups.items():
-            edge, group = chosen[number][place], reported.groups[name]
+            edge, group = chosen[number][index], reported.groups[name]
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
             rows.append(_measured(profile, number, name, edge, counts))
     balanced = np.array([chosen.get(number, chosen[OVERALL])[0] for number in vocabulary.categories])
-    own = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
-    edges = edge_below(own / (fitted.support + _PRIOR))
+    weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
+    edges = edge_below(weighted / (fitted.support + _PRIOR))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
     rows += [_measured(PER_TAG, *row) for row in zip(vocabulary.categories, vocabulary.names, edges.tolist(), counts)]
     return ThresholdTable(vocabulary.hash, tuple(rows))
 
 
 def _choose_edges(group: Group, least_precision: float, least_recall: float) -> tuple[int, int, int]:
-    """Return the edge of each of CATEGORY_PROFILES."""
+    """Return the edge for each of CATEGORY_PROFILES."""
     precision, recall, _ = group.micro()
     precise, complete = np.flatnonzero(precision >= least_precision), np.flatnonzero(recall >= least_recall)
     return (
@@ -193,6 +189,6 @@ def _choose_edges(group: Group, least_precision: float, least_recall: float) -> 
 
 
 def _measured(profile: str, category: int, name: str, edge: int, counts: tuple[int, int, int]) -> Threshold:
-    """Return a row; counts: true positives, predictions, positives."""
-    found = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
-    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *found, counts[2], profile)
+    """Return a row of the table. counts: true positives, predictions, positives."""
+    scores = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
+    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *scores, counts[2], profile)

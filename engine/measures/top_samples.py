@@ -11,14 +11,14 @@ from utils.ranks import distributed
 
 
 class TopSamples:
-    """Keep the samples of the highest score, over batches and then over ranks; ties go to the lower sample_id."""
+    """Keep the samples with the highest scores over batches and ranks; ties go to the lower sample_id."""
 
     def __init__(self, size: int) -> None:
         self._size = size
         self._kept: dict[str, Tensor] = {}
 
     def add(self, score: Tensor, eligible: Tensor, fields: Mapping[str, Tensor]) -> None:
-        """Take a batch: score [B], eligible [B] bool, and the fields to keep of each sample; one is sample_id [B]."""
+        """Add a batch: score [B], eligible [B] bool, and the fields to keep, which include sample_id [B]."""
         best = self._best({**fields, "score": torch.where(eligible, score.double(), -torch.inf)})
         self._kept = self._best(_join([self._kept, best])) if self._kept else best
 
@@ -28,20 +28,18 @@ class TopSamples:
         return {name: tensor[order] for name, tensor in samples.items()}
 
     def reduce(self) -> dict[str, np.ndarray]:
-        """Return the fields of the best samples of all ranks, best first.
-
-        Scores are gathered first, and images only of the samples that they select.
-        """
-        own = {name: tensor.cpu() for name, tensor in self._kept.items()}
-        scores = {name: own[name] for name in ("sample_id", "score")}
+        """Return the fields of the best samples of all ranks, best first."""
+        kept = {name: tensor.cpu() for name, tensor in self._kept.items()}
+        # Gather scores first, so that only the selected samples send their images.
+        scores = {name: kept[name] for name in ("sample_id", "score")}
         chosen = self._best(_join(distributed.gather_objects(scores)))["sample_id"]
-        mine = torch.isin(own["sample_id"], chosen) & (own["score"] != -torch.inf)
-        parts = distributed.gather_objects({name: tensor[mine] for name, tensor in own.items()})
+        selected = torch.isin(kept["sample_id"], chosen) & (kept["score"] != -torch.inf)
+        parts = distributed.gather_objects({name: tensor[selected] for name, tensor in kept.items()})
         return {name: tensor.numpy() for name, tensor in self._best(_join(parts)).items()}
 
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the samples of all parts; images of bytes [B, C, H, W] get white edges at the right and bottom."""
+    """Concatenate samples; images [B, C, H, W] of several sizes are padded with white at the right and bottom."""
     return {name: torch.cat(_of_one_shape([part[name] for part in parts])) for name in parts[0]}
 
 

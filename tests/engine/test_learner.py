@@ -133,5 +133,5 @@ def test_half_of_a_network_is_frozen_by_its_dotted_name():
 def test_the_state_of_another_network_is_refused():
     learner, other = make_learner(), make_learner("model.dims=[8,24]")
     tensors, others = other.state()
-    with pytest.raises(UserError, match=r"^resume: here is of another model: \d+ tensors of weights differ, first"):
+    with pytest.raises(UserError, match=r"^resume: here is a checkpoint of another model: \d+ tensors of weights"):
         learner.load_state(tensors, others, "here")

@@ -217,14 +217,14 @@ def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched,
     path = shutil.copytree(folder / "run", tmp_path / "run")
     run("finetune", [*base, *SEARCH, "loop.total_steps=102", f"run_dir={path}"], folder)
     said = capsys.readouterr().err
-    assert "resumed from" in said and "lr_finder" not in said and "the peak rate is" in said
+    assert "resumed from" in said and "lr_finder" not in said and "the peak learning rate is" in said
     found = found_by(path)["taken"]
     assert json.loads((path / "checkpoints/step_00000102/state.json").read_text())["found_lr"] == found
     assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(102, found, 102)
 
     given = ["lr_finder.enabled=false", "optim.lr=0.5", "resume_allow=[optim.lr,lr_finder.enabled]"]
     run("finetune", [*base, *SEARCH, *given, "loop.total_steps=103", f"run_dir={path}"], folder)
-    assert "the peak rate is" not in capsys.readouterr().err
+    assert "the peak learning rate is" not in capsys.readouterr().err
     assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(103, 0.5, 103)
 
 

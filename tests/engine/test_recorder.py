@@ -132,4 +132,4 @@ def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkey
     assert rates == sorted(rates) and 0 < rates[-1] < 1
     assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in rows) and rows[-1]["data/wait_sec"] > 0
     said = (tmp_path / "run/log.txt").read_text()
-    assert "was a wait for data: " in said
+    assert "was spent waiting for data: " in said

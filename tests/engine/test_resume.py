@@ -73,7 +73,7 @@ def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_mad
     assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=7)
     assert left(place) == [4, 6] and not list((place / "run/checkpoints").glob(".step_*"))
     said = finetune(place, *named)
-    assert "step_00000006 was made by this command, so the run continues from it, not from run/checkpoints/" in said
+    assert "step_00000006 was written by this command; the run continues from it, not from run/checkpoints/" in said
     assert "at step 6" in said
     assert left(place) == [8, 9]
     assert [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == list(range(1, 10))

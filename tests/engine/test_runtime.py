@@ -14,7 +14,7 @@ from utils.ranks.distributed import GPUS_VARIABLE
 CONFIG = RuntimeConfig(
     explain=False,
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
-    deterministic=False, sync_batchnorm=False, grad_checkpointing=False, parallel="ddp", hang_timeout_sec=60.0,
+    deterministic=False, grad_checkpointing=False, parallel="ddp", hang_timeout_sec=60.0,
 )  # fmt: skip
 AUTO = {"device": "auto", "precision": "auto", "channels_last": "auto", "workers": "auto"}
 MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
@@ -49,9 +49,9 @@ def machine(tmp_path, monkeypatch):
     ("device", "given", "missing"),
     [
         ("cpu", {"programs": ["g++"]}, []),
-        ("cpu", {"headers": None, "CXX": "nope -O3"}, ["(nope, as CXX says)", "headers"]),
+        ("cpu", {"headers": None, "CXX": "nope -O3"}, ["(nope; CXX sets it)", "headers"]),
         ("cuda", {"programs": ["clang"]}, []),
-        ("cuda", {"programs": ["g++"], "triton": False}, ["(gcc or clang, ", "the package triton"]),
+        ("cuda", {"programs": ["g++"], "triton": False}, ["(gcc or clang; ", "the package triton"]),
     ],
 )
 def test_a_run_is_compiled_where_that_pays_and_what_is_missing_is_named(device, given, missing, machine):
@@ -164,7 +164,7 @@ def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
     """A login node has none; `submit/slurm.py` says that the job will have them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wanted = CONFIG.model_copy(update={"device": "cuda", "precision": "fp16"})
-    with pytest.raises(UserError, match="runtime.device: cuda was requested and torch sees no GPU"):
+    with pytest.raises(UserError, match="runtime.device: cuda was requested, but torch sees no GPU"):
         choose_runtime(wanted)
     monkeypatch.setenv(GPUS_VARIABLE, "1")
     assert choose_runtime(wanted).precision == "fp16"

@@ -84,7 +84,7 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
         run("export", ["run_dir=flow", "format=onnx"], place)
-    with pytest.raises(UserError, match=r"^output: .* gives vectors"):
+    with pytest.raises(UserError, match=r"^output: .* predicts vectors"):
         run("predict", ["weights=multicrop", "input=images/val", "output=features.csv", "device=cpu"], place)
 
 
