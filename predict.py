@@ -183,7 +183,8 @@ def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[s
     rows = predict_all(predictor, paths, config, lambda images: [{"vector": row} for row in predictor.embed(images)])
     readable = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
     if not readable:
-        raise UserError(f"{key}: no image can be read, such as {paths[0]}; predict.py output=x.jsonl gives the reasons")
+        reasons = "predict.py output=x.jsonl gives the reasons"
+        raise UserError(f"{key}: {paths[0]} cannot be read, nor can any other image; {reasons}")
     return [row["path"] for row in readable], np.stack([row["vector"] for row in readable])
 
 

@@ -326,24 +326,24 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
             f"resume: never was given, but {folder} holds {len(existing)} checkpoints (up to {existing[-1].name}), "
             "which are never overwritten; give another run_dir, or set resume=auto"
         )
-    found = find_checkpoint(folder / "checkpoints")
+    chosen = find_checkpoint(folder / "checkpoints")
     if resume not in ("auto", "never"):
         named = Path(resume)
         # After a kill, the same command resumes from its own newer checkpoints.
-        if found is not None and Path(read_state(found)["config"]["resume"]) == named:
-            log.info("resume: %s was written by this command; the run continues from it, not from %s", found, named)
+        if chosen is not None and Path(read_state(chosen)["config"]["resume"]) == named:
+            log.info("resume: %s was written by this command; the run continues from it, not from %s", chosen, named)
         elif (problem := find_damage(named)) is not None:
             raise UserError(
                 f"resume: {named} is not a complete checkpoint: {problem}; name one like "
                 "RUN/checkpoints/step_00001200, or set resume=auto"
             )
         else:
-            found = named
-    if found is None:
+            chosen = named
+    if chosen is None:
         return None
-    state = read_state(found)
+    state = read_state(chosen)
     values = hide_secrets_in(config.model_dump(mode="json"))
-    for line in check_resumable(state["config"], values, config.resume_allow, str(found)):
+    for line in check_resumable(state["config"], values, config.resume_allow, str(chosen)):
         log.warning("resume_allow accepts %s", line)
     if state["step"] > total_steps:
         raise UserError(
@@ -352,4 +352,4 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
         )
     if existing and step_of(existing[-1]) > state["step"]:  # damaged, or the user named an earlier one
         log.warning("resume: the next save removes the checkpoints beyond step %d", state["step"])
-    return found
+    return chosen

@@ -89,11 +89,11 @@ def find_units(task: nn.Module) -> list[nn.Module]:
     for module in reversed(list(task.modules())):  # inner modules first
         if module not in stacked or type(module) in _STACKS or not any(True for _ in module.children()):
             continue
-        own = set(module.parameters()) - taken
-        alone = all(uses[parameter] == 1 for parameter in own)
-        if alone and own and sum(parameter.numel() for parameter in own) >= _UNIT_SHARE * total:
+        parameters = set(module.parameters()) - taken
+        alone = all(uses[parameter] == 1 for parameter in parameters)
+        if alone and parameters and sum(parameter.numel() for parameter in parameters) >= _UNIT_SHARE * total:
             units.append(module)
-            taken |= own
+            taken |= parameters
     return units
 
 
@@ -118,10 +118,10 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     fully_shard(task, mesh=mesh, ignored_params=whole)
     # An evaluation calls parts of the network, not the task, so the task's own unit is gathered for its duration.
     register_fsdp_forward_method(task, "evaluate")
-    own = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())
+    local = sum(sharded.own_part(parameter).nbytes for parameter in task.parameters())
     log.info(
         "fsdp: %d units and the rest; %.1f of %.1f MiB of parameters on this rank",
-        len(units), own / 2**20, total / 2**20,
+        len(units), local / 2**20, total / 2**20,
     )  # fmt: skip
     return task
 

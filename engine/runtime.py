@@ -57,21 +57,21 @@ class Runtime:
         )
 
 
-def choose_device(wanted: str, key: str = "runtime.device") -> str:
+def choose_device(requested: str, key: str = "runtime.device") -> str:
     """Return cpu or cuda. Raises UserError (`key`) for cuda if neither this machine nor a planned job has a GPU."""
-    if wanted == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
+    if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
         raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
-    if wanted == "cpu":
-        return wanted
+    if requested == "cpu":
+        return requested
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def _choose_precision(wanted: str, device: str) -> str:
+def _choose_precision(requested: str, device: str) -> str:
     """Return bf16 if the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU."""
-    if wanted == "fp16" and device == "cpu" and not distributed.plans_gpus():
+    if requested == "fp16" and device == "cpu" and not distributed.plans_gpus():
         raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
-    if wanted != "auto":
-        return wanted
+    if requested != "auto":
+        return requested
     if has_fast_bf16(device):
         return "bf16"
     return "fp16" if device == "cuda" else "fp32"
@@ -110,10 +110,10 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
     return pays and not config.deterministic and not missing_for_compile(device)
 
 
-def choose_workers(wanted: str | int, device: str) -> int:
+def choose_workers(requested: str | int, device: str) -> int:
     """Return the loader processes per rank: a share of the cores, or 0 on a CPU, whose cores do the training."""
-    if wanted != "auto":
-        return int(wanted)
+    if requested != "auto":
+        return int(requested)
     if device == "cpu":
         return 0
     machine = os.cpu_count() or 1

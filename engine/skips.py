@@ -26,7 +26,7 @@ from utils.record.metrics_log import keep_rows
 log = get_logger(__name__)
 
 WINDOW_STEPS = 100  # `loop.max_skipped_steps` limits the skipped ones among these
-EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run, whatever the limit
+EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run, even with limit null
 _SHOWN = 8  # steps and paths in the log; the file has all
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
@@ -81,10 +81,10 @@ class SkipWatch:
             return
         every, rows = distributed.gather_objects([ids for _, _, ids in skipped]), []
         for index, (number, weight, _) in enumerate(skipped):
-            ranks = [rank for rank, found in enumerate(every) if found[index][0]]
+            ranks = [rank for rank, ids in enumerate(every) if ids[index][0]]
             what = "loss" if ranks else "weight" if weight == 0 else "gradient"
             self.steps.append((number, what))
-            paths = [self._path_of(sample) for found in every for sample in found[index][0 if ranks else 1]]
+            paths = [self._path_of(sample) for ids in every for sample in ids[index][0 if ranks else 1]]
             rows.append(json.dumps({"step": number, "ranks": ranks, "what": what, "paths": paths}, ensure_ascii=False))
             if index < _SHOWN and distributed.is_main():
                 reason = _REASONS[what].format(", ".join(map(str, ranks)))

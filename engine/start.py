@@ -144,9 +144,9 @@ def open_run(
         run.learner.micro_batches.open(folder.path, runtime.device)
         if config.loop.batch_size == "auto" and distributed.is_distributed():
             run.learner.rehearse(train.trial_batches(plan.micro_batch_size))
-        found = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
-        if found is not None:
-            run.restore(found)
+        checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
+        if checkpoint is not None:
+            run.restore(checkpoint)
         distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
         finished = True
         try:

@@ -47,10 +47,10 @@ class Vote:
     def __init__(self) -> None:
         self._pending: tuple[Tensor, torch.cuda.Event] | None = None
 
-    def read(self, asked: Tensor, own: Asks) -> Asks:
-        """Return the requests of any rank at this step, or on GPUs at the previous step. own: this process's."""
+    def read(self, asked: Tensor, asks: Asks) -> Asks:
+        """Return the requests of any rank at this step, or on GPUs at the previous step. asks: this process's."""
         if not distributed.is_distributed():
-            return own
+            return asks
         counts: Tensor | None = asked
         if asked.device.type == "cuda":
             counts, copy = None, torch.empty(2, dtype=asked.dtype, pin_memory=True)

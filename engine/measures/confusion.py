@@ -107,5 +107,5 @@ class ConfusionCounts:
         codes, counts = np.unique(torch.cat(self._codes).cpu().numpy(), return_counts=True)
         known = codes >= 0
         pairs = np.divmod(codes[known], self.num_classes)
-        own = coo_array((counts[known], pairs), shape=(self.num_classes, self.num_classes)).tocsr()
-        return Confusion(sum(distributed.gather_objects(own), start=csr_array(own.shape, dtype=np.int64)))
+        local = coo_array((counts[known], pairs), shape=(self.num_classes, self.num_classes)).tocsr()
+        return Confusion(sum(distributed.gather_objects(local), start=csr_array(local.shape, dtype=np.int64)))

@@ -102,7 +102,7 @@ class TagScores:
         members = _members(vocabulary)
         member = np.stack(list(members.values())).astype(np.float64)  # [G, T]
         sums, device, per_tag = 0.0, counts.scores.device, []
-        for own, tp, predicted in counts.tails():
+        for tags, tp, predicted in counts.tails():
             tp, predicted = tp.double(), predicted.double()
             positives, total = tp[:, :1], predicted[:, :1]
             f1 = 2 * tp / (predicted + positives).clamp(min=1)
@@ -110,7 +110,7 @@ class TagScores:
             mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
             # For a tag without positives, the last four are 0.
             curves = [tp, predicted, tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc]
-            sums = sums + torch.from_numpy(member[:, own]).to(device) @ torch.stack(curves)  # [6, G, BINS]
+            sums = sums + torch.from_numpy(member[:, tags]).to(device) @ torch.stack(curves)  # [6, G, BINS]
             best = f1.amax(1, keepdim=True)
             order = (f1 == best).cumsum(1)
             middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)

@@ -249,7 +249,7 @@ def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch
 
 
 def test_a_rate_beside_a_range_test_is_refused():
-    with pytest.raises(ConfigError, match=r"optim.lr: 0.3 is not read"):
+    with pytest.raises(ConfigError, match=r"optim.lr: 0.3 is not used"):
         configure("finetune", ["lr_finder.enabled=true", "optim.lr=0.3"])
     configure("finetune", ["lr_finder.enabled=true", "optim.base_lr=0.3"])
 
