@@ -1,1 +1,1 @@
-"""Collections of images, and the way from their files to batches."""
+"""Collections of images: from files to batches."""

@@ -1,4 +1,4 @@
-"""The shape of `data` and `augment`. Values and defaults are in conf/data/ and conf/augment/."""
+"""The schema of `data` and `augment`. Values and defaults are in conf/data/ and conf/augment/."""
 
 import math
 from typing import Annotated, Any, Literal
@@ -16,7 +16,7 @@ _POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1
 
 def _rises(bounds: list[float]) -> list[float]:
     if bounds[0] > bounds[1]:
-        raise ValueError(f"{bounds[0]:g} to {bounds[1]:g} does not rise; give the smaller number first")
+        raise ValueError(f"{bounds[0]:g} to {bounds[1]:g} is decreasing; give the smaller number first")
     return bounds
 
 
@@ -25,10 +25,9 @@ _Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
 
 
 class CacheConfig(Strict):
-    """Where decoded images are kept (docs/loading.md).
+    """Caches of decoded images (docs/loading.md).
 
-    memory_gib: in the shared memory of a node, while training; 0: none. disk_gib: the most that the files in `folder`
-    take; 0: none.
+    memory_gib: shared memory of a node while training; 0: off. disk_gib: maximum size of the files in `folder`; 0: off.
     """
 
     memory_gib: Literal["auto"] | Annotated[float, Field(ge=0, le=1e6)]
@@ -37,11 +36,11 @@ class CacheConfig(Strict):
 
 
 class DataConfig(Strict):
-    """A user's collection, read as it is, or the embedded one, which is drawn into `root` where it is missing.
+    """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
-    validation_fraction: used only where the collection has no validation split.
-    background: under transparent images; null: white in training, and what the weights state elsewhere. icc: convert
-    images from their colour profile to sRGB; elsewhere also where the weights state it.
+    validation_fraction: used only if the collection has no validation split.
+    background: the colour behind transparent images; null: white in training, else the one stored with the weights.
+    icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -56,8 +55,9 @@ class DataConfig(Strict):
 class TextConfig(Strict):
     """How predict.py writes the tags of an image.
 
-    max_tags: the most probable ones; null: all. exclude: tags in any spelling. rating: where it stands, as
-    `rating:general`; null: nowhere. spaces: for underscores, but for kaomoji. escape: parentheses, by a backslash.
+    max_tags: only the most probable tags; null: all. exclude: tags to skip, in any spelling. rating: position of the
+    rating, such as `rating:general`; null: none. spaces: replace underscores, except in kaomoji. escape: write
+    parentheses with a backslash.
     """
 
     order: Literal["score", "vocabulary", "characters_first"]
@@ -70,9 +70,9 @@ class TextConfig(Strict):
 
 
 class TagRulesConfig(Strict):
-    """What the tags of a collection mean.
+    """The meaning of the tags of a collection.
 
-    rating_s: what the ratings s and safe mean; null where there are none. aliases, implications: CSV files of two
+    rating_s: the meaning of the ratings s and safe; null if there are none. aliases, implications: CSV files with two
     columns.
     """
 
@@ -82,9 +82,9 @@ class TagRulesConfig(Strict):
 
 
 class VocabularyConfig(TagRulesConfig):
-    """What is taken into a vocabulary.
+    """Which tags a vocabulary contains.
 
-    min_count: images of the training split that a tag needs. ignore, keep: lists of tags, one a line.
+    min_count: minimum training images per tag. ignore, keep: text files with one tag per line.
     """
 
     min_count: Count
@@ -94,7 +94,7 @@ class VocabularyConfig(TagRulesConfig):
 
 
 class AffineConfig(Strict):
-    """A random turn of up to `degrees`, shift of up to `translate` of the sides, zoom within `scale`, and shear."""
+    """A random rotation by up to `degrees`, shift by up to `translate` of the sides, zoom within `scale`, and shear."""
 
     degrees: Annotated[float, Field(ge=0, le=180)]
     translate: Fraction
@@ -105,8 +105,8 @@ class AffineConfig(Strict):
 class ColorJitterConfig(Strict):
     """Random changes of colour, in a random order.
 
-    brightness, contrast, saturation: b means a factor between max(0, 1 - b) and 1 + b. hue: h means a turn of the
-    colour circle by -h to h, in turns. Saturation and hue do nothing to grey images. Source: torchvision's ColorJitter.
+    brightness, contrast, saturation: b means a factor between max(0, 1 - b) and 1 + b. hue: h means a rotation of the
+    colour circle by -h to h turns. Saturation and hue do not change grey images. Source: torchvision's ColorJitter.
     """
 
     brightness: _Jitter
@@ -116,42 +116,41 @@ class ColorJitterConfig(Strict):
 
 
 class AugmentConfig(Strict):
-    """From a decoded image to the network's input: in training the steps below, in this order.
+    """From a decoded image to the network's input. In training, the steps run in the order of these fields.
 
-    `on_device` true: the workers decode, crop and resize. data/augment/on_device.py applies the rest to whole
-    batches on the device. The draws have the same distributions. What differs: `affine` acts on the resized image,
-    so its shift is a share of the image size, no crop follows that could cut off what it uncovers, and its one
-    bilinear sampling blurs a little what the resize has made sharp; `color_jitter` rounds once at the end and not
-    after each change.
+    With `on_device`, workers only decode, crop and resize; data/augment/on_device.py applies the other steps to whole
+    batches on the device. The random distributions are the same. Differs: `affine` acts on the resized image, so its
+    shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs the
+    image a little; `color_jitter` rounds once at the end and not after each change.
     """
 
     image_size_hw: Annotated[list[Side], _Pair]
-    # In training and evaluation. square: the whole image in the middle of a square of the background. buckets: of the
-    # nearest of several shapes (`letterbox_sizes` in data/latents/buckets.py), each with at most as many pixels as
-    # `image_size_hw`; `crop_ratio` is then relative to that shape. Programs that show one size show the square.
+    # In training and evaluation. square: the whole image, centred on a square of the background. buckets: centred on
+    # the nearest of several shapes (`letterbox_sizes` in data/latents/buckets.py), each with at most as many pixels as
+    # `image_size_hw`; `crop_ratio` is then relative to that shape. Exported models with a fixed size use the square.
     pad: Literal["none", "square", "buckets"]
-    affine: AffineConfig | None  # of the decoded image; its cost grows with it
-    fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of what the affine map uncovers
-    crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # of the area
+    affine: AffineConfig | None  # acts on the decoded image; its cost grows with the image size
+    fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers
+    crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # share of the area
     crop_ratio: _Zooms  # width / height
-    # Of the resize; varied draws one of the others for each training image, and is bicubic in evaluation.
+    # The resize filter. varied: a random one for each training image, and bicubic in evaluation.
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
     horizontal_flip: Fraction
     color_jitter: ColorJitterConfig | None
-    # A policy of timm, which fills with the mean and ignores sections that it does not know.
+    # A policy of timm, which fills with the mean and ignores unknown sections.
     rand_augment: Annotated[str, Field(pattern=_POLICY)] | None
     random_erasing: Fraction
-    erasing_noise: Literal["uniform", "normal"]  # normal: of `mean` and `std`
+    erasing_noise: Literal["uniform", "normal"]  # normal: with `mean` and `std`
     on_device: bool
-    shrink: bool  # an image that is larger than crops need is resized when it is decoded (`shortest_px`)
-    # crop: the shorter side to image size / `eval_crop`, then the centre. squash: both sides to the image size.
+    shrink: bool  # reduce large images to the size that crops need when decoding (`shortest_px`)
+    # crop: resize the shorter side to image size / `eval_crop`, then take the centre. squash: resize both sides.
     eval_resize: Literal["crop", "squash"]
     eval_crop: Annotated[float, Field(ge=0.1, le=1)]
-    mean: list[Fraction]  # of values in [0, 1], one per channel; applied on the device
+    mean: list[Fraction]  # for values in [0, 1], one per channel; applied on the device
     std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
-        """Return what evaluation does to an image, as it is written into weight files."""
+        """Return the preprocessing of evaluation, as weight files store it."""
         return {
             **self.model_dump(include={"image_size_hw", "eval_resize", "eval_crop", "mean", "std"}),
             "pad": "square" if self.pad == "buckets" else self.pad,
@@ -161,13 +160,13 @@ class AugmentConfig(Strict):
         }
 
     def shortest_px(self) -> int | None:
-        """Return how far `shrink` shortens the shorter side of an image, in pixels, so that no crop is enlarged.
+        """Return the shorter side in pixels to which `shrink` reduces images, or None; no crop is enlarged after it.
 
-        The larger of two bounds. Evaluation resizes to image size / `eval_crop`, or to the image size. Training takes a
-        crop of at least `crop_scale` of the area; of an image with shorter side s it is, at a ratio r = width / height,
-        at least s sqrt(scale r) wide and s sqrt(scale / r) high, and where no crop fits, s or s times the nearest
-        ratio. A worker's affine map enlarges the crop's content at most by its zoom and both shears. A padded image is
-        a square of the longer side, so the bound holds for it, too.
+        This is the larger of two bounds. Evaluation resizes to image size / `eval_crop`, or to the image size. A
+        training crop covers at least `crop_scale` of the area: for shorter side s and ratio r = width / height, it is
+        at least s sqrt(scale r) wide and s sqrt(scale / r) high; if no crop fits, s or s times the nearest ratio.
+        A worker's affine map enlarges the content at most by its zoom and both shears. A padded image is a square of
+        the longer side, so the bound also holds for it.
         """
         if not self.shrink:
             return None
@@ -182,7 +181,7 @@ class AugmentConfig(Strict):
         return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))
 
     def describe(self, task_mirrors: bool) -> str:
-        """Return the image size and the augmentation in a line; task_mirrors: whether the task mirrors."""
+        """Describe image size and augmentation in one line; task_mirrors: whether the task flips images."""
         height, width = self.image_size_hw
         steps = [] if self.pad == "none" else [f"pad={self.pad}"]
         steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
@@ -195,11 +194,11 @@ class AugmentConfig(Strict):
     def _is_of_one_piece(self) -> "AugmentConfig":
         if len(self.mean) != len(self.std):
             raise ValueError(
-                f"augment.std: {len(self.std)} numbers beside {len(self.mean)} in augment.mean; give one per channel"
+                f"augment.std: {len(self.std)} numbers, but augment.mean has {len(self.mean)}; give one per channel"
             )
         if self.on_device and self.rand_augment is not None:
             raise ValueError(
-                f"augment.on_device: true, and augment.rand_augment ({self.rand_augment}) runs on Pillow's images in "
-                "the workers; set augment.on_device=false, or augment.rand_augment=null and augment.color_jitter"
+                f"augment.on_device: true, but augment.rand_augment ({self.rand_augment}) only runs in the workers; "
+                "set augment.on_device=false, or augment.rand_augment=null and augment.color_jitter"
             )
         return self

@@ -1,4 +1,4 @@
-"""Open data: from a configuration to a collection, the source of its records, and streams of batches. Read this first.
+"""Open data: from a configuration to a collection, a source of its images, and streams of batches. Read this first.
 
     collection = load_collection(config.data)
     source = open_images(collection, config.data, channels=3, background="white")
@@ -6,13 +6,14 @@
     train = data.train(rows, fields, training_views(augment))
     val = data.prepared(collection.rows("val"), fields, preprocessing)
 
-The way of an image, each step a call of the one before:
+The path of an image:
 
-    position -> row        Sampler.at                                                  stream.py
-    row -> pixels          MemoryCached, DiskCached, Images: bytes, then the Decoder   images.py, cache/, decode.py
-    pixels -> views        TrainTransform, EvalTransform; fields add labels and tags   transforms.py, SampleReader
-    samples -> batch       collate, in a loader worker                                 batch.py
-    batch -> device        to_device, then the hook of DeviceAugment                loader.py, device_augment.py
+    position -> row     Sampler.at                                                 stream/order.py
+    row -> pixels       MemoryCached, DiskCached, Images: bytes, then the Decoder  images/
+    pixels -> views     TrainTransform, EvalTransform                              augment/transforms.py
+    views -> sample     SampleReader; fields add labels and tags                   stream/loader.py
+    samples -> batch    collate, in a loader worker                                stream/batch.py
+    batch -> device     to_device, then the hook of DeviceAugment                  stream/loader.py, augment/
 """
 
 import copy
@@ -48,7 +49,7 @@ CACHE = Path("outputs/cache/collections")
 
 
 def load_collection(config: DataConfig) -> Collection:
-    """Index the collection on rank 0 (drawing the glyphs first where they are missing) and open it on every rank."""
+    """Index the collection on rank 0 and open it on every rank. Missing glyphs are drawn first."""
 
     def index() -> str:
         if config.name == "glyphs":
@@ -61,7 +62,7 @@ def load_collection(config: DataConfig) -> Collection:
 
 
 def describe_collection(collection: Collection) -> str:
-    """Return a collection in a line: its root, splits and classes."""
+    """Describe a collection in one line: root, splits and classes."""
     train, val = (f"{len(collection.rows(split)):,}" for split in ("train", "val"))
     classes = len(collection.class_names("train"))
     labels = f" of {classes} classes" if classes else ", without labels"
@@ -71,10 +72,10 @@ def describe_collection(collection: Collection) -> str:
 def load_files(
     paths: Sequence[Path], preprocessing: Mapping[str, Any], machine: Machine, *, max_pixels: int, batch_size: int
 ) -> tuple[EvaluationStream, Mapping[str, str]]:
-    """Return the batches of image files as evaluation prepares them, and the reasons of those unreadable.
+    """Return batches of image files with the preprocessing of evaluation, and the reason for each unreadable file.
 
-    A sample's id is its place among the paths, and its key 0 where it is padding. In order; where the preprocessing
-    states buckets, one bucket after the other, and files whose size cannot be read as if they were squares.
+    A sample's id is its index in `paths`; padding has key 0. The order is kept, except that with buckets in the
+    preprocessing one bucket follows the other. Files with an unreadable size count as squares.
     """
     decoder = Decoder(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
@@ -83,9 +84,9 @@ def load_files(
     source, groups = Images(ListedFiles(paths), decoder), None
     if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
         sizes_hw = np.ones((len(paths), 2))
-        for place, path in enumerate(paths):
+        for index, path in enumerate(paths):
             with suppress(UnreadableImage):
-                sizes_hw[place] = read_upright_size(path)
+                sizes_hw[index] = read_upright_size(path)
         groups = assign(sizes_hw, np.array(buckets_hw))
     views, last = evaluation_views(preprocessing), machine.channels_last
     reader = SampleReader(None, source, views, no_fields, training=False, channels_last=last)
@@ -103,11 +104,10 @@ def open_images(
     shortest_px: int | None = None,
     repeats: bool = False,
 ) -> Source:
-    """Return the source of a collection's images, behind the caches that `data.cache` asks for; on all ranks at once.
+    """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
-    shortest_px: as in `Decoder`. repeats: images are read again and again, so that keeping them in memory pays.
-    Raises UserError (`model.in_channels`) where images cannot be read so, and (`data.cache.folder`) as
-    `DiskCached` does.
+    shortest_px: as in `Decoder`. repeats: images are read several times, so a memory cache helps.
+    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
     """
     decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
     images = Images(open_contents(collection), decoder)
@@ -116,10 +116,10 @@ def open_images(
 
 
 class Data:
-    """A collection and how this process reads it: the records of a source, as streams of batches.
+    """A collection as streams of batches, read from a source.
 
-    batch_size: of evaluation. run_path: the folder whose unreadable.jsonl lists unreadable samples; None for none.
-    fingerprints: what must not change while a run is resumed, by configuration key.
+    batch_size: for evaluation. run_path: the folder for unreadable.jsonl, the list of unreadable samples; or None.
+    fingerprints: values by configuration key that must not change when a run is resumed.
     """
 
     def __init__(
@@ -138,7 +138,7 @@ class Data:
         self.unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
 
     def read_from(self, source: Source, fingerprints: Mapping[str, str]) -> "Data":
-        """Return the same rows read from another source, such as a cache of latents."""
+        """Return a copy that reads from another source, such as a cache of latents."""
         other = copy.copy(self)
         other.source, other.fingerprints = source, {**self.fingerprints, **fingerprints}
         return other
@@ -153,11 +153,11 @@ class Data:
     def evaluation(
         self, rows: Sequence[int], fields: Fields, views: Views, *, groups: np.ndarray | None = None
     ) -> EvaluationStream:
-        """Return some rows, each exactly once over all ranks; groups: as in `evaluation_batches`."""
+        """Return a stream of `rows`, each exactly once over all ranks; groups: as in `evaluation_batches`."""
         return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self._seed)
 
     def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
-        """Return some images as a weight file's preprocessing says: of buckets, each batch in one of them."""
+        """Return a stream of `rows` with the preprocessing of a weight file. A batch never mixes buckets."""
         groups = letterbox_groups(self.collection, rows, preprocessing)
         return self.evaluation(rows, fields, evaluation_views(preprocessing), groups=groups)
 

@@ -1,12 +1,11 @@
-"""Augmentation on the device: a worker draws a sample's parameters, the device applies those of a whole batch at once.
+"""Augmentation on the device: workers draw the parameters of each sample, the device applies them to whole batches.
 
     views = training_views(augment)          {"images": crop and resize, "augment": the parameters [P]}
     data.train(rows, fields, views)          applies the parameters after the copy (data/open.py)
 
-The parameters are a view of the sample, drawn from its key. The results do not depend on how a step is split, to the
-bit on one device: every operation is elementwise or exact, and each is a kernel of its own (a fused multiply-add may
-round the end of an array otherwise than its middle). Images stay bytes: what needs floats is rounded once, at the end.
-Nothing waits for the device.
+The parameters are a view of the sample, drawn from its key. On one device, results are bit-identical however a step is
+split: every operation is elementwise or exact, in a separate kernel (a fused multiply-add may round the end of an array
+differently). Images stay bytes; float results are rounded once, at the end. There is no host synchronisation.
 """
 
 import math
@@ -29,21 +28,20 @@ _CHANGES = ("brightness", "contrast", "saturation", "hue")
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
 _BLENDS, _NONE = (_BRIGHTNESS, _CONTRAST, _SATURATION), -1
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
-_NOISE_DRAW = 0xE7A5E  # of utils/rng.py; tasks use small numbers
+_NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
 
 
-# The parameters of a sample, [P=20]: `inverse_matrix`; factors, as drawn; the blends before the hue and those after it
-# (numbers of brightness, contrast and saturation) in the order in which they are applied, then -1 for none; the erased
-# rectangle, as drawn.
+# The parameters of a sample, [P=20]: `inverse_matrix`; the factors; the blends before and after the hue, as numbers of
+# brightness, contrast and saturation in order of application, padded with -1; the erased rectangle.
 _WIDTHS = (6, 4, len(_BLENDS), len(_BLENDS), 4)
 
 
 class Augmentation(NamedTuple):
-    """The random changes of one image, in the terms of torchvision's functions.
+    """The random changes of one image, with the meaning of torchvision's arguments.
 
     angle, shear (x, y): degrees. translate (x, y): pixels of the resized image. factors: brightness, contrast,
-    saturation (1: unchanged) and hue (0: unchanged); order: in which the four are applied. erased_px: top, left,
-    height, width; a height of 0 erases nothing.
+    saturation (1: unchanged) and hue (0: unchanged); order: the order of these four. erased_px: top, left, height,
+    width; height 0 erases nothing.
     """
 
     mirrored: bool = False
@@ -57,9 +55,9 @@ class Augmentation(NamedTuple):
 
 
 def inverse_matrix(drawn: Augmentation, size_hw: Sequence[int]) -> list[float]:
-    """Return the map from output to input coordinates, [2, 3] row by row; both are -1 to 1 over the image.
+    """Return the map from output to input coordinates, [2, 3] row by row; coordinates are -1 to 1 over the image.
 
-    Source: torchvision's order, rotation x scale x shear y x shear x about the centre, then the shift; the mirror last.
+    Source: the order of torchvision: rotation x scale x shear y x shear x about the centre, then the shift; flip last.
     """
     height, width = size_hw
     turn, shear_x, shear_y = (math.radians(value) for value in (drawn.angle, *drawn.shear))
@@ -76,7 +74,7 @@ def inverse_matrix(drawn: Augmentation, size_hw: Sequence[int]) -> list[float]:
 
 
 class DeviceAugment:
-    """A view that draws a sample's parameters in a worker, and the hook that applies them to a batch on the device."""
+    """A view that draws the parameters of a sample, and a hook that applies them to a batch on the device."""
 
     def __init__(self, config: AugmentConfig) -> None:
         self._config = config
@@ -89,12 +87,12 @@ class DeviceAugment:
         self._turns_hue = active[_HUE]
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return a sample's parameters, float32 [P]."""
+        """Return the parameters of a sample, float32 [P]."""
         return self.pack(self.draw())
 
     def draw(self) -> Augmentation:
-        """Draw from torch's generator, which the reader has seeded with the view's key; by torchvision's own rules."""
-        like = [torch.zeros(()).expand(1, *self._size_hw)]  # they ask for the size alone
+        """Draw by torchvision's own functions, from torch's generator, which the reader has seeded."""
+        like = [torch.zeros(()).expand(1, *self._size_hw)]  # only the size is used
         drawn = Augmentation(torch.rand(()).item() < self._config.horizontal_flip)
         if self._affine is not None:
             drawn = drawn._replace(**self._affine.make_params(like))
@@ -105,26 +103,26 @@ class DeviceAugment:
             drawn = drawn._replace(factors=factors, order=tuple(jitter["fn_idx"].tolist()))
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
             erased = self._erasing.make_params(like)
-            if erased["v"] is not None:  # a rectangle fits
+            if erased["v"] is not None:  # None if no rectangle fits
                 drawn = drawn._replace(erased_px=tuple(erased[name] for name in "ijhw"))
         return drawn
 
     def pack(self, drawn: Augmentation) -> Tensor:
-        """Return what the device needs of one sample's draws, float32 [P]."""
-        place = drawn.order.index(_HUE) if self._turns_hue else len(drawn.order)
-        parts = drawn.order[:place], drawn.order[place:]
+        """Return the parameters for the device, float32 [P]."""
+        hue_index = drawn.order.index(_HUE) if self._turns_hue else len(drawn.order)
+        parts = drawn.order[:hue_index], drawn.order[hue_index:]
         before, after = ([number for number in part if number in self._blends] for part in parts)
         padded = [(blends + [_NONE] * len(_BLENDS))[: len(_BLENDS)] for blends in (before, after)]
         matrix = inverse_matrix(drawn, self._size_hw)
         return torch.tensor([*matrix, *drawn.factors, *padded[0], *padded[1], *drawn.erased_px], dtype=torch.float32)
 
     def on_device(self, batch: Batch) -> Batch:
-        """Return the batch with its images augmented and without the parameters."""
+        """Return the batch with augmented images, without the parameters."""
         rest = {name: tensor for name, tensor in batch.items() if name != AUGMENT}
         return rest | {IMAGES: self.apply(batch[IMAGES], batch[AUGMENT], batch["key"])}
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
-        """Return augmented images, uint8 [B, C, H, W] as given; parameters [B, P], keys [B] for the noise."""
+        """Return augmented images, uint8 [B, C, H, W]; parameters [B, P], keys [B] for the noise."""
         matrix, factors, before_hue, after_hue, erased_px = parameters.split(_WIDTHS, dim=1)
         changed = images
         if self._affine is not None:
@@ -141,7 +139,7 @@ class DeviceAugment:
         return torch.where(inside, self._noise(keys, changed.shape), changed)
 
     def _change_colours(self, images: Tensor, factors: Tensor, before_hue: Tensor, after_hue: Tensor) -> Tensor:
-        """Apply brightness, contrast, saturation and hue in each sample's own order; float images of 0 to 255."""
+        """Apply brightness, contrast, saturation and hue in the order of each sample; float images from 0 to 255."""
         count = len(self._blends)
         for number in before_hue.unbind(1)[:count]:
             images = blend(images, factors, number)
@@ -154,7 +152,7 @@ class DeviceAugment:
         return images
 
     def _noise(self, keys: Tensor, shape: torch.Size) -> Tensor:
-        """Return noise of each sample's key, uint8 [B, C, H, W]: uniform bytes, or normal of the mean and std."""
+        """Return noise from each sample's key, uint8 [B, C, H, W]: uniform bytes, or normal with mean and std."""
         _, channels, height, width = shape
         if self._config.erasing_noise == "uniform":
             words = (rng.uniform(keys, (1, height, width), _NOISE_DRAW) * 2.0**24).to(torch.int32)  # 24 random bits
@@ -166,19 +164,19 @@ class DeviceAugment:
 
 
 def _per_image(values: Tensor) -> Tensor:
-    """Return [B] as [B, 1, 1, 1]."""
+    """Reshape [B] to [B, 1, 1, 1]."""
     return values.view(-1, 1, 1, 1)
 
 
 def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
-    """Return float images [B, C, H, W] sampled bilinearly at `matrices` [B, 6] (inverse_matrix); outside is `fill`.
+    """Sample float images [B, C, H, W] bilinearly at `matrices` [B, 6] (inverse_matrix); outside is `fill`.
 
-    The grid is made here, because F.affine_grid multiplies matrices, in TF32 where that is on: a tenth of a pixel off
-    at 224 px. Differs: along the image's edge torchvision applies the fill's share twice, so the edge is too faint.
+    The grid is not from F.affine_grid, whose matrix product may use TF32: an error of a tenth of a pixel at 224 px.
+    Differs: torchvision applies the fill twice along the edge, so its edge is too faint.
     """
-    # The centres of pixels, where the image reaches from -1 to 1.
-    places = (torch.arange(count, device=images.device, dtype=torch.float32) for count in images.shape[-2:])
-    ys, xs = ((place + 0.5) * (2.0 / len(place)) - 1.0 for place in places)
+    # Pixel centres, in coordinates from -1 to 1 over the image.
+    indices = (torch.arange(count, device=images.device, dtype=torch.float32) for count in images.shape[-2:])
+    ys, xs = ((index + 0.5) * (2.0 / len(index)) - 1.0 for index in indices)
     xs, ys = xs.view(1, 1, -1), ys.view(1, -1, 1)
     rows = matrices.view(-1, 2, 3, 1, 1)
     grid = torch.stack([row[:, 0] * xs + row[:, 1] * ys + row[:, 2] for row in rows.unbind(1)], dim=-1)
@@ -195,19 +193,19 @@ def luminance(images: Tensor) -> Tensor:
 
 
 def exact_mean(grey: Tensor) -> Tensor:
-    """Return each image's mean [B] of levels [B, 1, H, W] in 0..255, to 1/256 of a level.
+    """Return the mean of each image [B] from levels [B, 1, H, W] in 0..255, to 1/256 of a level.
 
-    A sum of floats depends on how the device splits it, and so on the batch's size; one of integers does not.
+    A sum of integers, unlike one of floats, does not depend on how the device splits it, so not on the batch size.
     """
     total = (grey * 256.0).round_().to(torch.int64).sum(dim=(1, 2, 3))
     return total.float() / (256.0 * grey.shape[-2] * grey.shape[-1])
 
 
 def blend(images: Tensor, factors: Tensor, number: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation of float images of 0 to 255.
+    """Change brightness, contrast or saturation of float images from 0 to 255.
 
-    factors: [B, 4]. number: of the one to change, [B]; an image with another number stays as it is.
-    An image becomes factor x image + (1 - factor) x target: black, its mean grey, or its grey levels.
+    factors: [B, 4]. number: the change for each image, [B]; other numbers leave an image unchanged.
+    The result is factor x image + (1 - factor) x target; the target is black, the mean grey, or the grey levels.
     """
     chosen = number[:, None] == torch.arange(len(_BLENDS), device=number.device)
     factor = torch.where(chosen, factors[:, : len(_BLENDS)], 0.0).sum(dim=1) + (~chosen.any(dim=1))
@@ -218,7 +216,7 @@ def blend(images: Tensor, factors: Tensor, number: Tensor) -> Tensor:
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
-    """Turn the hue of float RGB images [B, 3, H, W] by `turns` [B] of the colour circle.
+    """Rotate the hue of float RGB images [B, 3, H, W] by `turns` [B] of the colour circle.
 
     Source: HSV to RGB, f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + h / 60 degrees) mod 6.
     """
@@ -234,25 +232,25 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     hue = hue + (turns * 6.0).view(-1, 1, 1)
     channels = []
     for start in (5.0, 3.0, 1.0):
-        place = (hue + start) % 6.0
-        channels.append(high - torch.minimum(place, 4.0 - place).clamp_(0, 1) * span)
+        sector = (hue + start) % 6.0
+        channels.append(high - torch.minimum(sector, 4.0 - sector).clamp_(0, 1) * span)
     return torch.stack(channels, dim=1)
 
 
 def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
-    """Return bool [B, 1, H, W], True inside each sample's rectangle; edges [B, 4]: top, left, height, width."""
+    """Return masks [B, 1, H, W], True inside the rectangle of each sample; edges [B, 4]: top, left, height, width."""
     inside = []
     for first, length, count in ((edges[:, 0], edges[:, 2], size_hw[0]), (edges[:, 1], edges[:, 3], size_hw[1])):
-        places = torch.arange(count, device=edges.device)[None, :]
-        inside.append((places >= first[:, None]) & (places < (first + length)[:, None]))
+        indices = torch.arange(count, device=edges.device)[None, :]
+        inside.append((indices >= first[:, None]) & (indices < (first + length)[:, None]))
     rows, columns = inside
     return rows[:, None, :, None] & columns[:, None, None, :]
 
 
 def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
-    """Return the views of a training image: `images`, and with `augment.on_device` the parameters for the device.
+    """Return the views of a training image: `images`, and with `augment.on_device` the parameters.
 
-    background: of what `augment.pad` adds.
+    background: the colour of the padding of `augment.pad`.
     """
     images = {IMAGES: TrainTransform(config, background)}
     return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images

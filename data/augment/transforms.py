@@ -1,9 +1,9 @@
-"""Transforms from a decoded image to the uint8 tensor of a batch; random draws come from the sample's key.
+"""Transforms from a decoded image to the uint8 tensor of a batch, with random numbers from the sample's key.
 
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
-Each runs on what it is fastest with, by a factor of 2 to 4 (one thread, 64 and 224 px): crops and resizes on tensors,
-affine maps on Pillow's images. RandAugment is timm's, on Pillow's images too.
-Normalisation happens on the device (models/normalise.py): a batch carries bytes, a quarter of floats.
+Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the other way (one
+thread, 64 and 224 px). RandAugment is timm's, on Pillow images.
+Normalisation happens on the device (models/normalise.py), so batches hold bytes, a quarter of the size of floats.
 """
 
 import functools
@@ -22,14 +22,14 @@ from data.stream.order import Draw, Transform, Views
 from utils import rng
 from utils.canvas import DEFAULT, background_levels, background_of
 
-# Only the middle of a very long image is resized, at most this many times the evaluation size: a strip of 1 x 50,000
-# pixels would become one of 256 x 12,800,000. Of one that is padded, all is shrunk to this many times the image size.
+# Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
+# to at most this many times the evaluation size. With padding, the whole image is reduced to this many times the size.
 _LONGEST = 8
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
 
 
 class ByGroup:
-    """The transform of the draw's group: one for each bucket."""
+    """Apply the transform of the draw's group; there is one for each bucket."""
 
     def __init__(self, transforms: Sequence[Transform]) -> None:
         self._transforms = transforms
@@ -40,11 +40,10 @@ class ByGroup:
 
 
 def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
-    """Put the whole image, uint8 [C, H, W], into the middle of a square; an odd pixel goes to the right or the bottom.
+    """Centre the whole image, uint8 [C, H, W], on a square; an odd pixel of padding goes to the right or the bottom.
 
-    background: of data.config; for `drop`, which states no colour, white. pad: of AugmentConfig; with none the image is
-    returned as it is, with buckets the canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide
-    as the image.
+    background: as in data.config; `drop` pads with white. pad: none returns the image unchanged; with buckets the
+    canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide as the image.
     """
     if pad == "none":
         return image
@@ -62,11 +61,10 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
 
 
 class NoiseErasing(v2.RandomErasing):
-    """Erase a rectangle of 2 to 33 % of the image with noise, for which torchvision's own takes floats only.
+    """Replace a rectangle of 2 to 33 % of the image by noise; torchvision's version only does this for floats.
 
-    The noise is uniform over bytes, or, where `mean` and `std` are given, normal.
-    Differs: published code draws normal noise after the normalisation; here it is rounded to bytes and clipped to
-    black and white.
+    The noise is uniform over bytes, or normal if `mean` and `std` are given.
+    Differs: published code draws normal noise after normalisation; here it is rounded to bytes and clipped.
     """
 
     def __init__(self, p: float, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
@@ -76,7 +74,7 @@ class NoiseErasing(v2.RandomErasing):
         )
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
-        """Return the image with noise in the drawn rectangle, or as it was where none was drawn."""
+        """Return the image with noise in the rectangle, or unchanged if there is none."""
         if params["v"] is None:
             return inpt
         shape = inpt.shape[-3], params["h"], params["w"]
@@ -88,18 +86,18 @@ class NoiseErasing(v2.RandomErasing):
 
 
 class PolicyAugment(v2.Transform):
-    """timm's RandAugment by its policy string, on Pillow's images.
+    """timm's RandAugment with a policy string, on Pillow images.
 
-    timm draws from Python's and NumPy's generators, which are seeded from torch's here: the result depends on the
-    sample's key alone.
+    timm uses the generators of Python and NumPy, which are seeded from torch's here: the result only depends on the
+    sample's key.
     """
 
     def __init__(self, config: AugmentConfig) -> None:
         super().__init__()
-        from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only where it is used
+        from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only if needed
 
         mean = tuple(round(255 * value) for value in config.mean)
-        filters = Image.Resampling  # of which Pillow's affine maps have two
+        filters = Image.Resampling  # Pillow's affine maps support two of them
         settings = {
             "translate_const": int(0.45 * min(config.image_size_hw)),
             "img_mean": mean if len(mean) > 1 else mean[0],
@@ -117,12 +115,12 @@ class PolicyAugment(v2.Transform):
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
-    """Keep the upper bits of each channel; none, which Pillow 13 refuses and timm asks for, makes the image black."""
+    """Keep the upper bits of each channel; 0 bits, which timm may ask for and Pillow 13 refuses, give black."""
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
 def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
-    """Return the steps that apply a transform to the image as Pillow has it; from and to uint8 [C, H, W], C 1 or 3."""
+    """Return steps that apply a transform to a Pillow image; from and to uint8 [C, H, W], C 1 or 3."""
     return [v2.ToPILImage(), transform, v2.PILToTensor()]
 
 
@@ -141,32 +139,32 @@ def random_affine(config: AugmentConfig) -> v2.RandomAffine | None:
 
 
 def color_jitter(config: AugmentConfig) -> v2.ColorJitter | None:
-    """Return the random colours of `augment.color_jitter`."""
+    """Return the random colour changes of `augment.color_jitter`."""
     jitter = config.color_jitter
     return None if jitter is None else v2.ColorJitter(jitter.brightness, jitter.contrast, jitter.saturation, jitter.hue)
 
 
 class ResizedCrop(v2.RandomResizedCrop):
-    """The random crop of `augment`, resized to the image size by its interpolation."""
+    """The random crop of `augment`, resized to the image size."""
 
     def __init__(self, config: AugmentConfig) -> None:
         height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
-        ratio = [stated * width / height for stated in config.crop_ratio]
+        ratio = [bound * width / height for bound in config.crop_ratio]
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
-        self._log_ratio = self._log_ratio.tolist()  # tensors as bounds make a draw half as long again
+        self._log_ratio = self._log_ratio.tolist()  # tensors would make a draw 1.5 times as slow
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
     def __call__(self, image: Tensor) -> Tensor:
-        """Return a drawn crop, resized. Differs: v2 pads crops that reach beyond the image; these never do."""
+        """Return a random crop, resized. Differs: v2 pads crops beyond the image, which never occur here."""
         top, left, height, width = self.make_params([image]).values()
         choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
         return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
 
 
 class TrainTransform:
-    """Affine map, random resized crop, mirror, colours, RandAugment and erasing, all in the worker (`augment`).
+    """Affine map, random resized crop, flip, colours, RandAugment and erasing, all in the worker (`augment`).
 
-    With `augment.on_device` the crop alone. background: of the canvas that `augment.pad` puts the image on first.
+    With `augment.on_device`, only the crop. background: the colour of the padding of `augment.pad`, the first step.
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
 
@@ -197,10 +195,10 @@ class TrainTransform:
 
 
 class EvalTransform:
-    """The shorter side to image size / eval_crop, rounded down, then the centre; or both to image size (`squash`).
+    """Resize the shorter side to image size / eval_crop, rounded down, and crop the centre; or resize both (`squash`).
 
-    preprocessing: of a weight file, as AugmentConfig.preprocessing states it. The pixels are those of torchvision's
-    resize and centre crop; of a very long image only the middle is resized, because the whole could exceed the memory.
+    preprocessing: as returned by AugmentConfig.preprocessing and stored in weight files. The pixels equal torchvision's
+    resize and centre crop. Only the middle of a very long image is resized, because the whole may exceed the memory.
     """
 
     def __init__(self, preprocessing: Mapping[str, Any]) -> None:
@@ -219,8 +217,10 @@ class EvalTransform:
         resized_hw = []
         for axis, least, shown in zip((-2, -1), self._size_hw, self._resized_hw):
             side, most = image.shape[axis], math.ceil(_LONGEST * shown / factor)
-            resized = int(side * factor + 1e-6)  # down, as torchvision; 1e-6 is for the side that sets the factor
-            if side > most:  # the remainders keep the centre, and how torchvision rounds it, where they are
+            resized = int(
+                side * factor + 1e-6
+            )  # rounded down, as in torchvision; 1e-6 protects the side that sets the factor
+            if side > most:  # the remainders keep the centre and its rounding as in torchvision
                 kept = most + (side - most) % 2
                 image = image.narrow(axis, (side - kept) // 2, kept)
                 resized = int(kept * factor) + (resized - int(kept * factor)) % 4
@@ -229,7 +229,7 @@ class EvalTransform:
 
 
 def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
-    """Return the one view of an evaluation image; in the draw's bucket, where a weight file states some."""
+    """Return the view of an evaluation image, in the draw's bucket if the weight file has buckets."""
     sizes_hw = preprocessing.get("buckets_hw")
     if sizes_hw is None:
         return {"images": EvalTransform(preprocessing)}

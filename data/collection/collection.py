@@ -1,4 +1,4 @@
-"""A collection: a user's images, indexed once into an Arrow file that every process memory-maps and shares.
+"""A collection: a user's images, indexed once into an Arrow file that all processes memory-map and share.
 
 index = index_collection("photos", validation_fraction=0.1, cache=Path("outputs/cache"))
 collection = Collection("photos", index)
@@ -25,16 +25,16 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _FINGERPRINT = b"fingerprint"
-_INDEX = 3  # version of the index; a new number rebuilds every index
+_INDEX = 3  # format version; increment it to rebuild every index
 
 
 class Row:
-    """A row whose columns are read on access, which costs a microsecond or two each."""
+    """A row whose columns are read on access, in 1 or 2 microseconds each."""
 
     __slots__ = ("_columns", "_index")
 
     def __init__(self, columns: Mapping[str, pa.ChunkedArray], index: int) -> None:
-        """Keep where the row is."""
+        """Keep the columns and the index, without reading."""
         self._columns, self._index = columns, index
 
     def __getattr__(self, name: str) -> Any:
@@ -49,9 +49,9 @@ class Row:
 class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
-    Pickled by its two paths. fingerprint: the hash of every column, which the index carries. is_packed: whether rows
-    are parts of larger files, which the columns of `data.layouts.table.PLACES` say.
-    Raises UserError (`data.root`) where the index is damaged.
+    Pickling stores only the two paths. fingerprint: a hash of the columns, stored in the index. is_packed: whether rows
+    are byte ranges of shards, in the columns `data.layouts.table.PLACES`.
+    Raises UserError (`data.root`) if the index is damaged.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
@@ -60,14 +60,14 @@ class Collection:
         self.arrow, self.table = arrow, _map_index(arrow)
         self.fingerprint: str = self.table.schema.metadata[_FINGERPRINT].decode()
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
-        self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table makes one at each access
+        self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
     def __reduce__(self) -> tuple[type["Collection"], tuple[str, Path]]:
-        """Leave the mapped table out."""
+        """Pickle only the paths."""
         return Collection, (str(self.root), self.arrow)
 
     def __len__(self) -> int:
-        """Return the number of rows, both splits together."""
+        """Return the number of rows in both splits."""
         return self.table.num_rows
 
     def row(self, i: int) -> Row:
@@ -88,26 +88,26 @@ class Collection:
         return sorted(count_values(self.table["label"].filter(pc.equal(self.table["split"], split))))
 
     def class_ids(self, names: Sequence[str]) -> np.ndarray:
-        """Return every row's position in `names`, int64 [N]; -1 where it has no label or one not among them."""
+        """Return the position of each row's label in `names`, int64 [N]; -1 for other labels and rows without one."""
         ids = pc.index_in(self.table["label"], value_set=pa.array(names, pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
     def weights(self) -> np.ndarray:
-        """Return every row's weight, float32 [N]; 0 is not trained on."""
+        """Return the weight of each row, float32 [N]; 0 excludes it from training."""
         return self.table["weight"].to_numpy()
 
     def column(self, name: str) -> np.ndarray:
-        """Return every row's value in a further column of the manifest, [N]; absent numbers are NaN.
+        """Return an extra column of the manifest, [N]; missing numbers are NaN.
 
-        Raises UserError (`data.root`) where the collection has no such column.
+        Raises UserError (`data.root`) if the collection has no such column.
         """
         if name not in self._columns:
             how = " (prepare.py job=manifest fills it)" if name in MEASURED else ""
-            raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; give its manifest one{how}")
+            raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}")
         return self._columns[name].to_numpy()
 
     def stated_sizes(self) -> np.ndarray | None:
-        """Return height and width of every row as the index has them, int64 [N, 2], 0 where absent; None without."""
+        """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
         if not {"width", "height"} <= self._columns.keys():
             return None
         sizes = np.stack([self.column(name) for name in ("height", "width")], axis=1)
@@ -115,16 +115,16 @@ class Collection:
 
 
 def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
-    """Read a collection by the layout it has, and return its index: an uncompressed Arrow IPC file in `cache`.
+    """Read a collection in any layout and return its index: an uncompressed Arrow IPC file in `cache`.
 
-    The index of an unchanged manifest, and of unchanged shards, is reused; an image that was removed since is reported
-    when it is read. A folder is read again at each call. An index inside a collection is never read.
+    The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
+    reports that. A folder is scanned at each call. An index inside a collection is never used.
     Raises UserError (`data.root`).
     """
     layout = recognise(root, cache)
     target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
     if target is not None and target.is_file():
-        log.debug("data.root: %s is unchanged, and so its index is used", layout.files[0])
+        log.debug("data.root: %s is unchanged; using its index", layout.files[0])
         return target
     table = assign_validation(layout.read(), validation_fraction)
     fingerprint = hash_table(table)
@@ -132,7 +132,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     if not target.is_file():
         table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
 
-        def write(file: Path) -> None:  # uncompressed, so that it can be mapped
+        def write(file: Path) -> None:  # uncompressed for memory mapping
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
                 writer.write_table(table)
 
@@ -141,10 +141,10 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
 
 
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
-    """Return the class names of the training split, sorted, after checking them against the validation split.
+    """Return the sorted class names of the training split, and check the classes of both splits.
 
-    Raises UserError (`data.root`): fewer than two classes; a validation class that training lacks; a training class
-    without a validation image, unless `allow_missing`.
+    Raises UserError (`data.root`): fewer than two classes; a validation class without training images; a training class
+    without validation images, unless `allow_missing`.
     """
     root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
     known, missing, unknown = (
@@ -153,30 +153,30 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     if len(train) < 2:
         raise UserError(
             f"data.root: {root!r} has {len(train)} classes in its training split ({known}); classification "
-            "needs two. Set data.root to the folder whose sub-folders are the classes (or train/ and val/ with the "
-            "classes in them), or name the images in a manifest.csv there, with the columns path and label"
+            "needs two. Set data.root to a folder with one sub-folder per class (or with train/ and val/ that contain "
+            "them), or add a manifest.csv with the columns path and label"
         )
     if unknown:
         raise UserError(
             f"data.root: {root!r} has classes in its validation split only: {unknown} (in training: {known}); add "
-            "training images of them, rename them as in training, or remove them"
+            "training images for them, rename them as in training, or remove them"
         )
     if missing and not allow_missing:
         advice = "task.allow_missing_classes=true" if val else "data.validation_fraction"
         raise UserError(
             f"data.root: {root!r} has classes without a validation image: {missing}; add a val/ folder with images of "
-            f"every class, or, with two images or more of each, set {advice}"
+            f"every class, or, if each has at least two images, set {advice}"
         )
     return train
 
 
 def _map_index(arrow: Path) -> pa.Table:
-    """Map an index. Raises UserError where it is absent, damaged or of another schema."""
+    """Map an index. Raises UserError if it is missing, damaged or has another schema."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
         assert pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA)
     except (pa.ArrowException, OSError) as error:
         raise UserError(
-            f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it, and it will be made again"
+            f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it to have it rebuilt"
         ) from error
     return table

@@ -1,4 +1,4 @@
-"""Which rows of a collection are used."""
+"""Select rows of a collection."""
 
 import fnmatch
 
@@ -12,16 +12,16 @@ log = get_logger(__name__)
 
 
 def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndarray:
-    """Return the rows of the training split whose path matches a pattern (`loop.train_paths`), ascending; None for all.
+    """Return the training rows whose path matches one of `patterns` (`loop.train_paths`), ascending; None: all rows.
 
-    Raises UserError where every image of the split has weight 0, and where a pattern matches none of them.
+    Raises UserError if every training image has weight 0, or if a pattern matches no training image.
     """
     rows = collection.rows("train")
     if len(rows) and not collection.weights()[rows].any():  # no step would change the network
         raise UserError(
-            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in its manifest, "
-            "as unreadable images do; replace them and make the manifest again (prepare.py job=manifest), or give "
-            "those that can be read a weight above 0"
+            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in the manifest, "
+            "as unreadable images do; replace them and write the manifest again (prepare.py job=manifest), or give "
+            "the readable images a weight above 0"
         )
     if patterns is None or len(rows) == 0:
         return rows
@@ -40,16 +40,17 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:
-    """Return at most `limit` of the rows, evenly spread."""
+    """Return at most `limit` rows, evenly spread."""
     return rows[:: max(1, -(-len(rows) // limit))]
 
 
 def choose_probe_rows(
     class_ids: np.ndarray, train_rows: np.ndarray, val_rows: np.ndarray, train_images: int, val_images: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return rows to fit a probe of features to and rows to measure it on, both evenly spread over the classes.
+    """Return training and validation rows for a probe of features, both evenly spread over the classes.
 
-    class_ids: [N] of all rows, -1 for none. The second are of classes among the first; either may be empty.
+    class_ids: [N], for all rows; -1 without a class. Validation rows only have classes of the chosen training rows.
+    Both may be empty.
     """
 
     def pick(rows: np.ndarray, limit: int) -> np.ndarray:

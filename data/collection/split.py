@@ -1,4 +1,4 @@
-"""Which rows are for validation: those that a collection names, or a share of them."""
+"""Choose the validation split: the one of the collection, or a share of its rows."""
 
 import hashlib
 
@@ -13,10 +13,10 @@ log = get_logger(__name__)
 
 
 def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
-    """Return a table of training and validation rows alone; of `fraction` for validation where it has none. Logs both.
+    """Return a table with training and validation rows only, and log what was done.
 
-    Rows of a test split are dropped if there are validation rows, else they become the validation split: nothing here
-    needs a third split, and figures of a run must not come from its test images.
+    Without a validation split, `fraction` of the rows becomes one. Test rows are dropped if there is a validation
+    split; otherwise they become the validation split.
     """
     is_test = pc.equal(table["split"], TEST)
     has_validation = "val" in table["split"].unique().to_pylist()
@@ -29,7 +29,7 @@ def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
     if fraction == 0 or has_validation:
         return table
     chosen = np.zeros(len(table), bool)
-    is_read = pc.not_equal(table["weight"], 0.0).to_numpy()  # nothing reads the others; they stay in training
+    is_read = pc.not_equal(table["weight"], 0.0).to_numpy()  # rows of weight 0 are never read; they stay in training
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
         "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)",
@@ -39,13 +39,13 @@ def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
 
 
 def _choose(table: pa.Table, fraction: float) -> np.ndarray:
-    """Return which rows of a table, sorted by path, are split off, bool [N].
+    """Return the validation rows of a table that is sorted by path, bool [N].
 
-    Of a class of n images, round(fraction * n) (halves up), at least 1 and at most n - 1: those whose paths have the
-    lowest hashes. So the choice in a class does not depend on other classes, and an added image moves at most one
-    other. The image of a class of one stays in training, with a warning. An image without a label goes by its `id`, if
-    the table has that column: those of the highest id % 1000, 950 and more for 0.05; else if its path's hash is in the
-    lowest `fraction` of all hashes. Rows of one `group` count as one, and go where the first goes.
+    A class of n images gives round(fraction * n) images (halves up), at least 1 and at most n - 1: the ones with the
+    lowest path hashes. The choice in a class does not depend on other classes, and an added image moves at most one
+    other. A class with a single image keeps it for training, with a warning. Images without a label are chosen by
+    their `id` if the table has that column (the highest id % 1000, from 950 for 0.05), else if their path hash is in
+    the lowest `fraction` of all hashes. Rows of one `group` stay together: the first one decides.
     """
     names = pc.unique(table["label"]).drop_null()
     labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
@@ -54,7 +54,7 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     if _has_integers(table, "id"):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
         chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
-    leads = np.arange(len(table))  # the row that each row goes with
+    leads = np.arange(len(table))  # the row that decides for each row
     if _has_integers(table, "group"):
         members = np.flatnonzero(pc.is_valid(table["group"]).to_numpy())
         groups = table["group"].drop_null().to_numpy()
@@ -68,7 +68,7 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
             "data.root: %d classes have a single image (of weight above 0), which stays in training: %s; add a second "
-            "image of each, or remove the class",
+            "image to each class, or remove it",
             len(single), show_some(single),
         )  # fmt: skip
     return chosen[leads]

@@ -1,7 +1,7 @@
-"""Decode the bytes of an image file to Pillow's pixels, a plain JPEG faster.
+"""Decode the bytes of an image file to the same pixels as Pillow, but plain JPEGs faster.
 
-Pillow opens every file, so the formats, the limits and the reasons of a refusal are the same whoever decodes. A JPEG of
-grey or RGB is then decoded by simplejpeg where it is installed, unless it warns; all else by Pillow.
+Pillow opens every file, so formats, limits and error messages do not depend on the decoder. simplejpeg, if installed,
+then decodes grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
 import functools
@@ -22,26 +22,26 @@ from utils.errors import UserError
 
 try:
     import simplejpeg
-except ImportError:  # no wheel for this machine: Pillow decodes
+except ImportError:  # no wheel for this platform: Pillow decodes
     simplejpeg = None
 
-_RULES = 2  # of how pixels are converted and resized here: another number makes cached images anew
+_RULES = 2  # version of conversion and resizing; increment it to invalidate cached images
 
 
 def decoder_versions() -> str:
-    """Return which libraries decode, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
+    """Return the decoding libraries, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
     jpeg = "" if simplejpeg is None else f"JPEG by simplejpeg {version('simplejpeg')}, "
     return f"{jpeg}others by pillow {PIL.__version__}"
 
 
 @dataclass(frozen=True)
 class Decoder:
-    """How the bytes of an image file become pixels: of the first frame, 8 bit, upright, RGB (3 channels) or grey (1).
+    """Decode the first frame of an image to 8 bits, upright, RGB (3 channels) or grey (1).
 
-    EXIF rotation is applied, transparency put on `background`, 16-bit grey scaled to 8 bit, CMYK converted; of an icon
-    the largest image is taken. max_pixels: a larger image is refused from its header, before anything is decoded;
-    Pillow's own limit (DEFAULT_MAX_PIXELS) applies as well. icc: convert from an embedded profile to sRGB. shortest_px:
-    an image whose shorter side is longer is shrunk to it; a JPEG is decoded at 1/2, 1/4 or 1/8 where that suffices.
+    Applies EXIF rotation, puts transparent images on `background`, scales 16-bit grey to 8 bits, converts CMYK, and
+    takes the largest image of an icon. max_pixels: larger images are refused from their header; Pillow's own limit
+    (DEFAULT_MAX_PIXELS) also applies. icc: convert from an embedded profile to sRGB. shortest_px: reduce images with a
+    longer shorter side to it; a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices.
     Raises UserError (`model.in_channels`).
     """
 
@@ -53,12 +53,10 @@ class Decoder:
 
     def __post_init__(self) -> None:
         if self.channels not in (1, 3):
-            raise UserError(
-                f"model.in_channels: {self.channels}; images are read as 1 channel (grey) or 3 (RGB): set 1 or 3"
-            )
+            raise UserError(f"model.in_channels: {self.channels}; images have 1 channel (grey) or 3 (RGB): set 1 or 3")
 
     def identity(self) -> str:
-        """Return all that pixels and refusals depend on beside the content; for the keys of caches."""
+        """Return everything except the content that pixels and refusals depend on, for cache keys."""
         shrunk = f"shorter side {self.shortest_px}, torch {torch.__version__}" if self.shortest_px else "whole"
         return (
             f"{_RULES}: {decoder_versions()}; {self.channels} channels; on {background_rgb(self.background)}; "
@@ -66,9 +64,9 @@ class Decoder:
         )
 
     def __call__(self, content: bytes, name: str) -> Tensor:
-        """Return the pixels of a file's bytes, uint8 [channels, H, W]; name: of the file.
+        """Return the pixels of a file's bytes, uint8 [channels, H, W]; name: for messages.
 
-        Raises UnreadableImage for any reason: empty, cut off, damaged, not an image, too large, unsupported.
+        Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
         return open_image(content, name, self.max_pixels, functools.partial(self._decode, content))
 
@@ -76,8 +74,8 @@ class Decoder:
         """Decode an opened image."""
         whole = image.size
         if self.shortest_px is not None:
-            image.draft(None, (self.shortest_px, self.shortest_px))  # a JPEG's scale, with both sides at least so long
-        scaled = image.size != whole  # asked before loading, which may change the size that a header states
+            image.draft(None, (self.shortest_px, self.shortest_px))  # sets the scale of a JPEG
+        scaled = image.size != whole  # before loading, which may change the size from the header
         pixels = self._decode_jpeg(content, image)
         if pixels is None:
             upright = load_upright(image)[0]
@@ -86,23 +84,23 @@ class Decoder:
         short, long = sorted(whole if scaled else pixels.shape[:2])
         if self.shortest_px is None or short <= self.shortest_px:
             return decoded
-        longer = int(self.shortest_px * long / short)  # torchvision's rule
+        longer = int(self.shortest_px * long / short)  # the rule of torchvision
         is_wide = decoded.shape[1] <= decoded.shape[2]
         return resize(decoded, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
 
     def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
-        """Return the pixels of a plain JPEG at the scale of the opened image; None where Pillow is to decode."""
+        """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
         if simplejpeg is None or not is_plain or (self.icc and "icc_profile" in image.info):
             return None
         height, width, grey = image.height, image.width, image.mode == "L" and self.channels == 1
-        # Room for what was read in the header: a file in which libjpeg sees a larger image is refused.
+        # A buffer with the size from the header: libjpeg refuses a file in which it finds a larger image.
         room = np.empty((height, width, 1 if grey else 3), np.uint8)
         try:
             pixels = simplejpeg.decode_jpeg(
                 content, "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
             )
-        except ValueError:  # of damage that Pillow may accept, and of kinds unknown here
+        except ValueError:  # damage that Pillow may accept, or unknown kinds
             return None
         if pixels.shape[:2] != (height, width):
             return None

@@ -1,10 +1,10 @@
-"""Decoded images on a disk: a source in front of `Images` that decodes each image once.
+"""A disk cache of decoded images: a source in front of `Images` that decodes each image once.
 
     source = DiskCached(Images(Files(collection), decoder), config.data.cache)
     source.read(7)["image"]        uint8 [3, H, W]
 
-A hit, a miss and a full disk give the decoder's pixels. A key is made of the file as it is now (path, range, size,
-times, inode) and of the decoder's identity, so an edited file or another decoder never finds what was kept before.
+Hits, misses and a full disk give the same pixels. A key is made of the file's state (path, range, size, times, inode)
+and the decoder's identity, so an edited file or another decoder never gets old records.
 """
 
 import os
@@ -24,14 +24,14 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_YOUNG_SEC = 2  # coarsest clock of a file system: within one tick, a second change of a file leaves its times equal
+_YOUNG_SEC = 2  # coarsest file system clock: a second change within one tick leaves the times equal
 _HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
 class DiskCached(Cached):
-    """The images of a source, kept in a folder.
+    """The images of a source, cached in a folder.
 
-    Raises UserError (`data.cache.folder`) where the folder cannot be used.
+    Raises UserError (`data.cache.folder`) if the folder cannot be used.
     """
 
     def __init__(self, images: Images, config: CacheConfig) -> None:
@@ -41,7 +41,7 @@ class DiskCached(Cached):
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
 
     def readings(self) -> dict[str, float]:
-        """Return the share of reads that the cache has answered, the GiB of all records, and how many made room."""
+        """Return the hit rate, the size in GiB, and the number of evicted records."""
         gib, evicted = self._store.used_bytes() / 2**30, self.counts()["evicted"]
         return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
 
@@ -52,21 +52,21 @@ class DiskCached(Cached):
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return the image of a row. Raises UnreadableImage."""
-        found_by = self._key(row)  # of the file before it is read: one that changes meanwhile is never found by it
-        record = None if found_by is None else self._store.get(found_by)
+        cache_key = self._key(row)  # before reading the file, so that a change in between invalidates the record
+        record = None if cache_key is None else self._store.get(cache_key)
         self.count("misses" if record is None else "hits")
         if record is not None:
             shape = _HEAD.unpack(record[: _HEAD.size])
             return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
         image = self.inner.read(row)[IMAGE]
-        if found_by is not None:
-            self._keep(found_by, image)
+        if cache_key is not None:
+            self._keep(cache_key, image)
         return {IMAGE: image}
 
     def _key(self, row: int) -> str | None:
-        """Return the key of a row's image; None where the file is not there, or was changed just now."""
+        """Return the key of a row's image; None if the file is missing or was changed just now."""
         contents = self.inner.inner
-        if not isinstance(contents, OnDisk):  # whole shards are replaced behind a URL, and then the index with them
+        if not isinstance(contents, OnDisk):  # remote shards are only replaced together with their index
             digest = contents.collection.row(row).sha256
             return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
         file = contents.file_of(row)
@@ -76,7 +76,7 @@ class DiskCached(Cached):
         return record_key(self._recipe, os.path.abspath(file.path), file.offset, file.length, version)
 
     def _keep(self, key: str, image: Tensor) -> None:
-        """Write the record of an image, uint8 [C, H, W]; where the disk refuses it, one warns and all write no more."""
+        """Write the record of an image, uint8 [C, H, W]. After a failed write, warn once and write no more records."""
         if self.counts()["refused"]:
             return
         pixels = image.permute(1, 2, 0).contiguous().numpy()
@@ -85,6 +85,6 @@ class DiskCached(Cached):
         except OSError as error:
             self.count("refused")
             log.warning(
-                "data.cache.folder: %s cannot be written (%s); the run goes on, and decodes what is not in the cache",
+                "data.cache.folder: %s cannot be written (%s); the run continues and decodes uncached images",
                 self._config.folder, error.strerror,
             )  # fmt: skip

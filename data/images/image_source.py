@@ -1,4 +1,4 @@
-"""The images of a collection as a source: encoded bytes from files, shards or a store, and one decoder for all of them.
+"""The images of a collection as a source: encoded bytes from files, shards or a remote store, and one decoder.
 
 source = Images(open_contents(collection), Decoder(3, max_pixels))
 source.read(7)["image"]          uint8 [3, H, W]
@@ -24,26 +24,26 @@ from data.layouts.remote import is_remote, open_store
 from data.stream.source import IMAGE, FileRange, Record, UnreadableImage, join_ranges
 
 TAR = ".tar"
-HEADER_BYTES = 512  # of a member of a tar file, right before its content
-MISPLACED = "the shard holds something else there"
-NO_ANSWER = "the store does not give the bytes"
-_OPEN_SHARDS = 64  # that a process keeps open
-_PATIENCE_SEC = 120  # for a batch, the store's own attempts included
+HEADER_BYTES = 512  # header of a tar member, before its content
+MISPLACED = "the shard has other content there"
+NO_ANSWER = "the store did not return the bytes"
+_OPEN_SHARDS = 64  # open shards per process
+_PATIENCE_SEC = 120  # for a batch, including the store's retries
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
 class Contents(Protocol):
-    """The encoded images of rows."""
+    """Encoded images by row."""
 
     def read(self, row: int) -> bytes:
-        """Return the bytes of a row's image file. Raises UnreadableImage."""
+        """Return the encoded image of a row. Raises UnreadableImage."""
 
     def name_of(self, row: int) -> str:
-        """Return a row's name, for messages."""
+        """Return the name of a row, for messages."""
 
 
 class ListedFiles:
-    """Image files that are no collection; a row is a place in the list."""
+    """A list of image files; a row is an index into the list."""
 
     def __init__(self, paths: Sequence[Path]) -> None:
         self._paths = list(map(str, paths))
@@ -53,29 +53,29 @@ class ListedFiles:
         return read_file(self._paths[row])
 
     def name_of(self, row: int) -> str:
-        """Return a file's path."""
+        """Return the path of a file."""
         return self._paths[row]
 
     def file_of(self, row: int) -> FileRange:
-        """Return a file."""
+        """Return the whole file."""
         return FileRange(self._paths[row])
 
 
 class _Rows:
-    """Where the images of a collection are, and whether what was read is the row's."""
+    """Locate the images of a collection, and check the bytes that were read."""
 
     def __init__(self, collection: Collection) -> None:
         self.collection = collection
 
     def name_of(self, row: int) -> str:
-        """Return a row's path, behind that of its shard."""
+        """Return the path of a row, after the path of its shard."""
         view = self.collection.row(row)
         if not self.collection.is_packed or view.path.startswith(f"{view.shard}/"):
             return view.path
         return f"{view.shard}/{view.path}"
 
     def place_of(self, row: int, folder: str) -> FileRange:
-        """Return what is read for a row below a folder, with the header of what job=pack made."""
+        """Return the byte range of a row below a folder, including the tar header in shards of job=pack."""
         view = self.collection.row(row)
         if not self.collection.is_packed:
             return FileRange(os.path.join(folder, view.path))
@@ -83,7 +83,7 @@ class _Rows:
         return FileRange(os.path.join(folder, view.shard), view.offset - lead, view.length + lead)
 
     def check(self, row: int, content: bytes, length: int) -> bytes:
-        """Return what was read without its header. Raises UnreadableImage where it is cut off, or another image's."""
+        """Return the content without its header. Raises UnreadableImage if it is cut off or another image."""
         if len(content) < length:
             detail = f"the shard ends after {len(content):,} of {length:,} bytes"
             raise UnreadableImage(self.name_of(row), CUT_OFF, detail)
@@ -97,12 +97,12 @@ class _Rows:
 
 
 def _has_header(view: Row) -> bool:
-    """Return whether a row is of a shard that job=pack made, where a header with its key is before the image."""
+    """Return whether the row's shard is from job=pack, with a header that has the row's key."""
     return view.shard.endswith(TAR) and not view.path.startswith(f"{view.shard}/")
 
 
 class Files(_Rows):
-    """Images in files of a collection, or in parts of them."""
+    """Images in local files or shards."""
 
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
@@ -110,35 +110,35 @@ class Files(_Rows):
         self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
 
     def read(self, row: int) -> bytes:
-        """Return a row's bytes. Raises UnreadableImage, which names the shard."""
+        """Return the encoded image of a row. Raises UnreadableImage with the name of the shard."""
         path, offset, length = self.file_of(row)
         if not self.collection.is_packed:
             return read_file(path, self.name_of(row))
         try:
-            shard = self._open(path)  # which stays open while there is a name for it
+            shard = self._open(path)  # stays open while it is referenced
             content = os.pread(shard.fileno(), length, offset)
         except OSError as error:
             raise UnreadableImage(self.name_of(row), NOT_OPENED, f"{type(error).__name__}: {error.strerror}") from error
         return self.check(row, content, length)
 
     def file_of(self, row: int) -> FileRange:
-        """Return the row's file, or its part of a shard."""
+        """Return the file of a row, or its range of a shard."""
         return self.place_of(row, self._root)
 
 
 class RemoteFiles(_Rows):
-    """Parts of shards behind a URL: those of a batch are asked for together."""
+    """Images in remote shards; the images of a batch are requested together."""
 
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
-        self._coming: dict[int, tuple[Future[dict[int, bytes | Exception]], float]] = {}  # answers and their deadlines
+        self._coming: dict[int, tuple[Future[dict[int, bytes | Exception]], float]] = {}  # answers and deadlines
 
     def prefetch(self, rows: Sequence[int]) -> None:
-        """Begin to read the rows of a batch; those of the batch before are dropped."""
+        """Start to read the rows of a batch; answers for the previous batch are discarded."""
         self._coming = dict.fromkeys(rows, self._ask(rows)) if len(rows) else {}
 
     def read(self, row: int) -> bytes:
-        """Return a row's bytes. Raises UnreadableImage where the store does not give them."""
+        """Return the encoded image of a row. Raises UnreadableImage if the store does not return it."""
         answer, deadline = self._coming.get(row) or self._ask([row])
         try:
             content = answer.result(max(0.0, deadline - time.monotonic()))[row]
@@ -150,31 +150,31 @@ class RemoteFiles(_Rows):
 
     def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
         files, folder = open_store(str(self.collection.root))
-        pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new one: a fork has no threads
+        pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new pool, because a fork has no threads
         answer = pool.submit(_read_ranges, files, {row: self.place_of(row, folder) for row in rows})
         pool.shutdown(wait=False)
         return answer, time.monotonic() + _PATIENCE_SEC
 
 
-def _read_ranges(files: AbstractFileSystem, places: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:
-    """Return the bytes of some parts of files, or the error that the store gave; near parts in one request."""
-    joined = join_ranges(places.values())
+def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:
+    """Return the bytes of each range, or the error of the store. Close ranges are one request."""
+    joined = join_ranges(ranges.values())
     paths, starts, lengths = zip(*joined)
     ends = [start + length for start, length in zip(starts, lengths)]
     try:
         contents = files.cat_ranges(list(paths), list(starts), ends, on_error="return")
-    except Exception as error:  # each store has errors of its own
-        return dict.fromkeys(places, error)
-    found: dict[int, bytes | Exception] = {}
-    for key, (path, offset, length) in places.items():
+    except Exception as error:  # each store raises other errors
+        return dict.fromkeys(ranges, error)
+    results: dict[int, bytes | Exception] = {}
+    for key, (path, offset, length) in ranges.items():
         number = bisect_right(joined, (path, offset, float("inf"))) - 1
-        content, at = contents[number], offset - starts[number]
-        found[key] = content[at : at + length] if isinstance(content, bytes) else content
-    return found
+        content, start = contents[number], offset - starts[number]
+        results[key] = content[start : start + length] if isinstance(content, bytes) else content
+    return results
 
 
 def member_key(path: str) -> str:
-    """Return the name in a shard, without suffix, of what is packed for a path: the index can be checked against it."""
+    """Return the member name (without suffix) for a path in a packed shard, which lets readers check the index."""
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 

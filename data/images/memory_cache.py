@@ -1,9 +1,9 @@
-"""Decoded images in shared memory, one copy for all ranks and loader workers of a node.
+"""A cache of decoded images in shared memory, with one copy for all ranks and loader workers of a node.
 
     source = keep_in_memory(images, collection, config.cache, repeats=True)
 
-The process that first decodes an image keeps it, and all others read those pages. Nothing is evicted: an epoch takes
-every image once, so whatever is kept is hit as often as anything else would be.
+The process that first decodes an image stores it, and all others read the same pages. Nothing is evicted: an epoch
+reads every image once, so eviction would not increase hits.
 """
 
 import fcntl
@@ -30,25 +30,25 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 GIB = 2**30
-_FREE_SHARE = 0.5  # of the free memory, that `auto` takes at most
-_WORTH_SHARE = 0.5  # of the images, that must fit for `auto` to keep any: below, the files' own page cache is better
+_FREE_SHARE = 0.5  # maximum share of the free memory for `auto`
+_WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, the page cache of the files is better
 _ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
-_LEFT_SHARE = 0.1  # of the memory that was free at first: no image is added where less is left
-_CHECKED_BYTES = 2**28  # between two looks at what is left
+_LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
+_CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _SIZES_BYTES, _ALIGNED = 24, 8
 
 
 class Arena:
-    """Images by row in an anonymous file (memfd_create): int64 numbers, then images one behind the other.
+    """Images by row in an anonymous file (memfd_create): int64 numbers, then the images.
 
-    The numbers are where the next image goes, where the last must end, and where the image of each row begins (0: it is
-    not there). An image is its height, width and channels, int64, and uint8 [H, W, C].
+    The numbers are the offset of the next image, the end of the space, and the offset of each row's image (0: missing).
+    An image is its height, width and channels as int64, then uint8 [H, W, C].
 
-    Such a file has no name that a killed run could leave behind, does not count against the size of /dev/shm, and is
-    gone with its last process. A row is published after its image is complete, so a process that is killed while it
-    copies leaves unused space and no image.
+    An anonymous file leaves nothing behind after a kill, does not count against the size of /dev/shm, and ends with its
+    last process. The offset of a row is written after its image is complete, so a killed process leaves unused space
+    but no broken image.
 
-    path: by which another process may open the file.
+    path: lets another process open the file.
     """
 
     def __init__(self, descriptor: int, rows: int) -> None:
@@ -64,7 +64,7 @@ class Arena:
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
-        """Return an empty arena for images of `budget` bytes; memory is taken as images come."""
+        """Return an empty arena for `budget` bytes of images; memory is only used when images are stored."""
         first = 8 * (2 + rows)
         descriptor = os.memfd_create("atelier-images")
         os.ftruncate(descriptor, first + budget)
@@ -74,19 +74,19 @@ class Arena:
 
     @property
     def used_bytes(self) -> int:
-        """Return the bytes that images take so far."""
+        """Return the bytes used by images."""
         return int(self._next[0]) - self._numbers_bytes
 
     def __contains__(self, row: int) -> bool:
         return self._starts[row] != 0
 
     def get(self, row: int) -> Tensor | None:
-        """Return the image of a row, uint8 [C, H, W], which must not be written to; None where it is not there."""
+        """Return the image of a row, uint8 [C, H, W], which must not be modified; or None."""
         start = int(self._starts[row])
         return None if start == 0 else torch.from_numpy(self._pixels(start).transpose(2, 0, 1))
 
     def put(self, row: int, pixels: Tensor) -> None:
-        """Keep the image of a row, uint8 [H, W, C], where there is room and no other process was faster."""
+        """Store the image of a row, uint8 [H, W, C], if there is room and no other process has stored it."""
         bytes_taken = -(-(_SIZES_BYTES + pixels.numel()) // _ALIGNED) * _ALIGNED
         if self._next[0] + bytes_taken > self._end[0]:
             return
@@ -100,7 +100,7 @@ class Arena:
             self._next[0] = end
         self._words[start // 8 : start // 8 + 3] = pixels.shape
         self._pixels(start)[:] = pixels.numpy()
-        with self._locked():  # which orders what is stored before it, on any processor
+        with self._locked():  # a barrier for the writes before it, on any processor
             self._starts[row] = start
 
     def _pixels(self, start: int) -> np.ndarray:
@@ -110,7 +110,7 @@ class Arena:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Exclude all other processes. The system takes the lock from one that is killed."""
+        """Exclude all other processes. The system releases the lock of a killed process."""
         fcntl.lockf(self._descriptor, fcntl.LOCK_EX)
         try:
             yield
@@ -119,7 +119,7 @@ class Arena:
 
 
 class MemoryCached(Cached):
-    """The images of a source, kept in an arena as they are decoded. A hit and a miss have equal pixels and strides."""
+    """The images of a source, stored in an arena when decoded. Hits and misses have equal pixels and strides."""
 
     def __init__(self, source: Source, arena: Arena) -> None:
         super().__init__(source)
@@ -140,29 +140,29 @@ class MemoryCached(Cached):
         return {IMAGE: image}
 
     def readings(self) -> dict[str, float]:
-        """Return the share of reads that memory has answered, and the GiB that its images take."""
+        """Return the hit rate and the size in GiB."""
         return {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
 
 
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
-    """Return the source with its images kept in memory; the source itself where `data.cache.memory_gib` keeps none.
+    """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
 
-    Called on all ranks.
+    All ranks must call it.
     """
     gib = config.memory_gib
-    if gib == 0 or not hasattr(os, "memfd_create"):  # a system without anonymous shared files
+    if gib == 0 or not hasattr(os, "memfd_create"):  # the system has no anonymous files
         return source
     arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
     return source if arena is None else MemoryCached(source, arena)
 
 
 def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
-    """Return one arena on all ranks of a node, of the bytes that its first rank chooses; None for 0."""
+    """Return one arena for all ranks of a node, with the size that its first rank chooses; None for 0."""
     hosts = distributed.gather_objects(socket.gethostname())
     first = hosts.index(hosts[distributed.rank()])
     arena = None
     if distributed.rank() == first and (budget := choose()):
-        log.debug("data.cache.memory_gib: decoded images are kept, in up to %.3g GiB", budget / GIB)
+        log.debug("data.cache.memory_gib: caching decoded images in up to %.3g GiB", budget / GIB)
         arena = Arena.create(rows, budget)
     path = distributed.gather_objects(None if arena is None else arena.path)[first]
     if arena is None and path is not None:
@@ -170,20 +170,20 @@ def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
             arena = Arena(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
-    distributed.barrier()  # the first rank lives until all have it open
+    distributed.barrier()  # the first rank must not end before all have opened it
     return arena
 
 
 def choose_budget(source: Source, collection: Collection, gib: float | str) -> int:
-    """Return the bytes for decoded images, 0 for none.
+    """Return the bytes for decoded images, or 0.
 
-    A number is taken, up to what is free. `auto`: half of the free memory, up to what all images are expected to need,
-    by some that are decoded; none where less than half of the images would fit.
+    A number is limited by the free memory. `auto`: half of the free memory, limited by the estimated size of all images
+    (from a few decoded ones); 0 if less than half of the images would fit.
     """
     free = free_memory()
     if gib != "auto":
         if gib * GIB > free:
-            log.warning("data.cache.memory_gib: %g is more than the %.1f that are free", gib, free / GIB)
+            log.warning("data.cache.memory_gib: %g is more than the %.1f GiB of free memory", gib, free / GIB)
         return int(min(gib * GIB, free))
     sizes = [0]
     for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
@@ -192,8 +192,8 @@ def choose_budget(source: Source, collection: Collection, gib: float | str) -> i
     room, whole = _FREE_SHARE * free, len(collection) * sum(sizes) / max(1, len(sizes) - 1)
     if room < _WORTH_SHARE * whole:
         log.info(
-            "data.cache.memory_gib: decoded images are not kept, because all take about %.1f GiB and %.1f are free; a "
-            "number keeps as many as it holds", whole / GIB, free / GIB,
+            "data.cache.memory_gib: decoded images are not cached: all need about %.1f GiB, but %.1f are free; set a "
+            "number to cache a part of them", whole / GIB, free / GIB,
         )  # fmt: skip
         return 0
     return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))

@@ -1,4 +1,4 @@
-"""The pixels of an image of any mode: 8 bit, upright, on a background, of another size; and what headers say."""
+"""Convert the pixels of any image mode to 8 bits, upright, on a background; resize them; read headers."""
 
 import functools
 import io
@@ -34,9 +34,9 @@ def is_transparent(image: Image.Image) -> bool:
 
 
 def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
-    """Decode an opened image, turn and mirror it as EXIF asks; returns the orientation as well, None if EXIF is broken.
+    """Decode an opened image and apply EXIF rotation; also return the orientation, or None if EXIF is broken.
 
-    Pillow's TIFF reader turns on loading, and forgets the orientation.
+    Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
     if "transparency" in image.info:
         _scale_transparency(image)
@@ -47,7 +47,7 @@ def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
 
 
 def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
-    """Convert a loaded image of any mode to uint8 [H, W, channels], writable; colour: of a `background_rgb`."""
+    """Convert a loaded image of any mode to uint8 [H, W, channels], writable; colour: from `background_rgb`."""
     if image.mode == "F":
         raise Unsupported("floating-point pixels have no fixed range; save the image with 8 or 16 bits per channel")
     if image.mode == "LAB":
@@ -58,17 +58,17 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
         canvas = Image.new("RGBA", image.size, (*colour, 255))
         image = Image.alpha_composite(canvas, image.convert("RGBA")).convert("RGB")
     elif image.mode == "RGBa":
-        image = image.convert("RGBA")  # Pillow converts premultiplied colours to nothing else
+        image = image.convert("RGBA")  # Pillow has no other conversion for premultiplied colours
     mode = "L" if channels == 1 else "RGB"
-    image = image if image.mode == mode else image.convert(mode)  # which copies even where there is nothing to do
+    image = image if image.mode == mode else image.convert(mode)  # convert copies even if the mode is the same
     pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
     return pixels[:, :, None] if channels == 1 else pixels
 
 
 def _scale_transparency(image: Image.Image) -> None:
-    """Bring the transparent grey or colour of a PNG to the 8 bits that its pixels will have; Pillow leaves it.
+    """Scale the transparent grey or colour of a PNG to 8 bits, as its pixels will have; Pillow does not.
 
-    Of 16 bits the high byte is compared, which is what Pillow keeps of the pixels.
+    For 16 bits, use the high byte, as Pillow does for pixels.
     """
     clear, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
     if raw in ("L;2", "L;4"):
@@ -79,17 +79,17 @@ def _scale_transparency(image: Image.Image) -> None:
 
 
 def read_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1 where none is given, None where EXIF is broken; asked again, it is 1 then."""
+    """Return the EXIF orientation, 1 by default; None if EXIF is broken, but 1 when called again."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
-    except Exception:  # any, as for pixels; these are as good without it, and every viewer shows them
+    except Exception:  # any type; the pixels are fine without it, and every viewer shows them
         return None
 
 
 def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
-    """Scale grey of 16 bits to 8, rounding to nearest (Pillow's own conversion clips at 255), transparency to a colour.
+    """Scale 16-bit grey to 8 bits, rounding to nearest (Pillow clips at 255), and replace the transparent level.
 
-    Raises Unsupported for 32-bit integers that do not fit 16 bits, whose range is unknown.
+    Raises Unsupported for 32-bit integers that do not fit into 16 bits, because their range is unknown.
     """
     pixels = np.asarray(image)
     if pixels.dtype.itemsize > 2 and (pixels.min() < 0 or pixels.max() > 65535):
@@ -104,19 +104,19 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
 
 
 def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
-    """Return an image, uint8 [C, H, W], resized.
+    """Resize an image, uint8 [C, H, W].
 
-    lanczos and area are Pillow's: not every torchvision has them for tensors. area, a box, repeats pixels to enlarge.
-    The others are torch's; its kernel is fastest where a pixel's channels are neighbours, as decoders leave them.
+    lanczos and area (a box filter) use Pillow, because not every torchvision has them for tensors. The others use
+    torch, whose kernel is fastest for channels-last memory, as decoders return it.
     """
     if interpolation in _PILLOWS:
         picture = v2.functional.to_pil_image(image)
         return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
     if tuple(size_hw) == tuple(image.shape[1:]):
         return image
-    if image.stride(0) == 1:  # of a part of an image too, whose rows have gaps
+    if image.stride(0) == 1:  # also for crops, whose rows have gaps
         image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    # Not `image[None]`: its first stride would hide the order of the channels from the kernel.
+    # Not `image[None]`: with its first stride, the kernel would not detect the memory format.
     batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
     return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
@@ -124,7 +124,7 @@ def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
 def to_srgb(image: Image.Image) -> Image.Image:
     """Convert a loaded image from its embedded ICC profile to sRGB.
 
-    It stays as it is without a profile, with one that is broken or describes other pixels, and with 16 bits.
+    It is unchanged without a profile, with a broken or mismatched profile, or with 16 bits.
     """
     profile = image.info.get("icc_profile")
     if not profile or image.mode not in ("L", "P", "RGB", "RGBA", "CMYK"):
@@ -141,31 +141,31 @@ def to_srgb(image: Image.Image) -> Image.Image:
 
 @functools.lru_cache(maxsize=16)
 def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """Return the conversion of pixels with a profile to sRGB; few profiles are in use, and making one takes long."""
+    """Return the transform from a profile to sRGB; cached, because building one is slow."""
     source = ImageCms.getOpenProfile(io.BytesIO(profile))
     target = "RGBA" if mode == "RGBA" else "RGB"
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
 
 
 def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the width and height in the header of an image file that can be read; EXIF may yet turn it."""
+    """Return width and height from the header of a readable image file, before EXIF rotation."""
     with Image.open(path, formats=formats_of(os.fspath(path))) as image:
         return image.size
 
 
 def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the `upright_size` of a file."""
+    """Return the height and width of a file after EXIF rotation."""
     return upright_size(read_file(path), os.fspath(path))
 
 
 def upright_size(content: bytes, name: str) -> tuple[int, int]:
-    """Return the height and width that a `Decoder` gives, from the header; only of a PNG all is decoded.
+    """Return the height and width after EXIF rotation, from the header; only a PNG is decoded completely.
 
-    Raises UnreadableImage as it does, but for damaged pixels.
+    Raises UnreadableImage as `Decoder` does, except for damaged pixels.
     """
 
     def size_of(image: Image.Image) -> tuple[int, int]:
-        size_hw = image.height, image.width  # before EXIF is asked for: Pillow's TIFF reader turns on loading
+        size_hw = image.height, image.width  # before reading EXIF, because Pillow's TIFF reader rotates when loading
         return size_hw if read_orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
 
     return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)

@@ -1,10 +1,10 @@
-"""Buckets: the sizes that images of many shapes are trained in, and how an image is fitted into one.
+"""Buckets: the training sizes for images of many shapes, and how an image is fitted into one.
 
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, cache), config)
     fit = fit_into(size_hw, bucket_hw, choose_corner)
     pixels = place(image, fit, flip=False)
 
-Sizes are (height, width) in pixels, of images that EXIF has turned upright.
+Sizes are (height, width) in pixels, after EXIF rotation.
 """
 
 import functools
@@ -34,19 +34,19 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_UnitSide = Annotated[Side, Field(multiple_of=32)]  # the VAE shrinks by 8, the U-Net by 4 more
-_FIT_DRAW = 3  # of a sample's key; the loader's are 1 and 2
+_UnitSide = Annotated[Side, Field(multiple_of=32)]  # the VAE reduces by 8, the U-Net by another 4
+_FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
 SIZES = Path("outputs/cache/image_sizes.jsonl")
 
 
 class BucketConfig(Strict):
-    """Which sizes there are, and what becomes of images that fit none well.
+    """The sizes, and what happens to images that fit none of them well.
 
-    The rule: a square of about `area_px`, and for every side of `min_px` to `max_px` in steps of `step_px` the longest
-    other side that keeps the area within `area_px`. sizes_hw: a list in its place. crop: where an image overhangs its
-    bucket. An image that would be enlarged more than `max_upscale` times is enlarged all the same (small: keep), not
-    trained on (drop), or trained on at its own size, rounded down to `step_px` (native). One that would lose more than
-    `max_crop` of its area is not trained on. flip: the probability of a mirror image.
+    The default sizes are a square of about `area_px`, and for every side from `min_px` to `max_px` in steps of
+    `step_px` the longest other side with an area of at most `area_px`; sizes_hw replaces them. crop: the crop position.
+    small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
+    trained at its own size, rounded down to `step_px` (native). An image that would lose more than `max_crop` of its
+    area is skipped. flip: probability of a horizontal flip.
     Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
     """
 
@@ -78,20 +78,20 @@ class BucketConfig(Strict):
 
 
 def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarray:
-    """Return the sizes of the rule in `BucketConfig`, int64 [K, 2], sorted."""
+    """Return the default sizes (see `BucketConfig`), int64 [K, 2], sorted."""
     square = math.isqrt(area_px) // step_px * step_px
-    found = {(square, square)}
+    sizes = {(square, square)}
     for side in range(min_px, max_px + 1, step_px):
         other = min(area_px // side // step_px * step_px, max_px)
         if other >= min_px:
-            found |= {(side, other), (other, side)}
-    return np.array(sorted(found), dtype=np.int64)
+            sizes |= {(side, other), (other, side)}
+    return np.array(sorted(sizes), dtype=np.int64)
 
 
 def letterbox_sizes(image_size_hw: Sequence[int], unit_px: int) -> np.ndarray:
     """Return the sizes of `augment.pad=buckets`, int64 [K, 2], sorted.
 
-    Their sides are multiples of the unit, their areas at most that of `image_size_hw`, their ratios 1:2 to 2:1.
+    Sides are multiples of `unit_px`, areas at most the area of `image_size_hw`, and ratios from 1:2 to 2:1.
     """
     area, unit_area = math.prod(image_size_hw), unit_px**2
     least, most = math.isqrt(-(-area // (2 * unit_area)) - 1) + 1, math.isqrt(2 * area // unit_area)
@@ -99,9 +99,9 @@ def letterbox_sizes(image_size_hw: Sequence[int], unit_px: int) -> np.ndarray:
 
 
 def letterbox_groups(collection: Collection, rows: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the bucket of the nearest ratio for each row, int64 [N]; of unreadable images, that of a square.
+    """Return the bucket with the nearest ratio for each row, int64 [N]; unreadable images count as squares.
 
-    None where a weight file's preprocessing states no buckets.
+    Returns None if the preprocessing has no buckets.
     """
     buckets_hw = preprocessing.get("buckets_hw")
     if buckets_hw is None:
@@ -110,7 +110,7 @@ def letterbox_groups(collection: Collection, rows: np.ndarray, preprocessing: Ma
 
 
 def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
-    """Return the bucket of the nearest ratio of height to width, in its logarithm, for each size: int64 [N]."""
+    """Return the bucket with the nearest log(height / width) for each size: int64 [N]."""
     ratios = np.log(buckets_hw[:, 0] / buckets_hw[:, 1])
     order = np.argsort(ratios, kind="stable")
     between = (ratios[order][1:] + ratios[order][:-1]) / 2
@@ -118,10 +118,10 @@ def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:
 
 
 class Fit(NamedTuple):
-    """How images fill their buckets: resized, then mirrored where asked for, then cropped; each int64 [..., 2].
+    """How images fill their buckets: resize, optional flip, crop; each field is int64 [..., 2].
 
-    crop_top_left: in the resized and mirrored image, so that what the network is told is what it sees. (Where the crop
-    comes before the mirror, its left edge must be mirrored, too: huggingface/diffusers#6547.)
+    crop_top_left: in the resized and flipped image, so it matches what the network sees. (If the crop came before the
+    flip, its left edge would have to be flipped, too: huggingface/diffusers#6547.)
     """
 
     original_hw: np.ndarray
@@ -130,16 +130,16 @@ class Fit(NamedTuple):
     target_hw: np.ndarray
 
     def conditions(self) -> np.ndarray:
-        """Return what the network is told of it, [..., 6]: SDXL's time_ids."""
+        """Return the size conditioning of SDXL (time_ids), [..., 6]."""
         return np.concatenate([self.original_hw, self.crop_top_left, self.target_hw], axis=-1)
 
 
 def fit_into(
     size_hw: np.ndarray, bucket_hw: np.ndarray, choose_corner: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> Fit:
-    """Return how images fill buckets, int64 [..., 2]: no larger than they must be.
+    """Return how images fill buckets, int64 [..., 2], at the smallest size that covers the bucket.
 
-    choose_corner: from how much the resized images overhang, to the corners of the crops; None: they are centred.
+    choose_corner: maps the excess size to the corners of the crops; None: centre crops.
     """
     zoom = (bucket_hw / size_hw).max(axis=-1, keepdims=True)
     resized_hw = np.maximum(bucket_hw, np.round(size_hw * zoom).astype(np.int64))
@@ -149,7 +149,7 @@ def fit_into(
 
 
 def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
-    """Return an image, [C, H, W], as its fit has it, mirrored where `flip`: [C, h, w] of the bucket."""
+    """Resize, flip and crop an image [C, H, W] into its bucket: [C, h, w]."""
     image = resize(image, fit.resized_hw.tolist(), "bicubic")
     (top, left), (height, width) = fit.crop_top_left.tolist(), fit.target_hw.tolist()
     return (image.flip(-1) if flip else image)[:, top : top + height, left : left + width]
@@ -159,8 +159,8 @@ def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
 class Buckets:
     """The buckets of a collection's rows.
 
-    rows: those that have one, int64 [N], ascending. groups: the bucket of each, a number in `sizes_hw` [K, 2]. image_hw
-    [N, 2]: their own sizes. dropped: the rows without a bucket, by the reason.
+    rows: rows with a bucket, int64 [N], ascending. groups: the bucket of each, an index into `sizes_hw` [K, 2].
+    image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
     """
 
     rows: np.ndarray
@@ -170,7 +170,7 @@ class Buckets:
     dropped: dict[str, np.ndarray]
 
     def describe(self) -> str:
-        """Return the buckets and what they cut off in a line."""
+        """Describe the buckets and the cropped area in one line."""
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
         areas = self.sizes_hw.prod(axis=1)
         enlarged = np.count_nonzero(zoom > 1)
@@ -182,20 +182,20 @@ class Buckets:
         )
 
     def place_of(self, row: int) -> int:
-        """Return where a row with a bucket is in `rows`."""
+        """Return the index of a row in `rows`."""
         return int(np.searchsorted(self.rows, row))
 
 
 def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return how much each image is enlarged, and the share of its area that is cropped, float64 [N]."""
+    """Return the enlargement of each image, and the cropped share of its area, float64 [N]."""
     zoom = (target_hw / image_hw).max(axis=1)
     return zoom, 1 - (target_hw / (image_hw * zoom[:, None])).prod(axis=1)
 
 
 def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
-    """Return the buckets of rows with their sizes [N, 2], 0 where unknown; warn of those without one, by name.
+    """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one.
 
-    Raises UserError (`buckets`) where no image has one.
+    Raises UserError (`task.buckets`) if no image has a bucket.
     """
     known = (sizes_hw > 0).all(axis=1)
     sizes_hw = np.maximum(sizes_hw, 1)
@@ -209,7 +209,7 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
     lost = _measure_fit(sizes_hw, np.maximum(target, 1))[1]
     too_long = known & ~too_small & (lost > config.max_crop)
     reasons = {
-        "unreadable, or of weight 0": ~known,
+        "unreadable, or weight 0": ~known,
         f"too small (task.buckets.small={config.small}, task.buckets.max_upscale={config.max_upscale:g})": too_small,
         f"of a shape too far from any bucket (task.buckets.max_crop={config.max_crop:g})": too_long,
     }
@@ -228,20 +228,20 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
 
 
 def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
-    """Return the sizes of rows, int64 [N, 2]: the manifest's width and height, else what the files' headers say.
+    """Return the sizes of rows, int64 [N, 2], from the manifest's width and height, else from the files' headers.
 
-    0 for what is unreadable or has weight 0. cache: a file that keeps what was read, by rank 0. Shards are not read.
-    Raises UserError (`data.root`) where the index of shards has no sizes.
+    0 for unreadable images and images of weight 0. cache: a file in which rank 0 keeps measured sizes.
+    Raises UserError (`data.root`) if the index of shards has no sizes; shards are not read.
     """
-    stated = collection.stated_sizes()
-    sizes = np.zeros((len(rows), 2), dtype=np.int64) if stated is None else stated[rows]
+    from_manifest = collection.stated_sizes()
+    sizes = np.zeros((len(rows), 2), dtype=np.int64) if from_manifest is None else from_manifest[rows]
 
     weightless = collection.weights()[rows] == 0
-    is_final = stated is not None and collection.is_packed
+    is_final = from_manifest is not None and collection.is_packed
     unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless & (not is_final))
-    found = measure_rows(collection, rows[unknown], cache, read_upright_size, "image sizes")
-    for place, size in zip(unknown, found):
-        sizes[place] = size or 0
+    measured = measure_rows(collection, rows[unknown], cache, read_upright_size, "image sizes")
+    for index, size in zip(unknown, measured):
+        sizes[index] = size or 0
     sizes[weightless] = 0
     return sizes
 
@@ -249,14 +249,14 @@ def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.nda
 def measure_rows(
     collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
 ) -> list[Any]:
-    """Return what `measure` makes of the rows' files, on all ranks; rank 0 reads them, those alone that changed.
+    """Return the results of `measure` for the rows' files, on all ranks; rank 0 reads new and changed files.
 
-    None for a file that cannot be read. Raises UserError (`data.root`) where the rows are parts of shards.
+    None for an unreadable file. Raises UserError (`data.root`) if the rows are in shards.
     """
     if len(rows) and collection.is_packed:
         raise UserError(
-            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks what is needed ({what}); run "
-            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and train on NEW"
+            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks {what}; run "
+            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and use NEW"
         )
 
     def measure_one(path: Path) -> Any:
@@ -272,10 +272,10 @@ def measure_rows(
 
 
 def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
-    """Return the views of an image in its draw's bucket: `images`, and `fit`, how it was fitted (`Fit.conditions`)."""
+    """Return the views of an image in its bucket: `images`, and `fit` (`Fit.conditions`)."""
 
     def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
-        """Draw from the sample's key, the same for both views."""
+        """Return the same random fit for both views, from the sample's key."""
         generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < config.flip)
 

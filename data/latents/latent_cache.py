@@ -1,11 +1,11 @@
-"""Latents of images, encoded once: the mean and log variance that the VAE gives of each image in its bucket.
+"""A cache of latents: the VAE's mean and log variance of each image in its bucket, encoded once.
 
     cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
     cache.fill(encode, open_images(...), machine, batch_size, unreadable)
     data = data.read_from(cache, cache.fingerprints)
 
-A record's key is a hash of the image's bytes and of everything that was done to them, so that what changed is encoded
-again, and nothing else. With random crops, each image keeps one, drawn from its own bytes.
+The key of a record is a hash of the image's bytes and of all processing steps, so only changed images are encoded
+again. With random crops, each image has one fixed crop, derived from its bytes.
 """
 
 import functools
@@ -29,29 +29,29 @@ from utils.io.files import sha256_file
 from utils.ranks import distributed
 from utils.record.progress import track
 
-STORED = torch.float16  # of what networks give
-_VERSION = 1  # of what `place` and the decoder make of a file: another number encodes everything again
-_CHANNELS, _SHRINK = 4, 8  # of SDXL's latents
-_FLIP_DRAW = 4  # of a sample's key; the loader's are 1 and 2, a bucket's 3
+STORED = torch.float16  # dtype of network outputs in the caches
+_VERSION = 1  # version of decoding and `place`; increment it to encode everything again
+_CHANNELS, _SHRINK = 4, 8  # SDXL latents
+_FLIP_DRAW = 4  # counter for a sample's key; the loader uses 1 and 2, buckets 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
 
 
 def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
-    """Return the SHA-256 of the rows' files, "" for one that cannot be opened; of shards, what the manifest states."""
+    """Return the SHA-256 of the rows' files, "" if a file cannot be opened; for shards, from the manifest."""
     if collection.is_packed and collection.table["sha256"].null_count == 0:
         return collection.table["sha256"].take(rows).to_pylist()
-    found = measure_rows(collection, rows, cache, sha256_file, "images, to know changes")
-    return [digest or "" for digest in found]
+    digests = measure_rows(collection, rows, cache, sha256_file, "image hashes")
+    return [digest or "" for digest in digests]
 
 
 class LatentCache:
-    """A source of the latents of `buckets.rows`, and of their mirror images where the config asks for some.
+    """A source of latents for `buckets.rows`, and for their mirror images if `config.flip` is above 0.
 
-    recipe: what latents depend on beside the image and its fit, such as a hash of the VAE. hashes: of `image_hashes`.
-    fits: [rows, variants, 2]; variant 1 is the mirror image.
-    keys: of the records, [rows, variants], of 32 hexadecimal digits. fingerprints: of all, by the configuration key.
+    recipe: further inputs of the latents, such as a hash of the VAE. hashes: from `image_hashes`.
+    fits: [rows, variants, 2]; variant 1 is the mirror image. keys: record keys [rows, variants], 32 hexadecimal digits.
+    fingerprints: a hash of all keys, by configuration key.
     """
 
     def __init__(
@@ -84,18 +84,18 @@ class LatentCache:
         self.fingerprints = {store.key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
     def fit(self, number: int, variant: int) -> Fit:
-        """Return how the image of `buckets.rows[number]` fills its bucket."""
+        """Return the fit of the image `buckets.rows[number]`."""
         return Fit(*(part[number, variant] for part in self.fits))
 
     def is_missing(self) -> np.ndarray:
-        """Return which records are not in the store, bool [rows, variants], on all ranks."""
+        """Return which records are missing in the store, bool [rows, variants], on all ranks."""
         return distributed.rank_zero_call(lambda: ~np.isin(self.keys, self.store.keys()))
 
     @torch.no_grad()
     def fill(
         self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
     ) -> None:
-        """Encode what is missing, each rank its share; an image that cannot be read is reported and skipped.
+        """Encode missing records, split over the ranks; unreadable images are reported and skipped.
 
         Raises UserError as `TensorStore.put` does.
         """
@@ -111,13 +111,13 @@ class LatentCache:
         for batch in track(stream, len(stream), "encoding images"):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
             samples = zip(*(batch[name].tolist() for name in ("sample_id", "weight", "size_hw")))
-            for at, (row, weight, size_hw) in enumerate(samples):
+            for index, (row, weight, size_hw) in enumerate(samples):
                 number, path = buckets.place_of(row), self.collection.row(row).path
-                if weight > 0 and size_hw != (stated := buckets.image_hw[number].tolist()):
-                    unreadable.add([(path, f"height and width are {size_hw}, not {stated}; make the manifest again")])
+                if weight > 0 and size_hw != (expected := buckets.image_hw[number].tolist()):
+                    unreadable.add([(path, f"size is {size_hw}, not {expected}; write the manifest again")])
                 elif weight > 0:
                     for variant, (mean, logvar) in zip(variants, latents):
-                        record = {"latent_mean": mean[at], "latent_logvar": logvar[at]}
+                        record = {"latent_mean": mean[index], "latent_logvar": logvar[index]}
                         self.store.put(self.keys[number, variant].decode(), path, record)
         self.store.finish()
 
@@ -128,23 +128,23 @@ class LatentCache:
     def read(self, row: int, key: int = 0) -> Record:
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
 
-        key: of the draw, which decides whether they are of the mirror image. Raises UnreadableImage where the cache
-        does not have them.
+        key: the key of the draw, which decides between the image and its mirror image.
+        Raises UnreadableImage if the record is missing.
         """
         variant = int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
         return self.read_variant(row, variant)
 
     def read_variant(self, row: int, variant: int) -> Record:
-        """Return a record of the image (0) or of its mirror image (1)."""
+        """Return the record of the image (variant 0) or of its mirror image (1)."""
         number = self.buckets.place_of(row)
         record = self.store.read(self.keys[number, variant].decode())
         if record is None:
-            advice = "start the same command again, which encodes what is missing"
-            raise UnreadableImage(self.collection.row(row).path, "not in the cache of latents, or damaged", advice)
+            advice = "run the same command again to encode missing images"
+            raise UnreadableImage(self.collection.row(row).path, "missing or damaged in the cache of latents", advice)
         return record | {"fit": torch.from_numpy(self.fit(number, variant).conditions())}
 
     def blank(self, group: int) -> Record:
-        """Return latents of zeros in a bucket's shape."""
+        """Return zero latents in the shape of a bucket."""
         size = torch.from_numpy(self.buckets.sizes_hw[group])
         latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
         return {

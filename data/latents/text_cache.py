@@ -1,10 +1,10 @@
-"""Encoded captions, each once: what both text encoders give of it.
+"""A cache of encoded captions: the outputs of both text encoders, computed once.
 
     cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1})
     cache.fill(captions, encode, batch_size)
     cache.read(caption)
 
-Where captions vary (shuffled or dropped tags), K variants of each are made beforehand by `vary_caption`.
+If captions vary (shuffled or dropped tags), `vary_caption` creates K variants of each in advance.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -27,13 +27,13 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 
 
 def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator], str]) -> str:
-    """Return variant `number` of a caption, always the same: `vary` draws from the caption and the number alone."""
+    """Return variant `number` of a caption; the generator of `vary` depends only on the caption and the number."""
     seed = int(sha256_text(caption)[:15], 16)
     return vary(caption, rng.generator_for(rng.hash_counters(seed, number)))
 
 
 class TextCache:
-    """Encoded captions. recipe: what they depend on beside the caption, such as the hashes of the encoders."""
+    """Encoded captions. recipe: further inputs of the encodings, such as hashes of the encoders."""
 
     def __init__(self, store: TensorStore, recipe: Mapping[str, Any]) -> None:
         self.store, self._recipe = store, recipe
@@ -43,27 +43,27 @@ class TextCache:
 
     @torch.no_grad()
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
-        """Encode the captions that are missing, each rank its share; all ranks give the same captions."""
+        """Encode missing captions, split over the ranks; all ranks must pass the same captions."""
         keys = {self._key(text): text for text in captions}
-        there = set(distributed.rank_zero_call(self.store.keys).tolist())
-        missing = [text for key, text in keys.items() if key.encode() not in there]
+        existing = set(distributed.rank_zero_call(self.store.keys).tolist())
+        missing = [text for key, text in keys.items() if key.encode() not in existing]
         mine = missing[distributed.rank() :: distributed.world_size()]
         starts = range(0, len(mine), batch_size)
         for start in track(starts, len(starts), "encoding captions"):
             part = mine[start : start + batch_size]
-            for text, embeds, pooled in zip(part, *(found.to(STORED) for found in encode(part))):
+            for text, embeds, pooled in zip(part, *(output.to(STORED) for output in encode(part))):
                 self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
         self.store.finish()
 
     def read(self, caption: str) -> Record:
         """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
 
-        Raises UserError where the cache does not have it, or has it damaged.
+        Raises UserError if the record is missing or damaged.
         """
         record = self.store.read(self._key(caption))
         if record is None:
             raise UserError(
-                f"{self.store.key}: the caption {caption!r} is not in the cache, or damaged; start the same command "
-                "again, which encodes what is missing"
+                f"{self.store.key}: the caption {caption!r} is missing or damaged in the cache; run the same command "
+                "again to encode missing captions"
             )
-        return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU stacks no float16
+        return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU cannot stack float16

@@ -1,4 +1,4 @@
-"""Read a folder of images as it is into one table, for a collection without a manifest.
+"""Read a folder of images into a table, for a collection without a manifest.
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (sidecars.py), and
@@ -28,20 +28,20 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
-_AT_ONCE = 16  # folders that are listed at once
+_AT_ONCE = 16  # folders listed in parallel
 
 
 def check_root(root: str) -> Path:
     """Return the collection's folder. Raises UserError (`data.root`) if it does not exist."""
     folder = Path(root).expanduser()
     if not root or not folder.is_dir():
-        found = "is a file, not a folder" if root and folder.exists() else f"does not exist (looked from {Path.cwd()})"
-        raise UserError(f"data.root: {root!r} {found}; set data.root to the folder that holds the images")
+        fault = "is a file, not a folder" if root and folder.exists() else f"does not exist (in {Path.cwd()})"
+        raise UserError(f"data.root: {root!r} {fault}; set data.root to the folder that holds the images")
     return folder
 
 
 def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder. Raises UserError (`data.root`) where this user may not."""
+    """List a folder. Raises UserError (`data.root`) if that is not possible."""
     try:
         with os.scandir(folder) as entries:
             return list(entries)
@@ -52,22 +52,22 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 def scan_folder(root: Path) -> pa.Table:
     """Read every image and sidecar below a folder into a table, sorted by path.
 
-    Warns of folders that hold no image.
-    Raises UserError (`data.root`): no image; images both beside and inside class folders, or beside split folders; a
-    file that is none, such as a dangling link; a circle of links; a sidecar that cannot be read.
+    Warns of folders without images.
+    Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
+    or another image path that is not a file; a circle of links; an unreadable sidecar.
     """
     images: dict[str, int] = {}
-    beside: dict[str, set[str]] = {}  # the files of the folder of each image that may have a sidecar
+    beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
     folders: list[str] = []
     for folder, entries, names in walk_folders(root):
-        found = _read_images(folder, entries)
-        images |= found
-        beside |= dict.fromkeys(found, names) if len(found) < len(names) else {}
+        sizes = _read_images(folder, entries)
+        images |= sizes
+        beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
         folders.append(folder)
     if not images:
         raise UserError(
-            f"data.root: {str(root)!r} holds no image; allowed are "
-            f"{' '.join(IMAGE_SUFFIXES)}, or a manifest.parquet, manifest.jsonl or manifest.csv that names the images"
+            f"data.root: {str(root)!r} holds no image; allowed are the endings "
+            f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     splits, labels = _place_images(root, list(images))
     _warn_of_empty(list(images), folders)
@@ -84,36 +84,36 @@ def scan_folder(root: Path) -> pa.Table:
 
 
 def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns: Sequence[Any]) -> pa.Table:
-    """Build a table of images from their sizes in bytes, by path, and from what their sidecars say."""
+    """Build a table of images from their sizes in bytes by path, their sidecars, and further columns."""
     fields = {name: [getattr(sidecar, name) for sidecar in sidecars] for name in Sidecar._fields}
     return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
 
 
 def list_images(root: Path) -> dict[str, int]:
-    """Return the sizes of all images below a folder in bytes, by path. Raises UserError as `scan_folder` does."""
+    """Return the size in bytes of each image below a folder, by path. Raises UserError as `scan_folder` does."""
     return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
 
 
 def holds_image(root: Path) -> bool:
-    """Return whether an image is anywhere below a folder."""
+    """Return whether a folder contains an image at any depth."""
     return any(is_image_name(entry.name) for _, entries, _ in walk_folders(root) for entry in entries)
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file's name ends as an image's."""
+    """Return whether a file name has an image suffix."""
     return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
 
 
 def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
-    """Yield each folder as its path relative to the root (with a slash at the end), its files' entries and names.
+    """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
 
-    Folders of one depth are listed at once. Raises UserError (`data.root`) for a circle of links.
+    Folders of the same depth are listed in parallel. Raises UserError (`data.root`) for a circle of links.
     """
-    level = [("", (os.path.realpath(root),))]  # each with its real path and the real paths of its parents
+    level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while level:
             below = []
-            for (folder, chain), entries in zip(level, pool.map(lambda place: list_folder(root / place[0]), level)):
+            for (folder, chain), entries in zip(level, pool.map(lambda item: list_folder(root / item[0]), level)):
                 files = []
                 for entry in entries:
                     if entry.name.startswith("."):
@@ -132,14 +132,14 @@ def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError as error:  # a link that leads to itself, or to where this user may not look
+    except OSError as error:  # a link to itself, or without permission
         raise UserError(f"data.root: {entry.path!r} cannot be followed ({error.strerror}); remove the link") from error
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
-    """Return the sizes of a folder's images in bytes, by path.
+    """Return the size in bytes of each image in a folder, by path.
 
-    Raises UserError for what is no file, and for a name that is not UTF-8.
+    Raises UserError if an image path is not a file, or its name is not UTF-8.
     """
     images = {}
     for entry in entries:
@@ -148,7 +148,7 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]
         path = folder + entry.name
         try:
             path.encode()
-            fault = "" if entry.is_file() else "it is no file, or a link to nothing"
+            fault = "" if entry.is_file() else "it is not a file, or a dangling link"
             images[path] = 0 if fault else entry.stat().st_size
         except (OSError, UnicodeEncodeError) as error:
             fault = str(error)
@@ -160,7 +160,7 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]
 def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:
     """Return the split and the label (None in a flat folder) of each path.
 
-    Raises UserError where only some images are in split or class folders: the split or class of the others is unknown.
+    Raises UserError if only some images are in split folders or class folders.
     """
     splits, labels = [], []
     for path in paths:
@@ -169,19 +169,19 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
         inner = folders if split is None else folders[1:]
         splits.append(split)
         labels.append(inner[0] if inner else None)
-    for found, what in ((splits, "a split folder (train/, val/)"), (labels, "a class folder")):
-        if None in found and any(found):
-            yes, no = (paths[[place is None for place in found].index(absent)] for absent in (False, True))
+    for values, what in ((splits, "a split folder (train/, val/)"), (labels, "a class folder")):
+        if None in values and any(values):
+            yes, no = (paths[[value is None for value in values].index(absent)] for absent in (False, True))
             raise UserError(
-                f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move every image into "
-                "one, or none, or name images, splits and labels in a manifest.jsonl"
+                f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move all images into "
+                "such folders, or none, or list images, splits and labels in a manifest.jsonl"
             )
     return [split or "train" for split in splits], labels
 
 
 def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
-    """Warn of folders that hold no image; of nested ones, only the outer one is named."""
-    used = {path[: place + 1] for path in paths for place, letter in enumerate(path) if letter == "/"} | {""}
+    """Warn of folders without images, naming only the outermost ones."""
+    used = {path[: i + 1] for path in paths for i, letter in enumerate(path) if letter == "/"} | {""}
     empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
     if empty:
         log.warning("data.root: %d folders hold no image and are ignored: %s", len(empty), show_some(sorted(empty)))

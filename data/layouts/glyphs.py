@@ -2,13 +2,13 @@
 
     draw_glyphs(Path("collections/glyphs"))
 
-A glyph's Unicode name is its caption, the words of the name its tags, the character its class (characters that DejaVu
-Sans draws alike are one class). The STIX faces are the validation split, and never trained on. The files are
+The caption of a glyph is its Unicode name, its tags are the words of the name, its class is the character (characters
+that look the same in DejaVu Sans are one class). The STIX faces are the validation split. The files are
 images/<face>/U+0041.png and manifest.parquet.
 
-A glyph is drawn at 44 px into 64 x 64 grey, dark on white: on one baseline, centred by its advance width. One that
-would stick out is moved by as little as keeps it inside; one larger than the square is drawn at the largest size that
-fits. Centring by the ink instead would make one shape of an underscore and a combining low line.
+A glyph is drawn at 44 px into 64 x 64 grey pixels, dark on white, on a common baseline and centred by its advance
+width. If it extends beyond the square, it is shifted inside; if it is larger than the square, it is drawn at the
+largest size that fits. Centring the ink instead would make an underscore and a combining low line look the same.
 """
 
 import functools
@@ -48,7 +48,7 @@ _ABOUT = "glyphs.json"
 
 
 def glyphs_ready(root: Path) -> bool:
-    """Return whether `root` holds this version's glyphs, completely drawn."""
+    """Return whether `root` holds all glyphs of this version."""
     has_files = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
     return has_files and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
 
@@ -56,10 +56,10 @@ def glyphs_ready(root: Path) -> bool:
 def draw_glyphs(root: Path) -> None:
     """Draw the embedded collection into `root`, unless it is ready.
 
-    It appears whole or not at all. If several processes draw at once, the first to end writes it. The bytes of every
-    image depend only on the fonts, Pillow and its FreeType.
+    The folder appears complete or not at all. If several processes draw at once, the first to finish writes it. The
+    bytes of the images depend only on the fonts, Pillow and its FreeType.
 
-    Raises UserError (`data.root`) if `root` is something else or cannot be written.
+    Raises UserError (`data.root`) if `root` has other content or cannot be written.
     """
     root = Path(os.path.abspath(root))
     if glyphs_ready(root):
@@ -67,9 +67,9 @@ def draw_glyphs(root: Path) -> None:
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
             f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
-            "collection; set data.root to a new folder, or remove this one to have the glyphs drawn into it"
+            "collection; set data.root to a new folder, or remove this one and the glyphs will be drawn there"
         )
-    log.info("drawing the glyph collection into %s (once, some seconds)", root)
+    log.info("drawing the glyph collection into %s (once, a few seconds)", root)
     with output_errors("data.root", root):
         root.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
@@ -78,12 +78,12 @@ def draw_glyphs(root: Path) -> None:
             try:
                 os.rename(drawn, root)
             except OSError:
-                if not glyphs_ready(root):  # else another process was faster
+                if not glyphs_ready(root):  # otherwise another process was faster
                     raise
 
 
 def draw_glyph(face: str, code: int) -> Image.Image | None:
-    """Draw the glyph of a code point as 64 x 64 grey, dark on white; None where it is blank."""
+    """Draw the glyph of a code point as 64 x 64 grey pixels, dark on white; None if it is blank."""
     size = _FONT_PX
     while True:
         font = _load_font(face, size)
@@ -113,20 +113,20 @@ def name_code(code: int) -> str:
 
 
 def describe_code(code: int) -> tuple[str | None, list[str]]:
-    """Return a character's caption, its Unicode name in lower case, and tags, the name's words; (None, []) without."""
+    """Return the caption (the Unicode name in lower case) and the tags (its words); (None, []) without a name."""
     name = unicodedata.name(chr(code), "").lower()
     return name or None, list(dict.fromkeys(name.replace("-", " ").split()))
 
 
 def font_file(face: str) -> Path:
-    """Return the file of a face in the fonts of matplotlib."""
+    """Return the font file of a face in matplotlib."""
     import matplotlib  # takes 0.1 s
 
     return Path(matplotlib.get_data_path()) / "fonts" / "ttf" / f"{face}.ttf"
 
 
 def read_codes(face: str) -> list[int]:
-    """Return the code points that a face has glyphs for, ascending."""
+    """Return the code points of a face, ascending."""
     from fontTools.ttLib import TTFont
 
     with TTFont(font_file(face), lazy=True) as font:
@@ -135,12 +135,12 @@ def read_codes(face: str) -> list[int]:
 
 @functools.lru_cache(maxsize=64)
 def _load_font(face: str, size: int) -> ImageFont.FreeTypeFont:
-    """Load a face at a size in pixels. Basic layout: Raqm, where a machine has it, would shape the characters."""
+    """Load a face at a size in pixels. Basic layout, because Raqm, if installed, would shape the characters."""
     return ImageFont.truetype(str(font_file(face)), size, layout_engine=ImageFont.Layout.BASIC)
 
 
 def _draw_into(root: Path) -> None:
-    """Draw all faces into an absent folder, then write its manifest and glyphs.json."""
+    """Draw all faces into a new folder, then write its manifest and glyphs.json."""
     codes = [(face, code) for face in (*TRAIN_FACES, *VAL_FACES) for code in read_codes(face)]
     rows: list[dict[str, Any]] = []
     for face, code in track(codes, len(codes), "drawing the glyphs"):
@@ -148,7 +148,7 @@ def _draw_into(root: Path) -> None:
             continue
         file = root / "images" / face / f"{name_code(code)}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
-        image.save(file, compress_type=zlib.Z_RLE)  # the same bytes from zlib and zlib-ng, which some systems have
+        image.save(file, compress_type=zlib.Z_RLE)  # gives the same bytes with zlib and zlib-ng
         png, (caption, tags) = file.read_bytes(), describe_code(code)
         split, pixels = "val" if face in VAL_FACES else "train", hashlib.sha256(image.tobytes()).hexdigest()
         columns = {"path": file.relative_to(root).as_posix(), "split": split, "tags": tags, "caption": caption}
@@ -161,7 +161,7 @@ def _draw_into(root: Path) -> None:
     about = {
         "version": GLYPHS_VERSION,
         "count": len(rows),
-        "pixels": hashlib.sha256(lines.encode()).hexdigest(),  # another FreeType may round an edge differently
+        "pixels": hashlib.sha256(lines.encode()).hexdigest(),  # other FreeType versions may round edges differently
         "freetype": features.version("freetype2"),
         "matplotlib": version("matplotlib"),
     }
@@ -169,7 +169,7 @@ def _draw_into(root: Path) -> None:
 
 
 def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:
-    """Return the class of each code point that nearly all faces have: the lowest code point that looks the same."""
+    """Return the class of each code point in nearly all faces: the lowest code point that looks the same."""
     faces = Counter(row["code"] for row in rows)
     looks = {row["code"]: row["pixels"] for row in rows if row["face"] == _MERGED_IN}
     codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)

@@ -1,9 +1,8 @@
-"""The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images and what is known of
-them.
+"""The manifest: a Parquet, JSONL or CSV file at the root of a collection that lists its images with their metadata.
 
-Columns are those of `table.SCHEMA`; only `path` is required. Further columns of numbers or texts are kept. A
-manifest may come from a stranger, so its paths must stay in the root. With the columns `table.PLACES` the paths
-are names alone, and the shards are the files.
+It has the columns of `table.SCHEMA`; only `path` is required. Extra columns of numbers or texts are kept. A manifest
+may come from an untrusted source, so its paths must stay inside the root. With the columns `table.PLACES`, images are
+byte ranges of shards, and `path` is only a name.
 """
 
 import functools
@@ -28,63 +27,63 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
-OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute, or with an empty part, `.` or `..`
-# The Parquet metadata name what wrote a manifest, so that a user's own file is never overwritten.
+OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
+# The Parquet metadata name the writer of a manifest, so that a user's file is never overwritten.
 _MAKER, _OURS = b"atelier.made_by", "write_manifest"
-_AT_ONCE, _PART = 16, 512  # folders or files that are asked for at once
+_AT_ONCE, _PART = 16, 512  # threads, and files per task or cached folders
 
 
 def find_manifest(root: Path) -> Path | None:
-    """Return the root's manifest, None for none. Raises UserError if it has two."""
+    """Return the manifest of the root, or None. Raises UserError if there are two."""
     return find_one(root, (PARQUET, JSONL, CSV))
 
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:
-    """Return which of some files is at the root, None for none. Raises UserError if two are."""
-    found = [root / name for name in names if (root / name).exists()]
-    if len(found) > 1:
-        names = " and ".join(file.name for file in found)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
-    return found[0] if found else None
+    """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
+    files = [root / name for name in names if (root / name).exists()]
+    if len(files) > 1:
+        names = " and ".join(file.name for file in files)
+        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
+    return files[0] if files else None
 
 
 def read_manifest(root: Path | None, file: Path) -> pa.Table:
-    """Read a manifest into a table, sorted by path, with every file's size filled in.
+    """Read a manifest into a table, sorted by path, and fill in file sizes.
 
-    root: None for the manifest of remote shards, which are not looked for.
+    root: None for remote shards, which are not checked.
 
-    Raises UserError (`data.root`) naming the file, and the column, the row (counted from 0, without the header of CSV)
-    or the path: broken file; missing or mistyped column; path that is absent, repeated, or leads out of the root;
-    unknown split; weight that is negative or not finite; shard that is absent, or does not hold what a row says.
+    Raises UserError (`data.root`) with the file and the column, row (from 0, without a CSV header) or path: broken
+    file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
+    is negative or not finite; shard that is missing or too short.
     """
     table = read_table(file)
     if len(table) == 0:
-        raise UserError(f"data.root: {str(file)!r} has no row; name at least one image, or remove the file")
+        raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
     if further := [name for name in table.column_names if name not in TYPES]:
-        log.info("data.root: %s has the further columns %s, beside ours: %s", file.name, further, list(TYPES))
+        log.info("data.root: %s has the extra columns %s; known columns: %s", file.name, further, list(TYPES))
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
-        raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number from 0 up")
+        raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
     table = build_table({**dict(zip(table.column_names, table.columns)), "split": _read_splits(file, table["split"])})
     paths, where = table["path"], f"{str(file)!r}, column path"
-    again = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
-    if len(again):
-        raise UserError(f"data.root: {where}: {again[0].as_py()!r} is there twice; keep one of the rows")
+    repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
+    if len(repeated):
+        raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
     _check_spelling(paths, where)
     if PLACES.keys() <= set(table.column_names):
         _check_places(root, file, table)
         sizes = table["length"]
     elif root is None:
-        raise UserError(f"data.root: {file.name} names files, and from a URL shards are read; pack them (job=pack)")
+        raise UserError(f"data.root: {file.name} lists files, but a URL must hold shards; pack the files (job=pack)")
     else:
         sizes = pa.array(find_sizes(root, paths.to_pylist(), where))
     return replace_column(table, "size", pc.coalesce(table["size"], sizes))
 
 
 def read_table(file: Path) -> pa.Table:
-    """Read a manifest as it is, but for the types of its columns, which are ours.
+    """Read a manifest without checking its rows, and cast its columns to our types.
 
-    Raises UserError (`data.root`) for a broken file, and for a column that is missing or of another type.
+    Raises UserError (`data.root`) for a broken file, a missing column, or a column that cannot be cast.
     """
     read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
     try:
@@ -93,7 +92,7 @@ def read_table(file: Path) -> pa.Table:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
     if len(set(table.column_names)) < table.num_columns or "path" not in table.column_names:
         raise UserError(
-            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; path must be there, and any of "
+            f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; it needs path, and may have "
             f"{', '.join(SCHEMA.names)}, each once"
         )
     nested = [name for name in table.column_names if name not in TYPES and pa.types.is_nested(table[name].type)]
@@ -101,27 +100,24 @@ def read_table(file: Path) -> pa.Table:
         log.info("data.root: %s: columns of lists or records are ignored: %s", file.name, ", ".join(nested))
     columns = {name: _cast(file, name, table[name]) for name in table.column_names if name not in nested}
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
-        raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; name the image or drop the row")
+        raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
     return pa.table({**{field.name: pa.nulls(len(table), field.type) for field in SCHEMA}, **columns})
 
 
 def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file as it is, or only some of its columns.
-
-    Raises ArrowException or OSError where it is not one.
-    """
-    with pq.ParquetFile(file) as parquet:  # not read_table, which takes folders named a=b for columns
+    """Read a Parquet file, or some of its columns. Raises ArrowException or OSError."""
+    with pq.ParquetFile(file) as parquet:  # not read_table, which reads folders named a=b as columns
         return parquet.read(columns)
 
 
 def _read_jsonl(file: Path) -> pa.Table:
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # which some programs write before UTF-8
-    options = pa.json.ReadOptions(block_size=len(content) + 1)  # so that a column has one type
+    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some programs
+    options = pa.json.ReadOptions(block_size=len(content) + 1)  # one block, so that each column has one type
     return pa.json.read_json(pa.BufferReader(content), read_options=options)
 
 
 def _read_csv(file: Path) -> pa.Table:
-    """Read a CSV file. Empty fields are absent; tags are separated by commas, so several need quotes."""
+    """Read a CSV file. Empty fields are null; tags are separated by commas, so several tags need quotes."""
     types = {**TYPES, "tags": pa.string()}
     table = pa.csv.read_csv(
         file,
@@ -136,27 +132,24 @@ def _read_csv(file: Path) -> pa.Table:
 
 
 def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast a column to its type; a further one to int64, float64 or text.
-
-    Raises UserError where that would change its meaning.
-    """
-    found = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_whole = pa.types.is_boolean(found) or pa.types.is_integer(found)
-    other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(found) else pa.string()
-    wanted = TYPES.get(name, other)
+    """Cast a column to its type; an extra column to int64, float64 or text. Raises UserError if values would change."""
+    source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
+    is_whole = pa.types.is_boolean(source) or pa.types.is_integer(source)
+    other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(source) else pa.string()
+    target = TYPES.get(name, other)
     try:
-        column = column.cast(wanted)
+        column = column.cast(target)
     except pa.ArrowException as error:
         raise UserError(
-            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {wanted}"
+            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {target}"
         ) from error
     if name == "tags" and pc.list_flatten(column).null_count:
-        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; drop it from the list")
+        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; remove the null")
     return column
 
 
 def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Bring the split column to train, val and test; null is train."""
+    """Normalise the split column to train, val and test; null becomes train."""
     names = pc.unique(column)
     splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names.to_pylist()]
     if None in splits:
@@ -169,17 +162,17 @@ def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
 
 
 def _check_spelling(paths: pa.ChunkedArray, where: str) -> None:
-    """Raise UserError for a path that is not one inside the collection by its spelling."""
+    """Raise UserError for a path that is absolute or leaves the collection."""
     outside = paths.filter(pc.match_substring_regex(paths, OUTSIDE))
     if len(outside):
         raise UserError(
-            f"data.root: {where}: {outside[0].as_py()!r} is absolute or leads out, or has an empty part or '.'; write "
+            f"data.root: {where}: {outside[0].as_py()!r} is absolute, or has an empty part, '.' or '..'; write "
             "paths inside the collection, with / between folders"
         )
 
 
 def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
-    """Raise UserError where a packed row is not a part of a shard in the collection."""
+    """Raise UserError if a packed row is not inside a shard of the collection."""
     shards, where = pa.chunked_array([pc.unique(table["shard"]).drop_null()]), f"{str(file)!r}, column shard"
     _check_spelling(shards, where)
     ends = np.full(len(table), np.inf)
@@ -189,15 +182,15 @@ def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
     offsets, lengths = (table[name].fill_null(-1).to_numpy() for name in ("offset", "length"))
     inside = (offsets >= 0) & (lengths >= 0) & (offsets + lengths <= ends) & table["shard"].is_valid().to_numpy()
     for row in np.flatnonzero(~inside).tolist():
-        found = {name: table[name][row].as_py() for name in ("path", *PLACES)}
-        raise UserError(f"data.root: {str(file)!r}: {found} is no place in a shard; pack the collection again")
+        values = {name: table[name][row].as_py() for name in ("path", *PLACES)}
+        raise UserError(f"data.root: {str(file)!r}: {values} is not inside a shard; pack the collection again")
 
 
 def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
-    """Return the bytes of files of a collection, which threads look up.
+    """Return the sizes of files of a collection in bytes.
 
-    Raises UserError (`data.root`) where one is no file, or leads out of the root by a link. where: of the paths, for
-    messages.
+    where: the source of the paths, for messages.
+    Raises UserError (`data.root`) if a path is not a file, or is a link out of the root.
     """
     real = os.path.join(os.path.realpath(root), "")
     find_folder = functools.lru_cache(_PART)(lambda folder: os.path.realpath(os.path.join(root, folder)))
@@ -215,8 +208,8 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
                 f"data.root: {where}: {path!r} does not exist in {str(root)!r} ({error.strerror})"
             ) from error
         if not stat.S_ISREG(status.st_mode) or not file.startswith(real):
-            fault = f"is a link out of the collection, to {file!r}" if not file.startswith(real) else "is no file"
-            raise UserError(f"data.root: {where}: {path!r} {fault}; name files inside {str(root)!r}")
+            fault = f"is a link out of the collection, to {file!r}" if not file.startswith(real) else "is not a file"
+            raise UserError(f"data.root: {where}: {path!r} {fault}; list files inside {str(root)!r}")
         return status.st_size
 
     parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
@@ -225,16 +218,16 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
 
 
 def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
-    """Write a table as the root's `manifest.parquet`, atomically.
+    """Write a table as `manifest.parquet` of the root, atomically.
 
-    maker: only a manifest of the default maker is ever overwritten. Raises UserError (`data.root`) if the folder is not
-    writable.
+    maker: recorded in the file; only a manifest of the default maker is ever overwritten.
+    Raises UserError (`data.root`) if the folder is not writable.
     """
     table = table.replace_schema_metadata({_MAKER: maker.encode()})
     try:
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
     except PermissionError as error:
-        raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be made there") from error
+        raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be written") from error
 
 
 def refuse_foreign(file: Path) -> None:
@@ -242,6 +235,6 @@ def refuse_foreign(file: Path) -> None:
     made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
     if made_by != _OURS.encode():
         raise UserError(
-            f"data.root: {str(file)!r} was not made from this folder and is not overwritten; it is read as it is. To "
-            "have one made from the folder, move it away"
+            f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
+            "from the folder, move it away"
         )

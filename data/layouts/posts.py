@@ -1,6 +1,6 @@
 """A table of posts as Danbooru gives them, at the root of a collection: posts.parquet or posts.jsonl.
 
-A post's image is the file that is named by its id or its md5, in any folder and of any format: `0123/4000123.jpg`,
+The image of a post is named by its id or md5, in any folder and any format: `0123/4000123.jpg`,
 `ab/ab12....webp`, `4000123.png`. What a post states is read as from any record (data/layouts/records.py).
 """
 
@@ -25,42 +25,42 @@ POSTS = ("posts.parquet", "posts.jsonl")
 
 
 def read_folder(root: Path) -> pa.Table:
-    """Read a collection that has no manifest: by its table of posts, or else its folders and sidecars."""
+    """Read a collection without a manifest: its table of posts, else its folders and sidecars."""
     file = find_one(root, POSTS)
     return scan_folder(root) if file is None else read_posts(root, file)
 
 
 def read_posts(root: Path, file: Path) -> pa.Table:
-    """Read the posts that have an image into a table, sorted by path. Logs how many have none.
+    """Read the posts with an image into a table, sorted by path. Logs how many posts have none.
 
-    Raises UserError (`data.root`) naming the file where it cannot be read, or has no post with an image here.
+    Raises UserError (`data.root`) with the file name if it cannot be read, or if no post has an image.
     """
     refuse_link_out(root, file)
     images = list_images(root)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
-    found: dict[str, Sidecar] = {}
+    sidecars: dict[str, Sidecar] = {}
     count, tried = 0, []
     for count, (where, post) in enumerate(_read(file), start=1):
         names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
         tried += names if count <= 3 else []
         path = next((by_name[name] for name in names if name in by_name), None)
-        if path is not None and path not in found:
-            found[path] = parse_record(where, post)
-    if not found:
+        if path is not None and path not in sidecars:
+            sidecars[path] = parse_record(where, post)
+    if not sidecars:
         raise UserError(
             f"data.root: none of the {count:,} posts of {str(file)!r} has an image: {str(root)!r} holds "
             f"{len(images):,}, none of them {', '.join(f'{name}.*' for name in tried)}; name images by id or md5"
         )
     log.info(
         "%s: %s of %s posts have an image (the others have none, or are repeated), %s of %s images a post",
-        file.name, f"{len(found):,}", f"{count:,}", f"{len(found):,}", f"{len(images):,}",
+        file.name, f"{len(sidecars):,}", f"{count:,}", f"{len(sidecars):,}", f"{len(images):,}",
     )  # fmt: skip
-    sizes = {path: images[path] for path in found}
-    return build_rows(sizes, list(found.values()), split=["train"] * len(found))
+    sizes = {path: images[path] for path in sidecars}
+    return build_rows(sizes, list(sidecars.values()), split=["train"] * len(sidecars))
 
 
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each post, and its name for messages."""
+    """Yield each post with its position, for messages."""
     try:
         if file.suffix == ".jsonl":
             with open(file, encoding="utf-8-sig") as lines:

@@ -1,4 +1,4 @@
-"""The door: which layout a collection has, and how it becomes a table. Nothing behind it asks for the layout again."""
+"""Recognise the layout of a collection and read it into a table. No other code needs to know the layout."""
 
 import functools
 import re
@@ -24,21 +24,21 @@ log = get_logger(__name__)
 
 _TAR, _ARROW, _PARQUET = ".tar", ".arrow", ".parquet"
 _ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), *PLACES.items()])
-_PARALLEL_FROM = 8  # tar files; below, starting processes takes longer
+_PARALLEL_FROM = 8  # tar files; with fewer, starting processes takes longer
 
 
 class Layout(NamedTuple):
-    """How a collection is read. files: what the table follows from; none: from all that the folder holds."""
+    """How to read a collection. files: the files that determine the table; empty: all files of the folder."""
 
     files: list[Path]
     read: Callable[[], pa.Table]
 
 
 def recognise(root: str, cache: Path) -> Layout:
-    """Return the layout of a collection; `cache` keeps what is fetched or unpacked.
+    """Return the layout of a collection; fetched and unpacked files go to `cache`.
 
-    In this order: a URL of packed shards, a manifest, shards of others where there is no image, then a table of posts
-    or the folders. Raises UserError (`data.root`).
+    The order: a URL of packed shards, a manifest, WebDataset or Hugging Face shards if the folder has no image, a table
+    of posts, folders. Raises UserError (`data.root`).
     """
     if is_remote(root):
         manifest = fetch_manifest(root, cache)
@@ -52,14 +52,14 @@ def recognise(root: str, cache: Path) -> Layout:
         files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
         return Layout(list(files.values()), functools.partial(_read_shards, folder, files))
     if names:
-        log.info("data.root: %s beside images: only the images are read", show_some(names))
+        log.info("data.root: %s beside images: reading only the images", show_some(names))
     return Layout([], functools.partial(read_folder, folder))
 
 
 def _find_shards(root: Path) -> list[str]:
-    """Return the paths of other people's shards at the root or in its folders train, val and so on, and data, sorted.
+    """Return the sorted paths of WebDataset or Hugging Face shards at the root or in its folders train, val, data etc.
 
-    Raises UserError where they are of both kinds.
+    Raises UserError if both kinds are present.
     """
     folders = [entry.name for entry in list_folder(root) if entry.name.lower() in (*SPLIT_NAMES, "data")]
     found = sorted(
@@ -69,20 +69,20 @@ def _find_shards(root: Path) -> list[str]:
         if entry.name.endswith((_TAR, _ARROW, _PARQUET)) and entry.name[0] != "." and entry.name not in POSTS
     )
     if len({name.endswith(_TAR) for name in found}) > 1:
-        raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep those of one kind")
+        raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep one kind")
     return found
 
 
 def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
-    """Read shards of others into one table; tar files in one process per core. files: what is read, by their names."""
+    """Read WebDataset or Hugging Face shards into one table; tar files in one process per core. files: by name."""
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         fatal = lambda shard: ([], [f"{shard[0]}, which ends the process that reads it"])  # noqa: E731
-        found = map_in_processes(_read_shard, shards, fatal)
+        results = map_in_processes(_read_shard, shards, fatal)
     else:
-        found = map(_read_shard, shards)
+        results = map(_read_shard, shards)
     tables, skipped = [], []
-    for rows, faults in track(found, len(shards), "scanning shards"):
+    for rows, faults in track(results, len(shards), "scanning shards"):
         tables.append(rows)
         skipped += faults
     if not any(map(len, tables)):
@@ -95,9 +95,9 @@ def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
 
 
 def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, list[str]]:
-    """Return the rows of a shard, whose name gives their split, and what is skipped.
+    """Return the rows of a shard, and descriptions of skipped parts. The split comes from the shard's name.
 
-    shard: its name, the name in the column shard, and the file.
+    shard: its name, the value for the column `shard`, and the file.
     """
     name, shard_name, file = shard
     rows, skipped = (read_tar if name.endswith(_TAR) else read_arrow)(file, name)

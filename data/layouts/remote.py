@@ -1,7 +1,7 @@
-"""A store that fsspec reads, such as s3://bucket/folder: packed shards and their manifest.
+"""Packed shards and their manifest in a remote store that fsspec can read, such as s3://bucket/folder.
 
-Keys and endpoints are those of the environment and of fsspec's configuration (FSSPEC_S3_ENDPOINT_URL and so on).
-`filecache::s3://bucket/folder` keeps the shards that were read on a local disk.
+Credentials and endpoints come from the environment and fsspec's configuration (FSSPEC_S3_ENDPOINT_URL etc.).
+`filecache::s3://bucket/folder` caches shards on a local disk.
 """
 
 from pathlib import Path
@@ -19,17 +19,17 @@ def is_remote(root: str) -> bool:
 
 
 def fetch_manifest(root: str, cache: Path) -> Path:
-    """Copy the manifest of remote shards into the cache, where it changed, and return the copy.
+    """Copy the manifest of remote shards into the cache if it has changed, and return the copy.
 
-    Raises UserError (`data.root`) where the store has none, or does not give it.
+    Raises UserError (`data.root`) if it cannot be read.
     """
     files, folder = open_store(root)
     try:
         content = files.cat_file(f"{folder}/manifest.parquet")
-    except Exception as error:  # each store has errors of its own
+    except Exception as error:  # each store raises other errors
         raise UserError(
-            f"data.root: the manifest.parquet of {root!r} cannot be read ({type(error).__name__}: {error}); check URL, "
-            "network and keys, and that the shards of prepare.py job=pack are there with it"
+            f"data.root: the manifest.parquet of {root!r} cannot be read ({type(error).__name__}: {error}); check the "
+            "URL, the network and the credentials, and that the folder holds the output of prepare.py job=pack"
         ) from error
     target = cache / "remote" / sha256_text(root)[:16] / "manifest.parquet"
     if not target.is_file() or target.read_bytes() != content:
@@ -38,13 +38,13 @@ def fetch_manifest(root: str, cache: Path) -> Path:
 
 
 def open_store(root: str) -> tuple[AbstractFileSystem, str]:
-    """Return the store and the folder in it. Raises UserError (`data.root`).
+    """Return the store and the path of the folder in it. Raises UserError (`data.root`).
 
-    fsspec keeps one store for each process and thread, so a fork gets its own, and threads should share one.
+    fsspec keeps one store per process and thread, so a fork gets a new one, and threads should share one.
     """
     try:
         return fsspec.core.url_to_fs(root)
     except (ImportError, ValueError) as error:
         raise UserError(
-            f"data.root: {root!r} cannot be opened ({error}); `make install-cloud` installs what reads s3://"
+            f"data.root: {root!r} cannot be opened ({error}); `make install-cloud` installs support for s3://"
         ) from error

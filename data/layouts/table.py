@@ -1,7 +1,7 @@
-"""The table that every collection becomes: its columns, their order and their hash.
+"""The common table of all layouts: its columns, their order and their hash.
 
-It has the columns of SCHEMA, and after them what else a layout knows: ids, places in shards, and further columns of a
-manifest, which are numbers or texts.
+It has the columns of SCHEMA first, then optional ones: ids, byte ranges in shards, and extra columns of a manifest
+(numbers or texts).
 """
 
 import hashlib
@@ -16,39 +16,39 @@ SCHEMA = pa.schema(
     [
         ("path", pa.string()),  # POSIX, relative to the root
         ("size", pa.int64()),  # bytes
-        ("sha256", pa.string()),  # null unless prepare.py filled it in
+        ("sha256", pa.string()),  # null unless prepare.py has filled it in
         ("split", pa.string()),
         ("label", pa.string()),
         ("tags", pa.list_(pa.field("item", pa.string()))),
         ("rating", pa.string()),
         ("caption", pa.string()),
-        ("weight", pa.float32()),  # of the loss; 0 = not to be trained on
+        ("weight", pa.float32()),  # weight in the loss; 0 excludes the image from training
     ]
 )
-# Columns that prepare.py fills from the files. They follow from the files' content, so they are not in the fingerprint,
-# and a manifest made again keeps the runs on it.
+# Columns that prepare.py fills from the files. They are not in the fingerprint, because they only depend on the files'
+# content: runs can be resumed after the manifest is written again.
 MEASURED = {
     **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
     "mode": pa.string(),
 }
-# Where a packed row's bytes are: a file of the collection, and bytes. They change no fingerprint either.
+# The byte range of a packed row: a file of the collection, and bytes. Not in the fingerprint either.
 PLACES = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}
-TYPES = {**dict(zip(SCHEMA.names, SCHEMA.types)), **MEASURED, **PLACES}  # of the columns that we give a meaning
+TYPES = {**dict(zip(SCHEMA.names, SCHEMA.types)), **MEASURED, **PLACES}  # all columns with a meaning
 _LARGE = {pa.string(): pa.large_string(), TYPES["tags"]: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
-_NAMED = 5  # names that a message shows
+_NAMED = 5  # names in a message
 SPLITS = ("train", "val")
-TEST = "test"  # until `assign_validation`
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": TEST}  # as users write it
+TEST = "test"  # only until `assign_validation`
+SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": TEST}  # spellings of users
 
 
 def build_table(columns: Mapping[str, Any]) -> pa.Table:
-    """Build a table of SCHEMA and further columns, sorted by path, from lists or Arrow columns.
+    """Build a table of SCHEMA and extra columns, sorted by path, from lists or Arrow columns.
 
-    A column of SCHEMA that is absent is null; weights are 1 and tags empty where they are null. A further column that
-    holds only nulls is dropped.
+    Missing columns of SCHEMA become null; null weights become 1 and null tags empty. Extra columns with only nulls are
+    dropped.
     """
-    found = {}
+    complete = {}
     for name in dict.fromkeys((*SCHEMA.names, *columns)):
         column = columns.get(name)
         if column is None:
@@ -59,15 +59,15 @@ def build_table(columns: Mapping[str, Any]) -> pa.Table:
             continue
         if name in ("weight", "tags"):
             column = pc.coalesce(column, pa.scalar(1.0 if name == "weight" else [], TYPES[name]))
-        found[name] = column
-    table = pa.table(found)
+        complete[name] = column
+    table = pa.table(complete)
     return take_rows(table, pc.sort_indices(table, [("path", "ascending")]))
 
 
 def take_rows(table: pa.Table, order: pa.Array) -> pa.Table:
-    """Return some rows in an order, in chunks of a fixed number.
+    """Return rows in a given order, in chunks of a fixed size.
 
-    By way of 64-bit offsets: Arrow cannot reorder a column whose texts together pass 2 GiB otherwise.
+    Uses 64-bit offsets, because otherwise Arrow cannot reorder a column with more than 2 GiB of text.
     """
     wide = table.cast(pa.schema([(field.name, _LARGE.get(field.type, field.type)) for field in table.schema]))
     wide = wide.combine_chunks()
@@ -76,9 +76,9 @@ def take_rows(table: pa.Table, order: pa.Array) -> pa.Table:
 
 
 def hash_table(table: pa.Table) -> str:
-    """Return 16 hexadecimal digits of the SHA-256 of the columns, the same however the table is cut into chunks.
+    """Return 16 hexadecimal digits of the SHA-256 of the columns, independent of chunks.
 
-    The columns of MEASURED and PLACES are left out.
+    The columns of MEASURED and PLACES are not hashed.
     """
     digest = hashlib.sha256()
     for field in table.schema:
@@ -89,7 +89,7 @@ def hash_table(table: pa.Table) -> str:
 
 
 def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> None:
-    """Feed a column's nulls, lengths and values, each in one run over all chunks, to a hash."""
+    """Update a hash with the nulls, lengths and values of a column, each over all chunks."""
     update(pc.is_null(column).to_numpy().tobytes())
     column = column.drop_null()
     if pa.types.is_list(column.type):
@@ -106,14 +106,14 @@ def _hash_column(update: Callable[[bytes], None], column: pa.ChunkedArray) -> No
 
 
 def count_values(column: pa.ChunkedArray) -> dict[str, int]:
-    """Count the values of a column of texts, or of lists of texts: the most frequent first, then by name."""
+    """Count the values of a column of texts or lists of texts, the most frequent first, then by name."""
     flat = pc.list_flatten(column) if pa.types.is_list(column.type) else column.drop_null()
     counts = {entry["values"]: entry["counts"] for entry in pc.value_counts(flat).to_pylist()}
     return dict(sorted(counts.items(), key=lambda item: (-item[1], item[0])))
 
 
 def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArray) -> pa.Table:
-    """Return the table with one column exchanged; a new one is added at the end."""
+    """Return the table with one column replaced, or appended if it is new."""
     if name not in table.column_names:
         return table.append_column(name, column)
     return table.set_column(table.column_names.index(name), table.schema.field(name), column)

@@ -1,4 +1,4 @@
-"""Tar files of WebDataset: an image, and the members of the same key beside it."""
+"""WebDataset tar files: images, and members with the same key."""
 
 import re
 import tarfile  # noqa: TID251 (members are listed and read in place)
@@ -9,12 +9,12 @@ from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import OUTSIDE
 from data.layouts.records import Sidecar, parse_json, parse_record, parse_text
 
-_TEXTS = ("txt", "cls", "json")  # the last one takes precedence
+_TEXTS = ("txt", "cls", "json")  # the last has precedence
 _MAX_TEXT_BYTES = 2**20
 
 
 def read_tar(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the images of a tar file as rows, and what is skipped."""
+    """Return the images of a tar file as rows, and descriptions of skipped parts."""
     images: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, dict[str, bytes]] = {}
     skipped = []
@@ -26,31 +26,31 @@ def read_tar(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse() or re.search(OUTSIDE, path):
-                    skipped.append(f"{path!r} in {name}, which is no plain file, or leads out")
+                    skipped.append(f"{path!r} in {name}, which is not a plain file, or has an unsafe path")
                 elif f".{extension}" in IMAGE_SUFFIXES:
                     images[path] = member
                 elif extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
                     texts.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError) as error:  # what came before is whole
+    except (tarfile.TarError, OSError) as error:  # the members before the error are valid
         skipped.append(f"the end of {name} ({error})")
     rows = []
     for path, member in images.items():
-        found, faults = _read_texts(f"{path!r} in {name}", texts.get(_split_name(path)[0], {}))
-        place = {"offset": member.offset_data, "length": member.size, "size": member.size}
-        rows.append({"path": f"{name}/{path}", **place, **found})
+        columns, faults = _read_texts(f"{path!r} in {name}", texts.get(_split_name(path)[0], {}))
+        columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
+        rows.append({"path": f"{name}/{path}", **columns})
         skipped += faults
     return rows, skipped
 
 
 def _split_name(path: str) -> tuple[str, str]:
-    """Return the key and the extension of a member, as WebDataset does: at the first dot of its name."""
+    """Split the path of a member into key and extension at the first dot of its name, as WebDataset does."""
     folder, slash, name = path.rpartition("/")
     key, _, extension = name.partition(".")
     return folder + slash + key, extension.lower()
 
 
 def _read_texts(where: str, texts: dict[str, bytes]) -> tuple[dict[str, Any], list[str]]:
-    """Return the columns that the texts beside an image give, and what of them cannot be read."""
+    """Return columns from the text members of an image, and descriptions of unreadable ones."""
     sidecar, label, faults = Sidecar(), None, []
     for extension in sorted(texts, key=_TEXTS.index):
         try:

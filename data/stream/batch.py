@@ -1,11 +1,11 @@
-"""Batches: a dictionary of tensors, and what it always holds.
+"""Batches: dictionaries of tensors. Every batch has:
 
     sample_id  [B] int64     the row in the collection
-    key        [B] int64     the sample's random key, from which noise is drawn on the device
-    weight     [B] float32   its weight in the loss; 0 for an unreadable image (blank) and for padding
+    key        [B] int64     the random key of the sample, the seed of noise on the device
+    weight     [B] float32   its weight in the loss; 0 for unreadable images (blank) and for padding
 
-Shapes may differ from batch to batch. A field of ragged length, such as tag ids, becomes `<name>` [N] (all values,
-sample after sample) and `<name>_offsets` [B + 1]; a part of a batch has all values, and its own offsets.
+Shapes may differ from batch to batch. A ragged field, such as tag ids, becomes `<name>` [N] (all values, sample after
+sample) and `<name>_offsets` [B + 1]; a slice of a batch keeps all values and has its own offsets.
 """
 
 import functools
@@ -22,7 +22,7 @@ from utils.contracts import Batch
 
 @dataclass(frozen=True)
 class Ragged:
-    """A field whose length differs from sample to sample: values [n]."""
+    """A field whose length varies between samples: values [n]."""
 
     values: Tensor
 
@@ -31,25 +31,25 @@ Sample = dict[str, Tensor | Ragged | int | float]
 
 
 def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = False) -> Batch:
-    """Join `count` samples of one shape to a batch; numbers become int64 or float32 [B].
+    """Collate `count` samples of equal shapes into a batch; numbers become int64 or float32 [B].
 
-    Each sample is copied as it comes, while the processor's cache still holds it. channels_last: the memory format of
-    images, uint8 [B, C, H, W]; it is that of a decoded image, which is then copied as it is.
+    Each sample is copied when it arrives, while it is in the CPU cache. channels_last: memory format of images, uint8
+    [B, C, H, W]; decoded images already have it, so they are copied without a permutation.
     """
     batch: Batch = {}
     columns: dict[str, list[Any]] = {}
-    for place, sample in enumerate(samples):
-        assert place == 0 or sample.keys() == batch.keys() | columns.keys(), (sample.keys(), batch.keys())
+    for index, sample in enumerate(samples):
+        assert index == 0 or sample.keys() == batch.keys() | columns.keys(), (sample.keys(), batch.keys())
         for name, value in sample.items():
             if isinstance(value, Tensor):
-                if place == 0:
+                if index == 0:
                     last = channels_last and value.dtype == torch.uint8 and value.dim() == 3
-                    form = torch.channels_last if last else torch.contiguous_format
-                    batch[name] = torch.empty(count, *value.shape, dtype=value.dtype, memory_format=form)
-                into = batch[name][place]
+                    memory_format = torch.channels_last if last else torch.contiguous_format
+                    batch[name] = torch.empty(count, *value.shape, dtype=value.dtype, memory_format=memory_format)
+                into = batch[name][index]
                 assert value.shape == into.shape, (value.shape, into.shape)
                 if value.dtype == torch.uint8:
-                    np.copyto(into.numpy(), value.numpy())  # images: channels to the front in half of torch's time
+                    np.copyto(into.numpy(), value.numpy())  # images: permutes channels in half the time of torch
                 else:
                     into.copy_(value)
             else:
@@ -65,25 +65,25 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
 
 
 def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
-    """Return [B, width] float32 with ones where a sample's ragged ids point; on the ids' device, without a sync.
+    """Return [B, width] float32 with ones at the ragged ids of each sample, without a host synchronisation.
 
-    Values outside the offsets belong to other parts of a batch that was cut; they go to the rows before and after.
+    Values outside the offsets belong to other slices of the batch; they go to extra rows, which are removed.
     """
     rows = torch.bucketize(torch.arange(len(values), device=values.device), offsets, right=True)
     targets = torch.zeros(len(offsets) + 1, width, device=values.device)
     return targets.index_put_((rows, values), torch.ones((), device=values.device))[1:-1]
 
 
-@functools.cache  # memory is kept for each stream, and every evaluation has a loader of its own
+@functools.cache  # torch caches memory per stream, and every evaluation has its own loader
 def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:
-    """Move a batch; from pinned memory without waiting for the copy.
+    """Move a batch to the device; from pinned memory, without waiting for the copy.
 
-    On a GPU, copies have a stream of their own and overlap with the step before. The host asks for the next batch while
-    the device still computes; on the compute stream, the copy would queue behind that work.
+    On a GPU, copies run on their own stream and overlap with the previous step. On the compute stream, the copy would
+    wait for that step.
     """
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
@@ -92,5 +92,5 @@ def to_device(batch: Batch, device: torch.device) -> Batch:
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     current.wait_stream(copies)
     for tensor in moved.values():
-        tensor.record_stream(current)  # the copies' stream may not reuse its memory before the step is done
+        tensor.record_stream(current)  # so its memory is not reused before the step is done
     return moved

@@ -1,7 +1,7 @@
 """Readers and loaders: from draws to batches on the device.
 
-A worker reads a sample's record from the source, makes the named views of its image with the sample's key, and adds the
-fields of the task. A sample that cannot be read is blank, has weight 0 and is reported by name; it never ends a run.
+A worker reads the record of a sample from the source, creates the views of its image with the sample's key, and adds
+the fields of the task. An unreadable sample becomes blank with weight 0 and is reported by name; it never stops a run.
 """
 
 import ctypes
@@ -47,17 +47,17 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Problem = tuple[str, str]  # the name of an image, and why it cannot be read
+Problem = tuple[str, str]  # the name of an image and why it is unreadable
 Loaded = tuple[Batch, list[Problem]]
 Report = Callable[[list[Problem]], None]
-# Counters of the keys that are hashed from a sample's key.
+# Counters for keys derived from a sample's key.
 _FIELDS_KEY, _VIEW_KEY = 1, 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
 class Example:
-    """What a field may look at: the row, the record before any transform, and the views; training: no evaluation."""
+    """The input of a field: the row, the record before any transform, and the views."""
 
     draw: Draw
     row: Row
@@ -67,7 +67,7 @@ class Example:
 
     @functools.cached_property  # most fields draw nothing
     def generator(self) -> torch.Generator:
-        """A generator that is seeded with the sample's key, for the fields alone."""
+        """A generator for fields, seeded with the sample's key."""
         return rng.generator_for(rng.hash_counters(self.draw.key, _FIELDS_KEY))
 
 
@@ -75,16 +75,16 @@ Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]
 
 
 def no_fields(example: Example) -> dict[str, Tensor]:
-    """Add nothing to a sample."""
+    """Return no fields."""
     return {}
 
 
 class SampleReader(Dataset):
-    """Read the sample of a draw, in a worker.
+    """Read the samples of draws, in a worker.
 
-    views: they make named tensors of the record's image. The first is seeded with the sample's key, the others with
-    keys hashed from it, so another view changes none of those before it. fields: what a task adds, such as labels.
-    collection: of the rows; files of none have no fields, and weight 1.
+    views: named transforms of the record's image. The first is seeded with the sample's key, each other one with a key
+    derived from it, so an added view does not change earlier ones. fields: additions of a task, such as labels.
+    collection: None for single files, which have no fields and weight 1.
     """
 
     def __init__(
@@ -102,19 +102,19 @@ class SampleReader(Dataset):
         self.channels_last = channels_last
 
     def __getitems__(self, draws: list[Draw]) -> Loaded:
-        """Return the batch of some draws, and the (name, reason) of each that could not be read."""
+        """Return the batch of some draws, and the (name, reason) of each unreadable image."""
         store, problems = layers(self.source)[-1], []
         if isinstance(store, Prefetching):
             store.prefetch(not_cached(self.source, [draw.index for draw in draws]))
         samples = map(functools.partial(self.read, problems=problems), draws)
-        with torch.autocast("cpu", enabled=False):  # of an evaluation: it would refuse to join half precision
+        with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
             return collate(samples, len(draws), channels_last=self.channels_last), problems
 
     def read(self, draw: Draw, problems: list[Problem]) -> Sample:
-        """Return the sample of a draw; where its record cannot be read, add why."""
+        """Return the sample of a draw; if it is unreadable, append the reason to `problems`."""
         row = None if self.collection is None else self.collection.row(draw.index)
         weight, record = 1.0 if row is None else row.weight, None
-        if weight != 0:  # a file of weight 0 is not opened: it may crash its decoder
+        if weight != 0:  # files of weight 0 are not opened: they may crash the decoder
             try:
                 record = self.source.read(draw.index, draw.key)
             except UnreadableImage as error:
@@ -134,32 +134,32 @@ def _share(loaded: Loaded) -> Loaded:
     """Move a batch to shared memory, in a worker."""
     batch, problems = loaded
     if get_worker_info() is not None:
-        # Where there is no room, this raises. The queue would drop the batch instead, and the rank wait for ever.
+        # This raises if there is no room. The queue would drop the batch instead, and the rank would wait forever.
         batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
     return batch, problems
 
 
 class UnreadableLog:
-    """Count unreadable images, warn of each once, and list them in the run folder's unreadable.jsonl.
+    """Count unreadable images, warn of each once, and list them in unreadable.jsonl of the run folder.
 
-    Rows are kept until the folder exists and its disk accepts them. Ranks append to one file.
+    Lines are buffered until the folder exists and its disk accepts them. All ranks append to one file.
     """
 
     def __init__(self, file: Path | None) -> None:
         self._file, self._lines, self._seen = file, None, set()
         text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
         for line in text.split("\n"):
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # of a torn or damaged line
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # an incomplete or damaged line
                 self._seen.add(str(json.loads(line)["path"]))
-        self._waiting = "" if text.endswith("\n") or not text else "\n"  # behind a torn row
+        self._waiting = "" if text.endswith("\n") or not text else "\n"  # after an incomplete line
 
     @property
     def count(self) -> int:
-        """Return how many paths were unreadable on this rank, earlier starts of the run included."""
+        """Return how many images were unreadable on this rank, earlier starts of the run included."""
         return len(self._seen)
 
     def add(self, problems: list[Problem]) -> None:
-        """Take the problems of a batch."""
+        """Add the problems of a batch."""
         for path, reason in problems:
             if path not in self._seen:
                 self._seen.add(path)
@@ -175,18 +175,18 @@ class UnreadableLog:
 
 
 def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore stop signals in a worker: a scheduler sends them to all processes, and the rank still needs the worker.
+    """Ignore stop signals in a worker: a scheduler signals all processes, but the rank still needs the worker.
 
-    A worker is killed when its rank ends, even if either of them hangs.
+    The worker is killed when its rank ends, even if one of them hangs.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere torch's worker looks for its parent, but only between two batches
+    if sys.platform == "linux":  # elsewhere, torch's worker checks its parent, but only between batches
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 class _WorkerPopen(Popen):
-    """A forked process that ignores SIGTERM, so terminate() kills it: torch and multiprocessing wait for its end."""
+    """A forked process that ignores SIGTERM; terminate() kills it, because torch then waits for its end."""
 
     terminate = Popen.kill
 
@@ -200,10 +200,10 @@ class _WorkerContext(ForkContext):
 
 
 class Loader:
-    """Read batches of draws, report unreadable samples, copy to the device, and call the hook.
+    """Load batches of draws, report unreadable samples, copy to the device, and call the hook.
 
-    report: called with the (name, reason) of samples that could not be read. on_device: called with each batch after
-    the copy; it draws from batch["key"] (utils/rng.py: normal, uniform).
+    report: called with the (name, reason) of unreadable samples. on_device: called with each batch after the copy; it
+    uses batch["key"] for random numbers (utils/rng.py: normal, uniform).
     """
 
     def __init__(
@@ -213,7 +213,7 @@ class Loader:
         self._report, self._on_device = report, on_device or (lambda batch: batch)
 
     def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
-        """Yield batches on the device. Raises UserError (`runtime.workers`) where workers lack shared memory."""
+        """Yield batches on the device. Raises UserError (`runtime.workers`) if workers lack shared memory."""
         workers = self.machine.workers
         loader = DataLoader(
             self.reader,
@@ -224,29 +224,29 @@ class Loader:
             worker_init_fn=_leave_signals_to_parent,
             multiprocessing_context=_WorkerContext() if workers > 0 else None,
             pin_memory=self.machine.device.type == "cuda",
-            generator=torch.Generator(),  # otherwise the workers' base seed is drawn from torch's global generator
+            generator=torch.Generator(),  # otherwise torch draws the base seed from its global generator
         )
         try:
             for loaded, problems in loader:
                 self._report(problems)
                 yield self._on_device(to_device(loaded, self.machine.device))
         except RuntimeError as error:
-            if (found := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
+            if (match := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
                 raise
             raise UserError(
-                f"runtime.workers: a loader worker has no room for a batch ({found.group(1)}); set runtime.workers=0, "
+                f"runtime.workers: a loader worker has no room for a batch ({match.group(1)}); set runtime.workers=0, "
                 "or a lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more "
                 "shared memory (/dev/shm; docker run --shm-size=8g)"
             ) from None
 
     def repeat(self, draw: Draw, size: int) -> Batch:
-        """Return a batch of `size` times one sample, on the device, with weight 1."""
+        """Return a batch that repeats one sample `size` times, on the device, with weight 1."""
         batch = collate([self.reader.read(draw, [])] * size, size, channels_last=self.reader.channels_last)
         return self._on_device(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
 
 
 class TrainStream:
-    """The endless stream of training samples as steps: each a list of this rank's micro-batches on the device."""
+    """The endless stream of training steps: each is a list of this rank's micro-batches on the device."""
 
     def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
         self.loader, self.sampler, self.unreadable = loader, sampler, unreadable
@@ -254,25 +254,25 @@ class TrainStream:
 
     @property
     def unreadable_count(self) -> int:
-        """Samples that could not be read so far, on this rank."""
+        """The number of unreadable images so far, on this rank."""
         return self.unreadable.count
 
     def readings(self) -> Mapping[str, float]:
-        """Return what the caches of this rank's source have counted so far."""
+        """Return the metrics of this rank's caches."""
         caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cached)]
         return {name: value for cache in caches for name, value in cache.readings().items()}
 
     def trial_batches(self, size: int) -> Iterator[Batch]:
-        """Yield `size` times one sample of each shape, on the device, with weight 1; no part of the stream."""
+        """Yield for each shape a batch of `size` equal samples with weight 1, independent of the stream."""
         for row, group in self.sampler.examples():
             yield self.loader.repeat(Draw(0, row, rng.sample_key(self.sampler.seed, 0), group), size)
 
     def path_of(self, sample_id: int) -> str:
-        """Return the path of a sample as the collection states it, for messages."""
+        """Return the path of a sample, for messages."""
         return self.loader.reader.collection.row(sample_id).path
 
     def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of step after step, from `start_step` on."""
+        """Yield the micro-batches of each step, from `start_step` on."""
         share = Share(plan.micro_batch_size, distributed.rank(), plan.world_size)
         draws = train_batches(self.sampler, share, plan.global_batch_size, start_step)
         batches = self.loader.load(draws, self.sampler.rows_ahead)
@@ -281,9 +281,9 @@ class TrainStream:
 
 
 class EvaluationStream:
-    """Some rows, each exactly once over all ranks (`evaluation_batches`); iterate it as often as needed.
+    """Rows in batches, each row exactly once over all ranks (`evaluation_batches`); can be iterated repeatedly.
 
-    batch_size: of a rank; it may be changed. groups: the shape group of each row, [len(rows)].
+    batch_size: per rank; may be changed. groups: the shape group of each row, [len(rows)].
     """
 
     def __init__(

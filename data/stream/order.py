@@ -1,10 +1,11 @@
-"""The endless stream: position -> sample, a pure function.
+"""The endless stream of samples: a pure function from position to sample.
 
-Epochs are concatenated orders; there is no partial batch, an epoch boundary is a position, and resuming is starting at
-another position. Nothing depends on the number of ranks, workers or micro-batches: step t of a run takes positions
-[t * G, (t + 1) * G), of which every rank takes an equal, contiguous share.
+Epochs follow each other without a partial batch, and resuming means starting at another position. The order does not
+depend on the number of ranks, workers or micro-batches: step t of a run takes positions [t * G, (t + 1) * G), and every
+rank takes an equal, contiguous share of them.
 
-A position costs the same in a collection of any size: orders are keyed permutations (utils/rng.py), not tables.
+The cost of a position does not depend on the size of the collection: orders are keyed permutations (utils/rng.py), not
+tables.
 """
 
 import itertools
@@ -28,7 +29,7 @@ from utils.ranks import distributed
 
 @lru_cache(maxsize=4096)
 def _order(seed: int, stream: int, count: int) -> rng.Permutation:
-    """Return a permutation; those of recent epochs, classes and groups are kept."""
+    """Return a permutation; recent ones are cached."""
     return rng.Permutation(seed, stream, count)
 
 
@@ -41,22 +42,22 @@ class Draw(NamedTuple):
     group: int = 0
 
 
-# A view of an image: from uint8 [C, H, W] of any size to a tensor of the shape that the draw's group has.
+# A view of an image: from uint8 [C, H, W] of any size to a tensor with the shape of the draw's group.
 Transform = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, Transform]
-# The first position and the size of a batch, and whether it is the first of the stream -> further rows to read ahead.
+# First position and size of a batch, and whether it begins the stream -> further rows to read ahead.
 RowsAhead = Callable[[int, int, bool], list[int]]
 
 
 class Sampler:
-    """An order of rows: an array or a range. chunk: neighbouring positions of one shape; None: nothing is grouped."""
+    """An order of rows. chunk: number of consecutive positions with one shape; None: no groups."""
 
     chunk: int | None = None
     rows_ahead: RowsAhead | None = None
 
     def __init__(self, rows: Sequence[int], seed: int) -> None:
         if len(rows) == 0:
-            raise UserError("data.root: there is no sample to train on; see the collection's splits and labels")
+            raise UserError("data.root: there is no sample to train on; check the splits and labels of the collection")
         self.rows, self.seed, self.epoch_length = rows, seed, len(rows)
 
     def at(self, position: int) -> tuple[int, int]:
@@ -69,7 +70,7 @@ class Sampler:
         return Draw(position, row, rng.sample_key(self.seed, position), group)
 
     def examples(self) -> list[tuple[int, int]]:
-        """Return (row, group) of a sample of each shape."""
+        """Return (row, group) of one sample for each shape."""
         return [self.at(0)]
 
 
@@ -83,10 +84,10 @@ class ShuffledSampler(Sampler):
 
 
 class BalancedSampler(Sampler):
-    """Every class equally often; within a class its samples in turn, in another order each lap.
+    """Every class equally often; the samples of a class take turns, in another order each lap.
 
-    An epoch has as many positions as there are samples, so samples of small classes occur several times in it (with
-    another augmentation each time) and not all samples of large classes do.
+    An epoch has as many positions as there are samples. So samples of small classes occur several times in it (with
+    different augmentation), and some samples of large classes do not occur.
     """
 
     def __init__(self, rows: Sequence[int], class_ids: np.ndarray, seed: int) -> None:
@@ -103,34 +104,34 @@ class BalancedSampler(Sampler):
         return int(self.rows[members[order(index)]]), 0
 
     def _class_at(self, position: int) -> tuple[int, int]:
-        """Return the class of a position, and how often that class came before.
+        """Return the class of a position, and how often that class occurred before.
 
-        An epoch has full rounds of all classes, each in a random order. The positions that are left go to the classes
-        that are next in turn, so that over the epochs every class occurs equally often.
+        An epoch has full rounds of all classes, each in a random order. The remaining positions go to the next classes
+        in turn, so that every class occurs equally often over the epochs.
         """
         classes = len(self._members)
         rounds, extra = divmod(self.epoch_length, classes)
         epoch, offset = divmod(position, self.epoch_length)
-        turn, place = divmod(offset, classes)
+        turn, index = divmod(offset, classes)
         key = rng.hash_counters(epoch, turn, 1)
-        extra_before = epoch * extra  # positions beyond full rounds, in the epochs before
+        extra_before = epoch * extra  # positions beyond full rounds, in earlier epochs
         if turn < rounds:
-            number = _order(self.seed, key, classes)(place)
+            number = _order(self.seed, key, classes)(index)
         else:
-            number = (extra_before + _order(self.seed, key, extra)(place)) % classes
+            number = (extra_before + _order(self.seed, key, extra)(index)) % classes
         extra_of_class = (extra_before + classes - 1 - number) // classes
         return number, epoch * rounds + extra_of_class + turn
 
 
 class BlockSampler(Sampler):
-    """Every sample once per epoch, by blocks of neighbours, so that a shard is read nearly in sequence.
+    """Every sample once per epoch, in blocks of neighbours, so that shards are read nearly in sequence.
 
-    An epoch cuts the rows, as a circle from a random place on, into blocks of `block` rows. The blocks come in a random
-    order, and `window` of them at a time are shuffled together; rows that fill no block are at the end of the last
-    window. So about one of `window` neighbouring samples is of the block of the first, where a whole shuffle has next
-    to none: a block must not be of one class, and job=pack shuffles first.
+    Each epoch splits the rows, as a circle with a random start, into blocks of `block` rows. The blocks are ordered
+    randomly, and `window` blocks at a time are shuffled together; remaining rows come at the end of the last window.
+    About one in `window` samples shares the block of its neighbour. Therefore a block should not hold a single class;
+    job=pack shuffles rows before it writes shards.
 
-    reads_blocks: whole blocks are read ahead, a window before they are drawn from.
+    reads_blocks: read whole blocks ahead, one window before they are needed.
     """
 
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
@@ -140,34 +141,34 @@ class BlockSampler(Sampler):
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
         epoch, offset = divmod(position, self.epoch_length)
-        number, place = divmod(offset, self.window)
-        start = offset - place
+        number, index = divmod(offset, self.window)
+        start = offset - index
         width = min(self.window, self.epoch_length - start)
-        return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(place)), 0
+        return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(index)), 0
 
     def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
-        """Return as many rows of the next window, by blocks; at first all from the beginning of this window on."""
+        """Return `count` rows of the next window in block order; at first, also this window from its beginning."""
         if not self.reads_blocks:
             return []
         window_start = first - first % self.epoch_length % self.window
-        places = range(window_start if begins else first + self.window, first + count + self.window)
-        return [self._row(*divmod(place, self.epoch_length)) for place in places]
+        positions = range(window_start if begins else first + self.window, first + count + self.window)
+        return [self._row(*divmod(position, self.epoch_length)) for position in positions]
 
-    def _row(self, epoch: int, place: int) -> int:
-        """Return the row at a place of an epoch's blocks, before windows are shuffled."""
-        blocks, (block, inner) = self.epoch_length // self.block, divmod(place, self.block)
-        if block < blocks:  # not of the rows that fill none
+    def _row(self, epoch: int, offset: int) -> int:
+        """Return the row at an offset in the blocks of an epoch, before windows are shuffled."""
+        blocks, (block, inner) = self.epoch_length // self.block, divmod(offset, self.block)
+        if block < blocks:  # a full block
             block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
         first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
         return int(self.rows[(first + block * self.block + inner) % self.epoch_length])
 
 
 class GroupedSampler(Sampler):
-    """Samples in chunks of one group (one shape) and fixed size, the chunks of an epoch in a random order.
+    """Samples in chunks of fixed size with one group (one shape) each; the chunks of an epoch are shuffled.
 
-    A group's samples come in laps, each in another order, and its chunks are cut from the laps without a gap: what does
-    not fill a chunk is carried into a later epoch. So the samples of all groups come equally often: in a cycle of
-    `chunk` epochs, each `chunk` times. groups: [len(rows)].
+    The samples of a group come in laps, each in another order. Its chunks are cut from the laps without gaps: samples
+    that do not fill a chunk move to a later epoch. So all samples occur equally often: `chunk` times in a cycle of
+    `chunk` epochs. groups: [len(rows)].
     """
 
     def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
@@ -175,20 +176,20 @@ class GroupedSampler(Sampler):
         self.chunk = chunk
         self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
-        # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread what small groups
-        # have over the epochs: without them, all would have it in the last.
+        # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread the chunks of small
+        # groups over the epochs; otherwise all would be in the last epoch.
         phases = (np.cumsum(counts) - counts) % chunk
         before = (np.arange(chunk + 1)[:, None] * counts + phases) // chunk
         chunks = np.diff(before, axis=0)  # in each epoch
-        # A cycle's chunks, as many as there are samples, epoch after epoch and group after group: the group of each,
-        # and how many chunks its group has had before it.
+        # The chunks of a cycle, sorted by epoch and group, as many as there are samples: the group of each, and how
+        # many chunks of this group come before it.
         self.epoch_starts = [0, *chunks.sum(axis=1).cumsum().tolist()]
         self._group = np.repeat(np.tile(np.arange(len(counts)), chunk), chunks.ravel())
         firsts = chunks.cumsum().reshape(chunks.shape) - chunks
         self._turn = np.arange(len(self._group)) + np.repeat((before[:-1] - firsts).ravel(), chunks.ravel())
 
     def examples(self) -> list[tuple[int, int]]:
-        """Return (row, group) of a sample of each group."""
+        """Return (row, group) of one sample for each group."""
         return [(int(self.rows[members[0]]), int(group)) for members, group in zip(self._members, self._groups)]
 
     def at(self, position: int) -> tuple[int, int]:
@@ -197,20 +198,19 @@ class GroupedSampler(Sampler):
         cycle, number = divmod(number, self.epoch_length)
         epoch = bisect_right(self.epoch_starts, number) - 1
         first, end = self.epoch_starts[epoch : epoch + 2]
-        place = first + _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
-        group = int(self._group[place])
+        index = first + _order(self.seed, rng.hash_counters(cycle, epoch, -1), end - first)(number - first)
+        group = int(self._group[index])
         members = self._members[group]
-        turn = cycle * len(members) + int(self._turn[place])
-        lap, index = divmod(turn * self.chunk + offset, len(members))
-        member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(index)]
+        turn = cycle * len(members) + int(self._turn[index])
+        lap, lap_index = divmod(turn * self.chunk + offset, len(members))
+        member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(lap_index)]
         return int(self.rows[member]), int(self._groups[group])
 
 
 def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
-    """Return the order that `loop.sampling` names: shuffled, in blocks, or balanced over the training split's classes.
+    """Return the sampler for `loop.sampling`: shuffled, blocks, or balanced over the classes of the training split.
 
-    Balanced passes over images of weight 0, which would take turns of their class. Raises UserError where it meets
-    images without a label.
+    Balanced sampling skips images of weight 0. It raises UserError if an image has no label.
     """
     if name == "shuffled":
         return ShuffledSampler(rows, seed)
@@ -229,7 +229,7 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
 
 
 def _has_room_for(window: int, collection: Collection) -> bool:
-    """Return whether the page cache has room for two windows of local shards, which are read by this node alone."""
+    """Return whether the page cache has room for two windows of local shards, on a single node."""
     one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
     if not one_node or sys.platform != "linux" or not collection.is_packed:
         return False
@@ -237,7 +237,7 @@ def _has_room_for(window: int, collection: Collection) -> bool:
 
 
 def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
-    """Return rows in the order in which they are stored: of their shards, else of their paths."""
+    """Return rows in storage order: by shard and offset, else by path."""
     if not collection.is_packed:
         return np.sort(rows)
     order = pc.sort_indices(collection.table, [("shard", "ascending"), ("offset", "ascending")]).to_numpy()
@@ -245,7 +245,7 @@ def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
 
 
 class Share(NamedTuple):
-    """The samples that a rank takes, in batches of `batch_size`."""
+    """The share of a rank, in batches of `batch_size`."""
 
     batch_size: int
     rank: int = 0
@@ -253,7 +253,7 @@ class Share(NamedTuple):
 
 
 def train_batches(sampler: Sampler, share: Share, global_batch_size: int, start_step: int) -> Iterator[list[Draw]]:
-    """Yield the endless micro-batches of one rank from a step on, in the order of train_step."""
+    """Yield the endless micro-batches of one rank, from `start_step` on."""
     count = global_batch_size // share.world_size
     for step in itertools.count(start_step):
         first = step * global_batch_size + share.rank * count
@@ -264,18 +264,18 @@ def train_batches(sampler: Sampler, share: Share, global_batch_size: int, start_
 def evaluation_batches(
     rows: Sequence[int], share: Share, seed: int, groups: np.ndarray | None = None
 ) -> Iterator[list[Draw]]:
-    """Yield a rank's share of some rows, each exactly once. All ranks make the same number of batches.
+    """Yield a rank's share of `rows`, each row exactly once over all ranks. All ranks get the same number of batches.
 
-    groups: the shape group of each row, [len(rows)]: a batch has rows of one group, and each group's last batch is
-    padded. Padding repeats a row with `position` -1 and key 0, to which the reader gives weight 0. A row's key depends
-    on the row alone, so masks and noise of an evaluation are the same at every step and on any number of ranks.
+    groups: the shape group of each row, [len(rows)]. A batch has rows of one group, and the last batch of a group is
+    padded. Padding repeats a row with `position` -1 and key 0; the reader gives it weight 0. The key of a row depends
+    only on the row, so masks and noise of an evaluation are the same at every step and for any number of ranks.
     """
-    for group, places, starts in _plan(rows, share, groups):
-        mine, filler = places[share.rank :: share.world_size], Draw(-1, int(rows[places[0]]), 0, group)
+    for group, positions, starts in _plan(rows, share, groups):
+        mine, padding = positions[share.rank :: share.world_size], Draw(-1, int(rows[positions[0]]), 0, group)
         for start in starts:
-            chosen = [(int(place), int(rows[place])) for place in mine[start : start + share.batch_size]]
-            draws = [Draw(place, row, rng.sample_key(seed, row, 1), group) for place, row in chosen]
-            yield draws + [filler] * (min(share.batch_size, len(places)) - len(draws))
+            chosen = [(int(position), int(rows[position])) for position in mine[start : start + share.batch_size]]
+            draws = [Draw(position, row, rng.sample_key(seed, row, 1), group) for position, row in chosen]
+            yield draws + [padding] * (min(share.batch_size, len(positions)) - len(draws))
 
 
 def count_batches(rows: Sequence[int], share: Share, groups: np.ndarray | None = None) -> int:
@@ -284,7 +284,7 @@ def count_batches(rows: Sequence[int], share: Share, groups: np.ndarray | None =
 
 
 def _plan(rows: Sequence[int], share: Share, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
-    """Yield each group, the places of its rows, and where each batch begins in a rank's share; the largest counts."""
+    """Yield each group, the positions of its rows, and the start of each batch in the largest share of a rank."""
     for group in (0,) if groups is None else np.unique(groups).tolist():
-        places = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
-        yield group, places, range(0, -(-len(places) // share.world_size), share.batch_size)
+        positions = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
+        yield group, positions, range(0, -(-len(positions) // share.world_size), share.batch_size)

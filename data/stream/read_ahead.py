@@ -1,10 +1,10 @@
-"""Prefetch the files of coming batches, or the parts of shards, into the system's page cache.
+"""Prefetch the files or shard ranges of the next batches into the page cache.
 
     for batch in read_ahead(batches, source):
 
-A reader opens one file after another. A slow disk or file server answers many requests in nearly the time of one:
-threads make the requests, and the reader finds the files in the page cache. The samples and their order do not change.
-Parts of a shard that are near one another are one request.
+A reader opens one file after another, but a slow disk or file server can answer many requests in nearly the time of
+one. Threads send the requests early, and the reader finds the files in the page cache. The samples and their order do
+not change. Close ranges of a shard are joined into one request.
 Source: posix_fadvise(2), POSIX_FADV_WILLNEED.
 """
 
@@ -16,18 +16,18 @@ from concurrent.futures import ThreadPoolExecutor
 from data.stream.order import Draw, RowsAhead
 from data.stream.source import FileRange, OnDisk, Source, join_ranges, layers, not_cached
 
-_FILES = 512  # requested ahead, at least
+_FILES = 512  # minimum number of files requested ahead
 _THREADS = 16
-_ASKED_BYTES = 2**17  # the kernel may read no more when it is asked (mm/readahead.c: force_page_cache_ra)
+_ASKED_BYTES = 2**17  # the kernel may read no more per request (mm/readahead.c: force_page_cache_ra)
 _READ_BYTES = 2**20
 
 
 def read_ahead(
     batches: Iterable[list[Draw]], source: Source, rows_ahead: RowsAhead | None = None
 ) -> Iterator[list[Draw]]:
-    """Yield the batches, and request what they read some batches before.
+    """Yield the batches, and request their files some batches earlier.
 
-    Nothing is requested where the source reads no files, or the system has no posix_fadvise (macOS, Windows).
+    Does nothing if the source reads no files, or the system has no posix_fadvise (macOS, Windows).
     """
     store = layers(source)[-1]
     if not isinstance(store, OnDisk) or not hasattr(os, "posix_fadvise"):
@@ -37,7 +37,7 @@ def read_ahead(
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
     try:
         for number, batch in enumerate(batches):
-            # Here, not in the threads: they only make system calls, so a fork is safe.
+            # Computed here, because threads that only make system calls are safe with forks.
             rows = [draw.index for draw in batch]
             further = [] if rows_ahead is None else rows_ahead(batch[0].position, len(batch), number == 0)
             files = [
@@ -59,7 +59,7 @@ def _request(files: list[FileRange]) -> None:
 
 
 def will_need(file: FileRange) -> None:
-    """Ask the system to read it in the background, or read it where it is large; its reader reports what is wrong."""
+    """Ask the system to read a small range in the background, or read a large one; errors are left to the reader."""
     try:
         descriptor = os.open(file.path, os.O_RDONLY | os.O_NONBLOCK)  # a pipe without a writer must not block
     except OSError:
@@ -70,7 +70,7 @@ def will_need(file: FileRange) -> None:
             return
         for done in range(0, file.length, _READ_BYTES):
             os.pread(descriptor, min(_READ_BYTES, file.length - done), file.offset + done)
-    except OSError:  # of a pipe, or of an offset that is none: there is nothing to read ahead
+    except OSError:  # a pipe, or an invalid offset: nothing to read ahead
         pass
     finally:
         os.close(descriptor)

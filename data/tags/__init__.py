@@ -1,1 +1,1 @@
-"""Tags of images: from users' files to the ids that a tagger is trained on."""
+"""Tags: from the texts in users' files to the ids that a tagger is trained on."""

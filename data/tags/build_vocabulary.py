@@ -1,4 +1,4 @@
-"""Make a vocabulary of the tags of a collection."""
+"""Build a vocabulary from the tags of a collection."""
 
 from collections import Counter
 from dataclasses import replace
@@ -18,57 +18,57 @@ from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vo
 
 log = get_logger(__name__)
 
-_MAX_LENGTH = 255  # of a name; longer ones are sentences
-_SHOWN = 3  # tags that a message shows
+_MAX_LENGTH = 255  # longer names are sentences
+_SHOWN = 3  # tags in a message
 
 
-def make_vocabulary(collection: Collection, wanted: VocabularyConfig, key: str) -> Vocabulary:
-    """Return the vocabulary that the configuration asks for, in the order of published taggers. Logs what was taken.
+def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:
+    """Return a vocabulary in the order of published taggers, and log the number of tags.
 
-    The order: ratings, general, characters, the other categories; in each by descending count, then by name. Where no
-    image has a rating, none is taken. A tag of `keep` is taken in any case. A tag of a list without a category is that
-    of its name in any category. key: what the configuration keys begin with.
-    Raises UserError (`<key>...`) where a file cannot be read, ratings are ambiguous, or no tag is left.
+    The order: ratings, general, characters, other categories; each by descending count, then by name. Ratings are
+    included if any image has one. Tags in `keep` are always included. In `ignore` and `keep`, a tag without a category
+    matches its name in every category. key: prefix of the configuration keys.
+    Raises UserError (`<key>...`) if a file cannot be read, ratings are ambiguous, or no tag is left.
     """
-    categories = {CATEGORIES[name] for name in wanted.categories}
-    ignore, keep = (_read_names(getattr(wanted, name), key + name) for name in ("ignore", "keep"))
+    categories = {CATEGORIES[name] for name in config.categories}
+    ignore, keep = (_read_names(getattr(config, name), key + name) for name in ("ignore", "keep"))
 
-    def is_wanted(tag: Tag, count: int) -> bool:
+    def is_included(tag: Tag, count: int) -> bool:
         listed = {tag, Tag(None, tag.name)}
-        fits = tag.category in categories and count >= wanted.min_count and len(tag.name) <= _MAX_LENGTH
+        fits = tag.category in categories and count >= config.min_count and len(tag.name) <= _MAX_LENGTH
         return tag.category != RATING and (bool(listed & keep) or (fits and not listed & ignore))
 
-    found = count_tags(collection, read_rules(wanted, key))
-    chosen = [entry for entry in found if is_wanted(*entry)]
+    found = count_tags(collection, read_rules(config, key))
+    chosen = [entry for entry in found if is_included(*entry)]
     if not chosen:
         most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]
         raise UserError(
-            f"{key}min_count: no tag of {', '.join(wanted.categories)} is on {wanted.min_count} of the training "
-            f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); set a lower one, or give the "
+            f"{key}min_count: no tag of {', '.join(config.categories)} is on {config.min_count} of the training "
+            f"images of {str(collection.root)!r} (found: {', '.join(most) or 'no tag'}); lower it, or give the "
             "images sidecars (docs/collections.md)"
         )
     order = {GENERAL: -2, CHARACTER: -1}
     chosen.sort(key=lambda entry: (order.get(entry[0].category, entry[0].category), -entry[1], entry[0].name))
     if any(count for _, count in found[: len(RATINGS)]):
         chosen = found[: len(RATINGS)] + chosen
-    taken = Counter(category_name(tag.category) for tag, _ in chosen)
-    log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in taken.items()))
+    counts = Counter(category_name(tag.category) for tag, _ in chosen)
+    log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in counts.items()))
     ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
     vocabulary = Vocabulary.of(tag for tag, _ in chosen)
     return replace(vocabulary, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
 
 
 def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:
-    """Return the four ratings and every tag, each with the number of training images that have it, implied tags too.
+    """Return the four ratings and every tag, each with its number of training images, counting implied tags.
 
     Images of weight 0 do not count. Raises UserError (`<key>rating_s`) as `map_tags` does.
     """
     table = collection.table.select(["tags", "rating", "split", "weight"])
     table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
-    found: Counter[Tag] = Counter()
+    occurrences: Counter[Tag] = Counter()
     for entry in pc.value_counts(pc.list_flatten(table["tags"])).to_pylist():
-        found.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
-    ordered = [tag for tag, _ in found.most_common() if tag.name and tag.category != RATING]
+        occurrences.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
+    ordered = [tag for tag, _ in occurrences.most_common() if tag.name and tag.category != RATING]
     tags = [tag for tag in ordered if tag.category is not None]
     named = {tag.name for tag in tags}
     tags += [Tag(GENERAL, tag.name) for tag in ordered if tag.name not in named]
@@ -78,14 +78,14 @@ def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]
 
 
 def _read_names(path: str | None, key: str) -> frozenset[Tag]:
-    """Read a list of tags, one on each line, without blank lines and those that begin with `#`; none of None.
+    """Read a list of tags, one per line, without blank lines and lines that begin with `#`; empty for None.
 
-    Raises UserError (`key`) where the file cannot be read.
+    Raises UserError (`key`) if the file cannot be read.
     """
     if path is None:
         return frozenset()
     try:
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} cannot be read ({error}); give a text file in UTF-8, a tag on a line") from None
+        raise UserError(f"{key}: {path} cannot be read ({error}); give a UTF-8 file with one tag per line") from None
     return frozenset(parse_tag(line) for line in lines if line.strip() and not line.startswith("#"))

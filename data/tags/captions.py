@@ -1,7 +1,7 @@
-"""Captions for text to image: from a row's sidecars, manifest or predicted tags, and varied anew for each sample.
+"""Captions for text to image, read from sidecars or a manifest and varied for each sample.
 
-text = config.read(collection.row(row))                 # what the collection says of the image
-config.vary_tags(text, generator)                       # what the network is told this time
+text = config.read(collection.row(row))                 # the text in the collection
+config.vary_tags(text, generator)                       # the caption of this sample
 """
 
 from typing import Annotated, Literal
@@ -24,13 +24,12 @@ log = get_logger(__name__)
 
 
 class CaptionConfig(Strict):
-    """How a row's text becomes the caption of a sample, in this order.
+    """How the text of a row becomes the caption of a sample.
 
-    source: the caption as it is, or the tags in words; the other one where a row lacks it. caption_dropout: the
-    probability that a sample has no caption, and dropout_to what the network is given then: the embedding of the empty
-    text, or zeros. The text is tags between separators (or lines): the first `keep_first` stay as they are; of the
-    others each is dropped with probability `tag_dropout`, and `shuffle` puts them in a random order. prefix: put before
-    every caption that is not dropped, with a separator.
+    source: the caption as it is, or the tags in words; a row without it uses the other. caption_dropout: probability
+    that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
+    The text is split into tags at separators and lines. The first `keep_first` tags stay; each other tag is dropped
+    with probability `tag_dropout`, and `shuffle` permutes the rest. prefix: text before every caption that is kept.
     """
 
     source: Literal["caption", "tags"]
@@ -44,22 +43,22 @@ class CaptionConfig(Strict):
 
     @property
     def varies_tags(self) -> bool:
-        """Whether a row has more than one caption."""
+        """Whether captions vary from sample to sample."""
         return self.shuffle or self.tag_dropout > 0
 
     def read(self, row: Row) -> str:
-        """Return a row's text, empty where it has none."""
+        """Return the text of a row, or an empty text."""
         caption = (row.caption or "").strip()
         if caption and self.source == "caption":
             return caption
         return self.separator.join(filter(None, map(spell, row.tags or ()))) or caption
 
     def drops(self, generator: torch.Generator) -> bool:
-        """Return whether a training sample has no caption."""
+        """Return whether the caption of a training sample is dropped."""
         return bool(torch.rand((), generator=generator) < self.caption_dropout)
 
     def vary_tags(self, text: str, generator: torch.Generator) -> str:
-        """Return one of a row's captions, which is never dropped."""
+        """Return a random caption for the text of a row; the whole caption is never dropped."""
         if not self.varies_tags:
             return self.complete(text)
         tags = self.split(text)
@@ -71,19 +70,19 @@ class CaptionConfig(Strict):
         return self.complete(self.separator.join([*first, *(others[index] for index in kept.tolist())]))
 
     def split(self, text: str) -> list[str]:
-        """Return the tags of a text."""
+        """Split a text into tags."""
         pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
         return [piece.strip() for piece in pieces if piece.strip()]
 
     def complete(self, text: str) -> str:
-        """Return a text behind the prefix, for evaluation."""
+        """Return the prefix and a text, as for evaluation."""
         return self.separator.join(part for part in (self.prefix, text) if part)
 
 
 def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:
-    """Return in a line where the captions of some rows come from; warn of empty ones by name.
+    """Describe in one line where the captions of `rows` come from; warn of images without one.
 
-    Raises UserError (`data.root`) where no row has a text.
+    Raises UserError (`data.root`) if no row has a text.
     """
     table = collection.table
     has = {
@@ -98,13 +97,13 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
             f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
             "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
         )
-    if len(found := rows[counts["empty"]]):
-        names = show_some([repr(collection.row(row).path) for row in found[:100].tolist()])
-        log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(found):,}", names)
+    if len(without := rows[counts["empty"]]):
+        names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
+        log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(without):,}", names)
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 
 
 def spell(text: str) -> str:
-    """Return a tag in words: without its category, but for a rating."""
+    """Return a tag in words; only a rating keeps its category."""
     category, name = parse_tag(text)
     return f"rating:{name}" if category == RATING else with_spaces(name)

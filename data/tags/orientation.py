@@ -1,14 +1,14 @@
-"""What a mirror does to tags: built once from a vocabulary and a small YAML map, as facts of a tagger; and the mirror.
+"""How a mirror image changes tags: facts of a tagger, built from a vocabulary and a small YAML map; and the mirror.
 
     pairs: [[a, b]]             each is the mirror image of the other
-    patterns:                   the two words of `swap` change places in what the regular expression `match` matches
+    patterns:                   the two words of `swap` are exchanged in every match of the regular expression `match`
       - {match: REGEX, swap: [left, right]}
-    symmetric: [left_*]         unchanged, whatever the patterns say; * stands for any text
+    symmetric: [left_*]         unchanged, even if a pattern matches; * matches any text
     never_flip: ["*_text"]      an image with such a tag is not mirrored
 
-Every key may be absent. Patterns act on general and meta tags, not on names of characters, artists and works. A tag
-whose mirror image is not in the vocabulary is dropped from a mirrored image, unless `symmetric` or `never_flip` has it.
-The maps for booru tags and for the embedded glyphs are beside this file.
+All keys are optional. Patterns act on general and meta tags, not on names of characters, artists and works. A mirrored
+image loses a tag if the mirror image of the tag is not in the vocabulary, unless `symmetric` or `never_flip` has it.
+The maps for booru tags and for the embedded glyphs are in this folder.
 """
 
 import re
@@ -31,29 +31,29 @@ from utils.vocabulary import CATEGORIES, GENERAL, Vocabulary
 log = get_logger(__name__)
 
 MAPS = ("booru", "glyphs")
-_TURNED = (GENERAL, CATEGORIES["meta"])
+_MIRRORED = (GENERAL, CATEGORIES["meta"])
 _SIDED = re.compile(r"(?<![a-z])(left|right)")  # not bright, copyright or upright
-_SHOWN = 20  # names in a report
-_COIN_DRAW = 0xF11B  # of utils/rng.py; tasks use small numbers
+_SHOWN = 20  # names in a message
+_COIN_DRAW = 0xF11B  # draw number for utils/rng.py; tasks use small numbers
 
 _Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
 
 
 class Pattern(Strict):
-    """A regular expression, and the two words that change places in what it matches."""
+    """A regular expression, and the two words that are exchanged in its matches."""
 
     match: re.Pattern[str]
     swap: _Two
 
     def apply(self, name: str) -> str:
-        """Return a name's mirror image."""
+        """Return the mirror image of a name."""
         words = "|".join(map(re.escape, sorted(self.swap, key=len, reverse=True)))
         other = dict(zip(self.swap, reversed(self.swap)))
         return self.match.sub(lambda found: re.sub(words, lambda word: other[word[0]], found[0]), name)
 
 
 class OrientationMap(Strict):
-    """The map; its keys are explained above."""
+    """The map; the module docstring explains its keys."""
 
     pairs: list[_Two] = []
     patterns: list[Pattern] = []
@@ -61,23 +61,22 @@ class OrientationMap(Strict):
     never_flip: list[str] = []
 
     def mirror(self, name: str, category: int) -> str:
-        """Return the name of a tag's mirror image, which may be its own."""
-        for pair in reversed(self.pairs):  # so that a tag in two of them is found to be wrong
+        """Return the mirror image of a tag, which may be the tag itself."""
+        for pair in reversed(self.pairs):  # a tag in two pairs is then detected
             if name in pair:
                 return pair[1 - pair.index(name)]
-        if category in _TURNED and not _any_of(self.symmetric).fullmatch(name):
+        if category in _MIRRORED and not _any_of(self.symmetric).fullmatch(name):
             for pattern in self.patterns:
                 name = pattern.apply(name)
         return name
 
 
 def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, Any]:
-    """Return what a mirror does to a vocabulary's outputs, as facts; name: `booru`, `glyphs`, or the path of a map.
+    """Return how a mirror image changes the outputs of a vocabulary; name: `booru`, `glyphs`, or the path of a map.
 
-    pairs: outputs that change places. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
-    not mirrored. Logs the names with left or right of which the map says nothing.
-    Raises UserError (`key`) that names the file: for a map that cannot be read, and for one by which the mirror image
-    of a tag's mirror image is not the tag.
+    pairs: outputs that are exchanged. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
+    not mirrored. Logs names with left or right that the map does not cover.
+    Raises UserError (`key`) with the file if a map cannot be read, or if mirroring a tag twice gives another tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
@@ -88,11 +87,11 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
         mirror = rules.mirror(tag, category)
         other = vocabulary.columns.get((category, mirror))
         if mirror == tag:
-            is_open = category in _TURNED and _SIDED.search(tag) and not named.fullmatch(tag)
+            is_open = category in _MIRRORED and _SIDED.search(tag) and not named.fullmatch(tag)
             uncovered += [tag] if is_open else []
         elif (back := rules.mirror(mirror, category)) != tag:
             raise UserError(
-                f"{key}: {path}: {tag!r} becomes {mirror!r}, and that {back!r}; write patterns that match both, name "
+                f"{key}: {path}: {tag!r} becomes {mirror!r}, then {back!r}; write patterns that match both, name "
                 "the tag in symmetric, or each tag in one of pairs"
             )
         elif other is None:
@@ -100,15 +99,15 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
         elif output < other:
             pairs.append([output, other])
     log.debug(
-        "%s=%s: in a mirrored image %d pairs of tags change places and %d are dropped; images of %d tags are not "
-        "mirrored; with left or right, but not in the map: %s",
+        "%s=%s: a mirrored image exchanges %d pairs of tags and drops %d tags; images with one of %d tags are not "
+        "mirrored; tags with left or right, but not in the map: %s",
         key, name, len(pairs), len(dropped), len(no_flip), ", ".join(uncovered[:_SHOWN]) or "none",
     )  # fmt: skip
     return {"pairs": pairs, "dropped": dropped, "no_flip": no_flip}
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    """Return the expression that matches these names, where * stands for any text; without names, nothing."""
+    """Return an expression that matches any of these names (* matches any text); without names, nothing."""
     return re.compile("|".join(re.escape(name).replace(r"\*", ".*") for name in names) or r"(?!)")
 
 
@@ -127,9 +126,9 @@ def _read(path: Path, key: str) -> OrientationMap:
 
 
 class Mirror(nn.Module):
-    """Mirror half of the images, by their keys, and exchange the tags that a mirror exchanges.
+    """Mirror half of the images, chosen by their keys, and adapt their tags.
 
-    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are in no state dict.
+    orientation: the facts of `build_orientation`, for `width` outputs. Its tensors are not in the state dict.
     """
 
     def __init__(self, orientation: Mapping[str, Any], width: int) -> None:
@@ -144,16 +143,16 @@ class Mirror(nn.Module):
             self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, images: Tensor, targets: Tensor, flip: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images [B, C, H, W] and targets [B, T], mirrored where it is due; without a host synchronisation.
+        """Return images [B, C, H, W] and targets [B, T], some mirrored; without a host synchronisation.
 
-        flip: int8 [B], -1 never, 1 always, 0 (or None) by a coin of the key [B], and never with a tag of `no_flip`.
+        flip: int8 [B]: -1 never, 1 always, 0 (or None) at random by the key [B], but never with a tag of `no_flip`.
         """
         coin = rng.uniform(keys, (), _COIN_DRAW) < 0.5
         mirrored = coin & ~(targets.index_select(1, self.no_flip) > 0.5).any(dim=1)
         if flip is not None:
             mirrored = torch.where(flip == 0, mirrored, flip > 0)
-        turned = targets.index_select(1, self.permutation).masked_fill(self.dropped, 0)
+        exchanged = targets.index_select(1, self.permutation).masked_fill(self.dropped, 0)
         return (
             torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images),
-            torch.where(mirrored.view(-1, 1), turned, targets),
+            torch.where(mirrored.view(-1, 1), exchanged, targets),
         )

@@ -1,4 +1,4 @@
-"""What the tags of a collection mean, as its user states it: aliases, implications, and the rating `s`."""
+"""The user's rules for tags: aliases, implications, and the meaning of the rating `s`."""
 
 import csv
 from collections.abc import Mapping
@@ -13,11 +13,10 @@ from utils.io.files import canonical_json, sha256_text
 
 @dataclass(frozen=True)
 class TagRules:
-    """How tags are read, beside their spelling.
+    """How tags are read after spelling is normalised.
 
-    rating_s: what the ratings `s` and `safe` mean, sensitive or general; None where the collection has none.
-    aliases: another name -> the tag that is meant. implications: a name -> tags that follow from it. key: what the
-    configuration keys of these begin with, for messages.
+    rating_s: the meaning of the ratings `s` and `safe`, sensitive or general; None if the collection has none.
+    aliases: name -> tag. implications: name -> implied tags. key: prefix of the configuration keys, for messages.
     """
 
     rating_s: str | None
@@ -27,51 +26,51 @@ class TagRules:
 
     @cached_property
     def hash(self) -> str:
-        """Return 16 hexadecimal digits of the rules."""
+        """Return a hash of the rules, 16 hexadecimal digits."""
         return sha256_text(canonical_json([self.rating_s, self.aliases, self.implications]))[:16]
 
     def read(self, text: str) -> list[Tag]:
-        """Return the tag that a text means, and all that follow from it, in one step or more."""
-        found = [self.resolve(parse_tag(text))]
-        for tag in found:
+        """Return the tag of a text, and all tags that it implies, directly or indirectly."""
+        tags = [self.resolve(parse_tag(text))]
+        for tag in tags:
             for implied in map(self.resolve, self.implications.get(tag.name, ())):
-                if all(implied.name != other.name for other in found):
-                    found.append(implied)
-        return found
+                if all(implied.name != other.name for other in tags):
+                    tags.append(implied)
+        return tags
 
     def resolve(self, tag: Tag) -> Tag:
-        """Return the tag that is meant; its own category holds where no alias states one.
+        """Replace aliases in a tag; it keeps its category unless an alias has one.
 
         Raises UserError (`<key>aliases`) for a circle of aliases.
         """
         seen = [tag.name]
-        while (meant := self.aliases.get(tag.name)) is not None:
-            tag = Tag(tag.category if meant.category is None else meant.category, meant.name)
+        while (target := self.aliases.get(tag.name)) is not None:
+            tag = Tag(tag.category if target.category is None else target.category, target.name)
             seen.append(tag.name)
             if seen.count(tag.name) > 1:
                 raise UserError(f"{self.key}aliases: {' -> '.join(seen)} is a circle; remove one of these aliases")
         return tag
 
     def read_rating(self, text: str) -> str:
-        """Return the rating that a text means, "" for none.
+        """Return the rating of a text, or "".
 
-        Raises UserError (`<key>rating_s`) for `s` and `safe` where nothing says what they mean.
+        Raises UserError (`<key>rating_s`) for `s` and `safe` if `rating_s` is None.
         """
         rating = parse_rating(text)
         if rating in AMBIGUOUS_RATINGS and self.rating_s is None:
             raise UserError(
-                f"{self.key}rating_s: null, and images are rated {rating}; set sensitive (Danbooru since 2022) or "
+                f"{self.key}rating_s: null, but images are rated {rating}; set sensitive (Danbooru since 2022) or "
                 "general (Danbooru before, and other boorus)"
             )
         return self.rating_s if rating in AMBIGUOUS_RATINGS else rating
 
 
 def read_rules(config: TagRulesConfig, key: str) -> TagRules:
-    """Read the two CSV files of aliases (name, tag that is meant) and implications (tag, tag that follows).
+    """Read the CSV files of aliases (alias, tag) and implications (tag, implied tag).
 
-    Raises UserError (`<key>aliases`, `<key>implications`) naming the file and the line that is wrong.
+    Raises UserError (`<key>aliases`, `<key>implications`) that names the file and the wrong line.
     """
-    aliases = {name.name: meant for name, meant in _read_pairs(config.aliases, f"{key}aliases")}
+    aliases = {alias.name: target for alias, target in _read_pairs(config.aliases, f"{key}aliases")}
     rules = TagRules(config.rating_s, aliases, {}, key)
     for name in aliases:
         rules.resolve(Tag(None, name))  # raises for a circle
@@ -81,7 +80,7 @@ def read_rules(config: TagRulesConfig, key: str) -> TagRules:
 
 
 def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
-    """Read a CSV file of two columns of tags; [] of None. Raises UserError (`key`)."""
+    """Read a CSV file with two columns of tags; [] for None. Raises UserError (`key`)."""
     if path is None:
         return []
     pairs = []
@@ -91,8 +90,8 @@ def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
             for row in filter(None, reader):
                 tags = [parse_tag(text) for text in row]
                 if len(row) != 2 or not all(tag.name for tag in tags):
-                    raise UserError(f"{key}: {path}, line {reader.line_num}: {row}; write two tags, as a,b")
+                    raise UserError(f"{key}: {path}, line {reader.line_num}: {row}; write two tags, such as a,b")
                 pairs.append(tuple(tags))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{key}: {path} cannot be read ({error}); give a CSV file of two columns, in UTF-8") from None
+        raise UserError(f"{key}: {path} cannot be read ({error}); give a CSV file with two columns, in UTF-8") from None
     return pairs

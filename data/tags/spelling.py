@@ -1,4 +1,4 @@
-"""The spelling of tags: what people write beside images, as the names that vocabularies have."""
+"""Normalise the spelling of tags to the names in vocabularies."""
 
 import re
 import unicodedata
@@ -6,12 +6,12 @@ from typing import NamedTuple
 
 from utils.vocabulary import CATEGORIES
 
-# Names in which underscores are no spaces. Source: deepghs/imgutils:imgutils/tagging/format.py.
+# Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(
     ("0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3")
     + ("6_9", ">_o", "@_@", "^_^", "o_o", "u_u", "x_x", "|_|", "||_||")
 )
-# What a tag may begin with, before a colon; Hydrus says creator and series.
+# Prefixes before a colon; creator and series are from Hydrus.
 PREFIXES = {**CATEGORIES, "creator": CATEGORIES["artist"], "series": CATEGORIES["copyright"]}
 _RATINGS = {
     **dict.fromkeys(("g", "general", "0"), "general"),
@@ -25,16 +25,16 @@ _ESCAPED = re.compile(r"\\([()])")
 
 
 class Tag(NamedTuple):
-    """A name, and its category where that is stated."""
+    """A name, and its category or None."""
 
     category: int | None
     name: str
 
 
 def parse_tag(text: str) -> Tag:
-    """Return a tag as vocabularies spell it; the name is empty where nothing is left.
+    """Return a tag as vocabularies spell it; the name may be empty.
 
-    Weights `(tag:1.2)` and escapes `\\(` go, spaces become underscores; lower case, in Unicode's form NFC.
+    Removes weights `(tag:1.2)` and escapes `\\(`, replaces spaces by underscores; lower case, Unicode form NFC.
     """
     text = text.strip()
     if weighted := _WEIGHTED.fullmatch(text):
@@ -46,11 +46,11 @@ def parse_tag(text: str) -> Tag:
 
 
 def parse_rating(text: str) -> str:
-    """Return one of the four ratings; one of AMBIGUOUS_RATINGS and an unknown text in lower case."""
+    """Return one of the four ratings; AMBIGUOUS_RATINGS and unknown texts are returned in lower case."""
     text = text.strip().lower().removeprefix("rating:").strip()
     return _RATINGS.get(text, text)
 
 
 def with_spaces(name: str) -> str:
-    """Return a name with spaces for underscores, a kaomoji as it is."""
+    """Replace the underscores of a name by spaces, except in kaomoji."""
     return name if name in KAOMOJI else name.replace("_", " ")

@@ -1,4 +1,4 @@
-"""The tags of a collection as outputs of a vocabulary, computed once and memory-mapped by every process.
+"""The tags of a collection as output numbers of a vocabulary, computed once and memory-mapped by every process.
 
 index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags"))
 index.of_row(0), index.rating_known[0], index.tagged[rows]
@@ -27,14 +27,14 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_VERSION = 3  # of how texts become tags; a new number rebuilds every index
-_SHOWN = 5  # dropped tags that a report names
+_VERSION = 3  # increment it when texts become other tags: every index is rebuilt
+_SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
 
 
 @dataclass(frozen=True, eq=False)
 class TagRows:
-    """The tags of rows as numbers: ids int32 [N], row after row, and offsets int64 [rows + 1]."""
+    """Ragged tag ids: `ids` int32 [N], row after row, and `offsets` int64 [rows + 1]."""
 
     ids: np.ndarray
     offsets: np.ndarray
@@ -48,7 +48,7 @@ class TagRows:
         return np.repeat(np.arange(len(self.offsets) - 1), np.diff(self.offsets))
 
     def count(self, rows: np.ndarray, width: int) -> np.ndarray:
-        """Return how often some rows have each of `width` ids, int64 [width]."""
+        """Count each id over `rows`, int64 [width]."""
         chosen = np.zeros(len(self.offsets) - 1, bool)
         chosen[rows] = True
         return np.bincount(self.ids[np.repeat(chosen, np.diff(self.offsets))], minlength=width)
@@ -56,10 +56,10 @@ class TagRows:
 
 @dataclass(frozen=True, eq=False)
 class TagIndex(TagRows):
-    """The outputs of each row, ascending, and what is known of it.
+    """The output numbers of each row, ascending.
 
-    rating_known: bool [rows], whether its ids have a rating. tagged: bool [rows], whether they have any other tag.
-    file: of the memory-mapped arrays; the index is pickled by it, so that a worker maps it itself.
+    rating_known: bool [rows], whether a row has a rating. tagged: bool [rows], whether it has any other tag.
+    file: the file of the memory-mapped arrays. Pickling stores its path, and each worker maps the file again.
     """
 
     rating_known: np.ndarray
@@ -68,18 +68,18 @@ class TagIndex(TagRows):
 
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
-        """Map a file. Raises UserError (`data.root`) where it is damaged."""
+        """Map a file. Raises UserError (`data.root`) if it is damaged."""
         with about("data.root"):
             tensors = read_tensors(file)
         return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
 
     def describe(self) -> str:
-        """Return in a line how many images have tags."""
+        """Describe in one line how many images have tags."""
         rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
-        return f"{tagged:,} of {rows:,} images have one of the vocabulary, {rated:,} a known rating"
+        return f"{tagged:,} of {rows:,} images have a tag of the vocabulary, {rated:,} a known rating"
 
     def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Leave the arrays out."""
+        """Pickle only the path."""
         return TagIndex.open, (self.file,)
 
 
@@ -88,7 +88,7 @@ class NoKnownTag(UserError):
 
 
 def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
-    """Return the collection's tags as outputs of the vocabulary; rank 0 computes them if `cache` lacks them.
+    """Return the tags of a collection as outputs of a vocabulary; rank 0 computes them if `cache` lacks them.
 
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
@@ -96,15 +96,15 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
     def make() -> Path:
         file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
         if not file.is_file():
-            found = map_tags(collection.table, vocabulary, rules)
-            if not found.tagged.any():
+            index = map_tags(collection.table, vocabulary, rules)
+            if not index.tagged.any():
                 names = [name for category, name in vocabulary.columns if category != RATING]
                 raise NoKnownTag(
                     f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
                     f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                     "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
                 )
-            tensors = {name: torch.from_numpy(getattr(found, name)) for name in _ARRAYS}
+            tensors = {name: torch.from_numpy(getattr(index, name)) for name in _ARRAYS}
             write_atomically(file, lambda path: write_tensors(path, tensors))
         return file
 
@@ -114,8 +114,8 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
     """Map the columns `tags` and `rating` of a collection's table to outputs.
 
-    A row's rating is its `rating`, else its one tag of a rating; else it is unknown. Logs tags that are dropped.
-    Raises UserError (`<key>rating_s`) where images are rated `s` or `safe` and the rules do not say what that means.
+    The rating of a row is its `rating`, else its rating tag if it has exactly one, else unknown. Logs unknown tags.
+    Raises UserError (`<key>rating_s`) if images are rated `s` or `safe` and the rules do not define it.
     """
     mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
     batches = table.select(["tags", "rating"]).to_batches(_CHUNK_ROWS)
@@ -129,12 +129,12 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagInd
 
 
 class _Mapper:
-    """Map rows to a vocabulary's outputs, each distinct text once, and count the texts that have none."""
+    """Map rows to outputs of a vocabulary, each distinct text once, and count unknown texts."""
 
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
         self._columns, self._rules = vocabulary.columns, rules
         named = [key for key in vocabulary.columns if key[0] != RATING]
-        # The category of a name: general before others, else the category of its first output.
+        # The category of a name: general if it has one, else the category of its first output.
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
         self._is_rating = np.asarray(vocabulary.categories) == RATING
@@ -142,27 +142,27 @@ class _Mapper:
         self.unknown: Counter[str] = Counter()
 
     def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-        """Return ids [n], and of each row the number of ids, whether its rating is known, and whether it is tagged."""
+        """Return ids [n], and for each row the number of ids, whether its rating is known, and whether it is tagged."""
         tags, ratings = batch.columns
         width, count = len(self._is_rating), len(batch)
         texts = tags.flatten().dictionary_encode()
-        found = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
-        uses = np.bincount(texts.indices.to_numpy(), minlength=len(found)).tolist()
-        for text, outputs, used in zip(texts.dictionary.to_pylist(), found, uses):
+        outputs_of_text = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
+        uses = np.bincount(texts.indices.to_numpy(), minlength=len(outputs_of_text)).tolist()
+        for text, outputs, used in zip(texts.dictionary.to_pylist(), outputs_of_text, uses):
             if not outputs and text.strip():
                 self.unknown[text] += used
-        outputs = pa.array(found, pa.list_(pa.int64())).take(texts.indices)
+        outputs = pa.array(outputs_of_text, pa.list_(pa.int64())).take(texts.indices)
         rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
         pairs = np.unique(rows * width + outputs.flatten().to_numpy())
 
-        # The rating of the column counts; without one, the rating of the tags, if they have only one.
+        # The rating column counts; without it, the rating among the tags, if there is exactly one.
         names = ratings.fill_null("").dictionary_encode()
-        stated = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
-        stated = stated[names.indices.to_numpy()]
+        by_column = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
+        by_column = by_column[names.indices.to_numpy()]
         rows, ids = np.divmod(pairs, width)
-        is_rating, with_rating = self._is_rating[ids], np.flatnonzero(stated >= 0)
-        agreed = (np.bincount(rows[is_rating], minlength=count) == 1) & (stated < 0)
-        pairs = np.concatenate([pairs[~is_rating | agreed[rows]], with_rating * width + stated[with_rating]])
+        is_rating, with_rating = self._is_rating[ids], np.flatnonzero(by_column >= 0)
+        by_tag = (np.bincount(rows[is_rating], minlength=count) == 1) & (by_column < 0)
+        pairs = np.concatenate([pairs[~is_rating | by_tag[rows]], with_rating * width + by_column[with_rating]])
 
         rows, ids = np.divmod(np.sort(pairs), width)
         rated = np.bincount(rows, self._is_rating[ids], count)
@@ -170,13 +170,13 @@ class _Mapper:
         return ids, lengths, rated > 0, lengths > rated
 
     def _find_outputs(self, text: str) -> list[int]:
-        """Return the outputs of a text: of its tag and of the tags that it implies."""
+        """Return the outputs of a text: its tag and the tags that it implies."""
         if text not in self._known:
             self._known[text] = [output for tag in self._rules.read(text) if (output := self._find(tag)) >= 0]
         return self._known[text]
 
     def _find(self, tag: Tag) -> int:
-        """Return a tag's output, -1 for none. A tag without a category gets the category of its name."""
+        """Return the output of a tag, or -1. A tag without a category gets the category of its name."""
         if tag.category == RATING:
             name = self._rules.read_rating(tag.name) if self._is_rating.any() else None
             return self._columns.get((RATING, name), -1)

@@ -1,7 +1,7 @@
-"""Weights of images by how frequent their tags are, so that a collection's common subjects do not drown the rare ones.
+"""Weights of images by the frequency of their tags, so that common subjects do not dominate rare ones.
 
 weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 on average
-facts = find_tag_facts(collection, rows, config, captions)       # what a task needs that weighs anew while it trains
+facts = find_tag_facts(collection, rows, config, captions)       # for a task that updates weights during training
 """
 
 from dataclasses import dataclass
@@ -24,8 +24,8 @@ from utils.vocabulary import category_name
 class TagWeightsConfig(Strict):
     """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
 
-    An image weighs the mean of its tags, and images weigh 1 on average. reestimate_steps: null counts the tags of the
-    collection once; a number counts those that training has shown, and weighs anew by them after so many steps.
+    The weight of an image is the mean over its tags, scaled to 1 on average. reestimate_steps: null: count the tags of
+    the collection once; a number: count the tags that training has shown, and update the weights every so often.
     """
 
     power: Annotated[float, Field(ge=0, le=4)]
@@ -35,9 +35,9 @@ class TagWeightsConfig(Strict):
     reestimate_steps: Count | None
 
     def weigh(self, counts: np.ndarray, factors: np.ndarray) -> np.ndarray:
-        """Return each tag's weight, float64 [T]; counts: images that have it; factors: of its category, both [T].
+        """Return the weight of each tag, float64 [T]; counts: its images; factors: for its category; both [T].
 
-        The median is that of tags with a count.
+        The median is over tags with images.
         """
         seen = counts[counts > 0]
         median = np.median(seen) if len(seen) else 1.0
@@ -46,24 +46,24 @@ class TagWeightsConfig(Strict):
 
 @dataclass(frozen=True, eq=False)
 class ImageTags(TagRows):
-    """The tags of all rows; ids are places in `names`."""
+    """The tags of all rows; ids are indices into `names`."""
 
     names: list[str]
 
     def factors(self, config: TagWeightsConfig) -> np.ndarray:
-        """Return the factor of each tag's category, float64 [T]; 1 where none is stated."""
+        """Return the factor for the category of each tag, float64 [T]; 1 by default."""
         categories = (category_name(parse_tag(name).category or 0) for name in self.names)
         return np.array([config.factors.get(category, 1.0) for category in categories])
 
     def find_shown(self, row: int, caption: str, captions: CaptionConfig) -> list[bool]:
-        """Return which tags of a row are in its caption, however they are spelled."""
+        """Return for each tag of a row whether its caption has it, in any spelling."""
         pieces = set(map(spell, captions.split(caption)))
         tags = [self.names[tag] for tag in self.of_row(row)]
         return [pieces.issuperset(map(spell, captions.split(spell(tag)))) for tag in tags]
 
 
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
-    """Return the tags of a collection, or of its captions where a row has none."""
+    """Return the tags of each row, or the tags in its caption if it has none."""
     views = map(collection.row, range(len(collection)))
     tags = [view.tags or captions.split(captions.read(view)) for view in views]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
@@ -71,15 +71,15 @@ def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
 
 
 def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
-    """Return the weight of each row of a collection, float64; counts, and the mean of 1, are those of `rows`."""
+    """Return the weight of each row of a collection, float64; counts and the mean of 1 are over `rows`."""
     weights = weigh_rows(tags, config.weigh(tags.count(rows, len(tags.names)), tags.factors(config)))
     return weights / weights[rows].mean()
 
 
 def weigh_rows(tags: TagRows, weights: np.ndarray) -> np.ndarray:
-    """Return the mean weight of each row's tags, float64 [rows]; without tags, the mean of the rows that have any.
+    """Return the mean tag weight of each row, float64 [rows]; rows without tags get the mean of the others.
 
-    weights: of the tags, [T]; tags of weight 0 do not count.
+    weights: tag weights [T]; tags of weight 0 do not count.
     """
     owners, values, rows = tags.owners(), weights[tags.ids], len(tags.offsets) - 1
     sums, counts = np.bincount(owners, values, rows), np.bincount(owners, values > 0, rows)
@@ -90,15 +90,15 @@ def weigh_rows(tags: TagRows, weights: np.ndarray) -> np.ndarray:
 def find_tag_facts(
     collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: CaptionConfig
 ) -> dict[str, list[float]]:
-    """Return counts, factors and shares [T] of the tags of some rows; the weights' mean is that of the tags by shares.
+    """Return counts, factors and shares [T] of the tags of `rows`. The mean image weight is sum(shares * tag weights).
 
-    Raises UserError (`task.tag_weights.reestimate_steps`) where no caption has a tag of its row.
+    Raises UserError (`task.tag_weights.reestimate_steps`) if no caption has a tag of its row.
     """
     tags = read_tags(collection, captions)
     if not any(any(tags.find_shown(row, captions.read(collection.row(row)), captions)) for row in rows.tolist()):
         raise UserError(
-            f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, and of "
-            f"{len(rows):,} none has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
+            f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, but none of "
+            f"{len(rows):,} captions has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
         )
     factors, owners = tags.factors(config), tags.owners()
     counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
@@ -110,6 +110,6 @@ def find_tag_facts(
 
 
 def describe_weights(weights: np.ndarray) -> str:
-    """Return the range of weights, and how many images of equal weight give a mean of the same variance."""
+    """Describe the range of weights and the effective sample size, (sum w)^2 / sum w^2."""
     count = weights.sum() ** 2 / np.square(weights).sum()
-    return f"{weights.min():.2f} to {weights.max():.2f} by tags; as {count:,.0f} images of equal weight"
+    return f"{weights.min():.2f} to {weights.max():.2f} by tags; effective sample size {count:,.0f}"

@@ -1,4 +1,4 @@
-"""Collect the tags of a collection into the vocabulary of a tagger (prepare.py job=vocabulary)."""
+"""Collect the tags of a collection into a vocabulary (prepare.py job=vocabulary)."""
 
 from pathlib import Path
 from typing import Literal
@@ -13,13 +13,13 @@ from utils.vocabulary import write_vocabulary
 
 
 class CollectVocabulary(Tool, VocabularyConfig):
-    """Collect the tags of `data.root` into a vocabulary, the file `output`."""
+    """Collect the tags of `data.root` into the vocabulary file `output`."""
 
     name: Literal["vocabulary"]
     output: PathText
 
     def run(self, data: DataConfig) -> str:
-        """Write it. Raises UserError (`data.root`, `job`)."""
+        """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
         vocabulary = make_vocabulary(load_collection(data), self, "job.")
         with output_errors("job.output", Path(self.output)):
             write_vocabulary(Path(self.output), vocabulary)

@@ -1,4 +1,4 @@
-"""Copy a collection or a part of it, with sidecars and the rows of its manifest, to another folder; or shrunk."""
+"""Copy a collection or a part of it to another folder, with sidecars and manifest rows, or with reduced images."""
 
 import functools
 import shutil
@@ -32,34 +32,34 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_WARNED = 20  # images that are copied as they are
+_WARNED = 20  # warnings about images that are copied unchanged
 _PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
-# What Pillow raises for images that it cannot read; ValueError also for images that are not shrunk.
+# Errors of Pillow for unreadable images; ValueError also for images that are not reduced.
 _UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
 class Shrink(NamedTuple):
-    """How a smaller copy is made. quality: of JPEG and WebP. max_pixels: an image of more is not decoded."""
+    """Settings for smaller copies. quality: for JPEG and WebP. max_pixels: larger images are not decoded."""
 
     longest_px: int
     quality: int
     max_pixels: int
 
     def is_for(self, file: Path) -> bool:
-        """Return whether a side of an image is longer. Raises _UNFIT where the image cannot be read or shrunk."""
+        """Return whether a side of an image is too long. Raises _UNFIT if the image cannot be reduced."""
         width, height = read_size(file)
         if max(width, height) > self.longest_px and width * height > self.max_pixels:
             raise ValueError(f"more than {self.max_pixels:,} pixels (data.max_pixels)")
         return max(width, height) > self.longest_px
 
     def write(self, file: Path, target: Path) -> None:
-        """Write the copy, with the same metadata and time of change. Raises _UNFIT."""
+        """Write the copy with the same metadata and modification time. Raises _UNFIT."""
         with Image.open(file, formats=_WRITTEN) as image:
             name = image.format
             if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"{name} of several frames")
+                raise ValueError(f"{name} with several frames")
             options = {key: image.info[key] for key in _METADATA if key in image.info}
             if name == "PNG":
                 options["pnginfo"] = PngInfo()
@@ -68,7 +68,7 @@ class Shrink(NamedTuple):
             else:
                 options["quality"] = self.quality
             is_wide = image.mode.startswith("I")  # grey of 16 bits
-            if (mode := _smooth_mode(image)) != image.mode:  # else a JPEG would be decoded at its full size
+            if (mode := _smooth_mode(image)) != image.mode:  # otherwise a JPEG would be decoded at full size
                 image = image.convert(mode)
             image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
             image = image.convert("I;16") if is_wide else image
@@ -77,7 +77,7 @@ class Shrink(NamedTuple):
 
 
 def _smooth_mode(image: Image.Image) -> str:
-    """Return the mode in which an image is resized smoothly."""
+    """Return the mode for smooth resizing."""
     if "transparency" in image.info or image.mode == "PA":
         return "RGBA"
     if image.mode.startswith("I"):
@@ -88,7 +88,7 @@ def _smooth_mode(image: Image.Image) -> str:
 class Copy(Tool, Rules):
     """Copy the images that have all the tags and break no rule; nothing is overwritten.
 
-    to: the folder. A file that it already has, of the same size and modification time, is skipped, so a killed job
+    to: the target folder. Files that exist there with the same size and modification time are skipped, so a killed job
     continues.
     """
 
@@ -115,15 +115,15 @@ class Copy(Tool, Rules):
             with output_errors("job.to", target):
                 write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
         return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}, {done.count(_COPIED):,} of {len(files):,} "
-            "files copied now"
+            f"{len(chosen):,} of {len(paths):,} images are in {target}; copied {done.count(_COPIED):,} of "
+            f"{len(files):,} files"
         )
 
 
 class Downsample(Tool):
-    """Copy the collection to the folder `to`, images with a side longer than `longest_px` shrunk to it.
+    """Copy the collection to the folder `to`, reducing images with a side longer than `longest_px` to it.
 
-    quality: of JPEG and WebP. A killed job continues.
+    quality: for JPEG and WebP. A killed job continues.
     """
 
     name: Literal["downsample"]
@@ -140,15 +140,15 @@ class Downsample(Tool):
         copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
         unfit = [(path, what) for path, what in zip(paths, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
         for path, why in unfit[:_WARNED]:
-            log.warning("%s is copied as it is: %s", path, why)
+            log.warning("%s is copied unchanged: %s", path, why)
         return (
-            f"{len(paths):,} images are in {target}; {done.count(_SHRUNK):,} longer than {self.longest_px} pixels were "
-            f"downsampled now, {len(unfit):,} could not be; prepare.py job=manifest makes a manifest there"
+            f"{len(paths):,} images are in {target}; downsampled {done.count(_SHRUNK):,} images longer than "
+            f"{self.longest_px} pixels, {len(unfit):,} could not be; prepare.py job=manifest can write a manifest there"
         )
 
 
 def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
-    """Copy files of a collection to the same paths below `target`; return what was done with each."""
+    """Copy files of a collection to the same paths below `target`; return the result for each."""
     copy = functools.partial(_copy_file, root, target, shrink)
     with output_errors("job.to", target):
         done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
@@ -156,7 +156,7 @@ def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | 
 
 
 def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
-    """Copy a file, shrunk if it is longer; return what was done, or why it is copied unchanged.
+    """Copy a file, reduced if it is too long; return the result, or the reason for an unchanged copy.
 
     Raises UserError (`job.to`) if the copy exists and differs.
     """
@@ -164,7 +164,7 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
     if copy.exists():
         ours, theirs = source.stat(), copy.stat()
         if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
-            raise UserError(f"job.to: {str(copy)!r} is another file than {str(source)!r}; name an empty folder")
+            raise UserError(f"job.to: {str(copy)!r} differs from {str(source)!r}; set an empty folder")
         return _PRESENT
     try:
         if shrink is not None and shrink.is_for(source):
@@ -177,15 +177,15 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
 
 
 def _check_target(root: Path, to: str) -> Path:
-    """Return the folder `job.to`. Raises UserError where it is inside the collection, or the collection inside it."""
+    """Return the folder `job.to`. Raises UserError if it is inside the collection, or the collection inside it."""
     target, inside = Path(to).expanduser().resolve(), root.resolve()
     if target.is_relative_to(inside) or inside.is_relative_to(target):
-        raise UserError(f"job.to: {to!r} is inside data.root, or data.root inside it; name a folder beside it")
+        raise UserError(f"job.to: {to!r} is inside data.root, or data.root inside it; set another folder")
     return target
 
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
-    """Yield the sidecars of each image; one of two images comes twice."""
+    """Yield the sidecars of each image; a sidecar of two images comes twice."""
     names: dict[str, set[str]] = {}
     for path in paths:
         folder, slash, name = path.rpartition("/")

@@ -1,6 +1,6 @@
 """Jobs that change the manifest of job=manifest: filter and duplicates write weight 0 and a reason, split the splits.
 
-A `Finder` takes back what it excluded before and does not find now; job=manifest writes a new manifest.
+A `Finder` also restores images that an earlier call excluded and this one does not find.
 """
 
 from collections.abc import Mapping, Sequence
@@ -31,25 +31,25 @@ from utils.errors import UserError
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
 
-_SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images of each
+_SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images per group
 
 
 class Finder(Tool):
-    """A job that finds images to exclude from training. report: the folder of pages and lists. apply: exclude them."""
+    """A job that finds images to exclude from training. report: the folder for reports. apply: exclude them."""
 
     report: PathText
     apply: bool
 
     def find(self, data: DataConfig) -> dict[str, str]:
-        """Return the images, by path, and why. Raises UserError."""
+        """Return the reason for each image to exclude, by path. Raises UserError."""
         raise NotImplementedError
 
     def run(self, data: DataConfig) -> str:
-        """List them, and exclude them where `apply` says so."""
+        """List the images, and exclude them if `apply` is true."""
         reasons = self.find(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
-            return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to do it"
+            return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
         return f"{exclude(check_root(data.root), self.name, reasons):,} images excluded ({listing})"
 
 
@@ -62,12 +62,12 @@ def read_own_manifest(root: Path) -> pa.Table:
 
 
 def _read_reasons(table: pa.Table) -> list[str | None]:
-    """Return why each row of a manifest has weight 0, None for other rows."""
+    """Return the reason for weight 0 of each row of a manifest, or None."""
     return table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
 
 
 def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
-    """Write weight 0 and the reason of each image into the manifest; return how many rows of this job have one."""
+    """Write weight 0 and a reason for each image into the manifest; return how many rows `job` excludes now."""
     table = read_own_manifest(root)
     weights, now, ours = [], [], 0
     for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table)):
@@ -82,10 +82,10 @@ def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
 
 
 class Rules(Strict):
-    """What an image needs to stay; null asks for nothing.
+    """Rules for images; null: the rule is off.
 
-    max_aspect: longer side / shorter side. ratings: one of them. min_score: in the manifest's column score.
-    min_sharpness: as data/tools/facts.py measures it.
+    max_aspect: longer side / shorter side. ratings: the allowed ones. min_score: for the column score of the manifest.
+    min_sharpness: see data/tools/facts.py.
     """
 
     min_tags: Count | None
@@ -97,7 +97,7 @@ class Rules(Strict):
 
 
 class Filter(Finder, Rules):
-    """Exclude or list the images that break a rule; without a rule, take back what an earlier call excluded."""
+    """Exclude or list the images that break a rule; without a rule, restore images excluded by an earlier call."""
 
     name: Literal["filter"]
 
@@ -107,15 +107,15 @@ class Filter(Finder, Rules):
 
 
 def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict[str, str]:
-    """Return the paths of the images that break a rule, and the first that each breaks.
+    """Return the images that break a rule, by path, with the first broken rule.
 
-    A rule on pixels passes over images that cannot be read, which job=verify lists.
+    Rules on pixels skip unreadable images, which job=verify lists.
     """
     table, failing = collection.table, {}
     paths = table["path"].to_pylist()
 
     def fail(rows: np.ndarray, reason: str, *values: np.ndarray) -> None:
-        """Note the rows [N] that break a rule; their values are filled into the reason."""
+        """Record the rows, bool [N], that break a rule; `values` are formatted into the reason."""
         for row in np.flatnonzero(rows).tolist():
             failing.setdefault(paths[row], reason.format(*(value[row] for value in values)))
 
@@ -128,11 +128,11 @@ def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict
     if rules.min_score is not None:
         scores = collection.column("score")
         if scores.dtype.kind not in "if":
-            raise UserError("job.min_score: the column score of the manifest holds no numbers; give it numbers")
+            raise UserError("job.min_score: the column score of the manifest has no numbers; write numbers")
         fail(~(scores >= rules.min_score), "too low a score: {:g}", scores)
     if rules.min_side_px or rules.max_aspect or rules.min_sharpness:
         facts = measure_files(Path(data.root), paths, data.max_pixels)
-        width, height, sharpness = (  # None becomes NaN, which breaks no rule
+        width, height, sharpness = (  # None becomes NaN, which never breaks a rule
             np.array([getattr(fact, name) for fact in facts], float) for name in ("width", "height", "sharpness")
         )
         short, long = np.minimum(width, height), np.maximum(width, height)
@@ -143,31 +143,31 @@ def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict
 
 
 class Duplicates(Finder):
-    """Write a page of the groups of duplicates, and exclude or list all but the largest of each.
+    """Write a page with groups of duplicates, and exclude or list all but the largest image of each.
 
-    match: near: look alike, mirrored too; exact: files of equal bytes.
+    match: near: similar images, mirrored ones included; exact: equal bytes.
     """
 
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
 
     def find(self, data: DataConfig) -> dict[str, str]:
-        """Return all but one of each group. Raises UserError (`data.root`, `job.report`)."""
+        """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root, table = check_root(data.root), load_collection(data).table
         rows = zip(*(table[name].to_pylist() for name in ("path", "size", "weight")), _read_reasons(table))
-        sizes = {  # without what others exclude: else one of those could be kept, and its whole group lost
+        sizes = {  # without images that other jobs exclude: a group must not keep one of those
             path: size for path, size, weight, why in rows if weight or not why or str(why).startswith(f"{self.name}: ")
         }
         facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
 
-        def rank(path: str) -> tuple[int, int, str]:  # the image of most pixels first, then of most bytes
+        def rank(path: str) -> tuple[int, int, str]:  # most pixels first, then most bytes
             return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
         rows = [
-            {"group": number, "path": path, "kept": place == 0} | facts[path].size()
+            {"group": number, "path": path, "kept": index == 0} | facts[path].size()
             for number, group in enumerate(groups, start=1)
-            for place, path in enumerate(group)
+            for index, path in enumerate(group)
         ]
         shown = [group for group in groups if facts[group[0]].kind is None][:_SHEETS]
         sheets = {
@@ -180,9 +180,9 @@ class Duplicates(Finder):
 
 
 def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
-    """Return the paths of each group of two or more, the largest group first.
+    """Return the paths of each group with at least two images, the largest group first.
 
-    match: near: look alike by the perceptual hash; exact, and where no hash is known: have equal bytes.
+    match: near: similar by the perceptual hash, or equal bytes without a hash; exact: equal bytes.
     """
     keys: dict[str, int | str | None] = {path: fact.sha256 for path, fact in facts.items()}
     if match != "exact":
@@ -197,7 +197,7 @@ def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
 
 
 def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarray:
-    """Draw the first images of a group with their names and sizes; what is kept in blue."""
+    """Draw the first images of a group with names and sizes; the kept image in blue."""
     pixels, captions = [], []
     for path in group[:_SHOWN]:
         pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
@@ -209,9 +209,9 @@ def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarra
 
 
 class Split(Tool):
-    """Write the split column of the manifest that job=manifest wrote, by its rule; rows of a test split stay.
+    """Assign the split column of the manifest again, as job=manifest does; rows of a test split stay.
 
-    apply: write it; False: say what it would be.
+    apply: write it; False: only log the result.
     """
 
     name: Literal["split"]
@@ -220,7 +220,7 @@ class Split(Tool):
     def run(self, data: DataConfig) -> str:
         """Split. Raises UserError (`data.root`, `data.validation_fraction`)."""
         if data.validation_fraction == 0:
-            raise UserError("data.validation_fraction: 0.0 leaves nothing to validate on; set a share, such as 0.05")
+            raise UserError("data.validation_fraction: 0.0 gives no validation images; set a share, such as 0.05")
         root = check_root(data.root)
         table = read_own_manifest(root)
         is_ours = pc.not_equal(table["split"], "test")

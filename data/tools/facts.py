@@ -1,7 +1,7 @@
-"""What is known of each image file, measured once for the manifest and for the other tools.
+"""Facts about each image file, measured once for the manifest and the other tools.
 
-A line is appended to a journal for each file as it is read, so a killed job goes on where it was, and the next job
-reads only files that are new or changed.
+Each file adds a line to a journal when it is read, so a killed job continues where it stopped, and later jobs only
+read new and changed files.
 """
 
 import functools
@@ -25,17 +25,17 @@ from utils.io.memo import measure_once
 from utils.ranks.processes import map_items
 
 CACHE = Path("outputs/cache/facts")
-FATAL = "ends the process that reads it"  # the kind of fault that no decoder reports
-_SIDE_PX = 512  # at which sharpness is measured, so that one threshold serves all sizes
+FATAL = "ends the process that reads it"  # the kind of fault if a decoder crashes
+_SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all images
 
 
 class Facts(NamedTuple):
-    """One image file; `kind` and `reason` say why it cannot be read (data/images/image_formats.py), else None.
+    """Facts about one file. kind, reason: why it is unreadable (data/images/image_formats.py), else None.
 
-    sha256: None where it cannot be opened. All else is None unless it was decoded. width, height: of the upright image.
-    mode: Pillow's, of the file. orientation: EXIF's, 1 to 8. transparent: 0 or 1. phash: of data/tools/duplicates.py.
-    brightness: the mean grey level, 0 to 1. sharpness: the variance of the Laplacian of the grey levels, 0 to 255, at
-    512 pixels of the longest side; below about 100 an image looks blurred.
+    sha256: None if it cannot be opened. All other fields are None unless it was decoded. width, height: after EXIF
+    rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. phash: see
+    data/tools/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey levels
+    from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
@@ -58,20 +58,20 @@ class Facts(NamedTuple):
 
     @property
     def is_lasting(self) -> bool:
-        """Whether the same file is found to be so at any time."""
+        """Whether the facts are permanent for an unchanged file."""
         return self.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
 
 
 def measure_files(
     root: Path, paths: Sequence[str], max_pixels: int, detail: Literal["hash", "pixels"] = "pixels"
 ) -> list[Facts]:
-    """Return the facts of some files of a collection, named relative to its root; in one process per core."""
-    known_by = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
+    """Return the facts of files with paths relative to the root, using one process per core."""
+    cache_key = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
     measure = _hash_file if detail == "hash" else functools.partial(measure_file, max_pixels=max_pixels)
     values = measure_once(
         [Path(root, path) for path in paths],
         lambda missing: map_items(measure, missing, _fatal_file),
-        CACHE / f"{sha256_text(known_by)[:16]}.jsonl",
+        CACHE / f"{sha256_text(cache_key)[:16]}.jsonl",
         "reading the images",
         lambda facts: facts.is_lasting,
     )
@@ -79,7 +79,7 @@ def measure_files(
 
 
 def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Facts:
-    """Return the SHA-256 of a file, and why it cannot be read, or else what it shows."""
+    """Return the SHA-256 of a file, and facts about its pixels or the reason why it is unreadable."""
     digest = None
     try:
         content = read_file(file)
@@ -90,7 +90,7 @@ def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIX
 
 
 def _hash_file(file: str | os.PathLike[str]) -> Facts:
-    """Return the SHA-256 of a file of any size."""
+    """Return only the SHA-256 of a file."""
     try:
         return Facts(sha256_file(Path(file)))
     except OSError as error:
@@ -98,28 +98,28 @@ def _hash_file(file: str | os.PathLike[str]) -> Facts:
 
 
 def _fatal_file(file: str) -> Facts:
-    """Return the facts of a file that crashed the process that read it: it would crash training as well."""
-    reason = "reading it ended the process that read it: a crash of its decoder, or more memory than there is"
+    """Return the facts of a file that crashes the process reading it, as it would crash training."""
+    reason = "reading it ended the process: the decoder crashed, or memory was exhausted"
     return _hash_file(file)._replace(kind=FATAL, reason=reason)
 
 
 def _measure_image(image: Image.Image) -> Facts:
-    """Decode an opened image and return what it shows."""
+    """Decode an opened image and return its facts."""
     mode = image.mode
-    turned = read_orientation(image) if image.format == "TIFF" else None  # which loading turns, and forgets
+    from_tiff = read_orientation(image) if image.format == "TIFF" else None  # loading rotates and removes it
     upright, orientation = load_upright(image)
     transparent = int(is_transparent(image))
     pixels = convert(upright, 3, background_rgb(DEFAULT))
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
-    stated = turned or orientation
+    orientation = from_tiff or orientation
     return Facts(
         format=image.format,
         width=upright.width,
         height=upright.height,
         mode=mode,
-        orientation=stated if stated in UPRIGHT else 1,
+        orientation=orientation if orientation in UPRIGHT else 1,
         transparent=transparent,
         phash=perceptual_hash(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
@@ -128,7 +128,7 @@ def _measure_image(image: Image.Image) -> Facts:
 
 
 def _measure_sharpness(levels: np.ndarray) -> float:
-    """Return the variance of the Laplacian of grey levels [H, W]; 0 where a side is below 3."""
+    """Return the variance of the Laplacian of grey levels [H, W]; 0 if a side is below 3."""
     inner = levels[1:-1, 1:-1]
     edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
     return float(edges.var()) if edges.size else 0.0

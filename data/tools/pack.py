@@ -1,9 +1,9 @@
-"""Pack a collection into tar shards, which WebDataset reads too (prepare.py job=pack).
+"""Pack a collection into tar shards, which WebDataset can also read (prepare.py job=pack).
 
-The shards of a split are `000000.tar` and on; a row is `<key>.jpg`, `<key>.json` with all its columns, `<key>.cls` with
-the number of its class among the sorted classes of training, and `<key>.txt` with its caption or tags. The training
-rows are in a random order, so that neighbours in a shard are not of one class. `manifest.parquet` is written last: it
-has the columns of the collection, where each image is, and its width and height (null for what is no image).
+Shards are named `000000.tar` and so on. A row becomes `<key>.jpg`, `<key>.json` with all its columns, `<key>.cls` with
+the index of its class in the sorted training classes, and `<key>.txt` with its caption or tags. Training rows are
+shuffled, so that neighbours in a shard differ in class. `manifest.parquet` is written last, with the columns of the
+collection, the byte range of each image, and its width and height (null if it cannot be read).
 """
 
 import hashlib
@@ -42,11 +42,11 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_PLAN = "pack.json"  # what is packed: a folder is gone on with only where that is the same
-_VERSION = 1  # of what is in a shard
+_PLAN = "pack.json"  # the plan: a folder is only continued with the same plan
+_VERSION = 1  # version of the shard content
 _ORDER_SEED = 0
 _MIB = 2**20
-_OVERHEAD_BYTES = 3072  # of a row beside its image: headers, padding and the other members
+_OVERHEAD_BYTES = 3072  # bytes per row besides the image: headers, padding, other members
 _READ_AT_ONCE, _THREADS = 256, 16
 
 
@@ -61,30 +61,30 @@ class Pack(Tool):
         """Pack. Raises UserError (`job.output`, `data.root`)."""
         collection = load_collection(data)
         table = pack_collection(collection, Path(self.output), self.shard_mib)
-        log.info("%d images of weight 0 are left out", len(collection) - len(table))
+        log.info("%d images of weight 0 are skipped", len(collection) - len(table))
         return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
 
 
 def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.Table:
-    """Write a collection as shards of about `shard_mib` MiB and their manifest, and return that.
+    """Write a collection as shards of about `shard_mib` MiB with a manifest, and return the manifest.
 
-    Continues an earlier call: complete shards are kept, and their images are found in them.
+    Continues an interrupted call: complete shards are kept.
 
-    Raises UserError: `job.output` where the folder holds anything else, or cannot be written; `data.root` where an
-    image cannot be read, or has another SHA-256 than the manifest says.
+    Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image cannot
+    be read or its SHA-256 differs from the manifest.
     """
-    shards, places = _plan_shards(collection, shard_mib * _MIB), []
+    shards, members = _plan_shards(collection, shard_mib * _MIB), []
     classes = {label: number for number, label in enumerate(collection.class_names("train"))}
     with output_errors("job.output", output):
         _claim(output, {"collection": collection.fingerprint, "shard_mib": shard_mib, "version": _VERSION})
         for name, rows in track(shards.items(), len(shards), "packing the images"):
-            found = _find_places(output / name)
-            if len(found) < len(rows):
+            images = _list_images(output / name)
+            if len(images) < len(rows):
                 write_atomically(output / name, lambda file, rows=rows: _write_shard(file, collection, rows, classes))
-                found = _find_places(output / name)
-            places += found
+                images = _list_images(output / name)
+            members += images
     table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
-    columns = {name: [place[name] for place in places] for name in (*PLACES, "sha256", "width", "height")}
+    columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
     for name, values in {**columns, "size": columns["length"]}.items():
         table = replace_column(table, name, pa.array(values, TYPES[name]))
     save_manifest(output, table, "pack_collection")
@@ -92,7 +92,7 @@ def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.
 
 
 def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
-    """Return the rows of each shard by its name: no shard has rows of two splits."""
+    """Return the rows of each shard, by name. A shard has rows of one split only."""
     groups: list[np.ndarray] = []
     sizes, kept = collection.table["size"].to_numpy(), collection.weights() > 0
     for split in SPLITS:
@@ -106,16 +106,16 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
 
 
 def _claim(output: Path, plan: dict[str, Any]) -> None:
-    """Make the folder, or make sure that it holds what an earlier call with the same plan wrote."""
+    """Create the folder, or check that it was written with the same plan."""
     if not output.exists() or not any(output.iterdir()):
         output.mkdir(parents=True, exist_ok=True)
         write_json(output / _PLAN, plan)
     if not (output / _PLAN).is_file() or read_json(output / _PLAN) != plan:
         raise UserError(
-            f"job.output: {str(output)!r} is not empty, and does not hold shards of this collection with the same "
+            f"job.output: {str(output)!r} is not empty, and has no shards of this collection with the same "
             "job.shard_mib; name a new folder"
         )
-    for leftover in output.glob(f".*{TAR}.*.tmp"):  # of a call that was killed
+    for leftover in output.glob(f".*{TAR}.*.tmp"):  # from a killed call
         leftover.unlink()
 
 
@@ -137,7 +137,7 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
 
 
 def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
-    """Yield the columns of rows, with SHA-256 and upright size, and their images; threads read some ahead.
+    """Yield the columns of rows, with SHA-256 and upright size, and their encoded images; threads read ahead.
 
     Raises UserError (`data.root`).
     """
@@ -151,13 +151,13 @@ def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[
             content = contents.read(row)
         except UnreadableImage as error:
             raise UserError(
-                f"data.root: {error}; restore the image, or let prepare.py job=manifest give it weight 0"
+                f"data.root: {error}; restore the image, or run prepare.py job=manifest to give it weight 0"
             ) from None
         digest = hashlib.sha256(content).hexdigest()
         if record["sha256"] not in (None, digest):
             raise UserError(
-                f"data.root: {record['path']!r} has the SHA-256 {digest}, not {record['sha256']} as the manifest "
-                "states; restore the image, or make the manifest again"
+                f"data.root: {record['path']!r} has the SHA-256 {digest}, but the manifest says {record['sha256']}; "
+                "restore the image, or write the manifest again"
             )
         if not record.get("width"):
             with suppress(UnreadableImage):
@@ -169,13 +169,13 @@ def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[
             yield from pool.map(load, rows[start : start + _READ_AT_ONCE].tolist())
 
 
-def _find_places(file: Path) -> list[dict[str, Any]]:
-    """Return where the images of a shard are, their SHA-256 and sizes; fewer where it ends early, none without it."""
-    found = []
+def _list_images(file: Path) -> list[dict[str, Any]]:
+    """Return byte range, SHA-256 and size of each image in a shard; fewer if it is incomplete, none if missing."""
+    images = []
     with suppress(FileNotFoundError, tarfile.TarError), tarfile.open(file, "r:") as tar:
         for image, member in itertools.pairwise(tar):
-            if member.name.endswith(".json"):  # which comes right behind its image
+            if member.name.endswith(".json"):  # directly after its image
                 record = json.load(tar.extractfile(member))
                 known = {name: record.get(name) for name in ("sha256", "width", "height")}
-                found.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **known})
-    return found
+                images.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **known})
+    return images

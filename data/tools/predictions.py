@@ -1,6 +1,6 @@
-"""What predict.py reads and writes: lists of images, rows, texts of tags, embeddings.
+"""Input and output of predict.py: lists of images, rows, tag files, embeddings.
 
-Nothing is written outside the folder of the images or the folder that the user names, links included.
+Nothing is written outside the image folder or the folder that the user sets, even through links.
 """
 
 import csv
@@ -34,16 +34,16 @@ _PARENTHESES = re.compile(r"[()]")
 
 
 class Images(NamedTuple):
-    """The images of a prediction, and the folder that holds all of them, an absolute path."""
+    """The images of a prediction, and the absolute path of their common folder."""
 
     root: str
     paths: list[Path]
 
 
 def find_images(source: str | Sequence[str], key: str) -> Images:
-    """Return the images of a file, a folder with its subfolders, a pattern, a list of these, or `-` (stdin, by lines).
+    """Return the images of a file, a folder (recursively), a pattern, a list of these, or `-` (stdin, one per line).
 
-    Raises UserError (`key`) where one of them has none.
+    Raises UserError (`key`) if one of them has no image.
     """
     names = [source] if isinstance(source, str) else source
     if source == "-":
@@ -51,17 +51,17 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     folders, paths = set(), {}
     for path in map(Path, names):
         inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
-        found = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
-        found = [path] if path.is_file() else found
-        if not found:
+        files = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        files = [path] if path.is_file() else files
+        if not files:
             raise UserError(
-                f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') of any; known endings: "
-                f"{', '.join(IMAGE_SUFFIXES)}"
+                f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') with images; known "
+                f"endings: {', '.join(IMAGE_SUFFIXES)}"
             )
-        paths |= dict.fromkeys(found)
-        folders |= {path} if path.is_dir() else {file.parent for file in found}
+        paths |= dict.fromkeys(files)
+        folders |= {path} if path.is_dir() else {file.parent for file in files}
     if not paths:
-        raise UserError(f"{key}: stdin names no image; write a path on each line")
+        raise UserError(f"{key}: stdin has no image; write one path per line")
     for path in paths:
         if str(path) != str(path).encode(errors="replace").decode():
             raise UserError(f"{key}: the file name {str(path)!r} is not UTF-8; rename the file")
@@ -69,38 +69,38 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
 
 
 class RowFile:
-    """JSON lines, or CSV with some columns. keep: write behind the whole rows that are there; else replace them.
+    """JSON lines, or CSV with the given columns. keep: append to the complete rows of the file; else replace it.
 
-    Raises UserError (`output`) for a file of another ending, or with other rows than are to be kept.
+    Raises UserError (`output`) for another file ending, or if the kept rows have another format.
     """
 
     def __init__(self, file: Path, columns: list[str], *, keep: bool) -> None:
         if file.suffix not in (".jsonl", ".csv"):
             raise UserError(
-                f"output: {file} ends in {file.suffix!r}; name a .jsonl or .csv file; without like also .npz, and for "
+                f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file; without like also .npz, and for "
                 "tags FOLDER/ or beside"
             )
         self._file, self._columns, self._keep = file, columns if file.suffix == ".csv" else None, keep
         content = file.read_bytes() if keep and file.is_file() else b""
-        self._kept = content[: content.rfind(b"\n") + 1]  # a kill may have torn the last row
+        self._kept = content[: content.rfind(b"\n") + 1]  # a killed command may have left an incomplete row
         try:
             lines = io.StringIO(self._kept.decode("utf-8"), newline="")
-            there = map(json.loads, lines) if self._columns is None else csv.DictReader(lines)
-            self._done = {row["path"] for row in there}
-            if self._done and self._columns not in (None, there.fieldnames):
-                raise ValueError(f"the columns {', '.join(there.fieldnames)}")
+            rows = map(json.loads, lines) if self._columns is None else csv.DictReader(lines)
+            self._done = {row["path"] for row in rows}
+            if self._done and self._columns not in (None, rows.fieldnames):
+                raise ValueError(f"the columns {', '.join(rows.fieldnames)}")
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             raise UserError(
-                f"output: {file} has other rows than such a prediction ({error}), so existing=skip cannot go on with "
-                "it; name another file, or set existing=overwrite"
+                f"output: {file} has other rows than this prediction ({error}), so existing=skip cannot continue it; "
+                "set another file, or existing=overwrite"
             ) from None
 
     def has(self, path: str) -> bool:
-        """Return whether a kept row is of the image."""
+        """Return whether the image has a kept row."""
         return path in self._done
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Write the rows, each when it comes; where none are kept, the file takes its name at the end."""
+        """Write rows as they arrive. Without kept rows, the file gets its name when it is complete."""
 
         def fill(file: Path) -> None:
             with open(file, "a", encoding="utf-8", newline="") as stream:
@@ -123,36 +123,36 @@ class RowFile:
 
 
 class Sidecars:
-    """A text file per image: beside it, or at the same place below another folder; none of an unreadable image.
+    """One text file per readable image: beside it, or at the same relative path in another folder.
 
-    `x.txt`, and `x.png.txt` where another image differs in its suffix alone. Raises UserError (`output`) where a link
-    leads out.
+    The name is `x.txt`, or `x.png.txt` if another image only differs in its suffix.
+    Raises UserError (`output`) for a link out of the folder.
     """
 
     def __init__(self, images: Images, folder: str | None) -> None:
         base, self._files = os.path.abspath(folder or images.root), {}
-        places = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
-        stems = Counter(os.path.splitext(place)[0] for place in places.values())
+        relative = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
+        stems = Counter(os.path.splitext(name)[0] for name in relative.values())
         real = os.path.realpath(base)
-        for path, place in places.items():
-            stem = os.path.splitext(place)[0]
-            self._files[path] = file = Path(base, f"{stem if stems[stem] == 1 else place}.txt")
+        for path, name in relative.items():
+            stem = os.path.splitext(name)[0]
+            self._files[path] = file = Path(base, f"{stem if stems[stem] == 1 else name}.txt")
             if os.path.commonpath([real, target := os.path.realpath(file)]) != real:
-                raise UserError(f"output: {file} is by a link outside {base}, at {target}; name a folder for the texts")
+                raise UserError(f"output: {file} is a link out of {base}, to {target}; set a folder for the texts")
 
     def has(self, path: str) -> bool:
-        """Return whether the file is there."""
+        """Return whether the text file exists."""
         return self._files[path].exists()
 
     def tags(self, path: str) -> Sequence[str]:
-        """Return the tags of the file. Raises UserError (`output`) where it is not UTF-8."""
+        """Return the tags in the text file. Raises UserError (`output`) if it is not UTF-8."""
         try:
             return parse_text(self._files[path].read_text(encoding="utf-8-sig")).tags if self.has(path) else ()
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
     def write(self, rows: Iterable[Row]) -> None:
-        """Write the files, each when its row comes."""
+        """Write the files as rows arrive."""
         for row in rows:
             if "tags" in row:
                 text = f"{row['tags']}\n"
@@ -164,7 +164,7 @@ class Sidecars:
 
 
 def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequence[str]) -> np.ndarray:
-    """Return which tags are among those excluded, bool [T]; warns of texts that are none of them."""
+    """Return for each tag whether it is excluded, bool [T]; warn of unknown texts in `exclude`."""
     texts = {parse_tag(text): text for text in exclude}
     both = [{Tag(None, parse_tag(name).name), Tag(number, name)} for name, number in zip(names, categories)]
     if unknown := [text for tag, text in texts.items() if not any(tag in tags for tags in both)]:
@@ -173,7 +173,7 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
 
 
 def spell_tags(names: Iterable[str], rating: str | None, config: TextConfig) -> list[str]:
-    """Return names as they are written, with the rating where it is wanted."""
+    """Return the tags as text, with the rating if `config.rating` is set."""
     words = [with_spaces(name) if config.spaces else name for name in names]
     if config.escape:
         words = [_PARENTHESES.sub(r"\\\g<0>", word) for word in words]
@@ -183,7 +183,7 @@ def spell_tags(names: Iterable[str], rating: str | None, config: TextConfig) -> 
 
 
 def join_tags(words: Iterable[str], separator: str) -> str:
-    """Join tags, each once, as its first text spells it."""
+    """Join tags without repetitions, each in its first spelling."""
     first: dict[Tag | str, str] = {}
     for word in words:
         tag = parse_tag(word)
@@ -205,19 +205,19 @@ def write_embeddings(file: Path, paths: Sequence[str], vectors: np.ndarray, weig
 
 
 def read_embeddings(file: Path, weights: str) -> tuple[list[str], np.ndarray]:
-    """Return the paths and the embeddings of a file. Raises UserError (`input`) for none, or those of other weights."""
+    """Return paths and embeddings of a file. Raises UserError (`input`) if it has none, or is from other weights."""
     try:
         with np.load(file) as arrays:
-            paths, vectors, theirs = arrays["paths"].tolist(), arrays["vectors"], arrays["weights"].item()
+            paths, vectors, source = arrays["paths"].tolist(), arrays["vectors"], arrays["weights"].item()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"input: {file} has no embeddings ({error}); predict.py output=x.npz writes them") from None
-    if theirs != weights:
-        raise UserError(f"input: {file} has embeddings of other weights; write it again with these")
+    if source != weights:
+        raise UserError(f"input: {file} has embeddings from other weights; write it again with these")
     return paths, vectors
 
 
 def rank(paths: Sequence[str], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
-    """Return rows of the images whose vectors [N, D] have the greatest cosine with one [D]."""
+    """Return rows for the `top` images whose vectors [N, D] have the highest cosine with `query` [D]."""
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
     cosine = vectors @ query / np.maximum(norms, np.finfo(np.float32).tiny)
     order = np.argsort(-cosine, kind="stable")[:top]

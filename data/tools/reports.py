@@ -1,4 +1,4 @@
-"""Jobs that only look: count, statistics (one HTML page) and verify (unreadable images, and orphans both ways)."""
+"""Read-only jobs: count, statistics (an HTML page) and verify (unreadable images, missing files and orphans)."""
 
 import os
 from collections import Counter
@@ -29,7 +29,7 @@ _SHOWN = 30  # classes and tags in the log
 
 
 class Count(Tool):
-    """Log how many images have each value of split, label, rating and tags, and of what job=manifest has measured."""
+    """Log how many images have each value of split, label, rating, tags, and the columns measured by job=manifest."""
 
     name: Literal["count"]
 
@@ -45,17 +45,16 @@ class Count(Tool):
 
 
 class Statistics(Tool):
-    """Write the statistics of a collection as a page and as JSON, in the folder `report`.
+    """Write statistics of a collection as an HTML page and JSON into the folder `report`.
 
-    Files are decoded, for sizes, brightness, sharpness and formats; of shards the manifest's width and height are
-    taken.
+    Files are decoded for size, brightness, sharpness and format; shards only have width and height from the manifest.
     """
 
     name: Literal["statistics"]
     report: PathText
 
     def run(self, data: DataConfig) -> str:
-        """Write them. Raises UserError (`data.root`, `job`)."""
+        """Write the statistics. Raises UserError (`data.root`, `job`)."""
         collection = load_collection(data)
         facts = _find_facts(collection, data)
         tables = _count_tables(collection.table, facts)
@@ -74,7 +73,7 @@ class Statistics(Tool):
         columns = {name: np.array([getattr(fact, name) for fact in facts], float) for name in names}
         columns["aspect"], pictures = columns["width"] / columns["height"], {}
         for name, column in columns.items():
-            if len(values := column[np.isfinite(column)]):  # NaN where it was not measured
+            if len(values := column[np.isfinite(column)]):  # NaN if not measured
                 quantiles = zip(("5 %", "median", "95 %"), np.quantile(values, [0.05, 0.5, 0.95]).tolist())
                 figures |= {f"{name}, {word}": round(value, 4) for word, value in quantiles}
                 pictures[name] = _draw_histogram(name, values)
@@ -83,7 +82,7 @@ class Statistics(Tool):
 
 
 def _find_facts(collection: Collection, data: DataConfig) -> list[Facts]:
-    """Return the facts of each image; of shards without sizes, none."""
+    """Return the facts of each image; [] for shards without sizes."""
     if not collection.is_packed:
         return measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
     sizes = collection.stated_sizes()
@@ -91,7 +90,7 @@ def _find_facts(collection: Collection, data: DataConfig) -> list[Facts]:
 
 
 def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
-    """Return the counts by name, the most frequent first."""
+    """Return tables of counts by name, the most frequent first."""
     splits = {split: count_values(table["label"].filter(pc.equal(table["split"], split))) for split in SPLITS}
     formats, faults = (Counter(filter(None, (getattr(fact, name) for fact in facts))) for name in ("format", "kind"))
     counted = {
@@ -109,8 +108,8 @@ def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRo
 
 
 def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:
-    """Draw how many images have which value, but for the highest hundredth, [H, W, 3] uint8."""
-    from matplotlib.figure import Figure  # which takes 0.3 s
+    """Draw a histogram without the highest 1 % of values, uint8 [H, W, 3]."""
+    from matplotlib.figure import Figure  # takes 0.3 s
 
     from utils.record.plots import figure_to_image, style
 
@@ -122,7 +121,7 @@ def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:
 
 
 class Verify(Tool):
-    """Decode every image and compare files, sidecars and manifest; list what does not fit. report: of the list."""
+    """Decode every image, compare files, sidecars and manifest, and list faults in the folder `report`."""
 
     name: Literal["verify"]
     report: PathText
@@ -143,7 +142,7 @@ class Verify(Tool):
 
 
 def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield the paths that only the manifest, or only the folder has."""
+    """Yield paths that only the manifest or only the folder has."""
     if (manifest := find_manifest(root)) is not None:
         rows = set(read_table(manifest)["path"].to_pylist())
         yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
@@ -152,7 +151,7 @@ def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
 
 
 def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield sidecars without an image; and images without a sidecar, where any image has one."""
+    """Yield sidecars without an image, and, if any image has a sidecar, images without one."""
     bare, some = [], False
     for folder, _, names in walk_folders(root):
         images = {name for name in names if is_image_name(name)}

@@ -1,4 +1,4 @@
-"""What the jobs of prepare.py have in common: a job is its keys and what it does with a collection.
+"""The base class of the jobs of prepare.py: configuration keys and a method that processes a collection.
 
     class Pack(Tool):
         name: Literal["pack"]      # conf/job/pack.yaml
@@ -30,17 +30,17 @@ class Tool(Strict):
     """A job of prepare.py."""
 
     def check(self, data: DataConfig) -> str:
-        """Check what can be checked without doing anything (`dry_run`); return a line for the log."""
+        """Check the settings without doing anything (`dry_run`); return a line for the log."""
         check_root(data.root)
         return "dry run: nothing is written"
 
     def run(self, data: DataConfig) -> str:
-        """Do the job; return a line for the log. Raises UserError."""
+        """Run the job; return a line for the log. Raises UserError."""
         raise NotImplementedError
 
 
 def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:
-    """Write one JSON line for each file, {"path", "reason"}; log the first of them."""
+    """Write one JSON line {"path", "reason"} per file; log the first ones."""
     for path, reason in list(reasons.items())[:_NAMED]:
         log.info("%s: %s", path, reason)
     file = Path(report) / f"{job}.jsonl"
@@ -57,7 +57,7 @@ def save_report(
     tables: Mapping[str, Sequence[TableRow]],
     images: Mapping[str, np.ndarray],
 ) -> Path:
-    """Write figures, tables and images [H, W, 3] as one HTML page, which is returned, as JSON, CSV and PNG files."""
+    """Write figures, tables and images [H, W, 3] as an HTML page (its path is returned), JSON, CSV and PNG files."""
     with output_errors("job.report", folder):
         write_report(folder, tables, images)
         write_json(folder / f"{folder.name}.json", {"figures": figures, "tables": tables})

@@ -1,4 +1,4 @@
-"""Make `manifest.parquet` of a scanned folder (prepare.py job=manifest)."""
+"""Write `manifest.parquet` for a folder (prepare.py job=manifest)."""
 
 from collections import Counter
 from pathlib import Path
@@ -22,14 +22,14 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns that verify fills in
+_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns of verify=true
 _NAMED = 20  # unreadable images in the log
 
 
 class Manifest(Tool):
-    """Check the images of `data.root` and write its manifest.
+    """Check the images of `data.root` and write a manifest.
 
-    verify: decode every image; unreadable ones get weight 0. duplicates: find near-duplicates too, which needs verify.
+    verify: decode every image; unreadable ones get weight 0. duplicates: also find near-duplicates; needs verify.
     """
 
     name: Literal["manifest"]
@@ -37,7 +37,7 @@ class Manifest(Tool):
     duplicates: bool
 
     def run(self, data: DataConfig) -> str:
-        """Write it. Raises UserError (`data.root`)."""
+        """Write the manifest. Raises UserError (`data.root`)."""
         table = write_manifest(
             data.root,
             validation_fraction=data.validation_fraction,
@@ -52,14 +52,14 @@ class Manifest(Tool):
                 log.warning("%s: %s", path, reasons[path])
             kinds = Counter(reason.removeprefix("unreadable: ").split(" (")[0] for reason in reasons.values())
             log.warning(
-                "%s of %s images are unreadable and weigh 0 (the column reason says why): %s; replace or remove them, "
-                "then make the manifest again", f"{len(reasons):,}", f"{len(table):,}",
+                "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
+                "then write the manifest again", f"{len(reasons):,}", f"{len(table):,}",
                 ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common()),
             )  # fmt: skip
         if self.duplicates:
             sizes = [count for count in Counter(table["group"].drop_null().to_pylist()).values() if count > 1]
             log.info(
-                "%s of %s images are near-duplicates of others, some mirrored: %s groups, the largest of %s (column "
+                "%s of %s images are near-duplicates, mirrored ones included: %s groups, the largest has %s (column "
                 "group)", f"{sum(sizes):,}", f"{len(table):,}", f"{len(sizes):,}", f"{max(sizes, default=0):,}",
             )  # fmt: skip
         splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
@@ -69,7 +69,7 @@ class Manifest(Tool):
     @model_validator(mode="after")
     def _decodes_for_duplicates(self) -> Self:
         if self.duplicates and not self.verify:
-            raise ValueError("job.duplicates: true, and job.verify=false decodes no image; set job.verify=true")
+            raise ValueError("job.duplicates: true needs decoded images, but job.verify is false; set job.verify=true")
         return self
 
 
@@ -81,11 +81,10 @@ def write_manifest(
     duplicates: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
 ) -> pa.Table:
-    """Scan a folder and write `manifest.parquet` into it, with the SHA-256 of every file; return it.
+    """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
 
-    verify: decode every image, and fill in the columns _DECODED. Unreadable images stay in the manifest with weight 0
-    and a reason; without verify, only files that cannot be opened do. duplicates: also fill in
-    group (data/tools/duplicates.py), which needs verify.
+    verify: decode every image and fill in the columns _DECODED. Unreadable images get weight 0 and a reason; without
+    verify, only files that cannot be opened. duplicates: also fill in group (data/tools/duplicates.py); needs verify.
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
     and for an existing manifest that this function did not write.

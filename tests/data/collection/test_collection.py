@@ -130,9 +130,9 @@ def test_bad_links_and_names_are_refused(refuse, root):
     bad = root / "cat" / "b.png"
     for make, word in (
         (lambda: bad.symlink_to(root), "circle"),
-        (lambda: bad.symlink_to(root / "nowhere.png"), "link to nothing"),
+        (lambda: bad.symlink_to(root / "nowhere.png"), "dangling link"),
         (lambda: bad.symlink_to("b.png"), "symbolic links"),
-        (lambda: os.mkfifo(bad), "no file"),
+        (lambda: os.mkfifo(bad), "not a file"),
     ):
         make()
         refuse(root, "cat/b.png", word)

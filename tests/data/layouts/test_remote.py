@@ -126,7 +126,7 @@ def test_what_cannot_be_had_ends_the_start(place, store, monkeypatch):
     with pytest.raises(UserError, match=r"^data\.root: .*'s3://pictures/absent'.*FileNotFoundError"):
         load(f"{BUCKET}/absent", place / "cache")
     store.put(str(place / "files/manifest.parquet"), f"{BUCKET}/files/manifest.parquet")
-    with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet names files"):
+    with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet lists files"):
         load(f"{BUCKET}/files", place / "cache")
     with pytest.raises(UserError, match=r"^data\.root: 'nonsense://x'.*install-cloud"):
         load("nonsense://x", place / "cache")

@@ -71,7 +71,7 @@ def test_words_of_glyphs_swap_and_letters_stay(log):
     [
         ("pattern: []", "pattern: "),
         ("patterns: [{match: '(left', swap: [left, right]}]", "patterns.0.match: "),
-        ("pairs: [[a, b], [b, c]]", "'a' becomes 'b', and that 'c'"),
+        ("pairs: [[a, b], [b, c]]", "'a' becomes 'b', then 'c'"),
         ("pairs: [", "cannot be read"),
     ],
 )  # fmt: skip

@@ -44,5 +44,5 @@ def test_rows_equal_a_slow_reference_and_weigh_1_on_average():
 
 
 def test_the_effective_number_of_images_is_said():
-    assert describe_weights(np.array([3.0, 1.0])).endswith("as 2 images of equal weight")  # 16 / 10
+    assert describe_weights(np.array([3.0, 1.0])).endswith("effective sample size 2")  # 16 / 10
     assert describe_weights(np.array([1.0, 0.0, 0.0])).startswith("0.00 to 1.00")

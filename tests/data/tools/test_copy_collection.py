@@ -67,7 +67,7 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
         changed = {name for name in before if (small / name).read_bytes() != before[name]}
         assert changed == {"a.jpg", "b.png"} and {file.name for file in small.iterdir()} == set(before)
         (small / "b.png").unlink(missing_ok=now == 2)
-    as_they_are = [line for line in log.messages if "is copied as it is" in line]
+    as_they_are = [line for line in log.messages if "is copied unchanged" in line]
     assert [line.split()[0] for line in as_they_are] == ["cut.png", "huge.png", "two.gif"]
     run("prepare", words, tmp_path)
     for name, size in (("a.jpg", (40, 20)), ("b.png", (20, 40))):

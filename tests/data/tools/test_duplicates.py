@@ -98,5 +98,5 @@ def test_prepare_fills_in_hash_and_group(tmp_path):
     assert hashes[:3] == [hash_of(picture(seed)) for seed in range(3)] and hashes[4] is None
     assert groups[1] == groups[3] and len({*groups}) == 4 and groups[4] is None
     assert Collection(str(root), plain).fingerprint == collection.fingerprint
-    with pytest.raises(ConfigError, match=r"job.duplicates: true, and job.verify=false"):
+    with pytest.raises(ConfigError, match=r"job.duplicates: true needs decoded images"):
         run("prepare", [*prepare, "job.duplicates=true", "job.verify=false"], tmp_path)

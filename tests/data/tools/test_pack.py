@@ -224,8 +224,8 @@ def test_damage_is_an_unreadable_image_that_names_the_shard(changed):
         assert collection.row(0).shard in str(error.value) and collection.row(0).path in str(error.value)
         return error.value.kind
 
-    assert kind(changed(other)) == "the shard holds something else there"
-    assert kind(changed(lambda records: {"offset": records[0]["offset"] + 1})) == "the shard holds something else there"
+    assert kind(changed(other)) == "the shard has other content there"
+    assert kind(changed(lambda records: {"offset": records[0]["offset"] + 1})) == "the shard has other content there"
     collection = changed({})
     os.truncate(collection.root / collection.row(0).shard, collection.row(0).offset + 100)
     assert kind(collection) == "the file is cut off"
