@@ -217,9 +217,7 @@ class EvalTransform:
         resized_hw = []
         for axis, least, shown in zip((-2, -1), self._size_hw, self._resized_hw):
             side, most = image.shape[axis], math.ceil(_LONGEST * shown / factor)
-            resized = int(
-                side * factor + 1e-6
-            )  # rounded down, as in torchvision; 1e-6 protects the side that sets the factor
+            resized = int(side * factor + 1e-6)  # down, as torchvision; 1e-6: for the side that sets the factor
             if side > most:  # the remainders keep the centre and its rounding as in torchvision
                 kept = most + (side - most) % 2
                 image = image.narrow(axis, (side - kept) // 2, kept)
