@@ -47,7 +47,7 @@ def glyphs(out):
         "all labels: FCMAE, then fine-tuning": ("all_labels", ("pretrain", "all_labels")),
         "all labels: ResNet-18 from scratch (train.py)": ("all_labels_resnet18", ("all_labels_resnet18",)),
     }
-    arms = {title: arm for title, arm in arms.items() if (out / arm[0]).is_dir()}  # the controls are those of `full`
+    arms = {title: arm for title, arm in arms.items() if (out / arm[0]).is_dir()}  # only `full` runs the controls
     top1 = {run: rows_of(out / run, "evaluate")[-1]["top1"] for run, _ in arms.values()}
     difference = read_json(out / "finetune/export/export.json")["model.onnx"]["onnx_max_abs_diff"]
     rows = [("top-1 on an unseen typeface, 958 characters", "guessing: 0.001", "1-NN on pixels, all labels: 0.31")]
@@ -95,7 +95,7 @@ def samples(run):
 
 
 def compare(pipeline, run):
-    """Return the greatest difference of 255 between a run's last pictures and those of a pipeline of diffusers."""
+    """Return the greatest difference, of 255, between a run's last pictures and a diffusers pipeline's."""
     import torch
 
     config = read_json(run / "config.json")["task"]["samples"]
@@ -113,7 +113,7 @@ def compare(pipeline, run):
 
 
 def draw_by_diffusers(out):
-    """Return the difference of each export's pictures from those of its run."""
+    """Return each export's difference in pictures from its run."""
     from diffusers import StableDiffusionXLPipeline
 
     exported = out / "v_prediction/export"

@@ -1,4 +1,4 @@
-"""The fine-tuning step against that of timm's training script: milliseconds per update, ratio with its spread.
+"""Atelier's fine-tuning step against timm's training script: milliseconds per update, ratio with its spread.
 
 python bench/finetune_step.py [quick]          (on an idle machine; six minutes on two CPU cores; quick: no compiling)
 

@@ -112,7 +112,7 @@ def main():
     inside, done, aimed, ended = 0, 0, 0, 0
     command = common(task, data, killed, *settings)
     while done < kills and not ended:
-        # Twice the mean of what is left, since a moment is drawn from 0 on, but never so much that the run might end.
+        # Twice the mean remaining time, since a moment is drawn from 0 on, but short enough that the run does not end.
         remaining = max(0, steps - last_step(killed) - STEPS_PER_KILL)
         seconds = min(2 * remaining / (kills - done), remaining / 2) * STEP_SEC
         aims = done % 3 == 2

@@ -8,8 +8,8 @@ A bench yields comparisons, and `run_bench` does the rest:
     if __name__ == "__main__":
         run_bench(comparisons)
 
-Numbers are compared within one run only: the sides take turns (A, B, A, B, ...), after a warm-up of each, and a ratio
-is that of two neighbouring turns.
+Compare numbers only within one run: after a warm-up, the sides take turns (A, B, A, B, ...), and each ratio compares
+two neighbouring turns.
 """
 
 import json

@@ -3,8 +3,8 @@
 python bench/pretrain_step.py [quick]        (on an idle machine; quick: the smallest network, not compiled)
 
 Both sides run `train_step` with AdamW on the same weights, images and masks. `bound`: the ratio of their multiply-adds,
-counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of what autograd keeps for the
-backward pass: bytes of saved tensors, each storage counted once, without parameters.
+counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of the bytes that autograd
+keeps for the backward pass, each storage counted once, without parameters.
 """
 
 import sys

@@ -2,7 +2,7 @@
 
 python bench/sdxl.py [quick]            (two minutes of a core)
 
-The networks are those of model=sdxl_tiny, on pictures that are made here, in outputs/bench/sdxl/. All work on a
+The networks are of model=sdxl_tiny, the pictures are generated in outputs/bench/sdxl/. All work on a
 CPU is one thread's, and its time is CPU seconds, so that other processes of the machine count little.
 
 cached, on the fly: the loop itself with its loader; the latents and texts are read from the caches, or the files are
@@ -141,7 +141,7 @@ class DiffusersScript:
 
 
 def compare_steps(quick, clock):
-    """Yield the comparison of cached training with that on the fly, and that of the step with diffusers'."""
+    """Yield two comparisons: cached training with training on the fly, and the step with diffusers' step."""
     side_px, steps = (64, 1) if quick else (256, 4)
     found, sides = pictures(Path("pictures"), 48, side_px), {}
     for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):

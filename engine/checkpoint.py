@@ -47,8 +47,7 @@ from utils.io.files import (
 from utils.io.safe_text import hide_secrets_in
 from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, write_tensors, write_weights
 from utils.ranks import distributed
-from utils.ranks.job_status import restart_count
-from utils.record.logging import get_logger
+from utils.record.logging import get_logger, restart_count
 from utils.record.run_folder import RunFolder
 
 log = get_logger(__name__)

@@ -22,7 +22,7 @@ from utils.config.bounds import Side
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL, RATING, check_facts
+from utils.vocabulary import GENERAL, RATING, read_facts
 
 log = get_logger(__name__)
 
@@ -77,7 +77,7 @@ def check_metadata(path: Path, metadata: Any) -> None:
         raise wrong_metadata(path, error) from None
     if found.output == "classes" and found.class_names is None:
         raise UserError(f"{path} has wrong metadata (class_names: none); make the file again")
-    if found.output == "tags" and len(check_facts(path, metadata)) != len(found.thresholds or metadata["tag_names"]):
+    if found.output == "tags" and len(read_facts(path, metadata)) != len(found.thresholds or metadata["tag_names"]):
         raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
 
 

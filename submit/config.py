@@ -8,26 +8,20 @@ from utils.config.bounds import Count, CountOrZero, Processes, Workers
 from utils.config.help import CONF, ROOT
 from utils.config.schema import PathText, Strict
 
-# The files at the root that have a primary file in conf/.
+# The root scripts with a primary file in conf/.
 SCRIPTS = sorted(file.stem for file in ROOT.glob("*.py") if (CONF / f"{file.stem}.yaml").is_file())
 Script = Literal[*SCRIPTS]
 
 
 class LaunchConfig(Strict):
-    """A script, the resources of its job, and what to do after queueing it.
-
-    ranks_per_node: null takes one for each GPU, and 1 without GPUs. stop_before_end_sec: a job is asked to save this
-    long before its time ends. max_requeues, max_lost_ranks: how often a job that was stopped, or lost a rank or a node,
-    is continued. command: what runs the script in place of `python`, such as a container's words; our part of the job
-    runs outside.
-    """
+    """A script, the resources of its job, and what to do after it is queued."""
 
     script: Script
     folder: PathText
     job_name: str | None
     nodes: Count
     gpus_per_node: Workers
-    ranks_per_node: Processes | None
+    ranks_per_node: Processes | None  # null: one for each GPU, 1 without GPUs
     partition: str | None
     account: str | None
     qos: str | None
@@ -35,12 +29,12 @@ class LaunchConfig(Strict):
     cpus_per_rank: Processes | None
     memory_gib: Annotated[float, Field(ge=1e-3, le=1e6)] | None
     time_min: Count
-    stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]
-    max_requeues: CountOrZero
-    max_lost_ranks: CountOrZero
+    stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]  # before the job's time ends, it is asked to save
+    max_requeues: CountOrZero  # how often a stopped job continues
+    max_lost_ranks: CountOrZero  # how often a job continues that has lost a rank or a node
     array_parallelism: Count
     python: PathText | None
-    command: Annotated[list[str], Field(min_length=1)] | None
+    command: Annotated[list[str], Field(min_length=1)] | None  # runs the script in place of python, e.g. a container
     setup: list[str]
     sbatch_lines: list[str]
     wait: bool
@@ -67,10 +61,10 @@ class LaunchConfig(Strict):
 
     @property
     def ranks_on_node(self) -> int:
-        """The ranks of a node: one for each GPU, or 1, where no number is given."""
+        """The number of ranks on each node."""
         return self.ranks_per_node or max(1, self.gpus_per_node)
 
     @property
     def trains(self) -> bool:
-        """Whether the script saves when it is asked to stop, and continues."""
+        """Whether the script is a training, which saves on request and resumes."""
         return "  - common\n" in self._primary

@@ -1,8 +1,8 @@
-"""What runs on the nodes: in each task of SLURM the script as a process of its own, and behind all tasks, in the batch
-script, `python -m submit.job FOLDER STATUS`, which requeues a job that was stopped or has lost a rank.
+"""The part of a job that runs on the nodes.
 
-A task ends with the status of its script; with 0 where that was stopped, because SLURM kills the other tasks of one
-that fails, and they may be saving still.
+Each SLURM task runs the script as a process. After all tasks, the batch script runs `python -m submit.job FOLDER
+STATUS`, which requeues a job that was stopped or has lost a rank. A task exits with its script's status, but with 0 if
+the script was stopped: on a failure SLURM would kill the other tasks, which may still be saving.
 """
 
 import os
@@ -21,30 +21,27 @@ from types import FrameType
 from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.io.files import ignore_write_errors, read_json, write_json, write_text
-from utils.ranks.job_status import restart_count
+from utils.record.logging import restart_count
 
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
-# A script that a signal ended: asked to stop before it could listen, or killed (by the kernel, where memory ran out).
+# Signals that end a script: a request before its handler was set, or a kill (by the kernel if memory is full).
 _STOPPING, _KILLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
 
 
 @dataclass
 class ScriptJob:
-    """A task, which is a rank: a script of `folder`/code in `working_dir`. submitit pickles and calls it.
-
-    command: the words before the script in place of python. sweep: its name.
-    """
+    """A task, which is one rank: runs a script of `folder`/code in `working_dir`. submitit pickles and calls it."""
 
     script: str
     arguments: list[str]
     folder: Path
     working_dir: Path
-    command: list[str] | None = None
-    sweep: str | None = None
+    command: list[str] | None = None  # the words before the script, in place of python
+    sweep: str | None = None  # the name of its sweep
 
     def __call__(self) -> None:
-        """Run the script to its end, and end this process with its status."""
+        """Run the script and exit with its status."""
         script = [str(self.folder / f"code/{self.script}.py"), *self.arguments]
         words = [*(self.command or [sys.executable]), "-u", *script]
         _say(shlex.join(words))
@@ -52,39 +49,39 @@ class ScriptJob:
         process = subprocess.Popen(words, cwd=self.working_dir, env=environment)
 
         def stop(number: int, frame: FrameType | None) -> None:
-            process.send_signal(signal.SIGUSR1)  # SLURM signals it too; both together are one request
+            process.send_signal(signal.SIGUSR1)  # if SLURM signals the script too, both count as one request
 
-        for number in _STOPPING:  # in place of submitit's handler, which would requeue the job before it has saved
+        for number in _STOPPING:  # submitit's own handler would requeue the job before it has saved
             signal.signal(number, stop)
         status = _meaning(process.wait())
         _write_status(self.folder, f"task_{os.environ['SLURM_PROCID']}", status)
         _say(f"{self.script}.py has ended with status {status}")
         if status == EXIT_LOST_RANK and os.environ["SLURM_PROCID"] == "0":
-            finish(self.folder, status)  # srun waits for a lost node, until SLURM knows
+            finish(self.folder, status)  # srun waits until SLURM notices a lost node
         os._exit(EXIT_OK if status == EXIT_STOPPED else status)
 
 
 def _index() -> int:
-    """Return the number of this job in its array."""
+    """Return this job's index in its array."""
     return int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
 
 
 def _write_status(folder: Path, name: str, status: int) -> None:
-    """Write the status of a task, or of this start of the job. A write error is a warning."""
+    """Write the status of a task or of the job, for this start of the job. Write errors are logged."""
     file = folder / f"status_{_index()}_{restart_count()}" / name
     with ignore_write_errors(file):
         write_text(file, f"{status}\n")
 
 
 def finish(folder: Path, status: int) -> int:
-    """Requeue the job, or write its end for those who wait; status: srun's. Returns the exit status of the job."""
+    """Requeue the job, or write its final status to end_*.json; return the status. status: srun's exit status."""
     index, launch = _index(), read_json(folder / "job.json")["launch"]
-    array = os.environ.get("SLURM_ARRAY_JOB_ID")  # whose number is also that of one of its jobs
+    array = os.environ.get("SLURM_ARRAY_JOB_ID")  # one of the array's jobs has this number as its own
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
     noted = [int(file.read_text()) for file in folder.glob(f"status_{index}_{restart_count()}/task_*")]
     if not noted:
-        noted = [_meaning(128 - status if status > 128 else status)]  # a shell's number of a signal
-    elif len(noted) < int(os.environ["SLURM_NTASKS"]):  # the node of a task is lost, or it was killed
+        noted = [_meaning(128 - status if status > 128 else status)]  # a shell adds 128 to a signal's number
+    elif len(noted) < int(os.environ["SLURM_NTASKS"]):  # a task was killed, or its node was lost
         noted.append(EXIT_LOST_RANK)
     status = _worst(noted)
     _write_status(folder, "job", status)
@@ -95,22 +92,22 @@ def finish(folder: Path, status: int) -> int:
             _say(f"ended with status {status}; the job continues in the queue")
             if launch["trains"]:
                 _requeue(job)
-            time.sleep(_PATIENCE_SEC)  # SLURM ends it: it was requeued, cancelled, or its time is over
+            time.sleep(_PATIENCE_SEC)  # SLURM ends this script: the job was requeued or cancelled, or its time is over
         elif status == EXIT_LOST_RANK:
-            ask("scontrol", "update", f"JobId={job}", "Requeue=0")  # which SLURM would do where a node has failed
+            ask("scontrol", "update", f"JobId={job}", "Requeue=0")  # else SLURM requeues it after a node failure
     write_json(folder / f"end_{index}.json", {"status": status, "restarts": restart_count()})
     return status
 
 
 def _worst(statuses: Collection[int]) -> int:
-    """Return the status that says most: a rank that fails takes the others with it, which then miss it."""
+    """Return the status of the cause: if one rank fails, the others report a lost rank."""
     others = sorted(set(statuses) - {EXIT_OK, EXIT_LOST_RANK, EXIT_STOPPED})
     ranked = (EXIT_USER_ERROR, *others, EXIT_LOST_RANK, EXIT_STOPPED, EXIT_OK)
     return next(status for status in ranked if status in statuses)
 
 
 def _requeue(job: str) -> None:
-    """Put a job back into the queue, unless SLURM is ending it. Asks again while SLURM does not answer."""
+    """Requeue a job that SLURM is not ending yet. Retries while SLURM does not answer."""
     until = time.monotonic() + _PATIENCE_SEC
     while time.monotonic() < until:
         with suppress(NoAnswer):
@@ -121,7 +118,7 @@ def _requeue(job: str) -> None:
 
 
 def _meaning(status: int) -> int:
-    """Return a process's status as an exit status; 75 or 70 where a signal has ended it, which it could not say."""
+    """Return the exit status for a process's return code: 75 or 70 if a signal ended the process."""
     if -status in _STOPPING:
         return EXIT_STOPPED
     return EXIT_LOST_RANK if -status in _KILLING else status if status >= 0 else 128 - status

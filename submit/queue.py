@@ -1,4 +1,4 @@
-"""What SLURM says of jobs, by squeue and scontrol, which need no accounting; and waiting for their end."""
+"""Query SLURM jobs by squeue and scontrol, which need no accounting database, and wait for their end."""
 
 import re
 import subprocess
@@ -19,11 +19,11 @@ _FILES_SEC = 30.0  # for a shared file system to show what a node has written
 
 
 class NoAnswer(Exception):
-    """SLURM's controller does not answer, such as while it is restarted; the message has its words."""
+    """SLURM's controller does not answer, for example during a restart. The message is the command's error."""
 
 
 def ask(*command: str) -> str:
-    """Return what a command of SLURM prints; empty where it does not know the job (any more). Raises NoAnswer."""
+    """Return the output of a SLURM command; empty if SLURM does not know the job (any more). Raises NoAnswer."""
     try:
         done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SEC)
     except subprocess.TimeoutExpired:
@@ -34,15 +34,15 @@ def ask(*command: str) -> str:
 
 
 def job_state(job: str) -> str:
-    """Return the state of a job, such as RUNNING; UNKNOWN where SLURM does not know it (any more). Raises NoAnswer."""
+    """Return a job's state, such as RUNNING; UNKNOWN if SLURM does not know the job (any more). Raises NoAnswer."""
     found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
     return "UNKNOWN" if found is None else found.group(1)
 
 
 def list_active(jobs: Sequence[str]) -> dict[str, str]:
-    """Return job -> state, with why it is pending, of those that are not over. Raises NoAnswer.
+    """Return {job: state} of the jobs that have not ended, with the reason if a job is pending. Raises NoAnswer.
 
-    jobs: one, or the members NUMBER_INDEX of one array.
+    jobs: one job, or the members NUMBER_INDEX of one array.
     """
     number = f"--jobs={jobs[0].partition('_')[0]}"
     found = (line.split("|", 2) for line in ask("squeue", "-h", "--array", number, "--format=%i|%T|%r").splitlines())
@@ -50,9 +50,9 @@ def list_active(jobs: Sequence[str]) -> dict[str, str]:
 
 
 def wait_for(ids: Sequence[str], folder: Path) -> int:
-    """Wait until all jobs have ended; returns the greatest of their exit statuses.
+    """Wait until all jobs have ended and return their greatest exit status.
 
-    Raises SystemExit(130) on Ctrl-C, which leaves the jobs running.
+    Ctrl-C raises SystemExit(130) and leaves the jobs running.
     """
     before: dict[str, str] = {}
     active = dict.fromkeys(ids, "")
@@ -62,18 +62,18 @@ def wait_for(ids: Sequence[str], folder: Path) -> int:
             try:
                 active = list_active(ids)
             except NoAnswer as error:
-                log.warning("SLURM does not answer, and is asked again: %s", error)
+                log.warning("SLURM does not answer (%s); retrying", error)
             for job in [job for job, state in active.items() if before.get(job, "") != state]:
                 log.info("job %s: %s", job, active[job])
             before |= active
     except KeyboardInterrupt:
-        log.warning("the jobs go on without being watched; scancel %s ends them", ids[0].partition("_")[0])
+        log.warning("the jobs continue unwatched; end them with scancel %s", ids[0].partition("_")[0])
         raise SystemExit(EXIT_INTERRUPTED) from None
     return max(_end_of(job, folder / f"end_{index}.json") for index, job in enumerate(ids))
 
 
 def _end_of(job: str, file: Path) -> int:
-    """Return a job's exit status: the script's, or 1 where SLURM has ended it."""
+    """Return a job's exit status: the script's, or 1 if SLURM ended the job."""
     state, until = "UNKNOWN", time.monotonic() + _FILES_SEC
     with suppress(NoAnswer):
         state = job_state(job)

@@ -5,8 +5,8 @@ r"""Submit a script to SLURM, through submitit.
     python submit/slurm.py launch.dry_run=true                        print the sbatch script, queue nothing
     python submit/slurm.py --multirun optim.lr=0.001,0.003            a sweep, as one array
 
-What begins with `launch` is read here (conf/launch/slurm.yaml); everything else goes to the script, which checks it by
-its own dry run before anything is queued. docs/cluster.md leads from an empty cluster to a requeued job.
+Keys of `launch` are read here (conf/launch/slurm.yaml). All other words go to the script, which checks them in a dry
+run before anything is queued. See docs/cluster.md.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ from itertools import compress
 from pathlib import Path
 
 if __name__ == "__main__":
-    sys.path[0] = str(Path(__file__).resolve().parents[1])  # in place of submit/
+    sys.path[0] = str(Path(__file__).resolve().parents[1])  # replaces submit/
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
@@ -46,8 +46,8 @@ from utils.record.run_folder import GIT_FILE, git_state
 
 log = get_logger(__name__)
 
-SCRIPT_WORDS: list[str] = []  # of the command line, outside `launch`
-# What a copy of the code has: the rooms, which are packages, and their configuration.
+SCRIPT_WORDS: list[str] = []  # the command line without the words for `launch`
+# A copy of the code has the packages and their configuration.
 FOLDERS = ["conf", *sorted(file.parent.name for file in ROOT.glob("*/__init__.py") if file.parent.name != "tests")]
 
 
@@ -59,7 +59,7 @@ class SubmitConfig(Strict):
 
 @entry_point("slurm", SubmitConfig)
 def main(config: SubmitConfig, job: Job) -> str | None:
-    """Check, copy, queue, and wait where asked to."""
+    """Check the command, copy the code, queue the job and, with launch.wait, wait for its end."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
     sweep, jobs = None, [SCRIPT_WORDS]
@@ -91,8 +91,8 @@ def main(config: SubmitConfig, job: Job) -> str | None:
 
 
 def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
-    """Return the name of a --multirun, and the words of each job that is not complete."""
-    schema = importlib.import_module(script).main.schema  # which says which words are paths
+    """Return the name of a sweep, and the words of each job that is not complete."""
+    schema = importlib.import_module(script).main.schema  # tells which words are paths
     sweep = parse_sweep(quote_paths(words, path_keys(schema)))
     if sweep.settings.trials is not None:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
@@ -104,7 +104,7 @@ def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
 
 
 def check_script(launch: LaunchConfig, words: list[str]) -> None:
-    """Run the script's own dry run with the ranks of the job. Raises SystemExit with its status where it refuses."""
+    """Run the script with dry_run=true and the job's number of ranks. Raises SystemExit with its status on failure."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
     log.info("checking: %s", " ".join(command[1:]))
     job = {RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
@@ -112,12 +112,12 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
     done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
-        log.error("nothing is queued: %s.py refuses what it was given", launch.script)
+        log.error("nothing is queued: the dry run of %s.py failed", launch.script)
         raise SystemExit(done.returncode)
 
 
 def copy_code(target: Path) -> None:
-    """Copy the root scripts, the rooms and the state of git: what is queued does not change with the working tree."""
+    """Copy the code and the state of git, so that queued jobs do not change with the working tree."""
     target.mkdir(parents=True)
     for file in ROOT.glob("*.py"):
         shutil.copy2(file, target)
@@ -127,7 +127,7 @@ def copy_code(target: Path) -> None:
 
 
 class _Executor(submitit.SlurmExecutor):
-    """submitit's executor, which can also be made where there is no SLURM, to print its script."""
+    """submitit's executor; can also be created without SLURM, to print its script."""
 
     @classmethod
     def affinity(cls) -> int:
@@ -146,12 +146,15 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
         "mem": launch.memory_gib and f"{round(1024 * launch.memory_gib)}M",
         "time": launch.time_min,
         "signal_delay_s": launch.stop_before_end_sec,
-        "setup": [*launch.setup, "trap : TERM USR1 USR2  # for the tasks, which save; the script goes on behind them"],
+        "setup": [
+            *launch.setup,
+            "trap : TERM USR1 USR2  # the tasks save; this script continues after them",
+        ],
         "teardown": [f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
         "stderr_to_stdout": True,
-        # srun does not take the CPUs from sbatch in SLURM 22.05 to 23.02.
+        # In SLURM 22.05 to 23.02, srun does not inherit the CPUs from sbatch.
         "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
-        # Its own copy of the code is found before the folder from which it is submitted.
+        # In this folder, Python finds the job's copy of the code first.
         "additional_parameters": {"chdir": str(folder / "code"), "requeue": True}
         | {name.replace("-", "_"): value or True for name, _, value in options},
     }
@@ -161,7 +164,7 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
 
 
 def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
-    """Return the sbatch script of a job, or of an array of several."""
+    """Return the sbatch script of a job, or of an array if there are several jobs."""
     executor = make_executor(launch, folder.absolute())
     if jobs > 1:
         executor.parameters["map_count"] = jobs
@@ -169,9 +172,9 @@ def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
 
 
 def clean_environment(launch: LaunchConfig) -> None:
-    """Remove what a job around this process, a launcher, or the shell would add to what `launch` says.
+    """Remove environment variables of SLURM and of launchers: SBATCH_* would override the script's own lines.
 
-    sbatch's variables would win over the script's lines; those of a key that is null apply.
+    SBATCH_PARTITION, ACCOUNT, QOS and CONSTRAINT stay if their key in `launch` is null.
     """
     keys = [key for key in ("partition", "account", "qos", "constraint") if getattr(launch, key) is None]
     kept = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in keys)}
@@ -182,19 +185,19 @@ def clean_environment(launch: LaunchConfig) -> None:
 
 
 def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) -> list[str]:
-    """Queue the jobs, several as one array; returns SLURM's numbers. Raises UserError where SLURM refuses."""
+    """Queue the jobs, several as one array, and return their SLURM ids. Raises UserError if SLURM refuses them."""
     if shutil.which("sbatch") is None:
         raise UserError("launch: there is no sbatch here; submit on a login node of the cluster")
     try:
         clean_environment(launch)
-        with contextlib.redirect_stderr(io.StringIO()):  # submitit prints what it raises
+        with contextlib.redirect_stderr(io.StringIO()):  # submitit also prints the error that it raises
             return [job.job_id for job in make_executor(launch, folder).submit_array(jobs)]
     except (FailedJobError, FailedSubmissionError) as error:
         raise UserError(f"launch: SLURM refuses the job: {' '.join(str(error).split())}") from None
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Return the words of `launch`, with Hydra's flags that show it, and those of the script."""
+    """Split a command line into the words for `launch`, with Hydra's flags, and the words for the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
     is_ours = [bool(own.match(word)) or before == "--cfg" for before, word in zip(["", *words], words)]
     return list(compress(words, is_ours)), [word for word, ours in zip(words, is_ours) if not ours]

@@ -1,4 +1,4 @@
-"""The background that transparent images are put on, a value of the recipe, of weight files and of exports."""
+"""The background behind transparent images: a setting that weight files and exports keep."""
 
 from typing import Annotated, Any, Literal
 
@@ -6,13 +6,13 @@ from PIL import Image
 from pydantic import Field
 
 _Level = Annotated[int, Field(ge=0, le=255)]
-# `drop` leaves alpha out, as Pillow's convert("RGB") does: what transparent pixels hold below it shows.
+# `drop` discards alpha, as Pillow's convert("RGB") does: the colours of transparent pixels become visible.
 Background = Literal["white", "black", "drop"] | _Level | Annotated[list[_Level], Field(min_length=3, max_length=3)]
 DEFAULT = "white"
 
 
 def background_rgb(background: Any) -> tuple[int, int, int] | None:
-    """Return the colour of a Background, None for `drop`."""
+    """Return the colour of a background; None for `drop`."""
     if background == "drop":
         return None
     named = {"white": 255, "black": 0}.get(background, background) if isinstance(background, str) else background
@@ -20,7 +20,7 @@ def background_rgb(background: Any) -> tuple[int, int, int] | None:
 
 
 def background_levels(background: Any, channels: int) -> list[int]:
-    """Return the level of each channel, 1 (luma) or 3, of a Background; of `drop`, which states no colour, white's."""
+    """Return a background's level in each channel, 1 (luma) or 3; white for `drop`."""
     colour = background_rgb(background) or (255, 255, 255)
     return list(colour) if channels == 3 else [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))]
 

@@ -1,7 +1,7 @@
-"""The errors and exit statuses that a user meets.
+"""User errors and exit statuses.
 
-`UserError` is for what a user can cause and fix: only its message is shown, without a traceback. Every other exception
-is a defect of ours and keeps its traceback.
+`UserError` is for problems that a user can cause and fix: its message is shown without a traceback. Every other
+exception is a defect in Atelier and keeps its traceback.
 """
 
 import difflib
@@ -13,21 +13,21 @@ from contextlib import contextmanager
 EXIT_OK = 0
 EXIT_CRASH = 1
 EXIT_USER_ERROR = 2
-EXIT_LOST_RANK = 70  # or a loader's worker: a process of the job was ended from outside
+EXIT_LOST_RANK = 70  # a rank or a loader worker was killed
 EXIT_STOPPED = 75
-EXIT_INTERRUPTED = 130  # by Ctrl-C, where there was nothing to save
+EXIT_INTERRUPTED = 130  # Ctrl-C without anything to save
 
 _SHOWN = 20  # names in a message
-_END_REPORTED_SEC = 1.0  # an ended process sends SIGCHLD milliseconds after its connections break
+_END_REPORTED_SEC = 1.0  # SIGCHLD follows milliseconds after the connections of an ended process break
 
 
 class UserError(ValueError):
-    """Tell the user which key or file is wrong, what was found, what is allowed and what to do."""
+    """A mistake of the user: the message names the key or file, the value found, the values allowed and a fix."""
 
 
 @contextmanager
 def about(key: str) -> Iterator[None]:
-    """Put the key that names a file before the message of a UserError raised inside, unless it names a key itself."""
+    """Prefix a UserError raised inside with a key, unless its message already begins with one."""
     try:
         yield
     except UserError as error:
@@ -37,22 +37,22 @@ def about(key: str) -> Iterator[None]:
 
 
 def lost_worker(error: BaseException | None) -> str | None:
-    """Return what to tell the user where torch says that a loader's worker process has ended, None for other errors.
+    """Return a message for the user if a DataLoader worker has ended, None for other errors.
 
-    torch raises it in the main thread wherever that is, so no place that reads a loader could catch it, and another
-    error may follow from it. A worker's connection breaks before the system reports its end: wait for that report.
+    torch raises this error from a signal handler, anywhere in the main thread, and another error may follow from it. A
+    worker's connection breaks before the system reports its end, so this function waits for the report.
     """
     if isinstance(error, ConnectionError | EOFError) and error.__cause__ is None:
         try:
             time.sleep(_END_REPORTED_SEC)
-        except RuntimeError as reported:  # by torch's handler of SIGCHLD, which asks for the state of each worker
+        except RuntimeError as reported:  # from torch's SIGCHLD handler, which checks each worker
             error.__cause__ = reported
     while error is not None:
         found = re.search(r"DataLoader worker \(pid\(?s?\)? ([\d, ]+)\) (.*)", str(error), re.DOTALL)
         if found is not None and isinstance(error, RuntimeError):
-            said = " ".join(found.group(2).split()).rstrip(". ")
+            reason = " ".join(found.group(2).split()).rstrip(". ")
             return (
-                f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({said}). Most often the "
+                f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({reason}). Most often the "
                 "machine ran out of memory (see dmesg or the scheduler's report) or out of shared memory (/dev/shm): "
                 "set a lower runtime.workers (0: none), runtime.prefetch_batches or loop.batch_size. The same command "
                 "resumes from the last checkpoint"
@@ -62,7 +62,7 @@ def lost_worker(error: BaseException | None) -> str | None:
 
 
 def close_names(name: str, known: Iterable[str]) -> str:
-    """Return `close: a, b` for the nearest known names, or all of them (the first of many) where none is near."""
+    """Return `close: a, b` with the nearest known names, or `known: ...` with the first names if none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
     if near:

@@ -1,10 +1,10 @@
 """Randomness as a pure function of counters.
 
-Every random choice in training follows from a hash of (seed, where it is used), never from how many numbers were drawn
-before. So a resumed run, another number of workers or of ranks, draws the same.
+Every random choice in training depends on a hash of the seed and the place of use, never on the count of earlier draws.
+So a resumed run, and any number of workers or ranks, draw the same numbers.
 
-Words: a *key* is the 63-bit random number of one sample at one position of the stream; a *view* counts the draws that
-one sample needs (two crops of one image are views 0 and 1).
+A *key* is the 63-bit random number of one sample at one position of the stream. A *view* numbers the draws of one
+sample (two crops of one image are views 0 and 1).
 """
 
 import math
@@ -36,7 +36,7 @@ def mix64(word: Words) -> Words:
 
 
 def hash_counters(*counters: int) -> int:
-    """Return a 63-bit hash of some integers; their order matters."""
+    """Return a 63-bit hash of integers, whose order matters."""
     word = _GOLDEN
     for counter in counters:
         word = mix64((word + _GOLDEN + mix64((counter + _GOLDEN) & _WORD)) & _WORD)
@@ -44,17 +44,17 @@ def hash_counters(*counters: int) -> int:
 
 
 def permutation(seed: int, stream: int, count: int) -> np.ndarray:
-    """Return a random order of 0..count-1 (int64) that depends on nothing but (seed, stream, count)."""
+    """Return a random order of 0..count-1 (int64), a function of (seed, stream, count)."""
     words = np.arange(count, dtype=np.uint64) * np.uint64(_GOLDEN) + np.uint64(hash_counters(seed, stream))
     return np.argsort(mix64(words), kind="stable")
 
 
 class Permutation:
-    """A random order of 0..count-1, computed one position at a time: no table, however large the count.
+    """A random order of 0..count-1, computed one position at a time without a table.
 
     A Feistel network permutes 0..2**bits-1, the smallest such range that holds the count. A result beyond the count is
-    permuted again until it lies within (cycle walking), fewer than two times on average. Up to `_TABLE` members the
-    order is a table: a Feistel network of few bits reaches few orders.
+    permuted again until it is below (cycle walking), on average fewer than two times. Up to `_TABLE` members the order
+    is a table: a Feistel network on few bits reaches few orders.
     Source: Black, Rogaway, "Ciphers with Arbitrary Finite Domains", CT-RSA 2002, sections 3 and 4.
     """
 
@@ -92,7 +92,7 @@ def sample_key(seed: int, position: int, view: int = 0) -> int:
 
 
 def _hash32(word: torch.Tensor) -> torch.Tensor:
-    """Scramble 32-bit words held in int64. Both products stay below 2**63, so nothing depends on overflow.
+    """Scramble 32-bit words in int64 tensors. Both products stay below 2**63, so there is no overflow.
 
     Source: github.com/skeeto/hash-prospector, the two-round function 16 21f0aaad 15 735a2d97 15.
     """
@@ -112,17 +112,17 @@ def _random_words(keys: torch.Tensor, count: int, draw: int) -> torch.Tensor:
 def uniform(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
     """Return float32 [B, *shape], uniform in [0, 1), from keys [B] (int64, a batch's `key`) on their device.
 
-    A sample's numbers depend on its key and `draw` alone: they are the same however a batch is split and on any device.
-    Another `draw` gives other numbers for the same key. No host synchronisation.
+    A sample's numbers depend only on its key and `draw`, not on the batch or the device. Another `draw` gives other
+    numbers for the same key. No host synchronisation.
     """
     words = _random_words(keys, math.prod(shape), draw)
     return ((words >> 8).float() * 2.0**-24).view(len(keys), *shape)
 
 
 def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Tensor:
-    """Return standard normal numbers, float32 [B, *shape]; as `uniform`, but equal only to rounding across devices.
+    """Return standard normal numbers, float32 [B, *shape]; like `uniform`, but devices differ by rounding.
 
-    Source: Box, Muller 1958: two uniform numbers make two normal ones.
+    Source: Box, Muller 1958: two uniform numbers give two normal ones.
     """
     count = math.prod(shape)
     pairs = -(-count // 2)
@@ -132,17 +132,12 @@ def normal(keys: torch.Tensor, shape: Sequence[int], draw: int = 0) -> torch.Ten
     return torch.cat([radius * angle.cos(), radius * angle.sin()], dim=1)[:, :count].reshape(len(keys), *shape)
 
 
-def generator_for(key: int) -> torch.Generator:
-    """Return a CPU generator seeded with a key, for code that takes one."""
-    return torch.Generator().manual_seed(key)
-
-
 @contextmanager
 def seeded(key: int) -> Iterator[None]:
-    """Run code that draws from torch's global CPU generator as if it had one of its own.
+    """Seed torch's global CPU generator inside the context, and restore its state after it.
 
-    torchvision's v2 transforms take no generator. `default_generator.manual_seed` costs a microsecond, where
-    `torch.manual_seed` would seed every device for 65.
+    torchvision's v2 transforms take no generator. `default_generator.manual_seed` takes 1 us; `torch.manual_seed` seeds
+    every device and takes 65 us.
     """
     generator = torch.default_generator
     state = generator.get_state()
@@ -155,7 +150,7 @@ def seeded(key: int) -> Iterator[None]:
 
 @contextmanager
 def seeded_python(seed: int) -> Iterator[None]:
-    """Run code that draws from Python's and NumPy's global generators as if it had some of its own; seed < 2**32."""
+    """Seed Python's and NumPy's global generators (seed < 2**32) inside the context, and restore them after it."""
     before = random.getstate(), np.random.get_state()
     random.seed(seed)
     np.random.seed(seed)
@@ -167,7 +162,7 @@ def seeded_python(seed: int) -> Iterator[None]:
 
 
 def seed_micro_step(seed: int, step: int, micro_step: int, rank: int, device: torch.device) -> None:
-    """Seed what draws on the device inside the forward pass: drop path, dropout, mixup."""
+    """Seed the generators that the forward pass draws from: drop path, dropout, mixup."""
     key = hash_counters(seed, step, micro_step, rank)
     torch.default_generator.manual_seed(key)
     if device.type == "cuda":

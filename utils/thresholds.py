@@ -1,12 +1,12 @@
-"""The thresholds of a tagger: one file, thresholds.csv, that evaluation writes and prediction and exports read.
+"""A tagger's thresholds: thresholds.csv, which evaluation writes and prediction and exports read.
 
     category,name,threshold,precision,recall,f1,support,profile,vocabulary
     0,general,0.412,0.71,0.71,0.71,51234,balanced,9f0c...
     0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,9f0c...
 
-A row is of a category, of all tags (category -1) or, with profile per_tag, of a tag. An image gets a tag whose
-probability is at least the threshold. A category's balanced row comes before its others: tools that look for
-`category,name,threshold` take the first (deepghs/imgutils:imgutils/generic/multilabel_timm.py).
+A row belongs to a category, to all tags (category -1) or, with profile per_tag, to a tag. An image gets a tag if its
+probability is at least the threshold. A category's balanced row comes first: tools that read `category,name,threshold`
+take a category's first row (deepghs/imgutils:imgutils/generic/multilabel_timm.py).
 """
 
 import csv
@@ -27,16 +27,16 @@ log = get_logger(__name__)
 
 CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
-DEFAULT = 0.35  # that of most tools
+DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
-MCUT, MCUT_FLOOR = "mcut", 0.15  # deepghs/imgutils:imgutils/tagging/wd14.py has the floor for characters
-OVERALL = -1  # in place of a category: all tags
+MCUT, MCUT_FLOOR = "mcut", 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
+OVERALL = -1  # the category of all tags
 FILE = "thresholds.csv"
 
 
 @dataclass(frozen=True)
 class Threshold:
-    """A probability, and what was measured with it; None without support."""
+    """A threshold and the scores it reaches, which are None without support."""
 
     category: int
     name: str
@@ -50,24 +50,24 @@ class Threshold:
 
 @dataclass(frozen=True)
 class ThresholdTable:
-    """The thresholds of a vocabulary, given by its hash; per_tag rows are in its order."""
+    """The thresholds for a vocabulary, given by its hash. per_tag rows are in the vocabulary's order."""
 
     vocabulary: str
     rows: tuple[Threshold, ...]
 
     def of_categories(self, profile: str) -> dict[int, float]:
-        """Return a profile's threshold of each category; that of all tags is OVERALL."""
+        """Return {category: threshold} for a profile; OVERALL is the category of all tags."""
         return {row.category: row.threshold for row in self.rows if row.profile == profile}
 
     def of_tags(self, vocabulary: Vocabulary, profile: str) -> list[float]:
-        """Return each tag's threshold: its own, else that of its category, else that of all tags."""
-        own = {(row.category, row.name): row.threshold for row in self.rows if row.profile == profile == PER_TAG}
-        found = self.of_categories("balanced" if profile == PER_TAG else profile)
-        return [own.get(key, found.get(key[0], found[OVERALL])) for key in vocabulary.columns]
+        """Return each tag's threshold: the tag's, else its category's, else the one of all tags."""
+        by_tag = {(row.category, row.name): row.threshold for row in self.rows if row.profile == profile == PER_TAG}
+        by_category = self.of_categories("balanced" if profile == PER_TAG else profile)
+        return [by_tag.get(key, by_category.get(key[0], by_category[OVERALL])) for key in vocabulary.columns]
 
 
 def write_thresholds(path: Path, table: ThresholdTable) -> None:
-    """Write a thresholds.csv, atomically."""
+    """Write thresholds.csv atomically."""
     write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
 
 
@@ -75,10 +75,10 @@ def write_thresholds(path: Path, table: ThresholdTable) -> None:
 def find_thresholds(
     named: str | None, run_dir: str | None, vocabulary: Vocabulary, trained: str | None = None
 ) -> ThresholdTable | None:
-    """Return the thresholds that `thresholds` names, or those that evaluate.py has written into a run; None without.
+    """Read the thresholds from the file `named`, or from a run folder; return None if there are none.
 
-    trained: the hash of the vocabulary that a tagger was trained on, where its export has another order. Raises
-    UserError (`thresholds`) where a file is no whole table, or of another vocabulary.
+    trained: the hash of the vocabulary in training, if an export orders the tags differently. Raises UserError
+    (`thresholds`) if a file is incomplete or has another vocabulary.
     """
     path = Path(named or Path(run_dir or "") / FILE)
     if named is None and (run_dir is None or not path.is_file()):
@@ -87,25 +87,25 @@ def find_thresholds(
     try:
         with open(path, encoding="utf-8", newline="") as stream:
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
-        rows, theirs = TypeAdapter(tuple[Threshold, ...]).validate_python(read), read[0]["vocabulary"]
+        rows, file_hash = TypeAdapter(tuple[Threshold, ...]).validate_python(read), read[0]["vocabulary"]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
     except (LookupError, ValueError, OSError, csv.Error) as error:
         raise UserError(
             f"{path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
         ) from None
-    table = ThresholdTable(theirs, rows)
+    table = ThresholdTable(file_hash, rows)
     tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
-    if theirs not in (vocabulary.hash, trained):
+    if file_hash not in (vocabulary.hash, trained):
         raise UserError(
-            f"{path} is of another vocabulary than the tagger: {describe_difference(vocabulary, tags)}; name "
+            f"{path} has another vocabulary than the tagger: {describe_difference(vocabulary, tags)}; name "
             "the file that evaluate.py calibrate=true wrote for this tagger"
         )
-    lacks = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
-    if lacks or tags.hash != theirs:
+    missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
+    if missing or tags.hash != file_hash:
         raise UserError(
             f"{path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of "
-            f"category {OVERALL}: {', '.join(lacks) or 'none'}; write it anew by evaluate.py calibrate=true"
+            f"category {OVERALL}: {', '.join(missing) or 'none'}; write it again by evaluate.py calibrate=true"
         )
     return table
 

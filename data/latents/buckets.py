@@ -276,7 +276,7 @@ def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
 
     def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
         """Return the same random fit for both views, from the sample's key."""
-        generator = rng.generator_for(rng.hash_counters(draw.key, _FIT_DRAW))
+        generator = torch.Generator().manual_seed(rng.hash_counters(draw.key, _FIT_DRAW))
         flip = bool(torch.rand((), generator=generator) < config.flip)
 
         def draw_corner(slack: np.ndarray) -> np.ndarray:

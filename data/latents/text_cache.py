@@ -29,7 +29,7 @@ EncodeTexts = Callable[[Sequence[str]], tuple[Tensor, Tensor]]
 def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator], str]) -> str:
     """Return variant `number` of a caption; the generator of `vary` depends only on the caption and the number."""
     seed = int(sha256_text(caption)[:15], 16)
-    return vary(caption, rng.generator_for(rng.hash_counters(seed, number)))
+    return vary(caption, torch.Generator().manual_seed(rng.hash_counters(seed, number)))
 
 
 class TextCache:

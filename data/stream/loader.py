@@ -68,7 +68,7 @@ class Example:
     @functools.cached_property  # most fields draw nothing
     def generator(self) -> torch.Generator:
         """A generator for fields, seeded with the sample's key."""
-        return rng.generator_for(rng.hash_counters(self.draw.key, _FIELDS_KEY))
+        return torch.Generator().manual_seed(rng.hash_counters(self.draw.key, _FIELDS_KEY))
 
 
 Fields = Callable[[Example], Mapping[str, Tensor | Ragged]]

@@ -18,7 +18,6 @@ from tests.in_process import SHORT, SMALL_MODEL, configure
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import write_tensors
-from utils.rng import generator_for
 
 BATCH, SIZE, CLASSES = 8, 16, 4
 
@@ -36,7 +35,7 @@ def make_learner(*overrides, model=OURS):
 
 
 def make_batch(seed=0):
-    generator = generator_for(seed)
+    generator = torch.Generator().manual_seed(seed)
     return {
         "sample_id": torch.arange(BATCH),
         "key": torch.arange(BATCH),

@@ -21,7 +21,6 @@ from tests.in_process import TINY, configure, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.io.weights import read_weights
-from utils.rng import generator_for
 
 # ---------------------------------------------------------------------------------------------------------- the curve
 
@@ -29,7 +28,7 @@ RATES = [10 ** (-5 + 6 * number / 99) for number in range(100)]
 
 
 def make_curve(loss_at, noise=0.0, count=100, seed=7):
-    draw = generator_for(seed)
+    draw = torch.Generator().manual_seed(seed)
     noises = noise * torch.randn(count, generator=draw, dtype=torch.float64)
     return Curve(RATES[:count], [loss_at(math.log10(rate)) + float(one) for rate, one in zip(RATES, noises)])
 

@@ -9,7 +9,6 @@ from utils.hardware import free_memory
 
 GIB = 2**30
 V2 = {"memory.max": 8 * GIB, "memory.current": 6 * GIB, "memory.stat": f"anon 1\ninactive_file {GIB}"}
-V1 = {"memory.limit_in_bytes": 5 * GIB, "memory.usage_in_bytes": 4 * GIB, "memory.stat": "total_inactive_file 0"}
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,6 @@ V1 = {"memory.limit_in_bytes": 5 * GIB, "memory.usage_in_bytes": 4 * GIB, "memor
         ("0::/", {}, 12),
         ("0::/job/step", {"job": V2}, 3),
         ("0::/job/step", {"job": V2, "job/step": V2 | {"memory.max": "max"}}, 3),
-        ("3:cpu:/a\n2:memory:/job", {"memory/job": V1}, 1),
         ("0::/job", {"job": V2 | {"memory.max": GIB}}, 0),
     ],
 )

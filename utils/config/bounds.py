@@ -1,4 +1,4 @@
-"""Numbers with bounds: generous, so that what a run may want is within them, and no value overflows or never ends."""
+"""Bounded numbers for schemas: wide enough for every run, tight enough that nothing overflows."""
 
 from typing import Annotated
 
@@ -8,7 +8,7 @@ Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # steps, images, jobs
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
 BatchSize = Annotated[int, Field(ge=1, le=2**24)]
-Processes = Annotated[int, Field(ge=1, le=1024)]  # or threads, of one machine
+Processes = Annotated[int, Field(ge=1, le=1024)]  # processes or threads of one machine
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Side = Annotated[int, Field(ge=1, le=16_384)]  # pixels
 Depth = Annotated[int, Field(ge=1, le=1000)]
@@ -18,9 +18,9 @@ Pixels = Annotated[int, Field(ge=1, le=10**12)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, le=1e4)]  # of learning
+Rate = Annotated[float, Field(ge=0, le=1e4)]  # a learning rate
 Factor = Annotated[float, Field(ge=0, le=1e6)]
-Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # in float32, too
+Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float32
 KnobValue = Annotated[float, Field(ge=-1e30, le=1e30)]
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # in epochs or minutes
 DurationOrZero = Annotated[float, Field(ge=0, le=1e9)]
@@ -29,8 +29,8 @@ Patience = Annotated[float, Field(ge=1, le=1e8)]  # in seconds
 
 def _is_alpha(value: float) -> float:
     if 0 < value < 1e-6:
-        raise ValueError(f"{value:g} is too small; set 0, which is off, or 1e-6 and more")
+        raise ValueError(f"{value:g} is too small; set 0 (off), or at least 1e-6")
     return value
 
 
-Alpha = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_is_alpha)]  # of a beta distribution
+Alpha = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_is_alpha)]  # the parameter of a beta distribution

@@ -1,8 +1,7 @@
 """From the command line to one validated configuration object.
 
-Hydra composes plain YAML from conf/; a pydantic model (the entry script's schema) checks the whole of it once; from
-there on no code sees a DictConfig. Errors of either are shown as a list of dotted keys with what to do, exit status 2
-and no traceback.
+Hydra composes plain YAML from conf/, and the script's schema, a pydantic model, validates it once. No later code sees a
+DictConfig. Errors are shown as a list of dotted keys with a fix, with exit status 2 and without a traceback.
 
     @entry_point("finetune", FinetuneConfig)
     def main(config: FinetuneConfig, job: Job) -> None: ...
@@ -37,6 +36,7 @@ from utils.errors import (
     EXIT_INTERRUPTED,
     EXIT_LOST_RANK,
     EXIT_OK,
+    EXIT_STOPPED,
     EXIT_USER_ERROR,
     UserError,
     lost_worker,
@@ -54,7 +54,7 @@ _SHOW = ("--cfg", "job")  # prints the configuration
 
 @dataclass(frozen=True)
 class Job:
-    """The command line beside the values: script, chosen groups, overrides."""
+    """The command line: script, chosen files of groups, overrides."""
 
     script: str
     choices: dict[str, str]
@@ -62,23 +62,18 @@ class Job:
 
 
 def quote_paths(arguments: list[str], keys: Container[str]) -> list[str]:
-    """Quote the values of some keys, which are paths, so that Hydra takes them literally; quoted values stay.
+    """Quote the values of `keys`, which are paths, so that Hydra takes them literally.
 
-    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. A value in brackets with a comma
-    is a list of paths; in a multirun a comma separates two values. Neither where a file has that name.
+    Hydra's grammar refuses paths with non-Latin letters, commas, brackets, `=` or `&`. Hydra reads lists of paths and,
+    in a multirun, several paths; if a file has that name, it is one path.
     """
     quoted = []
     for argument in arguments:
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") in keys:
-            is_one = "," not in value or os.path.exists(value)
-            if not is_one and value.startswith("[") and value.endswith("]"):
-                value = f"[{','.join(_quote(part.strip()) for part in value[1:-1].split(','))}]"
-            elif not is_one and FLAGS & set(arguments) and not set("'\"") & set(value):
-                value = ",".join(map(_quote, value.split(",")))
-            else:
-                value = _quote(value)
-            argument = f"{key}={value}"
+            is_list = value.startswith("[") and value.endswith("]")
+            are_several = "," in value and (is_list or FLAGS & set(arguments)) and not os.path.exists(value)
+            argument = argument if are_several else f"{key}={_quote(value)}"
         quoted.append(argument)
     return quoted
 
@@ -90,9 +85,9 @@ def _quote(value: str) -> str:
 
 
 def follow_init_from(values: DictConfig, job: Job) -> Job:
-    """Set `model` in composed values to that of the run that `init_from` names; returns the job with that choice.
+    """Copy `model` from the run that `init_from` names into `values`; return the job with that choice.
 
-    A model that the command line or an experiment chooses stays, and so do keys of it that the command line sets.
+    A model that the command line or an experiment chooses stays, and so do its keys from the command line.
     """
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
     keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides]
@@ -112,7 +107,7 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
 
 @dataclass(frozen=True)
 class Command(Generic[Schema]):
-    """A script as a command. Its parts serve those who compose and run it in their own process (tests, notebooks)."""
+    """A script as a command. Tests and notebooks can call its parts in their own process."""
 
     script: str
     main: Callable[[Schema, Job], str | None]
@@ -120,27 +115,27 @@ class Command(Generic[Schema]):
     config_dir: Path
 
     def __call__(self) -> None:
-        """Run the command of sys.argv, and end the process with its status."""
+        """Run the command in sys.argv and exit with its status."""
         setup_logging()
         try:
             status = self._run(sys.argv[1:])
-        except SystemExit as stop:  # a training that was stopped
+        except SystemExit as stop:  # a stopped training
             status = stop.code or EXIT_OK
-        except KeyboardInterrupt:  # before or after the training, which saves
+        except KeyboardInterrupt:  # outside the training loop, which saves
             status = EXIT_INTERRUPTED
             self._say("interrupted")
         except Exception as error:
             try:
                 status = self._report(error)
-            except RuntimeError as later:  # a loader's worker has died: torch's signal handler raises wherever it is
+            except RuntimeError as later:  # from torch's signal handler: a loader worker died
                 status = self._report(later)
         _leave(status)
 
     def _run(self, arguments: list[str]) -> int:
-        """Run the job or the sweep of some arguments; returns the greatest exit status."""
+        """Run a job or a sweep and return the greatest exit status."""
         for argument in arguments:
             key, _, value = argument.partition("=")
-            if re.search("[\ud800-\udfff]", argument):  # bytes that are no UTF-8
+            if re.search("[\ud800-\udfff]", argument):  # not UTF-8
                 raise ConfigError([f"{key!a}: must be UTF-8, found {value!a}"])
             if value == "null" and (options := list_options(key)):
                 raise ConfigError([f"{key}: null chooses no file; known: {', '.join(options)}"])
@@ -160,9 +155,9 @@ class Command(Generic[Schema]):
         return EXIT_OK
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
-        """Return the values that Hydra composes from conf/ and the words of a command line, and the job."""
+        """Compose the configuration from conf/ and the words of a command line."""
         words = quote_paths(words, path_keys(self.schema))
-        search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # it finds our groups
+        search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, [*words, *search], return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
@@ -171,9 +166,9 @@ class Command(Generic[Schema]):
         return values, Job(self.script, choices, words)
 
     def _run_sweep(self, arguments: list[str]) -> int:
-        """Run the jobs of a --multirun, and log them with those of its folder, the best first."""
+        """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""
         if "sweep" not in self.schema.model_fields:
-            raise ConfigError([f"--multirun: is of training; {self.script}.py takes one value of each key"])
+            raise ConfigError([f"--multirun: is for training; {self.script}.py takes one value for each key"])
         sweep = parse_sweep(arguments)
         statuses = run_sweep(sweep, sys.argv[0])
         jobs = with_failures(read_jobs(Path(sweep.base)), [(job.words, status) for job, status in statuses.items()])
@@ -182,17 +177,17 @@ class Command(Generic[Schema]):
         return max(statuses.values(), default=EXIT_OK)
 
     def _say(self, message: str, *, other_ranks: bool = False) -> None:
-        """Show an error from rank 0; the first line from other ranks too where one of them may be alone with it."""
+        """Show an error on rank 0. other_ranks: show its first line on other ranks, too, which may fail alone."""
         rank, message = environment_rank(), safe_lines(f"{self.script}.py: {message}")
         if rank == 0 or other_ranks:
             sys.stderr.write(f"{place_of(rank)}{message if rank == 0 else message.splitlines()[0]}\n")
 
     def _report(self, error: Exception) -> int:
-        """Show an error; returns its exit status."""
+        """Show an error and return its exit status."""
         if isinstance(error, UserError):
             self._say(str(error), other_ranks=not isinstance(error, ConfigError))
             return EXIT_USER_ERROR
-        if type(error).__name__ == "OutOfMemoryError":  # torch's; training names the stage and the shape itself
+        if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
             advice = "set a smaller batch size, or a smaller model or image"
             self._say(f"the device is out of memory ({error}); {advice}", other_ranks=True)
             return EXIT_USER_ERROR
@@ -205,12 +200,12 @@ class Command(Generic[Schema]):
 
 
 def _leave(status: int) -> None:
-    """End the process, without the interpreter's shutdown where gloo may abort it."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises where a loader's worker ends while we leave
+    """Exit; skip the interpreter's shutdown if gloo might abort it or W&B might still wait for an upload."""
+    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises if a loader worker ends during the exit
     grouped = distributed.shutdown(failed=status != EXIT_OK)
     sys.stdout.flush()
     sys.stderr.flush()
-    if grouped:
+    if grouped or status == EXIT_STOPPED:
         os._exit(status)
     sys.exit(status)
 
@@ -218,5 +213,5 @@ def _leave(status: int) -> None:
 def entry_point(
     config_name: str, schema: type[Schema], config_dir: Path = CONF
 ) -> Callable[[Callable[[Schema, Job], str | None]], Command[Schema]]:
-    """Turn `main(config, job)`, which returns the last line of its log, into a command."""
+    """Turn `main(config, job)` into a command; main returns the last line of the log."""
     return lambda main: Command(config_name, main, schema, config_dir)

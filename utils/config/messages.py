@@ -1,4 +1,4 @@
-"""Validation, and the errors of Hydra, OmegaConf and pydantic as lines of `dotted.key: found, allowed, what to do`."""
+"""Validate a configuration, and turn errors of Hydra, OmegaConf and pydantic into lines `dotted.key: problem; fix`."""
 
 import re
 from typing import Any, TypeVar
@@ -18,7 +18,7 @@ _MISSING = "???"
 
 
 class ConfigError(UserError):
-    """A list of problems, each beginning with its dotted key."""
+    """A list of problems, each with its dotted key first."""
 
     def __init__(self, problems: list[str]) -> None:
         self.problems = problems
@@ -27,14 +27,14 @@ class ConfigError(UserError):
         super().__init__("\n  ".join([title, *problems]))
 
     def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
-        """Rebuild from the problems, so that the error can travel to other ranks."""
+        """Pickle the problems, so that other ranks can receive the error."""
         return type(self), (self.problems,)
 
 
 def validate(values: Any, schema: type[Schema]) -> Schema:
     """Check composed values against the schema. Raises ConfigError with one line per wrong key."""
     container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
-    # A text field would take `???` for a text.
+    # A text field would accept `???`.
     leaves = flatten(container) if isinstance(container, dict) else {}
     problems = {key: f"must be given; add {key}=VALUE" for key, value in leaves.items() if value == _MISSING}
     try:
@@ -47,25 +47,25 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
 
 
 def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> dict[str, str]:
-    """Return what is wrong with each key; a union without tags (`auto` or a number) reports its key once.
+    """Return {key: problem}. A union without tags (`auto` or a number) reports its key once.
 
-    Where a group is of another kind (`task=fcmae` in finetune.py) its `name` alone is reported, not each key of it.
+    If a group has the wrong kind (`task=fcmae` in finetune.py), only its `name` is reported, not each of its keys.
     """
     items = error.errors()
-    strange = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "name"}
-    found: dict[str, str] = {}
+    wrong_groups = {item["loc"][:-1] for item in items if item["type"] == "literal_error" and item["loc"][-1] == "name"}
+    problems: dict[str, str] = {}
     for item in items:
-        if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in strange:
+        if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in wrong_groups:
             continue
         key, text, value = *_problem(item, _dotted(item["loc"], values), schema), f", found {item['input']!r}"
-        if key in found and found[key].endswith(value):
-            text = f"{found[key].removesuffix(value)}, or {text.removeprefix('must be ')}"
-        found[key] = text
-    return found
+        if key in problems and problems[key].endswith(value):
+            text = f"{problems[key].removesuffix(value)}, or {text.removeprefix('must be ')}"
+        problems[key] = text
+    return problems
 
 
 def _dotted(location: tuple[int | str, ...], values: Any) -> str:
-    """Return a location's dotted key, without what pydantic adds: a union's tag, a function's name."""
+    """Return a location's dotted key without pydantic's additions, such as a union's tag or a function's name."""
     keys: list[str] = []
     for index, part in enumerate(location):
         if part in values if isinstance(values, dict) else isinstance(values, list) and part in range(len(values)):
@@ -77,12 +77,12 @@ def _dotted(location: tuple[int | str, ...], values: Any) -> str:
 
 
 def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
-    """Return the key and the text of one pydantic error."""
+    """Return the key and the message for a pydantic error."""
     context, found = error.get("ctx", {}), error["input"]
     match error["type"]:
         case "value_error":
-            stated = re.fullmatch(r"([a-z_0-9.]+): (.*)", str(context["error"]), re.DOTALL)
-            return stated.groups() if stated else (key, str(context["error"]))
+            match = re.fullmatch(r"([a-z_0-9.]+): (.*)", str(context["error"]), re.DOTALL)
+            return match.groups() if match else (key, str(context["error"]))
         case "extra_forbidden":
             return key, _unknown(key, schema)
         case "missing":
@@ -103,7 +103,7 @@ def _unknown(key: str, schema: type[Strict]) -> str:
 
 
 def hydra_problem(error: Exception, schema: type[Strict]) -> str:
-    """Return what Hydra or OmegaConf refused, as a line."""
+    """Return the message for an error of Hydra or OmegaConf."""
     if isinstance(error, MissingConfigException):
         group, _, name = (error.missing_cfg_file or "").partition("/")
         advice = f"; any network of timm: model=timm model.name={name}" if group == "model" else ""

@@ -1,8 +1,7 @@
-"""What makes two runs the same recipe, and what may differ between a run and its resumption.
+"""The recipe: the part of a configuration that must not change when a run resumes.
 
-The recipe is the whole configuration but an allow-list: length, cadence, workers, ranks, micro-batch, machine (except
-precision and determinism), tracking, the probe, folders, the size of caches. Its hash names the default run folder, so
-another recipe gets another folder; on resume everything outside the list must be equal.
+It is the whole configuration except `FREE_KEYS`: length, cadence, workers, ranks, micro-batch, machine (precision and
+determinism belong to the recipe), tracking, the probe, folders and cache sizes. Its hash names the default run folder.
 """
 
 import fnmatch
@@ -12,7 +11,7 @@ from typing import Any
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 
-# Patterns over dotted keys. The first that matches decides: "!" keeps a key in the recipe.
+# Patterns for dotted keys; the first match decides. "!" keeps a key in the recipe.
 FREE_KEYS = (
     "!runtime.precision",
     "!runtime.deterministic",
@@ -36,7 +35,7 @@ FREE_KEYS = (
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested values under dotted keys; lists stay values."""
+    """Return {dotted key: value} for nested values; lists stay values."""
     flat: dict[str, Any] = {}
     for key, value in values.items():
         dotted = f"{prefix}{key}"
@@ -48,7 +47,7 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
-    """Return whether a dotted key may differ between a run and its resumption."""
+    """Return whether a key may change when a run resumes."""
     for pattern in (*allowed, *FREE_KEYS):
         if fnmatch.fnmatchcase(key, pattern.removeprefix("!")):
             return not pattern.startswith("!")
@@ -56,15 +55,15 @@ def is_free(key: str, allowed: Iterable[str] = ()) -> bool:
 
 
 def recipe_hash(config: Mapping[str, Any]) -> str:
-    """Return 8 hexadecimal digits of the recipe's hash."""
+    """Return 8 hexadecimal digits that identify the recipe."""
     kept = {key: value for key, value in flatten(config).items() if not is_free(key)}
     return sha256_text(canonical_json(kept))[:8]
 
 
 def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: Sequence[str], folder: str) -> list[str]:
-    """Compare the values of a run with those of its resumption; returns the accepted differences.
+    """Compare a run's values with the resumption's; return the differences in `allowed` keys.
 
-    Raises UserError where another key differs.
+    Raises UserError if other keys of the recipe differ.
     """
     old, new = flatten(saved), flatten(now)
     pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted(old.keys() | new.keys())}

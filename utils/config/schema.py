@@ -1,6 +1,7 @@
-"""The base of every configuration model: frozen, strict, without unknown keys; and the keys that a model has.
+"""The base of all configuration models, and a walk over their keys.
 
-YAML holds the values, these models hold the shape (docs/configuration.md). A room's models are in its `config.py`.
+YAML holds the values, the models hold the types and limits (docs/configuration.md). A room's models are in its
+`config.py`.
 """
 
 import typing
@@ -20,7 +21,7 @@ class Strict(BaseModel):
 
 
 def check_path(text: str) -> str:
-    """Raise ValueError for a text that is no path on any file system: empty, too long, or with a NUL."""
+    """Return a path. Raises ValueError if no file system allows it: empty, too long, or with a NUL."""
     content = text.encode()
     if not text or "\0" in text or len(content) > _PATH_BYTES or max(map(len, content.split(b"/"))) > _NAME_BYTES:
         raise ValueError(
@@ -30,13 +31,13 @@ def check_path(text: str) -> str:
     return text
 
 
-# A path on the command line is taken as it is written, though Hydra's grammar would refuse or change it.
+# On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
 _IS_PATH = AfterValidator(check_path)
 PathText = Annotated[str, _IS_PATH]
 
 
 def walk_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
-    """Yield a schema's dotted keys, groups and leaves, with their fields; of a union those of all models."""
+    """Yield (dotted key, field) for all groups and leaves of a schema, including every model of a union."""
     for name, field in schema.model_fields.items():
         yield f"{prefix}{name}", field
         for part in _parts(field.annotation):
@@ -45,7 +46,7 @@ def walk_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _parts(annotation: Any) -> Iterator[Any]:
-    """Yield an annotation and all that it is made of; the keys of a dict are free."""
+    """Yield an annotation and all its parts, except below a dict, whose keys are free."""
     yield annotation
     if typing.get_origin(annotation) is not dict:
         for part in typing.get_args(annotation):
@@ -53,7 +54,7 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def path_keys(schema: type[BaseModel]) -> set[str]:
-    """Return the dotted keys of a schema whose values are paths."""
+    """Return the dotted keys whose values are paths."""
     return {
         key
         for key, field in walk_keys(schema)

@@ -20,7 +20,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")
-_SHOWN_CHARACTERS = 200  # of the reason that a file is refused
+_SHOWN_CHARACTERS = 200  # of a library's error
 
 
 def fsync_path(path: Path) -> None:
@@ -33,15 +33,15 @@ def fsync_path(path: Path) -> None:
 
 
 def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = True) -> T:
-    """Let `write` fill a temporary sibling of `path`, flush it, and move it into place; return what `write` returns.
+    """Let `write` fill a temporary file, then move it to `path`. Return the result of `write`.
 
-    A reader sees the old file or the new one, never a part. The temporary file is removed when `write` raises.
-    flush: False for one of many small files, which a power cut may lose.
+    A reader sees the old file or the new one, never a part. flush: write to the disk before the move; False for many
+    small files, which a power failure may then lose.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        written = write(temporary)
+        result = write(temporary)
         if flush:
             fsync_path(temporary)
         os.replace(temporary, path)
@@ -49,7 +49,7 @@ def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = Tr
         temporary.unlink(missing_ok=True)
     if flush:
         fsync_path(path.parent)
-    return written
+    return result
 
 
 @contextmanager
@@ -64,10 +64,10 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
-    """Turn what a library raises for a damaged or foreign file of some kind into a UserError that names the file."""
+    """Turn any error of a library that reads a file into a UserError that names the file."""
     try:
         yield
-    except Exception as error:  # safetensors, ONNX and ONNX Runtime raise errors of many classes
+    except Exception as error:  # the libraries raise errors of many classes
         reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
         raise UserError(f"{path} is not a readable {kind} file ({reason}); get it again, or name another") from None
 
@@ -85,7 +85,7 @@ _held: set[IO[str]] = set()
 
 
 def _close_locks() -> None:
-    """Close the locks in a forked process: a loader's worker may outlive a killed rank."""
+    """Close the locks in a forked loader worker, which may outlive its killed rank."""
     while _held:
         _held.pop().close()
 
@@ -95,7 +95,7 @@ os.register_at_fork(after_in_child=_close_locks)
 
 @contextmanager
 def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
-    """Hold a lock file, which the system releases when the process ends; raise BlockingIOError if another one keeps it.
+    """Hold a lock file; raise BlockingIOError if another process keeps it. The lock ends with the process.
 
     The file is never removed: two processes could then lock two files of that name.
     """
@@ -110,7 +110,7 @@ def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
                     raise
                 time.sleep(0.1)
                 continue
-            except OSError as error:  # such as Lustre mounted without flock
+            except OSError as error:  # for example Lustre, mounted without flock
                 log.warning("%s cannot be locked (%s): two processes would not notice each other", path, error.strerror)
             break
         _held.add(stream)
@@ -121,7 +121,7 @@ def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
 
 
 def is_locked(path: Path) -> bool:
-    """Return whether a process holds a lock file."""
+    """Return whether a process holds the lock file."""
     try:
         with open(path) as stream:
             fcntl.flock(stream, fcntl.LOCK_SH | fcntl.LOCK_NB)
@@ -133,7 +133,7 @@ def is_locked(path: Path) -> bool:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make `target` a hard link to `source`, atomically; a copy where the file system has no hard links."""
+    """Make `target` a hard link to `source`, or a copy if the file system has no hard links. Atomic."""
 
     def fill(temporary: Path) -> None:
         try:
@@ -145,16 +145,16 @@ def link_or_copy(source: Path, target: Path) -> None:
 
 
 class AppendFile:
-    """Append text to a file. Text that the disk refuses is kept for the next write; `sync` raises the error."""
+    """Append text to a file. Text that cannot be written is kept for the next write; `sync` raises the error."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
         self._pending, self._warned = bytearray(), False
-        self._lock = threading.RLock()  # a checkpoint's writer syncs from its thread; the warning may come here, too
+        self._lock = threading.RLock()  # a checkpoint's thread calls sync; a warning may call write again
 
     def write(self, text: str) -> None:
-        """Append a text; a write error is one warning."""
+        """Append a text. Only the first write error is logged."""
         with self._lock:
             self._pending += text.encode("utf-8")
             try:
@@ -169,16 +169,16 @@ class AppendFile:
             del self._pending[: self._file.write(self._pending)]
 
     def sync(self) -> None:
-        """Write everything and flush it to the disk. Raises OSError where the disk refuses it."""
+        """Write everything to the disk. Raises OSError."""
         with self._lock:
             self._push()
         os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        """Close the file; text that the disk still refuses is lost, with a warning."""
+        """Close the file. Text that still cannot be written is lost, with a warning."""
         self.write("")
         if self._pending:
-            log.warning("%s lacks its last %d bytes, which the disk refused", self._path, len(self._pending))
+            log.warning("%s lacks its last %d bytes, which could not be written", self._path, len(self._pending))
         self._file.close()
 
 
@@ -188,13 +188,13 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as readable JSON, atomically. NaN is refused: JSON has none."""
+    """Write a value as indented JSON, atomically. Raises ValueError for NaN."""
     write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file, NaN as Python writes it. Raises OSError, and ValueError for what is no file, or no JSON."""
-    if path.exists() and not path.is_file():  # reading a FIFO would wait for ever
+    """Read a JSON file; NaN is allowed. Raises OSError, or ValueError if it is no regular file or no JSON."""
+    if path.exists() and not path.is_file():  # reading a FIFO would wait forever
         raise ValueError("it is not a regular file")
     try:
         return json.loads(path.read_text(encoding="utf-8"))
@@ -203,7 +203,7 @@ def read_json(path: Path) -> Any:
 
 
 def canonical_json(value: Any) -> str:
-    """Return canonical JSON, of which hashes are taken: sorted keys, no spaces."""
+    """Return canonical JSON for hashing: sorted keys, no spaces."""
     return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
 
 

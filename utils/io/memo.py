@@ -1,10 +1,10 @@
-"""What was made of a file, kept until the file changes. This is the one rule of "unless it changed".
+"""Cache values computed from files until the files change.
 
     hashes = measure_once(paths, lambda missing: map(sha256_file, missing), store, "hashing")
-    target = cache / f"{files_key([file], fraction)}.arrow"      made where it is missing
+    target = cache / f"{files_key([file], fraction)}.arrow"      written if it is missing
 
-A file is the same while its size, its two times of change and its inode are. The system sets the second time (ctime)
-whenever a file is changed, and programs cannot set it.
+A file is unchanged if its size, mtime, ctime and inode are. The system sets ctime at every change, and programs cannot
+set it.
 """
 
 import json
@@ -22,7 +22,7 @@ _THREADS, _SUBMITTED = 8, 10_000
 
 
 def file_version(path: str | os.PathLike[str]) -> list[int] | None:
-    """Return size, mtime, ctime and inode of a file; None where there is none."""
+    """Return a file's size, mtime, ctime and inode; None if there is no file."""
     try:
         status = os.stat(path)
     except OSError:
@@ -31,7 +31,7 @@ def file_version(path: str | os.PathLike[str]) -> list[int] | None:
 
 
 def files_key(paths: Iterable[Path], *parts: Any) -> str:
-    """Return 32 hexadecimal digits of files as they are now and of JSON values: a name for what is made of them."""
+    """Return 32 hexadecimal digits that identify the current files and some JSON values: a name in a cache."""
     versions = [[os.path.realpath(path), file_version(path)] for path in paths]
     return sha256_text(canonical_json([versions, *parts]))[:32]
 
@@ -43,13 +43,13 @@ def measure_once(
     what: str,
     is_kept: Callable[[Any], bool] = lambda value: value is not None,
 ) -> list[Any]:
-    """Return a JSON value for each file; `measure` yields those of files that are new or changed, in their order.
+    """Return a JSON value for each file; `measure` yields the values of new and changed files in order.
 
-    store: a file of lines, one added with each value, so a killed process loses one value at most. How files are
-    measured belongs in its name. what: for the progress bar. is_kept: whether a value holds until the file changes.
+    store: the cache, a file of lines. A killed process loses at most one value. If `measure` changes, change this name.
+    what: text for the progress bar. is_kept: whether to cache a value.
     """
     names = {path: os.path.abspath(path) for path in paths}
-    versions = {path: file_version(path) for path in names}  # as they are before they are read
+    versions = {path: file_version(path) for path in names}  # before the files are read
     known = _read(store)
     values = {path: known[name][1] for path, name in names.items() if known.get(name, (0,))[0] == versions[path]}
     waiting = [path for path in names if path not in values]
@@ -58,7 +58,7 @@ def measure_once(
         with ignore_write_errors(store):
             store.parent.mkdir(parents=True, exist_ok=True)
             lines = AppendFile(store)
-            lines.write("\n")  # behind what may be a torn line
+            lines.write("\n")  # the last line may be incomplete
     with counting(what) as report:
         for done, (path, value) in enumerate(zip(waiting, measure(waiting)), start=1):
             values[path] = value
@@ -71,22 +71,22 @@ def measure_once(
 
 
 def _read(store: Path) -> dict[str, tuple[list[int], Any]]:
-    """Return version and value by file."""
+    """Return {file: (version, value)}."""
     known = {}
     for line in store.read_text(encoding="utf-8", errors="replace").split("\n") if store.is_file() else ():
-        with suppress(ValueError, TypeError, RecursionError):  # a line that is torn or damaged
+        with suppress(ValueError, TypeError, RecursionError):  # an incomplete or damaged line
             name, version, value = json.loads(line)
             known[name] = version, value
     return known
 
 
 def in_threads(measure: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
-    """Yield `measure` of each file, in order; threads call it."""
+    """Yield `measure(path)` for each file, in order, from threads."""
     with ThreadPoolExecutor(_THREADS) as pool:
         for start in range(0, len(paths), _SUBMITTED):
             yield from pool.map(measure, paths[start : start + _SUBMITTED])
 
 
 def hash_once(path: Path, store: Path) -> str:
-    """Return the SHA-256 of a file, which `store` keeps until the file changes."""
+    """Return the SHA-256 of a file, cached in `store`."""
     return measure_once([path], lambda missing: map(sha256_file, missing), store, "hashing")[0]

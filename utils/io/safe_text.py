@@ -1,7 +1,7 @@
-"""Text that others wrote, before it is shown or kept: no control characters, no secrets.
+"""Remove control characters and secrets from untrusted text, before it is shown or stored.
 
-A file name may hold a line feed, the escapes of a terminal or a change of writing direction, and would forge a log line
-with them; a command line may hold a key.
+A file name with line feeds, terminal escapes or changes of writing direction could forge a log line. A command line may
+contain a key.
 """
 
 import os
@@ -10,28 +10,28 @@ import unicodedata
 from typing import Any
 
 HIDDEN = "***"
-_MIN_SECRET_CHARACTERS = 8  # shorter values occur in too many other words
+_MIN_SECRET_CHARACTERS = 8  # shorter values also occur in ordinary words
 _SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
 _KINDS = r"api[_-]?key|(?:access|secret|private)[_-]key"
 _PATTERNS = (
     (re.compile(r"(://)[^/\s:@]*:[^/\s@]+@"), rf"\1{HIDDEN}@"),  # scheme://user:password@host
     (re.compile(rf"(?i)\b([\w.-]*(?:{_KINDS}|token|secret|password)=)(['\"]?)[^\s,'\"]+\2"), rf"\1{HIDDEN}"),
-    # Keys and tokens that say what they are: W&B's of today, Hugging Face's, GitHub's.
+    # Keys and tokens with a prefix: W&B's current ones, Hugging Face's, GitHub's.
     (re.compile(r"\b(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"), HIDDEN),
-    (re.compile(r"\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's of before; commits look the same
+    (re.compile(r"\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
 )
 
 
 class Lines(str):
-    """A text of several lines that a log may show as they are; of other texts, line feeds are escaped."""
+    """A text whose line feeds a log does not escape."""
 
     __slots__ = ()
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    r"""Return a text with its control characters, line separators and marks of direction escaped, `\x1b`.
+    r"""Escape control characters, line separators and direction marks as `\x1b`, except those in `keep`.
 
-    Those in `keep` stay. Letters and symbols of every script stay as they are.
+    Letters and symbols of every script stay unchanged.
     """
     if text.isprintable():
         return text
@@ -39,22 +39,24 @@ def escape_controls(text: str, keep: str = "") -> str:
 
 
 def safe_lines(text: str) -> str:
-    """Return a text as it may be shown: without control characters but line feeds and tabs, and without secrets."""
+    """Return a text without secrets and without control characters other than line feeds and tabs."""
     return hide_secrets(escape_controls(text, keep="\n\t"))
 
 
 def _escape(character: str) -> str:
-    """Escape a character that moves the cursor, hides, or orders others: control, format, separator, surrogate.
+    """Escape control, format, separator and surrogate characters.
 
-    The joiners within words and emoji (U+200C, U+200D) are format characters that show nothing by themselves.
+    The joiners in words and emoji (U+200C, U+200D) are harmless format characters.
     """
     is_control = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in "\u200c\u200d"
     return character.encode("unicode_escape").decode("ascii") if is_control else character
 
 
 def hide_secrets(text: str) -> str:
-    """Return a text with `***` for each secret: passwords in addresses, keys and tokens by their looks or by `key=`,
-    and the values of environment variables that are named like one, unless they are the path of a file.
+    """Replace each secret by `***`.
+
+    Secrets are passwords in URLs, known forms of keys and tokens, values after `key=`, and the values of environment
+    variables named like a key, except paths of files.
     """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
@@ -66,7 +68,7 @@ def hide_secrets(text: str) -> str:
 
 
 def hide_secrets_in(value: Any) -> Any:
-    """Return a value of dictionaries, lists and texts with `***` for each secret in its texts; keys stay."""
+    """Replace each secret in nested dictionaries and lists by `***`; keys stay."""
     if isinstance(value, dict):
         return {key: hide_secrets_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""Weight files: safetensors that can be used alone, and foreign files read without unpickling code."""
+"""Read and write weight files: self-contained safetensors; foreign files are read without running pickled code."""
 
 import argparse
 import hashlib
@@ -17,28 +17,27 @@ from utils.io.files import fsync_path, readable, write_atomically
 from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
-WEIGHT_NAMES = ("best", "last", "ema")  # of a run with an average, `best` is the best average
-FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # of a folder that timm or transformers wrote
+WEIGHT_NAMES = ("best", "last", "ema")  # if a run has an average, `best` is the best average
+FOLDER_FILES = ("model.safetensors", "pytorch_model.bin")  # in a folder that timm or transformers wrote
 _CHECKSUM = "atelier_sha256"
-_SHOWN_CHARACTERS = 120  # of a name or a reason in a file
-# The entries under which trainers keep weights and their average; `model_ema` is that of the official fine-tuning,
-# `state_dict_ema` timm's.
+_SHOWN_CHARACTERS = 120  # of a name or an error
+# The keys of weights and of their average in checkpoints: the official fine-tuning's (`model`) and timm's.
 ENTRIES = {"model": ("model", "state_dict"), "ema": ("model_ema", "state_dict_ema")}
 
 
 class InitFrom(NamedTuple):
-    """Where a run's first weights come from: a run, a file, or `timm`; and which, where there is an average too."""
+    """The source of a run's first weights."""
 
-    source: str
+    source: str  # a run, a file or `timm`
     weights: Literal["model", "ema"]
 
     def find(self) -> Path:
-        """Return the weight file. Raises UserError where there is none."""
+        """Return the weight file. Raises UserError if there is none."""
         return find_weights(self.source, "ema" if self.weights == "ema" else "last")
 
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return tensors as safetensors takes them: on the CPU, contiguous, none sharing memory with another."""
+    """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
     plain, seen = {}, set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
@@ -50,25 +49,25 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors as one safetensors file and flush it to the disk."""
+    """Write tensors into a safetensors file and flush it to the disk."""
     save_file(_plain(tensors), path, metadata=dict(metadata or {}))
     fsync_path(path)
 
 
 def write_weights(path: Path, tensors: Mapping[str, Tensor], metadata: dict[str, Any]) -> None:
-    """Write a weight file on rank 0; its metadata says model, preprocessing, classes and step."""
+    """Write a weight file on rank 0. metadata: model, preprocessing, classes, step and more."""
     if distributed.is_main():
         texts = weight_metadata(metadata, tensors)
         write_atomically(path, lambda temporary: write_tensors(temporary, tensors, texts))
 
 
 def weight_metadata(metadata: dict[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    """Return metadata as a safetensors header holds them: `atelier`, of JSON, and the tensors' checksum."""
+    """Return metadata for a safetensors header: JSON under `atelier`, and the tensors' checksum."""
     return {"atelier": json.dumps(metadata), _CHECKSUM: hash_tensors(tensors)}
 
 
 def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
-    """Return the hexadecimal SHA-256 of tensors' names and bytes."""
+    """Return the hexadecimal SHA-256 of the tensors' names and bytes."""
     digest = hashlib.sha256()
     for name in sorted(tensors):
         digest.update(name.encode())
@@ -79,12 +78,11 @@ def hash_tensors(tensors: Mapping[str, Tensor]) -> str:
 def read_weights(
     path: Path, which: Literal["model", "ema"] = "model", *, shapes_only: bool = False
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read a weight file: its tensors, and the metadata that Atelier wrote (`{}` for a foreign file).
+    """Read a weight file: its tensors, and Atelier's metadata (`{}` for a foreign file).
 
-    What does not end in .safetensors is read by torch with weights_only, so no code in it runs. which: the weights of a
-    torch checkpoint, or their average; a safetensors file is an average where its metadata say so. shapes_only: return
-    the tensors on the meta device, for the price of a safetensors header. Raises UserError, of `init_weights` where the
-    file has no average.
+    Files that do not end in .safetensors are read by torch with weights_only, so no code in them runs. which: the
+    weights or their average. shapes_only: return tensors on the meta device, from the header of a safetensors file.
+    Raises UserError, with the key `init_weights` if the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
@@ -97,8 +95,8 @@ def read_weights(
             metadata = dict(json.loads(texts.get("atelier", "{}")))
     if which == "ema" and metadata.get("average") is not True:
         raise UserError(
-            f"init_weights: ema, but {path} holds no average; set init_weights=model, or name what has one: a run with "
-            "loop.ema_decay, or a torch checkpoint that holds one beside its weights"
+            f"init_weights: ema, but {path} has no average; set init_weights=model, or name a run with loop.ema_decay "
+            "or a torch checkpoint with an average"
         )
     if shapes_only:
         return {name: tensor.to("meta") for name, tensor in tensors.items()}, metadata
@@ -114,18 +112,18 @@ def read_weights(
 
 
 def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return the state dict of a file, on the CPU: bare, or the weights or the average (`ema`) of a checkpoint.
+    """Return the state dict of a torch file, on the CPU, or the weights or average (`ema`) of a checkpoint.
 
-    With it, of a checkpoint: the names of its `entries`, whether it is the `average`, and as `origin` its `licence`,
-    which export.py writes. An `argparse.Namespace`, as training scripts save their arguments, is ignored. Raises
-    UserError for other pickled objects, damage, and what is no state dict of plain tensors.
+    The metadata of a checkpoint are the names of its `entries`, whether the result is the `average`, and its licence as
+    `origin`, for export.py. An `argparse.Namespace` in a checkpoint is ignored. Raises UserError for other pickled
+    objects, for damage, and if there is no state dict of plain tensors.
     """
     try:
-        # By its content: torch reads a path that ends in .safetensors by another reader.
+        # As a stream: torch would read a path that ends in .safetensors in another way.
         with open(path, "rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(stream, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # on a damaged file torch raises KeyError, IndexError, struct.error and more
-        # torch's message begins with the advice to turn weights_only off.
+        # torch's message begins with advice to turn weights_only off.
         lines = [line for line in str(error).splitlines() if line.strip() and "`weights_only`" not in line]
         reason = next((line for line in lines if "GLOBAL" in line or "function" in line), (lines or ["damaged"])[0])
         reason = reason.rpartition("WeightsUnpickler error:")[2].strip()[:_SHOWN_CHARACTERS]
@@ -149,7 +147,7 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
 
 
 def _is_plain(name: Any, tensor: Any) -> bool:
-    """Tell whether an entry is a named tensor that is dense and stored whole: strides of 0 repeat one number."""
+    """Return whether an entry is a named dense tensor, stored whole: with strides of 0 it would repeat one number."""
     if not isinstance(name, str) or not isinstance(tensor, Tensor):
         return False
     is_dense = tensor.layout == torch.strided and not tensor.is_quantized and not tensor.is_meta
@@ -157,19 +155,19 @@ def _is_plain(name: Any, tensor: Any) -> bool:
 
 
 def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
-    """Raise UserError where a tensor of a file has values that are NaN or infinite."""
+    """Raise UserError if a tensor has values that are NaN or infinite."""
     for name, tensor in tensors.items():
         if tensor.is_floating_point() and not (fine := torch.isfinite(tensor)).all():
             raise UserError(
-                f"{path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give weights "
-                "of before, such as an earlier checkpoint or best_weights.safetensors"
+                f"{path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give earlier "
+                "weights, such as an earlier checkpoint or best_weights.safetensors"
             )
 
 
 def read_header(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Return the tensors of a safetensors file on the meta device, and its metadata; only the header is read."""
+    """Return a safetensors file's tensors, on the meta device, and metadata. Reads only the header."""
     with readable(path, "safetensors"), safe_open(path, "pt") as file:
-        # These tensors are views of the mapped file, so nothing is read.
+        # These tensors are views of the mapped file: their values are not read.
         tensors = {name: file.get_tensor(name).to("meta") for name in file.keys()}  # noqa: SIM118 (no dictionary)
         return tensors, file.metadata() or {}
 
@@ -181,9 +179,9 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(run_or_file: str, which: str) -> Path:
-    """Return a weight file: the file itself, that of a folder of timm or transformers, or <which> weights of a run.
+    """Return a weight file: the file itself, the file in a folder of timm or transformers, or `which` of a run.
 
-    Raises UserError that lists what the run has.
+    Raises UserError, which lists the run's weight files.
     """
     path = Path(run_or_file)
     if not path.is_dir():
@@ -203,7 +201,7 @@ def find_weights(run_or_file: str, which: str) -> Path:
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:
-    """Return the weights of a run by their name (WEIGHT_NAMES), or the file or run that `weights` names itself."""
+    """Return a run's weights by name (WEIGHT_NAMES), or the file or run that `weights` names."""
     if weights not in WEIGHT_NAMES:
         return find_weights(weights, "best")
     with about("weights" if Path(run_dir).is_dir() else "run_dir"):

@@ -1,6 +1,6 @@
-"""Ranks: which one this process is, and collectives.
+"""Ranks and collectives.
 
-Processes are started by torchrun, by SLURM, or as plain `python`. Without a process group, the world has one rank.
+torchrun, SLURM or plain `python` start the processes. Without a process group, the world has one rank.
 """
 
 import gc
@@ -22,16 +22,16 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # of a job that a dry run checks before it is queued
-GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set where that job will have GPUs
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, where Linux begins to give ports to any program that asks
+RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
+GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
+_FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, the first of Linux's ephemeral ports
 _is_alone = False
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class World:
-    """Which of the `size` ranks this process is, on its node (`local_rank`) too, and where the ranks meet."""
+    """This process's rank among `size` ranks, its rank on its node, and the address where the ranks meet."""
 
     rank: int = 0
     size: int = 1
@@ -48,9 +48,9 @@ def _first_host(node_list: str) -> str:
 
 
 def detect_world(env: Mapping[str, str] = os.environ) -> World:
-    """Read the launcher's variables: torchrun's first, then those of a SLURM step, else a world of one.
+    """Read the variables of torchrun or of a SLURM step; without them, return a world of one.
 
-    A batch script's own shell has SLURM_NTASKS but is not a step, so only SLURM_STEP_NUM_TASKS counts.
+    SLURM_STEP_NUM_TASKS identifies a step: SLURM_NTASKS is also set in the shell of a batch script.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
         rank, size, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
@@ -59,45 +59,45 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, size, local = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
-        # The same port on all tasks of a step, another one for the next step or job.
+        # All tasks of a step have the same port; other steps and jobs have others.
         port = _FIRST_PORT + (int(env.get("SLURM_JOB_ID", "0")) + 1009 * int(env.get("SLURM_STEP_ID", "0"))) % _PORTS
         return World(rank, size, local, "slurm", address, int(env.get("MASTER_PORT") or port))
     return World()
 
 
 def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
-    """Return a name shared by the ranks of this start only.
+    """Return a name that only the ranks of this start share.
 
-    torchrun's store outlives ranks that it restarts: without a new name, they may read the addresses of the dead ranks.
-    Each rank writes a hello with a unique word; rank 0 answers all that it sees, until all ranks have read theirs.
+    torchrun's store outlives restarted ranks: without a new name, ranks may read the addresses of dead ones. Each rank
+    publishes a unique token. Rank 0 answers every token with the name until all ranks have read it.
     """
-    own = uuid.uuid4().hex
-    store.set(f"hello/{world.rank}", own)
+    token = uuid.uuid4().hex
+    store.set(f"hello/{world.rank}", token)
     if world.rank != 0:
-        name = store.get(f"welcome/{own}").decode()
+        name = store.get(f"welcome/{token}").decode()
         store.set(f"arrived/{name}/{world.rank}", "")
         return name
     missing, end = set(range(1, world.size)), time.monotonic() + timeout_sec
     while missing:
         for other in sorted(missing):
-            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", own)
-            if store.check([f"arrived/{own}/{other}"]):
+            store.set(f"welcome/{store.get(f'hello/{other}').decode()}", token)
+            if store.check([f"arrived/{token}/{other}"]):
                 missing.remove(other)
         if missing and time.monotonic() > end:
             raise RuntimeError(f"ranks {sorted(missing)} did not join within {timeout_sec:.0f} s")
         time.sleep(0.01)
-    return own
+    return token
 
 
 def init_process_group(device_type: str, timeout_sec: float) -> World:
-    """Join the ranks once per process: NCCL on GPUs, gloo on CPUs. A second call returns the world of the first."""
+    """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call only returns the world."""
     world = detect_world()
     if world.size == 1 or dist.is_initialized():
         return world
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
     timeout, backend, device = timedelta(seconds=timeout_sec), "gloo", None
     if device_type == "cuda":
-        backend = "cpu:gloo,cuda:nccl"  # host objects and tensors on the CPU take no GPU memory
+        backend = "cpu:gloo,cuda:nccl"  # objects and CPU tensors take no GPU memory
         device = torch.device("cuda", local_device_index(world))
         torch.cuda.set_device(device)
     store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
@@ -110,9 +110,9 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
 
 
 def local_device_index(world: World | None = None) -> int:
-    """Return the GPU of a process: its local rank, or 0 where the scheduler shows each process one GPU only.
+    """Return the index of a process's GPU: its local rank, or 0 if the scheduler gives each process one GPU.
 
-    Raises UserError where the node has fewer GPUs than processes.
+    Raises UserError if the node has fewer GPUs than processes.
     """
     world, count = world or detect_world(), torch.cuda.device_count()
     if count == 1 and world.launcher == "slurm":  # srun --gpus-per-task=1
@@ -120,19 +120,19 @@ def local_device_index(world: World | None = None) -> int:
     if world.local_rank >= count:
         raise UserError(
             f"runtime.device: rank {world.rank} needs GPU {world.local_rank} of its node, which has {count}; start at "
-            "most that many processes per node (--nproc_per_node)"
+            "most one process per GPU (--nproc_per_node)"
         )
     return world.local_rank
 
 
 def is_distributed() -> bool:
-    """Return whether a process group of more than one rank is up."""
+    """Return whether there is a process group of more than one rank."""
     return not _is_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
 
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Let this rank be a world of one inside the context, so that no helper of this file waits for another."""
+    """Make this rank a world of one inside the context: no function of this module waits for other ranks."""
     global _is_alone
     _is_alone = True
     try:
@@ -152,17 +152,17 @@ def world_size() -> int:
 
 
 def is_main() -> bool:
-    """Return whether this is rank 0: the only one that writes shared files."""
+    """Return whether this is rank 0, the only rank that writes shared files."""
     return rank() == 0
 
 
 def planned_world_size() -> int:
-    """Return the number of ranks that a dry run checks: of the job to be queued, or this world's."""
+    """Return the number of ranks of the job that a dry run checks, or of this world."""
     return int(os.environ.get(RANKS_VARIABLE) or world_size())
 
 
 def plans_gpus() -> bool:
-    """Return whether this is the dry run of a job that will have GPUs, which this machine may lack."""
+    """Return whether this is the dry run of a job with GPUs, which this machine may lack."""
     return bool(os.environ.get(GPUS_VARIABLE))
 
 
@@ -180,7 +180,7 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def gather_objects(value: T) -> list[T]:
-    """Return the values of all ranks, in their order, on every rank."""
+    """Return the values of all ranks, ordered by rank, on every rank."""
     values = [value] * world_size()
     if is_distributed():
         dist.all_gather_object(values, value)
@@ -188,7 +188,7 @@ def gather_objects(value: T) -> list[T]:
 
 
 def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the rows of all ranks, in the ranks' order, on every rank; all ranks give tensors of one shape."""
+    """Return the rows of all ranks, ordered by rank, on every rank. All ranks pass the same shape."""
     if not is_distributed():
         return tensor
     rows = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
@@ -197,25 +197,22 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
 
 
 def rank_zero_call(call: Callable[[], T]) -> T:
-    """Run `call` on rank 0 alone and return its value on every rank.
-
-    An error on rank 0 is raised on all of them, so none is left waiting; a user's error keeps its kind.
-    """
-    found: list[Any] = [None, None]  # the value, the error
+    """Run `call` on rank 0 and return its value, or raise its error, on every rank."""
+    outcome: list[Any] = [None, None]  # the value, the error
     if is_main():
         try:
-            found[0] = call()
+            outcome[0] = call()
         except Exception as error:
-            found[1] = error
+            outcome[1] = error
     if is_distributed():
-        dist.broadcast_object_list(found, src=0)
-    if found[1] is not None:
-        raise found[1]
-    return found[0]
+        dist.broadcast_object_list(outcome, src=0)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 def check_same(name: str, value: Any) -> None:
-    """Raise UserError where the ranks hold different values: another version of the code, another configuration."""
+    """Raise UserError if the ranks have different values, as with different code or configuration."""
     values = gather_objects(value)
     if odd := [index for index, other in enumerate(values) if other != values[0]]:
         raise UserError(
@@ -225,11 +222,11 @@ def check_same(name: str, value: Any) -> None:
 
 
 def shutdown(*, failed: bool = False) -> bool:
-    """Leave the process group, if there is one, and return whether there was.
+    """Leave the process group and return whether there was one.
 
-    Models wrapped for DDP must be freed before: otherwise gloo's worker threads sometimes abort the interpreter at exit
-    (torch 2.13 to 2.15), after a run that succeeded. Callers drop their references, and the garbage is collected here.
-    A failed rank with NCCL does not leave: that waits for peers, which may wait for this rank in a collective.
+    Models wrapped for DDP must be freed before: otherwise gloo's threads sometimes abort the interpreter at exit (torch
+    2.13 to 2.15). Callers drop their references, and this function collects the garbage. A failed rank with NCCL does
+    not leave the group: leaving waits for peers, which may wait for this rank in a collective.
     """
     if not (dist.is_available() and dist.is_initialized()):
         return False

@@ -1,4 +1,4 @@
-"""Work on many items in one process per core that this one may use; some items may crash their process."""
+"""Map a function over many items in processes, even if some items crash their process."""
 
 import multiprocessing
 import os
@@ -11,19 +11,19 @@ from typing import TypeVar
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-PARALLEL_FROM = 512  # items; below, starting processes takes longer than the work
-_MAX_CHUNK = 64  # items that a process gets at once
+PARALLEL_FROM = 512  # items; with fewer, starting processes takes longer than the work
+_MAX_CHUNK = 64  # items per message to a process
 
 
 def count_cores() -> int:
-    """Return the cores that this process may use: a scheduler may give it some of the machine's."""
+    """Return the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def map_items(
     function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result]
 ) -> Iterator[Result]:
-    """Yield what `map_in_processes` does; in this process where items or cores are few."""
+    """Like `map_in_processes`, but in this process if there are few items or one core."""
     if len(items) < PARALLEL_FROM or count_cores() == 1:
         return map(function, items)
     return map_in_processes(function, items, fatal)
@@ -32,15 +32,15 @@ def map_items(
 def map_in_processes(
     function: Callable[[Item], Result], items: Sequence[Item], fatal: Callable[[Item], Result], count: int | None = None
 ) -> Iterator[Result]:
-    """Yield `function` of each item, in order; `fatal` of one on which a process dies (a crash, a lack of memory).
+    """Yield `function(item)` in order, or `fatal(item)` for an item that kills its process (crash, out of memory).
 
-    count: of processes, None for one per core. `function` and items must be picklable. Other items of a process that
-    died are processed again.
+    count: the number of processes; None: one per core. `function` and items must be picklable. Other items of a killed
+    process are processed again.
     """
     count, done = count or count_cores(), 0
     chunk_size = 1 if count == 1 else max(1, min(_MAX_CHUNK, len(items) // (4 * count)))
     while done < len(items):
-        # multiprocessing.Pool would wait forever for a process that died, and a fork does not copy our threads.
+        # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.
         pool = ProcessPoolExecutor(
             count, multiprocessing.get_context("spawn"), initializer=signal.signal,
             initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the parent
@@ -50,7 +50,7 @@ def map_in_processes(
                 for result in pool.map(function, items[done:], chunksize=chunk_size):
                     yield result
                     done += 1
-        except BrokenProcessPool:  # the item is in this chunk or, of several processes, in one of the next
+        except BrokenProcessPool:  # by an item of this chunk or, with several processes, of a later one
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)

@@ -1,6 +1,6 @@
-"""Tensors of which each rank holds some rows (`runtime.parallel=fsdp`), the DTensors of torch's fully_shard.
+"""Sharded tensors (`runtime.parallel=fsdp`): each rank holds some rows of a DTensor from torch's fully_shard.
 
-Every function takes plain tensors too.
+Every function also accepts plain tensors.
 """
 
 from collections.abc import Iterable, Mapping
@@ -12,13 +12,13 @@ from utils.ranks.distributed import is_main, rank, world_size
 
 
 class Part(nn.Parameter):
-    """The rows of a parameter that this rank holds, as the optimiser knows them: the memory of `whole`, a DTensor."""
+    """This rank's rows of a sharded parameter, for the optimiser. Shares the memory of `whole`, a DTensor."""
 
     whole: nn.Parameter
 
 
 def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
-    """Return parameters as an optimiser takes them: of shared ones this rank's rows."""
+    """Return parameters for an optimiser: sharded ones become `Part`s."""
     parts = []
     for whole in parameters:
         part = Part(own_part(whole), requires_grad=whole.requires_grad) if is_shared(whole) else whole
@@ -29,17 +29,17 @@ def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
 
 
 def is_shared(tensor: torch.Tensor) -> bool:
-    """Return whether each rank holds some of a tensor's rows: a DTensor, told without the 0.4 s of its import."""
+    """Return whether a tensor is a DTensor, without the import of DTensor, which takes 0.4 s."""
     return hasattr(tensor, "placements")
 
 
 def own_part(tensor: torch.Tensor) -> torch.Tensor:
-    """Return this rank's rows of a shared tensor, any other tensor as it is; both detached, neither copied."""
+    """Return this rank's rows of a sharded tensor, or all of a plain one; detached, not copied."""
     return tensor.detach().to_local() if is_shared(tensor) else tensor.detach()
 
 
 def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the shared tensor of which this rank holds `part` as it holds its rows of `like`."""
+    """Return a sharded tensor whose rows on this rank are `part`, sharded like `like`."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(
@@ -48,18 +48,17 @@ def as_shared(part: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
 
 
 def take_part(whole: torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """Return the rows of `whole` that this rank holds of `like`, as a view; all of them where `like` is not shared."""
+    """Return a view of the rows of `whole` that this rank holds in `like`; all rows if `like` is not sharded."""
     if not is_shared(like):
         return whole
-    chunks = whole.chunk(world_size())  # as fully_shard cuts: the last ranks may have fewer rows or none
+    chunks = whole.chunk(world_size())  # like fully_shard: the last ranks may have fewer rows or none
     return chunks[rank()] if rank() < len(chunks) else whole[:0]
 
 
 def gather_parts(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Return tensors whole: themselves where none is shared, else copies on the CPU of rank 0 and nothing elsewhere.
+    """Return whole tensors: on rank 0 copies on the CPU, on other ranks nothing; without sharded tensors the same ones.
 
-    Every rank calls it with the same names in the same order. One is gathered after another, so that a device holds no
-    more than one of them.
+    All ranks call it with the same names in the same order. A device holds only one whole tensor at a time.
     """
     if not any(map(is_shared, tensors.values())):
         return dict(tensors)

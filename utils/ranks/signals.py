@@ -1,5 +1,6 @@
-"""Stop on request: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 ask the loop to finish its step, save and leave; a
-second one leaves at once. SIGUSR2 is what submitit has SLURM send before a preemption or the end of the time.
+"""Stop on request: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 ask a run to finish its step, save and exit.
+
+A second signal exits at once. Through submitit, SLURM sends SIGUSR2 before a preemption or the end of the job's time.
 """
 
 import os
@@ -9,30 +10,28 @@ from contextlib import suppress
 from types import FrameType
 
 from utils.errors import EXIT_STOPPED
-from utils.record.logging import environment_rank, is_launched, place_of
+from utils.record.logging import environment_rank, place_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-# A launcher forwards to its ranks a signal that they received as well: one request, milliseconds apart. A second
-# request of a user or scheduler comes later; without a launcher, a tenth of this later.
-REPEAT_SEC = 2.0
+REPEAT_SEC = 1.0  # earlier signals belong to the first request: a launcher forwards signals that its ranks have, too
 
 _current: "StopRequest | None" = None
 
 
 def is_stop_requested() -> bool:
-    """Return whether the run under way has been asked to stop. From any thread."""
+    """Return whether the current run has been asked to stop. Any thread may call it."""
     request = _current
     return request is not None and request.requested
 
 
 def _tell(number: int, text: str) -> None:
-    """Write to stderr past its buffer, which the signal may have interrupted; errors are ignored."""
+    """Write to stderr without its buffer, which the signal may have interrupted. Ignores errors."""
     with suppress(OSError):
         os.write(2, f"{place_of(environment_rank())}{signal.Signals(number).name}{text}\n".encode())
 
 
 class StopRequest:
-    """Record that a signal came; a context manager that restores the old handlers."""
+    """A context manager that records stop signals and then restores the old handlers."""
 
     def __init__(self) -> None:
         self.requested, self._since = False, 0.0
@@ -56,6 +55,6 @@ class StopRequest:
         if not self.requested:
             self._since, self.requested = now, True
             _tell(number, ": finishing the step, then saving; once more leaves at once")
-        elif now - self._since >= REPEAT_SEC * (1.0 if is_launched() else 0.1):
+        elif now - self._since >= REPEAT_SEC:
             _tell(number, " again: leaving at once, without saving")
             os._exit(EXIT_STOPPED)

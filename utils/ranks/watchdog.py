@@ -1,8 +1,8 @@
-"""The watchdog: when a rank dies or hangs, the only one too, end the job with a message that names it.
+"""The watchdog: if a rank dies or hangs, end the job with a message that names the rank.
 
-Every rank's thread writes a sign of life and its progress to the key-value store of the process group. Rank 0 watches
-all, all watch rank 0 (so the store serves 2N reads a round, not N x N). A rank without signs of life is dead or
-stopped; a rank whose progress stays behind the others' hangs.
+A thread of each rank publishes a sign of life and its progress in the process group's key-value store. Rank 0 watches
+all ranks, and all watch rank 0: the store serves 2N reads per round, not N x N. A rank without signs of life is dead
+or stopped. A rank hangs if its progress stays behind.
 
     watchdog = Watchdog(timeout_sec=1800); watchdog.start()
     watchdog.progress("step 12: loading")     # by the main thread, cheap
@@ -24,14 +24,14 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# Intervals without an answer of the store. A signal may end the launcher, whose store it is, before this rank's main
-# thread comes out of the call that it is in and sees the same signal.
+# Intervals without an answer from the store. A signal may end the launcher, which owns the store, before this rank's
+# main thread returns from a call and handles the same signal.
 _STORE_PATIENCE = 3
 _LAST_WORDS_SEC = 5.0
 
 
 class Watchdog:
-    """Watch the ranks of one job from a thread; without a process group, this process's own progress."""
+    """Watch the ranks of a job from a thread; without a process group, only the progress of this process."""
 
     def __init__(self, timeout_sec: float) -> None:
         self.timeout_sec = timeout_sec
@@ -39,13 +39,13 @@ class Watchdog:
         self._rounds, self._progress, self._phase = 0, 0, "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
-        self._store: dist.Store | None = None  # None: one rank
+        self._store: dist.Store | None = None  # None for one rank
         self._rank, self._size = 0, 1
-        # Of each rank its rounds (0) and its progress (1): the last value, and when it changed.
+        # {(rank, 0 for rounds or 1 for progress): (the last value, when it changed)}
         self._last: dict[tuple[int, int], tuple[str, float]] = {}
 
     def start(self) -> None:
-        """Begin to watch. All ranks call it together."""
+        """Start watching. All ranks call it together."""
         if distributed.is_distributed():
             self._rank, self._size = distributed.rank(), distributed.world_size()
             # A separate client, so that the process group's is never blocked.
@@ -57,12 +57,12 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, phase: str) -> None:
-        """Record what the main thread does next; each call counts as progress."""
+        """Record what the main thread does next. Each call counts as progress."""
         self._phase = phase
         self._progress += 1
 
     def stop(self) -> None:
-        """End the watch. All ranks call it together, so that a rank that leaves early does not count as dead."""
+        """Stop watching. All ranks call it together, so that a rank that exits early does not count as dead."""
         if self._thread is None:
             return
         distributed.barrier()
@@ -72,13 +72,13 @@ class Watchdog:
         distributed.barrier()
 
     def abandon(self) -> None:
-        """End this rank's watch alone, after an error; the other ranks notice it."""
+        """Stop this rank's thread alone, after an error; the other ranks will notice."""
         self._stop.set()
 
     def name_lost_ranks(self) -> str | None:
-        """Return which ranks gave no sign of life in two rounds, after a collective has failed; None when unknown.
+        """After a failed collective, return which ranks show no sign of life for two rounds; None if unknown.
 
-        Takes up to three intervals: the survivors keep publishing meanwhile.
+        Takes up to three intervals, in which the surviving ranks continue to publish.
         """
         if self._thread is None or self._store is None:
             return None
@@ -87,7 +87,7 @@ class Watchdog:
             before = {other: self._store.get(str(other)).split(b"|")[0] for other in others}
             time.sleep(2.5 * self.interval_sec)
             gone = [other for other in others if self._store.get(str(other)).split(b"|")[0] == before[other]]
-        except Exception:  # the store went with its owner
+        except Exception:  # rank 0, which owns the store, is gone
             gone = [0]
         return f"rank {', '.join(map(str, gone))} has died: no sign of life" if gone else None
 
@@ -95,7 +95,7 @@ class Watchdog:
         return f"{self._rounds}|{self._progress}|{self._phase}"
 
     def _exchange(self) -> dict[int, str]:
-        """Publish this rank's state; returns those that it judges."""
+        """Publish this rank's state and return the states of the ranks that it watches."""
         self._rounds += 1
         if self._store is None:
             return {self._rank: self._state()}
@@ -107,13 +107,13 @@ class Watchdog:
         looked = answered = time.monotonic()
         while not self._stop.wait(self.interval_sec):
             now = time.monotonic()
-            clock += min(now - looked, 2 * self.interval_sec)  # without the time for which this process was stopped
+            clock += min(now - looked, 2 * self.interval_sec)  # excludes the time for which this process was suspended
             looked, verdict = now, None
             try:
                 verdict = self._judge(self._exchange(), clock)
                 answered = time.monotonic()
             except Exception as error:
-                if is_stop_requested():  # a launcher may leave on the signal, with the store; this rank saves still
+                if is_stop_requested():  # the launcher may exit on the signal, with the store, while this rank saves
                     self._store = None
                 elif time.monotonic() - answered >= _STORE_PATIENCE * self.interval_sec:
                     verdict = f"rank 0 is gone: its key-value store does not answer ({type(error).__name__})"
@@ -121,7 +121,7 @@ class Watchdog:
                 self._end(verdict)
 
     def _judge(self, seen: Mapping[int, str], now: float) -> str | None:
-        """Return the verdict on the ranks that are watched, None where all are well."""
+        """Return the verdict on the watched ranks, None if all are well."""
         states = {rank: text.split("|", 2) for rank, text in seen.items()}
         for rank, state in states.items():
             for part in (0, 1):
@@ -139,7 +139,7 @@ class Watchdog:
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
 
     def _end(self, verdict: str) -> None:
-        threading.Timer(_LAST_WORDS_SEC, os._exit, [EXIT_LOST_RANK]).start()  # the log may be on the disk that hangs
+        threading.Timer(_LAST_WORDS_SEC, os._exit, [EXIT_LOST_RANK]).start()  # writing the log may hang, too
         log.error(
             "%s. Ending the job with status %d; the same command resumes from the last checkpoint "
             "(runtime.hang_timeout_sec=%g).", verdict, EXIT_LOST_RANK, self.timeout_sec,

@@ -9,34 +9,29 @@ from utils.config.schema import Strict
 
 
 class _Tracking(Strict):
-    """metrics.jsonl is always written; `samples` also records the samples of each step, for audits."""
+    """metrics.jsonl is always written."""
 
-    samples: bool
+    samples: bool  # also record the samples of each step
 
 
 class JsonlTrackingConfig(_Tracking):
-    """metrics.jsonl alone."""
+    """Only metrics.jsonl."""
 
     name: Literal["jsonl"]
 
 
 class WandbTrackingConfig(_Tracking):
-    """Weights & Biases. Bounds are W&B's own.
-
-    entity null: the account's default. mode auto: WANDB_MODE if it is set, else online where an API key is found, else
-    offline. group null: WANDB_RUN_GROUP, which a multirun sets to the sweep's name. model_artifact: log the weights of
-    a complete run. finish_timeout_sec: how long the end of a run waits for its upload.
-    """
+    """Weights & Biases. The limits of texts are W&B's."""
 
     name: Literal["wandb"]
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
-    entity: str | None
-    mode: Literal["auto", "online", "offline", "disabled"]
-    group: Annotated[str, Field(min_length=1, max_length=128)] | None
+    entity: str | None  # null: the account's default
+    mode: Literal["auto", "online", "offline", "disabled"]  # auto: WANDB_MODE, else online if there is an API key
+    group: Annotated[str, Field(min_length=1, max_length=128)] | None  # null: WANDB_RUN_GROUP, which sweeps set
     tags: list[Annotated[str, Field(min_length=1, max_length=64)]]
     notes: str | None
-    model_artifact: bool
-    finish_timeout_sec: Patience
+    model_artifact: bool  # log the weights of a complete run
+    finish_timeout_sec: Patience  # the longest wait for the upload at the end of a run; a stopped run waits 5 s
 
 
 class TensorboardTrackingConfig(_Tracking):

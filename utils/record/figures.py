@@ -1,4 +1,4 @@
-"""How a figure is written on the screen, in a table and over a curve."""
+"""Format figures for the screen, tables and plots."""
 
 import math
 import re
@@ -7,18 +7,18 @@ from typing import Any
 
 
 def show_name(name: str) -> str:
-    """Return a figure's name for people: `top-5` for top5, `mean class accuracy`, `average top-1` for ema/top1."""
+    """Return a figure's name for people: `top-5` for top5, `average top-1` for ema/top1."""
     name = re.sub(r"^ema/", "average ", name)
     return re.sub(r"\btop(\d+)\b", r"top-\1", name).replace("_", " ").replace("/", " ")
 
 
 def show_evaluated(name: str) -> str:
-    """Return the name of an evaluation's figure: its loss is the validation's."""
+    """Return the name of an evaluation's figure: `val loss` for loss."""
     return re.sub(r"\bloss\b", "val loss", show_name(name))
 
 
 def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return the finite numbers of a row as `kind/name`."""
+    """Return {kind/name: value} for the finite numbers of a row."""
     return {
         f"{kind}/{name}": value
         for name, value in figures.items()
@@ -27,7 +27,7 @@ def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
 
 
 def show_figures(figures: Mapping[str, float]) -> str:
-    """Return figures in a line, counts as whole numbers: `mAP=0.5203  samples=1553`."""
+    """Return figures as one line, counts as whole numbers: `mAP=0.5203  samples=1553`."""
     return "  ".join(
         f"{name}={value:.0f}" if value > 1 and value == round(value) else f"{name}={value:.4f}"
         for name, value in figures.items()
@@ -35,7 +35,7 @@ def show_figures(figures: Mapping[str, float]) -> str:
 
 
 def show_duration(seconds: float | None) -> str:
-    """Return hours, minutes and seconds, `27:04:05` or `3:05`; dashes where the duration is not known."""
+    """Return a duration as `27:04:05` or `3:05`; dashes for None."""
     if seconds is None:
         return "-:--"
     minutes, seconds = divmod(round(seconds), 60)

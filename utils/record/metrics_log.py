@@ -1,8 +1,8 @@
 """metrics.jsonl and training_log.txt: a run's figures, without gaps or repeats over any number of resumes.
 
 A row is a JSON object with `step`, `kind` ("train", "evaluate" or "epoch") and figures. A resumed run first drops the
-rows beyond its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV; it is rewritten at
-each start and epoch, so that its columns are those of all rows.
+rows after its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV. It is rewritten at
+each start and epoch, so that it has a column for every figure.
 """
 
 import json
@@ -23,21 +23,21 @@ Row = dict[str, Any]
 
 
 def series(rows: Sequence[Row], name: str, kind: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of one figure in the rows of a kind."""
+    """Return the steps and values of one figure in the rows of one kind."""
     found = [(row["step"], row[name]) for row in rows if row.get("kind") == kind and row.get(name) is not None]
     return [step for step, _ in found], [value for _, value in found]
 
 
 def read_rows(path: Path) -> list[tuple[bytes, Row]]:
-    """Return the complete rows of a JSONL file that a run may be writing, each with its line; none without a file.
+    """Return the (line, row) pairs of a JSONL file that a run may be writing; none if there is no file.
 
-    Lines that are no rows, such as the zeros that a power failure leaves, are left out with a warning.
+    An unfinished last line is ignored. Damaged lines, such as zeros after a power failure, are skipped with a warning.
     """
-    # Not splitlines, which splits at characters that a path may hold. As bytes: a kill may cut a character.
+    # splitlines would split at characters that paths may contain. Bytes, because a kill may cut a character.
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
     rows = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
     if len(rows) < len(lines):
-        log.warning("%s: %d damaged lines are left out", path, len(lines) - len(rows))
+        log.warning("%s: %d damaged lines are skipped", path, len(lines) - len(rows))
     return rows
 
 
@@ -50,20 +50,20 @@ def _parse_row(line: bytes) -> Row | None:
 
 
 def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[Row]:
-    """Drop a JSONL file's rows beyond `last_step`, and what is no complete row; returns the rest.
+    """Remove a JSONL file's rows after `last_step`, and incomplete rows. Return the remaining rows.
 
-    last_epoch_step: the same for rows of kind `epoch`, where it is given.
+    last_epoch_step: the limit for rows of kind `epoch`, if it differs.
     """
     limits = {} if last_epoch_step is None else {"epoch": last_epoch_step}
     kept = [(line, row) for line, row in read_rows(path) if row["step"] <= limits.get(row.get("kind"), last_step)]
     text = b"".join(line + b"\n" for line, _ in kept)
-    if path.is_file() and path.stat().st_size != len(text):  # a full disk may have no room for a copy
+    if path.is_file() and path.stat().st_size != len(text):  # an unchanged file is not copied: the disk may be full
         write_text(path, text.decode("utf-8"))
     return [row for _, row in kept]
 
 
 class MetricsLog(AppendFile):
-    """The rows of one run, `rows` from its start; made on rank 0 alone."""
+    """The rows of one run, on rank 0."""
 
     def __init__(self, folder: Path, last_step: int, last_epoch_step: int | None = None) -> None:
         self._csv = folder / "training_log.txt"
@@ -72,7 +72,7 @@ class MetricsLog(AppendFile):
         self._write_csv()
 
     def add(self, step: int, kind: str, figures: Row) -> None:
-        """Write a row; a figure that is not finite becomes null (JSON has no NaN)."""
+        """Write a row. Figures that are not finite become null (JSON has no NaN)."""
         row: Row = {"step": step, "kind": kind}
         for name, value in figures.items():
             row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
@@ -94,5 +94,5 @@ class MetricsLog(AppendFile):
 
 
 def _column(name: str) -> str:
-    """Return the column of an epoch's figure in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
+    """Return a figure's column in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
     return re.sub(r"\bloss$", "val_loss", name) if not name.startswith("train/") else name.replace("/", "_", 1)

@@ -1,7 +1,7 @@
-"""Pictures of predictions, set by torchvision's make_grid and matplotlib without a display.
+"""Pictures of predictions, by torchvision's make_grid and matplotlib.
 
-All take and return uint8 arrays: an image is [H, W, C] with 1 or 3 channels, a picture [H', W', 3]. matplotlib is
-imported where it is used: it takes 0.3 s.
+All functions take and return uint8 arrays: an image is [H, W, C] with 1 or 3 channels, a picture is [H', W', 3].
+matplotlib takes 0.3 s to import, so functions import it.
 """
 
 import functools
@@ -17,21 +17,21 @@ from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
 RIGHT, WRONG = "#08519c", "#be181d"
-Line = tuple[str, str]  # of a caption: text and colour
+Line = tuple[str, str]  # a caption's line: text and colour
 _FRAME = (206, 212, 218)
-_LINE_PX, _CHARACTER_PX, _PADDING_PX = 18, 8, 8  # of a caption; between tiles
+_LINE_PX, _CHARACTER_PX, _PADDING_PX = 18, 8, 8  # a caption's line and character; the space between tiles
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
-_LONGEST = 200  # characters of a name that are looked at
+_LONGEST = 200  # characters of a name, which are checked for fonts
 
 
 @functools.cache
 def _font_of(char: str) -> str | None:
-    """Return the first upright font that has a character, None for none; those that matplotlib ships come first."""
+    """Return an upright font that has a character, or None; matplotlib's own fonts come first."""
     from matplotlib.font_manager import fontManager, get_font
 
     fonts = sorted(fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name != "STIXGeneral"))
     for font in fonts:
-        if font.style != "normal" or "Last Resort" in font.name:  # which has a box for every character
+        if font.style != "normal" or "Last Resort" in font.name:  # draws a box for every character
             continue
         if get_font(font.fname).get_char_index(ord(char)):
             return font.name
@@ -39,7 +39,7 @@ def _font_of(char: str) -> str | None:
 
 
 def _style(texts: Iterable[str]) -> AbstractContextManager[None]:
-    """Return the context of a picture with these texts, of any alphabets."""
+    """Return the matplotlib context with fonts for these texts."""
     from utils.record.plots import style
 
     fonts = filter(None, map(_font_of, sorted(set("".join(texts)))))
@@ -47,11 +47,10 @@ def _style(texts: Iterable[str]) -> AbstractContextManager[None]:
 
 
 def legible(name: str) -> str:
-    """Return how a class is called in a picture.
+    """Return a class's name for a picture.
 
-    A class named by a code point (`U+0041`, as the glyphs are) is its character, a combining one on a dotted circle; it
-    keeps its name where the character is blank or no font has it. In other names, a character that no font has becomes
-    its code point.
+    A code point (`U+0041`, as in the glyphs) becomes its character, a combining one on a dotted circle, unless the
+    character is blank or no font has it. In other names, characters without a font become their code points.
     """
     named = _CODE_POINT.fullmatch(name)
     if named is not None and int(named[1], 16) <= 0x10FFFF:
@@ -65,14 +64,14 @@ def legible(name: str) -> str:
 
 
 def shorten(text: str, most: int) -> str:
-    """Return a text of at most `most` characters, with an ellipsis in its middle: names often differ at their ends."""
+    """Shorten a text to `most` characters by an ellipsis in the middle: names often differ at their ends."""
     return text if len(text) <= most else f"{text[: most // 2].rstrip()}…{text[len(text) - (most - 1) // 2 :].lstrip()}"
 
 
 def _to_tile(image: np.ndarray, tile_px: int) -> torch.Tensor:
-    """Return [3, tile_px, tile_px]: an image as large as it fits, in a frame, on white.
+    """Return [3, tile_px, tile_px]: a framed image, as large as fits, on white.
 
-    Small ones grow by whole factors, so that their pixels stay visible.
+    Small images grow by whole factors, so that their pixels stay visible.
     """
     picture = Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image))
     inside = tile_px - 2
@@ -80,7 +79,7 @@ def _to_tile(image: np.ndarray, tile_px: int) -> torch.Tensor:
         picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
     else:
         picture = ImageOps.contain(picture, (inside, inside), Image.Resampling.LANCZOS)
-    framed = ImageOps.expand(picture, 1, _FRAME)  # white has no edge on white
+    framed = ImageOps.expand(picture, 1, _FRAME)  # else a white image has no visible edge
     tile = Image.new("RGB", (tile_px, tile_px), "white")
     tile.paste(framed, ((tile_px - framed.width) // 2, tile_px - framed.height))
     return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
@@ -94,7 +93,7 @@ def image_grid(
     columns: int = 8,
     tile_px: int = 114,
 ) -> np.ndarray:
-    """Draw images in rows, each with its lines under it, below a title."""
+    """Draw a title and rows of images, each above the lines of its caption."""
     from matplotlib.figure import Figure
 
     from utils.record.plots import figure_to_image
@@ -112,19 +111,19 @@ def image_grid(
         axis.imshow(grid, interpolation="nearest")
         axis.axis("off")
         axis.set_title(title)
-        for place, lines in enumerate(captions):
-            x = place % columns * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
-            y = place // columns * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px
+        for index, lines in enumerate(captions):
+            x = index % columns * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
+            y = index // columns * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px
             for number, (text, color) in enumerate(lines):
                 axis.text(x, y + _LINE_PX * (number + 0.5), text, color=color, ha="center", va="center")
         return figure_to_image(figure)
 
 
 def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[str], title: str) -> np.ndarray:
-    """Draw a confusion matrix: the share of each true class, in per cent, that is predicted as each class.
+    """Draw a confusion matrix in per cent of each true class.
 
-    counts: [N, N], row true, column predicted; samples: [N], each class's images, also those that are predicted as
-    classes that are not shown.
+    counts: [N, N], row true, column predicted. samples: [N], the images of each class, including predictions of other
+    classes than these N.
     """
     from matplotlib.figure import Figure
     from sklearn.metrics import ConfusionMatrixDisplay
@@ -135,10 +134,8 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
     others = 100 * (samples - counts.sum(axis=1)) / np.maximum(samples, 1)
     columns = [shorten(legible(name), 24) for name in names]
     rows = []
-    for text, name, count, other in zip(columns, names, samples, others):
-        # A character alone may have many look-alikes: a row also says which it is.
-        called = text if text == name or len(text) > 2 else f"{text}  {name}"
-        rows.append(f"{called}  ({count:,}{f', other {other:.0f}' if others.any() else ''})")
+    for text, count, other in zip(columns, samples, others):
+        rows.append(f"{text}  ({count:,}{f', other {other:.0f}' if others.any() else ''})")
     cell = 0.9 if len(names) <= 6 else 0.7 if len(names) <= 12 else 0.46  # inches
     with _style(rows):
         figure = Figure(figsize=(cell * len(names), cell * len(names)))

@@ -1,6 +1,6 @@
-"""The curves of a run, drawn by matplotlib without a display, and the style of all drawings.
+"""Plot the curves of a run with matplotlib, and define the style of all plots.
 
-Import it where it is used: matplotlib takes 0.3 s.
+Import it inside functions: matplotlib takes 0.3 s to import.
 """
 
 import io
@@ -25,25 +25,25 @@ _STYLE = {
     "figure.dpi": 110, "savefig.dpi": 110, "font.size": 9, "text.color": INK, "text.parse_math": False,
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelcolor": INK, "axes.edgecolor": "#868e96",
     "axes.spines.top": False, "axes.spines.right": False, "axes.axisbelow": True, "axes.grid": True,
-    "axes.formatter.limits": (-9, 9), "axes.formatter.useoffset": False,  # no factor where the title stands
+    "axes.formatter.limits": (-9, 9), "axes.formatter.useoffset": False,  # no factor above the axis, beside the title
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, "#862e9c", "#0b7285", "#a61e4d"]),
     "grid.color": "#dee2e6", "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
 }  # fmt: skip
-_PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # width and height of a panel with its labels; height of the title
+_PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # a panel with its labels (width, height); the title (height)
 _SCHEDULED = ("lr", "momentum")
 _COUNTS = ("samples", "support", "tags", "tags_without_positives")
 _LAST = (*_SCHEDULED, "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
-_TRAINED_AS = {"top1": "accuracy"}  # figures of evaluation and of training that share a panel
+_TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
 def style(families: Sequence[str] = ("DejaVu Sans",)) -> AbstractContextManager[None]:
-    """Return the context in which all our figures are made, with fonts of these families."""
+    """Return the matplotlib context for all plots, with fonts of these families."""
     return matplotlib.rc_context({**_STYLE, "font.family": list(families)})
 
 
 def figure_to_image(figure: Figure) -> np.ndarray:
-    """Return a figure, with all of its texts, as [H, W, 3] uint8."""
+    """Render a figure as [H, W, 3] uint8."""
     content = io.BytesIO()
     figure.savefig(content, format="png", bbox_inches="tight", pad_inches=0.2, pil_kwargs={"compress_level": 1})
     return np.asarray(Image.open(content).convert("RGB"))
@@ -53,9 +53,9 @@ def figure_to_image(figure: Figure) -> np.ndarray:
 def plot_range_test(
     rates: Sequence[float], losses: tuple[Sequence[float], Sequence[float]], taken: float | None, title: str, path: Path
 ) -> None:
-    """Draw a range test: losses (raw, smoothed) over rates, and the rate that is taken.
+    """Plot a range test: losses (raw, smoothed) over learning rates, and the chosen rate.
 
-    The axis of losses ends a little above where the test began: what diverges beyond says nothing more.
+    The loss axis ends a little above the first losses: the divergence beyond carries no information.
     """
     raw, smoothed = losses
     figure = Figure(figsize=(8.4, 4.8), layout="tight")
@@ -75,7 +75,7 @@ def plot_range_test(
 
 @style()
 def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Draw every figure of the run over its steps, while it trains and at its end."""
+    """Plot every figure of a run over its epochs and steps."""
     panels = _panels(rows)
     if not panels:  # an epoch ended before the first log
         return
@@ -83,13 +83,13 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     lines = -(-len(panels) // columns)
     width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines + _HEAD_INCHES
     figure = Figure(figsize=(width, height))
-    # Margins in inches: matplotlib's layout engines draw everything again to measure it.
+    # Fixed margins in inches: matplotlib's layout engines would draw everything twice.
     figure.subplots_adjust(
         left=0.75 / width, right=1 - 0.2 / width, bottom=0.65 / height, top=1 - (_HEAD_INCHES + 0.4) / height,
         wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=1.05 / (_PANEL_INCHES[1] - 1.05),
     )  # fmt: skip
     figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, va="center")
-    last = next(row for row in reversed(rows) if row["kind"] in ("train", "evaluate"))  # which has the epoch
+    last = next(row for row in reversed(rows) if row["kind"] in ("train", "evaluate"))  # these rows have the epoch
     steps_per_epoch = last["step"] / last["epoch"]
     for number, (trained, evaluated) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, number, xlim=(0, 1.02 * last["epoch"]))
@@ -99,10 +99,8 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
             ("validation", evaluated, ORANGE, "o"), ("average", f"ema/{evaluated}", GREEN, "D"),
         ):  # fmt: skip
             steps, values = series(rows, name, "evaluate")
-            size = 5 if len(steps) <= 30 else 0  # few points show as such; many would hide their line
+            size = 5 if len(steps) <= 30 else 0  # many markers would hide the line
             _plot(axis, steps, values, steps_per_epoch, label, color=color, marker=marker, markersize=size)
-        if trained not in _LAST and is_steep(axis):
-            axis.set_yscale("log")
         if trained == "images_per_sec":
             axis.set_ylim(bottom=0)
         _finish_panel(axis, steps_per_epoch)
@@ -110,12 +108,12 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
 
 
 def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (figure of training, figure of evaluation) of each panel: loss, evaluations, the rest, rate and speed."""
+    """Return (training figure, evaluation figure) for each panel: loss, evaluations, others, rate and speed."""
     names: dict[str, list[str]] = {"train": [], "evaluate": []}
     for row in rows:
         if row["kind"] in names:
             names[row["kind"]] += [name.removeprefix("ema/") for name in row if isinstance(row[name], float)]
-    # A number of samples, tags or epochs says nothing as a curve, left-out steps only where there are any.
+    # Numbers of samples, tags or epochs make no useful curve; skipped steps only if there are any.
     hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS)}
     if not any(series(rows, "skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
@@ -125,9 +123,9 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
     return [(_TRAINED_AS.get(name, name), name) for name in shown]
 
 
-def _draw_training(axis: Axes, found: tuple[Sequence[int], Sequence[float]], name: str, steps_per_epoch: float) -> None:
-    """Draw a figure of training; a noisy one lightly, and its running mean over a thirtieth of the run over it."""
-    steps, values = found
+def _draw_training(axis: Axes, curve: tuple[Sequence[int], Sequence[float]], name: str, steps_per_epoch: float) -> None:
+    """Plot a training figure: its values lightly, and their running mean over a thirtieth of the run."""
+    steps, values = curve
     label = "as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
     width = 2 * (len(values) // 60) + 1
     if name in _SCHEDULED:
@@ -141,25 +139,13 @@ def _draw_training(axis: Axes, found: tuple[Sequence[int], Sequence[float]], nam
 def _plot(
     axis: Axes, steps: Sequence[int], values: Sequence[float], steps_per_epoch: float, label: str, **how: object
 ) -> None:
-    """Draw a series over epochs; its newest value is in the legend."""
+    """Plot a series over epochs, with its newest value in the legend."""
     if len(steps):
         axis.plot(np.asarray(steps) / steps_per_epoch, values, label=f"{label} {values[-1]:.4g}", **how)
 
 
-def is_steep(axis: Axes) -> bool:
-    """Return whether only a logarithmic axis shows the low end that a curve falls to, noise aside.
-
-    What rises, such as an accuracy, is read at its high end.
-    """
-    lines = [np.asarray(line.get_ydata(), dtype=float) for line in axis.lines if line.get_alpha() is None]
-    if not any(len(line) > 1 and line[-1] < line[0] for line in lines):
-        return False
-    values = np.concatenate(lines)
-    return bool(values.min() > 0 and values.max() > 30 * values.min())
-
-
 def _finish_panel(axis: Axes, steps_per_epoch: float) -> None:
-    """Give a panel epochs and steps and, beside its title, a legend with the newest values."""
+    """Add the ticks, as epochs and steps, and a legend beside the title."""
     axis.set_xlabel("epoch, step")
     number = EngFormatter(sep="")
     axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))

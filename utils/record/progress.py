@@ -2,14 +2,14 @@
 
     bar = Bar("training", total_steps)
     with bar.opened(step):
-        bar.advance(step)                                     every step, from a number that the host knows
+        bar.advance(step)                                     every step, without a synchronisation
         bar.advance(step, description="epoch 3/20", figures="loss 0.1234")
     for batch in track(loader, len(loader), "evaluating val"): ...
     with counting("reading") as report: report(done, total)
 
-While a bar is shown, log lines and other output to sys.stderr appear above it. The calling thread draws it, a few times
-a second: a second thread could hold a lock while the loader forks its workers. Without a terminal, `track` and
-`counting` log their progress once a minute.
+Output to sys.stderr, such as log lines, appears above an open bar. The calling thread draws the bar: another thread
+could hold a lock while the loader forks its workers. Without a terminal, `track` and `counting` log their progress once
+a minute.
 """
 
 import math
@@ -21,7 +21,7 @@ from contextlib import contextmanager
 from typing import TypeVar
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from utils.record.logging import environment_rank, get_logger
 
@@ -30,31 +30,13 @@ T = TypeVar("T")
 
 _REDRAW_SEC = 0.25
 _LOG_SEC = 60.0
-_WIDE_COLUMNS = 110  # below, figures take the bar's place
+_WIDE_COLUMNS = 110  # a narrower terminal shows figures without a bar
 
-_progress: Progress | None = None  # with a line for each job under way: a terminal has one last line
-
-
-def _open_progress() -> Progress:
-    console = Console(stderr=True, soft_wrap=True)  # a path in a log line is copied in one piece
-    # stdout goes where the user sends it. The time left is that of the mean speed.
-    progress = Progress(
-        "[bold]{task.description}", *([BarColumn(20)] if console.width >= _WIDE_COLUMNS else []),
-        MofNCompleteColumn(), "[green]{task.fields[figures]}",
-        TimeRemainingColumn(compact=True), "left", console=console, auto_refresh=False, transient=True,
-        redirect_stdout=False, speed_estimate_period=math.inf,
-        disable=environment_rank() != 0 or not console.file.isatty() or console.is_dumb_terminal,
-    )  # fmt: skip
-    progress.start()
-    if not progress.disable:
-        console.show_cursor(True)  # rich hides it, and a process that is killed could not bring it back
-    return progress
+_console = Console(stderr=True, soft_wrap=True)  # soft_wrap: a path in a log line is copied in one piece
 
 
 def _leave_to_parent() -> None:
-    """Give a forked process, a loader's worker, the plain stderr: the display is its parent's."""
-    global _progress
-    _progress = None
+    """Restore stderr in a forked worker, which must not draw."""
     sys.stderr = getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 
@@ -62,54 +44,61 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 
 
 class Bar:
-    """A line of the display, while it is open; without a terminal it only estimates the time that is left."""
+    """A progress bar; bars that are open at once share the display. Without a terminal it only estimates the time."""
 
     def __init__(self, what: str, total: int | None) -> None:
         self.total = total
         self._what, self._drawn = what, 0.0
-        self._line: Task | None = None
+        self._progress: Progress | None = None
 
     @contextmanager
     def opened(self, done: int = 0) -> Iterator[None]:
         """Show the bar, from `done` on."""
-        global _progress
-        is_outermost = _progress is None
-        progress = _progress = _progress or _open_progress()
-        number = progress.add_task(self._what, total=self.total, completed=done, figures="")
-        self._line = next(task for task in progress.tasks if task.id == number)
+        # stdout goes where the user sends it. The time left follows from the mean speed.
+        self._progress = Progress(
+            "[bold]{task.description}", *([BarColumn(20)] if _console.width >= _WIDE_COLUMNS else []),
+            MofNCompleteColumn(), "[green]{task.fields[figures]}",
+            TimeRemainingColumn(compact=True), "left", console=_console, auto_refresh=False, transient=True,
+            redirect_stdout=False, speed_estimate_period=math.inf, disable=not self.is_shown,
+        )  # fmt: skip
         try:
-            yield
+            with self._progress:
+                if self.is_shown:
+                    _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
+                self._progress.add_task(self._what, total=self.total, completed=done, figures="")
+                yield
         finally:
-            self._line = None
-            progress.remove_task(number)
-            if is_outermost:
-                _progress = None
-                progress.stop()
+            self._progress = None
+
+    @property
+    def is_shown(self) -> bool:
+        """Whether there is a terminal to draw on."""
+        return environment_rank() == 0 and _console.file.isatty() and not _console.is_dumb_terminal
 
     def advance(self, done: int, **texts: str) -> None:
-        """Set the progress, and the texts `description` and `figures`; drawn a few times a second."""
-        if self._line is not None and _progress is not None:
-            _progress.update(self._line.id, completed=done, total=self.total, **texts)
+        """Set the progress and the texts `description` and `figures`; redraws at most four times a second."""
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=done, total=self.total, **texts)
             if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
                 self._drawn = time.monotonic()
-                _progress.refresh()
+                self._progress.refresh()
 
     @property
     def left_sec(self) -> float | None:
-        """The seconds to the end by the mean speed; None at the start. What is before the first step does not count."""
-        return None if self._line is None else self._line.time_remaining
+        """The seconds to the end at the mean speed since the first step; None at the start."""
+        return None if self._progress is None else self._progress.tasks[0].time_remaining
 
 
 @contextmanager
 def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show a bar and yield what moves it: `report(done, total)`."""
+    """Show a bar and yield a function `report(done, total)` that moves it."""
     bar, logged = Bar(what, None), time.monotonic()
 
     def report(done: int, total: int | None) -> None:
         nonlocal logged
         bar.total = total
         bar.advance(done)
-        if time.monotonic() - logged >= _LOG_SEC and environment_rank() == 0 and _progress.disable:
+        if time.monotonic() - logged >= _LOG_SEC and environment_rank() == 0 and not bar.is_shown:
             logged = time.monotonic()
             log.info("%s: %s of %s", what, f"{done:,}", "?" if total is None else f"{total:,}")
 
@@ -118,7 +107,7 @@ def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
 
 
 def track(iterable: Iterable[T], total: int | None, what: str) -> Iterator[T]:
-    """Yield the items, showing how many of `total` were used."""
+    """Yield the items and show the progress."""
     with counting(what) as report:
         for done, item in enumerate(iterable, start=1):
             yield item

@@ -1,7 +1,7 @@
-"""An evaluation's tables, pictures and page as files of a run folder: tables/NAME.csv, plots/NAME.png, report.html.
+"""Write an evaluation's report into a run folder: tables/NAME.csv, plots/NAME.png and report.html.
 
-The page needs neither a server nor other files. Names in it come from files of strangers: all text is escaped, and the
-page allows no script and loads nothing.
+The page is self-contained. Its names are untrusted: all text is escaped, and the page allows no script and loads
+nothing.
 """
 
 import base64
@@ -21,7 +21,7 @@ from utils.text_table import show_cell
 
 PAGE = "report.html"
 TableRow = Mapping[str, Any]
-_SHOWN_ROWS = 30  # of a table, on the page
+_SHOWN_ROWS = 30  # of a table on the page
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
@@ -32,15 +32,15 @@ td.n { text-align: right; font-variant-numeric: tabular-nums }
 
 
 def write_table(path: Path, rows: Sequence[TableRow]) -> None:
-    """Write rows as CSV, atomically; the columns are those of all rows, and None is an empty cell.
+    """Write rows as CSV, atomically. The table has every column that occurs in a row; None is an empty cell.
 
-    A table without rows has no file, and the file of an earlier evaluation is removed.
+    Without rows, the file of an earlier evaluation is removed.
     """
     if not rows:
         path.unlink(missing_ok=True)
         return
     text = io.StringIO()
-    # The newest row first: earlier ones may lack columns, whose place is not the end.
+    # The newest row gives the order of the columns: earlier rows may lack some.
     columns = list(dict.fromkeys(name for row in reversed(rows) for name in row))
     writer = csv.DictWriter(text, columns, restval="", lineterminator="\n")
     writer.writeheader()
@@ -51,7 +51,7 @@ def write_table(path: Path, rows: Sequence[TableRow]) -> None:
 def write_report(
     folder: Path, tables: Mapping[str, Sequence[TableRow]], images: Mapping[str, np.ndarray], prefix: str = ""
 ) -> None:
-    """Write the tables and images of a report; images are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
+    """Write a report's tables, and its images, which are [H, W, 3] uint8. On rank 0 only. Raises OSError."""
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
     for name, image in images.items():
@@ -65,14 +65,14 @@ def write_page(
     tables: Mapping[str, Sequence[TableRow]],
     images: Mapping[str, np.ndarray],
 ) -> None:
-    """Write the figures, the images [H, W, 3] uint8, and the first rows of each table that has any. Raises OSError."""
+    """Write report.html: figures, images [H, W, 3] uint8, and the first rows of each table. Raises OSError."""
     figures = [{"figure": show_name(name), "value": value} for name, value in scalars.items()]
     parts = {"figures": _table(figures, len(figures))}
     parts |= {show_name(name): _picture(name, image) for name, image in images.items()}
     parts |= {show_name(name): _table(rows, _SHOWN_ROWS) for name, rows in tables.items() if rows}
-    links = "".join(f'<a href="#p{place}">{escape(name)}</a>' for place, name in enumerate(parts))
+    links = "".join(f'<a href="#p{number}">{escape(name)}</a>' for number, name in enumerate(parts))
     sections = "".join(
-        f'<h2 id="p{place}">{escape(name)}</h2>\n{part}\n' for place, (name, part) in enumerate(parts.items())
+        f'<h2 id="p{number}">{escape(name)}</h2>\n{part}\n' for number, (name, part) in enumerate(parts.items())
     )
     write_text(
         path,
@@ -86,10 +86,10 @@ def write_page(
     )
 
 
-def _table(rows: Sequence[TableRow], most: int) -> str:
+def _table(rows: Sequence[TableRow], limit: int) -> str:
     head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    lines = "\n".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows[:most])
-    more = f"<p>The first {most} of {len(rows):,} rows; all are in tables/.</p>" if len(rows) > most else ""
+    lines = "\n".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows[:limit])
+    more = f"<p>The first {limit} of {len(rows):,} rows; tables/ has all.</p>" if len(rows) > limit else ""
     return f"<div><table><tr>{head}</tr>\n{lines}</table></div>{more}"
 
 

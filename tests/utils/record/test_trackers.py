@@ -4,13 +4,16 @@ import json
 import re
 import socket
 import struct
+import threading
+import time
+from types import SimpleNamespace
 
 import pytest
 
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import is_reading, rows, start
 from utils.config.messages import ConfigError
-from utils.record.trackers import choose_mode
+from utils.record.trackers import Tracker, _Wandb, choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
 WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests", "tracking.tags=[small,glyphs]"]
@@ -171,6 +174,15 @@ def test_wandb_that_is_disabled_or_misread_ends_no_run(images, tmp_path, monkeyp
         assert len(rows(tmp_path / mode / "run/metrics.jsonl", "train")) == 2
         assert not list(tmp_path.glob(f"{mode}/run/wandb/*run-*"))
     assert "tracking: wandb cannot be started" in (tmp_path / "nonsense/run/log.txt").read_text()
+
+
+def test_a_run_that_was_stopped_waits_a_few_seconds_for_wandb(monkeypatch):
+    monkeypatch.setattr("utils.record.trackers._STOP_SEC", 0.1)
+    writer, asked = object.__new__(_Wandb), threading.Event()
+    writer._run = SimpleNamespace(finish=lambda: [asked.set(), time.sleep(60)])
+    began = time.monotonic()
+    Tracker(writer).close()
+    assert asked.is_set() and time.monotonic() - began < 30
 
 
 # -------------------------------------------------------------------------------------------------------- TensorBoard
