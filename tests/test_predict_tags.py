@@ -230,12 +230,12 @@ def test_nothing_is_written_through_a_link(place, images, tmp_path):
     before = texts(tmp_path)
     assert ": 12 images, " in go(place, "beside", source="copy")  # which does not follow the link
     assert texts(tmp_path) == before and len(texts(images)) == 12
-    with pytest.raises(UserError, match=r"^output: .*copy/link/.* is by a link outside "):
+    with pytest.raises(UserError, match=r"^output: .*copy/link/.* is a link out of "):
         go(place, "beside", "existing=skip", source="copy/*/*/*.png")
     (tmp_path / "secret").write_text("secret")
     (images / "val/A/000.txt").unlink()
     (images / "val/A/000.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"^output: .* is by a link outside "):
+    with pytest.raises(UserError, match=r"^output: .* is a link out of "):
         go(place, "beside", "existing=append", source="copy")
     assert texts(tmp_path) == before and (tmp_path / "secret").read_text() == "secret"
 
@@ -330,7 +330,7 @@ def test_images_like_one_are_found_by_their_embeddings(place, images, exported):
         found = rows(place / "like.jsonl")
         assert [row["path"] for row in found] == [path for _, path in wanted] and found[0]["path"] == f"copy/{PATHS[1]}"
         assert [row["similarity"] for row in found] == pytest.approx([value for value, _ in wanted], abs=1e-5)
-    with pytest.raises(UserError, match=r"^input: ours\.npz has embeddings of other weights"):
+    with pytest.raises(UserError, match=r"^input: ours\.npz has embeddings from other weights"):
         go(place, "like.csv", f"like=copy/{PATHS[1]}", source="ours.npz")
     with pytest.raises(UserError, match=rf"^like: copy/{PATHS[3]} cannot be read"):
         go(place, "like.csv", f"like=copy/{PATHS[3]}")

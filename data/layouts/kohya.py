@@ -30,7 +30,7 @@ def read_metadata(root: Path, paths: Iterable[str]) -> dict[str, Sidecar]:
     read = {file: entries for file in files if (entries := _read_entries(root, file))}
     if len(read) > 1:
         names = " and ".join(file.name for file in read)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the one that is right")
+        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
     sidecars: dict[str, Sidecar] = {}
     for file, entries in read.items():

@@ -1,4 +1,4 @@
-"""Files beside an image that say what is known of it: `x.txt`, `x.caption` and `x.json`, or `x.jpg.txt` and so on."""
+"""Sidecars, files with metadata beside an image: `x.txt`, `x.caption`, `x.json`, or `x.jpg.txt` etc."""
 
 import os
 from pathlib import Path
@@ -12,51 +12,51 @@ _MAX_BYTES = 16 * 2**20
 
 
 def read_sidecars(root: Path, folder: Path, name: str, names: set[str]) -> Sidecar:
-    """Read the sidecars of the image `name` in a folder of the collection `root` whose file names are `names`.
+    """Read the sidecars of the image `name` in `folder`, which contains the files `names`.
 
-    The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`, and for captions `x.caption` over both.
-    Raises UserError (`data.root`) naming the sidecar where it cannot be read.
+    The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`, and for captions `x.caption` over
+    `x.txt`. Raises UserError (`data.root`) with the name of a sidecar that cannot be read.
     """
-    found: dict[str, Path] = {}
+    by_suffix: dict[str, Path] = {}
     for file in list_sidecars(name, names):
-        found.setdefault(os.path.splitext(file)[1], folder / file)
-    beside = os.path.dirname(os.path.realpath(folder / name)) if found else None
-    for file in found.values():
+        by_suffix.setdefault(os.path.splitext(file)[1], folder / file)
+    beside = os.path.dirname(os.path.realpath(folder / name)) if by_suffix else None
+    for file in by_suffix.values():
         refuse_link_out(root, file, beside)
         if not file.is_file() or file.stat().st_size > _MAX_BYTES:
             raise UserError(f"data.root: {str(file)!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
     sidecar = Sidecar()
     for suffix in (".caption", ".txt"):
-        if suffix in found:
-            text = parse_text(read_text(found[suffix]), one_per_line=found[suffix].name == f"{name}.txt")
+        if suffix in by_suffix:
+            text = parse_text(read_text(by_suffix[suffix]), one_per_line=by_suffix[suffix].name == f"{name}.txt")
             sidecar = text._replace(caption=sidecar.caption or text.caption)
-    if (file := found.get(".json")) is None:
+    if (file := by_suffix.get(".json")) is None:
         return sidecar
     return sidecar.updated(parse_record(repr(str(file)), parse_object(read_text(file), repr(str(file)))))
 
 
 def list_sidecars(name: str, names: set[str]) -> list[str]:
-    """Return which of a folder's file names are sidecars of the image `name`; `x.jpg.txt` before `x.txt`."""
+    """Return the sidecars of the image `name` among the file names of its folder; `x.jpg.txt` before `x.txt`."""
     stems = dict.fromkeys((name, os.path.splitext(name)[0]))
     return [stem + suffix for suffix in SUFFIXES for stem in stems if stem + suffix in names]
 
 
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
-    """Raise UserError for a link out of the collection, else any text file of this machine could become a caption.
+    """Raise UserError for a link out of the collection, because any text file could become a caption otherwise.
 
-    A link may lead into the collection, or into the folder `beside`, where the image's own link leads, as in a folder
-    of links to pairs.
+    A link may lead into the collection, or into the folder `beside`, the target of the image's link: a folder may link
+    to images and their sidecars.
     """
     target, real = os.path.realpath(file), os.path.realpath(root)
     if file.is_symlink() and os.path.dirname(target) != beside and not target.startswith(real.rstrip("/") + "/"):
         raise UserError(
-            f"data.root: {str(file)!r} is a link out of the collection, to {target!r}; put the file in its place, or "
+            f"data.root: {str(file)!r} is a link out of the collection, to {target!r}; replace it by the file, or "
             "remove the link"
         )
 
 
 def read_text(file: Path) -> str:
-    """Read a text as UTF-8, with or without a byte order mark. Raises UserError (`data.root`) that names the file."""
+    """Read a UTF-8 file, with or without a byte order mark. Raises UserError (`data.root`) with the file name."""
     try:
         return file.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
@@ -66,11 +66,11 @@ def read_text(file: Path) -> str:
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises UserError (`data.root`) that says where it is."""
+    """Parse a JSON object. Raises UserError (`data.root`) with its position."""
     try:
-        found = parse_json(text)
+        value = parse_json(text)
     except ValueError as error:
         raise UserError(f"data.root: {where} is broken JSON ({error}); fix or remove it") from error
-    if not isinstance(found, dict):
-        raise UserError(f"data.root: {where} holds a JSON {type(found).__name__}; an object with tags is allowed")
-    return found
+    if not isinstance(value, dict):
+        raise UserError(f"data.root: {where} holds a JSON {type(value).__name__}; an object with tags is allowed")
+    return value
