@@ -282,7 +282,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
         assert tags_of(place, "thresholds=other.csv") == ["1girl"]
         other = ThresholdTable("0123456789abcdef", make_table().rows[:-1])
         write_thresholds(place / "other.csv", other)
-        with pytest.raises(UserError, match=r"^thresholds: other\.csv is of another vocabulary .*solo"):
+        with pytest.raises(UserError, match=r"^thresholds: other\.csv has another vocabulary .*solo"):
             tags_of(place, "thresholds=other.csv")
     finally:
         os.unlink(place / "made/thresholds.csv")

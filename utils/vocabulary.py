@@ -145,4 +145,4 @@ def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:
     """Describe how two vocabularies differ, for messages."""
     lost, new = sorted(ours.columns.keys() - theirs.columns.keys()), sorted(theirs.columns.keys() - ours.columns.keys())
     names = ", ".join(name for _, name in (lost + new)[:_SHOWN])
-    return f"{len(lost)} tags are missing, {len(new)} are new: {names}" if names else "the same tags in another order"
+    return f"missing tags: {len(lost)}, new tags: {len(new)} ({names})" if names else "the same tags in another order"

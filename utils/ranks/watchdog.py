@@ -3,10 +3,6 @@
 A thread of each rank publishes a sign of life and its progress in the process group's key-value store. Rank 0 watches
 all ranks, and all watch rank 0: the store serves 2N reads per round, not N x N. A rank without signs of life is dead
 or stopped. A rank hangs if its progress stays behind.
-
-    watchdog = Watchdog(timeout_sec=1800); watchdog.start()
-    watchdog.progress("step 12: loading")     # by the main thread, cheap
-    watchdog.stop()
 """
 
 import os
@@ -57,7 +53,7 @@ class Watchdog:
         self._thread.start()
 
     def progress(self, phase: str) -> None:
-        """Record what the main thread does next. Each call counts as progress."""
+        """Record what the main thread does next (`step 12: loading`). Each call counts as progress; cheap."""
         self._phase = phase
         self._progress += 1
 
