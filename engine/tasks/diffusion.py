@@ -1,14 +1,14 @@
 """Diffusion: SDXL learns to remove noise from the latents of captioned images.
 
-Noise, timesteps and the latents' own randomness are drawn on the device from each sample's key. What a sample has:
+Noise, timesteps and sampled latents are drawn on the device from each sample's key. The fields of a batch:
 
-    latent_mean, latent_logvar [B, 4, h, w] of the cache, or images [B, 3, H, W] where there is none
-    fit [B, 6] int64: the image's size, where its crop begins, and the size of that, which are SDXL's time_ids
-    token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] of the cache
-    is_dropped [B] bool: has no caption; strata [B, 2]: its place in the global batch
-    tag_weight [B]; or its ragged tags and tags_shown, bool, by which `TagBalance` weighs
+    latent_mean, latent_logvar [B, 4, h, w] from the cache, or images [B, 3, H, W] without a cache
+    fit [B, 6] int64: image size, top left corner of the crop, and crop size, which are SDXL's time_ids
+    token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] from the cache
+    is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
+    tag_weight [B]; or ragged tags and tags_shown (bool), from which `TagBalance` computes the weight
 
-Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the rest of a step, with the equations.
+Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,14 +45,14 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_BINS = 5  # of timesteps, whose losses are logged
+_BINS = 5  # ranges of timesteps with a logged error each
 
 
 class NoiseConfig(Strict):
-    """What is predicted, and at which noise.
+    """The prediction type and the noise schedule.
 
-    convert: accepts a base model of another prediction type or noise table, which training then changes.
-    shift_by_resolution: more noise for larger images, so that an area of 1024 x 1024 px has SDXL's table.
+    convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
+    shift_by_resolution: more noise for larger images; at 1024 x 1024 px, SDXL's own schedule.
     offset: strength of a random brightness in the noise; 0 is off.
     """
 
@@ -66,14 +66,14 @@ class NoiseConfig(Strict):
     def _has_a_target_everywhere(self) -> Self:
         if self.zero_terminal_snr and self.prediction_type == "epsilon":
             raise ValueError(
-                "task.noise.prediction_type: epsilon has nothing to predict where task.noise.zero_terminal_snr=true "
-                "makes the last timestep pure noise; set v_prediction, or zero_terminal_snr=false"
+                "task.noise.prediction_type: epsilon has nothing to predict at the last timestep, which is pure noise "
+                "with task.noise.zero_terminal_snr=true; set v_prediction, or zero_terminal_snr=false"
             )
         return self
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level: `loss_weight` of models/sdxl/step.py has their meaning."""
+    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py."""
 
     weighting: sdxl.Weighting
     gamma: Positive
@@ -81,7 +81,7 @@ class LossConfig(Strict):
 
 
 class TimestepsConfig(Strict):
-    """How timesteps are drawn; mean and std are of logit_normal."""
+    """How to draw timesteps. mean and std belong to logit_normal."""
 
     sampling: sdxl.TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
@@ -89,29 +89,23 @@ class TimestepsConfig(Strict):
 
 
 class DiffusionTaskConfig(TaskConfig):
-    """SDXL on captioned images.
-
-    chunk: samples of one bucket that follow each other; a micro-batch is a part of it. caption_chunks: of 75 words,
-    which captions have at most. tag_weights: null weighs all images alike. lora: null trains the whole U-Net.
-    train_text_encoders: the whole encoders, beside the whole U-Net. average_on: where the average of loop.ema_decay is.
-    latent_cache, text_cache: folders; null encodes at every step. text_variants: of a caption in the cache.
-    """
+    """SDXL on captioned images."""
 
     name: Literal["diffusion"]
     noise: NoiseConfig
     loss: LossConfig
     timesteps: TimestepsConfig
     buckets: BucketConfig
-    chunk: BatchSize
+    chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
-    caption_chunks: Annotated[int, Field(ge=1, le=8)]
-    tag_weights: TagWeightsConfig | None
-    lora: LoRAConfig | None
-    train_text_encoders: bool
-    average_on: Literal["device", "cpu"]
-    latent_cache: PathText | None
-    text_cache: PathText | None
-    text_variants: Count
+    caption_chunks: Annotated[int, Field(ge=1, le=8)]  # the longest caption, in chunks of 75 tokens
+    tag_weights: TagWeightsConfig | None  # null: all images have the same weight
+    lora: LoRAConfig | None  # null: train the whole U-Net
+    train_text_encoders: bool  # the whole encoders, together with the whole U-Net
+    average_on: Literal["device", "cpu"]  # where to keep the average (loop.ema_decay)
+    latent_cache: PathText | None  # a folder; null: encode images at every step
+    text_cache: PathText | None  # a folder; null: encode captions at every step
+    text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
 
     @property
@@ -121,38 +115,37 @@ class DiffusionTaskConfig(TaskConfig):
 
     @property
     def reestimates(self) -> bool:
-        """Whether training weighs tags anew."""
+        """Whether tag weights are updated in training."""
         return self.tag_weights is not None and self.tag_weights.reestimate_steps is not None
 
     def check_run(self, config: TrainingConfig) -> None:
-        """Raise ValueError where two settings exclude each other."""
+        """Raise ValueError if two settings exclude each other."""
         if config.loop.sampling != "shuffled":
             raise ValueError(
-                f"loop.sampling: {config.loop.sampling} is not for task=diffusion, which takes images by bucket; set "
-                "loop.sampling=shuffled (task.tag_weights lets rare tags count more)"
+                f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
+                "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
             )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
-                "task.train_text_encoders: true trains the whole encoders, and task.lora is set; set "
-                "task.lora.text_encoders=true for a LoRA of them, or task.lora=null"
+                "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
+                "task.lora.text_encoders=true to train them by LoRA, or task.lora=null"
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError(
-                "task.text_cache: holds the texts of frozen encoders, and the encoders are trained; set it to null"
+                "task.text_cache: the cache needs frozen text encoders, but they are trained; set it to null"
             )
         if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
             raise ValueError(
-                "task.text_cache: holds one text of a caption, and task.captions shuffles or drops tags; set "
-                "task.text_variants=8, say, or task.text_cache=null"
+                "task.text_cache: the cache holds one text per caption, but task.captions shuffles or drops tags; set "
+                "task.text_variants=8, for example, or task.text_cache=null"
             )
 
 
 class TagBalance(nn.Module):
-    """Weights [T] float32 of tags, every `reestimate_steps` by how often training has shown each: counts [T] int64.
+    """Weights of tags, float32 [T], updated every `reestimate_steps` from how often training has shown each tag.
 
-    What is counted is what the network was told: neither dropped tags and captions, nor unreadable images, nor skipped
-    steps. Counts are integers, so their sum over ranks is exact. facts: for the first weights
-    (data/tags/tag_weights.py).
+    It counts only tags that reached the network: not dropped tags and captions, unreadable images or skipped steps.
+    Counts are int64 [T], so their sum over ranks is exact. facts: give the first weights (data/tags/tag_weights.py).
     """
 
     def __init__(self, config: TagWeightsConfig, facts: Mapping[str, Sequence[float]]) -> None:
@@ -163,12 +156,12 @@ class TagBalance(nn.Module):
         self.register_buffer("shown", torch.zeros(len(self._factors), dtype=torch.int64))
         self.register_buffer("pending", torch.zeros_like(self.shown))  # of this step and rank
 
-    @torch.compiler.disable  # the number of tags of a batch is not one to compile for
+    @torch.compiler.disable  # the number of tags changes with each batch
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Return the mean weight of each sample's tags, float32 [B], 1 where it has none; count the tags shown."""
+        """Return the mean weight of each sample's tags, float32 [B], or 1 without tags; count the shown tags."""
         tags, offsets = batch["tags"], batch["tags_offsets"]
-        # From 1; 0 and B + 1 own the tags of other parts of a batch that was cut (data/stream/batch.py).
+        # Samples count from 1; 0 and B + 1 own tags of other micro-batches (data/stream/batch.py).
         owners = torch.bucketize(torch.arange(len(tags), device=tags.device), offsets, right=True)
         shown = batch["tags_shown"] & F.pad(batch["weight"] > 0, (1, 1))[owners]
         self.pending.index_add_(0, tags, shown.long())
@@ -177,27 +170,28 @@ class TagBalance(nn.Module):
         return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)[1:-1]
 
     def after_step(self, step: int) -> None:
-        """Add the step's counts; every `reestimate_steps` weigh anew, which waits for the device."""
+        """Add the step's counts; every `reestimate_steps`, update the weights, which waits for the device."""
         self.shown += distributed.all_reduce_sum(self.pending)
         self.pending.zero_()
         if (step + 1) % self._config.reestimate_steps == 0:
             self.weights.copy_(self._weigh(self.shown.cpu().numpy()))
             low, high = self.weights.min(), self.weights.max()
-            log.info("step %d: tags weigh %.2f to %.2f, by %s shown", step + 1, low, high, f"{self.shown.sum():,}")
+            shown = f"{self.shown.sum():,}"
+            log.info("step %d: tag weights %.2f to %.2f, from %s shown tags", step + 1, low, high, shown)
 
     def _weigh(self, counts: np.ndarray) -> Tensor:
-        """Return the weights by counts [T]: of 1 on average over the images of the collection, as `shares` has them."""
+        """Return weights from counts [T], with mean 1 over the collection's images (`shares`)."""
         weights = self._config.weigh(counts, self._factors)
         mean = weights @ self._shares
         return torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))
 
 
 class DiffusionTask(Task):
-    """Own SDXL's networks: those that are trained, or a LoRA beside them, and the frozen ones."""
+    """Own SDXL's networks, trained and frozen, and the LoRA if there is one."""
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        config, tags = setup.task, setup.facts.get("tag_weights")  # a fact of training, which weight files do not have
+        config, tags = setup.task, setup.facts.get("tag_weights")  # for training only; weight files do not have it
         self._config, self._model = config, setup.model
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
@@ -225,7 +219,7 @@ class DiffusionTask(Task):
             setattr(self, name, getattr(networks, name))
 
     def load_helpers(self) -> None:
-        """Load the networks that are not trained; encode the prompts where no text encoder stays."""
+        """Load the frozen networks. If the text encoders are not kept, encode the prompts."""
         config = self._config
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
         names = (*self.helpers, *(ENCODERS if encodes_once else ()))
@@ -244,9 +238,9 @@ class DiffusionTask(Task):
         return dict.fromkeys(self.helpers, files) if files else {}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Keep the base model's networks (`model.path`), and set `origin` to what is known of them."""
+        """Keep the networks of the base model (`model.path`), and set `origin` to its description."""
         if source is not None:
-            raise UserError("init_from: SDXL's networks are those of model.path; set init_from=null")
+            raise UserError("init_from: SDXL takes its networks from model.path; set init_from=null")
         if (path := self._model.path) is not None:
             known = describe(path)
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
@@ -264,17 +258,17 @@ class DiffusionTask(Task):
             tag_weight = batch["tag_weight"]
         else:
             tag_weight = self.tag_balance(batch)
-            # As the mean is 1, of n samples so many count: sum(w)**2 / sum(w**2) / n.
+            # The effective share of n samples is sum(w)**2 / sum(w**2) / n, and the mean of w is 1.
             logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
         return StepOutput(error * weight * tag_weight, logs)
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
-        """Weigh tags anew where that is due."""
+        """Update the weights of tags if due."""
         if self.tag_balance is not None:
             self.tag_balance.after_step(step)
 
     def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mean squared error of each sample [B], its timestep, and the weight of that noise level."""
+        """Return the mean squared error of each sample [B], its timestep, and the weight of its noise level."""
         noise_config, times = self._config.noise, self._config.timesteps
         keys = batch["key"]
         latents = self._latents(batch)
@@ -284,8 +278,8 @@ class DiffusionTask(Task):
         level = sdxl.NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
         noise = sdxl.draw_noise(keys, latents, noise_config.offset)
         pred = self._predict(sdxl.add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
-        wanted = sdxl.target(noise_config.prediction_type, latents, noise, level)
-        error, loss = (pred - wanted).square().mean(dim=(1, 2, 3)), self._config.loss
+        target = sdxl.target(noise_config.prediction_type, latents, noise, level)
+        error, loss = (pred - target).square().mean(dim=(1, 2, 3)), self._config.loss
         weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
         return error, timesteps, weight
 
@@ -302,7 +296,7 @@ class DiffusionTask(Task):
         ).sample.float()
 
     def _latents(self, batch: Batch) -> Tensor:
-        """Return scaled latents, float32 [B, 4, h, w], drawn from what the VAE says of each image."""
+        """Return scaled latents, float32 [B, 4, h, w], sampled from the VAE's distribution for each image."""
         if "images" in batch:
             mean, logvar = sdxl.encode_images(self.vae, batch["images"])
         else:
@@ -323,9 +317,9 @@ class DiffusionTask(Task):
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure the loss of `val` at fixed noise and timesteps; make the pictures of `task.samples.prompts`.
+        """Measure the loss of `val` at fixed noise and timesteps, and generate a picture per `task.samples.prompts`.
 
-        `tone_N` is the mean brightness, 0 to 1, of the picture of the N-th prompt: of a black picture it is 0.
+        `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
 
         def measure(batch: Batch) -> dict[str, Tensor]:
@@ -341,7 +335,7 @@ class DiffusionTask(Task):
         return Report(scalars, images=images)
 
     def sample(self) -> np.ndarray:
-        """Return the pictures of `task.samples`, uint8 [N, H, W, 3]; on all ranks the same."""
+        """Return the pictures of `task.samples`, uint8 [N, H, W, 3], the same on all ranks."""
         noise = self._config.noise
         if self._config.text_cache is None:
             self._prompts = encode_prompts(self.text_encoder, self.text_encoder_2, self._config)
@@ -352,7 +346,7 @@ class DiffusionTask(Task):
 
 @torch.no_grad()
 def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskConfig) -> Prompts:
-    """Return the prompts of `task.samples`, and the empty one as training has it."""
+    """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
     ids = tokenize(["", *config.samples.prompts], config.caption_chunks).to(first.device)
     embeds, pooled = sdxl.encode_text(first, second, ids)
     if config.captions.dropout_to == "zeros":

@@ -1,4 +1,4 @@
-"""SDXL as a kind of training: captioned images in buckets of shapes, from files or from caches of latents and texts."""
+"""SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
@@ -42,32 +42,32 @@ from utils.ranks import distributed
 HASHES = Path("outputs/cache/image_hashes.jsonl")
 _TEXTS_AT_ONCE = 16
 
-# Of each row of the collection by its tags; or the tags, which the task weighs; None: all rows weigh alike.
+# A weight per row of the collection, or the tags from which the task computes weights; None: equal weights.
 Weights = np.ndarray | ImageTags | None
-Texts = Callable[[str], Mapping[str, Tensor]]  # what the network is given of a caption
+Texts = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 
 
 class DiffusionKind(Kind):
-    """SDXL, by a LoRA or whole."""
+    """SDXL: a LoRA, or the whole network."""
 
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
     scripts = ("finetune_sdxl",)
     next_commands = ("python export.py format=single_file run_dir={run}", *Kind.next_commands)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the tags' counts, where training weighs them anew; what the task is otherwise, its config says.
+        """Return the counts of tags if training updates their weights, and otherwise no facts.
 
-        Raises UserError (`task.noise`) where the base model predicts something else.
+        Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
         """
         task, path = config.task, config.model.path
         if path is not None and not task.noise.convert:
             source = describe(path)
-            stated = {name: source[name] for name in ("prediction_type", "zero_terminal_snr")}
-            if stated != task.noise.model_dump(include=stated.keys()):
-                settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in stated.items())
+            base = {name: source[name] for name in ("prediction_type", "zero_terminal_snr")}
+            if base != task.noise.model_dump(include=base.keys()):
+                settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in base.items())
                 raise UserError(
-                    f"task.noise: {path} was trained otherwise; set {settings}, or task.noise.convert=true to train it "
-                    "into what is set now, which takes a long run"
+                    f"task.noise: {path} was trained otherwise; set {settings}, or task.noise.convert=true to convert "
+                    "it to the current settings, which takes a long run"
                 )
         if not task.reestimates:
             return {}
@@ -75,16 +75,16 @@ class DiffusionKind(Kind):
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
-        """Return nothing: weight files state nothing of images."""
+        """Return nothing: weight files do not describe images."""
         return {}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the images; those that a cache of latents encodes once are not kept in memory."""
+        """Return the images. With a latent cache they are read once, so they are not kept in memory."""
         background = DEFAULT if config.background is None else config.background
         return open_images(collection, config, 3, background, repeats=repeats and setup.task.latent_cache is None)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the data of a run; caches are filled first, but not in a dry run, which reads no image."""
+        """Return the data of a run. This fills the caches first, except in a dry run, which reads no image."""
         task, collection = setup.task, data.collection
         if config.dry_run:
             setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
@@ -121,9 +121,9 @@ class DiffusionKind(Kind):
 
 
 def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, parts: int, weights: Weights) -> Fields:
-    """Return what adds a sample's caption, its place in the step, and its weight or tags.
+    """Return a function that adds a sample's caption, its position in the step, and its weight or tags.
 
-    variants: of one caption; None draws a new one each time. parts: samples of a step, over all ranks.
+    variants: per caption; None draws a new variant each time. parts: samples of a step, over all ranks.
     """
 
     def choose(example: Example) -> tuple[str, bool]:
@@ -149,16 +149,19 @@ def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, pa
 
 
 def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Texts, int | None]:
-    """Return tokens of captions, or records of the text cache, which is filled first, and how many variants it has."""
+    """Return a function to the tokens of a caption, or to its record in the text cache, and the number of variants.
+
+    This fills the text cache first.
+    """
     task, captions = setup.task, setup.task.captions
     if task.text_cache is None:
         return lambda caption: {"token_ids": tokenize([caption], task.caption_chunks)[0]}, None
     variants = task.text_variants if training and captions.varies_tags else 1
     vary = captions.vary_tags if training else lambda text, generator: captions.complete(text)
     texts = [captions.read(data.collection.row(int(row))) for row in rows]
-    wanted = [vary_caption(text, number, vary) for text in texts for number in range(variants)]
+    to_encode = [vary_caption(text, number, vary) for text in texts for number in range(variants)]
 
-    @cache  # loaded where a text is missing
+    @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
         networks = open_networks(setup.model, ENCODERS, frozen=True)
         return [getattr(networks, name).to(data.machine.device) for name in ENCODERS]
@@ -168,16 +171,16 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
 
     recipe = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
     store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe)
-    store.fill(["", *wanted], encode, _TEXTS_AT_ONCE)
+    store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
     return store.read, variants
 
 
 def _read(
     data: Data, setup: Setup, rows: np.ndarray, parts: int, weights: Weights, *, training: bool
 ) -> tuple[Buckets, Data, Views, Fields]:
-    """Return the buckets of some rows, and the data, views and fields: of the files, or of caches that it fills first.
+    """Return the buckets, data, views and fields of some rows, from files or from caches, which are filled first.
 
-    parts, weights: as in `caption_fields`.
+    parts, weights: see `caption_fields`.
     """
     task, collection = setup.task, data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
@@ -197,7 +200,7 @@ def _read(
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
-    """Return a hash of some networks: of their files, or of a single file as a whole."""
+    """Return a hash of some networks' files, or of the single file that has them all."""
     files = base_files(model)
     chosen = [file for file in files if len(files) == 1 or file.parent.name in parts]
     hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in chosen])

@@ -1,11 +1,12 @@
-"""Distillation: a student learns what a frozen teacher makes of the same views, mixed ones too.
+"""Distillation: a student learns the outputs of a frozen teacher for the same views, mixed views included.
 
-The loss is (1 - label_share) * logits + label_share * labels + feature_weight * features, of what `task` names. Logits
-are divided by the temperature, and compared by the cross-entropy of each tag, summed, or by the divergence of classes.
-A linear map of the student's features (what a head reads) is compared with the teacher's, standardised for each image.
+The loss is (1 - label_share) * logits + label_share * labels + feature_weight * features; `task.targets` selects the
+terms. Logits are divided by the temperature. Their term is the cross-entropy summed over tags, or the KL divergence of
+classes. The features term compares a linear map of the student's features (the head's input) with the teacher's,
+standardised per image.
 
-A student of logits is a tagger or classifier: its weight files are those of task=tagging or task=classification, with
-the teacher's tags or classes, and need no teacher. A student of features alone has no head.
+A student of logits is a tagger or classifier with the teacher's tags or classes. It writes the weight files of
+task=tagging or task=classification, which need no teacher. A student of features alone has no head.
 
 Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.05237), the same mixed views; Wei et al.
 2022 (arXiv 2205.14141), equation 2, features. Differs: features are pooled.
@@ -54,11 +55,10 @@ _BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
-    """What a student learns.
+    """The teacher and the terms of the loss. Tag rules and orientation apply to labels, as in task=tagging.
 
-    teacher: a run or weight file of a tagger or classifier of ours, or the name of a network of timm that has weights.
-    label_share: of the labels' loss beside that of the logits; 0: images need no labels, and none is read in training.
-    Rules and orientation are of tags as labels, as in task=tagging.
+    teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
+    label_share: the weight of the labels' loss relative to the logits' loss; with 0, images need no labels.
     """
 
     name: Literal["distillation"]
@@ -70,12 +70,12 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
     orientation: PathText | None
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for images of many shapes, because a teacher sees one, and for labels without a head."""
+        """Raise ValueError for buckets, because a teacher takes one image size, and for labels without a head."""
         if self.label_share > 0 and self.targets == "features":
             raise ValueError(f"task.label_share: {self.label_share:g}, but a student of features has no head; set 0")
         if config.augment.pad == "buckets":
             raise ValueError(
-                "augment.pad: buckets gives images many shapes, and a teacher sees images of one; set "
+                "augment.pad: buckets gives images of many shapes, but a teacher takes images of one; set "
                 "augment.pad=square or none"
             )
 
@@ -84,7 +84,7 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
 
 
 def find_student(setup: Setup) -> tuple[Kind, Setup]:
-    """Return the kind and the setup of a student outside its run: a tagger, a classifier, or a backbone alone."""
+    """Return the kind and setup of the student as a model of its own: a tagger, a classifier, or a backbone."""
     if "tag_names" in setup.facts:
         kind, more = TaggingKind(), {"name": "tagging", "vocabulary": None, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
@@ -96,7 +96,7 @@ def find_student(setup: Setup) -> tuple[Kind, Setup]:
 
 
 def _run(network: nn.Module, images: Tensor, targets: str) -> tuple[Tensor | None, Tensor | None]:
-    """Return the logits [B, K] and features [B, C] of those that are compared, float32."""
+    """Return logits [B, K] and features [B, C], float32; None for those that `targets` does not select."""
     if targets == "logits":
         return network(images).float(), None
     maps = network.forward_features(images)
@@ -105,16 +105,16 @@ def _run(network: nn.Module, images: Tensor, targets: str) -> tuple[Tensor | Non
 
 
 class DistillationTask(Task):
-    """Own the student, which is a task of its own, and the teacher; a weight file of the student needs no teacher."""
+    """Own the student, which is a complete task, and the teacher. Weight files contain only the student."""
 
     trained, averaged, helpers = ("student.network",), {"student.network": "device"}, ("teacher",)
     exported = ("student.network",)
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        kind, outside = find_student(setup)
-        self.student, self.mixing = kind.build(outside), Mixing(setup.task)
-        self.metadata = {**self.student.metadata, "task": outside.task.model_dump(), "frozen": {}}
+        kind, student = find_student(setup)
+        self.student, self.mixing = kind.build(student), Mixing(setup.task)
+        self.metadata = {**self.student.metadata, "task": student.task.model_dump(), "frozen": {}}
         self._config, teacher = setup.task, setup.facts.get("teacher")
         self._is_labelled, self.teacher = setup.facts.get("labelled", False), None
         if self._is_labelled:
@@ -146,21 +146,22 @@ class DistillationTask(Task):
         return {} if path is None else {"teacher": [path]}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the student's network of a run or file."""
+        """Load the student's network from a run or file."""
         self.student.initialise(source)
         self.origin = self.student.origin
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
-        """Return each sample's loss; in evaluation without the labels'."""
+        """Return each sample's loss. In evaluation, it excludes the labels' loss."""
         config, losses = self._config, {}
         images, targets = self.views(batch)
         logits, features = _run(self.student.network, images, config.targets)
-        taught, wanted = self._teach(images)
+        teacher_logits, teacher_features = self._teach(images)
         if logits is not None:
-            losses["teacher_loss"] = config.temperature**2 * self._differ(logits, taught)
+            losses["teacher_loss"] = config.temperature**2 * self._differ(logits, teacher_logits)
         if features is not None:
-            found, wanted = self.projection(features).float(), F.layer_norm(wanted, wanted.shape[1:])
-            losses["feature_loss"] = F.smooth_l1_loss(found, wanted, beta=2.0, reduction="none").mean(dim=1)
+            projected = self.projection(features).float()
+            target = F.layer_norm(teacher_features, teacher_features.shape[1:])
+            losses["feature_loss"] = F.smooth_l1_loss(projected, target, beta=2.0, reduction="none").mean(dim=1)
         share = config.label_share
         if share > 0 and self.training:
             losses["label_loss"] = self.student.label_losses(logits, targets, progress)
@@ -169,7 +170,7 @@ class DistillationTask(Task):
         return StepOutput(total, {name: log_mean(loss, batch["weight"]) for name, loss in losses.items()})
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return images for the student, and targets; [B, 0] where no label is read."""
+        """Return images for the student, and targets, which are [B, 0] if no label is needed."""
         if self._config.label_share > 0 and self.training:
             return self.student.views(batch)
         images = self.student.normalise(batch["images"])
@@ -178,26 +179,26 @@ class DistillationTask(Task):
     @torch.no_grad()
     def _teach(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return the teacher's logits and features; images: normalised for the student."""
-        seen = self.renormalise(images)
-        if seen.shape[-2:] != self._teacher_hw:
-            seen = F.interpolate(seen, self._teacher_hw, mode="bicubic", antialias=True)
-        return _run(self.teacher, seen, self._config.targets)
+        images = self.renormalise(images)
+        if images.shape[-2:] != self._teacher_hw:
+            images = F.interpolate(images, self._teacher_hw, mode="bicubic", antialias=True)
+        return _run(self.teacher, images, self._config.targets)
 
-    def _differ(self, logits: Tensor, taught: Tensor) -> Tensor:
-        """Return, of each sample [B], the cross-entropy summed over tags, or the divergence of classes."""
-        logits, taught = logits / self._config.temperature, taught / self._config.temperature
+    def _differ(self, logits: Tensor, target: Tensor) -> Tensor:
+        """Return the cross-entropy summed over tags, or the KL divergence of classes, of each sample [B]."""
+        logits, target = logits / self._config.temperature, target / self._config.temperature
         if "tag_names" in self.metadata:
-            return bce(logits, taught.sigmoid()).sum(dim=1)
-        return F.kl_div(logits.log_softmax(1), taught.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
+            return bce(logits, target.sigmoid()).sum(dim=1)
+        return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure `val`, by its labels where it has some, else by the loss. Raises UserError without a teacher."""
+        """Measure `val` by its labels if it has any, else by the loss. Raises UserError without a teacher."""
         if self.teacher is None:
-            raise UserError("weights: a student of features is measured in its run alone, beside its teacher")
+            raise UserError("weights: a student of features can be measured only in its run, with its teacher")
         if self._is_labelled:
             return self.student.evaluate(loaders, step)
-        end = torch.ones(())  # of the run; nothing reads it here
-        return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, end).loss}))
+        progress = torch.ones(())  # not used in evaluation
+        return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, progress).loss}))
 
 
 # ---------------------------------------------------------------------------------------------------------- the teacher
@@ -205,56 +206,56 @@ class DistillationTask(Task):
 
 @about("task.teacher")
 def _find_file(source: str) -> Path | None:
-    """Return the teacher's weight file; None for the name of a network of timm."""
+    """Return the teacher's weight file, or None for the name of a timm network."""
     return find_weights(source, "best") if Path(source).exists() else None
 
 
 @about("task.teacher")
 def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what a teacher is built from, as a fact, and the names of its outputs, {} without a head.
+    """Return a teacher's model, preprocessing and outputs, as a fact, and the names of its outputs ({} without a head).
 
-    channels: of the student's images. Raises UserError (`task.teacher`).
+    channels: the channels of the student's images. Raises UserError (`task.teacher`).
     """
     if path := _find_file(source):
         shapes, metadata = read_weights(path, shapes_only=True)
         kinds = {"tagging": TaggingKind(), "classification": ClassificationKind()}
         setup = check_weights(path, shapes, metadata, kinds)[1]
-        model, stated, names = setup.model, dict(setup.preprocessing), dict(setup.facts)
+        model, preprocessing, names = setup.model, dict(setup.preprocessing), dict(setup.facts)
         outputs = len(next(iter(names.values())))
     else:
         import timm
 
         if not timm.is_model(source):
             known = close_names(source, timm.list_models())
-            raise UserError(f"{source!r} is neither a run nor a weight file nor a network of timm; {known}")
+            raise UserError(f"{source!r} is neither a run nor a weight file nor a timm network; {known}")
         model = TimmConfig(family="timm", name=source, in_channels=channels, drop_path_rate=None)
-        stated = stated_preprocessing(model)
+        preprocessing = stated_preprocessing(model)
         outputs = timm.get_pretrained_cfg(source).num_classes
         names = {"class_names": [str(index) for index in range(outputs)]} if outputs else {}
     if model.in_channels != channels:
         raise UserError(
-            f"{source} takes images of {model.in_channels} channels, and the student of {channels}; set "
-            f"model.in_channels={model.in_channels}, and augment.mean and augment.std of as many numbers"
+            f"{source} takes images of {model.in_channels} channels, but the student takes {channels}; set "
+            f"model.in_channels={model.in_channels}, and that many numbers in augment.mean and augment.std"
         )
-    if stated.get("buckets_hw") is not None:
+    if preprocessing.get("buckets_hw") is not None:
         raise UserError(
-            f"{source} was trained on images of several shapes (augment.pad=buckets) and would see squares, "
-            "where it is wrong far more often; name a teacher that was trained with augment.pad=square or none"
+            f"{source} was trained on images of several shapes (augment.pad=buckets) but would see squares, and there "
+            "it is wrong far more often; name a teacher that was trained with augment.pad=square or none"
         )
-    return {"model": model.model_dump(), "preprocessing": stated, "outputs": outputs}, names
+    return {"model": model.model_dump(), "preprocessing": preprocessing, "outputs": outputs}, names
 
 
 class DistillationKind(Kind):
-    """A student of features is of this kind; one of logits is a tagger or a classifier outside its run.
+    """A student and its teacher. Outside its run, a student of logits is a tagger or a classifier.
 
-    The images have labels where these are read: in training by `task.label_share`, in evaluation where there are some.
+    Training uses labels if `task.label_share` is above 0, and evaluation if `val` has any.
     """
 
     config, task = DistillationTaskConfig, DistillationTask
     output, network = "features", "student.network"
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the teacher, the names of its outputs where they are learned, and whether `val` has labels."""
+        """Return the teacher, the names of its outputs if the student learns them, and whether `val` has labels."""
         task = config.task
         teacher, names = find_teacher(task.teacher, config.model.in_channels)
         if task.targets == "features":
@@ -264,7 +265,7 @@ class DistillationKind(Kind):
         facts = {"teacher": teacher, **names}
         if "tag_names" in names:
             counts, is_rating = np.array(names["tag_counts"]), np.array(names["tag_categories"]) == RATING
-            # Each image has one rating; of a vocabulary without ratings, the commonest tag.
+            # The number of images: each has one rating. Without ratings, take the most frequent tag's count.
             facts["tag_priors"] = (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
         kind, student = find_student(Setup(config.model, task, facts=facts))
         if task.label_share > 0:
@@ -279,12 +280,12 @@ class DistillationKind(Kind):
         return {**facts, "labelled": labelled}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return the labelled rows and their labels, where they are trained on, else all rows."""
+        """Return the labelled rows and their labels if training uses labels, else all rows."""
         kind, student = find_student(setup)
         return kind.samples(collection, student) if setup.task.label_share > 0 else super().samples(collection, setup)
 
     def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`: its labelled images, where it has some."""
+        """Return the labelled images of `val`, or all its images if none has a label."""
         if setup.facts.get("labelled"):
             kind, student = find_student(setup)
             return kind.evaluation(data, student, training=training)

@@ -110,6 +110,6 @@ def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_ar
     with pytest.raises(UserError, match="^task.noise: base .*prediction_type=v_prediction"):
         run("finetune_sdxl", [*SHORT, *other], place)
     run("finetune_sdxl", [*SHORT, *other, "task.noise.convert=true"], place)
-    with pytest.raises(UserError, match="^format: kohya is of a LoRA"):
+    with pytest.raises(UserError, match="^format: kohya is for a LoRA"):
         run("export", ["run_dir=whole", "format=kohya", "output=refused"], place)
     assert not (place / "refused").exists()
