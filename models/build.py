@@ -1,4 +1,4 @@
-"""From the `model` group of the configuration to a network."""
+"""Build a network from the `model` group of the configuration."""
 
 import torch
 from torch import nn
@@ -9,21 +9,20 @@ from utils.errors import UserError, close_names
 
 
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
-    """Build the network with fresh weights; `num_classes` 0 makes no head.
+    """Build the network with random weights; `num_classes` 0 makes no head.
 
-    Raises UserError (`model.name`, `model.drop_path_rate`, `model.image_size_hw`) where timm refuses it.
+    Raises UserError (`model.name`, `model.drop_path_rate`, `model.image_size_hw`) if timm cannot build it.
     """
     if isinstance(config, TimmConfig):
         return _build_timm(config, num_classes)
-    stated = config.model_dump(exclude={"family", "name"})
-    return ConvNeXtV2(**stated, num_classes=num_classes)
+    return ConvNeXtV2(**config.model_dump(exclude={"family", "name"}), num_classes=num_classes)
 
 
 def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> None:
-    """Raise UserError (`augment.image_size_hw`) where the network does not take images of this size.
+    """Raise UserError (`augment.image_size_hw`) if the network does not take images of this size.
 
-    A ConvNeXt V2's total stride must divide both sides; a timm network is tried on the meta device, where it takes
-    neither memory nor arithmetic.
+    The total stride of a ConvNeXt V2 must divide both sides. A timm network is tried on the meta device, which needs
+    neither memory nor computation.
     """
     if isinstance(config, ConvNeXtV2Config):
         stride = config.total_stride
@@ -31,7 +30,7 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
             nearest = [max(stride, round(side / stride) * stride) for side in image_size_hw]
             raise UserError(
                 f"augment.image_size_hw: {list(image_size_hw)} is not a multiple of the total stride {stride} of "
-                f"{config.name} on both sides; set {nearest}, or choose a model of smaller stride"
+                f"{config.name} on both sides; set {nearest}, or choose a model with a smaller stride"
             )
         return
     try:
@@ -54,31 +53,31 @@ def check_image_size(config: ModelConfig, image_size_hw: tuple[int, int]) -> Non
 
 @torch.no_grad()
 def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) -> str | None:
-    """Return the error of a network on the meta device for images of a size, None where it accepts them."""
+    """Return a meta-device network's error for images of a size, or None if it accepts them."""
     try:
         with torch.device("meta"):
             network(torch.zeros(1, channels, *image_size_hw))
-    except Exception as error:  # timm's networks assert, and those that do not fail where shapes do not fit
+    except Exception as error:  # an assertion of timm, or any error for shapes that do not fit
         return (str(error) or type(error).__name__).splitlines()[0].rstrip(".")
     return None
 
 
 def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
-    """Build a timm network without weights, hence without network access."""
+    """Build a timm network without weights, and so without network access."""
     import timm  # takes 0.8 s, so only where it is used
 
-    # Names such as hf-hub:... are not registered either: timm would look them up on the internet.
+    # Names such as hf-hub:... are not registered, and timm would look them up on the internet.
     if not timm.is_model(config.name):
         raise UserError(
             f"model.name: unknown timm model {config.name!r}; {close_names(config.name, timm.list_models())}"
         )
-    stated = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
-    extra = {name: value for name, value in stated.items() if value is not None}
+    options = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
+    extra = {name: value for name, value in options.items() if value is not None}
     try:
         return timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
         )
-    except (RuntimeError, TypeError) as error:  # a tag of no weights; an argument that the network does not have
+    except (RuntimeError, TypeError) as error:  # an unknown tag, or an argument that the network does not have
         keys = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}
         key = next((keys[name] for name in extra if name in str(error)), "model.name")
-        raise UserError(f"{key}: timm cannot build {config.name} so ({error}); set null, or another name") from error
+        raise UserError(f"{key}: timm cannot build {config.name} ({error}); set null, or another name") from error

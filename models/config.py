@@ -1,6 +1,6 @@
-"""The shape of the `model` group: one pydantic model per family, told apart by `family`.
+"""The schema of the `model` group: one pydantic model per `family`.
 
-The values are in conf/model/*.yaml; nothing here has a default.
+The values are in conf/model/*.yaml, not in defaults here.
 """
 
 from typing import Annotated, Literal, Self
@@ -17,7 +17,7 @@ class ConvNeXtV2Config(Strict):
     family: Literal["convnextv2"]
     name: str = Field(min_length=1)
     in_channels: Width
-    # A weight file states these too, and may come from a stranger.
+    # Bounded, because they may also come from a stranger's weight file.
     depths: list[Depth] = Field(min_length=2, max_length=5)
     dims: list[Width] = Field(min_length=2, max_length=5)
     stem_stride: Width  # 1, 2 or 4
@@ -27,7 +27,7 @@ class ConvNeXtV2Config(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if self.stem_stride not in (1, 2, 4):
-            raise ValueError(f"model.stem_stride: {self.stem_stride} is no stride of a stem; set 1, 2 or 4")
+            raise ValueError(f"model.stem_stride: {self.stem_stride} is not supported; set 1, 2 or 4")
         if len(self.depths) != len(self.dims):
             raise ValueError(
                 f"model.dims: {len(self.dims)} widths {self.dims} for {len(self.depths)} stages "
@@ -37,15 +37,15 @@ class ConvNeXtV2Config(Strict):
 
     @property
     def total_stride(self) -> int:
-        """Return the pixels per side of one site of the last feature map."""
+        """Return the pixels per side of a site in the last feature map."""
         return self.stem_stride * 2 ** (len(self.dims) - 1)
 
 
 class TimmConfig(Strict):
-    """Describe a network by its timm name; `drop_path_rate: null` leaves the network's own default alone.
+    """Describe a network by its timm name; `drop_path_rate: null` keeps the network's default.
 
-    image_size_hw: for networks that are made for images of one size, such as ViTs; null: the size of the name. Weights
-    of another size are interpolated when they are loaded.
+    image_size_hw: for networks that need one image size, such as ViTs; null: the default of the name. Weights for
+    another size are interpolated when they are loaded.
     """
 
     family: Literal["timm"]

@@ -1,10 +1,10 @@
-"""ConvNeXt V2 for any number of channels, stages and any image shape, dense or with masked sites.
+"""ConvNeXt V2 for any number of channels, any image shape and 2 to 5 stages, dense or with masked sites.
 
-Parameters carry the published names. The sizes are data (conf/model/convnextv2_*.yaml); `models/build.py` makes a
-network from them.
+Parameters have the published names. The sizes are in conf/model/convnextv2_*.yaml, and models/build.py builds the
+network.
 
-Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors: masked sites are 0 wherever a convolution
-reads them, and GRN uses visible sites only, so that nothing under the mask can reach a visible output.
+Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors. Convolutions read 0 at masked sites, and
+GRN uses visible sites only, so nothing under the mask can reach a visible output.
 """
 
 import re
@@ -18,14 +18,14 @@ from torch.utils.checkpoint import checkpoint
 from models.depthwise import DepthwiseConv2d
 from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
 
-_GROUP_LAST = 12  # of the `group` kind of layer decay
+_GROUP_LAST = 12  # the last layer for layer decay of kind `group`
 
 
 def init_weights(module: nn.Module) -> None:
-    """Draw the weights of a convolution or linear layer (std .02) and zero its bias; use with `module.apply`.
+    """Draw the weights of a convolution or linear layer (std .02) and zero its bias; for `module.apply`.
 
-    Differs: the published code draws a truncated normal, whose bounds are 100 standard deviations away. torch draws it
-    differently from release to release, but the plain normal always equally.
+    Differs: the published code draws a truncated normal with bounds 100 standard deviations away. torch's truncated
+    normal changes between releases, while its plain normal does not.
     """
     if isinstance(module, nn.Conv2d | nn.Linear):
         nn.init.normal_(module.weight, std=0.02)
@@ -69,17 +69,17 @@ class Block(nn.Module):
         branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
         branch = F.gelu(self.pwconv1(self.norm(branch)))
         branch = self.pwconv2(self.grn(branch, visible)).permute(0, 3, 1, 2)
-        # The biases fill masked sites again, so the result is selected once more.
+        # Select again, because the biases have filled the masked sites.
         return select_visible(x + self.drop_path(branch), visible)
 
 
 class ConvNeXtV2(nn.Module):
-    """Classify images, or give the last feature map to FCMAE.
+    """Classify images, or compute the last feature map for FCMAE.
 
-    The stem is a convolution whose kernel is its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with
-    padding 1: the layer norm after a 1x1 stem would remove each pixel's brightness. Stochastic depth grows linearly
-    from 0 at the first block to `drop_path_rate` at the last. Initial weights are normal with std .02 (`init_weights`),
-    biases 0, and the head is scaled by `head_init_scale`. `num_classes` 0 makes neither head nor final norm.
+    The kernel of the stem equals its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with padding 1, because
+    the layer norm after a 1x1 stem would remove each pixel's brightness. Stochastic depth grows linearly from 0 at the
+    first block to `drop_path_rate` at the last. Weights start normal with std .02 (`init_weights`), biases start at 0,
+    and the head is scaled by `head_init_scale`. With `num_classes` 0 there is no head and no final norm.
 
     Source: Woo et al. 2023 (arXiv 2301.00808); facebookresearch/ConvNeXt-V2:models/convnextv2.py.
     Differs: 2 to 5 stages, stem strides 1 and 2, and `visible` (the published sparse twin needs MinkowskiEngine).
@@ -100,8 +100,8 @@ class ConvNeXtV2(nn.Module):
         assert len(depths) == len(dims), (depths, dims)
         self.in_channels, self.num_classes, self.stem_stride = in_channels, num_classes, stem_stride
         self.depths, self.dims = tuple(depths), tuple(dims)
-        self.num_features = self.dims[-1]  # of the last feature map
-        self.total_stride = stem_stride * 2 ** (len(dims) - 1)  # pixels per side of one of its sites
+        self.num_features = self.dims[-1]  # channels of the last feature map
+        self.total_stride = stem_stride * 2 ** (len(dims) - 1)  # pixels per side of a site in the last feature map
         self.grad_checkpointing = False
 
         kernel, padding = (3, 1) if stem_stride == 1 else (stem_stride, 0)
@@ -111,7 +111,7 @@ class ConvNeXtV2(nn.Module):
             halve = nn.Conv2d(before, after, kernel_size=2, stride=2)
             self.downsample_layers.append(nn.Sequential(ChannelsFirstLayerNorm(before), halve))
 
-        # Plain numbers: a tensor of rates could not be read back when the network is built on the meta device.
+        # Plain numbers: the values of a tensor could not be read on the meta device.
         last = max(sum(depths) - 1, 1)
         rates = iter([drop_path_rate * index / last for index in range(sum(depths))])
         self.stages = nn.ModuleList(
@@ -125,14 +125,14 @@ class ConvNeXtV2(nn.Module):
                 self.head.weight.mul_(head_init_scale)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Return logits [B, K]; without a head the mean over sites [B, C_last], not normalised.
+        """Return logits [B, K], or without a head the mean over sites [B, C_last], without the final norm.
 
         images: float [B, C, H, W]. Pixels beyond a multiple of `total_stride` are ignored.
         """
         return self.forward_head(self.forward_features(images))
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Return logits of a feature map; with `pre_logits` what the head reads, [B, C_last] (timm's names)."""
+        """Return the logits of a feature map, or with `pre_logits` the head's input [B, C_last] (timm's names)."""
         pooled = self.norm(features.mean(dim=(-2, -1)))
         return pooled if pre_logits else self.head(pooled)
 
@@ -144,7 +144,7 @@ class ConvNeXtV2(nn.Module):
         """Return the last feature map [B, C_last, h, w], 0 at masked sites.
 
         images: float [B, C, H, W]; visible: bool [B, h, w] with h = H / total_stride, True = kept, or None for all.
-        Pixels under the mask may hold anything, NaN too. H and W must be multiples of `total_stride` with a mask.
+        Masked pixels may have any value, even NaN. With a mask, H and W must be multiples of `total_stride`.
         """
         if visible is not None:
             height, width = (side * self.total_stride for side in visible.shape[-2:])
@@ -153,18 +153,18 @@ class ConvNeXtV2(nn.Module):
         x = images
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
             sites = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
-            x = downsample(x)  # fills masked sites with its biases; the block selects what it reads and returns
+            x = downsample(x)  # its biases fill masked sites; the block zeroes them in its input and output
             x = self.run_stage(stage, lambda block, x, sites=sites: block(x, sites), x)
         return x
 
     def last_layer(self, kind: str) -> int:
-        """Return the highest layer below the head, for layer decay: the number of blocks, or 12 for `group`."""
+        """Return the highest layer below the head for layer decay: the number of blocks, or 12 for `group`."""
         return _GROUP_LAST if kind == "group" else sum(self.depths)
 
     def layer_of(self, name: str, kind: str) -> int:
-        """Return the layer of a parameter, for layer decay; head and final norm are `last_layer` + 1.
+        """Return the layer of a parameter for layer decay; head and final norm are in layer `last_layer` + 1.
 
-        kind: `single` numbers each block, `group` counts in twelve groups, `timm` is `single` with the stem one below.
+        kind: `single` numbers each block, `group` uses twelve groups, `timm` is `single` with the stem one layer lower.
         Source: facebookresearch/ConvNeXt-V2:optim_factory.py (`single`, `group`);
         huggingface/pytorch-image-models:timm/models/convnext.py group_matcher (`timm`).
         """
@@ -185,11 +185,11 @@ class ConvNeXtV2(nn.Module):
         return self.last_layer(kind) + 1
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Let blocks keep only their input for the backward pass and compute the rest a second time (timm's name)."""
+        """Let blocks keep only their input and recompute the rest in the backward pass (timm's name)."""
         self.grad_checkpointing = enable
 
     def run_stage(self, stage: nn.Sequential, run: Callable[[Block, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Return `x` after `run(block, x)` for each block of a stage, recomputed in the backward pass where set so."""
+        """Apply `run(block, x)` for each block of a stage, with gradient checkpointing if it is set."""
         for block in stage:
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(run, block, x, use_reentrant=False)

@@ -1,9 +1,9 @@
-"""A depthwise convolution whose backward pass is fast on CPUs too.
+"""A depthwise convolution with a backward pass that is fast on CPUs too.
 
 On a CPU, torch computes the weight gradient of a depthwise 7x7 ten to forty times slower than the convolution itself,
-which made it a quarter of a ConvNeXt V2's training step. But that gradient is itself a depthwise convolution,
-with each sample's channel as a separate channel and the output's gradient as the kernel. The input's gradient is one
-with the kernel flipped. Both then run at the speed of the forward pass. GPUs use torch's own gradients.
+which was a quarter of a ConvNeXt V2's training step. That gradient can be computed as a depthwise convolution: each
+channel of each sample is a separate channel, and the output's gradient is the kernel. The input's gradient is a
+convolution with the flipped kernel. Both then run at the speed of the forward pass. GPUs use torch's own gradients.
 """
 
 from typing import Any
@@ -12,21 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A kernel of more sites than this per side is no longer fast: larger maps are cut into tiles.
+# A kernel with more sites per side is not fast, so larger maps are cut into tiles.
 _TILE = 16
 
 
 def _tiles(side: int) -> tuple[int, int]:
-    """Return how many tiles a side is cut into, and how long each is."""
+    """Return the number of tiles of a side, and the length of a tile."""
     count = -(-side // _TILE)
     return count, -(-side // count)
 
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
-    """Return the gradient of the loss by the weight of a depthwise convolution of stride 1 and padding kernel // 2.
+    """Return the weight gradient of a depthwise convolution with stride 1 and padding kernel // 2.
 
-    x: [B, C, H, W], the convolution's input; grad: [B, C, H, W], the gradient by its output. Returns float32 or wider
-    [C, 1, k, k]: the samples' and tiles' shares have the dtype of `x` and are summed in float32.
+    x: [B, C, H, W], the convolution's input; grad: [B, C, H, W], the gradient of its output. Returns float32 or wider
+    [C, 1, k, k]: the terms of samples and tiles have the dtype of `x` and are summed in float32.
     """
     batch, channels, height, width = x.shape
     halo = kernel // 2
@@ -35,7 +35,7 @@ def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # channels last
     x = F.pad(x, (0, 0, halo, halo + more_w, halo, halo + more_h))
     grad = F.pad(grad, (0, 0, 0, more_w, 0, more_h))
-    # Every tile of every sample with its halo, its channels side by side: [1, B * tiles * C, tile + 2 halo, ...].
+    # Each channel of each tile of each sample, with its halo, is a channel: [1, B * tiles * C, tile + 2 halo, ...].
     x = x.unfold(1, tile_h + 2 * halo, tile_h).unfold(2, tile_w + 2 * halo, tile_w)  # [B, rows, columns, C, h, w]
     x = x.permute(4, 5, 0, 1, 2, 3).reshape(1, tile_h + 2 * halo, tile_w + 2 * halo, -1).permute(0, 3, 1, 2)
     grad = grad.reshape(batch, rows, tile_h, columns, tile_w, channels).permute(0, 1, 3, 5, 2, 4)
@@ -70,14 +70,14 @@ class _DepthwiseOnCPU(torch.autograd.Function):
 
 
 class DepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution with an odd square kernel, stride 1 and as many sites out as in."""
+    """A depthwise convolution with an odd square kernel, stride 1 and an output of the input's size."""
 
     def __init__(self, dim: int, kernel_size: int) -> None:
         assert kernel_size % 2 == 1, kernel_size
         super().__init__(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [B, C, H, W]; on a CPU in the channels_last memory format, where its kernels are fastest."""
+        """Return [B, C, H, W], on a CPU in the channels_last memory format, which is fastest there."""
         if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
             return super().forward(x)
         weight, bias = self.weight, self.bias

@@ -1,7 +1,6 @@
-"""FCMAE: a ConvNeXt V2 that learns without labels by painting the patches that a mask removed.
+"""FCMAE: a ConvNeXt V2 learns without labels by predicting masked patches (pretrain_fcmae.py).
 
 A mask is bool [B, L] over the patch grid in row-major order, True = removed; a patch is a vector [P] (`patchify`).
-Train it with `pretrain_fcmae.py`.
 """
 
 import math
@@ -22,7 +21,7 @@ def count_removed(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
 
     Raises UserError (`task.mask_ratio`) unless at least one patch is kept and one removed.
-    Source: facebookresearch/ConvNeXt-V2:models/fcmae.py. The rounding is theirs: 19 of 49 patches are kept at 0.6.
+    Source: facebookresearch/ConvNeXt-V2:models/fcmae.py, with its rounding: at 0.6, 19 of 49 patches are kept.
     """
     kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
     if 1 <= kept < num_patches:
@@ -40,7 +39,7 @@ def count_removed(num_patches: int, mask_ratio: float) -> int:
 def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -> Tensor:
     """Draw a mask, bool [L] on the generator's device, that removes exactly `count_removed` patches.
 
-    Raises UserError (`task.mask_ratio`) as `count_removed` does.
+    Raises UserError (`task.mask_ratio`) like `count_removed`.
     """
     removed = count_removed(num_patches, mask_ratio)
     order = torch.randperm(num_patches, generator=generator, device=generator.device)
@@ -50,7 +49,7 @@ def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -
 
 
 def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px: int) -> None:
-    """Raise UserError unless patches are whole encoder sites and the image is whole patches."""
+    """Raise UserError unless a patch is a whole number of encoder sites, and the image a whole number of patches."""
     if patch_px < 1 or patch_px % total_stride != 0:
         raise UserError(
             f"task.patch_px: {patch_px} is not a multiple of the encoder's total stride {total_stride}; "
@@ -65,17 +64,16 @@ def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px
 
 
 class FCMAE(nn.Module):
-    """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed ones.
+    """Encode the visible patches with `encoder`, fill the gaps with a learned token, and predict the removed patches.
 
-    Encoder and decoder work on the grid of the total stride; a patch may be several sites wide, and each site predicts
-    its own pixels. Images have any size of whole patches, one size to a batch. The decoder starts like the encoder (std
-    .02), the mask token normal with std .02. `execution` is "sparse" (models/sparse.py: visible sites are computed,
-    removed patches predicted, nothing else) or "dense" (all sites, with the masked ones selected away): the same
-    function, slower.
+    Encoder and decoder work on the grid of the total stride. A patch may be several sites wide, and each site predicts
+    its own pixels. Images have a whole number of patches; all images of a batch have one size. The decoder and the mask
+    token start normal with std .02, like the encoder. `execution` is "sparse" (models/sparse.py computes visible sites
+    and predicts removed patches only) or "dense" (all sites, with masked ones set to 0): the same function, but slower.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
-    Differs: plain tensors for MinkowskiEngine's, GRN per sample, any channels and image shape, patches wider than the
-    stride, and one initialisation (the published code draws the encoder again, with std 1).
+    Differs: plain tensors instead of MinkowskiEngine's, GRN per sample, any channels and image shape, patches wider
+    than the stride, and a single initialisation (the published code initialises the encoder twice, finally with std 1).
     """
 
     def __init__(
@@ -90,32 +88,32 @@ class FCMAE(nn.Module):
         execution: Literal["sparse", "dense"],
     ) -> None:
         super().__init__()
-        # A head would be parameters without a gradient, which DDP refuses.
+        # A head's parameters would get no gradient, which DDP refuses.
         assert encoder.num_classes == 0 and patch_px % encoder.total_stride == 0, (encoder.num_classes, patch_px)
         self.patch_px, self.mask_ratio = patch_px, mask_ratio
         self.norm_pix_loss, self.execution = norm_pix_loss, execution
-        self.patch_sites = patch_px // encoder.total_stride  # of the encoder's last map, per side of a patch
+        self.patch_sites = patch_px // encoder.total_stride  # sites of the encoder's last map per side of a patch
 
         self.encoder = encoder
         self.proj = nn.Conv2d(encoder.num_features, decoder_dim, kernel_size=1)
         self.mask_token = nn.Parameter(torch.zeros(1, decoder_dim, 1, 1))
         self.decoder = nn.Sequential(*[Block(decoder_dim, drop_path_rate=0.0) for _ in range(decoder_depth)])
         self.pred = nn.Conv2d(decoder_dim, encoder.total_stride**2 * encoder.in_channels, kernel_size=1)
-        # Not self.apply: the encoder has its weights already.
+        # Not self.apply, because the encoder is already initialised.
         for part in (self.proj, self.decoder, self.pred):
             part.apply(init_weights)
         nn.init.normal_(self.mask_token, std=0.02)
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Let the encoder's blocks be computed a second time in the backward pass instead of being kept."""
+        """Let the encoder recompute its blocks in the backward pass to save memory."""
         self.encoder.set_grad_checkpointing(enable)
 
     def last_layer(self, kind: str) -> int:
-        """Return the encoder's highest layer, for layer decay."""
+        """Return the encoder's highest layer for layer decay."""
         return self.encoder.last_layer(kind)
 
     def layer_of(self, name: str, kind: str) -> int:
-        """Return the layer of a parameter, for layer decay; the decoder's is above the encoder's last."""
+        """Return the layer of a parameter for layer decay; the decoder is one layer above the encoder."""
         if name.startswith("encoder."):
             return self.encoder.layer_of(name.removeprefix("encoder."), kind)
         return self.last_layer(kind) + 1
@@ -127,7 +125,7 @@ class FCMAE(nn.Module):
         return height // self.patch_px, width // self.patch_px
 
     def split(self, mask: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the numbers of the visible patches, int64 [B, V], and of the removed, [B, M], both ascending.
+        """Return the indices of the visible patches, int64 [B, V], and of the removed ones, [B, M], both ascending.
 
         mask: bool [B, L] with exactly M = `count_removed` patches removed in each sample (`draw_mask`).
         """
@@ -139,7 +137,7 @@ class FCMAE(nn.Module):
     def forward(self, images: Tensor, mask: Tensor) -> Tensor:
         """Predict the removed patches in ascending order, [B, M, P] in the units of the target.
 
-        images: float [B, C, H, W], where masked pixels may hold anything; mask: bool [B, L].
+        images: float [B, C, H, W], with any values at masked pixels; mask: bool [B, L].
         """
         grid_hw = self.grid_of(images.shape[-2:])
         visible, removed = self.split(mask)
@@ -161,20 +159,20 @@ class FCMAE(nn.Module):
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
 
-        images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss` each target patch is normalised
-        by its own mean and deviation. The loss does not see the values at visible patches.
+        images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss`, each target patch is normalised
+        by its own mean and standard deviation. The pixels of visible patches do not affect the loss.
         """
         target, mean, std = self._target(images, mask)
         return (pred.float() - (target - mean) / std).square().mean(dim=(1, 2))
 
     def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
-        """Return the removed patches, float32 [B, M, P], and what they are normalised by.
+        """Return the removed patches, float32 [B, M, P], and their mean and standard deviation [B, M, 1].
 
-        mean and standard deviation [B, M, 1]: the variance is unbiased and grows by 1e-6 under the root, which keeps a
-        constant patch finite; 0 and 1 without `norm_pix_loss`.
+        The variance is unbiased, and 1e-6 is added to it, so that a constant patch stays finite. Without
+        `norm_pix_loss`, return 0 and 1.
         """
-        places = self.split(mask)[1][..., None]
-        target = patchify(images.float(), self.patch_px).take_along_dim(places, dim=1)
+        removed = self.split(mask)[1][..., None]
+        target = patchify(images.float(), self.patch_px).take_along_dim(removed, dim=1)
         if not self.norm_pix_loss:
             return target, 0.0, 1.0
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
@@ -182,19 +180,19 @@ class FCMAE(nn.Module):
 
     @torch.no_grad()
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
-        """Return the images with the masked patches painted by `pred`, float32 [B, C, H, W].
+        """Return the images with the masked patches replaced by `pred`, float32 [B, C, H, W].
 
-        Where the target was normalised, the prediction is scaled back by the target patch's own mean and deviation.
+        If targets are normalised, the prediction is scaled back by the target patch's mean and standard deviation.
         """
         _, mean, std = self._target(images, mask)
         patches = patchify(images.float(), self.patch_px)
-        places = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
-        return unpatchify(patches.scatter(1, places, pred.float() * std + mean), self.patch_px, images.shape[-2:])
+        removed = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
+        return unpatchify(patches.scatter(1, removed, pred.float() * std + mean), self.patch_px, images.shape[-2:])
 
     def _join_sites(self, pixels: Tensor, num_removed: int) -> Tensor:
-        """Join what the sites of the removed patches predict, [B * M * side * side, stride * stride * C], to [B, M, P].
+        """Join the predictions of removed sites, [B * M * side * side, stride * stride * C], to patches [B, M, P].
 
-        A pixel's row in its patch is (site row, row in the site), its column likewise.
+        A pixel's row in its patch is (site row, row in the site), and likewise for columns.
         """
         stride, side = self.encoder.total_stride, self.patch_sites
         x = pixels.reshape(-1, num_removed, side, side, stride, stride, self.encoder.in_channels)

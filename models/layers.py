@@ -1,7 +1,7 @@
-"""The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, the mask's selection; and patches.
+"""The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, masking, and patches.
 
-A layer that takes `visible` (bool, True = kept) treats the masked sites as absent. It selects with
-`torch.where` and never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
+A layer with an argument `visible` (bool, True = kept) treats masked sites as absent. It selects with `torch.where` and
+never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
 """
 
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
-    """Set the masked sites of `x` to 0, NaN and infinity too.
+    """Set the masked sites of `x` to 0, even if they are NaN or infinite.
 
     x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None, which returns `x` itself.
     """
@@ -24,8 +24,8 @@ def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
 class _Response(torch.autograd.Function):
     """y = x + s * x + beta with s = gamma * share, and its gradient in a few passes over the sites.
 
-    autograd's own graph of the same formula makes twelve passes and keeps two more maps; and torch's vector_norm over
-    sites takes ten times as long as squares and a sum (CPU, bf16).
+    autograd needs twelve passes for the same formula and keeps two more maps. torch's vector_norm over sites takes ten
+    times as long as squares and a sum (CPU, bf16).
     """
 
     @staticmethod
@@ -45,9 +45,9 @@ class _Response(torch.autograd.Function):
         by_gamma = (share * meeting).sum(dim=0, keepdim=True)
         by_share, mean = gamma * meeting, norms.mean(dim=-1, keepdim=True) + ctx.eps
         by_norm = by_share / mean - (by_share * norms).mean(dim=-1, keepdim=True) / mean.square()
-        # The norm's own gradient is x / norm, and 0 where the norm is 0.
+        # The gradient of the norm is x / norm, or 0 if the norm is 0.
         factor, scale = torch.where(norms > 0, by_norm / norms, 0.0), gamma * share
-        if x.dtype == torch.float16:  # of a channel that is almost 0, the factor overflows
+        if x.dtype == torch.float16:  # the factor overflows for a channel that is almost 0
             by_x = torch.addcmul(grad * (1.0 + scale), x.to(wide), factor).to(x.dtype)
         else:
             by_x = torch.addcmul(torch.addcmul(grad, grad, scale.to(grad.dtype)), x, factor.to(x.dtype))
@@ -55,14 +55,14 @@ class _Response(torch.autograd.Function):
 
 
 def _sum_wide(x: Tensor, sites: tuple[int, ...], wide: torch.dtype) -> Tensor:
-    """Return the sum over `sites` in a wider dtype, with the summed axes kept, by the faster way of the device."""
+    """Sum over the axes `sites` in a wider dtype and keep these axes, in the way that is faster on the device."""
     if x.is_cuda:
         return x.sum(dim=sites, keepdim=True, dtype=wide)
     return x.to(wide).sum(dim=sites, keepdim=True)
 
 
 def respond(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Return GRN's output [B, H, W, C] in the dtype of `x`, and the norms over the sites and their shares, wide."""
+    """Return GRN's output [B, H, W, C] in the dtype of `x`, and in a wider dtype the norms and their shares."""
     wide = torch.promote_types(x.dtype, torch.float32)
     if x.is_cuda and not torch.compiler.is_compiling():
         norms = torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide)  # no wide copy of x
@@ -70,12 +70,12 @@ def respond(x: Tensor, gamma: Tensor, beta: Tensor, eps: float) -> tuple[Tensor,
         squares = x.square() if x.dtype == wide else x.to(wide).square_()
         total = squares.sum(dim=(1, 2), keepdim=True)  # [B, 1, 1, C]
         if torch.is_grad_enabled():
-            # The root's gradient at 0 is infinite; selecting on both sides of the root keeps it out (compiled graphs).
+            # The root's gradient at 0 is infinite; selecting before and after the root avoids it (compiled graphs).
             norms = torch.where(total == 0, 0.0, torch.where(total == 0, 1.0, total).sqrt())
         else:
             norms = total.sqrt()
     share = norms / (norms.mean(dim=-1, keepdim=True) + eps)
-    # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1 before it meets x.
+    # As a sum, because bf16 would round the factor 1 + gamma * share at the scale of 1.
     return x + torch.addcmul(beta.to(x.dtype), x, (gamma * share).to(x.dtype)), norms, share
 
 
@@ -83,11 +83,11 @@ class GRN(nn.Module):
     """Scale every channel by its share of the sample's response (global response normalisation).
 
     With g[c] the L2 norm of channel c over the sites of one sample: y = x + gamma * x * g / (mean(g) + eps) + beta.
-    gamma and beta start at 0, so that the layer starts as the identity.
+    gamma and beta start at 0, so the layer starts as the identity.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
-    Differs: the denominator has the mean over channels, as in the published code, not the sum of equation 2; with
-    a mask the norm runs over visible sites only.
+    Differs: the denominator is the mean over channels, as in the published code, not the sum of equation 2. With a
+    mask, the norm covers visible sites only.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
@@ -97,36 +97,36 @@ class GRN(nn.Module):
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
     def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [B, H, W, C] of the dtype of `x`, beta at masked sites, for any values of `x` there.
+        """Return [B, H, W, C] in the dtype of `x`. Masked sites get beta, for any values in `x`.
 
-        x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is reduced in
-        float32 or wider, under autocast too. Its gradient at norm 0 is 0.
+        x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is computed in
+        float32 or wider, even under autocast. Its gradient at norm 0 is 0.
         """
         if visible is not None:
             x = torch.where(visible[..., None], x, 0.0)
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler joins the passes itself
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses the passes itself
             return _Response.apply(x, self.gamma, self.beta, self.eps)
         return respond(x, self.gamma, self.beta, self.eps)[0]
 
 
 class ChannelsFirstLayerNorm(nn.LayerNorm):
-    """Normalise [B, C, H, W] over its channels, at each site by itself."""
+    """Normalise [B, C, H, W] over its channels, separately at each site."""
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
         super().__init__(num_channels, eps=eps)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return [B, C, H, W]; in the channels_last memory format neither permutation moves data."""
+        """Return [B, C, H, W]. In the channels_last memory format, the permutations move no data."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)
         return x.permute(0, 3, 1, 2)
 
 
 class DropPath(nn.Module):
-    """Drop the residual branch of a sample with probability `rate` in training and scale the kept ones up.
+    """In training, drop the residual branch of a sample with probability `rate`, and scale the kept branches up.
 
-    The draw comes from the global generator of the input's device, which the training step seeds.
+    It draws from the global generator of the input's device, which the training step seeds.
 
-    Source: Huang et al. 2016 (arXiv 1603.09382), with the scaling at training time.
+    Source: Huang et al. 2016 (arXiv 1603.09382), with the scaling moved to training.
     """
 
     def __init__(self, rate: float) -> None:
@@ -143,7 +143,7 @@ class DropPath(nn.Module):
 
 
 def patchify(images: Tensor, patch_px: int) -> Tensor:
-    """Cut images [B, C, H, W] into patches [B, L, P] numbered by row; P is row, column, channel of the patch."""
+    """Cut images [B, C, H, W] into patches [B, L, P] in row-major order; P is (row, column, channel)."""
     batch, channels, height, width = images.shape
     grid_h, grid_w = height // patch_px, width // patch_px
     cells = images.reshape(batch, channels, grid_h, patch_px, grid_w, patch_px)
@@ -151,7 +151,7 @@ def patchify(images: Tensor, patch_px: int) -> Tensor:
 
 
 def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
-    """Lay patches [B, L, P] back into images [B, C, H, W]: the inverse of `patchify`."""
+    """Join patches [B, L, P] to images [B, C, H, W], the inverse of `patchify`."""
     height, width = image_size_hw
     grid_h, grid_w = height // patch_px, width // patch_px
     cells = patches.reshape(patches.shape[0], grid_h, grid_w, patch_px, patch_px, -1)

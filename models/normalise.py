@@ -9,23 +9,22 @@ from utils.errors import UserError
 
 
 class Normalise(nn.Module):
-    """Map uint8 images [B, C, H, W] to (x / 255 - mean) / std in float32; float images are taken as already in [0, 1].
+    """Map uint8 images [B, C, H, W] to (x / 255 - mean) / std in float32; float images must be in [0, 1] already.
 
-    mean, std: one number per channel, of values in [0, 1]. They are settings, not state, so state dicts do not hold
-    them.
+    mean, std: one number per channel, for values in [0, 1]. They are settings and so not in state dicts.
     """
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
         super().__init__()
         if len(mean) != channels:
             raise UserError(
-                f"augment.mean: {len(mean)} numbers for a network of {channels} input channels (model.in_channels); "
-                "give one per channel, in augment.std too"
+                f"augment.mean: {len(mean)} numbers for a network with {channels} input channels (model.in_channels); "
+                "give one per channel, also in augment.std"
             )
         shape = (1, channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
-        # Those of bytes, which then need no division by 255.
+        # In units of bytes, so that bytes need no division by 255.
         self.register_buffer("_byte_mean", 255.0 * self.mean, persistent=False)
         self.register_buffer("_byte_std", 255.0 * self.std, persistent=False)
 
@@ -35,7 +34,7 @@ class Normalise(nn.Module):
             return (images.float() - self.mean).div_(self.std)
         if images.device.type != "cpu" or images.is_contiguous() or torch.compiler.is_compiling():
             return images.float().sub_(self._byte_mean).div_(self._byte_std)
-        # As rows of all their numbers: torch is slow along the three of a pixel.
+        # On flattened rows, because torch is slow on an axis of three channels.
         mean, std = (each.flatten().repeat(images.shape[3]) for each in (self._byte_mean, self._byte_std))
         rows = images.permute(0, 2, 3, 1).flatten(2).float().sub_(mean).div_(std)
         return rows.unflatten(2, (images.shape[3], -1)).permute(0, 3, 1, 2)

@@ -1,7 +1,7 @@
-"""What networks make of one image, by name: classes, tags or features. A kind of training names one of them.
+"""The outputs of networks for one image: classes, tags or features. Each kind of training names one of them.
 
-A new output is one entry of OUTPUTS: weight files, ONNX files and predictions follow it (docs/new_task.md). One whose
-columns have names needs their key in the metadata that models/predictor.py checks, too.
+A new output needs one entry in OUTPUTS, which weight files, ONNX files and predictions use (docs/new_task.md). If its
+columns have names, models/predictor.py must also check their key in the metadata.
 """
 
 from collections.abc import Callable, Sequence
@@ -17,27 +17,20 @@ from utils.vocabulary import CHARACTER, RATING, category_name
 
 
 class Columns(NamedTuple):
-    """What the columns of an output are: names [K], and of tags the category of each, int64 [K].
+    """The columns of an output."""
 
-    has_ratings: whether the ratings among tags mean anything; they do not where no training image had one.
-    """
-
-    names: Sequence[str]
-    categories: np.ndarray
-    has_ratings: bool = True
+    names: Sequence[str]  # [K]
+    categories: np.ndarray  # of tags, int64 [K]
+    has_ratings: bool = True  # False if no training image had a rating, so that outputs for ratings mean nothing
 
 
 class RowOptions(NamedTuple):
-    """What a user asks of a prediction.
+    """The user's options for predictions."""
 
-    top: the classes of an image. thresholds: the least probability of each tag, [K] or of all of them; mcut: an image's
-    own ones where these are higher. max_tags: the most probable tags of an image. order: of its tags.
-    """
-
-    top: int
-    thresholds: np.ndarray
-    mcut: bool = False
-    max_tags: int | None = None
+    top: int  # classes per image
+    thresholds: np.ndarray  # the least probability, per tag [K] or for all tags
+    mcut: bool = False  # use the image's MCut threshold if it is higher
+    max_tags: int | None = None  # keep only the most probable tags of an image
     order: Literal["score", "vocabulary", "characters_first"] = "score"
 
 
@@ -45,19 +38,13 @@ Row = dict[str, Any]
 
 
 class Output(NamedTuple):
-    """One kind of output.
+    """One kind of output."""
 
-    heads: the names of an exported file's outputs, in order; a prediction uses the last. make_row: from the values [K]
-    of an image, and what their columns are, to what is written of it. names_key: the metadata key of the columns'
-    names; None where they have none. activate: from logits [B, K] to probs; None where the outputs are used as they
-    are. columns: of a CSV file; None where a row does not fit one.
-    """
-
-    heads: tuple[str, ...]
-    make_row: Callable[[np.ndarray, Columns, RowOptions], Row]
-    names_key: str | None = None
-    activate: Callable[[Tensor], Tensor] | None = None
-    columns: tuple[str, ...] | None = None
+    heads: tuple[str, ...]  # the outputs of an exported file, in order; predictions use the last
+    make_row: Callable[[np.ndarray, Columns, RowOptions], Row]  # from an image's values [K] to its output row
+    names_key: str | None = None  # the metadata key of the columns' names, or None without names
+    activate: Callable[[Tensor], Tensor] | None = None  # from logits [B, K] to probs, or None for the identity
+    columns: tuple[str, ...] | None = None  # of a CSV file, or None if a row does not fit a CSV file
 
 
 def _row_of_classes(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
@@ -70,27 +57,27 @@ def _row_of_tags(values: np.ndarray, columns: Columns, options: RowOptions) -> R
     """Return the tags in their order, their probabilities by category, and the most probable rating."""
     names, categories, has_ratings = columns
     least = np.maximum(options.thresholds, _cut(values, categories)) if options.mcut else options.thresholds
-    found = np.flatnonzero((values >= least) & (categories != RATING))
-    found = found[np.argsort(-values[found], kind="stable")][: options.max_tags]
+    tags = np.flatnonzero((values >= least) & (categories != RATING))
+    tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
     if options.order == "vocabulary":
-        found = np.sort(found)
+        tags = np.sort(tags)
     elif options.order == "characters_first":
-        found = found[np.argsort(categories[found] != CHARACTER, kind="stable")]
+        tags = tags[np.argsort(categories[tags] != CHARACTER, kind="stable")]
     row, probs = {}, {}
     if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
         best = ratings[values[ratings].argmax()]
         row = {"rating": names[best], "rating_prob": round(float(values[best]), 6)}
-    for index in found.tolist():
+    for index in tags.tolist():
         probs.setdefault(category_name(int(categories[index])), {})[names[index]] = round(float(values[index]), 6)
-    return {**row, "tags": [names[index] for index in found.tolist()], "probs": probs}
+    return {**row, "tags": [names[index] for index in tags.tolist()], "probs": probs}
 
 
 def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    """Return the threshold by MCut of each tag [K], which is that of its category in this image."""
+    """Return each tag's MCut threshold [K], computed per category of one image."""
     least = np.full(len(values), DEFAULT, dtype=np.float32)
     for number in np.unique(categories):
-        if (own := categories == number).sum() > 1:  # one probability has no gap
-            least[own] = mcut(values[None, own])
+        if (members := categories == number).sum() > 1:  # one probability has no gap
+            least[members] = mcut(values[None, members])
     return least
 
 

@@ -1,7 +1,7 @@
 """Predictions from a weight file or an ONNX file: the same preprocessing, the same names.
 
-Both kinds of file carry names and preprocessing in their metadata, so nothing else is needed. An ONNX file of
-somebody else's may be a tagger of the WD form (models/wd_file.py).
+Both have names and preprocessing in their metadata, so nothing else is needed. An ONNX file from elsewhere may be a
+tagger of the WD form (models/wd_file.py).
 """
 
 import json
@@ -30,9 +30,9 @@ _Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
 
 class _Preprocessing(BaseModel):
-    """The preprocessing that a file states; the file may come from a stranger.
+    """The preprocessing in a file's metadata. The file may come from a stranger.
 
-    buckets_hw: the sizes that images are grouped in; programs that show one size pad to a square.
+    buckets_hw: the image sizes of the buckets. Programs that use one size pad to a square.
     """
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
@@ -58,7 +58,7 @@ class _Preprocessing(BaseModel):
 
 
 class _Metadata(BaseModel):
-    """The metadata that a prediction needs beside the columns of tags; a file may have more."""
+    """The metadata that a prediction needs, except for the columns of tags. A file may have more."""
 
     model_config = ConfigDict(strict=True)
 
@@ -72,12 +72,12 @@ class _Metadata(BaseModel):
 def check_metadata(path: Path, metadata: Any) -> None:
     """Raise UserError that names the first wrong value of a file's metadata."""
     try:
-        found = _Metadata.model_validate(metadata)
+        checked = _Metadata.model_validate(metadata)
     except ValidationError as error:
         raise wrong_metadata(path, error) from None
-    if found.output == "classes" and found.class_names is None:
+    if checked.output == "classes" and checked.class_names is None:
         raise UserError(f"{path} has wrong metadata (class_names: none); make the file again")
-    if found.output == "tags" and len(read_facts(path, metadata)) != len(found.thresholds or metadata["tag_names"]):
+    if checked.output == "tags" and len(read_facts(path, metadata)) != len(checked.thresholds or metadata["tag_names"]):
         raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
 
 
@@ -89,10 +89,10 @@ def wrong_metadata(path: Path, error: ValidationError) -> UserError:
 
 
 class Predictor:
-    """Predictions for batches of uint8 images; `names` of the outputs and `preprocessing` as in training.
+    """Predict batches of uint8 images. `names` (of the outputs) and `preprocessing` are the same as in training.
 
-    run: from uint8 images [B, C, H, W], and `probs`, `features` or `embedding`, to these, float32 [B, ...].
-    vocabulary: the hash of what a tagger was trained on, where its file states it. thresholds: [K], or None.
+    run: a function of uint8 images [B, C, H, W] and an output name (`probs`, `features` or `embedding`) that returns
+    this output, float32 [B, ...]. vocabulary: the hash of a tagger's vocabulary, or None. thresholds: [K], or None.
     """
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
@@ -107,21 +107,21 @@ class Predictor:
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:
-        """Return probabilities float32 [B, K], or features [B, C], of uint8 images [B, C, H, W]."""
+        """Return probabilities float32 [B, K], or features [B, C], for uint8 images [B, C, H, W]."""
         return self._run(images, self.output.heads[-1])
 
     def embed(self, images: Tensor) -> np.ndarray:
-        """Return embeddings float32 [B, D] of uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
+        """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
         return self._run(images, "embedding")
 
     def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
-        """Return what is written of each of some uint8 images [B, C, H, W]."""
+        """Return an output row for each of some uint8 images [B, C, H, W]."""
         columns = Columns(self.names, self.categories, self.has_ratings)
         return [self.output.make_row(values, columns, options) for values in self.predict(images)]
 
 
 def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> Predictor:
-    """Return the predictor of a model that was rebuilt from a weight file."""
+    """Return the predictor of a model from a weight file."""
     model = model.to(device)
 
     @torch.inference_mode()
@@ -133,18 +133,18 @@ def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torc
 
 
 def onnx_predictor(path: Path, device: torch.device) -> Predictor:
-    """Return the predictor of an ONNX file in ONNX Runtime. Raises UserError where it cannot be read."""
+    """Return the predictor of an ONNX file, run by ONNX Runtime. Raises UserError if the file cannot be read."""
     session = _open_session(path, device)
     metadata = _read_metadata(path, session)
     heads = OUTPUTS[metadata["output"]].heads
     form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
     names = {what: name for name, what in form.outputs.items()}
     names.setdefault("embedding", names.get("features"))
-    (taken, *others), outputs = session.get_inputs(), {value.name: value.shape for value in session.get_outputs()}
+    (first, *others), outputs = session.get_inputs(), {value.name: value.shape for value in session.get_outputs()}
     shape, width = outputs.get(names.get(heads[-1]), []), len(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
-    if others or taken.name != form.input or len(shape) != 2 or (width and shape[1] != width):
+    if others or first.name != form.input or len(shape) != 2 or (width and shape[1] != width):
         raise UserError(
-            f"{path} takes {taken.name} and gives the outputs {outputs}; its metadata say {form.input}, and "
+            f"{path} takes {first.name} and gives the outputs {outputs}; its metadata name {form.input}, and "
             f"{names.get(heads[-1])} of [batch, {width or 'C'}]"
         )
 
@@ -154,19 +154,19 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
                 f"weights: {path} has no {what} among its outputs, {', '.join(outputs)}; name the run, or export it "
                 "with format=wd14 or imgutils, or backbone_only=true"
             )
-        given = form.to_input(images.cpu().float() / 255.0).numpy()
-        parts = np.split(given, len(given)) if taken.shape[0] == 1 else [given]  # older WD files take one at a time
+        batch = form.to_input(images.cpu().float() / 255.0).numpy()
+        parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
         return np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
 
     return Predictor(metadata, run)
 
 
 def _open_session(path: Path, device: torch.device) -> Any:
-    """Return ONNX Runtime's session of a file; on the CPU, with a warning, where its CUDA libraries are missing."""
+    """Open a file in ONNX Runtime. If its CUDA libraries are missing, warn and use the CPU."""
     import onnxruntime
 
     refuse_external_data(path)
-    # ONNX Runtime lists the providers that it was built with, not those that work here: torch knows that.
+    # ONNX Runtime lists the providers that it was built with, even if they do not work here, so ask torch.
     providers = ["CUDAExecutionProvider"] if device.type == "cuda" else []
     if providers:
         onnxruntime.preload_dlls()  # CUDA's libraries, from their packages
@@ -181,9 +181,9 @@ def _open_session(path: Path, device: torch.device) -> Any:
 
 
 def refuse_external_data(path: Path) -> None:
-    """Raise UserError where an ONNX file takes data from other files.
+    """Raise UserError if an ONNX file refers to other files.
 
-    ONNX Runtime reads files that an ONNX file names below its own folder, and older versions any file that it names.
+    ONNX Runtime reads referenced files below the ONNX file's folder, and older versions read any referenced file.
     """
     import onnx
     from google.protobuf.message import Message
@@ -191,22 +191,22 @@ def refuse_external_data(path: Path) -> None:
     with readable(path, "ONNX"):
         stack = [onnx.load(path, load_external_data=False)]
     while stack:  # messages: the graph, graphs in attributes, functions
-        found = stack.pop()
-        if not isinstance(found, onnx.TensorProto):
-            fields = [value for field, value in found.ListFields() if field.message_type is not None]
+        message = stack.pop()
+        if not isinstance(message, onnx.TensorProto):
+            fields = [value for field, value in message.ListFields() if field.message_type is not None]
             stack += [part for value in fields for part in ([value] if isinstance(value, Message) else value)]
-        elif found.data_location == onnx.TensorProto.EXTERNAL or found.external_data:
-            named = next((entry.value for entry in found.external_data if entry.key == "location"), "")
-            raise UserError(f"{path} takes data from another file, {named[:200]!a}; export it as one (export.py does)")
+        elif message.data_location == onnx.TensorProto.EXTERNAL or message.external_data:
+            name = next((entry.value for entry in message.external_data if entry.key == "location"), "")
+            raise UserError(f"{path} takes data from another file, {name[:200]!a}; export it as one (export.py does)")
 
 
 def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
-    """Return the metadata of a file of ours, or what the WD form stands for."""
-    found = session.get_modelmeta().custom_metadata_map
-    if "atelier" not in found:
+    """Return the metadata of one of our files, or the equivalent for a file in the WD form."""
+    texts = session.get_modelmeta().custom_metadata_map
+    if "atelier" not in texts:
         return read_wd_metadata(path, session.get_inputs(), session.get_outputs())
     with readable(path, "ONNX"):
-        metadata = json.loads(found["atelier"])
+        metadata = json.loads(texts["atelier"])
     check_metadata(path, metadata)
     if metadata.get("output") not in OUTPUTS:
         raise UserError(f"{path} has wrong metadata (output: {metadata.get('output')!r}); export it again")

@@ -1,17 +1,17 @@
-"""Sparse execution of a ConvNeXt V2: only the visible patches are computed, in plain tensors.
+"""Sparse execution of a ConvNeXt V2: compute only the visible patches, in plain tensors.
 
-A mask removes whole patches, and every sample keeps the same number of them, so the visible sites of a batch are an
-ordinary tensor of tokens. All that treats a site by itself or a cell of sites by itself (stem, layer norm, pointwise
-layers, GRN, 2x2 downsampling) runs on the tokens. Only the depthwise 7x7 looks at neighbours: it runs on the dense map,
-where masked sites hold 0, and its visible sites are gathered again.
+A mask removes whole patches, and every sample keeps the same number, so the visible sites of a batch are an ordinary
+tensor of tokens. Layers that work on single sites or on 2x2 cells (stem, layer norm, pointwise layers, GRN,
+downsampling) run on the tokens. Only the depthwise 7x7 reads neighbours. It runs on the dense map with masked sites set
+to 0, and its visible sites are gathered again.
 
 Legend of shapes
     B samples, C channels; L patches per image, V of them visible, numbered by row
-    r sites per side of a patch: 8, 4, 2, 1 over four stages where a patch is one site of the last map
-    tokens [B, V, r, r, C]: patch by patch in ascending order, the sites of a patch by row
+    r sites per side of a patch: 8, 4, 2, 1 over four stages if a patch is one site of the last map
+    tokens [B, V, r, r, C]: patches in ascending order, sites of a patch by row
 
-Nothing under the mask is ever read, so it may be NaN. `ConvNeXtV2.forward_features(images, visible)` is the same
-network executed on dense tensors, the reference of the tests and of bench/pretrain_step.py.
+Masked pixels are never read, so they may be NaN. `ConvNeXtV2.forward_features(images, visible)` runs the same network
+on dense tensors; it is the reference for the tests and bench/pretrain_step.py.
 """
 
 from dataclasses import dataclass
@@ -27,61 +27,61 @@ from models.layers import ChannelsFirstLayerNorm, patchify, select_visible
 
 
 class _Scatter(torch.autograd.Function):
-    """Place rows [N, C] at their `places` among `size` rows of zeros; the gradient is gathered back.
+    """Copy rows [N, C] to the positions `indices` among `size` rows of zeros.
 
-    torch's own gradient of `index_select` adds up (slowly, and in any order on GPUs): here no place occurs twice.
+    The gradient of `index_select` in torch accumulates, slowly and on GPUs in any order. No index occurs twice here.
     """
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(places)
-        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, places, rows)
+    def forward(ctx: Any, rows: Tensor, indices: Tensor, size: int) -> Tensor:
+        ctx.save_for_backward(indices)
+        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, indices, rows)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (places,) = ctx.saved_tensors
-        return grad.index_select(0, places), None, None
+        (indices,) = ctx.saved_tensors
+        return grad.index_select(0, indices), None, None
 
 
 class _Gather(torch.autograd.Function):
-    """Select the rows at `places`, which has no repeats; the gradient is placed among zeros."""
+    """Select the rows at `indices`, which has no repeats."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, places: Tensor) -> Tensor:
-        ctx.save_for_backward(places)
+    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
         ctx.size = rows.shape[0]
-        return rows.index_select(0, places)
+        return rows.index_select(0, indices)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (places,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, places, grad), None
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, indices, grad), None
 
 
 @dataclass(frozen=True)
 class Sites:
-    """The places of one stage's tokens in the dense map: row numbers, int64 [B * V * r * r]."""
+    """The positions of one stage's tokens in the dense map: row numbers, int64 [B * V * r * r]."""
 
-    places: Tensor
+    indices: Tensor
     batch: int
     height: int
     width: int
 
     def to_map(self, tokens: Tensor) -> Tensor:
-        """Place tokens [B, V, r, r, C] on a map of zeros [B, C, H, W] (channels_last in memory)."""
+        """Copy tokens [B, V, r, r, C] to a map of zeros [B, C, H, W] (channels_last in memory)."""
         channels = tokens.shape[-1]
-        rows = _Scatter.apply(tokens.reshape(-1, channels), self.places, self.batch * self.height * self.width)
+        rows = _Scatter.apply(tokens.reshape(-1, channels), self.indices, self.batch * self.height * self.width)
         return rows.view(self.batch, self.height, self.width, channels).permute(0, 3, 1, 2)
 
     def from_map(self, x: Tensor) -> Tensor:
         """Gather a map [B, C, H, W] at these sites: rows [B * V * r * r, C]."""
-        return _Gather.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.places)
+        return _Gather.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.indices)
 
 
 def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
-    """Return the places of the sites of some patches, int64 [B, V], where a patch has side x side sites.
+    """Return the sites of some patches, int64 [B, V], with side x side sites each.
 
-    grid_hw: the patches of an image by column and row.
+    grid_hw: the number of patches per column and row of an image.
     """
     (grid_h, grid_w), batch = grid_hw, patches.shape[0]
     height, width = grid_h * side, grid_w * side
@@ -93,10 +93,10 @@ def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
 
 
 def block_on_tokens(block: Block, tokens: Tensor, sites: Sites) -> Tensor:
-    """Run a block on the visible tokens [B, V, r, r, C] alone; returns as many."""
+    """Run a block on the visible tokens [B, V, r, r, C] only; returns the same shape."""
     spread = block.dwconv(sites.to_map(tokens))
     branch = sites.from_map(spread).view(sites.batch, -1, 1, tokens.shape[-1])
-    # GRN takes its norm over dimensions 1 and 2: the sites that are there, which are the visible ones.
+    # GRN takes its norm over dimensions 1 and 2, which have only the visible sites.
     branch = block.pwconv2(block.grn(F.gelu(block.pwconv1(block.norm(branch)))))
     return tokens + block.drop_path(branch).view(tokens.shape)
 
@@ -109,7 +109,7 @@ def _cells_to_channels(tokens: Tensor, size: int) -> Tensor:
 
 
 def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
-    """Apply a convolution whose kernel is its stride, within the patches: a linear layer on joined neighbours."""
+    """Apply a convolution with kernel = stride within the patches, as a linear layer on joined neighbours."""
     weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # [C', k * k * C]
     return F.linear(_cells_to_channels(tokens, convolution.stride[0]), weight, convolution.bias)
 
@@ -123,7 +123,7 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
     convolution, norm = encoder.downsample_layers[0]
     batch, _, height, width = images.shape
     grid_hw = (height // patch_px, width // patch_px)
-    if encoder.stem_stride == 1:  # a 3x3 kernel looks beyond its patch, so it runs on the map
+    if encoder.stem_stride == 1:  # a 3x3 kernel reads beyond its patch, so it runs on the map
         visible = torch.zeros(batch, grid_hw[0] * grid_hw[1], dtype=torch.bool, device=images.device)
         visible = visible.scatter(1, patches, True).view(batch, *grid_hw)
         x = convolution(select_visible(images, repeat_sites(visible, patch_px)))
@@ -138,8 +138,8 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
 def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
     """Return the last feature map at the visible patches, tokens [B, V, r, r, C_last].
 
-    images: float [B, C, H, W] in whole patches, anything under the mask; patches: int64 [B, V], the numbers of the
-    visible ones; patch_px: a multiple of the encoder's total stride.
+    images: float [B, C, H, W] in whole patches, with any values under the mask; patches: int64 [B, V], the indices of
+    the visible patches; patch_px: a multiple of the encoder's total stride.
     """
     height, width = images.shape[-2:]
     assert height % patch_px == width % patch_px == patch_px % encoder.total_stride == 0, (images.shape, patch_px)

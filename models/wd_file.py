@@ -1,7 +1,7 @@
-"""Somebody else's tagger in the WD form: an ONNX file with selected_tags.csv beside it, as SmilingWolf publishes them.
+"""Taggers in the WD form, as published by SmilingWolf: an ONNX file with selected_tags.csv in the same folder.
 
-The file states nothing but its graph. By convention, images are on white, in the middle of a square, resized to the
-graph's side by bicubic, BGR from 0 to 255; the first output is probabilities, one for each row of the CSV file.
+The file has only a graph. By convention, images are centred on a white square and resized to the graph's side with
+bicubic interpolation; values are BGR from 0 to 255. The first output has one probability per row of the CSV file.
 """
 
 from collections.abc import Sequence
@@ -14,31 +14,30 @@ from utils.vocabulary import FILE, read_vocabulary
 
 
 def read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
-    """Return the metadata that a file of ours would have, from the inputs and outputs that ONNX Runtime describes.
+    """Return the metadata that one of our files would have, from ONNX Runtime's description of inputs and outputs.
 
-    Raises UserError where no selected_tags.csv lies beside the file, the graph is of another form, or the CSV
-    file is of another tagger.
+    Raises UserError if selected_tags.csv is missing or belongs to another tagger, or if the graph has another form.
     """
     tags = path.with_name(FILE)
     if not tags.is_file():
         raise UserError(f"{path} was not exported by Atelier; use export.py, or put a WD tagger's {FILE} beside it")
-    (taken, *others), given = inputs, outputs[0]
-    batch, *sides = taken.shape
+    (first, *others), output = inputs, outputs[0]
+    batch, *sides = first.shape
     is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
-    if others or taken.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
+    if others or first.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
         raise UserError(
-            f"{path} takes {[(value.type, value.shape) for value in inputs]} and gives {given.shape}; a tagger "
-            "of the WD form takes one tensor(float) of [batch, side, side, 3], and gives [batch, tags] first"
+            f"{path} takes {[(value.type, value.shape) for value in inputs]} and returns {output.shape}; a tagger "
+            "of the WD form takes one tensor(float) of [batch, side, side, 3], and returns [batch, tags] first"
         )
     vocabulary = read_vocabulary(tags)
-    if len(given.shape) != 2 or given.shape[1] != len(vocabulary):
+    if len(output.shape) != 2 or output.shape[1] != len(vocabulary):
         raise UserError(
-            f"{tags} has {len(vocabulary)} rows, and {path} gives {given.shape}; put the file "
-            "beside it that it was published with"
+            f"{tags} has {len(vocabulary)} rows, but {path} returns {output.shape}; replace it with the "
+            f"{FILE} that was published with the tagger"
         )
     preprocessing = {
-        "image_size_hw": taken.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
+        "image_size_hw": first.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
         "eval_resize": "squash", "eval_crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
     }  # fmt: skip
-    form = OnnxForm(input=taken.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={given.name: "probs"})
+    form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={output.name: "probs"})
     return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}

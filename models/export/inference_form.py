@@ -1,9 +1,9 @@
-"""A ConvNeXt V2 rewritten for inference: the same function in fewer passes over memory.
+"""Rewrite a ConvNeXt V2 for inference: the same function with fewer passes over memory.
 
-- GRN's shift becomes a part of the next layer's bias, and x + gamma * x * share one product, x * (1 + gamma * share).
-- GELU is spelled as ONNX Runtime recognises it and joins it with the bias (its GeluFusion and BiasGeluFusion).
+- GRN's shift is added to the next layer's bias, and x + gamma * x * share becomes one product, x * (1 + gamma * share).
+- GELU is written in the form that ONNX Runtime fuses with the bias (its GeluFusion and BiasGeluFusion).
 
-Networks of timm stay as they are.
+timm networks are not rewritten.
 """
 
 import copy
@@ -18,16 +18,16 @@ from models.layers import GRN
 
 
 class ChannelScale(nn.Module):
-    """The factor [B, 1, 1, C] of each channel that GRN gives to a map [B, H, W, C]: 1 + gamma * share."""
+    """GRN's factor for each channel of a map [B, H, W, C]: 1 + gamma * share, [B, 1, 1, C]."""
 
     def __init__(self, grn: GRN) -> None:
         super().__init__()
         self.gamma, self.eps = nn.Parameter(grn.gamma.detach().clone()), grn.eps
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the factor; the norm runs over the sites of each sample.
+        """Return the factor. The norm covers the sites of each sample.
 
-        The sum over sites is a product with ones, which ONNX Runtime computes four times as fast as ReduceL2 (CPU).
+        The sum over sites is a product with ones, which is four times as fast as ReduceL2 in ONNX Runtime (CPU).
         """
         sites = x.flatten(1, 2)
         ones = torch.ones(1, sites.shape[1], dtype=x.dtype)
@@ -36,7 +36,7 @@ class ChannelScale(nn.Module):
 
 
 class InferenceBlock(nn.Module):
-    """A block of ConvNeXt V2 without a mask, stochastic depth or gradients."""
+    """A block of ConvNeXt V2 without mask, stochastic depth and gradients."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -54,7 +54,7 @@ class InferenceBlock(nn.Module):
 
 
 def to_inference_form(model: ImageModel) -> ImageModel:
-    """Return a copy of a model whose ConvNeXt V2 blocks are rewritten; a model with another network as it is."""
+    """Return a copy of a model with rewritten ConvNeXt V2 blocks, or the model itself if it has another network."""
     if not isinstance(model.network, ConvNeXtV2):
         return model
     network = copy.deepcopy(model.network)

@@ -24,17 +24,17 @@ from utils.errors import UserError
 from utils.io.weights import write_tensors
 
 Metadata = Mapping[str, Any]
-Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to what is compared
-_BASE = "convnextv2_tiny"  # whose builder takes the depths and dims of a size of ours
+Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
+_BASE = "convnextv2_tiny"  # timm's name for sizes of our own, with their depths and dims as arguments
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
 def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
-    """Write weights and configuration. Raises UserError (`format`) for what timm cannot express."""
+    """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
-    stated = metadata["preprocessing"]
-    _refuse_images("timm", stated)
+    preprocessing = metadata["preprocessing"]
+    _refuse_images("timm", preprocessing)
     if hasattr(network, "pretrained_cfg"):
         state, classes = _with_head_norm(network), network.num_classes
         config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
@@ -42,23 +42,24 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
             config["model_args"] = {"img_size": image_size_hw}
         names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
     else:
-        # With patch_size=2, timm's first stage halves the map again, which ours does not.
+        # With patch_size=2, timm's first stage halves the map again, but ours does not.
         official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))
         classes, arguments = geometry.num_classes, {"depths": geometry.depths, "dims": geometry.dims}
         name, arguments = (f"convnextv2_{geometry.size}", {}) if geometry.size else (_BASE, arguments)
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            theirs = timm.create_model(name, num_classes=classes, in_chans=geometry.in_channels, **arguments)
-        state = filter_state(theirs, official)
+            target = timm.create_model(name, num_classes=classes, in_chans=geometry.in_channels, **arguments)
+        state = filter_state(target, official)
         config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
         names = {"first_conv": "stem.0", "classifier": "head.fc"}
     config["num_classes"] = classes
     if label_names(metadata):
         config["label_names"] = label_names(metadata)
-    squashes = _squashes(stated)
+    squashes, interpolation = _squashes(preprocessing), preprocessing["interpolation"]
     config["pretrained_cfg"] = {
-        "input_size": [stated["channels"], *stated["image_size_hw"]], "mean": stated["mean"], "std": stated["std"],
-        "interpolation": "box" if stated["interpolation"] == "area" else stated["interpolation"],
-        "crop_pct": 1.0 if squashes else stated["eval_crop"], "crop_mode": "squash" if squashes else "center",
+        "input_size": [preprocessing["channels"], *preprocessing["image_size_hw"]],
+        "mean": preprocessing["mean"], "std": preprocessing["std"],
+        "interpolation": "box" if interpolation == "area" else interpolation,
+        "crop_pct": 1.0 if squashes else preprocessing["eval_crop"], "crop_mode": "squash" if squashes else "center",
         **names, **licence_entry("license", metadata), "num_classes": classes, "custom_load": False,
         "fixed_input_size": False,
     }  # fmt: skip
@@ -68,7 +69,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
 
 
 def load_timm(folder: Path) -> Outputs:
-    """Return logits of the network that timm makes of a folder; of a backbone, the last feature map."""
+    """Load a folder in timm; the function returns logits, or a backbone's last feature map."""
     import timm
 
     with torch.random.fork_rng(devices=[]):
@@ -77,7 +78,7 @@ def load_timm(folder: Path) -> Outputs:
 
 
 def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
-    """Return a timm network's tensors; a norm of its head that a backbone lacks gets scale 1 and shift 0."""
+    """Return a timm network's tensors. If a backbone lacks the head's norm, add it with scale 1 and shift 0."""
     import timm
 
     state = dict(network.state_dict())
@@ -90,7 +91,7 @@ def _with_head_norm(network: nn.Module) -> dict[str, Tensor]:
 
 
 def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> None:
-    """Write weights, configuration and image processor. Raises UserError (`format`) for what transformers lacks."""
+    """Write weights, configuration and image processor. Raises UserError (`format`) if transformers lacks a feature."""
     from transformers import ConvNextV2Config, ConvNextV2ForImageClassification, ConvNextV2Model
     from transformers.utils.logging import disable_progress_bar
 
@@ -105,7 +106,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
         num_stages=len(geometry.dims),
         hidden_sizes=list(geometry.dims),
         depths=list(geometry.depths),
-        layer_norm_eps=1e-6,  # of the final norm, which is 1e-12 by default
+        layer_norm_eps=1e-6,  # for the final norm; the default is 1e-12
         image_size=metadata["preprocessing"]["image_size_hw"][0],
         **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
     )
@@ -113,18 +114,18 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     if metadata["output"] == "tags":
         config.problem_type = "multi_label_classification"
     with torch.random.fork_rng(devices=[]):
-        theirs = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)
-    prefix = "" if geometry.num_classes else "convnextv2."  # which a bare backbone does not have
+        target = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)
+    prefix = "" if geometry.num_classes else "convnextv2."  # a backbone's names do not have it
     state = translate(official, "official", "transformers")
-    theirs.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
+    target.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
-    theirs.save_pretrained(folder)
+    target.save_pretrained(folder)
     processor = json.dumps(_processor(metadata["preprocessing"]), indent=2)
     (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
 
 
 def load_transformers(folder: Path) -> Outputs:
-    """Return logits of the network that transformers makes of a folder; of a backbone, the last feature map."""
+    """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -135,57 +136,57 @@ def load_transformers(folder: Path) -> Outputs:
     return lambda images: network(images).logits
 
 
-def _processor(stated: Metadata) -> dict[str, Any]:
-    """Return our preprocessing as an image processor of transformers."""
-    height, width = stated["image_size_hw"]
+def _processor(preprocessing: Metadata) -> dict[str, Any]:
+    """Return our preprocessing as the configuration of transformers' image processor."""
+    height, width = preprocessing["image_size_hw"]
     common = {
-        "do_resize": True, "resample": _RESAMPLE[stated["interpolation"]], "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": stated["mean"], "image_std": stated["std"],
-        "do_convert_rgb": stated["channels"] == 3,
+        "do_resize": True, "resample": _RESAMPLE[preprocessing["interpolation"]], "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": preprocessing["mean"],
+        "image_std": preprocessing["std"], "do_convert_rgb": preprocessing["channels"] == 3,
     }  # fmt: skip
     size = {"height": height, "width": width}
-    if _squashes(stated):
+    if _squashes(preprocessing):
         return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
-    edge = {"shortest_edge": math.floor(height / stated["eval_crop"])}
+    edge = {"shortest_edge": math.floor(height / preprocessing["eval_crop"])}
     return {"image_processor_type": "BitImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
             **common}  # fmt: skip
 
 
-def _squashes(stated: Metadata) -> bool:
-    return stated.get("eval_resize", "crop") == "squash"
+def _squashes(preprocessing: Metadata) -> bool:
+    return preprocessing.get("eval_resize", "crop") == "squash"
 
 
 def _read_official(
     network: nn.Module, library: str, *, strides: tuple[int, ...], stages: tuple[int, ...]
 ) -> tuple[dict[str, Tensor], Geometry]:
-    """Return a ConvNeXt V2's tensors under official names, ours or timm's, and its geometry.
+    """Return the tensors of a ConvNeXt V2, ours or timm's, under official names, and its geometry.
 
-    A final norm that an encoder lacks has scale 1 and shift 0. Raises UserError (`format`) for another network, and for
-    a stem or a number of stages that a library does not have.
+    If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks,
+    and for a stem or a number of stages that the library does not support.
     """
     layout, state = recognise(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
         name = type(network).__name__
-        raise UserError(f"format: {library} takes ConvNeXt V2, and not {name}; set format=timm, onnx or safetensors")
+        raise UserError(f"format: {library} takes ConvNeXt V2, not {name}; set format=timm, onnx or safetensors")
     geometry = read_geometry(state)
     stride, count = geometry.stem_stride, len(geometry.depths)
     if stride not in strides or count not in stages:
         raise UserError(
             f"format: {library} has no ConvNeXt V2 with {count} stages and a stem of stride {stride}; set format=onnx "
-            "or safetensors, or transformers for other numbers of stages and a stem of stride 2"
+            "or safetensors, or transformers (2 to 5 stages, stem stride 2 or 4)"
         )
     width = geometry.dims[-1]
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
-def _refuse_images(library: str, stated: Metadata) -> None:
-    """Raise UserError (`format`) for images that a library's own transforms would prepare in another way."""
-    height, width = stated["image_size_hw"]
-    if stated.get("pad", "none") != "none":
-        reason, advice = f"do not pad images (augment.pad={stated['pad']})", "augment.pad=none"
-    elif height != width and not _squashes(stated):
+def _refuse_images(library: str, preprocessing: Metadata) -> None:
+    """Raise UserError (`format`) if a library's own transforms would prepare images in another way."""
+    height, width = preprocessing["image_size_hw"]
+    if preprocessing.get("pad", "none") != "none":
+        reason, advice = f"do not pad images (augment.pad={preprocessing['pad']})", "augment.pad=none"
+    elif height != width and not _squashes(preprocessing):
         reason, advice = f"crop squares only, and the images are {height} x {width}", "augment.eval_resize=squash"
-    elif library == "transformers" and stated["interpolation"] not in _RESAMPLE:
+    elif library == "transformers" and preprocessing["interpolation"] not in _RESAMPLE:
         reason, advice = f"resize {' or '.join(_RESAMPLE)} only", "augment.interpolation=bicubic"
     else:
         return

@@ -1,12 +1,12 @@
-"""Export a model to one ONNX file, compared with PyTorch before it is kept.
+"""Export a model to one ONNX file, and compare it with PyTorch before it is kept.
 
-input     images  float32 [batch, C, H, W], RGB in [0, 1]; the normalisation is inside
+input     images  float32 [batch, C, H, W], RGB in [0, 1]; the graph includes the normalisation
 outputs   logits, probs  float32 [batch, K]; or features  float32 [batch, C]
 metadata  `atelier`: JSON with output, names, preprocessing and licence
 
-A model may state another form (models/image_model.py), which the metadata then have as `form`.
+A model may have another form (models/image_model.py), which the metadata then contain as `form`.
 
-Precisions: fp32; fp16, where every norm, softmax and sigmoid stays in float32 (models/export/onnx_precision.py).
+Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/export/onnx_precision.py).
 """
 
 import json
@@ -30,20 +30,20 @@ from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.vocabulary import FACTS
 
-# What ONNX Runtime reads since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
+# ONNX Runtime reads both since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
 OPSET, IR_VERSION = 18, 9
 _MAX_BYTES = 2**31 - 2**22  # protobuf's limit is 2 GiB; 4 MiB are for the graph itself
 _CHECKED_BATCHES = (1, 5)
 _LARGEST_SIDE = 4096  # pixels, with dynamic_size
-_GRAPH_TOLERANCE = 1e-3  # of the float32 graph with varied weights, for a file in fp16
-_LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head that was set to 0
+_GRAPH_TOLERANCE = 1e-3  # for the float32 graph with varied weights, when exporting fp16
+_LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
 class OnnxConfig(Strict):
-    """How a file is written.
+    """Settings of an ONNX file.
 
-    dynamic_size: it takes images of any size from the network's stride up. tolerance: the greatest accepted difference
-    from PyTorch, of ONNX as a share of the largest output; None takes that of the precision.
+    dynamic_size: accept images of any size from the network's stride up. tolerance: the largest accepted difference
+    from PyTorch, for ONNX relative to the largest output; None: the default of the precision.
     """
 
     precision: Literal["fp32", "fp16"]
@@ -52,27 +52,27 @@ class OnnxConfig(Strict):
 
     @property
     def accepted(self) -> float:
-        """Return the greatest accepted difference. Measured: 1e-6 and 2e-3 at most, with drawn and varied weights."""
+        """Return the largest accepted difference. Measured, with random and varied weights: at most 1e-6 and 2e-3."""
         return self.tolerance or {"fp32": 1e-3, "fp16": 2e-2}[self.precision]
 
 
 def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, config: OnnxConfig) -> float:
-    """Write the file and return the greatest difference of its outputs from PyTorch's.
+    """Write the file and return the largest difference between its outputs and PyTorch's.
 
-    A copy with varied weights is compared too, because with small weights a wrong graph gives almost the right outputs.
-    Raises UserError: `tolerance` if the outputs of either differ by more; `format` for weights above the size of an
-    ONNX file; `dynamic_size` for a network of one size.
+    Also compare a copy with varied weights, because with small weights a wrong graph gives almost the right outputs.
+    Raises UserError: `tolerance` if either differs by more; `format` if the weights are too large for an ONNX file;
+    `dynamic_size` for a network with one image size.
     """
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
         raise UserError(
-            f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, and one ONNX file holds at "
-            "most 2 GiB; export a smaller network, or predict with the weights themselves: predict.py weights=RUN"
+            f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, but an ONNX file holds at "
+            "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
     samples = _draw_samples(metadata["preprocessing"], model, config.dynamic_size)
     varied, tried, tolerance = model.with_network(vary_weights(model.network)), config, config.accepted
     if config.precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
-        # In float32: with varied weights, the maps of a network without GRN may grow beyond fp16.
+        # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
         tried, tolerance = config.model_copy(update={"precision": "fp32"}), _GRAPH_TOLERANCE
     _, relative = _write_and_compare(varied, metadata, path, samples, tried)
     refuse_difference(relative, tolerance, "a copy with varied weights")
@@ -84,7 +84,7 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, conf
 def _write_and_compare(
     model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], config: OnnxConfig
 ) -> tuple[float, float]:
-    """Write a model's file, traced with the last sample; returns what `_compare` does."""
+    """Write a model's file, traced with the last sample; returns the result of `_compare`."""
     rewritten = to_inference_form(model)
     proto = _trace(rewritten, samples[-1], config.dynamic_size)
     if config.precision == "fp16":
@@ -96,7 +96,7 @@ def _write_and_compare(
 
 
 def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_size: bool) -> list[torch.Tensor]:
-    """Return images of noise in [0, 1] of the sizes that are compared; the last is what the model is traced with."""
+    """Return images of noise in [0, 1] in all sizes to compare. The model is traced with the last."""
     height, width = preprocessing["image_size_hw"]
     shapes = [(count, height, width) for count in _CHECKED_BATCHES]
     if dynamic_size:
@@ -107,7 +107,7 @@ def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_s
 
 
 def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.ModelProto:
-    """Return the graph of a model at any batch size, and at any image size where asked."""
+    """Return the graph of a model for any batch size and, with `dynamic_size`, for any image size."""
     exporter = logging.getLogger("torch.onnx")
     level = exporter.level
     exporter.setLevel(logging.ERROR)
@@ -135,7 +135,7 @@ def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.
         exporter.setLevel(level)
     sides = proto.graph.input[0].type.tensor_type.shape.dim[2:]
     if dynamic_size and not all(side.dim_param for side in sides):
-        raise _one_size(model, f"it was traced for {' x '.join(str(side.dim_value) for side in sides)} pixels alone")
+        raise _one_size(model, f"it was traced for {' x '.join(str(side.dim_value) for side in sides)} pixels only")
     return proto
 
 
@@ -147,7 +147,7 @@ def _one_size(model: ImageModel, reason: str) -> UserError:
 
 
 def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageModel) -> None:
-    """Set the file's metadata and version; remove the exporter's notes, which name files of this machine."""
+    """Set the file's metadata and version, and remove the exporter's notes, which name files of this machine."""
     graph = proto.graph
     for holder in (*graph.node, *graph.value_info, *graph.initializer, *graph.input, *graph.output, graph, proto):
         del holder.metadata_props[:]
@@ -161,33 +161,33 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
 
 @torch.inference_mode()
 def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> tuple[float, float]:
-    """Return the greatest difference of a file's outputs from PyTorch's, and that of its logits as a share of them.
+    """Return the largest absolute and relative difference between a file's outputs and PyTorch's.
 
-    The share is of the largest logit, or feature. The probabilities of the file must also be those of its own logits,
-    or, without these, PyTorch's.
+    Relative means divided by the largest logit or feature. Probabilities are compared, without division, with the
+    activation of the file's own logits, or with PyTorch's probabilities if the file has no logits.
     """
     session, absolute, relative = open_session(path), [], []
     for sample in samples:
-        taken = model.form.to_input(sample)
-        wanted = dict(zip(model.form.outputs.values(), model(taken), strict=True))
-        found = dict(zip(wanted, map(torch.from_numpy, session(taken.numpy())), strict=True))
-        absolute += [_greatest(found[what], wanted[what]) for what in wanted]
-        for what, ours in wanted.items():
-            scale = max(float(ours.abs().max()), _LEAST_OUTPUT)
-            if what == "probs":  # large logits make small differences of theirs great ones of the probs
-                ours, scale = model.output.activate(found["logits"]) if "logits" in found else ours, 1.0
-            relative.append(_greatest(found[what], ours) / scale)
-    return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the greatest
+        inputs = model.form.to_input(sample)
+        expected = dict(zip(model.form.outputs.values(), model(inputs), strict=True))
+        outputs = dict(zip(expected, map(torch.from_numpy, session(inputs.numpy())), strict=True))
+        absolute += [_largest_difference(outputs[name], expected[name]) for name in expected]
+        for name, target in expected.items():
+            scale = max(float(target.abs().max()), _LEAST_OUTPUT)
+            if name == "probs":  # with large logits, small differences of logits are large differences of probs
+                target, scale = model.output.activate(outputs["logits"]) if "logits" in outputs else target, 1.0
+            relative.append(_largest_difference(outputs[name], target) / scale)
+    return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the largest
 
 
-def _greatest(first: torch.Tensor, second: torch.Tensor) -> float:
+def _largest_difference(first: torch.Tensor, second: torch.Tensor) -> float:
     return float((first - second).abs().max())
 
 
 def open_session(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Return a function from a batch of what a file takes to its outputs, on the CPU."""
+    """Open a file on the CPU; the function takes the file's input and returns its outputs."""
     import onnxruntime
 
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (taken,) = session.get_inputs()
-    return lambda images: session.run(None, {taken.name: images})
+    (only,) = session.get_inputs()
+    return lambda images: session.run(None, {only.name: images})

@@ -1,4 +1,4 @@
-"""Smaller numbers in an ONNX graph: fp16, with float32 where sums are taken."""
+"""Convert an ONNX graph to fp16, with reductions in float32."""
 
 import re
 
@@ -11,11 +11,11 @@ from models.layers import GRN
 from utils.errors import UserError
 
 _WIDE_OPERATORS = (
-    # Sums over many values: their squares exceed the range of fp16 (65,504), or lose their small terms.
+    # Sums over many values: squares exceed the range of fp16 (65,504), or small terms are lost.
     "LayerNormalization", "GroupNormalization", "InstanceNormalization", "BatchNormalization", "LpNormalization",
     "Softmax", "LogSoftmax", "Sigmoid", "ReduceSum", "ReduceMean", "ReduceL1", "ReduceL2", "ReduceSumSquare",
     "ReduceLogSumExp", "GlobalAveragePool", "GlobalLpPool",
-    # Their types are attributes, or fixed.
+    # Operators whose types are attributes or fixed.
     "Cast", "Constant", "ConstantOfShape", "Resize", "Range", "RandomNormal", "RandomUniform",
 )  # fmt: skip
 _WIDE_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.Softmax, nn.Sigmoid, GRN, ChannelScale)
@@ -27,9 +27,9 @@ _SCOPES = "pkg.torch.onnx.name_scopes"
 def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
     """Return the graph with fp16 weights and maps; norms, softmax, sigmoid and every reduction compute in float32.
 
-    Whole modules stay wide, with the squares before a reduction: TensorRT gives wrong results from a GRN in fp16
-    (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`) for a graph
-    with branches or loops.
+    Whole modules stay in float32, including the squares before a reduction, because TensorRT gives wrong results for
+    GRN in fp16 (facebookresearch/ConvNeXt-V2 issue 66). Inputs and outputs stay float32. Raises UserError (`precision`)
+    for a graph with branches or loops.
     """
     wide = {
         name
@@ -42,7 +42,7 @@ def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
 
 
 class _Fp16Graph:
-    """A float32 graph whose nodes are rewritten one by one: each reads and writes either width; casts join the two."""
+    """A float32 graph whose nodes are rewritten one by one to fp16 or float32, with casts between the two."""
 
     def __init__(self, graph: onnx.GraphProto, wide_nodes: set[str]) -> None:
         self._graph, self._wide_nodes = graph, wide_nodes
@@ -59,14 +59,14 @@ class _Fp16Graph:
         outputs = {value.name for value in self._graph.output}
         for node in self._graph.node:
             if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
-                raise UserError(f"precision: fp16 takes no graph with branches, and this has {node.op_type}; set fp32")
+                raise UserError(f"precision: fp16 takes no graph with branches, but this has {node.op_type}; set fp32")
             wide = node.op_type in _WIDE_OPERATORS or node.name in self._wide_nodes
-            made = onnx.NodeProto()
-            made.CopyFrom(node)
-            made.input[:] = [self._read(name, wide) for name in node.input]
+            copy = onnx.NodeProto()
+            copy.CopyFrom(node)
+            copy.input[:] = [self._read(name, wide) for name in node.input]
             ends = [] if wide else [name for name in node.output if name in outputs]
-            made.output[:] = [f"{name}__fp16" if name in ends else name for name in node.output]
-            self._nodes.append(made)
+            copy.output[:] = [f"{name}__fp16" if name in ends else name for name in node.output]
+            self._nodes.append(copy)
             if not wide:
                 self._narrow |= {name for name in node.output if name in self._floats}
             self._nodes += [_cast(f"{name}__fp16", name, _FP32) for name in ends]
@@ -79,7 +79,7 @@ class _Fp16Graph:
         return result
 
     def _read(self, name: str, wide: bool) -> str:
-        """Return the name under which a wide or narrow node reads a tensor; add its conversion where it is missing."""
+        """Return the name under which a wide or narrow node reads a tensor, and add a conversion if it is missing."""
         if name in self._weights:
             weight = self._weights[name]
             if wide:
@@ -103,6 +103,6 @@ def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
 
 
 def _scopes(node: onnx.NodeProto) -> list[str]:
-    """Return the modules that a node was traced in; the exporter notes "['', 'network', 'network.norm']"."""
+    """Return the modules in which a node was traced; the exporter writes "['', 'network', 'network.norm']"."""
     text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
     return re.findall(r"'([^']*)'", text)

@@ -1,7 +1,7 @@
-"""Compare a network with what another tool makes of its file.
+"""Compare a network with its exported file in another tool.
 
-Logits of a network with small weights hardly vary between images, so that a wrong converter would pass. Every
-conversion is therefore tried first on a copy with varied weights: scales of norms near 1, GRN far from the identity.
+With small weights, logits hardly vary between images, so a wrong converter could pass. Every conversion is therefore
+first tried on a copy with varied weights: scales of norms near 1, GRN far from the identity.
 """
 
 import copy
@@ -14,7 +14,7 @@ from utils.errors import UserError
 
 @torch.no_grad()
 def vary_weights(network: nn.Module) -> nn.Module:
-    """Return a copy of a network, in eval mode, with weights for which its outputs vary between images."""
+    """Return a copy of a network, in eval mode, with random weights that make its outputs vary between images."""
     varied = copy.deepcopy(network).eval()
     generator = torch.Generator().manual_seed(0)
     for name, parameter in varied.named_parameters():
@@ -29,7 +29,7 @@ def vary_weights(network: nn.Module) -> nn.Module:
 
 
 def refuse_difference(found: float, tolerance: float, what: str) -> None:
-    """Raise UserError (`tolerance`) where a difference is not within the tolerance; NaN is not."""
+    """Raise UserError (`tolerance`) if a difference is above the tolerance or NaN."""
     if not found <= tolerance:
         raise UserError(
             f"tolerance: {what} differs from PyTorch by {found:.2e}, more than {tolerance:.0e}; the file was not kept. "

@@ -1,4 +1,4 @@
-"""A tagger as the programs that read taggers want it: input, outputs, order of the tags, and the files beside it.
+"""Taggers in the forms that other programs read: input, outputs, order of the tags, and further files.
 
 | form | input | outputs | files |
 |---|---|---|---|
@@ -7,12 +7,12 @@
 | cl_tagger | `input` [B, 3, H, W], BGR, -1 to 1 | `logits`, `probs` | tag_mapping.json |
 | timm | a folder of timm whose network takes BGR | | selected_tags.csv |
 
-The embedding [B, D] is what the head reads. Normalisation, order of channels and layout are inside the graph.
+The embedding [B, D] is the head's input. Normalisation, order of channels and layout are inside the graph.
 
-The WD order: the four ratings, general tags by descending count, characters by descending count. Programs find tags by
-their places in it: kohya-ss/sd-scripts:finetune/tag_images_by_wd14_tagger.py takes outputs 0 to 3 for the ratings, and
-pythongosssss/ComfyUI-WD14-Tagger:wd14tagger.py everything from the first character on for characters. So other
-categories are skipped, and a place that the vocabulary cannot fill gets an output whose probability is always 0.
+The WD order: the four ratings, general tags by descending count, characters by descending count. Programs rely on
+positions: kohya-ss/sd-scripts:finetune/tag_images_by_wd14_tagger.py reads outputs 0 to 3 as the ratings, and
+pythongosssss/ComfyUI-WD14-Tagger:wd14tagger.py reads everything from the first character on as characters. So other
+categories are skipped, and a position without a tag in the vocabulary gets an output whose probability is always 0.
 """
 
 import copy
@@ -49,11 +49,11 @@ from utils.vocabulary import (
 
 log = get_logger(__name__)
 
-SD_SCRIPTS_SIDE = 448  # pixels that sd-scripts resizes images to, whatever a file takes
+SD_SCRIPTS_SIDE = 448  # pixels; sd-scripts always resizes images to this side
 # Without a general tag or a character, ComfyUI-WD14-Tagger prints the rows of other categories twice.
 _PLACEHOLDERS = {GENERAL: "no_general_tag", CHARACTER: "no_character"}
 _NEVER = -1e4  # the logit of an output that the vocabulary lacks; its sigmoid is 0 in float32, and fp16 holds it
-_TOLERANCE = 1e-4  # of probabilities, between two forms of one network in PyTorch
+_TOLERANCE = 1e-4  # for probabilities of two forms of one network in PyTorch
 
 
 def make_form(name: str, preprocessing: Mapping[str, Any]) -> OnnxForm:
@@ -68,7 +68,7 @@ def make_form(name: str, preprocessing: Mapping[str, Any]) -> OnnxForm:
 
 
 class TagGraph(ImageModel):
-    """A tagger in a form: from what its file takes to what its file gives."""
+    """A tagger in a form: from the inputs to the outputs of its file."""
 
     def __init__(self, network: nn.Module, normalise: Normalise, form: OnnxForm) -> None:
         super().__init__(network, normalise, "tags")
@@ -79,116 +79,116 @@ class TagGraph(ImageModel):
         features = self.network.forward_features(self.normalise(self.form.to_images(images)))
         embedding = self.network.forward_head(features, pre_logits=True)
         logits = self.network.get_classifier()(embedding).float()
-        made = {"logits": logits, "probs": logits.sigmoid(), "embedding": embedding.float()}
-        return tuple(made[what] for what in self.form.outputs.values())
+        outputs = {"logits": logits, "probs": logits.sigmoid(), "embedding": embedding.float()}
+        return tuple(outputs[name] for name in self.form.outputs.values())
 
     def with_network(self, network: nn.Module) -> "TagGraph":
-        """Return the same, in eval mode, around another network."""
+        """Return a copy with another network, in eval mode."""
         return TagGraph(network, self.normalise, self.form).eval()
 
 
 @torch.no_grad()
 def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
-    """Return a copy of a network whose output i is output `rows[i]`; -1 makes one whose probability is always 0.
+    """Return a copy of a network whose output i is output `rows[i]`; for -1, its probability is always 0.
 
-    Raises UserError (`format`) where it does not end in one linear layer.
+    Raises UserError (`format`) if the network does not end in one linear layer.
     """
-    made, order = copy.deepcopy(network), torch.tensor(rows)
-    head, absent = find_head(made, "format", "set format=onnx or safetensors"), order < 0
+    reordered, order = copy.deepcopy(network), torch.tensor(rows)
+    head, absent = find_head(reordered, "format", "set format=onnx or safetensors"), order < 0
     head.weight = nn.Parameter(head.weight[order.clamp_min(0)].masked_fill(absent[:, None], 0.0))
     head.bias = nn.Parameter(head.bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
     head.out_features = len(rows)
-    return made
+    return reordered
 
 
 @torch.no_grad()
 def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_size_hw: Sequence[int]) -> TagGraph:
-    """Return a tagger in a form, whose output i is the model's output `rows[i]` (`reorder_head`).
+    """Return a tagger in a form; its output i is the model's output `rows[i]` (`reorder_head`).
 
-    It is compared with the model, and again with varied weights. Raises UserError (`tolerance`) where they differ.
+    It is compared with the model, also with varied weights. Raises UserError (`tolerance`) if they differ.
     """
     images = torch.rand(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
-    for one in (model.with_network(vary_weights(model.network)), model):
-        graph = TagGraph(reorder_head(one.network, rows), one.normalise, form).eval()
-        wanted = one(images)[1][:, list(rows)].masked_fill(torch.tensor(rows) < 0, 0.0)
-        found = graph(form.to_input(images))[list(form.outputs.values()).index("probs")]
-        refuse_difference(float((found - wanted).abs().max()), _TOLERANCE, "the network taken apart for its embedding")
+    for tagger in (model.with_network(vary_weights(model.network)), model):
+        graph = TagGraph(reorder_head(tagger.network, rows), tagger.normalise, form).eval()
+        expected = tagger(images)[1][:, list(rows)].masked_fill(torch.tensor(rows) < 0, 0.0)
+        probs = graph(form.to_input(images))[list(form.outputs.values()).index("probs")]
+        refuse_difference(float((probs - expected).abs().max()), _TOLERANCE, "the network split at its embedding")
     return graph
 
 
 @torch.no_grad()
 def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
-    """Return a copy of a network that takes blue, green and red instead of red, green and blue.
+    """Return a copy of a network that takes BGR instead of RGB.
 
-    Raises UserError (`format`) where turning its first convolution round does not do that.
+    Raises UserError (`format`) if reversing the channels of the first convolution does not have this effect.
     """
     images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for original in (vary_weights(network), network):
-        made = copy.deepcopy(original).eval()
-        stem = next((module for module in made.modules() if isinstance(module, nn.Conv2d)), None)
+        reversed_ = copy.deepcopy(original).eval()
+        stem = next((module for module in reversed_.modules() if isinstance(module, nn.Conv2d)), None)
         if stem is not None and stem.in_channels == 3:
             stem.weight.data = stem.weight.data.flip(1)
-        wanted = original.eval()(images)
-        if not float((made(images.flip(1)) - wanted).abs().max()) <= _TOLERANCE * float(wanted.abs().max()):
+        expected = original.eval()(images)
+        if not float((reversed_(images.flip(1)) - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
             raise UserError(
-                f"format: timm's taggers take BGR, and {type(network).__name__} does not begin with one convolution of "
-                "three channels that could be turned round; set format=wd14 or safetensors"
+                f"format: timm's taggers take BGR, but {type(network).__name__} does not begin with a convolution of "
+                "three channels that can be reversed; set format=wd14 or safetensors"
             )
-    return made
+    return reversed_
 
 
-# -------------------------------------------------------------------------------------------------------- files beside
+# ------------------------------------------------------------------------------------------------------- further files
 
 
 def check_images(form: str, preprocessing: Mapping[str, Any]) -> None:
-    """Raise UserError (`format`) for images that no program gives to a form; warn where they are prepared otherwise."""
+    """Raise UserError (`format`) if no program supports the images; warn if programs prepare them differently."""
     height, width = preprocessing["image_size_hw"]
     if preprocessing["channels"] != 3 or (height != width and form != "imgutils"):
         raise UserError(
-            f"format: {form} takes square RGB images, and these weights take {height} x {width} px of "
+            f"format: {form} takes square RGB images, but these weights take {height} x {width} px with "
             f"{preprocessing['channels']} channels; set format=onnx"
         )
     if form == "imgutils":
         return
     if height != SD_SCRIPTS_SIDE:
-        log.warning("format: sd-scripts gives images of %d px, and these weights take %d px", SD_SCRIPTS_SIDE, height)
+        log.warning("format: sd-scripts resizes images to %d px, but these weights take %d px", SD_SCRIPTS_SIDE, height)
     if preprocessing.get("pad", "none") != "square" or background_rgb(background_of(preprocessing)) != (255, 255, 255):
         log.warning(
-            "format: the programs that read %s pad images to squares on white, which was not so in training; expect "
-            "worse tags than evaluate.py measures (augment.pad=square data.background=white)", form,
+            "format: programs that read %s pad images to white squares, but training did not; expect worse tags than "
+            "evaluate.py measures (augment.pad=square data.background=white)", form,
         )  # fmt: skip
 
 
 def to_wd_order(vocabulary: Vocabulary) -> tuple[Vocabulary, list[int]]:
-    """Return a vocabulary in the WD order, and the output of each of its rows; -1 for one that is missing."""
-    found = [(RATING, name, tag_id, vocabulary.columns.get((RATING, name), -1)) for name, tag_id in RATINGS.items()]
+    """Return a vocabulary in the WD order, and for each of its rows the model's output, or -1 if it has none."""
+    tags = [(RATING, name, tag_id, vocabulary.columns.get((RATING, name), -1)) for name, tag_id in RATINGS.items()]
     for category, placeholder in _PLACEHOLDERS.items():
         order = sorted(vocabulary.of_category(category).tolist(), key=lambda row: -vocabulary.counts[row])
-        found += [(category, vocabulary.names[row], vocabulary.tag_ids[row], row) for row in order]
-        found += [] if order else [(category, placeholder, 0, -1)]
-    categories, names, tag_ids, rows = zip(*found)
+        tags += [(category, vocabulary.names[row], vocabulary.tag_ids[row], row) for row in order]
+        tags += [] if order else [(category, placeholder, 0, -1)]
+    categories, names, tag_ids, rows = zip(*tags)
     counts = tuple(0 if row < 0 else vocabulary.counts[row] for row in rows)
     return Vocabulary(names, categories, counts, tag_ids), list(rows)
 
 
 def describe_changes(vocabulary: Vocabulary, kept: Vocabulary) -> dict[str, Any]:
-    """Return, for the report, how many tags of each category are left out, and the outputs that are always 0."""
+    """Return, for the report, the number of skipped tags per category, and the outputs that are always 0."""
     missing = vocabulary.columns.keys() - kept.columns.keys()
-    left_out = dict(Counter(category_name(category) for category, _ in sorted(missing)))
+    skipped = dict(Counter(category_name(category) for category, _ in sorted(missing)))
     constant = [name for _, name in kept.columns.keys() - vocabulary.columns.keys()]
     if not any(kept.counts[row] for row in kept.of_category(RATING)):
-        log.warning("format: no training image had a rating, so the ratings that programs show mean nothing")
-    return {"tags": len(kept), "left_out": left_out, "constant": sorted(constant)}
+        log.warning("format: no training image had a rating, so the ratings in other programs mean nothing")
+    return {"tags": len(kept), "left_out": skipped, "constant": sorted(constant)}
 
 
 def write_tags(folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable | None) -> None:
-    """Write selected_tags.csv; with thresholds, they are its column best_threshold."""
+    """Write selected_tags.csv, with thresholds in its column best_threshold."""
     further = {} if thresholds is None else {"best_threshold": thresholds.of_tags(vocabulary, PER_TAG)}
     write_vocabulary(folder / FILE, vocabulary, further)
 
 
 def write_head(folder: Path, network: nn.Module) -> None:
-    """Write inv.npz, the head from an embedding to logits, for imgutils' convert_wd14_emb_to_prediction."""
+    """Write the head (from an embedding to logits) to inv.npz, for imgutils' convert_wd14_emb_to_prediction."""
     head = network.get_classifier()
     weights, bias = (tensor.detach().float().cpu().numpy() for tensor in (head.weight.T, head.bias))
     np.savez(folder / "inv.npz", weights=weights, bias=bias)
@@ -197,15 +197,15 @@ def write_head(folder: Path, network: nn.Module) -> None:
 def write_imgutils(
     folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable | None, preprocessing: Mapping[str, Any]
 ) -> None:
-    """Write what imgutils.generic.multilabel_timm_predict reads beside the network."""
+    """Write the further files of imgutils.generic.multilabel_timm_predict."""
     write_tags(folder, vocabulary, thresholds)
     present = [{"category": number, "name": category_name(number)} for number in sorted(set(vocabulary.categories))]
     write_json(folder / "categories.json", present)
     steps = _transforms(preprocessing)
     write_json(folder / "preprocess.json", {"test": steps, "val": steps})
     if thresholds is not None:
-        found = thresholds.of_categories("balanced")
-        rows = [{**one, "threshold": found.get(one["category"], found[OVERALL])} for one in present]
+        values = thresholds.of_categories("balanced")
+        rows = [{**entry, "threshold": values.get(entry["category"], values[OVERALL])} for entry in present]
         write_table(folder / THRESHOLDS, rows)
 
 
@@ -231,7 +231,7 @@ def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
 
 
 def write_mapping(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write tag_mapping.json; it names no output of a category that sd-scripts refuses."""
+    """Write tag_mapping.json, without outputs of categories that sd-scripts refuses."""
     tags = {
         str(row): {"tag": name, "category": category_name(category).title()}
         for row, (category, name) in enumerate(vocabulary.columns)

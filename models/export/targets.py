@@ -1,4 +1,4 @@
-"""The formats that are folders or weight files: what writes each, and what loads it to be compared.
+"""The formats that are folders or weight files: how to write each, and how to load it for comparison.
 
 | format | files | stems | stages |
 |---|---|---|---|
@@ -23,27 +23,27 @@ from models.fcmae import FCMAE
 from models.weights.fit import load_into
 from utils.io.weights import read_weights, write_weights
 
-_IMAGES = 4  # that are compared
+_IMAGES = 4  # to compare
 
 
 def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> None:
-    """Write a weight file of ours: the tensors, and metadata that tell how to rebuild the network."""
+    """Write a weight file of Atelier: the tensors, and the metadata needed to rebuild the network."""
     write_weights(folder / "model.safetensors", network.state_dict(), dict(metadata))
 
 
 def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     """Write the network's state dict: `network.load_state_dict(torch.load(FILE)["model"])`.
 
-    The entry `licence` is there without a licence too: a file of the model alone is presumed to be a released one.
+    The entry `licence` is always written, because a file with only `model` is presumed to be one of Meta's.
     """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
-    content = io.BytesIO()  # of a full disk, torch says that a position is unexpected
+    content = io.BytesIO()  # because torch.save's error for a full disk is misleading
     torch.save({"model": state, "licence": licence_of(metadata)}, content)  # noqa: TID251 (tensors and one text)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.pth").write_bytes(content.getbuffer())
 
 
-# What writes a format, and what loads it; None: a network of ours takes the file, an FCMAE whole.
+# The functions that write and load a format; None: load the file into our own network.
 TARGETS = {
     "timm": (write_timm, load_timm),
     "transformers": (write_transformers, load_transformers),
@@ -53,46 +53,46 @@ TARGETS = {
 
 
 def export_folder(form: str, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float) -> dict[str, Any]:
-    """Write a format's files into an empty folder and compare them; returns the report.
+    """Write a format's files into an empty folder, compare them, and return the report.
 
-    A copy with varied weights is tried first: with small weights, a wrong converter gives almost the right outputs.
+    A copy with varied weights comes first, because with small weights a wrong converter gives almost the right outputs.
     Raises UserError (`format`, `tolerance`).
     """
-    if any("grn" in name for name, _ in network.named_parameters()):  # a network of timm keeps its tensors as they are
-        found, largest = _write_and_compare(form, vary_weights(network), metadata, folder)
-        refuse_difference(found / max(largest, 1.0), tolerance, "a copy with varied weights")
-    found, _ = _write_and_compare(form, network.eval(), metadata, folder)
-    refuse_difference(found, tolerance, "what the target's own network gives")
+    if any("grn" in name for name, _ in network.named_parameters()):  # tensors of timm networks are not converted
+        difference, largest = _write_and_compare(form, vary_weights(network), metadata, folder)
+        refuse_difference(difference / max(largest, 1.0), tolerance, "a copy with varied weights")
+    difference, _ = _write_and_compare(form, network.eval(), metadata, folder)
+    refuse_difference(difference, tolerance, "the output of the target's own network")
     file = "model.pth" if form == "pth" else "model.safetensors"
     write_card(folder, form, file, metadata)
-    return {"file": file, "max_abs_diff": found}
+    return {"file": file, "max_abs_diff": difference}
 
 
 @torch.no_grad()
 def _write_and_compare(form: str, network: nn.Module, metadata: Metadata, folder: Path) -> tuple[float, float]:
-    """Write a network's files and load them as their users do.
+    """Write a network's files and load them like their users.
 
-    Returns the greatest difference of the outputs for normalised images of noise, and the greatest output.
+    Return the largest difference of the outputs for normalised images of noise, and the largest output.
     """
     write, load = TARGETS[form]
     write(network, metadata, folder)
     loaded = _outputs(_reload(network, folder), metadata) if load is None else load(folder)
-    stated = metadata["preprocessing"]
-    draw = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, stated["channels"], *stated["image_size_hw"], generator=draw)
-    wanted = _outputs(network, metadata)(images).float()
-    return float((wanted - loaded(images).float()).abs().max()), float(wanted.abs().max())
+    preprocessing = metadata["preprocessing"]
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(_IMAGES, preprocessing["channels"], *preprocessing["image_size_hw"], generator=random)
+    expected = _outputs(network, metadata)(images).float()
+    return float((expected - loaded(images).float()).abs().max()), float(expected.abs().max())
 
 
 def _outputs(network: nn.Module, metadata: Metadata) -> Outputs:
-    """Return what is compared of a network of ours: logits, or the last map of a backbone."""
+    """Return the function to compare for our network: it returns logits, or a backbone's last feature map."""
     encoder = network.encoder if isinstance(network, FCMAE) else network
     compares_maps = metadata["output"] == "features" and hasattr(encoder, "forward_features")
     return encoder.forward_features if compares_maps else encoder
 
 
 def _reload(network: nn.Module, folder: Path) -> nn.Module:
-    """Return a network of the same kind with the tensors of the weight file in a folder."""
+    """Return a copy of the network with the tensors of the weight file in a folder."""
     fresh = copy.deepcopy(network)
     with torch.no_grad():
         for tensor in fresh.state_dict().values():

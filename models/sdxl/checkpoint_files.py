@@ -1,10 +1,10 @@
-"""SDXL's files for other programs: a single file, as ComfyUI and the web UIs read it, and a folder of diffusers.
+"""Write SDXL for other programs: a single file, for ComfyUI and the web UIs, or a diffusers folder.
 
     StableDiffusionXLPipeline.from_pretrained(FOLDER)
     StableDiffusionXLPipeline.from_single_file(FILE, config=FOLDER)
 
-diffusers does not read a single file's markers: without the folder's scheduler config, it takes epsilon prediction.
-Headers have the hash of the tensors, as ModelSpec and kohya's LoRAs do.
+diffusers ignores a single file's markers: without the folder's scheduler config, it assumes epsilon prediction.
+Headers have the hash of the tensors, like ModelSpec and kohya's LoRAs.
 Source: Stability-AI/ModelSpec:README.md (1.0.1), kohya-ss/sd-scripts:library/train_util.py,
 comfyanonymous/ComfyUI:comfy/supported_models.py.
 """
@@ -29,11 +29,11 @@ from utils.io.weights import weight_metadata, write_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_HASH = "0" * 64  # what stands in a header until the tensors behind it are hashed
+NO_HASH = "0" * 64  # placeholder in a header until the tensors are hashed
 
 
 def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file; each NO_HASH in its metadata becomes the SHA-256 of all that follows the header."""
+    """Write a file, and replace each NO_HASH in its metadata by the SHA-256 of everything after the header."""
 
     def write(temporary: Path) -> None:
         write_tensors(temporary, tensors, metadata)
@@ -56,9 +56,9 @@ def write_single_file(
     dtype: torch.dtype,
     metadata: Mapping[str, str],
 ) -> None:
-    """Write a single file; the VAE as `_vae_dtype` says, the other networks in `dtype`.
+    """Write a single file in `dtype` (for the VAE, see `_cast`).
 
-    metadata: what ModelSpec calls `title`, `license`, `author`, `date`, ..., without its prefix; `title` is needed.
+    metadata: ModelSpec's `title`, `license`, `author`, `date`, ..., without its prefix; `title` is required.
     """
     tensors: dict[str, Tensor] = {}
     for part, state in _cast(networks, dtype).items():
@@ -89,30 +89,30 @@ def write_diffusers(
     dtype: torch.dtype,
     zeros_for_empty_prompt: bool,
 ) -> None:
-    """Write a folder of diffusers; model_index.json, by which it is known, comes last.
+    """Write a diffusers folder. model_index.json, which identifies it, is written last.
 
-    tokenizer: that of `build_tokenizer`; the second encoder's is written with its padding, "!" (id 0).
-    zeros_for_empty_prompt: a pipeline takes zeros instead of encoding an empty negative prompt.
+    tokenizer: from `build_tokenizer`; the second encoder's copy gets its own padding, "!" (id 0).
+    zeros_for_empty_prompt: pipelines use zeros instead of encoding an empty negative prompt.
     """
     import diffusers
 
     states, classes = _cast(networks, dtype), {}
     for part in PARTS:
-        network, place = getattr(networks, part), folder / part
-        place.mkdir(parents=True, exist_ok=True)
+        network, part_folder = getattr(networks, part), folder / part
+        part_folder.mkdir(parents=True, exist_ok=True)
         if part.startswith("text"):
-            network.config.save_pretrained(place)
+            network.config.save_pretrained(part_folder)
         else:
-            network.save_config(place)
+            network.save_config(part_folder)
         write_atomically(
-            place / f"{weight_name(part)}.safetensors",
+            part_folder / f"{weight_name(part)}.safetensors",
             lambda temporary, state=states[part]: write_tensors(temporary, state, {"format": "pt"}),
         )
         classes[part] = [type(network).__module__.partition(".")[0], type(network).__name__]
     second = copy.deepcopy(tokenizer)
     second.pad_token = "!"
-    for name, one in (("tokenizer", tokenizer), ("tokenizer_2", second)):
-        one.save_pretrained(folder / name)
+    for name, written in (("tokenizer", tokenizer), ("tokenizer_2", second)):
+        written.save_pretrained(folder / name)
         classes[name] = ["transformers", "CLIPTokenizer"]
     scheduler = {"_class_name": "DDIMScheduler", **scheduler_config(prediction_type, zero_terminal_snr)}
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
@@ -128,7 +128,7 @@ def write_diffusers(
 
 
 def _cast(networks: SDXLNetworks, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """Return the states in a dtype; a VAE that overflows in float16, as SDXL's own does, stays in float32."""
+    """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32."""
     overflows = dtype == torch.float16 and networks.vae.config.force_upcast
     dtypes: dict[str, Any] = {part: torch.float32 if part == "vae" and overflows else dtype for part in PARTS}
     return {

@@ -1,13 +1,13 @@
-"""LoRA: low-rank matrices beside layers of SDXL's frozen networks, held in a module of their own.
+"""LoRA: low-rank updates of layers of SDXL's frozen networks, in a module of their own.
 
-A layer's weight W becomes W + (alpha / rank) B A, where only A and B are trained. The frozen networks keep their
-modules and tensors: forward hooks add the update to a layer's output, so that a checkpoint has the matrices alone.
+A layer's weight W becomes W + (alpha / rank) B A, and only A and B are trained. The frozen networks are not modified:
+forward hooks add the update to a layer's output, so a checkpoint has only the matrices.
 
-Two layouts of files, which other tools read (`StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)`):
+There are two file layouts for other tools (`StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)`).
 kohya: one .safetensors file for ComfyUI, the web UIs, sd-scripts and diffusers. Layers have the names of SDXL's
-original U-Net, with underscores; alpha is a tensor of its own.
+original U-Net, with underscores; alpha is a separate tensor.
 diffusers: a folder with pytorch_lora_weights.safetensors. Layers have the names of diffusers' networks; B contains
-alpha / rank, because older releases do not read alpha from such a file.
+alpha / rank, because older releases do not read alpha from these files.
 
 Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:networks/lora.py and library/train_util.py,
 huggingface/diffusers:loaders/lora_pipeline.py.
@@ -33,27 +33,21 @@ from utils.config.schema import Strict
 from utils.errors import UserError, close_names
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # of kohya's layers
+_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
 
 
 class LoRAConfig(Strict):
-    """Describe a LoRA.
-
-    rank, alpha: the update is B A of this rank, times alpha / rank.
-    targets: patterns of layer names, such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`.
-    conv: convolutions can be targets, too, and not only linear layers.
-    text_encoders: layers of both text encoders can be targets, too, and not only those of the U-Net.
-    """
+    """Describe a LoRA. The update is B A of the given rank, times alpha / rank."""
 
     rank: Width
     alpha: Positive
-    targets: list[str] = Field(min_length=1)
-    conv: bool
-    text_encoders: bool
+    targets: list[str] = Field(min_length=1)  # patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`
+    conv: bool  # targets may include convolutions, in addition to linear layers
+    text_encoders: bool  # targets may include layers of both text encoders, in addition to the U-Net
 
 
 class LoRALayer(nn.Module):
-    """The update of one layer. The matrices are float32 and are computed with in the dtype of the layer's input."""
+    """The update of one layer. The matrices are float32 and are cast to the dtype of the layer's input."""
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
         super().__init__()
@@ -68,7 +62,7 @@ class LoRALayer(nn.Module):
         nn.init.zeros_(self.lora_B.weight)  # A keeps torch's Kaiming initialisation
 
     def forward(self, inputs: Tensor) -> Tensor:
-        """Return what is added to the layer's output for the same inputs."""
+        """Return the update of the layer's output for the same inputs."""
         down, up = self.lora_A.weight.to(inputs.dtype), (self.scale * self.lora_B.weight).to(inputs.dtype)
         if isinstance(self.lora_A, nn.Conv2d):
             conv = self.lora_A
@@ -78,7 +72,7 @@ class LoRALayer(nn.Module):
         return functional.linear(functional.linear(inputs, down), up)
 
     def update(self) -> Tensor:
-        """Return what is added to the layer's weight, as a matrix [out, in x kernel area]."""
+        """Return the update of the layer's weight as a matrix [out, in x kernel area]."""
         return self.scale * self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
 
 
@@ -86,9 +80,9 @@ class LoRA(nn.Module):
     """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and `...lora_B.weight`."""
 
     def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
-        """Make the matrices for `networks`: unet, text_encoder, text_encoder_2, of which shapes alone are read.
+        """Make the matrices for `networks` (unet, text_encoder, text_encoder_2). Only their shapes are used.
 
-        Raises UserError (`task.lora.targets`) where a pattern matches no layer.
+        Raises UserError (`task.lora.targets`) if a pattern matches no layer.
         """
         super().__init__()
         self.config = config
@@ -103,13 +97,13 @@ class LoRA(nn.Module):
         return {name: self.get_submodule(name) for name in self.names}
 
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
-        """Add the updates to the outputs of these networks' layers, and no longer to those of earlier networks."""
+        """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
-        found = _find_layers(networks, self.config)
-        self._hooks = [found[name].register_forward_hook(_adding(layer)) for name, layer in self.layers().items()]
+        targets = _find_layers(networks, self.config)
+        self._hooks = [targets[name].register_forward_hook(_adding(layer)) for name, layer in self.layers().items()]
 
     def detach(self) -> None:
-        """Leave the networks as they are without the updates."""
+        """Stop updating the networks' outputs."""
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
@@ -118,9 +112,9 @@ class LoRA(nn.Module):
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the networks' own weights, in their dtype, and detach."""
         self.detach()
-        found = _find_layers(networks, self.config)
+        targets = _find_layers(networks, self.config)
         for name, layer in self.layers().items():
-            weight = found[name].weight
+            weight = targets[name].weight
             weight.copy_(weight.float() + layer.update().to(weight.device).view_as(weight))
 
 
@@ -134,7 +128,7 @@ def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[
     layers, unused = {}, unused_layer(networks["text_encoder"]) if config.text_encoders else None
     for network in ("unet", *_TEXT_ENCODERS) if config.text_encoders else ("unet",):
         for name, layer in networks[network].named_modules():
-            # transformers has no `text_model` in CLIPTextModel from 5.6 on; the files of LoRAs have it.
+            # From 5.6 on, transformers has no `text_model` in CLIPTextModel, but LoRA files do.
             inner = network != "unet" and not name.startswith(("text_model.", "text_projection"))
             if isinstance(layer, kinds) and not (network == "text_encoder" and unused in name):
                 layers[f"{network}.text_model.{name}" if inner else f"{network}.{name}"] = layer
@@ -153,13 +147,13 @@ def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
     if config.text_encoders and not any(name.startswith(_TEXT_ENCODERS) for name in chosen):
         raise UserError(
             "task.lora.text_encoders: true, but no pattern of task.lora.targets matches a layer of them; set it to "
-            "false, or add such as 'text_encoder*.q_proj'"
+            "false, or add a pattern such as 'text_encoder*.q_proj'"
         )
     return chosen
 
 
 def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
-    """Put a layer at a dotted name, in modules that are made on the way."""
+    """Add a layer under a dotted name, and the modules above it."""
     *parents, last = name.split(".")
     for parent in parents:
         if parent not in dict(root.named_children()):
@@ -174,8 +168,8 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
     """Write a LoRA in kohya's layout, with alpha in float32.
 
-    modelspec: what is known of the model, such as `modelspec.title`, `.resolution`, `.prediction_type`, `.license`;
-    architecture, implementation and hash are added.
+    modelspec: facts about the model, such as `modelspec.title`, `.resolution`, `.prediction_type`, `.license`;
+    architecture, implementation and hash are added here.
     """
     config, tensors = lora.config, {}
     for name, layer in lora.layers().items():
@@ -198,7 +192,7 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[s
 
 
 def write_diffusers(folder: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
-    """Write a LoRA as a folder of diffusers, scaled by alpha / rank; modelspec: as in `write_kohya`."""
+    """Write a LoRA as a diffusers folder, scaled by alpha / rank. modelspec: see `write_kohya`."""
     tensors = {}
     for name, layer in lora.layers().items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
@@ -214,5 +208,5 @@ def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metada
         "modelspec.hash_sha256": f"0x{NO_HASH}",
         "sshs_model_hash": NO_HASH,
     }
-    cast = {name: one.detach() if name.endswith("alpha") else one.detach().to(dtype) for name, one in tensors.items()}
+    cast = {name: x.detach() if name.endswith("alpha") else x.detach().to(dtype) for name, x in tensors.items()}
     write_hashed(path, cast, {**metadata, **modelspec})

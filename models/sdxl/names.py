@@ -1,15 +1,15 @@
-"""The names of SDXL's tensors: those of diffusers and transformers, and those of a single file (generative-models).
+"""The names of SDXL's tensors in diffusers and transformers, and in a single file (generative-models).
 
-| part | in a single file | beside the names, what differs |
+| part | prefix in a single file | other differences |
 |---|---|---|
 | unet | model.diffusion_model. | |
 | vae | first_stage_model. | linear layers of attention are 1x1 convolutions |
 | text_encoder | conditioner.embedders.0.transformer. | |
 | text_encoder_2 | conditioner.embedders.1.model. | q, k, v are one tensor; the projection is transposed |
 
-A table has module names (or prefixes of them) in both layouts; the longest one that fits a name is replaced. SDXL has
-one topology: three levels in the U-Net, four in the VAE. Text encoders have the prefix `text_model.` here, which
-transformers' CLIPTextModel dropped in release 5.6; published folders and single files have it.
+A table has module names (or prefixes of them) in both layouts; the longest match in a name is replaced. SDXL has one
+topology: three levels in the U-Net, four in the VAE. Text encoders have the prefix `text_model.` here and in published
+files. transformers' CLIPTextModel dropped it in release 5.6.
 Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Stability-AI/generative-models.
 """
 
@@ -62,7 +62,7 @@ def _unet_table() -> Iterator[tuple[str, str]]:
     resnets = [("mid_block.resnets.0", "middle_block.0"), ("mid_block.resnets.1", "middle_block.2")]
     for level in range(3):
         for layer in range(3):
-            # A level's input has one resnet and attention less; no file has the third pair of names.
+            # A level of the down side has one resnet and attention less; its third pair of names is unused.
             for side, block in (
                 ("down", f"input_blocks.{3 * level + layer + 1}"),
                 ("up", f"output_blocks.{3 * level + layer}"),
@@ -109,16 +109,16 @@ def _table(part: str, to_single: bool) -> dict[str, str]:
 
 
 def rename(part: str, name: str, *, to_single: bool) -> str | None:
-    """Return the other layout's name of a tensor or a module of a part, without the part's prefix; None for others."""
+    """Return the other layout's name for a tensor or module of a part, without the part's prefix, or None."""
     table, words = _table(part, to_single), name.split(".")
     for end in range(len(words), 0, -1):
-        if (found := table.get(".".join(words[:end]))) is not None:
-            return ".".join([found, *words[end:]])
+        if (other := table.get(".".join(words[:end]))) is not None:
+            return ".".join([other, *words[end:]])
     return None
 
 
 def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a part's tensors as a single file has them. Every name must be one of SDXL's."""
+    """Convert a part's tensors to the layout of a single file. Every name must be one of SDXL's."""
     renamed = {}
     for name, tensor in _join_qkv(state).items() if part == "text_encoder_2" else state.items():
         new = rename(part, name, to_single=True)
@@ -128,9 +128,9 @@ def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def from_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a part's tensors of a single file under the names of diffusers or transformers.
+    """Return a part's tensors in a single file, under the names of diffusers or transformers.
 
-    Names that are not SDXL's stay as they are; those of other parts and tensors without weights are left out.
+    Unknown names stay unchanged. Other parts and tensors without weights are skipped.
     """
     renamed = {}
     for full, tensor in state.items():
@@ -143,7 +143,7 @@ def from_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor
 
 
 def _reshape(part: str, name: str, tensor: Tensor, *, to_single: bool) -> Tensor:
-    """Return a tensor in the shape of the other layout; name: that of diffusers or transformers."""
+    """Return a tensor in the shape of the other layout. name: the name in diffusers or transformers."""
     if name == "text_projection.weight":
         return tensor.T.contiguous()
     if part == "vae" and ".attentions." in name and ".to_" in name and name.endswith("weight"):
@@ -166,25 +166,25 @@ def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     split = {}
     for name, tensor in state.items():
         if ".in_proj_" in name:
-            split.update((name.replace("in_proj_", f"{other}."), one) for other, one in zip(_QKV, tensor.chunk(3)))
+            split.update((name.replace("in_proj_", f"{other}."), part) for other, part in zip(_QKV, tensor.chunk(3)))
         else:
             split[name] = tensor
     return split
 
 
 def from_folder(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a part's tensors of a folder, or a network, under the names that published folders have."""
+    """Return the tensors of a part, from a folder or a network, under the names of published folders."""
     prefix = "" if part != "text_encoder" or any(name.startswith(_TEXT) for name in state) else _TEXT
     return {prefix + name: tensor for name, tensor in state.items() if prefix + name not in _UNUSED}
 
 
 def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:
-    """Return a network's tensors under the names that published folders have, whatever transformers' release."""
+    """Return a network's tensors under the names of published folders, with any release of transformers."""
     return from_folder(part, network.state_dict())
 
 
 def load_part(part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Make the tensors of a state, under the names of `part_state`, those of a network; they must fit."""
+    """Assign a state, under the names of `part_state`, to a network. Names and shapes must fit."""
     if part == "text_encoder" and not hasattr(network, "text_model"):
         state = {name.removeprefix(_TEXT): tensor for name, tensor in state.items()}
     network.load_state_dict(state, assign=True)

@@ -1,6 +1,6 @@
-"""SDXL's four networks, from a folder of diffusers, a single file, or drawn tiny: two sizes of one topology.
+"""SDXL's four networks, from a diffusers folder or a single file, or tiny ones with random weights.
 
-Heads of attention are 64 wide, as in SDXL; a network narrower than 128 has one.
+Attention heads are 64 wide, as in SDXL; a network narrower than 128 has one head.
 """
 
 import math
@@ -22,12 +22,12 @@ from utils.errors import UserError, about
 from utils.io.files import read_json
 from utils.io.weights import read_header, read_weights
 
-VAE_SCALING_FACTOR = 0.13025  # of SDXL's VAE: single files do not state it
+VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
 State = dict[str, Tensor]
-_TINY_WIDTH = 16  # of the tiny U-Net's first level
-_MAX_TEXT = 200  # characters of what a file says about itself
-_MAX_CARD = 10_000  # characters of a model card in which its front matter ends
-# Tensors by which another kind of checkpoint is known.
+_TINY_WIDTH = 16  # channels of the tiny U-Net's first level
+_MAX_TEXT = 200  # characters of a text from a file
+_MAX_CARD = 10_000  # characters of a model card to search for its front matter
+# Tensors that identify other kinds of checkpoints.
 _OTHERS = {
     "cond_stage_model.": "Stable Diffusion 1 or 2",
     "conditioner.embedders.0.model.": "SDXL's refiner",
@@ -37,23 +37,20 @@ _OTHERS = {
 
 
 class SDXLConfig(Strict):
-    """Where SDXL's networks are: a folder of diffusers or a single .safetensors file; null draws tiny ones.
-
-    frozen_dtype: of the networks that are not trained. in_channels: of the images.
-    """
+    """SDXL's networks. `path` is a diffusers folder or a single .safetensors file; null: tiny random networks."""
 
     family: Literal["sdxl"]
     name: str = Field(min_length=1)
     path: PathText | None
-    frozen_dtype: Literal["float32", "bfloat16"]
-    in_channels: Literal[3]
+    frozen_dtype: Literal["float32", "bfloat16"]  # of the networks that are not trained
+    in_channels: Literal[3]  # of the images
 
 
 @dataclass
 class SDXLNetworks:
-    """The networks, None for those not asked for, and what is known of their source.
+    """The networks, or None for those not requested, and a description of their source.
 
-    source: JSON values of `path`, `layout`, `prediction_type`, `zero_terminal_snr` and `licence` (None: unknown), and
+    source: JSON values `path`, `layout`, `prediction_type`, `zero_terminal_snr`, `licence` (None: unknown) and
     `vae_scaling_factor`.
     """
 
@@ -64,21 +61,21 @@ class SDXLNetworks:
     source: dict[str, Any]
 
     def parts(self) -> dict[str, nn.Module]:
-        """Return the networks that are there, by name."""
+        """Return the networks by name, without those that are None."""
         return {part: network for part in PARTS if (network := getattr(self, part)) is not None}
 
     def states(self) -> dict[str, State]:
-        """Return the tensors of each network that is there, under the names of published folders."""
+        """Return the tensors of each network in `parts`, under the names of published folders."""
         return {part: part_state(part, network) for part, network in self.parts().items()}
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:
-    """Return the networks that a config names; frozen: without gradients, in `model.frozen_dtype`."""
+    """Return the networks of a config; frozen: without gradients, in `model.frozen_dtype`."""
     dtype = getattr(torch, model.frozen_dtype) if frozen else torch.float32
     if model.path is None:
         networks = tiny_networks()
         for part in PARTS:
-            # nn.Module's, because diffusers' own warns of modules that it would keep in float32, and has none here.
+            # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
             setattr(networks, part, nn.Module.to(getattr(networks, part), dtype) if part in only else None)
     else:
         networks = load_networks(model.path, only=only, dtype=dtype)
@@ -91,14 +88,14 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
 def load_networks(
     path: str | Path, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
 ) -> SDXLNetworks:
-    """Read SDXL from a folder of diffusers or a single file, without a hub. The networks are in eval mode.
+    """Read SDXL from a diffusers folder or a single file, without a hub. The networks are in eval mode.
 
-    only: the networks that are made (PARTS). Where torch's default device is meta, shapes alone are read. Raises
-    UserError (`model.path`): another kind of checkpoint, missing or unexpected tensors, wrong shapes, a damaged file.
+    only: the networks to load (PARTS). If torch's default device is meta, only shapes are read. Raises UserError
+    (`model.path`) for another kind of checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
     """
     path = Path(path)
-    source, stated = _describe(path)
-    networks = _build_to_fit(path, stated)
+    source, configs = _describe(path)
+    networks = _build_to_fit(path, configs)
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, only, lambda file: read_weights(file)[0])
         for part in only:
@@ -108,7 +105,7 @@ def load_networks(
 
 
 def tiny_networks() -> SDXLNetworks:
-    """Draw the tiny SDXL."""
+    """Return the tiny SDXL, with random weights."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         networks = {part: build_part(part, config) for part, config in list_configs(tiny=True).items()}
@@ -117,7 +114,7 @@ def tiny_networks() -> SDXLNetworks:
 
 
 def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
-    """Return the configs of the networks: as published, or those whose U-Net has 0.8 million parameters."""
+    """Return the configs of the networks: the published ones, or tiny ones (a U-Net of 0.8 million parameters)."""
     widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
     text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
     unet = {
@@ -165,7 +162,7 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
 
 
 def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """Return a network with drawn weights, in eval mode. config: what decides the tensors, and what they mean."""
+    """Return a network with random weights, in eval mode. config: all that determines its tensors and their meaning."""
     from diffusers import AutoencoderKL, UNet2DConditionModel
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
@@ -174,28 +171,28 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
     if part == "vae":
         return AutoencoderKL(sample_size=1024, **config).eval()
     kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    # The ids of control words are those of the published config. By 2, transformers takes the largest id for the end.
+    # Ids of the published config. With eos_token_id 2, transformers uses the largest id as the end of the text.
     return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
 
 
 def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Return the networks, on the meta device, that a file or folder fits; stated: a folder's config of each part."""
+    """Build the networks of a file or folder on the meta device. stated: a folder's config of each part."""
     shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
-    own = ("scaling_factor", "force_upcast")  # which a folder may have in its own way
-    configs["vae"] |= {name: stated["vae"][name] for name in own if name in stated.get("vae", ())}
+    free = ("scaling_factor", "force_upcast")  # a folder may have other values
+    configs["vae"] |= {name: stated["vae"][name] for name in free if name in stated.get("vae", ())}
     with torch.device("meta"):
         networks = {part: build_part(part, configs[part]) for part in PARTS}
     for part, network in networks.items():
         refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
         for name, value in configs[part].items():
-            if (found := stated.get(part, {}).get(name, value)) != value:
-                raise UserError(f"{path}/{part}/config.json has {name} {found!r:.99}, and SDXL {value!r}")
+            if (other := stated.get(part, {}).get(name, value)) != value:
+                raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {value!r}")
     return networks
 
 
 def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> None:
-    """Give a network that is on the meta device its tensors, each in memory of its own."""
+    """Replace the tensors of a network on the meta device by copies from a state."""
     load_part(part, network, {name: tensor.to(dtype, copy=True) for name, tensor in state.items()})
     for module in network.modules():
         if hasattr(module, "position_ids"):  # not in the state
@@ -203,12 +200,12 @@ def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> No
 
 
 def unused_layer(text_encoder: nn.Module) -> str:
-    """Return what is in the names of the first encoder's last layer, behind the one that is read: `.layers.11.`."""
+    """Return the name of the first encoder's last layer, `.layers.11.`. SDXL uses the output of the layer before."""
     return f".layers.{text_encoder.config.num_hidden_layers - 1}."
 
 
 def freeze_unused(text_encoder: nn.Module) -> None:
-    """Turn off the gradients of the first encoder's last layer and final norm, which do not reach the U-Net."""
+    """Freeze the first encoder's last layer and final norm, whose outputs do not reach the U-Net."""
     unused = unused_layer(text_encoder)
     for name, parameter in text_encoder.named_parameters():
         if unused in name or "final_layer_norm" in name:
@@ -220,7 +217,7 @@ def freeze_unused(text_encoder: nn.Module) -> None:
 
 @about("model.path")
 def base_files(model: SDXLConfig) -> list[Path]:
-    """Return the weight files that a config names."""
+    """Return the weight files of a config."""
     if model.path is None:
         return []
     path = Path(model.path)
@@ -229,7 +226,7 @@ def base_files(model: SDXLConfig) -> list[Path]:
 
 @about("model.path")
 def describe(path: str | Path) -> dict[str, Any]:
-    """Return what a folder or file says of itself: layout, prediction_type, zero_terminal_snr, licence.
+    """Return layout, prediction_type, zero_terminal_snr and licence of a folder or file.
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
@@ -237,14 +234,14 @@ def describe(path: str | Path) -> dict[str, Any]:
 
 
 def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return what `describe` does, and what a folder's config.json states of each part."""
+    """Return the result of `describe`, and a folder's config.json of each part."""
     if not path.exists():
         raise _unusable(f"{path} does not exist")
     return _describe_folder(path) if path.is_dir() else (_describe_file(path), {})
 
 
 def _unusable(reason: str) -> UserError:
-    return UserError(f"{reason}; name a folder of diffusers or a single .safetensors file of SDXL")
+    return UserError(f"{reason}; name a diffusers folder or a single .safetensors file of SDXL")
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
@@ -282,7 +279,7 @@ def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, An
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
-    """Return the tensors of parts under the names of published folders; read: from a file to its tensors."""
+    """Return the tensors of parts under the names of published folders. read: reads a file's tensors."""
     if not path.is_dir():
         whole = read(path)
         return {part: from_single_file(part, whole) for part in only}
@@ -296,12 +293,12 @@ def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]
 
 
 def weight_name(part: str) -> str:
-    """Return what diffusers and transformers call a part's weight file, without its ending."""
+    """Return the name of a part's weight file in diffusers and transformers, without its suffix."""
     return "model" if part.startswith("text") else "diffusion_pytorch_model"
 
 
 def _weight_files(folder: Path, part: str) -> list[Path]:
-    """Return the files of a part: one, its shards, or the variant in half precision."""
+    """Return the files of a part: one file, its half-precision variant, or its shards."""
     name = weight_name(part)
     for file in (f"{name}.safetensors", f"{name}.fp16.safetensors"):
         if (folder / part / file).is_file():
@@ -312,12 +309,12 @@ def _weight_files(folder: Path, part: str) -> list[Path]:
 
 
 def _stated_licence(card: Path) -> str | None:
-    """Return the licence in the front matter of a model card, None where there is none."""
+    """Return the licence in the front matter of a model card, or None."""
     if not card.is_file():
         return None
     with open(card, encoding="utf-8", errors="replace") as stream:
-        found = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
-    return found and found[1][:_MAX_TEXT]
+        match = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
+    return match and match[1][:_MAX_TEXT]
 
 
 def _read_config(file: Path) -> dict[str, Any]:
@@ -326,5 +323,5 @@ def _read_config(file: Path) -> dict[str, Any]:
     except (OSError, ValueError) as error:
         raise _unusable(f"{file} cannot be read ({str(error) or type(error).__name__})") from None
     if not isinstance(config, dict):
-        raise _unusable(f"{file} holds no JSON object")
+        raise _unusable(f"{file} has no JSON object")
     return config

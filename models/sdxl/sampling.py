@@ -1,4 +1,4 @@
-"""Pictures from SDXL's networks by diffusers' pipeline: trailing timesteps and rescaled guidance.
+"""Generate pictures with diffusers' pipeline: trailing timesteps and rescaled guidance.
 
 Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 """
@@ -16,7 +16,7 @@ from utils.config.schema import Strict
 
 
 class Prompts(NamedTuple):
-    """Encoded prompts: prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and those of the empty one, of size 1."""
+    """Encoded prompts: prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and both for the empty prompt (B = 1)."""
 
     embeds: Tensor
     pooled: Tensor
@@ -25,9 +25,9 @@ class Prompts(NamedTuple):
 
 
 class SamplesConfig(Strict):
-    """Pictures of an evaluation, each of a prompt, with fixed noise.
+    """Pictures of an evaluation, one per prompt, with fixed noise.
 
-    guidance_rescale: of Lin et al. 2023, section 3.4.
+    guidance_rescale: Lin et al. 2023, section 3.4.
     """
 
     prompts: list[str]
@@ -39,7 +39,7 @@ class SamplesConfig(Strict):
 
 
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
-    """Return the values of a scheduler of diffusers that samples what was trained."""
+    """Return the configuration of a diffusers scheduler that matches the training."""
     return {
         "beta_start": BETA_FIRST,
         "beta_end": BETA_LAST,
@@ -56,7 +56,7 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -
 def sample_pictures(
     unet: nn.Module, vae: nn.Module, prompts: Prompts, scheduler: dict[str, object], samples: SamplesConfig
 ) -> np.ndarray:
-    """Return a picture for each prompt, uint8 [B, H, W, 3]; the same for the same seed on any number of prompts."""
+    """Return a picture per prompt, uint8 [B, H, W, 3]. It depends on the seed and the prompt's number only."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
@@ -67,14 +67,14 @@ def sample_pictures(
     height, width = samples.image_size_hw
     pictures = []
     for number in range(len(prompts.embeds)):
-        draw = torch.Generator().manual_seed(samples.seed + number)
-        found = pipeline(
+        random = torch.Generator().manual_seed(samples.seed + number)
+        output = pipeline(
             prompt_embeds=prompts.embeds[number : number + 1],
             pooled_prompt_embeds=prompts.pooled[number : number + 1],
             negative_prompt_embeds=prompts.empty_embeds,
             negative_pooled_prompt_embeds=prompts.empty_pooled,
             height=height, width=width, num_inference_steps=samples.steps, guidance_scale=samples.guidance,
-            guidance_rescale=samples.guidance_rescale, generator=draw, output_type="latent",
+            guidance_rescale=samples.guidance_rescale, generator=random, output_type="latent",
         )  # fmt: skip
-        pictures.append(decode_latents(vae, found.images)[0].permute(1, 2, 0).cpu().numpy())
+        pictures.append(decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy())
     return np.stack(pictures)

@@ -1,8 +1,8 @@
-"""What a training step of SDXL computes: latents, texts, noise and its levels, targets, and weights of the loss.
+"""The parts of SDXL's training step: latents, texts, noise and its levels, targets, and weights of the loss.
 
 Variance preserving: noisy = alpha * latents + sigma * noise with alpha**2 + sigma**2 = 1, and SNR = (alpha / sigma)**2.
-Everything is computed from alpha and sigma, so that nothing is infinite where alpha is 0. What is random is drawn from
-each sample's key: the same however a batch is split.
+Everything is computed from alpha and sigma, so that nothing is infinite if alpha is 0. Random numbers come from each
+sample's key, so they do not depend on how a batch is split.
 """
 
 from typing import Literal, NamedTuple
@@ -18,7 +18,7 @@ TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
 TIMESTEP_COUNT = 1000
-BETA_FIRST, BETA_LAST = 0.00085, 0.012  # of Stable Diffusion, the square roots spaced evenly ("scaled_linear")
+BETA_FIRST, BETA_LAST = 0.00085, 0.012  # Stable Diffusion's; their square roots are evenly spaced ("scaled_linear")
 TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW, LATENT_DRAW = 0, 1, 2, 3  # numbers of utils/rng.py for one sample
 
 # ----------------------------------------------------------------------------------------------------- images and texts
@@ -26,18 +26,18 @@ TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW, LATENT_DRAW = 0, 1, 2, 3  # numbers of u
 
 @torch.no_grad()
 def encode_images(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return mean and log variance of the latents, float32 [B, 4, H / 8, W / 8], of images uint8 [B, 3, H, W].
+    """Return mean and log variance of the latents, float32 [B, 4, H / 8, W / 8], for images uint8 [B, 3, H, W].
 
-    In the VAE's own dtype: SDXL's overflows in float16.
+    The VAE computes in its own dtype, because SDXL's VAE overflows in float16.
     """
     with torch.autocast(images.device.type, enabled=False):
-        found = vae.encode((images.float() / 127.5 - 1.0).to(vae.dtype)).latent_dist
-    return found.mean.float(), found.logvar.float()
+        latents = vae.encode((images.float() / 127.5 - 1.0).to(vae.dtype)).latent_dist
+    return latents.mean.float(), latents.logvar.float()
 
 
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
-    """Return the images, uint8 [B, 3, H, W], of scaled latents [B, 4, h, w]; in the VAE's own dtype."""
+    """Decode scaled latents [B, 4, h, w] to images, uint8 [B, 3, H, W], in the VAE's own dtype."""
     with torch.autocast(latents.device.type, enabled=False):
         images = vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
@@ -46,8 +46,8 @@ def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
 def encode_text(text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
     """Encode the ids of `tokenize`, int64 [B, chunks, 77].
 
-    Returns prompt_embeds [B, 77 * chunks, 768 + 1280], the penultimate layers without the final norm, chunk after
-    chunk; and pooled_prompt_embeds [B, 1280], the second encoder's EOT of the first chunk through its projection.
+    Return prompt_embeds [B, 77 * chunks, 768 + 1280], the outputs of the penultimate layers without the final norm,
+    chunk after chunk, and pooled_prompt_embeds [B, 1280], the second encoder's projected EOT of the first chunk.
     Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1.
     """
     first = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
@@ -68,18 +68,18 @@ def zero_dropped(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, dropped: T
 
 
 class NoiseLevel(NamedTuple):
-    """Noise of each sample, or each timestep: alpha and sigma, float32 [B]. Sigma is above 0; alpha may be 0."""
+    """The noise level of each sample or timestep: alpha and sigma, float32 [B]. Sigma is above 0; alpha may be 0."""
 
     alpha: Tensor
     sigma: Tensor
 
     @property
     def snr(self) -> Tensor:
-        """Return the ratio of the powers of signal and noise, [B]."""
+        """Return the signal-to-noise ratio, [B]."""
         return (self.alpha / self.sigma).square()
 
     def at(self, timesteps: Tensor, shift: Tensor | None = None) -> "NoiseLevel":
-        """Return the noise of timesteps [B] (int64) of a table; with `shift` [B], sigma / alpha is multiplied by it.
+        """Return the noise levels at timesteps [B] (int64); `shift` [B] multiplies sigma / alpha.
 
         This moves log SNR by -2 ln(shift). The timestep stays in 0..T-1, and an alpha of 0 stays 0.
         Source: Hoogeboom et al. 2023 (arXiv 2301.11093), "Adjusting noise schedules".
@@ -97,7 +97,7 @@ class NoiseLevel(NamedTuple):
 
 
 def build_noise_table(zero_terminal_snr: bool) -> NoiseLevel:
-    """Return the noise of SDXL's 1000 timesteps; `zero_terminal_snr` moves the last to pure noise and keeps the first.
+    """Return SDXL's noise schedule of 1000 timesteps; `zero_terminal_snr` makes the last pure noise, keeping the first.
 
     Source: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
     """
@@ -109,19 +109,19 @@ def build_noise_table(zero_terminal_snr: bool) -> NoiseLevel:
 
 
 def resolution_shift(hw: Tensor, base_px: float = 1024) -> Tensor:
-    """Return the `shift` [B] of images [B, 2] in pixels: 1 for the area of `base_px` squared, 2 for four times that.
+    """Return the `shift` [B] for image sizes [B, 2] in pixels: 1 for an area of `base_px` squared, 2 for four times it.
 
-    More pixels average out more noise, so that a larger image needs more for the same coarse content.
+    More pixels average out more noise, so a larger image needs more noise to hide the same coarse content.
     Source: Hoogeboom et al. 2023 (arXiv 2301.11093), "Adjusting noise schedules".
     """
     return hw.float().prod(dim=-1).sqrt() / base_px
 
 
 def draw_noise(keys: Tensor, latents: Tensor, offset: float) -> Tensor:
-    """Return standard normal noise of the latents' shape, float32, from keys [B] (a batch's `key`).
+    """Return standard normal noise in the latents' shape, float32, from keys [B] (a batch's `key`).
 
-    offset: strength of a normal number per sample and channel that is added; 0 is off. It trains brightness where the
-    terminal SNR is above 0; the SDXL base model had 0.0357.
+    offset: strength of an added normal number per sample and channel; 0 is off. It trains brightness if the terminal
+    SNR is above 0. The SDXL base model was trained with 0.0357.
     """
     noise = rng.normal(keys, latents.shape[1:], NOISE_DRAW)
     if offset:
@@ -140,19 +140,19 @@ def draw_timesteps(
     """Return timesteps in 0..999, int64 [B], from keys [B] (a batch's `key`) on their device.
 
     logit_normal: the sigmoid of a normal number of `mean` and `std`; a positive mean prefers noise.
-    stratified: uniform within one of n equal parts of the range, so that a step whose samples have a part each covers
-    all of it. strata: int64 [B, 2], the part 0..n-1 and n, such as a sample's place in the global batch and its size.
+    stratified: uniform within one of n equal parts of the range, so that a step with one sample per part covers all of
+    it. strata: int64 [B, 2], the part 0..n-1 and n, such as a sample's position in the global batch and its size.
     Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1, for logit_normal; Kingma et al. 2021 (arXiv 2107.00630),
-    "low-discrepancy sampler", for strata. Differs: they shift one set of even places by one random number.
+    "low-discrepancy sampler", for strata. Differs: they shift evenly spaced times by one random number.
     """
     if kind == "logit_normal":
-        place = torch.sigmoid(mean + std * rng.normal(keys, (), TIMESTEP_DRAW))
+        time = torch.sigmoid(mean + std * rng.normal(keys, (), TIMESTEP_DRAW))
     else:
-        place = rng.uniform(keys, (), TIMESTEP_DRAW)
+        time = rng.uniform(keys, (), TIMESTEP_DRAW)
     if kind == "stratified":
         part, parts = strata.unbind(dim=1)
-        place = (part + place) / parts
-    return (place * TIMESTEP_COUNT).long().clamp(max=TIMESTEP_COUNT - 1)  # rounding may make 1 of almost 1
+        time = (part + time) / parts
+    return (time * TIMESTEP_COUNT).long().clamp(max=TIMESTEP_COUNT - 1)  # a time may round up to 1
 
 
 def add_noise(latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -175,18 +175,18 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
 
 
 def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, gamma: float, floor: float) -> Tensor:
-    """Return the weight [B] of each sample's mean squared error from its SNR [B], which for epsilon is above 0.
+    """Return the weight [B] of each sample's mean squared error from its SNR [B] (above 0 for epsilon).
 
-    A kind is a weight of the error in the latents, and is converted to that of the prediction, so that the loss is the
-    same whatever the network predicts. Only `none` weights the prediction itself, by 1.
+    Each kind weights the error in the latents. It is converted to a weight for the prediction's error, so the loss does
+    not depend on the prediction type. Only `none` weights the prediction's own error, by 1.
 
     min_snr: min(SNR, gamma). Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
     soft_min_snr: its smooth form, SNR * gamma / (SNR + gamma). Source: Crowson et al. 2024 (arXiv 2401.11605).
     debiased: sqrt(SNR). Source: Yu et al. 2023 (arXiv 2310.08442). Differs: kohya weights v by 1 / (SNR + 1), and
-    OneTrainer by 1 / sqrt(SNR + 1), neither of which is the epsilon loss of that paper.
+    OneTrainer by 1 / sqrt(SNR + 1); neither equals the epsilon loss of the paper.
 
-    floor: the least weight of the error in the latents. All kinds vanish with the SNR, so without a floor the terminal
-    timestep of a table with zero terminal SNR trains nothing. Epsilon needs none: its error is weighted by 1 there.
+    floor: the least weight of the error in the latents. All kinds vanish with the SNR, so without a floor a last
+    timestep with zero SNR trains nothing. Epsilon needs no floor, because its error has weight 1 there.
     """
     if kind == "none":
         return torch.ones_like(snr)

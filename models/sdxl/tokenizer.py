@@ -1,11 +1,11 @@
-"""CLIP's tokenizer without a hub: its vocabulary comes with the package open_clip_torch.
+"""CLIP's tokenizer without a hub. Its vocabulary comes from the package open_clip_torch.
 
 ids = tokenize(["a cat, outdoors"], chunks=3)    # int64 [1, 3, 77] for the first encoder
 pad_second(ids)                                  # for the second
 
-Differs: the ids are those of open_clip but for its control words `<start_of_text>` and `<end_of_text>`, which are text
-here, and for U+0345 and characters that Unicode has not assigned. The folder `tokenizer_2` of the published SDXL makes
-"!" a control word, so "!!" has other ids there.
+Differs: the ids equal open_clip's, except that its control words `<start_of_text>` and `<end_of_text>` are plain text
+here, and except for U+0345 and unassigned characters. The folder `tokenizer_2` of the published SDXL makes "!" a
+control word, so "!!" has other ids there.
 """
 
 import gzip
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from transformers import CLIPTokenizer
 
 BOS, EOT = 49406, 49407
-LENGTH = 77  # of a chunk, with BOS and EOT
+LENGTH = 77  # ids in a chunk, with BOS and EOT
 _WORDS = LENGTH - 2
 _MERGES = 48_894
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
@@ -36,9 +36,9 @@ _CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>")
 
 
 def build_tokenizer() -> "CLIPTokenizer":
-    """Return the tokenizer as transformers has it, for diffusers' pipelines and folders.
+    """Return the tokenizer as an object of transformers, for diffusers' pipelines and folders.
 
-    Raises UserError (`model`) where open_clip_torch is not installed.
+    Raises UserError (`model`) if open_clip_torch is not installed.
     Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, SimpleTokenizer.
     """
     from transformers import CLIPTokenizer
@@ -52,9 +52,9 @@ def build_tokenizer() -> "CLIPTokenizer":
 
 
 def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
-    """Return the ids of captions, int64 [B, chunks, 77]: in each chunk BOS, up to 75 words, then EOT to the end.
+    """Return the ids of captions, int64 [B, chunks, 77]: each chunk has BOS, up to 75 words, then EOT to the end.
 
-    What is longer than all chunks is cut off.
+    Words beyond the last chunk are dropped.
     """
     ids = torch.full((len(captions), chunks * _WORDS), EOT)
     for row, caption in zip(ids, captions):
@@ -65,19 +65,19 @@ def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
 
 
 def pad_second(ids: Tensor) -> Tensor:
-    """Return ids [..., 77] as the second encoder was trained with them: 0 behind the first EOT."""
+    """Return ids [..., 77] with the padding of the second encoder's training: 0 after the first EOT."""
     is_end = ids == EOT
     return ids.masked_fill(is_end.cumsum(-1) > is_end.long(), 0)
 
 
 @cache
 def _encoder() -> "Tokenizer":
-    """Return a tokenizer of our own: a pipeline that pads or cuts leaves its tokenizer set to do so."""
+    """Return a separate tokenizer, because a pipeline that pads or truncates changes its tokenizer's settings."""
     return build_tokenizer().backend_tokenizer
 
 
 def _clean(text: str) -> str:
-    """Return a text as CLIP was trained with it; the control words of transformers become text.
+    """Clean a text as in CLIP's training; transformers' control words become plain text.
 
     Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, _clean_lower.
     """
@@ -88,7 +88,7 @@ def _clean(text: str) -> str:
 
 
 def _read_merges() -> str:
-    """Return the vocabulary's file, found without importing the package."""
+    """Read the vocabulary's file without importing the package."""
     package = find_spec("open_clip")
     if package is None:
         raise UserError("model: SDXL needs the package open_clip_torch, which is not installed; run make install-sdxl")

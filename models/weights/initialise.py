@@ -1,4 +1,4 @@
-"""`init_from`: the first weights of a training run, from a run, a file of any known layout, or timm."""
+"""`init_from`: the initial weights of a training run, from a run, a file in any known layout, or timm."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -18,9 +18,9 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_MAX_NAME = 60  # characters of a class name that a file brings
-_MAX_TEXT = 200  # characters of what a file says about itself
-# Of the weights that facebookresearch/ConvNeXt-V2 released (its README and issue 2); its code is MIT.
+_MAX_NAME = 60  # characters of a class name from a file
+_MAX_TEXT = 200  # characters of a text from a file
+# The licence of the weights released by facebookresearch/ConvNeXt-V2 (its README and issue 2). Its code is MIT.
 RELEASED_LICENCE = "cc-by-nc-4.0"
 
 
@@ -28,12 +28,12 @@ RELEASED_LICENCE = "cc-by-nc-4.0"
 def initialise_from(
     network: nn.Module, source: InitFrom | None, *, keep_head: bool, class_names: Sequence[str] | None = None
 ) -> dict[str, Any] | None:
-    """Give a network the weights that `init_from` names and return their origin; None leaves it as it is.
+    """Load the weights named by `init_from` and return their origin; do nothing for None.
 
-    With `keep_head` and `class_names`, the file must have a head of these classes, whose rows are put into their order;
-    where it does not name its classes, as many, which are taken to be in this order. Of a network on the meta device,
-    names and shapes are checked alone. Raises UserError that begins with `init_from:`, with `init_weights:` where an
-    average is asked for and the file has none, or with `task.head:` for the head.
+    With `keep_head` and `class_names`, the file must have a head for these classes, and its rows are put into their
+    order. If the file does not name its classes, their number must fit, and they are assumed to be in this order. On
+    the meta device, only names and shapes are checked. Raises UserError that begins with `init_from:`, with
+    `init_weights:` if the file lacks the requested average, or with `task.head:`.
     """
     if source is None:
         return None
@@ -59,42 +59,43 @@ def initialise_from(
 def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     """Return the layout of a state, and the state under the names of a network.
 
-    A ConvNeXt V2 of ours takes every layout of `recognise`, and any timm network what timm itself converts, which is
-    the official layout too.
+    Our ConvNeXt V2 takes every layout of `recognise`. A timm network takes the layouts that timm converts, which
+    include the official layout.
     """
     layout, official = recognise(state)
     if isinstance(network, ConvNeXtV2 | FCMAE):
         return layout, official
     if layout in ("timm", "other"):
         return layout, filter_state(network, strip_wrappers(state))
-    encoder = {name.removeprefix("encoder."): one for name, one in official.items() if name.startswith("encoder.")}
+    prefix = "encoder."
+    encoder = {name.removeprefix(prefix): tensor for name, tensor in official.items() if name.startswith(prefix)}
     return layout, filter_state(network, encoder or official)
 
 
 def _read_config_beside(path: Path) -> dict[str, Any]:
-    """Return the config.json of timm's or transformers' folder of a weight file; empty where there is none to read."""
+    """Return the config.json in the folder of a weight file of timm or transformers; empty if it cannot be read."""
     file = path.parent / "config.json"
     if path.name not in FOLDER_FILES or not file.is_file():
         return {}
     try:
-        stated = read_json(file)
+        config = read_json(file)
     except (OSError, ValueError) as error:
         log.warning("%s is ignored (%s); its class names and licence are unknown", file, error)
         return {}
-    return stated if isinstance(stated, dict) else {}
+    return config if isinstance(config, dict) else {}
 
 
 def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | None:
-    """Return the class names of a weight file, from its metadata or the config.json of timm and transformers beside it.
+    """Return the class names of a weight file, from its metadata or from timm's or transformers' config.json.
 
-    None where the file does not name them, or only numbers them.
+    Return None if the file does not name its classes, or only numbers them.
     """
     names = metadata.get("class_names")
     if names is None:
-        beside = _read_config_beside(path)
-        labels = beside.get("id2label")
+        config = _read_config_beside(path)
+        labels = config.get("id2label")
         labels = labels if isinstance(labels, dict) else {}
-        names = beside.get("label_names") or [labels.get(str(index)) for index in range(len(labels))] or None
+        names = config.get("label_names") or [labels.get(str(index)) for index in range(len(labels))] or None
     numbers = range(len(names)) if isinstance(names, list) else ()
     if names in ([str(index) for index in numbers], [f"LABEL_{index}" for index in numbers]):
         return None
@@ -102,19 +103,19 @@ def read_class_names(path: Path, metadata: Mapping[str, Any]) -> list[Any] | Non
 
 
 def _keep_head(network: nn.Module, fit: Fit, source: str, known: list[Any] | None, wanted: Sequence[str]) -> None:
-    """Put the rows of the head that is given into the order of the classes wanted.
+    """Put the rows of the file's head into the order of the run's classes.
 
-    known: the classes that the file names, None where it names none. Raises UserError (`task.head`) where the file has
-    no head of these classes.
+    known: the file's class names, or None; wanted: the run's. Raises UserError (`task.head`) if the file has no head
+    for these classes.
     """
     advice, head = "set task.head=drawn or fitted", optional_prefixes(network)[0]
     if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
         theirs, ours = ([name for name in a if name not in b] for a, b in ((known, wanted), (wanted, known)))
         raise UserError(
-            f"task.head: kept, but {source} is of {len(known)} classes and this run of {len(wanted)}: only in the file "
+            f"task.head: kept, but {source} has {len(known)} classes and this run {len(wanted)}: only in the file "
             f"{_shorten(theirs)}, only in this run {_shorten(ours)}; {advice}, or rename the folders to the file's "
-            "classes. If only the names differ, give a copy of the file without names (of model.safetensors, away from "
-            "its config.json): its classes are then those of the sorted folders"
+            "classes. If only the names differ, name a copy of the file without class names (for model.safetensors, in "
+            "a folder without its config.json): its classes are then taken in the order of the sorted folders"
         )
     if any(name.startswith(head) for name in fit.left):
         raise UserError(f"task.head: kept, but {source} has no head of these {len(wanted)} classes; {advice}")
@@ -129,12 +130,12 @@ def _shorten(names: Sequence[Any]) -> str:
 
 
 def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, Any]:
-    """Return the origin of a file's weights, and log their licence, which stays with what is trained from them.
+    """Return the origin of a file's weights, and log their licence, which also applies to weights trained from them.
 
-    An origin is JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
-    It has no `licence` where the source is of a run that began with drawn weights.
-    The licence is what the file's metadata say, or the configuration beside it (timm's and transformers' folders). A
-    torch file with the released files' layout and single entry is presumed to be one of them.
+    An origin has JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
+    It has no `licence` if the source is a run that began with random weights. The licence comes from the file's
+    metadata, or from config.json in the folders of timm and transformers. A torch file with the layout and the single
+    entry of Meta's released files is presumed to be one of them.
     """
     earlier, is_run = metadata.get("origin"), "task" in metadata
     earlier = earlier if isinstance(earlier, dict) else {}
@@ -142,14 +143,14 @@ def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str,
         return {"source": str(path), "layout": layout}
     licence, reason = earlier.get("licence"), "the file states it"
     if licence is None and not is_run:
-        stated, reason = _read_config_beside(path), "config.json beside the file states it"
-        pretrained = stated.get("pretrained_cfg")  # where timm writes it
-        licence = stated.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
+        config, reason = _read_config_beside(path), "its config.json states it"
+        pretrained = config.get("pretrained_cfg")  # timm's entry
+        licence = config.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
         if licence is None and layout == "official" and metadata.get("entries") == ["model"]:
-            licence, reason = RELEASED_LICENCE, "presumed: the file is laid out as the weights that Meta released"
+            licence, reason = RELEASED_LICENCE, "presumed: the file has the layout of the weights that Meta released"
     if isinstance(licence, str) and licence != "unknown":
         licence = licence[:_MAX_TEXT]
-        log.warning("licence of %s: %s (%s); it applies to what is trained from these weights", path, licence, reason)
+        log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence, reason)
     elif not is_run:
         log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
         licence = None

@@ -1,15 +1,14 @@
-"""The layouts of a ConvNeXt V2's tensors: told from their names alone, translated, and read for depths and widths.
+"""The layouts of a ConvNeXt V2's tensors: recognise them by name, translate them, and read depths and widths.
 
 | layout | written by |
 |---|---|
 | official | facebookresearch/ConvNeXt-V2's released files and fine-tuning, and Atelier |
-| minkowski | facebookresearch/ConvNeXt-V2's pretraining, whose encoder is made of MinkowskiEngine's layers |
+| minkowski | facebookresearch/ConvNeXt-V2's pretraining, whose encoder has MinkowskiEngine's layers |
 | timm, transformers, mmpretrain | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
 
-A network consists of a stem, blocks and a head, and each layout names these parts differently: the tables are templates
-that translate in both directions. `{s}` is the number of a stage and `{b}` that of a block. The tensors are the same,
-but GRN and pointwise layers differ in shape.
+Each layout has its own names for stem, blocks and head. The tables have templates that translate in both directions:
+`{s}` is the number of a stage, `{b}` the number of a block. Only GRN and pointwise layers differ in shape.
 
 Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py and utils.py remap_checkpoint_keys (`minkowski`),
 huggingface/pytorch-image-models:timm/models/convnext.py, huggingface/transformers:models/convnextv2,
@@ -25,7 +24,7 @@ from torch import Tensor
 
 Layout = Literal["official", "timm", "transformers", "mmpretrain"]
 
-# The official name of a layer (of a tensor, for GRN); timm's; and transformers', without `convnextv2.`.
+# The names of a layer (for GRN, of a tensor): official, timm's, and transformers' without `convnextv2.`.
 _NAMES = {
     "downsample_layers.0.0": ("stem.0", "embeddings.patch_embeddings"),
     "downsample_layers.0.1": ("stem.1", "embeddings.layernorm"),
@@ -44,7 +43,7 @@ _NAMES = {
 
 def _list_templates(layout: Layout) -> list[str]:
     """Return the names of a layout's tensors in the order of `_NAMES`; `{leaf}` is weight or bias."""
-    found = []
+    templates = []
     for official, (timm, transformers) in _NAMES.items():
         other = official.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
         name = {
@@ -53,12 +52,12 @@ def _list_templates(layout: Layout) -> list[str]:
             "transformers": transformers if official == "head" else f"convnextv2.{transformers}",
             "mmpretrain": {"norm": "backbone.norm3", "head": "head.fc"}.get(official, f"backbone.{other}"),
         }[layout]
-        found.append(name if ".grn." in official else f"{name}.{{leaf}}")
-    return found
+        templates.append(name if ".grn." in official else f"{name}.{{leaf}}")
+    return templates
 
 
 def _compile(template: str) -> re.Pattern[str]:
-    """Return the pattern of a template; a backbone that was saved alone may lack the prefix."""
+    """Return the pattern of a template. The prefix is optional, because a backbone saved alone lacks it."""
     text = re.sub(r"\\{([sb])\\}", r"(?P<\1>\\d+)", re.escape(template)).replace(r"\{leaf\}", "(?P<leaf>weight|bias)")
     return re.compile(re.sub(r"^(convnextv2|backbone)\\\.", r"(?:\1\.)?", text))
 
@@ -66,14 +65,14 @@ def _compile(template: str) -> re.Pattern[str]:
 _TEMPLATES = {layout: _list_templates(layout) for layout in get_args(Layout)}
 _PATTERNS = {layout: [_compile(template) for template in templates] for layout, templates in _TEMPLATES.items()}
 _DWCONV = list(_NAMES).index("stages.{s}.{b}.dwconv")
-# Left by DDP, by torch.compile and by wrappers that hold a network as `model` or `network`.
+# From DDP, torch.compile, and wrappers that hold a network as `model` or `network`.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
 _MINKOWSKI_LAYER = re.compile(r"\.(linear|ln)(?=\.(weight|bias)$)")
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
-    """Return the layout of a state, and the state under official names (under its own for `other`).
+    """Return the layout of a state, and the state under official names (for `other`, under its own names).
 
     Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.
     """
@@ -89,14 +88,14 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
 
 
 def strip_wrappers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes that every name has, as often as all have one."""
+    """Remove the wrappers' prefixes that all names share, repeatedly."""
     while state and (prefix := next((text for text in _WRAPPERS if all(name.startswith(text) for name in state)), "")):
         state = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
     return dict(state)
 
 
 def translate_name(name: str, source: Layout, target: Layout) -> str | None:
-    """Return a tensor's name in another layout; None where the source layout has no such name."""
+    """Return a tensor's name in another layout, or None if the source layout has no such name."""
     for pattern, template in zip(_PATTERNS[source], _TEMPLATES[target]):
         if match := pattern.fullmatch(name):
             return template.format(**match.groupdict())
@@ -104,7 +103,7 @@ def translate_name(name: str, source: Layout, target: Layout) -> str | None:
 
 
 def translate(state: Mapping[str, Tensor], source: Layout, target: Layout) -> dict[str, Tensor]:
-    """Return a state under the names of another layout, in its shapes; unknown names stay as they are."""
+    """Return a state with the names and shapes of another layout; unknown names stay unchanged."""
     translated = {}
     for name, tensor in state.items():
         new = translate_name(name, source, target)
@@ -113,12 +112,12 @@ def translate(state: Mapping[str, Tensor], source: Layout, target: Layout) -> di
 
 
 def is_in_layout(names: Iterable[str], layout: Layout) -> bool:
-    """Tell whether one of the names is that of a block's depthwise convolution in a layout."""
+    """Return whether a layout's depthwise convolution is among the names."""
     return any(_PATTERNS[layout][_DWCONV].fullmatch(name) for name in names)
 
 
 def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:
-    """Return a tensor in the shape that a layout has for its name: GRN, and pointwise layers saved as convolutions."""
+    """Return a tensor in a layout's shape: GRN, and pointwise layers saved as convolutions, are reshaped."""
     if ".grn." in name:
         flat = tensor.numel() == tensor.shape[-1]
         return tensor.reshape(-1 if layout in ("timm", "mmpretrain") else (1, 1, 1, -1)) if flat else tensor
@@ -129,7 +128,7 @@ def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:
 
 
 def _minkowski_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state of MinkowskiEngine's layers under official dense names; `encoder.` and the decoder stay.
+    """Return a state of MinkowskiEngine's layers under official dense names; `encoder.` and the decoder are kept.
 
     | dense | MinkowskiEngine |
     |---|---|
@@ -153,17 +152,17 @@ def _minkowski_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _kernel_to_weight(kernel: Tensor) -> Tensor:
-    """Return a kernel as a weight; its first spatial coordinate runs fastest, so the two spatial axes are swapped."""
+    """Convert a kernel to a weight. Its first spatial coordinate runs fastest, so the spatial axes are swapped."""
     side = math.isqrt(kernel.shape[0]) if kernel.ndim in (2, 3) else 0
     if side == 0 or side * side != kernel.shape[0]:
-        return kernel  # of no square kernel: the network refuses its shape
+        return kernel  # not square: the network will refuse its shape
     if kernel.ndim == 2:
         kernel = kernel[:, None]
     _, inputs, outputs = kernel.shape
     return kernel.permute(2, 1, 0).reshape(outputs, inputs, side, side).transpose(2, 3).contiguous()
 
 
-# The published sizes by depths and dims.
+# The published sizes: depths and dims.
 SIZES = {
     "atto": ((2, 2, 6, 2), (40, 80, 160, 320)),
     "femto": ((2, 2, 6, 2), (48, 96, 192, 384)),
@@ -188,7 +187,7 @@ class Geometry(NamedTuple):
 
     @property
     def size(self) -> str | None:
-        """Return the published size's name, None for another."""
+        """Return the name of the published size, or None for other sizes."""
         return next((name for name, shape in SIZES.items() if shape == (self.depths, self.dims)), None)
 
 
@@ -210,7 +209,7 @@ def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
 
 
 def describe_held(state: Mapping[str, Tensor]) -> str:
-    """Return the `model` settings of the ConvNeXt V2 that a state of any layout holds, for messages; "" for others."""
+    """Return, for messages, the `model` settings of a ConvNeXt V2's state in any layout; "" for other networks."""
     official = {name.removeprefix("encoder."): tensor for name, tensor in recognise(state)[1].items()}
     try:
         found = read_geometry(official)

@@ -1,4 +1,4 @@
-"""timm's weights by a network's name, and timm's own converters of a network's files (its `checkpoint_filter_fn`)."""
+"""Load timm's weights by name, and call timm's converters of a network's files (`checkpoint_filter_fn`)."""
 
 import sys
 from collections.abc import Mapping
@@ -15,21 +15,21 @@ log = get_logger(__name__)
 
 
 def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Return timm's weights for a timm network, without a head of other classes; and their origin.
+    """Return timm's weights for a timm network, and their origin. A head for other classes is left away.
 
-    Raises UserError where the network is not timm's, has no weights there, or they cannot be had.
+    Raises UserError if the network is not timm's, has no weights there, or they are neither cached nor downloadable.
     """
     import timm
 
-    stated = getattr(network, "pretrained_cfg", None)
-    if not stated:
+    config = getattr(network, "pretrained_cfg", None)
+    if not config:
         raise UserError(
             f"timm has weights for its own networks, not for {type(network).__name__}; set model=timm "
             "model.name=NAME, or give a weight file"
         )
-    name = stated["architecture"] + (f".{stated['tag']}" if stated.get("tag") else "")
-    if not (stated.get("url") or stated.get("hf_hub_id") or stated.get("file")):
-        tags = ", ".join(timm.list_pretrained(f"{stated['architecture']}.*")[:8]) or "none"
+    name = config["architecture"] + (f".{config['tag']}" if config.get("tag") else "")
+    if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
+        tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
         raise UserError(f"timm has no weights for {name}; with weights: {tags}")
     stems = first_convolutions(network)
     channels = network.get_parameter(stems[0]).shape[1] if stems else 3
@@ -40,33 +40,33 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
             f"timm's weights of {name} are not in its cache and cannot be downloaded ({first}); run "
-            f"timm.create_model('{name}', pretrained=True) where there is a network and copy the cache (HF_HOME), or "
-            "give a weight file"
+            f"timm.create_model('{name}', pretrained=True) on a machine with internet access and copy the cache "
+            "(HF_HOME), or give a weight file"
         ) from None
-    state, licence = filter_state(network, loaded.state_dict()), stated.get("license")  # positions are interpolated
-    if stated.get("num_classes") != network.num_classes:  # timm has drawn the head
+    state, licence = filter_state(network, loaded.state_dict()), config.get("license")  # positions are interpolated
+    if config.get("num_classes") != network.num_classes:  # the head is random
         head = optional_prefixes(network)[0]
         state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
-    log.warning("licence of timm's %s: %s; it applies to what is trained from these weights", name, licence)
+    log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
     return state, {"source": f"timm {name}", "layout": "timm", "licence": licence}
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state as timm's converter for a network makes it.
+    """Convert a state by timm's converter for a network.
 
-    A state that fits but for the head stays as it is, as does that of a network without a converter, and one that the
-    converter fails on: the table of names then says what does not fit.
+    Return the state unchanged if everything but the head fits already, if the network has no converter, or if the
+    converter fails. In the last case, `refuse_misfits` will list the names that do not fit.
     """
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
     head = optional_prefixes(network)[0]
-    theirs, ours = (
+    shapes, expected = (
         {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(head)}
         for tensors in (state, network.state_dict())
     )
-    if convert is None or theirs == ours:
+    if convert is None or shapes == expected:
         return dict(state)
     try:
         return dict(convert(dict(state), network))
-    except Exception as error:  # timm's converters raise errors of many kinds for names that they do not expect
-        log.info("timm's converter failed, so the names stay as they are: %s: %s", type(error).__name__, error)
+    except Exception as error:  # timm's converters raise many kinds of errors for unexpected names
+        log.info("timm's converter failed, so the names are unchanged: %s: %s", type(error).__name__, error)
         return dict(state)

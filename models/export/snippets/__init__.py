@@ -1,7 +1,7 @@
 """Complete programs for the README.md of an export: from an image file to predictions, in the library of the format.
 
-Each runs as it stands in the folder of the export, with an image.png in it. The programs are the .txt files beside this
-one, string.Templates; what depends on the weights is filled in here.
+Each runs unchanged in the folder of the export, with an image.png in it. The .txt files in this folder are
+string.Templates of the programs, and this module fills in what depends on the weights.
 """
 
 from collections.abc import Mapping
@@ -21,7 +21,7 @@ image = image.resize((max($width, size[0]), max($height, size[1])), $resample)
 left, top = round((image.width - $width) / 2), round((image.height - $height) / 2)
 image = image.crop((left, top, left + $width, top + $height))""",
 }
-_CALLS = {  # with a head, and of a backbone
+_CALLS = {  # with a head, and for a backbone
     "timm": ("model(batch)[0]", "model.forward_features(batch).mean((-2, -1))[0]"),
     "transformers": ("model(**batch).logits[0]", "model(**batch).last_hidden_state.mean((-2, -1))[0]"),
 }
@@ -33,13 +33,13 @@ _NAMES = {
 
 
 def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
-    """Return the program for a format of FORMATS. file: the exported one."""
+    """Return the program for a format of FORMATS. file: the exported file."""
     preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
     height, width = preprocessing["image_size_hw"]
-    turned, interpolation = metadata.get("channel_order") == "BGR", preprocessing["interpolation"]
+    is_bgr, interpolation = metadata.get("channel_order") == "BGR", preprocessing["interpolation"]
     has_head = output.activate is not None
     values = {
-        "image": _read_image(preprocessing, white_square=form == "wd14" or turned, padded=form == "onnx"),
+        "image": _read_image(preprocessing, white_square=form == "wd14" or is_bgr, padded=form == "onnx"),
         "file": file,
         "width": width,
         "height": height,
@@ -47,7 +47,7 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         "resized_height": int(height / preprocessing["eval_crop"]),
         "resample": f"Image.Resampling.{'BOX' if interpolation == 'area' else interpolation.upper()}",
         "axes": "[None, None]" if preprocessing["channels"] == 1 else ".transpose(2, 0, 1)[None]",
-        "turn": "[:, [2, 1, 0]]  # BGR" if turned else "",
+        "turn": "[:, [2, 1, 0]]  # BGR" if is_bgr else "",
         "network": "ConvNextV2ForImageClassification" if has_head else "ConvNextV2Model",
         "call": _CALLS.get(form, ("", ""))[0 if has_head else 1],
         "names_key": output.names_key,
@@ -64,15 +64,15 @@ def _show_outputs(form: str, metadata: Mapping[str, Any]) -> str:
 
 
 def _read_image(preprocessing: Mapping[str, Any], *, white_square: bool, padded: bool) -> str:
-    """Return the lines that read `image`, upright, on the background that the network was trained with.
+    """Return the lines that read `image`, upright, on the background of the network's training.
 
-    white_square: put it into the middle of a white square, as programs for taggers do; padded: of a square of the
-    background where the training did so.
+    white_square: centre it on a white square, like programs for taggers. padded: centre it on a square of the
+    background if training did so.
     """
     colour, mode = background_rgb(background_of(preprocessing)), "L" if preprocessing["channels"] == 1 else "RGB"
     lines = ['image = ImageOps.exif_transpose(Image.open("image.png"))']
     if colour is None:
-        lines.append(f'image = image.convert("{mode}")  # leaves transparency out, as in training')
+        lines.append(f'image = image.convert("{mode}")  # drops transparency, as in training')
     else:
         lines += [
             'image = image.convert("RGBA")',
@@ -81,8 +81,8 @@ def _read_image(preprocessing: Mapping[str, Any], *, white_square: bool, padded:
         ]
     levels: object = "white" if white_square else None
     if levels is None and padded and preprocessing.get("pad", "none") != "none":
-        found = background_levels(background_of(preprocessing), preprocessing["channels"])
-        levels = tuple(found) if len(found) == 3 else found[0]
+        channels = background_levels(background_of(preprocessing), preprocessing["channels"])
+        levels = tuple(channels) if len(channels) == 3 else channels[0]
     if levels is not None:
         lines += [
             "side = max(image.size)",
