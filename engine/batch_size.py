@@ -42,11 +42,11 @@ def shape_of(batch: Batch) -> str:
     return "x".join(map(str, largest.shape[1:]))
 
 
-def out_of_memory(stage: str, shape: str, size: int, *, goes_on: str = "the same command resumes") -> UserError:
+def out_of_memory(stage: str, shape: str, size: int, *, next_step: str = "the same command resumes") -> UserError:
     """Return the error of a device that ran out of memory in `stage`."""
     return UserError(
         f"loop.batch_size: the device is out of memory in {stage}, with {size} samples of {shape} at once; set a "
-        f"smaller loop.batch_size, runtime.grad_checkpointing=true, or a smaller model or image; {goes_on}"
+        f"smaller loop.batch_size, runtime.grad_checkpointing=true, or a smaller model or image; {next_step}"
     )
 
 
@@ -95,7 +95,7 @@ class MicroBatches:
         if self._file is not None and (distributed.is_main() or not everywhere):
             write_json(self._file, self._by_device)
         if not everywhere:
-            raise out_of_memory("training", shape, size, goes_on=f"the same command resumes with {half}")
+            raise out_of_memory("training", shape, size, next_step=f"the same command resumes with {half}")
         log.warning("out of memory with %d samples of %s at once; from now on %d", size, shape, half)
 
 
