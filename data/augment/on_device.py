@@ -54,18 +54,18 @@ class Augmentation(NamedTuple):
     erased_px: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
-def inverse_matrix(drawn: Augmentation, size_hw: Sequence[int]) -> list[float]:
+def inverse_matrix(change: Augmentation, size_hw: Sequence[int]) -> list[float]:
     """Return the map from output to input coordinates, [2, 3] row by row; coordinates are -1 to 1 over the image.
 
     Source: the order of torchvision: rotation x scale x shear y x shear x about the centre, then the shift; flip last.
     """
     height, width = size_hw
-    turn, shear_x, shear_y = (math.radians(value) for value in (drawn.angle, *drawn.shear))
+    turn, shear_x, shear_y = (math.radians(value) for value in (change.angle, *change.shear))
     a, c = (part(turn - shear_y) / math.cos(shear_y) for part in (math.cos, math.sin))
     b, d = -a * math.tan(shear_x) - math.sin(turn), -c * math.tan(shear_x) + math.cos(turn)
-    rows = [[d / drawn.scale, -b / drawn.scale], [-c / drawn.scale, a / drawn.scale]]  # the determinant is scale^2
-    shifts = [-sum(part * shift for part, shift in zip(row, drawn.translate)) for row in rows]
-    sign = -1.0 if drawn.mirrored else 1.0
+    rows = [[d / change.scale, -b / change.scale], [-c / change.scale, a / change.scale]]  # the determinant is scale^2
+    shifts = [-sum(part * shift for part, shift in zip(row, change.translate)) for row in rows]
+    sign = -1.0 if change.mirrored else 1.0
     (xx, xy), (yx, yy) = rows
     return [
         sign * xx, xy * height / width, 2 * shifts[0] / width,
@@ -93,28 +93,28 @@ class DeviceAugment:
     def draw(self) -> Augmentation:
         """Draw by torchvision's own functions, from torch's generator, which the reader has seeded."""
         like = [torch.zeros(()).expand(1, *self._size_hw)]  # only the size is used
-        drawn = Augmentation(torch.rand(()).item() < self._config.horizontal_flip)
+        change = Augmentation(torch.rand(()).item() < self._config.horizontal_flip)
         if self._affine is not None:
-            drawn = drawn._replace(**self._affine.make_params(like))
+            change = change._replace(**self._affine.make_params(like))
         if self._jitter is not None:
             jitter = self._jitter.make_params(like)
-            factors = zip((jitter[f"{name}_factor"] for name in _CHANGES), drawn.factors)
+            factors = zip((jitter[f"{name}_factor"] for name in _CHANGES), change.factors)
             factors = tuple(same if factor is None else factor for factor, same in factors)
-            drawn = drawn._replace(factors=factors, order=tuple(jitter["fn_idx"].tolist()))
+            change = change._replace(factors=factors, order=tuple(jitter["fn_idx"].tolist()))
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
             erased = self._erasing.make_params(like)
             if erased["v"] is not None:  # None if no rectangle fits
-                drawn = drawn._replace(erased_px=tuple(erased[name] for name in "ijhw"))
-        return drawn
+                change = change._replace(erased_px=tuple(erased[name] for name in "ijhw"))
+        return change
 
-    def pack(self, drawn: Augmentation) -> Tensor:
+    def pack(self, change: Augmentation) -> Tensor:
         """Return the parameters for the device, float32 [P]."""
-        hue_index = drawn.order.index(_HUE) if self._turns_hue else len(drawn.order)
-        parts = drawn.order[:hue_index], drawn.order[hue_index:]
+        hue_index = change.order.index(_HUE) if self._turns_hue else len(change.order)
+        parts = change.order[:hue_index], change.order[hue_index:]
         before, after = ([number for number in part if number in self._blends] for part in parts)
         padded = [(blends + [_NONE] * len(_BLENDS))[: len(_BLENDS)] for blends in (before, after)]
-        matrix = inverse_matrix(drawn, self._size_hw)
-        return torch.tensor([*matrix, *drawn.factors, *padded[0], *padded[1], *drawn.erased_px], dtype=torch.float32)
+        matrix = inverse_matrix(change, self._size_hw)
+        return torch.tensor([*matrix, *change.factors, *padded[0], *padded[1], *change.erased_px], dtype=torch.float32)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""

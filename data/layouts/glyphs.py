@@ -73,10 +73,10 @@ def draw_glyphs(root: Path) -> None:
     with output_errors("data.root", root):
         root.parent.mkdir(parents=True, exist_ok=True)
         with TemporaryDirectory(prefix=f".{root.name}.", dir=root.parent) as folder:
-            drawn = Path(folder) / "glyphs"
-            _draw_into(drawn)
+            complete = Path(folder) / "glyphs"
+            _draw_into(complete)
             try:
-                os.rename(drawn, root)
+                os.rename(complete, root)
             except OSError:
                 if not glyphs_ready(root):  # otherwise another process was faster
                     raise

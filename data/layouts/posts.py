@@ -1,7 +1,7 @@
 """A table of posts as Danbooru gives them, at the root of a collection: posts.parquet or posts.jsonl.
 
 The image of a post is named by its id or md5, in any folder and any format: `0123/4000123.jpg`,
-`ab/ab12....webp`, `4000123.png`. What a post states is read as from any record (data/layouts/records.py).
+`ab/ab12....webp`, `4000123.png`. Posts are parsed like other records (data/layouts/records.py).
 """
 
 import os

@@ -95,7 +95,7 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     if counts["empty"].all():
         raise UserError(
             f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
-            "sidecars or a manifest (docs/collections.md), or predict.py output=beside text.spaces=true writes tags"
+            "sidecars or a manifest (docs/collections.md), or write tags with predict.py output=beside text.spaces=true"
         )
     if len(without := rows[counts["empty"]]):
         names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
