@@ -39,7 +39,7 @@ class Threshold:
     """A threshold and the scores it reaches, which are None without support."""
 
     category: int
-    name: str
+    name: str | None
     threshold: Fraction
     precision: float | None
     recall: float | None
