@@ -35,6 +35,13 @@ _pytree.register_dataclass(StepOutput)  # torch before 2.15 needs this to find t
 
 def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runtime) -> nn.Module:
     """Move the task to the device, wrap it for the ranks and compile it. Return the module that train_step calls."""
+    if config.sync_batchnorm and distributed.is_distributed():
+        if runtime.device.type != "cuda":
+            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
+        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
+
+        for name, network in networks_of(task, task.trained).items():
+            task.set_submodule(name, convert_sync_batchnorm(network))
     # Else helpers, such as a LoRA's U-Net: gradients pass through them.
     if config.grad_checkpointing and not (_recompute(task, task.trained) or _recompute(task, task.helpers)):
         raise UserError(

@@ -46,8 +46,12 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training, and check that all ranks have the same configuration."""
     runtime = start_machine(config.runtime)
-    if config.loop.batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
-        raise UserError("loop.batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number")
+    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
+    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
+        raise UserError(
+            "loop.batch_size: auto does not work with runtime.parallel=fsdp or sync_batchnorm on several ranks; set a "
+            "number"
+        )
     if config.optim.name == "adamw8bit":  # it replaces the memory of weights in other formats; averages would miss it
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
