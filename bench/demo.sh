@@ -14,7 +14,7 @@ one_face=('loop.train_paths=["images/DejaVuSans/*"]' loop.evaluate_every_epochs=
 resnet18=(train.py lr_finder.enabled=false optim.lr=0.2 loop.total_steps=800 runtime.compile=false)
 finetune=(finetune.py experiment=glyphs/demo_finetune)
 
-stage glyphs prepare.py job=glyphs
+stage glyphs prepare.py data=glyphs
 beside resnet18 "${resnet18[@]}" "run_dir=$out/resnet18" "${one_face[@]}" "${overrides[@]}"
 stage pretrain pretrain_fcmae.py experiment=glyphs/demo_pretrain "run_dir=$out/pretrain" "${overrides[@]}"
 stage finetune "${finetune[@]}" "run_dir=$out/finetune" "init_from=$out/pretrain" "${one_face[@]}" "${overrides[@]}"

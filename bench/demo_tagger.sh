@@ -17,7 +17,7 @@ train=(train.py task=tagging augment=tagger 'augment.image_size_hw=[32,32]'
     loop.evaluate_every_epochs=100 lr_finder.enabled=false optim=muon optim.lr=6.0e-3 +optim.extra.ns_steps=3 schedule=cosine
     schedule.warmup_steps=18 loop.clip_grad_norm=1.0 runtime.compile=false)
 
-stage glyphs prepare.py job=glyphs
+stage glyphs prepare.py data=glyphs
 stage vocabulary prepare.py job=vocabulary "job.output=$out/selected_tags.csv"
 beside tagger "${train[@]}" "run_dir=$out/tagger" task.orientation=glyphs "${words[@]}"
 stage pretrain pretrain_fcmae.py experiment=glyphs/demo_pretrain "run_dir=$out/pretrain" "${colours[@]}" loop.total_steps=300 \

@@ -33,7 +33,7 @@ def dry(words, place):
     ("words", "phrase"),
     [
         (["init_from=nowhere"], "init_from: nowhere does not exist"),
-        (["init_from=pretrain", "model.dims=[8,24]"], "is of model.depths=[1,1] model.dims=[8,16] model.stem_stride=2"),
+        (["init_from=pretrain", "model.dims=[8,24]"], "has model.depths=[1,1] model.dims=[8,16] model.stem_stride=2"),
         (["resume=nowhere"], "resume: nowhere is not a complete checkpoint"),
         (["run_dir=finetuned", "optim.base_lr=0.7"], "optim.base_lr: "),
     ],
