@@ -97,7 +97,6 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     if config.dry_run:
         choose_checkpoint(config, path, plan.total_steps)
-        log.info("dry run: nothing was written")
     return plan
 
 

@@ -197,8 +197,8 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
 
 
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
-    """Split a command line into the words for `launch`, with Hydra's flags, and the words for the script."""
-    own = re.compile(r"[+~]*launch[.=@]|--(help|hydra-help|cfg|info|package|resolve|version)\b|-[hcp]$")
+    """Split a command line into the words for `launch`, with --help and --cfg, and the words for the script."""
+    own = re.compile(r"[+~]*launch[.=@]|--(help|cfg)\b|-h$")
     is_ours = [bool(own.match(word)) or before == "--cfg" for before, word in zip(["", *words], words)]
     return list(compress(words, is_ours)), [word for word, ours in zip(words, is_ours) if not ours]
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layouts.records import Sidecar, parse_record, parse_text
-from data.layouts.sidecars import parse_object, read_text, refuse_link_out
+from data.layouts.sidecars import parse_object, read_lines, read_text, refuse_link_out
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -49,9 +49,7 @@ def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
     if file.suffix == ".json":
         entries = parse_object(read_text(file), repr(str(file)))
     else:
-        lines = enumerate(read_text(file).split("\n"), start=1)
-        records = [parse_object(line, f"{str(file)!r}, line {number},") for number, line in lines if line.strip()]
-        entries = {record.get("image_path", record.get("path")): record for record in records}
+        entries = {record.get("image_path", record.get("path")): record for _, record in read_lines(file)}
     if all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items()):
         return entries
     log.warning("data.root: %r has the name of kohya's metadata, but no entry per image; it is ignored", file.name)

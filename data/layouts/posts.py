@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from data.layouts.folders import build_rows, list_images, scan_folder
 from data.layouts.manifest import find_one
 from data.layouts.records import FIELDS, Sidecar, parse_record
-from data.layouts.sidecars import parse_object, refuse_link_out
+from data.layouts.sidecars import read_lines, refuse_link_out
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -61,16 +61,12 @@ def read_posts(root: Path, file: Path) -> pa.Table:
 
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each post with its position, for messages."""
+    if file.suffix == ".jsonl":
+        yield from read_lines(file)
+        return
     try:
-        if file.suffix == ".jsonl":
-            with open(file, encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, start=1):
-                    where = f"{str(file)!r}, line {number},"
-                    if line.strip():
-                        yield where, parse_object(line, where)
-            return
         with pq.ParquetFile(file) as parquet:
             for batch in parquet.iter_batches(columns=[name for name in FIELDS if name in parquet.schema_arrow.names]):
                 yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
+    except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error

@@ -1,6 +1,7 @@
 """Sidecars, files with metadata beside an image: `x.txt`, `x.caption`, `x.json`, or `x.jpg.txt` etc."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,18 @@ def read_text(file: Path) -> str:
         raise UserError(f"data.root: the file {str(file)!r} is not UTF-8 ({error}); save it as UTF-8") from error
     except OSError as error:
         raise UserError(f"data.root: the file {str(file)!r} cannot be read ({error.strerror})") from error
+
+
+def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the JSON object of each line, after its position for messages. Raises UserError (`data.root`)."""
+    try:
+        with open(file, encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, start=1):
+                where = f"{str(file)!r}, line {number},"
+                if line.strip():
+                    yield where, parse_object(line, where)
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
 def parse_object(text: str, where: str) -> dict[str, Any]:

@@ -53,10 +53,11 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     path = run_path(config, job)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
-    collection, batch_size = load_collection(config.data), config.loop.batch_size
+    collection = load_collection(config.data)
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
-    batch_size = 4 if batch_size == "auto" else batch_size  # for reading before training, such as to fill a cache
+    # For reading before training, such as to fill a cache.
+    batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
     data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
     streams = kind.streams(data, setup, config)
 
