@@ -70,7 +70,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
     if not config.dry_run:
-        task.load_helpers()
+        task.load_helpers("training")
     return task.train()
 
 

@@ -19,6 +19,7 @@ from utils.errors import UserError
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom
 
+Use = Literal["training", "evaluation", "export"]
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
 
 
@@ -71,7 +72,7 @@ class Task(nn.Module):
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
     helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
-        creates them at every start; a resumed run compares their fingerprints.
+        creates them; their fingerprints must be those of the run.
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
         are several networks.
     metadata: JSON values for weight files.
@@ -96,8 +97,12 @@ class Task(nn.Module):
         """
         raise NotImplementedError
 
-    def load_helpers(self) -> None:
-        """Set the helpers, which are None until then. Called at every start, but not on the meta device."""
+    def load_helpers(self, use: Use) -> None:
+        """Set the helpers that a use needs; the others stay None. Not called on the meta device.
+
+        use: `training`, at every start, needs all of them; `evaluation` those that `evaluate` reads; `export` those
+        without which the exported networks have no outputs (predict.py loads the same).
+        """
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of each helper that was loaded from files."""
@@ -158,7 +163,7 @@ def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str,
 
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:
-    """Return a hash of each helper: of its files, or else of its tensors' names, shapes and bytes."""
+    """Return a hash of each loaded helper: of its files, or else of its tensors' names, shapes and bytes."""
     fingerprints, files = {}, task.helper_files()
     for network, module in networks_of(task, task.helpers).items():
         digest = hashlib.sha256()

@@ -22,6 +22,7 @@ from models.export.model_card import licence_entry, write_card
 from models.export.onnx_file import OnnxConfig, export_onnx
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
+from models.sdxl.names import PARTS
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.schema import PathText
@@ -161,9 +162,14 @@ def _facts(weights: Weights) -> dict[str, str]:
 
 
 def whole_networks(weights: Weights) -> tuple[SDXLNetworks, dict[str, Any]]:
-    """Return all networks in float32 with the trained weights, and a report on merging the LoRA."""
+    """Return all networks in float32 with the trained weights, and a report on merging the LoRA.
+
+    Raises UserError if the base model is not the one of the run.
+    """
     task, setup = weights.task, weights.setup
-    networks = open_networks(setup.model)
+    networks = open_networks(setup.model, [part for part in PARTS if part not in task.exported])
+    task.take(task.helpers, networks)
+    weights.check_helpers()
     if setup.task.lora is None:
         for name in task.exported:
             setattr(networks, name, task.get_submodule(name))

@@ -11,7 +11,7 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from engine.task import Task, fingerprint_helpers, join_exported
+from engine.task import Task, Use, fingerprint_helpers, join_exported
 from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.kinds import KINDS
 from models.build import build_network
@@ -56,6 +56,13 @@ class Weights:
             )
         return replace(self, metadata={**metadata, "preprocessing": preprocessing})
 
+    def check_helpers(self) -> None:
+        """Raise UserError unless the loaded helpers are those of the run."""
+        saved = self.metadata.get("frozen", {})
+        wrong = [name for name, value in fingerprint_helpers(self.task).items() if saved.get(name) != value]
+        if wrong:
+            raise UserError(f"{self.path} was trained with another frozen {', '.join(wrong)}; restore its files")
+
     def without_head(self) -> Self:
         """Return the backbone: the network without head and final norm. Its output is the mean of the last feature map.
 
@@ -82,22 +89,26 @@ class Weights:
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 
 
-def open_weights(path: Path) -> Weights:
-    """Rebuild the task of a weight file. Raises UserError for a file that Atelier did not write."""
+def open_weights(path: Path, use: Use = "export") -> Weights:
+    """Rebuild the task of a weight file, with the helpers that `use` needs.
+
+    Raises UserError for a file that Atelier did not write, or for other helpers than those of the run.
+    """
     shapes, metadata = read_weights(path, shapes_only=True)
     kind, setup = check_weights(path, shapes, metadata, KINDS)
     tensors, _ = read_weights(path)
     task = kind.build(setup)
-    task.load_helpers()
+    task.load_helpers(use)
     task.load_state_dict(join_exported(task, tensors, {}), strict=False)
-    if (built := fingerprint_helpers(task)) != (saved := metadata.get("frozen", {})):
-        raise UserError(f"{path} was trained with other frozen networks ({saved} then, {built} now); restore them")
     task.eval()
     metadata |= {"output": kind.output}
-    if kind.output is None:
-        return Weights(path, None, None, metadata, kind, task, setup)
-    model = ImageModel(task.get_submodule(kind.network), setup.normalise(), kind.output).eval()
-    return Weights(path, model, task.get_submodule(task.exported[0]), metadata, kind, task, setup)
+    model = whole = None
+    if kind.output is not None:
+        model = ImageModel(task.get_submodule(kind.network), setup.normalise(), kind.output).eval()
+        whole = task.get_submodule(task.exported[0])
+    weights = Weights(path, model, whole, metadata, kind, task, setup)
+    weights.check_helpers()
+    return weights
 
 
 def load_predictor(path: Path, device: torch.device) -> Predictor:

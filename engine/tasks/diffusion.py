@@ -26,7 +26,7 @@ from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import Report, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, Task, Use, log_mean
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
@@ -201,7 +201,7 @@ class DiffusionTask(Task):
         whole = ("unet", *ENCODERS)
         if config.lora is None:
             trained = whole if config.train_text_encoders else ("unet",)
-            self._take(trained, open_networks(setup.model, trained))
+            self.take(trained, open_networks(setup.model, trained))
             if config.train_text_encoders:
                 freeze_unused(self.text_encoder)
         else:
@@ -214,18 +214,20 @@ class DiffusionTask(Task):
         self.averaged = dict.fromkeys(trained, config.average_on)
         self.helpers = tuple(name for name in needed if name not in trained)
 
-    def _take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
+    def take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
         for name in names:
             setattr(self, name, getattr(networks, name))
 
-    def load_helpers(self) -> None:
-        """Load the frozen networks. If the text encoders are not kept, encode the prompts."""
+    def load_helpers(self, use: Use) -> None:
+        """Load the frozen networks; no export needs them. If the text encoders are not kept, encode the prompts."""
+        if use == "export":
+            return
         config = self._config
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
         names = (*self.helpers, *(ENCODERS if encodes_once else ()))
         networks = open_networks(self._model, names, frozen=True)
         self.latent_scale = networks.source["vae_scaling_factor"]
-        self._take(self.helpers, networks)
+        self.take(self.helpers, networks)
         if encodes_once:
             self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
         if config.lora is not None:
@@ -233,9 +235,8 @@ class DiffusionTask(Task):
             self.adapter.attach({name: getattr(self, name) for name in adapted})
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
-        """Return the files of the base model."""
-        files = base_files(self._model)
-        return dict.fromkeys(self.helpers, files) if files else {}
+        """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
+        return dict.fromkeys(self.helpers, base_files(self._model))
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the networks of the base model (`model.path`), and set `origin` to its description."""

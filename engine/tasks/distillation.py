@@ -30,7 +30,7 @@ from data.stream.loader import Fields, no_fields
 from data.tags.orientation import build_orientation
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
-from engine.task import Report, StepOutput, Task, log_mean
+from engine.task import Report, StepOutput, Task, Use, log_mean
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
@@ -114,7 +114,7 @@ class DistillationTask(Task):
         super().__init__()
         kind, student = find_student(setup)
         self.student, self.mixing = kind.build(student), Mixing(setup.task)
-        self.metadata = {**self.student.metadata, "task": student.task.model_dump(), "frozen": {}}
+        self.metadata = {**self.student.metadata, "task": student.task.model_dump()}
         self._config, teacher = setup.task, setup.facts.get("teacher")
         self._is_labelled, self.teacher = setup.facts.get("labelled", False), None
         if self._is_labelled:
@@ -132,9 +132,9 @@ class DistillationTask(Task):
         self.renormalise, self._teacher_hw = Normalise(mean, std, len(mean)), tuple(theirs["image_size_hw"])
 
     @about("task.teacher")
-    def load_helpers(self) -> None:
-        """Load the teacher. Raises UserError (`task.teacher`)."""
-        if self.teacher is None:
+    def load_helpers(self, use: Use) -> None:
+        """Load the teacher, for training alone. Raises UserError (`task.teacher`)."""
+        if use != "training":
             return
         path = _find_file(self._config.teacher)
         state, _ = read_weights(path) if path else read_timm(self.teacher)

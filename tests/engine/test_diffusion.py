@@ -27,7 +27,7 @@ def build(*overrides):
     config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *overrides])
     torch.manual_seed(0)
     task = DiffusionKind().build(Setup(config.model, config.task))
-    task.load_helpers()
+    task.load_helpers("training")
     return task.train()
 
 

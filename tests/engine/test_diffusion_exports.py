@@ -48,7 +48,7 @@ def wanted(place):
     """The pictures of each run's task, as its weight file rebuilds it."""
     with working_in(place):
         weights = {name: f"{name}/weights/best_weights.safetensors" for name in ("lora", "whole")}
-        return {name: open_weights(Path(file)).task.sample() for name, file in weights.items()}
+        return {name: open_weights(Path(file), "evaluation").task.sample() for name, file in weights.items()}
 
 
 def export(place, name, form):
@@ -103,6 +103,18 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_whole_models_give_the_pictures_of_the_run(name, place, wanted):
     compare_whole(name, "single_file", place, wanted)
+
+
+def test_a_lora_needs_no_base_but_a_whole_model_needs_that_of_the_run(place):
+    file = place / "base/vae/diffusion_pytorch_model.safetensors"
+    original = file.read_bytes()
+    file.write_bytes(original[:-4] + bytes(4))
+    try:
+        export(place, "lora", "kohya")
+        with pytest.raises(UserError, match="was trained with another frozen unet, vae, text_encoder"):
+            export(place, "lora", "single_file")
+    finally:
+        file.write_bytes(original)
 
 
 def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_are_refused(place):

@@ -152,10 +152,12 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
     rebuilt = open_weights(path)
     assert rebuilt.kind.output == "tags" and metadata["task"]["name"] == "tagging" and "teacher" not in metadata
     assert metadata["tag_names"] == teachers["tag_names"] and metadata["vocabulary_hash"] == teachers["vocabulary_hash"]
+    assert metadata["frozen"].keys() == {"teacher"}
     (place / "teacher").rename(place / "moved")  # it is needed no more
     try:
         run("evaluate", ["weights=student/weights/best_weights.safetensors", "data=image_folder", "data.root=images",
                          "runtime.device=cpu", "runtime.threads=1"], place)  # fmt: skip
+        run("export", ["run_dir=student", "format=safetensors"], place)
     finally:
         (place / "moved").rename(place / "teacher")
 

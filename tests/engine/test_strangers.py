@@ -81,6 +81,17 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 
+def test_evaluation_compares_the_frozen_networks_and_an_export_does_not_load_them(place, tmp_path):
+    tensors, metadata = read_weights(place / "flow/weights/best_weights.safetensors")
+    path = tmp_path / "other.safetensors"
+    write_weights(path, tensors, {**metadata, "frozen": {"encoder": "another", "critic": "which only training needs"}})
+    assert open_weights(path).task.encoder is None
+    with pytest.raises(UserError, match=r"other\.safetensors was trained with another frozen encoder;"):
+        open_weights(path, "evaluation")
+    write_weights(path, tensors, {**metadata, "frozen": {**metadata["frozen"], "critic": "which only training needs"}})
+    assert open_weights(path, "evaluation").task.encoder is not None
+
+
 def test_what_a_task_has_no_output_for_is_refused(place):
     with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
         run("export", ["run_dir=flow", "format=onnx"], place)

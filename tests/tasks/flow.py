@@ -52,7 +52,9 @@ class FlowTask(Task):
         self.encoder = None
         self.normalise, self.channels = setup.normalise(), setup.model.in_channels
 
-    def load_helpers(self):
+    def load_helpers(self, use):
+        if use == "export":
+            return
         self.encoder = nn.Conv2d(self.channels, 4, kernel_size=4, stride=4, bias=False)
         nn.init.orthogonal_(self.encoder.weight, generator=torch.Generator().manual_seed(0))
 

@@ -45,7 +45,7 @@ class VAETask(Task):
         self.vae.encoder = self.vae.quant_conv = None
         self.normalise = setup.normalise()
 
-    def load_helpers(self):
+    def load_helpers(self, use):
         whole = open_networks(self.model, only=("vae",), frozen=True).vae
         self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
 
