@@ -45,8 +45,7 @@ from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
 from utils.text_table import show_rows
-from utils.thresholds import FILE as THRESHOLDS
-from utils.thresholds import PER_TAG, write_thresholds
+from utils.thresholds import PER_TAG, thresholds_path, write_thresholds
 
 log = get_logger(__name__)
 
@@ -193,14 +192,16 @@ def main(config: EvaluateConfig, job: Job) -> str:
         if config.run_dir is None:
             source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
             folder = result_folder(path.stem, source)
-        figures = {"weights": str(path), "step": step, "seconds": round(seconds, 3), **report.scalars}
+        source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash")}
+        figures = {**source, "step": step, "seconds": round(seconds, 3), **report.scalars}
         output = Path(config.output or folder / "metrics.json")
         title = f"{path}, step {step}, on {collection.root}"
         write_results(folder, output, title, figures, report, prefix="evaluate_")
         if config.calibrate:
-            with output_errors("run_dir", folder):
-                write_thresholds(folder / THRESHOLDS, thresholds)
-            log.info("wrote %s, which predict.py and export.py read", folder / THRESHOLDS)
+            beside = thresholds_path(path)
+            with output_errors("weights", beside):
+                write_thresholds(beside, thresholds, weights.metadata["weights_hash"])
+            log.info("wrote %s, which predict.py and export.py read", beside)
     return show_figures(report.scalars)
 
 

@@ -83,28 +83,28 @@ class PredictConfig(Strict):
         return self
 
 
-def choose_rows(config: PredictConfig, predictor: Predictor) -> RowOptions:
+def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
     """Return the options for rows. An excluded tag has an infinite threshold."""
     text, least = config.text, np.float32(0.0)
     if predictor.has_tags:
-        least = np.broadcast_to(choose_thresholds(config, predictor), len(predictor.names))
+        least = np.broadcast_to(choose_thresholds(config, predictor, weights), len(predictor.names))
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
     return RowOptions(config.top, least, config.profile == MCUT, text.max_tags, text.order)
 
 
-def choose_thresholds(config: PredictConfig, predictor: Predictor) -> np.ndarray:
+def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path) -> np.ndarray:
     """Return the threshold of each tag [T], or one for all. Raises UserError if `thresholds` or `profile` has none."""
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
-    vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
-    table = find_thresholds(config.thresholds, config.weights, vocabulary, predictor.vocabulary)
+    table = find_thresholds(config.thresholds, weights, predictor.weights_hash)
     if table is not None:
+        vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
         return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
     if config.profile != PER_TAG:
         raise UserError(
-            f"profile: {config.profile} needs a thresholds.csv, and {config.weights} has none; write it into the run "
-            "with evaluate.py calibrate=true, or give thresholds=FILE"
+            f"profile: {config.profile} needs calibrated thresholds, and {config.weights} has none; fit them with "
+            "evaluate.py calibrate=true, or give thresholds=FILE"
         )
     log.info("thresholds: %s", f"from {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
@@ -214,7 +214,7 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
 
     # --------------------------------------------------------------------------- 2. The images and the destination
-    options, images = choose_rows(config, predictor), find_images(config.input, "input")
+    options, images = choose_rows(config, predictor, weights), find_images(config.input, "input")
     destination, paths = open_destination(config, predictor, images)
     if config.dry_run:
         return f"dry run: {len(paths)} images, nothing is predicted"

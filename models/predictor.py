@@ -92,7 +92,7 @@ class Predictor:
     """Predict batches of uint8 images. `names` (of the outputs) and `preprocessing` are the same as in training.
 
     run: a function of uint8 images [B, C, H, W] and an output name (`probs`, `features` or `embedding`) that returns
-    this output, float32 [B, ...]. vocabulary: the hash of a tagger's vocabulary, or None. thresholds: [K], or None.
+    this output, float32 [B, ...]. weights_hash: of the weights in training, or None. thresholds: [K], or None.
     """
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
@@ -103,7 +103,7 @@ class Predictor:
         counts = np.array(metadata.get("tag_counts") or [1] * len(self.names))
         self.has_ratings = bool(counts[self.categories == RATING].any())
         self.thresholds: list[float] | None = metadata.get("thresholds")
-        self.vocabulary: str | None = metadata.get("vocabulary")
+        self.weights_hash: str | None = metadata.get("weights_hash")
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:

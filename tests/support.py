@@ -331,7 +331,7 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     values |= {"backbone_only": False, "dynamic_size": False, "dry_run": False, "format": form, **settings}
     with tempfile.TemporaryDirectory() as scratch:
         if thresholds is not None:
-            write_thresholds(Path(scratch) / "thresholds.csv", thresholds)
+            write_thresholds(Path(scratch) / "thresholds.csv", thresholds, "hash")
             values["thresholds"] = f"{scratch}/thresholds.csv"
-        weights = Weights(Path("w"), model, whole or model.network, metadata)
+        weights = Weights(Path("w"), model, whole or model.network, {**metadata, "weights_hash": "hash"})
         return write_export(weights, Path(folder), ExportConfig.model_validate(values))

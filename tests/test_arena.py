@@ -11,6 +11,7 @@ from PIL import Image
 from tests.in_process import SHORT, SMALL_MODEL, run
 from utils.errors import UserError
 from utils.io.files import read_json
+from utils.thresholds import find_thresholds
 from utils.vocabulary import Vocabulary, write_vocabulary
 
 COLOURS = {"red": (230, 10, 20), "green": (10, 220, 30), "blue": (20, 10, 240)}
@@ -100,6 +101,7 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
     assert row["images"] == wanted["samples"] == 12
     for name in ("mAP", "macro_f1", "micro_f1", "micro_f1_at_0.35"):
         assert row[name] == pytest.approx(wanted[name], abs=1e-6)
+    assert find_thresholds(None, place / "run/weights/best_weights.safetensors", wanted["weights_hash"]) is not None
     page = (place / "run/report.html").read_text(encoding="utf-8")
     for section in ("figures", "tag groups", "hardest tags", "pr curves", "mistakes", "thresholds"):
         assert f">{section}</h2>" in page

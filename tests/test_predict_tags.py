@@ -256,6 +256,10 @@ def test_images_are_found_by_list_pattern_and_stdin(place, images, monkeypatch):
 # ---------------------------------------------------------------------------------------------------------- thresholds
 
 
+def hash_of(place, name):
+    return read_weights(place / name / "weights/best_weights.safetensors")[1]["weights_hash"]
+
+
 def tags_of(place, *words, **where):
     go(place, "x.csv", *words, **where)
     with open(place / "x.csv", newline="") as stream:
@@ -273,19 +277,19 @@ def test_thresholds_beside_a_run_are_used(place, images):
 
     assert tags_of(place) == above(0.35, 0.35)  # nothing is calibrated
     try:
-        write_thresholds(place / "made/thresholds.csv", make_table())
+        made = hash_of(place, "made")
+        write_thresholds(place / "made/weights/best_thresholds.csv", make_table(), made)
         assert tags_of(place) == [name for _, name in ORDERED]  # each just above its own
         assert tags_of(place, "profile=balanced") == above(0.62, 0.32)
         assert tags_of(place, "threshold=0.7") == above(0.7, 0.7)
         assert tags_of(place, "profile=mcut") == ["1girl", "long_hair", "miku_(series)", "painter"]
-        write_thresholds(place / "other.csv", make_table(0.93))
+        write_thresholds(place / "other.csv", make_table(0.93), made)
         assert tags_of(place, "thresholds=other.csv") == ["1girl"]
-        other = ThresholdTable("0123456789abcdef", make_table().rows[:-1])
-        write_thresholds(place / "other.csv", other)
-        with pytest.raises(UserError, match=r"^thresholds: other\.csv has another vocabulary .*solo"):
-            tags_of(place, "thresholds=other.csv")
+        write_thresholds(place / "made/weights/best_thresholds.csv", make_table(), hash_of(place, "run"))
+        with pytest.raises(UserError, match=r"^thresholds: .*evaluate\.py run_dir=made weights=best calibrate=true$"):
+            tags_of(place)
     finally:
-        os.unlink(place / "made/thresholds.csv")
+        os.unlink(place / "made/weights/best_thresholds.csv")
     with pytest.raises(ConfigError, match="threshold: "):
         tags_of(place, "threshold=0.5", "profile=mcut")
 
@@ -293,7 +297,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
 @pytest.fixture(scope="module")
 def exported(place):
     """Return the path of a wd14 file of the tagger that looks at images; table.csv has its thresholds."""
-    write_thresholds(place / "table.csv", make_table())
+    write_thresholds(place / "table.csv", make_table(), hash_of(place, "run"))
     run("export", ["format=wd14", "run_dir=run", "thresholds=table.csv", "output=wd14"], place)
     return "wd14/model.onnx"
 

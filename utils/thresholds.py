@@ -1,8 +1,10 @@
-"""A tagger's thresholds: thresholds.csv, which evaluation writes and prediction and exports read.
+"""A tagger's thresholds: best_thresholds.csv beside best_weights.safetensors, which prediction and exports read.
 
-    category,name,threshold,precision,recall,f1,support,profile,vocabulary
-    0,general,0.412,0.71,0.71,0.71,51234,balanced,9f0c...
-    0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,9f0c...
+    category,name,threshold,precision,recall,f1,support,profile,vocabulary,weights
+    0,general,0.412,0.71,0.71,0.71,51234,balanced,9f0c...,77ab...
+    0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,9f0c...,77ab...
+
+The last two columns are hashes: of the tags, which detects a file that is not complete, and of the weights.
 
 A row belongs to a category, to all tags (category -1) or, with profile per_tag, to a tag. An image gets a tag if its
 probability is at least the threshold. A category's balanced row comes first: tools that read `category,name,threshold`
@@ -11,6 +13,7 @@ take a category's first row (deepghs/imgutils:imgutils/generic/multilabel_timm.p
 
 import csv
 import math
+import shlex
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -21,7 +24,7 @@ from utils.config.bounds import Fraction
 from utils.errors import UserError, about
 from utils.record.logging import get_logger
 from utils.record.report import write_table
-from utils.vocabulary import Vocabulary, describe_difference
+from utils.vocabulary import Vocabulary
 
 log = get_logger(__name__)
 
@@ -31,7 +34,6 @@ DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
 MCUT, MCUT_FLOOR = "mcut", 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
 OVERALL = -1  # the category of all tags
-FILE = "thresholds.csv"
 
 
 @dataclass(frozen=True)
@@ -66,48 +68,58 @@ class ThresholdTable:
         return [by_tag.get(key, by_category.get(key[0], by_category[OVERALL])) for key in vocabulary.columns]
 
 
-def write_thresholds(path: Path, table: ThresholdTable) -> None:
-    """Write thresholds.csv atomically."""
-    write_table(path, [{**asdict(row), "vocabulary": table.vocabulary} for row in table.rows])
+def thresholds_path(weights: Path) -> Path:
+    """Return the file of the thresholds of a weight file."""
+    return weights.with_name(f"{weights.stem.removesuffix('_weights')}_thresholds.csv")
+
+
+def write_thresholds(path: Path, table: ThresholdTable, weights_hash: str) -> None:
+    """Write a table atomically. weights_hash: of the weights that it was fitted to."""
+    hashes = {"vocabulary": table.vocabulary, "weights": weights_hash}
+    write_table(path, [{**asdict(row), **hashes} for row in table.rows])
 
 
 @about("thresholds")
-def find_thresholds(
-    named: str | None, run_dir: str | None, vocabulary: Vocabulary, trained: str | None = None
-) -> ThresholdTable | None:
-    """Read the thresholds from the file `named`, or from a run folder; return None if there are none.
+def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) -> ThresholdTable | None:
+    """Read the thresholds from the file `named`, or from the one beside a weight file; return None if there are none.
 
-    trained: the hash of the vocabulary in training, if an export orders the tags differently. Raises UserError
-    (`thresholds`) if a file is incomplete or has another vocabulary.
+    Raises UserError (`thresholds`) if a file is incomplete, or was fitted to other weights.
     """
-    path = Path(named or Path(run_dir or "") / FILE)
-    if named is None and (run_dir is None or not path.is_file()):
+    path = thresholds_path(weights) if named is None else Path(named)
+    if named is None and not path.is_file():
         return None
     log.info("thresholds: %s", path)
     try:
         with open(path, encoding="utf-8", newline="") as stream:
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
-        rows, file_hash = TypeAdapter(tuple[Threshold, ...]).validate_python(read), read[0]["vocabulary"]
+        rows = TypeAdapter(tuple[Threshold, ...]).validate_python(read)
+        table, source = ThresholdTable(read[0]["vocabulary"], rows), read[0]["weights"]
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
     except (LookupError, ValueError, OSError, csv.Error) as error:
         raise UserError(
-            f"{path} is no thresholds.csv ({error}); it needs the columns that evaluate.py calibrate=true writes"
+            f"{path} is no table of thresholds ({error}); it needs the columns that evaluate.py calibrate=true writes"
         ) from None
-    table = ThresholdTable(file_hash, rows)
+    if weights_hash is None or source != weights_hash:
+        raise UserError(f"{path} was fitted to other weights than {weights} has now; fit it again: {_command(weights)}")
     tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
-    if file_hash not in (vocabulary.hash, trained):
-        raise UserError(
-            f"{path} has another vocabulary than the tagger: {describe_difference(vocabulary, tags)}; name "
-            "the file that evaluate.py calibrate=true wrote for this tagger"
-        )
     missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
-    if missing or tags.hash != file_hash:
+    if missing or tags.hash != table.vocabulary:
         raise UserError(
-            f"{path} is not complete: {len(tags)} of {len(vocabulary)} tags, profiles without a row of "
-            f"category {OVERALL}: {', '.join(missing) or 'none'}; write it again by evaluate.py calibrate=true"
+            f"{path} is not complete: it has {len(tags)} tags, and profiles without a row of category {OVERALL}: "
+            f"{', '.join(missing) or 'none'}; write it again: {_command(weights)}"
         )
     return table
+
+
+def _command(weights: Path) -> str:
+    """Return the command that fits the thresholds of a weight file."""
+    if weights.suffix == ".onnx":
+        return "calibrate its run by evaluate.py calibrate=true, and export it again"
+    source = [f"weights={weights}", "data=image_folder", "data.root=PATH"]
+    if weights.parent.name == "weights":
+        source = [f"run_dir={weights.parents[1]}", f"weights={weights.stem.removesuffix('_weights')}"]
+    return shlex.join(["python", "evaluate.py", *source, "calibrate=true"])
 
 
 def mcut(probs: np.ndarray) -> np.ndarray:

@@ -32,7 +32,6 @@ RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "e
 FILE = "selected_tags.csv"
 FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")  # keys in metadata
 _COLUMNS = dict(zip(("name", "category", "count", "tag_id"), FACTS))
-_SHOWN = 5  # names in a message
 _Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -139,10 +138,3 @@ def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, S
         "count": vocabulary.counts, **(further or {}),
     }  # fmt: skip
     write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])
-
-
-def describe_difference(ours: Vocabulary, theirs: Vocabulary) -> str:
-    """Describe how two vocabularies differ, for messages."""
-    lost, new = sorted(ours.columns.keys() - theirs.columns.keys()), sorted(theirs.columns.keys() - ours.columns.keys())
-    names = ", ".join(name for _, name in (lost + new)[:_SHOWN])
-    return f"missing tags: {len(lost)}, new tags: {len(new)} ({names})" if names else "the same tags in another order"

@@ -28,7 +28,7 @@ from models.sdxl.tokenizer import build_tokenizer
 from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.weights import WEIGHT_NAMES
-from utils.thresholds import PER_TAG, find_thresholds
+from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.vocabulary import FACTS, vocabulary_of
 
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
@@ -89,12 +89,16 @@ def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     report = export_folder(form, network, metadata, folder, config.accepted)
     if is_tagger:
         vocabulary = vocabulary_of(metadata)
-        tag_forms.write_tags(folder, vocabulary, find_thresholds(config.thresholds, config.run_dir, vocabulary))
+        tag_forms.write_tags(folder, vocabulary, _thresholds(weights, config))
     return report
 
 
 def _is_tagger(weights: Weights) -> bool:
     return weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
+
+
+def _thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None:
+    return find_thresholds(config.thresholds, weights.path, weights.metadata.get("weights_hash"))
 
 
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -109,11 +113,11 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     """Write an ONNX file in a form of models/export/tag_forms.py, and the form's other files."""
     form, vocabulary, preprocessing = config.format, vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
     tag_forms.check_images(form, preprocessing)
-    thresholds = find_thresholds(config.thresholds, config.run_dir, vocabulary)
+    thresholds = _thresholds(weights, config)
     kept, rows = tag_forms.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
     onnx_form = tag_forms.make_form(form, preprocessing)
     graph = tag_forms.make_graph(weights.model, onnx_form, rows, preprocessing["image_size_hw"])
-    facts = {**kept.facts(), "form": onnx_form.model_dump(), "vocabulary": vocabulary.hash}
+    facts = {**kept.facts(), "form": onnx_form.model_dump()}
     facts |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     metadata = {**weights.metadata, **facts}
     path = folder / _TAG_FILES[form]

@@ -154,7 +154,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     for node in proto.graph.node:
         node.doc_string = ""
     proto.ir_version = min(proto.ir_version, IR_VERSION)
-    keys = ("output", model.output.names_key, "preprocessing", "step", "form", "vocabulary", "thresholds", *FACTS)
+    keys = ("output", model.output.names_key, "preprocessing", "step", "form", "weights_hash", "thresholds", *FACTS)
     kept = {key: metadata[key] for key in keys if key in metadata}
     onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, **licence_entry("licence", metadata)})})
 

@@ -33,7 +33,6 @@ from utils.errors import UserError
 from utils.io.files import write_json
 from utils.record.logging import get_logger
 from utils.record.report import write_table
-from utils.thresholds import FILE as THRESHOLDS
 from utils.thresholds import OVERALL, PER_TAG, ThresholdTable
 from utils.vocabulary import (
     CATEGORIES,
@@ -206,7 +205,7 @@ def write_imgutils(
     if thresholds is not None:
         values = thresholds.of_categories("balanced")
         rows = [{**entry, "threshold": values.get(entry["category"], values[OVERALL])} for entry in present]
-        write_table(folder / THRESHOLDS, rows)
+        write_table(folder / "thresholds.csv", rows)
 
 
 def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -120,7 +120,7 @@ def test_a_wd14_file_takes_and_gives_what_the_programs_expect(place):
     assert {path.name for path in (place / "wd14").iterdir()} == {"model.onnx", *BESIDE}
     found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
     assert vocabulary_of(found) == read_vocabulary(place / "wd14/selected_tags.csv") == ordered
-    assert found["vocabulary"] == VOCABULARY.hash
+    assert found["weights_hash"] == "hash"
     with open(place / "wd14/selected_tags.csv", encoding="utf-8") as stream:
         least = [float(row["best_threshold"]) for row in csv.DictReader(stream)]
     assert least == found["thresholds"] == [LEAST.get(key, 0.35) for key in ordered.columns]

@@ -1,6 +1,7 @@
-"""thresholds.csv: what is written is read; another vocabulary, a part of a file and no such file are refused."""
+"""Thresholds: what is written is read; those of other weights, a part of a file and no such file are refused."""
 
 import csv
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -31,14 +32,17 @@ TAG_ROWS = tuple(
 TABLE = ThresholdTable(VOCABULARY.hash, CATEGORY_ROWS + TAG_ROWS)
 
 
+WEIGHTS = Path("run/weights/last_weights.safetensors")
+
+
 @pytest.fixture
 def path(tmp_path):
-    write_thresholds(tmp_path / "thresholds.csv", TABLE)
+    write_thresholds(tmp_path / "thresholds.csv", TABLE, "0123")
     return tmp_path / "thresholds.csv"
 
 
 def test_a_table_is_read_as_it_was_written(path):
-    assert find_thresholds(str(path), None, VOCABULARY) == TABLE
+    assert find_thresholds(str(path), WEIGHTS, "0123") == TABLE
 
 
 def test_each_tag_has_a_threshold_of_each_profile():
@@ -53,33 +57,36 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
     assert {number: first[number] for number in (0, 9)} == pytest.approx({0: 0.3, 9: 0.35})
 
 
-def test_a_table_of_another_vocabulary_is_refused_with_the_difference(path):
-    other = Vocabulary(("general", "1boy", 'odd,"name"', "miku"), *list(vars(VOCABULARY).values())[1:4])
-    with pytest.raises(UserError, match=r"(?s)thresholds.csv .*1boy.*1girl"):
-        find_thresholds(str(path), None, other)
+@pytest.mark.parametrize(
+    "weights, command", [(WEIGHTS, "run_dir=run weights=last"), (Path("x.onnx"), "export it again")]
+)
+def test_a_table_of_other_weights_is_refused_with_the_command(path, weights, command):
+    for weights_hash in ("4567", None):
+        with pytest.raises(UserError, match=rf"^thresholds: .*thresholds.csv .*{command}"):
+            find_thresholds(str(path), weights, weights_hash)
 
 
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (lambda lines: lines[:-1], "3 of 4 tags"),
+        (lambda lines: lines[:-1], "3 tags"),
         (lambda lines: [line for line in lines if ",high_recall," not in line], "high_recall"),
         (lambda lines: [lines[0], lines[1].replace("0.3", "1.5")], "1.5"),
-        (lambda lines: [], "no thresholds.csv"),
+        (lambda lines: [], "no table of thresholds"),
     ],
 )
 def test_a_file_that_is_no_whole_table_is_refused(path, change, complaint):
     path.write_text("\n".join(change(path.read_text().splitlines())))
     with pytest.raises(UserError, match=rf"(?s)thresholds.csv .*{complaint}"):
-        find_thresholds(str(path), None, VOCABULARY)
+        find_thresholds(str(path), WEIGHTS, "0123")
 
 
 def test_no_file_and_no_text_are_refused(path):
     with pytest.raises(UserError, match=r"^thresholds: .* does not exist"):
-        find_thresholds(str(path.with_name("none.csv")), None, VOCABULARY)
+        find_thresholds(str(path.with_name("none.csv")), WEIGHTS, "0123")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"^thresholds: .* is no thresholds.csv"):
-        find_thresholds(str(path), None, VOCABULARY)
+    with pytest.raises(UserError, match=r"^thresholds: .* is no table of thresholds"):
+        find_thresholds(str(path), WEIGHTS, "0123")
 
 
 def test_mcut_cuts_in_the_middle_of_the_largest_gap():

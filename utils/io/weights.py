@@ -93,6 +93,8 @@ def read_weights(
         tensors, texts = read_header(path)
         with readable(path, "safetensors"):
             metadata = dict(json.loads(texts.get("atelier", "{}")))
+        if _CHECKSUM in texts:
+            metadata["weights_hash"] = texts[_CHECKSUM][:16]  # what is derived from weights is bound to it
     if which == "ema" and metadata.get("average") is not True:
         raise UserError(
             f"init_weights: ema, but {path} has no average; set init_weights=model, or name a run with loop.ema_decay "
