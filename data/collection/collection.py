@@ -5,6 +5,7 @@ collection = Collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from data.collection.split import assign_validation
 from data.layouts.recognise import recognise
 from data.layouts.remote import is_remote
 from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
+from data.layouts.unused import Unused, warn_unused
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.io.memo import files_key
@@ -24,8 +26,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_FINGERPRINT = b"fingerprint"
-_INDEX = 3  # format version; increment it to rebuild every index
+_FINGERPRINT, _UNUSED = b"fingerprint", b"unused"
+_INDEX = 4  # format version; increment it to rebuild every index
 
 
 class Row:
@@ -118,19 +120,23 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     """Read a collection in any layout and return its index: an uncompressed Arrow IPC file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
-    reports that. A folder is scanned at each call. An index inside a collection is never used.
+    reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
+    and no reader uses is logged at each call.
     Raises UserError (`data.root`).
     """
     layout = recognise(root, cache)
     target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
     if target is not None and target.is_file():
         log.debug("data.root: %s is unchanged; using its index", layout.files[0])
+        warn_unused(json.loads(_map_index(target).schema.metadata[_UNUSED]))
         return target
-    table = assign_validation(layout.read(), validation_fraction)
+    table = assign_validation(layout.read(unused := Unused()), validation_fraction)
+    warn_unused(unused.describe())
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
     if not target.is_file():
-        table = table.replace_schema_metadata({_FINGERPRINT: fingerprint.encode()})
+        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe())}
+        table = table.replace_schema_metadata(metadata)
 
         def write(file: Path) -> None:  # uncompressed for memory mapping
             with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:

@@ -16,8 +16,9 @@ import pyarrow as pa
 
 from data.layouts.kohya import read_metadata
 from data.layouts.records import Sidecar
-from data.layouts.sidecars import read_sidecars
-from data.layouts.table import SPLIT_NAMES, build_table, show_some
+from data.layouts.sidecars import list_orphans, read_sidecars
+from data.layouts.table import SPLIT_NAMES, build_table
+from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -49,10 +50,9 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
         raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror})") from error
 
 
-def scan_folder(root: Path) -> pa.Table:
+def scan_folder(root: Path, unused: Unused) -> pa.Table:
     """Read every image and sidecar below a folder into a table, sorted by path.
 
-    Warns of folders without images.
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
     or another image path that is not a file; a circle of links; an unreadable sidecar.
     """
@@ -63,6 +63,7 @@ def scan_folder(root: Path) -> pa.Table:
         sizes = _read_images(folder, entries)
         images |= sizes
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
+        unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
         folders.append(folder)
     if not images:
         raise UserError(
@@ -70,13 +71,13 @@ def scan_folder(root: Path) -> pa.Table:
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     splits, labels = _place_images(root, list(images))
-    _warn_of_empty(list(images), folders)
+    unused.add("folders without an image", *_find_empty(list(images), folders))
 
     def read(path: str) -> Sidecar:
         folder, slash, name = path.rpartition("/")
         return read_sidecars(root, root / folder, name, beside[path])
 
-    known, metadata = dict(zip(beside, in_threads(read, list(beside)))), read_metadata(root, images)
+    known, metadata = dict(zip(beside, in_threads(read, list(beside)))), read_metadata(root, images, unused)
     sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
@@ -179,9 +180,7 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
     return [split or "train" for split in splits], labels
 
 
-def _warn_of_empty(paths: list[str], folders: list[str]) -> None:
-    """Warn of folders without images, naming only the outermost ones."""
+def _find_empty(paths: list[str], folders: list[str]) -> list[str]:
+    """Return the folders without images, only the outermost ones."""
     used = {path[: i + 1] for path in paths for i, letter in enumerate(path) if letter == "/"} | {""}
-    empty = [folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used]
-    if empty:
-        log.warning("data.root: %d folders hold no image and are ignored: %s", len(empty), show_some(sorted(empty)))
+    return sorted(folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used)

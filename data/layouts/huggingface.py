@@ -15,6 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.io.memo import files_key
@@ -43,8 +44,8 @@ def unpack_parquet(file: Path, cache: Path) -> Path:
     return target
 
 
-def read_arrow(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the images of an Arrow file as rows, and descriptions of skipped rows.
+def read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+    """Return the images of an Arrow file as rows.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
@@ -58,9 +59,8 @@ def read_arrow(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
         raise UserError(f"data.root: {name!r} cannot be read ({error}); remove it, or save it again") from error
     for number, row in enumerate(rows):
         row["path"] = f"{name}/{number:08}{row.pop('suffix')}"
-    complete = [row for row in rows if row["length"]]
-    empty = len(rows) - len(complete)
-    return complete, [f"{empty:,} rows of {name} without image bytes"] if empty else []
+    unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
+    return [row for row in rows if row["length"]]
 
 
 def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer) -> Iterator[dict[str, Any]]:

@@ -14,17 +14,17 @@ from typing import Any
 
 from data.layouts.records import Sidecar, parse_record, parse_text
 from data.layouts.sidecars import parse_object, read_lines, read_text, refuse_link_out
+from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-def read_metadata(root: Path, paths: Iterable[str]) -> dict[str, Sidecar]:
+def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str, Sidecar]:
     """Return what the metadata file says about the images `paths`, by path; {} if there is no such file.
 
-    Logs how many of its entries match an image. Raises UserError (`data.root`) if the file cannot be read, or if there
-    is more than one.
+    Raises UserError (`data.root`) if the file cannot be read, or if there is more than one.
     """
     files = [file for file in sorted(root.glob("meta_*")) if file.suffix in (".json", ".jsonl")]
     read = {file: entries for file in files if (entries := _read_entries(root, file))}
@@ -32,6 +32,8 @@ def read_metadata(root: Path, paths: Iterable[str]) -> dict[str, Sidecar]:
         names = " and ".join(file.name for file in read)
         raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
+    others = [file.name for file in files if file not in read and file.stem not in by_key]
+    unused.add("files with the name of kohya's metadata, but no entry per image", *others)
     sidecars: dict[str, Sidecar] = {}
     for file, entries in read.items():
         for key, record in entries.items():
@@ -39,21 +41,21 @@ def read_metadata(root: Path, paths: Iterable[str]) -> dict[str, Sidecar]:
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
                 sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record)
+            else:
+                unused.add(f"entries of {file.name} without an image", key)
         log.info("%s: %s of %s entries match an image", file.name, f"{len(sidecars):,}", f"{len(entries):,}")
     return sidecars
 
 
 def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
-    """Return the records of a file by their keys; {}, with a warning, if it holds something else."""
+    """Return the records of a file by their keys; {} if it holds something else."""
     refuse_link_out(root, file)
     if file.suffix == ".json":
         entries = parse_object(read_text(file), repr(str(file)))
     else:
         entries = {record.get("image_path", record.get("path")): record for _, record in read_lines(file)}
-    if all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items()):
-        return entries
-    log.warning("data.root: %r has the name of kohya's metadata, but no entry per image; it is ignored", file.name)
-    return {}
+    is_kohyas = all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items())
+    return entries if is_kohyas else {}
 
 
 def _parse_entry(where: str, record: dict[str, Any]) -> Sidecar:

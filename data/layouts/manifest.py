@@ -20,6 +20,7 @@ import pyarrow.json
 import pyarrow.parquet as pq
 
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
+from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.record.logging import get_logger
@@ -47,7 +48,7 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     return files[0] if files else None
 
 
-def read_manifest(root: Path | None, file: Path) -> pa.Table:
+def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
     """Read a manifest into a table, sorted by path, and fill in file sizes.
 
     root: None for remote shards, which are not checked.
@@ -56,7 +57,7 @@ def read_manifest(root: Path | None, file: Path) -> pa.Table:
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
     is negative or not finite; shard that is missing or too short.
     """
-    table = read_table(file)
+    table = read_table(file, unused)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
     if further := [name for name in table.column_names if name not in TYPES]:
@@ -80,7 +81,7 @@ def read_manifest(root: Path | None, file: Path) -> pa.Table:
     return replace_column(table, "size", pc.coalesce(table["size"], sizes))
 
 
-def read_table(file: Path) -> pa.Table:
+def read_table(file: Path, unused: Unused) -> pa.Table:
     """Read a manifest without checking its rows, and cast its columns to our types.
 
     Raises UserError (`data.root`) for a broken file, a missing column, or a column that cannot be cast.
@@ -96,8 +97,7 @@ def read_table(file: Path) -> pa.Table:
             f"{', '.join(SCHEMA.names)}, each once"
         )
     nested = [name for name in table.column_names if name not in TYPES and pa.types.is_nested(table[name].type)]
-    if nested:
-        log.info("data.root: %s: columns of lists or records are ignored: %s", file.name, ", ".join(nested))
+    unused.add(f"columns of {file.name} with lists or records", *nested)
     columns = {name: _cast(file, name, table[name]) for name in table.column_names if name not in nested}
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")

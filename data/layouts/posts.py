@@ -16,6 +16,7 @@ from data.layouts.folders import build_rows, list_images, scan_folder
 from data.layouts.manifest import find_one
 from data.layouts.records import FIELDS, Sidecar, parse_record
 from data.layouts.sidecars import read_lines, refuse_link_out
+from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -24,13 +25,13 @@ log = get_logger(__name__)
 POSTS = ("posts.parquet", "posts.jsonl")
 
 
-def read_folder(root: Path) -> pa.Table:
+def read_folder(root: Path, unused: Unused) -> pa.Table:
     """Read a collection without a manifest: its table of posts, else its folders and sidecars."""
     file = find_one(root, POSTS)
-    return scan_folder(root) if file is None else read_posts(root, file)
+    return scan_folder(root, unused) if file is None else read_posts(root, file, unused)
 
 
-def read_posts(root: Path, file: Path) -> pa.Table:
+def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
     """Read the posts with an image into a table, sorted by path. Logs how many posts have none.
 
     Raises UserError (`data.root`) with the file name if it cannot be read, or if no post has an image.
@@ -52,9 +53,10 @@ def read_posts(root: Path, file: Path) -> pa.Table:
             f"{len(images):,}, none of them {', '.join(f'{name}.*' for name in tried)}; name images by id or md5"
         )
     log.info(
-        "%s: %s of %s posts have an image (the others have none, or are repeated), %s of %s images a post",
-        file.name, f"{len(sidecars):,}", f"{count:,}", f"{len(sidecars):,}", f"{len(images):,}",
+        "%s: %s of %s posts have an image (the others have none, or are repeated)",
+        file.name, f"{len(sidecars):,}", f"{count:,}",
     )  # fmt: skip
+    unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
     sizes = {path: images[path] for path in sidecars}
     return build_rows(sizes, list(sidecars.values()), split=["train"] * len(sidecars))
 

@@ -14,6 +14,7 @@ from data.layouts.manifest import find_manifest, read_manifest
 from data.layouts.posts import POSTS, read_folder
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
+from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
 from utils.errors import UserError
 from utils.ranks.processes import count_cores, map_in_processes
@@ -31,7 +32,7 @@ class Layout(NamedTuple):
     """How to read a collection. files: the files that determine the table; empty: all files of the folder."""
 
     files: list[Path]
-    read: Callable[[], pa.Table]
+    read: Callable[[Unused], pa.Table]
 
 
 def recognise(root: str, cache: Path) -> Layout:
@@ -51,9 +52,12 @@ def recognise(root: str, cache: Path) -> Layout:
         files = {name: folder / name for name in names}
         files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
         return Layout(list(files.values()), functools.partial(_read_shards, folder, files))
-    if names:
-        log.info("data.root: %s beside images: reading only the images", show_some(names))
-    return Layout([], functools.partial(read_folder, folder))
+
+    def read(unused: Unused) -> pa.Table:
+        unused.add("shards beside images, because only the images are read", *names)
+        return read_folder(folder, unused)
+
+    return Layout([], read)
 
 
 def _find_shards(root: Path) -> list[str]:
@@ -73,33 +77,35 @@ def _find_shards(root: Path) -> list[str]:
     return found
 
 
-def _read_shards(root: Path, files: dict[str, Path]) -> pa.Table:
+def _read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
     """Read WebDataset or Hugging Face shards into one table; tar files in one process per core. files: by name."""
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
-        fatal = lambda shard: ([], [f"{shard[0]}, which ends the process that reads it"])  # noqa: E731
-        results = map_in_processes(_read_shard, shards, fatal)
+        results = map_in_processes(_read_shard, shards, _skip_shard)
     else:
         results = map(_read_shard, shards)
-    tables, skipped = [], []
-    for rows, faults in track(results, len(shards), "scanning shards"):
+    tables = []
+    for rows, others in track(results, len(shards), "scanning shards"):
         tables.append(rows)
-        skipped += faults
+        unused.merge(others)
     if not any(map(len, tables)):
-        raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}; {show_some(skipped)}")
-    if skipped:
-        log.warning("data.root: %s parts of shards are skipped: %s", f"{len(skipped):,}", show_some(skipped))
+        why = "; ".join(("", *unused.describe()))
+        raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
     table = pa.concat_tables(tables)
     log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))
     return build_table(dict(zip(table.column_names, table.columns)))
 
 
-def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, list[str]]:
-    """Return the rows of a shard, and descriptions of skipped parts. The split comes from the shard's name.
+def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
+    """Return the rows of a shard, and what is not used. The split comes from the shard's name.
 
     shard: its name, the value for the column `shard`, and the file.
     """
     name, shard_name, file = shard
-    rows, skipped = (read_tar if name.endswith(_TAR) else read_arrow)(file, name)
+    rows = (read_tar if name.endswith(_TAR) else read_arrow)(file, name, unused := Unused())
     split = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
-    return pa.Table.from_pylist([{"split": split, "shard": shard_name, **row} for row in rows], _ROWS), skipped
+    return pa.Table.from_pylist([{"split": split, "shard": shard_name, **row} for row in rows], _ROWS), unused
+
+
+def _skip_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
+    return _ROWS.empty_table(), Unused({"shards that end the process that reads them": [shard[0]]})

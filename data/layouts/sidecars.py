@@ -42,6 +42,13 @@ def list_sidecars(name: str, names: set[str]) -> list[str]:
     return [stem + suffix for suffix in SUFFIXES for stem in stems if stem + suffix in names]
 
 
+def list_orphans(folder: str, images: set[str], names: set[str]) -> list[str]:
+    """Return the sidecars of none of the `images` of a folder (with a final slash), among its file names, by path."""
+    files = [name for name in names - images if name.endswith(SUFFIXES) and (folder or not name.startswith("meta_"))]
+    owners = images | {os.path.splitext(name)[0] for name in images} if files else images
+    return sorted(folder + name for name in files if os.path.splitext(name)[0] not in owners)
+
+
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     """Raise UserError for a link out of the collection, because any text file could become a caption otherwise.
 

@@ -8,16 +8,16 @@ from typing import Any
 from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import OUTSIDE
 from data.layouts.records import Sidecar, parse_json, parse_record, parse_text
+from data.layouts.unused import Unused
 
 _TEXTS = ("txt", "cls", "json")  # the last has precedence
 _MAX_TEXT_BYTES = 2**20
 
 
-def read_tar(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
-    """Return the images of a tar file as rows, and descriptions of skipped parts."""
+def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+    """Return the images of a tar file as rows."""
     images: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, dict[str, bytes]] = {}
-    skipped = []
     try:
         with tarfile.open(file, "r:", errors="backslashreplace") as tar:
             for member in tar:
@@ -26,20 +26,19 @@ def read_tar(file: Path, name: str) -> tuple[list[dict[str, Any]], list[str]]:
                 if member.isdir():
                     continue
                 if not member.isreg() or member.issparse() or re.search(OUTSIDE, path):
-                    skipped.append(f"{path!r} in {name}, which is not a plain file, or has an unsafe path")
+                    unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{path}")
                 elif f".{extension}" in IMAGE_SUFFIXES:
                     images[path] = member
                 elif extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
                     texts.setdefault(key, {})[extension] = tar.extractfile(member).read()
     except (tarfile.TarError, OSError) as error:  # the members before the error are valid
-        skipped.append(f"the end of {name} ({error})")
+        unused.add("ends of damaged shards", f"{name} ({error})")
     rows = []
     for path, member in images.items():
-        columns, faults = _read_texts(f"{path!r} in {name}", texts.get(_split_name(path)[0], {}))
+        columns = _read_texts(f"{name}/{path}", texts.get(_split_name(path)[0], {}), unused)
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         rows.append({"path": f"{name}/{path}", **columns})
-        skipped += faults
-    return rows, skipped
+    return rows
 
 
 def _split_name(path: str) -> tuple[str, str]:
@@ -49,9 +48,9 @@ def _split_name(path: str) -> tuple[str, str]:
     return folder + slash + key, extension.lower()
 
 
-def _read_texts(where: str, texts: dict[str, bytes]) -> tuple[dict[str, Any], list[str]]:
-    """Return columns from the text members of an image, and descriptions of unreadable ones."""
-    sidecar, label, faults = Sidecar(), None, []
+def _read_texts(where: str, texts: dict[str, bytes], unused: Unused) -> dict[str, Any]:
+    """Return columns from the text members of an image. where: the image, for messages."""
+    sidecar, label = Sidecar(), None
     for extension in sorted(texts, key=_TEXTS.index):
         try:
             text = texts[extension].decode("utf-8-sig").strip()
@@ -63,5 +62,5 @@ def _read_texts(where: str, texts: dict[str, bytes]) -> tuple[dict[str, Any], li
                 sidecar = sidecar.updated(parse_record(where, record))
                 label = str(record["label"]) if isinstance(record.get("label"), str | int) else label
         except ValueError as error:  # UserError is one
-            faults.append(f"the {extension} of {where} ({error})")
-    return {**sidecar._asdict(), "label": label}, faults
+            unused.add("unreadable texts of shards", f"the {extension} of {where} ({error})")
+    return {**sidecar._asdict(), "label": label}

@@ -1,6 +1,5 @@
 """Read-only jobs: count, statistics (an HTML page) and verify (unreadable images, missing files and orphans)."""
 
-import os
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,8 +13,9 @@ from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.folders import check_root, is_image_name, list_images, walk_folders
 from data.layouts.manifest import find_manifest, read_table
-from data.layouts.sidecars import SUFFIXES, list_sidecars
+from data.layouts.sidecars import list_orphans, list_sidecars
 from data.layouts.table import SPLITS, count_values
+from data.layouts.unused import Unused
 from data.open import describe_collection, load_collection
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
@@ -144,7 +144,7 @@ class Verify(Tool):
 def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
     """Yield paths that only the manifest or only the folder has."""
     if (manifest := find_manifest(root)) is not None:
-        rows = set(read_table(manifest)["path"].to_pylist())
+        rows = set(read_table(manifest, Unused())["path"].to_pylist())
         yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
         gone = (path for path in sorted(rows.difference(images)) if not (root / path).is_file())
         yield from ((path, "a row of the manifest without a file") for path in gone)
@@ -158,9 +158,6 @@ def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
         without = [folder + name for name in images if not list_sidecars(name, names)]
         bare += without
         some = some or len(without) < len(images)
-        owners = images | {os.path.splitext(name)[0] for name in images}
-        for stem, suffix in map(os.path.splitext, sorted(names - images) if images else ()):
-            if suffix in SUFFIXES and stem not in owners:
-                yield folder + stem + suffix, "a sidecar without an image"
+        yield from ((path, "a sidecar without an image") for path in list_orphans(folder, images, names))
     if some:
         yield from ((path, "an image without a sidecar") for path in sorted(bare))

@@ -15,6 +15,7 @@ from data.layouts.folders import check_root
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.posts import read_folder
 from data.layouts.table import MEASURED, count_values, replace_column
+from data.layouts.unused import Unused, warn_unused
 from data.tools.duplicates import group_duplicates
 from data.tools.facts import measure_files
 from data.tools.tool import Tool
@@ -92,7 +93,8 @@ def write_manifest(
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
         refuse_foreign(manifest)
-    table = read_folder(folder)
+    table = read_folder(folder, unused := Unused())
+    warn_unused(unused.describe())
     paths = table["path"].to_pylist()
     find_sizes(folder, paths, "a manifest cannot name this image")
     facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")

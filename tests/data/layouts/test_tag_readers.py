@@ -149,7 +149,7 @@ def test_metadata_of_kohya(tmp_path, log):
         "x/d.png": (["kept"], None, "kept", None),
         "x/meta_c.png": ([], None, None, None),
     }
-    assert "meta_lat.json: 2 of 3 entries match" in log.text
+    assert "not used: 1 entries of meta_lat.json without an image: /elsewhere/x/gone.png" in log.text
 
 
 def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
@@ -159,7 +159,7 @@ def test_metadata_lines_and_files_that_only_look_like_it(tmp_path, log):
     write(write(tmp_path, "meta_b.json", {"tags": "own"}), "meta_info.json", {"version": 1})
     found = rows(tmp_path)
     assert found["a.png"][0] == ["1girl", "solo"] and found["b.png"][:2] == (["x", "y"], "g")
-    assert found["meta_b.png"][0] == ["own"] and "'meta_info.json'" in log.text
+    assert found["meta_b.png"][0] == ["own"] and "no entry per image: meta_info.json" in log.text
 
 
 # Tables of posts.
@@ -193,7 +193,7 @@ def write_posts(root, form, posts=POSTS):
 def test_a_table_of_posts(tmp_path, form, log):
     write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
     assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
-    assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "3 of 4 images a post" in log.text
+    assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "not used: 1 images without a post" in log.text
     write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
     assert rows(tmp_path) == FOUND
 
