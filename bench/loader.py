@@ -97,8 +97,7 @@ class Streams:
     def batches(self, setting):
         """Yield batches of a setting without an end."""
         self.machine.workers, size = setting.workers, setting.batch_size
-        plan = SimpleNamespace(world_size=1, global_batch_size=size, micro_batch_size=size, accum_steps=1)
-        for (batch,) in self._loaders[setting.on_device].steps(self._step, plan):
+        for (batch,) in self._loaders[setting.on_device].steps(self._step, size, size):
             self._step += 1
             yield batch
 

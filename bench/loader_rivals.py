@@ -66,8 +66,8 @@ class Ours:
         source = open_images(collection, config.data, 3, "white", shortest_px=shortest_px, repeats=True)
         data = Data(collection, source, machine, seed=0, batch_size=BATCH, run_path=None)
         loader = data.train(collection.rows("train"), no_fields, training_views(config.augment))
-        plan = SimpleNamespace(world_size=1, global_batch_size=BATCH, micro_batch_size=BATCH, accum_steps=1)
-        self._steps, self._batches, self._normalise = loader.steps(0, plan), batches, Normalise(MEAN, STD, 3)
+        self._steps, self._batches = loader.steps(0, BATCH, BATCH), batches
+        self._normalise = Normalise(MEAN, STD, 3)
 
     def __call__(self):
         """Read an epoch."""

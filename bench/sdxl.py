@@ -19,7 +19,6 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -78,8 +77,7 @@ def start(config):
     setup = kind.set_up(config, collection)
     source, runtime = kind.source(collection, config.data, setup, repeats=True), choose_runtime(config.runtime)
     data = Data(collection, source, runtime, seed=config.seed, batch_size=BATCH, run_path=None)
-    plan = SimpleNamespace(world_size=1, global_batch_size=BATCH, micro_batch_size=BATCH, accum_steps=1)
-    return setup, kind.streams(data, setup, config).train.steps(0, plan)
+    return setup, kind.streams(data, setup, config).train.steps(0, BATCH, BATCH)
 
 
 def make_task(config, setup):

@@ -8,12 +8,12 @@
 
 The path of an image:
 
-    position -> row     Sampler.at                                                 stream/order.py
-    row -> pixels       MemoryCached, DiskCached, Images: bytes, then the Decoder  images/
-    pixels -> views     TrainTransform, EvalTransform                              augment/transforms.py
-    views -> sample     SampleReader; fields add labels and tags                   stream/loader.py
-    samples -> batch    collate, in a loader worker                                stream/batch.py
-    batch -> device     to_device, then the hook of DeviceAugment                  stream/loader.py, augment/
+    position -> draw    Sampler.draw: a row of the collection, and a random key    stream/order.py
+    draw -> record      Source.read: the caches, then Images: bytes, the Decoder   stream/source.py, images/
+    record -> views     named transforms of the image                              augment/transforms.py
+    views -> sample     Loader.read, in a worker; fields add labels and tags       stream/loader.py
+    samples -> batch    collate                                                    stream/batch.py
+    batch -> device     TrainStream, EvaluationStream; then the hooks of views     stream/loader.py
 """
 
 import copy
@@ -24,18 +24,17 @@ from typing import Any
 
 import numpy as np
 
-from data.augment.on_device import DeviceAugment
 from data.augment.transforms import evaluation_views
 from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
 from data.images.decode import Decoder, decoder_versions
-from data.images.disk_cache import DiskCached
-from data.images.image_source import Images, ListedFiles, open_contents
+from data.images.disk_cache import keep_on_disk
+from data.images.image_source import Images
 from data.images.memory_cache import keep_in_memory
 from data.images.pixels import read_upright_size
 from data.latents.buckets import assign, letterbox_groups
 from data.layouts.glyphs import draw_glyphs
-from data.stream.loader import EvaluationStream, Fields, Loader, SampleReader, TrainStream, UnreadableLog, no_fields
+from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, ShuffledSampler, Views
 from data.stream.source import Source, UnreadableImage
 from utils.canvas import background_of
@@ -81,17 +80,16 @@ def load_files(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),
     )  # fmt: skip
-    source, groups = Images(ListedFiles(paths), decoder), None
+    source, groups = Images(paths, decoder), None
     if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
         sizes_hw = np.ones((len(paths), 2))
         for index, path in enumerate(paths):
             with suppress(UnreadableImage):
                 sizes_hw[index] = read_upright_size(path)
         groups = assign(sizes_hw, np.array(buckets_hw))
-    views, last = evaluation_views(preprocessing), machine.channels_last
-    reader = SampleReader(None, source, views, no_fields, training=False, channels_last=last)
     reasons: dict[str, str] = {}
-    loader = Loader(reader, machine, reasons.update)
+    views = evaluation_views(preprocessing)
+    loader = Loader(None, source, views, no_fields, machine, reasons.update, training=False)
     return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
 
 
@@ -107,11 +105,10 @@ def open_images(
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
     shortest_px: as in `Decoder`. repeats: images are read several times, so a memory cache helps.
-    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
+    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
     decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
-    images = Images(open_contents(collection), decoder)
-    source = DiskCached(images, config.cache) if config.cache.disk_gib > 0 else images
+    source = keep_on_disk(Images(collection, decoder), config.cache)
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 
@@ -162,7 +159,5 @@ class Data:
         return self.evaluation(rows, fields, evaluation_views(preprocessing), groups=groups)
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
-        last = self.machine.channels_last
-        reader = SampleReader(self.collection, self.source, views, fields, training=training, channels_last=last)
-        hook = next((view.on_device for view in views.values() if isinstance(view, DeviceAugment)), None)
-        return Loader(reader, self.machine, self.unreadable.add, hook)
+        report = self.unreadable.add
+        return Loader(self.collection, self.source, views, fields, self.machine, report, training=training)

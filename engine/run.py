@@ -109,14 +109,14 @@ class Run:
             )  # fmt: skip
             return
         if self.step == 0 and plan.range_test_steps:
-            with closing(self.streams.train.steps(plan.total_steps, plan)) as batches:
+            with closing(self._steps(plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder, self.stop)
             if rate is not None:
                 self.use_lr(rate)
         if plan.total_steps == 0:
             self.evaluate()
             self.save(last=True)
-        with closing(self.streams.train.steps(self.step, plan)) as batches, self.recorder.bar.opened(self.step):
+        with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while not self.is_complete:
                 self.train_one_epoch(batches)
         self._report_end(time.perf_counter() - started, next_commands)
@@ -165,6 +165,9 @@ class Run:
                 return
             if asked.stop:
                 raise Stopped
+
+    def _steps(self, start_step: int) -> Iterator[list[Batch]]:
+        return self.streams.train.steps(start_step, self.plan.global_batch_size, self.plan.micro_batch_size)
 
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""

@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from engine.config import MachineConfig, RuntimeConfig
+from utils.contracts import Machine
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
@@ -29,14 +30,10 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 @dataclass(frozen=True)
-class Runtime:
-    """The resolved settings: device, precision of the forward pass, memory format, loader processes of this rank."""
+class Runtime(Machine):
+    """The resolved settings: the machine, and the precision of the forward pass."""
 
-    device: torch.device
     precision: str
-    channels_last: bool
-    workers: int
-    prefetch_batches: int
 
     def autocast(self) -> AbstractContextManager:
         """Return a new context for a forward pass."""

@@ -1,31 +1,23 @@
 """Types that several rooms share."""
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 Batch = dict[str, Tensor]
-DeviceHook = Callable[[Batch], Batch]
 
 
-class Machine(Protocol):
-    """The machine, as a loader needs to know it (engine/runtime.py: Runtime)."""
+@dataclass(frozen=True)
+class Machine:
+    """The machine, as a loader needs to know it; engine/runtime.py adds the precision."""
 
     device: torch.device  # the target of batches
     channels_last: bool  # the memory format of images
     workers: int  # loader processes of this rank
     prefetch_batches: int  # batches that each worker loads ahead
-
-
-class BatchPlan(Protocol):
-    """The number of samples in a step and on each rank (engine/plan.py: Plan)."""
-
-    world_size: int
-    global_batch_size: int  # samples per update, over all ranks
-    micro_batch_size: int  # samples per forward pass
-    accum_steps: int  # forward passes per update
 
 
 class TrainStream(Protocol):
@@ -38,8 +30,11 @@ class TrainStream(Protocol):
     def trial_batches(self, size: int) -> Iterator[Batch]:
         """Yield a batch of one repeated sample for each shape, on the device; does not advance the stream."""
 
-    def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
-        """Yield the list of this rank's micro-batches for each step, from `start_step` on."""
+    def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
+        """Yield the list of this rank's micro-batches for each step, from `start_step` on.
+
+        batch_size: samples per update, over all ranks. micro_batch_size: samples per forward pass.
+        """
 
     def readings(self) -> Mapping[str, float]:
         """Return the counters of the data's caches, on this rank."""

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.images.pixels import resize
-from data.stream.order import Draw, Transform, Views
+from data.stream.order import Draw, View, Views
 from utils import rng
 from utils.canvas import DEFAULT, background_levels, background_of
 
@@ -31,7 +31,7 @@ _VARIED = ("bilinear", "bicubic", "lanczos", "area")
 class ByGroup:
     """Apply the transform of the draw's group; there is one for each bucket."""
 
-    def __init__(self, transforms: Sequence[Transform]) -> None:
+    def __init__(self, transforms: Sequence[View]) -> None:
         self._transforms = transforms
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:

@@ -1,6 +1,6 @@
 """A disk cache of decoded images: a source in front of `Images` that decodes each image once.
 
-    source = DiskCached(Images(Files(collection), decoder), config.data.cache)
+    source = keep_on_disk(Images(collection, decoder), config.data.cache)
     source.read(7)["image"]        uint8 [3, H, W]
 
 Hits, misses and a full disk give the same pixels. A key is made of the file's state (path, range, size, times, inode)
@@ -18,7 +18,7 @@ from torch import Tensor
 from data.config import CacheConfig
 from data.images.image_source import Images
 from data.images.record_store import LimitedStore, record_key
-from data.stream.source import IMAGE, Cached, OnDisk, Record
+from data.stream.source import IMAGE, Cached, Record, Source
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
 
@@ -28,11 +28,16 @@ _YOUNG_SEC = 2  # coarsest file system clock: a second change within one tick le
 _HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
-class DiskCached(Cached):
-    """The images of a source, cached in a folder.
+def keep_on_disk(images: Images, config: CacheConfig) -> Source:
+    """Return the images behind a disk cache, or the images themselves if `data.cache.disk_gib` is 0.
 
     Raises UserError (`data.cache.folder`) if the folder cannot be used.
     """
+    return _DiskCached(images, config) if config.disk_gib > 0 else images
+
+
+class _DiskCached(Cached):
+    """The images of a source, cached in a folder."""
 
     def __init__(self, images: Images, config: CacheConfig) -> None:
         super().__init__(images, "evicted", "refused")
@@ -65,11 +70,10 @@ class DiskCached(Cached):
 
     def _key(self, row: int) -> str | None:
         """Return the key of a row's image; None if the file is missing or was changed just now."""
-        contents = self.inner.inner
-        if not isinstance(contents, OnDisk):  # remote shards are only replaced together with their index
+        contents = self.inner.contents
+        if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
             digest = contents.collection.row(row).sha256
             return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
-        file = contents.file_of(row)
         version = file_version(file.path)
         if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
             return None

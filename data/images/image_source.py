@@ -1,6 +1,6 @@
 """The images of a collection as a source: encoded bytes from files, shards or a remote store, and one decoder.
 
-source = Images(open_contents(collection), Decoder(3, max_pixels))
+source = Images(collection, Decoder(3, max_pixels))
 source.read(7)["image"]          uint8 [3, H, W]
 """
 
@@ -9,10 +9,9 @@ import hashlib
 import os
 import time
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
 
 import torch
 from fsspec.spec import AbstractFileSystem
@@ -21,7 +20,7 @@ from data.collection.collection import Collection, Row
 from data.images.decode import Decoder
 from data.images.image_formats import CUT_OFF, NOT_OPENED, read_file
 from data.layouts.remote import is_remote, open_store
-from data.stream.source import IMAGE, FileRange, Record, UnreadableImage, join_ranges
+from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage, join_ranges
 
 TAR = ".tar"
 HEADER_BYTES = 512  # header of a tar member, before its content
@@ -32,55 +31,56 @@ _PATIENCE_SEC = 120  # for a batch, including the store's retries
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
-class Contents(Protocol):
-    """Encoded images by row."""
+class _Files:
+    """Encoded images, each in a file. paths: the path of a row below `root`."""
+
+    def __init__(self, root: str, paths: Callable[[int], str]) -> None:
+        self._root, self.name_of = root, paths
+
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the local file of a row, or its range of a shard."""
+        return FileRange(os.path.join(self._root, self.name_of(row)))
 
     def read(self, row: int) -> bytes:
-        """Return the encoded image of a row. Raises UnreadableImage."""
+        """Return the encoded image of a row. Raises UnreadableImage with the name of the file or shard."""
+        return read_file(os.path.join(self._root, self.name_of(row)), self.name_of(row))
 
-    def name_of(self, row: int) -> str:
-        """Return the name of a row, for messages."""
-
-
-class ListedFiles:
-    """A list of image files; a row is an index into the list."""
-
-    def __init__(self, paths: Sequence[Path]) -> None:
-        self._paths = list(map(str, paths))
-
-    def read(self, row: int) -> bytes:
-        """Return the content of a file."""
-        return read_file(self._paths[row])
-
-    def name_of(self, row: int) -> str:
-        """Return the path of a file."""
-        return self._paths[row]
-
-    def file_of(self, row: int) -> FileRange:
-        """Return the whole file."""
-        return FileRange(self._paths[row])
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start to read the rows of a batch together; only remote shards gain from it."""
 
 
-class _Rows:
-    """Locate the images of a collection, and check the bytes that were read."""
+class _Shards(_Files):
+    """Encoded images in local shards."""
 
     def __init__(self, collection: Collection) -> None:
+        super().__init__(os.fspath(collection.root), self._name_of)
         self.collection = collection
+        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
 
-    def name_of(self, row: int) -> str:
+    def _name_of(self, row: int) -> str:
         """Return the path of a row, after the path of its shard."""
         view = self.collection.row(row)
-        if not self.collection.is_packed or view.path.startswith(f"{view.shard}/"):
-            return view.path
-        return f"{view.shard}/{view.path}"
+        return view.path if view.path.startswith(f"{view.shard}/") else f"{view.shard}/{view.path}"
 
-    def place_of(self, row: int, folder: str) -> FileRange:
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the range of a row in its shard."""
+        return self.range_of(row, self._root)
+
+    def range_of(self, row: int, folder: str) -> FileRange:
         """Return the byte range of a row below a folder, including the tar header in shards of job=pack."""
         view = self.collection.row(row)
-        if not self.collection.is_packed:
-            return FileRange(os.path.join(folder, view.path))
         lead = HEADER_BYTES if _has_header(view) else 0
         return FileRange(os.path.join(folder, view.shard), view.offset - lead, view.length + lead)
+
+    def read(self, row: int) -> bytes:
+        """Return the encoded image of a row."""
+        path, offset, length = self.range_of(row, self._root)
+        try:
+            shard = self._open(path)  # stays open while it is referenced
+            content = os.pread(shard.fileno(), length, offset)
+        except OSError as error:
+            raise UnreadableImage(self.name_of(row), NOT_OPENED, f"{type(error).__name__}: {error.strerror}") from error
+        return self.check(row, content, length)
 
     def check(self, row: int, content: bytes, length: int) -> bytes:
         """Return the content without its header. Raises UnreadableImage if it is cut off or another image."""
@@ -101,41 +101,20 @@ def _has_header(view: Row) -> bool:
     return view.shard.endswith(TAR) and not view.path.startswith(f"{view.shard}/")
 
 
-class Files(_Rows):
-    """Images in local files or shards."""
-
-    def __init__(self, collection: Collection) -> None:
-        super().__init__(collection)
-        self._root = os.fspath(collection.root)
-        self._open = functools.lru_cache(_OPEN_SHARDS)(functools.partial(open, mode="rb", buffering=0))
-
-    def read(self, row: int) -> bytes:
-        """Return the encoded image of a row. Raises UnreadableImage with the name of the shard."""
-        path, offset, length = self.file_of(row)
-        if not self.collection.is_packed:
-            return read_file(path, self.name_of(row))
-        try:
-            shard = self._open(path)  # stays open while it is referenced
-            content = os.pread(shard.fileno(), length, offset)
-        except OSError as error:
-            raise UnreadableImage(self.name_of(row), NOT_OPENED, f"{type(error).__name__}: {error.strerror}") from error
-        return self.check(row, content, length)
-
-    def file_of(self, row: int) -> FileRange:
-        """Return the file of a row, or its range of a shard."""
-        return self.place_of(row, self._root)
-
-
-class RemoteFiles(_Rows):
-    """Images in remote shards; the images of a batch are requested together."""
+class _RemoteShards(_Shards):
+    """Encoded images in remote shards; the images of a batch are requested together."""
 
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
         self._coming: dict[int, tuple[Future[dict[int, bytes | Exception]], float]] = {}  # answers and deadlines
 
-    def prefetch(self, rows: Sequence[int]) -> None:
+    def file_of(self, row: int) -> FileRange | None:
+        """Return None."""
+
+    def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows of a batch; answers for the previous batch are discarded."""
-        self._coming = dict.fromkeys(rows, self._ask(rows)) if len(rows) else {}
+        rows = list(rows)
+        self._coming = dict.fromkeys(rows, self._ask(rows)) if rows else {}
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row. Raises UnreadableImage if the store does not return it."""
@@ -146,12 +125,12 @@ class RemoteFiles(_Rows):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"within {_PATIENCE_SEC} s") from error
         if isinstance(content, Exception):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
-        return self.check(row, content, self.place_of(row, "").length)
+        return self.check(row, content, self.range_of(row, "").length)
 
     def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
         files, folder = open_store(str(self.collection.root))
         pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new pool, because a fork has no threads
-        answer = pool.submit(_read_ranges, files, {row: self.place_of(row, folder) for row in rows})
+        answer = pool.submit(_read_ranges, files, {row: self.range_of(row, folder) for row in rows})
         pool.shutdown(wait=False)
         return answer, time.monotonic() + _PATIENCE_SEC
 
@@ -178,21 +157,26 @@ def member_key(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
-class Images:
-    """Decoded images, as `image`, uint8 [channels, H, W]."""
+def open_contents(images: Collection | Sequence[Path]) -> _Files:
+    """Return the encoded images of a collection, or of a list of files."""
+    if not isinstance(images, Collection):
+        return _Files("", list(map(str, images)).__getitem__)
+    if is_remote(str(images.root)):
+        return _RemoteShards(images)
+    return _Shards(images) if images.is_packed else _Files(os.fspath(images.root), lambda row: images.row(row).path)
 
-    def __init__(self, contents: Contents, decoder: Decoder) -> None:
-        self.inner, self.decoder = contents, decoder
+
+class Images(Source):
+    """Decoded images of a collection or of a list of files, as `image`, uint8 [channels, H, W]."""
+
+    def __init__(self, images: Collection | Sequence[Path], decoder: Decoder) -> None:
+        self.contents, self.decoder = open_contents(images), decoder
+        self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return the decoded image of a row. Raises UnreadableImage."""
-        return {IMAGE: self.decoder(self.inner.read(row), self.inner.name_of(row))}
+        return {IMAGE: self.decoder(self.contents.read(row), self.contents.name_of(row))}
 
     def blank(self, group: int) -> Record:
         """Return a black image."""
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}
-
-
-def open_contents(collection: Collection) -> Contents:
-    """Return the encoded images of a collection."""
-    return RemoteFiles(collection) if is_remote(str(collection.root)) else Files(collection)

@@ -140,8 +140,9 @@ class MemoryCached(Cached):
         return {IMAGE: image}
 
     def readings(self) -> dict[str, float]:
-        """Return the hit rate and the size in GiB."""
-        return {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
+        """Return the hit rate and the size in GiB, and the metrics of the inner source."""
+        own = {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
+        return {**own, **self.inner.readings()}
 
 
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:

@@ -20,7 +20,7 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.images.record_store import TensorStore, record_key
 from data.latents.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
-from data.stream.loader import EvaluationStream, Example, Loader, SampleReader, UnreadableLog
+from data.stream.loader import EvaluationStream, Example, Loader, UnreadableLog
 from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
@@ -46,7 +46,7 @@ def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[
     return [digest or "" for digest in digests]
 
 
-class LatentCache:
+class LatentCache(Source):
     """A source of latents for `buckets.rows`, and for their mirror images if `config.flip` is above 0.
 
     recipe: further inputs of the latents, such as a hash of the VAE. hashes: from `image_hashes`.
@@ -104,9 +104,7 @@ class LatentCache:
         if not variants:
             return
         views = {str(variant): functools.partial(self._view, variant) for variant in variants}
-        loader = Loader(
-            SampleReader(self.collection, images, views, _image_size, training=False), machine, unreadable.add
-        )
+        loader = Loader(self.collection, images, views, _image_size, machine, unreadable.add, training=False)
         stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
         for batch in track(stream, len(stream), "encoding images"):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]

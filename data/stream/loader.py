@@ -1,4 +1,4 @@
-"""Readers and loaders: from draws to batches on the device.
+"""The loader and its two streams: from draws to batches on the device.
 
 A worker reads the record of a sample from the source, creates the views of its image with the sample's key, and adds
 the fields of the task. An unreadable sample becomes blank with weight 0 and is reported by name; it never stops a run.
@@ -25,20 +25,11 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.collection.collection import Collection, Row
 from data.stream.batch import Ragged, Sample, collate, to_device
-from data.stream.order import (
-    Draw,
-    RowsAhead,
-    Sampler,
-    Share,
-    Transform,
-    count_batches,
-    evaluation_batches,
-    train_batches,
-)
+from data.stream.order import Draw, Sampler, Views, count_batches, evaluation_batches, train_batches
 from data.stream.read_ahead import read_ahead
-from data.stream.source import IMAGE, Cached, Prefetching, Record, Source, UnreadableImage, layers, not_cached
+from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
-from utils.contracts import Batch, BatchPlan, DeviceHook, Machine
+from utils.contracts import Batch, Machine
 from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors
 from utils.ranks import distributed
@@ -47,9 +38,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Problem = tuple[str, str]  # the name of an image and why it is unreadable
-Loaded = tuple[Batch, list[Problem]]
-Report = Callable[[list[Problem]], None]
+_Problems = list[tuple[str, str]]  # the name of an image and why it is unreadable
 # Counters for keys derived from a sample's key.
 _FIELDS_KEY, _VIEW_KEY = 1, 2
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
@@ -79,101 +68,6 @@ def no_fields(example: Example) -> dict[str, Tensor]:
     return {}
 
 
-class SampleReader(Dataset):
-    """Read the samples of draws, in a worker.
-
-    views: named transforms of the record's image. The first is seeded with the sample's key, each other one with a key
-    derived from it, so an added view does not change earlier ones. fields: additions of a task, such as labels.
-    collection: None for single files, which have no fields and weight 1.
-    """
-
-    def __init__(
-        self,
-        collection: Collection | None,
-        source: Source,
-        views: Mapping[str, Transform],
-        fields: Fields,
-        *,
-        training: bool,
-        channels_last: bool = False,
-    ) -> None:
-        self.collection, self.source = collection, source
-        self.views, self.fields, self.training = dict(views), fields, training
-        self.channels_last = channels_last
-
-    def __getitems__(self, draws: list[Draw]) -> Loaded:
-        """Return the batch of some draws, and the (name, reason) of each unreadable image."""
-        store, problems = layers(self.source)[-1], []
-        if isinstance(store, Prefetching):
-            store.prefetch(not_cached(self.source, [draw.index for draw in draws]))
-        samples = map(functools.partial(self.read, problems=problems), draws)
-        with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
-            return collate(samples, len(draws), channels_last=self.channels_last), problems
-
-    def read(self, draw: Draw, problems: list[Problem]) -> Sample:
-        """Return the sample of a draw; if it is unreadable, append the reason to `problems`."""
-        row = None if self.collection is None else self.collection.row(draw.index)
-        weight, record = 1.0 if row is None else row.weight, None
-        if weight != 0:  # files of weight 0 are not opened: they may crash the decoder
-            try:
-                record = self.source.read(draw.index, draw.key)
-            except UnreadableImage as error:
-                problems.append((error.path, error.reason))
-        weight = 0.0 if record is None or draw.position < 0 else weight  # unreadable, or padding
-        record = self.source.blank(draw.group) if record is None else record
-        views = {}
-        for number, (name, transform) in enumerate(self.views.items()):
-            key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
-            with rng.seeded(key):
-                views[name] = transform(record[IMAGE], draw)
-        fields = {} if row is None else self.fields(Example(draw, row, self.training, record, views))
-        return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
-
-
-def _share(loaded: Loaded) -> Loaded:
-    """Move a batch to shared memory, in a worker."""
-    batch, problems = loaded
-    if get_worker_info() is not None:
-        # This raises if there is no room. The queue would drop the batch instead, and the rank would wait forever.
-        batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
-    return batch, problems
-
-
-class UnreadableLog:
-    """Count unreadable images, warn of each once, and list them in unreadable.jsonl of the run folder.
-
-    Lines are buffered until the folder exists and its disk accepts them. All ranks append to one file.
-    """
-
-    def __init__(self, file: Path | None) -> None:
-        self._file, self._lines, self._seen = file, None, set()
-        text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
-        for line in text.split("\n"):
-            with suppress(ValueError, TypeError, KeyError, RecursionError):  # an incomplete or damaged line
-                self._seen.add(str(json.loads(line)["path"]))
-        self._waiting = "" if text.endswith("\n") or not text else "\n"  # after an incomplete line
-
-    @property
-    def count(self) -> int:
-        """Return how many images were unreadable on this rank, earlier starts of the run included."""
-        return len(self._seen)
-
-    def add(self, problems: list[Problem]) -> None:
-        """Add the problems of a batch."""
-        for path, reason in problems:
-            if path not in self._seen:
-                self._seen.add(path)
-                log.warning("unreadable image %s: %s; its weight is 0", path, reason)
-                self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
-        if not self._waiting or self._file is None or not self._file.parent.is_dir():
-            return
-        with ignore_write_errors(self._file):
-            if self._lines is None:
-                self._lines = AppendFile(self._file)
-            self._lines.write(self._waiting)
-            self._waiting = ""
-
-
 def _leave_signals_to_parent(worker: int) -> None:
     """Ignore stop signals in a worker: a scheduler signals all processes, but the rank still needs the worker.
 
@@ -199,28 +93,72 @@ class _WorkerContext(ForkContext):
     Process = _WorkerProcess
 
 
-class Loader:
-    """Load batches of draws, report unreadable samples, copy to the device, and call the hook.
+class Loader(Dataset):
+    """Read the samples of draws in workers, and give batches on the device.
 
-    report: called with the (name, reason) of unreadable samples. on_device: called with each batch after the copy; it
-    uses batch["key"] for random numbers (utils/rng.py: normal, uniform).
+    collection: None for single files, which have no fields and weight 1. views: by name. The first is seeded with the
+    sample's key, each other one with a key derived from it, so an added view does not change earlier ones. fields:
+    additions of a task, such as labels. report: called with the (name, reason) of unreadable images.
     """
 
     def __init__(
-        self, reader: SampleReader, machine: Machine, report: Report, on_device: DeviceHook | None = None
+        self,
+        collection: Collection | None,
+        source: Source,
+        views: Views,
+        fields: Fields,
+        machine: Machine,
+        report: Callable[[_Problems], None],
+        *,
+        training: bool,
     ) -> None:
-        self.reader, self.machine = reader, machine
-        self._report, self._on_device = report, on_device or (lambda batch: batch)
+        self.collection, self.source, self.machine = collection, source, machine
+        self.views, self.fields, self.training = dict(views), fields, training
+        self._report, self._hooks = report, [view.on_device for view in views.values() if hasattr(view, "on_device")]
 
-    def load(self, batches: Iterable[list[Draw]], rows_ahead: RowsAhead | None = None) -> Iterator[Batch]:
-        """Yield batches on the device. Raises UserError (`runtime.workers`) if workers lack shared memory."""
+    def __getitems__(self, draws: list[Draw]) -> tuple[Batch, _Problems]:
+        """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
+        problems: _Problems = []
+        self.source.prefetch([draw.index for draw in draws])
+        samples = map(functools.partial(self.read, problems=problems), draws)
+        with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
+            batch = collate(samples, len(draws), channels_last=self.machine.channels_last)
+        if get_worker_info() is not None:  # move it to shared memory
+            # This raises if there is no room. The queue would drop the batch instead, and the rank would wait forever.
+            batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
+        return batch, problems
+
+    def read(self, draw: Draw, problems: _Problems) -> Sample:
+        """Return the sample of a draw; if it is unreadable, append the reason to `problems`."""
+        row = None if self.collection is None else self.collection.row(draw.index)
+        weight, record = 1.0 if row is None else row.weight, None
+        if weight != 0:  # files of weight 0 are not opened: they may crash the decoder
+            try:
+                record = self.source.read(draw.index, draw.key)
+            except UnreadableImage as error:
+                problems.append((error.path, error.reason))
+        weight = 0.0 if record is None or draw.position < 0 else weight  # unreadable, or padding
+        record = self.source.blank(draw.group) if record is None else record
+        views = {}
+        for number, (name, transform) in enumerate(self.views.items()):
+            key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
+            with rng.seeded(key):
+                views[name] = transform(record[IMAGE], draw)
+        fields = {} if row is None else self.fields(Example(draw, row, self.training, record, views))
+        return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
+
+    def load(self, batches: Iterable[list[Draw]], sampler: Sampler | None = None) -> Iterator[Batch]:
+        """Yield batches on the device; sampler: names further rows to read ahead.
+
+        Raises UserError (`runtime.workers`) if workers lack shared memory.
+        """
         workers = self.machine.workers
         loader = DataLoader(
-            self.reader,
-            batch_sampler=read_ahead(batches, self.reader.source, rows_ahead),
+            self,
+            batch_sampler=read_ahead(batches, self.source, sampler),
             num_workers=workers,
             prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
-            collate_fn=_share,
+            collate_fn=lambda loaded: loaded,
             worker_init_fn=_leave_signals_to_parent,
             multiprocessing_context=_WorkerContext() if workers > 0 else None,
             pin_memory=self.machine.device.type == "cuda",
@@ -229,7 +167,7 @@ class Loader:
         try:
             for loaded, problems in loader:
                 self._report(problems)
-                yield self._on_device(to_device(loaded, self.machine.device))
+                yield self._to_device(loaded)
         except RuntimeError as error:
             if (match := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
                 raise
@@ -241,8 +179,49 @@ class Loader:
 
     def repeat(self, draw: Draw, size: int) -> Batch:
         """Return a batch that repeats one sample `size` times, on the device, with weight 1."""
-        batch = collate([self.reader.read(draw, [])] * size, size, channels_last=self.reader.channels_last)
-        return self._on_device(to_device({**batch, "weight": torch.ones(size)}, self.machine.device))
+        batch = collate([self.read(draw, [])] * size, size, channels_last=self.machine.channels_last)
+        return self._to_device({**batch, "weight": torch.ones(size)})
+
+    def _to_device(self, batch: Batch) -> Batch:
+        batch = to_device(batch, self.machine.device)
+        for hook in self._hooks:
+            batch = hook(batch)
+        return batch
+
+
+class UnreadableLog:
+    """Count unreadable images, warn of each once, and list them in unreadable.jsonl of the run folder.
+
+    Lines are buffered until the folder exists and its disk accepts them. All ranks append to one file.
+    """
+
+    def __init__(self, file: Path | None) -> None:
+        self._file, self._lines, self._seen = file, None, set()
+        text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
+        for line in text.split("\n"):
+            with suppress(ValueError, TypeError, KeyError, RecursionError):  # an incomplete or damaged line
+                self._seen.add(str(json.loads(line)["path"]))
+        self._waiting = "" if text.endswith("\n") or not text else "\n"  # after an incomplete line
+
+    @property
+    def count(self) -> int:
+        """Return how many images were unreadable on this rank, earlier starts of the run included."""
+        return len(self._seen)
+
+    def add(self, problems: _Problems) -> None:
+        """Add the problems of a batch."""
+        for path, reason in problems:
+            if path not in self._seen:
+                self._seen.add(path)
+                log.warning("unreadable image %s: %s; its weight is 0", path, reason)
+                self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
+        if not self._waiting or self._file is None or not self._file.parent.is_dir():
+            return
+        with ignore_write_errors(self._file):
+            if self._lines is None:
+                self._lines = AppendFile(self._file)
+            self._lines.write(self._waiting)
+            self._waiting = ""
 
 
 class TrainStream:
@@ -259,8 +238,7 @@ class TrainStream:
 
     def readings(self) -> Mapping[str, float]:
         """Return the metrics of this rank's caches."""
-        caches = [layer for layer in layers(self.loader.reader.source) if isinstance(layer, Cached)]
-        return {name: value for cache in caches for name, value in cache.readings().items()}
+        return self.loader.source.readings()
 
     def trial_batches(self, size: int) -> Iterator[Batch]:
         """Yield for each shape a batch of `size` equal samples with weight 1, independent of the stream."""
@@ -269,15 +247,15 @@ class TrainStream:
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample, for messages."""
-        return self.loader.reader.collection.row(sample_id).path
+        return self.loader.collection.row(sample_id).path
 
-    def steps(self, start_step: int, plan: BatchPlan) -> Iterator[list[Batch]]:
-        """Yield the micro-batches of each step, from `start_step` on."""
-        share = Share(plan.micro_batch_size, distributed.rank(), plan.world_size)
-        draws = train_batches(self.sampler, share, plan.global_batch_size, start_step)
-        batches = self.loader.load(draws, self.sampler.rows_ahead)
+    def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
+        """Yield the micro-batches of each step, from `start_step` on; batch_size: over all ranks."""
+        rank, ranks = distributed.rank(), distributed.world_size()
+        draws = train_batches(self.sampler, batch_size, micro_batch_size, start_step, rank, ranks)
+        batches = self.loader.load(draws, self.sampler)
         while True:
-            yield list(itertools.islice(batches, plan.accum_steps))
+            yield list(itertools.islice(batches, batch_size // ranks // micro_batch_size))
 
 
 class EvaluationStream:
@@ -294,13 +272,11 @@ class EvaluationStream:
         self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
         self.samples = len(rows)  # over all ranks
 
-    def _share(self) -> Share:
-        return Share(self.batch_size, distributed.rank(), distributed.world_size())
-
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
-        return count_batches(self.rows, self._share(), self.groups)
+        return count_batches(self.rows, self.batch_size, self.groups, distributed.world_size())
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""
-        return self.loader.load(evaluation_batches(self.rows, self._share(), self._seed, self.groups))
+        rank, ranks = distributed.rank(), distributed.world_size()
+        return self.loader.load(evaluation_batches(self.rows, self.batch_size, self._seed, self.groups, rank, ranks))

@@ -42,18 +42,16 @@ class Draw(NamedTuple):
     group: int = 0
 
 
-# A view of an image: from uint8 [C, H, W] of any size to a tensor with the shape of the draw's group.
-Transform = Callable[[Tensor, Draw], Tensor]
-Views = Mapping[str, Transform]
-# First position and size of a batch, and whether it begins the stream -> further rows to read ahead.
-RowsAhead = Callable[[int, int, bool], list[int]]
+# A view of an image: from uint8 [C, H, W] of any size to a tensor with the shape of the draw's group. If it has a
+# method `on_device`, each batch passes through it after the copy to the device.
+View = Callable[[Tensor, Draw], Tensor]
+Views = Mapping[str, View]
 
 
 class Sampler:
     """An order of rows. chunk: number of consecutive positions with one shape; None: no groups."""
 
     chunk: int | None = None
-    rows_ahead: RowsAhead | None = None
 
     def __init__(self, rows: Sequence[int], seed: int) -> None:
         if len(rows) == 0:
@@ -68,6 +66,10 @@ class Sampler:
         """Return the draw of a position."""
         row, group = self.at(position)
         return Draw(position, row, rng.sample_key(self.seed, position), group)
+
+    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
+        """Return further rows to read ahead with the batch of `count` positions from `first`; begins: the first one."""
+        return []
 
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of one sample for each shape."""
@@ -244,25 +246,19 @@ def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
     return order[np.isin(order, rows)].astype(np.int64)
 
 
-class Share(NamedTuple):
-    """The share of a rank, in batches of `batch_size`."""
-
-    batch_size: int
-    rank: int = 0
-    world_size: int = 1
-
-
-def train_batches(sampler: Sampler, share: Share, global_batch_size: int, start_step: int) -> Iterator[list[Draw]]:
-    """Yield the endless micro-batches of one rank, from `start_step` on."""
-    count = global_batch_size // share.world_size
+def train_batches(
+    sampler: Sampler, batch_size: int, micro_batch_size: int, start_step: int, rank: int = 0, world_size: int = 1
+) -> Iterator[list[Draw]]:
+    """Yield the endless micro-batches of one rank, from `start_step` on; batch_size: over all ranks."""
+    count = batch_size // world_size
     for step in itertools.count(start_step):
-        first = step * global_batch_size + share.rank * count
-        for start in range(first, first + count, share.batch_size):
-            yield [sampler.draw(position) for position in range(start, start + share.batch_size)]
+        first = step * batch_size + rank * count
+        for start in range(first, first + count, micro_batch_size):
+            yield [sampler.draw(position) for position in range(start, start + micro_batch_size)]
 
 
 def evaluation_batches(
-    rows: Sequence[int], share: Share, seed: int, groups: np.ndarray | None = None
+    rows: Sequence[int], batch_size: int, seed: int, groups: np.ndarray | None, rank: int = 0, world_size: int = 1
 ) -> Iterator[list[Draw]]:
     """Yield a rank's share of `rows`, each row exactly once over all ranks. All ranks get the same number of batches.
 
@@ -270,21 +266,23 @@ def evaluation_batches(
     padded. Padding repeats a row with `position` -1 and key 0; the reader gives it weight 0. The key of a row depends
     only on the row, so masks and noise of an evaluation are the same at every step and for any number of ranks.
     """
-    for group, positions, starts in _plan(rows, share, groups):
-        mine, padding = positions[share.rank :: share.world_size], Draw(-1, int(rows[positions[0]]), 0, group)
+    for group, positions, starts in _plan(rows, batch_size, groups, world_size):
+        mine, padding = positions[rank::world_size], Draw(-1, int(rows[positions[0]]), 0, group)
         for start in starts:
-            chosen = [(int(position), int(rows[position])) for position in mine[start : start + share.batch_size]]
+            chosen = [(int(position), int(rows[position])) for position in mine[start : start + batch_size]]
             draws = [Draw(position, row, rng.sample_key(seed, row, 1), group) for position, row in chosen]
-            yield draws + [padding] * (min(share.batch_size, len(positions)) - len(draws))
+            yield draws + [padding] * (min(batch_size, len(positions)) - len(draws))
 
 
-def count_batches(rows: Sequence[int], share: Share, groups: np.ndarray | None = None) -> int:
+def count_batches(rows: Sequence[int], batch_size: int, groups: np.ndarray | None, world_size: int = 1) -> int:
     """Return the number of `evaluation_batches`, equal on all ranks."""
-    return sum(len(starts) for _, _, starts in _plan(rows, share, groups))
+    return sum(len(starts) for _, _, starts in _plan(rows, batch_size, groups, world_size))
 
 
-def _plan(rows: Sequence[int], share: Share, groups: np.ndarray | None) -> Iterator[tuple[int, Sequence[int], range]]:
+def _plan(
+    rows: Sequence[int], batch_size: int, groups: np.ndarray | None, world_size: int
+) -> Iterator[tuple[int, Sequence[int], range]]:
     """Yield each group, the positions of its rows, and the start of each batch in the largest share of a rank."""
     for group in (0,) if groups is None else np.unique(groups).tolist():
         positions = range(len(rows)) if groups is None else np.flatnonzero(groups == group)
-        yield group, positions, range(0, -(-len(positions) // share.world_size), share.batch_size)
+        yield group, positions, range(0, -(-len(positions) // world_size), batch_size)

@@ -13,8 +13,8 @@ from collections import deque
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-from data.stream.order import Draw, RowsAhead
-from data.stream.source import FileRange, OnDisk, Source, join_ranges, layers, not_cached
+from data.stream.order import Draw, Sampler
+from data.stream.source import FileRange, Source, join_ranges
 
 _FILES = 512  # minimum number of files requested ahead
 _THREADS = 16
@@ -22,15 +22,12 @@ _ASKED_BYTES = 2**17  # the kernel may read no more per request (mm/readahead.c:
 _READ_BYTES = 2**20
 
 
-def read_ahead(
-    batches: Iterable[list[Draw]], source: Source, rows_ahead: RowsAhead | None = None
-) -> Iterator[list[Draw]]:
-    """Yield the batches, and request their files some batches earlier.
+def read_ahead(batches: Iterable[list[Draw]], source: Source, sampler: Sampler | None = None) -> Iterator[list[Draw]]:
+    """Yield the batches, and request their files, and the rows that the sampler adds, some batches earlier.
 
-    Does nothing if the source reads no files, or the system has no posix_fadvise (macOS, Windows).
+    Does nothing if the system has no posix_fadvise (macOS, Windows).
     """
-    store = layers(source)[-1]
-    if not isinstance(store, OnDisk) or not hasattr(os, "posix_fadvise"):
+    if not hasattr(os, "posix_fadvise"):
         yield from batches
         return
     waiting: deque[list[Draw]] = deque()
@@ -39,10 +36,8 @@ def read_ahead(
         for number, batch in enumerate(batches):
             # Computed here, because threads that only make system calls are safe with forks.
             rows = [draw.index for draw in batch]
-            further = [] if rows_ahead is None else rows_ahead(batch[0].position, len(batch), number == 0)
-            files = [
-                file for some in (rows, further) for file in join_ranges(map(store.file_of, not_cached(source, some)))
-            ]
+            further = [] if sampler is None else sampler.rows_ahead(batch[0].position, len(batch), number == 0)
+            files = [file for some in (rows, further) for file in join_ranges(map(source.file_of, some))]
             for first in range(min(_THREADS, len(files))):
                 pool.submit(_request, files[first::_THREADS])
             waiting.append(batch)

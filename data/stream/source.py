@@ -1,12 +1,11 @@
 """Sources of samples: a source returns the record of a row, a dictionary of tensors.
 
-A source has `read` and `blank`. Sources are stacked: a cache or decoder reads from its `inner` source, down to the
-encoded files (data/images/). The protocols below are optional features of a layer.
+Sources are stacked: a cache reads from its `inner` source, down to the images of a collection (data/images/).
 """
 
 import os
-from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from fsspec.utils import merge_offset_ranges
@@ -46,58 +45,41 @@ class FileRange(NamedTuple):
     length: int = 0
 
 
-def join_ranges(ranges: Iterable[FileRange]) -> list[FileRange]:
-    """Return the ranges, sorted by file and offset, with close neighbours joined."""
-    parts = [(path, offset, offset + length if length else None) for path, offset, length in ranges]
+def join_ranges(ranges: Iterable[FileRange | None]) -> list[FileRange]:
+    """Return the ranges without None, sorted by file and offset, with close neighbours joined."""
+    parts = [(part.path, part.offset, part.offset + part.length if part.length else None) for part in ranges if part]
     paths, starts, ends = (list(column) for column in zip(*parts)) if parts else ([], [], [])
     joined = zip(*merge_offset_ranges(paths, starts, ends, _GAP_BYTES, _JOINED_BYTES))
     return [FileRange(path, start, 0 if end is None else end - start) for path, start, end in joined]
 
 
-class Source(Protocol):
-    """Return the records of rows, also in forked processes."""
+class Source:
+    """The records of rows, also in forked processes. `read` and `blank` are required; the rest is optional."""
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return the record of a row. Raises UnreadableImage.
 
         key: the key of the draw, for sources with several records per row.
         """
+        raise NotImplementedError
 
     def blank(self, group: int) -> Record:
         """Return the record that replaces an unreadable one, with the shape of a group; its weight is 0."""
+        raise NotImplementedError
+
+    def file_of(self, row: int) -> FileRange | None:
+        """Return what `read` will read from a local disk, so that it can be read ahead; or None."""
+        return None
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start to read the rows of a batch, if single reads are slow."""
+
+    def readings(self) -> dict[str, float]:
+        """Return metrics of the caches, by name."""
+        return {}
 
 
-@runtime_checkable
-class OnDisk(Protocol):
-    """A layer that reads files, so they can be read ahead into the page cache."""
-
-    def file_of(self, row: int) -> FileRange:
-        """Return the file or byte range of a row."""
-
-
-@runtime_checkable
-class Prefetching(Protocol):
-    """A layer with slow single reads, which can request many rows at once."""
-
-    def prefetch(self, rows: Sequence[int]) -> None:
-        """Start to read the rows of a batch."""
-
-
-def layers(source: Source) -> list[Any]:
-    """Return a source and its inner layers; the last one is the store."""
-    stack: list[Any] = [source]
-    while (inner := getattr(stack[-1], "inner", None)) is not None:
-        stack.append(inner)
-    return stack
-
-
-def not_cached(source: Source, rows: Iterable[int]) -> list[int]:
-    """Return the rows that no cache has."""
-    caches = [layer for layer in layers(source) if isinstance(layer, Cached)]
-    return [row for row in rows if not any(cache.has(row) for cache in caches)]
-
-
-class Cached:
+class Cached(Source):
     """A source that caches records of its inner source and counts hits and misses, loader workers included."""
 
     def __init__(self, inner: Source, *counted: str) -> None:
@@ -118,9 +100,14 @@ class Cached:
         """Return whether the record of a row is cached."""
         raise NotImplementedError
 
-    def readings(self) -> dict[str, float]:
-        """Return metrics of the cache, by name."""
-        raise NotImplementedError
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the file of the inner source, unless the row is cached."""
+        file = self.inner.file_of(row)
+        return None if file is None or self.has(row) else file
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
+        self.inner.prefetch(row for row in rows if not self.has(row))
 
     def hit_rate(self) -> float:
         """Return the share of reads that were hits."""

@@ -13,7 +13,6 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import DataConfig
-from data.images.image_source import Images
 from data.images.record_store import TensorStore, record_key
 from data.latents.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
 from data.latents.latent_cache import LatentCache, image_hashes
@@ -22,7 +21,7 @@ from data.open import Data, describe_collection, open_images
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import GroupedSampler, Views
-from data.stream.source import Source, layers
+from data.stream.source import Cached, Source
 from data.tags.captions import CaptionConfig, describe_captions
 from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
@@ -187,7 +186,9 @@ def _read(
     fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
-    images = next(layer for layer in layers(data.source) if isinstance(layer, Images))
+    images = data.source
+    while isinstance(images, Cached):  # images are decoded once, for the latents
+        images = images.inner
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
     recipe = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")

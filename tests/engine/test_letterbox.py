@@ -4,7 +4,6 @@ import json
 import re
 from itertools import islice
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -48,7 +47,7 @@ def place(tmp_path_factory):
 
 def open_run(script, words):
     config, _ = configure(script, words)
-    kind, runtime = KINDS[config.task.name], Runtime(torch.device("cpu"), "fp32", False, 0, 1)
+    kind, runtime = KINDS[config.task.name], Runtime(torch.device("cpu"), False, 0, 1, "fp32")
     collection = load_collection(config.data)
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
@@ -62,8 +61,7 @@ def test_batches_have_one_shape_and_padding_is_white(place):
         _, streams = open_run(
             "pretrain_fcmae", [*OWN, "augment.image_size_hw=[32,32]", "task.patch_px=8", "augment.shrink=true"]
         )
-        plan = SimpleNamespace(global_batch_size=4, micro_batch_size=2, accum_steps=2, world_size=1)
-        steps = streams.train.steps(0, plan)
+        steps = streams.train.steps(0, 4, 2)
         batches = {"train": [batch for step in islice(steps, 39) for batch in step], **streams.evaluation}
         batches = {name: list(found) for name, found in batches.items()}
     assert streams.train.chunk == 4 and len(streams.train.sampler.examples()) == 3

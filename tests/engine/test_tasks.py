@@ -30,7 +30,7 @@ PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
 @pytest.fixture(scope="module")
 def runtime():
-    return Runtime(torch.device("cpu"), "fp32", channels_last=False, workers=0, prefetch_batches=1)
+    return Runtime(torch.device("cpu"), precision="fp32", channels_last=False, workers=0, prefetch_batches=1)
 
 
 def make_batch(size=8, seed=0):

@@ -121,8 +121,8 @@ def little_memory(*sizes):
 def hang_loading(rank, step):
     steps = data.stream.loader.TrainStream.steps
 
-    def hanging(self, start_step, plan):
-        for number, batches in enumerate(steps(self, start_step, plan), start_step):
+    def hanging(self, start_step, *sizes):
+        for number, batches in enumerate(steps(self, start_step, *sizes), start_step):
             if number == int(step) - 1 and distributed.rank() == int(rank):
                 time.sleep(3600)
             yield batches
@@ -152,7 +152,7 @@ def skip_steps():
 
 
 def hang_reading(position):
-    read = data.stream.loader.SampleReader.read
+    read = data.stream.loader.Loader.read
 
     def hanging(self, draw, *given, **named):
         if draw.position == int(position):
@@ -160,13 +160,13 @@ def hang_reading(position):
             time.sleep(3600)
         return read(self, draw, *given, **named)
 
-    data.stream.loader.SampleReader.read = hanging
+    data.stream.loader.Loader.read = hanging
 
 
 # What the troubles replace.
 PATCHED = (
     (data.stream.loader.EvaluationStream, "__iter__"),
-    (data.stream.loader.SampleReader, "read"),
+    (data.stream.loader.Loader, "read"),
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),
     (engine.learner, "train_step"),

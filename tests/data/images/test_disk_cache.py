@@ -10,12 +10,13 @@ from PIL import Image
 
 from data.images import disk_cache as disk
 from data.images.decode import Decoder
-from data.images.disk_cache import DiskCached
-from data.images.image_source import Files, Images
-from data.stream.loader import EvaluationStream, Loader, SampleReader, no_fields
-from data.stream.source import IMAGE, UnreadableImage, not_cached
+from data.images.disk_cache import keep_on_disk
+from data.images.image_source import Images
+from data.stream.loader import EvaluationStream, Loader, no_fields
+from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.support import cache_config
+from utils.contracts import Machine
 from utils.errors import UserError
 
 COUNT, RGB = 12, Decoder(3, 10**6)
@@ -42,7 +43,7 @@ def photos(tmp_path):
 
 def cached(photos, folder, decoder=RGB, **changes):
     config = cache_config(folder=str(folder), **{"disk_gib": 0.05} | changes)
-    return DiskCached(Images(Files(photos), decoder), config)
+    return keep_on_disk(Images(photos, decoder), config)
 
 
 def read_all(source):
@@ -97,17 +98,17 @@ def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(photos, tmp
 
 def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_path):
     source = cached(photos, tmp_path / "cache")
-    machine = type("Machine", (), {"workers": 2, "prefetch_batches": 2, "device": torch.device("cpu")})
+    machine = Machine(torch.device("cpu"), channels_last=False, workers=2, prefetch_batches=2)
     views = {"images": lambda image, draw: image[:, :30, :40].float()}
 
     def epoch():
-        reader = SampleReader(photos, source, views, no_fields, training=False)
-        batches = EvaluationStream(Loader(reader, machine, print), range(COUNT), 4)
+        loader = Loader(photos, source, views, no_fields, machine, print, training=False)
+        batches = EvaluationStream(loader, range(COUNT), 4)
         return torch.cat([batch["images"] for batch in batches])
 
-    assert not_cached(source, range(COUNT)) == list(range(COUNT))  # which opens the store in this process
+    assert None not in map(source.file_of, range(COUNT))
     first = epoch()
-    assert not_cached(source, range(COUNT)) == []
+    assert set(map(source.file_of, range(COUNT))) == {None}
     assert torch.equal(epoch(), first) and counted(source) == (COUNT, COUNT)
     readings = source.readings()
     assert readings.pop("l2_hit_rate") == 0.5 and readings.pop("l2_gib") > 0 and set(readings.values()) == {0}

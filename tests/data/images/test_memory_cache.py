@@ -17,9 +17,9 @@ from data.augment.transforms import EvalTransform, TrainTransform
 from data.config import AugmentConfig
 from data.images import memory_cache as memory
 from data.images.decode import Decoder
-from data.images.image_source import Files, Images
+from data.images.image_source import Images
 from data.images.memory_cache import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
-from data.stream.loader import SampleReader, no_fields
+from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
@@ -43,7 +43,7 @@ def collection(tmp_path_factory):
 
 
 def images(collection, shortest_px=None, channels=3):
-    return Images(Files(collection), Decoder(channels, 10**6, "white", shortest_px=shortest_px))
+    return Images(collection, Decoder(channels, 10**6, "white", shortest_px=shortest_px))
 
 
 def cached(collection, **changes):
@@ -83,7 +83,7 @@ def test_no_transform_changes_what_is_kept(collection):
     kept = cached(collection)
     before = [kept.read(row)["image"].clone() for row in range(12)]
     for transform in transforms:
-        reader = SampleReader(collection, kept, {"images": transform}, no_fields, training=True)
+        reader = Loader(collection, kept, {"images": transform}, no_fields, None, print, training=True)
         for row in range(12):
             reader.read(Draw(row, row, 7), [])
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))

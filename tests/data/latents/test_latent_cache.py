@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from data.images.decode import Decoder
-from data.images.image_source import Files, Images
+from data.images.image_source import Images
 from data.images.record_store import TensorStore
 from data.latents.buckets import BucketConfig, image_sizes, make_buckets, place
 from data.latents.latent_cache import LatentCache, image_hashes
@@ -70,7 +70,7 @@ def missing(cache):
 def fill(folder, config=CONFIG, recipe=RECIPE):
     """Return the filled cache and how many images were encoded."""
     cache, encode, unreadable = open_cache(folder, config, recipe), Encoder(), UnreadableLog(None)
-    files = Images(Files(cache.collection), Decoder(3, 10**6))
+    files = Images(cache.collection, Decoder(3, 10**6))
     expected = missing(cache)
     cache.fill(encode, files, MACHINE, 3, unreadable)
     assert missing(cache) == unreadable.count and (encode.seen >= expected or unreadable.count)
@@ -79,7 +79,7 @@ def fill(folder, config=CONFIG, recipe=RECIPE):
 
 def assert_right(cache):
     """Every record is what encoding its image gives."""
-    files = Images(Files(cache.collection), Decoder(3, 10**6))
+    files = Images(cache.collection, Decoder(3, 10**6))
     for number, row in enumerate(cache.buckets.rows.tolist()):
         for variant in range(cache.variants):
             record, fit = cache.read_variant(row, variant), cache.fit(number, variant)
@@ -128,9 +128,8 @@ def test_training_and_evaluation_read_the_cache(images):
     cache, _ = fill(images, config)
     data = Data(cache.collection, cache, MACHINE, seed=0, batch_size=4, run_path=None)
     rows, groups = cache.buckets.rows, cache.buckets.groups
-    plan = SimpleNamespace(global_batch_size=4, micro_batch_size=4, accum_steps=1, world_size=1)
     loader = data.train(rows, tensors, {}, sampler=GroupedSampler(rows, groups, 4, 0))
-    steps, mirrored, evaluated = loader.steps(0, plan), [], []
+    steps, mirrored, evaluated = loader.steps(0, 4, 4), [], []
     for _ in range(12):
         (batch,) = next(steps)
         for number, row in enumerate(batch["sample_id"].tolist()):
@@ -160,7 +159,7 @@ def test_an_unreadable_image_has_blank_latents_of_its_buckets_shape(images):
 def test_a_size_that_the_manifest_states_wrongly_is_found(images, log):
     cache = open_cache(images)
     Image.new("RGB", (33, 44)).save(cache.collection.absolute_path(2))  # as of a manifest made before
-    cache.fill(Encoder(), Images(Files(cache.collection), Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
+    cache.fill(Encoder(), Images(cache.collection, Decoder(3, 10**6)), MACHINE, 3, UnreadableLog(None))
     assert missing(cache) == 1 and "02.png" in log.text
 
 

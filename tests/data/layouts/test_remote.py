@@ -7,9 +7,9 @@ import pytest
 
 from data.augment.transforms import EvalTransform
 from data.images import image_source as images
-from data.images.image_source import NO_ANSWER, Files, RemoteFiles, open_contents
+from data.images.image_source import NO_ANSWER, open_contents
 from data.open import open_images
-from data.stream.loader import SampleReader, no_fields
+from data.stream.loader import no_fields
 from data.stream.order import build_sampler
 from data.stream.source import FileRange, UnreadableImage, join_ranges
 from data.tools.pack import pack_collection
@@ -60,9 +60,8 @@ def test_a_remote_collection_is_the_collection(packed, place):
     files = load(place / "files", place / "cache")
     assert packed.fingerprint == files.fingerprint and str(packed.root) == f"{BUCKET}/packed"
     contents = open_contents(packed)
-    assert isinstance(contents, RemoteFiles)
     contents.prefetch(range(50))
-    assert [contents.read(row) for row in range(len(packed))] == [Files(files).read(row) for row in range(len(files))]
+    assert [*map(contents.read, range(len(packed)))] == [*map(open_contents(files).read, range(len(files)))]
 
 
 def test_near_ranges_are_one_request(packed, store, monkeypatch):
@@ -84,11 +83,10 @@ def test_a_loader_gives_what_the_files_give(workers, packed, place):
     levels = {"channels": 3, "interpolation": "bilinear", "mean": [0.5] * 3, "std": [0.5] * 3}
     views = {"images": EvalTransform({**sizes, **levels, "background": "white"})}
     config = data_config(max_pixels=10**6)
-    found = []
+    found, rows = [], packed.rows("train")
     for collection in (packed, load(place / "files", place / "cache")):
-        reader = SampleReader(collection, open_images(collection, config, 3, "white"), views, no_fields, training=True)
-        sampler = build_sampler("shuffled", packed.rows("train"), packed, 0)
-        loader = stream(reader, sampler, workers=workers)
+        source, sampler = open_images(collection, config, 3, "white"), build_sampler("shuffled", rows, packed, 0)
+        loader = stream(collection, source, views, no_fields, sampler, workers=workers)
         found.append([batch["images"] for step in take(loader, 2, 24) for batch in step])
         assert loader.unreadable_count == 0
     assert all((one == two).all() for one, two in zip(*found, strict=True))
@@ -102,7 +100,7 @@ def refused(packed, row=0):
 
 
 def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, store, place, monkeypatch):
-    path, offset, length = open_contents(packed).place_of(0, f"{BUCKET}/packed")
+    path, offset, length = open_contents(packed).range_of(0, f"{BUCKET}/packed")
     whole = store.cat_file(path)
     try:
         store.pipe_file(path, whole[: offset + length - 10])

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import random
 import time
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -18,14 +17,15 @@ from data.augment.transforms import TrainTransform
 from data.collection.rows import training_rows
 from data.config import AugmentConfig
 from data.images.decode import Decoder
-from data.images.image_source import Files, Images
+from data.images.image_source import Images
 from data.stream.batch import Ragged, collate, multi_hot, to_device
-from data.stream.loader import Loader, SampleReader, TrainStream, UnreadableLog
+from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, ShuffledSampler
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_read_ahead import Asked
 from utils import rng
 from utils.config.help import CONF
+from utils.contracts import Machine
 from utils.errors import UserError
 
 # More workers than cores are wanted here.
@@ -65,33 +65,26 @@ class DrawnFields:
         return {"drawn": drawn, "tag_ids": Ragged(torch.arange(example.draw.index % 4))}
 
 
-def plan(micro=GLOBAL):
-    return SimpleNamespace(global_batch_size=GLOBAL, micro_batch_size=micro, accum_steps=GLOBAL // micro, world_size=1)
+def stream(collection, source, views, fields, sampler, *, workers=0, prefetch=2, file=None):
+    machine, unreadable = Machine(CPU, False, workers, prefetch), UnreadableLog(file)
+    loader = Loader(collection, source, views, fields, machine, unreadable.add, training=True)
+    return TrainStream(loader, sampler, unreadable)
 
 
-def machine(workers=0, prefetch=2):
-    return SimpleNamespace(device=CPU, channels_last=False, workers=workers, prefetch_batches=prefetch)
-
-
-def make_reader(collection, transform, fields=None, **views):
-    views = {"images": transform, **views}
-    source = Images(Files(collection), Decoder(3, 10**6))
-    return SampleReader(collection, source, views, fields or DrawnFields(), training=True)
-
-
-def stream(reader, sampler, *, workers=0, prefetch=2, file=None):
-    unreadable = UnreadableLog(file)
-    return TrainStream(Loader(reader, machine(workers, prefetch), unreadable.add), sampler, unreadable)
+def view_stream(collection, transform, fields=None, *, workers=0, prefetch=2, file=None, **views):
+    source, sampler = Images(collection, Decoder(3, 10**6)), ShuffledSampler(collection.rows("train"), 0)
+    views, fields = {"images": transform, **views}, fields or DrawnFields()
+    return stream(collection, source, views, fields, sampler, workers=workers, prefetch=prefetch, file=file)
 
 
 def train_stream(collection, *, fields=None, workers=0, prefetch=2, file=None, **changes):
-    reader = make_reader(collection, TrainTransform(augment(**changes)), fields)
-    return stream(reader, ShuffledSampler(collection.rows("train"), 0), workers=workers, prefetch=prefetch, file=file)
+    transform = TrainTransform(augment(**changes))
+    return view_stream(collection, transform, fields, workers=workers, prefetch=prefetch, file=file)
 
 
 def take(loader, steps, micro=GLOBAL, between=lambda: None):
     """Return so many steps, lists of micro-batches."""
-    found, read = [], loader.steps(0, plan(micro))
+    found, read = [], loader.steps(0, GLOBAL, micro)
     for _ in range(steps):
         found.append(next(read))
         between()
@@ -181,7 +174,7 @@ def test_a_batch_holds_bytes_ids_keys_and_weights(folder):
 def test_weights_of_the_manifest_reach_the_batch_and_weight_0_is_not_decoded(tmp_path, monkeypatch):
     """It may weigh 0 because it kills its decoder."""
     collection = weighted(tmp_path, [0.0, 0.5, 1.0])
-    reader, read, decode = make_reader(collection, TrainTransform(augment())), [], Decoder.__call__
+    reader, read, decode = view_stream(collection, TrainTransform(augment())).loader, [], Decoder.__call__
     monkeypatch.setattr(Decoder, "__call__", lambda *given: read.append(given[2]) or decode(*given))
     problems = []
     samples = [reader.read(Draw(0, row, 5), problems) for row in range(3)]
@@ -273,7 +266,7 @@ def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
     file, sampler = tmp_path / "pid", ShuffledSampler(folder.rows("train"), 0)
     first = {sampler.at(position)[0] for position in range(GLOBAL)}
     later = next(row for row in folder.rows("train").tolist() if row not in first)
-    read = train_stream(folder, workers=1, fields=HangingFields(later, file)).steps(0, plan())
+    read = train_stream(folder, workers=1, fields=HangingFields(later, file)).steps(0, GLOBAL, GLOBAL)
     next(read)
     end = time.monotonic() + 30
     while not (file.exists() and file.read_text()):
@@ -365,7 +358,7 @@ def test_train_paths_choose_the_training_images(tmp_path):
 def test_views_have_keys_of_their_own_and_another_view_changes_none(folder):
     def read(*names):
         views = {name: lambda image, draw: torch.rand(4) for name in ("images", *names)}
-        return make_reader(folder, views.pop("images"), **views).read(Draw(0, 0, 7), [])
+        return view_stream(folder, views.pop("images"), **views).loader.read(Draw(0, 0, 7), [])
 
     one, two, three = read(), read("second"), read("second", "third")
     assert torch.equal(one["images"], two["images"]) and torch.equal(two["second"], three["second"])

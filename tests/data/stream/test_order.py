@@ -13,7 +13,6 @@ from data.stream.order import (
     BalancedSampler,
     BlockSampler,
     GroupedSampler,
-    Share,
     ShuffledSampler,
     build_sampler,
     count_batches,
@@ -104,7 +103,7 @@ def test_a_window_has_whole_blocks_of_neighbours():
 def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
     sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
     sampler.reads_blocks = True
-    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, Share(5), 10, start), 40))
+    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, 10, 5, start), 40))
     for number, batch in enumerate(micro):
         rows = sampler.rows_ahead(batch[0].position, 5, number == 0)
         asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
@@ -215,7 +214,7 @@ STEPS = 7
 
 
 def batches(sampler, *, rank, world, micro, start_step=0, count):
-    return list(islice(train_batches(sampler, Share(micro, rank, world), GLOBAL, start_step), count))
+    return list(islice(train_batches(sampler, GLOBAL, micro, start_step, rank, world), count))
 
 
 def steps_over_ranks(name, world, micro, start_step=0, steps=STEPS):
@@ -282,9 +281,8 @@ def test_balanced_needs_labels():
 
 def evaluation(rows, batch_size, world=1, groups=None, seed=0):
     """Return the batches of each rank."""
-    shares = [Share(batch_size, rank, world) for rank in range(world)]
-    made = [list(evaluation_batches(rows, share, seed, groups)) for share in shares]
-    assert all(len(each) == count_batches(rows, share, groups) for each, share in zip(made, shares))
+    made = [list(evaluation_batches(rows, batch_size, seed, groups, rank, world)) for rank in range(world)]
+    assert {len(each) for each in made} == {count_batches(rows, batch_size, groups, world)}
     assert len(set(map(len, made))) == 1
     return made
 

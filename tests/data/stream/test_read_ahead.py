@@ -10,7 +10,7 @@ import pytest
 from data.stream import read_ahead as module
 from data.stream.order import Draw
 from data.stream.read_ahead import read_ahead, will_need
-from data.stream.source import FileRange
+from data.stream.source import FileRange, Source
 
 pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
 
@@ -21,7 +21,7 @@ def batches(size, count=None):
     return ([Draw(index, index, 0) for index in range(n * size, (n + 1) * size)] for n in numbers)
 
 
-class Files:
+class Files(Source):
     """A store of files, each named by its row."""
 
     def file_of(self, row):
@@ -61,7 +61,7 @@ def asked(monkeypatch):
 @pytest.mark.parametrize("size", [1, 64, 1000])
 def test_batches_are_handed_on_as_they_are(asked, size, monkeypatch):
     assert list(read_ahead(batches(size, 9), Files())) == list(batches(size, 9))
-    assert list(read_ahead(batches(size, 9), object())) == list(batches(size, 9))  # a store without files
+    assert list(read_ahead(batches(size, 9), Source())) == list(batches(size, 9))  # a store without files
     asked.wait_for(range(size))
     monkeypatch.delattr(os, "posix_fadvise")
     asked.files.clear()

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 import data.tools.pack
-from data.images.image_source import Files, member_key, open_contents
+from data.images.image_source import member_key, open_contents
 from data.latents.buckets import image_sizes
 from data.layouts.table import replace_column
 from data.stream.order import build_sampler
@@ -69,7 +69,7 @@ def test_a_packed_collection_is_the_collection(collections, place):
     assert packed.fingerprint == files.fingerprint and packed.is_packed and not files.is_packed
     contents = open_contents(packed)
     for row in range(len(files)):
-        assert contents.read(row) == Files(files).read(row)
+        assert contents.read(row) == open_contents(files).read(row)
         path, offset, length = contents.file_of(row)
         assert Path(path).read_bytes()[offset : offset + length].endswith(contents.read(row))
     table = packed.table.sort_by([("shard", "ascending"), ("offset", "ascending")])
