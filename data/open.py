@@ -35,7 +35,7 @@ from data.images.pixels import read_upright_size
 from data.latents.buckets import assign, letterbox_groups
 from data.layouts.glyphs import draw_glyphs
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
-from data.stream.order import Sampler, ShuffledSampler, Views
+from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source, UnreadableImage
 from utils.canvas import background_of
 from utils.contracts import Machine
@@ -144,7 +144,7 @@ class Data:
         self, rows: Sequence[int], fields: Fields, views: Views, *, sampler: Sampler | None = None
     ) -> TrainStream:
         """Return the endless stream of training samples; without a sampler, every row once per epoch."""
-        sampler = ShuffledSampler(rows, self._seed) if sampler is None else sampler
+        sampler = build_sampler("shuffled", rows, self.collection, self._seed) if sampler is None else sampler
         return TrainStream(self._loader(fields, views, training=True), sampler, self.unreadable)
 
     def evaluation(

@@ -42,7 +42,7 @@ class _DiskCached(Cached):
     def __init__(self, images: Images, config: CacheConfig) -> None:
         super().__init__(images, "evicted", "refused")
         self._config = config
-        self._recipe = images.decoder.identity()
+        self._inputs = images.decoder.identity()
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
 
     def readings(self) -> dict[str, float]:
@@ -73,11 +73,11 @@ class _DiskCached(Cached):
         contents = self.inner.contents
         if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
             digest = contents.collection.row(row).sha256
-            return None if digest is None else record_key(self._recipe, digest, contents.name_of(row))
+            return None if digest is None else record_key(self._inputs, digest, contents.name_of(row))
         version = file_version(file.path)
         if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
             return None
-        return record_key(self._recipe, os.path.abspath(file.path), file.offset, file.length, version)
+        return record_key(self._inputs, os.path.abspath(file.path), file.offset, file.length, version)
 
     def _keep(self, key: str, image: Tensor) -> None:
         """Write the record of an image, uint8 [C, H, W]. After a failed write, warn once and write no more records."""

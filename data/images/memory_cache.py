@@ -38,7 +38,7 @@ _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _SIZES_BYTES, _ALIGNED = 24, 8
 
 
-class Arena:
+class _Pool:
     """Images by row in an anonymous file (memfd_create): int64 numbers, then the images.
 
     The numbers are the offset of the next image, the end of the space, and the offset of each row's image (0: missing).
@@ -64,13 +64,13 @@ class Arena:
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
-        """Return an empty arena for `budget` bytes of images; memory is only used when images are stored."""
+        """Return an empty pool for `budget` bytes of images; memory is only used when images are stored."""
         first = 8 * (2 + rows)
         descriptor = os.memfd_create("atelier-images")
         os.ftruncate(descriptor, first + budget)
-        arena = cls(descriptor, rows)
-        arena._next[0], arena._end[0] = first, first + budget
-        return arena
+        pool = cls(descriptor, rows)
+        pool._next[0], pool._end[0] = first, first + budget
+        return pool
 
     @property
     def used_bytes(self) -> int:
@@ -118,30 +118,30 @@ class Arena:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-class MemoryCached(Cached):
-    """The images of a source, stored in an arena when decoded. Hits and misses have equal pixels and strides."""
+class _MemoryCached(Cached):
+    """The images of a source, stored in a pool when decoded. Hits and misses have equal pixels and strides."""
 
-    def __init__(self, source: Source, arena: Arena) -> None:
+    def __init__(self, source: Source, pool: _Pool) -> None:
         super().__init__(source)
-        self.arena = arena
+        self.pool = pool
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in memory."""
-        return row in self.arena
+        return row in self.pool
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return the image of a row, from memory or from the source."""
-        image = self.arena.get(row)
+        image = self.pool.get(row)
         self.count("misses" if image is None else "hits")
         if image is None:
             pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
-            self.arena.put(row, pixels)
+            self.pool.put(row, pixels)
             image = pixels.permute(2, 0, 1)
         return {IMAGE: image}
 
     def readings(self) -> dict[str, float]:
         """Return the hit rate and the size in GiB, and the metrics of the inner source."""
-        own = {"l1_hit_rate": self.hit_rate(), "l1_gib": self.arena.used_bytes / GIB}
+        own = {"l1_hit_rate": self.hit_rate(), "l1_gib": self.pool.used_bytes / GIB}
         return {**own, **self.inner.readings()}
 
 
@@ -153,29 +153,29 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
     gib = config.memory_gib
     if gib == 0 or not hasattr(os, "memfd_create"):  # the system has no anonymous files
         return source
-    arena = share_arena(len(collection), lambda: choose_budget(source, collection, gib))
-    return source if arena is None else MemoryCached(source, arena)
+    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
+    return source if pool is None else _MemoryCached(source, pool)
 
 
-def share_arena(rows: int, choose: Callable[[], int]) -> Arena | None:
-    """Return one arena for all ranks of a node, with the size that its first rank chooses; None for 0."""
+def _share_pool(rows: int, choose: Callable[[], int]) -> _Pool | None:
+    """Return one pool for all ranks of a node, with the size that its first rank chooses; None for 0."""
     hosts = distributed.gather_objects(socket.gethostname())
     first = hosts.index(hosts[distributed.rank()])
-    arena = None
+    pool = None
     if distributed.rank() == first and (budget := choose()):
         log.debug("data.cache.memory_gib: caching decoded images in up to %.3g GiB", budget / GIB)
-        arena = Arena.create(rows, budget)
-    path = distributed.gather_objects(None if arena is None else arena.path)[first]
-    if arena is None and path is not None:
+        pool = _Pool.create(rows, budget)
+    path = distributed.gather_objects(None if pool is None else pool.path)[first]
+    if pool is None and path is not None:
         try:
-            arena = Arena(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
+            pool = _Pool(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
     distributed.barrier()  # the first rank must not end before all have opened it
-    return arena
+    return pool
 
 
-def choose_budget(source: Source, collection: Collection, gib: float | str) -> int:
+def _choose_budget(source: Source, collection: Collection, gib: float | str) -> int:
     """Return the bytes for decoded images, or 0.
 
     A number is limited by the free memory. `auto`: half of the free memory, limited by the estimated size of all images

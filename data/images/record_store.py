@@ -127,10 +127,10 @@ class LimitedStore(Store):
 
 
 class TensorStore:
-    """Records of tensors in a store. key: the configuration key that names the folder."""
+    """Records of tensors in a store; config_key: names the folder in messages."""
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self._store, self.key = Store(folder), key
+    def __init__(self, folder: Path, config_key: str) -> None:
+        self._store, self.config_key = Store(folder), config_key
 
     def keys(self) -> np.ndarray:
         """Return all keys, bytes [N]."""
@@ -146,10 +146,10 @@ class TensorStore:
         record = {part: tensor.detach().cpu().contiguous() for part, tensor in record.items()}
         if not all(tensor.isfinite().all() for tensor in record.values()):
             raise UserError(
-                f"{self.key}: {name} gives NaN or infinite values, which are not cached; encode in "
+                f"{self.config_key}: {name} gives NaN or infinite values, which are not cached; encode in "
                 "float32 or bfloat16, or use weights made for float16"
             )
-        with output_errors(self.key, self._store.folder):
+        with output_errors(self.config_key, self._store.folder):
             self._store.put(key, save(record))
 
     def finish(self) -> None:

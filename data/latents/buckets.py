@@ -181,7 +181,7 @@ class Buckets:
             + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         )
 
-    def place_of(self, row: int) -> int:
+    def number_of(self, row: int) -> int:
         """Return the index of a row in `rows`."""
         return int(np.searchsorted(self.rows, row))
 

@@ -1,6 +1,6 @@
 """A cache of latents: the VAE's mean and log variance of each image in its bucket, encoded once.
 
-    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, recipe, hashes)
+    cache = LatentCache(TensorStore(folder, "cache.latents"), collection, buckets, config.buckets, inputs, hashes)
     cache.fill(encode, open_images(...), machine, batch_size, unreadable)
     data = data.read_from(cache, cache.fingerprints)
 
@@ -49,7 +49,7 @@ def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[
 class LatentCache(Source):
     """A source of latents for `buckets.rows`, and for their mirror images if `config.flip` is above 0.
 
-    recipe: further inputs of the latents, such as a hash of the VAE. hashes: from `image_hashes`.
+    inputs: what the latents depend on beside the images, such as a hash of the VAE. hashes: from `image_hashes`.
     fits: [rows, variants, 2]; variant 1 is the mirror image. keys: record keys [rows, variants], 32 hexadecimal digits.
     fingerprints: a hash of all keys, by configuration key.
     """
@@ -60,7 +60,7 @@ class LatentCache(Source):
         collection: Collection,
         buckets: Buckets,
         config: BucketConfig,
-        recipe: Sequence[Any],
+        inputs: Sequence[Any],
         hashes: list[str],
     ) -> None:
         self.store, self.collection, self.buckets = store, collection, buckets
@@ -77,11 +77,11 @@ class LatentCache(Source):
         shape = len(hashes), self.variants, 2
         self.fits = Fit(*(np.broadcast_to(part, shape) for part in fits))
         done = np.concatenate([self.fits.resized_hw, self.fits.conditions()], axis=-1).astype(np.uint64)
-        made_by = np.uint64(int(record_key(_VERSION, recipe)[:16], 16))
+        made_by = np.uint64(int(record_key(_VERSION, inputs)[:16], 16))
         for number in (made_by, variant, *np.split(done, done.shape[-1], axis=-1)):
             words = rng.mix64(words + number)
         self.keys = np.frombuffer(words.astype(">u8").tobytes().hex().encode(), "S32").reshape(shape[:2])
-        self.fingerprints = {store.key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
+        self.fingerprints = {store.config_key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
     def fit(self, number: int, variant: int) -> Fit:
         """Return the fit of the image `buckets.rows[number]`."""
@@ -110,7 +110,7 @@ class LatentCache(Source):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
             samples = zip(*(batch[name].tolist() for name in ("sample_id", "weight", "size_hw")))
             for index, (row, weight, size_hw) in enumerate(samples):
-                number, path = buckets.place_of(row), self.collection.row(row).path
+                number, path = buckets.number_of(row), self.collection.row(row).path
                 if weight > 0 and size_hw != (expected := buckets.image_hw[number].tolist()):
                     unreadable.add([(path, f"size is {size_hw}, not {expected}; write the manifest again")])
                 elif weight > 0:
@@ -121,7 +121,7 @@ class LatentCache(Source):
 
     def _view(self, variant: int, image: Tensor, draw: Draw) -> Tensor:
         """Return an image in its bucket, uint8 [3, h, w]."""
-        return place(image, self.fit(self.buckets.place_of(draw.index), variant), flip=variant == 1)
+        return place(image, self.fit(self.buckets.number_of(draw.index), variant), flip=variant == 1)
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
@@ -134,7 +134,7 @@ class LatentCache(Source):
 
     def read_variant(self, row: int, variant: int) -> Record:
         """Return the record of the image (variant 0) or of its mirror image (1)."""
-        number = self.buckets.place_of(row)
+        number = self.buckets.number_of(row)
         record = self.store.read(self.keys[number, variant].decode())
         if record is None:
             advice = "run the same command again to encode missing images"

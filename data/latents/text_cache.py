@@ -33,13 +33,13 @@ def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator
 
 
 class TextCache:
-    """Encoded captions. recipe: further inputs of the encodings, such as hashes of the encoders."""
+    """Encoded captions. inputs: what they depend on beside the text, such as hashes of the encoders."""
 
-    def __init__(self, store: TensorStore, recipe: Mapping[str, Any]) -> None:
-        self.store, self._recipe = store, recipe
+    def __init__(self, store: TensorStore, inputs: Mapping[str, Any]) -> None:
+        self.store, self._inputs = store, inputs
 
     def _key(self, caption: str) -> str:
-        return record_key(self._recipe, caption)
+        return record_key(self._inputs, caption)
 
     @torch.no_grad()
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
@@ -63,7 +63,7 @@ class TextCache:
         record = self.store.read(self._key(caption))
         if record is None:
             raise UserError(
-                f"{self.store.key}: the caption {caption!r} is missing or damaged in the cache; run the same command "
-                "again to encode missing captions"
+                f"{self.store.config_key}: the caption {caption!r} is missing or damaged in the cache; run the same "
+                "command again to encode missing captions"
             )
         return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU cannot stack float16

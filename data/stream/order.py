@@ -76,7 +76,7 @@ class Sampler:
         return [self.at(0)]
 
 
-class ShuffledSampler(Sampler):
+class _ShuffledSampler(Sampler):
     """Every sample once per epoch, in another order each epoch."""
 
     def at(self, position: int) -> tuple[int, int]:
@@ -85,7 +85,7 @@ class ShuffledSampler(Sampler):
         return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
 
 
-class BalancedSampler(Sampler):
+class _BalancedSampler(Sampler):
     """Every class equally often; the samples of a class take turns, in another order each lap.
 
     An epoch has as many positions as there are samples. So samples of small classes occur several times in it (with
@@ -125,7 +125,7 @@ class BalancedSampler(Sampler):
         return number, epoch * rounds + extra_of_class + turn
 
 
-class BlockSampler(Sampler):
+class _BlockSampler(Sampler):
     """Every sample once per epoch, in blocks of neighbours, so that shards are read nearly in sequence.
 
     Each epoch splits the rows, as a circle with a random start, into blocks of `block` rows. The blocks are ordered
@@ -215,9 +215,9 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
     Balanced sampling skips images of weight 0. It raises UserError if an image has no label.
     """
     if name == "shuffled":
-        return ShuffledSampler(rows, seed)
+        return _ShuffledSampler(rows, seed)
     if name == "blocks":
-        sampler = BlockSampler(_as_stored(rows, collection), seed)
+        sampler = _BlockSampler(_as_stored(rows, collection), seed)
         sampler.reads_blocks = _has_room_for(sampler.window, collection)
         return sampler
     class_ids = collection.class_ids(collection.class_names("train"))[rows]
@@ -227,7 +227,7 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
             "none; set loop.sampling=shuffled"
         )
     has_weight = collection.weights()[rows] > 0
-    return BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
+    return _BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
 
 
 def _has_room_for(window: int, collection: Collection) -> bool:

@@ -168,8 +168,8 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
         return encode_text(*encoders(), tokenize(texts, task.caption_chunks).to(data.machine.device))
 
-    recipe = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
-    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), recipe)
+    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
+    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
     return store.read, variants
 
@@ -186,13 +186,11 @@ def _read(
     fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
-    images = data.source
-    while isinstance(images, Cached):  # images are decoded once, for the latents
-        images = images.inner
+    images = data.source.inner if isinstance(data.source, Cached) else data.source
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    recipe = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
+    inputs = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
-    latents = LatentCache(store, data.collection, buckets, task.buckets, recipe, hashes)
+    latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
     if latents.is_missing().any():
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
         latents.fill(partial(encode_images, vae), images, data.machine, data.batch_size, data.unreadable)

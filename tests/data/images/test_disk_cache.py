@@ -118,7 +118,7 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
     shutil.copytree(photos.root, small_disk / "more")  # half of the disk
     source = cached(photos, small_disk / "cache")
     for number in range(80):
-        source._recipe = str(number)
+        source._inputs = str(number)
         assert_equal(read_all(source), read_all(source.inner))
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
     assert len(warned) == 1 and source.counts()["refused"] > 0

@@ -18,7 +18,7 @@ from data.config import AugmentConfig
 from data.images import memory_cache as memory
 from data.images.decode import Decoder
 from data.images.image_source import Images
-from data.images.memory_cache import GIB, Arena, MemoryCached, choose_budget, keep_in_memory, share_arena
+from data.images.memory_cache import GIB, _choose_budget, _MemoryCached, _Pool, _share_pool, keep_in_memory
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage
@@ -47,7 +47,7 @@ def images(collection, shortest_px=None, channels=3):
 
 
 def cached(collection, **changes):
-    return MemoryCached(images(collection, **changes), Arena.create(len(collection), 2**22))
+    return _MemoryCached(images(collection, **changes), _Pool.create(len(collection), 2**22))
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -59,7 +59,7 @@ def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, s
         assert torch.equal(direct, miss) and torch.equal(miss, hit)
         first = 1 if channels == 1 else 0  # the stride of one channel means nothing
         assert direct.stride()[first:] == miss.stride()[first:] == hit.stride()[first:]
-    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.arena.used_bytes / GIB}
+    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.pool.used_bytes / GIB}
 
 
 def test_an_unreadable_image_is_refused_each_time(collection):
@@ -67,7 +67,7 @@ def test_an_unreadable_image_is_refused_each_time(collection):
     for _ in range(2):
         with pytest.raises(UnreadableImage):
             kept.read(12)
-    assert 12 not in kept.arena
+    assert 12 not in kept.pool
 
 
 def test_no_transform_changes_what_is_kept(collection):
@@ -89,72 +89,72 @@ def test_no_transform_changes_what_is_kept(collection):
     assert all(torch.equal(kept.read(row)["image"], image) for row, image in enumerate(before))
 
 
-# ------------------------------------------------------------------------------------------------------------ the arena
+# ------------------------------------------------------------------------------------------------------------ the pool
 
 
 def pixels_of(row):
     return torch.full((40, 50, 3), row, dtype=torch.uint8)
 
 
-def test_a_full_arena_keeps_the_first_images():
-    arena = Arena.create(100, 5 * (40 * 50 * 3 + 24))
+def test_a_full_pool_keeps_the_first_images():
+    pool = _Pool.create(100, 5 * (40 * 50 * 3 + 24))
     for row in range(100):
-        arena.put(row, pixels_of(row))
-    assert [row for row in range(100) if row in arena] == [0, 1, 2, 3, 4]
-    assert torch.equal(arena.get(4), pixels_of(4).permute(2, 0, 1)) and arena.get(5) is None
+        pool.put(row, pixels_of(row))
+    assert [row for row in range(100) if row in pool] == [0, 1, 2, 3, 4]
+    assert torch.equal(pool.get(4), pixels_of(4).permute(2, 0, 1)) and pool.get(5) is None
 
 
 def test_no_image_is_added_where_memory_runs_out(monkeypatch):
-    arena = Arena.create(9, 2**20)
+    pool = _Pool.create(9, 2**20)
     monkeypatch.setattr(memory, "_CHECKED_BYTES", 10_000)
     monkeypatch.setattr(memory, "free_memory", lambda: 0)
     for row in range(9):
-        arena.put(row, pixels_of(row))
-    assert [row for row in range(9) if row in arena] == [0]
+        pool.put(row, pixels_of(row))
+    assert [row for row in range(9) if row in pool] == [0]
 
 
-def fill(arena, first):
+def fill(pool, first):
     for number in range(2000):
         row = (first + number) % 2000
-        if (image := arena.get(row)) is not None:
+        if (image := pool.get(row)) is not None:
             assert torch.equal(image, pixels_of(row % 251).permute(2, 0, 1))
-        arena.put(row, pixels_of(row % 251))
+        pool.put(row, pixels_of(row % 251))
 
 
 def test_killed_writers_leave_no_bad_image():
-    arena = Arena.create(2000, 2000 * (40 * 50 * 3 + 24) * 2)
+    pool = _Pool.create(2000, 2000 * (40 * 50 * 3 + 24) * 2)
     for number in range(12):
-        writers = [FORK.Process(target=fill, args=(arena, 150 * number + 700 * place)) for place in range(2)]
+        writers = [FORK.Process(target=fill, args=(pool, 150 * number + 700 * place)) for place in range(2)]
         for writer in writers:
             writer.start()
         time.sleep(0.01 + 0.005 * number)
         for writer in writers:
             os.kill(writer.pid, signal.SIGKILL)
             writer.join()
-    kept = [row for row in range(2000) if row in arena]
+    kept = [row for row in range(2000) if row in pool]
     assert len(kept) > 100
-    fill(arena, 0)  # which checks each image that it finds
-    assert all(row in arena for row in range(2000))
+    fill(pool, 0)  # which checks each image that it finds
+    assert all(row in pool for row in range(2000))
 
 
 def test_another_rank_attaches(collection):
     kept = cached(collection)
     image = kept.read(0)["image"]
-    other = MemoryCached(images(collection), Arena(os.open(kept.arena.path, os.O_RDWR), len(collection)))
+    other = _MemoryCached(images(collection), _Pool(os.open(kept.pool.path, os.O_RDWR), len(collection)))
     other.read(5)
-    assert torch.equal(other.read(0)["image"], image) and 5 in kept.arena
-    descriptor, path = kept.arena._descriptor, kept.arena.path
+    assert torch.equal(other.read(0)["image"], image) and 5 in kept.pool
+    descriptor, path = kept.pool._descriptor, kept.pool.path
     del kept, image
     gc.collect()
     with pytest.raises(OSError):
         os.fstat(descriptor)
     with pytest.raises(OSError):
         os.open(path, os.O_RDWR)
-    assert 5 in other.arena
+    assert 5 in other.pool
 
 
 def rank_of_two(rank, pipe, found):
-    """Share an arena as one of two ranks, joined by a pipe."""
+    """Share a pool as one of two ranks, joined by a pipe."""
 
     def gather(value):
         pipe.send(value)
@@ -162,13 +162,13 @@ def rank_of_two(rank, pipe, found):
         return [value, other] if rank == 0 else [other, value]
 
     distributed.gather_objects, distributed.rank = gather, lambda: rank
-    arena = share_arena(4, lambda: 2**20)
-    arena.put(rank, pixels_of(rank))
+    pool = _share_pool(4, lambda: 2**20)
+    pool.put(rank, pixels_of(rank))
     gather(None)
-    found.put([int(arena.get(row)[0, 0, 0]) for row in (0, 1)])
+    found.put([int(pool.get(row)[0, 0, 0]) for row in (0, 1)])
 
 
-def test_two_ranks_share_one_arena():
+def test_two_ranks_share_one_pool():
     found = FORK.Queue()
     ranks = [FORK.Process(target=rank_of_two, args=(rank, end, found)) for rank, end in enumerate(FORK.Pipe())]
     for process in ranks:
@@ -184,9 +184,9 @@ def test_two_ranks_share_one_arena():
 @pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
 def test_images_are_kept_as_configured(collection, monkeypatch, gib, kept):
     source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
-    assert isinstance(source, MemoryCached) is kept
+    assert isinstance(source, _MemoryCached) is kept
     monkeypatch.delattr(os, "memfd_create")
-    assert not isinstance(keep_in_memory(images(collection), collection, cache_config(memory_gib=gib)), MemoryCached)
+    assert not isinstance(keep_in_memory(images(collection), collection, cache_config(memory_gib=gib)), _MemoryCached)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])
@@ -195,12 +195,12 @@ def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collec
     whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13
     monkeypatch.setattr(memory, "free_memory", lambda: int(share * whole))
     with caplog.at_level(logging.INFO):
-        budget = choose_budget(source, collection, "auto")
+        budget = _choose_budget(source, collection, "auto")
     assert (0 < budget <= share * whole / 2) is kept
     assert ("data.cache.memory_gib" in caplog.text) is not kept
 
 
 def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
     monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
-    assert choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
-    assert choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text
+    assert _choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
+    assert _choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text

@@ -153,7 +153,7 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     assert set(size_of) == {0, 2, 4} and "3 dropped: too small" in dropped.describe()
     _, size_of = buckets("native")
     assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
-    assert [kept.place_of(row) for row in (0, 2, 3, 4, 5)] == [0, 1, 2, 3, 4]
+    assert [kept.number_of(row) for row in (0, 2, 3, 4, 5)] == [0, 1, 2, 3, 4]
     with pytest.raises(UserError, match=r"^task\.buckets: "):
         make_buckets(folder, rows, np.zeros_like(sizes_hw), config())
 

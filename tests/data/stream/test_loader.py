@@ -20,7 +20,7 @@ from data.images.decode import Decoder
 from data.images.image_source import Images
 from data.stream.batch import Ragged, collate, multi_hot, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
-from data.stream.order import Draw, ShuffledSampler
+from data.stream.order import Draw, _ShuffledSampler
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_read_ahead import Asked
 from utils import rng
@@ -72,7 +72,7 @@ def stream(collection, source, views, fields, sampler, *, workers=0, prefetch=2,
 
 
 def view_stream(collection, transform, fields=None, *, workers=0, prefetch=2, file=None, **views):
-    source, sampler = Images(collection, Decoder(3, 10**6)), ShuffledSampler(collection.rows("train"), 0)
+    source, sampler = Images(collection, Decoder(3, 10**6)), _ShuffledSampler(collection.rows("train"), 0)
     views, fields = {"images": transform, **views}, fields or DrawnFields()
     return stream(collection, source, views, fields, sampler, workers=workers, prefetch=prefetch, file=file)
 
@@ -167,7 +167,7 @@ def test_a_batch_holds_bytes_ids_keys_and_weights(folder):
     dtypes = {name: batch[name].dtype for name in ALWAYS}
     assert dtypes == {"sample_id": torch.int64, "key": torch.int64, "weight": torch.float32}
     assert batch["key"].tolist() == [rng.sample_key(0, position) for position in range(32)]
-    assert batch["sample_id"].tolist() == [ShuffledSampler(folder.rows("train"), 0).at(n)[0] for n in range(32)]
+    assert batch["sample_id"].tolist() == [_ShuffledSampler(folder.rows("train"), 0).at(n)[0] for n in range(32)]
     assert batch["weight"].tolist() == [1.0] * 32
 
 
@@ -263,7 +263,7 @@ class HangingFields(DrawnFields):
 
 def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
     """torch waits 5 s for it and sends SIGTERM, which workers ignore."""
-    file, sampler = tmp_path / "pid", ShuffledSampler(folder.rows("train"), 0)
+    file, sampler = tmp_path / "pid", _ShuffledSampler(folder.rows("train"), 0)
     first = {sampler.at(position)[0] for position in range(GLOBAL)}
     later = next(row for row in folder.rows("train").tolist() if row not in first)
     read = train_stream(folder, workers=1, fields=HangingFields(later, file)).steps(0, GLOBAL, GLOBAL)

@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 
 from data.stream.order import (
-    BalancedSampler,
-    BlockSampler,
     GroupedSampler,
-    ShuffledSampler,
+    _BalancedSampler,
+    _BlockSampler,
+    _ShuffledSampler,
     build_sampler,
     count_batches,
     evaluation_batches,
@@ -29,9 +29,9 @@ CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES
 GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
 CHUNK = 4
 SAMPLERS = {
-    "shuffled": lambda seed: ShuffledSampler(ROWS, seed),
-    "blocks": lambda seed: BlockSampler(ROWS, seed, block=5, window=3),
-    "balanced": lambda seed: BalancedSampler(ROWS, CLASS_IDS, seed),
+    "shuffled": lambda seed: _ShuffledSampler(ROWS, seed),
+    "blocks": lambda seed: _BlockSampler(ROWS, seed, block=5, window=3),
+    "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
 }
 
@@ -71,7 +71,7 @@ def test_a_far_position_is_found_at_once(monkeypatch, name):
 
 def test_an_empty_split_is_refused():
     none = np.empty(0, dtype=np.int64)
-    for make in (ShuffledSampler, BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
+    for make in (_ShuffledSampler, _BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
         with pytest.raises(UserError, match=r"^data\.root: there is no sample"):
             make(none, 0)
 
@@ -82,7 +82,7 @@ def test_an_empty_split_is_refused():
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 37, 60, 64, 1000])
 def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
     rows = np.arange(count) * 5
-    for sampler in (ShuffledSampler(rows, 2**40), BlockSampler(rows, 3, block=5, window=3)):
+    for sampler in (_ShuffledSampler(rows, 2**40), _BlockSampler(rows, 3, block=5, window=3)):
         assert sampler.epoch_length == count and sampler.chunk is None
         for epoch in (0, 1, 999):
             assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
@@ -92,7 +92,7 @@ def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
 
 
 def test_a_window_has_whole_blocks_of_neighbours():
-    found = epoch_rows(BlockSampler(np.arange(67), 0, block=5, window=3), 1)
+    found = epoch_rows(_BlockSampler(np.arange(67), 0, block=5, window=3), 1)
     for start in (0, 15, 30, 45):  # the last window has one block and the two rows that fill none
         rows = {*found[start : start + 15]}
         begins = [row for row in rows if (row - 1) % 67 not in rows]
@@ -101,7 +101,7 @@ def test_a_window_has_whole_blocks_of_neighbours():
 
 @pytest.mark.parametrize("start", [0, 2])
 def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
-    sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
+    sampler = _BlockSampler(np.arange(67), 0, block=5, window=3)
     sampler.reads_blocks = True
     asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, 10, 5, start), 40))
     for number, batch in enumerate(micro):
@@ -135,7 +135,7 @@ def balanced_cases():
 def test_class_counts_of_an_epoch_and_from_the_start_differ_by_at_most_one(name):
     """Which classes come once more takes turns."""
     ids = balanced_cases()[name]
-    sampler = BalancedSampler(np.arange(len(ids)), ids, 0)
+    sampler = _BalancedSampler(np.arange(len(ids)), ids, 0)
     assert sampler.epoch_length == len(ids)
     counts = Counter(dict.fromkeys(ids.tolist(), 0))
     for epoch in range(20):
@@ -150,7 +150,7 @@ def test_class_counts_of_an_epoch_and_from_the_start_differ_by_at_most_one(name)
 def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
     """Over epochs' ends too: the draws of a class are whole laps, each a permutation of its samples."""
     ids = balanced_cases()[name]
-    sampler = BalancedSampler(np.arange(len(ids)), ids, seed)
+    sampler = _BalancedSampler(np.arange(len(ids)), ids, seed)
     drawn = {number: [] for number in set(ids.tolist())}
     for epoch in range(12):
         for row in epoch_rows(sampler, epoch):
@@ -166,7 +166,7 @@ def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
 
 def test_a_known_balanced_order():
     """An epoch is two rounds of three classes and one more sample."""
-    sampler = BalancedSampler(np.arange(7), np.array([0, 0, 0, 0, 1, 1, 2]), 0)
+    sampler = _BalancedSampler(np.arange(7), np.array([0, 0, 0, 0, 1, 1, 2]), 0)
     found = [sampler.at(position)[0] for position in range(14)]
     assert found == [5, 0, 6, 4, 6, 2, 1, 3, 5, 6, 4, 0, 6, 4]
 
