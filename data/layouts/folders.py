@@ -29,6 +29,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
+SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
 _AT_ONCE = 16  # folders listed in parallel
 
 
@@ -63,6 +64,7 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
         sizes = _read_images(folder, entries)
         images |= sizes
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
+        unused.add("shards beside images", *(folder + name for name in names if name.endswith(SHARD_SUFFIXES)))
         unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
         folders.append(folder)
     if not images:
@@ -93,11 +95,6 @@ def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns
 def list_images(root: Path) -> dict[str, int]:
     """Return the size in bytes of each image below a folder, by path. Raises UserError as `scan_folder` does."""
     return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
-
-
-def holds_image(root: Path) -> bool:
-    """Return whether a folder contains an image at any depth."""
-    return any(is_image_name(entry.name) for _, entries, _ in walk_folders(root) for entry in entries)
 
 
 def is_image_name(name: str) -> bool:

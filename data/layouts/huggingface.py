@@ -25,6 +25,17 @@ _BATCH_ROWS = 64
 _COLUMNS = {"label": (("label", "labels"), str), "caption": (("caption", "text"), str), "tags": (("tags",), list)}
 
 
+def holds_images(file: Path) -> bool:
+    """Return whether an Arrow or Parquet file can be read and has an image column."""
+    try:
+        schema = (
+            pq.read_schema(file) if file.suffix == ".parquet" else pa.ipc.open_stream(pa.memory_map(str(file))).schema
+        )
+    except (pa.ArrowException, OSError):
+        return False
+    return any(map(_holds_images, schema.types))
+
+
 def unpack_parquet(file: Path, cache: Path) -> Path:
     """Return an uncompressed Arrow copy of a Parquet file, written if it is missing. Raises UserError."""
 

@@ -8,11 +8,12 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.folders import check_root, holds_image, list_folder
-from data.layouts.huggingface import read_arrow, unpack_parquet
+from data.layouts.folders import SHARD_SUFFIXES, check_root, is_image_name, walk_folders
+from data.layouts.huggingface import holds_images, read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, read_manifest
 from data.layouts.posts import POSTS, read_folder
 from data.layouts.remote import fetch_manifest, is_remote
+from data.layouts.sidecars import list_orphans
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
@@ -23,7 +24,7 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_TAR, _ARROW, _PARQUET = ".tar", ".arrow", ".parquet"
+_TAR, _PARQUET = ".tar", ".parquet"
 _ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), *PLACES.items()])
 _PARALLEL_FROM = 8  # tar files; with fewer, starting processes takes longer
 
@@ -47,47 +48,52 @@ def recognise(root: str, cache: Path) -> Layout:
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
         return Layout([manifest], functools.partial(read_manifest, folder, manifest))
-    names = _find_shards(folder)
-    if names and not holds_image(folder):
-        files = {name: folder / name for name in names}
-        files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
-        return Layout(list(files.values()), functools.partial(_read_shards, folder, files))
-
-    def read(unused: Unused) -> pa.Table:
-        unused.add("shards beside images, because only the images are read", *names)
-        return read_folder(folder, unused)
-
-    return Layout([], read)
+    names, others = _find_shards(folder)
+    if not names:
+        return Layout([], functools.partial(read_folder, folder))
+    files = {name: folder / name for name in names}
+    files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
+    return Layout(list(files.values()), functools.partial(_read_shards, folder, files, others))
 
 
-def _find_shards(root: Path) -> list[str]:
-    """Return the sorted paths of WebDataset or Hugging Face shards at the root or in its folders train, val, data etc.
+def _find_shards(root: Path) -> tuple[list[str], Unused]:
+    """Return the sorted paths of WebDataset or Hugging Face shards at any depth, and what is beside them.
 
-    Raises UserError if both kinds are present.
+    There is none if the folder has an image. Tables without an image column beside tar files are about them, as
+    img2dataset writes them. Raises UserError if both kinds have images.
     """
-    folders = [entry.name for entry in list_folder(root) if entry.name.lower() in (*SPLIT_NAMES, "data")]
-    found = sorted(
-        f"{folder}{entry.name}"
-        for folder in ("", *(f"{name}/" for name in folders if (root / name).is_dir()))
-        for entry in list_folder(root / folder)
-        if entry.name.endswith((_TAR, _ARROW, _PARQUET)) and entry.name[0] != "." and entry.name not in POSTS
-    )
-    if len({name.endswith(_TAR) for name in found}) > 1:
-        raise UserError(f"data.root: {str(root)!r} holds both tar and Arrow or Parquet files; keep one kind")
-    return found
+    names, unused = [], Unused()
+    for folder, _, files in walk_folders(root):
+        if any(map(is_image_name, files)):
+            return [], Unused()
+        names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
+        unused.add("texts beside shards", *list_orphans(folder, set(), files))
+    tables = [name for name in names if not name.endswith(_TAR)]
+    if 0 < len(tables) < len(names):
+        if with_images := [name for name in tables if holds_images(root / name)]:
+            raise UserError(
+                f"data.root: {str(root)!r} holds both tar files and images in {show_some(with_images)}; keep one kind"
+            )
+        unused.add("tables without an image column beside tar files", *sorted(tables))
+        names = [name for name in names if name.endswith(_TAR)]
+    return sorted(names), unused
 
 
-def _read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
-    """Read WebDataset or Hugging Face shards into one table; tar files in one process per core. files: by name."""
+def _read_shards(root: Path, files: dict[str, Path], others: Unused, unused: Unused) -> pa.Table:
+    """Read WebDataset or Hugging Face shards into one table; tar files in one process per core.
+
+    files: by name. others: what is beside them.
+    """
+    unused.merge(others)
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         results = map_in_processes(_read_shard, shards, _skip_shard)
     else:
         results = map(_read_shard, shards)
     tables = []
-    for rows, others in track(results, len(shards), "scanning shards"):
+    for rows, left in track(results, len(shards), "scanning shards"):
         tables.append(rows)
-        unused.merge(others)
+        unused.merge(left)
     if not any(map(len, tables)):
         why = "; ".join(("", *unused.describe()))
         raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")

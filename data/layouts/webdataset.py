@@ -1,66 +1,141 @@
-"""WebDataset tar files: images, and members with the same key."""
+"""WebDataset tar files: images, and members with the same key.
 
+The headers are followed here, because `tarfile.open` ends without a word at a damaged one and trusts every size.
+"""
+
+import os
 import re
-import tarfile  # noqa: TID251 (members are listed and read in place)
+import tarfile  # noqa: TID251 (it parses single headers)
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from data.layouts.folders import IMAGE_SUFFIXES
+from data.layouts.folders import is_image_name
 from data.layouts.manifest import OUTSIDE
-from data.layouts.records import Sidecar, parse_json, parse_record, parse_text
+from data.layouts.records import Sidecar, parse_record, parse_text
+from data.layouts.sidecars import parse_object
 from data.layouts.unused import Unused
 
-_TEXTS = ("txt", "cls", "json")  # the last has precedence
+_TEXTS = (".txt", ".cls", ".json")  # the last has precedence
 _MAX_TEXT_BYTES = 2**20
+_BLOCK = tarfile.BLOCKSIZE
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+_ABOUT_NEXT = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
+_ABOUT_NONE = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # of a pax header: its length in bytes, and a name
+
+
+class _Member(NamedTuple):
+    """A member of a tar file: `size` bytes from `offset`."""
+
+    path: str
+    offset: int
+    size: int
+    is_plain: bool
 
 
 def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
-    """Return the images of a tar file as rows."""
-    images: dict[str, tarfile.TarInfo] = {}
+    """Return the images of a tar file as rows.
+
+    The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
+    image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row.
+    """
+    images: dict[str, _Member] = {}
     texts: dict[str, dict[str, bytes]] = {}
-    try:
-        with tarfile.open(file, "r:", errors="backslashreplace") as tar:
-            for member in tar:
-                path = member.name.removeprefix("./")
-                key, extension = _split_name(path)
-                if member.isdir():
-                    continue
-                if not member.isreg() or member.issparse() or re.search(OUTSIDE, path):
-                    unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{path}")
-                elif f".{extension}" in IMAGE_SUFFIXES:
-                    images[path] = member
-                elif extension in _TEXTS and member.size <= _MAX_TEXT_BYTES:
-                    texts.setdefault(key, {})[extension] = tar.extractfile(member).read()
-    except (tarfile.TarError, OSError) as error:  # the members before the error are valid
-        unused.add("ends of damaged shards", f"{name} ({error})")
-    rows = []
+    with open(file, "rb", buffering=0) as stream:
+        for member in _read_members(stream.fileno(), name, unused):
+            (stem, suffix), is_image = os.path.splitext(member.path), is_image_name(member.path)
+            if not is_image and suffix.lower() not in _TEXTS:
+                continue
+            if not member.is_plain or re.search(OUTSIDE, member.path):
+                unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{member.path}")
+            elif is_image:
+                if member.path in images:
+                    unused.add("members of shards before another one of their name", f"{name}/{member.path}")
+                images[member.path] = member
+            elif member.size > _MAX_TEXT_BYTES:
+                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", f"{name}/{member.path}")
+            else:
+                content = os.pread(stream.fileno(), member.size, member.offset)
+                texts.setdefault(stem, {})[suffix.lower()] = content
+    rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
     for path, member in images.items():
-        columns = _read_texts(f"{name}/{path}", texts.get(_split_name(path)[0], {}), unused)
-        columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
+        stem, key = os.path.splitext(path)[0], _key_of(path)
+        if stem not in texts and key != stem and key in stems:
+            unused.add("further images of a sample", f"{name}/{path}")
+            continue
+        read.add(owner := stem if stem in texts else key)
+        columns = _read_texts(f"{name}/{path}", texts.get(owner, {}), unused)
+        columns |= {"offset": member.offset, "length": member.size, "size": member.size}
         rows.append({"path": f"{name}/{path}", **columns})
+    alone = (f"{name}/{stem}{suffix}" for stem in texts if stem not in read for suffix in texts[stem])
+    unused.add("texts in shards without an image", *alone)
     return rows
 
 
-def _split_name(path: str) -> tuple[str, str]:
-    """Split the path of a member into key and extension at the first dot of its name, as WebDataset does."""
-    folder, slash, name = path.rpartition("/")
-    key, _, extension = name.partition(".")
-    return folder + slash + key, extension.lower()
+def _key_of(path: str) -> str:
+    """Return the path of a member up to the first dot of its name."""
+    folder, slash, file = path.rpartition("/")
+    return folder + slash + file.partition(".")[0]
+
+
+def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[_Member]:
+    """Yield the members of a tar file, up to its end or to the first damaged header."""
+    end, offset, about = os.fstat(descriptor).st_size, 0, {}
+    try:
+        while (block := os.pread(descriptor, _BLOCK, offset)).strip(b"\0"):
+            header, content, flag = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), offset + _BLOCK, 482
+            while header.type == tarfile.GNUTYPE_SPARSE and block[flag : flag + 1].strip(b"\0"):
+                block, content, flag = os.pread(descriptor, _BLOCK, content), content + _BLOCK, 504  # more of its map
+            size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
+            is_about = header.type in _ABOUT_NEXT
+            if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
+                raise ValueError(f"a member of {size:,} bytes")
+            if is_about:
+                about |= _read_about(header.type, os.pread(descriptor, size, content))
+            elif header.type not in _ABOUT_NONE:
+                is_plain = header.type in _PLAIN and not any(key.startswith("GNU.sparse") for key in about)
+                yield _Member(about.get("path", header.name).removeprefix("./"), content, size, is_plain)
+                about = {}
+            offset = content + -(-size // _BLOCK) * _BLOCK
+        fault = "it has no end" if not block else ""
+        while not fault and (block := os.pread(descriptor, _MAX_TEXT_BYTES, offset)):
+            fault = "its end is followed by more" if block.strip(b"\0") else ""
+            offset += len(block)
+    except (tarfile.HeaderError, ValueError, OSError) as error:
+        fault = str(error)
+    if fault:
+        unused.add("ends of damaged shards", f"{name} from byte {offset:,} of {end:,} ({fault})")
+
+
+def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
+    """Return what a member says about the next one: `path`, `size` and others."""
+    if kind == tarfile.GNUTYPE_LONGNAME:
+        return {"path": content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
+    records, start = {}, 0
+    while record := _RECORD.match(content, start):
+        start += int(record[1])
+        if start <= record.end():
+            raise ValueError("a pax record without a value")
+        records[record[2].decode()] = content[record.end() : start - 1].decode("utf-8", "backslashreplace")
+    return records
 
 
 def _read_texts(where: str, texts: dict[str, bytes], unused: Unused) -> dict[str, Any]:
     """Return columns from the text members of an image. where: the image, for messages."""
     sidecar, label = Sidecar(), None
-    for extension in sorted(texts, key=_TEXTS.index):
+    for suffix in sorted(texts, key=_TEXTS.index):
         try:
-            text = texts[extension].decode("utf-8-sig").strip()
-            if extension == "cls":
+            text = texts[suffix].decode("utf-8-sig").strip()
+            if suffix == ".cls":
                 label = text or None
-            elif extension == "txt":
+            elif suffix == ".txt":
                 sidecar = parse_text(text)
-            elif isinstance(record := parse_json(text or "{}"), dict):
+            else:
+                record = parse_object(text or "{}", where)
                 sidecar = sidecar.updated(parse_record(where, record))
                 label = str(record["label"]) if isinstance(record.get("label"), str | int) else label
         except ValueError as error:  # UserError is one
-            unused.add("unreadable texts of shards", f"the {extension} of {where} ({error})")
+            unused.add("unreadable texts of shards", f"the {suffix} of {where} ({error})")
     return {**sidecar._asdict(), "label": label}

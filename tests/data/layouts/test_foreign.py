@@ -12,7 +12,6 @@ from PIL import Image
 
 from data.images.image_source import open_contents
 from data.open import open_images
-from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load as load_into
 from tests.support import data_config
 from utils.errors import UserError
@@ -86,23 +85,75 @@ def test_dangerous_members_are_skipped_and_named(tmp_path, load, log):
     assert (
         log.text.count("6 members of shards") == 2
         and "../x.png" in log.text
-        and "the json of 0.tar/good.png" in log.text
+        and "the .json of 0.tar/good.png" in log.text
     )
     write_tar(tmp_path / "other/0.tar", bad)
     with pytest.raises(UserError, match=r"^data\.root: .*holds no image in 0\.tar; .*\.\./x\.png"):
         load(tmp_path / "other")
 
 
-def test_a_tar_file_that_is_cut_keeps_what_came_before(tmp_path, load, log):
+def stated(size, kind=tarfile.REGTYPE):
+    """Return a valid header of a member that states a size."""
+    member = tarfile.TarInfo("4.png")
+    member.size, member.type = size, kind
+    return member.tobuf(tarfile.GNU_FORMAT)
+
+
+@pytest.mark.parametrize(
+    ("place", "content", "count", "words"),
+    [
+        (4 * 1024 + 5, b"x", 4, "from byte 4,096 of"),
+        (4 * 1024, bytes(1024), 4, "followed by more"),
+        (4 * 1024, stated(-1), 4, "a member of -1 bytes"),
+        (4 * 1024, stated(2**60), 4, "from byte 4,096 of"),
+        (4 * 1024, stated(70, tarfile.GNUTYPE_SPARSE), 8, "1 members of shards that are no plain files"),
+        (9 * 1024, None, 9, "from byte 9,216 of 9,216 (it has no end)"),
+        (8 * 1024 + 100, None, 8, "from byte 8,192 of"),
+    ],
+)
+def test_a_tar_file_that_is_read_in_part_says_where_it_stops(place, content, count, words, tmp_path, load, log):
     write_tar(tmp_path / "root/0.tar", {f"{number}.png": png(number) for number in range(9)})
-    os.truncate(tmp_path / "root/0.tar", 5 * 1024 + 512 + 30)
+    with open(tmp_path / "root/0.tar", "r+b") as file:
+        file.seek(place)
+        file.truncate() if content is None else file.write(content)
+    assert len(load(tmp_path / "root")) == count and words in log.text
+
+
+def test_thousands_of_headers_about_the_next_member_are_read(tmp_path, load):
+    write_tar(tmp_path / "0.tar", {"a.png": png(1)})
+    (tmp_path / "root").mkdir()
+    (tmp_path / "root/0.tar").write_bytes(stated(0, tarfile.XHDTYPE) * 5000 + (tmp_path / "0.tar").read_bytes())
+    assert len(load(tmp_path / "root")) == 1
+
+
+def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
+    members = {
+        "22.05.jpg": png(1),
+        "22.05.txt": b"own",
+        "22.06.JPG": png(2),
+        "22.06.cls": b"1",
+        "22.txt": b"of the key",
+    }
+    members |= {"x.left.png": png(3), "x.right.png": png(4), "x.cls": b"2", "y.png": png(5), "y.seg.png": png(6)}
+    write_tar(tmp_path / "root/0.tar", members)
     found = load(tmp_path / "root")
-    assert "1 ends of damaged shards: 0.tar" in log.text
-    contents = open_contents(found)
-    assert [contents.read(row) for row in range(5)] == [png(number) for number in range(5)]
-    for row in range(5, len(found)):
-        with pytest.raises(UnreadableImage, match=r"^0\.tar/5\.png"):
-            contents.read(row)
+    assert [(row.path, row.label, row.caption) for row in map(found.row, range(len(found)))] == [
+        ("0.tar/22.05.jpg", None, "own"),
+        ("0.tar/22.06.JPG", "1", None),
+        ("0.tar/x.left.png", "2", None),
+        ("0.tar/x.right.png", "2", None),
+        ("0.tar/y.png", None, None),
+    ]
+    assert "1 further images of a sample: 0.tar/y.seg.png" in log.text
+    assert "1 texts in shards without an image: 0.tar/22.txt" in log.text
+
+
+def test_the_output_of_img2dataset_is_read(tmp_path, load, log):
+    write_tar(tmp_path / "root/00000.tar", {"0.jpg": png(1), "0.json": record(caption="a", sha256="0")})
+    write_parquet(tmp_path / "root/00000.parquet", pa.table({"key": ["0"], "url": ["x"]}))
+    (tmp_path / "root/00000_stats.json").write_text("{}")
+    assert load(tmp_path / "root").row(0).caption == "a"
+    assert "tables without an image column beside tar files: 00000.parquet" in log.text and "00000_stats" in log.text
 
 
 def test_shards_are_scanned_again_only_where_a_file_changes(tmp_path, load, monkeypatch):
@@ -124,8 +175,8 @@ def test_a_folder_with_images_is_read_as_it_was(tmp_path, load):
     (tmp_path / "root/cat/x.png").write_bytes(png(2))
     assert load(tmp_path / "root").row(0).path == "cat/x.png"
     write_tar(tmp_path / "two/0.tar", {"a.png": png(1)})
-    (tmp_path / "two/x.arrow").touch()
-    with pytest.raises(UserError, match=r"^data\.root: .*both tar and Arrow"):
+    write_stream(tmp_path / "two/x.arrow", arrow_table([1]))
+    with pytest.raises(UserError, match=r"^data\.root: .*both tar files and images in x"):
         load(tmp_path / "two")
 
 
