@@ -6,6 +6,7 @@ Libraries are imported where they are used.
 
 import os
 from collections.abc import Callable
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -27,13 +28,18 @@ from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.schema import PathText
 from utils.errors import UserError
+from utils.io.files import read_json
 from utils.io.weights import WEIGHT_NAMES
+from utils.record.logging import get_logger
 from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.vocabulary import FACTS, vocabulary_of
+
+log = get_logger(__name__)
 
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _MERGE_TOLERANCE = 1e-3  # of the largest output, in float32
+_REPOSITORY = "wd_repository"
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
 
 
@@ -46,7 +52,7 @@ class ExportConfig(OnnxConfig):
 
     format: Literal[
         "onnx", "timm", "transformers", "safetensors", "pth", "wd14", "imgutils", "cl_tagger",
-        "kohya", "lora_diffusers", "single_file", "diffusers",
+        "wd_repository", "kohya", "lora_diffusers", "single_file", "diffusers",
     ]  # fmt: skip
     run_dir: PathText | None
     weights: PathText
@@ -73,7 +79,7 @@ Format = Callable[[Weights, Path, ExportConfig], dict[str, Any]]
 
 
 def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the files of one of TARGETS. A tagger in timm's format also gets a selected_tags.csv.
+    """Write the files of one of TARGETS. A tagger in timm's format has the outputs and selected_tags.csv of wd14.
 
     timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
     neggles/wdv3-timm normalises, then reverses the channels. A backbone takes RGB, like every other network.
@@ -83,13 +89,16 @@ def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     if form in ("timm", "transformers"):
         network = weights.model.network
     if is_tagger:
-        preprocessing = {**metadata["preprocessing"], "pad": "none"}  # the other programs pad
+        vocabulary, preprocessing = vocabulary_of(metadata), {**metadata["preprocessing"], "pad": "none"}  # others pad
+        kept, rows = tag_forms.to_wd_order(vocabulary)
+        if rows != list(range(len(vocabulary))):
+            network = tag_forms.reorder_head(network, rows)
         network = tag_forms.to_bgr(network, preprocessing["image_size_hw"])
-        metadata = {**metadata, "channel_order": "BGR", "preprocessing": preprocessing}
+        metadata = {**metadata, **kept.facts(), "channel_order": "BGR", "preprocessing": preprocessing}
     report = export_folder(form, network, metadata, folder, config.accepted)
     if is_tagger:
-        vocabulary = vocabulary_of(metadata)
-        tag_forms.write_tags(folder, vocabulary, _thresholds(weights, config))
+        tag_forms.write_tags(folder, kept, _thresholds(weights, config))
+        report |= tag_forms.describe_changes(vocabulary, kept)
     return report
 
 
@@ -132,6 +141,26 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     write_card(folder, form, path.name, metadata)
     changes = tag_forms.describe_changes(vocabulary, kept)
     return {"file": path.name, "onnx_max_abs_diff": difference, **changes}
+
+
+def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv, and figures."""
+    timm, wd14 = (
+        write(weights, folder, config.model_copy(update={"format": form}))
+        for write, form in ((write_folder, "timm"), (write_tagger, "wd14"))
+    )
+    try:
+        measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
+    except (OSError, ValueError, TypeError):
+        measured = {}
+    numbers = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
+    is_of_these = measured.get("weights_hash") == weights.metadata.get("weights_hash")
+    if not numbers or not is_of_these:
+        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
+    thresholds = _thresholds(weights, config)
+    profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
+    write_card(folder, _REPOSITORY, wd14["file"], weights.metadata, numbers if is_of_these else {}, profiles)
+    return {**timm, **wd14}
 
 
 # --------------------------------------------------------------------------------------------------------------- SDXL
@@ -223,7 +252,7 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
 
 IMAGE_FORMATS: dict[str, Format] = {"onnx": write_onnx, **dict.fromkeys(TARGETS, write_folder)}
 SDXL_FORMATS = {"kohya": write_lora, "lora_diffusers": write_lora, "single_file": write_whole, "diffusers": write_whole}
-TAG_FORMATS = {**IMAGE_FORMATS, **dict.fromkeys(_TAG_FILES, write_tagger)}
+TAG_FORMATS = {**IMAGE_FORMATS, **dict.fromkeys(_TAG_FILES, write_tagger), _REPOSITORY: write_repository}
 
 
 def find_format(name: str, weights: Weights) -> Format:

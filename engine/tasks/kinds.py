@@ -28,8 +28,10 @@ from engine.tasks.kind import Kind
 from engine.tasks.pretrained import use_pretrained
 from engine.tasks.tagging import TaggingKind
 from utils.config.entry_point import Job
+from utils.io.files import output_errors
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
+from utils.vocabulary import FACTS, FILE, vocabulary_of, write_vocabulary
 
 KINDS: dict[str, Kind] = {
     "classification": ClassificationKind(),
@@ -77,5 +79,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
     with open_run(task, streams, plan, config, job, runtime) as run:
+        if FACTS[0] in setup.facts and distributed.is_main():
+            with output_errors("run_dir", path):
+                write_vocabulary(path / FILE, vocabulary_of(setup.facts))
         run.fit([line.format(run=path, data=words) for line in kind.next_commands])
     return None

@@ -1,6 +1,6 @@
 """README.md, licence and export.json of an export."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +8,7 @@ from models.export import snippets
 from models.outputs import OUTPUTS
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
+from utils.text_table import show_cell, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _UNKNOWN = "unknown"
@@ -35,16 +36,34 @@ def label_names(metadata: Mapping[str, Any]) -> list[str]:
     return list(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
 
 
-def write_card(folder: Path, form: str, file: str, metadata: Mapping[str, Any]) -> None:
-    """Write README.md, with the licence in the hub's front matter. file: the exported file, in format `form`."""
+def write_card(
+    folder: Path,
+    form: str,
+    file: str,
+    metadata: Mapping[str, Any],
+    figures: Mapping[str, Any] | None = None,
+    table: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write README.md, with front matter for the hub. file: the exported file, in format `form`.
+
+    figures: of an evaluation, for a folder to publish (wd_repository). table: the thresholds.
+    """
     licence, origin = licence_of(metadata), metadata.get("origin") or {}
     steps = [f"- {name}: {value}" for name, value in metadata["preprocessing"].items()]
-    lines = [] if licence is None else ["---", f"license: {licence}", "---", ""]
+    front = [] if licence is None else [f"license: {licence}"]
+    front += [] if figures is None else ["library_name: timm", "pipeline_tag: image-classification"]
+    lines = ["---", *front, "---", ""] if front else []
     lines += [f"# {metadata['model']['name']}, format {form}", ""]
     lines += ["Preprocessing of the images in training:", "", *steps, ""]
     if metadata.get("channel_order") == "BGR":
         lines += ["It takes BGR: pad the image to a white square, apply timm's transform, then reverse the channels, "
                   "like neggles/wdv3-timm.", ""]  # fmt: skip
+    if figures:
+        shown = [f"- {name}: {show_cell(value)}" for name, value in figures.items()]
+        lines += ["Measured on the validation images:", "", *shown, ""]
+    if table:
+        fitted = "Thresholds, fitted to one half of the validation images and measured on the other:"
+        lines += [fitted, "", "```", show_rows(table), "```", ""]
     if form in snippets.FORMATS:
         lines += ["```python", snippets.snippet(form, metadata, file).rstrip(), "```", ""]
     elif form == "safetensors" and metadata.get("task"):

@@ -5,7 +5,8 @@
 | wd14 | `input` [B, H, W, 3], BGR, 0 to 255 | `output` (probabilities), `embedding` | selected_tags.csv, inv.npz |
 | imgutils | `input` [B, 3, H, W], RGB, normalised | `prediction`, `embedding`, `logits` | `write_imgutils` |
 | cl_tagger | `input` [B, 3, H, W], BGR, -1 to 1 | `logits`, `probs` | tag_mapping.json |
-| timm | a folder of timm whose network takes BGR | | selected_tags.csv |
+| timm | a folder of timm whose network takes BGR, with the rows of wd14 | | selected_tags.csv |
+| wd_repository | the files of timm and wd14 together | | one selected_tags.csv |
 
 The embedding [B, D] is the head's input. Normalisation, order of channels and layout are inside the graph.
 
@@ -96,7 +97,7 @@ def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
     head, absent = find_head(reordered, "format", "set format=onnx or safetensors"), order < 0
     head.weight = nn.Parameter(head.weight[order.clamp_min(0)].masked_fill(absent[:, None], 0.0))
     head.bias = nn.Parameter(head.bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
-    head.out_features = len(rows)
+    head.out_features = reordered.num_classes = len(rows)
     return reordered
 
 

@@ -17,7 +17,7 @@ from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights, write_weights
-from utils.vocabulary import Vocabulary
+from utils.vocabulary import Vocabulary, read_vocabulary
 
 VOCABULARY = Vocabulary(
     ("general", "sensitive", "questionable", "explicit", "left_arm", "right_arm", "text", "left_eye"),
@@ -185,6 +185,8 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     tensors, metadata = read_weights(path)
     vocabulary = open_weights(path).task.vocabulary
     assert vocabulary.names == ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
+    assert read_vocabulary(place / "run") == vocabulary
+    assert "dry run" in run("finetune", [*RUN, "task.vocabulary=run", "dry_run=true", "run_dir=x"], place)
     assert metadata["vocabulary_hash"] == vocabulary.hash and not {"orientation", "tag_priors"} & metadata.keys()
     # Orientation is the run's own, whatever a file says.
     forged = place / "forged.safetensors"

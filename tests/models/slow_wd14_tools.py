@@ -3,6 +3,7 @@
 """
 
 import json
+import shutil
 import subprocess
 
 import pytest
@@ -39,7 +40,7 @@ def make_hub(exports, folder):
         snapshot.parent.mkdir(parents=True, exist_ok=True)
         (home / "refs").mkdir()
         (home / "refs/main").write_text("0" * 40)
-        snapshot.resolve().symlink_to(exports / ("imgutils" if repository == "me/every" else "wd14"))
+        snapshot.resolve().symlink_to(exports / ("imgutils" if repository == "me/every" else "repo"))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +49,7 @@ def imgutils(place, tmp_path_factory):
     if not INTEROP.exists():
         pytest.skip("imgutils is not installed: make install-interop")
     folder = tmp_path_factory.mktemp("hub")
-    export("imgutils", *tools.make_tagger("imgutils"), place / "imgutils", thresholds=tools.THRESHOLDS)
+    export("imgutils", *tools.make_tagger(), place / "imgutils", thresholds=tools.THRESHOLDS)
     make_hub(place, folder)
     environment = {"HF_HOME": str(folder), "HF_HUB_OFFLINE": "1", "PATH": "/usr/bin:/bin"}
     command = [INTEROP, "-c", PROGRAM, *(place / f"{number}.png" for number in range(len(tools.IMAGES)))]
@@ -77,3 +78,11 @@ def test_imgutils_takes_each_tags_own_threshold_from_the_general_format(imgutils
         for probs in wanted
     ]
     tools.assert_like([set(one["every"]) for one in imgutils], ours)
+
+
+@pytest.mark.parametrize("form, least_of", [("imgutils", tools.LEAST.get), ("cl_tagger", lambda key: 0.35)])
+def test_the_program_in_the_readme_prints_our_tags(form, least_of, place, wanted, tmp_path):
+    export(form, *tools.make_tagger(), tmp_path, thresholds=tools.THRESHOLDS)
+    shutil.copy(place / "0.png", tmp_path / "image.png")
+    ours = {key[1]: prob for key, prob in wanted[0].items() if prob >= least_of(key)}
+    assert tools.run_program(tmp_path) == pytest.approx(ours, abs=1e-3) and len(ours) > 20

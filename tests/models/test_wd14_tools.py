@@ -24,11 +24,12 @@ from tests.models.test_export_formats import geometry
 from tests.models.test_export_snippets import run_program
 from tests.models.test_tag_exports import open_tagger
 from tests.support import export, thresholds_of
+from utils.io.files import write_json
 from utils.thresholds import PER_TAG
 from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
 
 SIDE = 128
-BESIDE = ("selected_tags.csv", "inv.npz", "README.md")
+FILES = {"model.onnx", "inv.npz", "model.safetensors", "config.json", "selected_tags.csv", "README.md"}
 SPECIAL = ["^_^", "<o>_<o>", 'don\'t_say_"lazy"', "a,b", "hat_(x)", "1girl"]
 GENERALS = [*SPECIAL, *(f"tag_{number}" for number in range(120))]
 CHARACTERS = [f"name_{number}_(series)" for number in range(40)]
@@ -45,9 +46,10 @@ THRESHOLDS = thresholds_of(VOCABULARY, {GENERAL: 0.3, CHARACTER: 0.8}, {(GENERAL
 LEAST = dict(zip(VOCABULARY.columns, THRESHOLDS.of_tags(VOCABULARY, PER_TAG)))
 
 
-def make_tagger(form):
-    """Return a small tagger whose probabilities spread, as export.py opens it: for timm, one of four stages."""
-    model, metadata = open_tagger(geometry(stages=4 if form == "timm" else 2), SIDE, VOCABULARY)
+def make_tagger():
+    """Return a small tagger whose probabilities spread, as export.py opens it: of the four stages that timm has."""
+    config = geometry().model_copy(update={"depths": [1, 1, 1, 1]})
+    model, metadata = open_tagger(config, SIDE, VOCABULARY)
     with torch.no_grad():
         model.network.head.weight.mul_(3.0)
     return model, metadata
@@ -55,12 +57,11 @@ def make_tagger(form):
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """Return a folder with one export of each form and the images."""
+    """Return a folder with the repository for all programs, and the images."""
     folder = tmp_path_factory.mktemp("tools")
-    for form in ("wd14", "timm"):
-        report = export(form, *make_tagger(form), folder / form, thresholds=THRESHOLDS)
-        if form == "wd14":
-            assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
+    write_json(folder / "metrics.json", {"weights": "/home/me/w", "weights_hash": "hash", "mAP": 0.71, "seconds": 3.0})
+    report = export("wd_repository", *make_tagger(), folder / "repo", thresholds=THRESHOLDS, run_dir=str(folder))
+    assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
     for number, (width, height, mode) in enumerate(IMAGES):
         coarse = np.random.default_rng(number).integers(0, 256, (7, 9, len(mode)), dtype=np.uint8)
         Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC).save(folder / f"{number}.png")
@@ -80,17 +81,17 @@ def prepare(image):
     return square.resize((SIDE, SIDE), Image.Resampling.BICUBIC)
 
 
-def look(place, form):
+def look(place):
     """Return what the network itself gives of each image: probabilities by (category, name)."""
     images = [np.array(prepare(Image.open(place / f"{number}.png"))) for number in range(len(IMAGES))]
     with torch.no_grad():
-        probs = make_tagger(form)[0](torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].numpy()
+        probs = make_tagger()[0](torch.from_numpy(np.stack(images)).permute(0, 3, 1, 2))[1].numpy()
     return [dict(zip(KEYS, row.tolist())) for row in probs]
 
 
 @pytest.fixture(scope="module")
 def wanted(place):
-    return look(place, "wd14")
+    return look(place)
 
 
 def passed(probs, threshold_of):
@@ -111,24 +112,27 @@ def assert_like(found, wanted):
 
 
 def test_a_wd14_file_takes_and_gives_what_the_programs_expect(place):
-    proto, ordered = onnx.load(place / "wd14/model.onnx"), to_wd_order(VOCABULARY)[0]
+    proto, ordered = onnx.load(place / "repo/model.onnx"), to_wd_order(VOCABULARY)[0]
     (taken,), gives = proto.graph.input, proto.graph.output
     sizes = taken.type.tensor_type.shape.dim
     assert taken.name == "input" and sizes[0].dim_param and [size.dim_value for size in sizes[1:]] == [SIDE, SIDE, 3]
     assert [value.name for value in gives] == ["output", "embedding"]
-    assert [value.type.tensor_type.shape.dim[1].dim_value for value in gives] == [len(ordered), 12]
-    assert {path.name for path in (place / "wd14").iterdir()} == {"model.onnx", *BESIDE}
+    assert [value.type.tensor_type.shape.dim[1].dim_value for value in gives] == [len(ordered), 20]
+    assert {path.name for path in (place / "repo").iterdir()} == FILES
     found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
-    assert vocabulary_of(found) == read_vocabulary(place / "wd14/selected_tags.csv") == ordered
+    assert vocabulary_of(found) == read_vocabulary(place / "repo/selected_tags.csv") == ordered
     assert found["weights_hash"] == "hash"
-    with open(place / "wd14/selected_tags.csv", encoding="utf-8") as stream:
+    with open(place / "repo/selected_tags.csv", encoding="utf-8") as stream:
         least = [float(row["best_threshold"]) for row in csv.DictReader(stream)]
     assert least == found["thresholds"] == [LEAST.get(key, 0.35) for key in ordered.columns]
 
 
-def test_the_program_in_the_readme_prints_rating_and_tags(place, wanted, tmp_path):
-    shutil.copytree(place / "wd14", tmp_path, dirs_exist_ok=True)
+def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_and_tags(place, wanted, tmp_path):
+    shutil.copytree(place / "repo", tmp_path, dirs_exist_ok=True)
     shutil.copy(place / "0.png", tmp_path / "image.png")
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert readme.startswith("---\nlibrary_name: timm\n") and "- mAP: 0.71\n" in readme and "high_recall" in readme
+    assert "/home/me" not in readme and "seconds" not in readme
     found = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
     assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])
@@ -171,7 +175,7 @@ def sd_scripts(folder, images, threshold=0.35):
 
 
 def test_sd_scripts_writes_our_tags(place, wanted):
-    found = sd_scripts(place / "wd14", [Image.open(place / f"{number}.png") for number in range(len(IMAGES))])
+    found = sd_scripts(place / "repo", [Image.open(place / f"{number}.png") for number in range(len(IMAGES))])
     ours = [
         [max(("general", "questionable", "explicit"), key=lambda name: probs[RATING, name]),
          *(name.replace("_", " ") if len(name) > 3 else name for _, name in passed(probs, lambda _: 0.35))]
@@ -185,7 +189,7 @@ def test_sd_scripts_reads_a_cl_tagger_with_every_category(place, wanted, tmp_pat
     """`--repo_id a/b/c`: logits of NCHW, BGR, -1 to 1. Its graph is not made a file, which takes seconds."""
     graphs = []
     monkeypatch.setattr(formats, "export_onnx", lambda graph, *_: graphs.append(graph) or 0.0)
-    assert export("cl_tagger", *make_tagger("cl_tagger"), tmp_path)["file"] == "model_optimized.onnx"
+    assert export("cl_tagger", *make_tagger(), tmp_path)["file"] == "model_optimized.onnx"
     tags = json.loads((tmp_path / "tag_mapping.json").read_text(encoding="utf-8"))
     assert {tag["category"] for tag in tags.values()} == {"Rating", "General", "Character", "Copyright", "Artist"}
     images = [sd_scripts_image(Image.open(place / f"{number}.png")) for number in range(len(IMAGES))]
@@ -199,14 +203,15 @@ def test_sd_scripts_reads_a_cl_tagger_with_every_category(place, wanted, tmp_pat
 # --- timm, as neggles/wdv3-timm 2f49e85 uses it
 
 
-def test_timm_gives_our_tags_for_bgr(place):
-    model = timm.create_model(f"local-dir:{place / 'timm'}", pretrained=True).eval()
+def test_timm_gives_our_tags_for_bgr_in_the_same_rows(place, wanted):
+    model = timm.create_model(f"local-dir:{place / 'repo'}", pretrained=True).eval()
     transform = timm.data.create_transform(**timm.data.resolve_data_config(model.pretrained_cfg, model=model))
     images = [prepare(Image.open(place / f"{number}.png")) for number in range(len(IMAGES))]
     batch = torch.stack([transform(image) for image in images])[:, [2, 1, 0]]
     with torch.no_grad():
         probs = model(batch).sigmoid().numpy()
-    with open(place / "timm/selected_tags.csv", encoding="utf-8") as stream:
+    with open(place / "repo/selected_tags.csv", encoding="utf-8") as stream:
         keys = [(int(row["category"]), row["name"]) for row in csv.DictReader(stream)]
-    for found, ours in zip(probs, look(place, "timm")):
-        assert dict(zip(keys, found.tolist())) == pytest.approx(ours, abs=1e-4)
+    for found, ours in zip(probs, wanted):
+        given = dict(zip(keys, found.tolist()))
+        assert given == pytest.approx({key: ours.get(key, 0.0) for key in given}, abs=1e-4)

@@ -12,7 +12,7 @@ from typing import Any
 from models.outputs import OUTPUTS
 from utils.canvas import background_levels, background_of, background_rgb
 
-FORMATS = ("timm", "transformers", "onnx", "wd14")
+FORMATS = ("timm", "transformers", "onnx", "wd14", "imgutils", "cl_tagger", "wd_repository")
 _RESIZED = {
     "squash": "image = image.resize(($width, $height), $resample)",
     "crop": """factor = max($resized_width / image.width, $resized_height / image.height)
@@ -36,10 +36,11 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
     """Return the program for a format of FORMATS. file: the exported file."""
     preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
     height, width = preprocessing["image_size_hw"]
+    form = "wd14" if form == "wd_repository" else form
     is_bgr, interpolation = metadata.get("channel_order") == "BGR", preprocessing["interpolation"]
-    has_head = output.activate is not None
+    has_head, is_white = output.activate is not None, form in ("wd14", "cl_tagger")
     values = {
-        "image": _read_image(preprocessing, white_square=form == "wd14" or is_bgr, padded=form == "onnx"),
+        "image": _read_image(preprocessing, white_square=is_white or is_bgr, padded=form in ("onnx", "imgutils")),
         "file": file,
         "width": width,
         "height": height,
@@ -47,6 +48,8 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         "resized_height": int(height / preprocessing["eval_crop"]),
         "resample": f"Image.Resampling.{'BOX' if interpolation == 'area' else interpolation.upper()}",
         "axes": "[None, None]" if preprocessing["channels"] == 1 else ".transpose(2, 0, 1)[None]",
+        "mean": preprocessing["mean"],
+        "std": preprocessing["std"],
         "turn": "[:, [2, 1, 0]]  # BGR" if is_bgr else "",
         "network": "ConvNextV2ForImageClassification" if has_head else "ConvNextV2Model",
         "call": _CALLS.get(form, ("", ""))[0 if has_head else 1],
