@@ -24,11 +24,12 @@ class RuleConfig(Strict):
     lr_scale: Factor | None = None  # multiplies the scale of layer decay
     weight_decay: Factor | None = None  # fixed, not scheduled; also for vectors
     freeze_steps: Count | None = None  # the first updates, which leave the parameters unchanged
+    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=3)] | None = None  # fixed: no schedule changes them
 
     @model_validator(mode="after")
     def _sets_something(self) -> "RuleConfig":
-        if self.lr_scale is None and self.weight_decay is None and self.freeze_steps is None:
-            raise ValueError(f"{self.match!r} sets nothing; give lr_scale, weight_decay or freeze_steps")
+        if len(self.model_dump(exclude_none=True)) == 1:
+            raise ValueError(f"{self.match!r} sets nothing; give lr_scale, weight_decay, freeze_steps or betas")
         return self
 
 

@@ -6,7 +6,7 @@ precedence.
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -16,8 +16,6 @@ from optim.layer_decay import layer_scales
 from optim.schedules import GroupValues
 from utils.errors import UserError, close_names
 
-_RULE_FIELDS = ("lr_scale", "weight_decay", "freeze_steps")
-
 
 class _Settings(NamedTuple):
     """The settings of a group."""
@@ -26,6 +24,7 @@ class _Settings(NamedTuple):
     decays: bool
     fixed_decay: float | None  # from a rule; None: scheduled
     freeze_steps: int
+    fixed_betas: tuple[float, ...] | None  # from a rule; None: the optimiser's, and beta1 may be scheduled
 
 
 def is_vector(parameter: nn.Parameter) -> bool:
@@ -37,8 +36,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
     """Return the optimiser groups of a task's trainable parameters.
 
     networks: the trained networks by name; layer decay applies within each, and other parameters have scale 1. Beside
-    the optimiser's keys, a group has `names`, `lr_scale`, `decays`, `fixed_decay` and `freeze_steps`. Raises UserError
-    (`optim.rules`) if a rule matches nothing, two rules conflict, or all parameters are frozen at first.
+    the optimiser's keys, a group has `names` and the fields of _Settings. Raises UserError (`optim.rules`) if a rule
+    matches nothing, two rules conflict, or all parameters are frozen at first.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -62,18 +61,21 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
             lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
             decays=fixed is None and not is_vector(parameter),
             fixed_decay=fixed,
-            freeze_steps=int(rule.get("freeze_steps", 0)),
+            freeze_steps=rule.get("freeze_steps", 0),
+            fixed_betas=tuple(rule["betas"]) if "betas" in rule else None,
         )
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
+        if settings.fixed_betas:
+            group["betas"] = settings.fixed_betas
         group["params"].append(parameter)
         group["names"].append(name)
-    ordered = sorted(groups, key=lambda key: (key.lr_scale, key.decays, key.fixed_decay or 0.0, key.freeze_steps))
+    ordered = sorted(groups, key=lambda key: [value or 0.0 for value in key[:4]] + list(key.fixed_betas or ()))
     return [groups[settings] for settings in ordered]
 
 
-def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, float]]:
+def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, Any]]:
     """Return the fields that the rules set, by parameter."""
-    settings: dict[str, dict[str, float]] = {name: {} for name in names}
+    settings: dict[str, dict[str, Any]] = {name: {} for name in names}
     sources: dict[tuple[str, str], str] = {}
     for index, rule in enumerate(rules):
         matched = [name for name in names if fnmatch.fnmatchcase(name, rule.match)]
@@ -81,7 +83,7 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
             raise UserError(
                 f"optim.rules.{index}.match: {rule.match!r} matches no parameter; {close_names(rule.match, names)}"
             )
-        fields = {field: value for field in _RULE_FIELDS if (value := getattr(rule, field)) is not None}
+        fields = rule.model_dump(exclude={"match"}, exclude_none=True)
         for name in matched:
             for field, value in fields.items():
                 if field in settings[name]:
@@ -94,28 +96,29 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
 
 
 def groups_table(groups: list[dict]) -> str:
-    """Return the groups as a table: rate scale, weight decay, frozen steps, tensors, parameters, an example."""
-    lines = [f"{'lr scale':>9}  {'decay':<7}  {'frozen':>6}  {'tensors':>7}  {'parameters':>12}  first"]
+    """Return the groups as a table: rate scale, weight decay, frozen steps, betas, tensors, parameters, an example."""
+    lines = [f"{'lr scale':>9}  {'decay':<7}  {'frozen':>6}  {'betas':<12}  {'tensors':>7}  {'parameters':>12}  first"]
     for group in groups:
         count = sum(parameter.numel() for parameter in group["params"])
         fixed = group["fixed_decay"]
         decay = f"{fixed:g}" if fixed is not None else "yes" if group["decays"] else "no"
         lines.append(
-            f"{group['lr_scale']:>9.5f}  {decay:<7}  {group['freeze_steps']:>6}  {len(group['names']):>7}  "
+            f"{group['lr_scale']:>9.5f}  {decay:<7}  {group['freeze_steps']:>6}  "
+            f"{', '.join(map(str, group['fixed_betas'] or ())):<12}  {len(group['names']):>7}  "
             f"{count:>12,}  {group['names'][0]}"
         )
     return "\n".join(lines)
 
 
 def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
-    """Set every group's lr times its scale, weight decay, and momentum or beta1 (Muon has both)."""
+    """Set every group's lr times its scale, weight decay, and momentum or beta1 (Muon has both) unless fixed."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
         fixed = group["fixed_decay"]
         group["weight_decay"] = fixed if fixed is not None else values.weight_decay if group["decays"] else 0.0
         if values.momentum is None:
             continue
-        if "betas" in group:
+        if "betas" in group and group["fixed_betas"] is None:
             group["betas"] = (values.momentum, *group["betas"][1:])
         if "momentum" in group:
             group["momentum"] = values.momentum

@@ -1,6 +1,7 @@
 """Base class of optimisers that step on vectors of many parameters and can skip a step on the device."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ class VectorOptimizer(torch.optim.Optimizer):
     """Step on each group in parts. A part joins the memory of several parameters to one vector.
 
     State of a parameter: `averages`, with its shape, dtype and layout, and `step`, a float32 scalar on its device. All
-    groups have the same betas and eps; parameters of one group have made the same number of steps.
+    groups have the same eps; parameters of one group have made the same number of steps.
 
     train_step sets `found_inf`, a device scalar (1: the step changes no tensor, without a host synchronisation), and
     `update`, the update's number.
@@ -60,9 +61,13 @@ class VectorOptimizer(torch.optim.Optimizer):
         torch.ops.aten._foreach_add_.Tensor([step for group in steps for step in group], keep)
         # float32 would lose digits of 1 - beta**count.
         counts = torch.stack([group[0] for group in steps]).clamp(min=1).double()
-        factors = self.factors(counts, keep.double().expand_as(counts), members[0][0])
+        columns: list[Tensor] = []
+        for _, run in groupby(members, key=lambda member: member[0]["betas"]):  # usually all groups
+            (group, _), *others = run
+            part = counts[len(columns) : len(columns) + 1 + len(others)]
+            columns += self.factors(part, keep.double().expand_as(part), group).unbind(1)
         number = 0
-        for (group, parameters), column in zip(members, factors.unbind(1)):
+        for (group, parameters), column in zip(members, columns):
             column = column.to(torch.promote_types(parameters[0].dtype, torch.float32))
             for part in _parts(map(self._vectors, parameters), PART_ELEMENTS[column.device.type]):
                 columns = list(zip(*part))

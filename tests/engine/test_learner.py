@@ -1,17 +1,20 @@
 """The learner alone, without a run folder: it learns, its state round-trips, names freeze what they say."""
 
+import copy
 from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from torch.func import functional_call
+from torch.nn import functional as F
 
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import choose_runtime
 from engine.step import LossScale
-from engine.task import Task, checkpointed_state
+from engine.task import StepOutput, Task, checkpointed_state
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.in_process import SHORT, SMALL_MODEL, configure
@@ -127,6 +130,57 @@ def test_half_of_a_network_is_frozen_by_its_dotted_name():
     ]  # fmt: skip
     assert task.network["decoder"].training and not task.network["encoder"].training
     assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
+
+
+class Players(Task):
+    """A generator and a discriminator, each with its own loss, in one optimiser."""
+
+    trained = exported = ("generator", "discriminator")
+    averaged = {}
+
+    def __init__(self):
+        super().__init__()
+        self.generator, self.discriminator = (
+            nn.Sequential(nn.Linear(3, 8), nn.SiLU(), nn.Linear(8, width)) for width in (3, 1)
+        )
+
+    def fool(self, fake):
+        # The generator's loss, without gradients of the discriminator.
+        frozen = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        return F.softplus(-functional_call(self.discriminator, frozen, fake))[:, 0]
+
+    def judge(self, real, fake):
+        # The discriminator's loss, without gradients of the generator.
+        return (F.softplus(-self.discriminator(real)) + F.softplus(self.discriminator(fake.detach())))[:, 0]
+
+    def forward(self, batch, progress):
+        fake = self.generator(batch["noise"])
+        return StepOutput(self.fool(fake) + self.judge(batch["real"], fake))
+
+
+def test_two_players_in_one_optimiser_move_as_in_two_passes_with_two_optimisers():
+    rules = 'optim.rules=[{match: "discriminator.*", lr_scale: 4, betas: [0.0, 0.99]}]'
+    settings = [*OURS, *SHORT, "optim=adamw", "optim.weight_decay=0", rules, "loop.clip_grad_norm=null"]
+    config, _ = configure("finetune", [*settings, "runtime.precision=fp32", "schedule=constant"])
+    torch.manual_seed(0)
+    task = Players()
+    alone, plan = copy.deepcopy(task), Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
+    learner = Learner(task, config, plan, choose_runtime(config.runtime))
+    options = {"weight_decay": 0.0, "eps": config.optim.eps, "fused": True}
+    for_generator = torch.optim.AdamW(alone.generator.parameters(), plan.lr, tuple(config.optim.betas), **options)
+    for_discriminator = torch.optim.AdamW(alone.discriminator.parameters(), 4 * plan.lr, (0.0, 0.99), **options)
+    for _ in range(3):
+        batch = {"real": torch.randn(BATCH, 3), "noise": torch.randn(BATCH, 3), "weight": torch.ones(BATCH)}
+        learner.update([batch])
+        fake = alone.generator(batch["noise"])
+        losses = alone.fool(fake), alone.judge(batch["real"], fake)
+        for optimizer, loss in zip((for_generator, for_discriminator), losses):
+            optimizer.zero_grad()
+            (loss.sum() / BATCH).backward()
+        for_generator.step()
+        for_discriminator.step()
+    found, expected = task.state_dict(), alone.state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
 def test_the_state_of_another_network_is_refused():

@@ -56,6 +56,25 @@ def bits(model, optimizer):
     return {name: tensor.detach().reshape(-1).view(torch.uint8).numpy().tobytes() for name, tensor in tensors.items()}
 
 
+@pytest.mark.parametrize("file", ["adamw", "adan"])
+def test_a_rule_gives_its_parameters_other_betas_and_a_schedule_keeps_them(file):
+    """Each parameter moves as under an optimiser that has these betas for all."""
+    betas = config(file).betas
+    other, moved = [0.5, *betas[1:]], []
+    for changes in ({"rules": [{"match": "2.*", "betas": other}]}, {}, {"betas": other}):
+        model = network()
+        optimizer = build(file, model, **changes)
+        for step in range(3):
+            if "rules" in changes:
+                set_group_values(optimizer, GroupValues(0.05, 0.1, momentum=betas[0]))
+            set_gradients(model, step)
+            optimizer.step()
+        moved.append(dict(model.named_parameters()))
+    ruled, usual, others = moved
+    assert all(torch.equal(ruled[name], (others if name[0] == "2" else usual)[name]) for name in ruled)
+    assert not torch.equal(usual["2.weight"], others["2.weight"])
+
+
 @pytest.mark.parametrize(("steps_before", "poison"), [(0, float("nan")), (4, float("inf")), (4, None)])
 @pytest.mark.parametrize("name", SKIPPING)
 def test_found_inf_leaves_parameters_and_state_bit_for_bit(name, steps_before, poison):
@@ -111,3 +130,10 @@ def test_timms_optimisers_are_built_and_step(opt):
 def test_what_timm_refuses_is_refused_with_its_key(opt, extra, schedule, message):
     with pytest.raises(UserError, match=f"^{message}"):
         check_optimizer(config("timm", opt=opt, extra=extra), schedule)
+
+
+@pytest.mark.parametrize(("file", "count"), [("sgd", "none"), ("adan", 3), ("adamw", 2)])
+def test_a_rule_needs_as_many_betas_as_the_optimiser_has(file, count):
+    rules = [{"match": "*", "betas": [0.5] * (2 if count != 2 else 3)}]
+    with pytest.raises(UserError, match=rf"^optim\.rules\.0\.betas: .*={file} takes {count};"):
+        check_optimizer(config(file, rules=rules), CONSTANT)
