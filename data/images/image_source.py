@@ -16,15 +16,14 @@ from pathlib import Path
 import torch
 from fsspec.spec import AbstractFileSystem
 
-from data.collection.collection import Collection, Row
+from data.collection.collection import Collection
 from data.images.decode import Decoder
 from data.images.image_formats import CUT_OFF, NOT_OPENED, read_file
 from data.layouts.remote import is_remote, open_store
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage, join_ranges
 
 TAR = ".tar"
-HEADER_BYTES = 512  # header of a tar member, before its content
-MISPLACED = "the shard has other content there"
+DAMAGED_SHARD = "the shard has other bytes there"
 NO_ANSWER = "the store did not return the bytes"
 _OPEN_SHARDS = 64  # open shards per process
 _PATIENCE_SEC = 120  # for a batch, including the store's retries
@@ -67,10 +66,9 @@ class _Shards(_Files):
         return self.range_of(row, self._root)
 
     def range_of(self, row: int, folder: str) -> FileRange:
-        """Return the byte range of a row below a folder, including the tar header in shards of job=pack."""
+        """Return the byte range of a row below a folder."""
         view = self.collection.row(row)
-        lead = HEADER_BYTES if _has_header(view) else 0
-        return FileRange(os.path.join(folder, view.shard), view.offset - lead, view.length + lead)
+        return FileRange(os.path.join(folder, view.shard), view.offset, view.length)
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row."""
@@ -80,25 +78,18 @@ class _Shards(_Files):
             content = os.pread(shard.fileno(), length, offset)
         except OSError as error:
             raise UnreadableImage(self.name_of(row), NOT_OPENED, f"{type(error).__name__}: {error.strerror}") from error
-        return self.check(row, content, length)
+        return self.check(row, content)
 
-    def check(self, row: int, content: bytes, length: int) -> bytes:
-        """Return the content without its header. Raises UnreadableImage if it is cut off or another image."""
-        if len(content) < length:
-            detail = f"the shard ends after {len(content):,} of {length:,} bytes"
-            raise UnreadableImage(self.name_of(row), CUT_OFF, detail)
+    def check(self, row: int, content: bytes) -> bytes:
+        """Return the content. Raises UnreadableImage if it is cut off, or its SHA-256 is not the manifest's."""
         view = self.collection.row(row)
-        if not _has_header(view):
-            return content
-        key = member_key(view.path)
-        if not content.startswith(key.encode()):
-            raise UnreadableImage(self.name_of(row), MISPLACED, f"not {key}; pack the collection again")
-        return content[HEADER_BYTES:]
-
-
-def _has_header(view: Row) -> bool:
-    """Return whether the row's shard is from job=pack, with a header that has the row's key."""
-    return view.shard.endswith(TAR) and not view.path.startswith(f"{view.shard}/")
+        if len(content) < view.length:
+            detail = f"the shard ends after {len(content):,} of {view.length:,} bytes"
+            raise UnreadableImage(self.name_of(row), CUT_OFF, detail)
+        if view.sha256 not in (None, digest := hashlib.sha256(content).hexdigest()):
+            detail = f"SHA-256 {digest}, not {view.sha256} of the manifest; copy the shard again, or pack again"
+            raise UnreadableImage(self.name_of(row), DAMAGED_SHARD, detail)
+        return content
 
 
 class _RemoteShards(_Shards):
@@ -125,7 +116,7 @@ class _RemoteShards(_Shards):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"within {_PATIENCE_SEC} s") from error
         if isinstance(content, Exception):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
-        return self.check(row, content, self.range_of(row, "").length)
+        return self.check(row, content)
 
     def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
         files, folder = open_store(str(self.collection.root))
@@ -153,7 +144,7 @@ def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> 
 
 
 def member_key(path: str) -> str:
-    """Return the member name (without suffix) for a path in a packed shard, which lets readers check the index."""
+    """Return the member name (without suffix) for a path in a packed shard, which is unique."""
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
