@@ -28,7 +28,7 @@ import yaml
 from pydantic import TypeAdapter
 from torch.profiler import ProfilerActivity, profile
 
-from engine.config import LoopConfig, RuntimeConfig, TrainingConfig
+from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
 from engine.run import Run
 from engine.runtime import Runtime, choose_runtime
@@ -174,11 +174,6 @@ def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
     values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
     values.pop("defaults", None)  # what a task chooses of other groups
     return TypeAdapter(kind).validate_python(values)
-
-
-def bench_loop() -> LoopConfig:
-    """Return the loop's configuration of a run in which nothing is due."""
-    return read_group(LoopConfig, "loop", "default", **BENCH_LOOP)
 
 
 def runtime_of(precision: str) -> Runtime:

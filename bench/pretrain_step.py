@@ -2,22 +2,20 @@
 
 python bench/pretrain_step.py [quick]        (on an idle machine; quick: the smallest network, not compiled)
 
-Both sides run `train_step` with AdamW on the same weights, images and masks. `bound`: the ratio of their multiply-adds,
-counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of the bytes that autograd
-keeps for the backward pass, each storage counted once, without parameters.
+Both sides run `Learner.update` with AdamW on the same weights, images and masks. `bound`: the ratio of their
+multiply-adds, counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of the bytes that
+autograd keeps for the backward pass, each storage counted once, without parameters.
 """
 
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-from types import SimpleNamespace
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Comparison, read_group, repeated, run_bench, runtime_of
-from engine.step import Buffers, LossScale, train_step
+from bench.measure import Comparison, build_bench_run, read_group, repeated, run_bench, runtime_of
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -72,19 +70,11 @@ def saved_bytes(task, batch, runtime):
     return found
 
 
-def stepper(task, batch, runtime):
-    """Return a function that makes one whole step of the engine."""
-    optimizer, scale = torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True), LossScale(runtime)
-    learner = SimpleNamespace(
-        model=task, task=task, buffers=Buffers(task), optimizer=optimizer, scale=scale, runtime=runtime, seed=0,
-        clip_grad_norm=None, step=0,
-    )  # fmt: skip
-
-    def step(number):
-        learner.step = number
-        train_step(learner, [batch], 0.0)
-
-    return step
+def stepper(task, batch, precision):
+    """Return a function that makes one whole update."""
+    machine = {"device": "auto", "precision": precision, "deterministic": False}
+    run = build_bench_run(task, batch_size=len(batch["weight"]), runtime=machine, loop={"clip_grad_norm": None})
+    return lambda number: run.learner.update([batch])
 
 
 def comparisons(device, quick):
@@ -100,7 +90,7 @@ def comparisons(device, quick):
             for task in tasks.values():
                 if compiled:
                     task.compile()
-            steps = {name: stepper(task, batch, runtime) for name, task in tasks.items()}
+            steps = {name: stepper(task, batch, precision) for name, task in tasks.items()}
             facts = {
                 "bound": round(flops["sparse"] / flops["dense"], 3),
                 "activation_memory": round(memory["sparse"] / memory["dense"], 3),

@@ -1,4 +1,4 @@
-"""What train_step costs over a loop written by hand: same network, batch, optimiser and precision, in one run.
+"""What an update costs over a loop written by hand: same network, batch, optimiser and precision, in one run.
 
 python bench/step_overhead.py [quick]            (`make bench`; on an idle machine)
 
@@ -7,7 +7,6 @@ The hand-written side does what a minimal script does: forward, mean, backward, 
 
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -15,33 +14,25 @@ import torch
 from torch.nn import functional as F
 
 from bench.finetune_step import make_batch, make_task
-from bench.measure import Comparison, repeated, run_bench, runtime_of
-from engine.recorder import Meter
-from engine.step import Buffers, LossScale, train_step
+from bench.measure import Comparison, build_bench_run, repeated, run_bench
 
 SIZE, BATCH, STEPS = 64, 32, 15
 
 
 def make(device):
-    """Return a task and its optimiser, alike on both sides."""
-    task = make_task("convnextv2_atto", SIZE, label_smoothing=0.0).to(device)
-    return task, torch.optim.AdamW(task.parameters(), lr=1e-4, fused=True)
+    """Return the task, alike on both sides."""
+    return make_task("convnextv2_atto", SIZE, label_smoothing=0.0).to(device)
 
 
 def comparisons(device, quick):
     """Yield the one comparison."""
-    runtime, steps, batch = runtime_of("fp32"), 2 if quick else STEPS, make_batch(SIZE, BATCH, device)
-    ours, our_optimizer = make(device)
-    plain, plain_optimizer = make(device)
-    meter, progress = Meter(device), torch.zeros((), device=device)
-    learner = SimpleNamespace(
-        task=ours, model=ours, buffers=Buffers(ours), optimizer=our_optimizer, scale=LossScale(runtime), seed=0,
-        clip_grad_norm=1.0, runtime=runtime,
-    )  # fmt: skip
+    steps, batch, plain = 2 if quick else STEPS, make_batch(SIZE, BATCH, device), make(device)
+    plain_optimizer = torch.optim.AdamW(plain.parameters(), lr=1e-4, fused=True)
+    machine = {"device": "auto", "precision": "fp32", "deterministic": False}
+    run = build_bench_run(make(device), batch_size=BATCH, runtime=machine)
 
     def our_step(step):
-        learner.step = step
-        meter.add(train_step(learner, [batch], progress))
+        run.recorder.log_meter.add(run.learner.update([batch]))
 
     def plain_step(step):
         loss = F.cross_entropy(plain.network(plain.normalise(batch["images"])), batch["labels"])
@@ -50,7 +41,7 @@ def comparisons(device, quick):
         plain_optimizer.step()
         plain_optimizer.zero_grad(set_to_none=True)
 
-    sides = {"train_step": repeated(our_step, steps), "by hand": repeated(plain_step, steps)}
+    sides = {"update": repeated(our_step, steps), "by hand": repeated(plain_step, steps)}
     yield Comparison(f"convnextv2_atto, {BATCH} x {SIZE} px, fp32", sides, steps)
 
 

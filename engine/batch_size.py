@@ -28,14 +28,6 @@ log = get_logger(__name__)
 _SIZES = TypeAdapter(dict[str, dict[str, Annotated[int, Field(ge=1)]]])
 
 
-class OutOfMemory(Exception):
-    """A pass over a micro-batch ran out of memory; no state has changed."""
-
-    def __init__(self, batch: Batch) -> None:
-        super().__init__("out of memory")
-        self.shape, self.size = shape_of(batch), len(batch["weight"])
-
-
 def shape_of(batch: Batch) -> str:
     """Return the shape of one sample in a batch's largest field, such as `3x224x224`."""
     largest = max(batch.values(), key=lambda tensor: tensor.numel())

@@ -30,7 +30,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from engine.config import LoopConfig, TrainingConfig
+from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.parallel import is_sharded
 from utils.config.recipe import check_resumable
@@ -102,8 +102,8 @@ class Saver:
     thread logs would inherit the logger's lock.
     """
 
-    def __init__(self, folder: RunFolder, loop: LoopConfig, helpers: dict[str, str]) -> None:
-        self.folder, self._helpers, self._loop = folder, helpers, loop
+    def __init__(self, folder: RunFolder, config: TrainingConfig, helpers: dict[str, str]) -> None:
+        self.folder, self._helpers, self._loop = folder, helpers, config.loop
         self._thread: threading.Thread | None = None
         self._error: Exception | None = None
         self._saved_at, self._has_asked = time.monotonic(), False

@@ -11,18 +11,28 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.batch_size import MicroBatches, OutOfMemory, shape_of
+from engine.batch_size import MicroBatches, shape_of
 from engine.config import TrainingConfig
-from engine.parallel import wrap_task
+from engine.parallel import no_sync, take_gradients, wrap_task
 from engine.plan import Plan
 from engine.runtime import Runtime
-from engine.step import NOTHING, Asks, Buffers, LossScale, StepResult, fits_alone, train_step
+from engine.step import (
+    StepResult,
+    add_up,
+    clip_gradients,
+    first_scale,
+    forward_backward,
+    next_scale,
+    reduce_figures,
+)
 from engine.task import Task, checkpointed_state, join_exported, networks_of, split_exported
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
-from optim.groups import build_groups, set_group_values
+from optim.groups import build_groups, drop_frozen_gradients, set_group_values
 from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
+from optim.vectors import flat_view
+from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
@@ -31,11 +41,13 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 Tensors = dict[str, dict[str, Tensor]]  # by group and name
+_TINY = torch.finfo(torch.float32).tiny
 
 
 class Learner:
     """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
 
+    `update` is the only forward pass, backward pass and optimiser step (its parts: engine/step.py).
     model: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
     exported.
     """
@@ -46,14 +58,14 @@ class Learner:
         if config.optim.name == "adamw" and config.optim.bf16_weights:
             _store_in_bf16(task, runtime)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
-        self.buffers = Buffers(task)
+        self._buffers = _Buffers(task)
         groups = build_groups(task, networks_of(task, task.trained), config.optim)
         for group in groups:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
-        self.scale = LossScale(runtime)
+        self.scale = first_scale(runtime)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
             self.averages = Averages(networks_of(task, task.averaged), task.averaged)
@@ -63,25 +75,73 @@ class Learner:
         )  # fmt: skip
         self.micro_batches = MicroBatches(plan.micro_batch_size, halves=config.loop.on_out_of_memory == "halve")
 
-    def update(self, batches: Sequence[Batch], asks: Asks = NOTHING) -> StepResult:
-        """Make one update from this rank's micro-batches; halve them when the device runs out of memory."""
+    def update(self, batches: Sequence[Batch], asks: Sequence[bool] = ()) -> StepResult:
+        """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
+
+        asks: requests of this rank, which `StepResult.asked` counts. No host synchronisation, except one for optimisers
+        that cannot skip on the device.
+        """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.schedule.at(self.step))
+        before = self._buffers.copy()
         while True:
+            parts, passes = self.micro_batches.split(batches), []
+            weight = distributed.all_reduce_sum(add_up([part["weight"].sum() for part in parts]))
+            # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
+            factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
             try:
-                result = train_step(self, self.micro_batches.split(batches), progress, asks)
+                for number, part in enumerate(parts):
+                    rng.seed_micro_step(self.seed, self.step, number, distributed.rank(), self.runtime.device)
+                    with no_sync(self.model, last=number == len(parts) - 1):
+                        passes.append(forward_backward(self.model, part, progress, factor, self.runtime))
                 break
-            except OutOfMemory as error:
-                shape, size = error.shape, error.size  # the error would keep the activations in memory
-            if self.runtime.device.type == "cuda":
-                torch.cuda.empty_cache()
-            self.micro_batches.halve(shape, size, everywhere=not distributed.is_distributed())
+            except torch.OutOfMemoryError:
+                pass  # the error holds the activations
+            self._undo_passes(before)
+            self.micro_batches.halve(shape_of(part), len(part["weight"]), everywhere=not distributed.is_distributed())
+        result = self._apply_gradients(passes, weight, before, asks)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
             self.averages.update(ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup), result.applied)
         self.step += 1
         return result
+
+    def _apply_gradients(
+        self, passes: Sequence[Any], weight: Tensor, before: Sequence[Tensor], asks: Sequence[bool]
+    ) -> StepResult:
+        """Clip the gradients and step, or skip the update. passes: of `forward_backward`; before: the buffers."""
+        optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
+        # The optimiser holds all trained parameters (optim/groups.py).
+        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+        drop_frozen_gradients(optimizer, self.step)
+        grads = take_gradients(parameters)
+        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        inverse_scale = 1.0 / self.scale["scale"] if self.runtime.precision == "fp16" else None
+        if inverse_scale is not None:
+            norm = norm * inverse_scale
+        rows_only = isinstance(parameters[0], sharded.Part)
+        sums, norm, bad, asked = reduce_figures(add_up(figures), names[0], weight, norm, asks, rows_only=rows_only)
+        clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
+        found_inf = bad.float()
+        applied = 1.0 - found_inf
+        if skips_on_device(optimizer):
+            optimizer.found_inf, optimizer.update = found_inf, self.step
+            optimizer.step()
+        elif not bad:  # a host synchronisation
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        self._buffers.put_back(before, bad)
+        if inverse_scale is not None:
+            self.scale = next_scale(self.scale, applied, weight)
+        return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)
+
+    def _undo_passes(self, before: Sequence[Tensor]) -> None:
+        """Drop the gradients and restore the buffers after passes that ran out of memory."""
+        self.optimizer.zero_grad(set_to_none=True)
+        self._buffers.put_back(before)
+        if self.runtime.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def rehearse(self, trials: Iterable[Batch]) -> None:
         """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
@@ -90,12 +150,26 @@ class Learner:
         # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
         reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         for trial in trials:
-            while not all(distributed.gather_objects(fits_alone(self, part := self.micro_batches.split([trial])[0]))):
+            while not all(distributed.gather_objects(self._fits(part := self.micro_batches.split([trial])[0]))):
                 self.micro_batches.halve(shape_of(part), len(part["weight"]))
         del reserve
         if device.type == "cuda":
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats(device)
+
+    def _fits(self, batch: Batch) -> bool:
+        """Return whether a pass over a micro-batch fits this rank's memory; no rank waits, and no state changes."""
+        device, before = self.runtime.device, self._buffers.copy()
+        one = torch.ones((), device=device)
+        try:
+            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), distributed.alone():
+                forward_backward(self.task, batch, 0 * one, one, self.runtime)
+            return True
+        except torch.OutOfMemoryError:
+            return False
+        finally:
+            self.optimizer.zero_grad(set_to_none=True)
+            self._buffers.put_back(before)
 
     def sync_buffers(self) -> None:
         """Broadcast the buffers (batch statistics) and their averages from rank 0, before they are read."""
@@ -117,7 +191,7 @@ class Learner:
         rank 0; other ranks get empty groups.
         """
         tensors, others = optimizer_state(self.optimizer)
-        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale.state_dict()}
+        groups = {**self._task_groups(), "optimizer": tensors, "scale": self.scale}
         return {name: sharded.gather_parts(group) for name, group in groups.items()}, others
 
     def _task_groups(self) -> Tensors:
@@ -138,7 +212,7 @@ class Learner:
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
-        for group, current in {**self._task_groups(), "scale": self.scale.state_dict()}.items():
+        for group, current in {**self._task_groups(), "scale": self.scale}.items():
             expected, saved = (
                 {(name, tensor.shape, tensor.dtype) for name, tensor in part.items()}
                 for part in (current, tensors.get(group, {}))
@@ -153,9 +227,30 @@ class Learner:
         saved = join_exported(self.task, tensors["weights"], tensors["task"])
         for name, tensor in checkpointed_state(self.task).items():
             sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
-        self.scale.load_state_dict(tensors["scale"])
+        self.scale = {name: tensor.to(self.runtime.device) for name, tensor in tensors["scale"].items()}
         if self.averages is not None:
             self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))
+
+
+class _Buffers:
+    """A task's checkpointed buffers, such as batch statistics, packed by dtype so that a few kernels copy them all."""
+
+    def __init__(self, task: Task) -> None:
+        self._flat: dict[torch.dtype, list[Tensor]] = {}
+        names = dict(task.named_buffers()).keys()
+        for name, tensor in checkpointed_state(task).items():
+            if name in names:
+                self._flat.setdefault(tensor.dtype, []).append(flat_view(tensor))
+
+    def copy(self) -> list[Tensor]:
+        """Return a copy of the values."""
+        return [torch.cat(flat) for flat in self._flat.values()]
+
+    def put_back(self, values: Sequence[Tensor], where: Tensor | None = None) -> None:
+        """Restore a copy if the device scalar `where` is true. None: always, without further memory."""
+        for flat, before in zip(self._flat.values(), values):
+            chosen = before if where is None else torch.where(where, before, torch.cat(flat))
+            torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
 
 
 def _store_in_bf16(task: Task, runtime: Runtime) -> None:

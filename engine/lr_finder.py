@@ -25,14 +25,13 @@ import torch
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.recorder import Recorder
-from engine.step import Asks, Stopped
 from engine.task import checkpointed_state
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
-from utils.ranks.signals import StopRequest
+from utils.ranks.signals import Stopped, StopRequest
 from utils.record.logging import get_logger
 from utils.record.progress import counting
 
@@ -90,7 +89,7 @@ def undone(learner: Learner) -> Iterator[None]:
     tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in parts]
     optimizer, device = copy.deepcopy(learner.optimizer.state_dict()), learner.runtime.device
     others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
-    learner.averages, learner.scale = None, copy.deepcopy(learner.scale)
+    learner.averages = None
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             yield
@@ -126,7 +125,7 @@ def range_test(
             values = GroupValues(rate_at(number, steps), decay)
             learner.schedule = SimpleNamespace(at=lambda step, values=values: values, progress_at=lambda step: 0.0)
             set_peak_lr(learner.optimizer, values.lr)
-            result = learner.update(next(batches), Asks(stop=stop.requested))
+            result = learner.update(next(batches), [stop.requested])
             if result.asked[0] > 0:
                 raise Stopped
             report(number + 1, steps)

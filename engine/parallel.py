@@ -34,7 +34,7 @@ _pytree.register_dataclass(StepOutput)  # torch before 2.15 needs this to find t
 
 
 def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runtime) -> nn.Module:
-    """Move the task to the device, wrap it for the ranks and compile it. Return the module that train_step calls."""
+    """Move the task to the device, wrap it for the ranks and compile it. Return the module that the learner calls."""
     if config.sync_batchnorm and distributed.is_distributed():
         if runtime.device.type != "cuda":
             raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")

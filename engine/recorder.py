@@ -41,7 +41,7 @@ _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 
 # ------------------------------------------------------------------------------------------- means, seconds and memory
 
 
-class Meter:
+class _Meter:
     """Sum (sum, count) pairs in float64; `means` is the only host synchronisation."""
 
     def __init__(self, device: torch.device) -> None:
@@ -119,7 +119,7 @@ class Recorder:
         self.bar = Bar("training", plan.total_steps)
         self.skips = SkipWatch(config.loop.max_skipped_steps)
         self._device = learner.runtime.device
-        self.log_meter, self.epoch_meter = Meter(self._device), Meter(self._device)
+        self.log_meter, self.epoch_meter = _Meter(self._device), _Meter(self._device)
         self._tracking, self._plan, self._learner = config.tracking, plan, learner
         self._metrics: MetricsLog | None = None
         self._samples: SampleLog | None = None

@@ -1,16 +1,17 @@
 """A run: the training loop, evaluation, saving and resuming.
 
-Run.fit -> train_one_epoch -> Learner.update -> train_step (engine/step.py) -> task(batch, progress)
+Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/step.py) -> task(batch, progress)
 """
 
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
@@ -20,14 +21,13 @@ from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.runtime import Runtime
-from engine.step import Asks, Stopped, Vote
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable
 from utils.contracts import Batch
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
-from utils.ranks.signals import StopRequest
+from utils.ranks.signals import Stopped, StopRequest
 from utils.record.figures import show_duration, show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -43,17 +43,10 @@ def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
     return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
 
 
-@dataclass
-class Best:
-    """The best evaluation so far: the value of the task's best_metric, and its step."""
-
-    value: float | None = None
-    step: int | None = None
-
-
 class Run:
     """One run: learner, recorder, saver and progress.
 
+    best_value, best_step: the task's best_metric at the best evaluation so far, and its step; None before the first.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
     range test. All are checkpointed.
     """
@@ -70,10 +63,12 @@ class Run:
         }
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
-        self.saver = Saver(folder, config.loop, helpers)
-        self.best, self.last_report, self.last_evaluated = Best(), dict[str, float](), 0
+        self.saver = Saver(folder, config, helpers)
+        self.best_value: float | None = None
+        self.best_step: int | None = None
+        self.last_report, self.last_evaluated = dict[str, float](), 0
         self.found_lr: float | None = None
-        self.stop, self.vote = StopRequest(), Vote()
+        self.stop, self._vote = StopRequest(), _Vote()
 
     @property
     def step(self) -> int:
@@ -84,9 +79,9 @@ class Run:
     def has_stalled(self) -> bool:
         """Whether the best evaluation is `loop.early_stop_epochs` or more before the newest one."""
         patience, plan = self.config.loop.early_stop_epochs, self.plan
-        if patience is None or self.best.step is None:
+        if patience is None or self.best_step is None:
             return False
-        return plan.epoch_at(self.last_evaluated) - plan.epoch_at(self.best.step) >= patience - 1e-9
+        return plan.epoch_at(self.last_evaluated) - plan.epoch_at(self.best_step) >= patience - 1e-9
 
     @property
     def is_complete(self) -> bool:
@@ -139,14 +134,14 @@ class Run:
             # 2. The update.
             recorder.phase(learner.step, "computing", batches[0])
             is_due = self.saver.is_due()
-            result = learner.update(batches, Asks(self.stop.requested, is_due))
+            result = learner.update(batches, [self.stop.requested, is_due])
 
             # 3. The record.
             step = learner.step
             recorder.add_step(step, batches, result)
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
-            asked = self.vote.read(result.asked, Asks(self.stop.requested, is_due))
+            stops, saves = self._vote.read(result.asked, (self.stop.requested, is_due))
             evaluates = plan.is_due(step, plan.evaluate_every_epochs)
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             logs = step % loop.log_every_steps == 0 or may_end
@@ -159,11 +154,11 @@ class Run:
             last = self.is_complete
             if step == end or last:
                 recorder.end_epoch(step, epoch, self.last_report)
-            if step % loop.checkpoint_every_steps == 0 or any(asked) or last:
-                self.save(last=last or asked.stop)
+            if step % loop.checkpoint_every_steps == 0 or stops or saves or last:
+                self.save(last=last or stops)
             if last:
                 return
-            if asked.stop:
+            if stops:
                 raise Stopped
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
@@ -185,15 +180,15 @@ class Run:
         averaged = learner.exports_average
         with learner.averages.swapped() if averaged else nullcontext():
             report = self.measure()
-            value, best = report.scalars[learner.task.best_metric], self.best.value
+            value, best = report.scalars[learner.task.best_metric], self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
             if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
-                self.best = Best(value, step)
+                self.best_value, self.best_step = value, step
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step
         recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
-        shown += [] if self.best.value is None else [f"best {self.best.value:.4g}"]
+        shown += [] if self.best_value is None else [f"best {self.best_value:.4g}"]
         log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
         recorder.add_report(step, report)
         if step > 0:  # a run without steps has no curves
@@ -243,7 +238,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
-            "best": asdict(self.best),
+            "best": {"value": self.best_value, "step": self.best_step},
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
@@ -263,7 +258,7 @@ class Run:
             optimizer = None
         learner.load_state(read_groups(path, state), optimizer, str(path))
         learner.step, learner.task.origin = state["step"], state["origin"]
-        self.best = Best(**state["best"])
+        self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
         self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
@@ -275,23 +270,24 @@ class Run:
 
     def close(self, *, finished: bool) -> None:
         """Write the run's result for its sweep, and close the recorder."""
-        task, best = self.learner.task, self.best
+        metric = self.learner.task.best_metric
+        result = {"metric": metric, "value": self.best_value, "step": self.best_step}
         if distributed.is_main():
-            write_result(self.folder.path, task.best_metric, best, is_lowest_best=task.best_is_lowest)
+            write_result(self.folder.path, result | {"is_lowest_best": self.learner.task.best_is_lowest})
         metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
-        if best.step is not None:
-            metadata |= {task.best_metric: best.value, "best_step": best.step}
+        if self.best_step is not None:
+            metadata |= {metric: self.best_value, "best_step": self.best_step}
         self.recorder.close(completed_step=self.step if finished else None, metadata=metadata)
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
-        plan, train, folder, best, recorder = self.plan, self.streams.train, self.folder, self.best, self.recorder
+        plan, train, folder, recorder = self.plan, self.streams.train, self.folder, self.recorder
         metric = self.learner.task.best_metric
         if self.step < plan.total_steps:
             log.info(
                 "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
                 "its weights are in weights/best_weights.safetensors",
-                metric, best.step, best.value, self.config.loop.early_stop_epochs,
+                metric, self.best_step, self.best_value, self.config.loop.early_stop_epochs,
             )  # fmt: skip
         if train.unreadable_count:
             log.warning(
@@ -312,9 +308,30 @@ class Run:
             ("tables", f"{folder.path}/tables, training_log.txt"),
             *(("next" if number == 0 else "", line) for number, line in enumerate(next_commands)),
         ]
-        if best.step is not None:
+        if self.best_step is not None:
             last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-            at = f"{best.value:.4g} at epoch {plan.shown_epoch(best.step):g}; last {last:.4g}"
+            at = f"{self.best_value:.4g} at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
             rows.insert(0, ("best", f"{show_evaluated(metric)} {at}"))
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))
+
+
+class _Vote:
+    """Read the requests of all ranks without waiting for the GPU, so that all stop or save at the same step."""
+
+    def __init__(self) -> None:
+        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
+
+    def read(self, asked: Tensor, asks: Sequence[bool]) -> list[bool]:
+        """Return the requests of any rank at this step, or on GPUs at the previous step. asks: this process's."""
+        if not distributed.is_distributed():
+            return list(asks)
+        counts: Tensor | None = asked
+        if asked.device.type == "cuda":
+            counts, copy = None, torch.empty(len(asks), dtype=asked.dtype, pin_memory=True)
+            if self._pending is not None:
+                counts, event = self._pending
+                event.synchronize()
+            self._pending = copy.copy_(asked, non_blocking=True), torch.cuda.Event()
+            self._pending[1].record()
+        return [False] * len(asks) if counts is None else [count > 0 for count in counts.tolist()]

@@ -25,7 +25,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
 from engine.run import Run, show_lines
 from engine.runtime import Runtime, choose_compile, start_machine
-from engine.step import Stopped
 from engine.task import Streams, Task, networks_of
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
@@ -34,7 +33,7 @@ from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
-from utils.ranks.signals import StopRequest
+from utils.ranks.signals import Stopped, StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config
 from utils.record.trackers import check_tracker

@@ -18,7 +18,7 @@ class VectorOptimizer(torch.optim.Optimizer):
     State of a parameter: `averages`, with its shape, dtype and layout, and `step`, a float32 scalar on its device. All
     groups have the same eps; parameters of one group have made the same number of steps.
 
-    train_step sets `found_inf`, a device scalar (1: the step changes no tensor, without a host synchronisation), and
+    The learner sets `found_inf`, a device scalar (1: the step changes no tensor, without a host synchronisation), and
     `update`, the update's number.
     """
 

@@ -17,9 +17,9 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-import engine.learner
 from data.layouts.glyphs import GLYPHS_VERSION
 from data.tools.write_manifest import write_manifest
+from engine.learner import Learner
 from engine.tasks.kinds import KINDS
 from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import Job, validate
@@ -103,15 +103,15 @@ class Killed(Exception):
 
 def run_until_killed(script: str, overrides: Sequence[str], folder: Path, step: int) -> None:
     """Run a script's body that dies before update `step` (counted from 0)."""
-    train_step = engine.learner.train_step
+    update = Learner.update
 
     def fatal(learner, *arguments, **named):
         if learner.step == step:
             raise Killed
-        return train_step(learner, *arguments, **named)
+        return update(learner, *arguments, **named)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(engine.learner, "train_step", fatal)
+        patch.setattr(Learner, "update", fatal)
         with pytest.raises(Killed):
             run(script, overrides, folder)
 

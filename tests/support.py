@@ -169,9 +169,9 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
     os.environ.update(variables)
     os.chdir(cwd)
     if kill_at_step is not None:
-        import engine.learner as loop
+        from engine.learner import Learner
 
-        train_step = loop.train_step
+        update = Learner.update
 
         def fatal(learner, *arguments, **named):
             if learner.step == kill_at_step:
@@ -179,9 +179,9 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
                     if thread.name == "checkpoint writer":
                         thread.join()
                 os.killpg(0, signal.SIGKILL)
-            return train_step(learner, *arguments, **named)
+            return update(learner, *arguments, **named)
 
-        loop.train_step = fatal
+        Learner.update = fatal
     plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]

@@ -38,7 +38,7 @@ class Mixing(nn.Module):
 
     @torch.compiler.disable
     def forward(self, images: Tensor, targets: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mixed images [B, C, H, W] and targets [B, K]. `train_step` has seeded the random draws.
+        """Return mixed images [B, C, H, W] and targets [B, K]. `Learner.update` has seeded the random draws.
 
         images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """

@@ -117,7 +117,7 @@ def test_retention_keeps_the_newest_and_the_best(there, keep, step, best, left, 
 
 def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_path):
     folder = RunFolder(tmp_path, {"task": {}, "model": {}}, Job("finetune", {}, []))
-    saver, go = Saver(folder, SimpleNamespace(keep_checkpoints=2), {}), threading.Event()
+    saver, go = Saver(folder, SimpleNamespace(loop=SimpleNamespace(keep_checkpoints=2)), {}), threading.Event()
     weight = torch.ones(4, 3)
     task = SimpleNamespace(origin=None, metadata={})
     learner = SimpleNamespace(

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import choose_runtime
-from engine.step import LossScale
+from engine.step import first_scale
 from engine.task import StepOutput, Task, checkpointed_state
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
@@ -51,7 +51,7 @@ def make_batch(seed=0):
 def in_fp16(learner):
     """Give a learner the autocast and the loss scale of fp16, which choose_runtime refuses on a CPU."""
     learner.runtime = replace(learner.runtime, precision="fp16")
-    learner.scale = LossScale(learner.runtime)
+    learner.scale = first_scale(learner.runtime)
     return learner
 
 

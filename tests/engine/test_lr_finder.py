@@ -14,13 +14,13 @@ import torch
 
 import engine.recorder
 from engine.lr_finder import Curve, range_test, rate_at, suggest, undone
-from engine.step import Stopped
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.io.weights import read_weights
+from utils.ranks.signals import Stopped
 
 # ---------------------------------------------------------------------------------------------------------- the curve
 

@@ -1,6 +1,7 @@
-"""train_step and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality."""
+"""Updates and meters. Exactness (accumulation, weights), bit equality of skipped steps, reference equality."""
 
 import copy
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -9,10 +10,12 @@ import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
-from engine.recorder import Meter
+from bench.measure import build_bench_run
+from engine.learner import Learner
+from engine.recorder import _Meter
 from engine.runtime import Runtime
 from engine.skips import EMPTY_STEPS, SkipWatch
-from engine.step import Buffers, LossScale, StepResult, train_step
+from engine.step import StepResult, first_scale, next_scale
 from engine.task import StepOutput, Task, log_mean, networks_of
 from optim.build import build_optimizer
 from optim.config import OptimConfig
@@ -26,8 +29,8 @@ CPU = torch.device("cpu")
 OPTIMISERS = ["adamw", "adan", "sgd", "timm nadamw"]
 
 
-def runtime(precision="fp32"):
-    return Runtime(device=CPU, precision=precision, channels_last=False, workers=0, prefetch_batches=2)
+RUNTIME = Runtime(device=CPU, precision="fp32", channels_last=False, workers=0, prefetch_batches=2)
+FP16 = replace(RUNTIME, precision="fp16")
 
 
 class Poisoned(torch.autograd.Function):
@@ -60,7 +63,7 @@ class Regression(Task):
         if "poison_loss" in batch:
             loss = loss + batch["poison_loss"]
         if "poison_gradient" in batch:
-            loss = loss + Poisoned.apply(self.network[0].weight, batch["poison_gradient"])
+            loss = loss + Poisoned.apply(self.network[0].weight, batch["poison_gradient"][0])
         return StepOutput(loss, {"error": log_mean(error.abs(), batch["weight"])})
 
 
@@ -87,7 +90,8 @@ def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
     values = yaml.safe_load((CONF / "optim" / f"{group}.yaml").read_text()) | ({"opt": opt} if opt else {}) | changes
     config = TypeAdapter(OptimConfig).validate_python(values)
     optimizer = build_optimizer(config, build_groups(task, networks_of(task, task.trained), config), lr)
-    set_group_values(optimizer, GroupValues(lr, weight_decay, None))
+    optimizer.values = GroupValues(lr, weight_decay, None)
+    set_group_values(optimizer, optimizer.values)
     return optimizer
 
 
@@ -96,13 +100,18 @@ def descent(task, lr=1.0):
     return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False)
 
 
-def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, model=None, progress=0.0, seed=0, **more):
-    run = more.pop("runtime", runtime())
-    learner = SimpleNamespace(
-        model=model or task, task=task, buffers=Buffers(task), optimizer=optimizer, scale=scale or LossScale(run),
-        runtime=run, step=step, seed=seed, clip_grad_norm=clip,
-    )  # fmt: skip
-    return train_step(learner, batches, progress, **more)
+RUN = build_bench_run(Regression(), batch_size=8, runtime={"device": "cpu", "precision": "fp32"})
+
+
+def make_step(task, batches, optimizer, *, step=0, clip=None, scale=None, seed=0, runtime=RUNTIME):
+    learner = Learner(task, RUN.config, RUN.plan, runtime)
+    learner.optimizer, learner.step, learner.seed, learner.clip_grad_norm = optimizer, step, seed, clip
+    learner.schedule = SimpleNamespace(at=lambda step: optimizer.values, progress_at=lambda step: 0.0)
+    learner.scale = scale or learner.scale
+    result = learner.update(batches)
+    if scale is not None:
+        scale.update(learner.scale)
+    return result
 
 
 def update_of(task, batches, **settings):
@@ -172,12 +181,7 @@ POISONS = {
 
 
 def poisoned(kind, seed=50):
-    batch = make_batch(seed=seed, **POISONS[kind])
-    batches = split(batch, 4)
-    for each in batches:
-        if "poison_gradient" in each:
-            each["poison_gradient"] = each["poison_gradient"][0]
-    return batches
+    return split(make_batch(seed=seed, **POISONS[kind]), 4)
 
 
 @pytest.mark.parametrize("steps_before", [0, 3])
@@ -254,7 +258,7 @@ class InFloat32(Regression):
 @pytest.mark.parametrize("clip", [None, 0.1])
 def test_a_loss_scale_leaves_no_trace(clip):
     plain, plain_result = update_of(InFloat32(), split(make_batch(), 4), clip=clip)
-    scaled, result = update_of(InFloat32(), split(make_batch(), 4), clip=clip, runtime=runtime("fp16"))
+    scaled, result = update_of(InFloat32(), split(make_batch(), 4), clip=clip, runtime=FP16)
     assert torch.equal(result.grad_norm, plain_result.grad_norm)
     for name in plain:
         torch.testing.assert_close(scaled[name], plain[name], rtol=1e-6, atol=1e-7)
@@ -262,13 +266,13 @@ def test_a_loss_scale_leaves_no_trace(clip):
 
 def test_a_scale_that_overflows_is_halved_until_it_fits():
     task = InFloat32(factor=1e15)  # times 65536, squared for the norm: beyond 3.4e38
-    optimizer, scale = make_optimizer("adamw", task), LossScale(runtime("fp16"))
+    optimizer, scale = make_optimizer("adamw", task), first_scale(FP16)
     before = bits(task)
     applied, scales = [], []
     for step in range(8):
-        result = make_step(task, [make_batch()], optimizer, step=step, scale=scale, runtime=runtime("fp16"))
+        result = make_step(task, [make_batch()], optimizer, step=step, scale=scale, runtime=FP16)
         applied.append(int(result.applied))
-        scales.append(float(scale.scale))
+        scales.append(float(scale["scale"]))
         if not any(applied):
             assert bits(task) == before
     skipped = applied.count(0)
@@ -278,15 +282,15 @@ def test_a_scale_that_overflows_is_halved_until_it_fits():
 
 
 def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
-    monkeypatch.setattr(LossScale, "growth_interval", 3)
-    scale = LossScale(runtime("fp16"))
+    monkeypatch.setattr("engine.step.GROWTH_STEPS", 3)
+    scale = first_scale(FP16)
     applied = [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
     expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step skipped begins the count anew
     found = []
-    scale.update(torch.zeros(()), torch.zeros(()))  # of a step that weighs nothing, it learns nothing
+    scale = next_scale(scale, torch.zeros(()), torch.zeros(()))  # of a step that weighs nothing, it learns nothing
     for each in applied:
-        scale.update(torch.tensor(float(each)), torch.ones(()))
-        found.append(float(scale.scale) / 65536)
+        scale = next_scale(scale, torch.tensor(float(each)), torch.ones(()))
+        found.append(float(scale["scale"]) / 65536)
     assert found == expected
 
 
@@ -302,7 +306,7 @@ def result(loss, count, applied=1.0, norm=2.0, **logs):
 
 
 def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alone():
-    meter = Meter(CPU)
+    meter = _Meter(CPU)
     meter.add(result(8.0, 4.0, accuracy=(3.0, 4.0), norm=1.0))
     meter.add(result(0.0, 0.0, accuracy=(0.0, 0.0), applied=0.0))
     meter.add(result(1.0, 1.0, accuracy=(0.0, 1.0), norm=4.0))

@@ -5,13 +5,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from bench.measure import build_bench_run
 from engine.runtime import Runtime
-from engine.step import Buffers, LossScale, train_step
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
+from optim.schedules import GroupValues
 
 MODEL = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 1], dims=[16, 32], stem_stride=2, drop_path_rate=0.0,
@@ -46,13 +47,12 @@ def make_classifier(classes=4):
 
 def learn(task, batch, runtime, steps=60, lr=3e-3):
     """Train on one batch; return the first and the last loss."""
-    learner = SimpleNamespace(
-        model=task, task=task, optimizer=torch.optim.AdamW(task.parameters(), lr=lr, fused=True),
-        buffers=Buffers(task), scale=LossScale(runtime), runtime=runtime, seed=0, clip_grad_norm=None,
-    )  # fmt: skip
+    machine = {"device": "cpu", "precision": runtime.precision}
+    learner = build_bench_run(task, batch_size=len(batch["weight"]), runtime=machine).learner
+    learner.schedule = SimpleNamespace(at=lambda step: GroupValues(lr, 0.01), progress_at=lambda step: 0.0)
     losses = []
-    for learner.step in range(steps):
-        total, count = train_step(learner, [batch], 0.0).sums["loss"]
+    for _ in range(steps):
+        total, count = learner.update([batch]).sums["loss"]
         losses.append(float(total / count))
     return losses[0], losses[-1]
 

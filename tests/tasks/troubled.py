@@ -26,9 +26,9 @@ import torch
 
 import data.stream.loader
 import engine.checkpoint
-import engine.learner
 import engine.tasks.classification
 import finetune
+from engine.learner import Learner
 from utils import rng
 from utils.ranks import distributed
 
@@ -85,15 +85,15 @@ def nan(first, last, rank=None):
 
 
 def _before_step(step, marker, act):
-    train_step = engine.learner.train_step
+    update = Learner.update
 
     def troubled(learner, *arguments, **named):
         if learner.step == int(step) - 1 and not Path(marker).exists():
             Path(marker).touch()
             act()
-        return train_step(learner, *arguments, **named)
+        return update(learner, *arguments, **named)
 
-    engine.learner.train_step = troubled
+    Learner.update = troubled
 
 
 def kill_rank(rank, step, marker):
@@ -132,7 +132,7 @@ def hang_loading(rank, step):
 
 def skip_steps():
     task = engine.tasks.classification.ClassificationTask
-    forward, train_step, now = task.forward, engine.learner.train_step, {"step": -1}
+    forward, update, now = task.forward, Learner.update, {"step": -1}
 
     def poisoned(self, batch, progress):
         output = forward(self, batch, progress)
@@ -146,9 +146,9 @@ def skip_steps():
         now["step"] = learner.step
         for batch in batches if learner.step == 7 else ():
             batch["weight"].zero_()
-        return train_step(learner, batches, *arguments, **named)
+        return update(learner, batches, *arguments, **named)
 
-    task.forward, engine.learner.train_step = poisoned, weightless
+    task.forward, Learner.update = poisoned, weightless
 
 
 def hang_reading(position):
@@ -169,7 +169,7 @@ PATCHED = (
     (data.stream.loader.Loader, "read"),
     (engine.checkpoint, "sha256_file"),
     (engine.checkpoint, "write_tensors"),
-    (engine.learner, "train_step"),
+    (Learner, "update"),
     (engine.tasks.classification.ClassificationTask, "forward"),
 )
 

@@ -30,6 +30,10 @@ def _tell(number: int, text: str) -> None:
         os.write(2, f"{place_of(environment_rank())}{signal.Signals(number).name}{text}\n".encode())
 
 
+class Stopped(Exception):
+    """All ranks end the run after this step; the same command resumes it."""
+
+
 class StopRequest:
     """A context manager that records stop signals and then restores the old handlers."""
 

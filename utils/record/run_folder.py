@@ -142,11 +142,10 @@ def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
             write_json(folder.path / ENVIRONMENT_FILE, environment)
 
 
-def write_result(path: Path, metric: str, best: Any, *, is_lowest_best: bool) -> None:
-    """Write a run's best value (`best.value` at `best.step`). Write errors are logged."""
+def write_result(path: Path, result: dict[str, Any]) -> None:
+    """Write a run's best value (`RunReader.result`). Write errors are logged."""
     with ignore_write_errors(path / RESULT_FILE):
-        values = {"metric": metric, "value": best.value, "step": best.step, "is_lowest_best": is_lowest_best}
-        write_json(path / RESULT_FILE, values)
+        write_json(path / RESULT_FILE, result)
 
 
 def mark_complete(path: Path, step: int | None) -> None:

@@ -9,7 +9,6 @@ import signal
 import threading
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 
@@ -145,7 +144,7 @@ def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
     job = next(_trials(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"])))
     Path(job.folder).mkdir(parents=True)
     if value is not None:
-        write_result(Path(job.folder), "m", SimpleNamespace(value=0.5, step=1), is_lowest_best=is_lowest_best)
+        write_result(Path(job.folder), {"metric": "m", "value": 0.5, "step": 1, "is_lowest_best": is_lowest_best})
     _tell(job, RunReader(Path(job.folder)).result)
     (trial,) = job.trial.study.trials
     assert (trial.value, trial.state.name) == (value, "FAIL" if value is None else "COMPLETE")
