@@ -185,7 +185,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
         seconds = time.perf_counter() - started
         if config.calibrate:
             loader = track(loaders["val"], len(loaders["val"]), "calibrating")
-            thresholds = task.calibrate(loader, config.calibration.precision, config.calibration.recall)
+            promises = config.calibration.precision, config.calibration.recall
+            thresholds = task.calibrate(loader, collection.leads(), *promises)
             report.tables["thresholds"] = [asdict(row) for row in thresholds.rows if row.profile != PER_TAG]
     if distributed.is_main():
         folder = Path(config.run_dir or "")

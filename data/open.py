@@ -57,6 +57,12 @@ def load_collection(config: DataConfig) -> Collection:
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
+    if collection.twins:
+        log.warning(
+            "data.root: %s of %s validation images have an equal or similar image in training, so figures are too "
+            "good; prepare.py job=duplicates shows them, and job=split keeps groups on one side (docs/collections.md)",
+            f"{collection.twins:,}", f"{len(collection.rows('val')):,}",
+        )  # fmt: skip
     return collection
 
 

@@ -1,8 +1,8 @@
 """A tagger's thresholds: best_thresholds.csv beside best_weights.safetensors, which prediction and exports read.
 
-    category,name,threshold,precision,recall,f1,support,profile,vocabulary,weights
-    0,general,0.412,0.71,0.71,0.71,51234,balanced,9f0c...,77ab...
-    0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,9f0c...,77ab...
+    category,name,threshold,precision,recall,f1,support,profile,note,vocabulary,weights
+    0,general,0.412,0.71,0.71,0.71,51234,balanced,,9f0c...,77ab...
+    0,1girl,0.433,0.95,0.97,0.96,8120,per_tag,,9f0c...,77ab...
 
 The last two columns are hashes: of the tags, which detects a file that is not complete, and of the weights.
 
@@ -38,7 +38,7 @@ OVERALL = -1  # the category of all tags
 
 @dataclass(frozen=True)
 class Threshold:
-    """A threshold and the scores it reaches, which are None without support."""
+    """A threshold and the scores it reaches, which are None without support. note: why a promise is not kept."""
 
     category: int
     name: str | None
@@ -48,6 +48,7 @@ class Threshold:
     f1: float | None
     support: int
     profile: str
+    note: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.collection.split import assign_validation
+from data.collection.split import assign_validation, count_twins, lead_rows
 from data.layouts.recognise import recognise
 from data.layouts.remote import is_remote
 from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
@@ -26,8 +26,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_FINGERPRINT, _UNUSED = b"fingerprint", b"unused"
-_INDEX = 4  # format version; increment it to rebuild every index
+_FINGERPRINT, _UNUSED, _TWINS = b"fingerprint", b"unused", b"twins"
+_INDEX = 5  # format version; increment it to rebuild every index
 
 
 class Row:
@@ -51,8 +51,9 @@ class Row:
 class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
-    Pickling stores only the two paths. fingerprint: a hash of the columns, stored in the index. is_packed: whether rows
-    are byte ranges of shards, in the columns `data.layouts.table.PLACES`.
+    Pickling stores only the two paths. fingerprint: a hash of the columns, stored in the index. twins: validation
+    images that have a near-duplicate in training (`count_twins`). is_packed: whether rows are byte ranges of shards, in
+    the columns `data.layouts.table.PLACES`.
     Raises UserError (`data.root`) if the index is damaged.
     """
 
@@ -61,6 +62,7 @@ class Collection:
         self.root = root if is_remote(root) else Path(root).expanduser()
         self.arrow, self.table = arrow, _map_index(arrow)
         self.fingerprint: str = self.table.schema.metadata[_FINGERPRINT].decode()
+        self.twins = int(self.table.schema.metadata.get(_TWINS, 0))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
@@ -97,6 +99,10 @@ class Collection:
     def weights(self) -> np.ndarray:
         """Return the weight of each row, float32 [N]; 0 excludes it from training."""
         return self.table["weight"].to_numpy()
+
+    def leads(self) -> np.ndarray:
+        """Return the first row of each row's group of near-duplicates, int64 [N]: the row itself without a group."""
+        return lead_rows(self.table)
 
     def column(self, name: str) -> np.ndarray:
         """Return an extra column of the manifest, [N]; missing numbers are NaN.
@@ -135,7 +141,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
     if not target.is_file():
-        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe())}
+        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
         table = table.replace_schema_metadata(metadata)
 
         def write(file: Path) -> None:  # uncompressed for memory mapping

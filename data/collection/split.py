@@ -1,4 +1,4 @@
-"""Choose the validation split: the one of the collection, or a share of its rows."""
+"""Choose the validation split: the one of the collection, or a share of its rows; count what both splits share."""
 
 import hashlib
 
@@ -6,6 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.collection.duplicates import group_duplicates
 from data.layouts.table import TEST, replace_column, show_some
 from utils.record.logging import get_logger
 
@@ -32,8 +33,9 @@ def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
     is_read = pc.not_equal(table["weight"], 0.0).to_numpy()  # rows of weight 0 are never read; they stay in training
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
-        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)",
+        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)%s",
         f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
+        "" if chosen.any() else ": a single image, class image or group of near-duplicates stays in training",
     )  # fmt: skip
     return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))
 
@@ -45,7 +47,8 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     lowest path hashes. The choice in a class does not depend on other classes, and an added image moves at most one
     other. A class with a single image keeps it for training, with a warning. Images without a label are chosen by
     their `id` if the table has that column (the highest id % 1000, from 950 for 0.05), else if their path hash is in
-    the lowest `fraction` of all hashes. Rows of one `group` stay together: the first one decides.
+    the lowest `fraction` of all hashes. Rows of one `group` stay together: the first one decides. Images without a
+    label leave neither split empty: the lowest hash goes to validation, or the highest to training.
     """
     names = pc.unique(table["label"]).drop_null()
     labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
@@ -54,17 +57,17 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     if _has_integers(table, "id"):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
         chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
-    leads = np.arange(len(table))  # the row that decides for each row
-    if _has_integers(table, "group"):
-        members = np.flatnonzero(pc.is_valid(table["group"]).to_numpy())
-        groups = table["group"].drop_null().to_numpy()
-        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
-        leads[members] = members[first][group]
-    rows = np.flatnonzero((leads == np.arange(len(table))) & (labels >= 0))
+    leads = lead_rows(table)
+    is_lead = leads == np.arange(len(table))
+    rows = np.flatnonzero(is_lead & (labels >= 0))
     rows = rows[np.lexsort((hashes[rows], labels[rows]))]  # by class and hash
     counts = np.bincount(labels[rows], minlength=len(names))
     shares = np.where(counts > 1, np.clip(np.floor(fraction * counts + 0.5), 1, np.maximum(counts - 1, 1)), 0)
     chosen[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) < np.repeat(shares, counts)
+    free = np.flatnonzero(is_lead & (labels < 0))
+    for wanted, row in () if len(free) == 0 else ((True, hashes[free].argmin()), (False, hashes[free].argmax())):
+        if (chosen[is_lead] != wanted).all():
+            chosen[free[row]] = wanted and is_lead.sum() > 1
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
             "data.root: %d classes have a single image (of weight above 0), which stays in training: %s; add a second "
@@ -72,6 +75,31 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
             len(single), show_some(single),
         )  # fmt: skip
     return chosen[leads]
+
+
+def lead_rows(table: pa.Table) -> np.ndarray:
+    """Return the first row of each row's `group`, or the row itself without a group, int64 [N]."""
+    leads = np.arange(len(table))
+    if _has_integers(table, "group"):
+        members = np.flatnonzero(pc.is_valid(table["group"]).to_numpy())
+        groups = table["group"].drop_null().to_numpy()
+        _, first, group = np.unique(groups, return_index=True, return_inverse=True)
+        leads[members] = members[first][group]
+    return leads
+
+
+def count_twins(table: pa.Table) -> int:
+    """Return how many validation images have an equal or similar image in training, by the table's fingerprints.
+
+    Fingerprints are `group`, else `phash`, else `sha256`. Images of weight 0 do not count.
+    """
+    name = next((name for name in ("group", "phash", "sha256") if name in table.column_names), None)
+    if name is None or table[name].null_count == len(table) or "val" not in table["split"].unique().to_pylist():
+        return 0
+    table = table.filter(pc.and_(pc.not_equal(table["weight"], 0.0), pc.is_valid(table[name])))
+    prints = table[name].to_numpy() if name != "phash" else group_duplicates(table[name].to_numpy())
+    is_val = pc.equal(table["split"], "val").to_numpy()
+    return int(np.isin(prints[is_val], prints[~is_val]).sum())
 
 
 def _has_integers(table: pa.Table, name: str) -> bool:

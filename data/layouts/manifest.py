@@ -230,10 +230,14 @@ def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
         raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be written") from error
 
 
+def is_ours(file: Path) -> bool:
+    """Return whether job=manifest wrote a manifest."""
+    return file.name == PARQUET and (read_parquet(file).schema.metadata or {}).get(_MAKER) == _OURS.encode()
+
+
 def refuse_foreign(file: Path) -> None:
     """Raise UserError for a manifest that job=manifest did not write."""
-    made_by = (read_parquet(file).schema.metadata or {}).get(_MAKER) if file.name == PARQUET else None
-    if made_by != _OURS.encode():
+    if not is_ours(file):
         raise UserError(
             f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
             "from the folder, move it away"

@@ -4,6 +4,7 @@ weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 
 facts = find_tag_facts(collection, rows, config, captions)       # for a task that updates weights during training
 """
 
+import functools
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
@@ -63,9 +64,10 @@ class ImageTags(TagRows):
 
 
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
-    """Return the tags of each row, or the tags in its caption if it has none."""
-    views = map(collection.row, range(len(collection)))
-    tags = [view.tags or captions.split(captions.read(view)) for view in views]
+    """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
+    views, parse, first = map(collection.row, range(len(collection))), functools.cache(parse_tag), {}
+    texts = (view.tags or captions.split(captions.read(view)) for view in views)
+    tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in texts]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
 

@@ -1,11 +1,13 @@
 """Jobs that change the manifest of job=manifest: filter and duplicates write weight 0 and a reason, split the splits.
 
-A `Finder` also restores images that an earlier call excluded and this one does not find.
+A `Finder` also restores images that an earlier call excluded and this one does not find. It never changes a manifest of
+the user's: it writes a changed copy into the folder for reports.
 """
 
+import itertools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -13,16 +15,25 @@ import pyarrow.compute as pc
 from pydantic import Field
 
 from data.collection.collection import Collection
+from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
 from data.images.image_formats import read_file
 from data.layouts.folders import check_root
-from data.layouts.manifest import PARQUET, read_parquet, refuse_foreign, save_manifest
-from data.layouts.table import replace_column
+from data.layouts.manifest import (
+    PARQUET,
+    find_manifest,
+    is_ours,
+    read_parquet,
+    read_table,
+    refuse_foreign,
+    save_manifest,
+)
+from data.layouts.table import TYPES, replace_column
+from data.layouts.unused import Unused
 from data.open import load_collection
 from data.tags.spelling import parse_rating
-from data.tools.duplicates import group_duplicates
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
 from utils.config.bounds import Count, Factor, KnobValue, Side
@@ -31,6 +42,9 @@ from utils.errors import UserError
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
 
+Changes = Mapping[str, Mapping[str, Any]]  # column of a manifest -> path -> value
+
+_TEXTS = ("caption", "tags", "label", "rating")
 _SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images per group
 
 
@@ -40,17 +54,30 @@ class Finder(Tool):
     report: PathText
     apply: bool
 
-    def find(self, data: DataConfig) -> dict[str, str]:
-        """Return the reason for each image to exclude, by path. Raises UserError."""
+    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+        """Return the reason for each image to exclude, and values by column of the manifest; both by path.
+
+        Raises UserError.
+        """
         raise NotImplementedError
 
     def run(self, data: DataConfig) -> str:
         """List the images, and exclude them if `apply` is true."""
-        reasons = self.find(data)
+        root, (reasons, changes) = check_root(data.root), self.find(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
-        return f"{exclude(check_root(data.root), self.name, reasons):,} images excluded ({listing})"
+        file = find_manifest(root)
+        table = read_table(file, Unused()) if file and not is_ours(file) else read_own_manifest(root)
+        table, count = exclude(table, self.name, reasons)
+        for name, values in changes.items():
+            table = _fill_in(table, name, values)
+        if file and is_ours(file):
+            save_manifest(root, table)
+            return f"{count:,} images excluded ({listing})"
+        save_manifest(Path(self.report), table, maker=self.name)
+        copy = Path(self.report) / PARQUET
+        return f"{count:,} images excluded ({listing}) in {copy}; to use it, put it in the place of your {file.name}"
 
 
 def read_own_manifest(root: Path) -> pa.Table:
@@ -63,22 +90,29 @@ def read_own_manifest(root: Path) -> pa.Table:
 
 def _read_reasons(table: pa.Table) -> list[str | None]:
     """Return the reason for weight 0 of each row of a manifest, or None."""
-    return table["reason"].to_pylist() if "reason" in table.column_names else [None] * len(table)
+    if "reason" not in table.column_names:
+        return [None] * len(table)
+    return pc.if_else(pc.equal(table["weight"], 0.0), table["reason"], None).to_pylist()
 
 
-def exclude(root: Path, job: str, reasons: Mapping[str, str]) -> int:
-    """Write weight 0 and a reason for each image into the manifest; return how many rows `job` excludes now."""
-    table = read_own_manifest(root)
+def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.Table, int]:
+    """Return a manifest with weight 0 and a reason for each image, and how many rows `job` excludes now."""
     weights, now, ours = [], [], 0
     for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table)):
-        is_ours = before is None or before.startswith(f"{job}: ")
-        now.append(before if not is_ours else f"{job}: {reasons[path]}" if path in reasons else None)
+        can_change = before is None or before.startswith(f"{job}: ")
+        now.append(before if not can_change else f"{job}: {reasons[path]}" if path in reasons else None)
         weights.append(0.0 if now[-1] else 1.0 if before else weight)
-        ours += bool(is_ours and now[-1])
+        ours += bool(can_change and now[-1])
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
-    save_manifest(root, table if any(now) else table.drop_columns("reason"))
-    return ours
+    return (table if any(now) else table.drop_columns("reason")), ours
+
+
+def _fill_in(table: pa.Table, name: str, values: Mapping[str, Any]) -> pa.Table:
+    """Return a manifest with some values of a column replaced, by path."""
+    before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+    now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
+    return replace_column(table, name, pa.array(now, TYPES[name]))
 
 
 class Rules(Strict):
@@ -101,9 +135,9 @@ class Filter(Finder, Rules):
 
     name: Literal["filter"]
 
-    def find(self, data: DataConfig) -> dict[str, str]:
+    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return the images that break a rule. Raises UserError (`data.root`, `job`)."""
-        return find_failing(load_collection(data), self, data)
+        return find_failing(load_collection(data), self, data), {}
 
 
 def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict[str, str]:
@@ -143,27 +177,35 @@ def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict
 
 
 class Duplicates(Finder):
-    """Write a page with groups of duplicates, and exclude or list all but the largest image of each.
+    """Write a page with groups of duplicates, and exclude or list all images but one of each; write column `group`.
 
-    match: near: similar images, mirrored ones included; exact: equal bytes.
+    The one with the most of caption, tags and label is kept, of these the largest. match: near: similar images,
+    mirrored ones included; exact: equal bytes. join: keep the largest, with the tags of all, and the caption, label and
+    rating of the first image that has one.
     """
 
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
+    join: bool
 
-    def find(self, data: DataConfig) -> dict[str, str]:
+    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root, table = check_root(data.root), load_collection(data).table
-        rows = zip(*(table[name].to_pylist() for name in ("path", "size", "weight")), _read_reasons(table))
-        sizes = {  # without images that other jobs exclude: a group must not keep one of those
-            path: size for path, size, weight, why in rows if weight or not why or str(why).startswith(f"{self.name}: ")
-        }
-        facts = dict(zip(sizes, measure_files(root, list(sizes), data.max_pixels)))
+        rows = table.select(["path", "size", "weight", *_TEXTS]).to_pylist()
+        found = {  # without images that other jobs exclude: a group must not keep one of those
+            row["path"]: row for row, why in zip(rows, _read_reasons(table))
+            if row["weight"] or not why or why.startswith(f"{self.name}: ")
+        }  # fmt: skip
+        facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
 
-        def rank(path: str) -> tuple[int, int, str]:  # most pixels first, then most bytes
-            return -(facts[path].width or 0) * (facts[path].height or 0), -sizes[path], path
+        def rank(path: str) -> tuple[int, int, int, str]:  # most texts first, then most pixels, then most bytes
+            texts = 0 if self.join else sum(bool(found[path][name]) for name in ("caption", "tags", "label"))
+            return -texts, -(facts[path].width or 0) * (facts[path].height or 0), -found[path]["size"], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
+        changes = {"group": {path: -number for number, group in enumerate(groups, start=1) for path in group}}
+        for name in _TEXTS if self.join else ():  # negative, because the groups of job=manifest are hashes
+            changes[name] = {group[0]: _join([found[path][name] for path in group]) for group in groups}
         rows = [
             {"group": number, "path": path, "kept": index == 0} | facts[path].size()
             for number, group in enumerate(groups, start=1)
@@ -176,7 +218,14 @@ class Duplicates(Finder):
         }
         figures = {"groups": len(groups), "images in them": len(rows)}
         save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, sheets)
-        return {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}
+        return {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}, changes
+
+
+def _join(values: Sequence[Any]) -> Any:
+    """Return all tags of some images, each once, or the first text."""
+    if isinstance(values[0], list):
+        return list(dict.fromkeys(itertools.chain(*values)))
+    return next(filter(None, values), None)
 
 
 def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
@@ -223,13 +272,13 @@ class Split(Tool):
             raise UserError("data.validation_fraction: 0.0 gives no validation images; set a share, such as 0.05")
         root = check_root(data.root)
         table = read_own_manifest(root)
-        is_ours = pc.not_equal(table["split"], "test")
-        ours = table.filter(is_ours)
+        can_change = pc.not_equal(table["split"], "test")
+        ours = table.filter(can_change)
         ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
         splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
         line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
         if not self.apply:
             return f"{line}; set job.apply=true to write it into the manifest"
-        whole = pc.replace_with_mask(table["split"].combine_chunks(), is_ours.combine_chunks(), splits)
+        whole = pc.replace_with_mask(table["split"].combine_chunks(), can_change.combine_chunks(), splits)
         save_manifest(root, replace_column(table, "split", whole))
         return line

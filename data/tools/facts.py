@@ -15,10 +15,10 @@ import numpy as np
 import PIL
 from PIL import Image
 
+from data.collection.duplicates import perceptual_hash
 from data.images.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, open_image, read_file
 from data.images.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.stream.source import UnreadableImage
-from data.tools.duplicates import perceptual_hash
 from utils.canvas import DEFAULT, background_rgb
 from utils.io.files import sha256_file, sha256_text
 from utils.io.memo import measure_once
@@ -34,8 +34,8 @@ class Facts(NamedTuple):
 
     sha256: None if it cannot be opened. All other fields are None unless it was decoded. width, height: after EXIF
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. phash: see
-    data/tools/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey levels
-    from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
+    data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
+    levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 

@@ -8,6 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import model_validator
 
+from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.image_formats import DEFAULT_MAX_PIXELS
@@ -16,7 +17,6 @@ from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_for
 from data.layouts.posts import read_folder
 from data.layouts.table import MEASURED, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
-from data.tools.duplicates import group_duplicates
 from data.tools.facts import measure_files
 from data.tools.tool import Tool
 from utils.record.logging import get_logger
@@ -85,7 +85,7 @@ def write_manifest(
     """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
 
     verify: decode every image and fill in the columns _DECODED. Unreadable images get weight 0 and a reason; without
-    verify, only files that cannot be opened. duplicates: also fill in group (data/tools/duplicates.py); needs verify.
+    verify, only files that cannot be opened. duplicates: also fill in group (see `group_duplicates`); needs verify.
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
     and for an existing manifest that this function did not write.

@@ -6,21 +6,26 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from engine.measures.tags import EDGES, TagCounts, edge_below
+from utils import rng
 from utils.errors import UserError
+from utils.record.logging import get_logger
 from utils.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
 from utils.vocabulary import Vocabulary, category_name
+
+log = get_logger(__name__)
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _FIXED = int(edge_below(DEFAULT_LOGIT))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
+_Z, _KNOWN = 1.645, 0.1  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
 _HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least positives of a tag in it
 
 
@@ -146,30 +151,41 @@ class TagScores:
         return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
 
 
-def to_fit(key: Tensor) -> Tensor:
-    """Return the samples to fit thresholds to, bool [B]; the others measure them. key: the batch's, [B]."""
-    return key % 2 == 0
+def to_fit(leads: Tensor) -> Tensor:
+    """Return the samples to fit thresholds to, bool [B]; the others measure them. leads: `Collection.leads`, [B]."""
+    return rng.uniform(leads, ()) < 0.5
 
 
 def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: float) -> ThresholdTable:
     """Return the thresholds fitted to `fitted` and measured on `reported`, the scores of other images.
 
     For each category and for all tags (micro): `balanced` is P = R; `high_precision` is the lowest threshold with at
-    least `precision`, or else the one with the highest precision; `high_recall` is the highest with at least `recall`.
+    least `precision`, `high_recall` the highest with at least `recall`, both with 95 % confidence (`lower_bound`). A
+    category with too few positives for such a promise has the threshold of all tags; a promise that is not kept is
+    noted in its row and logged.
     For each tag with n positives, in logits: (n * best + 50 * balanced) / (n + 50), rounded down to an edge. `best`
     reaches the tag's best F1; `balanced` is its category's threshold.
     """
     vocabulary = fitted.vocabulary
     groups = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
     groups = {number: name for number, name in groups.items() if fitted.groups[name].support} | {OVERALL: "all"}
-    chosen = {number: _choose_edges(fitted.groups[name], precision, recall) for number, name in groups.items()}
+    overall = _choose_edges(fitted.groups["all"], precision, recall)
+    chosen = {
+        number: [
+            other._replace(note=f"{own.note}: the threshold of all tags") if own.is_few and number != OVERALL else own
+            for own, other in zip(_choose_edges(fitted.groups[name], precision, recall), overall)
+        ]
+        for number, name in groups.items()
+    }
     rows = []
     for index, profile in enumerate(CATEGORY_PROFILES):
         for number, name in groups.items():
-            edge, group = chosen[number][index], reported.groups[name]
+            (edge, note, _), group = chosen[number][index], reported.groups[name]
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
-            rows.append(_measured(profile, number, name, edge, counts))
-    balanced = np.array([chosen.get(number, chosen[OVERALL])[0] for number in vocabulary.categories])
+            rows.append(_measured(profile, number, name, edge, counts, note))
+            if note:
+                log.warning("thresholds: %s of %s: %s", profile, name, note)
+    balanced = np.array([chosen.get(number, chosen[OVERALL])[0].edge for number in vocabulary.categories])
     weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
     edges = edge_below(weighted / (fitted.support + _PRIOR))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
@@ -177,18 +193,59 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
     return ThresholdTable(vocabulary.hash, tuple(rows))
 
 
-def _choose_edges(group: Group, least_precision: float, least_recall: float) -> tuple[int, int, int]:
-    """Return the edge for each of CATEGORY_PROFILES."""
+def lower_bound(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarray:
+    """Return the lower end of Wilson's interval for a rate of `count` samples, one-sided, with 95 % confidence.
+
+    Source: Wilson 1927, Probable Inference, the Law of Succession, and Statistical Inference.
+    """
+    spread = np.sqrt(rate * (1 - rate) * count + _Z**2 / 4)
+    return (rate * count + _Z**2 / 2 - _Z * spread) / (count + _Z**2)
+
+
+class _Choice(NamedTuple):
+    """The edge of a profile; a note if its promise is not kept; whether its positives are too few for the promise."""
+
+    edge: int
+    note: str | None
+    is_few: bool
+
+
+def _choose_edges(group: Group, least_precision: float, least_recall: float) -> list[_Choice]:
+    """Return the choice for each of CATEGORY_PROFILES.
+
+    Decisions on the tags of an image are not independent, so a rate counts at most as many samples as there are images.
+    """
     precision, recall, _ = group.micro()
-    precise, complete = np.flatnonzero(precision >= least_precision), np.flatnonzero(recall >= least_recall)
-    return (
-        equal_point(precision, recall),
-        int(precise[0] if len(precise) else precision.argmax()),
-        int(complete[-1]),  # the first edge has recall 1
+    images = group.predicted[0] / (group.num_tags + group.num_empty)
+    positives = min(group.support, images)
+    sure_precision = lower_bound(precision, np.minimum(group.predicted, images))
+    precise, complete = (
+        sure_precision >= least_precision,
+        np.flatnonzero(lower_bound(recall, positives) >= least_recall),
     )
+    half, whole = lower_bound(0.5, positives), lower_bound(1.0, positives)
+
+    def choose(edge: int, aim: str, is_few: bool, is_reached: bool = True) -> _Choice:
+        note = None if is_reached else f"{aim} is not reached; sure is {sure_precision[edge]:.2f}"
+        few = f"{group.support:,} positives on {images:,.0f} images are too few for {aim}"
+        return _Choice(edge, few if is_few else note, is_few)
+
+    return [
+        choose(equal_point(precision, recall), f"a recall known to {_KNOWN:g}", 0.5 - half > _KNOWN),
+        choose(
+            int(precise.argmax() if precise.any() else sure_precision.argmax()),
+            f"precision {least_precision:g}", whole < least_precision, bool(precise.any()),
+        ),
+        choose(  # the first edge has recall 1
+            int(complete[-1] if len(complete) else np.flatnonzero(recall >= least_recall)[-1]),
+            f"recall {least_recall:g}", whole < least_recall,
+        ),
+    ]  # fmt: skip
 
 
-def _measured(profile: str, category: int, name: str, edge: int, counts: tuple[int, int, int]) -> Threshold:
+def _measured(
+    profile: str, category: int, name: str, edge: int, counts: tuple[int, int, int], note: str | None = None
+) -> Threshold:
     """Return a row of the table. counts: true positives, predictions, positives."""
     scores = [round(float(value), 6) for value in rates(*counts)] if counts[2] else [None] * 3
-    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *scores, counts[2], profile)
+    return Threshold(category, name, float(f"{PROBS[edge]:.6g}"), *scores, counts[2], profile, note)

@@ -206,12 +206,16 @@ class TaggingTask(ImageTask):
             }
         return report
 
-    def calibrate(self, loader: Iterable[Batch], precision: float, recall: float) -> ThresholdTable:
-        """Fit thresholds on one half of the samples, chosen by their keys, and measure them on the other."""
+    def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:
+        """Fit thresholds on one half of the samples, and measure them on the other.
+
+        leads: `Collection.leads`, so that near-duplicates are in one half.
+        """
+        leads = torch.from_numpy(leads)
         fit_counts, test_counts = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
             logits, targets, valid = self._predict(batch)
-            half = to_fit(batch["key"])
+            half = to_fit(leads[batch["sample_id"].cpu()]).to(valid.device)
             fit_counts.add(logits, targets, valid & half)
             test_counts.add(logits, targets, valid & ~half)
         scores = (TagScores(counts.reduce(), self.vocabulary) for counts in (fit_counts, test_counts))

@@ -6,7 +6,7 @@ import torch
 from sklearn import metrics
 
 from engine.measures import tags
-from engine.measures.tag_scores import PROBS, TagScores, calibrate, to_fit
+from engine.measures.tag_scores import PROBS, TagScores, calibrate, lower_bound, to_fit
 from engine.measures.tags import BINS, TagHistograms
 from tests.engine.test_no_host_sync import count
 from utils.ranks import distributed
@@ -153,8 +153,8 @@ def test_what_is_not_finite_or_not_valid():
 
 @pytest.fixture(scope="module")
 def halves():
-    fit = to_fit(torch.arange(IMAGES))
-    parts = []
+    fit, parts = to_fit(torch.arange(IMAGES)), []
+    assert torch.equal(to_fit(torch.tensor([7, 7, 3])), fit[[7, 7, 3]]) and 0.4 < fit.float().mean() < 0.6
     for chosen in (fit, ~fit):
         measure = TagHistograms(TAGS)
         measure.add(LOGITS, MASKED, VALID & chosen)
@@ -170,9 +170,23 @@ def test_profiles_meet_their_targets_on_the_images_of_the_fit(halves):
         balanced, precise, complete = (rows[profile, number] for profile in CATEGORY_PROFILES)
         assert abs(balanced.precision - balanced.recall) < 0.02
         assert precise.threshold > balanced.threshold > complete.threshold
-        assert 0.8 <= precise.precision < 0.9 and 0.9 <= complete.recall < 0.92
-    rare = rows["high_precision", 9]  # does not reach it
-    assert rare.precision == round(halves[0].groups["rating"].micro()[0].max(), 6) < 0.8
+        assert 0.8 <= precise.precision < 0.9 and 0.9 <= complete.recall < 0.96
+        assert (balanced.note, precise.note, complete.note) == (None,) * 3
+        assert lower_bound(precise.precision, IMAGES) > 0.78
+
+
+def test_a_category_with_few_positives_takes_the_threshold_of_all_tags_and_says_so(halves, log):
+    """10 of 10 is at least 0.787 with 95 % confidence."""
+    assert [lower_bound(1.0, 10), lower_bound(0.5, 64)] == pytest.approx([0.787, 0.3993], abs=5e-4)
+    table = calibrate(*halves, precision=0.8, recall=0.9)
+    rows = {(row.profile, row.category): row for row in table.rows if row.profile != PER_TAG}
+    for profile in CATEGORY_PROFILES:
+        rare, overall = rows[profile, 9], rows[profile, OVERALL]
+        assert rare.threshold == overall.threshold and "9 positives" in rare.note and overall.note is None
+        assert f"{profile} of rating: 9 positives" in log.text
+    few = TagScores(fill([20], slice(20)).reduce(), VOCABULARY)
+    assert all("positives on 1" in row.note for row in calibrate(few, few, 0.9, 0.95).rows if row.profile != PER_TAG)
+    assert "is not reached" in {row.category: row for row in calibrate(*halves, 0.99, 0.9).rows[4:8]}[0].note
 
 
 def test_thresholds_are_measured_on_other_images(halves):

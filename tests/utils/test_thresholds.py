@@ -21,7 +21,9 @@ from utils.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(("general", "1girl", 'odd,"name"', "miku"), (9, 0, 0, 4), (9, 8, 7, 6), (1, 2, 3, 4))
 CATEGORY_ROWS = tuple(
-    Threshold(number, name, 0.1 * place + 0.05 * number / 9, 0.5, 0.25, 1 / 3, 7, profile)
+    Threshold(
+        number, name, 0.1 * place + 0.05 * number / 9, 0.5, 0.25, 1 / 3, 7, profile, "too few" if number else None
+    )
     for place, profile in enumerate(CATEGORY_PROFILES, start=3)
     for number, name in ((0, "general"), (9, "rating"), (OVERALL, "all"))
 )

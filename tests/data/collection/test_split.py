@@ -7,7 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data.collection.split import assign_validation
+from data.collection.split import assign_validation, count_twins
 from data.layouts.table import build_table, replace_column
 from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
@@ -71,6 +71,32 @@ def test_unlabelled_images_go_by_their_hash_and_do_not_move():
     assert alone < chosen(labelled({}, 200), 0.5)
 
 
+@pytest.mark.parametrize("count", range(1, 31))
+def test_a_small_collection_has_images_on_both_sides(count):
+    """The hashes of few names often have none below the fraction."""
+    for fraction in (0.001, 0.1, 0.9):
+        found = chosen_numbers(table_of(count), fraction)
+        assert 0 < len(found) < count if count > 1 else not found
+        assert not chosen_numbers(table_of(count, group=[7] * count), fraction)  # copies of one image
+        assert not chosen(labelled(dict.fromkeys("abcdefg"[:count], 1)), fraction)
+    assert not chosen_numbers(table_of(count), 0.0)
+
+
+def test_validation_images_like_a_training_image_are_counted():
+    table = build_table(
+        {
+            "path": list("abcdef"),
+            "split": ["train", "train", "train", "val", "val", "val"],
+            "phash": [2**40 - 1, 0, None, 2**40 - 2, 2**60 - 1, None],
+            "sha256": list("uvwuvw"),
+            "weight": [1, 1, 1, 1, 1, 0],
+        }
+    )
+    assert count_twins(table) == 1  # d, one bit from a
+    assert count_twins(table.append_column("group", pa.array([1, 2, 3, 4, 2, 3]))) == 1  # e; f has weight 0
+    assert count_twins(table.drop_columns("phash")) == 2 and count_twins(table.drop_columns(["phash", "sha256"])) == 0
+
+
 def test_a_given_split_stays():
     given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": ["train", "val"]})
     assert assign_validation(given, 0.5) is given and chosen(labelled({"x": 2}), 0) == set()
@@ -91,8 +117,9 @@ def test_rows_with_an_id_go_by_its_last_digits(fraction, start):
     ids = np.random.default_rng(0).integers(-(2**40), 2**40, 3000).tolist()
     table = table_of(3000, id=ids)
     expected = {number for number, id in enumerate(ids) if id % 1000 >= start}
-    assert chosen_numbers(table, fraction) == expected
-    assert chosen_numbers(table.slice(0, 100), fraction) == {number for number in expected if number < 100}
+    for found, known in ((table, expected), (table.slice(0, 100), {number for number in expected if number < 100})):
+        found = chosen_numbers(found, fraction)
+        assert found == known if known else len(found) == 1
 
 
 def test_rows_without_an_id_go_by_their_path_and_classes_do_in_any_case():

@@ -10,7 +10,7 @@ from scipy.fft import dctn
 from scipy.sparse.csgraph import connected_components
 
 from data.collection.collection import Collection
-from data.tools.duplicates import group_duplicates, perceptual_hash
+from data.collection.duplicates import group_duplicates, perceptual_hash
 from tests.data.collection.test_collection import load
 from tests.in_process import run
 from utils.config.messages import ConfigError

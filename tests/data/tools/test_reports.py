@@ -138,7 +138,7 @@ def test_verify_finds_orphans_both_ways(root, tmp_path):
     assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"  # nor does any lack a sidecar
 
 
-def test_the_largest_of_each_group_stays(root, tmp_path):
+def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     words = ["job=duplicates", *FOLDER]
     run("prepare", [*words, "job.match=exact"], tmp_path)
     assert listed(tmp_path, "duplicates") == {"dog/same.png": "a duplicate: dog/1.png is kept"}
@@ -148,7 +148,7 @@ def test_the_largest_of_each_group_stays(root, tmp_path):
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     run("prepare", [*words, "job.apply=true"], tmp_path)
     excluded = {
-        "cat/2.jpg": "duplicates: a duplicate: dog/copy.png is kept",
+        "dog/copy.png": "duplicates: a duplicate: cat/2.jpg is kept",  # which has tags, though it is smaller
         "dog/same.png": "duplicates: a duplicate: dog/1.png is kept",
     }
     assert {path: reason for path, reason in reasons(root).items() if reason.startswith("duplicates")} == excluded
@@ -159,6 +159,18 @@ def test_the_largest_of_each_group_stays(root, tmp_path):
     run("prepare", ["job=filter", *FOLDER, "job.min_tags=1", "job.apply=true"], tmp_path)  # the copies have no tags
     run("prepare", [*words, "job.apply=true"], tmp_path)
     assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
+
+
+def test_the_largest_stays_with_the_texts_of_all_in_a_copy_of_a_manifest_of_the_users(root, tmp_path):
+    rows = ["path,split,caption,tags", 'cat/2.jpg,val,mine,"red,hat"', 'dog/copy.png,train,,"hat,big"']
+    content = "\n".join([*rows, "dog/1.png,train,other,"])
+    (root / "manifest.csv").write_text(content)
+    words = ["job=duplicates", *FOLDER, "job.apply=true", "job.join=true"]
+    assert "put it in the place of your manifest.csv" in run("prepare", words, tmp_path)
+    cat, dog, other = pq.read_table(tmp_path / "outputs/care/manifest.parquet").to_pylist()
+    assert (cat["weight"], cat["group"], dog["caption"], dog["group"], dog["weight"]) == (0.0, -1, "mine", -1, None)
+    assert dog["tags"] == ["hat", "big", "red"] and other["caption"] == "other"
+    assert (root / "manifest.csv").read_text() == content
 
 
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
