@@ -27,10 +27,9 @@ import numpy as np
 from data.augment.transforms import evaluation_views
 from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
+from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
-from data.images.disk_cache import keep_on_disk
 from data.images.image_source import Images
-from data.images.memory_cache import keep_in_memory
 from data.images.pixels import read_upright_size
 from data.latents.buckets import assign, letterbox_groups
 from data.layouts.glyphs import draw_glyphs

@@ -1,20 +1,17 @@
 """Sources of samples: a source returns the record of a row, a dictionary of tensors.
 
-Sources are stacked: a cache reads from its `inner` source, down to the images of a collection (data/images/).
+Images and latents are sources, and so is a cache of images.
 """
 
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
-import torch
 from fsspec.utils import merge_offset_ranges
 from torch import Tensor
 
 IMAGE = "image"  # the name of the image in a record
 
 _GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges closer than this are joined, up to a size
-_PROCESSES = 256  # rows of counters; processes of a run mostly have consecutive ids
 
 Record = dict[str, Tensor]
 
@@ -77,39 +74,3 @@ class Source:
     def readings(self) -> dict[str, float]:
         """Return metrics of the caches, by name."""
         return {}
-
-
-class Cached(Source):
-    """A source that caches records of its inner source and counts hits and misses, loader workers included."""
-
-    def __init__(self, inner: Source, *counted: str) -> None:
-        self.inner, self.blank = inner, inner.blank
-        self._columns = {name: column for column, name in enumerate(("hits", "misses", *counted))}
-        # Each process has its own row, so no lock is needed.
-        self._counts = torch.zeros(_PROCESSES, len(self._columns), dtype=torch.int64).share_memory_()
-
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a count."""
-        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += amount
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts over all processes."""
-        return dict(zip(self._columns, self._counts.sum(dim=0).tolist()))
-
-    def has(self, row: int) -> bool:
-        """Return whether the record of a row is cached."""
-        raise NotImplementedError
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the file of the inner source, unless the row is cached."""
-        file = self.inner.file_of(row)
-        return None if file is None or self.has(row) else file
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
-        self.inner.prefetch(row for row in rows if not self.has(row))
-
-    def hit_rate(self) -> float:
-        """Return the share of reads that were hits."""
-        counts = self.counts()
-        return counts["hits"] / max(1, counts["hits"] + counts["misses"])

@@ -21,7 +21,7 @@ from data.open import Data, describe_collection, open_images
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import GroupedSampler, Views
-from data.stream.source import Cached, Source
+from data.stream.source import Source
 from data.tags.captions import CaptionConfig, describe_captions
 from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
@@ -78,9 +78,12 @@ class DiffusionKind(Kind):
         return {}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the images. With a latent cache they are read once, so they are not kept in memory."""
+        """Return the images. With a latent cache they are read once, so they are not cached."""
         background = DEFAULT if config.background is None else config.background
-        return open_images(collection, config, 3, background, repeats=repeats and setup.task.latent_cache is None)
+        if setup.task.latent_cache is not None:
+            no_cache = config.cache.model_copy(update={"disk_gib": 0.0, "memory_gib": 0.0})
+            config = config.model_copy(update={"cache": no_cache})
+        return open_images(collection, config, 3, background, repeats=repeats)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. This fills the caches first, except in a dry run, which reads no image."""
@@ -186,14 +189,13 @@ def _read(
     fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
-    images = data.source.inner if isinstance(data.source, Cached) else data.source
     hashes = image_hashes(data.collection, buckets.rows, HASHES)
-    inputs = (_fingerprint(setup.model, ("vae",)), images.decoder.background, images.decoder.icc)
+    inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
     if latents.is_missing().any():
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
-        latents.fill(partial(encode_images, vae), images, data.machine, data.batch_size, data.unreadable)
+        latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     read = data.read_from(latents, latents.fingerprints)
     return buckets, read, {}, lambda example: {**example.record, **fields(example)}
 

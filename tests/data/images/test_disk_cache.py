@@ -8,9 +8,9 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images import disk_cache as disk
+from data.images import caches
+from data.images.caches import keep_on_disk
 from data.images.decode import Decoder
-from data.images.disk_cache import keep_on_disk
 from data.images.image_source import Images
 from data.stream.loader import EvaluationStream, Loader, no_fields
 from data.stream.source import IMAGE, UnreadableImage
@@ -25,7 +25,7 @@ COUNT, RGB = 12, Decoder(3, 10**6)
 @pytest.fixture(autouse=True)
 def settled(monkeypatch):
     """Take files that were just written for old ones."""
-    monkeypatch.setattr(disk, "_YOUNG_SEC", 0)
+    monkeypatch.setattr(caches, "_YOUNG_SEC", 0)
 
 
 def write_noise(file, seed):
@@ -90,7 +90,7 @@ def test_an_edited_file_is_read_again(photos, tmp_path):
 
 
 def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(disk, "_YOUNG_SEC", 3600)
+    monkeypatch.setattr(caches, "_YOUNG_SEC", 3600)
     source = cached(photos, tmp_path / "cache")
     read_all(source)
     assert not any(map(source.has, range(COUNT)))

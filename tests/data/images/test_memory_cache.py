@@ -15,10 +15,10 @@ from PIL import Image
 
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.config import AugmentConfig
-from data.images import memory_cache as memory
+from data.images import caches
+from data.images.caches import GIB, _choose_budget, _MemoryCached, _Pool, _share_pool, keep_in_memory
 from data.images.decode import Decoder
 from data.images.image_source import Images
-from data.images.memory_cache import GIB, _choose_budget, _MemoryCached, _Pool, _share_pool, keep_in_memory
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage
@@ -106,8 +106,8 @@ def test_a_full_pool_keeps_the_first_images():
 
 def test_no_image_is_added_where_memory_runs_out(monkeypatch):
     pool = _Pool.create(9, 2**20)
-    monkeypatch.setattr(memory, "_CHECKED_BYTES", 10_000)
-    monkeypatch.setattr(memory, "free_memory", lambda: 0)
+    monkeypatch.setattr(caches, "_CHECKED_BYTES", 10_000)
+    monkeypatch.setattr(caches, "free_memory", lambda: 0)
     for row in range(9):
         pool.put(row, pixels_of(row))
     assert [row for row in range(9) if row in pool] == [0]
@@ -193,7 +193,7 @@ def test_images_are_kept_as_configured(collection, monkeypatch, gib, kept):
 def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collection, monkeypatch, caplog, share, kept):
     source = images(collection)
     whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13
-    monkeypatch.setattr(memory, "free_memory", lambda: int(share * whole))
+    monkeypatch.setattr(caches, "free_memory", lambda: int(share * whole))
     with caplog.at_level(logging.INFO):
         budget = _choose_budget(source, collection, "auto")
     assert (0 < budget <= share * whole / 2) is kept
@@ -201,6 +201,6 @@ def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collec
 
 
 def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
-    monkeypatch.setattr(memory, "free_memory", lambda: 2**30)
+    monkeypatch.setattr(caches, "free_memory", lambda: 2**30)
     assert _choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
     assert _choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text

@@ -1,18 +1,19 @@
-"""A cache of decoded images in shared memory, with one copy for all ranks and loader workers of a node.
+"""Caches of decoded images, each a source in front of another. Hits, misses and a full cache give the same pixels.
 
-    source = keep_in_memory(images, collection, config.cache, repeats=True)
-
-The process that first decodes an image stores it, and all others read the same pages. Nothing is evicted: an epoch
-reads every image once, so eviction would not increase hits.
+source = keep_on_disk(Images(collection, decoder), config.cache)     in a folder, which runs share
+source = keep_in_memory(source, collection, config.cache)            one copy for all processes of a node
 """
 
 import fcntl
 import mmap
 import os
 import socket
+import struct
+import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -22,20 +23,82 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.collection.rows import spread
 from data.config import CacheConfig
-from data.stream.source import IMAGE, Cached, Record, Source, UnreadableImage
+from data.images.image_source import Images
+from data.images.record_store import LimitedStore, record_key
+from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
 from utils.hardware import free_memory
+from utils.io.memo import file_version
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 GIB = 2**30
+_PROCESSES = 256  # rows of counters; processes of a run mostly have consecutive ids
 _FREE_SHARE = 0.5  # maximum share of the free memory for `auto`
 _WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, the page cache of the files is better
 _ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _SIZES_BYTES, _ALIGNED = 24, 8
+_YOUNG_SEC = 2  # coarsest file system clock: a second change within one tick leaves the times equal
+_HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
+
+
+def keep_on_disk(images: Images, config: CacheConfig) -> Source:
+    """Return the images behind a disk cache, or the images themselves if `data.cache.disk_gib` is 0.
+
+    Raises UserError (`data.cache.folder`) if the folder cannot be used.
+    """
+    return _DiskCached(images, config) if config.disk_gib > 0 else images
+
+
+def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
+    """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
+
+    All ranks must call it.
+    """
+    gib = config.memory_gib
+    if gib == 0 or not hasattr(os, "memfd_create"):  # the system has no anonymous files
+        return source
+    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
+    return source if pool is None else _MemoryCached(source, pool)
+
+
+class _Cached(Source):
+    """A source that caches records of its inner source and counts hits and misses, loader workers included."""
+
+    def __init__(self, inner: Source, *counted: str) -> None:
+        self.inner, self.blank = inner, inner.blank
+        self._columns = {name: column for column, name in enumerate(("hits", "misses", *counted))}
+        # Each process has its own row, so no lock is needed.
+        self._counts = torch.zeros(_PROCESSES, len(self._columns), dtype=torch.int64).share_memory_()
+
+    def count(self, name: str, amount: int = 1) -> None:
+        """Add to a count."""
+        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += amount
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts over all processes."""
+        return dict(zip(self._columns, self._counts.sum(dim=0).tolist()))
+
+    def has(self, row: int) -> bool:
+        """Return whether the record of a row is cached."""
+        raise NotImplementedError
+
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the file of the inner source, unless the row is cached."""
+        file = self.inner.file_of(row)
+        return None if file is None or self.has(row) else file
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
+        self.inner.prefetch(row for row in rows if not self.has(row))
+
+    def hit_rate(self) -> float:
+        """Return the share of reads that were hits."""
+        counts = self.counts()
+        return counts["hits"] / max(1, counts["hits"] + counts["misses"])
 
 
 class _Pool:
@@ -118,8 +181,11 @@ class _Pool:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-class _MemoryCached(Cached):
-    """The images of a source, stored in a pool when decoded. Hits and misses have equal pixels and strides."""
+class _MemoryCached(_Cached):
+    """The images of a source, stored in a pool when decoded. Hits and misses have equal pixels and strides.
+
+    Nothing is evicted: an epoch reads every image once, so eviction would not increase hits.
+    """
 
     def __init__(self, source: Source, pool: _Pool) -> None:
         super().__init__(source)
@@ -143,18 +209,6 @@ class _MemoryCached(Cached):
         """Return the hit rate and the size in GiB, and the metrics of the inner source."""
         own = {"l1_hit_rate": self.hit_rate(), "l1_gib": self.pool.used_bytes / GIB}
         return {**own, **self.inner.readings()}
-
-
-def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
-    """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
-
-    All ranks must call it.
-    """
-    gib = config.memory_gib
-    if gib == 0 or not hasattr(os, "memfd_create"):  # the system has no anonymous files
-        return source
-    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
-    return source if pool is None else _MemoryCached(source, pool)
 
 
 def _share_pool(rows: int, choose: Callable[[], int]) -> _Pool | None:
@@ -198,3 +252,64 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
         )  # fmt: skip
         return 0
     return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))
+
+
+class _DiskCached(_Cached):
+    """Images in a folder, by the file's state (path, range, size, times, inode) and the decoder's identity.
+
+    So an edited file or another decoder never gets old records.
+    """
+
+    def __init__(self, images: Images, config: CacheConfig) -> None:
+        super().__init__(images, "evicted", "refused")
+        self._config = config
+        self._inputs = images.decoder.identity()
+        self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
+
+    def readings(self) -> dict[str, float]:
+        """Return the hit rate, the size in GiB, and the number of evicted records."""
+        gib, evicted = self._store.used_bytes() / 2**30, self.counts()["evicted"]
+        return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
+
+    def has(self, row: int) -> bool:
+        """Return whether a row's image is in the cache."""
+        key = self._key(row)
+        return key is not None and self._store.has(key)
+
+    def read(self, row: int, key: int = 0) -> Record:
+        """Return the image of a row. Raises UnreadableImage."""
+        cache_key = self._key(row)  # before reading the file, so that a change in between invalidates the record
+        record = None if cache_key is None else self._store.get(cache_key)
+        self.count("misses" if record is None else "hits")
+        if record is not None:
+            shape = _HEAD.unpack(record[: _HEAD.size])
+            return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
+        image = self.inner.read(row)[IMAGE]
+        if cache_key is not None:
+            self._keep(cache_key, image)
+        return {IMAGE: image}
+
+    def _key(self, row: int) -> str | None:
+        """Return the key of a row's image; None if the file is missing or was changed just now."""
+        contents = self.inner.contents
+        if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
+            digest = contents.collection.row(row).sha256
+            return None if digest is None else record_key(self._inputs, digest, contents.name_of(row))
+        version = file_version(file.path)
+        if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
+            return None
+        return record_key(self._inputs, os.path.abspath(file.path), file.offset, file.length, version)
+
+    def _keep(self, key: str, image: Tensor) -> None:
+        """Write the record of an image, uint8 [C, H, W]. After a failed write, warn once and write no more records."""
+        if self.counts()["refused"]:
+            return
+        pixels = image.permute(1, 2, 0).contiguous().numpy()
+        try:
+            self.count("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
+        except OSError as error:
+            self.count("refused")
+            log.warning(
+                "data.cache.folder: %s cannot be written (%s); the run continues and decodes uncached images",
+                self._config.folder, error.strerror,
+            )  # fmt: skip
