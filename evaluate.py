@@ -26,7 +26,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_valida
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
-from engine.exports.weights import load_predictor, open_weights
+from engine.exports.weights import MovedBase, load_predictor, open_weights
 from engine.runtime import Runtime, start_machine
 from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
@@ -72,6 +72,7 @@ class EvaluateConfig(Strict):
     run_dir: PathText | None
     weights: PathText  # best, last or ema of `run_dir`, or a weight file
     output: PathText | None  # a JSON file
+    model: MovedBase
     data: DataConfig | None  # None: the data of the run
     batch_size: BatchSize
     calibrate: bool  # also write a tagger's thresholds
@@ -159,7 +160,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
     with about("weights"):
         path = choose_weights(config.run_dir or "", config.weights)
-        weights = open_weights(path, "evaluation")
+        weights = open_weights(path, "evaluation", config.model.path)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
     if config.calibrate and not isinstance(task, TaggingTask):
         name = weights.metadata["task"]["name"]

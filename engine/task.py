@@ -168,7 +168,7 @@ def fingerprint_helpers(task: Task) -> dict[str, str]:
     for network, module in networks_of(task, task.helpers).items():
         digest = hashlib.sha256()
         for path in files.get(network, ()):
-            digest.update(f"{path.name} {hash_once(path, FILE_HASHES)}\n".encode())
+            digest.update(f"{hash_once(path, FILE_HASHES)}\n".encode())
         for name, tensor in () if network in files else sorted(module.state_dict().items()):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())

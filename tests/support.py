@@ -328,7 +328,8 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     from engine.exports.weights import Weights
 
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
-    values |= {"backbone_only": False, "dynamic_size": False, "dry_run": False, "format": form, **settings}
+    values |= {"backbone_only": False, "dynamic_size": False, "dry_run": False, "model": {"path": None}}
+    values |= {"format": form, **settings}
     with tempfile.TemporaryDirectory() as scratch:
         if thresholds is not None:
             write_thresholds(Path(scratch) / "thresholds.csv", thresholds, "hash")

@@ -16,7 +16,7 @@ import torch
 from pydantic import model_validator
 from torch import nn
 
-from engine.exports.weights import Weights
+from engine.exports.weights import MovedBase, Weights
 from engine.tasks.diffusion import DiffusionTask
 from models.export import tag_forms
 from models.export.model_card import licence_entry, write_card
@@ -60,6 +60,7 @@ class ExportConfig(OnnxConfig):
     backbone_only: bool
     thresholds: PathText | None
     licence: str | None
+    model: MovedBase
     dry_run: bool
 
     @model_validator(mode="after")

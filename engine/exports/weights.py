@@ -20,6 +20,7 @@ from models.image_model import ImageModel
 from models.outputs import NAME_KEYS
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from models.weights.fit import load_into
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -61,7 +62,8 @@ class Weights:
         saved = self.metadata.get("frozen", {})
         wrong = [name for name, value in fingerprint_helpers(self.task).items() if saved.get(name) != value]
         if wrong:
-            raise UserError(f"{self.path} was trained with another frozen {', '.join(wrong)}; restore its files")
+            names = ", ".join(wrong)
+            raise UserError(f"{self.path} was trained with another frozen {names}; restore it, or set model.path")
 
     def without_head(self) -> Self:
         """Return the backbone: the network without head and final norm. Its output is the mean of the last feature map.
@@ -89,12 +91,22 @@ class Weights:
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 
 
-def open_weights(path: Path, use: Use = "export") -> Weights:
-    """Rebuild the task of a weight file, with the helpers that `use` needs.
+class MovedBase(Strict):
+    """Where the base model of the weights lies now, if it was moved."""
+
+    path: PathText | None
+
+
+def open_weights(path: Path, use: Use = "export", base: str | None = None) -> Weights:
+    """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces the path of its base model.
 
     Raises UserError for a file that Atelier did not write, or for other helpers than those of the run.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
+    if base is not None:
+        if not isinstance(model := metadata.get("model"), dict) or "path" not in model:
+            raise UserError(f"model.path: {path} has no base model; remove model.path")
+        metadata["model"] = {**model, "path": base}
     kind, setup = check_weights(path, shapes, metadata, KINDS)
     tensors, _ = read_weights(path)
     task = kind.build(setup)

@@ -70,7 +70,14 @@ class SDXLNetworks:
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:
-    """Return the networks of a config; frozen: without gradients, in `model.frozen_dtype`."""
+    """Return the networks of a config; frozen: without gradients, in `model.frozen_dtype`.
+
+    On the meta device, the base model may be missing: all of SDXL have the same shapes.
+    """
+    if model.path is not None and not Path(model.path).exists() and torch.get_default_device().type == "meta":
+        configs = list_configs(tiny=model.name == "sdxl_tiny")
+        parts = {part: build_part(part, configs[part]) if part in only else None for part in PARTS}
+        return SDXLNetworks(**parts, source={})
     dtype = getattr(torch, model.frozen_dtype) if frozen else torch.float32
     if model.path is None:
         networks = tiny_networks()

@@ -117,6 +117,19 @@ def test_a_lora_needs_no_base_but_a_whole_model_needs_that_of_the_run(place):
         file.write_bytes(original)
 
 
+def test_a_base_that_lies_elsewhere_is_named_and_a_lora_needs_none(place, tmp_path):
+    (place / "base").rename(tmp_path / "moved")
+    try:
+        export(place, "lora", "kohya")
+        for moved in ([], [f"model.path={place / 'images'}"]):
+            with pytest.raises(UserError, match=r"^model\.path: "):
+                run("export", ["run_dir=lora", "format=single_file", "output=x", *moved], place)
+        run("export", ["run_dir=lora", "format=single_file", "output=x", f"model.path={tmp_path / 'moved'}"], place)
+        run("evaluate", ["run_dir=lora", "runtime.device=cpu", f"model.path={tmp_path / 'moved'}"], place)
+    finally:
+        (tmp_path / "moved").rename(place / "base")
+
+
 def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_are_refused(place):
     other = ["task.noise.prediction_type=epsilon", "task.noise.zero_terminal_snr=false", "dry_run=true"]
     with pytest.raises(UserError, match="^task.noise: base .*prediction_type=v_prediction"):
