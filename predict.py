@@ -12,9 +12,10 @@ image that cannot be read gets a row with the reason.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Set
+from itertools import chain
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -24,17 +25,21 @@ from torch import Tensor
 from data.config import TextConfig
 from data.open import load_files
 from data.tools.predictions import (
+    Destination,
+    Embeddings,
     Images,
+    Predicted,
     Row,
     RowFile,
     Sidecars,
+    Similar,
+    embedding_rows,
     find_excluded,
     find_images,
     join_tags,
-    rank,
     read_embeddings,
     spell_tags,
-    write_embeddings,
+    stack_rows,
 )
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
@@ -45,7 +50,8 @@ from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
-from utils.io.files import output_errors, sha256_file
+from utils.io.files import output_errors, sha256_file, sha256_text
+from utils.io.journal import open_journal
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -110,40 +116,52 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
-def open_destination(
-    config: PredictConfig, predictor: Predictor, images: Images
-) -> tuple[RowFile | Sidecars, list[Path]]:
-    """Return the destination of the predictions, and the images without predictions there.
+def choose_destination(config: PredictConfig, predictor: Predictor, images: Images, weights: str) -> Destination:
+    """Return the destination of the predictions. weights: the hash of the weights.
 
-    Raises UserError (`output`, `existing`) if the destination does not suit them, or if some exist and `existing` is
-    not set.
+    Raises UserError (`output`, `existing`, `like`) if the destination does not suit the weights.
     """
     output, columns = Path(config.output), predictor.output.columns
+    if config.like is not None:
+        file = RowFile(output, ["path", "similarity"], keep=False)
+        rows = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
+        return Similar(file, stack_rows(chain.from_iterable(rows), "like")[1][0], config.top)
+    if output.suffix == ".npz":
+        return Embeddings(output, weights)
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
         if not predictor.has_tags:
             raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
-        destination = Sidecars(images, None if config.output == "beside" else config.output)
-    elif config.existing == "append":
+        folder = None if config.output == "beside" else config.output
+        return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))
+    if config.existing == "append":
         raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")
-    elif output.suffix == ".csv" and columns is None:
+    if output.suffix == ".csv" and columns is None:
         raise UserError(f"output: {config.weights} predicts vectors, which CSV cannot hold; name a .jsonl file")
-    else:
-        destination = RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
-    done = {path for path in images.paths if destination.has(str(path))}
-    if done and config.existing is None:
+    return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
+
+
+def choose_paths(config: PredictConfig, images: Images, destination: Destination, done: Set[str]) -> list[Path]:
+    """Return the images to predict. done: those that a killed call of this command has predicted.
+
+    Raises UserError (`existing`) if others have a result and `existing` is not set.
+    """
+    written = {path for path in images.paths if str(path) not in done and destination.has(str(path))}
+    if written and config.existing is None:
         raise UserError(
-            f"existing: null, but {len(done):,} of {len(images.paths):,} images already have tags, such as "
-            f"{min(done)}; set skip (to continue a command that was killed), append or overwrite"
+            f"existing: null, but {len(written):,} of {len(images.paths):,} images already have tags, such as "
+            f"{min(written)}; set skip, append or overwrite"
         )
-    return destination, [path for path in images.paths if path not in done or config.existing != "skip"]
+    skipped = written if config.existing == "skip" else ()
+    return [path for path in images.paths if str(path) not in done and path not in skipped]
 
 
 def predict_all(
     predictor: Predictor, paths: list[Path], config: PredictConfig, predict: Callable[[Tensor], Iterable[Row]]
-) -> Iterator[Row]:
-    """Yield a row per image: its path, and the result of `predict` or an error.
+) -> Iterator[list[Row]]:
+    """Yield the rows of each batch: an image's path, and the result of `predict` or an error.
 
-    Rows are in the order of `paths`, but sorted by bucket for weights that were trained in buckets.
+    Rows are in the order of `paths`, but sorted by bucket for weights that were trained in buckets. Without the images
+    of the first batches, the other batches are the same.
     """
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,
@@ -155,51 +173,40 @@ def predict_all(
     loader, reasons = load_files(
         paths, predictor.preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
     )
-    for batch in loader:
-        readable = batch["weight"] > 0
+    for batch in track(loader, len(loader), "predicting"):
+        readable, rows = batch["weight"] > 0, []
         predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
         for is_readable, index, key in zip(readable.tolist(), batch["sample_id"].tolist(), batch["key"].tolist()):
             path = str(paths[index])
             if is_readable:
-                yield {"path": path, **next(predicted)}
+                rows.append({"path": path, **next(predicted)})
             elif key:  # 0 for padding
                 log.warning("unreadable image %s: %s", path, reasons[path])
-                yield {"path": path, "error": reasons[path]}
+                rows.append({"path": path, "error": reasons[path]})
+        yield rows
 
 
-def write_texts(rows: Iterable[Row], destination: RowFile | Sidecars, config: PredictConfig) -> Iterator[Row]:
+def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
+    """Return the function from images to rows with their embeddings."""
+    return lambda images: embedding_rows(predictor.embed(images))
+
+
+def describe(config: PredictConfig, options: RowOptions, weights: str) -> list[Any]:
+    """Return what the rows depend on beside the images. weights: the hash of the weights."""
+    settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
+    replaces = config.existing if config.existing in ("append", "overwrite") else None
+    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), replaces]
+
+
+def join_texts(batches: Iterable[list[Row]], destination: Destination, config: PredictConfig) -> Iterator[list[Row]]:
     """Yield rows with their tags joined to a text; existing=append puts them after the image's present tags."""
-    for row in rows:
-        if "tags" in row:
-            before = destination.tags(row["path"]) if config.existing == "append" else ()
-            words = spell_tags(row["tags"], row.get("rating"), config.text)
-            row["tags"] = join_tags([*before, *words], config.text.separator)
-        yield row
-
-
-def embed(key: str, predictor: Predictor, config: PredictConfig) -> tuple[list[str], np.ndarray]:
-    """Return the paths and embeddings [N, D] of the readable images of `key`. Raises UserError if there are none."""
-    paths = find_images(getattr(config, key), key).paths
-    rows = predict_all(predictor, paths, config, lambda images: [{"vector": row} for row in predictor.embed(images)])
-    readable = [row for row in track(rows, len(paths), "embedding") if "vector" in row]
-    if not readable:
-        reasons = "predict.py output=x.jsonl gives the reasons"
-        raise UserError(f"{key}: {paths[0]} cannot be read, nor can any other image; {reasons}")
-    return [row["path"] for row in readable], np.stack([row["vector"] for row in readable])
-
-
-def search(config: PredictConfig, predictor: Predictor, weights: str) -> str:
-    """Write the images' embeddings, or with `like` the most similar images. weights: the weights' hash."""
-    output, source = Path(config.output), config.input
-    likes = None if config.like is None else RowFile(output, ["path", "similarity"], keep=False)
-    stored = isinstance(source, str) and source.endswith(".npz")
-    paths, vectors = read_embeddings(Path(source), weights) if stored else embed("input", predictor, config)
-    with output_errors("output", output):
-        if likes is None:
-            write_embeddings(output, paths, vectors, weights)
-        else:
-            likes.write(rank(paths, vectors, embed("like", predictor, config)[1][0], config.top))
-    return f"wrote {output}: {len(paths)} images"
+    for rows in batches:
+        for row in rows:
+            if "tags" in row:
+                before = destination.tags(row["path"]) if config.existing == "append" else ()
+                words = spell_tags(row["tags"], row.get("rating"), config.text)
+                row["tags"] = join_tags([*before, *words], config.text.separator)
+        yield rows
 
 
 @entry_point("predict", PredictConfig)
@@ -210,20 +217,32 @@ def main(config: PredictConfig, job: Job) -> str:
     with about("weights"):
         weights = find_weights(config.weights, "best")
         predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
-    if config.like is not None or config.output.endswith(".npz"):
-        return "dry run: nothing is embedded" if config.dry_run else search(config, predictor, sha256_file(weights))
+    is_search = config.like is not None or config.output.endswith(".npz")
+    if config.dry_run and is_search:
+        return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
-    options, images = choose_rows(config, predictor, weights), find_images(config.input, "input")
-    destination, paths = open_destination(config, predictor, images)
+    options = RowOptions(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
+    version, output = sha256_file(weights), Path(config.output)
+    is_stored = isinstance(config.input, str) and config.input.endswith(".npz")
+    images = Images("", []) if is_stored else find_images(config.input, "input")
+    destination = choose_destination(config, predictor, images, version)
     if config.dry_run:
-        return f"dry run: {len(paths)} images, nothing is predicted"
+        return f"dry run: {len(choose_paths(config, images, destination, set()))} images, nothing is predicted"
+    if is_stored:
+        with output_errors("output", output):
+            destination.write_all(read_embeddings(Path(config.input), version))
+        return f"wrote {output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    rows = predict_all(predictor, paths, config, lambda images: predictor.rows(images, options))
-    with output_errors("output", Path(config.output)):
-        destination.write(write_texts(track(rows, len(paths), "predicting"), destination, config))
-    written = "files beside the images" if config.output == "beside" else config.output
+    folder, command = destination.folder, describe(config, options, version)
+    with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
+        predicted = Predicted(journal, images.paths)
+        paths = choose_paths(config, images, destination, predicted.done)
+        predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
+        destination.write(join_texts(predict_all(predictor, paths, config, predict), destination, config), predicted)
+        journal.clear()
+    written = "files beside the images" if config.output == "beside" else output
     return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
 
 

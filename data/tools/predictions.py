@@ -3,6 +3,7 @@
 Nothing is written outside the image folder or the folder that the user sets, even through links.
 """
 
+import base64
 import csv
 import glob
 import io
@@ -12,7 +13,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,7 +24,9 @@ from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.records import parse_text
 from data.tags.spelling import Tag, parse_tag, with_spaces
 from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.io.files import remove_temporary, write_atomically
+from utils.io.journal import Journal
+from utils.io.memo import file_version
 from utils.record.logging import get_logger
 from utils.vocabulary import RATING
 
@@ -68,8 +71,60 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     return Images(os.path.commonpath([os.path.abspath(folder) for folder in folders]), list(paths))
 
 
-class RowFile:
-    """JSON lines, or CSV with the given columns. keep: append to the complete rows of the file; else replace it.
+class Predicted:
+    """The rows of a prediction, in its journal, which also has the rows of a killed call of the same command.
+
+    A row counts while its image is unchanged.
+    """
+
+    def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
+        self._journal = journal
+        self._versions = {str(path): file_version(path) for path in paths}
+        self.done = {row["path"] for rows in self.parts() for row in rows}
+
+    def parts(self) -> Iterator[list[Row]]:
+        """Yield the rows of each batch."""
+        for part in self._journal.parts():
+            yield [row for version, row in part if version == self._versions.get(row["path"], ())]
+
+    def add(self, rows: Sequence[Row]) -> None:
+        """Add the rows of a batch."""
+        self._journal.add([(self._versions[row["path"]], row) for row in rows])
+
+
+class Destination:
+    """The output of a prediction. folder: the folder of many files; None for one file."""
+
+    folder: Path | None = None
+
+    def has(self, path: str) -> bool:
+        """Return whether an earlier command has written the image's result."""
+        return False
+
+    def tags(self, path: str) -> Sequence[str]:
+        """Return the present tags of an image."""
+        return ()
+
+    def resume(self, parts: Iterable[list[Row]]) -> None:
+        """Write the files of images that a killed call may have left out."""
+
+    def write_each(self, rows: Iterable[Row]) -> None:
+        """Write the files of some images, if each image has a file."""
+
+    def write_all(self, rows: Iterable[Row]) -> None:
+        """Write the file of all images, if they share one."""
+
+    def write(self, batches: Iterable[list[Row]], predicted: Predicted) -> None:
+        """Write batches as they arrive, after the rows of a killed call."""
+        self.resume(predicted.parts())
+        for rows in batches:
+            predicted.add(rows)
+            self.write_each(rows)
+        self.write_all(row for rows in predicted.parts() for row in rows)
+
+
+class RowFile(Destination):
+    """JSON lines, or CSV with the given columns. keep: the new rows follow those of the file; else they replace it.
 
     Raises UserError (`output`) for another file ending, or if the kept rows have another format.
     """
@@ -80,14 +135,15 @@ class RowFile:
                 f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file; without like also .npz, and for "
                 "tags FOLDER/ or beside"
             )
-        self._file, self._columns, self._keep = file, columns if file.suffix == ".csv" else None, keep
-        content = file.read_bytes() if keep and file.is_file() else b""
-        self._kept = content[: content.rfind(b"\n") + 1]  # a killed command may have left an incomplete row
+        self._file, self._columns = file, columns if file.suffix == ".csv" else None
+        self._kept = file.read_bytes() if keep and file.is_file() else b""
+        if self._kept and not self._kept.endswith(b"\n"):
+            self._kept += b"\n"
         try:
             lines = io.StringIO(self._kept.decode("utf-8"), newline="")
             rows = map(json.loads, lines) if self._columns is None else csv.DictReader(lines)
             self._done = {row["path"] for row in rows}
-            if self._done and self._columns not in (None, rows.fieldnames):
+            if self._kept and self._columns not in (None, rows.fieldnames):
                 raise ValueError(f"the columns {', '.join(rows.fieldnames)}")
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             raise UserError(
@@ -99,46 +155,44 @@ class RowFile:
         """Return whether the image has a kept row."""
         return path in self._done
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Write rows as they arrive. Without kept rows, the file gets its name when it is complete."""
+    def write_all(self, rows: Iterable[Row]) -> None:
+        """Write the kept rows and the others. The file gets its name when it is complete."""
 
         def fill(file: Path) -> None:
-            with open(file, "a", encoding="utf-8", newline="") as stream:
-                stream.truncate(len(self._kept))
+            with open(file, "w", encoding="utf-8", newline="") as stream:
+                stream.write(self._kept.decode("utf-8"))
                 table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
                 if self._columns is not None and not self._kept:
                     table.writeheader()
                 for row in rows:
+                    if self.has(row["path"]):
+                        continue
                     if self._columns is None:
                         stream.write(json.dumps(row, ensure_ascii=False) + "\n")
                     else:
                         table.writerow(row)
-                    stream.flush()
 
-        if self._keep:
-            self._file.parent.mkdir(parents=True, exist_ok=True)
-            fill(self._file)
-        else:
-            write_atomically(self._file, fill)
+        write_atomically(self._file, fill)
 
 
-class Sidecars:
+class Sidecars(Destination):
     """One text file per readable image: beside it, or at the same relative path in another folder.
 
     The name is `x.txt`, or `x.png.txt` if another image only differs in its suffix.
-    Raises UserError (`output`) for a link out of the folder.
+    replace: replace existing files. Raises UserError (`output`) for a link out of the folder.
     """
 
-    def __init__(self, images: Images, folder: str | None) -> None:
-        base, self._files = os.path.abspath(folder or images.root), {}
+    def __init__(self, images: Images, folder: str | None, *, replace: bool) -> None:
+        base, self._files, self._replace = Path(os.path.abspath(folder or images.root)), {}, replace
         relative = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
         stems = Counter(os.path.splitext(name)[0] for name in relative.values())
         real = os.path.realpath(base)
         for path, name in relative.items():
             stem = os.path.splitext(name)[0]
-            self._files[path] = file = Path(base, f"{stem if stems[stem] == 1 else name}.txt")
+            self._files[path] = file = base / f"{stem if stems[stem] == 1 else name}.txt"
             if os.path.commonpath([real, target := os.path.realpath(file)]) != real:
                 raise UserError(f"output: {file} is a link out of {base}, to {target}; set a folder for the texts")
+        self.folder = base if folder or os.access(base, os.W_OK) else images.paths[0].parent
 
     def has(self, path: str) -> bool:
         """Return whether the text file exists."""
@@ -151,12 +205,20 @@ class Sidecars:
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
-    def write(self, rows: Iterable[Row]) -> None:
-        """Write the files as rows arrive."""
+    def resume(self, parts: Iterable[list[Row]]) -> None:
+        """Write the missing files, and those of the last batch."""
+        folders, rows = set(), []
+        for rows in parts:
+            folders |= {self._files[row["path"]].parent for row in rows}
+            self.write_each(row for row in rows if not self.has(row["path"]))
+        remove_temporary(folders)
+        self.write_each(rows)
+
+    def write_each(self, rows: Iterable[Row]) -> None:
+        """Write the text files."""
         for row in rows:
-            if "tags" in row:
-                text = f"{row['tags']}\n"
-                file = self._files[row["path"]]
+            if "tags" in row and (self._replace or not self.has(row["path"])):
+                text, file = f"{row['tags']}\n", self._files[row["path"]]
                 write_atomically(file, lambda temporary, text=text: temporary.write_text(text, "utf-8"), flush=False)
 
 
@@ -194,18 +256,51 @@ def join_tags(words: Iterable[str], separator: str) -> str:
 # ------------------------------------------------------------------------------------------------------- embeddings
 
 
-def write_embeddings(file: Path, paths: Sequence[str], vectors: np.ndarray, weights: str) -> None:
-    """Write the embeddings of images [N, D] and the hash of the weights as .npz, atomically."""
-
-    def write(temporary: Path) -> None:
-        with open(temporary, "wb") as stream:
-            np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(weights))
-
-    write_atomically(file, write)
+def embedding_rows(vectors: np.ndarray) -> list[Row]:
+    """Return a row for each embedding [B, D]."""
+    return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")} for vector in vectors]
 
 
-def read_embeddings(file: Path, weights: str) -> tuple[list[str], np.ndarray]:
-    """Return paths and embeddings of a file. Raises UserError (`input`) if it has none, or is from other weights."""
+def stack_rows(rows: Iterable[Row], key: str) -> tuple[list[str], np.ndarray]:
+    """Return the paths and embeddings [N, D] of the readable images of `key`. Raises UserError if there are none."""
+    rows = list(rows)
+    found = [(row["path"], np.frombuffer(base64.b64decode(row["vector"]), "<f4")) for row in rows if "vector" in row]
+    if not found:
+        raise UserError(f"{key}: {rows[0]['path']} cannot be read, nor can any other image ({rows[0]['error']})")
+    paths, vectors = zip(*found)
+    return list(paths), np.stack(vectors)
+
+
+class Embeddings(Destination):
+    """The paths and embeddings of images and the hash of the weights, as .npz."""
+
+    def __init__(self, file: Path, weights: str) -> None:
+        self._file, self._weights = file, weights
+
+    def write_all(self, rows: Iterable[Row]) -> None:
+        """Write the file."""
+        paths, vectors = stack_rows(rows, "input")
+
+        def write(temporary: Path) -> None:
+            with open(temporary, "wb") as stream:
+                np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(self._weights))
+
+        write_atomically(self._file, write)
+
+
+class Similar(Destination):
+    """Rows for the `top` images whose embeddings are most like `query` [D]."""
+
+    def __init__(self, file: RowFile, query: np.ndarray, top: int) -> None:
+        self._file, self._query, self._top = file, query, top
+
+    def write_all(self, rows: Iterable[Row]) -> None:
+        """Write the file."""
+        self._file.write_all(rank(*stack_rows(rows, "input"), self._query, self._top))
+
+
+def read_embeddings(file: Path, weights: str) -> list[Row]:
+    """Return the rows of a file of embeddings. Raises UserError (`input`) if it has none, or is from other weights."""
     try:
         with np.load(file) as arrays:
             paths, vectors, source = arrays["paths"].tolist(), arrays["vectors"], arrays["weights"].item()
@@ -213,7 +308,7 @@ def read_embeddings(file: Path, weights: str) -> tuple[list[str], np.ndarray]:
         raise UserError(f"input: {file} has no embeddings ({error}); predict.py output=x.npz writes them") from None
     if source != weights:
         raise UserError(f"input: {file} has embeddings from other weights; write it again with these")
-    return paths, vectors
+    return [{"path": path, **row} for path, row in zip(paths, embedding_rows(vectors))]
 
 
 def rank(paths: Sequence[str], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:

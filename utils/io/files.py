@@ -5,11 +5,12 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
@@ -21,6 +22,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 T = TypeVar("T")
 _SHOWN_CHARACTERS = 200  # of a library's error
+_TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)  # of write_atomically
 
 
 def fsync_path(path: Path) -> None:
@@ -50,6 +52,17 @@ def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = Tr
     if flush:
         fsync_path(path.parent)
     return result
+
+
+def remove_temporary(folders: Iterable[Path], name: str | None = None) -> None:
+    """Remove the temporary files that killed processes left in folders. name: only those of this file.
+
+    Only for a process that holds the lock of these files.
+    """
+    for folder in folders:
+        for entry in folder.iterdir() if folder.is_dir() else ():
+            if (match := _TEMPORARY.fullmatch(entry.name)) and name in (None, match[1]):
+                entry.unlink()
 
 
 @contextmanager
@@ -97,22 +110,27 @@ os.register_at_fork(after_in_child=_close_locks)
 def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
     """Hold a lock file; raise BlockingIOError if another process keeps it. The lock ends with the process.
 
-    The file is never removed: two processes could then lock two files of that name.
+    Only the process that holds the lock may remove the file.
     """
     until = time.monotonic() + patience_sec
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as stream:
-        while True:
-            try:
-                fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                if time.monotonic() >= until:
-                    raise
-                time.sleep(0.1)
-                continue
-            except OSError as error:  # for example Lustre, mounted without flock
-                log.warning("%s cannot be locked (%s): two processes would not notice each other", path, error.strerror)
-            break
+    while True:
+        stream = open(path, "a")  # noqa: SIM115 (closed below)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            stream.close()
+            if time.monotonic() >= until:
+                raise
+            time.sleep(0.1)
+            continue
+        except OSError as error:  # for example Lustre, mounted without flock
+            log.warning("%s cannot be locked (%s): two processes would not notice each other", path, error.strerror)
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(stream.fileno()), os.stat(path)):
+                break
+        stream.close()  # the last holder has removed the file
+    with stream:
         _held.add(stream)
         try:
             yield

@@ -1,0 +1,58 @@
+"""predict.py killed at random moments and typed again, for every output."""
+
+import random
+import shutil
+import signal
+import time
+
+import pytest
+import torch
+
+from tests import support
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from utils.io.weights import read_weights, write_weights
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a tagger and images, one with a line feed in its name and one that is damaged."""
+    folder = tmp_path_factory.mktemp("kills")
+    make_images(folder / "images")
+    run("finetune", [*SMALL_MODEL, *SHORT, "task=tagging", "task.min_count=1", "data=image_folder", "data.root=images",
+                     "run_dir=run", "model.head_init_scale=1.0"], folder)  # fmt: skip
+    file = folder / "run/weights/best_weights.safetensors"
+    tensors, metadata = read_weights(file)
+    varied = torch.randn(tensors["head.weight"].shape, generator=torch.Generator().manual_seed(0)) * 3
+    write_weights(file, {**tensors, "head.weight": varied}, metadata)
+    for number, image in enumerate(sorted((folder / "images").rglob("*.png"))):
+        for copy in range(30):
+            (folder / "new").mkdir(exist_ok=True)
+            shutil.copy(image, folder / f"new/{number:02}{copy:02}{chr(10) * (copy == 7)}.png")
+    (folder / "new/0102.png").write_bytes(b"no image")
+    return folder
+
+
+def written(folder):
+    """Return the files of a folder, hidden ones too."""
+    files = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("output_"))
+    return {file.relative_to(folder): file.read_bytes() for file in files}
+
+
+@pytest.mark.parametrize("output", ["x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside"])
+def test_a_command_that_was_killed_is_typed_again(output, place, tmp_path):
+    """At four moments each. If it was killed after its work, existing texts are an error, as without a kill."""
+    words = [f"weights={place}/run", "input=new", f"output={output}", "device=cpu", "batch_size=2", "workers=0"]
+    whole, killed = (shutil.copytree(place / "new", tmp_path / name / "new").parent for name in ("whole", "killed"))
+    support.run("predict.py", words, whole)
+    draw, left = random.Random(output), []
+    for _ in range(4):
+        started = support.start("predict.py", words, killed)
+        while started.processes[0].is_alive() and not list(killed.rglob("*.journal")):
+            time.sleep(0.005)
+        time.sleep(draw.uniform(0.0, 0.6))
+        started.signal(signal.SIGKILL)
+        started.wait()
+        left += killed.rglob("*.journal")
+    started = support.start("predict.py", words, killed)
+    assert left and started.wait() == [0] or "359 of 360 images already have tags" in started.output
+    assert written(killed) == written(whole)
