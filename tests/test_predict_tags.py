@@ -218,7 +218,7 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
         go(place, output, *words)
     (journal,) = images.rglob(".*journal")
     with open(journal, "a") as stream:
-        stream.write('[[[1, 2')  # torn
+        stream.write("[[[1, 2")  # torn
     assert ": 2 images, " in go(place, output, *words)
     assert {file: file.read_text() for file in whole} == whole
     assert ": 0 images, " in go(place, output, *words)
