@@ -19,7 +19,7 @@ from engine.exports.weights import open_weights
 from models.export.model_card import add_report, licence_entry
 from utils.config.entry_point import Job, entry_point
 from utils.errors import about
-from utils.io.files import output_errors
+from utils.io.journal import open_journal
 from utils.io.weights import choose_weights
 
 
@@ -37,7 +37,7 @@ def main(config: ExportConfig, job: Job) -> str:
     # -------------------------------------------------------------------------------------------------- 2. The files
     inside = "export" if config.format == "onnx" else f"export/{config.format}"
     folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
-    with output_errors("output", folder):
+    with open_journal("output", folder, is_folder=True):
         report = write_export(weights, folder, config)
         report |= {"format": config.format, "step": weights.metadata["step"]}
         report |= licence_entry("licence", weights.metadata)

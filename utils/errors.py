@@ -25,6 +25,10 @@ class UserError(ValueError):
     """A mistake of the user: the message names the key or file, the value found, the values allowed and a fix."""
 
 
+class DiskFull(UserError):
+    """A write failed for lack of room: no mistake in the command, so the exit status is EXIT_CRASH."""
+
+
 @contextmanager
 def about(key: str) -> Iterator[None]:
     """Prefix a UserError raised inside with a key, unless its message already begins with one."""

@@ -1,6 +1,7 @@
 """Copy a collection or a part of it to another folder, with sidecars and manifest rows, or with reduced images."""
 
 import functools
+import io
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -25,7 +26,8 @@ from data.tools.tool import Tool
 from utils.config.bounds import Side
 from utils.config.schema import PathText
 from utils.errors import UserError
-from utils.io.files import output_errors, write_atomically
+from utils.io.files import remove_temporary, write_atomically
+from utils.io.journal import open_journal
 from utils.ranks.processes import map_items
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -54,8 +56,9 @@ class Shrink(NamedTuple):
             raise ValueError(f"more than {self.max_pixels:,} pixels (data.max_pixels)")
         return max(width, height) > self.longest_px
 
-    def write(self, file: Path, target: Path) -> None:
-        """Write the copy with the same metadata and modification time. Raises _UNFIT."""
+    def reduce(self, file: Path) -> bytes:
+        """Return the file of a smaller image with the same metadata. Raises _UNFIT."""
+        content = io.BytesIO()
         with Image.open(file, formats=_WRITTEN) as image:
             name = image.format
             if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
@@ -72,8 +75,8 @@ class Shrink(NamedTuple):
                 image = image.convert(mode)
             image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
             image = image.convert("I;16") if is_wide else image
-            image.save(target, format=name, **options)
-        shutil.copystat(file, target)
+            image.save(content, format=name, **options)
+        return content.getvalue()
 
 
 def _smooth_mode(image: Image.Image) -> str:
@@ -108,11 +111,11 @@ class Copy(Tool, Rules):
             if not needed <= {parse_tag(tag).name for tag in tags}:
                 chosen.discard(path)
         files = list(dict.fromkeys([*sorted(chosen), *_sidecars_of(root, sorted(chosen))]))
-        done = copy_files(root, target, files)
-        if (manifest := find_manifest(root)) is not None:
-            table = (read_parquet if manifest.name == PARQUET else read_table)(manifest)
-            rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
-            with output_errors("job.to", target):
+        with open_journal("job.to", target, is_folder=True):
+            done = copy_files(root, target, files)
+            if (manifest := find_manifest(root)) is not None:
+                table = (read_parquet if manifest.name == PARQUET else read_table)(manifest)
+                rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
                 write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
         return (
             f"{len(chosen):,} of {len(paths):,} images are in {target}; copied {done.count(_COPIED):,} of "
@@ -136,8 +139,9 @@ class Downsample(Tool):
         root = check_root(data.root)
         target = _check_target(root, self.to)
         paths = sorted(list_images(root))
-        done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
-        copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
+        with open_journal("job.to", target, is_folder=True):
+            done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
+            copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
         unfit = [(path, what) for path, what in zip(paths, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
         for path, why in unfit[:_WARNED]:
             log.warning("%s is copied unchanged: %s", path, why)
@@ -148,11 +152,11 @@ class Downsample(Tool):
 
 
 def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
-    """Copy files of a collection to the same paths below `target`; return the result for each."""
+    """Copy files of a collection to the same paths below `target`, which is locked; return the result for each."""
+    remove_temporary({(target / file).parent for file in files})
     copy = functools.partial(_copy_file, root, target, shrink)
-    with output_errors("job.to", target):
-        done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
-        return list(track(done, len(files), "copying files"))
+    done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
+    return list(track(done, len(files), "copying files"))
 
 
 def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
@@ -167,13 +171,19 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
             raise UserError(f"job.to: {str(copy)!r} differs from {str(source)!r}; set an empty folder")
         return _PRESENT
     try:
-        if shrink is not None and shrink.is_for(source):
-            write_atomically(copy, functools.partial(shrink.write, source))
-            return _SHRUNK
+        reduced = shrink.reduce(source) if shrink is not None and shrink.is_for(source) else None
     except _UNFIT as error:
-        done = f"{type(error).__name__}: {error}"
-    write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
-    return done
+        reduced, done = None, f"{type(error).__name__}: {error}"
+    if reduced is None:
+        write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
+        return done
+
+    def write(temporary: Path) -> None:
+        temporary.write_bytes(reduced)
+        shutil.copystat(source, temporary)
+
+    write_atomically(copy, write)
+    return _SHRUNK
 
 
 def _check_target(root: Path, to: str) -> Path:

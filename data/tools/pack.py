@@ -36,7 +36,8 @@ from data.tools.tool import Tool
 from utils import rng
 from utils.config.schema import PathText
 from utils.errors import UserError
-from utils.io.files import output_errors, read_json, write_atomically, write_json
+from utils.io.files import read_json, write_atomically, write_json
+from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
@@ -75,7 +76,7 @@ def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.
     """
     shards, members = _plan_shards(collection, shard_mib * _MIB), []
     classes = {label: number for number, label in enumerate(collection.class_names("train"))}
-    with output_errors("job.output", output):
+    with open_journal("job.output", output, is_folder=True):
         _claim(output, {"collection": collection.fingerprint, "shard_mib": shard_mib, "version": _VERSION})
         for name, rows in track(shards.items(), len(shards), "packing the images"):
             images = _list_images(output / name)
@@ -83,11 +84,11 @@ def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.
                 write_atomically(output / name, lambda file, rows=rows: _write_shard(file, collection, rows, classes))
                 images = _list_images(output / name)
             members += images
-    table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
-    columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
-    for name, values in {**columns, "size": columns["length"]}.items():
-        table = replace_column(table, name, pa.array(values, TYPES[name]))
-    save_manifest(output, table, "pack_collection")
+        table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
+        columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
+        for name, values in {**columns, "size": columns["length"]}.items():
+            table = replace_column(table, name, pa.array(values, TYPES[name]))
+        save_manifest(output, table, "pack_collection")
     return table
 
 
@@ -106,17 +107,14 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
 
 
 def _claim(output: Path, plan: dict[str, Any]) -> None:
-    """Create the folder, or check that it was written with the same plan."""
-    if not output.exists() or not any(output.iterdir()):
-        output.mkdir(parents=True, exist_ok=True)
+    """Write the plan into an empty folder, or check that it was written with the same plan."""
+    if not any(output.glob("[!.]*")):
         write_json(output / _PLAN, plan)
     if not (output / _PLAN).is_file() or read_json(output / _PLAN) != plan:
         raise UserError(
             f"job.output: {str(output)!r} is not empty, and has no shards of this collection with the same "
             "job.shard_mib; name a new folder"
         )
-    for leftover in output.glob(f".*{TAR}.*.tmp"):  # from a killed call
-        leftover.unlink()
 
 
 def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> None:

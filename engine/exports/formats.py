@@ -5,6 +5,7 @@ Libraries are imported where they are used.
 """
 
 import os
+import shutil
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
@@ -38,6 +39,7 @@ log = get_logger(__name__)
 
 _ONNX_FILES = {"fp32": "model.onnx", "fp16": "model_fp16.onnx"}
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
+_SCRATCH = ".export-"
 _MERGE_TOLERANCE = 1e-3  # of the largest output, in float32
 _REPOSITORY = "wd_repository"
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
@@ -274,7 +276,9 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     """
     write = find_format(config.format, weights)
     parent = next(path for path in (folder, *folder.parents) if path.exists())
-    with TemporaryDirectory(dir=parent, prefix=".export-") as scratch:
+    for leftover in folder.glob(f"{_SCRATCH}*"):  # of a killed export
+        shutil.rmtree(leftover)
+    with TemporaryDirectory(dir=parent, prefix=_SCRATCH) as scratch:
         report = write(weights, Path(scratch), config)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             target = folder / path.relative_to(scratch)

@@ -38,6 +38,7 @@ from utils.errors import (
     EXIT_OK,
     EXIT_STOPPED,
     EXIT_USER_ERROR,
+    DiskFull,
     UserError,
     lost_worker,
 )
@@ -186,7 +187,7 @@ class Command(Generic[Schema]):
         """Show an error and return its exit status."""
         if isinstance(error, UserError):
             self._say(str(error), other_ranks=not isinstance(error, ConfigError))
-            return EXIT_USER_ERROR
+            return EXIT_CRASH if isinstance(error, DiskFull) else EXIT_USER_ERROR
         if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
             advice = "set a smaller batch size, or a smaller model or image"
             self._say(f"the device is out of memory ({error}); {advice}", other_ranks=True)

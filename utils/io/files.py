@@ -1,5 +1,6 @@
 """Files that are complete or absent: atomic writes, hashes, canonical JSON."""
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,12 +17,13 @@ from typing import IO, Any, TypeVar
 
 from safetensors import SafetensorError
 
-from utils.errors import UserError
+from utils.errors import DiskFull, UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")
 _SHOWN_CHARACTERS = 200  # of a library's error
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)  # of write_atomically
 
 
@@ -67,12 +69,13 @@ def remove_temporary(folders: Iterable[Path], name: str | None = None) -> None:
 
 @contextmanager
 def output_errors(key: str, path: Path) -> Iterator[None]:
-    """Turn a write error into a UserError that names the key and the path."""
+    """Turn a write error into a UserError (DiskFull for lack of room) that names the key and the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"{key}: {path} cannot be written ({reason}); make room there, or name another path") from None
+        kind = DiskFull if any(os.strerror(number) in str(reason) for number in _FULL) else UserError
+        raise kind(f"{key}: {path} cannot be written ({reason}); make room there, or name another path") from None
 
 
 @contextmanager

@@ -69,6 +69,7 @@ def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool
     """
     folder, name = (output, None) if is_folder else (output.parent, output.name)
     path = folder / (".journal" if is_folder else f".{name}.journal")
+    is_new = not folder.exists()
     with output_errors(key, output), ExitStack() as stack:
         try:
             stack.enter_context(file_lock(path, 0.0))
@@ -81,3 +82,5 @@ def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool
         finally:
             if journal.is_empty:
                 path.unlink()
+            if is_new and not any(folder.iterdir()):
+                folder.rmdir()

@@ -9,7 +9,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from data.tools.copy_collection import Shrink, copy_files
 from tests.data.tools.test_duplicates import picture
-from tests.in_process import run
+from tests.in_process import run, run_command
 from utils.errors import UserError
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
@@ -75,6 +75,18 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
             assert image.size == size and image.info["icc_profile"] == PROFILE
             assert image.getexif()[0x0112] == 6 and image.getexif()[0x010E] == "a description"
             assert name == "a.jpg" or image.text["parameters"] == "a prompt, ü"
+
+
+def test_a_full_disk_ends_a_job_with_whole_files(small_disk, tmp_path, monkeypatch, capsys):
+    (tmp_path / "images").mkdir()
+    for number in range(6):
+        Image.effect_noise((800, 800), 50).save(tmp_path / f"images/{number}.png")
+    words = ["job=downsample", *COPY[1:3], "job.longest_px=500"]
+    run("prepare", [*words, "job.to=whole"], tmp_path)
+    assert run_command("prepare", [*words, f"job.to={small_disk}/small"], tmp_path, monkeypatch) == 1
+    assert "job.to: " in capsys.readouterr().err
+    there = {file.name: file.read_bytes() for file in (small_disk / "small").iterdir()}
+    assert there and there.items() < {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()}.items()
 
 
 MODES = {

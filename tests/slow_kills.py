@@ -1,4 +1,4 @@
-"""predict.py killed at random moments and typed again, for every output."""
+"""Commands killed at random moments and typed again: predict.py with each output, downsample, pack, export.py."""
 
 import random
 import shutil
@@ -32,27 +32,39 @@ def place(tmp_path_factory):
     return folder
 
 
+TAGS = ["weights=../run", "input=new", "device=cpu", "batch_size=2", "workers=0"]
+JOB = ["data=image_folder", "data.root=new", "data.validation_fraction=0.0"]
+COMMANDS = [  # script, words, the longest time until a kill in seconds
+    *(("predict", [*TAGS, f"output={name}"], 0.6) for name in ("x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside")),
+    ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20"], 0.6),
+    ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.6),
+    ("export", ["format=wd14", "run_dir=../run", "output=made"], 2.0),
+]
+
+
 def written(folder):
-    """Return the files of a folder, hidden ones too."""
-    files = (file for file in folder.rglob("*") if file.is_file() and not file.name.startswith("output_"))
-    return {file.relative_to(folder): file.read_bytes() for file in files}
+    """Return the files of a folder, hidden ones too, but caches and consoles."""
+    files = {file.relative_to(folder): file for file in folder.rglob("*") if file.is_file()}
+    return {path: file.read_bytes() for path, file in files.items() if not path.parts[0].startswith("output")}
 
 
-@pytest.mark.parametrize("output", ["x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside"])
-def test_a_command_that_was_killed_is_typed_again(output, place, tmp_path):
+@pytest.mark.parametrize(("script", "words", "longest_sec"), COMMANDS, ids=lambda value: str(value)[-24:])
+def test_a_command_that_was_killed_is_typed_again(script, words, longest_sec, place):
     """At four moments each. If it was killed after its work, existing texts are an error, as without a kill."""
-    words = [f"weights={place}/run", "input=new", f"output={output}", "device=cpu", "batch_size=2", "workers=0"]
-    whole, killed = (shutil.copytree(place / "new", tmp_path / name / "new").parent for name in ("whole", "killed"))
-    support.run("predict.py", words, whole)
-    draw, left = random.Random(output), []
+    whole, killed = place / "whole", place / "killed"
+    for folder in (whole, killed):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(place / "new", folder / "new")
+    support.run(f"{script}.py", words, whole)
+    draw, left = random.Random(words[-1]), []
     for _ in range(4):
-        started = support.start("predict.py", words, killed)
+        started = support.start(f"{script}.py", words, killed)
         while started.processes[0].is_alive() and not list(killed.rglob("*.journal")):
             time.sleep(0.005)
-        time.sleep(draw.uniform(0.0, 0.6))
+        time.sleep(draw.uniform(0.0, longest_sec))
         started.signal(signal.SIGKILL)
         started.wait()
         left += killed.rglob("*.journal")
-    started = support.start("predict.py", words, killed)
+    started = support.start(f"{script}.py", words, killed)
     assert left and started.wait() == [0] or "359 of 360 images already have tags" in started.output
     assert written(killed) == written(whole)
