@@ -23,7 +23,7 @@ from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
 
 
-class LoopConfig(Strict):
+class _LoopConfig(Strict):
     """Length, batch sizes, evaluations and checkpoints of a run. `total_steps` takes precedence over `total_epochs`."""
 
     total_epochs: Literal["auto"] | Duration  # auto: derived from the collection's size (engine/plan.py)
@@ -68,7 +68,7 @@ class RuntimeConfig(MachineConfig):
     explain: bool
 
 
-class LRFinderConfig(Strict):
+class _LRFinderConfig(Strict):
     """A range test before the first update finds the peak learning rate (engine/lr_finder.py)."""
 
     enabled: bool
@@ -86,10 +86,10 @@ class TrainingConfig(Strict):
     resume: PathText
     resume_allow: list[str]
     dry_run: bool
-    loop: LoopConfig
+    loop: _LoopConfig
     optim: OptimConfig
     schedule: ScheduleConfig
-    lr_finder: LRFinderConfig
+    lr_finder: _LRFinderConfig
     runtime: RuntimeConfig
     tracking: TrackingConfig
     sweep: SweepConfig
@@ -106,7 +106,7 @@ class TrainingConfig(Strict):
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "
                 "lr_finder.enabled=false to train at this rate, or optim.base_lr as the fallback"
             )
-        if self.loop.ema_decay is not None and self.optim.name == "adamw" and self.optim.bf16_weights:
+        if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "
                 "which loses small changes; set optim.bf16_weights=false or loop.ema_decay=null"

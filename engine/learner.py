@@ -55,7 +55,7 @@ class Learner:
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
         self.task, self.runtime, self.config = task.train(), runtime, config
         self.seed, self.clip_grad_norm, self.step = config.seed, config.loop.clip_grad_norm, 0
-        if config.optim.name == "adamw" and config.optim.bf16_weights:
+        if getattr(config.optim, "bf16_weights", False):
             _store_in_bf16(task, runtime)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         self._buffers = _Buffers(task)

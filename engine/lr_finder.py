@@ -26,6 +26,7 @@ from engine.learner import Learner
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.task import checkpointed_state
+from optim.build import is_adaptive
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
@@ -46,7 +47,7 @@ _MOST_SKIPPED = 4  # in a row, because the loss scale of fp16 may be too high at
 
 
 @dataclass
-class Curve:
+class _Curve:
     """Ascending learning rates and their losses. diverged: the test ended early because the loss diverged."""
 
     rates: list[float] = field(default_factory=list)
@@ -61,7 +62,7 @@ class Curve:
         return np.array([np.mean(window) for window in windows])
 
 
-def suggest(curve: Curve, *, adaptive: bool) -> tuple[float | None, str]:
+def suggest(curve: _Curve, *, adaptive: bool) -> tuple[float | None, str]:
     """Return the suggested learning rate, or None, and the reason."""
     count = len(curve.losses)
     if count < 2 * _WIDTH:
@@ -110,12 +111,12 @@ def rate_at(number: int, steps: int) -> float:
 
 def range_test(
     learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
-) -> Curve:
+) -> _Curve:
     """Make up to `plan.range_test_steps` updates at rising rates, inside `undone`; raise Stopped on request.
 
     The test ends when the loss is not finite or has doubled. Groups frozen only at first (`optim.rules`) are trained.
     """
-    curve, skipped, steps, decay = Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
+    curve, skipped, steps, decay = _Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < plan.total_steps:
             group["freeze_steps"] = 0
@@ -153,7 +154,7 @@ def find_lr(
     started = time.perf_counter()
     with undone(learner):
         curve = range_test(learner, batches, plan, recorder, stop)
-    rate, reason = suggest(curve, adaptive=not isinstance(learner.optimizer, torch.optim.SGD))
+    rate, reason = suggest(curve, adaptive=is_adaptive(learner.optimizer))
     seconds = time.perf_counter() - started
     if rate is None:
         log.warning("lr_finder: no answer: %s. The rate stays %.3g", reason, plan.lr)
@@ -165,7 +166,7 @@ def find_lr(
     return rate
 
 
-def _write(folder: Path, curve: Curve, about: dict[str, Any]) -> None:
+def _write(folder: Path, curve: _Curve, about: dict[str, Any]) -> None:
     from utils.record.plots import plot_range_test  # imports matplotlib
 
     smoothed, rate, count = curve.smoothed.tolist(), about["taken"], len(curve.losses)

@@ -1,5 +1,6 @@
 """Record a run: metrics, time, memory, tracker, progress bar, curves, samples, skipped steps, watchdog phases."""
 
+import math
 import resource
 import sys
 import time
@@ -22,7 +23,7 @@ from utils.io.files import ignore_write_errors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
-from utils.record.figures import name_figures, show_duration
+from utils.record.figures import show_duration
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog
 from utils.record.progress import Bar
@@ -235,7 +236,8 @@ class Recorder:
         if self._metrics is not None:
             self._metrics.add(step, kind, figures)
         if self._tracker is not None:
-            self._tracker.add(step, name_figures(kind, figures))
+            numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
+            self._tracker.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
     def add_report(self, step: int, report: Report) -> None:
         """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0."""

@@ -25,13 +25,15 @@ from engine.task import Report, Streams, Task, fingerprint_helpers
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable
 from utils.contracts import Batch
+from utils.io.files import ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.figures import show_duration, show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.record.run_folder import RunFolder, write_result
+from utils.record.run_folder import RunFolder
+from utils.record.run_reader import RESULT_FILE
 
 log = get_logger(__name__)
 
@@ -273,7 +275,8 @@ class Run:
         metric = self.learner.task.best_metric
         result = {"metric": metric, "value": self.best_value, "step": self.best_step}
         if distributed.is_main():
-            write_result(self.folder.path, result | {"is_lowest_best": self.learner.task.best_is_lowest})
+            with ignore_write_errors(file := self.folder.path / RESULT_FILE):
+                write_json(file, result | {"is_lowest_best": self.learner.task.best_is_lowest})
         metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
         if self.best_step is not None:
             metadata |= {metric: self.best_value, "best_step": self.best_step}

@@ -51,7 +51,7 @@ def start_ranks(config: TrainingConfig) -> Runtime:
             "loop.batch_size: auto does not work with runtime.parallel=fsdp or sync_batchnorm on several ranks; set a "
             "number"
         )
-    if config.optim.name == "adamw8bit":  # it replaces the memory of weights in other formats; averages would miss it
+    if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)

@@ -1,6 +1,6 @@
 """The schema of `optim` and `schedule`. Defaults are in conf/optim/ and conf/schedule/."""
 
-from typing import Annotated, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
@@ -34,8 +34,9 @@ class RuleConfig(Strict):
 
 
 class _Optim(Strict):
-    """The keys of every optimiser."""
+    """The keys of every optimiser. keeps_layout: it changes the values of parameters, never their memory."""
 
+    keeps_layout: ClassVar[bool] = True
     lr: Rate | None  # takes precedence over base_lr
     base_lr: Rate  # for 256 samples per step
     weight_decay: Factor
@@ -57,8 +58,9 @@ class AdamWConfig(_AdamW):
 
 
 class AdamW8bitConfig(_AdamW):
-    """bitsandbytes' AdamW, whose averages have 8 bits."""
+    """bitsandbytes' AdamW, whose averages have 8 bits. It replaces the memory of weights that are not contiguous."""
 
+    keeps_layout: ClassVar[bool] = False
     name: Literal["adamw8bit"]
 
 

@@ -203,7 +203,7 @@ PROVED = {
 }
 # Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {
-    "finetune_sdxl": ("TrainingConfig.init_weights", "LoopConfig.sampling"),
+    "finetune_sdxl": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
 }

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import engine.recorder
-from engine.lr_finder import Curve, range_test, rate_at, suggest, undone
+from engine.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run
@@ -30,7 +30,7 @@ RATES = [10 ** (-5 + 6 * number / 99) for number in range(100)]
 def make_curve(loss_at, noise=0.0, count=100, seed=7):
     draw = torch.Generator().manual_seed(seed)
     noises = noise * torch.randn(count, generator=draw, dtype=torch.float64)
-    return Curve(RATES[:count], [loss_at(math.log10(rate)) + float(one) for rate, one in zip(RATES, noises)])
+    return _Curve(RATES[:count], [loss_at(math.log10(rate)) + float(one) for rate, one in zip(RATES, noises)])
 
 
 def valley(place):
@@ -255,7 +255,7 @@ def test_a_rate_beside_a_range_test_is_refused():
 
 def test_no_answer_keeps_the_rate_and_says_so(searched, capsys, monkeypatch):
     folder, base = searched
-    monkeypatch.setattr("engine.lr_finder.range_test", lambda *_: Curve(RATES, [2.0] * 100))
+    monkeypatch.setattr("engine.lr_finder.range_test", lambda *_: _Curve(RATES, [2.0] * 100))
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/flat", "optim.base_lr=1.28"], folder)
     assert "lr_finder: no answer" in capsys.readouterr().err
     assert found_by(folder / "flat")["taken"] is None

@@ -8,7 +8,7 @@ import pytest
 import yaml
 from pydantic import TypeAdapter
 
-from engine.config import LoopConfig
+from engine.config import _LoopConfig
 from engine.plan import Plan, make_plan, split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.help import CONF
@@ -22,7 +22,7 @@ def read(group, name, **changes):
 def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim=None, warmup=None, **loop):
     """The plan of the default files with some keys of loop, optim and schedule changed."""
     config = SimpleNamespace(
-        loop=LoopConfig.model_validate(read("loop", "default", **loop)),
+        loop=_LoopConfig.model_validate(read("loop", "default", **loop)),
         optim=TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
         schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", "cosine", **(warmup or {}))),
         lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100, "max_share": 0.1} | (finder or {})),

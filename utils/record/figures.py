@@ -1,9 +1,7 @@
 """Format figures for the screen, tables and plots."""
 
-import math
 import re
 from collections.abc import Mapping
-from typing import Any
 
 
 def show_name(name: str) -> str:
@@ -15,15 +13,6 @@ def show_name(name: str) -> str:
 def show_evaluated(name: str) -> str:
     """Return the name of an evaluation's figure: `val loss` for loss."""
     return re.sub(r"\bloss\b", "val loss", show_name(name))
-
-
-def name_figures(kind: str, figures: Mapping[str, Any]) -> dict[str, float]:
-    """Return {kind/name: value} for the finite numbers of a row."""
-    return {
-        f"{kind}/{name}": value
-        for name, value in figures.items()
-        if isinstance(value, int | float) and math.isfinite(value)
-    }
 
 
 def show_figures(figures: Mapping[str, float]) -> str:

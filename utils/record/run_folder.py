@@ -27,7 +27,7 @@ from utils.io.files import AppendFile, file_lock, ignore_write_errors, output_er
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_copied_to, restart_count
-from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE, RESULT_FILE
+from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE
 
 log = get_logger(__name__)
 
@@ -140,12 +140,6 @@ def write_config(folder: RunFolder, environment: dict[str, Any]) -> None:
         write_json(folder.path / CONFIG_FILE, folder.saved_config)
         if not (folder.path / ENVIRONMENT_FILE).is_file():
             write_json(folder.path / ENVIRONMENT_FILE, environment)
-
-
-def write_result(path: Path, result: dict[str, Any]) -> None:
-    """Write a run's best value (`RunReader.result`). Write errors are logged."""
-    with ignore_write_errors(path / RESULT_FILE):
-        write_json(path / RESULT_FILE, result)
 
 
 def mark_complete(path: Path, step: int | None) -> None:

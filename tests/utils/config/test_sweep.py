@@ -14,8 +14,8 @@ import pytest
 
 from utils.config.sweep import _tell, _trials, parse_sweep, run_sweep
 from utils.errors import UserError
-from utils.record.run_folder import write_result
-from utils.record.run_reader import RunReader
+from utils.io.files import write_json
+from utils.record.run_reader import RESULT_FILE, RunReader
 
 # It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75, `wait1` a second.
 # With pair=true, jobs 1 and 2 wait for each other.
@@ -144,7 +144,7 @@ def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
     job = next(_trials(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"])))
     Path(job.folder).mkdir(parents=True)
     if value is not None:
-        write_result(Path(job.folder), {"metric": "m", "value": 0.5, "step": 1, "is_lowest_best": is_lowest_best})
+        write_json(Path(job.folder) / RESULT_FILE, {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})
     _tell(job, RunReader(Path(job.folder)).result)
     (trial,) = job.trial.study.trials
     assert (trial.value, trial.state.name) == (value, "FAIL" if value is None else "COMPLETE")
