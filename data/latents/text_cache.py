@@ -1,6 +1,6 @@
 """A cache of encoded captions: the outputs of both text encoders, computed once.
 
-    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "chunks": 1})
+    cache = TextCache(TensorStore(folder, "cache.texts"), {"encoders": digest, "most_chunks": 1}, length=77)
     cache.fill(captions, encode, batch_size)
     cache.read(caption)
 
@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from data.images.record_store import TensorStore, record_key
 from data.latents.latent_cache import STORED
@@ -33,10 +34,13 @@ def vary_caption(caption: str, number: int, vary: Callable[[str, torch.Generator
 
 
 class TextCache:
-    """Encoded captions. inputs: what they depend on beside the text, such as hashes of the encoders."""
+    """Encoded captions. inputs: what they depend on beside the text, such as hashes of the encoders.
 
-    def __init__(self, store: TensorStore, inputs: Mapping[str, Any]) -> None:
-        self.store, self._inputs = store, inputs
+    Rows of `prompt_embeds` that are zero are padding, up to `length` rows, and are not stored.
+    """
+
+    def __init__(self, store: TensorStore, inputs: Mapping[str, Any], length: int) -> None:
+        self.store, self._inputs, self._length = store, inputs, length
 
     def _key(self, caption: str) -> str:
         return record_key(self._inputs, caption)
@@ -52,11 +56,12 @@ class TextCache:
         for start in track(starts, len(starts), "encoding captions"):
             part = mine[start : start + batch_size]
             for text, embeds, pooled in zip(part, *(output.to(STORED) for output in encode(part))):
-                self.store.put(self._key(text), repr(text), {"prompt_embeds": embeds, "pooled_prompt_embeds": pooled})
+                tensors = {"prompt_embeds": embeds[embeds.any(dim=-1)], "pooled_prompt_embeds": pooled}
+                self.store.put(self._key(text), repr(text), tensors)
         self.store.finish()
 
     def read(self, caption: str) -> Record:
-        """Return `prompt_embeds` [77 * chunks, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
+        """Return `prompt_embeds` [length, 2048] and `pooled_prompt_embeds` [1280] of a caption, float32.
 
         Raises UserError if the record is missing or damaged.
         """
@@ -66,4 +71,6 @@ class TextCache:
                 f"{self.store.config_key}: the caption {caption!r} is missing or damaged in the cache; run the same "
                 "command again to encode missing captions"
             )
-        return {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU cannot stack float16
+        record = {name: tensor.float() for name, tensor in record.items()}  # autocast on a CPU cannot stack float16
+        embeds = record["prompt_embeds"]
+        return {**record, "prompt_embeds": functional.pad(embeds, (0, 0, 0, self._length - len(embeds)))}

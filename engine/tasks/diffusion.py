@@ -33,7 +33,7 @@ from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import SDXLNetworks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import Prompts, SamplesConfig, sample_pictures, scheduler_config
-from models.sdxl.tokenizer import tokenize
+from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
@@ -98,7 +98,7 @@ class DiffusionTaskConfig(TaskConfig):
     buckets: BucketConfig
     chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
-    caption_chunks: Annotated[int, Field(ge=1, le=8)]  # the longest caption, in chunks of 75 tokens
+    caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
     tag_weights: TagWeightsConfig | None  # null: all images have the same weight
     lora: LoRAConfig | None  # null: train the whole U-Net
     train_text_encoders: bool  # the whole encoders, together with the whole U-Net
@@ -292,9 +292,11 @@ class DiffusionTask(Task):
         """
         dtype = self.unet.dtype
         added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
+        mask = None if prompts.shape[1] == LENGTH else sdxl.find_text(prompts)
         return self.unet(
-            noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), added_cond_kwargs=added
-        ).sample.float()
+            noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), encoder_attention_mask=mask,
+            added_cond_kwargs=added,
+        ).sample.float()  # fmt: skip
 
     def _latents(self, batch: Batch) -> Tensor:
         """Return scaled latents, float32 [B, 4, h, w], sampled from the VAE's distribution for each image."""
@@ -348,8 +350,9 @@ class DiffusionTask(Task):
 @torch.no_grad()
 def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskConfig) -> Prompts:
     """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
-    ids = tokenize(["", *config.samples.prompts], config.caption_chunks).to(first.device)
-    embeds, pooled = sdxl.encode_text(first, second, ids)
+    prompts = config.samples.prompts
+    texts = tokenize(prompts, max(map(count_chunks, prompts))), tokenize([""], 1)
+    encoded, empty = (sdxl.encode_text(first, second, ids.to(first.device)) for ids in texts)
     if config.captions.dropout_to == "zeros":
-        embeds[0], pooled[0] = 0.0, 0.0
-    return Prompts(embeds[1:], pooled[1:], embeds[:1], pooled[:1])
+        empty = map(torch.zeros_like, empty)
+    return Prompts(*encoded, *empty)

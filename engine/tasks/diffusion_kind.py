@@ -31,12 +31,15 @@ from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, open_networks
 from models.sdxl.step import encode_images, encode_text
-from models.sdxl.tokenizer import tokenize
+from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from utils.canvas import DEFAULT
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.memo import hash_once
 from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 HASHES = Path("outputs/cache/image_hashes.jsonl")
 _TEXTS_AT_ONCE = 16
@@ -153,14 +156,22 @@ def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, pa
 def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Texts, int | None]:
     """Return a function to the tokens of a caption, or to its record in the text cache, and the number of variants.
 
-    This fills the text cache first.
+    Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
+    cache.
     """
     task, captions = setup.task, setup.task.captions
+    texts = [captions.read(data.collection.row(int(row))) for row in rows]
+    needed = np.array([count_chunks(captions.complete(text)) for text in texts] or [1])
+    chunks = min(needed.max(), task.caption_chunks)
+    if cut := np.count_nonzero(needed > chunks):
+        log.warning(
+            "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
+            f"{cut:,}", f"{len(texts):,}", "training" if training else "validation", chunks, needed.max(),
+        )  # fmt: skip
     if task.text_cache is None:
-        return lambda caption: {"token_ids": tokenize([caption], task.caption_chunks)[0]}, None
+        return lambda caption: {"token_ids": tokenize([caption], chunks)[0]}, None
     variants = task.text_variants if training and captions.varies_tags else 1
     vary = captions.vary_tags if training else lambda text, generator: captions.complete(text)
-    texts = [captions.read(data.collection.row(int(row))) for row in rows]
     to_encode = [vary_caption(text, number, vary) for text in texts for number in range(variants)]
 
     @cache  # loaded only if a text is missing
@@ -169,10 +180,10 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return [getattr(networks, name).to(data.machine.device) for name in ENCODERS]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-        return encode_text(*encoders(), tokenize(texts, task.caption_chunks).to(data.machine.device))
+        return encode_text(*encoders(), tokenize(texts, chunks).to(data.machine.device))
 
-    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "chunks": task.caption_chunks}
-    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs)
+    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
+    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
     return store.read, variants
 

@@ -10,13 +10,17 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents
+from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents, find_text
+from models.sdxl.tokenizer import LENGTH
 from utils.config.bounds import Count, Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
 
 
 class Prompts(NamedTuple):
-    """Encoded prompts: prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and both for the empty prompt (B = 1)."""
+    """Encoded prompts: prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and both for the empty prompt (B = 1).
+
+    L of the empty prompt is 77.
+    """
 
     embeds: Tensor
     pooled: Tensor
@@ -56,7 +60,10 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -
 def sample_pictures(
     unet: nn.Module, vae: nn.Module, prompts: Prompts, scheduler: dict[str, object], samples: SamplesConfig
 ) -> np.ndarray:
-    """Return a picture per prompt, uint8 [B, H, W, 3]. It depends on the seed and the prompt's number only."""
+    """Return a picture per prompt, uint8 [B, H, W, 3]. It depends on the seed and the prompt's number only.
+
+    Each prompt has the chunks that it needs. To attend to the repeated empty prompt is to attend to it once.
+    """
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
@@ -68,10 +75,12 @@ def sample_pictures(
     pictures = []
     for number in range(len(prompts.embeds)):
         random = torch.Generator().manual_seed(samples.seed + number)
+        embeds = prompts.embeds[number : number + 1]
+        embeds = embeds[:, find_text(embeds)[0]]
         output = pipeline(
-            prompt_embeds=prompts.embeds[number : number + 1],
+            prompt_embeds=embeds,
             pooled_prompt_embeds=prompts.pooled[number : number + 1],
-            negative_prompt_embeds=prompts.empty_embeds,
+            negative_prompt_embeds=prompts.empty_embeds.repeat(1, embeds.shape[1] // LENGTH, 1),
             negative_pooled_prompt_embeds=prompts.empty_pooled,
             height=height, width=width, num_inference_steps=samples.steps, guidance_scale=samples.guidance,
             guidance_rescale=samples.guidance_rescale, generator=random, output_type="latent",

@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.tokenizer import pad_second
+from models.sdxl.tokenizer import EOT, pad_second
 from utils import rng
 
 PredictionType = Literal["epsilon", "v_prediction", "sample"]  # as diffusers names them
@@ -48,12 +48,21 @@ def encode_text(text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor)
 
     Return prompt_embeds [B, 77 * chunks, 768 + 1280], the outputs of the penultimate layers without the final norm,
     chunk after chunk, and pooled_prompt_embeds [B, 1280], the second encoder's projected EOT of the first chunk.
+    Chunks without a token are zero, except for the first one; `find_text` finds the others.
     Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1.
     """
     first = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
     second = text_encoder_2(pad_second(ids).flatten(0, 1), output_hidden_states=True)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    is_empty = ids[..., 1] == EOT
+    is_empty[:, 0] = False
+    embeds = embeds.masked_fill(is_empty.flatten()[:, None, None], 0)
     return embeds.reshape(len(ids), -1, embeds.shape[-1]), second.text_embeds[:: ids.shape[1]]
+
+
+def find_text(prompt_embeds: Tensor) -> Tensor:
+    """Return where prompt_embeds [B, L, D] have text, bool [B, L]: the mask of the U-Net's attention."""
+    return prompt_embeds.detach().any(dim=-1)
 
 
 def zero_dropped(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:

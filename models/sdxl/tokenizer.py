@@ -12,14 +12,13 @@ import gzip
 import html
 import re
 from collections.abc import Sequence
-from functools import cache
+from functools import cache, lru_cache
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.nn import functional
 
 from utils.errors import UserError
 
@@ -29,7 +28,8 @@ if TYPE_CHECKING:
 
 BOS, EOT = 49406, 49407
 LENGTH = 77  # ids in a chunk, with BOS and EOT
-_WORDS = LENGTH - 2
+_ROOM = LENGTH - 2
+_LONG = 8  # tokens of a word that may be cut at the end of a chunk
 _MERGES = 48_894
 _FILE = "bpe_simple_vocab_16e6.txt.gz"
 _CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>")
@@ -52,16 +52,43 @@ def build_tokenizer() -> "CLIPTokenizer":
 
 
 def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
-    """Return the ids of captions, int64 [B, chunks, 77]: each chunk has BOS, up to 75 words, then EOT to the end.
+    """Return the ids of captions, int64 [B, chunks, 77]: each chunk has BOS, up to 75 tokens, then EOT to the end.
 
-    Words beyond the last chunk are dropped.
+    Tokens beyond the last chunk are dropped.
     """
-    ids = torch.full((len(captions), chunks * _WORDS), EOT)
-    for row, caption in zip(ids, captions):
-        words = _encoder().encode(_clean(caption), add_special_tokens=False).ids[: chunks * _WORDS]
-        row[: len(words)] = torch.tensor(words)
-    ids = functional.pad(ids.view(len(captions), chunks, _WORDS), (1, 0), value=BOS)
-    return functional.pad(ids, (0, 1), value=EOT)
+    ids = torch.full((len(captions), chunks, LENGTH), EOT)
+    ids[..., 0] = BOS
+    for rows, caption in zip(ids, captions):
+        for row, tokens in zip(rows, _fill_chunks(caption)):
+            row[1 : len(tokens) + 1] = torch.tensor(tokens)
+    return ids
+
+
+def count_chunks(caption: str) -> int:
+    """Return how many chunks hold a caption, at least 1."""
+    return len(_fill_chunks(caption))
+
+
+def _fill_chunks(caption: str) -> list[list[int]]:
+    """Return the tokens of each chunk of a caption, without BOS and EOT.
+
+    A word that does not fit begins the next chunk; a long one is cut. Source: comfyanonymous/ComfyUI:comfy/sd1_clip.py.
+    """
+    chunks: list[list[int]] = [[]]
+    for tokens in map(_tokens_of, _clean(caption).split()):
+        while len(chunks[-1]) + len(tokens) > _ROOM:
+            room = _ROOM - len(chunks[-1]) if len(tokens) >= _LONG else 0
+            chunks[-1] += tokens[:room]
+            tokens = tokens[room:]
+            chunks.append([])
+        chunks[-1] += tokens
+    return chunks
+
+
+@lru_cache(2**20)
+def _tokens_of(word: str) -> tuple[int, ...]:
+    """Return the tokens of a word between spaces, which do not depend on the words beside it."""
+    return tuple(_encoder().encode(word, add_special_tokens=False).ids)
 
 
 def pad_second(ids: Tensor) -> Tensor:

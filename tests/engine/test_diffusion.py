@@ -11,7 +11,8 @@ pytest.importorskip("diffusers")
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
-from models.sdxl.tokenizer import tokenize
+from models.sdxl.sampling import scheduler_config
+from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
 
@@ -80,6 +81,42 @@ def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
     torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-6)
     doubled = losses(task, {**batch, "tag_weight": 2 * batch["tag_weight"]})
     torch.testing.assert_close(doubled, 2 * losses(task, batch))
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_a_caption_is_trained_as_if_no_other_were_longer(precision):
+    task, long, near = build(), "a cat " * 60, {"rtol": 1e-2 if precision == "bf16" else 1e-5, "atol": 0}
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
+        alone, wide = (losses(task, make_batch() | {"token_ids": tokenize(["a cat"] * 4, size)}) for size in (1, 3))
+        torch.testing.assert_close(alone, wide, **near)
+        two, three = (losses(task, make_batch() | {"token_ids": tokenize([long] * 4, size)}) for size in (2, 3))
+        torch.testing.assert_close(two, three, **near)
+        assert not torch.allclose(alone, two) and not torch.allclose(two, losses(task, make_batch(caption=long)))
+
+
+def test_pictures_equal_those_of_diffusers():
+    """diffusers' pipeline encodes the prompt itself; a longer prompt beside it changes nothing."""
+    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+
+    prompt = "a cat, outdoors"
+    task = build(f"task.samples.prompts=['{prompt}','{'a dog ' * 60}']", "task.caption_chunks=3").eval()
+    with torch.no_grad():
+        ours, config = task.sample()[0], task._config.samples
+        noise, tokenizer = task._config.noise, build_tokenizer()
+        second = build_tokenizer()
+        second.pad_token = "!"
+        pipeline = StableDiffusionXLPipeline(
+            vae=task.vae, unet=task.unet, text_encoder=task.text_encoder, text_encoder_2=task.text_encoder_2,
+            tokenizer=tokenizer, tokenizer_2=second, add_watermarker=False, force_zeros_for_empty_prompt=False,
+            scheduler=DDIMScheduler(**scheduler_config(noise.prediction_type, noise.zero_terminal_snr)),
+        )  # fmt: skip
+        height, width = config.image_size_hw
+        theirs = pipeline(
+            prompt, negative_prompt="", height=height, width=width, num_inference_steps=config.steps,
+            guidance_scale=config.guidance, guidance_rescale=config.guidance_rescale,
+            generator=torch.Generator().manual_seed(config.seed), output_type="np",
+        ).images[0]  # fmt: skip
+    assert abs(theirs * 255 - ours).max() <= 1
 
 
 @pytest.mark.parametrize("to", ["zeros", "empty"])

@@ -10,8 +10,8 @@ from open_clip.transformer import TextTransformer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl import tokenizer
-from models.sdxl.step import encode_text
-from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, pad_second, tokenize
+from models.sdxl.step import encode_text, find_text
+from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize
 from utils.errors import UserError
 
 WRITTEN = [
@@ -35,6 +35,15 @@ def test_chunks_go_on_where_the_last_ends():
     assert ids[0, :, 1:-1].flatten().equal(words[:225]) and (words[160:] == EOT).all() and (words[:160] != EOT).all()
     assert (ids[1, 1:, 1:] == EOT).all()
     assert tokenize([long], 1)[0].equal(ids[0, :1])
+    assert [count_chunks(text) for text in ("", "1 " * 75, "1 " * 76, long, "x" * 1000)] == [1, 1, 2, 3, 4]
+
+
+def test_a_word_is_not_divided_between_chunks_unless_it_is_long():
+    """As ComfyUI fills them."""
+    ids = tokenize(["1 " * 73 + "12345 1"], 2)[0]
+    assert (ids[0] != EOT).sum() == 74 and (ids[1] != EOT).sum() == 7
+    ids = tokenize(["1 " * 73 + "123456789"], 2)[0]
+    assert (ids[0] != EOT).sum() == 76 and (ids[1] != EOT).sum() == 8
 
 
 def test_an_absent_vocabulary_is_refused(monkeypatch):
@@ -84,12 +93,14 @@ def test_embeddings_equal_those_of_open_clip():
     ids = tokenize(["a cat, outdoors, " * 30, "", "1girl"], 2)
     embeds, pooled = encode_text(first, second, ids)
     assert embeds.shape == (3, 154, 80) and pooled.shape == (3, 24)
+    assert find_text(embeds).sum(dim=1).tolist() == [154, 77, 77]
     with_zeros = pad_second(ids)
     for chunk in range(2):
-        part = embeds[:, 77 * chunk : 77 * (chunk + 1)]
-        theirs = to_open_clip(first, 32).forward_intermediates(ids[:, chunk], output_fmt="NLC")
+        used = slice(None) if chunk == 0 else slice(1)  # the second chunk has words of the first caption alone
+        part = embeds[used, 77 * chunk : 77 * (chunk + 1)]
+        theirs = to_open_clip(first, 32).forward_intermediates(ids[used, chunk], output_fmt="NLC")
         torch.testing.assert_close(part[..., :32], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
-        theirs = to_open_clip(second, 48).forward_intermediates(with_zeros[:, chunk], output_fmt="NLC")
+        theirs = to_open_clip(second, 48).forward_intermediates(with_zeros[used, chunk], output_fmt="NLC")
         torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
         if chunk == 0:
             torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)

@@ -172,17 +172,20 @@ def test_captions_are_encoded_once_each(tmp_path):
     def encode(texts):
         encoded.extend(texts)
         lengths = torch.tensor([len(text) for text in texts]).float()
-        return lengths[:, None, None].expand(-1, 77, 8), lengths[:, None].expand(-1, 6)
+        embeds = lengths[:, None, None].repeat(1, 154, 8)
+        embeds[:, 77:] *= (lengths == 5)[:, None, None]  # "a cat" has two chunks
+        return embeds, lengths[:, None].expand(-1, 6)
 
     def open_texts(encoders="a"):
-        return TextCache(TensorStore(tmp_path, "cache.texts"), {"encoders": encoders, "chunks": 1})
+        return TextCache(TensorStore(tmp_path, "cache.texts"), {"encoders": encoders, "most_chunks": 2}, 154)
 
     for _ in range(2):
         cache = open_texts()
         cache.fill(["a cat", "", "été", "a cat"], encode, 2)
     assert encoded == ["a cat", "", "été"]
     record = cache.read("été")
-    assert record["prompt_embeds"].shape == (77, 8) and record["pooled_prompt_embeds"].tolist() == [3] * 6
+    assert record["prompt_embeds"].sum(dim=1).tolist() == [24] * 77 + [0] * 77
+    assert cache.read("a cat")["prompt_embeds"].eq(5).all() and record["pooled_prompt_embeds"].tolist() == [3] * 6
     assert record["prompt_embeds"].dtype == torch.float32
     with pytest.raises(UserError, match=r"^cache\.texts: the caption 'a dog'"):
         cache.read("a dog")
