@@ -84,9 +84,17 @@ bench-gpu: install  ## GPU tests, benches and their profiles on one GPU, at most
 		timeout 130 $(PY) bench/$$name.py > $(GPU)/$$name.txt 2>&1 || status=1; \
 	done; tail -n 20 $(GPU)/*.txt; exit $$status
 
-simd: install  ## replace Pillow by pillow-simd (needs a C compiler and the zlib and libjpeg headers)
-	$(PY) -m pip uninstall --quiet --yes pillow
-	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd
+DECODERS := from PIL import features; print(*filter(features.check, "jpg zlib webp avif jpg_2000 libtiff littlecms2".split()))
+
+simd: install  ## replace Pillow by pillow-simd, if that reads every format (needs a C compiler and the headers of their libraries)
+	@before=$$($(PY) -c '$(DECODERS)'); pillow=$$($(PY) -m pip freeze | grep -i '^pillow==') || { echo "there is no Pillow to replace"; exit 1; }; \
+	$(PY) -m pip uninstall --quiet --yes pillow; \
+	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd; \
+	after=" $$($(PY) -c '$(DECODERS)') "; \
+	for name in $$before; do case "$$after" in *" $$name "*) ;; *) lost="$$lost $$name" ;; esac; done; \
+	test -z "$$lost" && exit; \
+	$(PY) -m pip uninstall --quiet --yes pillow-simd; $(PY) -m pip install --quiet --no-deps "$$pillow"; \
+	echo "pillow-simd could not be built with$$lost: $$pillow is back"; exit 1
 
 clean:  ## remove environment, outputs and drawn collections
 	rm -rf $(VENV) $(INTEROP) outputs collections .pytest_cache .ruff_cache

@@ -29,6 +29,7 @@ from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
 from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
+from data.images.image_formats import warn_of_missing_libraries
 from data.images.image_source import Images
 from data.images.pixels import read_upright_size
 from data.latents.buckets import assign, letterbox_groups
@@ -50,6 +51,7 @@ def load_collection(config: DataConfig) -> Collection:
     """Index the collection on rank 0 and open it on every rank. Missing glyphs are drawn first."""
 
     def index() -> str:
+        warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
         return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
@@ -81,6 +83,7 @@ def load_files(
     A sample's id is its index in `paths`; padding has key 0. The order is kept, except that with buckets in the
     preprocessing one bucket follows the other. Files with an unreadable size count as squares.
     """
+    warn_of_missing_libraries()
     decoder = Decoder(
         preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
         preprocessing.get("shortest_px"),

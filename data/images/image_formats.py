@@ -6,13 +6,20 @@ Every image file is opened by `open_image`, whichever library decodes its pixels
 import functools
 import io
 import os
+import re
+import struct
 import warnings
+import zlib
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TypeVar
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
 from data.stream.source import UnreadableImage
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 # The allowed formats, with any suffix. Some of Pillow's other readers start programs (EPS runs Ghostscript), and a
 # collection may come from an untrusted source. TGA has no signature, so it is tried last, and only for its suffix.
@@ -20,6 +27,19 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "J
 _TGA_SUFFIX = ".tga"
 # Above this Pillow itself refuses a file as a decompression bomb (twice Image.MAX_IMAGE_PIXELS).
 DEFAULT_MAX_PIXELS = 178_956_970
+
+# Libraries that Pillow can be built without, its names for them, and the first bytes of files that need them.
+_LIBRARIES = {
+    "libwebp": ("webp", rb"RIFF....WEBP"),
+    "libavif": ("avif", rb"....ftyp(avi[fs]|mif1|msf1)"),
+    "OpenJPEG": ("jpg_2000", rb"\xff\x4f\xff\x51|....jP  "),
+    "libtiff": ("libtiff", rb"II\*\0|MM\0\*"),
+    "libjpeg": ("jpg", rb"\xff\xd8\xff"),
+}
+_PNG = b"\x89PNG\r\n\x1a\n"
+# Ancillary chunks of a PNG to keep when one of them cannot be read, from trial to trial.
+_KEPT_CHUNKS = ((b"eXIf", b"tRNS", b"iCCP"), (b"eXIf", b"tRNS"), (b"eXIf",), ())
+PngImagePlugin.MAX_TEXT_CHUNK = 8_000_000  # bytes of an unpacked text or profile; libpng's limit
 
 # The kinds of faults, as counted by `prepare.py job=manifest`.
 EMPTY = "the file is empty"
@@ -30,6 +50,7 @@ UNSUPPORTED = "a kind of image that is not supported"
 TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
+NO_DECODER = "this Pillow was built without its decoder"
 
 # Pillow's warnings (truncated EXIF, a palette with transparency, a broken animation) would add a line to the log for
 # each image and worker. `max_pixels` limits sizes.
@@ -52,9 +73,53 @@ def read_file(path: str | os.PathLike[str], name: str | None = None) -> bytes:
 
 
 def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
-    """Open an image without decoding it and return `use(image)`; any failure becomes UnreadableImage."""
+    """Open an image without decoding it and return `use(image)`; any failure becomes UnreadableImage.
+
+    As in libpng, a PNG's ancillary chunks that cannot be read are ignored: a damaged or huge comment or profile.
+    """
     if not content:
         raise UnreadableImage(name, EMPTY, "0 bytes")
+    try:
+        return _open(content, name, max_pixels, use)
+    except UnreadableImage as error:
+        if error.kind not in (DAMAGED, CUT_OFF, UNKNOWN):
+            raise
+        if missing := [library for library, begins in _missing_libraries().items() if begins.match(content)]:
+            raise UnreadableImage(name, NO_DECODER, f"it needs {missing[0]}; install another Pillow") from error
+        for kept in _KEPT_CHUNKS if content.startswith(_PNG) else ():
+            with suppress(UnreadableImage):
+                return _open(_select_chunks(content, kept), name, max_pixels, use)
+        raise
+
+
+def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
+    """Return a PNG's critical chunks and, if their checksums are right, the ancillary ones in `kept`."""
+    parts, start = [_PNG], len(_PNG)
+    while start + 12 <= len(content):  # length, type, data, checksum
+        length, kind = struct.unpack_from(">I4s", content, start)
+        chunk = content[start : start + 12 + length]
+        if kind[:1].isupper() or (kind in kept and zlib.crc32(chunk[4:-4]) == int.from_bytes(chunk[-4:])):
+            parts.append(chunk)
+        start += 12 + length
+    return b"".join(parts)
+
+
+@functools.cache
+def _missing_libraries() -> dict[str, re.Pattern[bytes]]:
+    """Return the libraries that this Pillow lacks, with the first bytes of files that need them."""
+    found = {library: re.compile(begins, re.DOTALL) for library, (_, begins) in _LIBRARIES.items()}
+    return {library: begins for library, begins in found.items() if not features.check(_LIBRARIES[library][0])}
+
+
+@functools.cache
+def warn_of_missing_libraries() -> None:
+    """Log once which libraries this Pillow lacks, so that no file is taken for damaged."""
+    if missing := ", ".join(_missing_libraries()):
+        log.warning("this Pillow was built without %s: images that need it cannot be read; no fault of theirs", missing)
+
+
+def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
+    """Open an image and return `use(image)`. Raises UnreadableImage."""
     try:
         try:
             image = Image.open(io.BytesIO(content), formats=formats_of(name))

@@ -16,7 +16,15 @@ import PIL
 from PIL import Image
 
 from data.collection.duplicates import perceptual_hash
-from data.images.image_formats import DEFAULT_MAX_PIXELS, NO_MEMORY, NOT_OPENED, open_image, read_file
+from data.images.image_formats import (
+    DEFAULT_MAX_PIXELS,
+    NO_DECODER,
+    NO_MEMORY,
+    NOT_OPENED,
+    open_image,
+    read_file,
+    warn_of_missing_libraries,
+)
 from data.images.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.stream.source import UnreadableImage
 from utils.canvas import DEFAULT, background_rgb
@@ -57,15 +65,21 @@ class Facts(NamedTuple):
         return {"width": self.width, "height": self.height}
 
     @property
+    def is_damaged(self) -> bool:
+        """Whether the file itself is unreadable; a missing decoder is no fault of the file."""
+        return self.kind not in (None, NO_DECODER)
+
+    @property
     def is_lasting(self) -> bool:
         """Whether the facts are permanent for an unchanged file."""
-        return self.kind not in (NOT_OPENED, NO_MEMORY, FATAL)
+        return self.kind not in (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)
 
 
 def measure_files(
     root: Path, paths: Sequence[str], max_pixels: int, detail: Literal["hash", "pixels"] = "pixels"
 ) -> list[Facts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
+    warn_of_missing_libraries()
     cache_key = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
     measure = _hash_file if detail == "hash" else functools.partial(measure_file, max_pixels=max_pixels)
     values = measure_once(

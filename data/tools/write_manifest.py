@@ -84,7 +84,7 @@ def write_manifest(
 ) -> pa.Table:
     """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
 
-    verify: decode every image and fill in the columns _DECODED. Unreadable images get weight 0 and a reason; without
+    verify: decode every image and fill in the columns _DECODED. Damaged images get weight 0 and a reason; without
     verify, only files that cannot be opened. duplicates: also fill in group (see `group_duplicates`); needs verify.
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
@@ -100,10 +100,11 @@ def write_manifest(
     facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")
     columns = {
         "sha256": pa.array([fact.sha256 for fact in facts], pa.string()),
-        "weight": pa.array([1.0 if fact.kind is None else 0.0 for fact in facts], pa.float32()),
+        "weight": pa.array([0.0 if fact.is_damaged else 1.0 for fact in facts], pa.float32()),
     }
-    if any(fact.kind for fact in facts):
-        columns["reason"] = pa.array([fact.kind and f"unreadable: {fact.reason}" for fact in facts], pa.string())
+    if any(fact.is_damaged for fact in facts):
+        reasons = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+        columns["reason"] = pa.array(reasons, pa.string())
     if verify:
         columns |= {name: pa.array([getattr(fact, name) for fact in facts], MEASURED[name]) for name in _DECODED}
     if duplicates:

@@ -1,11 +1,16 @@
 """Decoding: literal pixels for each odd kind of image, refusals for each bad one."""
 
+import struct
+import zlib
+
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, WebPImagePlugin
 
+from data.images import image_formats
 from data.stream.source import UnreadableImage
 from data.tools.facts import measure_file
+from data.tools.write_manifest import write_manifest
 from tests.support import read_image
 
 MAX_PIXELS = 10_000_000
@@ -161,3 +166,40 @@ def test_pixels_of_unknown_range_are_refused(tmp_path):
     for name, reason in (("float", "floating-point pixels"), ("integer", "integer pixels from -1 to 70000")):
         with pytest.raises(UnreadableImage, match=reason):
             read(tmp_path / f"{name}.tiff")
+
+
+BIG = zlib.compress(bytes(9_000_000))
+CHUNKS = {
+    "large comment": (b"zTXt", b"workflow\0\0" + BIG, 0),
+    "large text": (b"iTXt", b"workflow\0\1\0\0\0" + BIG, 0),
+    "large profile": (b"iCCP", b"profile\0\0" + BIG, 0),
+    "wrong checksum": (b"tEXt", b"Comment\0hello", 1),
+    "transparency of no colour": (b"tRNS", b"", 0),
+}
+
+
+@pytest.mark.parametrize("place", [33, -12], ids=["behind IHDR", "before IEND"])
+@pytest.mark.parametrize("name", CHUNKS)
+def test_an_ancillary_chunk_of_a_png_never_decides_over_its_pixels(name, place, tmp_path):
+    (kind, data, wrong), file, exif = CHUNKS[name], tmp_path / "x.png", Image.Exif()
+    exif[0x0112] = 6
+    picture().save(file, exif=exif)
+    expected, content = read(file), file.read_bytes()
+    chunk = struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data) ^ wrong)
+    file.write_bytes(content[:place] + chunk + content[place:])
+    assert np.array_equal(read(file), expected) and expected.shape == (6, 4, 3)
+
+
+def test_a_missing_decoder_is_said_and_is_no_damage(tmp_path, monkeypatch, log):
+    picture().save(tmp_path / "x.webp")
+    picture().save(tmp_path / "x.png")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "x.png").read_bytes()[:60])
+    monkeypatch.setattr(WebPImagePlugin, "SUPPORTED", False)
+    monkeypatch.setattr(image_formats.features, "check", lambda name: name != "webp")
+    for name in ("_missing_libraries", "warn_of_missing_libraries"):  # asked anew
+        monkeypatch.setattr(image_formats, name, getattr(image_formats, name).__wrapped__)
+    table = write_manifest(str(tmp_path), validation_fraction=0.0, verify=True)
+    assert dict(zip(*table.select(["path", "weight"]).to_pydict().values())) == {"cut.png": 0, "x.png": 1, "x.webp": 1}
+    assert "built without libwebp" in log.text and "libavif" not in log.text
+    with pytest.raises(UnreadableImage, match=r"built without its decoder \(it needs libwebp"):
+        read(tmp_path / "x.webp")
