@@ -6,19 +6,23 @@ byte ranges of shards, and `path` is only a name.
 """
 
 import functools
+import itertools
+import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
-import pyarrow.json
 import pyarrow.parquet as pq
 
+from data.layouts.sidecars import read_lines
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -31,6 +35,7 @@ PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 # The Parquet metadata name the writer of a manifest, so that a user's file is never overwritten.
 _MAKER, _OURS = b"atelier.made_by", "write_manifest"
+_ASKED = ("path", "split", "label", "tags", "rating", "caption", "weight")  # a user states these for us
 _AT_ONCE, _PART = 16, 512  # threads, and files per task or cached folders
 
 
@@ -84,24 +89,37 @@ def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
 def read_table(file: Path, unused: Unused) -> pa.Table:
     """Read a manifest without checking its rows, and cast its columns to our types.
 
-    Raises UserError (`data.root`) for a broken file, a missing column, or a column that cannot be cast.
+    Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
-    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
-    try:
-        table = read(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
+    table = read_columns(file)
     if len(set(table.column_names)) < table.num_columns or "path" not in table.column_names:
         raise UserError(
             f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; it needs path, and may have "
             f"{', '.join(SCHEMA.names)}, each once"
         )
-    nested = [name for name in table.column_names if name not in TYPES and pa.types.is_nested(table[name].type)]
-    unused.add(f"columns of {file.name} with lists or records", *nested)
-    columns = {name: _cast(file, name, table[name]) for name in table.column_names if name not in nested}
+    columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
+    for name in table.column_names:
+        try:
+            columns[name] = _cast(name, table[name])
+        except pa.ArrowException as error:
+            where = f"column {name!r} of {str(file)!r} is {table[name].type} ({error})"
+            if name in _ASKED:
+                raise UserError(f"data.root: {where}; write {TYPES[name]}") from error
+            unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
-    return pa.table({**{field.name: pa.nulls(len(table), field.type) for field in SCHEMA}, **columns})
+    if columns["tags"].type == TYPES["tags"] and pc.list_flatten(columns["tags"]).null_count:
+        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; remove the null")
+    return pa.table(columns)
+
+
+def read_columns(file: Path) -> pa.Table:
+    """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`data.root`)."""
+    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
+    try:
+        return read(file)
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
 def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -111,41 +129,55 @@ def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
 
 
 def _read_jsonl(file: Path) -> pa.Table:
-    content = file.read_bytes().removeprefix(b"\xef\xbb\xbf")  # the byte order mark of some programs
-    options = pa.json.ReadOptions(block_size=len(content) + 1)  # one block, so that each column has one type
-    return pa.json.read_json(pa.BufferReader(content), read_options=options)
+    """Read a JSONL file. Arrow's reader would take texts that are dates for timestamps."""
+    rows = [row for _, row in read_lines(file)]
+    names = dict.fromkeys(itertools.chain.from_iterable(rows))
+    return pa.table({name: _to_array([row.get(name) for row in rows]) for name in names})
+
+
+def _to_array(values: list[Any]) -> pa.Array:
+    """Return values of JSON as an array; those of several types as texts."""
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, OverflowError):
+        return pa.array([v if isinstance(v, str | None) else json.dumps(v) for v in values], pa.string())
 
 
 def _read_csv(file: Path) -> pa.Table:
     """Read a CSV file. Empty fields are null; tags are separated by commas, so several tags need quotes."""
-    types = {**TYPES, "tags": pa.string()}
-    table = pa.csv.read_csv(
-        file,
-        convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
-        parse_options=pa.csv.ParseOptions(newlines_in_values=True),
-    )
-    if "tags" not in table.column_names:
-        return table
-    texts = table["tags"].to_pylist()
-    lists = [text and [tag for part in text.split(",") if (tag := part.strip())] for text in texts]
-    return table.set_column(table.column_names.index("tags"), "tags", pa.array(lists, TYPES["tags"]))
+    parsing = pa.csv.ParseOptions(newlines_in_values=True)
+    with pa.csv.open_csv(file, parse_options=parsing) as reader:
+        types = dict.fromkeys(reader.schema.names, pa.string())  # Arrow would take texts that are dates for timestamps
+    converting = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
+    table = pa.csv.read_csv(file, convert_options=converting, parse_options=parsing)
+    columns = [_to_numbers(column) for column in table.columns]
+    for index, name in enumerate(table.column_names):
+        if name == "tags":
+            texts = table.column(index).to_pylist()
+            lists = [text and [tag for part in text.split(",") if (tag := part.strip())] for text in texts]
+            columns[index] = pa.array(lists, TYPES["tags"])
+        elif name in TYPES:
+            columns[index] = table.column(index)
+    return pa.table(columns, names=table.column_names)
 
 
-def _cast(file: Path, name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Cast a column to its type; an extra column to int64, float64 or text. Raises UserError if values would change."""
+def _to_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Return numbers where every text is one; not of `007`, and not of more digits than a number has."""
+    for kind, is_text in ((pa.int64(), r"^-?0\d"), (pa.float64(), r"^-?(0\d|\d{16})")):
+        with suppress(pa.ArrowException):
+            if not pc.any(pc.match_substring_regex(texts, is_text)).as_py():
+                return texts.cast(kind)
+    return texts
+
+
+def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
+    """Cast a column to its type, an extra one to int64, float64 or text. Raises ArrowException for other values."""
     source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
     is_whole = pa.types.is_boolean(source) or pa.types.is_integer(source)
     other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(source) else pa.string()
-    target = TYPES.get(name, other)
-    try:
-        column = column.cast(target)
-    except pa.ArrowException as error:
-        raise UserError(
-            f"data.root: column {name!r} of {str(file)!r} is {column.type} ({error}); write {target}"
-        ) from error
-    if name == "tags" and pc.list_flatten(column).null_count:
-        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; remove the null")
-    return column
+    if name == "label" and other == pa.float64():
+        column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
+    return column.cast(TYPES.get(name, other))
 
 
 def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:

@@ -19,6 +19,7 @@ from data.images.pixels import read_size
 from data.layouts.folders import check_root, list_folder, list_images
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
 from data.layouts.sidecars import list_sidecars
+from data.layouts.unused import Unused
 from data.open import load_collection
 from data.tags.spelling import parse_tag
 from data.tools.exclude import Rules, find_failing
@@ -114,7 +115,7 @@ class Copy(Tool, Rules):
         with open_journal("job.to", target, is_folder=True):
             done = copy_files(root, target, files)
             if (manifest := find_manifest(root)) is not None:
-                table = (read_parquet if manifest.name == PARQUET else read_table)(manifest)
+                table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
                 rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
                 write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
         return (

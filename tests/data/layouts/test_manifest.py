@@ -35,6 +35,10 @@ def rows(collection):
     return [tuple(row.values()) for row in collection.table.select(SCHEMA.names).drop_columns("sha256").to_pylist()]
 
 
+def columns_of(collection, name):
+    return collection.table[name].to_pylist()
+
+
 def test_a_jsonl_manifest_wins_over_the_layout(opened, root):
     put(root, "one/a.png", "two/b, ü.png", "three/c.png", text="ignored")
     written = [
@@ -87,7 +91,7 @@ def test_a_csv_manifest(opened, root):
         ({"label": "x"}, ["row 1", "path is null"]),
         ({"path": "b.png", "tags": "x y"}, ["'tags'", "list<"]),
         ({"path": "b.png", "tags": ["x", None]}, ["'tags'", "null"]),
-        ({"path": "b.png", "size": 1.5}, ["'size'"]),
+        ({"path": "b.png", "caption": ["x"]}, ["'caption'", "list<"]),
         ({"path": "b.png", "weight": float("nan")}, ["row 1", "nan"]),
         ({"path": "b.png", "split": "dev"}, ["row 1", "'dev'", "validation"]),
         ({"path": "a.png"}, ["'a.png'", "twice"]),
@@ -124,6 +128,7 @@ def test_links_inside_the_root_are_fine(opened, root):
         ("path,label\na.png\n", "Expected 2 columns"),
         ("path,weight\na.png,heavy\n", "heavy"),
         ("path\n", "no row"),
+        ("path,tags,tags\na.png,x,y\n", "each once"),
         ("path,label\na.png,f\udcfcr\n", "cannot be read"),  # in another encoding
     ],
 )
@@ -144,6 +149,46 @@ def test_broken_and_double_manifests_are_refused(refuse, root):
 # Further columns.
 
 
+@pytest.mark.parametrize(
+    ("values", "kept"),
+    [
+        (["2024-01-01", "2024-01-02T10:00:00Z"], ["2024-01-01", "2024-01-02T10:00:00Z"]),
+        (["007", "12"], ["007", "12"]),
+        (["12345678901234567890", "1"], ["12345678901234567890", "1"]),
+        ([True, False], [1, 0]),
+        ([3, "x"], ["3", "x"]),
+        ([2**70, 1], [str(2**70), "1"]),
+        ([["a"], ["b", "c"]], "column 'more' of"),
+        ([{"a": 1}, None], "column 'more' of"),
+        ([None, None], None),
+    ],
+    ids=str,
+)
+def test_a_column_that_nobody_asked_for_stops_nothing(values, kept, opened, root, log):
+    put(root, "a.png", "b.png")
+    labels = {"label": ["2024-01-01", 3], "mode": [{"x": 1}, None], "length": ["4 m", None]}
+    columns = {"path": ["a.png", "b.png"], "more": values, **labels}
+    collection = opened(jsonl(root, [dict(zip(columns, row)) for row in zip(*columns.values())]))
+    assert columns_of(collection, "label") == ["2024-01-01", "3"]
+    assert "not used: 2 columns" in log.text.replace("3 columns", "2 columns") and "column 'length'" in log.text
+    if isinstance(kept, list):
+        assert columns_of(collection, "more") == kept
+    else:
+        assert "more" not in collection.table.column_names and (kept or "") in log.text
+
+
+def test_whole_numbers_are_labels_and_dates_are_texts_in_every_form(opened, root):
+    put(root, "a.png", "b.png", "c.png")
+    columns = {"path": ["a.png", "b.png", "c.png"], "label": pa.array([3.0, None, 4.0]), "taken": ["2024-01-01"] * 3}
+    parquet(root, **columns, moment=pa.array([0, 1, None], pa.timestamp("s", "UTC")), place=pa.array([b"\xff"] * 3))
+    first = opened(root)
+    assert columns_of(first, "label") == ["3", None, "4"] and "place" not in first.table.column_names
+    (root / "manifest.parquet").unlink()
+    (root / "manifest.csv").write_text("path,label,taken\na.png,3,2024-01-01\nb.png,,2024-01-01\nc.png,4,2024-01-01\n")
+    second = opened(root)
+    assert columns_of(second, "label") == ["3", None, "4"] and columns_of(second, "taken") == ["2024-01-01"] * 3
+
+
 @pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
 def test_further_columns_are_kept_with_their_types(form, opened, root, log):
     put(root, "a.png", "b.png")
@@ -159,7 +204,7 @@ def test_further_columns_are_kept_with_their_types(form, opened, root, log):
     collection = pickle.loads(pickle.dumps(opened(root)))
     assert collection.column("score").tolist() == [1.0, 2.5] and collection.column("hash").tolist() == ["f0", None]
     assert collection.column("width").dtype == np.int64 and collection.row(1).width == 8
-    assert form == "csv" or "lists or records: vector, extra" in log.text
+    assert form == "csv" or ("column 'vector'" in log.text and "column 'extra'" in log.text)
     with pytest.raises(UserError, match=r"^data.root: .*'height'.*job=manifest"):
         collection.column("height")
 
