@@ -264,11 +264,11 @@ class _DiskCached(_Cached):
         super().__init__(images, "evicted", "refused")
         self._config = config
         self._inputs = images.decoder.identity()
-        self._store = LimitedStore(Path(config.folder), round(config.disk_gib * 2**30))
+        self._store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
 
     def readings(self) -> dict[str, float]:
         """Return the hit rate, the size in GiB, and the number of evicted records."""
-        gib, evicted = self._store.used_bytes() / 2**30, self.counts()["evicted"]
+        gib, evicted = self._store.used_bytes() / GIB, self.counts()["evicted"]
         return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
 
     def has(self, row: int) -> bool:
