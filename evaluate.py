@@ -30,7 +30,6 @@ from engine.exports.weights import MovedBase, load_predictor, open_weights
 from engine.runtime import Runtime, start_machine
 from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
-from engine.tasks.tagging import TaggingTask
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
@@ -58,7 +57,7 @@ def _as_list(value: Any) -> Any:
     return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
 
 
-class Targets(Strict):
+class _Targets(Strict):
     """The precision and recall that the profiles high_precision and high_recall reach."""
 
     precision: Annotated[float, Field(gt=0, lt=1)]
@@ -76,7 +75,7 @@ class EvaluateConfig(Strict):
     data: DataConfig | None  # None: the data of the run
     batch_size: BatchSize
     calibrate: bool  # also write a tagger's thresholds
-    calibration: Targets
+    calibration: _Targets
     arena: ArenaConfig  # how `models` are compared
     dry_run: bool
     runtime: MachineConfig
@@ -97,7 +96,7 @@ class EvaluateConfig(Strict):
         return self
 
 
-class RunData(BaseModel):
+class _RunData(BaseModel):
     """The keys of a run's configuration that evaluation reads."""
 
     model_config = ConfigDict(strict=True)
@@ -157,12 +156,12 @@ def main(config: EvaluateConfig, job: Job) -> str:
         return compare_taggers(config, runtime)
 
     # -------------------------------------------------------------------------------------- 2. The task and the data
-    saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(RunData)
+    saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(_RunData)
     with about("weights"):
         path = choose_weights(config.run_dir or "", config.weights)
         weights = open_weights(path, "evaluation", config.model.path)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
-    if config.calibrate and not isinstance(task, TaggingTask):
+    if config.calibrate and not hasattr(task, "calibrate"):
         name = weights.metadata["task"]["name"]
         raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {name!r}")
     data_config, seed = config.data or saved.data, saved.seed if saved else 0

@@ -92,11 +92,11 @@ class PredictConfig(Strict):
 def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
     """Return the options for rows. An excluded tag has an infinite threshold."""
     text, least = config.text, np.float32(0.0)
-    if predictor.has_tags:
+    if predictor.output.has_tags:
         least = np.broadcast_to(choose_thresholds(config, predictor, weights), len(predictor.names))
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
-    return RowOptions(config.top, least, config.profile == MCUT, text.max_tags, text.order)
+    return predictor.options(config.top, least, mcut=config.profile == MCUT, max_tags=text.max_tags, order=text.order)
 
 
 def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path) -> np.ndarray:
@@ -129,7 +129,7 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
     if output.suffix == ".npz":
         return Embeddings(output, weights)
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
-        if not predictor.has_tags:
+        if not predictor.output.has_tags:
             raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
         folder = None if config.output == "beside" else config.output
         return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))

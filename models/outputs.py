@@ -15,18 +15,15 @@ from torch import Tensor
 from utils.thresholds import DEFAULT, mcut
 from utils.vocabulary import CHARACTER, RATING, category_name
 
-
-class Columns(NamedTuple):
-    """The columns of an output."""
-
-    names: Sequence[str]  # [K]
-    categories: np.ndarray  # of tags, int64 [K]
-    has_ratings: bool = True  # False if no training image had a rating, so that outputs for ratings mean nothing
+_FORMATS = ("onnx", "timm", "transformers", "safetensors", "pth")  # of every network
 
 
 class RowOptions(NamedTuple):
-    """The user's options for predictions."""
+    """The columns of an output, and the user's options for predictions."""
 
+    names: Sequence[str]  # [K]
+    categories: np.ndarray  # of tags, int64 [K]
+    has_ratings: bool  # False if no training image had a rating, so that outputs for ratings mean nothing
     top: int  # classes per image
     thresholds: np.ndarray  # the least probability, per tag [K] or for all tags
     mcut: bool = False  # use the image's MCut threshold if it is higher
@@ -41,21 +38,23 @@ class Output(NamedTuple):
     """One kind of output."""
 
     heads: tuple[str, ...]  # the outputs of an exported file, in order; predictions use the last
-    make_row: Callable[[np.ndarray, Columns, RowOptions], Row]  # from an image's values [K] to its output row
+    make_row: Callable[[np.ndarray, RowOptions], Row]  # from an image's values [K] to its output row
     names_key: str | None = None  # the metadata key of the columns' names, or None without names
     activate: Callable[[Tensor], Tensor] | None = None  # from logits [B, K] to probs, or None for the identity
     columns: tuple[str, ...] | None = None  # of a CSV file, or None if a row does not fit a CSV file
+    has_tags: bool = False  # rows have `tags`, which thresholds choose and .txt files can hold
+    formats: tuple[str, ...] = _FORMATS  # of export.py
 
 
-def _row_of_classes(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
+def _row_of_classes(values: np.ndarray, options: RowOptions) -> Row:
     order = np.argsort(-values)[: options.top]
-    classes = [{"class": columns.names[index], "prob": round(float(values[index]), 6)} for index in order]
+    classes = [{"class": options.names[index], "prob": round(float(values[index]), 6)} for index in order]
     return {**classes[0], "top": classes}
 
 
-def _row_of_tags(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
+def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     """Return the tags in their order, their probabilities by category, and the most probable rating."""
-    names, categories, has_ratings = columns
+    names, categories, has_ratings, *_ = options
     least = np.maximum(options.thresholds, _cut(values, categories)) if options.mcut else options.thresholds
     tags = np.flatnonzero((values >= least) & (categories != RATING))
     tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
@@ -81,14 +80,15 @@ def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
     return least
 
 
-def _row_of_features(values: np.ndarray, columns: Columns, options: RowOptions) -> Row:
+def _row_of_features(values: np.ndarray, options: RowOptions) -> Row:
     return {"features": values.astype(float).tolist()}
 
 
-_softmax = partial(torch.softmax, dim=1)
+_PROBS, _softmax = ("logits", "probs"), partial(torch.softmax, dim=1)
+_TAG_FORMATS = (*_FORMATS, "wd14", "imgutils", "cl_tagger", "wd_repository")
 OUTPUTS = {
-    "classes": Output(("logits", "probs"), _row_of_classes, "class_names", _softmax, ("class", "prob")),
-    "tags": Output(("logits", "probs"), _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags")),
+    "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
+    "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True, _TAG_FORMATS),
     "features": Output(("features",), _row_of_features),
 }
 NAME_KEYS = frozenset(output.names_key for output in OUTPUTS.values() if output.names_key is not None)

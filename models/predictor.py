@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
-from models.outputs import OUTPUTS, Columns, RowOptions
+from models.outputs import OUTPUTS, RowOptions
 from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
@@ -75,10 +75,14 @@ def check_metadata(path: Path, metadata: Any) -> None:
         checked = _Metadata.model_validate(metadata)
     except ValidationError as error:
         raise wrong_metadata(path, error) from None
-    if checked.output == "classes" and checked.class_names is None:
-        raise UserError(f"{path} has wrong metadata (class_names: none); make the file again")
-    if checked.output == "tags" and len(read_facts(path, metadata)) != len(checked.thresholds or metadata["tag_names"]):
-        raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
+    output = OUTPUTS.get(checked.output)
+    if output is None:
+        return
+    if output.has_tags:
+        if len(read_facts(path, metadata)) != len(checked.thresholds or metadata["tag_names"]):
+            raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
+    elif output.names_key and metadata.get(output.names_key) is None:
+        raise UserError(f"{path} has wrong metadata ({output.names_key}: none); make the file again")
 
 
 def wrong_metadata(path: Path, error: ValidationError) -> UserError:
@@ -97,7 +101,7 @@ class Predictor:
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
         self.metadata, self._run = dict(metadata), run
-        self.output, self.has_tags = OUTPUTS[metadata["output"]], metadata["output"] == "tags"
+        self.output = OUTPUTS[metadata["output"]]
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
         counts = np.array(metadata.get("tag_counts") or [1] * len(self.names))
@@ -114,10 +118,13 @@ class Predictor:
         """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
         return self._run(images, "embedding")
 
+    def options(self, top: int, thresholds: np.ndarray, **further: Any) -> RowOptions:
+        """Return the user's options for `rows`, with the columns of this predictor."""
+        return RowOptions(self.names, self.categories, self.has_ratings, top, thresholds, **further)
+
     def rows(self, images: Tensor, options: RowOptions) -> list[dict[str, Any]]:
         """Return an output row for each of some uint8 images [B, C, H, W]."""
-        columns = Columns(self.names, self.categories, self.has_ratings)
-        return [self.output.make_row(values, columns, options) for values in self.predict(images)]
+        return [self.output.make_row(values, options) for values in self.predict(images)]
 
 
 def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torch.device) -> Predictor:

@@ -14,7 +14,7 @@ from data.config import TextConfig
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from data.tools.predictions import find_excluded, join_tags, spell_tags
-from models.outputs import OUTPUTS, Columns, RowOptions
+from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
@@ -39,7 +39,7 @@ PATHS = [f"val/{name}/{number:03}.png" for name in "AB" for number in range(2)]
 
 def row_of(thresholds=0.35, **options):
     thresholds = np.broadcast_to(np.float32(thresholds), len(NAMES))
-    return OUTPUTS["tags"].make_row(VALUES, Columns(NAMES, CATEGORIES), RowOptions(1, thresholds, **options))
+    return OUTPUTS["tags"].make_row(VALUES, RowOptions(NAMES, CATEGORIES, True, 1, thresholds, **options))
 
 
 def text_of(tags, predicted=None, **config):
@@ -56,7 +56,7 @@ def test_a_row_has_the_rating_and_the_tags_by_category():
         "probs": {"general": {"1girl": 0.95, "long_hair": 0.9, "^_^": 0.6}, "character": {"miku_(series)": 0.8},
                   "artist": {"painter": 0.5}},
     }  # fmt: skip
-    assert "rating" not in OUTPUTS["tags"].make_row(VALUES[:1], Columns(["a"], np.zeros(1)), RowOptions(1, VALUES[:1]))
+    assert "rating" not in OUTPUTS["tags"].make_row(VALUES[:1], RowOptions(["a"], np.zeros(1), True, 1, VALUES[:1]))
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_ratings_that_no_training_image_had_mean_nothing():
     metadata = {"output": "tags", "tag_names": ["general", "cat"], "tag_categories": [9, 0], "preprocessing": {}}
     for counts, has_ratings in (([3, 7], True), ([0, 7], False)):
         predictor = Predictor({**metadata, "tag_counts": counts}, lambda images, _: np.array([[0.1, 0.9]], np.float32))
-        (row,) = predictor.rows(None, RowOptions(1, np.full(2, 0.5)))
+        (row,) = predictor.rows(None, predictor.options(1, np.full(2, 0.5)))
         assert ("rating" in row) is has_ratings and row["tags"] == ["cat"]
 
 

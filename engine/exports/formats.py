@@ -18,22 +18,22 @@ from pydantic import model_validator
 from torch import nn
 
 from engine.exports.weights import MovedBase, Weights
-from engine.tasks.diffusion import DiffusionTask
 from models.export import tag_forms
 from models.export.model_card import licence_entry, write_card
-from models.export.onnx_file import OnnxConfig, export_onnx
+from models.export.onnx_file import export_onnx
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.names import PARTS
 from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
-from utils.config.schema import PathText
+from utils.config.bounds import Positive
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import WEIGHT_NAMES
 from utils.record.logging import get_logger
 from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
-from utils.vocabulary import FACTS, vocabulary_of
+from utils.vocabulary import vocabulary_of
 
 log = get_logger(__name__)
 
@@ -45,11 +45,13 @@ _REPOSITORY = "wd_repository"
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
 
 
-class ExportConfig(OnnxConfig):
+class ExportConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
     `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
-    `licence` replaces the known licence of the source weights.
+    `licence` replaces the known licence of the source weights. dynamic_size: the ONNX file accepts images of any size
+    from the network's stride up. tolerance: the largest accepted difference from PyTorch, for ONNX relative to the
+    largest output; None: the default of the precision.
     """
 
     format: Literal[
@@ -59,11 +61,19 @@ class ExportConfig(OnnxConfig):
     run_dir: PathText | None
     weights: PathText
     output: PathText | None
+    precision: Literal["fp32", "fp16"]
+    dynamic_size: bool
+    tolerance: Positive | None
     backbone_only: bool
     thresholds: PathText | None
     licence: str | None
     model: MovedBase
     dry_run: bool
+
+    @property
+    def accepted(self) -> float:
+        """Return the largest accepted difference. Measured, with random and varied weights: at most 1e-6 and 2e-3."""
+        return self.tolerance or {"fp32": 1e-3, "fp16": 2e-2}[self.precision]
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -88,7 +98,7 @@ def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     neggles/wdv3-timm normalises, then reverses the channels. A backbone takes RGB, like every other network.
     """
     form, network, metadata = config.format, weights.whole, weights.metadata
-    is_tagger = form == "timm" and _is_tagger(weights)
+    is_tagger = form == "timm" and weights.model.output.has_tags
     if form in ("timm", "transformers"):
         network = weights.model.network
     if is_tagger:
@@ -105,10 +115,6 @@ def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     return report
 
 
-def _is_tagger(weights: Weights) -> bool:
-    return weights.metadata["output"] == "tags" and set(FACTS) <= weights.metadata.keys()
-
-
 def _thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None:
     return find_thresholds(config.thresholds, weights.path, weights.metadata.get("weights_hash"))
 
@@ -116,7 +122,9 @@ def _thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write an ONNX file."""
     path = folder / _ONNX_FILES[config.precision]
-    difference = export_onnx(weights.model, weights.metadata, path, config)
+    difference = export_onnx(
+        weights.model, weights.metadata, path, config.precision, config.accepted, config.dynamic_size
+    )
     write_card(folder, "onnx", path.name, weights.metadata)
     return {"file": path.name, "onnx_max_abs_diff": difference}
 
@@ -133,7 +141,7 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     facts |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     metadata = {**weights.metadata, **facts}
     path = folder / _TAG_FILES[form]
-    difference = export_onnx(graph, metadata, path, config)
+    difference = export_onnx(graph, metadata, path, config.precision, config.accepted)
     if form == "wd14":
         tag_forms.write_tags(folder, kept, thresholds)
         tag_forms.write_head(folder, graph.network)
@@ -253,20 +261,22 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
 
 # ---------------------------------------------------------------------------------------------------------- the table
 
-IMAGE_FORMATS: dict[str, Format] = {"onnx": write_onnx, **dict.fromkeys(TARGETS, write_folder)}
-SDXL_FORMATS = {"kohya": write_lora, "lora_diffusers": write_lora, "single_file": write_whole, "diffusers": write_whole}
-TAG_FORMATS = {**IMAGE_FORMATS, **dict.fromkeys(_TAG_FILES, write_tagger), _REPOSITORY: write_repository}
+FORMATS: dict[str, Format] = {
+    "onnx": write_onnx,
+    **dict.fromkeys(TARGETS, write_folder),
+    **dict.fromkeys(_TAG_FILES, write_tagger),
+    _REPOSITORY: write_repository,
+    **dict.fromkeys(("kohya", "lora_diffusers"), write_lora),
+    **dict.fromkeys(("single_file", "diffusers"), write_whole),
+}
 
 
 def find_format(name: str, weights: Weights) -> Format:
     """Return the function that writes a format. Raises UserError (`format`) if the weights do not support it."""
-    if weights.model is None:
-        formats = SDXL_FORMATS if isinstance(weights.task, DiffusionTask) else {}
-    else:
-        formats = TAG_FORMATS if _is_tagger(weights) else IMAGE_FORMATS
+    formats = weights.kind.formats if weights.model is None else weights.model.output.formats
     if name not in formats:
         raise UserError(f"format: {name} is no format of {weights.path}; it supports {', '.join(formats) or 'none'}")
-    return formats[name]
+    return FORMATS[name]
 
 
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:

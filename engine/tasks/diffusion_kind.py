@@ -54,6 +54,7 @@ class DiffusionKind(Kind):
 
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
     scripts = ("finetune_sdxl",)
+    formats = ("kohya", "lora_diffusers", "single_file", "diffusers")
     next_commands = ("python export.py format=single_file run_dir={run}", *Kind.next_commands)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:

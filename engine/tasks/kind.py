@@ -45,7 +45,6 @@ from utils.errors import UserError, close_names
 from utils.io.files import canonical_json, sha256_text
 from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
-from utils.vocabulary import FACTS, read_facts
 
 log = get_logger(__name__)
 
@@ -126,6 +125,7 @@ class Kind:
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: ClassVar[str | None] = None
     network: ClassVar[str] = "network"
+    formats: ClassVar[tuple[str, ...]] = ()  # of export.py; with an `output`, the output has them
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
     next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 
@@ -249,8 +249,6 @@ def check_weights(
         raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
-    if kind.names == FACTS:
-        read_facts(path, metadata)
     try:
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
         config = kind.config.model_validate(metadata["task"])

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.model_card import label_names, licence_entry
+from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
 from utils.errors import UserError
@@ -111,7 +112,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
         **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
     )
     config.update(licence_entry("license", metadata))
-    if metadata["output"] == "tags":
+    if OUTPUTS[metadata["output"]].has_tags:
         config.problem_type = "multi_label_classification"
     with torch.random.fork_rng(devices=[]):
         target = (ConvNextV2ForImageClassification if geometry.num_classes else ConvNextV2Model)(config)

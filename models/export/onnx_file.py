@@ -25,8 +25,6 @@ from models.export.model_card import licence_entry
 from models.export.onnx_precision import to_fp16
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
-from utils.config.bounds import Positive
-from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.vocabulary import FACTS
 
@@ -39,26 +37,17 @@ _GRAPH_TOLERANCE = 1e-3  # for the float32 graph with varied weights, when expor
 _LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
-class OnnxConfig(Strict):
-    """Settings of an ONNX file.
-
-    dynamic_size: accept images of any size from the network's stride up. tolerance: the largest accepted difference
-    from PyTorch, for ONNX relative to the largest output; None: the default of the precision.
-    """
-
-    precision: Literal["fp32", "fp16"]
-    dynamic_size: bool
-    tolerance: Positive | None
-
-    @property
-    def accepted(self) -> float:
-        """Return the largest accepted difference. Measured, with random and varied weights: at most 1e-6 and 2e-3."""
-        return self.tolerance or {"fp32": 1e-3, "fp16": 2e-2}[self.precision]
-
-
-def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, config: OnnxConfig) -> float:
+def export_onnx(
+    model: ImageModel,
+    metadata: Mapping[str, Any],
+    path: Path,
+    precision: Literal["fp32", "fp16"],
+    accepted: float,
+    dynamic_size: bool = False,
+) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 
+    accepted: the largest difference, relative to the largest output. dynamic_size: accept images of any size.
     Also compare a copy with varied weights, because with small weights a wrong graph gives almost the right outputs.
     Raises UserError: `tolerance` if either differs by more; `format` if the weights are too large for an ONNX file;
     `dynamic_size` for a network with one image size.
@@ -69,25 +58,30 @@ def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, conf
             f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, but an ONNX file holds at "
             "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
-    samples = _draw_samples(metadata["preprocessing"], model, config.dynamic_size)
-    varied, tried, tolerance = model.with_network(vary_weights(model.network)), config, config.accepted
-    if config.precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
+    samples = _draw_samples(metadata["preprocessing"], model, dynamic_size)
+    varied, tried, tolerance = model.with_network(vary_weights(model.network)), precision, accepted
+    if precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
         # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
-        tried, tolerance = config.model_copy(update={"precision": "fp32"}), _GRAPH_TOLERANCE
-    _, relative = _write_and_compare(varied, metadata, path, samples, tried)
+        tried, tolerance = "fp32", _GRAPH_TOLERANCE
+    _, relative = _write_and_compare(varied, metadata, path, samples, tried, dynamic_size)
     refuse_difference(relative, tolerance, "a copy with varied weights")
-    absolute, relative = _write_and_compare(model, metadata, path, samples, config)
-    refuse_difference(relative, config.accepted, "ONNX Runtime")
+    absolute, relative = _write_and_compare(model, metadata, path, samples, precision, dynamic_size)
+    refuse_difference(relative, accepted, "ONNX Runtime")
     return absolute
 
 
 def _write_and_compare(
-    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], config: OnnxConfig
+    model: ImageModel,
+    metadata: Mapping[str, Any],
+    path: Path,
+    samples: Sequence[torch.Tensor],
+    precision: str,
+    dynamic_size: bool,
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
     rewritten = to_inference_form(model)
-    proto = _trace(rewritten, samples[-1], config.dynamic_size)
-    if config.precision == "fp16":
+    proto = _trace(rewritten, samples[-1], dynamic_size)
+    if precision == "fp16":
         proto = to_fp16(proto, rewritten)
     _clean(proto, metadata, model)
     onnx.checker.check_model(proto)

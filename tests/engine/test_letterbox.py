@@ -14,7 +14,6 @@ from data.open import Data, load_collection
 from engine.exports.weights import load_predictor
 from engine.runtime import Runtime
 from engine.tasks.kinds import KINDS
-from models.outputs import RowOptions
 from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
 from tests.support import checkpoint_tensors, rows
 from utils.config.messages import ConfigError
@@ -117,7 +116,8 @@ def test_a_labelled_task_is_trained_evaluated_and_predicted_in_buckets(place, ta
         data, streams = open_run("finetune", words)
         for batch in streams.evaluation["val"]:
             seen.add(tuple(batch["images"].shape[-2:]))
-            for row, expected in zip(batch["sample_id"], predictor.rows(batch["images"], RowOptions(5, np.float32(0)))):
+            expected_rows = predictor.rows(batch["images"], predictor.options(5, np.float32(0)))
+            for row, expected in zip(batch["sample_id"], expected_rows):
                 mine = found[Path(data.collection.row(int(row)).path).stem]
                 assert numbers_of(mine) == pytest.approx(numbers_of(expected), abs=2e-6)
     assert seen == {(48, 84), (56, 72), (64, 64), (84, 48)} and len(found) == 6

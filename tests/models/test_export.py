@@ -11,7 +11,7 @@ from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
-from models.export.onnx_file import OnnxConfig, export_onnx
+from models.export.onnx_file import export_onnx
 from tests.support import export, no_large_allocation
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
@@ -52,8 +52,7 @@ def exported(tmp_path_factory):
     """Return a folder with a classifier as w.safetensors and as model.onnx, and its task."""
     folder = tmp_path_factory.mktemp("exported")
     task = write_classifier(folder / "w.safetensors")
-    config = OnnxConfig(precision="fp32", dynamic_size=False, tolerance=1e-4)
-    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", config) < 1e-4
+    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
     return folder, task
 
 

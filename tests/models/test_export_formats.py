@@ -21,7 +21,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.export import libraries, onnx_file
 from models.export.inference_form import to_inference_form
-from models.export.onnx_file import OnnxConfig, export_onnx
+from models.export.onnx_file import export_onnx
 from models.export.parity import vary_weights
 from models.image_model import ImageModel
 from models.layers import GRN
@@ -233,10 +233,9 @@ def test_files_with_the_networks_own_names(tmp_path):
 # --- ONNX
 
 
-def export_file(tmp_path, model, metadata, **settings):
+def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3, **settings):
     path = tmp_path / "model.onnx"
-    config = OnnxConfig(**{"precision": "fp32", "dynamic_size": False, "tolerance": None, **settings})
-    return export_onnx(model, metadata, path, config), onnx.load(path), path
+    return export_onnx(model, metadata, path, precision, accepted, **settings), onnx.load(path), path
 
 
 def test_fp16_sums_in_float32(tmp_path):
@@ -247,7 +246,7 @@ def test_fp16_sums_in_float32(tmp_path):
             for block in stage:
                 block.pwconv1.weight.mul_(100.0)
                 block.pwconv2.weight.mul_(0.01)
-    difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", tolerance=5e-2)
+    difference, proto, path = export_file(tmp_path, model, metadata, precision="fp16", accepted=5e-2)
     images, _ = normalised(model)
     assert difference < 5e-2 and np.isfinite(onnx_file.open_session(path)(images.numpy())[0]).all()
     assert path.stat().st_size < 0.6 * sum(p.nbytes for p in model.parameters()) + 60_000

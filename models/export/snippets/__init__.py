@@ -62,7 +62,8 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
 
 
 def _show_outputs(form: str, metadata: Mapping[str, Any]) -> str:
-    activation = "" if form == "onnx" else ".sigmoid()" if metadata["output"] == "tags" else ".softmax(-1)"
+    has_tags = OUTPUTS[metadata["output"]].has_tags
+    activation = "" if form == "onnx" else ".sigmoid()" if has_tags else ".softmax(-1)"
     return f"names = {_NAMES[form]}\nprint(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
 
 
