@@ -22,10 +22,8 @@ from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig
-from models.weights.initialise import initialise_from
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
-from utils.io.weights import InitFrom
 from utils.ranks import distributed
 
 _MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
@@ -60,11 +58,8 @@ class ClassificationTask(ImageTask):
         super().__init__(setup, outputs=len(setup.facts["class_names"]))
         self.class_names = list(setup.facts["class_names"])
         self.label_smoothing, self.head = setup.task.label_smoothing, setup.task.head
+        self.keep_head = self.head == "kept"
         self.mixing = Mixing(setup.task)
-
-    def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file, and its head if `task.head` is kept."""
-        self.origin = initialise_from(self.network, source, keep_head=self.head == "kept", class_names=self.class_names)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""

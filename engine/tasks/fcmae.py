@@ -25,12 +25,10 @@ from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskC
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.convnextv2 import repeat_sites
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
-from models.weights.initialise import initialise_from
 from utils.config.bounds import Count, Depth, Duration, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -92,6 +90,8 @@ def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequ
 class FCMAETask(ImageTask):
     """Own the masked autoencoder. Fine-tuning uses its encoder."""
 
+    keep_head = True
+
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup)
         config = setup.task
@@ -105,10 +105,6 @@ class FCMAETask(ImageTask):
             execution=config.execution,
         )
         self.probe_k = config.probe.k
-
-    def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file. If it has only an encoder, the decoder keeps its random weights."""
-        self.origin = initialise_from(self.network, source, keep_head=True)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's mean squared error over its masked patches."""

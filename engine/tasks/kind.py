@@ -9,7 +9,7 @@
 A kind's config, task and Kind are in one file; kinds.py has an entry for each.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -101,7 +101,13 @@ class ImageTrainingConfig(TrainingConfig):
 
 
 class ImageTask(Task):
-    """A task with one network on images; `outputs` is the width of its head (0: no head)."""
+    """A task with one network on images; `outputs` is the width of its head (0: no head).
+
+    keep_head: `init_from` loads the head or decoder too; with `class_names`, the head for these classes.
+    """
+
+    keep_head: bool = False
+    class_names: Sequence[str] | None = None
 
     def __init__(self, setup: Setup, outputs: int = 0) -> None:
         super().__init__()
@@ -110,8 +116,8 @@ class ImageTask(Task):
         self.normalise = setup.normalise()
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Load the network of a run or file, but keep the head's random weights."""
-        self.origin = initialise_from(self.network, source, keep_head=False)
+        """Load the network of a run or file, and its head or decoder if `keep_head`."""
+        self.origin = initialise_from(self.network, source, keep_head=self.keep_head, class_names=self.class_names)
 
 
 class Kind:

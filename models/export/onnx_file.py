@@ -47,7 +47,8 @@ def export_onnx(
 ) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 
-    accepted: the largest difference, relative to the largest output. dynamic_size: accept images of any size.
+    accepted: the largest difference, relative to the largest output. dynamic_size: the file takes images of any size.
+
     Also compare a copy with varied weights, because with small weights a wrong graph gives almost the right outputs.
     Raises UserError: `tolerance` if either differs by more; `format` if the weights are too large for an ONNX file;
     `dynamic_size` for a network with one image size.
@@ -63,23 +64,18 @@ def export_onnx(
     if precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
         # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
         tried, tolerance = "fp32", _GRAPH_TOLERANCE
-    _, relative = _write_and_compare(varied, metadata, path, samples, tried, dynamic_size)
+    _, relative = _write_and_compare(varied, metadata, path, samples, tried)
     refuse_difference(relative, tolerance, "a copy with varied weights")
-    absolute, relative = _write_and_compare(model, metadata, path, samples, precision, dynamic_size)
+    absolute, relative = _write_and_compare(model, metadata, path, samples, precision)
     refuse_difference(relative, accepted, "ONNX Runtime")
     return absolute
 
 
 def _write_and_compare(
-    model: ImageModel,
-    metadata: Mapping[str, Any],
-    path: Path,
-    samples: Sequence[torch.Tensor],
-    precision: str,
-    dynamic_size: bool,
+    model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], precision: str
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
-    rewritten = to_inference_form(model)
+    rewritten, dynamic_size = to_inference_form(model), samples[0].shape[2:] != samples[-1].shape[2:]
     proto = _trace(rewritten, samples[-1], dynamic_size)
     if precision == "fp16":
         proto = to_fp16(proto, rewritten)
