@@ -222,7 +222,7 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
-    options = RowOptions(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
+    options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version, output = sha256_file(weights), Path(config.output)
     is_stored = isinstance(config.input, str) and config.input.endswith(".npz")
     images = Images("", []) if is_stored else find_images(config.input, "input")
