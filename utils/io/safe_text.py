@@ -4,22 +4,42 @@ A file name with line feeds, terminal escapes or changes of writing direction co
 contain a key.
 """
 
+import base64
+import json
 import os
 import re
 import unicodedata
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _MIN_SECRET_CHARACTERS = 8  # shorter values also occur in ordinary words
-_SECRET_NAME = re.compile(r"(KEY|TOKEN|SECRET|PASSWORD)$")
-_KINDS = r"api[_-]?key|(?:access|secret|private)[_-]key"
-_PATTERNS = (
-    (re.compile(r"(://)[^/\s:@]*:[^/\s@]+@"), rf"\1{HIDDEN}@"),  # scheme://user:password@host
-    (re.compile(rf"(?i)\b([\w.-]*(?:{_KINDS}|token|secret|password)=)(['\"]?)[^\s,'\"]+\2"), rf"\1{HIDDEN}"),
-    # Keys and tokens with a prefix: W&B's current ones, Hugging Face's, GitHub's.
-    (re.compile(r"\b(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|github_pat_\w{30,})"), HIDDEN),
-    (re.compile(r"\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
+_WORD = (  # the end of a name whose value is secret
+    r"(?:(?:api|access|secret|private|account|shared|storage|signing|encryption|client|auth)[_-]?key(?:[_-]?id)?"
+    r"|token|secret|password|passwd|passphrase|credentials?|signature|authorization|cookie|connection[_-]?string"
+    r"|(?<![a-z])(?:sig|sas|pwd|jwt))"
 )
+_NAME = re.compile(rf"(?i).*{_WORD}", re.DOTALL)
+_VARIABLE = re.compile(rf"(?i).*(?:{_WORD}|key|pass)")
+_FLAG = re.compile(rf"(?i)--?[\w-]*{_WORD}")
+_QUOTED = r"""\"(?:\\.|[^"\\\n])*\"|'(?:\\.|[^'\\\n])*'|["'][^\n]*"""
+_AFTER = rf"""{_WORD}(?![\w-])[\\"'\]]*[^\S\n]*"""  # between a name and its separator
+_PATTERNS = (
+    (re.compile(r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|\Z)", re.DOTALL), HIDDEN),
+    # scheme://user:password@host, where the password may have slashes, and scheme://token@host
+    (re.compile(r"""(:(?:\\*/){2})(?:[^\s"<>/?#:]*:[^\s"<>]*|[^\s"<>/?#:]+)@"""), rf"\1{HIDDEN}@"),
+    (re.compile(rf"(?i)({_AFTER}:[^\S\n]+)(?:{_QUOTED}|[^\n]+)"), rf"\1{HIDDEN}"),  # headers, YAML and JSON
+    (re.compile(rf"""(?i)({_AFTER}(?:=>?[^\S\n]*|[:>])\\*)(?:{_QUOTED}|[^\s"]+)"""), rf"\1{HIDDEN}"),
+    (re.compile(rf"(?i)(--?[\w-]{{0,40}}{_WORD}[^\S\n]+)(?:{_QUOTED}|[^\s-]\S*)"), rf"\1{HIDDEN}"),
+    (re.compile(r"(\b(?i:bearer)\s+|\bBasic\s+(?=\S*[A-Z0-9=]))[\w.~+/=-]{8,}"), rf"\1{HIDDEN}"),
+    # Keys and tokens with a prefix: W&B, Hugging Face, GitHub, GitLab, Slack, OpenAI, Google, AWS; JSON web tokens.
+    (re.compile(
+        r"\b(?:wandb_v\d_\w{20,}|hf_[A-Za-z0-9]{20,}|gh[a-z]_[A-Za-z0-9]{30,}|github_pat_\w{30,}|glpat-[\w-]{20,}"
+        r"|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|AIza[\w-]{35}|ya29\.[\w-]{20,}|A[KS]IA[A-Z0-9]{16}\b"
+        r"|eyJ[\w-]{5,}\.eyJ[\w-]{5,}\.[\w-]*)"
+    ), HIDDEN),
+    (re.compile(r"\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
+)  # fmt: skip
 
 
 class Lines(str):
@@ -53,24 +73,36 @@ def _escape(character: str) -> str:
 
 
 def hide_secrets(text: str) -> str:
-    """Replace each secret by `***`.
+    """Replace each secret by `***`; text around it may be hidden, too.
 
-    Secrets are passwords in URLs, known forms of keys and tokens, values after `key=`, and the values of environment
-    variables named like a key, except paths of files.
+    Secrets are user and password in URLs, signatures of presigned URLs, known forms of keys and tokens, private keys,
+    values after a name such as `password` (in an assignment, JSON, YAML, a header or a flag), and the values of
+    environment variables with such a name, except paths of files.
     """
     for pattern, replacement in _PATTERNS:
         text = pattern.sub(replacement, text)
-    values = {value for name, value in os.environ.items() if _SECRET_NAME.search(name.upper())}
-    for value in sorted(values, key=len, reverse=True):
-        if len(value) >= _MIN_SECRET_CHARACTERS and not (os.path.isabs(value) and os.path.exists(value)):
-            text = text.replace(value, HIDDEN)
+    values = {value for name, value in os.environ.items() if _VARIABLE.fullmatch(name)}
+    values = {value for value in values if not (os.path.isabs(value) and os.path.exists(value))}
+    for form in sorted({form for value in values for form in _forms(value)}, key=len, reverse=True):
+        if len(form) >= _MIN_SECRET_CHARACTERS:
+            text = text.replace(form, HIDDEN)
     return text
+
+
+def _forms(value: str) -> set[str]:
+    """Return a value as it is, in a URL, in JSON, in Python, in a log and in base64."""
+    encoded = base64.b64encode(value.encode(errors="surrogateescape")).decode("ascii")
+    escaped = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
+    safe = value.encode(errors="surrogateescape")
+    return {value, quote(safe), quote(safe, safe=""), quote_plus(safe), escape_controls(value), encoded, *escaped}
 
 
 def hide_secrets_in(value: Any) -> Any:
     """Replace each secret in nested dictionaries and lists by `***`; keys stay."""
     if isinstance(value, dict):
-        return {key: hide_secrets_in(inner) for key, inner in value.items()}
+        secret = {key for key, inner in value.items() if inner and isinstance(key, str) and _NAME.fullmatch(key)}
+        return {key: HIDDEN if key in secret else hide_secrets_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        return [hide_secrets_in(inner) for inner in value]
+        after_flag = [isinstance(item, str) and _FLAG.fullmatch(item) for item in ("", *value)]
+        return [HIDDEN if flag else hide_secrets_in(item) for flag, item in zip(after_flag, value)]
     return hide_secrets(value) if isinstance(value, str) else value

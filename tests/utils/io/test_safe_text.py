@@ -3,12 +3,13 @@ folder's files.
 """
 
 import json
+import random
 
 import pytest
 
 from tests.in_process import TINY, make_images
 from tests.in_process import run as run_script
-from utils.io.safe_text import HIDDEN, escape_controls, hide_secrets, hide_secrets_in
+from utils.io.safe_text import HIDDEN, escape_controls, hide_secrets, hide_secrets_in, safe_lines
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -31,7 +32,7 @@ def test_control_characters_are_escaped_and_scripts_are_not(text, shown):
     ("text", "shown"),
     [
         ("https://me:pass1@host/x?y=1", f"https://{HIDDEN}@host/x?y=1"),
-        ("https://host:80/a@b", "https://host:80/a@b"),
+        ("https://host:80/a s3://bucket/a@b", "https://host:80/a s3://bucket/a@b"),
         (f"key {KEY}.", f"key {HIDDEN}."),
         (KEY + KEY[:24], KEY + KEY[:24]),  # a SHA-256
         ("+wandb.api_key=abc data.root=x", f"+wandb.api_key={HIDDEN} data.root=x"),
@@ -42,6 +43,56 @@ def test_control_characters_are_escaped_and_scripts_are_not(text, shown):
 )
 def test_secrets_are_known_by_their_looks(text, shown):
     assert hide_secrets(text) == shown
+
+
+_BASE64, _HEX, _TOKEN = "abcXYZ0189+/=", "abcdef0189%", "abcXYZ0189-_.~"
+_URL, _PRINTED = "abcXYZ0189-._~!$&'()*+,;=:%/@#?", "".join(map(chr, range(33, 127)))
+FORMS = {  # {} is the secret, of these characters
+    "s3://AKIDEXAMPLE:{}@host/bucket/x.tar": _URL,
+    "https://{}@github.com/me/x.git": _TOKEN + "%",
+    "filecache::https://{}:@host:8080/x?y=1": _TOKEN + "%",
+    '{{"url": "https:\\/\\/me:{}@host"}}': _URL,
+    "https://b.s3.amazonaws.com/x?X-Amz-Credential={}%2Fs3&X-Amz-Expires=9": _HEX,
+    "x?X-Amz-Expires=9&X-Amz-Signature={}&x=1": _HEX,
+    "AWSAccessKeyId=A&Signature={}&Expires=1": _HEX,
+    "https://a.blob.core.windows.net/x?se=1&sig={}": _URL,
+    "AccountKey={};EndpointSuffix=x": _BASE64,
+    "<SecretAccessKey>{}</SecretAccessKey>": _BASE64,
+    '{{"password": "{}", "x": 1}}': _PRINTED + " é",
+    '"a": {{\\"token\\": \\"{}\\"}}': _BASE64,
+    "{{'secret_key': '{}'}}": _BASE64 + " ",
+    "os.environ['API_KEY'] = '{}'": _BASE64,
+    "a = f(client_secret={})": _BASE64,
+    "secretAccessKey: {}": _PRINTED,
+    "db:\n  passwd: {}\n  user: me": _PRINTED + " ",
+    "export HF_TOKEN={} # mine": _BASE64,
+    "++data.store={{user:me,password:{}}}": _BASE64,
+    "Authorization: Bearer {}": _BASE64,
+    "curl -H 'Authorization: Basic {}' x": _BASE64,
+    "X-Api-Key: {}": _PRINTED,
+    "Cookie: a={}; b=1": _PRINTED,
+    "got Bearer {} from x": _TOKEN,
+    "run --access-token {} --x": _BASE64,
+    "run --password '{}' x": _BASE64 + " ",
+    "-----BEGIN RSA PRIVATE KEY-----\n{}\n-----END RSA PRIVATE KEY----- x": _BASE64 + "\n",
+}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_no_form_shows_a_secret(form):
+    """Secrets of random characters, in the text, in a list of words, in JSON of the text, and in a log."""
+    draw = random.Random(form)
+    for _ in range(60):
+        secret = "Qq" + "".join(draw.choices(FORMS[form], k=draw.randint(6, 40))) + "qQ"
+        text = form.format(json.dumps(secret)[1:-1] if form.startswith('{{"') else secret)
+        for masked in (hide_secrets(text), hide_secrets(json.dumps(text)), safe_lines(text), *hide_secrets_in([text])):
+            assert HIDDEN in masked and "Qq" not in masked and "qQ" not in masked, (text, masked)
+
+
+def test_values_under_secret_names_are_hidden():
+    values = {"api_key": "x", "max_tokens": 7, "auth": {"password": ["a", "b"], "token": None}}
+    hidden = {"api_key": HIDDEN, "max_tokens": 7, "auth": {"password": HIDDEN, "token": None}}
+    assert hide_secrets_in(values) == hidden and hide_secrets_in(["--token", "x", "y"]) == ["--token", HIDDEN, "y"]
 
 
 def test_values_of_variables_named_like_secrets_are_hidden(monkeypatch, tmp_path):
