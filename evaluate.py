@@ -34,7 +34,7 @@ from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
-from utils.io.files import canonical_json, output_errors, sha256_text, write_json
+from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
@@ -137,6 +137,7 @@ def write_results(
     folder: Path, output: Path, title: str, figures: Mapping[str, Any], report: Report, prefix: str = ""
 ) -> None:
     """Write the figures to `output`, and tables, pictures and a report page into the folder."""
+    refuse_links_out("run_dir", folder)
     with output_errors("output", output):
         write_json(output, figures)
     log.info("wrote %s", output)

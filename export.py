@@ -19,6 +19,7 @@ from engine.exports.weights import open_weights
 from models.export.model_card import add_report, licence_entry
 from utils.config.entry_point import Job, entry_point
 from utils.errors import about
+from utils.io.files import refuse_links_out
 from utils.io.journal import open_journal
 from utils.io.weights import choose_weights
 
@@ -37,6 +38,9 @@ def main(config: ExportConfig, job: Job) -> str:
     # -------------------------------------------------------------------------------------------------- 2. The files
     inside = "export" if config.format == "onnx" else f"export/{config.format}"
     folder = Path(config.run_dir or "") / inside if config.output is None else Path(config.output)
+    inside_run = (Path(config.run_dir), Path(config.run_dir, "export")) if config.output is None else ()
+    for place in (*inside_run, folder):
+        refuse_links_out("output", place)
     with open_journal("output", folder, is_folder=True):
         report = write_export(weights, folder, config)
         report |= {"format": config.format, "step": weights.metadata["step"]}

@@ -32,6 +32,7 @@ from utils import rng
 from utils.contracts import Batch, Machine
 from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
 from utils.ranks.signals import SIGNALS
 from utils.record.logging import get_logger
@@ -214,7 +215,7 @@ class UnreadableLog:
             if path not in self._seen:
                 self._seen.add(path)
                 log.warning("unreadable image %s: %s; its weight is 0", path, reason)
-                self._waiting += json.dumps({"path": path, "reason": reason}) + "\n"
+                self._waiting += json.dumps({"path": path, "reason": hide_secrets(reason)}) + "\n"
         if not self._waiting or self._file is None or not self._file.parent.is_dir():
             return
         with ignore_write_errors(self._file):

@@ -1,5 +1,6 @@
 """README.md, licence and export.json of an export."""
 
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ from models.export import snippets
 from models.outputs import OUTPUTS
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
+from utils.io.safe_text import code_span, hide_secrets
 from utils.text_table import show_cell, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
@@ -19,8 +21,14 @@ def licence_of(metadata: Mapping[str, Any]) -> str | None:
 
     Return None if training began with random weights, because then no other licence applies.
     """
-    origin = metadata.get("origin") or {}
-    return (origin["licence"] or _UNKNOWN) if "licence" in origin else None
+    origin = _origin_of(metadata)
+    return str(origin["licence"] or _UNKNOWN) if "licence" in origin else None
+
+
+def _origin_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return the origin in the metadata, which a stranger may have written."""
+    origin = metadata.get("origin")
+    return origin if isinstance(origin, dict) else {}
 
 
 def licence_entry(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
@@ -48,12 +56,12 @@ def write_card(
 
     figures: of an evaluation, for a folder to publish (wd_repository). table: the thresholds.
     """
-    licence, origin = licence_of(metadata), metadata.get("origin") or {}
-    steps = [f"- {name}: {value}" for name, value in metadata["preprocessing"].items()]
-    front = [] if licence is None else [f"license: {licence}"]
+    licence, origin = licence_of(metadata), _origin_of(metadata)
+    steps = [f"- {code_span(name)}: {code_span(value)}" for name, value in metadata["preprocessing"].items()]
+    front = [] if licence is None else [f"license: {json.dumps(hide_secrets(licence))}"]  # a text of YAML
     front += [] if figures is None else ["library_name: timm", "pipeline_tag: image-classification"]
     lines = ["---", *front, "---", ""] if front else []
-    lines += [f"# {metadata['model']['name']}, format {form}", ""]
+    lines += [f"# {code_span(metadata['model']['name'])}, format {form}", ""]
     lines += ["Preprocessing of the images in training:", "", *steps, ""]
     if metadata.get("channel_order") == "BGR":
         lines += ["It takes BGR: pad the image to a white square, apply timm's transform, then reverse the channels, "
@@ -69,11 +77,11 @@ def write_card(
     elif form == "safetensors" and metadata.get("task"):
         lines += [f"    python predict.py weights={file} input=image.png output=predictions.jsonl", ""]
     if "source" in origin:
-        lines.append(f"Trained from {origin['source']} (layout {origin.get('layout')}).")
+        lines.append(f"Trained from {code_span(origin['source'])} (layout {code_span(origin.get('layout'))}).")
     if licence is None:
         lines.append("Training began with random weights: no licence of other weights applies, and these are your own.")
     else:
-        lines.append(f"Licence of the source weights: {licence}.")
+        lines.append(f"Licence of the source weights: {code_span(licence)}.")
     if licence is not None and "cc-by-nc" in licence.lower():
         lines.append("It forbids commercial use, also of these weights.")
     (folder / "README.md").write_text("\n".join(lines).rstrip() + "\n", encoding="utf-8")

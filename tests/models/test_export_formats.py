@@ -13,6 +13,7 @@ import pytest
 import timm
 import torch
 import transformers
+import yaml
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
@@ -21,6 +22,7 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.export import libraries, onnx_file
 from models.export.inference_form import to_inference_form
+from models.export.model_card import write_card
 from models.export.onnx_file import export_onnx
 from models.export.parity import vary_weights
 from models.image_model import ImageModel
@@ -109,7 +111,21 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
         from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
         torch.testing.assert_close(from_file(inputs), wanted, atol=1e-4, rtol=1e-4)
     assert json.loads((tmp_path / "config.json").read_text())["label_names"] == NAMES
-    assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
+    assert 'license: "cc-by-nc-4.0"' in (tmp_path / "README.md").read_text().splitlines()
+
+
+def test_texts_of_strangers_are_text_in_the_card(tmp_path):
+    texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "licence": 'mit"\ntags: [forged]'}
+    for origin in (texts, "no object"):
+        _, metadata = make(geometry())
+        write_card(tmp_path, "safetensors", "model.safetensors", {**metadata, "origin": origin})
+        lines = (tmp_path / "README.md").read_text().splitlines()
+        if origin == texts:
+            assert yaml.safe_load(lines[1]) == {"license": texts["licence"]} and lines[2] == "---"
+            assert (
+                lines.count("---") == 2
+                and r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
+            )
 
 
 SQUASHED = {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear"}

@@ -42,7 +42,7 @@ from utils.errors import (
     UserError,
     lost_worker,
 )
-from utils.io.safe_text import Lines, safe_lines
+from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.run_reader import CONFIG_FILE, RunReader
@@ -145,7 +145,7 @@ class Command(Generic[Schema]):
                 return self._run_sweep(quote_paths(arguments, path_keys(self.schema)))
             values, job = self.compose([word for word in arguments if word not in _SHOW])
             if "--cfg" in arguments:
-                sys.stdout.write(OmegaConf.to_yaml(values))
+                sys.stdout.write(hide_secrets(OmegaConf.to_yaml(values)))
                 return EXIT_OK
             job = follow_init_from(values, job)
             config = validate(values, self.schema)

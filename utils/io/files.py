@@ -67,6 +67,17 @@ def remove_temporary(folders: Iterable[Path], name: str | None = None) -> None:
                 entry.unlink()
 
 
+def refuse_links_out(key: str, folder: Path) -> None:
+    """Raise UserError (`key`) for a link in a folder that leads out of it: writing would change files elsewhere."""
+    inside = folder.resolve()
+    for entry in folder.iterdir() if folder.is_dir() else ():
+        target = entry.resolve()
+        if entry.is_symlink() and not target.is_relative_to(inside) and not target.is_char_device():
+            raise UserError(
+                f"{key}: {entry} is a link out of the folder, to {target}; remove it, or name another folder"
+            )
+
+
 @contextmanager
 def output_errors(key: str, path: Path) -> Iterator[None]:
     """Turn a write error into a UserError (DiskFull for lack of room) that names the key and the path."""

@@ -63,6 +63,14 @@ def safe_lines(text: str) -> str:
     return hide_secrets(escape_controls(text, keep="\n\t"))
 
 
+def code_span(value: Any) -> str:
+    """Return a value as a code span of Markdown on one line, without secrets: nothing in it is markup or a link."""
+    text = hide_secrets(escape_controls(str(value)))
+    fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    pad = " " if text.startswith("`") or text.endswith("`") else ""
+    return f"{fence}{pad}{text}{pad}{fence}"
+
+
 def _escape(character: str) -> str:
     """Escape control, format, separator and surrogate characters.
 

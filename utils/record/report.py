@@ -16,6 +16,7 @@ import numpy as np
 from PIL import Image
 
 from utils.io.files import write_atomically, write_text
+from utils.io.safe_text import hide_secrets
 from utils.record.figures import show_name
 from utils.text_table import show_cell
 
@@ -66,6 +67,7 @@ def write_page(
     images: Mapping[str, np.ndarray],
 ) -> None:
     """Write report.html: figures, images [H, W, 3] uint8, and the first rows of each table. Raises OSError."""
+    title = hide_secrets(title)
     figures = [{"figure": show_name(name), "value": value} for name, value in scalars.items()]
     parts = {"figures": _table(figures, len(figures))}
     parts |= {show_name(name): _picture(name, image) for name, image in images.items()}

@@ -23,7 +23,16 @@ from utils.config.entry_point import Job
 from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
 from utils.errors import UserError
-from utils.io.files import AppendFile, file_lock, ignore_write_errors, output_errors, read_json, write_json, write_text
+from utils.io.files import (
+    AppendFile,
+    file_lock,
+    ignore_write_errors,
+    output_errors,
+    read_json,
+    refuse_links_out,
+    write_json,
+    write_text,
+)
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_copied_to, restart_count
@@ -121,6 +130,7 @@ def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
 
 def _open(folder: RunFolder, stack: ExitStack) -> None:
     patience_sec = _REQUEUED_SEC if restart_count() else _READER_SEC
+    refuse_links_out("run_dir", folder.path)
     with output_errors("run_dir", folder.path):
         for path in (folder.checkpoints, folder.weights, folder.path / "plots"):
             path.mkdir(parents=True, exist_ok=True)

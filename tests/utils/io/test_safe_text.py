@@ -4,12 +4,13 @@ folder's files.
 
 import json
 import random
+import re
 
 import pytest
 
 from tests.in_process import TINY, make_images
 from tests.in_process import run as run_script
-from utils.io.safe_text import HIDDEN, escape_controls, hide_secrets, hide_secrets_in, safe_lines
+from utils.io.safe_text import HIDDEN, code_span, escape_controls, hide_secrets, hide_secrets_in, safe_lines
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
 
@@ -93,6 +94,14 @@ def test_values_under_secret_names_are_hidden():
     values = {"api_key": "x", "max_tokens": 7, "auth": {"password": ["a", "b"], "token": None}}
     hidden = {"api_key": HIDDEN, "max_tokens": 7, "auth": {"password": HIDDEN, "token": None}}
     assert hide_secrets_in(values) == hidden and hide_secrets_in(["--token", "x", "y"]) == ["--token", HIDDEN, "y"]
+
+
+@pytest.mark.parametrize("text", ["a", "`a", "``` a`", "a\n---\n<script>[x](y)", "https://me:pass@x"])
+def test_a_code_span_is_one_line_of_text(text):
+    span = code_span(text)
+    fence = re.match("`+", span).group()
+    inner = span.removeprefix(fence).removesuffix(fence)
+    assert span.endswith(fence) and fence not in re.findall("`+", inner) and "\n" not in span and "pass@" not in span
 
 
 def test_values_of_variables_named_like_secrets_are_hidden(monkeypatch, tmp_path):

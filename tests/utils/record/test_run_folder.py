@@ -115,6 +115,19 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         write_config(folder, {})
 
 
+@pytest.mark.parametrize("name", ["plots", "tables", "weights", "log.txt"])
+def test_a_link_out_of_the_folder_is_refused_by_name(name, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "run/inner").mkdir(parents=True)
+    (tmp_path / "run/link").symlink_to("inner")
+    (tmp_path / "run" / name).symlink_to(tmp_path / "elsewhere" / name)
+    assert refusal(config_for(tmp_path / "run")).startswith(f"run_dir: {tmp_path}/run/{name} is a link out")
+    assert not any((tmp_path / "elsewhere").iterdir())
+    (tmp_path / "run" / name).unlink()
+    with open_run_folder(config_for(tmp_path / "run"), JOB):
+        pass
+
+
 def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     for _ in range(2):  # the folder is let go of
