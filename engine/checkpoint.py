@@ -31,7 +31,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config import TrainingConfig
-from engine.learner import Learner
+from engine.learner import Learner, Tensors
 from engine.parallel import is_sharded
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
@@ -52,7 +52,6 @@ from utils.record.run_folder import RunFolder
 
 log = get_logger(__name__)
 
-Groups = Mapping[str, Mapping[str, Tensor]]  # tensors by group and name
 FORMAT = 2
 _NAME = re.compile(r"step_(\d{8,})")
 
@@ -61,7 +60,7 @@ _NAME = re.compile(r"step_(\d{8,})")
 
 
 def save_checkpoint(
-    final: Path, tensors: Groups, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
+    final: Path, tensors: Tensors, state: dict[str, Any], texts: Mapping[str, Mapping[str, str]]
 ) -> None:
     """Write a checkpoint folder, `.../step_XXXXXXXX`. texts: metadata by group."""
     temporary = final.with_name(f".{final.name}.tmp-{os.getpid()}")
@@ -86,7 +85,7 @@ def save_checkpoint(
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def copy_to_host(groups: Groups) -> Groups:
+def copy_to_host(groups: Tensors) -> Tensors:
     """Return contiguous copies on the CPU, of GPU tensors in pinned memory, which torch reuses for the next save."""
 
     def copy(tensor: Tensor) -> Tensor:
@@ -119,7 +118,7 @@ class Saver:
         return self._has_asked
 
     def save(
-        self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None], *, last: bool
+        self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None], *, last: bool
     ) -> None:
         """Write a checkpoint of this step in the background, link its weights, and remove old checkpoints.
 
@@ -135,7 +134,7 @@ class Saver:
             distributed.rank_zero_call(lambda: self.wait(last=True))
         self._saved_at, self._has_asked = time.monotonic(), False
 
-    def _start(self, learner: Learner, tensors: Groups, state: dict[str, Any], sync: Callable[[], None]) -> None:
+    def _start(self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""
         step, folder = learner.step, self.folder
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
@@ -287,9 +286,9 @@ def read_state(path: Path) -> dict[str, Any]:
 
 
 @about("resume")
-def read_groups(path: Path, state: Mapping[str, Any]) -> dict[str, dict[str, Tensor]]:
+def read_groups(path: Path, state: Mapping[str, Any]) -> Tensors:
     """Read a checkpoint's tensors. Raises UserError (`resume`) if a value is not finite."""
-    groups: dict[str, dict[str, Tensor]] = {}
+    groups: Tensors = {}
     for group in state["groups"]:
         file = path / f"{group}.safetensors"
         groups[group] = read_tensors(file) if file.name in state["checksums"] else {}

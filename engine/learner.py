@@ -17,6 +17,7 @@ from engine.parallel import no_sync, take_gradients, wrap_task
 from engine.plan import Plan
 from engine.runtime import Runtime
 from engine.step import (
+    MicroStep,
     StepResult,
     add_up,
     clip_gradients,
@@ -108,9 +109,9 @@ class Learner:
         return result
 
     def _apply_gradients(
-        self, passes: Sequence[Any], weight: Tensor, before: Sequence[Tensor], asks: Sequence[bool]
+        self, passes: Sequence[MicroStep], weight: Tensor, before: Sequence[Tensor], asks: Sequence[bool]
     ) -> StepResult:
-        """Clip the gradients and step, or skip the update. passes: of `forward_backward`; before: the buffers."""
+        """Clip the gradients and step, or skip the update. before: the buffers before the passes."""
         optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -36,7 +36,7 @@ from utils.ranks import distributed
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config
-from utils.record.trackers import check_tracker
+from utils.record.trackers import choose_mode
 
 log = get_logger(__name__)
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -86,7 +86,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     check_optimizer(config.optim, config.schedule)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
-    distributed.rank_zero_call(lambda: check_tracker(config.tracking))
+    distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)

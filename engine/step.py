@@ -20,6 +20,8 @@ from utils.ranks import distributed
 GROWTH_STEPS = 2000  # finite updates before the loss scale is doubled
 
 Sums = dict[str, tuple[Tensor, Tensor]]  # (sum, count) by log name
+# Of one micro-batch, detached: the weighted loss sum and the logs (float64 [1 + 2 N]), N sorted log names, losses [B].
+MicroStep = tuple[Tensor, list[str], Tensor]
 
 
 @dataclass
@@ -49,14 +51,8 @@ def add_up(parts: Sequence[Tensor]) -> Tensor:
     return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
 
 
-def forward_backward(
-    model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime
-) -> tuple[Tensor, list[str], Tensor]:
-    """Run one micro-batch with its gradient times `factor`.
-
-    Returns its weighted loss sum and log sums as one float64 tensor [1 + 2 N], the N sorted log names, and the losses
-    [B], all detached.
-    """
+def forward_backward(model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime) -> MicroStep:
+    """Run one micro-batch with its gradient times `factor`."""
     with runtime.autocast():
         output = model(batch, progress)
     weight = batch["weight"]

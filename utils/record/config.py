@@ -14,10 +14,10 @@ class _Tracking(Strict):
     samples: bool  # also record the samples of each step
 
 
-class JsonlTrackingConfig(_Tracking):
-    """Only metrics.jsonl."""
+class FileTrackingConfig(_Tracking):
+    """metrics.jsonl alone, or also TensorBoard event files in the run folder."""
 
-    name: Literal["jsonl"]
+    name: Literal["jsonl", "tensorboard"]
 
 
 class WandbTrackingConfig(_Tracking):
@@ -34,12 +34,4 @@ class WandbTrackingConfig(_Tracking):
     finish_timeout_sec: Patience  # the longest wait for the upload at the end of a run; a stopped run waits 5 s
 
 
-class TensorboardTrackingConfig(_Tracking):
-    """TensorBoard event files in the run folder."""
-
-    name: Literal["tensorboard"]
-
-
-TrackingConfig = Annotated[
-    JsonlTrackingConfig | WandbTrackingConfig | TensorboardTrackingConfig, Field(discriminator="name")
-]
+TrackingConfig = Annotated[FileTrackingConfig | WandbTrackingConfig, Field(discriminator="name")]

@@ -154,11 +154,13 @@ class _Wandb:
         wandb.teardown()
 
 
-def choose_mode(options: WandbTrackingConfig) -> str:
-    """Return W&B's mode. auto: WANDB_MODE, else online if there is an API key, else offline.
+def choose_mode(options: TrackingConfig) -> str | None:
+    """Return W&B's mode; None for other trackers. auto: WANDB_MODE, else online if there is an API key, else offline.
 
     Contacts no server and never prompts. Raises UserError (`tracking.mode`) for online without a key.
     """
+    if options.name != "wandb":
+        return None
     mode = os.environ.get("WANDB_MODE", "auto") if options.mode == "auto" else options.mode
     if mode not in ("auto", "online") or _has_key():
         return "online" if mode == "auto" else mode
@@ -179,20 +181,14 @@ def _has_key() -> bool:
         return False
 
 
-def check_tracker(options: TrackingConfig) -> None:
-    """Raise UserError for tracking.mode=online without an API key."""
-    if options.name == "wandb":
-        choose_mode(options)
-
-
 def start_tracker(options: TrackingConfig, folder: Path, config: Mapping[str, Any], step: int) -> Tracker | None:
     """Start a run's tracker. Return None for jsonl, or with a warning if the start fails.
 
     config: the saved configuration, with `script`; step: the first step of the run or its resumption.
     """
     try:
-        if options.name == "wandb":
-            return Tracker(_Wandb(options, choose_mode(options), folder, config))
+        if (mode := choose_mode(options)) is not None:
+            return Tracker(_Wandb(options, mode, folder, config))
         if options.name == "tensorboard":
             return Tracker(_Tensorboard(folder, step))
     except Exception as error:  # a server, a disk, a foreign library
