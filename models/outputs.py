@@ -80,15 +80,11 @@ def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
     return least
 
 
-def _row_of_features(values: np.ndarray, options: RowOptions) -> Row:
-    return {"features": values.astype(float).tolist()}
-
-
 _PROBS, _softmax = ("logits", "probs"), partial(torch.softmax, dim=1)
 _TAG_FORMATS = (*_FORMATS, "wd14", "imgutils", "cl_tagger", "wd_repository")
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
     "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True, _TAG_FORMATS),
-    "features": Output(("features",), _row_of_features),
+    "features": Output(("features",), lambda values, options: {"features": values.astype(float).tolist()}),
 }
 NAME_KEYS = frozenset(output.names_key for output in OUTPUTS.values() if output.names_key is not None)

@@ -4,16 +4,7 @@ from typing import Annotated, ClassVar, Literal
 
 from pydantic import Field, JsonValue, model_validator
 
-from utils.config.bounds import (
-    BelowOne,
-    Count,
-    CountOrZero,
-    DurationOrZero,
-    Factor,
-    Positive,
-    Rate,
-    Share,
-)
+from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Positive, Rate, Share
 from utils.config.schema import Strict
 
 
@@ -142,16 +133,12 @@ class OneCycleConfig(Strict):
     momentum_high: BelowOne
 
     @model_validator(mode="after")
-    def _three_phases_fit(self) -> "OneCycleConfig":
+    def _fits_together(self) -> "OneCycleConfig":
         if self.three_phase and self.peak_fraction > 0.5:
             raise ValueError(
                 f"schedule.peak_fraction: {self.peak_fraction:g} leaves too little time for the way down, which "
                 "schedule.three_phase=true makes as long as the way up; set at most 0.5"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _momentum_bounds_are_ordered(self) -> "OneCycleConfig":
         if self.momentum_low > self.momentum_high:
             raise ValueError(
                 f"schedule.momentum_low: {self.momentum_low:g} is above schedule.momentum_high={self.momentum_high:g}; "

@@ -141,7 +141,7 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     facts |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     metadata = {**weights.metadata, **facts}
     path = folder / _TAG_FILES[form]
-    difference = export_onnx(graph, metadata, path, config.precision, config.accepted)
+    difference = export_onnx(graph, metadata, path, config.precision, config.accepted, config.dynamic_size)
     if form == "wd14":
         tag_forms.write_tags(folder, kept, thresholds)
         tag_forms.write_head(folder, graph.network)

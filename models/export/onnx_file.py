@@ -14,7 +14,7 @@ import logging
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import onnx
@@ -38,12 +38,7 @@ _LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
 def export_onnx(
-    model: ImageModel,
-    metadata: Mapping[str, Any],
-    path: Path,
-    precision: Literal["fp32", "fp16"],
-    accepted: float,
-    dynamic_size: bool = False,
+    model: ImageModel, metadata: Mapping[str, Any], path: Path, precision: str, accepted: float, dynamic_size: bool
 ) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 

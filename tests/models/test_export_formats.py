@@ -249,9 +249,9 @@ def test_files_with_the_networks_own_names(tmp_path):
 # --- ONNX
 
 
-def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3, **settings):
+def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3, dynamic_size=False):
     path = tmp_path / "model.onnx"
-    return export_onnx(model, metadata, path, precision, accepted, **settings), onnx.load(path), path
+    return export_onnx(model, metadata, path, precision, accepted, dynamic_size), onnx.load(path), path
 
 
 def test_fp16_sums_in_float32(tmp_path):
