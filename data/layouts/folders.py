@@ -14,6 +14,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
 from data.layouts.records import Sidecar
 from data.layouts.sidecars import list_orphans, read_sidecars
@@ -60,11 +61,14 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
     images: dict[str, int] = {}
     beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
     folders: list[str] = []
+    tables: list[str] = []
     for folder, entries, names in walk_folders(root):
         sizes = _read_images(folder, entries)
         images |= sizes
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
-        unused.add("shards beside images", *(folder + name for name in names if name.endswith(SHARD_SUFFIXES)))
+        tables += [folder + name for name in names if name in TABLES]
+        shards = [folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES]
+        unused.add("shards beside images", *shards)
         unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
         folders.append(folder)
     if not images:
@@ -80,6 +84,9 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
         return read_sidecars(root, root / folder, name, beside[path])
 
     known, metadata = dict(zip(beside, in_threads(read, list(beside)))), read_metadata(root, images, unused)
+    rows = read_tables(root, sorted(tables), images, unused)
+    labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
+    known |= {path: known.get(path, Sidecar()).updated(sidecar) for path, (_, sidecar) in rows.items()}
     sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")

@@ -1,12 +1,14 @@
 """Arrow and Parquet files of Hugging Face `datasets`, with an image column: a struct of bytes and path.
 
 An Arrow file stores image bytes uncompressed, so a row is a byte range of it. A Parquet file is compressed: it is
-unpacked once into an Arrow file in the cache, as `datasets` does.
+unpacked once into an Arrow file in the cache, as `datasets` does. The tables of its imagefolder (metadata.csv) have the
+same columns, and `file_name` in place of the image.
 """
 
 import json
 import os
-from collections.abc import Iterator
+import re
+from collections.abc import Container, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -15,14 +17,19 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from data.layouts.manifest import find_one, read_columns
+from data.layouts.records import FIELDS, Sidecar, parse_record
+from data.layouts.sidecars import refuse_link_out
 from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.files import write_atomically
 from utils.io.memo import files_key
 
 _BATCH_ROWS = 64
-# Names to try for each column, and the type of its values.
-_COLUMNS = {"label": (("label", "labels"), str), "caption": (("caption", "text"), str), "tags": (("tags",), list)}
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
+_SINGLE = ("label", "rating", "id")  # fields of one value, which may be a number
+# Other names of a field, in the order in which they are tried.
+_FIELDS = {"labels": "label", "captions": "caption", "text": "caption", "prompt": "caption"}
 
 
 def holds_images(file: Path) -> bool:
@@ -65,7 +72,7 @@ def read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             whole, rows = mapped.read_buffer(), []
             for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
                 batch.validate(full=True)
-                rows += _rows_of(name, batch, whole)
+                rows += _rows_of(name, batch, whole, unused)
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {name!r} cannot be read ({error}); remove it, or save it again") from error
     for number, row in enumerate(rows):
@@ -74,11 +81,12 @@ def read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     return [row for row in rows if row["length"]]
 
 
-def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer) -> Iterator[dict[str, Any]]:
+def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer, unused: Unused) -> Iterator[dict[str, Any]]:
     """Yield the rows of a batch: byte range and suffix of the image (length 0 if it is missing), and columns."""
-    images = next((column for column in batch.columns if _holds_images(column.type)), None)
-    if images is None:
+    image = next((field.name for field in batch.schema if _holds_images(field.type)), None)
+    if image is None:
         raise UserError(f"data.root: {name!r} has no image column (bytes and path), only {batch.schema.names}")
+    images = batch.column(image)
     content = images.field("bytes")
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
@@ -89,10 +97,11 @@ def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer) -> Iterator[dic
     is_valid = images.is_valid().to_numpy(zero_copy_only=False) & content.is_valid().to_numpy(zero_copy_only=False)
     offsets, lengths = (begin + ends[:-1]).tolist(), np.where(is_valid, np.diff(ends), 0).tolist()
     files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
-    texts = (_read_column(batch, names, kind) for names, kind in _COLUMNS.values())
-    for file, offset, length, *values in zip(files, offsets, lengths, *texts):
+    records = read_records(name, batch.drop_columns([image]), unused)
+    for file, offset, length, (label, sidecar) in zip(files, offsets, lengths, records):
         byte_range = {"offset": offset, "length": length, "size": length}
-        yield {"suffix": os.path.splitext(file or "")[1].lower(), **byte_range, **dict(zip(_COLUMNS, values))}
+        suffix = os.path.splitext(file or "")[1].lower()
+        yield {"suffix": suffix, **byte_range, "label": label, **sidecar._asdict()}
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -102,17 +111,61 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind.field(index).type) or pa.types.is_large_binary(kind.field(index).type)
 
 
-def _read_column(batch: pa.RecordBatch, names: tuple[str, ...], kind: type) -> list[Any]:
-    """Return the values of the first column among `names`; None without such a column or for values of another type.
+def read_tables(
+    root: Path, files: Iterable[str], images: Container[str], unused: Unused
+) -> dict[str, tuple[str | None, Sidecar]]:
+    """Return label and metadata of images by path, from tables of imagefolder: TABLES in any folder.
 
-    A class number becomes its name if the schema's metadata have it; a negative number becomes None.
+    Raises UserError (`data.root`) if one cannot be read, or if a folder has two.
     """
-    name = next((name for name in names if name in batch.schema.names), None)
-    values = [None] * len(batch) if name is None else batch.column(name).to_pylist()
+    found = {}
+    for name in files:
+        file = find_one((root / name).parent, TABLES)
+        refuse_link_out(root, file)
+        table = read_columns(file)
+        key = next((column for column in table.column_names if re.fullmatch("(.+_)?file_name", column)), None)
+        if key is None:
+            unused.add("tables without a column file_name", name)
+            continue
+        for image, record in zip(table[key].to_pylist(), read_records(name, table.drop_columns([key]), unused)):
+            path = os.path.normpath(os.path.join(os.path.dirname(name), str(image).replace("\\", "/")))
+            if path in images:
+                found[path] = record
+            else:
+                unused.add("rows of tables without an image", f"{image} in {name}")
+    return found
+
+
+def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -> list[tuple[str | None, Sidecar]]:
+    """Return the label and the metadata in each row of a table. Columns that are not read are named."""
+    columns: dict[str, list[Any]] = {}
+    names = table.schema.names
+    for name in (*(name for name in names if name not in _FIELDS), *(name for name in _FIELDS if name in names)):
+        field, kind = _FIELDS.get(name, name), table.schema.field(name).type
+        is_list = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and field not in _SINGLE
+        is_known = _is_text(kind.value_type if is_list else kind) or (field in _SINGLE and pa.types.is_integer(kind))
+        if field in columns or field not in (*FIELDS, "label") or not is_known:
+            unused.add("columns of tables of unknown name or type, or second of their kind", name)
+            continue
+        columns[field] = table.column(name).to_pylist()
+        if field == "label":
+            columns[field] = _name_classes(columns[field], table.schema, name)
+    if "caption" in columns:  # a list is several captions, on a line each
+        lists = [[text] if isinstance(text, str) else text or [] for text in columns["caption"]]
+        columns["caption"] = ["\n".join(" ".join(text.split()) for text in texts if text) for texts in lists]
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
+    return [(row.pop("label", None), parse_record(f"a row of {where!r}", row)) for row in rows]
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
+
+
+def _name_classes(values: list[Any], schema: pa.Schema, column: str) -> list[str | None]:
+    """Return labels as texts: the names of class numbers if the metadata have them; None for a negative number."""
     classes: list[Any] = []
     with suppress(KeyError, TypeError, ValueError):
-        classes = json.loads((batch.schema.metadata or {})[b"huggingface"])["info"]["features"][name]["names"]
-    if kind is str:
-        names = {number: str(text) for number, text in enumerate(classes)}
-        values = [names.get(v, str(v) if v >= 0 else None) if type(v) is int else v for v in values]
-    return [value if isinstance(value, kind) else None for value in values]
+        classes = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
+    names = {number: str(text) for number, text in enumerate(classes)}
+    return [names.get(v, str(v) if v >= 0 else None) if isinstance(v, int) else v for v in values]

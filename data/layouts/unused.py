@@ -31,7 +31,8 @@ class Unused(dict[str, list[str]]):
 
     def describe(self) -> list[str]:
         """Return a line for each reason: count, reason and the first names."""
-        return [f"{len(names):,} {reason}: {show_some(names)}" for reason, names in self.items()]
+        unique = {reason: list(dict.fromkeys(names)) for reason, names in self.items()}  # columns recur in each shard
+        return [f"{len(names):,} {reason}: {show_some(names)}" for reason, names in unique.items()]
 
 
 def warn_unused(lines: Iterable[str]) -> None:

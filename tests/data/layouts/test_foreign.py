@@ -13,6 +13,7 @@ from PIL import Image
 from data.images.image_source import open_contents
 from data.open import open_images
 from tests.data.collection.test_collection import load as load_into
+from tests.data.collection.test_collection import put
 from tests.support import data_config
 from utils.errors import UserError
 
@@ -207,6 +208,62 @@ def write_stream(file, table, **options):
 def write_parquet(file, table):
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, file, row_group_size=4, compression="snappy")
+
+
+NAMED = "1 columns of tables of unknown name or type, or second of their kind: "
+
+
+@pytest.mark.parametrize(
+    ("columns", "caption", "tags", "named"),
+    [
+        ({"caption": ["one\ntwo", "three"]}, "one two\nthree", (), ""),
+        ({"captions": ["one", None]}, "one", (), ""),
+        ({"prompt": "one", "caption": [""]}, None, (), "prompt"),
+        ({"text": "one", "caption": "two"}, "two", (), "text"),
+        ({"tags": "long hair, hat"}, None, ("long hair", "hat"), ""),
+        ({"tags": "1girl solo"}, None, ("1girl", "solo"), ""),
+        ({"sentences": [{"raw": "one"}]}, None, (), "sentences"),
+        ({"text": 3}, None, (), "text"),
+    ],
+    ids=str,
+)
+def test_columns_of_a_table_are_read_or_named_once(columns, caption, tags, named, tmp_path, load, log):
+    table = pa.Table.from_pylist([{"image": {"bytes": png(n), "path": None}, **columns} for n in range(2)])
+    for name in ("0.parquet", "1.parquet"):
+        write_parquet(tmp_path / "root" / name, table)
+    row = load(tmp_path / "root").row(0)
+    assert (row.caption, row.tags) == (caption, tags)
+    assert NAMED + named + "\n" in log.text if named else "not used" not in log.text
+
+
+@pytest.mark.parametrize("form", ["jsonl", "csv", "parquet"])
+def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
+    """As `datasets` and diffusers' examples have them: in any folder, with paths below it."""
+    root = put(tmp_path / "root", "train/c/0.png", "train/x/1.png", "train/c/2.png", "val/c/0.png")
+    (root / "train/c/0.txt").write_text("a, b")
+    rows = {"file_name": ["c/0.png", "x\\1.png", "gone.png"], "text": ["one", "two", "three"], "label": ["A", "B", "A"]}
+    rows["score"] = [0.5, 1.5, 2]
+    match form:
+        case "jsonl":
+            lines = [json.dumps(dict(zip(rows, values))) + "\n" for values in zip(*rows.values())]
+            (root / "train/metadata.jsonl").write_text("".join(lines))
+        case "csv":
+            lines = [",".join(map(str, values)) + "\n" for values in (rows, *zip(*rows.values()))]
+            (root / "train/metadata.csv").write_text("".join(lines))
+        case "parquet":
+            write_parquet(root / "train/metadata.parquet", pa.table(rows))
+    found = load(root)
+    assert [(row.path, row.label, row.caption, row.tags) for row in map(found.row, range(len(found)))] == [
+        ("train/c/0.png", "A", "one", ("a", "b")),
+        ("train/c/2.png", "c", None, ()),
+        ("train/x/1.png", "B", "two", ()),
+        ("val/c/0.png", "c", None, ()),
+    ]
+    assert f"1 rows of tables without an image: gone.png in train/metadata.{form}" in log.text
+    assert NAMED + "score" in log.text
+    (root / "train" / ("metadata.csv" if form == "jsonl" else "metadata.jsonl")).touch()
+    with pytest.raises(UserError, match=r"^data\.root: .*metadata\.jsonl and metadata"):
+        load(root)
 
 
 @pytest.mark.parametrize(
