@@ -46,6 +46,12 @@ def no_curves(monkeypatch):
     monkeypatch.setattr("utils.record.plots.plot_curves", draw_nothing)
 
 
+@pytest.fixture(autouse=True)
+def settled(monkeypatch):
+    """Files that were just written count as old ones."""
+    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
+
+
 def pytest_addoption(parser):
     """Add the flag that rewrites the golden curves; the diff is for review."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")

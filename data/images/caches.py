@@ -9,7 +9,6 @@ import mmap
 import os
 import socket
 import struct
-import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -41,7 +40,6 @@ _ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _SIZES_BYTES, _ALIGNED = 24, 8
-_YOUNG_SEC = 2  # coarsest file system clock: a second change within one tick leaves the times equal
 _HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
@@ -296,7 +294,7 @@ class _DiskCached(_Cached):
             digest = contents.collection.row(row).sha256
             return None if digest is None else record_key(self._inputs, digest, contents.name_of(row))
         version = file_version(file.path)
-        if version is None or time.time_ns() - version[2] < _YOUNG_SEC * 10**9:
+        if version is None:
             return None
         return record_key(self._inputs, os.path.abspath(file.path), file.offset, file.length, version)
 

@@ -77,9 +77,9 @@ def _checksum(content: np.ndarray) -> bytes:
 
 
 class LimitedStore(Store):
-    """A store of at most `limit_bytes`; the oldest records are evicted.
+    """A store of at most `limit_bytes`; the oldest records are evicted. On a read-only disk its records are read.
 
-    Raises UserError (`data.cache.folder`) if the folder cannot be used.
+    Raises UserError (`data.cache.folder`) if there is no such folder, and it cannot be made.
     """
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
@@ -87,11 +87,12 @@ class LimitedStore(Store):
         self._limit, self._used = limit_bytes, folder / "used"  # a file that holds the total size
         with output_errors("data.cache.folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # a read-only disk; a record that must be written raises it again
             self._take(0)
 
     def used_bytes(self) -> int:
-        """Return the total size of all records."""
-        return int(self._used.read_text() or 0)
+        """Return the total size of all records; 0 for a folder that could never be written."""
+        return int(self._used.read_text() or 0) if self._used.exists() else 0
 
     def add(self, key: str, content: bytes) -> int:
         """Write a record and return the number of evicted records. Raises OSError."""

@@ -170,7 +170,8 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
         ours, theirs = source.stat(), copy.stat()
         if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
             raise UserError(f"job.to: {str(copy)!r} differs from {str(source)!r}; set an empty folder")
-        return _PRESENT
+        if ours.st_ctime_ns < theirs.st_ctime_ns:  # else the original was changed, with its old time and size
+            return _PRESENT
     try:
         reduced = shrink.reduce(source) if shrink is not None and shrink.is_for(source) else None
     except _UNFIT as error:

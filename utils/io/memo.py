@@ -4,11 +4,12 @@
     target = cache / f"{files_key([file], fraction)}.arrow"      written if it is missing
 
 A file is unchanged if its size, mtime, ctime and inode are. The system sets ctime at every change, and programs cannot
-set it.
+set it. A file that was changed just now may change again within a tick of the clock, so it counts as changed.
 """
 
 import json
 import os
+import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -19,20 +20,23 @@ from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha2
 from utils.record.progress import counting
 
 _THREADS, _SUBMITTED = 8, 10_000
+_YOUNG_SEC = 2  # the tick of the coarsest file system
 
 
 def file_version(path: str | os.PathLike[str]) -> list[int] | None:
-    """Return a file's size, mtime, ctime and inode; None if there is no file."""
+    """Return a file's size, mtime, ctime and inode; None if there is no file, or if it was changed just now."""
     try:
         status = os.stat(path)
     except OSError:
+        return None
+    if time.time_ns() - status.st_ctime_ns < _YOUNG_SEC * 10**9:
         return None
     return [status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino]
 
 
 def files_key(paths: Iterable[Path], *parts: Any) -> str:
     """Return 32 hexadecimal digits that identify the current files and some JSON values: a name in a cache."""
-    versions = [[os.path.realpath(path), file_version(path)] for path in paths]
+    versions = [[os.path.realpath(path), file_version(path) or time.time_ns()] for path in paths]
     return sha256_text(canonical_json([versions, *parts]))[:32]
 
 

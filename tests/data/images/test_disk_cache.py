@@ -2,13 +2,13 @@
 
 import os
 import shutil
+import subprocess
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from data.images import caches
 from data.images.caches import keep_on_disk
 from data.images.decode import Decoder
 from data.images.image_source import Images
@@ -18,14 +18,9 @@ from tests.data.collection.test_collection import load
 from tests.support import cache_config
 from utils.contracts import Machine
 from utils.errors import UserError
+from utils.io import memo
 
 COUNT, RGB = 12, Decoder(3, 10**6)
-
-
-@pytest.fixture(autouse=True)
-def settled(monkeypatch):
-    """Take files that were just written for old ones."""
-    monkeypatch.setattr(caches, "_YOUNG_SEC", 0)
 
 
 def write_noise(file, seed):
@@ -90,7 +85,7 @@ def test_an_edited_file_is_read_again(photos, tmp_path):
 
 
 def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(caches, "_YOUNG_SEC", 3600)
+    monkeypatch.setattr(memo, "_YOUNG_SEC", 3600)
     source = cached(photos, tmp_path / "cache")
     read_all(source)
     assert not any(map(source.has, range(COUNT)))
@@ -122,6 +117,17 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
         assert_equal(read_all(source), read_all(source.inner))
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
     assert len(warned) == 1 and source.counts()["refused"] > 0
+
+
+def test_a_filled_cache_on_a_read_only_disk_is_read(photos, small_disk, log):
+    expected = read_all(cached(photos, small_disk / "cache"))
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    source = cached(photos, small_disk / "cache")
+    assert_equal(read_all(source), expected)
+    assert counted(source) == (COUNT, 0) and source.readings()["l2_gib"] > 0
+    write_noise(photos.absolute_path(0), 99)
+    assert_equal(read_all(source), read_all(source.inner))
+    assert len([line for line in log.messages if line.startswith("data.cache.folder")]) == 1
 
 
 # ------------------------------------------------------------------------------------------------------------ settings

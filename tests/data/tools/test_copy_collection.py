@@ -1,6 +1,8 @@
 """job=copy and job=downsample. Literal sets of files; run again they copy nothing; refusals. A smaller copy has the
 metadata and the mode of its image."""
 
+import os
+
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -32,6 +34,11 @@ def test_a_part_by_tags_and_rules(root, tmp_path):
     assert copied == ["x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
     assert (tmp_path / "part/x/a.png").read_bytes() == (root / "x/a.png").read_bytes()
     assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 0 of 4 files")
+    label, times = root / "x/a.txt", (root / "x/a.txt").stat()
+    label.write_text("red hair, cap")  # of the same size, and with its time set back
+    os.utime(label, ns=(times.st_atime_ns, times.st_mtime_ns))
+    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 1 of 4 files")
+    assert (tmp_path / "part/x/a.txt").read_text() == "red hair, cap"
     assert run("prepare", [*COPY, "job.to=other", "job.min_side_px=9"], tmp_path).startswith("1 of 3 images")
     assert (tmp_path / "other/x/a.txt").is_file()
 

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from utils.io.files import sha256_file
-from utils.io.memo import hash_once, in_threads, measure_once
+from utils.io.memo import files_key, hash_once, in_threads, measure_once
 
 
 @pytest.fixture
@@ -37,6 +37,13 @@ def test_only_changed_files_are_measured_again(files, tmp_path):
     files[0].unlink()
     with pytest.raises(FileNotFoundError):
         values(files)
+
+
+def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(files, tmp_path, monkeypatch):
+    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 3600)
+    for value in "xy":
+        assert measure_once(files[:1], lambda missing: [value], tmp_path / "values.jsonl", "") == [value]  # noqa: B023
+    assert files_key(files) != files_key(files)
 
 
 def test_a_killed_process_loses_at_most_the_value_that_it_was_writing(files, tmp_path):
