@@ -132,7 +132,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     """
     layout = recognise(root, cache)
     target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
-    if target is not None and target.is_file():
+    if target is not None and _is_whole(target):
         log.debug("data.root: %s is unchanged; using its index", layout.files[0])
         warn_unused(json.loads(_map_index(target).schema.metadata[_UNUSED]))
         return target
@@ -140,7 +140,7 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
     warn_unused(unused.describe())
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
-    if not target.is_file():
+    if not _is_whole(target):
         metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
         table = table.replace_schema_metadata(metadata)
 
@@ -182,12 +182,20 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     return train
 
 
+def _is_whole(arrow: Path) -> bool:
+    """Return whether there is an index that can be read; a damaged one is made again."""
+    try:
+        return _map_index(arrow) is not None
+    except UserError:
+        return False
+
+
 def _map_index(arrow: Path) -> pa.Table:
     """Map an index. Raises UserError if it is missing, damaged or has another schema."""
     try:
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
         assert pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA)
-    except (pa.ArrowException, OSError) as error:
+    except (pa.ArrowException, OSError, AssertionError) as error:
         raise UserError(
             f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it to have it rebuilt"
         ) from error

@@ -95,7 +95,7 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
 
     def make() -> Path:
         file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
-        if not file.is_file():
+        if not _is_whole(file):
             index = map_tags(collection.table, vocabulary, rules)
             if not index.tagged.any():
                 names = [name for category, name in vocabulary.columns if category != RATING]
@@ -109,6 +109,14 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
         return file
 
     return TagIndex.open(distributed.rank_zero_call(make))
+
+
+def _is_whole(file: Path) -> bool:
+    """Return whether there is an index that can be read; a damaged one is made again."""
+    try:
+        return TagIndex.open(file) is not None
+    except (UserError, KeyError):
+        return False
 
 
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:

@@ -251,6 +251,8 @@ def test_the_index_of_an_unchanged_manifest_is_not_made_again(opened, root, monk
         assert len(opened(root)) == 1
     (root / "manifest.csv").write_text("path\na.png\nb.png\n")
     assert len(opened(root)) == 2
+    opened(root).arrow.write_bytes(b"damaged")
+    assert len(opened(root)) == 2
 
 
 def test_columns_as_arrays(opened, root):
