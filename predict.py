@@ -23,6 +23,7 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
+from data.layouts.spelling import join_tags
 from data.open import load_files
 from data.tools.predictions import (
     Destination,
@@ -36,7 +37,6 @@ from data.tools.predictions import (
     embedding_rows,
     find_excluded,
     find_images,
-    join_tags,
     read_embeddings,
     spell_tags,
     stack_rows,
@@ -204,8 +204,7 @@ def join_texts(batches: Iterable[list[Row]], destination: Destination, config: P
         for row in rows:
             if "tags" in row:
                 before = destination.tags(row["path"]) if config.existing == "append" else ()
-                words = spell_tags(row["tags"], row.get("rating"), config.text)
-                row["tags"] = join_tags([*before, *words], config.text.separator)
+                row["tags"] = join_tags([*before, *spell_tags(row, config.text)], config.text.separator)
         yield rows
 
 

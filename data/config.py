@@ -39,6 +39,7 @@ class DataConfig(Strict):
     """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
     validation_fraction: used only if the collection has no validation split.
+    on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
     """
@@ -46,6 +47,7 @@ class DataConfig(Strict):
     name: Literal["image_folder", "glyphs"]
     root: PathText
     validation_fraction: BelowOne
+    on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None
     icc: bool
@@ -55,12 +57,13 @@ class DataConfig(Strict):
 class TextConfig(Strict):
     """How predict.py writes the tags of an image.
 
-    max_tags: only the most probable tags; null: all. exclude: tags to skip, in any spelling. rating: position of the
-    rating, such as `rating:general`; null: none. spaces: replace underscores, except in kaomoji. escape: write
-    parentheses with a backslash.
+    max_tags: only the most probable tags; null: all. exclude: tags to skip, in any spelling. categories: write the
+    category before a tag, such as `character:`. rating: position of the rating, such as `rating:general`; null: none.
+    spaces: replace underscores, except in kaomoji. escape: write parentheses with a backslash.
     """
 
     order: Literal["score", "vocabulary", "characters_first"]
+    categories: bool
     max_tags: Count | None
     exclude: list[str]
     rating: Literal["first", "last"] | None

@@ -54,7 +54,8 @@ def load_collection(config: DataConfig) -> Collection:
         warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
-        return str(index_collection(config.root, validation_fraction=config.validation_fraction, cache=CACHE))
+        fraction, on_bad = config.validation_fraction, config.on_bad_sidecar
+        return str(index_collection(config.root, validation_fraction=fraction, cache=CACHE, on_bad_sidecar=on_bad))
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())

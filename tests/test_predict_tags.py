@@ -11,9 +11,10 @@ import torch
 
 from data.collection.collection import Collection, index_collection
 from data.config import TextConfig
+from data.layouts.spelling import join_tags
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
-from data.tools.predictions import find_excluded, join_tags, spell_tags
+from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
@@ -32,8 +33,8 @@ PROBS = {
 KEYS, VALUES = list(PROBS), np.array(list(PROBS.values()), dtype=np.float32)
 NAMES, CATEGORIES = [name for _, name in KEYS], np.array([number for number, _ in KEYS])
 VOCABULARY = Vocabulary(tuple(NAMES), tuple(CATEGORIES.tolist()), tuple(range(10, 20)), tuple(range(10)))
-TEXT = {"order": "score", "max_tags": None, "exclude": [], "rating": None, "spaces": False, "escape": False,
-        "separator": ", "}  # fmt: skip
+TEXT = {"order": "score", "max_tags": None, "exclude": [], "categories": False, "rating": None, "spaces": False,
+        "escape": False, "separator": ", "}  # fmt: skip
 PATHS = [f"val/{name}/{number:03}.png" for name in "AB" for number in range(2)]
 
 
@@ -43,8 +44,12 @@ def row_of(thresholds=0.35, **options):
 
 
 def text_of(tags, predicted=None, **config):
-    config = TextConfig(**TEXT | config)
-    return join_tags(spell_tags(tags, predicted, config), config.separator)
+    config, rating = TextConfig(**TEXT | config), {} if predicted is None else {"rating": predicted}
+    categories = {name: category_name(number) for number, name in KEYS if number != 9}
+    probs = {}
+    for name in tags:
+        probs.setdefault(categories.get(name, "general"), {})[name] = 0.5
+    return join_tags(spell_tags({"tags": tags, "probs": probs, **rating}, config), config.separator)
 
 
 # ------------------------------------------------------------------------------------------------------ rows and texts
@@ -88,6 +93,7 @@ def test_the_text_of_tags():
     tags = row_of(0.35)["tags"]
     assert text_of(tags) == "1girl, long_hair, miku_(series), ^_^, painter, hat_(x)"
     assert text_of(tags, spaces=True, escape=True) == r"1girl, long hair, miku \(series\), ^_^, painter, hat \(x\)"
+    assert text_of(tags, categories=True) == "1girl, long_hair, character:miku_(series), ^_^, artist:painter, hat_(x)"
     assert text_of(["a"], "explicit") == "a"
     assert text_of(["a", "b"], "explicit", rating="first", separator=" | ") == "rating:explicit | a | b"
     assert text_of(["general"], "general", rating="last") == "general, rating:general"

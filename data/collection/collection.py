@@ -8,7 +8,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,7 @@ import pyarrow.compute as pc
 from data.collection.split import assign_validation, count_twins, lead_rows
 from data.layouts.recognise import recognise
 from data.layouts.remote import is_remote
+from data.layouts.sidecars import FAULT, list_faults, refuse_faults
 from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
 from data.layouts.unused import Unused, warn_unused
 from utils.errors import UserError
@@ -114,6 +115,11 @@ class Collection:
             raise UserError(f"data.root: {str(self.root)!r} has no column {name!r}; add it to the manifest{how}")
         return self._columns[name].to_numpy()
 
+    def refuse_faults(self, *fields: str, rows: np.ndarray | None = None) -> None:
+        """Raise UserError (`data.on_bad_sidecar`) if `rows`, or all, have unreadable fields: tags, rating, caption."""
+        table = self.table if rows is None else self.table.take(rows)
+        refuse_faults(table, self.arrow.with_name(f"bad_sidecars_{self.fingerprint}.jsonl"), *fields)
+
     def stated_sizes(self) -> np.ndarray | None:
         """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
         if not {"width", "height"} <= self._columns.keys():
@@ -122,12 +128,14 @@ class Collection:
         return np.nan_to_num(sizes).astype(np.int64)
 
 
-def index_collection(root: str, *, validation_fraction: float, cache: Path) -> Path:
+def index_collection(
+    root: str, *, validation_fraction: float, cache: Path, on_bad_sidecar: Literal["stop", "skip"] = "stop"
+) -> Path:
     """Read a collection in any layout and return its index: an uncompressed Arrow IPC file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
-    and no reader uses is logged at each call.
+    and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
     Raises UserError (`data.root`).
     """
     layout = recognise(root, cache)
@@ -138,6 +146,8 @@ def index_collection(root: str, *, validation_fraction: float, cache: Path) -> P
         return target
     table = assign_validation(layout.read(unused := Unused()), validation_fraction)
     warn_unused(unused.describe())
+    if list_faults(table, cache) is not None and on_bad_sidecar == "skip":
+        table = table.drop_columns(FAULT)
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
     if not _is_whole(target):

@@ -2,8 +2,8 @@
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (sidecars.py), and
-kohya's metadata at the root take precedence over them (kohya.py). Names that begin with a dot are ignored, links are
-followed.
+kohya's metadata at the root take precedence over them (kohya.py). Masks of images, hidden names and what systems put
+beside pictures are passed over; links are followed.
 """
 
 import os
@@ -17,7 +17,7 @@ import pyarrow as pa
 from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
 from data.layouts.records import Sidecar
-from data.layouts.sidecars import list_orphans, read_sidecars
+from data.layouts.sidecars import SUFFIXES, list_orphans, read_sidecars
 from data.layouts.table import SPLIT_NAMES, build_table
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -31,6 +31,13 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
+MASK_ENDINGS = ("-masklabel", "-condlabel")  # of OneTrainer's `x-masklabel.png`, which belongs to the image `x`
+# What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
+SYSTEM_NAMES = frozenset(
+    ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")
+    + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
+    + ("temporary items", "__pycache__")
+)
 _AT_ONCE = 16  # folders listed in parallel
 
 
@@ -56,15 +63,16 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
     """Read every image and sidecar below a folder into a table, sorted by path.
 
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
-    or another image path that is not a file; a circle of links; an unreadable sidecar.
+    or another image path that is not a file; a circle of links. Unreadable sidecars are in the column `sidecar_fault`.
     """
     images: dict[str, int] = {}
     beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
     folders: list[str] = []
     tables: list[str] = []
-    for folder, entries, names in walk_folders(root):
+    for folder, entries, names in walk_folders(root, unused):
         sizes = _read_images(folder, entries)
         images |= sizes
+        unused.add("masks, which belong to an image", *(folder + name for name in sorted(names) if is_mask_name(name)))
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
         tables += [folder + name for name in names if name in TABLES]
         shards = [folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES]
@@ -81,9 +89,13 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
 
     def read(path: str) -> Sidecar:
         folder, slash, name = path.rpartition("/")
-        return read_sidecars(root, root / folder, name, beside[path])
+        return read_sidecars(root, root / folder, name, beside[path], unused)
 
-    known, metadata = dict(zip(beside, in_threads(read, list(beside)))), read_metadata(root, images, unused)
+    known = dict(zip(beside, in_threads(read, list(beside))))
+    try:
+        metadata = read_metadata(root, images, unused)
+    except UserError as error:
+        metadata = {next(iter(images)): Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")}
     rows = read_tables(root, sorted(tables), images, unused)
     labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
     known |= {path: known.get(path, Sidecar()).updated(sidecar) for path, (_, sidecar) in rows.items()}
@@ -105,15 +117,27 @@ def list_images(root: Path) -> dict[str, int]:
 
 
 def is_image_name(name: str) -> bool:
-    """Return whether a file name has an image suffix."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES
+    """Return whether a file name has an image suffix, and is no mask."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)
 
 
-def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
+def is_mask_name(name: str) -> bool:
+    """Return whether a file name is that of a mask."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in IMAGE_SUFFIXES and stem.endswith(MASK_ENDINGS)
+
+
+def is_passed_over(name: str) -> bool:
+    """Return whether the name of a file or folder is hidden or a system's."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def walk_folders(root: Path, unused: Unused | None = None) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
     """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
 
     Folders of the same depth are listed in parallel. Raises UserError (`data.root`) for a circle of links.
     """
+    unused = Unused() if unused is None else unused
     level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         while level:
@@ -121,7 +145,11 @@ def walk_folders(root: Path) -> Iterator[tuple[str, list[os.DirEntry[str]], set[
             for (folder, chain), entries in zip(level, pool.map(lambda item: list_folder(root / item[0]), level)):
                 files = []
                 for entry in entries:
-                    if entry.name.startswith("."):
+                    if is_passed_over(entry.name):
+                        if entry.name.lower().endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(
+                            follow_symlinks=False
+                        ):
+                            unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
                         continue
                     if not _is_folder(entry):
                         files.append(entry)

@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from data.layouts.manifest import find_one, read_columns
-from data.layouts.records import FIELDS, Sidecar, parse_record
+from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -144,7 +144,7 @@ def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -
         field, kind = _FIELDS.get(name, name), table.schema.field(name).type
         is_list = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and field not in _SINGLE
         is_known = _is_text(kind.value_type if is_list else kind) or (field in _SINGLE and pa.types.is_integer(kind))
-        if field in columns or field not in (*FIELDS, "label") or not is_known:
+        if field in columns or not (is_field(field) or field == "label") or not is_known:
             unused.add("columns of tables of unknown name or type, or second of their kind", name)
             continue
         columns[field] = table.column(name).to_pylist()

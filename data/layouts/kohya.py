@@ -2,7 +2,7 @@
 
     meta_cap.json     {"folder/1": {"tags": "1girl, solo", "caption": "a girl"}, ...}
     meta_tags.jsonl   {"image_path": "folder/1.png", "caption": "1girl, solo"} on each line
-    meta_ours.jsonl   {"path": "folder/1.png", "tags": "1girl, solo", "rating": "general"} on each line
+    meta_ours.jsonl   {"path": "folder/1.png", "tags": "1girl, solo", "rating": "general", "probs": {...}} on each line
 
 A key is an image's path, with or without its suffix. A path of another machine matches by its last parts.
 """
@@ -14,9 +14,11 @@ from typing import Any
 
 from data.layouts.records import Sidecar, parse_record, parse_text
 from data.layouts.sidecars import parse_object, read_lines, read_text, refuse_link_out
+from data.layouts.spelling import Tag, parse_tag, split_tags, write_tag
 from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.record.logging import get_logger
+from utils.vocabulary import CATEGORIES
 
 log = get_logger(__name__)
 
@@ -40,7 +42,7 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
             parts = key.replace("\\", "/").split("/")
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
-                sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record)
+                sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record, unused)
             else:
                 unused.add(f"entries of {file.name} without an image", key)
         log.info("%s: %s of %s entries match an image", file.name, f"{len(sidecars):,}", f"{len(entries):,}")
@@ -58,8 +60,19 @@ def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
     return entries if is_kohyas else {}
 
 
-def _parse_entry(where: str, record: dict[str, Any]) -> Sidecar:
-    """Read an entry. Without tags, its caption is a list of tags."""
-    tags = record.get("tags")
-    sidecar = parse_record(where, {**record, "tags": list(parse_text(tags).tags) if isinstance(tags, str) else tags})
-    return sidecar if sidecar.tags is not None else parse_text(sidecar.caption or "").updated(sidecar)
+def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
+    """Read an entry; without tags, its caption is a list of tags. `probs` of predict.py has the tags' categories."""
+    tags, probs = record.get("tags"), record.get("probs")
+    if isinstance(tags, str):
+        tags = split_tags(tags)
+        if isinstance(probs, dict) and all(isinstance(names, dict) for names in probs.values()):
+            tags = [text for tag in tags for text in _add_category(tag, probs)]
+    sidecar = parse_record(where, {**record, "tags": tags})
+    return sidecar if sidecar.tags is not None else parse_text(where, sidecar.caption or "", unused).updated(sidecar)
+
+
+def _add_category(text: str, probs: dict[str, dict[str, Any]]) -> list[str]:
+    """Return a tag with each category that has its name, or as it is."""
+    tag = parse_tag(text)
+    found = [category for category, names in probs.items() if tag.category is None and tag.name in names]
+    return [write_tag(Tag(CATEGORIES.get(category), tag.name)) for category in found] or [text]

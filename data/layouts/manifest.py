@@ -23,6 +23,7 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data.layouts.sidecars import read_lines
+from data.layouts.spelling import split_tags
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -153,8 +154,7 @@ def _read_csv(file: Path) -> pa.Table:
     columns = [_to_numbers(column) for column in table.columns]
     for index, name in enumerate(table.column_names):
         if name == "tags":
-            texts = table.column(index).to_pylist()
-            lists = [text and [tag for part in text.split(",") if (tag := part.strip())] for text in texts]
+            lists = [text and split_tags(text) for text in table.column(index).to_pylist()]
             columns[index] = pa.array(lists, TYPES["tags"])
         elif name in TYPES:
             columns[index] = table.column(index)

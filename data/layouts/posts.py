@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from data.layouts.folders import build_rows, list_images, scan_folder
 from data.layouts.manifest import find_one
-from data.layouts.records import FIELDS, Sidecar, parse_record
+from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import read_lines, refuse_link_out
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -68,7 +68,7 @@ def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         return
     try:
         with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(columns=[name for name in FIELDS if name in parquet.schema_arrow.names]):
+            for batch in parquet.iter_batches(columns=[*filter(is_field, parquet.schema_arrow.names)]):
                 yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
     except (pa.ArrowException, OSError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error

@@ -13,7 +13,7 @@ from data.layouts.huggingface import holds_images, read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, read_manifest
 from data.layouts.posts import POSTS, read_folder
 from data.layouts.remote import fetch_manifest, is_remote
-from data.layouts.sidecars import list_orphans
+from data.layouts.sidecars import FAULT, list_orphans
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
@@ -25,7 +25,7 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _TAR, _PARQUET = ".tar", ".parquet"
-_ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), *PLACES.items()])
+_ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), (FAULT, pa.string()), *PLACES.items()])
 _PARALLEL_FROM = 8  # tar files; with fewer, starting processes takes longer
 
 

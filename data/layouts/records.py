@@ -1,36 +1,56 @@
 """Parse the texts and JSON records of boorus, captioning programs and Hydrus.
 
-A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, which data/tags/spelling.py reads.
+A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, which data/layouts/spelling.py reads.
 """
 
+import codecs
 import itertools
 import json
 import re
+import reprlib
 import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from utils.errors import UserError
+from data.layouts.spelling import clean, is_sentence, split_tags
+from data.layouts.unused import Unused
 from utils.vocabulary import CATEGORIES
 
 _PREFIXES = ("artist", "character", "copyright", "meta")  # general tags have no prefix
-# The fields with tags of one category: texts of Danbooru, lists of gallery-dl.
-CATEGORY_FIELDS = {f"{form}_{name}": name for form in ("tag_string", "tags") for name in CATEGORIES}
-FIELDS = ("id", "md5", "rating", "caption", "tags", "tag_string", *CATEGORY_FIELDS)
-_SEPARATORS = re.compile(r"[,\n]")
+# The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
+_CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
+_FIELDS = ("id", "md5", "rating", "caption", "tags", "tag_string")
 
 
 class Sidecar(NamedTuple):
-    """The metadata of an image; None for unknown fields."""
+    """The metadata of an image; None for unknown fields.
+
+    caption: several captions are on a line each. sidecar_fault: a line `FIELD: REASON` for each field that cannot be
+    read; the field `file` stands for all.
+    """
 
     tags: tuple[str, ...] | None = None
     rating: str | None = None
     caption: str | None = None
     id: int | None = None
+    sidecar_fault: str | None = None
 
     def updated(self, newer: "Sidecar | None") -> "Sidecar":
-        """Return a copy with the known fields of `newer`."""
-        return self if newer is None else Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
+        """Return a copy with the known fields of `newer`, and the faults of both."""
+        if newer is None:
+            return self
+        known = Sidecar(*(a if b is None else b for a, b in zip(self, newer)))
+        return known._replace(sidecar_fault="\n".join(filter(None, (self[-1], newer[-1]))) or None)
+
+
+def decode(content: bytes) -> str:
+    """Decode a text in UTF-8, or in UTF-16 with a byte order mark. Raises UnicodeDecodeError."""
+    return content.decode(find_encoding(content)).replace("\r\n", "\n").replace("\r", "\n")
+
+
+def find_encoding(start: bytes) -> str:
+    """Return the encoding of a text by its first bytes."""
+    return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
 
 
 def parse_json(text: str) -> Any:
@@ -44,62 +64,99 @@ def parse_json(text: str) -> Any:
     return value
 
 
-def parse_text(text: str, one_per_line: bool = False) -> Sidecar:
-    """Split a text into tags at commas and lines; the text is also the caption.
+def is_field(name: str) -> bool:
+    """Return whether a field of a record is read."""
+    return name in _FIELDS or _CATEGORY_FIELD.fullmatch(name) is not None
 
-    one_per_line: if the text has several lines, each line is one tag, commas included, as written by Hydrus.
+
+def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False) -> Sidecar:
+    """Split a text into tags at commas and lines; each line is also a caption, and sentences are no tags.
+
+    where: the position of the text, for messages. one_per_line: if the text has several lines, each is one tag, commas
+    included, as written by Hydrus, and only sentences are captions.
     """
-    caption = text.strip()
-    pieces = caption.split("\n") if one_per_line and "\n" in caption else _SEPARATORS.split(caption)
-    return Sidecar(_unique(pieces), None, caption or None)
+    caption, tags, sentences = clean(text), [], []
+    one_per_line = one_per_line and "\n" in caption
+    for line in caption.split("\n"):
+        pieces = [line] if one_per_line else split_tags(line)
+        if pieces and is_sentence(pieces):
+            sentences.append(line.strip())
+        else:
+            sentences += filter(lambda piece: is_sentence([piece]), pieces)
+            tags += [piece for piece in pieces if not is_sentence([piece])]
+    if sentences and tags:
+        unused.add("texts with sentences among tags, which are captions and no tags", where)
+    caption = "\n".join(sentences) if one_per_line else caption
+    return Sidecar(_unique(tags) or None, None, caption or None)
 
 
 def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
-    """Read a record of a booru, of gallery-dl or of our predecessor. Raises UserError (`data.root`) with `where`.
+    """Read a record of a booru, of gallery-dl or of our predecessor. A field that cannot be read is a fault.
 
-    where: the position of the record, for messages.
+    where: the position of the record, for faults.
     """
-    number, rating = record.get("id"), record.get("rating")
-    rating = str(rating) if type(rating) is int and 0 <= rating <= 3 else rating
-    texts = {"rating": rating, "caption": record.get("caption")}
-    for key, value in texts.items():
-        if value is not None and not isinstance(value, str):
-            raise UserError(f"data.root: {key!r} in {where} is {value!r}; write a text, or remove it")
-        texts[key] = (value or "").strip() or None
-    return Sidecar(
-        _tags_of_record(where, record), **texts, id=number if type(number) is int and abs(number) < 2**63 else None
-    )
+    number, values, faults = record.get("id"), {}, []
+    for field, read in (("tags", _read_tags), ("rating", _read_rating), ("caption", _read_caption)):
+        try:
+            values[field] = read(record)
+        except ValueError as error:
+            faults.append(f"{field}: {where} has {error}")
+    number = number if type(number) is int and abs(number) < 2**63 else None
+    return Sidecar(**values, id=number, sidecar_fault="\n".join(faults) or None)
 
 
-def _tags_of_record(where: str, record: dict[str, Any]) -> tuple[str, ...] | None:
+def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
     """Return the tags of a record, or None: from `tags`, else `tag_string`, else the fields of categories.
 
-    Categories come from CATEGORY_FIELDS, or from `tags` if it is an object.
+    Categories come from the names of fields, or from `tags` if it is an object.
     """
     whole = next((name for name in ("tags", "tag_string") if record.get(name) is not None), None)
-    parts = [(category, name, record.get(name)) for name, category in CATEGORY_FIELDS.items()]
+    order = {name: number for number, name in enumerate(CATEGORIES)}
+    found = [(match[1], name) for name in record if (match := _CATEGORY_FIELD.fullmatch(name))]
+    found = [(category, name) for category, name in found if category in order or isinstance(record[name], str | list)]
+    found.sort(key=lambda entry: order.get(entry[0], len(order)))
+    parts = [(category, name, record[name]) for category, name in found]
     if isinstance(record.get("tags"), dict):
         parts, whole = [(category, "tags", value) for category, value in record["tags"].items()], None
-    words = {category: _words(where, name, value) for category, name, value in parts if value is not None}
+    words = {category: _words(name, value) for category, name, value in parts if value is not None}
     if whole is None and not words:
         return None
     prefixed = {word: f"{category}:{word}" for category in _PREFIXES for word in words.get(category, ())}
-    every = itertools.chain(*words.values()) if whole is None else _words(where, whole, record[whole])
+    every = itertools.chain(*words.values()) if whole is None else _words(whole, record[whole])
     return _unique(prefixed.get(word, word) for word in every)
 
 
-def _words(where: str, field: str, value: Any) -> list[str]:
+def _words(field: str, value: Any) -> list[str]:
     """Return the tags of a list or a text.
 
     Texts of boorus separate tags by spaces. A `tags` text with a comma, as written by hand, is split at commas.
     """
     if isinstance(value, str):
-        return _SEPARATORS.split(value) if field == "tags" and "," in value else value.split()
+        return split_tags(value) if field == "tags" and "," in value else value.split()
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
-        raise UserError(f"data.root: the tags in {where} are {value!r}; write a list of texts, or one text")
+        raise ValueError(f"the tags {reprlib.repr(value)}; write a list of texts, or one text")
     return value
 
 
+def _read_rating(record: dict[str, Any]) -> str | None:
+    rating = record.get("rating")
+    if rating is None or isinstance(rating, str):
+        return clean(rating or "") or None
+    if type(rating) is int and 0 <= rating <= 3:
+        return str(rating)
+    raise ValueError(f"the rating {reprlib.repr(rating)}; write a text, or 0 to 3")
+
+
+def _read_caption(record: dict[str, Any]) -> str | None:
+    """Return the caption of a record; several ones of a list on a line each."""
+    caption = record.get("caption")
+    if caption is None or isinstance(caption, str):
+        return clean(caption or "") or None
+    if isinstance(caption, list) and all(isinstance(text, str) for text in caption):
+        return "\n".join(line for text in caption if (line := " ".join(clean(text).split()))) or None
+    raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
+
+
 def _unique(tags: Iterable[str]) -> tuple[str, ...]:
-    """Strip tags and remove blank and repeated ones, keeping the order. Interned, because collections repeat tags."""
-    return tuple(dict.fromkeys(sys.intern(tag.strip()) for tag in tags if tag.strip()))
+    """Clean tags and remove blank and repeated ones, keeping the order. Interned, because collections repeat tags."""
+    return tuple(dict.fromkeys(sys.intern(text) for tag in tags if (text := clean(tag))))

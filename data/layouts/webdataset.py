@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from data.layouts.folders import is_image_name
 from data.layouts.manifest import OUTSIDE
-from data.layouts.records import Sidecar, parse_record, parse_text
+from data.layouts.records import Sidecar, decode, parse_record, parse_text
 from data.layouts.sidecars import parse_object
 from data.layouts.unused import Unused
 
@@ -127,15 +127,15 @@ def _read_texts(where: str, texts: dict[str, bytes], unused: Unused) -> dict[str
     sidecar, label = Sidecar(), None
     for suffix in sorted(texts, key=_TEXTS.index):
         try:
-            text = texts[suffix].decode("utf-8-sig").strip()
+            text = decode(texts[suffix]).strip()
             if suffix == ".cls":
                 label = text or None
             elif suffix == ".txt":
-                sidecar = parse_text(text)
+                sidecar = parse_text(where, text, unused)
             else:
                 record = parse_object(text or "{}", where)
                 sidecar = sidecar.updated(parse_record(where, record))
                 label = str(record["label"]) if isinstance(record.get("label"), str | int) else label
         except ValueError as error:  # UserError is one
-            unused.add("unreadable texts of shards", f"the {suffix} of {where} ({error})")
+            sidecar = sidecar.updated(Sidecar(sidecar_fault=f"file: the {suffix} of {where} ({error})"))
     return {**sidecar._asdict(), "label": label}

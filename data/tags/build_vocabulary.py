@@ -9,8 +9,8 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import VocabularyConfig
+from data.layouts.spelling import Tag, parse_tag
 from data.tags.rules import TagRules, read_rules
-from data.tags.spelling import Tag, parse_tag
 from data.tags.tag_index import map_tags
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -30,6 +30,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
     matches its name in every category. key: prefix of the configuration keys.
     Raises UserError (`<key>...`) if a file cannot be read, ratings are ambiguous, or no tag is left.
     """
+    collection.refuse_faults("tags", "rating")
     categories = {CATEGORIES[name] for name in config.categories}
     ignore, keep = (_read_names(getattr(config, name), key + name) for name in ("ignore", "keep"))
 

@@ -1,7 +1,7 @@
 """Captions for text to image, read from sidecars or a manifest and varied for each sample.
 
-text = config.read(collection.row(row))                 # the text in the collection
-config.vary_tags(text, generator)                       # the caption of this sample
+texts = config.read(collection.row(row))                # the texts in the collection, one or several
+config.vary_tags(config.choose(texts, generator), generator)    # the caption of this sample
 """
 
 from typing import Annotated, Literal
@@ -12,8 +12,8 @@ import torch
 from pydantic import Field
 
 from data.collection.collection import Collection, Row
+from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_spaces
 from data.layouts.table import show_some
-from data.tags.spelling import parse_tag, with_spaces
 from utils.config.bounds import CountOrZero, Fraction
 from utils.config.schema import Strict
 from utils.errors import UserError
@@ -26,13 +26,16 @@ log = get_logger(__name__)
 class CaptionConfig(Strict):
     """How the text of a row becomes the caption of a sample.
 
-    source: the caption as it is, or the tags in words; a row without it uses the other. caption_dropout: probability
+    source: the caption as it is, or the tags in words; a row without it uses the other. lines: use one of the lines of
+    a caption at random (the first in evaluation), always the first, or all as one text. caption_dropout: probability
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
-    The text is split into tags at separators and lines. The first `keep_first` tags stay; each other tag is dropped
-    with probability `tag_dropout`, and `shuffle` permutes the rest. prefix: text before every caption that is kept.
+    The text is split into tags at separators, unless it is a sentence (`is_sentence`). The first `keep_first` tags
+    stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. prefix: text before
+    every caption that is kept.
     """
 
     source: Literal["caption", "tags"]
+    lines: Literal["one_of", "first", "join"]
     separator: Annotated[str, Field(min_length=1)]
     keep_first: CountOrZero
     shuffle: bool
@@ -46,12 +49,19 @@ class CaptionConfig(Strict):
         """Whether captions vary from sample to sample."""
         return self.shuffle or self.tag_dropout > 0
 
-    def read(self, row: Row) -> str:
-        """Return the text of a row, or an empty text."""
-        caption = (row.caption or "").strip()
-        if caption and self.source == "caption":
-            return caption
-        return self.separator.join(filter(None, map(spell, row.tags or ()))) or caption
+    def read(self, row: Row) -> list[str]:
+        """Return the texts of a row, at least one, which may be empty. Only `lines=one_of` returns several."""
+        lines = [line.strip() for line in (row.caption or "").split("\n") if line.strip()]
+        if not lines or self.source == "tags":
+            tags = self.separator.join(filter(None, map(spell, row.tags or ())))
+            lines = [tags] if tags or not lines else lines
+        if self.lines == "join":
+            return [self.separator.join(lines)]
+        return lines[:1] if self.lines == "first" else lines
+
+    def choose(self, texts: list[str], generator: torch.Generator) -> str:
+        """Return one of the texts of a row; draws only if there are several."""
+        return texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]
 
     def drops(self, generator: torch.Generator) -> bool:
         """Return whether the caption of a training sample is dropped."""
@@ -62,6 +72,8 @@ class CaptionConfig(Strict):
         if not self.varies_tags:
             return self.complete(text)
         tags = self.split(text)
+        if tags and is_sentence(tags):
+            return self.complete(text)
         first, others = tags[: self.keep_first], tags[self.keep_first :]
         is_kept = torch.rand(len(others), generator=generator) >= self.tag_dropout
         kept = torch.arange(len(others))[is_kept]
@@ -71,8 +83,7 @@ class CaptionConfig(Strict):
 
     def split(self, text: str) -> list[str]:
         """Split a text into tags."""
-        pieces = text.replace("\n", self.separator).split(self.separator.strip() or self.separator)
-        return [piece.strip() for piece in pieces if piece.strip()]
+        return split_tags(text, self.separator.strip() or self.separator)
 
     def complete(self, text: str) -> str:
         """Return the prefix and a text, as for evaluation."""
@@ -90,6 +101,8 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
         "tags": pc.greater(pc.list_value_length(table["tags"]), 0).to_numpy()[rows],
     }
     other = "tags" if config.source == "caption" else "caption"
+    collection.refuse_faults(config.source, rows=rows)
+    collection.refuse_faults(other, rows=rows[~has[config.source]])
     counts = {config.source: has[config.source], other: has[other] & ~has[config.source]}
     counts["empty"] = ~(has["caption"] | has["tags"])
     if counts["empty"].all():
@@ -100,7 +113,9 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     if len(without := rows[counts["empty"]]):
         names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
         log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(without):,}", names)
-    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
+    lines = pc.match_substring(table["caption"], "\n").fill_null(False).to_numpy()[rows] & counts.get("caption", False)
+    several = f"; {lines.sum():,} have several lines (task.captions.lines={config.lines})" if lines.any() else ""
+    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any()) + several
 
 
 def spell(text: str) -> str:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from data.config import TagRulesConfig
-from data.tags.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
+from data.layouts.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 import torch
 
 from data.collection.collection import Collection
+from data.layouts.spelling import Tag
 from data.tags.rules import TagRules
-from data.tags.spelling import Tag
 from utils.errors import UserError, about
 from utils.io.files import write_atomically
 from utils.io.weights import read_tensors, write_tensors
@@ -27,7 +27,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_VERSION = 3  # increment it when texts become other tags: every index is rebuilt
+_VERSION = 4  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
 
@@ -92,6 +92,8 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
 
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
+
+    collection.refuse_faults("tags", "rating")
 
     def make() -> Path:
         file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"

@@ -13,8 +13,8 @@ import pyarrow as pa
 from pydantic import Field
 
 from data.collection.collection import Collection
+from data.layouts.spelling import parse_tag
 from data.tags.captions import CaptionConfig, spell
-from data.tags.spelling import parse_tag
 from data.tags.tag_index import TagRows
 from utils.config.bounds import Count, Factor, Positive
 from utils.config.schema import Strict
@@ -66,7 +66,7 @@ class ImageTags(TagRows):
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
     views, parse, first = map(collection.row, range(len(collection))), functools.cache(parse_tag), {}
-    texts = (view.tags or captions.split(captions.read(view)) for view in views)
+    texts = (view.tags or captions.split("\n".join(captions.read(view))) for view in views)
     tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in texts]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
@@ -97,7 +97,8 @@ def find_tag_facts(
     Raises UserError (`task.tag_weights.reestimate_steps`) if no caption has a tag of its row.
     """
     tags = read_tags(collection, captions)
-    if not any(any(tags.find_shown(row, captions.read(collection.row(row)), captions)) for row in rows.tolist()):
+    texts = ((row, "\n".join(captions.read(collection.row(row)))) for row in rows.tolist())
+    if not any(any(tags.find_shown(row, text, captions)) for row, text in texts):
         raise UserError(
             f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, but none of "
             f"{len(rows):,} captions has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import os
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
@@ -16,12 +17,12 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.images.pixels import read_size
-from data.layouts.folders import check_root, list_folder, list_images
+from data.layouts.folders import MASK_ENDINGS, check_root, list_folder, list_images
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
 from data.layouts.sidecars import list_sidecars
+from data.layouts.spelling import parse_tag
 from data.layouts.unused import Unused
 from data.open import load_collection
-from data.tags.spelling import parse_tag
 from data.tools.exclude import Rules, find_failing
 from data.tools.tool import Tool
 from utils.config.bounds import Side
@@ -107,7 +108,8 @@ class Copy(Tool, Rules):
         collection = load_collection(data)
         paths = collection.table["path"].to_pylist()
         chosen = set(paths).difference(find_failing(collection, self, data))
-        needed = {parse_tag(tag).name for tag in self.tags}
+        if needed := {parse_tag(tag).name for tag in self.tags}:
+            collection.refuse_faults("tags")
         for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
             if not needed <= {parse_tag(tag).name for tag in tags}:
                 chosen.discard(path)
@@ -197,10 +199,11 @@ def _check_target(root: Path, to: str) -> Path:
 
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
-    """Yield the sidecars of each image; a sidecar of two images comes twice."""
+    """Yield the sidecars and the mask of each image; a sidecar of two images comes twice."""
     names: dict[str, set[str]] = {}
     for path in paths:
         folder, slash, name = path.rpartition("/")
         if folder not in names:
             names[folder] = {entry.name for entry in list_folder(root / folder)}
-        yield from (folder + slash + sidecar for sidecar in list_sidecars(name, names[folder]))
+        masks = {f"{os.path.splitext(name)[0]}{ending}.png" for ending in MASK_ENDINGS} & names[folder]
+        yield from (folder + slash + file for file in (*list_sidecars(name, names[folder]), *sorted(masks)))

@@ -30,10 +30,10 @@ from data.layouts.manifest import (
     refuse_foreign,
     save_manifest,
 )
+from data.layouts.spelling import parse_rating
 from data.layouts.table import TYPES, replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
-from data.tags.spelling import parse_rating
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
 from utils.config.bounds import Count, Factor, KnobValue, Side
@@ -154,9 +154,11 @@ def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict
             failing.setdefault(paths[row], reason.format(*(value[row] for value in values)))
 
     if rules.min_tags is not None:
+        collection.refuse_faults("tags")
         lengths = pc.list_value_length(table["tags"]).to_numpy()
         fail(lengths < rules.min_tags, "too few tags: {}", lengths)
     if rules.ratings is not None:
+        collection.refuse_faults("rating")
         ratings = np.array([parse_rating(text) if text else "none" for text in table["rating"].to_pylist()])
         fail(~np.isin(ratings, [parse_rating(text) for text in rules.ratings]), "another rating: {}", ratings)
     if rules.min_score is not None:

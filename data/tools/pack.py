@@ -61,6 +61,7 @@ class Pack(Tool):
     def run(self, data: DataConfig) -> str:
         """Pack. Raises UserError (`job.output`, `data.root`)."""
         collection = load_collection(data)
+        collection.refuse_faults("tags", "rating", "caption")
         table = pack_collection(collection, Path(self.output), self.shard_mib)
         log.info("%d images of weight 0 are skipped", len(collection) - len(table))
         return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"

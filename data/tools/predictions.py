@@ -9,7 +9,6 @@ import glob
 import io
 import json
 import os
-import re
 import sys
 import zipfile
 from collections import Counter
@@ -20,20 +19,19 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.config import TextConfig
-from data.layouts.folders import IMAGE_SUFFIXES
-from data.layouts.records import parse_text
-from data.tags.spelling import Tag, parse_tag, with_spaces
+from data.layouts.folders import IMAGE_SUFFIXES, is_image_name, is_passed_over
+from data.layouts.records import decode
+from data.layouts.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
 from utils.errors import UserError
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
-from utils.vocabulary import RATING
+from utils.vocabulary import CATEGORIES, GENERAL
 
 log = get_logger(__name__)
 
 Row = dict[str, Any]
-_PARENTHESES = re.compile(r"[()]")
 
 
 class Images(NamedTuple):
@@ -54,7 +52,9 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     folders, paths = set(), {}
     for path in map(Path, names):
         inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
-        files = sorted(file for file in inside if file.suffix.lower() in IMAGE_SUFFIXES and file.is_file())
+        # A pattern or folder that names a hidden folder means it.
+        files = sorted(file for file in inside if is_image_name(file.name) and file.is_file())
+        files = [file for file in files if not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
         files = [path] if path.is_file() else files
         if not files:
             raise UserError(
@@ -201,7 +201,7 @@ class Sidecars(Destination):
     def tags(self, path: str) -> Sequence[str]:
         """Return the tags in the text file. Raises UserError (`output`) if it is not UTF-8."""
         try:
-            return parse_text(self._files[path].read_text(encoding="utf-8-sig")).tags if self.has(path) else ()
+            return split_tags(decode(self._files[path].read_bytes())) if self.has(path) else ()
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
@@ -234,23 +234,26 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
     return np.array([not tags.isdisjoint(texts) for tags in both])
 
 
-def spell_tags(names: Iterable[str], rating: str | None, config: TextConfig) -> list[str]:
-    """Return the tags as text, with the rating if `config.rating` is set."""
-    words = [with_spaces(name) if config.spaces else name for name in names]
-    if config.escape:
-        words = [_PARENTHESES.sub(r"\\\g<0>", word) for word in words]
-    if config.rating is None or rating is None:
-        return words
-    return [f"rating:{rating}", *words] if config.rating == "first" else [*words, f"rating:{rating}"]
+def spell_tags(row: Row, config: TextConfig) -> list[str]:
+    """Return the texts of a row's tags, with its rating if `config.rating` is set.
 
-
-def join_tags(words: Iterable[str], separator: str) -> str:
-    """Join tags without repetitions, each in its first spelling."""
-    first: dict[Tag | str, str] = {}
-    for word in words:
-        tag = parse_tag(word)
-        first.setdefault(tag if tag.category == RATING else tag.name, word)
-    return separator.join(first.values())
+    Texts that would be read as a sentence keep their underscores.
+    """
+    categories: dict[str, list[int | None]] = {}
+    for category, names in row["probs"].items():
+        for name in names:
+            categories.setdefault(name, []).append(CATEGORIES.get(category))
+    shared = {name for name, numbers in categories.items() if len(numbers) > 1 and config.categories}
+    tags = [Tag(categories[name].pop(0), name) for name in row["tags"]]
+    rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
+    words: list[str] = []
+    for spaces in (config.spaces, False):
+        words = [write_tag(tag, category=config.categories, spaces=spaces, escape=config.escape) for tag in tags]
+        words = [f"general:{w}" if t.category == GENERAL and t.name in shared else w for w, t in zip(words, tags)]
+        words = [*rating, *words] if config.rating == "first" else [*words, *rating]
+        if not any(map(is_sentence, [words, *([word] for word in words)] if words else ())):
+            break
+    return words
 
 
 # ------------------------------------------------------------------------------------------------------- embeddings

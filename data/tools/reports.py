@@ -13,7 +13,8 @@ from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.folders import check_root, is_image_name, list_images, walk_folders
 from data.layouts.manifest import find_manifest, read_table
-from data.layouts.sidecars import list_orphans, list_sidecars
+from data.layouts.posts import read_folder
+from data.layouts.sidecars import FAULT, list_orphans, list_sidecars
 from data.layouts.table import SPLITS, count_values
 from data.layouts.unused import Unused
 from data.open import describe_collection, load_collection
@@ -136,9 +137,19 @@ class Verify(Tool):
         for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)):
             kinds[fault] += 1
             faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
+        for path, fault in _find_bad_sidecars(root):
+            kinds["a bad sidecar"] += 1
+            faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
         listing = list_files(self.report, self.name, faults)
         found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
         return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
+
+
+def _find_bad_sidecars(root: Path) -> Iterator[tuple[str, str]]:
+    """Yield the images with a sidecar that cannot be read; none beside a manifest, which replaces sidecars."""
+    if find_manifest(root) is None and FAULT in (table := read_folder(root, Unused())).column_names:
+        table = table.filter(pc.is_valid(table[FAULT]))
+        yield from zip(table["path"].to_pylist(), table[FAULT].to_pylist())
 
 
 def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:

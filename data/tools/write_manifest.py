@@ -15,8 +15,10 @@ from data.images.image_formats import DEFAULT_MAX_PIXELS
 from data.layouts.folders import check_root
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.posts import read_folder
+from data.layouts.sidecars import FAULT, list_faults, refuse_faults
 from data.layouts.table import MEASURED, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
+from data.open import CACHE
 from data.tools.facts import measure_files
 from data.tools.tool import Tool
 from utils.record.logging import get_logger
@@ -45,6 +47,7 @@ class Manifest(Tool):
             verify=self.verify,
             duplicates=self.duplicates,
             max_pixels=data.max_pixels,
+            on_bad_sidecar=data.on_bad_sidecar,
         )
         reasons: dict[str, str] = {}
         if "reason" in table.column_names:
@@ -81,6 +84,7 @@ def write_manifest(
     verify: bool,
     duplicates: bool = False,
     max_pixels: int = DEFAULT_MAX_PIXELS,
+    on_bad_sidecar: Literal["stop", "skip"] = "stop",
 ) -> pa.Table:
     """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
 
@@ -95,6 +99,10 @@ def write_manifest(
         refuse_foreign(manifest)
     table = read_folder(folder, unused := Unused())
     warn_unused(unused.describe())
+    if (listing := list_faults(table, CACHE)) is not None:
+        if on_bad_sidecar == "stop":
+            refuse_faults(table, listing, "tags", "rating", "caption")
+        table = table.drop_columns(FAULT)
     paths = table["path"].to_pylist()
     find_sizes(folder, paths, "a manifest cannot name this image")
     facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")

@@ -12,10 +12,10 @@ import numpy as np
 import torch
 
 from data.config import DataConfig, TagRulesConfig
+from data.layouts.spelling import parse_tag
 from data.open import Data, load_collection
 from data.stream.batch import multi_hot
 from data.tags.rules import read_rules
-from data.tags.spelling import parse_tag
 from data.tags.tag_index import index_tags
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores

@@ -133,11 +133,12 @@ def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, pa
     """
 
     def choose(example: Example) -> tuple[str, bool]:
-        text, generator = config.read(example.row), example.generator
+        texts, generator = config.read(example.row), example.generator
         if not example.training:
-            return config.complete(text), False
+            return config.complete(texts[0]), False
         if config.drops(generator):
             return "", True
+        text = config.choose(texts, generator)
         if variants is None:
             return config.vary_tags(text, generator), False
         return vary_caption(text, int(torch.randint(variants, (), generator=generator)), config.vary_tags), False
@@ -161,7 +162,8 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     cache.
     """
     task, captions = setup.task, setup.task.captions
-    texts = [captions.read(data.collection.row(int(row))) for row in rows]
+    read = (captions.read(data.collection.row(int(row))) for row in rows)
+    texts = [text for texts in read for text in (texts if training else texts[:1])]
     needed = np.array([count_chunks(captions.complete(text)) for text in texts] or [1])
     chunks = min(needed.max(), task.caption_chunks)
     if cut := np.count_nonzero(needed > chunks):

@@ -151,14 +151,15 @@ def test_sidecars_with_the_whole_name_come_first(opened, root):
 
 
 @pytest.mark.parametrize("ending", [".txt", ".png.txt", ".json"])
-def test_a_sidecar_may_not_be_a_link_out_of_the_root(opened, refuse, root, tmp_path, ending):
+def test_a_sidecar_may_not_be_a_link_out_of_the_root(opened, root, tmp_path, ending):
     put(root, "cat/a.png", "cat/b.png")
     secret = tmp_path / f"root_secret{ending}"  # its name begins like the root's
     secret.write_text('{"tags": ["secret"]}')
     link = root / f"cat/a{ending}"
     for target in (secret, f"../../{secret.name}"):
         link.symlink_to(target)
-        refuse(root, str(link), "link out of the collection", str(secret))
+        with pytest.raises(UserError, match=rf"^data\.on_bad_sidecar: .*{link}.* link out of the collection.*{secret}"):
+            opened(root).refuse_faults("caption")
         link.unlink()
     (root / f"inside{ending}").write_text('{"tags": ["ours"]}')
     link.symlink_to(f"../inside{ending}")
@@ -172,7 +173,7 @@ def test_links_to_pairs_of_image_and_sidecar_are_followed(opened, root, tmp_path
     assert opened(root).row(0).tags == ("one", "two")
 
 
-def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
+def test_sidecars_that_are_no_files_or_too_large_are_refused(opened, root):
     put(root, "a.png")
     sidecar = root / "a.txt"
     for make in (
@@ -181,7 +182,8 @@ def test_sidecars_that_are_no_files_or_too_large_are_refused(refuse, root):
         lambda: sidecar.symlink_to(root / "nowhere.txt"),
     ):
         make()
-        refuse(root, "a.txt")
+        with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*a\.txt"):
+            opened(root).refuse_faults("tags")
         sidecar.unlink()
 
 

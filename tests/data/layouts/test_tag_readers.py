@@ -11,7 +11,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.tags.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
+from data.layouts.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
 from utils.errors import UserError
@@ -50,6 +50,9 @@ def refused(root, *parts):
 SPELLINGS = {
     "Long Hair": (None, "long_hair"),
     " hat \\(x\\) ": (None, "hat_(x)"),
+    "(:3)": (None, "(:3)"),
+    "\0re\u200bd": (None, "red"),
+    "oh\\, my": (None, "oh,_my"),
     "(hatsune miku \\(cosplay\\):.5)": (None, "hatsune_miku_(cosplay)"),
     "\\(a:1\\)": (None, "(a:1)"),
     "character:Hatsune Miku": (4, "hatsune_miku"),
@@ -106,6 +109,8 @@ RECORDS = [
     ({"filename": "b.png", "tags": "a b, c", "rating": 1}, (["a b", "c"], "1", None, None)),
     ({"tags": ["a,b", 'c "d"'], "rating": "safe", "id": True}, (["a,b", 'c "d"'], "safe", None, None)),
     ({"tags": [], "id": 2**70}, ([], None, None, None)),
+    ({"tags_species": ["wolf"], "tags_general": ["a"], "tags_count": 5}, (["a", "wolf"], None, None, None)),
+    ({"caption": ["a  cat\nsleeps", " ", "a dog"]}, ([], None, "a cat sleeps\na dog", None)),
 ]  # fmt: skip
 
 
@@ -115,21 +120,28 @@ def test_json_sidecars(tmp_path):
     assert list(rows(tmp_path).values()) == [row for _, row in RECORDS]
 
 
+SENTENCE = "A cat sleeps, deeply, on the red mat."
 TEXTS = [
-    ({"a.png.txt": "creator:b c\nseries:x, y\nrating:safe\n"}, ["creator:b c", "series:x, y", "rating:safe"]),
-    ({"a.png.txt": "one, two"}, ["one", "two"]),
-    ({"a.txt": "one, two\nthree, one"}, ["one", "two", "three"]),
-    ({"a.caption": "one, two"}, ["one", "two"]),
-    ({"a.txt": "one", "a.caption": "a text, long"}, ["one"]),
+    ({"a.png.txt": "creator:b c\nseries:x, y\nrating:safe\n"}, ["creator:b c", "series:x, y", "rating:safe"], None),
+    ({"a.png.txt": "one, two"}, ["one", "two"], "one, two"),
+    ({"a.txt": "one, two\nthree, one"}, ["one", "two", "three"], "one, two\nthree, one"),
+    ({"a.caption": "one, two"}, ["one", "two"], "one, two"),
+    ({"a.txt": "one", "a.caption": "a text, long"}, ["one"], "a text, long"),
+    ({"a.TXT": "one", "a.Json": '{"caption": "two"}'}, ["one"], "two"),
+    ({"a.txt": "\ufeffone\r\ntw\u00f6".encode("utf-16")}, ["one", "tw\u00f6"], "one\ntw\u00f6"),
+    ({"a.txt": "\0 ", "a.json": ""}, [], None),
+    ({"a.txt": f"one, two\n{SENTENCE}"}, ["one", "two"], f"one, two\n{SENTENCE}"),
+    ({"a.txt": "one, A cat sleeps on it., love live!"}, ["one", "love live!"], "one, A cat sleeps on it., love live!"),
+    ({"a.txt": " ".join("abcdefghijklm")}, [], " ".join("abcdefghijklm")),
 ]  # fmt: skip
 
 
-def test_text_sidecars(tmp_path):
-    for number, (files, tags) in enumerate(TEXTS):
+def test_text_sidecars(tmp_path, log):
+    for number, (files, tags, caption) in enumerate(TEXTS):
         for name, text in files.items():
             write(put(tmp_path, f"{number}/a.png"), f"{number}/{name}", text)
-        text = files.get("a.caption", next(iter(files.values()))).strip()
-        assert rows(tmp_path / str(number)) == {"a.png": (tags, None, text, None)}
+        assert rows(tmp_path / str(number)) == {"a.png": (tags, None, caption, None)}, number
+    assert "1 texts with sentences among tags" in log.text and "8/a.txt" in log.text
 
 
 # kohya's metadata.
@@ -199,11 +211,6 @@ def test_a_table_of_posts(tmp_path, form, log):
 
 
 BAD = [
-    ({"1.json": "[" * 100_000}, "1.json' is broken JSON (nested too deeply)"),
-    ({"1.json": '{"tags": 5}'}, "1.json' are 5"),
-    ({"meta_a.json": '{"1": {"tags": 5}}'}, "meta_a.json', '1' are 5"),
-    ({"meta_a.jsonl": '{"path": "1"}\n{'}, "meta_a.jsonl', line 2, is broken JSON"),
-    ({"meta_a.json": '{"a": {}}', "meta_b.json": '{"a": {}}'}, "holds both meta_a.json and meta_b.json"),
     ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 2, is broken JSON"),
     ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
     ({"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'}, "holds 1, none of them 9.*, ee.*; name images by"),
@@ -213,10 +220,48 @@ BAD = [
 
 
 @pytest.mark.parametrize("files, message", BAD)
-def test_bad_sidecars_and_tables_of_posts_are_refused_by_name(tmp_path, files, message):
+def test_bad_tables_of_posts_are_refused_by_name(tmp_path, files, message):
     for name, content in files.items():
         write(put(tmp_path, "1.png"), name, content)
     refused(tmp_path, message)
+
+
+FAULTS = [  # files, the field that cannot be read, words of the fault, and the tags that are read
+    ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (nested too deeply)", ["a"]),
+    ({"1.txt": b"caf\xe9"}, "file", "1.txt' is not UTF-8", []),
+    ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags 0.9", ["a"]),
+    ({"1.json": {"tags": ["a"], "rating": 4.5}}, "rating", "1.json' has the rating 4.5", ["a"]),
+    ({"1.json": {"tags": ["a"], "caption": {"short": "b"}}}, "caption", "1.json' has the caption {", ["a"]),
+    ({"meta_a.json": {"1": {"tags": 5}}}, "tags", "meta_a.json', '1' has the tags 5", []),
+    ({"meta_a.jsonl": '{"path": "1"}\n{', "1.txt": "a"}, "file", "meta_a.jsonl', line 2, is broken JSON", ["a"]),
+    ({"meta_a.json": {"a": {}}, "meta_b.json": {"a": {}}}, "file", "holds both meta_a.json and meta_b.json", []),
+    ({"posts.jsonl": {"id": 1, "tag_string": "a", "rating": 7}}, "rating", "line 1, has the rating 7", ["a"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("files, field, message, tags", FAULTS)
+def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, message, tags, log):
+    for name, content in files.items():
+        write(put(tmp_path, "1.png"), name, content)
+    collection = load(tmp_path, tmp_path / ".cache")
+    assert list(collection.row(0).tags) == tags and message in log.text
+    if field != "file":
+        collection.refuse_faults(*{"tags", "rating", "caption"} - {field})
+    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
+        collection.refuse_faults("tags" if field == "file" else field)
+    (listing,) = (tmp_path / ".cache").glob("bad_sidecars_*.jsonl")
+    assert message in str(caught.value) and str(listing) in str(caught.value) and message in listing.read_text()
+    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: "):
+        write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
+    write_manifest(str(tmp_path), validation_fraction=0.0, verify=False, on_bad_sidecar="skip")
+    load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
+
+
+def test_files_of_other_programs_are_named_and_not_read(tmp_path, log):
+    for number, content in enumerate(([{"box": [0]}], {"shapes": []}, 5)):
+        write(put(tmp_path, f"{number}.png"), f"{number}.json", content)
+    load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
+    assert "3 JSON files without tags, rating, caption or id: " in log.text
 
 
 # Anything.
@@ -239,8 +284,7 @@ def test_any_content_is_read_or_refused_by_the_name_of_its_file(files):
     try:
         for name, content in files.items():
             write(put(root, "a.png"), name, content)
-        found = rows(root)
-        assert set(found) == {"a.png"}
+        assert set(rows(root)) == {"a.png"}
     except UserError as error:
         assert str(error).startswith("data.root: ") and any(name in str(error) for name in files), error
     finally:

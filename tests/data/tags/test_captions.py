@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 PLAIN = {
     "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
-    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "",
+    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "", "lines": "one_of",
 }  # fmt: skip
 
 
@@ -33,7 +33,7 @@ def collection_of(root, files, images=("a.png", "b.png", "c.png")):
 
 
 def texts(collection, **changed):
-    return [config(**changed).read(collection.row(row)) for row in range(len(collection))]
+    return ["\n".join(config(**changed).read(collection.row(row))) for row in range(len(collection))]
 
 
 SIDECARS = {
@@ -47,6 +47,21 @@ def test_captions_of_sidecars_and_tags_in_words(tmp_path):
     assert texts(collection) == ["A cat, sleeping.", "1girl, long hair, rating:g", ""]
     assert texts(collection, source="tags")[0] == "hatsune miku, hat (x), ^_^"
     assert texts(collection, source="tags", separator=" | ")[1] == "1girl | long hair | rating:g"
+
+
+def test_lines_of_a_caption_are_alternatives(tmp_path):
+    girl = "A girl stands in the rain, alone and cold."
+    collection = collection_of(
+        tmp_path, {"a.txt": f"1girl, rain\n\n {girl}\n", "b.json": json.dumps({"caption": ["x", "y"]})}
+    )
+    assert texts(collection) == [f"1girl, rain\n{girl}", "x\ny", ""] and collection.row(0).tags == ("1girl", "rain")
+    assert texts(collection, lines="first") == ["1girl, rain", "x", ""]
+    assert texts(collection, lines="join")[:2] == [f"1girl, rain, {girl}", "x, y"]
+    found = config().read(collection.row(0))
+    drawn = [config().choose(found, torch.Generator().manual_seed(key)) for key in range(40)]
+    assert set(drawn) == set(found) and 10 < drawn.count(girl) < 30
+    assert vary(girl, shuffle=True, tag_dropout=1.0) == (girl, False)  # a sentence is not cut into tags
+    assert "2 have several lines" in describe_captions(collection, np.arange(3), config())
 
 
 # Variation.

@@ -1,0 +1,116 @@
+"""The spelling of tags: from any text to the names in vocabularies, and back.
+
+`split_tags` and `parse_tag` read what `write_tag` and `join_tags` write. A comma in a tag is written `\\,`.
+"""
+
+import re
+import unicodedata
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from utils.vocabulary import CATEGORIES, GENERAL, RATING, category_name
+
+# Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
+KAOMOJI = frozenset(
+    ("0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3")
+    + ("6_9", ">_o", "@_@", "^_^", "o_o", "u_u", "x_x", "|_|", "||_||")
+)
+# Prefixes before a colon; creator and series are from Hydrus.
+PREFIXES = {**CATEGORIES, "creator": CATEGORIES["artist"], "series": CATEGORIES["copyright"]}
+_RATINGS = {
+    **dict.fromkeys(("g", "general", "0"), "general"),
+    **dict.fromkeys(("sensitive", "1"), "sensitive"),
+    **dict.fromkeys(("q", "questionable", "2"), "questionable"),
+    **dict.fromkeys(("e", "explicit", "3"), "explicit"),
+}
+AMBIGUOUS_RATINGS = ("s", "safe")  # sensitive on Danbooru since 2022; safe before, and on other boorus
+_WEIGHTED = re.compile(r"\((.*[^\s(].*):\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)", re.DOTALL)  # not the kaomoji (:3)
+_SPECIAL, _ESCAPED = re.compile(r"[(),]"), re.compile(r"\\([(),])")
+# Controls but white space, and characters without a width that editors and web pages leave behind.
+_INVISIBLE = re.compile("[\0-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff]")
+_LONG = 12  # words; a longer text is a sentence
+
+
+class Tag(NamedTuple):
+    """A name, and its category or None."""
+
+    category: int | None
+    name: str
+
+
+def parse_tag(text: str) -> Tag:
+    """Return a tag as vocabularies spell it; the name may be empty.
+
+    Removes weights `(tag:1.2)`, escapes `\\(` and invisible characters, replaces spaces by underscores; lower case,
+    Unicode form NFC.
+    """
+    text = clean(text)
+    if text[:1] == "(" and (weighted := _WEIGHTED.fullmatch(text)):
+        text = weighted[1]
+    text = _ESCAPED.sub(r"\1", text).lower() if "\\" in text else text.lower()
+    text = text if text.isascii() else unicodedata.normalize("NFC", text)
+    prefix, colon, rest = text.partition(":")
+    category = PREFIXES.get(prefix.strip()) if colon else None
+    return Tag(category, "_".join((text if category is None else rest).split()))
+
+
+def write_tag(tag: Tag, *, category: bool = True, spaces: bool = False, escape: bool = False) -> str:
+    """Return a text that `parse_tag` reads as the tag; a general tag has no prefix unless its name needs one.
+
+    category: write the category, such as `character:`. spaces, escape: see `TextConfig`.
+    """
+    name, number = tag.name, tag.category if category and tag.category in CATEGORIES.values() else None
+    if spaces and parse_tag(with_spaces(name)).name == name:
+        name = with_spaces(name)
+    needed = escape or parse_tag(name).name != tag.name  # as in `(a:1)`, or a name with a backslash before these
+    name = _SPECIAL.sub(lambda found: f"\\{found[0]}" if needed or found[0] == "," else found[0], name)
+    if number in (None, GENERAL) and parse_tag(name).category is None:
+        return name
+    return f"{category_name(tag.category or GENERAL)}:{name}"
+
+
+def join_tags(words: Iterable[str], separator: str) -> str:
+    """Join texts of tags without repetitions; `split_tags` reads them if the separator is a comma or a line break.
+
+    A tag without a category is the same as an earlier one of its name; ratings are apart.
+    """
+    texts, known = [], set()
+    for word in words:
+        tag = parse_tag(word)
+        if tag not in known:
+            known |= {tag} if tag.category == RATING else {tag, Tag(None, tag.name)}
+            texts.append(f"{word} " if word.endswith("\\") else word)
+    return separator.join(texts)
+
+
+def split_tags(text: str, separator: str = ",") -> list[str]:
+    """Split a text into tags at lines and separators, but not at an escaped one (`\\,`)."""
+    pieces = re.split(rf"(?<!\\){re.escape(separator)}|\n", text)
+    return [piece.strip() for piece in pieces if piece.strip()]
+
+
+def is_sentence(pieces: Sequence[str]) -> bool:
+    """Return whether the pieces of a text between commas are a sentence and not tags.
+
+    A sentence ends with a full stop and has at least four words, on average three in a piece, or two if it begins with
+    a capital letter; or it has more than twelve words in a piece.
+    """
+    words, each = sum(len(piece.split()) for piece in pieces), 2 if pieces[0][0].isupper() else 3
+    ends = pieces[-1].endswith(".") and not pieces[-1].endswith("..")
+    return (ends and words >= max(4, each * len(pieces))) or words > _LONG * len(pieces)
+
+
+def clean(text: str) -> str:
+    """Remove invisible characters, and white space around a text."""
+    return (text if text.isascii() and text.isprintable() else _INVISIBLE.sub("", text)).strip()
+
+
+def parse_rating(text: str) -> str:
+    """Return one of the four ratings; AMBIGUOUS_RATINGS and unknown texts are returned in lower case."""
+    text = text.strip().lower().removeprefix("rating:").strip()
+    return _RATINGS.get(text, text)
+
+
+def with_spaces(name: str) -> str:
+    """Replace the underscores of a name by spaces, except in kaomoji."""
+    return name if name in KAOMOJI else name.replace("_", " ")
