@@ -83,7 +83,8 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
             raise UserError(
                 f"optim.rules.{index}.match: {rule.match!r} matches no parameter; {close_names(rule.match, names)}"
             )
-        fields = rule.model_dump(exclude={"match"}, exclude_none=True)
+        fields = {name: getattr(rule, name) for name in RuleConfig.model_fields if name != "match"}
+        fields = {name: value for name, value in fields.items() if value is not None}
         for name in matched:
             for field, value in fields.items():
                 if field in settings[name]:
