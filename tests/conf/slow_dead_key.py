@@ -118,7 +118,7 @@ def run_all(recorder, folder, monkeypatch):
     others = {
         "adan": [
             "optim=adan",
-            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1, betas: [0.9, 0.9, 0.9]}]",
+            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1, betas: [0, 0, 0]}]",
             "schedule=constant",
             "loop.sampling=balanced",
             "loop.early_stop_epochs=1.0",
