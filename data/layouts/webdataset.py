@@ -8,7 +8,7 @@ import re
 import tarfile  # noqa: TID251 (it parses single headers)
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from data.layouts.folders import is_image_name
 from data.layouts.manifest import OUTSIDE
@@ -21,18 +21,9 @@ _MAX_TEXT_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
 _EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-_ABOUT_NEXT = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, tarfile.GNUTYPE_LONGNAME)
-_ABOUT_NONE = (tarfile.XGLTYPE, tarfile.GNUTYPE_LONGLINK)
+_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+_ABOUT = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, *_NAMES)  # members about the next one
 _RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # of a pax header: its length in bytes, and a name
-
-
-class _Member(NamedTuple):
-    """A member of a tar file: `size` bytes from `offset`."""
-
-    path: str
-    offset: int
-    size: int
-    is_plain: bool
 
 
 def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
@@ -41,46 +32,41 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
     image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row.
     """
-    images: dict[str, _Member] = {}
+    images: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, dict[str, bytes]] = {}
     with open(file, "rb", buffering=0) as stream:
         for member in _read_members(stream.fileno(), name, unused):
-            (stem, suffix), is_image = os.path.splitext(member.path), is_image_name(member.path)
+            path = member.name.removeprefix("./")
+            (stem, suffix), is_image = os.path.splitext(path), is_image_name(path)
             if not is_image and suffix.lower() not in _TEXTS:
                 continue
-            if not member.is_plain or re.search(OUTSIDE, member.path):
-                unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{member.path}")
+            if member.type not in _PLAIN or re.search(OUTSIDE, path):
+                unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{path}")
             elif is_image:
-                if member.path in images:
-                    unused.add("members of shards before another one of their name", f"{name}/{member.path}")
-                images[member.path] = member
+                if path in images:
+                    unused.add("members of shards before another one of their name", f"{name}/{path}")
+                images[path] = member
             elif member.size > _MAX_TEXT_BYTES:
-                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", f"{name}/{member.path}")
+                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", f"{name}/{path}")
             else:
-                content = os.pread(stream.fileno(), member.size, member.offset)
+                content = os.pread(stream.fileno(), member.size, member.offset_data)
                 texts.setdefault(stem, {})[suffix.lower()] = content
     rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
     for path, member in images.items():
-        stem, key = os.path.splitext(path)[0], _key_of(path)
+        stem, key = os.path.splitext(path)[0], re.sub(r"\.[^/]*$", "", path)
         if stem not in texts and key != stem and key in stems:
             unused.add("further images of a sample", f"{name}/{path}")
             continue
         read.add(owner := stem if stem in texts else key)
         columns = _read_texts(f"{name}/{path}", texts.get(owner, {}), unused)
-        columns |= {"offset": member.offset, "length": member.size, "size": member.size}
+        columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         rows.append({"path": f"{name}/{path}", **columns})
     alone = (f"{name}/{stem}{suffix}" for stem in texts if stem not in read for suffix in texts[stem])
     unused.add("texts in shards without an image", *alone)
     return rows
 
 
-def _key_of(path: str) -> str:
-    """Return the path of a member up to the first dot of its name."""
-    folder, slash, file = path.rpartition("/")
-    return folder + slash + file.partition(".")[0]
-
-
-def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[_Member]:
+def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar file, up to its end or to the first damaged header."""
     end, offset, about = os.fstat(descriptor).st_size, 0, {}
     try:
@@ -89,20 +75,22 @@ def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[_Membe
             while header.type == tarfile.GNUTYPE_SPARSE and block[flag : flag + 1].strip(b"\0"):
                 block, content, flag = os.pread(descriptor, _BLOCK, content), content + _BLOCK, 504  # more of its map
             size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
-            is_about = header.type in _ABOUT_NEXT
+            is_about = header.type in _ABOUT
             if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
                 raise ValueError(f"a member of {size:,} bytes")
             if is_about:
                 about |= _read_about(header.type, os.pread(descriptor, size, content))
-            elif header.type not in _ABOUT_NONE:
-                is_plain = header.type in _PLAIN and not any(key.startswith("GNU.sparse") for key in about)
-                yield _Member(about.get("path", header.name).removeprefix("./"), content, size, is_plain)
+            else:
+                header.name, header.offset_data, header.size = about.get("path", header.name), content, size
+                if any(key.startswith("GNU.sparse") for key in about):
+                    header.type = tarfile.GNUTYPE_SPARSE
+                yield header
                 about = {}
             offset = content + -(-size // _BLOCK) * _BLOCK
-        fault = "it has no end" if not block else ""
+        fault = "" if block else "the mark of its end is missing"
         while not fault and (block := os.pread(descriptor, _MAX_TEXT_BYTES, offset)):
             fault = "its end is followed by more" if block.strip(b"\0") else ""
-            offset += len(block)
+            offset += 0 if fault else len(block)
     except (tarfile.HeaderError, ValueError, OSError) as error:
         fault = str(error)
     if fault:
@@ -111,8 +99,8 @@ def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[_Membe
 
 def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
     """Return what a member says about the next one: `path`, `size` and others."""
-    if kind == tarfile.GNUTYPE_LONGNAME:
-        return {"path": content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
+    if kind in _NAMES:
+        return {_NAMES[kind]: content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
     records, start = {}, 0
     while record := _RECORD.match(content, start):
         start += int(record[1])
