@@ -93,10 +93,10 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
 
     known = dict(zip(beside, in_threads(read, list(beside))))
     try:
-        metadata = read_metadata(root, images, unused)
+        rows, metadata = read_tables(root, sorted(tables), images, unused), read_metadata(root, images, unused)
     except UserError as error:
-        metadata = {next(iter(images)): Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")}
-    rows = read_tables(root, sorted(tables), images, unused)
+        fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
+        rows, metadata = {}, {next(iter(images)): fault}
     labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
     known |= {path: known.get(path, Sidecar()).updated(sidecar) for path, (_, sidecar) in rows.items()}
     sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
@@ -190,18 +190,20 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]
     return images
 
 
+def place_image(path: str) -> tuple[str | None, str | None]:
+    """Return the split and the label that an image has by its folders."""
+    folders = path.split("/")[:-1]
+    split = SPLIT_NAMES.get(folders[0].lower()) if folders else None
+    inner = folders if split is None else folders[1:]
+    return split, inner[0] if inner else None
+
+
 def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:
     """Return the split and the label (None in a flat folder) of each path.
 
     Raises UserError if only some images are in split folders or class folders.
     """
-    splits, labels = [], []
-    for path in paths:
-        folders = path.split("/")[:-1]
-        split = SPLIT_NAMES.get(folders[0].lower()) if folders else None
-        inner = folders if split is None else folders[1:]
-        splits.append(split)
-        labels.append(inner[0] if inner else None)
+    splits, labels = map(list, zip(*map(place_image, paths)))
     for values, what in ((splits, "a split folder (train/, val/)"), (labels, "a class folder")):
         if None in values and any(values):
             yes, no = (paths[[value is None for value in values].index(absent)] for absent in (False, True))

@@ -150,9 +150,6 @@ def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -
         columns[field] = table.column(name).to_pylist()
         if field == "label":
             columns[field] = _name_classes(columns[field], table.schema, name)
-    if "caption" in columns:  # a list is several captions, on a line each
-        lists = [[text] if isinstance(text, str) else text or [] for text in columns["caption"]]
-        columns["caption"] = ["\n".join(" ".join(text.split()) for text in texts if text) for texts in lists]
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
     return [(row.pop("label", None), parse_record(f"a row of {where!r}", row)) for row in rows]
 

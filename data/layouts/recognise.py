@@ -109,8 +109,9 @@ def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
     """
     name, shard_name, file = shard
     rows = (read_tar if name.endswith(_TAR) else read_arrow)(file, name, unused := Unused())
-    split = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
-    return pa.Table.from_pylist([{"split": split, "shard": shard_name, **row} for row in rows], _ROWS), unused
+    by_name = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
+    rows = [{**row, "split": row.get("split") or by_name, "shard": shard_name} for row in rows]
+    return pa.Table.from_pylist(rows, _ROWS), unused
 
 
 def _skip_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:

@@ -152,8 +152,8 @@ def _read_caption(record: dict[str, Any]) -> str | None:
     caption = record.get("caption")
     if caption is None or isinstance(caption, str):
         return clean(caption or "") or None
-    if isinstance(caption, list) and all(isinstance(text, str) for text in caption):
-        return "\n".join(line for text in caption if (line := " ".join(clean(text).split()))) or None
+    if isinstance(caption, list) and all(isinstance(text, str | None) for text in caption):
+        return "\n".join(line for text in caption if (line := " ".join(clean(text or "").split()))) or None
     raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
 
 

@@ -10,13 +10,13 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.layouts.folders import is_image_name
+from data.layouts.folders import IMAGE_SUFFIXES, is_mask_name, is_passed_over, place_image
 from data.layouts.manifest import OUTSIDE
 from data.layouts.records import Sidecar, decode, parse_record, parse_text
 from data.layouts.sidecars import parse_object
 from data.layouts.unused import Unused
 
-_TEXTS = (".txt", ".cls", ".json")  # the last has precedence
+_TEXTS = (".caption", ".txt", ".cls", ".json")  # the last has precedence, but the caption of the first
 _MAX_TEXT_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -30,19 +30,22 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     """Return the images of a tar file as rows.
 
     The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
-    image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row.
+    image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row. Without any
+    text, folders are splits and classes.
     """
     images: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, dict[str, bytes]] = {}
     with open(file, "rb", buffering=0) as stream:
         for member in _read_members(stream.fileno(), name, unused):
             path = member.name.removeprefix("./")
-            (stem, suffix), is_image = os.path.splitext(path), is_image_name(path)
-            if not is_image and suffix.lower() not in _TEXTS:
+            stem, suffix = os.path.splitext(path)
+            if suffix.lower() not in (*IMAGE_SUFFIXES, *_TEXTS):
                 continue
             if member.type not in _PLAIN or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{path}")
-            elif is_image:
+            elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
+                unused.add("masks, hidden names and thumbnails in shards", f"{name}/{path}")
+            elif suffix.lower() not in _TEXTS:
                 if path in images:
                     unused.add("members of shards before another one of their name", f"{name}/{path}")
                 images[path] = member
@@ -60,7 +63,11 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
         read.add(owner := stem if stem in texts else key)
         columns = _read_texts(f"{name}/{path}", texts.get(owner, {}), unused)
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
+        if not texts:
+            columns["split"], columns["label"] = place_image(path)
         rows.append({"path": f"{name}/{path}", **columns})
+    folders = sorted({os.path.dirname(path) for path in images} - {""}) if texts else []
+    unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
     alone = (f"{name}/{stem}{suffix}" for stem in texts if stem not in read for suffix in texts[stem])
     unused.add("texts in shards without an image", *alone)
     return rows
@@ -118,8 +125,9 @@ def _read_texts(where: str, texts: dict[str, bytes], unused: Unused) -> dict[str
             text = decode(texts[suffix]).strip()
             if suffix == ".cls":
                 label = text or None
-            elif suffix == ".txt":
-                sidecar = parse_text(where, text, unused)
+            elif suffix in (".caption", ".txt"):
+                found = parse_text(where, text, unused)
+                sidecar = found._replace(caption=sidecar.caption or found.caption)
             else:
                 record = parse_object(text or "{}", where)
                 sidecar = sidecar.updated(parse_record(where, record))

@@ -149,6 +149,22 @@ def test_the_ending_of_a_member_follows_its_last_dot(tmp_path, load, log):
     assert "1 texts in shards without an image: 0.tar/22.txt" in log.text
 
 
+def test_folders_in_a_tar_file_are_classes_unless_texts_describe_the_images(tmp_path, load, log):
+    members = {"train/cat/0.png": png(1), "train/dog/1.png": png(2), "val/cat/2.png": png(3), "val/._a.png": b"x"}
+    write_tar(tmp_path / "root/0.tar", members | {"val/cat/2-masklabel.png": png(4)})
+    found = load(tmp_path / "root")
+    assert [(row.split, row.label) for row in map(found.row, range(3))] == [
+        ("train", "cat"),
+        ("train", "dog"),
+        ("val", "cat"),
+    ]
+    assert len(found) == 3 and "2 masks, hidden names and thumbnails in shards: 0.tar/val/._a.png" in log.text
+    write_tar(tmp_path / "two/0.tar", {"cat/0.png": png(1), "cat/0.txt": b"x", "cat/0.caption": b"A cat sits."})
+    row = load(tmp_path / "two").row(0)
+    assert (row.label, row.tags, row.caption) == (None, ("x",), "A cat sits.")
+    assert "1 folders in shards with texts, which are no classes: 0.tar/cat" in log.text
+
+
 def test_the_output_of_img2dataset_is_read(tmp_path, load, log):
     write_tar(tmp_path / "root/00000.tar", {"0.jpg": png(1), "0.json": record(caption="a", sha256="0")})
     write_parquet(tmp_path / "root/00000.parquet", pa.table({"key": ["0"], "url": ["x"]}))
@@ -262,8 +278,8 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
     assert f"1 rows of tables without an image: gone.png in train/metadata.{form}" in log.text
     assert NAMED + "score" in log.text
     (root / "train" / ("metadata.csv" if form == "jsonl" else "metadata.jsonl")).touch()
-    with pytest.raises(UserError, match=r"^data\.root: .*metadata\.jsonl and metadata"):
-        load(root)
+    load(root)
+    assert "holds both metadata.jsonl and metadata." in log.text
 
 
 @pytest.mark.parametrize(
