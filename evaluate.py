@@ -1,15 +1,17 @@
-"""Evaluate weights on a collection's validation split, exactly on any number of ranks.
+"""Evaluate weights on a collection's validation split, or another one, exactly on any number of ranks.
 
     python evaluate.py run_dir=RUN weights=best                                    a run, on its own data
     python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
+    python evaluate.py run_dir=RUN split=train per_image=true                      a row for each training image
     python evaluate.py models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
                                                                                    taggers, ours and others', compared
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
 
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or for a file into
-a folder in outputs/evaluate/. A comparison of taggers writes arena.json, report.html, tables and plots.
+a folder in outputs/evaluate/; with another split, metrics_SPLIT.json and so on. per_image=true adds
+tables/images.parquet. A comparison of taggers writes arena.json, report.html, tables and plots.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -18,8 +20,9 @@ import time
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
+import numpy as np
 import torch
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -27,6 +30,7 @@ from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import MovedBase, load_predictor, open_weights
+from engine.per_image import write_images
 from engine.runtime import Runtime, start_machine
 from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
@@ -44,11 +48,12 @@ from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
 from utils.text_table import show_rows
-from utils.thresholds import PER_TAG, thresholds_path, write_thresholds
+from utils.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 
 log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
+IMAGES = Path("tables/images.parquet")
 _DRY_RUN = "dry run: nothing is evaluated"
 
 
@@ -74,6 +79,8 @@ class EvaluateConfig(Strict):
     model: MovedBase
     data: DataConfig | None  # None: the data of the run
     batch_size: BatchSize
+    split: Literal["val", "train", "all"]
+    per_image: bool  # also write a row for each image
     calibrate: bool  # also write a tagger's thresholds
     calibration: _Targets
     arena: ArenaConfig  # how `models` are compared
@@ -85,9 +92,11 @@ class EvaluateConfig(Strict):
         if self.models is not None:
             if self.data is None:
                 raise ValueError("data: must be given with models; add data=image_folder data.root=PATH")
-            if self.run_dir or self.calibrate:
-                key = "run_dir" if self.run_dir else "calibrate"
+            if self.run_dir or self.calibrate or self.per_image:
+                key = "run_dir" if self.run_dir else "calibrate" if self.calibrate else "per_image"
                 raise ValueError(f"{key}: cannot be combined with models; remove one of the two")
+        elif self.calibrate and self.split != "val":
+            raise ValueError(f"split: {self.split} has images that were trained on; calibrate with split=val")
         elif self.run_dir is None:
             if self.weights in WEIGHT_NAMES:
                 raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
@@ -179,7 +188,17 @@ def main(config: EvaluateConfig, job: Job) -> str:
         task.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    loaders, started = kind.evaluation(data, setup, training=False), time.perf_counter()
+    rows = np.arange(len(collection)) if config.split == "all" else collection.rows(config.split)
+    loaders, started = kind.evaluation(data, setup, rows, training=False), time.perf_counter()
+    if loaders["val"].samples == 0:
+        raise UserError(
+            f"split: {collection.root} has no image of split={config.split} that the task can use; set split=train, or "
+            "name other data"
+        )
+    folder, other = Path(config.run_dir or ""), "" if config.split == "val" else f"_{config.split}"
+    if config.run_dir is None:
+        source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
+        folder = result_folder(path.stem, source)
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
@@ -189,16 +208,24 @@ def main(config: EvaluateConfig, job: Job) -> str:
             promises = config.calibration.precision, config.calibration.recall
             thresholds = task.calibrate(loader, collection.leads(), *promises)
             report.tables["thresholds"] = [asdict(row) for row in thresholds.rows if row.profile != PER_TAG]
+        if config.per_image:
+            if hasattr(task, "calibrate"):
+                fitted = (
+                    thresholds if config.calibrate else find_thresholds(None, path, weights.metadata["weights_hash"])
+                )
+                task.thresholds = np.float32(fitted.of_tags(task.vocabulary, PER_TAG)) if fitted else task.thresholds
+            refuse_links_out("run_dir", folder)
+            loader = track(loaders["val"], len(loaders["val"]), "describing images")
+            with output_errors("run_dir", folder):
+                write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"])
     if distributed.is_main():
-        folder = Path(config.run_dir or "")
-        if config.run_dir is None:
-            source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
-            folder = result_folder(path.stem, source)
-        source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash")}
+        source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash"), "split": config.split}
         figures = {**source, "step": step, "seconds": round(seconds, 3), **report.scalars}
-        output = Path(config.output or folder / "metrics.json")
-        title = f"{path}, step {step}, on {collection.root}"
-        write_results(folder, output, title, figures, report, prefix="evaluate_")
+        output = Path(config.output or folder / f"metrics{other}.json")
+        title = f"{path}, step {step}, on {config.split} of {collection.root}"
+        write_results(folder, output, title, figures, report, prefix=f"evaluate{other}_")
+        if config.per_image:
+            log.info("wrote %s", folder / IMAGES)
         if config.calibrate:
             beside = thresholds_path(path)
             with output_errors("weights", beside):

@@ -114,7 +114,7 @@ class Run:
             self.evaluate()
             self.save(last=True)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
-            while not self.is_complete:
+            while self.step < plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
         self._report_end(time.perf_counter() - started, next_commands)
 
@@ -182,13 +182,14 @@ class Run:
         averaged = learner.exports_average
         with learner.averages.swapped() if averaged else nullcontext():
             report = self.measure()
-            value, best = report.scalars[learner.task.best_metric], self.best_value
+            value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
             if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
                 self.best_value, self.best_step = value, step
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step
-        recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
+        if self.last_report:
+            recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
         shown += [] if self.best_value is None else [f"best {self.best_value:.4g}"]
         log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
@@ -203,6 +204,8 @@ class Run:
         learner.task.eval()
         try:
             with learner.runtime.autocast():
+                if not self.streams.has_validation:
+                    return learner.task.draw()
                 return learner.task.evaluate(self._due_loaders(), learner.step)
         finally:
             learner.task.train()
@@ -285,7 +288,7 @@ class Run:
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
         plan, train, folder, recorder = self.plan, self.streams.train, self.folder, self.recorder
-        metric = self.learner.task.best_metric
+        metric, best = self.learner.task.best_metric, "" if self.best_step is None else "best_weights.safetensors, "
         if self.step < plan.total_steps:
             log.info(
                 "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
@@ -305,7 +308,7 @@ class Run:
                 100 * recorder.wait_share,
             )
         rows = [
-            ("weights", f"{folder.weights}/best_weights.safetensors, last_weights.safetensors"),
+            ("weights", f"{folder.weights}/{best}last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
             ("curves", f"{folder.path}/plots/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),

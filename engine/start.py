@@ -91,7 +91,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
-    screen = _start_screen(config, plan, runtime, networks, streams.described)
+    screen = _start_screen(config, plan, runtime, networks, streams)
     log.info("%s", Lines(f"{job.script}.py: {screen}\n  run folder  {path}"))
     log.log(INFO if config.dry_run else DEBUG, "parameter groups:\n%s", Lines(groups_table(groups)))
     if config.dry_run:
@@ -100,9 +100,9 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
 
 
 def _start_screen(
-    config: TrainingConfig, plan: Plan, runtime: Runtime, networks: Mapping[str, nn.Module], data: Mapping[str, str]
+    config: TrainingConfig, plan: Plan, runtime: Runtime, networks: Mapping[str, nn.Module], streams: Streams
 ) -> str:
-    """Return the start screen. networks: the trained networks; data: the lines about the collection."""
+    """Return the start screen. networks: the trained networks."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
     steps = f"{plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
@@ -119,12 +119,16 @@ def _start_screen(
         batches = ", micro-batches as large as memory allows"
     elif plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
+    evaluation = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
+    if not streams.has_validation:
+        stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
+        evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
     machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
     return show_lines(
         f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
         [
-            *data.items(),
-            ("training", f"{length}; evaluated every {plan.evaluate_every_epochs:.3g} epochs"),
+            *streams.described.items(),
+            ("training", f"{length}; {evaluation}"),
             ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
             ("machine", f"{ranks}{device}, {machine}"),
         ],

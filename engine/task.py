@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor, nn
 
@@ -44,6 +45,11 @@ class Streams:
         """The number of samples that every evaluation reads, from the loaders that have `samples`."""
         every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
         return sum(getattr(loader, "samples", 0) for loader in every)
+
+    @property
+    def has_validation(self) -> bool:
+        """Whether there is a validation image."""
+        return any(getattr(self.evaluation[name], "samples", 1) for name in self.evaluation.keys() - self.every_epochs)
 
 
 @dataclass
@@ -122,6 +128,14 @@ class Task(nn.Module):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Evaluate on the loaders, exactly over ranks. Called on every rank, in eval mode, without gradients."""
         raise NotImplementedError
+
+    def describe_images(self, batch: Batch) -> pa.Table:
+        """Return a row for each sample of a batch, with its `loss`, for evaluate.py per_image=true."""
+        return pa.table({"loss": self.forward(batch, torch.ones(())).loss.float().cpu().numpy()})
+
+    def draw(self) -> Report:
+        """Return what an evaluation measures without validation images, such as pictures of prompts."""
+        return Report()
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode of all networks except the helpers, which stay frozen and in eval mode."""

@@ -166,11 +166,16 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     """Return the sorted class names of the training split, and check the classes of both splits.
 
     Raises UserError (`data.root`): fewer than two classes; a validation class without training images; a training class
-    without validation images, unless `allow_missing`.
+    of several images without validation images, unless `allow_missing` or no class has any.
     """
     root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
+    rows = collection.rows("train")[collection.weights()[collection.rows("train")] > 0]
+    ids, _ = np.unique(np.stack([collection.class_ids(train), collection.leads()])[:, rows], axis=1)
+    several = {
+        train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)
+    }  # a single image cannot split
     known, missing, unknown = (
-        show_some(list(map(repr, names))) for names in (train, sorted({*train} - {*val}), sorted({*val} - {*train}))
+        show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
     if len(train) < 2:
         raise UserError(
@@ -183,11 +188,10 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
             f"data.root: {root!r} has classes in its validation split only: {unknown} (in training: {known}); add "
             "training images for them, rename them as in training, or remove them"
         )
-    if missing and not allow_missing:
-        advice = "task.allow_missing_classes=true" if val else "data.validation_fraction"
+    if missing and val and not allow_missing:
         raise UserError(
             f"data.root: {root!r} has classes without a validation image: {missing}; add a val/ folder with images of "
-            f"every class, or, if each has at least two images, set {advice}"
+            "every class, or set task.allow_missing_classes=true"
         )
     return train
 

@@ -193,10 +193,7 @@ def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarra
 
 
 def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
-    """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one.
-
-    Raises UserError (`task.buckets`) if no image has a bucket.
-    """
+    """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one."""
     known = (sizes_hw > 0).all(axis=1)
     sizes_hw = np.maximum(sizes_hw, 1)
     buckets = config.sizes()
@@ -214,15 +211,10 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
         f"of a shape too far from any bucket (task.buckets.max_crop={config.max_crop:g})": too_long,
     }
     kept = known & ~too_small & ~too_long
-    if not kept.any():
-        counts = ", ".join(f"{np.count_nonzero(chosen):,} {reason}" for reason, chosen in reasons.items())
-        raise UserError(
-            f"task.buckets: none of {len(rows):,} images has a bucket ({counts}); set other sizes or limits"
-        )
     dropped = {reason: rows[chosen] for reason, chosen in reasons.items() if chosen.any()}
     for reason, without in dropped.items():
         names = show_some(collection.table["path"].take(without[:6]).to_pylist())
-        log.warning("buckets: %s images are not trained on: %s: %s", f"{len(without):,}", reason, names)
+        log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
     sizes, groups = np.unique(target[kept], axis=0, return_inverse=True)
     return Buckets(rows[kept], groups.reshape(-1), sizes, sizes_hw[kept], dropped)
 

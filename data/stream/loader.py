@@ -268,8 +268,6 @@ class EvaluationStream:
     def __init__(
         self, loader: Loader, rows: Sequence[int], batch_size: int, groups: np.ndarray | None = None, seed: int = 0
     ) -> None:
-        if len(rows) == 0:
-            raise UserError("data.root: the validation split is empty; add one or set data.validation_fraction")
         self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
         self.samples = len(rows)  # over all ranks
 

@@ -17,7 +17,7 @@ from utils import rng
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
-from utils.vocabulary import Vocabulary, category_name
+from utils.vocabulary import RATING, Vocabulary, category_name
 
 log = get_logger(__name__)
 
@@ -84,9 +84,10 @@ class Group:
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the tags of each group as bool [T], by name: all, categories, bands of training images."""
+    """Return the tags of each group as bool [T], by name: all but ratings, categories, bands of training images."""
     counts, categories = np.asarray(vocabulary.counts), np.asarray(vocabulary.categories)
-    members = {"all": np.ones(len(vocabulary), dtype=bool)}
+    is_rating = categories == RATING
+    members = {"all": ~is_rating | is_rating.all()}
     for number in np.unique(categories):
         members[category_name(number)] = categories == number
     for least, limit in zip(_BANDS, (*_BANDS[1:], math.inf)):

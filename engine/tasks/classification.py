@@ -4,6 +4,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -114,6 +115,23 @@ class ClassificationTask(ImageTask):
                 "predictions": draw_predictions(some, int(scalars["samples"]), names),
             }
         return report
+
+    def describe_images(self, batch: Batch) -> pa.Table:
+        """Return the loss, the first class and its probability; margin: of the label over the best other class."""
+        logits, labels = self.network(self.normalise(batch["images"])).float(), batch["labels"][:, None]
+        probs = logits.softmax(dim=1)
+        prob, first = probs.max(dim=1)
+        margin = probs.gather(1, labels)[:, 0] - probs.scatter(1, labels, -torch.inf).amax(dim=1)
+        loss = F.cross_entropy(logits, labels[:, 0], reduction="none")
+        names = np.array(self.class_names, object)
+        columns = {"probability": prob, "wrong": first != labels[:, 0], "loss": loss, "margin": margin}
+        return pa.table(
+            {
+                "label": names[batch["labels"].cpu().numpy()],
+                "prediction": names[first.cpu().numpy()],
+                **{name: column.cpu().numpy() for name, column in columns.items()},
+            }
+        )
 
 
 class ClassificationKind(Kind):

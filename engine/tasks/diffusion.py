@@ -329,13 +329,16 @@ class DiffusionTask(Task):
             error, _, weight = self._errors(batch)
             return {"loss": error * weight, "error": error}
 
-        scalars = measure_means(loaders["val"], measure)
-        images = {}
-        if self._config.samples.prompts:
-            pictures = self.sample()
-            scalars |= {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
-            images["samples"] = np.concatenate(list(pictures), axis=1)
-        return Report(scalars, images=images)
+        measured, drawn = measure_means(loaders["val"], measure), self.draw()
+        return Report({**measured, **drawn.scalars}, images=drawn.images)
+
+    def draw(self) -> Report:
+        """Return a picture of each prompt, and its brightness."""
+        if not self._config.samples.prompts:
+            return Report()
+        pictures = self.sample()
+        tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
+        return Report(tones, images={"samples": np.concatenate(list(pictures), axis=1)})
 
     def sample(self) -> np.ndarray:
         """Return the pictures of `task.samples`, uint8 [N, H, W, 3], the same on all ranks."""

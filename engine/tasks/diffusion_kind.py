@@ -1,6 +1,6 @@
 """SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
@@ -55,7 +55,11 @@ class DiffusionKind(Kind):
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
     scripts = ("finetune_sdxl",)
     formats = ("kohya", "lora_diffusers", "single_file", "diffusers")
-    next_commands = ("python export.py format=single_file run_dir={run}", *Kind.next_commands)
+
+    def commands(self, setup: Setup) -> Sequence[str]:
+        """Return the export that programs read, and the evaluation."""
+        form = "single_file" if setup.task.lora is None else "kohya"
+        return f"python export.py format={form} run_dir={{run}}", *self.next_commands
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the counts of tags if training updates their weights, and otherwise no facts.
@@ -102,6 +106,9 @@ class DiffusionKind(Kind):
             weights = tags if task.reestimates else each
         parts = config.loop.global_batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, weights, training=True)
+        if len(buckets.rows) == 0:
+            counts = ", ".join(f"{len(dropped):,} {reason}" for reason, dropped in buckets.dropped.items())
+            raise UserError(f"task.buckets: none of {len(rows):,} images has a bucket ({counts}); set other limits")
         captions = describe_captions(collection, rows, task.captions)
         described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
         if each is not None:
@@ -109,16 +116,15 @@ class DiffusionKind(Kind):
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
-            self.evaluation(data, setup, training=True),
+            self.evaluation(data, setup, collection.rows("val"), training=True),
             {**read.fingerprints, **setup.fingerprints()},
             described=described,
         )
 
-    def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""
         still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
         setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
-        rows = data.collection.rows("val")
         buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 

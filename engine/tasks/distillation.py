@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
@@ -191,6 +192,10 @@ class DistillationTask(Task):
             return bce(logits, target.sigmoid()).sum(dim=1)
         return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
+    def describe_images(self, batch: Batch) -> pa.Table:
+        """Describe images by their labels, or by the loss."""
+        return self.student.describe_images(batch) if self._is_labelled else super().describe_images(batch)
+
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure `val` by its labels if it has any, else by the loss. Raises UserError without a teacher."""
         if self.teacher is None:
@@ -284,9 +289,9 @@ class DistillationKind(Kind):
         kind, student = find_student(setup)
         return kind.samples(collection, student) if setup.task.label_share > 0 else super().samples(collection, setup)
 
-    def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return the labelled images of `val`, or all its images if none has a label."""
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return `val`: the labelled images of `rows`, or all if no validation image has a label."""
         if setup.facts.get("labelled"):
             kind, student = find_student(setup)
-            return kind.evaluation(data, student, training=training)
-        return {"val": data.prepared(data.collection.rows("val"), no_fields, setup.preprocessing)}
+            return kind.evaluation(data, student, rows, training=training)
+        return {"val": data.prepared(rows, no_fields, setup.preprocessing)}

@@ -187,9 +187,8 @@ class FCMAEKind(Kind):
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
-    def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, in a run with at most VALIDATION_IMAGES images, and the probe's loaders."""
-        rows = data.collection.rows("val")
         rows = spread(rows, VALIDATION_IMAGES) if training else rows
         loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}
         if training and setup.task.probe.every_epochs is None:

@@ -137,6 +137,10 @@ class Kind:
 
     # --------------------------------------------------------------------------------------------------------- setup
 
+    def commands(self, setup: Setup) -> Sequence[str]:
+        """Return the commands to suggest after a run."""
+        return self.next_commands
+
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""
         return {}
@@ -222,11 +226,16 @@ class Kind:
             "images": config.augment.describe("orientation" in setup.facts),
         }
         fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        return Streams(train, self.evaluation(data, setup, training=True), fingerprints, described=described)
+        return Streams(
+            train,
+            self.evaluation(data, setup, data.collection.rows("val"), training=True),
+            fingerprints,
+            described=described,
+        )
 
-    def evaluation(self, data: Data, setup: Setup, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return the images of `val` that the task can use."""
-        (is_usable, fields), rows = self.samples(data.collection, setup), data.collection.rows("val")
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return `val`: the images of `rows` that the task can use."""
+        is_usable, fields = self.samples(data.collection, setup)
         return {"val": data.prepared(rows[is_usable[rows]], fields, setup.preprocessing)}
 
     def prepare(self, task: Task, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime) -> None:

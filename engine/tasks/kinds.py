@@ -82,5 +82,6 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if FACTS[0] in setup.facts and distributed.is_main():
             with output_errors("run_dir", path):
                 write_vocabulary(path / FILE, vocabulary_of(setup.facts))
-        run.fit([line.format(run=path, data=words) for line in kind.next_commands])
+        commands = [line.format(run=path, data=words) for line in kind.commands(setup)]
+        run.fit([line for line in commands if streams.has_validation or "evaluate.py" not in line])
     return None

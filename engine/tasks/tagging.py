@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
+import pyarrow as pa
 import torch
 from pydantic import Field
 from torch import Tensor, nn
@@ -38,7 +39,7 @@ from utils.errors import UserError, about
 from utils.io.weights import InitFrom, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT_LOGIT, ThresholdTable
+from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
@@ -128,6 +129,7 @@ class TaggingTask(ImageTask):
         self.vocabulary = vocabulary_of(facts)
         self.loss, self.label_smoothing = config.loss, config.label_smoothing
         self.mixing = Mixing(config)
+        self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
         # Facts for training only; weight files do not have them.
         orientation, priors = facts.get("orientation"), facts.get("tag_priors")
         self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
@@ -205,6 +207,19 @@ class TaggingTask(ImageTask):
                 "mistakes": draw_tag_mistakes(kept, self.vocabulary.names),
             }
         return report
+
+    def describe_images(self, batch: Batch) -> pa.Table:
+        """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other."""
+        logits, targets, _ = self._predict(batch)
+        loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1).cpu().numpy()
+        probs, targets = logits.sigmoid().cpu().numpy(), targets.cpu().numpy()
+        has, lacks, found = targets == 1, targets == 0, probs >= self.thresholds
+        margin = np.where(has, probs, np.inf).min(axis=1) - np.where(lacks, probs, -np.inf).max(axis=1)
+        tags = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
+        names = np.array(self.vocabulary.names, object)
+        columns = {name: pa.array([names[row] for row in mask], pa.list_(pa.string())) for name, mask in tags.items()}
+        columns["probability"] = pa.array([row[kept] for row, kept in zip(probs, found)], pa.list_(pa.float32()))
+        return pa.table({**columns, "loss": loss, "margin": margin})
 
     def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:
         """Fit thresholds on one half of the samples, and measure them on the other.

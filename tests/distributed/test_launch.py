@@ -6,6 +6,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow.parquet as pq
 import pytest
 
 from tests.support import checkpoint_tensors, common, free_port, rows, run, start
@@ -113,10 +114,16 @@ def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collectio
     settings = ["loop.total_steps=4", "loop.global_batch_size=6", "loop.batch_size=4", "optim.lr=0.001"]
     run("finetune.py", common("classification", collection, tmp_path / "run", *settings), tmp_path)
     trained = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]
+    tables = []
     for ranks in (1, 3):
-        arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=4"]
+        arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=4", "per_image=true"]
         run("evaluate.py", [f"run_dir={tmp_path}/run", *arguments], tmp_path, ranks=ranks)
         found = json.loads((tmp_path / "run/metrics.json").read_text())
         assert found["step"] == 4 and found["samples"] == 15.0
         for name in ("loss", "top1", "top3"):
             assert found[name] == pytest.approx(trained[name], rel=1e-6)
+        tables.append(pq.read_table(tmp_path / "run/tables/images.parquet"))
+    for name, column, other in zip(tables[0].column_names, *tables, strict=True):
+        exact = name not in ("loss", "probability", "margin")
+        assert len(column) == 15
+        assert column == other if exact else column.to_pylist() == pytest.approx(other.to_pylist(), rel=1e-4)

@@ -10,10 +10,12 @@ from pydantic import BaseModel, ValidationError
 from utils.errors import UserError
 from utils.io.files import canonical_json, is_locked, read_json
 from utils.io.safe_text import hide_secrets
+from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
 
 CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
 RESULT_FILE, COMPLETE_FILE = "result.json", "complete.json"
+log = get_logger(__name__)
 Part = TypeVar("Part", bound=BaseModel)
 
 
@@ -69,8 +71,15 @@ class RunReader:
         return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
 
     def weights(self, which: str) -> Path:
-        """Return the `best`, `last` or `ema` weight file. Raises UserError, which lists the files of the run."""
+        """Return the `best`, `last` or `ema` weight file. Raises UserError, which lists the files of the run.
+
+        A run that was not evaluated has no `best`; its average stands for it, or else its last weights.
+        """
         file = self.path / "weights" / f"{which}_weights.safetensors"
+        for other in ("ema", "last") if which == "best" and not file.is_file() else ():
+            if (instead := file.with_name(f"{other}_weights.safetensors")).is_file():
+                log.warning("%s has no best weights, because it was not evaluated; using %s", self.path, instead.name)
+                return instead
         if not file.is_file():
             names = sorted(other.name.removesuffix("_weights.safetensors") for other in file.parent.glob("*_weights.*"))
             raise UserError(

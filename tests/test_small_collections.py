@@ -1,0 +1,130 @@
+"""Collections of a few images train by every script, with a validation image where one can be spared and without else;
+and a row for each image of an evaluation."""
+
+import json
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.in_process import run
+from tests.support import TINY
+from utils.config.messages import ConfigError
+from utils.errors import UserError
+
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
+SHORT = [*ON_CPU, "loop.total_steps=2", "data=image_folder", "data.root=in", "run_dir=run"]
+SMALL = [*SHORT, "augment.image_size_hw=[32,32]"]
+SCRIPTS = {
+    "train": ("train", [*TINY["classification"], *SMALL]),
+    "tagging": ("finetune", [*TINY["tagging"], *SMALL]),
+    "fcmae": ("pretrain_fcmae", [*TINY["fcmae"], *SMALL]),
+    "sdxl": ("finetune_sdxl", [*TINY["diffusion"], *SHORT]),
+}
+NONE = ["data.validation_fraction=0"]
+
+
+def fill(root, layout, count):
+    """Write images of two classes with captions of two tags."""
+    rows = ["path,label,tags"]
+    for number in range(count):
+        name = f"{'cd'[number % 2]}/{number}.png" if layout == "classes" else f"{number}.png"
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        draw = np.random.default_rng(number)
+        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / name)
+        if layout != "manifest":
+            (root / name).with_suffix(".txt").write_text(f"blue, tag {number % 2}")
+        rows.append(f'{name},{"cd"[number % 2]},"blue,tag {number % 2}"')
+    if layout == "manifest":
+        (root / "manifest.csv").write_text("\n".join(rows))
+
+
+@pytest.mark.parametrize(
+    "script, layout, count, words, is_validated",
+    [
+        ("train", "classes", 2, [], False),
+        ("train", "classes", 3, [], True),  # the single image of the other class is for training
+        ("train", "manifest", 10, NONE, False),
+        ("tagging", "flat", 1, [], False),
+        ("tagging", "flat", 2, [], True),
+        ("tagging", "classes", 30, NONE, False),
+        ("fcmae", "flat", 1, [], False),
+        ("fcmae", "manifest", 2, [], False),
+        ("fcmae", "classes", 30, [], True),
+        ("sdxl", "flat", 1, ["task.samples.prompts=[a]"], False),
+        ("sdxl", "flat", 15, [], True),
+    ],
+)
+def test_a_few_images_train_by_every_script(script, layout, count, words, is_validated, tmp_path, capsys):
+    fill(tmp_path / "in", layout, count)
+    name, settings = SCRIPTS[script]
+    run(name, [*settings, *words], tmp_path)
+    weights = {file.name.split("_")[0] for file in (tmp_path / "run/weights").iterdir()}
+    assert weights == ({"best", "last"} if is_validated else {"last"})
+    said = capsys.readouterr().err
+    assert ("no validation images" in said) != is_validated
+    assert ("python evaluate.py" in said) == is_validated
+    if script == "sdxl":
+        assert "python export.py format=kohya run_dir=run" in said
+        assert (tmp_path / "run/plots/samples.png").exists() == bool(words)
+    run(name, [*settings, *words], tmp_path)
+    assert "the run is complete: 2 of 2" in capsys.readouterr().err
+    if not is_validated:
+        evaluate = ["run_dir=run", *ON_CPU, "batch_size=4"]
+        with pytest.raises(UserError, match="^split: in has no image of split=val"):
+            run("evaluate", evaluate, tmp_path)
+        assert "run has no best weights, because it was not evaluated; using last_weights" in capsys.readouterr().err
+        run("evaluate", [*evaluate, "split=train"], tmp_path)
+        assert json.loads((tmp_path / "run/metrics_train.json").read_text())["split"] == "train"
+
+
+def test_a_validation_image_without_a_bucket_ends_no_run(tmp_path, capsys):
+    fill(tmp_path / "in/train", "flat", 2)
+    (tmp_path / "in/val").mkdir()
+    Image.new("RGB", (400, 20)).save(tmp_path / "in/val/long.png")
+    name, settings = SCRIPTS["sdxl"]
+    run(name, settings, tmp_path)
+    said = capsys.readouterr().err
+    assert "long.png" in said and "no validation images" in said
+
+
+# ------------------------------------------------------------------------------------------------ a row for each image
+
+
+def images_of(place):
+    return pq.read_table(place / "run/tables/images.parquet").to_pylist()
+
+
+def test_a_classifier_has_a_row_for_each_image(tmp_path):
+    fill(tmp_path / "in", "classes", 12)
+    name, settings = SCRIPTS["train"]
+    run(name, settings, tmp_path)
+    words = ["run_dir=run", *ON_CPU, "runtime.precision=fp32", "batch_size=5", "per_image=true"]
+    for split, count in (("val", 2), ("train", 10), ("all", 12)):
+        run("evaluate", [*words, f"split={split}"], tmp_path)
+        rows = images_of(tmp_path)
+        file = "metrics.json" if split == "val" else f"metrics_{split}.json"
+        figures = json.loads((tmp_path / "run" / file).read_text())
+        assert len(rows) == count and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
+        assert np.mean([row["loss"] for row in rows]) == pytest.approx(figures["loss"], rel=1e-5)
+        assert np.mean([not row["wrong"] for row in rows]) == figures["top1"]
+        assert [row["rank"] for row in sorted(rows, key=lambda row: -row["loss"])] == list(range(1, count + 1))
+        for row in rows:
+            assert row["label"] == row["path"][0] and row["wrong"] == (row["label"] != row["prediction"])
+            assert row["wrong"] == (row["margin"] < 0)
+            assert abs(row["margin"]) == pytest.approx(2 * row["probability"] - 1, abs=1e-5)
+    with pytest.raises(ConfigError, match="split: train"):
+        run("evaluate", [*words, "split=train", "calibrate=true"], tmp_path)
+
+
+def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
+    fill(tmp_path / "in", "flat", 12)
+    name, settings = SCRIPTS["tagging"]
+    run(name, settings, tmp_path)
+    run("evaluate", ["run_dir=run", *ON_CPU, "batch_size=5", "per_image=true", "split=all"], tmp_path)
+    for number, row in enumerate(sorted(images_of(tmp_path), key=lambda row: int(row["path"].split(".")[0]))):
+        tags, found = set(row["tags"]), set(row["prediction"])
+        assert tags == {"blue", f"tag_{number % 2}"} and len(row["probability"]) == len(found)
+        assert all(prob >= 0.35 for prob in row["probability"])
+        assert set(row["wrong"]) == found - tags and set(row["missed"]) == tags - found
