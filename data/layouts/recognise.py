@@ -1,6 +1,7 @@
 """Recognise the layout of a collection and read it into a table. No other code needs to know the layout."""
 
 import functools
+import os
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -8,12 +9,12 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.folders import SHARD_SUFFIXES, check_root, is_image_name, walk_folders
+from data.layouts.folders import SHARD_SUFFIXES, check_root, is_image_name, is_passed_over, list_folder, walk_folders
 from data.layouts.huggingface import holds_images, read_arrow, unpack_parquet
-from data.layouts.manifest import find_manifest, read_manifest
+from data.layouts.manifest import find_manifest, is_ours, read_manifest
 from data.layouts.posts import POSTS, read_folder
 from data.layouts.remote import fetch_manifest, is_remote
-from data.layouts.sidecars import FAULT, list_orphans
+from data.layouts.sidecars import FAULT, list_orphans, list_sidecars
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
@@ -47,13 +48,29 @@ def recognise(root: str, cache: Path) -> Layout:
         return Layout([manifest], functools.partial(read_manifest, None, manifest))
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
-        return Layout([manifest], functools.partial(read_manifest, folder, manifest))
+        return Layout([manifest], functools.partial(_read_listed, folder, manifest))
     names, others = _find_shards(folder)
     if not names:
         return Layout([], functools.partial(read_folder, folder))
     files = {name: folder / name for name in names}
     files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
     return Layout(list(files.values()), functools.partial(_read_shards, folder, files, others))
+
+
+def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
+    """Read a manifest, and count what its folders have beside the images that it lists."""
+    table = read_manifest(root, manifest, unused)
+    if PLACES.keys() <= set(table.column_names):
+        return table
+    paths, has_sidecars = set(table["path"].to_pylist()), is_ours(manifest)
+    for folder in sorted({os.path.dirname(path) for path in paths}):
+        names = {entry.name for entry in list_folder(root / folder) if not is_passed_over(entry.name)}
+        others = sorted(path for path in (os.path.join(folder, name) for name in names) if path not in paths)
+        unused.add("images that the manifest does not list", *filter(is_image_name, others))
+        if not has_sidecars:
+            sidecars = {sidecar for name in names if is_image_name(name) for sidecar in list_sidecars(name, names)}
+            unused.add("sidecars of images in a manifest", *(os.path.join(folder, name) for name in sorted(sidecars)))
+    return table
 
 
 def _find_shards(root: Path) -> tuple[list[str], Unused]:

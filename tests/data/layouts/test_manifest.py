@@ -39,7 +39,7 @@ def columns_of(collection, name):
     return collection.table[name].to_pylist()
 
 
-def test_a_jsonl_manifest_wins_over_the_layout(opened, root):
+def test_a_jsonl_manifest_wins_over_the_layout(opened, root, log):
     put(root, "one/a.png", "two/b, ü.png", "three/c.png", text="ignored")
     written = [
         {"path": "two/b, ü.png", "split": "validation", "label": "B", "tags": ["t"], "rating": "g", "caption": "C"},
@@ -52,6 +52,13 @@ def test_a_jsonl_manifest_wins_over_the_layout(opened, root):
         ("two/b, ü.png", (root / "two/b, ü.png").stat().st_size, "val", "B", ["t"], "g", "C", 1.0),
     ]
     assert columns(collection, "sha256") == [("ab",), (None,)]
+    assert "2 sidecars of images in a manifest: one/a.txt, two/b, ü.txt" in log.text
+
+
+def test_images_that_a_manifest_does_not_list_are_counted(opened, root, log):
+    put(root, "x/a.png", "x/b.png", "x/._c.png", "elsewhere/d.png")
+    opened(jsonl(root, [{"path": "x/a.png"}]))
+    assert "not used: 1 images that the manifest does not list: x/b.png\n" in log.text
 
 
 def test_a_parquet_manifest_of_other_types(opened, root):
