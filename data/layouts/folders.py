@@ -111,9 +111,18 @@ def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns
     return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
 
 
-def list_images(root: Path) -> dict[str, int]:
-    """Return the size in bytes of each image below a folder, by path. Raises UserError as `scan_folder` does."""
-    return {path: size for folder, files, _ in walk_folders(root) for path, size in _read_images(folder, files).items()}
+def list_images(root: Path, unused: Unused | None = None) -> dict[str, int]:
+    """Return the size in bytes of each image below a folder, by path. Raises UserError as `scan_folder` does.
+
+    unused: also takes the sidecars, for a reader that uses none.
+    """
+    images = {}
+    for folder, files, names in walk_folders(root, unused):
+        images |= _read_images(folder, files)
+        if unused is not None:
+            sidecars = sorted(name for name in names if name.lower().endswith(SUFFIXES))
+            unused.add("sidecars, because posts describe the images", *(folder + name for name in sidecars))
+    return images
 
 
 def is_image_name(name: str) -> bool:

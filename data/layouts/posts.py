@@ -37,7 +37,7 @@ def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
     Raises UserError (`data.root`) with the file name if it cannot be read, or if no post has an image.
     """
     refuse_link_out(root, file)
-    images = list_images(root)
+    images = list_images(root, unused)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
     sidecars: dict[str, Sidecar] = {}
     count, tried = 0, []

@@ -18,7 +18,9 @@ from pydantic import Field
 from data.config import DataConfig
 from data.images.pixels import read_size
 from data.layouts.folders import MASK_ENDINGS, check_root, list_folder, list_images
+from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
+from data.layouts.posts import POSTS
 from data.layouts.sidecars import list_sidecars
 from data.layouts.spelling import parse_tag
 from data.layouts.unused import Unused
@@ -199,8 +201,12 @@ def _check_target(root: Path, to: str) -> Path:
 
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
-    """Yield the sidecars and the mask of each image; a sidecar of two images comes twice."""
+    """Yield the sidecars and the mask of each image, and tables that describe it; a file of two images comes twice."""
     names: dict[str, set[str]] = {}
+    parents = {parent for folder in {os.path.dirname(path) for path in paths} for parent in Path(folder, "x").parents}
+    for parent in sorted(parents):
+        patterns = (*TABLES, *POSTS, "meta_*.json", "meta_*.jsonl") if parent == Path() else TABLES
+        yield from (str(file.relative_to(root)) for name in patterns for file in sorted((root / parent).glob(name)))
     for path in paths:
         folder, slash, name = path.rpartition("/")
         if folder not in names:

@@ -206,6 +206,7 @@ def test_a_table_of_posts(tmp_path, form, log):
     write(put(tmp_path, *FOUND, "x/nobody.png"), "18.txt", "not read")
     assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
     assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "not used: 1 images without a post" in log.text
+    assert "1 sidecars, because posts describe the images: 18.txt" in log.text
     write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
     assert rows(tmp_path) == FOUND
 

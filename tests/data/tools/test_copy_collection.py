@@ -43,6 +43,14 @@ def test_a_part_by_tags_and_rules(root, tmp_path):
     assert (tmp_path / "other/x/a.txt").is_file()
 
 
+def test_tables_that_describe_the_images_go_with_them(root, tmp_path):
+    for name in ("metadata.csv", "x/metadata.jsonl", "y/metadata.csv", "meta_tags.jsonl"):
+        (root / name).write_text("file_name\n" if name.endswith("csv") else "")
+    run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
+    copied = {path.relative_to(tmp_path / "part").as_posix() for path in (tmp_path / "part").rglob("meta*")}
+    assert copied == {"metadata.csv", "x/metadata.jsonl", "meta_tags.jsonl"}
+
+
 def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
     run("prepare", ["job=manifest", *COPY[1:-1]], tmp_path)
     run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
