@@ -7,6 +7,7 @@ beside pictures are passed over; links are followed.
 """
 
 import os
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -18,7 +19,7 @@ from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
 from data.layouts.records import Sidecar
 from data.layouts.sidecars import SUFFIXES, list_orphans, read_sidecars
-from data.layouts.table import SPLIT_NAMES, build_table
+from data.layouts.table import SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -38,6 +39,7 @@ SYSTEM_NAMES = frozenset(
     + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
     + ("temporary items", "__pycache__")
 )
+_REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts
 _AT_ONCE = 16  # folders listed in parallel
 
 
@@ -85,6 +87,7 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     splits, labels = _place_images(root, list(images))
+    _refuse_repeats(root, sorted({path.rpartition("/")[0] for path in images}), unused)
     unused.add("folders without an image", *_find_empty(list(images), folders))
 
     def read(path: str) -> Sidecar:
@@ -97,11 +100,12 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
     except UserError as error:
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
         rows, metadata = {}, {next(iter(images)): fault}
-    labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
     known |= {path: known.get(path, Sidecar()).updated(sidecar) for path, (_, sidecar) in rows.items()}
     sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
+    labels, sidecars = _separate_posts(list(images), labels, sidecars)
+    labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
     return build_rows(images, sidecars, split=splits, label=labels)
 
 
@@ -221,6 +225,50 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
                 "such folders, or none, or list images, splits and labels in a manifest.jsonl"
             )
     return [split or "train" for split in splits], labels
+
+
+def _separate_posts(
+    paths: list[str], labels: list[str | None], sidecars: list[Sidecar]
+) -> tuple[list[str | None], list[Sidecar]]:
+    """Return labels and sidecars; no labels, but ids, if most images are posts of a booru, and say so.
+
+    An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
+    `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
+    """
+    ids, posts = [sidecar.id for sidecar in sidecars], 0
+    for row, (path, label) in enumerate(zip(paths, labels)):
+        stem, folder = os.path.splitext(os.path.basename(path))[0].lower(), (label or "").lower()
+        by_id = re.fullmatch(r"\d{2,4}", folder) and re.fullmatch(r"\d{1,18}", stem)
+        if by_id and int(stem) % 10 ** min(len(folder), 3) == int(folder):
+            ids[row] = int(stem) if ids[row] is None else ids[row]
+            posts += 1
+        elif re.fullmatch("[0-9a-f]{2,5}", folder) and re.fullmatch("[0-9a-f]{9,}", stem) and stem.startswith(folder):
+            posts += 1
+        else:
+            posts += ids[row] is not None and sidecars[row].tags is not None
+    if posts <= len(paths) / 2 or not any(labels):
+        return labels, sidecars
+    log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
+    return [None] * len(paths), [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
+
+
+def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
+    """Raise UserError (`data.root`) for the folders `10_name class` of sd-scripts: 10 repeats, and a caption.
+
+    Numbers that count classes from 1 are names.
+    """
+    found = {folder: _REPEATS.fullmatch(os.path.basename(folder)) for folder in folders}
+    numbers: dict[str, list[int]] = {}
+    for folder in filter(found.get, folders):
+        numbers.setdefault(os.path.dirname(folder), []).append(int(found[folder][1]))
+    names = [f"{folder!r} ({found[folder][1]} repeats)" for folder in filter(found.get, folders)]
+    counts = (sorted(values) == [*range(1, len(values) + 1)] for values in numbers.values())
+    if len(names) == len(folders) and not all(counts):
+        raise UserError(
+            f"data.root: {str(root)!r} has the folders of sd-scripts: {show_some(names)}. Repeats, and captions from "
+            "names, are not read: remove the numbers, or list the images and captions in a manifest.jsonl"
+        )
+    unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
 
 
 def _find_empty(paths: list[str], folders: list[str]) -> list[str]:

@@ -10,6 +10,13 @@ from data.layouts.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_ta
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 
+# Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.
+_HEADERS = (
+    ("antecedent_name", "alias", "from", "tag"),
+    ("consequent_name", "implied_tag", "to", "tag"),
+    ("status",),
+)
+
 
 @dataclass(frozen=True)
 class TagRules:
@@ -80,18 +87,30 @@ def read_rules(config: TagRulesConfig, key: str) -> TagRules:
 
 
 def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
-    """Read a CSV file with two columns of tags; [] for None. Raises UserError (`key`)."""
+    """Read a CSV file with two columns of tags, or a dump of a booru; [] for None. Raises UserError (`key`).
+
+    A dump names the columns `antecedent_name` and `consequent_name`, and may have a `status`; or it has no header, and
+    in each row a tag, its category and count, and its aliases, as tag completion uses it.
+    """
     if path is None:
         return []
-    pairs = []
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:
             reader = csv.reader(stream)
-            for row in filter(None, reader):
-                tags = [parse_tag(text) for text in row]
-                if len(row) != 2 or not all(tag.name for tag in tags):
-                    raise UserError(f"{key}: {path}, line {reader.line_num}: {row}; write two tags, such as a,b")
-                pairs.append(tuple(tags))
+            rows = [(reader.line_num, row) for row in reader if row]
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{key}: {path} cannot be read ({error}); give a CSV file with two columns, in UTF-8") from None
+    header = [name.strip().lower() for name in rows[0][1]] if rows else []
+    first, second, status = (next((header.index(name) for name in names if name in header), None) for names in _HEADERS)
+    has_header, pairs = first not in (None, second) and second is not None, []
+    for line, row in rows[has_header:]:
+        texts = [row]
+        if has_header and len(row) == len(header):
+            texts = [[row[first], row[second]]] if status is None or row[status].lower() == "active" else []
+        elif key.endswith("aliases") and len(row) == 4 and (row[1] + row[2]).isdecimal():
+            texts = [[alias, row[0]] for alias in row[3].split(",") if alias.strip()]
+        for tags in ([parse_tag(text) for text in pair] for pair in texts):
+            if len(tags) != 2 or not all(tag.name for tag in tags):
+                raise UserError(f"{key}: {path}, line {line}: {row}; write two tags, such as a,b")
+            pairs.append(tuple(tags))
     return pairs

@@ -243,13 +243,13 @@ def spell_tags(row: Row, config: TextConfig) -> list[str]:
     for category, names in row["probs"].items():
         for name in names:
             categories.setdefault(name, []).append(CATEGORIES.get(category))
-    shared = {name for name, numbers in categories.items() if len(numbers) > 1 and config.categories}
+    shared = {Tag(GENERAL, name) for name, numbers in categories.items() if len(numbers) > 1 and config.categories}
     tags = [Tag(categories[name].pop(0), name) for name in row["tags"]]
     rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
     words: list[str] = []
     for spaces in (config.spaces, False):
         words = [write_tag(tag, category=config.categories, spaces=spaces, escape=config.escape) for tag in tags]
-        words = [f"general:{w}" if t.category == GENERAL and t.name in shared else w for w, t in zip(words, tags)]
+        words = [f"general:{w}" if t in shared and parse_tag(w).category is None else w for w, t in zip(words, tags)]
         words = [*rating, *words] if config.rating == "first" else [*words, *rating]
         if not any(map(is_sentence, [words, *([word] for word in words)] if words else ())):
             break

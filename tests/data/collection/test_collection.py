@@ -12,6 +12,7 @@ import data.collection.collection
 import data.layouts.table
 from data.collection.collection import Collection, check_classes, index_collection
 from data.layouts.table import SCHEMA, build_table, count_values, hash_table
+from data.tools.predictions import find_images
 from utils.errors import UserError
 
 
@@ -85,6 +86,16 @@ def test_class_folders_without_splits_and_flat_folders(opened, root, tmp_path):
     assert columns(opened(flat), "path", "split", "label") == [("a.png", "train", None), ("b.PNG", "train", None)]
 
 
+def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, log):
+    others = ["cat/a-masklabel.png", "cat/A-CondLabel.PNG", "cat/@eaDir/a.png/T.jpg", "#recycle/a.png", "cat/._a.png"]
+    put(root, "cat/a.png", "dog/b.png", *others, "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
+    assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/b.png", "dog")]
+    assert "2 masks, which belong to an image: cat/A-CondLabel.PNG" in log.text
+    assert "5 hidden names, thumbnails, bins and indexes of systems: " in log.text
+    assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
+    assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant
+
+
 @pytest.mark.parametrize("is_manifest", [False, True], ids=["folders", "manifest"])
 @pytest.mark.parametrize("names, use", [(["train", "test", "valid"], "ignored"), (["train", "test"], "validation")])
 def test_a_test_split_is_ignored_beside_a_validation_split(names, use, is_manifest, opened, root, log):
@@ -114,6 +125,38 @@ def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
 )
 def test_mixed_layouts_are_refused(refuse, root, paths, words):
     refuse(put(root, *paths), "mixes", *words)
+
+
+def test_repeats_of_sd_scripts_are_refused(refuse, root, tmp_path):
+    refuse(
+        put(root, "10_sks dog/a.png", "1_cat/b.png"), "sd-scripts", "'10_sks dog' (10 repeats)", "'1_cat' (1 repeats)"
+    )
+    refuse(put(tmp_path / "kohya", "img/5_sks/a.png", "reg/1_dog/b.png"), "'img/5_sks' (5 repeats)")
+
+
+def test_numbers_that_count_classes_are_names(opened, root, log):
+    put(root, "1_cat/a.png", "2_dog/a.png")
+    assert opened(root).class_names("train") == ["1_cat", "2_dog"] and "2 numbers of folders" in log.text
+
+
+@pytest.mark.parametrize(
+    "paths, ids",
+    [
+        (["0123/4000123.png", "0999/17999.png"], [4000123, 17999]),
+        (["train/23/4000123.png", "train/99/17999.png"], [4000123, 17999]),
+        (["ab/ab" + "0" * 30 + ".png", "cd/cd" + "1" * 30 + ".png"], None),
+        (["00000/000000012.png", "00001/000010003.png"], None),
+        (["cat/1.png", "dog/2.png"], [7, 8]),  # by their sidecars
+    ],
+)
+def test_folders_of_posts_are_no_classes(opened, root, log, paths, ids):
+    for number, path in enumerate(paths):
+        put(root, path)
+        if "cat" in paths[0]:
+            (root / path).with_suffix(".json").write_text(f'{{"id": {7 + number}, "tag_string": "a"}}')
+    collection = opened(root)
+    assert collection.table["label"].to_pylist() == [None, None] and "are no classes" in log.text
+    assert ids is None or collection.column("id").tolist() == ids
 
 
 def test_roots_that_are_none(refuse, root, tmp_path):

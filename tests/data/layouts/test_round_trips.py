@@ -50,7 +50,7 @@ def read(root, known, cache):
 
 @FUZZ
 @example([(0, "general")], "general", PLAIN)
-@example([(0, "miku"), (4, "miku")], "general", PLAIN)
+@example([(0, "miku"), (4, "miku"), (0, "meta:x"), (1, "meta:x")], "general", PLAIN)
 @given(TAGS, st.sampled_from(list(RATINGS)), TEXTS)
 def test_tags_come_back_from_every_form(keys, rating, text):
     wanted = {*keys, (9, rating)}
