@@ -26,10 +26,10 @@ from data.tags.captions import CaptionConfig, describe_captions
 from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, Streams
-from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS
-from models.sdxl.networks import SDXLConfig, base_files, describe, open_networks
+from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, open_networks
 from models.sdxl.step import encode_images, encode_text
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from utils.canvas import DEFAULT
@@ -66,16 +66,9 @@ class DiffusionKind(Kind):
 
         Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
         """
-        task, path = config.task, config.model.path
-        if path is not None and not task.noise.convert:
-            source = describe(path)
-            base = {name: source[name] for name in ("prediction_type", "zero_terminal_snr")}
-            if base != task.noise.model_dump(include=base.keys()):
-                settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in base.items())
-                raise UserError(
-                    f"task.noise: {path} was trained otherwise; set {settings}, or task.noise.convert=true to convert "
-                    "it to the current settings, which takes a long run"
-                )
+        task = config.task
+        if config.model.path is not None:
+            check_noise(config.model.path, task.noise)
         if not task.reestimates:
             return {}
         rows = training_rows(collection, config.loop.train_paths)
@@ -127,6 +120,27 @@ class DiffusionKind(Kind):
         setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
         buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+
+
+def check_noise(path: str, noise: NoiseConfig) -> None:
+    """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
+    source = describe(path)
+    if unread := source["unread"]:
+        log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
+    if noise.convert:
+        return
+    convert = "task.noise.convert=true to convert it to the current settings, which takes a long run"
+    if source["other_noise"] is not None:
+        raise UserError(f"task.noise: {path} was trained otherwise: {source['other_noise']}; set {convert}")
+    base = {name: source[name] for name in ("prediction_type", "zero_terminal_snr") if source[name] is not None}
+    if base != noise.model_dump(include=base.keys()):
+        settings = " ".join(f"task.noise.{name}={str(value).lower()}" for name, value in base.items())
+        raise UserError(f"task.noise: {path} counts as a model of {settings}; set that, or {convert}")
+    if source["zero_terminal_snr"] is None:
+        log.warning(
+            "task.noise: %s predicts v and does not say whether its last timestep is pure noise; it is trained as "
+            "task.noise.zero_terminal_snr=%s says: ask its author", path, str(noise.zero_terminal_snr).lower(),
+        )  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------- captions
@@ -225,4 +239,5 @@ def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
     files = base_files(model)
     chosen = [file for file in files if len(files) == 1 or file.parent.name in parts]
     hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in chosen])
-    return record_key(model.name if model.path is None else "", hashes, model.frozen_dtype)
+    dtypes = sorted({str(frozen_dtype(model, part)).removeprefix("torch.") for part in parts})
+    return record_key(model.name if model.path is None else "", hashes, *dtypes)

@@ -31,6 +31,9 @@ from models.sdxl.networks import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
@@ -88,6 +91,11 @@ class LoRA(nn.Module):
         self.config = config
         layers = _find_layers(networks, config)
         self.names = _choose(layers, config)
+        if narrow := [name for name in self.names if config.rank > _full_rank(layers[name])]:
+            log.warning(
+                "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
+                config.rank, len(narrow), len(self.names), narrow[0], _full_rank(layers[narrow[0]]),
+            )  # fmt: skip
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
         self._hooks: list[RemovableHandle] = []
@@ -120,6 +128,10 @@ class LoRA(nn.Module):
 
 def _adding(layer: LoRALayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     return lambda _, inputs, output: output + layer(inputs[0])
+
+
+def _full_rank(layer: nn.Linear | nn.Conv2d) -> int:
+    return min(layer.weight.flatten(1).shape)
 
 
 def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:

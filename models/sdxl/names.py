@@ -13,7 +13,8 @@ files. transformers' CLIPTextModel dropped it in release 5.6.
 Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Stability-AI/generative-models.
 """
 
-from collections.abc import Iterator, Mapping
+import fnmatch
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cache
 
 import torch
@@ -28,8 +29,19 @@ PREFIXES = {
 PARTS = tuple(PREFIXES)
 ENCODERS = ("text_encoder", "text_encoder_2")
 _TEXT = "text_model."
-# Tensors without weights that some releases of other programs write.
-_UNUSED = ("text_model.embeddings.position_ids", "logit_scale")
+# Tensors that carry nothing for SDXL, by part and elsewhere in a single file: constants, counters, and what only the
+# training of CLIP or of the VAE uses. ComfyUI, Forge, sd-scripts, OneTrainer and old transformers write them.
+_UNUSED = {
+    "unet": (),
+    "vae": ("loss.*", "model_ema.*"),
+    "text_encoder": ("*position_ids", "*logit_scale", "*text_projection", "*text_projection.weight"),
+    "text_encoder_2": ("*position_ids", "*logit_scale", "attn_mask"),
+    "": (
+        "conditioner.embedders.?.logit_scale", "conditioner.embedders.0.text_projection*", "v_pred", "ztsnr",
+        "model_ema.decay", "model_ema.num_updates", "denoiser.*", "betas", "*alphas_cumprod*", "posterior_*", "logvar",
+        "global_step",
+    ),
+}  # fmt: skip
 
 _UNET_LAYERS = (
     ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
@@ -117,6 +129,11 @@ def rename(part: str, name: str, *, to_single: bool) -> str | None:
     return None
 
 
+def drop_unused(part: str, names: Iterable[str]) -> list[str]:
+    """Return the names of a part, or of what is outside the parts (""), without tensors that carry nothing."""
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED[part])]
+
+
 def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Convert a part's tensors to the layout of a single file. Every name must be one of SDXL's."""
     renamed = {}
@@ -130,16 +147,16 @@ def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return a part's tensors in a single file, under the names of diffusers or transformers.
 
-    Unknown names stay unchanged. Other parts and tensors without weights are skipped.
+    Unknown names stay unchanged. Other parts and tensors that carry nothing are skipped.
     """
     renamed = {}
     for full, tensor in state.items():
         name = full.removeprefix(PREFIXES[part])
-        if name == full or name in _UNUSED:
+        if name == full:
             continue
         new = rename(part, name, to_single=False) or name
         renamed[new] = _reshape(part, new, tensor, to_single=False)
-    return _split_qkv(renamed) if part == "text_encoder_2" else renamed
+    return from_folder(part, _split_qkv(renamed) if part == "text_encoder_2" else renamed)
 
 
 def _reshape(part: str, name: str, tensor: Tensor, *, to_single: bool) -> Tensor:
@@ -175,7 +192,7 @@ def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_folder(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a part, from a folder or a network, under the names of published folders."""
     prefix = "" if part != "text_encoder" or any(name.startswith(_TEXT) for name in state) else _TEXT
-    return {prefix + name: tensor for name, tensor in state.items() if prefix + name not in _UNUSED}
+    return {prefix + name: state[name] for name in drop_unused(part, state)}
 
 
 def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:

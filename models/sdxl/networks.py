@@ -12,14 +12,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from pydantic import Field
+from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.sdxl.names import PARTS, PREFIXES, from_folder, from_single_file, load_part, part_state
-from models.sdxl.step import PredictionType
+from models.sdxl.names import PARTS, PREFIXES, drop_unused, from_folder, from_single_file, load_part, part_state
+from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, build_noise_table
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
-from utils.io.files import read_json
+from utils.io.files import read_json, readable
 from utils.io.weights import read_header, read_weights
 
 VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
@@ -27,6 +28,13 @@ State = dict[str, Tensor]
 _TINY_WIDTH = 16  # channels of the tiny U-Net's first level
 _MAX_TEXT = 200  # characters of a text from a file
 _MAX_CARD = 10_000  # characters of a model card to search for its front matter
+_VARIANTS = ("", ".fp16", ".bf16")  # in the names of a folder's weight files
+# Configuration that is read, or that does not change the networks.
+_FREE = ("scaling_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
+_SCHEDULE = {"beta_start": BETA_FIRST, "beta_end": BETA_LAST, "beta_schedule": "scaled_linear"}  # diffusers has others
+_SCHEDULE_DEFAULTS = {"num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
+_TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
+_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 # Tensors that identify other kinds of checkpoints.
 _OTHERS = {
     "cond_stage_model.": "Stable Diffusion 1 or 2",
@@ -50,8 +58,7 @@ class SDXLConfig(Strict):
 class SDXLNetworks:
     """The networks, or None for those not requested, and a description of their source.
 
-    source: JSON values `path`, `layout`, `prediction_type`, `zero_terminal_snr`, `licence` (None: unknown) and
-    `vae_scaling_factor`.
+    source: JSON values `path`, `vae_scaling_factor`, and those of `describe`.
     """
 
     unet: nn.Module | None
@@ -70,7 +77,7 @@ class SDXLNetworks:
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:
-    """Return the networks of a config; frozen: without gradients, in `model.frozen_dtype`.
+    """Return the networks of a config; frozen: without gradients, in `frozen_dtype`.
 
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
@@ -78,27 +85,36 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
         configs = list_configs(tiny=model.name == "sdxl_tiny")
         parts = {part: build_part(part, configs[part]) if part in only else None for part in PARTS}
         return SDXLNetworks(**parts, source={})
-    dtype = getattr(torch, model.frozen_dtype) if frozen else torch.float32
+    dtypes = {part: frozen_dtype(model, part) if frozen else torch.float32 for part in only}
     if model.path is None:
         networks = tiny_networks()
         for part in PARTS:
             # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
-            setattr(networks, part, nn.Module.to(getattr(networks, part), dtype) if part in only else None)
+            setattr(networks, part, nn.Module.to(getattr(networks, part), dtypes[part]) if part in only else None)
     else:
-        networks = load_networks(model.path, only=only, dtype=dtype)
+        networks = load_networks(model.path, only=only, dtypes=dtypes)
     for part in only if frozen else ():
         getattr(networks, part).requires_grad_(False)
     return networks
 
 
+def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
+    """Return the dtype of a part that is not trained.
+
+    The VAE is always in float32: bfloat16 changes latents 20 times as much as the cache's rounding, for all epochs.
+    """
+    return torch.float32 if part == "vae" else getattr(torch, model.frozen_dtype)
+
+
 @about("model.path")
 def load_networks(
-    path: str | Path, *, only: Collection[str] = PARTS, dtype: torch.dtype = torch.float32
+    path: str | Path, *, only: Collection[str] = PARTS, dtypes: Mapping[str, torch.dtype] = {}
 ) -> SDXLNetworks:
     """Read SDXL from a diffusers folder or a single file, without a hub. The networks are in eval mode.
 
-    only: the networks to load (PARTS). If torch's default device is meta, only shapes are read. Raises UserError
-    (`model.path`) for another kind of checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
+    only: the networks to load (PARTS). dtypes: by part; float32 if not named. If torch's default device is meta, only
+    shapes are read. Raises UserError (`model.path`) for another kind of checkpoint, missing or unexpected tensors,
+    wrong shapes, or a damaged file.
     """
     path = Path(path)
     source, configs = _describe(path)
@@ -106,7 +122,7 @@ def load_networks(
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, only, lambda file: read_weights(file)[0])
         for part in only:
-            _fill(part, networks[part], states.pop(part), dtype)
+            _fill(part, networks[part], states.pop(part), dtypes.get(part, torch.float32))
     source = {"path": str(path), **source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
     return SDXLNetworks(**{part: networks[part] if part in only else None for part in PARTS}, source=source)
 
@@ -116,7 +132,7 @@ def tiny_networks() -> SDXLNetworks:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         networks = {part: build_part(part, config) for part, config in list_configs(tiny=True).items()}
-    facts = dict.fromkeys(("path", "prediction_type", "zero_terminal_snr", "licence"))
+    facts = dict.fromkeys(("path", "prediction_type", "zero_terminal_snr", "other_noise", "licence"))
     return SDXLNetworks(**networks, source={**facts, "layout": "drawn", "vae_scaling_factor": VAE_SCALING_FACTOR})
 
 
@@ -162,6 +178,7 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
             "num_attention_heads": max(1, width // 64),
             "max_position_embeddings": 77,
             "hidden_act": activation,
+            "layer_norm_eps": 1e-5,
         }
         for width, depth, activation in zip(text_widths, layers, ("quick_gelu", "gelu"))
     ]
@@ -186,15 +203,17 @@ def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[s
     """Build the networks of a file or folder on the meta device. stated: a folder's config of each part."""
     shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
-    free = ("scaling_factor", "force_upcast")  # a folder may have other values
-    configs["vae"] |= {name: stated["vae"][name] for name in free if name in stated.get("vae", ())}
+    configs["vae"] |= {name: stated["vae"][name] for name in ("scaling_factor", "force_upcast") if stated}
     with torch.device("meta"):
         networks = {part: build_part(part, configs[part]) for part in PARTS}
     for part, network in networks.items():
         refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
-        for name, value in configs[part].items():
-            if (other := stated.get(part, {}).get(name, value)) != value:
-                raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {value!r}")
+        # All of diffusers' configuration counts; transformers' also describes other things than the network.
+        known = configs[part] if part.startswith("text") else dict(network.config)
+        for name, other in stated.get(part, {}).items():
+            # 0, false and null are the same here.
+            if name in known and name not in _FREE and (other or None) != (known[name] or None):
+                raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {known[name]!r}")
     return networks
 
 
@@ -233,7 +252,10 @@ def base_files(model: SDXLConfig) -> list[Path]:
 
 @about("model.path")
 def describe(path: str | Path) -> dict[str, Any]:
-    """Return layout, prediction_type, zero_terminal_snr and licence of a folder or file.
+    """Return what a folder or file says of itself, JSON values; None is unknown.
+
+    `layout`, `licence`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `other_noise` (how its
+    noise schedule differs from SDXL's, or None) and `unread` (names of tensors that belong to no network).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
@@ -252,37 +274,79 @@ def _unusable(reason: str) -> UserError:
 
 
 def _describe_file(path: Path) -> dict[str, Any]:
+    if path.suffix != ".safetensors":
+        raise _unusable(f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one")
     names, texts = read_header(path)
     for mark, kind in _OTHERS.items():
         if any(name.startswith(mark) for name in names):
             raise _unusable(f"{path} is a checkpoint of {kind}, not of SDXL")
     if missing := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in names)]:
         raise _unusable(f"{path} has no tensors of {', '.join(missing)}")
-    is_v = "v_pred" in names or texts.get("modelspec.prediction_type") == "v"
+    # ComfyUI's name of the key is not ModelSpec's.
+    stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key") or "epsilon"
+    prediction, rescaled = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower()), None
+    if prediction is None:
+        raise _unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon or v")
+    other = None
+    if table := next((name for name in ("alphas_cumprod", "denoiser.sigmas") if name in names), None):
+        rescaled, other = _recognise_table(path, table)
+    rescaled = True if prediction == "v_prediction" and "ztsnr" in names else rescaled
+    outside = (name for name in names if not name.startswith(tuple(PREFIXES.values())))
     return {
         "layout": "single file",
-        "prediction_type": "v_prediction" if is_v else "epsilon",
-        "zero_terminal_snr": is_v and "ztsnr" in names,
+        **_describe_noise(prediction, rescaled, other),
         "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
+        "unread": drop_unused("", outside),
     }
+
+
+def _describe_noise(prediction: str, rescaled: bool | None, other: str | None) -> dict[str, Any]:
+    """Return the values of `describe` on noise. rescaled: zero terminal SNR, which nobody states for epsilon."""
+    if prediction == "epsilon" and rescaled:
+        other = other or "zero terminal SNR with epsilon"
+    unstated = None if prediction == "v_prediction" else False
+    return {
+        "prediction_type": prediction,
+        "zero_terminal_snr": unstated if rescaled is None else rescaled,
+        "other_noise": other,
+    }
+
+
+def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
+    """Return whether a file's noise table has zero terminal SNR, or what is wrong with it (see `describe`)."""
+    with readable(path, "safetensors"), safe_open(path, "pt") as file:
+        values = file.get_tensor(name).double().flatten()
+    alphas = values.sqrt() if name == "alphas_cumprod" else (1 + values.square()).rsqrt()
+    for rescaled in (False, True):
+        wanted = build_noise_table(rescaled).alpha
+        if alphas.shape == wanted.shape and (alphas - wanted).abs().max() < _TABLE_TOLERANCE:
+            return rescaled, None
+    return None, f"its tensor {name} is another noise table"
 
 
 def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     kind = str(_read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
         raise _unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
-    scheduler = _read_config(path / "scheduler" / "scheduler_config.json")
+    scheduler = _SCHEDULE_DEFAULTS | _read_config(path / "scheduler" / "scheduler_config.json")
     stated = {part: _read_config(path / part / "config.json") for part in PARTS}
-    prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr", False)
-    if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool):
-        raise _unusable(
-            f"{path}/scheduler has prediction_type {prediction!r:.99}, rescale_betas_zero_snr {rescaled!r:.99}"
-        )
+    prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
+    wrong = {
+        name: scheduler.get(name)
+        for name, value in (_SCHEDULE | _SCHEDULE_DEFAULTS).items()
+        if scheduler.get(name) != value
+    }
+    if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool | None):
+        wrong |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescaled}
+        prediction, rescaled = "epsilon", False
+    listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
+    other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
     factor, upcast = stated["vae"].get("scaling_factor"), stated["vae"].get("force_upcast", True)
     if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
         raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
-    source = {"layout": "diffusers", "prediction_type": prediction, "zero_terminal_snr": rescaled}
-    return {**source, "licence": _stated_licence(path / "README.md")}, stated
+    stated["vae"]["force_upcast"] = upcast
+    noise = _describe_noise(prediction, rescaled, other)
+    return {"layout": "diffusers", **noise, "licence": _stated_licence(path / "README.md"), "unread": []}, stated
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
@@ -305,13 +369,24 @@ def weight_name(part: str) -> str:
 
 
 def _weight_files(folder: Path, part: str) -> list[Path]:
-    """Return the files of a part: one file, its half-precision variant, or its shards."""
-    name = weight_name(part)
-    for file in (f"{name}.safetensors", f"{name}.fp16.safetensors"):
-        if (folder / part / file).is_file():
-            return [folder / part / file]
-    if shards := sorted((folder / part).glob(f"{name}-*.safetensors")):
-        return shards
+    """Return the files of a part: one file or its shards; a half-precision variant only if there is no other.
+
+    Only the index says which shards belong together: others may be left from earlier.
+    """
+    name, place = weight_name(part), folder / part
+    for variant in _VARIANTS:
+        whole = place / f"{name}{variant}.safetensors"
+        index = place / f"{name}.safetensors.index{variant}.json"
+        if whole.is_file() and index.is_file():
+            raise _unusable(f"{place} has both {whole.name} and shards ({index.name}); remove what is old")
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            named = _read_config(index).get("weight_map")
+            shards = sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
+            if not shards or any(Path(file).name != file for file in shards):
+                raise _unusable(f"{index} names no files of its folder as weight_map")
+            return [place / file for file in shards]
     raise _unusable(f"{folder} has no {part}/{name}.safetensors")
 
 

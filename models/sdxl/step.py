@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from models.sdxl.tokenizer import EOT, pad_second
 from utils import rng
 
-PredictionType = Literal["epsilon", "v_prediction", "sample"]  # as diffusers names them
+PredictionType = Literal["epsilon", "v_prediction"]  # as diffusers names them
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
@@ -177,8 +177,6 @@ def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, leve
     """
     if prediction_type == "epsilon":
         return noise
-    if prediction_type == "sample":
-        return latents
     alpha, sigma = level.over(latents)
     return alpha * noise - sigma * latents
 
@@ -207,5 +205,4 @@ def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, g
         weight = snr.sqrt()
     if prediction_type == "epsilon":
         return weight / snr
-    weight = weight.clamp(min=floor)
-    return weight if prediction_type == "sample" else weight / (snr + 1.0)
+    return weight.clamp(min=floor) / (snr + 1.0)

@@ -13,19 +13,26 @@ pytest.importorskip("diffusers")
 
 from diffusers import StableDiffusionXLPipeline
 
+from engine.tasks.diffusion import NoiseConfig
+from engine.tasks.diffusion_kind import check_noise
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
 from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
 from models.sdxl.networks import (
+    SDXLConfig,
     build_part,
+    describe,
     list_configs,
     load_networks,
+    open_networks,
     tiny_networks,
 )
+from models.sdxl.step import build_noise_table
 from models.sdxl.tokenizer import build_tokenizer
 from utils.errors import UserError
 from utils.io.weights import read_header
 
 V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+NOISE = {**V_ZTSNR, "convert": False, "shift_by_resolution": False, "offset": 0.0}
 FACTS = {"title": "toy", "license": "openrail++"}
 # What config.json of each network of stabilityai/stable-diffusion-xl-base-1.0 says, and no shape shows.
 PUBLISHED = {
@@ -124,21 +131,107 @@ def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
     assert dtypes.pop("vae") == {torch.float32} and all(found == {torch.float16} for found in dtypes.values())
 
 
-def test_files_of_other_programs_are_read(networks, folder, file, tmp_path):
-    """Tensors without weights; a prediction type that metadata alone state; what diffusers saves, in shards."""
-    tensors = load_file(file)
-    del tensors["v_pred"], tensors["ztsnr"]
-    tensors[f"{PREFIXES['text_encoder']}text_model.embeddings.position_ids"] = torch.arange(77)[None]
-    tensors[f"{PREFIXES['text_encoder_2']}logit_scale"] = torch.tensor(4.6)
-    save_file(tensors, tmp_path / "other.safetensors", metadata={"modelspec.prediction_type": "v"})
-    found = load_networks(tmp_path / "other.safetensors", only=("text_encoder",)).source
-    assert found["prediction_type"] == "v_prediction" and found["zero_terminal_snr"] is False
+FIRST, SECOND, IDS = PREFIXES["text_encoder"], PREFIXES["text_encoder_2"], "text_model.embeddings.position_ids"
+ONE, EMPTY, LOW = torch.ones(1), torch.empty(0), torch.float8_e4m3fn
+TABLES = {zero: build_noise_table(zero).alpha.square() for zero in (False, True)}
+# What programs write beside SDXL's tensors, metadata, and what the file then says: prediction type, zero terminal SNR.
+PROGRAMS = {
+    "ComfyUI": (
+        {FIRST + IDS: torch.arange(77.0)[None], f"{SECOND}transformer.{IDS}": torch.arange(77)[None], "v_pred": EMPTY,
+         f"{SECOND}logit_scale": ONE}, {"modelspec.predict_key": "v"}, ("v_prediction", None),
+    ),
+    "ComfyUI without marks": ({}, {"modelspec.predict_key": "v"}, ("v_prediction", None)),
+    "Forge": (
+        {f"{FIRST}text_projection.weight": torch.eye(32), f"{FIRST}logit_scale": ONE, "v_pred": EMPTY, "ztsnr": EMPTY,
+         "conditioner.embedders.0.logit_scale": ONE, "conditioner.embedders.0.text_projection": torch.eye(32)}, {},
+        ("v_prediction", True),
+    ),
+    "sd-scripts": ({f"{SECOND}logit_scale": ONE}, {"modelspec.prediction_type": "epsilon"}, ("epsilon", False)),
+    "OneTrainer": (
+        {"betas": TABLES[True], "alphas_cumprod": TABLES[True], "posterior_mean_coef1": ONE, "v_pred": EMPTY}, {},
+        ("v_prediction", True),
+    ),
+    "sgm": (
+        {"denoiser.sigmas": (1 / TABLES[False] - 1).sqrt().half(), "model_ema.decay": ONE,
+         "first_stage_model.loss.discriminator.main.0.weight": ONE}, {}, ("epsilon", False),
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_files_of_other_programs_are_read(program, networks, file, tmp_path):
+    beside, metadata, says = PROGRAMS[program]
+    tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
+    tensors |= {name: one.clone() for name, one in beside.items()}
+    save_file(tensors, path := tmp_path / "other.safetensors", metadata=metadata)
+    found = load_networks(path)
+    assert (found.source["prediction_type"], found.source["zero_terminal_snr"]) == says
+    assert found.source["other_noise"] is None and found.source["unread"] == []
+    for part, state in networks.states().items():
+        assert_equal_states(found.states()[part], state)
+
+
+def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, file, tmp_path):
+    """As transformers 5.6 and later name it in diffusers' script; float8 has the values of its bfloat16."""
+    tensors = {name.replace(f"{FIRST}text_model.", FIRST): one for name, one in load_file(file).items()}
+    low = {name: one.to(LOW) for name, one in tensors.items()}
+    save_file({**low, "model_ema.w": ONE}, path := tmp_path / "other.safetensors")
+    found = load_networks(path)
+    for part, state in networks.states().items():
+        assert_equal_states(found.states()[part], {name: one.to(LOW).float() for name, one in state.items()})
+    assert found.source["unread"] == ["model_ema.w"]
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
     pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
-    pipeline.save_pretrained(other := tmp_path / "other", max_shard_size="2MB")
-    assert len(list(other.glob("unet/*.safetensors"))) > 1
-    (other / "vae/diffusion_pytorch_model.safetensors").rename(other / "vae/diffusion_pytorch_model.fp16.safetensors")
+    pipeline.save_pretrained(other := tmp_path / "other", max_shard_size="2MB", variant=variant)
+    stale = next(other.glob("unet/*-00001-of-*"))
+    shutil.copy(stale, stale.with_name("diffusion_pytorch_model-00009-of-00009.safetensors"))
     for part, state in load_networks(other).states().items():
         assert_equal_states(state, networks.states()[part])
+    shutil.copy(stale, stale.with_name(f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"))
+    with pytest.raises(UserError, match="both"):
+        load_networks(other)
+
+
+@pytest.mark.parametrize(
+    ("changes", "word"),
+    [
+        ({"beta_schedule": "linear"}, "beta_schedule 'linear'"),
+        ({"beta_end": 0.02}, "beta_end"),
+        ({"num_train_timesteps": 500}, "500"),
+        ({"trained_betas": [0.1]}, "trained_betas"),
+        ({"use_flow_sigmas": True}, "use_flow_sigmas"),
+        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"prediction_type": "sample"}, "sample"),
+        ({"prediction_type": "epsilon"}, "zero terminal SNR with epsilon"),
+        ({"rescale_betas_zero_snr": "yes"}, "yes"),
+        ("EDMEulerScheduler", "EDMEulerScheduler has beta_start None"),
+        ("FlowMatchEulerDiscreteScheduler", "FlowMatch"),
+    ],
+)
+def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
+    file = shutil.copytree(folder, tmp_path / "other") / "scheduler/scheduler_config.json"
+    new = {"_class_name": changes} if isinstance(changes, str) else {**json.loads(file.read_text()), **changes}
+    file.write_text(json.dumps(new))
+    assert word in describe(tmp_path / "other")["other_noise"]
+    with pytest.raises(UserError, match="^task.noise: .*other"):
+        check_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
+    check_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
+
+
+def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
+    save_file({**load_file(file), "extra": ONE}, path := tmp_path / "other.safetensors")
+    check_noise(str(path), NoiseConfig(**NOISE))
+    assert "belong to no network, such as extra" in caplog.text and "does not say" not in caplog.text
+    tensors = {name: one for name, one in load_file(file).items() if name != "ztsnr"}
+    save_file(tensors, path)
+    for zero in (True, False):
+        check_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
+        assert f"as task.noise.zero_terminal_snr={zero}".lower() in caplog.text
+    with pytest.raises(UserError, match="^task.noise: .* of task.noise.prediction_type=v_prediction; set that"):
+        check_noise(str(path), NoiseConfig(**{**NOISE, "prediction_type": "epsilon", "zero_terminal_snr": False}))
 
 
 @pytest.mark.parametrize(
@@ -146,6 +239,10 @@ def test_files_of_other_programs_are_read(networks, folder, file, tmp_path):
     [
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
         ("unet/config.json", "attention_head_dim", [4, 4, 4]),
+        ("unet/config.json", "resnet_time_scale_shift", "scale_shift"),
+        ("vae/config.json", "shift_factor", 0.1),
+        ("vae/config.json", "latents_mean", [0.1, 0, 0, 0]),
+        ("text_encoder/config.json", "layer_norm_eps", 1e-6),
     ],
 )
 def test_folders_are_refused(file, name, value, folder, tmp_path):
@@ -162,6 +259,19 @@ FILES = {
         name: one for name, one in tensors.items() if not name.startswith(f"{UNET}middle_block.2")
     },
 }
+
+
+def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
+    torch.save({}, path := tmp_path / "model.ckpt")
+    with pytest.raises(UserError, match="^model.path: .*model.ckpt is no .safetensors file"):
+        describe(path)
+
+
+def test_the_frozen_vae_is_in_float32(folder):
+    config = SDXLConfig(family="sdxl", name="x", path=str(folder), frozen_dtype="bfloat16", in_channels=3)
+    for path in (str(folder), None):
+        found = open_networks(config.model_copy(update={"path": path}), ("vae", "text_encoder"), frozen=True)
+        assert (found.vae.dtype, found.text_encoder.dtype) == (torch.float32, torch.bfloat16)
 
 
 @pytest.mark.parametrize("named", FILES)

@@ -13,7 +13,6 @@ from models.sdxl.step import (
     target,
 )
 
-PREDICTION_TYPES = ["epsilon", "v_prediction", "sample"]
 TIMESTEPS = torch.tensor([0, 1, 250, 500, 998, 999])
 KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(0))
 LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
@@ -53,7 +52,6 @@ def test_literal_weights():
         ("none", "v_prediction"): [1, 1, 1, 1],
         ("min_snr", "epsilon"): [1, 1, 1, 0.05],
         ("min_snr", "v_prediction"): [0.01 / 1.01, 1 / 2, 5 / 6, 5 / 101],
-        ("min_snr", "sample"): [0.01, 1, 5, 5],
         ("soft_min_snr", "epsilon"): [5 / 5.01, 5 / 6, 0.5, 5 / 105],
         ("debiased", "epsilon"): [10, 1, 0.2**0.5, 0.1],
     }

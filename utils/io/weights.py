@@ -49,8 +49,11 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write tensors into a safetensors file and flush it to the disk."""
-    save_file(_plain(tensors), path, metadata=dict(metadata or {}))
+    """Write tensors into a safetensors file, with the mode of any new file, and flush it to the disk."""
+    path.touch()
+    mode = path.stat().st_mode
+    save_file(_plain(tensors), path, metadata=dict(metadata or {}))  # as a new file that only its owner can read
+    path.chmod(mode)
     fsync_path(path)
 
 
@@ -80,9 +83,10 @@ def read_weights(
 ) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read a weight file: its tensors, and Atelier's metadata (`{}` for a foreign file).
 
-    Files that do not end in .safetensors are read by torch with weights_only, so no code in them runs. which: the
-    weights or their average. shapes_only: return tensors on the meta device, from the header of a safetensors file.
-    Raises UserError, with the key `init_weights` if the file has no average.
+    Files that do not end in .safetensors are read by torch with weights_only, so no code in them runs. float8 becomes
+    bfloat16, which has the same values and more operations. which: the weights or their average. shapes_only: return
+    tensors on the meta device, from the header of a safetensors file. Raises UserError, with the key `init_weights` if
+    the file has no average.
     """
     if not path.is_file():
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
@@ -109,6 +113,9 @@ def read_weights(
             f"{path} is damaged: its tensors do not match its checksum; copy it again, or name other weights, such as "
             "weights.safetensors of an earlier checkpoint"
         )
+    with readable(path, "weight"):  # torch can neither convert nor compute with floats of four bits
+        for name, tensor in tensors.items():
+            tensors[name] = tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     refuse_not_finite(tensors, path)
     return tensors, metadata
 

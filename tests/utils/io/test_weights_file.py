@@ -145,3 +145,15 @@ def test_a_run_s_weights_are_found_by_name(tmp_path):
     assert find_weights(str(tmp_path / "weights/best_weights.safetensors"), "last").name.startswith("best")
     with pytest.raises(UserError, match="has no ema weights; it has best, last$"):
         find_weights(str(tmp_path), "ema")
+
+
+def test_weights_have_the_mode_that_umask_gives_and_float8_its_values(tmp_path):
+    before = os.umask(0o022)
+    try:
+        write_weights(path := tmp_path / "w.safetensors", {"a": torch.tensor([1.5, -2.0]).to(torch.float8_e4m3fn)}, {})
+    finally:
+        os.umask(before)
+    assert path.stat().st_mode & 0o777 == 0o644
+    assert read_weights(path)[0]["a"].tolist() == [1.5, -2.0]
+    save_file({"a": torch.zeros(2, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)}, path)
+    message_of(path)
