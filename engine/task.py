@@ -22,6 +22,7 @@ from utils.io.weights import InitFrom
 
 Use = Literal["training", "evaluation", "export"]
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
+IMAGE_HASHES = Path("outputs/cache/image_hashes.jsonl")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from data.stream.source import Source
 from data.tags.captions import CaptionConfig, describe_captions
 from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
-from engine.task import FILE_HASHES, Streams
+from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS
@@ -41,7 +41,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-HASHES = Path("outputs/cache/image_hashes.jsonl")
 _TEXTS_AT_ONCE = 16
 
 # A weight per row of the collection, or the tags from which the task computes weights; None: equal weights.
@@ -223,7 +222,7 @@ def _read(
     fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
-    hashes = image_hashes(data.collection, buckets.rows, HASHES)
+    hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)

@@ -51,7 +51,8 @@ def task_schema(script: str) -> Any:
 def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
-    runtime, kind, config = start_ranks(config), KINDS[config.task.name], use_pretrained(config)
+    runtime, kind = start_ranks(config), KINDS[config.task.name]
+    config = config.task.complete(use_pretrained(config))
     path = run_path(config, job)
 
     # --------------------------------------------------------------------------------------------------- 2. The data

@@ -1,19 +1,21 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
+from dataclasses import astuple
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field
+from pydantic import Field, TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
-from data.config import TagRulesConfig, VocabularyConfig
+from data.config import AugmentConfig, TagRulesConfig, VocabularyConfig
+from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import Example, Fields
 from data.tags.build_vocabulary import make_vocabulary
@@ -25,10 +27,14 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, to_fit
 from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
+from engine.runtime import Runtime
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.new_tags import fit_new_tags
+from models.config import ModelConfig
 from models.image_model import find_head
+from models.predictor import check_metadata
 from models.weights.fit import is_meta, optional_prefixes
 from models.weights.initialise import convert
 from optim.schedules import linear
@@ -36,7 +42,7 @@ from utils.config.bounds import BelowOne, Count
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
-from utils.io.weights import InitFrom, read_weights
+from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable
@@ -69,11 +75,14 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     """Settings of a tagger's training.
 
     vocabulary: a selected_tags.csv; null: the general and character tags with at least `min_count` training images.
-    orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no mirroring.
+    append_to: a tagger to which the tags that it lacks are added; the run has its network, preprocessing and weights,
+    and no steps. orientation: how mirroring an image changes its tags: booru, glyphs, or the path of a map; null: no
+    mirroring.
     """
 
     name: Literal["tagging"]
     vocabulary: PathText | None
+    append_to: PathText | None
     min_count: Count
     orientation: PathText | None
     loss: TagLossConfig
@@ -86,6 +95,34 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
                 "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
             )
+        if self.append_to is not None and (config.init_from is not None or config.loop.total_steps):
+            raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
+
+    @about("task.append_to")
+    def complete(self, config: ImageTrainingConfig) -> ImageTrainingConfig:
+        """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
+        if self.append_to is None:
+            return config
+        path = find_weights(self.append_to, "best")
+        metadata, augment = read_tagger(path), config.augment
+        stated = {key: value for key, value in metadata["preprocessing"].items() if key in AugmentConfig.model_fields}
+        changes = {
+            "init_from": str(path),
+            "model": TypeAdapter(ModelConfig).validate_python(metadata["model"]),
+            "augment": augment.model_copy(update=stated),
+            "data": config.data.model_copy(update={"background": None, "icc": False}),
+            "loop": config.loop.model_copy(update={"total_steps": 0}),
+        }
+        return config.model_copy(update=changes)
+
+
+def read_tagger(path: Path) -> dict[str, Any]:
+    """Return the metadata of a tagger's weight file. Raises UserError if it is of another kind."""
+    metadata = read_weights(path, shapes_only=True)[1]
+    if "model" not in metadata:
+        raise UserError(f"{path} is no tagger of Atelier; name a run or a weight file")
+    check_metadata(path, {**metadata, "output": "tags"})
+    return metadata
 
 
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
@@ -322,6 +359,16 @@ def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) ->
     return (index.count(rows, len(vocabulary)) / np.maximum(images, 1)).tolist()
 
 
+def append_tags(known: Vocabulary, found: Vocabulary) -> Vocabulary:
+    """Return a tagger's vocabulary, and after it the tags of another that it lacks; ratings are not added."""
+    rows = [row for key, row in found.columns.items() if key not in known.columns and key[0] != RATING]
+    if not rows:
+        raise UserError(
+            f"task.append_to: it has all {len(found):,} tags; lower task.min_count, or name a task.vocabulary with more"
+        )
+    return Vocabulary(*(old + tuple(new[row] for row in rows) for old, new in zip(astuple(known), astuple(found))))
+
+
 def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Vocabulary:
     """Read `task.vocabulary`, or build the vocabulary from the training split."""
     if config.vocabulary is not None:
@@ -350,6 +397,8 @@ class TaggingKind(Kind):
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         rows = training_rows(collection, config.loop.train_paths)
         vocabulary = choose_vocabulary(config.task, collection)
+        if config.task.append_to is not None:
+            vocabulary = append_tags(vocabulary_of(read_tagger(Path(config.init_from))), vocabulary)
         facts = vocabulary.facts()
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe())
@@ -357,6 +406,21 @@ class TaggingKind(Kind):
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
         return facts
+
+    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+        """Return how evaluation prepares an image; new tags take over that of their tagger."""
+        if config.task.append_to is None:
+            return super().preprocessing(config)
+        return read_tagger(Path(config.init_from))["preprocessing"]
+
+    def prepare(
+        self, task: TaggingTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
+    ) -> None:
+        """Fit the new tags of `task.append_to`."""
+        if config.task.append_to is not None:
+            index, rows = index_of(data.collection, setup), training_rows(data.collection, config.loop.train_paths)
+            known = len(read_tagger(Path(config.init_from))["tag_names"])
+            fit_new_tags(task, data, rows[index.tagged[rows]], index, setup, known)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows with at least one tag other than a rating, and a function that adds the tags."""

@@ -29,8 +29,8 @@ FACTS = {
 }  # fmt: skip
 BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05)
 CONFIG = TaggingTaskConfig(
-    name="tagging", vocabulary=None, min_count=1, rating_s=None, aliases=None, implications=None, orientation=None,
-    loss=BCE, label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
+    name="tagging", vocabulary=None, append_to=None, min_count=1, rating_s=None, aliases=None, implications=None,
+    orientation=None, loss=BCE, label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
     mix_switch_probability=0.5,
 )  # fmt: skip
 TAGS = [[0, 4], [1, 5, 6], [4, 7], [2], [0, 4, 5], [3, 7], [1, 6], [0]]

@@ -1,0 +1,106 @@
+"""New tags on a frozen tagger (`task.append_to`): logistic regressions of the tags that it lacks, as rows of its head.
+
+The head's input is computed once for each image and kept by content in CACHE. Nothing else of the network changes.
+"""
+
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from data.images.record_store import TensorStore, record_key
+from data.latents.latent_cache import image_hashes
+from data.open import Data
+from data.stream.loader import no_fields
+from data.tags.tag_index import TagIndex
+from engine.measures.probe import PENALTIES, standardise
+from engine.task import IMAGE_HASHES
+from engine.tasks.kind import ImageTask, Setup
+from models.image_model import ImageModel, find_head
+from models.weights.fit import optional_prefixes
+from utils.errors import UserError
+from utils.io.weights import hash_tensors
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+CACHE = Path("outputs/cache/features")
+_VERSION = 1  # version of decoding and preprocessing; increment it to compute everything again
+_FOLDS = 5  # one of them chooses the penalties
+_STEPS = 200
+
+
+@torch.no_grad()
+def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex, setup: Setup, first: int) -> None:
+    """Fit the head's outputs from `first` on to the tags of `rows`: logistic regressions on standardised features.
+
+    The penalty of each tag minimises its loss on a fifth of the images; near-duplicates are on one side. All ranks get
+    the same head. Raises UserError (`task.append_to`) if there are not enough images.
+    """
+    found = read_features(task, data, rows, setup)
+    rows, (_, groups) = rows[list(found)], np.unique(data.collection.leads()[rows[list(found)]], return_inverse=True)
+    if len(np.unique(groups)) < 2:
+        raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
+    features, head = torch.stack(list(found.values())).double(), find_head(task.network)
+    targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
+    for number, row in enumerate(rows.tolist()):
+        targets[number, index.of_row(row)] = 1.0
+    (mean, scale), held_out = standardise(features), torch.from_numpy(groups % _FOLDS == 0)
+    features = (features - mean) / scale
+    weight, bias = distributed.rank_zero_call(lambda: _fit(features, targets[:, first:], held_out))
+    weight = weight / scale
+    head.weight[first:], head.bias[first:] = weight, bias - weight @ mean
+    log.info("task.append_to: %d new tags, fitted to %s images", len(weight), f"{len(rows):,}")
+
+
+def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> dict[int, Tensor]:
+    """Return the head's input [C] by position in `rows`, without unreadable images. New ones are computed and kept."""
+    head, store = optional_prefixes(task.network)[0], TensorStore(CACHE, "task.append_to")
+    frozen = {name: tensor for name, tensor in task.network.state_dict().items() if not name.startswith(head)}
+    made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
+    hashes = image_hashes(data.collection, rows, IMAGE_HASHES)
+    keys = np.array([record_key(*made_by, digest) for digest in hashes])
+    is_missing = distributed.rank_zero_call(lambda: ~np.isin(keys.astype(np.bytes_), store.keys()))
+    model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
+    key_of = dict(zip(rows.tolist(), keys.tolist()))
+    for batch in data.prepared(rows[is_missing], no_fields, setup.preprocessing) if is_missing.any() else ():
+        for row, weight, features in zip(
+            batch["sample_id"].tolist(), batch["weight"].tolist(), model.embed(batch["images"])
+        ):
+            if weight > 0:
+                store.put(key_of[row], data.collection.row(row).path, {"features": features})
+    store.finish()
+    task.train()
+    records = {number: store.read(key) for number, key in enumerate(keys.tolist())}
+    return {number: record["features"] for number, record in records.items() if record is not None}
+
+
+def _fit(features: Tensor, targets: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Return weight [T, C] and bias [T] for features [N, C] and targets [N, T]; held_out: bool [N]."""
+    losses = []
+    for penalty in PENALTIES:
+        weight, bias = _solve(features[~held_out], targets[~held_out], torch.full(targets.shape[1:], penalty).double())
+        scores = features[held_out] @ weight.T + bias
+        losses.append(F.binary_cross_entropy_with_logits(scores, targets[held_out], reduction="none").mean(dim=0))
+    return _solve(features, targets, torch.tensor(PENALTIES).double()[torch.stack(losses).argmin(dim=0)])
+
+
+@torch.enable_grad()
+def _solve(features: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
+    """Minimise the mean cross-entropy plus half the squared weights times `penalty` [T], for each tag."""
+    weight = torch.zeros(targets.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
+    bias = targets.mean(dim=0).logit(eps=1e-6).requires_grad_()
+    solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
+
+    def closure() -> Tensor:
+        solver.zero_grad()
+        losses = F.binary_cross_entropy_with_logits(features @ weight.T + bias, targets, reduction="none")
+        loss = losses.mean(dim=0).sum() + (penalty * weight.square().sum(dim=1)).sum() / 2
+        loss.backward()
+        return loss
+
+    solver.step(closure)
+    return weight.detach(), bias.detach()

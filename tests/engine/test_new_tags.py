@@ -1,0 +1,86 @@
+"""`task.append_to`: tags that a tagger lacks, fitted to its frozen features; what it had stays to the bit."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from sklearn.linear_model import LogisticRegression
+
+from engine.exports.weights import load_predictor
+from engine.tasks.new_tags import _fit, _solve
+from models.image_model import ImageModel
+from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from utils.io.weights import read_weights
+from utils.vocabulary import read_vocabulary
+
+DATA = ["task=tagging", "task.min_count=1", "data=image_folder", "data.root=images"]
+APPEND = [*DATA, "task.append_to=run", "runtime=reference", "runtime.device=cpu"]
+OLD = ("general", "sensitive", "questionable", "explicit", "disc", "round", "square")
+
+
+def test_a_solution_is_that_of_scikit_learn_and_the_penalty_is_chosen_for_each_tag():
+    torch.manual_seed(0)
+    features, weight = torch.randn(200, 8).double(), torch.zeros(8, 2).double()
+    weight[:2, 0] = 4.0  # the second tag is noise
+    targets = torch.bernoulli((features @ weight - 1).sigmoid())
+    found, bias = _solve(features, targets, torch.tensor([0.01, 0.1]).double())
+    for tag, penalty in enumerate((0.01, 0.1)):
+        wanted = LogisticRegression(C=1 / penalty / 200, tol=1e-10).fit(features.numpy(), targets[:, tag].numpy())
+        np.testing.assert_allclose([*found[tag], bias[tag]], [*wanted.coef_[0], wanted.intercept_[0]], atol=1e-4)
+    found, _ = _fit(features, targets, torch.arange(200) % 5 == 0)
+    assert found[0, :2].min() > 1 and found[1].abs().max() < 0.1
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A tagger, and its collection with more tags."""
+    folder = tmp_path_factory.mktemp("append")
+
+    def tag(words):
+        for file in (folder / "images").rglob("*.txt"):
+            file.write_text(words[file.parent.name])
+
+    for number, file in enumerate(sorted(make_images(folder / "images").rglob("*.png"))):
+        Image.new("RGB", (32, 32), (5 * number + 150 * (file.parent.name == "B"),) * 3).save(file)
+    tag({"A": "square, rating:g", "B": "disc, round, rating:explicit"})
+    run("train", [*SMALL_MODEL, *SHORT, *DATA, "run_dir=run", "model.head_init_scale=1.0", "data.background=[1,2,3]",
+                  "augment.image_size_hw=[32,32]"], folder)  # fmt: skip
+    tag({"A": "square, sharp, rating:g", "B": "disc, character:Bob, rating:q"})
+    run("finetune", [*APPEND, "run_dir=more"], folder)
+    return folder
+
+
+def test_new_tags_follow_the_old_ones_which_stay_to_the_bit(place):
+    (old, before), (new, after) = (read_weights(place / name / "weights/best_weights.safetensors")
+                                   for name in ("run", "more"))  # fmt: skip
+    assert after["tag_names"] == [*OLD, "sharp", "bob"] and after["tag_categories"][-2:] == [0, 4]
+    assert read_vocabulary(place / "more").names == tuple(after["tag_names"])
+    assert after["preprocessing"] == before["preprocessing"] and after["model"] == before["model"]
+    assert all(torch.equal(new[name][: len(old[name])], old[name]) for name in old) and new.keys() == old.keys()
+    images = torch.stack([torch.full((3, 32, 32), level, dtype=torch.uint8) for level in (0, 90, 200)])
+    one, other = (load_predictor(place / name / "weights/best_weights.safetensors", torch.device("cpu")).predict(images)
+                  for name in ("run", "more"))  # fmt: skip
+    np.testing.assert_allclose(other[:, : len(OLD)], one, rtol=1e-6)  # torch's last bit depends on the width
+
+
+def test_new_tags_are_learned_and_features_are_computed_once(place, monkeypatch):
+    run("predict", ["weights=more", "input=images/train", "output=x.jsonl", "threshold=0.5"], place)
+    text = (place / "x.jsonl").read_text().splitlines()
+    assert all(("sharp" in row, "bob" in row) == ("/A/" in row, "/B/" in row) for row in text)
+    monkeypatch.setattr(ImageModel, "embed", None)
+    run("finetune", [*APPEND, "run_dir=again"], place)
+    one, other = (read_weights(place / name / "weights/best_weights.safetensors")[0] for name in ("more", "again"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["task.append_to=more"], "task.append_to: it has all 8 tags"),
+        (["task.append_to=absent"], "task.append_to: absent does not exist"),
+        (["init_from=run"], "task.append_to: .*remove init_from"),
+    ],
+)
+def test_what_cannot_be_appended_is_refused(words, message, place):
+    with pytest.raises(ValueError, match=message):
+        run("finetune", [*APPEND, *words, "run_dir=x"], place)
