@@ -137,7 +137,9 @@ class Recorder:
 
     # ------------------------------------------------------------------------------------------------- open and close
 
-    def open(self, step: int, train: TrainStream | None, run_config: dict[str, Any] | None) -> None:
+    def open(
+        self, step: int, train: TrainStream | None, run_config: dict[str, Any] | None, owes_evaluation: bool = False
+    ) -> None:
         """Open the row files, drop their rows beyond `step`, and start the tracker.
 
         run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps
@@ -150,7 +152,10 @@ class Recorder:
             if run_config is not None:  # first, because W&B reads the rows dropped below
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
-            self._metrics = MetricsLog(self.folder, step, step if run_config is None else self._plan.epoch_start(step))
+            limits = {} if run_config is None else {"epoch": self._plan.epoch_start(step)}
+            if owes_evaluation:  # a kill after the evaluation may have left its rows
+                limits = {"evaluate": step - 1, "epoch": min(limits["epoch"], step - 1)}
+            self._metrics = MetricsLog(self.folder, step, limits)
         if self._tracking.samples:
             self._samples = SampleLog(self.folder, step)
         self.skips.open(self.folder, str if train is None else train.path_of, step)

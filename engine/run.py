@@ -28,7 +28,7 @@ from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
-from utils.ranks.signals import Stopped, StopRequest
+from utils.ranks.signals import Stopped, StopRequest, check_stop
 from utils.record.figures import show_duration, show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -50,7 +50,7 @@ class Run:
 
     best_value, best_step: the task's best_metric at the best evaluation so far, and its step; None before the first.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
-    range test. All are checkpointed.
+    range test. owes_evaluation: whether a stop request interrupted the evaluation of this step. All are checkpointed.
     """
 
     def __init__(
@@ -70,6 +70,7 @@ class Run:
         self.best_step: int | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0
         self.found_lr: float | None = None
+        self.owes_evaluation = False
         self.stop, self._vote = StopRequest(), _Vote()
 
     @property
@@ -88,6 +89,8 @@ class Run:
     @property
     def is_complete(self) -> bool:
         """Whether all steps are done or the run stops early."""
+        if self.owes_evaluation:
+            return False
         is_measured = self.plan.total_steps > 0 or bool(self.last_report)
         return (self.step >= self.plan.total_steps and is_measured) or self.has_stalled
 
@@ -113,6 +116,8 @@ class Run:
         if plan.total_steps == 0:
             self.evaluate()
             self.save(last=True)
+        if self.owes_evaluation:
+            self.end_step(evaluates=True, stops=False, saves=True)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while self.step < plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
@@ -128,7 +133,7 @@ class Run:
         learner, recorder, plan, loop = self.learner, self.recorder, self.plan, self.config.loop
         epoch = plan.epoch_of(learner.step)
         end = plan.epoch_end(epoch)
-        while learner.step < end:
+        while learner.step < end and not self.is_complete:
             # 1. Data.
             recorder.phase(learner.step, "loading")
             batches = next(stream)
@@ -149,19 +154,29 @@ class Run:
             logs = step % loop.log_every_steps == 0 or may_end
             if logs:
                 recorder.log_step(step)
-            if evaluates:
+                if not evaluates:
+                    recorder.plot(step, may_skip=True)
+            self.end_step(evaluates=evaluates, stops=stops, saves=saves or step % loop.checkpoint_every_steps == 0)
+
+    def end_step(self, *, evaluates: bool, stops: bool, saves: bool) -> None:
+        """Evaluate, write the epoch's row and save, as due. Raises Stopped after a stop request.
+
+        A run that is stopped during an evaluation is saved without it, and begins with it when it is resumed.
+        """
+        step, plan, self.owes_evaluation = self.step, self.plan, False
+        epoch = plan.epoch_of(step - 1)
+        if evaluates:
+            try:
                 self.evaluate()
-            elif logs:
-                recorder.plot(step, may_skip=True)
-            last = self.is_complete
-            if step == end or last:
-                recorder.end_epoch(step, epoch, self.last_report)
-            if step % loop.checkpoint_every_steps == 0 or stops or saves or last:
-                self.save(last=last or stops)
-            if last:
-                return
-            if stops:
-                raise Stopped
+            except Stopped:
+                stops = self.owes_evaluation = True
+        last = self.is_complete
+        if not self.owes_evaluation and (step == plan.epoch_end(epoch) or last):
+            self.recorder.end_epoch(step, epoch, self.last_report)
+        if stops or saves or last:
+            self.save(last=last or stops)
+        if stops and not last:
+            raise Stopped
 
     def _steps(self, start_step: int) -> Iterator[list[Batch]]:
         return self.streams.train.steps(start_step, self.plan.global_batch_size, self.plan.micro_batch_size)
@@ -216,6 +231,7 @@ class Run:
 
         def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
             for batch in loader:
+                check_stop()
                 self.recorder.phase(self.step, f"evaluating {name}", batch)
                 yield batch
 
@@ -246,6 +262,7 @@ class Run:
             "best": {"value": self.best_value, "step": self.best_step},
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
+            "owes_evaluation": self.owes_evaluation,
             **recorder.state(),
             "optimizer": optimizer,  # its state without tensors
         }
@@ -265,6 +282,7 @@ class Run:
         learner.step, learner.task.origin = state["step"], state["origin"]
         self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
         self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
+        self.owes_evaluation = state["owes_evaluation"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):

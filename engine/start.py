@@ -156,7 +156,8 @@ def open_run(
         distributed.rank_zero_call(lambda: write_config(folder, environment_state(runtime=runtime.describe())))
         finished = True
         try:
-            recorder.open(run.step, train, None if run.is_complete else folder.saved_config)
+            values = None if run.is_complete else folder.saved_config
+            recorder.open(run.step, train, values, run.owes_evaluation)
             recorder.watchdog.start()
             try:
                 yield run

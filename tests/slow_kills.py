@@ -1,4 +1,6 @@
-"""Commands killed at random moments and typed again: predict.py with each output, downsample, pack, export.py."""
+"""Commands killed or stopped at random moments and typed again: predict.py with each output, downsample, pack, export,
+and training with evaluations, probes, pictures and a range test.
+"""
 
 import random
 import shutil
@@ -68,3 +70,39 @@ def test_a_command_that_was_killed_is_typed_again(script, words, longest_sec, pl
     started = support.start(f"{script}.py", words, killed)
     assert left and started.wait() == [0] or "359 of 360 images already have tags" in started.output
     assert written(killed) == written(whole)
+
+
+OFTEN = ["loop.global_batch_size=8", "loop.evaluate_every_epochs=0.3"]
+DRAWN = ["task.samples.prompts=[a cat,a dog]", "task.samples.steps=9", "task.latent_cache=latents"]
+RANGE = ["lr_finder.enabled=true", "lr_finder.steps=100", "lr_finder.max_share=1", "optim.lr=null"]
+
+
+@pytest.mark.parametrize(
+    ("task", "words", "steps", "longest_sec"),
+    [
+        ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15),
+        ("diffusion", DRAWN, 14, 0.5),
+        ("classification", RANGE, 100, 0.3),
+    ],
+)
+def test_a_run_that_is_stopped_at_ten_moments(task, words, steps, longest_sec, tmp_path):
+    """It leaves within seconds, and its rows and weights are those of an undisturbed run."""
+    data, script = support.make_collection(tmp_path / "data"), support.SCRIPTS[task]
+    overrides = support.common(task, data, "run", *OFTEN, f"loop.total_steps={steps}", *words)
+    support.run(script, [*overrides, "run_dir=straight"], tmp_path)
+    draw, seconds, statuses = random.Random(task), [], []
+    for number in range(10):
+        started = support.start(script, overrides, tmp_path)
+        marks = ("the first step", "resumed from", "range test") if number > 1 else ("",)
+        while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
+            time.sleep(0.01)
+        time.sleep(draw.uniform(0.0, longest_sec))
+        began = time.monotonic()
+        started.signal(signal.SIGTERM)
+        statuses += started.wait()
+        seconds.append(time.monotonic() - began)
+    support.run(script, overrides, tmp_path)
+    assert set(statuses[2:]) <= {0, 75} and statuses.count(75) > 5 and max(seconds) < 5, seconds
+    support.assert_same_rows(tmp_path / "straight", tmp_path / "run")
+    straight, stopped = (support.checkpoint_tensors(tmp_path / name, steps) for name in ("straight", "run"))
+    assert all(torch.equal(straight[name], stopped[name]) for name in straight)

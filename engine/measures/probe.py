@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from utils.ranks import distributed
+from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -22,6 +23,7 @@ log = get_logger(__name__)
 TEMPERATURE = 0.07
 # Candidates for the ridge penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_AT_ONCE = 2_000  # images whose neighbours are found between two looks for a stop request
 
 
 class Features:
@@ -65,8 +67,14 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
     neighbours = KNeighborsClassifier(
         min(k, len(train)), metric="cosine", weights=lambda far: np.exp(-far / TEMPERATURE)
     )
+    neighbours.fit(train.numpy(), targets.numpy())
+    votes = []
+    for part in val.split(_AT_ONCE):
+        check_stop(alone=True)
+        votes.append(neighbours.predict_proba(part.numpy()))
+    check_stop(alone=True)
     scores = {
-        "probe/knn": neighbours.fit(train.numpy(), targets.numpy()).predict_proba(val.numpy()),
+        "probe/knn": np.concatenate(votes),
         "probe/linear": fit_ridge(train, targets, len(classes), _count_hits).predict(val.numpy()),
     }
     return {
@@ -93,6 +101,7 @@ def fit_ridge(
     from sklearn.linear_model import RidgeCV
 
     def score(_: object, left_out: np.ndarray, __: np.ndarray) -> float:
+        check_stop(alone=True)
         return quality(torch.from_numpy(left_out.reshape(len(labels), num_classes)), labels)
 
     targets = F.one_hot(labels, num_classes).double()

@@ -4,16 +4,19 @@ Runs in the test's own process; equality of killed runs as real processes: test_
 """
 
 import math
+import os
+import signal
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from engine.checkpoint import Saver
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, steps_in
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, rows
+from tests.support import assert_same_rows, checkpoint_tensors, rows
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights
@@ -80,6 +83,33 @@ def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_mad
 
     finetune(place, *length, "run_dir=straight")
     assert_same_tensors(checkpoint_tensors(place / "straight", 9), checkpoint_tensors(place / "run", 9))
+
+
+def test_a_run_that_is_stopped_in_an_evaluation_begins_with_it(place, monkeypatch):
+    """At the end of an epoch and of the run; a kill in between leaves its rows once."""
+    evaluate, stops = ClassificationTask.evaluate, [2, 4, 4]
+
+    def stopped(self, loaders, step):
+        if step in stops[:1]:
+            stops.pop(0)
+            os.kill(os.getpid(), signal.SIGTERM)
+        return evaluate(self, loaders, step)
+
+    length = ["loop.total_steps=4", "loop.evaluate_every_epochs=1", "loop.checkpoint_every_steps=9"]
+    run("finetune", [*QUIET, *length, "run_dir=straight"], place)
+    with monkeypatch.context() as patch:
+        patch.setattr(ClassificationTask, "evaluate", stopped)
+        for step in (2, 4, 4):
+            with pytest.raises(SystemExit, match="75"):
+                finetune(place, *length)
+            assert left(place)[-1] == step
+            assert {row["step"] for row in rows(place / "run/metrics.jsonl", "evaluate")} == {2} - {step}
+    with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # after the evaluation
+        patch.setattr(Saver, "save", lambda *_, **__: 1 / 0)
+        finetune(place, *length)
+    finetune(place, *length)
+    assert_same_rows(place / "straight", place / "run")
+    assert_same_tensors(checkpoint_tensors(place / "straight", 4), checkpoint_tensors(place / "run", 4))
 
 
 # --- what has changed

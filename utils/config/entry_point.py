@@ -44,6 +44,7 @@ from utils.errors import (
 )
 from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
+from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
 from utils.record.run_reader import CONFIG_FILE, RunReader
 from utils.record.sweep_table import read_jobs, sweep_table, with_failures
@@ -119,10 +120,14 @@ class Command(Generic[Schema]):
         """Run the command in sys.argv and exit with its status."""
         setup_logging()
         try:
-            status = self._run(sys.argv[1:])
+            with StopRequest(at_once=True):
+                status = self._run(sys.argv[1:])
         except SystemExit as stop:  # a stopped training
             status = stop.code or EXIT_OK
-        except KeyboardInterrupt:  # outside the training loop, which saves
+        except Terminated as stop:  # outside the training loop, which saves
+            status = EXIT_STOPPED
+            self._say(f"stopped by {stop}; type the same command again")
+        except KeyboardInterrupt:
             status = EXIT_INTERRUPTED
             self._say("interrupted")
         except Exception as error:

@@ -6,7 +6,10 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from typing import TypeVar
+
+from utils.ranks.signals import SIGNALS
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -41,12 +44,9 @@ def map_in_processes(
     chunk_size = 1 if count == 1 else max(1, min(_MAX_CHUNK, len(items) // (4 * count)))
     while done < len(items):
         # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.
-        pool = ProcessPoolExecutor(
-            count, multiprocessing.get_context("spawn"), initializer=signal.signal,
-            initargs=(signal.SIGINT, signal.SIG_IGN),  # Ctrl-C is for the parent
-        )  # fmt: skip
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_leave_signals_to_parent)
         try:
-            with pool:
+            with pool, _killed_on_error(pool):
                 for result in pool.map(function, items[done:], chunksize=chunk_size):
                     yield result
                     done += 1
@@ -54,3 +54,20 @@ def map_in_processes(
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
+
+
+def _leave_signals_to_parent() -> None:
+    """Ignore stop signals in a worker: a scheduler signals all processes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
+@contextmanager
+def _killed_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Kill the workers if the consumer stops early, which leaving the pool would wait for."""
+    try:
+        yield
+    except BaseException:
+        for worker in list((pool._processes or {}).values()):
+            worker.kill()
+        raise

@@ -1,5 +1,7 @@
 """Stop on request: SIGINT (Ctrl-C), SIGTERM, SIGUSR1 and SIGUSR2 ask a run to finish its step, save and exit.
 
+Where a command has nothing to save, or keeps a journal, they end it at once.
+
 A second signal exits at once. Through submitit, SLURM sends SIGUSR2 before a preemption or the end of the job's time.
 """
 
@@ -9,7 +11,10 @@ import time
 from contextlib import suppress
 from types import FrameType
 
+import torch
+
 from utils.errors import EXIT_STOPPED
+from utils.ranks import distributed
 from utils.record.logging import environment_rank, place_of
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
@@ -31,20 +36,39 @@ def _tell(number: int, text: str) -> None:
 
 
 class Stopped(Exception):
-    """All ranks end the run after this step; the same command resumes it."""
+    """All ranks end the run now; the same command resumes it."""
+
+
+class Terminated(KeyboardInterrupt):
+    """A stop signal where nothing has to be saved first."""
+
+
+def check_stop(*, alone: bool = False) -> None:
+    """Raise Stopped if the current run has been asked to stop: on all ranks if any has been asked, which all call this.
+
+    For each pass of a loop that takes more than a second. alone: for work of this rank inside `rank_zero_call`.
+    """
+    if _current is None:
+        return
+    asked = torch.tensor(int(_current.requested))
+    if (asked if alone else distributed.all_reduce_sum(asked)) > 0:
+        raise Stopped
 
 
 class StopRequest:
-    """A context manager that records stop signals and then restores the old handlers."""
+    """A context manager that records stop signals and then restores the old handlers.
 
-    def __init__(self) -> None:
-        self.requested, self._since = False, 0.0
+    at_once: raise Terminated at a signal, except for Ctrl-C, which raises KeyboardInterrupt.
+    """
+
+    def __init__(self, *, at_once: bool = False) -> None:
+        self.requested, self._since, self._at_once = False, 0.0, at_once
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
         global _current
-        _current = self
-        for number in SIGNALS:
+        _current = None if self._at_once else self
+        for number in SIGNALS[self._at_once :]:
             self._old[number] = signal.signal(number, self._handle)
         return self
 
@@ -58,6 +82,8 @@ class StopRequest:
         now = time.monotonic()
         if not self.requested:
             self._since, self.requested = now, True
+            if self._at_once:
+                raise Terminated(signal.Signals(number).name)
             _tell(number, ": finishing the step, then saving; once more leaves at once")
         elif now - self._since >= REPEAT_SEC:
             _tell(number, " again: leaving at once, without saving")

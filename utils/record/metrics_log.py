@@ -8,7 +8,7 @@ each start and epoch, so that it has a column for every figure.
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -49,13 +49,14 @@ def _parse_row(line: bytes) -> Row | None:
     return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
-def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) -> list[Row]:
+def keep_rows(path: Path, last_step: int, limits: Mapping[str, int] | None = None) -> list[Row]:
     """Remove a JSONL file's rows after `last_step`, and incomplete rows. Return the remaining rows.
 
-    last_epoch_step: the limit for rows of kind `epoch`, if it differs.
+    limits: the last step of rows of some kinds, if it differs.
     """
-    limits = {} if last_epoch_step is None else {"epoch": last_epoch_step}
-    kept = [(line, row) for line, row in read_rows(path) if row["step"] <= limits.get(row.get("kind"), last_step)]
+    kept = [
+        (line, row) for line, row in read_rows(path) if row["step"] <= (limits or {}).get(row.get("kind"), last_step)
+    ]
     text = b"".join(line + b"\n" for line, _ in kept)
     if path.is_file() and path.stat().st_size != len(text):  # an unchanged file is not copied: the disk may be full
         write_text(path, text.decode("utf-8"))
@@ -65,9 +66,9 @@ def keep_rows(path: Path, last_step: int, last_epoch_step: int | None = None) ->
 class MetricsLog(AppendFile):
     """The rows of one run, on rank 0."""
 
-    def __init__(self, folder: Path, last_step: int, last_epoch_step: int | None = None) -> None:
+    def __init__(self, folder: Path, last_step: int, limits: Mapping[str, int] | None = None) -> None:
         self._csv = folder / "training_log.txt"
-        self.rows = keep_rows(folder / METRICS_FILE, last_step, last_epoch_step)
+        self.rows = keep_rows(folder / METRICS_FILE, last_step, limits)
         super().__init__(folder / METRICS_FILE)
         self._write_csv()
 

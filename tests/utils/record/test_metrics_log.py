@@ -79,5 +79,5 @@ def test_the_csv_has_a_row_an_epoch_and_the_columns_of_all(tmp_path):
     assert read_csv(tmp_path) == [head, first, ["8", "2", "", "0.25"]]
     MetricsLog(tmp_path, 6).close()  # resumed, and killed again before the epoch's end
     assert read_csv(tmp_path) == [head[:3], first[:3]]
-    MetricsLog(tmp_path, 6, 3).close()  # rows of epochs have a limit of their own
+    MetricsLog(tmp_path, 6, {"epoch": 3}).close()  # rows of epochs have a limit of their own
     assert not (tmp_path / "training_log.txt").exists() and steps_of(tmp_path) == [4]
