@@ -56,7 +56,7 @@ from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
-from utils.vocabulary import Vocabulary
+from utils.vocabulary import GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 
@@ -132,6 +132,8 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
         if not predictor.output.has_tags:
             raise UserError(f"output: {output} is for tags, but {config.weights} is no tagger; name a .jsonl file")
         folder = None if config.output == "beside" else config.output
+        if not config.text.categories and not {*predictor.categories.tolist()} <= {GENERAL, RATING}:
+            log.info("text.categories: false, so the .txt files do not say which tags are characters or artists")
         return Sidecars(images, folder, replace=config.existing in ("append", "overwrite"))
     if config.existing == "append":
         raise UserError(f"existing: append is for .txt files, but {output} has rows; set skip or overwrite")

@@ -78,7 +78,7 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
     caption, tags, sentences = clean(text), [], []
     one_per_line = one_per_line and "\n" in caption
     for line in caption.split("\n"):
-        pieces = [line] if one_per_line else split_tags(line)
+        pieces = [line] * bool(line.strip()) if one_per_line else split_tags(line)
         if pieces and is_sentence(pieces):
             sentences.append(line.strip())
         else:

@@ -136,6 +136,9 @@ def test_verify_finds_orphans_both_ways(root, tmp_path):
     for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
         file.unlink()
     assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"  # nor does any lack a sidecar
+    (root / "cat/2.json").write_text('{"rating": 4}')
+    assert "a bad sidecar: 1" in run("prepare", ["job=verify", *FOLDER], tmp_path)
+    assert "rating 4" in listed(tmp_path, "verify")["cat/2.jpg"]
 
 
 def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
