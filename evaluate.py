@@ -206,7 +206,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         if config.calibrate:
             loader = track(loaders["val"], len(loaders["val"]), "calibrating")
             promises = config.calibration.precision, config.calibration.recall
-            thresholds = task.calibrate(loader, collection.leads(), *promises)
+            thresholds = task.calibrate(loader, collection.leads(rows), *promises)
             report.tables["thresholds"] = [asdict(row) for row in thresholds.rows if row.profile != PER_TAG]
         if config.per_image:
             if hasattr(task, "calibrate"):

@@ -70,6 +70,9 @@ def test_a_few_images_train_by_every_script(script, layout, count, words, is_val
         assert (tmp_path / "run/plots/samples.png").exists() == bool(words)
     run(name, [*settings, *words], tmp_path)
     assert "the run is complete: 2 of 2" in capsys.readouterr().err
+    if (script, count) == ("tagging", 2):  # one validation image
+        with pytest.raises(UserError, match="^calibrate: the images are too few"):
+            run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], tmp_path)
     if not is_validated:
         evaluate = ["run_dir=run", *ON_CPU, "batch_size=4"]
         with pytest.raises(UserError, match="^split: in has no image of split=val"):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.collection.split import assign_validation, count_twins, lead_rows
+from data.collection.split import FINGERPRINTS, assign_validation, count_twins, lead_rows
 from data.layouts.recognise import recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, list_faults, refuse_faults
@@ -101,9 +101,11 @@ class Collection:
         """Return the weight of each row, float32 [N]; 0 excludes it from training."""
         return self.table["weight"].to_numpy()
 
-    def leads(self) -> np.ndarray:
-        """Return the first row of each row's group of near-duplicates, int64 [N]: the row itself without a group."""
-        return lead_rows(self.table)
+    def leads(self, rows: np.ndarray) -> np.ndarray:
+        """Return the first of `rows` with an equal or similar image, or the row itself, int64 [N], for all rows."""
+        leads, known = np.arange(len(self)), [name for name in FINGERPRINTS if name in self._columns]
+        leads[rows] = rows[lead_rows(self.table.select(["path", *known]).take(rows), FINGERPRINTS)]
+        return leads
 
     def column(self, name: str) -> np.ndarray:
         """Return an extra column of the manifest, [N]; missing numbers are NaN.
@@ -170,7 +172,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     """
     root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
     rows = collection.rows("train")[collection.weights()[collection.rows("train")] > 0]
-    ids, _ = np.unique(np.stack([collection.class_ids(train), collection.leads()])[:, rows], axis=1)
+    ids, _ = np.unique(np.stack([collection.class_ids(train), lead_rows(collection.table)])[:, rows], axis=1)
     several = {
         train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)
     }  # a single image cannot split

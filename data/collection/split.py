@@ -1,6 +1,7 @@
 """Choose the validation split: the one of the collection, or a share of its rows; count what both splits share."""
 
 import hashlib
+from collections.abc import Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -11,6 +12,8 @@ from data.layouts.table import TEST, replace_column, show_some
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+
+FINGERPRINTS = ("group", "phash", "sha256")  # columns in which equal or similar images agree
 
 
 def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
@@ -77,29 +80,27 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     return chosen[leads]
 
 
-def lead_rows(table: pa.Table) -> np.ndarray:
-    """Return the first row of each row's `group`, or the row itself without a group, int64 [N]."""
+def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray:
+    """Return the first row of each row's group of near-duplicates, or the row itself, int64 [N].
+
+    prints: columns that may tell the group; the first one with a value does.
+    """
     leads = np.arange(len(table))
-    if _has_integers(table, "group"):
-        members = np.flatnonzero(pc.is_valid(table["group"]).to_numpy())
-        groups = table["group"].drop_null().to_numpy()
+    names = (name for name in prints if name in table.column_names and table[name].null_count < len(table))
+    if (name := next(names, None)) is not None:
+        members, groups = np.flatnonzero(pc.is_valid(table[name]).to_numpy()), table[name].drop_null().to_numpy()
+        groups = group_duplicates(groups) if name == "phash" else groups
         _, first, group = np.unique(groups, return_index=True, return_inverse=True)
         leads[members] = members[first][group]
     return leads
 
 
 def count_twins(table: pa.Table) -> int:
-    """Return how many validation images have an equal or similar image in training, by the table's fingerprints.
-
-    Fingerprints are `group`, else `phash`, else `sha256`. Images of weight 0 do not count.
-    """
-    name = next((name for name in ("group", "phash", "sha256") if name in table.column_names), None)
-    if name is None or table[name].null_count == len(table) or "val" not in table["split"].unique().to_pylist():
-        return 0
-    table = table.filter(pc.and_(pc.not_equal(table["weight"], 0.0), pc.is_valid(table[name])))
-    prints = table[name].to_numpy() if name != "phash" else group_duplicates(table[name].to_numpy())
+    """Return how many validation images have an equal or similar image in training. Weight 0 does not count."""
+    table = table.filter(pc.not_equal(table["weight"], 0.0))
     is_val = pc.equal(table["split"], "val").to_numpy()
-    return int(np.isin(prints[is_val], prints[~is_val]).sum())
+    leads = lead_rows(table, FINGERPRINTS) if is_val.any() else np.arange(len(table))
+    return int(np.isin(leads[is_val], leads[~is_val]).sum())
 
 
 def _has_integers(table: pa.Table, name: str) -> bool:

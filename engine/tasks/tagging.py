@@ -270,8 +270,12 @@ class TaggingTask(ImageTask):
             half = to_fit(leads[batch["sample_id"].cpu()]).to(valid.device)
             fit_counts.add(logits, targets, valid & half)
             test_counts.add(logits, targets, valid & ~half)
-        scores = (TagScores(counts.reduce(), self.vocabulary) for counts in (fit_counts, test_counts))
-        return calibrate(*scores, precision, recall)
+        halves = [counts.reduce() for counts in (fit_counts, test_counts)]
+        if not all(counts.histograms[:, 1].any() for counts in halves):
+            raise UserError(
+                "calibrate: the images are too few: one half of them has no tag; name more images (data.root)"
+            )
+        return calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
