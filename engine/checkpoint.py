@@ -136,11 +136,11 @@ class Saver:
 
     def _start(self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""
-        step, folder = learner.step, self.folder
+        step, folder = learner.step, self.folder.path
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
-        path = folder.checkpoints / f"step_{step:08d}"
+        path = folder / f"checkpoints/step_{step:08d}"
         log.debug("saving %s", path)
         # Gathering sharded tensors has already copied them.
         copies = tensors if is_sharded(learner.model) else copy_to_host(tensors)
@@ -152,8 +152,8 @@ class Saver:
                     texts = {group: weight_metadata(values, copies[group]) for group, values in metadata.items()}
                     save_checkpoint(path, copies, state, texts)
                     for group, name in names.items():
-                        link_or_copy(path / f"{group}.safetensors", folder.weights / f"{name}_weights.safetensors")
-                    remove_others(folder.checkpoints, self._loop.keep_checkpoints, step, state["best"]["step"])
+                        link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
+                    remove_others(path.parent, self._loop.keep_checkpoints, step, state["best"]["step"])
             except Exception as error:  # the main thread logs or raises it
                 self._error = error
 
@@ -175,7 +175,7 @@ class Saver:
     def write_best(self, learner: Learner) -> bool:
         """Write the current weights as the best ones; on all ranks. Return False if the disk refuses them."""
         tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
-        path = self.folder.weights / "best_weights.safetensors"
+        path = self.folder.path / "weights/best_weights.safetensors"
 
         def write() -> bool:
             try:

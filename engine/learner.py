@@ -169,8 +169,7 @@ class Learner:
         except torch.OutOfMemoryError:
             return False
         finally:
-            self.optimizer.zero_grad(set_to_none=True)
-            self._buffers.put_back(before)
+            self._undo_passes(before)
 
     def sync_buffers(self) -> None:
         """Broadcast the buffers (batch statistics) and their averages from rank 0, before they are read."""

@@ -2,7 +2,6 @@
 
 import math
 import resource
-import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -221,8 +220,7 @@ class Recorder:
         """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
-        unit = 1 if sys.platform == "darwin" else 1024  # Linux counts KiB
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Record update number `step` (from 1), without a host synchronisation."""

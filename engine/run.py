@@ -326,7 +326,7 @@ class Run:
                 100 * recorder.wait_share,
             )
         rows = [
-            ("weights", f"{folder.weights}/{best}last_weights.safetensors"),
+            ("weights", f"{folder.path}/weights/{best}last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
             ("curves", f"{folder.path}/plots/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),

@@ -3,7 +3,6 @@
 import math
 import os
 import shutil
-import sys
 import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -76,8 +75,7 @@ def _choose_precision(requested: str, device: str) -> str:
 
 def missing_for_compile(device: str) -> list[str]:
     """Return what torch.compile needs but cannot find; searched as inductor (CPU) and Triton (GPU) do."""
-    on_cpu = ("CXX", ("clang++" if sys.platform == "darwin" else "g++",))
-    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else on_cpu
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
     compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
     # The default scheme of Debian's Python names a folder in /usr/local without the headers.
     folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}

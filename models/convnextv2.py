@@ -106,10 +106,10 @@ class ConvNeXtV2(nn.Module):
 
         kernel, padding = (3, 1) if stem_stride == 1 else (stem_stride, 0)
         stem = nn.Conv2d(in_channels, dims[0], kernel_size=kernel, stride=stem_stride, padding=padding)
-        self.downsample_layers = nn.ModuleList([nn.Sequential(stem, ChannelsFirstLayerNorm(dims[0]))])
+        self.downsample_layers = nn.ModuleList([nn.Sequential(stem, ChannelsFirstLayerNorm(dims[0], eps=1e-6))])
         for before, after in zip(dims[:-1], dims[1:]):
             halve = nn.Conv2d(before, after, kernel_size=2, stride=2)
-            self.downsample_layers.append(nn.Sequential(ChannelsFirstLayerNorm(before), halve))
+            self.downsample_layers.append(nn.Sequential(ChannelsFirstLayerNorm(before, eps=1e-6), halve))
 
         # Plain numbers: the values of a tensor could not be read on the meta device.
         last = max(sum(depths) - 1, 1)

@@ -112,9 +112,6 @@ class GRN(nn.Module):
 class ChannelsFirstLayerNorm(nn.LayerNorm):
     """Normalise [B, C, H, W] over its channels, separately at each site."""
 
-    def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
-        super().__init__(num_channels, eps=eps)
-
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, H, W]. In the channels_last memory format, the permutations move no data."""
         x = F.layer_norm(x.permute(0, 2, 3, 1), self.normalized_shape, self.weight, self.bias, self.eps)

@@ -26,25 +26,11 @@ from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
 from models.layers import ChannelsFirstLayerNorm, patchify, select_visible
 
 
-class _Scatter(torch.autograd.Function):
-    """Copy rows [N, C] to the positions `indices` among `size` rows of zeros.
-
-    The gradient of `index_select` in torch accumulates, slowly and on GPUs in any order. No index occurs twice here.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, indices: Tensor, size: int) -> Tensor:
-        ctx.save_for_backward(indices)
-        return rows.new_zeros(size, rows.shape[1]).index_copy_(0, indices, rows)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
-        (indices,) = ctx.saved_tensors
-        return grad.index_select(0, indices), None, None
-
-
 class _Gather(torch.autograd.Function):
-    """Select the rows at `indices`, which has no repeats."""
+    """Select the rows at `indices`, which has no repeats.
+
+    The gradient of `index_select` in torch accumulates, slowly and on GPUs in any order.
+    """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
@@ -70,8 +56,12 @@ class Sites:
     def to_map(self, tokens: Tensor) -> Tensor:
         """Copy tokens [B, V, r, r, C] to a map of zeros [B, C, H, W] (channels_last in memory)."""
         channels = tokens.shape[-1]
-        rows = _Scatter.apply(tokens.reshape(-1, channels), self.indices, self.batch * self.height * self.width)
-        return rows.view(self.batch, self.height, self.width, channels).permute(0, 3, 1, 2)
+        rows = tokens.new_zeros(self.batch * self.height * self.width, channels)
+        return (
+            rows.index_copy_(0, self.indices, tokens.reshape(-1, channels))
+            .view(self.batch, self.height, self.width, channels)
+            .permute(0, 3, 1, 2)
+        )
 
     def from_map(self, x: Tensor) -> Tensor:
         """Gather a map [B, C, H, W] at these sites: rows [B * V * r * r, C]."""

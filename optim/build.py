@@ -89,7 +89,9 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"optim.extra: timm's {config.opt} does not accept {config.extra}: {error}") from error
+        is_timm = isinstance(config, TimmOptimConfig)
+        given = f"extra: timm's {config.opt} does not accept {config.extra}" if is_timm else f"name={config.name}"
+        raise UserError(f"optim.{given}: {error}") from error
     moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
     betas = optimizer.param_groups[0].get("betas", ())
     for index, rule in enumerate(config.rules):

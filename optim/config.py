@@ -17,12 +17,6 @@ class RuleConfig(Strict):
     freeze_steps: Count | None = None  # the first updates, which leave the parameters unchanged
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=3)] | None = None  # fixed: no schedule changes them
 
-    @model_validator(mode="after")
-    def _sets_something(self) -> "RuleConfig":
-        if len(self.model_dump(exclude_none=True)) == 1:
-            raise ValueError(f"{self.match!r} sets nothing; give lr_scale, weight_decay, freeze_steps or betas")
-        return self
-
 
 class _Optim(Strict):
     """The keys of every optimiser. keeps_layout: it changes the values of parameters, never their memory."""
@@ -69,12 +63,6 @@ class SGDConfig(_Optim):
     name: Literal["sgd"]
     momentum: BelowOne
     nesterov: bool
-
-    @model_validator(mode="after")
-    def _nesterov_has_momentum(self) -> "SGDConfig":
-        if self.nesterov and self.momentum == 0:
-            raise ValueError("optim.nesterov: true needs optim.momentum above 0; set optim.momentum=0.9")
-        return self
 
 
 class TimmOptimConfig(_Optim):
@@ -138,11 +126,6 @@ class OneCycleConfig(Strict):
             raise ValueError(
                 f"schedule.peak_fraction: {self.peak_fraction:g} leaves too little time for the way down, which "
                 "schedule.three_phase=true makes as long as the way up; set at most 0.5"
-            )
-        if self.momentum_low > self.momentum_high:
-            raise ValueError(
-                f"schedule.momentum_low: {self.momentum_low:g} is above schedule.momentum_high={self.momentum_high:g}; "
-                "the momentum is lowest when the rate is highest"
             )
         return self
 

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from optim.config import OptimConfig, RuleConfig
-from optim.layer_decay import layer_scales
 from optim.schedules import GroupValues
 from utils.errors import UserError, close_names
+from utils.text_table import align_columns
 
 
 class _Settings(NamedTuple):
@@ -73,6 +73,38 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
     return [groups[settings] for settings in ordered]
 
 
+def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
+    """Return each parameter's learning-rate scale, by name: decay ** (last + 1 - k) in layer k.
+
+    The network numbers its layers: `layer_of(name, kind)` and `last_layer(kind)` (models/convnextv2.py), or timm's
+    `group_matcher`. Raises UserError if it has no layers of `kind`.
+    Source: facebookresearch/ConvNeXt-V2:optim_factory.py (`single`, `group`); huggingface/pytorch-image-models
+    timm/optim/_param_groups.py (`timm`).
+    """
+    names = [name for name, _ in network.named_parameters()]
+    if decay == 1.0:
+        return dict.fromkeys(names, 1.0)
+    if hasattr(network, "layer_of"):
+        head = network.last_layer(kind) + 1
+        return {name: decay ** (head - network.layer_of(name, kind)) for name in names}
+    if not hasattr(network, "group_matcher"):
+        raise UserError(
+            f"optim.layer_decay: {decay:g} needs a network with numbered layers, but {type(network).__name__} has "
+            "none; set optim.layer_decay=1.0, or choose a ConvNeXt V2 or a network of timm"
+        )
+    if kind != "timm":
+        raise UserError(
+            f"optim.layer_decay_kind: {kind} is for ConvNeXt V2, but {type(network).__name__} is a network of timm; "
+            "set optim.layer_decay_kind=timm"
+        )
+    from timm.models import group_parameters
+
+    # Same as timm.optim.param_groups_layer_decay.
+    layers = group_parameters(network, network.group_matcher(coarse=False), reverse=True)
+    last = max(layers.values())
+    return {name: decay ** (last - layer) for name, layer in layers.items()}
+
+
 def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str, dict[str, Any]]:
     """Return the fields that the rules set, by parameter."""
     settings: dict[str, dict[str, Any]] = {name: {} for name in names}
@@ -98,17 +130,13 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
 
 def groups_table(groups: list[dict]) -> str:
     """Return the groups as a table: rate scale, weight decay, frozen steps, betas, tensors, parameters, an example."""
-    lines = [f"{'lr scale':>9}  {'decay':<7}  {'frozen':>6}  {'betas':<12}  {'tensors':>7}  {'parameters':>12}  first"]
+    rows = [("lr scale", "decay", "frozen", "betas", "tensors", "parameters", "first")]
     for group in groups:
-        count = sum(parameter.numel() for parameter in group["params"])
-        fixed = group["fixed_decay"]
+        count, fixed, betas = sum(each.numel() for each in group["params"]), group["fixed_decay"], group["fixed_betas"]
         decay = f"{fixed:g}" if fixed is not None else "yes" if group["decays"] else "no"
-        lines.append(
-            f"{group['lr_scale']:>9.5f}  {decay:<7}  {group['freeze_steps']:>6}  "
-            f"{', '.join(map(str, group['fixed_betas'] or ())):<12}  {len(group['names']):>7}  "
-            f"{count:>12,}  {group['names'][0]}"
-        )
-    return "\n".join(lines)
+        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], ", ".join(map(str, betas or ())))
+        rows.append(tuple(map(str, (*row, len(group["names"]), f"{count:,}", group["names"][0]))))
+    return align_columns(rows)
 
 
 def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:

@@ -28,15 +28,9 @@ _LONGEST = 8
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
 
 
-class ByGroup:
-    """Apply the transform of the draw's group; there is one for each bucket."""
-
-    def __init__(self, transforms: Sequence[View]) -> None:
-        self._transforms = transforms
-
-    def __call__(self, image: Tensor, draw: Draw) -> Tensor:
-        """Return the transformed image."""
-        return self._transforms[draw.group](image, draw)
+def by_group(transforms: Sequence[View]) -> View:
+    """Return a view that applies the transform of the draw's group; there is one for each bucket."""
+    return lambda image, draw: transforms[draw.group](image, draw)
 
 
 def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
@@ -232,4 +226,4 @@ def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
     if sizes_hw is None:
         return {"images": EvalTransform(preprocessing)}
     each = [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in sizes_hw]
-    return {"images": ByGroup(list(map(EvalTransform, each)))}
+    return {"images": by_group(list(map(EvalTransform, each)))}

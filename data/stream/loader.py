@@ -10,7 +10,6 @@ import itertools
 import json
 import re
 import signal
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.collection.collection import Collection, Row
 from data.stream.batch import Ragged, Sample, collate, to_device
-from data.stream.order import Draw, Sampler, Views, count_batches, evaluation_batches, train_batches
+from data.stream.order import Draw, Sampler, Views, evaluation_batches, plan_batches, train_batches
 from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
@@ -76,8 +75,7 @@ def _leave_signals_to_parent(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    if sys.platform == "linux":  # elsewhere, torch's worker checks its parent, but only between batches
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 class _WorkerPopen(Popen):
@@ -273,7 +271,8 @@ class EvaluationStream:
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""
-        return count_batches(self.rows, self.batch_size, self.groups, distributed.world_size())
+        groups = plan_batches(self.rows, self.batch_size, self.groups, distributed.world_size())
+        return sum(len(starts) for _, _, starts in groups)
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""

@@ -10,7 +10,6 @@ tables.
 
 import itertools
 import os
-import sys
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
@@ -233,9 +232,11 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
 def _has_room_for(window: int, collection: Collection) -> bool:
     """Return whether the page cache has room for two windows of local shards, on a single node."""
     one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    if not one_node or sys.platform != "linux" or not collection.is_packed:
-        return False
-    return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
+    return (
+        one_node
+        and collection.is_packed
+        and 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
+    )
 
 
 def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
@@ -266,7 +267,7 @@ def evaluation_batches(
     padded. Padding repeats a row with `position` -1 and key 0; the reader gives it weight 0. The key of a row depends
     only on the row, so masks and noise of an evaluation are the same at every step and for any number of ranks.
     """
-    for group, positions, starts in _plan(rows, batch_size, groups, world_size):
+    for group, positions, starts in plan_batches(rows, batch_size, groups, world_size):
         mine, padding = positions[rank::world_size], Draw(-1, int(rows[positions[0]]), 0, group)
         for start in starts:
             chosen = [(int(position), int(rows[position])) for position in mine[start : start + batch_size]]
@@ -274,12 +275,7 @@ def evaluation_batches(
             yield draws + [padding] * (min(batch_size, len(positions)) - len(draws))
 
 
-def count_batches(rows: Sequence[int], batch_size: int, groups: np.ndarray | None, world_size: int = 1) -> int:
-    """Return the number of `evaluation_batches`, equal on all ranks."""
-    return sum(len(starts) for _, _, starts in _plan(rows, batch_size, groups, world_size))
-
-
-def _plan(
+def plan_batches(
     rows: Sequence[int], batch_size: int, groups: np.ndarray | None, world_size: int
 ) -> Iterator[tuple[int, Sequence[int], range]]:
     """Yield each group, the positions of its rows, and the start of each batch in the largest share of a rank."""

@@ -23,13 +23,7 @@ _READ_BYTES = 2**20
 
 
 def read_ahead(batches: Iterable[list[Draw]], source: Source, sampler: Sampler | None = None) -> Iterator[list[Draw]]:
-    """Yield the batches, and request their files, and the rows that the sampler adds, some batches earlier.
-
-    Does nothing if the system has no posix_fadvise (macOS, Windows).
-    """
-    if not hasattr(os, "posix_fadvise"):
-        yield from batches
-        return
+    """Yield the batches, and request their files, and the rows that the sampler adds, some batches earlier."""
     waiting: deque[list[Draw]] = deque()
     pool = ThreadPoolExecutor(_THREADS, thread_name_prefix="read-ahead")
     try:

@@ -20,7 +20,7 @@ from pydantic import TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
 from data.augment.on_device import IMAGES, training_views
-from data.augment.transforms import ByGroup, TrainTransform
+from data.augment.transforms import TrainTransform, by_group
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import AugmentConfig, DataConfig
@@ -197,7 +197,7 @@ class Kind:
         if sizes_hw is None:
             return training_views(augment, background)
         each = [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes_hw]
-        return {IMAGES: ByGroup([TrainTransform(own, background) for own in each])}
+        return {IMAGES: by_group([TrainTransform(own, background) for own in each])}
 
     def sampler(self, collection: Collection, setup: Setup, config: ImageTrainingConfig, rows: np.ndarray) -> Sampler:
         """Return the order of the training rows, by `loop.sampling`.

@@ -133,7 +133,9 @@ def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_
     threading.Timer(0.2, go.set).start()
     learner.step = 2
     save(last=True)
-    values = [load_file(path / "weights.safetensors")["w"].mean() for path in list_checkpoints(folder.checkpoints)]
+    values = [
+        load_file(path / "weights.safetensors")["w"].mean() for path in list_checkpoints(folder.path / "checkpoints")
+    ]
     assert values == [1.0, 2.0]
 
 

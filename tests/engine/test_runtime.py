@@ -40,7 +40,6 @@ def machine(tmp_path, monkeypatch):
         schemes = {"default": str(tmp_path / "include"), "posix_prefix": str(tmp_path / "prefix")}
         monkeypatch.setattr("engine.runtime.sysconfig.get_path", lambda _, scheme="default": schemes[scheme])
         monkeypatch.setattr("engine.runtime.find_spec", lambda name: object() if triton else None)
-        monkeypatch.setattr("engine.runtime.sys.platform", "linux")
 
     return make
 

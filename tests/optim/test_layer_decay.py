@@ -12,7 +12,7 @@ from models.config import TimmConfig
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import translate_name
-from optim.layer_decay import layer_scales
+from optim.groups import layer_scales
 from utils.errors import UserError
 
 SIZES = {"atto": (2, 2, 6, 2), "huge": (3, 3, 27, 3)}  # as published

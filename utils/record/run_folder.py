@@ -58,16 +58,6 @@ class RunFolder:
         """The content of config.json."""
         return {"script": self.job.script, **self.config}
 
-    @property
-    def checkpoints(self) -> Path:
-        """The folder of checkpoints."""
-        return self.path / "checkpoints"
-
-    @property
-    def weights(self) -> Path:
-        """The folder of weight files."""
-        return self.path / "weights"
-
 
 def default_run_dir(config: dict[str, Any], job: Job) -> str:
     """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run."""
@@ -132,8 +122,8 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
     patience_sec = _REQUEUED_SEC if restart_count() else _READER_SEC
     refuse_links_out("run_dir", folder.path)
     with output_errors("run_dir", folder.path):
-        for path in (folder.checkpoints, folder.weights, folder.path / "plots"):
-            path.mkdir(parents=True, exist_ok=True)
+        for name in ("checkpoints", "weights", "plots"):
+            (folder.path / name).mkdir(parents=True, exist_ok=True)
         try:
             stack.enter_context(file_lock(folder.path / LOCK_FILE, patience_sec))
         except BlockingIOError:

@@ -150,7 +150,6 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
         take(train_stream(folder, workers=1), 1)
 
 
-@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
 def test_the_files_of_coming_steps_are_asked_for(folder, monkeypatch):
     asked = Asked()
     monkeypatch.setattr("data.stream.read_ahead.will_need", asked)

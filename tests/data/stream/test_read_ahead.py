@@ -12,8 +12,6 @@ from data.stream.order import Draw
 from data.stream.read_ahead import read_ahead, will_need
 from data.stream.source import FileRange, Source
 
-pytestmark = pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="this system cannot be asked to read ahead")
-
 
 def batches(size, count=None):
     """Yield batches of draws whose index counts on."""

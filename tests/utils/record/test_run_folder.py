@@ -44,7 +44,7 @@ def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path):
     with open_run_folder(config_for(tmp_path / "a/run", seed=1), JOB) as folder:
         write_config(folder, {"torch": "x"})
         get_logger("during").warning("said during")
-        assert all(path.is_dir() for path in (folder.checkpoints, folder.weights, folder.path / "plots"))
+        assert all((folder.path / name).is_dir() for name in ("checkpoints", "weights", "plots"))
         assert RunReader(folder.path).is_alive
     get_logger("after").info("said after")
     run = RunReader(folder.path)
