@@ -42,12 +42,11 @@ from utils.io.files import canonical_json, output_errors, refuse_links_out, sha2
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
-from utils.record.figures import show_figures
+from utils.record.figures import show_figures, show_rows
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
-from utils.text_table import show_rows
 from utils.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 
 log = get_logger(__name__)

@@ -13,8 +13,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from utils.record.figures import align_columns
 from utils.record.run_reader import RunReader
-from utils.text_table import align_columns
 
 
 def read_json(path):

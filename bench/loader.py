@@ -38,8 +38,8 @@ from utils.config.messages import ConfigError, hydra_problem
 from utils.config.schema import path_keys
 from utils.errors import EXIT_USER_ERROR, UserError
 from utils.ranks.processes import count_cores
+from utils.record.figures import align_columns
 from utils.record.logging import setup_logging
-from utils.text_table import align_columns
 
 SECONDS, QUICK_SECONDS = 90.0, 3.0
 _READ_SHARE, _STEP_SHARE = 0.35, 0.6  # of the seconds

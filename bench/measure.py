@@ -35,8 +35,8 @@ from engine.runtime import Runtime, choose_runtime
 from engine.task import Streams
 from utils.config.entry_point import Job
 from utils.config.help import CONF, ROOT
+from utils.record.figures import align_columns
 from utils.record.run_folder import RunFolder
-from utils.text_table import align_columns
 
 OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.

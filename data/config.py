@@ -195,10 +195,6 @@ class AugmentConfig(Strict):
 
     @model_validator(mode="after")
     def _is_of_one_piece(self) -> "AugmentConfig":
-        if len(self.mean) != len(self.std):
-            raise ValueError(
-                f"augment.std: {len(self.std)} numbers, but augment.mean has {len(self.mean)}; give one per channel"
-            )
         if self.on_device and self.rand_augment is not None:
             raise ValueError(
                 f"augment.on_device: true, but augment.rand_augment ({self.rand_augment}) only runs in the workers; "

@@ -1,5 +1,7 @@
 """Record a run: metrics, time, memory, tracker, progress bar, curves, samples, skipped steps, watchdog phases."""
 
+import hashlib
+import json
 import math
 import resource
 import time
@@ -18,17 +20,17 @@ from engine.skips import SkipWatch
 from engine.step import StepResult
 from engine.task import Report, checkpointed_state, networks_of
 from utils.contracts import Batch, TrainStream
-from utils.io.files import ignore_write_errors
+from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
-from utils.record.metrics_log import MetricsLog
+from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import write_report
 from utils.record.run_folder import mark_complete
-from utils.record.sample_log import SampleLog
 from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
@@ -103,6 +105,35 @@ def show_memory(learner: Learner) -> str:
     return ", ".join(f"{name} {size}" for name, size in shown.items())
 
 
+class _SampleLog(AppendFile):
+    """One rank's samples of each step (`tracking.samples`), to audit exactness or explain loss spikes.
+
+        samples/rank_00000.jsonl    {"step": 12, "ids": [...], "keys": [...], "hash": "..."}, one row per step
+
+    `hash` covers every tensor of the step's batches: equal hashes mean equal augmented samples. It costs a host
+    synchronisation per step. All ranks create theirs together.
+    """
+
+    def __init__(self, folder: Path, last_step: int) -> None:
+        folder = folder / "samples"
+        folder.mkdir(exist_ok=True)
+        if distributed.is_main():
+            for path in folder.glob("rank_*.jsonl"):
+                keep_rows(path, last_step)
+        distributed.barrier()
+        super().__init__(folder / f"rank_{distributed.rank():05d}.jsonl")
+
+    def add(self, step: int, batches: Sequence[Batch]) -> None:
+        """Record the micro-batches of step number `step` (from 1)."""
+        row = {
+            "step": step,
+            "ids": [number for batch in batches for number in batch["sample_id"].tolist()],
+            "keys": [number for batch in batches for number in batch["key"].tolist()],
+            "hash": hashlib.sha256("".join(hash_tensors(batch) for batch in batches).encode()).hexdigest()[:16],
+        }
+        self.write(json.dumps(row) + "\n")
+
+
 # ------------------------------------------------------------------------------------------------------------ recorder
 
 
@@ -122,7 +153,7 @@ class Recorder:
         self.log_meter, self.epoch_meter = _Meter(self._device), _Meter(self._device)
         self._tracking, self._plan, self._learner = config.tracking, plan, learner
         self._metrics: MetricsLog | None = None
-        self._samples: SampleLog | None = None
+        self._samples: _SampleLog | None = None
         self._tracker: Tracker | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
         self.seconds, self.waited = 0.0, 0.0
@@ -156,11 +187,11 @@ class Recorder:
                 limits = {"evaluate": step - 1, "epoch": min(limits["epoch"], step - 1)}
             self._metrics = MetricsLog(self.folder, step, limits)
         if self._tracking.samples:
-            self._samples = SampleLog(self.folder, step)
+            self._samples = _SampleLog(self.folder, step)
         self.skips.open(self.folder, str if train is None else train.path_of, step)
 
     @property
-    def _rows(self) -> list[MetricsLog | SampleLog]:
+    def _rows(self) -> list[MetricsLog | _SampleLog]:
         """This rank's open row files."""
         return [rows for rows in (self._metrics, self._samples) if rows is not None]
 

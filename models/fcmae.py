@@ -3,7 +3,6 @@
 A mask is bool [B, L] over the patch grid in row-major order, True = removed; a patch is a vector [P] (`patchify`).
 """
 
-import math
 from collections.abc import Sequence
 from typing import Literal
 
@@ -26,13 +25,9 @@ def count_removed(num_patches: int, mask_ratio: float) -> int:
     kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
     if 1 <= kept < num_patches:
         return num_patches - kept
-    if num_patches < 2:
-        advice = "there is nothing to mask; raise augment.image_size_hw or lower task.patch_px"
-    else:
-        advice = f"set it above 0 and below {math.floor(1000 * (1 - 1 / num_patches)) / 1000}"
     raise UserError(
         f"task.mask_ratio: {mask_ratio} of {num_patches} patches does not keep at least one and remove at least one; "
-        f"{advice}"
+        "change it, raise augment.image_size_hw or lower task.patch_px"
     )
 
 
@@ -154,7 +149,10 @@ class FCMAE(nn.Module):
             pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
         else:
             pixels = targets.from_map(self.pred(x))
-        return self._join_sites(pixels, removed.shape[1])
+        # A pixel's row in its patch is (site row, row in the site), and likewise for columns.
+        stride, side = self.encoder.total_stride, self.patch_sites
+        pixels = pixels.reshape(-1, removed.shape[1], side, side, stride, stride, self.encoder.in_channels)
+        return pixels.transpose(3, 4).flatten(2)
 
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
@@ -188,12 +186,3 @@ class FCMAE(nn.Module):
         patches = patchify(images.float(), self.patch_px)
         removed = self.split(mask)[1][..., None].expand(-1, -1, patches.shape[2])
         return unpatchify(patches.scatter(1, removed, pred.float() * std + mean), self.patch_px, images.shape[-2:])
-
-    def _join_sites(self, pixels: Tensor, num_removed: int) -> Tensor:
-        """Join the predictions of removed sites, [B * M * side * side, stride * stride * C], to patches [B, M, P].
-
-        A pixel's row in its patch is (site row, row in the site), and likewise for columns.
-        """
-        stride, side = self.encoder.total_stride, self.patch_sites
-        x = pixels.reshape(-1, num_removed, side, side, stride, stride, self.encoder.in_channels)
-        return x.transpose(3, 4).flatten(2)

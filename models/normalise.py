@@ -16,11 +16,12 @@ class Normalise(nn.Module):
 
     def __init__(self, mean: Sequence[float], std: Sequence[float], channels: int) -> None:
         super().__init__()
-        if len(mean) != channels:
-            raise UserError(
-                f"augment.mean: {len(mean)} numbers for a network with {channels} input channels (model.in_channels); "
-                "give one per channel, also in augment.std"
-            )
+        for name, values in (("mean", mean), ("std", std)):
+            if len(values) != channels:
+                raise UserError(
+                    f"augment.{name}: {len(values)} numbers for a network with {channels} input channels "
+                    "(model.in_channels); give one per channel"
+                )
         shape = (1, channels, 1, 1)
         self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
         self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)

@@ -1,11 +1,11 @@
 """Predictions from a weight file or an ONNX file: the same preprocessing, the same names.
 
 Both have names and preprocessing in their metadata, so nothing else is needed. An ONNX file from elsewhere may be a
-tagger of the WD form (models/wd_file.py).
+tagger of the WD form.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -16,13 +16,12 @@ from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
 from models.outputs import OUTPUTS, RowOptions
-from models.wd_file import read_wd_metadata
 from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL, RATING, read_facts
+from utils.vocabulary import FILE, GENERAL, RATING, read_facts, read_vocabulary
 
 log = get_logger(__name__)
 
@@ -211,10 +210,45 @@ def _read_metadata(path: Path, session: Any) -> dict[str, Any]:
     """Return the metadata of one of our files, or the equivalent for a file in the WD form."""
     texts = session.get_modelmeta().custom_metadata_map
     if "atelier" not in texts:
-        return read_wd_metadata(path, session.get_inputs(), session.get_outputs())
+        return _read_wd_metadata(path, session.get_inputs(), session.get_outputs())
     with readable(path, "ONNX"):
         metadata = json.loads(texts["atelier"])
     check_metadata(path, metadata)
     if metadata.get("output") not in OUTPUTS:
         raise UserError(f"{path} has wrong metadata (output: {metadata.get('output')!r}); export it again")
     return metadata
+
+
+def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any]) -> dict[str, Any]:
+    """Return the metadata that one of our files would have, for a tagger in the WD form, as published by SmilingWolf.
+
+    The file has only a graph, and selected_tags.csv is in its folder. By convention, images are centred on a white
+    square and resized to the graph's side with bicubic interpolation; values are BGR from 0 to 255. The first output
+    has one probability per row of the CSV file.
+
+    inputs, outputs: as ONNX Runtime describes them.
+    Raises UserError if selected_tags.csv is missing or belongs to another tagger, or if the graph has another form.
+    """
+    tags = path.with_name(FILE)
+    if not tags.is_file():
+        raise UserError(f"{path} was not exported by Atelier; use export.py, or put a WD tagger's {FILE} beside it")
+    (first, *others), output = inputs, outputs[0]
+    batch, *sides = first.shape
+    is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
+    if others or first.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):
+        raise UserError(
+            f"{path} takes {[(value.type, value.shape) for value in inputs]} and returns {output.shape}; a tagger "
+            "of the WD form takes one tensor(float) of [batch, side, side, 3], and returns [batch, tags] first"
+        )
+    vocabulary = read_vocabulary(tags)
+    if len(output.shape) != 2 or output.shape[1] != len(vocabulary):
+        raise UserError(
+            f"{tags} has {len(vocabulary)} rows, but {path} returns {output.shape}; replace it with the "
+            f"{FILE} that was published with the tagger"
+        )
+    preprocessing = {
+        "image_size_hw": first.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
+        "eval_resize": "squash", "eval_crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
+    }  # fmt: skip
+    form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={output.name: "probs"})
+    return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}

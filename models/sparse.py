@@ -91,17 +91,14 @@ def block_on_tokens(block: Block, tokens: Tensor, sites: Sites) -> Tensor:
     return tokens + block.drop_path(branch).view(tokens.shape)
 
 
-def _cells_to_channels(tokens: Tensor, size: int) -> Tensor:
-    """Join size x size neighbours within each patch: [B, V, r, r, C] to [B, V, r / size, r / size, size * size * C]."""
-    batch, count, side, _, channels = tokens.shape
-    cells = tokens.reshape(batch, count, side // size, size, side // size, size, channels)
-    return cells.transpose(3, 4).flatten(4)
-
-
 def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
-    """Apply a convolution with kernel = stride within the patches, as a linear layer on joined neighbours."""
-    weight = convolution.weight.permute(0, 2, 3, 1).flatten(1)  # [C', k * k * C]
-    return F.linear(_cells_to_channels(tokens, convolution.stride[0]), weight, convolution.bias)
+    """Apply a convolution with kernel = stride = k within the patches, as a linear layer on joined neighbours.
+
+    [B, V, r, r, C] to [B, V, r / k, r / k, C'].
+    """
+    (batch, count, side, _, channels), k = tokens.shape, convolution.stride[0]
+    cells = tokens.reshape(batch, count, side // k, k, side // k, k, channels).transpose(3, 4).flatten(4)
+    return F.linear(cells, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
 def _normalise(norm: ChannelsFirstLayerNorm, tokens: Tensor) -> Tensor:

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from optim.adan import Adan
 from optim.config import (
     AdamW8bitConfig,
     AdamWConfig,
@@ -14,8 +13,7 @@ from optim.config import (
     SGDConfig,
     TimmOptimConfig,
 )
-from optim.stochastic import StochasticAdamW
-from optim.vectors import VectorOptimizer
+from optim.vectors import Adan, StochasticAdamW, VectorOptimizer
 from utils.errors import UserError, close_names
 
 
@@ -89,9 +87,10 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        is_timm = isinstance(config, TimmOptimConfig)
-        given = f"extra: timm's {config.opt} does not accept {config.extra}" if is_timm else f"name={config.name}"
-        raise UserError(f"optim.{given}: {error}") from error
+        key = "extra" if isinstance(config, TimmOptimConfig) else "name"
+        raise UserError(
+            f"optim.{key}: {getattr(config, 'opt', config.name)} does not accept its keys: {error}"
+        ) from error
     moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
     betas = optimizer.param_groups[0].get("betas", ())
     for index, rule in enumerate(config.rules):

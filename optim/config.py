@@ -36,7 +36,7 @@ class _AdamW(_Optim):
 
 
 class AdamWConfig(_AdamW):
-    """torch's fused AdamW, or with bf16_weights StochasticAdamW (optim/stochastic.py)."""
+    """torch's fused AdamW, or with bf16_weights StochasticAdamW (optim/vectors.py)."""
 
     name: Literal["adamw"]
     bf16_weights: bool
@@ -50,7 +50,7 @@ class AdamW8bitConfig(_AdamW):
 
 
 class AdanConfig(_Optim):
-    """Adan (optim/adan.py)."""
+    """Adan (optim/vectors.py)."""
 
     name: Literal["adan"]
     betas: Annotated[list[BelowOne], Field(min_length=3, max_length=3)]

@@ -14,7 +14,7 @@ from torch import nn
 from optim.config import OptimConfig, RuleConfig
 from optim.schedules import GroupValues
 from utils.errors import UserError, close_names
-from utils.text_table import align_columns
+from utils.record.figures import align_columns
 
 
 class _Settings(NamedTuple):

@@ -1,4 +1,4 @@
-"""Base class of optimisers that step on vectors of many parameters and can skip a step on the device."""
+"""Optimisers that step on vectors of many parameters and can skip a step on the device: Adan, StochasticAdamW."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
@@ -6,6 +6,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+from utils import rng
 
 # Elements of a vector. CPU: the fastest of 2**14 to 2**20 on convnextv2_atto; a step's data fits the caches.
 # GPU: 64 MiB for each of about fifteen float32 temporaries, for any model size.
@@ -116,3 +118,81 @@ def _parts(rows: Iterable[list[Tensor]], limit: int) -> Iterator[list[tuple[Tens
             size += len(pieces[0])
     if part:
         yield part
+
+
+class Adan(VectorOptimizer):
+    """Adan, adaptive Nesterov momentum: averages of the gradient m, of its difference v, and of the square n.
+
+    Source: Xie et al., arXiv:2208.06677, algorithm 1, with proximal decoupled weight decay:
+    theta <- (theta - lr * (m + beta2 * v) / (sqrt(n) + eps)) / (1 + lr * weight_decay).
+    Differs: betas are (0.98, 0.92, 0.99), as in the authors' code, and not 1 - beta as in the paper.
+    """
+
+    averages = ("exp_avg", "exp_avg_diff", "exp_avg_sq", "previous_grad")
+
+    def factors(self, counts: Tensor, keep: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return keep, keep * (1 - beta) of each average, 0 in the first step or 1, and the factors of v, root and eps.
+
+        The update (m / c1 + beta2 * v / c2) / (sqrt(n / c3) + eps), with c = 1 - beta ** count, is computed with
+        numerator and denominator multiplied by c1.
+        """
+        betas = group["betas"]
+        correction1, correction2, correction3 = (1.0 - beta**counts for beta in betas)
+        root_factor, difference_factor = correction1 / correction3.sqrt(), betas[1] * correction1 / correction2
+        shares, not_first = [(1.0 - beta) * keep for beta in betas], (counts > 1).double()
+        return torch.stack([keep, *shares, not_first, difference_factor, root_factor, group["eps"] * correction1])
+
+    def stepped(
+        self, vectors: Sequence[Tensor], grads: Tensor, group: dict[str, Any], factors: Sequence[Tensor], part: int
+    ) -> Sequence[Tensor]:
+        """Step in place."""
+        weights, average, difference, square, previous = vectors
+        keep, share1, share2, share3, not_first, difference_factor, root_factor, eps = factors
+        delta = (grads - previous).mul_(not_first)
+        average.lerp_(grads, share1)
+        difference.lerp_(delta, share2)
+        square.lerp_(torch.add(grads, delta, alpha=group["betas"][1]).square_(), share3)
+        previous.lerp_(grads, keep)
+        update = (difference * difference_factor).add_(average).div_(square.sqrt().mul_(root_factor).add_(eps))
+        # (theta - lr * u) / (1 + lr * decay) = theta - rate * (u + decay * theta)
+        rate = group["lr"] / (1 + group["lr"] * group["weight_decay"])
+        weights.sub_(update.add_(weights, alpha=group["weight_decay"]).mul_(rate * keep))
+        return vectors
+
+
+class StochasticAdamW(VectorOptimizer):
+    """AdamW on bfloat16 weights: 8 bytes per parameter with its gradient, instead of 16.
+
+    It computes in float32 and rounds stochastically, seeded by the update's and part's numbers: rounding to nearest
+    would lose updates below 1/512 of a weight, which are most.
+    Source: Zamirai et al. 2020 (arXiv 2010.06192), section 3; Loshchilov, Hutter 2017 (arXiv 1711.05101), algorithm 2.
+    """
+
+    averages = ("exp_avg", "exp_avg_sq")
+
+    def factors(self, counts: Tensor, keep: Tensor, group: dict[str, Any]) -> Tensor:
+        """Return keep, keep * (1 - beta) of both averages, and their bias corrections, float64 [5, G]."""
+        shares = [(1.0 - beta) * keep for beta in group["betas"]]
+        return torch.stack([keep, *shares, *(1.0 - beta**counts for beta in group["betas"])])
+
+    def stepped(
+        self, vectors: Sequence[Tensor], grads: Tensor, group: dict[str, Any], factors: Sequence[Tensor], part: int
+    ) -> Sequence[Tensor]:
+        """Return weights, average and average square in bfloat16. In a skipped step they are not rounded."""
+        weights, average, square = vectors
+        keep, share1, share2, correction1, correction2 = factors
+        average.lerp_(grads, share1)
+        square.lerp_(grads.square(), share2)
+        change = (average / correction1) / ((square / correction2).sqrt() + group["eps"])
+        weights.sub_((change + group["weight_decay"] * weights) * (group["lr"] * keep))
+        generator = torch.Generator(grads.device).manual_seed(rng.hash_counters(self.update, part))
+        return [round_stochastically(vector, generator) for vector in vectors]
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 values up or down to bfloat16 at random, so that the expected value is exact.
+
+    A bfloat16 is the upper half of a float32. Adding a random lower half carries into it with the right probability.
+    """
+    noise = torch.empty_like(values, dtype=torch.int32).random_(1 << 16, generator=generator)
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -55,7 +55,8 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     """
     names = pc.unique(table["label"]).drop_null()
     labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
-    hashes = _hash_paths(table["path"])
+    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in table["path"].to_pylist())
+    hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
     chosen = hashes < np.uint64(fraction * 2**64)
     if _has_integers(table, "id"):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
@@ -105,9 +106,3 @@ def count_twins(table: pa.Table) -> int:
 
 def _has_integers(table: pa.Table, name: str) -> bool:
     return name in table.column_names and pa.types.is_integer(table.schema.field(name).type)
-
-
-def _hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
-    """Return the first 8 bytes of the SHA-256 of each path, uint64 [N]."""
-    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
-    return np.frombuffer(digests, ">u8").astype(np.uint64)

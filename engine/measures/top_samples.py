@@ -40,11 +40,13 @@ class TopSamples:
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Concatenate samples; images [B, C, H, W] of several sizes are padded with white at the right and bottom."""
-    return {name: torch.cat(_of_one_shape([part[name] for part in parts])) for name in parts[0]}
-
-
-def _of_one_shape(parts: Sequence[Tensor]) -> Sequence[Tensor]:
-    if len({part.shape[1:] for part in parts}) == 1:
-        return parts
-    height, width = (max(part.shape[axis] for part in parts) for axis in (-2, -1))
-    return [F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=255) for part in parts]
+    joined = {}
+    for name in parts[0]:
+        column = [part[name] for part in parts]
+        if len({part.shape[1:] for part in column}) > 1:
+            height, width = (max(part.shape[axis] for part in column) for axis in (-2, -1))
+            column = [
+                F.pad(part, (0, width - part.shape[-1], 0, height - part.shape[-2]), value=255) for part in column
+            ]
+        joined[name] = torch.cat(column)
+    return joined

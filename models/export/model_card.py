@@ -10,7 +10,7 @@ from models.outputs import OUTPUTS
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets
-from utils.text_table import show_cell, show_rows
+from utils.record.figures import show_cell, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _UNKNOWN = "unknown"

@@ -36,7 +36,12 @@ def to_fp16(proto: onnx.ModelProto, model: nn.Module) -> onnx.ModelProto:
         for name, module in model.named_modules()
         if isinstance(module, _WIDE_MODULES) or type(module).__name__ in _WIDE_NAMES
     }
-    nodes = {node.name for node in proto.graph.node if not wide.isdisjoint(_scopes(node))}
+    nodes = {  # the exporter writes the modules in which a node was traced as "['', 'network', 'network.norm']"
+        node.name
+        for node in proto.graph.node
+        for entry in node.metadata_props
+        if entry.key == _SCOPES and not wide.isdisjoint(re.findall(r"'([^']*)'", entry.value))
+    }
     graph = onnx.shape_inference.infer_shapes(proto, data_prop=True).graph
     return _Fp16Graph(graph, nodes).convert(proto)
 
@@ -100,9 +105,3 @@ class _Fp16Graph:
 
 def _cast(source: str, target: str, dtype: int) -> onnx.NodeProto:
     return onnx.helper.make_node("Cast", [source], [target], name=f"{target}__cast", to=dtype)
-
-
-def _scopes(node: onnx.NodeProto) -> list[str]:
-    """Return the modules in which a node was traced; the exporter writes "['', 'network', 'network.norm']"."""
-    text = next((entry.value for entry in node.metadata_props if entry.key == _SCOPES), "")
-    return re.findall(r"'([^']*)'", text)

@@ -15,8 +15,8 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import describe_held
 from utils.errors import UserError
+from utils.record.figures import align_columns
 from utils.record.logging import get_logger
-from utils.text_table import align_columns
 
 log = get_logger(__name__)
 

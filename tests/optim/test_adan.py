@@ -4,7 +4,7 @@ import timm.optim
 import torch
 
 import optim.vectors
-from optim.adan import Adan
+from optim.vectors import Adan
 
 
 def test_twenty_steps_equal_timms(monkeypatch):

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import optim.vectors
-from optim.stochastic import StochasticAdamW, round_stochastically
+from optim.vectors import StochasticAdamW, round_stochastically
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 

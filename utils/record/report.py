@@ -17,8 +17,7 @@ from PIL import Image
 
 from utils.io.files import write_atomically, write_text
 from utils.io.safe_text import hide_secrets
-from utils.record.figures import show_name
-from utils.text_table import show_cell
+from utils.record.figures import show_cell, show_name
 
 PAGE = "report.html"
 TableRow = Mapping[str, Any]

@@ -5,30 +5,27 @@
 Each job is a run folder, whether it ran here or on a cluster. Jobs may still be running.
 """
 
-import argparse
 import sys
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import mean
+from typing import Any
 
 from utils.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from utils.record.figures import align_columns
 from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
-from utils.text_table import align_columns
 
 _SEED = "seed="
-_RESULT = ("metric", "value", "is_lowest_best")
 
 
 @dataclass(frozen=True)
 class SweptRun:
-    """A job: its overrides and the best value of its task's metric, or None before the first evaluation."""
+    """A job: its overrides, its state (complete, running, not complete, or failed) and `RunReader.result`."""
 
     overrides: frozenset[str]
-    state: str  # complete, running, not complete, or failed
-    metric: str | None = None
-    value: float | None = None
-    is_lowest_best: bool = False
+    state: str
+    result: dict[str, Any] | None = None
 
 
 def read_jobs(folder: Path) -> list[SweptRun]:
@@ -36,8 +33,7 @@ def read_jobs(folder: Path) -> list[SweptRun]:
     jobs = []
     for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
         state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
-        result = {name: value for name, value in (run.result or {}).items() if name in _RESULT}
-        jobs.append(SweptRun(run.settings, state, **result))
+        jobs.append(SweptRun(run.settings, state, run.result))
     return jobs
 
 
@@ -57,15 +53,17 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     The best mean comes first, jobs without a value last. Columns without information are omitted.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
-    metric = next((job.metric for job in jobs if job.metric is not None), "value")
-    sign = 1 if any(job.is_lowest_best for job in jobs) else -1
+    results = {job.overrides: job.result for job in jobs if job.result is not None}
+    metric = next((result["metric"] for result in results.values()), "value")
+    sign = 1 if any(result["is_lowest_best"] for result in results.values()) else -1
     groups: dict[str, list[SweptRun]] = {}
     for job in jobs:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)
     rows = []
     for settings, group in groups.items():
-        values = [job.value for job in group if job.value is not None]
+        values = [results[job.overrides]["value"] for job in group if job.overrides in results]
+        values = [value for value in values if value is not None]
         states = ", ".join(dict.fromkeys(job.state for job in group))
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
@@ -77,12 +75,9 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     return align_columns(list(zip(*columns)))
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command and return its exit status."""
-    parser = argparse.ArgumentParser("python -m utils.record.sweep_table", description="Rank the jobs of a sweep.")
-    parser.add_argument("folder", type=Path, help="outputs/sweeps/NAME")
-    folder = parser.parse_args(arguments).folder
-    if not (jobs := read_jobs(folder)):
+def main(folder: str) -> int:
+    """Print the table of a sweep's folder and return the exit status."""
+    if not (jobs := read_jobs(Path(folder))):
         sys.stderr.write(f"sweep_table: {folder} holds no job of a sweep; give outputs/sweeps/NAME\n")
         return EXIT_USER_ERROR
     sys.stdout.write(sweep_table(jobs) + "\n")
@@ -90,4 +85,4 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main("".join(sys.argv[1:2])))

@@ -20,7 +20,7 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
     ]):  # fmt: skip
         words = ["model=convnextv2_atto", f"optim.lr={rate}", f"seed={seed}", "sweep.name=rates"]
         make_run(tmp_path / str(number), words, value, complete=complete)
-    assert main([str(tmp_path)]) == 0
+    assert main(str(tmp_path)) == 0
     assert capsys.readouterr().out.splitlines() == [
         "settings      runs  top1    least to greatest  state",
         "optim.lr=0.2  2     0.6500  -                  complete, not complete",
@@ -31,8 +31,10 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
 def test_what_is_best_is_first_and_what_has_no_value_last():
     for lowest, order in ((False, ["3", "2", "1", "4"]), (True, ["1", "2", "3", "4"])):
         values = {"1": 0.1, "4": None, "3": 0.3, "2": 0.2}
-        runs = [SweptRun(frozenset([f"optim.lr={rate}"]), "complete", "m", *pair) for rate, value in values.items()
-                for pair in [(value, lowest)]]  # fmt: skip
+        runs = [
+            SweptRun(frozenset([rate]), "complete", {"metric": "m", "value": value, "is_lowest_best": lowest})
+            for rate, value in values.items()
+        ]
         assert [line.split()[0][-1] for line in sweep_table(runs).splitlines()[1:]] == order
 
 
@@ -50,7 +52,7 @@ def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
 
 
 def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
-    assert main([str(tmp_path)]) == 2
+    assert main(str(tmp_path)) == 2
     assert f"sweep_table: {tmp_path} holds no job of a sweep; give outputs/sweeps/NAME" in capsys.readouterr().err
 
 
