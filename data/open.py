@@ -33,7 +33,9 @@ from data.images.image_formats import warn_of_missing_libraries
 from data.images.image_source import Images
 from data.images.pixels import read_upright_size
 from data.latents.buckets import assign, letterbox_groups
+from data.layouts.folders import check_root
 from data.layouts.glyphs import draw_glyphs
+from data.layouts.refresh import refresh_manifest
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source, UnreadableImage
@@ -54,6 +56,8 @@ def load_collection(config: DataConfig) -> Collection:
         warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
+        if config.manifest == "refresh":
+            refresh_manifest(check_root(config.root), CACHE, config.on_bad_sidecar)
         fraction, on_bad = config.validation_fraction, config.on_bad_sidecar
         return str(index_collection(config.root, validation_fraction=fraction, cache=CACHE, on_bad_sidecar=on_bad))
 

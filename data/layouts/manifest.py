@@ -36,6 +36,7 @@ PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 # The Parquet metadata name the writer of a manifest, so that a user's file is never overwritten.
 _MAKER, _OURS = b"atelier.made_by", "write_manifest"
+_SCANNED = b"atelier.scanned_ns"  # when job=manifest has read the sidecars
 _ASKED = ("path", "split", "label", "tags", "rating", "caption", "weight")  # a user states these for us
 _AT_ONCE, _PART = 16, 512  # threads, and files per task or cached folders
 
@@ -249,13 +250,16 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
         return [size for sizes in pool.map(lambda part: list(map(look_up, part)), parts) for size in sizes]
 
 
-def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
+def save_manifest(root: Path, table: pa.Table, maker: str = _OURS, scanned_ns: int | None = None) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
-    maker: recorded in the file; only a manifest of the default maker is ever overwritten.
+    maker: recorded in the file; only a manifest of the default maker is ever overwritten. scanned_ns: when the folder's
+    sidecars were read; None: as in the manifest that is replaced.
     Raises UserError (`data.root`) if the folder is not writable.
     """
-    table = table.replace_schema_metadata({_MAKER: maker.encode()})
+    scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
+    facts = {_MAKER: maker} if scanned_ns is None else {_MAKER: maker, _SCANNED: str(scanned_ns)}
+    table = table.replace_schema_metadata(facts)
     try:
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
     except PermissionError as error:
@@ -264,7 +268,22 @@ def save_manifest(root: Path, table: pa.Table, maker: str = _OURS) -> None:
 
 def is_ours(file: Path) -> bool:
     """Return whether job=manifest wrote a manifest."""
-    return file.name == PARQUET and (read_parquet(file).schema.metadata or {}).get(_MAKER) == _OURS.encode()
+    return _stated(file).get(_MAKER) == _OURS.encode()
+
+
+def scanned_at(file: Path) -> int | None:
+    """Return when job=manifest has read the sidecars of a manifest's folder, in ns; None for another manifest."""
+    text = _stated(file).get(_SCANNED, b"") if is_ours(file) else b""
+    return int(text) if text.isdigit() else None
+
+
+def _stated(file: Path) -> dict[bytes, bytes]:
+    """Return the metadata of a Parquet file, from its footer; {} for any other file."""
+    if file.name != PARQUET or not file.is_file():
+        return {}
+    with suppress(pa.ArrowException, OSError), pq.ParquetFile(file) as parquet:  # reading it says what is wrong
+        return parquet.schema_arrow.metadata or {}
+    return {}
 
 
 def refuse_foreign(file: Path) -> None:

@@ -1,5 +1,6 @@
 """Write `manifest.parquet` for a folder (prepare.py job=manifest)."""
 
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Literal, Self
@@ -97,7 +98,7 @@ def write_manifest(
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
         refuse_foreign(manifest)
-    table = read_folder(folder, unused := Unused())
+    scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
     warn_unused(unused.describe())
     if (listing := list_faults(table, CACHE)) is not None:
         if on_bad_sidecar == "stop":
@@ -122,5 +123,5 @@ def write_manifest(
     for name, column in columns.items():
         table = replace_column(table, name, column)
     table = assign_validation(table, validation_fraction)
-    save_manifest(folder, table)
+    save_manifest(folder, table, scanned_ns=scanned_ns)
     return table

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "run_dir",
     "resume*",
     "dry_run",
+    "data.manifest",
     "data.cache.*_gib",
     "data.cache.folder",
     "loop.total_*",
