@@ -41,7 +41,7 @@ def find_newer(root: Path, manifest: Path) -> list[str]:
     for folder, entries, names in walk_folders(root):
         changed = set()
         for entry in entries:
-            if entry.name.endswith(SUFFIXES) or entry.name in (*TABLES, *POSTS):
+            if entry.name.lower().endswith(SUFFIXES) or entry.name in (*TABLES, *POSTS):
                 with suppress(OSError):
                     times = entry.stat()
                     if max(times.st_mtime_ns, 0 if was_copied else times.st_ctime_ns) > scanned:
