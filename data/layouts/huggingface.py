@@ -144,6 +144,8 @@ def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -
         field, kind = _FIELDS.get(name, name), table.schema.field(name).type
         is_list = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and field not in _SINGLE
         is_known = _is_text(kind.value_type if is_list else kind) or (field in _SINGLE and pa.types.is_integer(kind))
+        if pa.types.is_null(kind):
+            continue
         if field in columns or not (is_field(field) or field == "label") or not is_known:
             unused.add("columns of tables of unknown name or type, or second of their kind", name)
             continue

@@ -110,7 +110,7 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
             unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
-    if columns["tags"].type == TYPES["tags"] and pc.list_flatten(columns["tags"]).null_count:
+    if pc.list_flatten(columns["tags"]).null_count:
         raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; remove the null")
     return pa.table(columns)
 
@@ -152,22 +152,23 @@ def _read_csv(file: Path) -> pa.Table:
         types = dict.fromkeys(reader.schema.names, pa.string())  # Arrow would take texts that are dates for timestamps
     converting = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
     table = pa.csv.read_csv(file, convert_options=converting, parse_options=parsing)
-    columns = [_to_numbers(column) for column in table.columns]
-    for index, name in enumerate(table.column_names):
+    columns = []
+    for name, column in zip(table.column_names, table.columns):
         if name == "tags":
-            lists = [text and split_tags(text) for text in table.column(index).to_pylist()]
-            columns[index] = pa.array(lists, TYPES["tags"])
-        elif name in TYPES:
-            columns[index] = table.column(index)
+            column = pa.array([text and split_tags(text) for text in column.to_pylist()], TYPES["tags"])
+        elif TYPES.get(name) != pa.string():
+            column = _to_numbers(column)
+        columns.append(column)
     return pa.table(columns, names=table.column_names)
 
 
 def _to_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return numbers where every text is one; not of `007`, and not of more digits than a number has."""
+    """Return numbers if every text is one; not of `007`, and not of more digits than a number has."""
+    trimmed = pc.utf8_trim_whitespace(texts)
     for kind, is_text in ((pa.int64(), r"^-?0\d"), (pa.float64(), r"^-?(0\d|\d{16})")):
         with suppress(pa.ArrowException):
-            if not pc.any(pc.match_substring_regex(texts, is_text)).as_py():
-                return texts.cast(kind)
+            if not pc.any(pc.match_substring_regex(trimmed, is_text)).as_py():
+                return trimmed.cast(kind)
     return texts
 
 
@@ -177,7 +178,8 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     is_whole = pa.types.is_boolean(source) or pa.types.is_integer(source)
     other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(source) else pa.string()
     if name == "label" and other == pa.float64():
-        column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
+        with suppress(pa.ArrowException):
+            column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
     return column.cast(TYPES.get(name, other))
 
 

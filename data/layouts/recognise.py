@@ -82,7 +82,7 @@ def _find_shards(root: Path) -> tuple[list[str], Unused]:
     img2dataset writes them. Raises UserError if both kinds have images.
     """
     names, unused = [], Unused()
-    for folder, _, files in walk_folders(root):
+    for folder, _, files in walk_folders(root, unused):
         if any(map(is_image_name, files)):
             return [], Unused()
         names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
