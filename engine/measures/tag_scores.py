@@ -6,7 +6,7 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 
 import math
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -170,23 +170,19 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
     vocabulary = fitted.vocabulary
     groups = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
     groups = {number: name for number, name in groups.items() if fitted.groups[name].support} | {OVERALL: "all"}
-    overall = _choose_edges(fitted.groups["all"], precision, recall)
-    chosen = {
-        number: [
-            other._replace(note=f"{own.note}: the threshold of all tags") if own.is_few and number != OVERALL else own
-            for own, other in zip(_choose_edges(fitted.groups[name], precision, recall), overall)
-        ]
-        for number, name in groups.items()
-    }
+    chosen = {number: _choose_edges(fitted.groups[name], precision, recall) for number, name in groups.items()}
     rows = []
     for index, profile in enumerate(CATEGORY_PROFILES):
         for number, name in groups.items():
-            (edge, note, _), group = chosen[number][index], reported.groups[name]
+            (edge, note, is_few), group = chosen[number][index], reported.groups[name]
+            if is_few and number != OVERALL:
+                edge, note = chosen[OVERALL][index][0], f"{note}: the threshold of all tags"
+                chosen[number][index] = edge, note, False
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
             rows.append(_measured(profile, number, name, edge, counts, note))
             if note:
                 log.warning("thresholds: %s of %s: %s", profile, name, note)
-    balanced = np.array([chosen.get(number, chosen[OVERALL])[0].edge for number in vocabulary.categories])
+    balanced = np.array([chosen.get(number, chosen[OVERALL])[0][0] for number in vocabulary.categories])
     weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
     edges = edge_below(weighted / (fitted.support + _PRIOR))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
@@ -203,45 +199,28 @@ def lower_bound(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarr
     return (rate * count + _Z**2 / 2 - _Z * spread) / (count + _Z**2)
 
 
-class _Choice(NamedTuple):
-    """The edge of a profile; a note if its promise is not kept; whether its positives are too few for the promise."""
-
-    edge: int
-    note: str | None
-    is_few: bool
-
-
-def _choose_edges(group: Group, least_precision: float, least_recall: float) -> list[_Choice]:
-    """Return the choice for each of CATEGORY_PROFILES.
+def _choose_edges(group: Group, least_precision: float, least_recall: float) -> list[tuple[int, str | None, bool]]:
+    """Return for each of CATEGORY_PROFILES the edge, a note if its promise is not kept, and if positives are too few.
 
     Decisions on the tags of an image are not independent, so a rate counts at most as many samples as there are images.
     """
     precision, recall, _ = group.micro()
     images = group.predicted[0] / (group.num_tags + group.num_empty)
     positives = min(group.support, images)
-    sure_precision = lower_bound(precision, np.minimum(group.predicted, images))
-    precise, complete = (
-        sure_precision >= least_precision,
-        np.flatnonzero(lower_bound(recall, positives) >= least_recall),
+    sure, whole = lower_bound(precision, np.minimum(group.predicted, images)), lower_bound(1.0, positives)
+    precise, complete = sure >= least_precision, np.flatnonzero(lower_bound(recall, positives) >= least_recall)
+    edges = (
+        equal_point(precision, recall),
+        int(precise.argmax() if precise.any() else sure.argmax()),
+        int(complete[-1] if len(complete) else np.flatnonzero(recall >= least_recall)[-1]),
     )
-    half, whole = lower_bound(0.5, positives), lower_bound(1.0, positives)
-
-    def choose(edge: int, aim: str, is_few: bool, is_reached: bool = True) -> _Choice:
-        note = None if is_reached else f"{aim} is not reached; sure is {sure_precision[edge]:.2f}"
-        few = f"{group.support:,} positives on {images:,.0f} images are too few for {aim}"
-        return _Choice(edge, few if is_few else note, is_few)
-
-    return [
-        choose(equal_point(precision, recall), f"a recall known to {_KNOWN:g}", 0.5 - half > _KNOWN),
-        choose(
-            int(precise.argmax() if precise.any() else sure_precision.argmax()),
-            f"precision {least_precision:g}", whole < least_precision, bool(precise.any()),
-        ),
-        choose(  # the first edge has recall 1
-            int(complete[-1] if len(complete) else np.flatnonzero(recall >= least_recall)[-1]),
-            f"recall {least_recall:g}", whole < least_recall,
-        ),
-    ]  # fmt: skip
+    aims = f"a recall known to {_KNOWN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"
+    few = 0.5 - lower_bound(0.5, positives) > _KNOWN, whole < least_precision, whole < least_recall
+    notes = [f"{group.support:,} positives on {images:,.0f} images are too few for {aim}" for aim in aims]
+    notes = [note if is_few else None for note, is_few in zip(notes, few)]
+    if not few[1] and not precise.any():
+        notes[1] = f"{aims[1]} is not reached; sure is {sure.max():.2f}"
+    return list(zip(edges, notes, few))
 
 
 def _measured(

@@ -123,15 +123,10 @@ class ClassificationTask(ImageTask):
         prob, first = probs.max(dim=1)
         margin = probs.gather(1, labels)[:, 0] - probs.scatter(1, labels, -torch.inf).amax(dim=1)
         loss = F.cross_entropy(logits, labels[:, 0], reduction="none")
+        columns = {"label": labels[:, 0], "prediction": first, "probability": prob, "wrong": first != labels[:, 0]}
+        columns = {name: column.cpu().numpy() for name, column in (columns | {"loss": loss, "margin": margin}).items()}
         names = np.array(self.class_names, object)
-        columns = {"probability": prob, "wrong": first != labels[:, 0], "loss": loss, "margin": margin}
-        return pa.table(
-            {
-                "label": names[batch["labels"].cpu().numpy()],
-                "prediction": names[first.cpu().numpy()],
-                **{name: column.cpu().numpy() for name, column in columns.items()},
-            }
-        )
+        return pa.table(columns | {name: names[columns[name]] for name in ("label", "prediction")})
 
 
 class ClassificationKind(Kind):

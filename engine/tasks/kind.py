@@ -230,12 +230,8 @@ class Kind:
             "images": config.augment.describe("orientation" in setup.facts),
         }
         fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        return Streams(
-            train,
-            self.evaluation(data, setup, data.collection.rows("val"), training=True),
-            fingerprints,
-            described=described,
-        )
+        val = self.evaluation(data, setup, collection.rows("val"), training=True)
+        return Streams(train, val, fingerprints, described=described)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: the images of `rows` that the task can use."""
