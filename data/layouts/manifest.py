@@ -180,6 +180,8 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if name == "label" and other == pa.float64():
         with suppress(pa.ArrowException):
             column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
+    if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
+        column = pc.index_in(column, value_set=pc.unique(column).drop_null())
     return column.cast(TYPES.get(name, other))
 
 

@@ -171,10 +171,10 @@ def test_broken_and_double_manifests_are_refused(refuse, root):
 )
 def test_a_column_that_nobody_asked_for_stops_nothing(values, kept, opened, root, log):
     put(root, "a.png", "b.png")
-    labels = {"label": ["2024-01-01", 3], "mode": [{"x": 1}, None], "length": ["4 m", None]}
+    labels = {"label": ["2024-01-01", 3], "mode": [{"x": 1}, None], "length": ["4 m", None], "group": [None, "u7"]}
     columns = {"path": ["a.png", "b.png"], "more": values, **labels}
     collection = opened(jsonl(root, [dict(zip(columns, row)) for row in zip(*columns.values())]))
-    assert columns_of(collection, "label") == ["2024-01-01", "3"]
+    assert columns_of(collection, "label") == ["2024-01-01", "3"] and columns_of(collection, "group") == [None, 0]
     assert "not used: 2 columns" in log.text.replace("3 columns", "2 columns") and "column 'length'" in log.text
     if isinstance(kept, list):
         assert columns_of(collection, "more") == kept
