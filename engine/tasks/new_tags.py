@@ -34,15 +34,16 @@ _STEPS = 200
 
 
 @torch.no_grad()
-def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex, setup: Setup, first: int) -> None:
-    """Fit the head's outputs from `first` on to the tags of `rows`: logistic regressions on standardised features.
+def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex, setup: Setup) -> None:
+    """Fit the head's outputs from `known_tags` on to the tags of `rows`; all ranks get the same head.
 
-    The penalty of each tag minimises its loss on a fifth of the images; near-duplicates are on one side. All ranks get
-    the same head. Raises UserError (`task.append_to`) if there are not enough images.
+    The penalty of each tag minimises its loss on a fifth of the images; near-duplicates are on one side.
+    Raises UserError (`task.append_to`) if there are not enough images.
     """
-    found = read_features(task, data, rows, setup)
-    rows, (_, groups) = rows[list(found)], np.unique(data.collection.leads()[rows[list(found)]], return_inverse=True)
-    if len(np.unique(groups)) < 2:
+    found, first = read_features(task, data, rows, setup), setup.facts["known_tags"]
+    rows = rows[list(found)]
+    groups = np.unique(data.collection.leads()[rows], return_inverse=True)[1]
+    if not groups.any():
         raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
     features, head = torch.stack(list(found.values())).double(), find_head(task.network)
     targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
@@ -65,11 +66,9 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
     keys = np.array([record_key(*made_by, digest) for digest in hashes])
     is_missing = distributed.rank_zero_call(lambda: ~np.isin(keys.astype(np.bytes_), store.keys()))
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
-    key_of = dict(zip(rows.tolist(), keys.tolist()))
+    key_of, ids = dict(zip(rows.tolist(), keys.tolist())), ("sample_id", "weight")
     for batch in data.prepared(rows[is_missing], no_fields, setup.preprocessing) if is_missing.any() else ():
-        for row, weight, features in zip(
-            batch["sample_id"].tolist(), batch["weight"].tolist(), model.embed(batch["images"])
-        ):
+        for row, weight, features in zip(*(batch[name].tolist() for name in ids), model.embed(batch["images"])):
             if weight > 0:
                 store.put(key_of[row], data.collection.row(row).path, {"features": features})
     store.finish()

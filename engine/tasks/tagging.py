@@ -95,7 +95,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
                 f"augment.horizontal_flip: {config.augment.horizontal_flip:g} would mirror images without their tags; "
                 "set augment.horizontal_flip=0, and task.orientation=booru to mirror both (or augment=tagger)"
             )
-        if self.append_to is not None and (config.init_from is not None or config.loop.total_steps):
+        if self.append_to and (config.init_from is not None or config.loop.total_steps):
             raise UserError("task.append_to: fits new tags without training; remove init_from and loop.total_steps")
 
     @about("task.append_to")
@@ -103,25 +103,21 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
         """Return the configuration with the weights, network and image decoding of `append_to`, and without steps."""
         if self.append_to is None:
             return config
-        path = find_weights(self.append_to, "best")
-        metadata, augment = read_tagger(path), config.augment
+        path = str(find_weights(self.append_to, "best"))
+        metadata = read_tagger(path)
         stated = {key: value for key, value in metadata["preprocessing"].items() if key in AugmentConfig.model_fields}
-        changes = {
-            "init_from": str(path),
-            "model": TypeAdapter(ModelConfig).validate_python(metadata["model"]),
-            "augment": augment.model_copy(update=stated),
-            "data": config.data.model_copy(update={"background": None, "icc": False}),
-            "loop": config.loop.model_copy(update={"total_steps": 0}),
-        }
+        augment = config.augment.model_copy(update=stated)
+        data = config.data.model_copy(update={"background": None, "icc": False})
+        model = TypeAdapter(ModelConfig).validate_python(metadata["model"])
+        loop = config.loop.model_copy(update={"total_steps": 0})
+        changes = {"init_from": path, "model": model, "augment": augment, "data": data, "loop": loop}
         return config.model_copy(update=changes)
 
 
-def read_tagger(path: Path) -> dict[str, Any]:
-    """Return the metadata of a tagger's weight file. Raises UserError if it is of another kind."""
-    metadata = read_weights(path, shapes_only=True)[1]
-    if "model" not in metadata:
-        raise UserError(f"{path} is no tagger of Atelier; name a run or a weight file")
-    check_metadata(path, {**metadata, "output": "tags"})
+def read_tagger(file: str) -> dict[str, Any]:
+    """Return the metadata of a tagger's weight file. Raises UserError for another file."""
+    metadata = {"model": None, **read_weights(Path(file), shapes_only=True)[1], "output": "tags"}
+    check_metadata(Path(file), metadata)
     return metadata
 
 
@@ -400,10 +396,11 @@ class TaggingKind(Kind):
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         rows = training_rows(collection, config.loop.train_paths)
-        vocabulary = choose_vocabulary(config.task, collection)
+        vocabulary, known = choose_vocabulary(config.task, collection), None
         if config.task.append_to is not None:
-            vocabulary = append_tags(vocabulary_of(read_tagger(Path(config.init_from))), vocabulary)
-        facts = vocabulary.facts()
+            known = vocabulary_of(read_tagger(config.init_from))
+            vocabulary = append_tags(known, vocabulary)
+        facts = vocabulary.facts() | ({} if known is None else {"known_tags": len(known)})
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe())
         facts["tag_priors"] = measure_priors(index, rows, vocabulary)
@@ -413,18 +410,16 @@ class TaggingKind(Kind):
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return how evaluation prepares an image; new tags take over that of their tagger."""
-        if config.task.append_to is None:
-            return super().preprocessing(config)
-        return read_tagger(Path(config.init_from))["preprocessing"]
+        is_new = config.task.append_to is None
+        return super().preprocessing(config) if is_new else read_tagger(config.init_from)["preprocessing"]
 
     def prepare(
         self, task: TaggingTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
     ) -> None:
         """Fit the new tags of `task.append_to`."""
-        if config.task.append_to is not None:
+        if "known_tags" in setup.facts:
             index, rows = index_of(data.collection, setup), training_rows(data.collection, config.loop.train_paths)
-            known = len(read_tagger(Path(config.init_from))["tag_names"])
-            fit_new_tags(task, data, rows[index.tagged[rows]], index, setup, known)
+            fit_new_tags(task, data, rows[index.tagged[rows]], index, setup)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows with at least one tag other than a rating, and a function that adds the tags."""
