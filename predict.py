@@ -19,12 +19,13 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import Discriminator, Field, Tag, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
 from data.layouts.spelling import join_tags
 from data.open import load_files
+from data.tags.rules import TagRules, read_text_rules
 from data.tools.predictions import (
     Destination,
     Embeddings,
@@ -56,9 +57,19 @@ from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
-from utils.vocabulary import GENERAL, RATING, Vocabulary
+from utils.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
+
+
+class CategoryThresholds(Strict):
+    """The threshold of each category; None: from `threshold` or by `profile`."""
+
+    general: Fraction | None
+    artist: Fraction | None
+    copyright: Fraction | None
+    character: Fraction | None
+    meta: Fraction | None
 
 
 class PredictConfig(Strict):
@@ -71,7 +82,10 @@ class PredictConfig(Strict):
     like: PathText | None
     top: Count  # the number of classes, or with `like` of images
     threshold: Fraction | None  # for every tag; None: from `thresholds`, by `profile`
-    thresholds: PathText | None
+    thresholds: Annotated[  # a table, or the threshold of each category
+        Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
+        Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
+    ]
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
     text: TextConfig
     batch_size: BatchSize
@@ -82,9 +96,9 @@ class PredictConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.threshold is not None and (self.thresholds is not None or self.profile != PER_TAG):
+        if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):
             raise ValueError(
-                f"threshold: {self.threshold:g} applies to every tag; remove it, or remove thresholds and profile"
+                f"threshold: {self.threshold:g} applies to every tag; remove it, or thresholds=FILE and profile"
             )
         return self
 
@@ -94,6 +108,8 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
     text, least = config.text, np.float32(0.0)
     if predictor.output.has_tags:
         least = np.broadcast_to(choose_thresholds(config, predictor, weights), len(predictor.names))
+        for name, value in () if isinstance(config.thresholds, str) else config.thresholds:
+            least = least if value is None else np.where(predictor.categories == CATEGORIES[name], value, least)
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
     return predictor.options(config.top, least, mcut=config.profile == MCUT, max_tags=text.max_tags, order=text.order)
@@ -103,7 +119,8 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path
     """Return the threshold of each tag [T], or one for all. Raises UserError if `thresholds` or `profile` has none."""
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
-    table = find_thresholds(config.thresholds, weights, predictor.weights_hash)
+    file = config.thresholds if isinstance(config.thresholds, str) else None
+    table = find_thresholds(file, weights, predictor.weights_hash)
     if table is not None:
         vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
         return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
@@ -193,20 +210,22 @@ def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
     return lambda images: embedding_rows(predictor.embed(images))
 
 
-def describe(config: PredictConfig, options: RowOptions, weights: str) -> list[Any]:
+def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
     """Return what the rows depend on beside the images. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
-    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), replaces]
+    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), rules.hash, replaces]
 
 
-def join_texts(batches: Iterable[list[Row]], destination: Destination, config: PredictConfig) -> Iterator[list[Row]]:
+def join_texts(
+    batches: Iterable[list[Row]], destination: Destination, config: PredictConfig, rules: TagRules
+) -> Iterator[list[Row]]:
     """Yield rows with their tags joined to a text; existing=append puts them after the image's present tags."""
     for rows in batches:
         for row in rows:
             if "tags" in row:
                 before = destination.tags(row["path"]) if config.existing == "append" else ()
-                row["tags"] = join_tags([*before, *spell_tags(row, config.text)], config.text.separator)
+                row["tags"] = join_tags([*before, *spell_tags(row, config.text, rules)], config.text.separator)
         yield rows
 
 
@@ -224,7 +243,7 @@ def main(config: PredictConfig, job: Job) -> str:
 
     # --------------------------------------------------------------------------- 2. The images and the destination
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
-    version, output = sha256_file(weights), Path(config.output)
+    version, output, rules = sha256_file(weights), Path(config.output), read_text_rules(config.text)
     is_stored = isinstance(config.input, str) and config.input.endswith(".npz")
     images = Images("", []) if is_stored else find_images(config.input, "input")
     destination = choose_destination(config, predictor, images, version)
@@ -236,12 +255,13 @@ def main(config: PredictConfig, job: Job) -> str:
         return f"wrote {output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    folder, command = destination.folder, describe(config, options, version)
+    folder, command = destination.folder, describe(config, options, version, rules)
     with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
         paths = choose_paths(config, images, destination, predicted.done)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
-        destination.write(join_texts(predict_all(predictor, paths, config, predict), destination, config), predicted)
+        found = predict_all(predictor, paths, config, predict)
+        destination.write(join_texts(found, destination, config, rules), predicted)
         journal.clear()
     written = "files beside the images" if config.output == "beside" else output
     return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"

@@ -9,6 +9,7 @@ from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
 
+Category = Literal["general", "artist", "copyright", "character", "meta"]
 _Jitter = Annotated[float, Field(ge=0, le=100)]
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 _POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
@@ -59,12 +60,19 @@ class DataConfig(Strict):
 class TextConfig(Strict):
     """How predict.py writes the tags of an image.
 
-    max_tags: only the most probable tags; null: all. exclude: tags to skip, in any spelling. categories: write the
+    category_order, first_tags: what comes first; tags of other categories follow. max_tags: only the most probable
+    tags; null: all. exclude: tags to skip, in any spelling. drop_implied, aliases: CSV files of two columns, read as
+    for training. expand_series: write the series of a character, `name_(series)`, as a tag. categories: write the
     category before a tag, such as `character:`. rating: position of the rating, such as `rating:general`; null: none.
     spaces: replace underscores, except in kaomoji. escape: write parentheses with a backslash.
     """
 
-    order: Literal["score", "vocabulary", "characters_first"]
+    order: Literal["score", "vocabulary"]
+    category_order: list[Category]
+    first_tags: list[str]
+    drop_implied: PathText | None
+    aliases: PathText | None
+    expand_series: bool
     categories: bool
     max_tags: Count | None
     exclude: list[str]
@@ -93,7 +101,7 @@ class VocabularyConfig(TagRulesConfig):
     """
 
     min_count: Count
-    categories: list[Literal["general", "artist", "copyright", "character", "meta"]]
+    categories: list[Category]
     ignore: PathText | None
     keep: PathText | None
 

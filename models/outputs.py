@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from utils.thresholds import DEFAULT, mcut
-from utils.vocabulary import CHARACTER, RATING, category_name
+from utils.vocabulary import RATING, category_name
 
 _FORMATS = ("onnx", "timm", "transformers", "safetensors", "pth")  # of every network
 
@@ -28,7 +28,7 @@ class RowOptions(NamedTuple):
     thresholds: np.ndarray  # the least probability, per tag [K] or for all tags
     mcut: bool = False  # use the image's MCut threshold if it is higher
     max_tags: int | None = None  # keep only the most probable tags of an image
-    order: Literal["score", "vocabulary", "characters_first"] = "score"
+    order: Literal["score", "vocabulary"] = "score"
 
 
 Row = dict[str, Any]
@@ -60,8 +60,6 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
     if options.order == "vocabulary":
         tags = np.sort(tags)
-    elif options.order == "characters_first":
-        tags = tags[np.argsort(categories[tags] != CHARACTER, kind="stable")]
     row, probs = {}, {}
     if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
         best = ratings[values[ratings].argmax()]

@@ -12,7 +12,7 @@ import torch
 from data.collection.collection import Collection, index_collection
 from data.config import TextConfig
 from data.layouts.spelling import join_tags
-from data.tags.rules import TagRules
+from data.tags.rules import TagRules, read_text_rules
 from data.tags.tag_index import map_tags
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
@@ -34,7 +34,8 @@ KEYS, VALUES = list(PROBS), np.array(list(PROBS.values()), dtype=np.float32)
 NAMES, CATEGORIES = [name for _, name in KEYS], np.array([number for number, _ in KEYS])
 VOCABULARY = Vocabulary(tuple(NAMES), tuple(CATEGORIES.tolist()), tuple(range(10, 20)), tuple(range(10)))
 TEXT = {"order": "score", "max_tags": None, "exclude": [], "categories": False, "rating": None, "spaces": False,
-        "escape": False, "separator": ", "}  # fmt: skip
+        "escape": False, "separator": ", ", "category_order": [], "first_tags": [], "drop_implied": None,
+        "aliases": None, "expand_series": False}  # fmt: skip
 PATHS = [f"val/{name}/{number:03}.png" for name in "AB" for number in range(2)]
 
 
@@ -49,7 +50,8 @@ def text_of(tags, predicted=None, **config):
     probs = {}
     for name in tags:
         probs.setdefault(categories.get(name, "general"), {})[name] = 0.5
-    return join_tags(spell_tags({"tags": tags, "probs": probs, **rating}, config), config.separator)
+    words = spell_tags({"tags": tags, "probs": probs, **rating}, config, read_text_rules(config))
+    return join_tags(words, config.separator)
 
 
 # ------------------------------------------------------------------------------------------------------ rows and texts
@@ -68,7 +70,6 @@ def test_a_row_has_the_rating_and_the_tags_by_category():
     ("options", "tags"),
     [
         ({"order": "vocabulary"}, ["long_hair", "miku_(series)", "^_^", "painter", "hat_(x)", "1girl"]),
-        ({"order": "characters_first"}, ["miku_(series)", "1girl", "long_hair", "^_^", "painter", "hat_(x)"]),
         ({"order": "vocabulary", "max_tags": 2}, ["long_hair", "1girl"]),  # the most probable ones
         ({"thresholds": np.where(CATEGORIES == 4, 0.85, np.where(CATEGORIES == 0, 0.6, np.inf))},
          ["1girl", "long_hair", "^_^"]),
@@ -98,6 +99,29 @@ def test_the_text_of_tags():
     assert text_of(["a", "b"], "explicit", rating="first", separator=" | ") == "rating:explicit | a | b"
     assert text_of(["general"], "general", rating="last") == "general, rating:general"
     assert text_of(["^_^", "o_o", "a_b", "t_t"], spaces=True) == "^_^, o_o, a b, t t"  # kaomoji keep theirs
+
+
+@pytest.mark.parametrize(
+    ("config", "text"),
+    [
+        ({"category_order": ["character", "artist"]}, "miku_(series), painter, 1girl, long_hair, ^_^, hat_(x)"),
+        ({"first_tags": ["Hat \\(x\\)", "absent", "^_^"], "category_order": ["character"]},
+         "hat_(x), ^_^, miku_(series), 1girl, long_hair, painter"),
+        ({"expand_series": True}, "1girl, long_hair, miku, series, ^_^, painter, hat_(x)"),  # hat is no character
+        ({"expand_series": True, "categories": True, "escape": True},
+         r"1girl, long_hair, character:miku, copyright:series, ^_^, artist:painter, hat_\(x\)"),
+        ({"aliases": "1girl,one girl\nlong_hair,^_^\n"}, "one_girl, ^_^, miku_(series), painter, hat_(x)"),
+        # Of two that imply each other, the first stays.
+        ({"drop_implied": "antecedent_name,consequent_name,status\nmiku_(series),long_hair,active\n"
+          "1girl,hat_(x),deleted\n^_^,painter,active\npainter,^_^,active\n"},
+         "1girl, miku_(series), ^_^, hat_(x)"),
+    ],
+)  # fmt: skip
+def test_the_text_is_arranged(config, text, tmp_path):
+    for name in {"aliases", "drop_implied"} & config.keys():
+        (tmp_path / "table.csv").write_text(config[name])
+        config = {**config, name: str(tmp_path / "table.csv")}
+    assert text_of(row_of(0.35)["tags"], **config) == text
 
 
 def test_excluded_tags_are_found_in_any_spelling(log):
@@ -159,7 +183,7 @@ def texts(folder):
 def test_sidecars_are_beside_the_images_or_below_a_folder(place, images, tmp_path):
     (images / "val/A/001.png").write_bytes(b"no image")
     text = "rating:explicit, miku (series), 1girl, ^_^\n"
-    words = ["threshold=0.5", "text.spaces=true", "text.rating=first", "text.order=characters_first",
+    words = ["threshold=0.5", "text.spaces=true", "text.rating=first", "text.category_order=[character]",
              "text.exclude=[Long Hair,artist:painter]"]  # fmt: skip
     for output, folder in (("beside", images), (f"{tmp_path}/new/", tmp_path / "new/..")):
         go(place, output, *words)
@@ -288,6 +312,9 @@ def test_thresholds_beside_a_run_are_used(place, images):
         assert tags_of(place) == [name for _, name in ORDERED]  # each just above its own
         assert tags_of(place, "profile=balanced") == above(0.62, 0.32)
         assert tags_of(place, "threshold=0.7") == above(0.7, 0.7)
+        for word in ("threshold=0.7", "profile=balanced"):
+            words = [word, "thresholds.character=0.35", "thresholds.general=0.9"]
+            assert tags_of(place, *words) == ["1girl", "long_hair", "miku_(series)"]
         assert tags_of(place, "profile=mcut") == ["1girl", "long_hair", "miku_(series)", "painter"]
         write_thresholds(place / "other.csv", make_table(0.93), made)
         assert tags_of(place, "thresholds=other.csv") == ["1girl"]

@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
-from data.config import TagRulesConfig
+from data.config import TagRulesConfig, TextConfig
 from data.layouts.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
@@ -38,7 +38,11 @@ class TagRules:
 
     def read(self, text: str) -> list[Tag]:
         """Return the tag of a text, and all tags that it implies, directly or indirectly."""
-        tags = [self.resolve(parse_tag(text))]
+        return self.expand(parse_tag(text))
+
+    def expand(self, tag: Tag) -> list[Tag]:
+        """Return a tag after its aliases, and all tags that it implies."""
+        tags = [self.resolve(tag)]
         for tag in tags:
             for implied in map(self.resolve, self.implications.get(tag.name, ())):
                 if all(implied.name != other.name for other in tags):
@@ -77,11 +81,20 @@ def read_rules(config: TagRulesConfig, key: str) -> TagRules:
 
     Raises UserError (`<key>aliases`, `<key>implications`) that names the file and the wrong line.
     """
-    aliases = {alias.name: target for alias, target in _read_pairs(config.aliases, f"{key}aliases")}
-    rules = TagRules(config.rating_s, aliases, {}, key)
-    for name in aliases:
-        rules.resolve(Tag(None, name))  # raises for a circle
-    for tag, implied in _read_pairs(config.implications, f"{key}implications"):
+    return _read_tables(config.rating_s, config.aliases, config.implications, key, "implications")
+
+
+def read_text_rules(config: TextConfig) -> TagRules:
+    """Read the files of `aliases` and `drop_implied`. Raises UserError as `read_rules` does."""
+    return _read_tables(None, config.aliases, config.drop_implied, "text.", "drop_implied")
+
+
+def _read_tables(rating_s: str | None, aliases: str | None, implications: str | None, key: str, name: str) -> TagRules:
+    pairs = {alias.name: target for alias, target in _read_pairs(aliases, f"{key}aliases")}
+    rules = TagRules(rating_s, pairs, {}, key)
+    for alias in pairs:
+        rules.resolve(Tag(None, alias))  # raises for a circle
+    for tag, implied in _read_pairs(implications, f"{key}{name}"):
         rules.implications.setdefault(rules.resolve(tag).name, []).append(implied)
     return rules
 

@@ -9,6 +9,7 @@ import glob
 import io
 import json
 import os
+import re
 import sys
 import zipfile
 from collections import Counter
@@ -22,14 +23,17 @@ from data.config import TextConfig
 from data.layouts.folders import IMAGE_SUFFIXES, is_image_name, is_passed_over
 from data.layouts.records import decode
 from data.layouts.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
+from data.tags.rules import TagRules
 from utils.errors import UserError
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, GENERAL
+from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL
 
 log = get_logger(__name__)
+
+_SERIES = re.compile(r"(.+)_\(([^()]+)\)")
 
 Row = dict[str, Any]
 
@@ -234,7 +238,26 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
     return np.array([not tags.isdisjoint(texts) for tags in both])
 
 
-def spell_tags(row: Row, config: TextConfig) -> list[str]:
+def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> list[Tag]:
+    """Return tags after their aliases and in their order, without implied tags; `expand_series` splits characters."""
+    kept, implied = [], set()
+    for tag, *others in map(rules.expand, tags):
+        kept.append(tag)
+        if tag.name not in implied:  # of two tags that imply each other, the first stays
+            implied |= {other.name for other in others}
+    kept = [tag for tag in kept if tag.name not in implied]
+    first, order = [parse_tag(text).name for text in config.first_tags], [CATEGORIES[n] for n in config.category_order]
+    kept.sort(key=lambda tag: ([*first, tag.name].index(tag.name), [*order, tag.category].index(tag.category)))
+    return [part for tag in kept for part in (split_series(tag) if config.expand_series else [tag])]
+
+
+def split_series(tag: Tag) -> list[Tag]:
+    """Return a character `name_(series)` as two tags, and another tag as it is."""
+    found = _SERIES.fullmatch(tag.name) if tag.category == CHARACTER else None
+    return [tag] if found is None else [Tag(CHARACTER, found[1]), Tag(CATEGORIES["copyright"], found[2])]
+
+
+def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
     """Return the texts of a row's tags, with its rating if `config.rating` is set.
 
     Texts that would be read as a sentence keep their underscores.
@@ -244,7 +267,7 @@ def spell_tags(row: Row, config: TextConfig) -> list[str]:
         for name in names:
             categories.setdefault(name, []).append(CATEGORIES.get(category))
     shared = {Tag(GENERAL, name) for name, numbers in categories.items() if len(numbers) > 1 and config.categories}
-    tags = [Tag(categories[name].pop(0), name) for name in row["tags"]]
+    tags = arrange_tags((Tag(categories[name].pop(0), name) for name in row["tags"]), config, rules)
     rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
     words: list[str] = []
     for spaces in (config.spaces, False):

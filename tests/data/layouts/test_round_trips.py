@@ -27,9 +27,10 @@ NAMES = NAMES.filter(lambda name: name and unicodedata.normalize("NFC", name.low
 TAGS = st.lists(st.tuples(st.sampled_from([0, 1, 3, 4, 5]), NAMES), min_size=1, max_size=6, unique=True)
 TEXTS = st.fixed_dictionaries(
     {"spaces": st.booleans(), "escape": st.booleans(), "separator": st.sampled_from([", ", ",", "\n"]),
-     "order": st.sampled_from(["score", "vocabulary", "characters_first"])}
+     "order": st.sampled_from(["score", "vocabulary"]), "category_order": st.sampled_from([[], ["character"]])}
 )  # fmt: skip
-PLAIN = {"spaces": False, "escape": False, "separator": ", ", "order": "score"}
+NO_RULES = TagRules(None, {}, {}, "x.")
+PLAIN = {"spaces": False, "escape": False, "separator": ", ", "order": "score", "category_order": []}
 FUZZ = settings(max_examples=25, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 
 
@@ -37,14 +38,15 @@ def predict(keys, probable, text, **config):
     """Return the vocabulary of tags, and the row and text that predict.py writes for an image with all of them."""
     known = Vocabulary.of([*((9, name) for name in RATINGS), *keys])
     values = np.array([*(0.9 * (name == probable) for name in RATINGS), *np.linspace(0.6, 0.9, len(keys))], np.float32)
-    config = TextConfig(**text, max_tags=None, exclude=[], **config)
+    plain = {"first_tags": [], "drop_implied": None, "aliases": None, "expand_series": False}
+    config = TextConfig(**text, **plain, max_tags=None, exclude=[], **config)
     options = RowOptions(known.names, np.array(known.categories), True, 1, np.float32(0.5), order=config.order)
     row = OUTPUTS["tags"].make_row(values, options)
-    return known, {"path": "a.png", **row, "tags": join_tags(spell_tags(row, config), config.separator)}
+    return known, {"path": "a.png", **row, "tags": join_tags(spell_tags(row, config, NO_RULES), config.separator)}
 
 
 def read(root, known, cache):
-    found = map_tags(load(root, cache).table, known, TagRules(None, {}, {}, "x."))
+    found = map_tags(load(root, cache).table, known, NO_RULES)
     return {list(known.columns)[column] for column in found.of_row(0)}
 
 
