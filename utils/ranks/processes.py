@@ -68,6 +68,8 @@ def _killed_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        for worker in list((pool._processes or {}).values()):
+        workers = list((pool._processes or {}).values())
+        pool.shutdown(wait=False, cancel_futures=True)
+        for worker in workers:
             worker.kill()
         raise
