@@ -313,6 +313,20 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
     return bool(list_checkpoints(folder / "checkpoints")) if resume == "auto" else resume != "never"
 
 
+def check_recipe(config: TrainingConfig, folder: Path) -> None:
+    """Raise UserError if the newest checkpoint to resume from has another recipe; on rank 0, before any work.
+
+    A damaged one is ignored: `choose_checkpoint` takes an earlier one.
+    """
+    if _resume_of(config) == "auto" and (existing := list_checkpoints(folder / "checkpoints")):
+        try:
+            saved = read_state(existing[-1])["config"]
+        except (OSError, ValueError, KeyError):
+            return
+        values = hide_secrets_in(config.model_dump(mode="json"))
+        check_resumable(saved, values, config.resume_allow, str(existing[-1]))
+
+
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:
     """Return the checkpoint to resume from, or None for a new run; on rank 0.
 

@@ -22,7 +22,7 @@ from torch import nn
 from engine.batch_size import out_of_memory
 from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
-from engine.plan import Plan, make_plan
+from engine.plan import Plan, make_plan, split_batch
 from engine.run import Run, show_lines
 from engine.runtime import Runtime, choose_compile, start_machine
 from engine.task import Streams, Task, networks_of
@@ -43,8 +43,14 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 
 
 def start_ranks(config: TrainingConfig) -> Runtime:
-    """Start the machine for training, and check that all ranks have the same configuration."""
+    """Start the machine for training. Check the configuration, and that all ranks have the same one."""
     runtime = start_machine(config.runtime)
+    world_size = distributed.planned_world_size() if config.dry_run else distributed.world_size()
+    split_batch(config.loop.global_batch_size, world_size, 1, None)
+    check_optimizer(config.optim, config.schedule)
+    if config.runtime.parallel == "fsdp":
+        check_shardable(config.optim)
+    distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
     shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
     if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
         raise UserError(
@@ -64,17 +70,21 @@ def run_path(config: TrainingConfig, job: Job) -> Path:
 
 
 def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
-    """Build the task from the seed, equal on all ranks; on the meta device for a dry run."""
+    """Build the task from the seed, equal on all ranks; on the meta device for a dry run.
+
+    Raises UserError (`optim.rules`) for a wrong rule.
+    """
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
+    build_groups(task, networks_of(task, task.trained), config.optim)
     if not config.dry_run:
         task.load_helpers("training")
     return task.train()
 
 
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
-    """Return the run's plan. Check the configuration before any image is read, and log the start screen."""
+    """Return the run's plan, and log the start screen."""
     train, path = streams.train, run_path(config, job)
     plan = make_plan(
         config,
@@ -83,10 +93,6 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
         chunk=train.chunk,
         evaluation_samples=streams.evaluation_samples,
     )
-    check_optimizer(config.optim, config.schedule)
-    if config.runtime.parallel == "fsdp":
-        check_shardable(config.optim)
-    distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)

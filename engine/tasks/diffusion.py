@@ -38,7 +38,6 @@ from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
-from utils.errors import UserError
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -125,6 +124,8 @@ class DiffusionTaskConfig(TaskConfig):
                 f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
                 "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
             )
+        if config.init_from is not None:
+            raise ValueError("init_from: SDXL takes its networks from model.path; set init_from=null")
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
@@ -240,8 +241,6 @@ class DiffusionTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the networks of the base model (`model.path`), and set `origin` to its description."""
-        if source is not None:
-            raise UserError("init_from: SDXL takes its networks from model.path; set init_from=null")
         if (path := self._model.path) is not None:
             known = describe(path)
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from data.open import Data, load_collection
-from engine.checkpoint import will_resume
+from engine.checkpoint import check_recipe, will_resume
 from engine.config import TrainingConfig
 from engine.start import build_task, describe_run, open_run, run_path, start_ranks
 from engine.tasks.classification import ClassificationKind
@@ -54,6 +54,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     runtime, kind = start_ranks(config), KINDS[config.task.name]
     config = config.task.complete(use_pretrained(config))
     path = run_path(config, job)
+    distributed.rank_zero_call(lambda: check_recipe(config, path))
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
@@ -62,11 +63,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # For reading before training, such as to fill a cache.
     batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
     data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
-    streams = kind.streams(data, setup, config)
 
-    # --------------------------------------------------------------------------------------------------- 3. The task
+    # ------------------------------------------------------- 3. The task, before its streams, which may fill caches
     task = build_task(lambda: kind.build(setup), config)
-
+    streams = kind.streams(data, setup, config)
     plan = describe_run(task, streams, config, job, runtime)
 
     # ------------------------------------------------------------- 4. Initial weights, and layers fitted to the data

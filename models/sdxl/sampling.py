@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents, find_text
 from models.sdxl.tokenizer import LENGTH
-from utils.config.bounds import Count, Factor, Fraction, Seed, Side
+from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
 from utils.ranks.signals import check_stop
 
@@ -36,8 +36,8 @@ class SamplesConfig(Strict):
     """
 
     prompts: list[str]
-    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)]
-    steps: Count
+    image_size_hw: Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
+    steps: Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
     guidance: Factor
     guidance_rescale: Fraction
     seed: Seed

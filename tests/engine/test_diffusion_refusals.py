@@ -7,6 +7,7 @@ pytest.importorskip("diffusers")
 from tests.in_process import run, run_command
 from tests.support import TINY, make_collection
 from utils.errors import UserError
+from utils.ranks.distributed import RANKS_VARIABLE
 
 SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.total_steps=1",
@@ -48,6 +49,33 @@ def test_a_caption_in_a_wrong_encoding(place, monkeypatch, capsys):
 )
 def test_what_is_refused(words, said, place, monkeypatch, capsys):
     assert said in refused(place, monkeypatch, capsys, *words)
+
+
+@pytest.mark.parametrize(
+    "words, key",
+    [
+        (["task.samples.image_size_hw=[130,130]"], "task.samples.image_size_hw"),
+        (["task.samples.steps=1001"], "task.samples.steps"),
+        (["init_from=x"], "init_from"),
+        (["optim.rules=[{match: nothing.*, lr_scale: 0.5}]"], "optim.rules"),
+        (["loop.global_batch_size=5"], "loop.global_batch_size"),
+    ],
+)
+def test_what_can_be_checked_is_checked_before_images_are_encoded(words, key, place, monkeypatch, capsys):
+    """Here as one of two ranks."""
+    monkeypatch.setattr("utils.ranks.distributed.world_size", lambda: 2)
+    monkeypatch.setenv(RANKS_VARIABLE, "2")
+    for more in ([], ["dry_run=true"]):
+        caches = ["task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2"]
+        assert key in refused(place, monkeypatch, capsys, *caches, *words, *more)
+        assert not (place / "latents").exists() and not (place / "texts").exists()
+
+
+def test_another_recipe_is_refused_before_images_are_encoded(place):
+    train(place)
+    with pytest.raises(UserError, match="task.loss.gamma"):
+        train(place, "task.loss.gamma=3.0", "task.latent_cache=latents")
+    assert not (place / "latents").exists()
 
 
 def test_a_run_is_evaluated_and_not_predicted_from(place):
