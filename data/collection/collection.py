@@ -119,8 +119,10 @@ class Collection:
 
     def refuse_faults(self, *fields: str, rows: np.ndarray | None = None) -> None:
         """Raise UserError (`data.on_bad_sidecar`) if `rows`, or all, have unreadable fields: tags, rating, caption."""
-        table = self.table if rows is None else self.table.take(rows)
-        refuse_faults(table, self.arrow.with_name(f"bad_sidecars_{self.fingerprint}.jsonl"), *fields)
+        if FAULT in self._columns:
+            faults = self._columns[FAULT] if rows is None else self._columns[FAULT].take(rows)
+            listing = self.arrow.with_name(f"bad_sidecars_{self.fingerprint}.jsonl")
+            refuse_faults(faults.drop_null().to_pylist(), listing, *fields)
 
     def stated_sizes(self) -> np.ndarray | None:
         """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
@@ -141,15 +143,16 @@ def index_collection(
     Raises UserError (`data.root`).
     """
     layout = recognise(root, cache)
-    target = cache / f"{files_key(layout.files, _INDEX, validation_fraction)}.arrow" if layout.files else None
+    key = files_key(layout.files, _INDEX, validation_fraction, on_bad_sidecar)
+    target = cache / f"{key}.arrow" if layout.files else None
     if target is not None and _is_whole(target):
         log.debug("data.root: %s is unchanged; using its index", layout.files[0])
         warn_unused(json.loads(_map_index(target).schema.metadata[_UNUSED]))
         return target
     table = assign_validation(layout.read(unused := Unused()), validation_fraction)
-    warn_unused(unused.describe())
-    if list_faults(table, cache) is not None and on_bad_sidecar == "skip":
+    if list_faults(table, cache, unused) is not None and on_bad_sidecar == "skip":
         table = table.drop_columns(FAULT)
+    warn_unused(unused.describe())
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
     if not _is_whole(target):

@@ -113,10 +113,9 @@ def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
     """
     whole = next((name for name in ("tags", "tag_string") if record.get(name) is not None), None)
     order = {name: number for number, name in enumerate(CATEGORIES)}
-    found = [(match[1], name) for name in record if (match := _CATEGORY_FIELD.fullmatch(name))]
-    found = [(category, name) for category, name in found if category in order or isinstance(record[name], str | list)]
-    found.sort(key=lambda entry: order.get(entry[0], len(order)))
-    parts = [(category, name, record[name]) for category, name in found]
+    fields = ((match[1], name, record[name]) for name in record if (match := _CATEGORY_FIELD.fullmatch(name)))
+    parts = [part for part in fields if part[0] in order or isinstance(part[2], str | list)]
+    parts.sort(key=lambda part: order.get(part[0], len(order)))
     if isinstance(record.get("tags"), dict):
         parts, whole = [(category, "tags", value) for category, value in record["tags"].items()], None
     words = {category: _words(name, value) for category, name, value in parts if value is not None}

@@ -2,9 +2,9 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -14,9 +14,6 @@ from data.layouts.table import hash_table
 from data.layouts.unused import Unused
 from utils.errors import UserError
 from utils.io.files import write_text
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
@@ -129,26 +126,31 @@ def load_json(text: str, where: str) -> Any:
         raise UserError(f"data.root: {where} is broken JSON ({error}); fix or remove it") from error
 
 
-def list_faults(table: pa.Table, cache: Path) -> Path | None:
-    """Write the images of a collection with a bad sidecar into a file of `cache`, with a warning; None without any."""
+def list_faults(table: pa.Table, cache: Path, unused: Unused) -> Path | None:
+    """Write the images of a collection with a bad sidecar into a file of `cache`, and return it; None without any."""
     if FAULT not in table.column_names:
         return None
     faulty = table.select(["path", FAULT]).filter(pc.is_valid(table[FAULT])).to_pylist()
     file = cache / f"bad_sidecars_{hash_table(table)}.jsonl"
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in faulty))
-    log.warning(
-        "data.root: %s images have a bad sidecar, such as %s; %s lists all", len(faulty), faulty[0][FAULT], file
-    )
+    unused.add(f"bad sidecars, all listed in {file}", *(row[FAULT] for row in faulty))
     return file
 
 
-def refuse_faults(table: pa.Table, listing: Path, *fields: str) -> None:
-    """Raise UserError (`data.on_bad_sidecar`) if a sidecar has a fault in one of `fields`, which the caller reads."""
-    if FAULT not in table.column_names:
-        return
-    faults = [line for fault in table[FAULT].drop_null().to_pylist() for line in fault.split("\n")]
-    if used := [line for line in faults if line.split(":")[0] in (*fields, "file")]:
+def refuse_faults(faults: Iterable[str], listing: Path, *fields: str) -> None:
+    """Raise UserError (`data.on_bad_sidecar`) if one of the column's values is about `fields`, which are read."""
+    lines = [line for fault in faults for line in fault.split("\n") if line.split(":")[0] in (*fields, "file")]
+    if lines:
         raise UserError(
-            f"data.on_bad_sidecar: stop, and {len(used):,} sidecars cannot be read, such as {used[0]} ({listing} lists "
-            "all); fix or remove them, or set data.on_bad_sidecar=skip to train without what they say"
+            f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} ({listing} "
+            "lists all); fix or remove them, or set data.on_bad_sidecar=skip to do without what they say"
         )
+
+
+def without_faults(table: pa.Table, cache: Path, unused: Unused, on_bad_sidecar: Literal["stop", "skip"]) -> pa.Table:
+    """Return the table of a reader of all fields; the faults are listed. Raises UserError for them with `stop`."""
+    if (listing := list_faults(table, cache, unused)) is None:
+        return table
+    if on_bad_sidecar == "stop":
+        refuse_faults(table[FAULT].drop_null().to_pylist(), listing, "tags", "rating", "caption")
+    return table.drop_columns(FAULT)

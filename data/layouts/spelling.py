@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from utils.vocabulary import CATEGORIES, GENERAL, RATING, category_name
+from utils.vocabulary import CATEGORIES, GENERAL, category_name
 
 # Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(
@@ -70,17 +70,14 @@ def write_tag(tag: Tag, *, category: bool = True, spaces: bool = False, escape: 
 
 
 def join_tags(words: Iterable[str], separator: str) -> str:
-    """Join texts of tags without repetitions; `split_tags` reads them if the separator is a comma or a line break.
+    """Join texts of tags, each once, in its first spelling.
 
-    A tag without a category is the same as an earlier one of its name; ratings are apart.
+    `split_tags` reads them if the separator is a comma or a line break.
     """
-    texts, known = [], set()
+    first: dict[Tag, str] = {}
     for word in words:
-        tag = parse_tag(word)
-        if tag not in known:
-            known |= {tag} if tag.category == RATING else {tag, Tag(None, tag.name)}
-            texts.append(f"{word} " if word.endswith("\\") else word)
-    return separator.join(texts)
+        first.setdefault(parse_tag(word), f"{word} " if word.endswith("\\") else word)
+    return separator.join(first.values())
 
 
 def split_tags(text: str, separator: str = ",") -> list[str]:

@@ -29,7 +29,7 @@ from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL
+from utils.vocabulary import CATEGORIES, CHARACTER
 
 log = get_logger(__name__)
 
@@ -262,17 +262,15 @@ def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
 
     Texts that would be read as a sentence keep their underscores.
     """
-    categories: dict[str, list[int | None]] = {}
+    categories: dict[str, list[int | None]] = {}  # of each name; two tags may share one
     for category, names in row["probs"].items():
         for name in names:
             categories.setdefault(name, []).append(CATEGORIES.get(category))
-    shared = {Tag(GENERAL, name) for name, numbers in categories.items() if len(numbers) > 1 and config.categories}
     tags = arrange_tags((Tag(categories[name].pop(0), name) for name in row["tags"]), config, rules)
     rating = [f"rating:{row['rating']}"] if config.rating is not None and "rating" in row else []
     words: list[str] = []
     for spaces in (config.spaces, False):
         words = [write_tag(tag, category=config.categories, spaces=spaces, escape=config.escape) for tag in tags]
-        words = [f"general:{w}" if t in shared and parse_tag(w).category is None else w for w, t in zip(words, tags)]
         words = [*rating, *words] if config.rating == "first" else [*words, *rating]
         if not any(map(is_sentence, [words, *([word] for word in words)] if words else ())):
             break

@@ -1,7 +1,9 @@
 """Readers of tags: literal tables per layout, refusals by file, and files of any content (Hypothesis)."""
 
+import io
 import json
 import shutil
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data.collection.collection import Collection, index_collection
 from data.layouts.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
@@ -257,6 +260,20 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
         write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
     write_manifest(str(tmp_path), validation_fraction=0.0, verify=False, on_bad_sidecar="skip")
     load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
+
+
+def test_a_bad_text_of_a_shard_is_skipped_where_that_is_set(tmp_path):
+    with tarfile.open(tmp_path / "0.tar", "w") as tar:
+        for name, content in (("a.png", b"x"), ("a.json", b'{"rating": 5, "tags": ["a"]}')):
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*0\.tar/a\.png.* the rating 5"):
+        load(tmp_path, tmp_path / ".cache").refuse_faults("rating")
+    index = index_collection(str(tmp_path), validation_fraction=0.0, cache=tmp_path / ".cache", on_bad_sidecar="skip")
+    collection = Collection(str(tmp_path), index)
+    collection.refuse_faults("rating")
+    assert collection.row(0).tags == ("a",)
 
 
 def test_files_of_other_programs_are_named_and_not_read(tmp_path, log):
