@@ -28,7 +28,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _FINGERPRINT, _UNUSED, _TWINS = b"fingerprint", b"unused", b"twins"
-_INDEX = 9  # format version; increment it to rebuild every index
+_INDEX = 10  # format version; increment it to rebuild every index
 
 
 class Row:

@@ -12,11 +12,10 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from data.layouts.spelling import clean, is_sentence, split_tags
+from data.layouts.spelling import PREFIXES, clean, is_sentence, split_tags
 from data.layouts.unused import Unused
-from utils.vocabulary import CATEGORIES
+from utils.vocabulary import CATEGORIES, GENERAL, RATING
 
-_PREFIXES = ("artist", "character", "copyright", "meta")  # general tags have no prefix
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
 _FIELDS = ("id", "md5", "rating", "caption", "tags", "tag_string")
@@ -121,7 +120,8 @@ def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
     words = {category: _words(name, value) for category, name, value in parts if value is not None}
     if whole is None and not words:
         return None
-    prefixed = {word: f"{category}:{word}" for category in _PREFIXES for word in words.get(category, ())}
+    named = [name for name in words if PREFIXES.get(name, GENERAL) not in (GENERAL, RATING)]  # others have no prefix
+    prefixed = {word: f"{name}:{word}" for name in named for word in words[name]}
     every = itertools.chain(*words.values()) if whole is None else _words(whole, record[whole])
     return _unique(prefixed.get(word, word) for word in every)
 

@@ -15,8 +15,10 @@ KAOMOJI = frozenset(
     ("0_0", "(o)_(o)", "+_+", "+_-", "._.", "<o>_<o>", "<|>_<|>", "=_=", ">_<", "3_3")
     + ("6_9", ">_o", "@_@", "^_^", "o_o", "u_u", "x_x", "|_|", "||_||")
 )
-# Prefixes before a colon; creator and series are from Hydrus.
-PREFIXES = {**CATEGORIES, "creator": CATEGORIES["artist"], "series": CATEGORIES["copyright"]}
+# The categories of Hydrus and e621 and ours: species are seen like general tags, lore and invalid tags are not.
+_ELSEWHERE = {"creator": "artist", "series": "copyright", "contributor": "artist"}
+_ELSEWHERE |= {"species": "general", "lore": "meta", "invalid": "meta"}
+PREFIXES = CATEGORIES | {name: CATEGORIES[ours] for name, ours in _ELSEWHERE.items()}
 _RATINGS = {
     **dict.fromkeys(("g", "general", "0"), "general"),
     **dict.fromkeys(("sensitive", "1"), "sensitive"),

@@ -27,7 +27,7 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 log = get_logger(__name__)
 
 _ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_VERSION = 4  # increment it when texts become other tags: every index is rebuilt
+_VERSION = 5  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
 

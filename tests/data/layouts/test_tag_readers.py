@@ -60,6 +60,8 @@ SPELLINGS = {
     "\\(a:1\\)": (None, "(a:1)"),
     "character:Hatsune Miku": (4, "hatsune_miku"),
     "creator: someone": (1, "someone"),
+    "species:Snow Wolf": (0, "snow_wolf"),
+    "lore:mother": (5, "mother"),
     "general:meta:x": (0, "meta:x"),
     "rating:safe": (9, "safe"),
     "re:zero": (None, "re:zero"),
@@ -107,12 +109,14 @@ RECORDS = [
         {"tags": ["a", "b", "c"], "tags_general": ["a"], "tags_character": ["b"], "tags_artist": "c"},
         (["a", "character:b", "artist:c"], None, None, None),
     ),
-    ({"tags": {"artist": ["x"], "general": ["y z"], "lore": "w v"}}, (["artist:x", "y z", "w", "v"], None, None, None)),
+    ({"tags": {"artist": ["x"], "general": ["y z"], "lore": "w v"}},
+     (["artist:x", "y z", "lore:w", "lore:v"], None, None, None)),
     # our predecessor
     ({"filename": "b.png", "tags": "a b, c", "rating": 1}, (["a b", "c"], "1", None, None)),
     ({"tags": ["a,b", 'c "d"'], "rating": "safe", "id": True}, (["a,b", 'c "d"'], "safe", None, None)),
     ({"tags": [], "id": 2**70}, ([], None, None, None)),
-    ({"tags_species": ["wolf"], "tags_general": ["a"], "tags_count": 5}, (["a", "wolf"], None, None, None)),
+    ({"tags_species": ["wolf"], "tags_general": ["a"], "tags_contributor": "c", "tags_count": 5},  # e621
+     (["a", "wolf", "contributor:c"], None, None, None)),
     ({"caption": ["a  cat\nsleeps", " ", "a dog"]}, ([], None, "a cat sleeps\na dog", None)),
 ]  # fmt: skip
 
