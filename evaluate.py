@@ -173,6 +173,9 @@ def main(config: EvaluateConfig, job: Job) -> str:
     if config.calibrate and not hasattr(task, "calibrate"):
         name = weights.metadata["task"]["name"]
         raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {name!r}")
+    thresholds = None
+    if config.per_image and hasattr(task, "calibrate") and not config.calibrate:
+        thresholds = find_thresholds(None, path, weights.metadata.get("weights_hash"))
     data_config, seed = config.data or saved.data, saved.seed if saved else 0
     collection = load_collection(data_config)
     images = kind.source(collection, data_config, setup, repeats=False)
@@ -208,11 +211,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
             thresholds = task.calibrate(loader, collection.leads(rows), *promises)
             report.tables["thresholds"] = [asdict(row) for row in thresholds.rows if row.profile != PER_TAG]
         if config.per_image:
-            if hasattr(task, "calibrate"):
-                fitted = (
-                    thresholds if config.calibrate else find_thresholds(None, path, weights.metadata["weights_hash"])
-                )
-                task.thresholds = np.float32(fitted.of_tags(task.vocabulary, PER_TAG)) if fitted else task.thresholds
+            if thresholds is not None:
+                task.thresholds = np.float32(thresholds.of_tags(task.vocabulary, PER_TAG))
             refuse_links_out("run_dir", folder)
             loader = track(loaders["val"], len(loaders["val"]), "describing images")
             with output_errors("run_dir", folder):
