@@ -77,7 +77,9 @@ def describe_collection(collection: Collection) -> str:
     train, val = (f"{len(collection.rows(split)):,}" for split in ("train", "val"))
     classes = len(collection.class_names("train"))
     labels = f" of {classes} classes" if classes else ", without labels"
-    return f"{collection.root}: {train} training and {val} validation images{labels}"
+    unused = np.count_nonzero(collection.weights() == 0)
+    without = f", without {unused:,} of weight 0" if unused else ""
+    return f"{collection.root}: {train} training and {val} validation images{labels}{without}"
 
 
 def load_files(

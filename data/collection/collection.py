@@ -84,13 +84,13 @@ class Collection:
         return Path(self.root) / self.row(i).path
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the row indices of a split (train or val), int64 [n], ascending."""
+        """Return the row indices of a split (train or val), int64 [n], ascending, without rows of weight 0."""
         assert split in SPLITS, split
-        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy()).astype(np.int64)
+        return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy() & (self.weights() > 0)).astype(np.int64)
 
     def class_names(self, split: str) -> list[str]:
-        """Return the distinct labels of a split, sorted."""
-        return sorted(count_values(self.table["label"].filter(pc.equal(self.table["split"], split))))
+        """Return the distinct labels of a split, sorted, without rows of weight 0."""
+        return sorted(count_values(self.table["label"].take(self.rows(split))))
 
     def class_ids(self, names: Sequence[str]) -> np.ndarray:
         """Return the position of each row's label in `names`, int64 [N]; -1 for other labels and rows without one."""
@@ -98,7 +98,7 @@ class Collection:
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
     def weights(self) -> np.ndarray:
-        """Return the weight of each row, float32 [N]; 0 excludes it from training."""
+        """Return the weight of each row, float32 [N]; 0 excludes it from both splits."""
         return self.table["weight"].to_numpy()
 
     def leads(self, rows: np.ndarray) -> np.ndarray:
@@ -174,7 +174,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     of several images without validation images, unless `allow_missing` or no class has any.
     """
     root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
-    rows = collection.rows("train")[collection.weights()[collection.rows("train")] > 0]
+    rows = collection.rows("train")
     ids, _ = np.unique(np.stack([collection.class_ids(train), lead_rows(collection.table)])[:, rows], axis=1)
     several = {
         train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)

@@ -17,11 +17,10 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
     Raises UserError if every training image has weight 0, or if a pattern matches no training image.
     """
     rows = collection.rows("train")
-    if len(rows) and not collection.weights()[rows].any():  # no step would change the network
+    if len(rows) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
         raise UserError(
-            f"data.root: all {len(rows):,} training images of {str(collection.root)!r} have weight 0 in the manifest, "
-            "as unreadable images do; replace them and write the manifest again (prepare.py job=manifest), or give "
-            "the readable images a weight above 0"
+            f"data.root: no training image of {str(collection.root)!r} has a weight above 0: {unused:,} have weight "
+            "0, as unreadable images do; replace them and write the manifest again (prepare.py job=manifest)"
         )
     if patterns is None or len(rows) == 0:
         return rows

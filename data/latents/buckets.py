@@ -206,7 +206,7 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
     lost = _measure_fit(sizes_hw, np.maximum(target, 1))[1]
     too_long = known & ~too_small & (lost > config.max_crop)
     reasons = {
-        "unreadable, or weight 0": ~known,
+        "unreadable": ~known,
         f"too small (task.buckets.small={config.small}, task.buckets.max_upscale={config.max_upscale:g})": too_small,
         f"of a shape too far from any bucket (task.buckets.max_crop={config.max_crop:g})": too_long,
     }
@@ -222,19 +222,17 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
 def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
     """Return the sizes of rows, int64 [N, 2], from the manifest's width and height, else from the files' headers.
 
-    0 for unreadable images and images of weight 0. cache: a file in which rank 0 keeps measured sizes.
+    0 for unreadable images. cache: a file in which rank 0 keeps measured sizes.
     Raises UserError (`data.root`) if the index of shards has no sizes; shards are not read.
     """
     from_manifest = collection.stated_sizes()
     sizes = np.zeros((len(rows), 2), dtype=np.int64) if from_manifest is None else from_manifest[rows]
 
-    weightless = collection.weights()[rows] == 0
     is_final = from_manifest is not None and collection.is_packed
-    unknown = np.flatnonzero((sizes == 0).any(axis=1) & ~weightless & (not is_final))
+    unknown = np.flatnonzero((sizes == 0).any(axis=1) & (not is_final))
     measured = measure_rows(collection, rows[unknown], cache, read_upright_size, "image sizes")
     for index, size in zip(unknown, measured):
         sizes[index] = size or 0
-    sizes[weightless] = 0
     return sizes
 
 

@@ -211,7 +211,7 @@ class GroupedSampler(Sampler):
 def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
     """Return the sampler for `loop.sampling`: shuffled, blocks, or balanced over the classes of the training split.
 
-    Balanced sampling skips images of weight 0. It raises UserError if an image has no label.
+    Balanced sampling raises UserError if an image has no label.
     """
     if name == "shuffled":
         return _ShuffledSampler(rows, seed)
@@ -225,8 +225,7 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
             f"loop.sampling: balanced needs the class of every training image, and {without:,} of {len(rows):,} have "
             "none; set loop.sampling=shuffled"
         )
-    has_weight = collection.weights()[rows] > 0
-    return _BalancedSampler(np.asarray(rows)[has_weight], class_ids[has_weight], seed)
+    return _BalancedSampler(np.asarray(rows), class_ids, seed)
 
 
 def _has_room_for(window: int, collection: Collection) -> bool:

@@ -96,10 +96,9 @@ def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.
 def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
     """Return the rows of each shard, by name. A shard has rows of one split only."""
     groups: list[np.ndarray] = []
-    sizes, kept = collection.table["size"].to_numpy(), collection.weights() > 0
+    sizes = collection.table["size"].to_numpy()
     for split in SPLITS:
         rows = collection.rows(split)
-        rows = rows[kept[rows]]
         if split == "train":
             rows = rows[rng.permutation(_ORDER_SEED, 0, len(rows))]
         numbers = (np.cumsum(sizes[rows] + _OVERHEAD_BYTES) - 1) // limit

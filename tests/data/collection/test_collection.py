@@ -12,6 +12,7 @@ import data.collection.collection
 import data.layouts.table
 from data.collection.collection import Collection, check_classes, index_collection
 from data.layouts.table import SCHEMA, build_table, count_values, hash_table
+from data.open import describe_collection
 from data.tools.predictions import find_images
 from utils.errors import UserError
 
@@ -310,6 +311,11 @@ def test_columns_as_arrays(opened, root):
     assert ids.tolist() == [1, 0, 1, -1] and ids.dtype == np.int64
     assert collection.class_names("train") == ["x", "y"] and collection.class_names("val") == ["x"]
     assert collection.weights().tolist() == [0.5, 1, 1, 1]
+    pq.write_table(pa.table({**columns, "path": [f"{name}.png" for name in "abcd"], "weight": [1.0, 0, 0, 1]}),
+                   root / "manifest.parquet")  # fmt: skip
+    weighted = opened(root)
+    assert [weighted.rows(split).tolist() for split in ("train", "val")] == [[0, 3], []]
+    assert weighted.class_names("train") == ["x"] and "without 2 of weight 0" in describe_collection(weighted)
     assert list(count_values(collection.table["tags"]).items()) == [("u", 3), ("t", 1), ("v", 1)]
 
 

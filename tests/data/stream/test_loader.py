@@ -230,7 +230,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
 
 
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.root: all 2 training images .* weight 0"):
+    with pytest.raises(UserError, match=r"^data\.root: no training image .* 2 have weight"):
         training_rows(weighted(tmp_path, [0, 0]), None)
 
 

@@ -252,26 +252,16 @@ def test_a_start_at_any_step_continues_with_the_same_samples(name, world, micro)
     assert steps_over_ranks(name, 4, 6, start_step=4, steps=3) == whole[4:]
 
 
-def labelled(labels, weights):
+def labelled(labels):
     """What `build_sampler` reads of a collection."""
     names = sorted({label for label in labels if label is not None})
     ids = np.array([-1 if label is None else names.index(label) for label in labels])
-    return SimpleNamespace(
-        class_names=lambda split: names, class_ids=lambda names: ids, weights=lambda: np.array(weights)
-    )
-
-
-def test_images_of_weight_0_take_no_turn_of_their_class():
-    collection = labelled("AAAABBBB", [1, 1, 1, 1, 0, 1, 0, 0])
-    sampler = build_sampler("balanced", np.arange(8), collection, 0)
-    drawn = Counter(row for epoch in range(20) for row in epoch_rows(sampler, epoch))
-    assert set(drawn) == {0, 1, 2, 3, 5} and drawn[5] == sum(drawn.values()) / 2
-    assert set(epoch_rows(build_sampler("shuffled", np.arange(8), collection, 0), 0)) == set(range(8))
+    return SimpleNamespace(class_names=lambda split: names, class_ids=lambda names: ids)
 
 
 def test_balanced_needs_labels():
     """Those without would be one class."""
-    collection = labelled(["A", None, "B", None], [1, 1, 1, 1])
+    collection = labelled(["A", None, "B", None])
     with pytest.raises(UserError, match=r"^loop.sampling: balanced needs the class of every training image, and 2 of"):
         build_sampler("balanced", np.arange(4), collection, 0)
 
