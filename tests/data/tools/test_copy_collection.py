@@ -29,15 +29,16 @@ def root(tmp_path):
 
 
 def test_a_part_by_tags_and_rules(root, tmp_path):
+    (root / "x/a-masklabel.png").write_bytes(b"a mask, which goes with its image")
     assert "2 of 3 images" in run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path)
     copied = sorted(p.relative_to(tmp_path / "part").as_posix() for p in (tmp_path / "part").rglob("*") if p.is_file())
-    assert copied == ["x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
+    assert copied == ["x/a-masklabel.png", "x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
     assert (tmp_path / "part/x/a.png").read_bytes() == (root / "x/a.png").read_bytes()
-    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 0 of 4 files")
+    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 0 of 5 files")
     label, times = root / "x/a.txt", (root / "x/a.txt").stat()
     label.write_text("red hair, cap")  # of the same size, and with its time set back
     os.utime(label, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 1 of 4 files")
+    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 1 of 5 files")
     assert (tmp_path / "part/x/a.txt").read_text() == "red hair, cap"
     assert run("prepare", [*COPY, "job.to=other", "job.min_side_px=9"], tmp_path).startswith("1 of 3 images")
     assert (tmp_path / "other/x/a.txt").is_file()
