@@ -35,8 +35,6 @@ def init_weights(module: nn.Module) -> None:
 
 def repeat_sites(visible: Tensor, factor: int) -> Tensor:
     """Repeat each site of a bool mask [B, h, w] to factor x factor sites: [B, h * factor, w * factor]."""
-    if factor == 1:
-        return visible
     return visible.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 

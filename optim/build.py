@@ -3,16 +3,7 @@
 import torch
 from torch import nn
 
-from optim.config import (
-    AdamW8bitConfig,
-    AdamWConfig,
-    AdanConfig,
-    OneCycleConfig,
-    OptimConfig,
-    ScheduleConfig,
-    SGDConfig,
-    TimmOptimConfig,
-)
+from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from optim.vectors import Adan, StochasticAdamW, VectorOptimizer
 from utils.errors import UserError, close_names
 
@@ -29,12 +20,12 @@ def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """Build the optimiser. groups: from `build_groups`; lr: the peak learning rate before a group's scale."""
-    match config:
-        case AdamWConfig(bf16_weights=True):
+    match config.name:
+        case "adamw" if config.bf16_weights:
             return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
-        case AdamWConfig():
+        case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
-        case AdamW8bitConfig():
+        case "adamw8bit":
             try:
                 from bitsandbytes.optim import AdamW8bit
             except ImportError as error:
@@ -43,9 +34,9 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                     "`pip install bitsandbytes`, or set optim=adamw"
                 ) from error
             return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
-        case AdanConfig():
+        case "adan":
             return Adan(groups, lr, tuple(config.betas), config.eps)
-        case SGDConfig():
+        case "sgd":
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
             # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.
             # Needed without momentum too, because a one-cycle schedule sets it.
@@ -53,7 +44,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                 for parameter in group["params"]:
                     optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
             return optimizer
-        case TimmOptimConfig():
+        case "timm":
             return _timm_class(config.opt)(groups, lr=lr, **config.extra)
 
 
@@ -81,13 +72,13 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
     parameter.grad = torch.ones(2, 2)
     try:
         optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
-        runs_on_cpu = isinstance(config, TimmOptimConfig) and not config.opt.startswith(("bnb", "fused"))
+        runs_on_cpu = config.name == "timm" and not config.opt.startswith(("bnb", "fused"))
         if runs_on_cpu:
             optimizer.step()
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        key = "extra" if isinstance(config, TimmOptimConfig) else "name"
+        key = "extra" if config.name == "timm" else "name"
         raise UserError(
             f"optim.{key}: {getattr(config, 'opt', config.name)} does not accept its keys: {error}"
         ) from error
@@ -99,7 +90,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
                 f"optim.rules.{index}.betas: {rule.betas}, but optim.name={config.name} takes {len(betas) or 'none'}; "
                 "give as many, or choose another optimiser"
             )
-    if moves and not betas and isinstance(config, TimmOptimConfig):
+    if moves and not betas and config.name == "timm":
         raise UserError(
             f"schedule.cycle_momentum: true changes beta1, which timm's {config.opt} does not have; set "
             "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"
@@ -108,7 +99,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
 
 def check_shardable(config: OptimConfig) -> None:
     """Raise UserError if the optimiser may need whole parameters, which `runtime.parallel=fsdp` does not have."""
-    if isinstance(config, AdamW8bitConfig | TimmOptimConfig):
+    if config.name in ("adamw8bit", "timm"):
         raise UserError(
             f"runtime.parallel: fsdp gives each rank some rows of every parameter, but optim.name={config.name} may "
             "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"

@@ -79,24 +79,19 @@ class Schedule:
         return self.weight_decay if end is None else cosine(self.weight_decay, end, step / max(1, self.total_steps))
 
     def _one_cycle(self, step: int) -> GroupValues:
-        config = self.config
-        assert isinstance(config, OneCycleConfig)
-        curve = cosine if config.curve == "cosine" else linear
-        start = 0.0
-        for end, rates, momenta in self._cycle_phases(config):
-            if step <= end or end == self.total_steps - 1:
+        config, last_step = self.config, self.total_steps - 1
+        first, last = self.lr / config.div_factor, self.lr / config.div_factor / config.final_div_factor
+        low, high, peak = config.momentum_low, config.momentum_high, config.peak_fraction * self.total_steps - 1
+        phases = [(peak, (first, self.lr), (high, low))]  # last step, (first, last) rate, (first, last) momentum
+        if config.three_phase:
+            phases += [(2 * peak, (self.lr, first), (low, high)), (last_step, (first, last), (high, high))]
+        else:
+            phases.append((last_step, (self.lr, last), (low, high)))
+        curve, start = cosine if config.curve == "cosine" else linear, 0.0
+        for end, rates, momenta in phases:
+            if step <= end or end == last_step:
                 fraction = (step - start) / (end - start) if end > start else 1.0
                 momentum = curve(*momenta, fraction) if config.cycle_momentum else None
                 return GroupValues(curve(*rates, fraction), self.weight_decay, momentum)
             start = end
         raise AssertionError("the last phase ends with the run")
-
-    def _cycle_phases(self, config: OneCycleConfig) -> list[tuple[float, tuple[float, float], tuple[float, float]]]:
-        """Return the phases of a cycle: last step, (first, last) rate, and (first, last) momentum."""
-        first, last = self.lr / config.div_factor, self.lr / config.div_factor / config.final_div_factor
-        low, high = config.momentum_low, config.momentum_high
-        peak, end = config.peak_fraction * self.total_steps - 1, self.total_steps - 1
-        up = (peak, (first, self.lr), (high, low))
-        if config.three_phase:
-            return [up, (2 * peak, (self.lr, first), (low, high)), (end, (first, last), (high, high))]
-        return [up, (end, (self.lr, last), (low, high))]

@@ -192,26 +192,22 @@ class UnreadableLog:
     """Count unreadable images, warn of each once, and list them in unreadable.jsonl of the run folder.
 
     Lines are buffered until the folder exists and its disk accepts them. All ranks append to one file.
+    seen: paths of the images that were unreadable on this rank, earlier starts of the run included.
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self._lines, self._seen = file, None, set()
+        self._file, self._lines, self.seen = file, None, set()
         text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
         for line in text.split("\n"):
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # an incomplete or damaged line
-                self._seen.add(str(json.loads(line)["path"]))
+                self.seen.add(str(json.loads(line)["path"]))
         self._waiting = "" if text.endswith("\n") or not text else "\n"  # after an incomplete line
-
-    @property
-    def count(self) -> int:
-        """Return how many images were unreadable on this rank, earlier starts of the run included."""
-        return len(self._seen)
 
     def add(self, problems: _Problems) -> None:
         """Add the problems of a batch."""
         for path, reason in problems:
-            if path not in self._seen:
-                self._seen.add(path)
+            if path not in self.seen:
+                self.seen.add(path)
                 log.warning("unreadable image %s: %s; its weight is 0", path, reason)
                 self._waiting += json.dumps({"path": path, "reason": hide_secrets(reason)}) + "\n"
         if not self._waiting or self._file is None or not self._file.parent.is_dir():
@@ -233,7 +229,7 @@ class TrainStream:
     @property
     def unreadable_count(self) -> int:
         """The number of unreadable images so far, on this rank."""
-        return self.unreadable.count
+        return len(self.unreadable.seen)
 
     def readings(self) -> Mapping[str, float]:
         """Return the metrics of this rank's caches."""

@@ -48,7 +48,10 @@ Views = Mapping[str, View]
 
 
 class Sampler:
-    """An order of rows. chunk: number of consecutive positions with one shape; None: no groups."""
+    """An order of rows: every row once per epoch, in another order each epoch. Subclasses have others.
+
+    chunk: number of consecutive positions with one shape; None: no groups.
+    """
 
     chunk: int | None = None
 
@@ -59,7 +62,8 @@ class Sampler:
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group) at a position."""
-        raise NotImplementedError
+        epoch, offset = divmod(position, self.epoch_length)
+        return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
 
     def draw(self, position: int) -> Draw:
         """Return the draw of a position."""
@@ -73,15 +77,6 @@ class Sampler:
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of one sample for each shape."""
         return [self.at(0)]
-
-
-class _ShuffledSampler(Sampler):
-    """Every sample once per epoch, in another order each epoch."""
-
-    def at(self, position: int) -> tuple[int, int]:
-        """Return (row, 0)."""
-        epoch, offset = divmod(position, self.epoch_length)
-        return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
 
 
 class _BalancedSampler(Sampler):
@@ -214,7 +209,7 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
     Balanced sampling raises UserError if an image has no label.
     """
     if name == "shuffled":
-        return _ShuffledSampler(rows, seed)
+        return Sampler(rows, seed)
     if name == "blocks":
         sampler = _BlockSampler(_as_stored(rows, collection), seed)
         sampler.reads_blocks = _has_room_for(sampler.window, collection)

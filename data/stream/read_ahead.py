@@ -33,18 +33,13 @@ def read_ahead(batches: Iterable[list[Draw]], source: Source, sampler: Sampler |
             further = [] if sampler is None else sampler.rows_ahead(batch[0].position, len(batch), number == 0)
             files = [file for some in (rows, further) for file in join_ranges(map(source.file_of, some))]
             for first in range(min(_THREADS, len(files))):
-                pool.submit(_request, files[first::_THREADS])
+                pool.submit(list, map(will_need, files[first::_THREADS]))
             waiting.append(batch)
             if (len(waiting) - 1) * len(batch) >= _FILES:
                 yield waiting.popleft()
         yield from waiting
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
-
-
-def _request(files: list[FileRange]) -> None:
-    for file in files:
-        will_need(file)
 
 
 def will_need(file: FileRange) -> None:

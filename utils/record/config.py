@@ -8,22 +8,18 @@ from utils.config.bounds import Patience
 from utils.config.schema import Strict
 
 
-class _Tracking(Strict):
-    """metrics.jsonl is always written."""
+class FileTrackingConfig(Strict):
+    """metrics.jsonl, which is always written, alone or also TensorBoard event files in the run folder."""
 
+    name: Literal["jsonl", "tensorboard"]
     samples: bool  # also record the samples of each step
 
 
-class FileTrackingConfig(_Tracking):
-    """metrics.jsonl alone, or also TensorBoard event files in the run folder."""
-
-    name: Literal["jsonl", "tensorboard"]
-
-
-class WandbTrackingConfig(_Tracking):
+class WandbTrackingConfig(Strict):
     """Weights & Biases. The limits of texts are W&B's."""
 
     name: Literal["wandb"]
+    samples: bool
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
     entity: str | None  # null: the account's default
     mode: Literal["auto", "online", "offline", "disabled"]  # auto: WANDB_MODE, else online if there is an API key

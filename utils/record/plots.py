@@ -90,7 +90,7 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     )  # fmt: skip
     figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, va="center")
     last = next(row for row in reversed(rows) if row["kind"] in ("train", "evaluate"))  # these rows have the epoch
-    steps_per_epoch = last["step"] / last["epoch"]
+    steps_per_epoch, number_of = last["step"] / last["epoch"], EngFormatter(sep="")
     for number, (trained, evaluated) in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, number, xlim=(0, 1.02 * last["epoch"]))
         axis.set_title(_TITLES.get(evaluated, show_name(evaluated)), fontweight="bold")
@@ -103,7 +103,10 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
             _plot(axis, steps, values, steps_per_epoch, label, color=color, marker=marker, markersize=size)
         if trained == "images_per_sec":
             axis.set_ylim(bottom=0)
-        _finish_panel(axis, steps_per_epoch)
+        axis.set_xlabel("epoch, step")
+        axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
+        axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{number_of(round(epoch * steps_per_epoch))}")
+        axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, handlelength=1, columnspacing=0.8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
@@ -142,12 +145,3 @@ def _plot(
     """Plot a series over epochs, with its newest value in the legend."""
     if len(steps):
         axis.plot(np.asarray(steps) / steps_per_epoch, values, label=f"{label} {values[-1]:.4g}", **how)
-
-
-def _finish_panel(axis: Axes, steps_per_epoch: float) -> None:
-    """Add the ticks, as epochs and steps, and a legend beside the title."""
-    axis.set_xlabel("epoch, step")
-    number = EngFormatter(sep="")
-    axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-    axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{number(round(epoch * steps_per_epoch))}")
-    axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, handlelength=1, columnspacing=0.8)

@@ -20,7 +20,7 @@ from data.images.decode import Decoder
 from data.images.image_source import Images
 from data.stream.batch import Ragged, collate, multi_hot, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
-from data.stream.order import Draw, _ShuffledSampler
+from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_read_ahead import Asked
 from utils import rng
@@ -72,7 +72,7 @@ def stream(collection, source, views, fields, sampler, *, workers=0, prefetch=2,
 
 
 def view_stream(collection, transform, fields=None, *, workers=0, prefetch=2, file=None, **views):
-    source, sampler = Images(collection, Decoder(3, 10**6)), _ShuffledSampler(collection.rows("train"), 0)
+    source, sampler = Images(collection, Decoder(3, 10**6)), Sampler(collection.rows("train"), 0)
     views, fields = {"images": transform, **views}, fields or DrawnFields()
     return stream(collection, source, views, fields, sampler, workers=workers, prefetch=prefetch, file=file)
 
@@ -166,7 +166,7 @@ def test_a_batch_holds_bytes_ids_keys_and_weights(folder):
     dtypes = {name: batch[name].dtype for name in ALWAYS}
     assert dtypes == {"sample_id": torch.int64, "key": torch.int64, "weight": torch.float32}
     assert batch["key"].tolist() == [rng.sample_key(0, position) for position in range(32)]
-    assert batch["sample_id"].tolist() == [_ShuffledSampler(folder.rows("train"), 0).at(n)[0] for n in range(32)]
+    assert batch["sample_id"].tolist() == [Sampler(folder.rows("train"), 0).at(n)[0] for n in range(32)]
     assert batch["weight"].tolist() == [1.0] * 32
 
 
@@ -225,7 +225,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
     reasons = {row["path"]: row["reason"] for row in listed(file)}
     assert "empty" in reasons["train/2.png"] and "No such file" in reasons["train/7.png"]
     assert all(reasons.values())
-    assert loader.unreadable.count == 3
+    assert len(loader.unreadable.seen) == 3
     assert all(log.text.count(f"unreadable image {path}: ") == 1 for path in BROKEN)
 
 
@@ -238,13 +238,13 @@ def test_torn_rows_are_passed_over_and_stay_apart_from_those_that_follow(tmp_pat
     file = tmp_path / "unreadable.jsonl"
     file.write_bytes('{"path": "a\u2028.png", "reason": "x"}\n'.encode() + b'\xff\0\n3\n{}\n\n{"path": "b.png", "rea')
     log = UnreadableLog(file)
-    assert log.count == 1
+    assert len(log.seen) == 1
     log.add([("a\u2028.png", "x"), ("b.png", "y")])
     assert file.read_bytes().endswith(b'\n{"path": "b.png", "rea\n{"path": "b.png", "reason": "y"}\n')
     before = file.read_bytes()
     again = UnreadableLog(file)
     again.add([("b.png", "y")])
-    assert again.count == 2 and file.read_bytes() == before
+    assert len(again.seen) == 2 and file.read_bytes() == before
 
 
 class HangingFields(DrawnFields):
@@ -262,7 +262,7 @@ class HangingFields(DrawnFields):
 
 def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
     """torch waits 5 s for it and sends SIGTERM, which workers ignore."""
-    file, sampler = tmp_path / "pid", _ShuffledSampler(folder.rows("train"), 0)
+    file, sampler = tmp_path / "pid", Sampler(folder.rows("train"), 0)
     first = {sampler.at(position)[0] for position in range(GLOBAL)}
     later = next(row for row in folder.rows("train").tolist() if row not in first)
     read = train_stream(folder, workers=1, fields=HangingFields(later, file)).steps(0, GLOBAL, GLOBAL)

@@ -11,9 +11,9 @@ import pytest
 
 from data.stream.order import (
     GroupedSampler,
+    Sampler,
     _BalancedSampler,
     _BlockSampler,
-    _ShuffledSampler,
     build_sampler,
     evaluation_batches,
     plan_batches,
@@ -29,7 +29,7 @@ CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES
 GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
 CHUNK = 4
 SAMPLERS = {
-    "shuffled": lambda seed: _ShuffledSampler(ROWS, seed),
+    "shuffled": lambda seed: Sampler(ROWS, seed),
     "blocks": lambda seed: _BlockSampler(ROWS, seed, block=5, window=3),
     "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
@@ -71,7 +71,7 @@ def test_a_far_position_is_found_at_once(monkeypatch, name):
 
 def test_an_empty_split_is_refused():
     none = np.empty(0, dtype=np.int64)
-    for make in (_ShuffledSampler, _BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
+    for make in (Sampler, _BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
         with pytest.raises(UserError, match=r"^data\.root: there is no sample"):
             make(none, 0)
 
@@ -82,7 +82,7 @@ def test_an_empty_split_is_refused():
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 37, 60, 64, 1000])
 def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
     rows = np.arange(count) * 5
-    for sampler in (_ShuffledSampler(rows, 2**40), _BlockSampler(rows, 3, block=5, window=3)):
+    for sampler in (Sampler(rows, 2**40), _BlockSampler(rows, 3, block=5, window=3)):
         assert sampler.epoch_length == count and sampler.chunk is None
         for epoch in (0, 1, 999):
             assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
