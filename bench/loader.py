@@ -30,7 +30,7 @@ from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
-from models.normalise import Normalise
+from models.image_model import Normalise
 from train import TrainConfig
 from utils.canvas import DEFAULT
 from utils.config.entry_point import CONF, quote_paths, validate

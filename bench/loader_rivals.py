@@ -31,7 +31,7 @@ from bench.measure import OUT, Comparison, run_bench
 from data.augment.on_device import training_views
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
-from models.normalise import Normalise
+from models.image_model import Normalise
 
 BATCH = 16 if "quick" in sys.argv else 128
 SIZE_PX = 224

@@ -26,7 +26,6 @@ from engine.learner import Learner
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.task import checkpointed_state
-from optim.build import is_adaptive
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch
@@ -154,7 +153,7 @@ def find_lr(
     started = time.perf_counter()
     with undone(learner):
         curve = range_test(learner, batches, plan, recorder, stop)
-    rate, reason = suggest(curve, adaptive=is_adaptive(learner.optimizer))
+    rate, reason = suggest(curve, adaptive=not isinstance(learner.optimizer, torch.optim.SGD))
     seconds = time.perf_counter() - started
     if rate is None:
         log.warning("lr_finder: no answer: %s. The rate stays %.3g", reason, plan.lr)

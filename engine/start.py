@@ -9,11 +9,11 @@
 The run folder is opened last, so a configuration error creates no folder.
 """
 
+import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from logging import DEBUG, INFO
-from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -64,11 +64,6 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     return runtime
 
 
-def run_path(config: TrainingConfig, job: Job) -> Path:
-    """Return the path of the run folder, which may not exist yet."""
-    return Path(default_run_dir(config.model_dump(mode="json"), job))
-
-
 def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     """Build the task from the seed, equal on all ranks; on the meta device for a dry run.
 
@@ -85,10 +80,10 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
     """Return the run's plan, and log the start screen."""
-    train, path = streams.train, run_path(config, job)
+    train, path = streams.train, default_run_dir(config.model_dump(mode="json"), job)
     plan = make_plan(
         config,
-        world_size=distributed.planned_world_size() if config.dry_run else distributed.world_size(),
+        world_size=int(os.environ.get(distributed.RANKS_VARIABLE) or distributed.world_size()),
         epoch_length=train.epoch_length,
         chunk=train.chunk,
         evaluation_samples=streams.evaluation_samples,

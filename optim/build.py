@@ -13,11 +13,6 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, VectorOptimizer) or any(group.get("fused") for group in optimizer.param_groups)
 
 
-def is_adaptive(optimizer: torch.optim.Optimizer) -> bool:
-    """Return whether the optimiser scales its updates by the gradients that it has seen."""
-    return not isinstance(optimizer, torch.optim.SGD)
-
-
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """Build the optimiser. groups: from `build_groups`; lr: the peak learning rate before a group's scale."""
     match config.name:

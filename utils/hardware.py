@@ -1,6 +1,5 @@
 """The capabilities of this machine's processors, and the free memory."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -25,11 +24,6 @@ def free_memory() -> int:
     """
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    return max(0, min([free, *_free_of_groups()]))
-
-
-def _free_of_groups() -> Iterator[int]:
-    """Yield the free bytes of each control group that limits this process."""
     for line in Path("/proc/self/cgroup").read_text().splitlines():
         group = Path("/sys/fs/cgroup", line.rpartition(":")[2].strip("/"))
         for folder in (group, *group.parents):
@@ -39,4 +33,5 @@ def _free_of_groups() -> Iterator[int]:
             except OSError:  # the root has no limit, and a container does not see the groups around it
                 continue
             if limit != "max":
-                yield int(limit) - used + int(parts["inactive_file"])
+                free = min(free, int(limit) - used + int(parts["inactive_file"]))
+    return max(0, free)

@@ -3,7 +3,7 @@
 The transforms are torchvision's v2; they draw from torch's global generator, which the reader seeds with the key.
 Crops and resizes run on tensors and affine maps on Pillow images, which is 2 to 4 times as fast as the other way (one
 thread, 64 and 224 px). RandAugment is timm's, on Pillow images.
-Normalisation happens on the device (models/normalise.py), so batches hold bytes, a quarter of the size of floats.
+Normalisation happens on the device (models/image_model.py), so batches hold bytes, a quarter of the size of floats.
 """
 
 import functools

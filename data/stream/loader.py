@@ -33,7 +33,7 @@ from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors
 from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
-from utils.ranks.signals import SIGNALS
+from utils.ranks.signals import leave_to_parent
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -68,13 +68,9 @@ def no_fields(example: Example) -> dict[str, Tensor]:
     return {}
 
 
-def _leave_signals_to_parent(worker: int) -> None:
-    """Ignore stop signals in a worker: a scheduler signals all processes, but the rank still needs the worker.
-
-    The worker is killed when its rank ends, even if one of them hangs.
-    """
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def _start_worker(worker: int) -> None:
+    """Leave stop signals to the rank, which still needs the worker; kill it when the rank ends, even if it hangs."""
+    leave_to_parent()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
@@ -158,7 +154,7 @@ class Loader(Dataset):
             num_workers=workers,
             prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
             collate_fn=lambda loaded: loaded,
-            worker_init_fn=_leave_signals_to_parent,
+            worker_init_fn=_start_worker,
             multiprocessing_context=_WorkerContext() if workers > 0 else None,
             pin_memory=self.machine.device.type == "cuda",
             generator=torch.Generator(),  # otherwise torch draws the base seed from its global generator

@@ -19,12 +19,9 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     is_whole = number <= _WHOLE_MATRIX
     classes = list(range(number)) if is_whole else confusion.most_confused(_PART_OF_MATRIX)
     counts, names = confusion.counts[classes][:, classes].toarray(), [class_names[index] for index in classes]
-    title = f"Confusion matrix of {number} classes; images wrong: {wrong}\nnumbers are per cent of the row's images"
-    if not is_whole:
-        title = (
-            f"The {len(classes)} most confused of {number:,} classes; images wrong in all: {wrong}\n"
-            "numbers are per cent of the row's images; other: classes that are not shown"
-        )
+    shown = f"Confusion matrix of {number}" if is_whole else f"The {len(classes)} most confused of {number:,}"
+    title = f"{shown} classes; images wrong in all: {wrong}\nnumbers are per cent of the row's images"
+    title += "" if is_whole else "; other: classes that are not shown"
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 

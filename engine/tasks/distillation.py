@@ -39,7 +39,7 @@ from engine.tasks.pretrained import stated_preprocessing
 from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
-from models.normalise import Normalise
+from models.image_model import Normalise
 from models.weights.fit import load_into
 from models.weights.timm_hub import read_timm
 from utils.config.bounds import BelowOne, Positive

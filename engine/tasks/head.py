@@ -19,8 +19,7 @@ from torch.nn import functional as F
 
 from engine.measures.probe import Features, fit_ridge, standardise
 from engine.runtime import Runtime
-from models.image_model import find_head
-from models.normalise import Normalise
+from models.image_model import Normalise, find_head
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed

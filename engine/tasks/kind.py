@@ -34,7 +34,7 @@ from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
-from models.normalise import Normalise
+from models.image_model import Normalise
 from models.predictor import check_metadata, wrong_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from

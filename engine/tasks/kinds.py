@@ -19,7 +19,7 @@ from pydantic import Field
 from data.open import Data, load_collection
 from engine.checkpoint import check_recipe, will_resume
 from engine.config import TrainingConfig
-from engine.start import build_task, describe_run, open_run, run_path, start_ranks
+from engine.start import build_task, describe_run, open_run, start_ranks
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
@@ -31,6 +31,7 @@ from utils.config.entry_point import Job
 from utils.io.files import output_errors
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
+from utils.record.run_folder import default_run_dir
 from utils.vocabulary import FACTS, FILE, vocabulary_of, write_vocabulary
 
 KINDS: dict[str, Kind] = {
@@ -53,7 +54,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime, kind = start_ranks(config), KINDS[config.task.name]
     config = config.task.complete(use_pretrained(config))
-    path = run_path(config, job)
+    path = default_run_dir(config.model_dump(mode="json"), job)
     distributed.rank_zero_call(lambda: check_recipe(config, path))
 
     # --------------------------------------------------------------------------------------------------- 2. The data

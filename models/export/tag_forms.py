@@ -27,8 +27,7 @@ import torch
 from torch import Tensor, nn
 
 from models.export.parity import refuse_difference, vary_weights
-from models.image_model import ImageModel, OnnxForm, find_head
-from models.normalise import Normalise
+from models.image_model import ImageModel, Normalise, OnnxForm, find_head
 from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json

@@ -12,7 +12,7 @@ from engine.tasks.distillation import DistillationKind, find_teacher
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import TimmConfig
-from models.normalise import Normalise
+from models.image_model import Normalise
 from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING

@@ -25,9 +25,8 @@ from models.export.inference_form import to_inference_form
 from models.export.model_card import write_card
 from models.export.onnx_file import export_onnx
 from models.export.parity import vary_weights
-from models.image_model import ImageModel
+from models.image_model import ImageModel, Normalise
 from models.layers import GRN
-from models.normalise import Normalise
 from models.weights.layouts import SIZES
 from models.weights.timm_hub import filter_state
 from tests import support

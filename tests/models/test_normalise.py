@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from models.normalise import Normalise
+from models.image_model import Normalise
 from utils.errors import UserError
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)

@@ -15,8 +15,7 @@ from models.export.tag_forms import (
     to_wd_order,
     write_imgutils,
 )
-from models.image_model import ImageModel
-from models.normalise import Normalise
+from models.image_model import ImageModel, Normalise
 from tests.models.test_export_formats import geometry, timm_config
 from utils.errors import UserError
 from utils.vocabulary import Vocabulary

@@ -2,14 +2,13 @@
 
 import multiprocessing
 import os
-import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import contextmanager
 from typing import TypeVar
 
-from utils.ranks.signals import SIGNALS
+from utils.ranks.signals import leave_to_parent
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -44,7 +43,7 @@ def map_in_processes(
     chunk_size = 1 if count == 1 else max(1, min(_MAX_CHUNK, len(items) // (4 * count)))
     while done < len(items):
         # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=_leave_signals_to_parent)
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=leave_to_parent)
         try:
             with pool, _killed_on_error(pool):
                 for result in pool.map(function, items[done:], chunksize=chunk_size):
@@ -54,12 +53,6 @@ def map_in_processes(
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
-
-
-def _leave_signals_to_parent() -> None:
-    """Ignore stop signals in a worker: a scheduler signals all processes."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
 
 
 @contextmanager

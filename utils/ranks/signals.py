@@ -35,6 +35,12 @@ def _tell(number: int, text: str) -> None:
         os.write(2, f"{place_of(environment_rank())}{signal.Signals(number).name}{text}\n".encode())
 
 
+def leave_to_parent() -> None:
+    """Ignore stop signals in a worker: a scheduler signals all processes."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+
+
 class Stopped(Exception):
     """All ranks end the run now; the same command resumes it."""
 

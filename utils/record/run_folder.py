@@ -59,12 +59,10 @@ class RunFolder:
         return {"script": self.job.script, **self.config}
 
 
-def default_run_dir(config: dict[str, Any], job: Job) -> str:
-    """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run."""
-    if config["run_dir"] is not None:
-        return config["run_dir"]
+def default_run_dir(config: dict[str, Any], job: Job) -> Path:
+    """Return `run_dir`, or a folder named by the recipe, so that the same command finds its run; it may not exist."""
     model, data = (job.choices.get(group, config[group]["name"]) for group in ("model", "data"))
-    return f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}"
+    return Path(config["run_dir"] or f"outputs/{job.script}/{model}-{data}-{recipe_hash(config)}")
 
 
 def git_state() -> dict[str, Any]:
@@ -110,7 +108,7 @@ def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
 
     Secrets in the configuration are hidden. Raises UserError if the folder is not writable or another run uses it.
     """
-    path = Path(default_run_dir(config, job))
+    path = default_run_dir(config, job)
     folder = RunFolder(path, hide_secrets_in(config), job)
     with ExitStack() as stack:
         distributed.rank_zero_call(lambda: _open(folder, stack))

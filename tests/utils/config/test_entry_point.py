@@ -168,7 +168,7 @@ def test_a_run_folder_of_any_name_is_found_again(tmp_path, monkeypatch):
 
 def folder_of(*overrides):
     config, job = configure("finetune", list(overrides))
-    return default_run_dir(config.model_dump(mode="json"), job)
+    return str(default_run_dir(config.model_dump(mode="json"), job))
 
 
 def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
