@@ -42,7 +42,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     """
     found, first = read_features(task, data, rows, setup), setup.facts["known_tags"]
     rows = rows[list(found)]
-    groups = np.unique(data.collection.leads()[rows], return_inverse=True)[1]
+    groups = np.unique(data.collection.leads(rows)[rows], return_inverse=True)[1]
     if not groups.any():
         raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
     features, head = torch.stack(list(found.values())).double(), find_head(task.network)

@@ -410,8 +410,9 @@ class TaggingKind(Kind):
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return how evaluation prepares an image; new tags take over that of their tagger."""
-        is_new = config.task.append_to is None
-        return super().preprocessing(config) if is_new else read_tagger(config.init_from)["preprocessing"]
+        if config.task.append_to is None:
+            return super().preprocessing(config)
+        return read_tagger(config.init_from)["preprocessing"]
 
     def prepare(
         self, task: TaggingTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
