@@ -9,7 +9,6 @@
 The run folder is opened last, so a configuration error creates no folder.
 """
 
-import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -45,7 +44,7 @@ AnyTask = TypeVar("AnyTask", bound=Task)
 def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training. Check the configuration, and that all ranks have the same one."""
     runtime = start_machine(config.runtime)
-    world_size = distributed.planned_world_size() if config.dry_run else distributed.world_size()
+    world_size = distributed.planned_world_size()
     split_batch(config.loop.global_batch_size, world_size, 1, None)
     check_optimizer(config.optim, config.schedule)
     if config.runtime.parallel == "fsdp":
@@ -83,7 +82,7 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     train, path = streams.train, default_run_dir(config.model_dump(mode="json"), job)
     plan = make_plan(
         config,
-        world_size=int(os.environ.get(distributed.RANKS_VARIABLE) or distributed.world_size()),
+        world_size=distributed.planned_world_size(),
         epoch_length=train.epoch_length,
         chunk=train.chunk,
         evaluation_samples=streams.evaluation_samples,

@@ -156,6 +156,11 @@ def is_main() -> bool:
     return rank() == 0
 
 
+def planned_world_size() -> int:
+    """Return the number of ranks of the job that a dry run checks, or of this world."""
+    return int(os.environ.get(RANKS_VARIABLE) or world_size())
+
+
 def plans_gpus() -> bool:
     """Return whether this is the dry run of a job with GPUs, which this machine may lack."""
     return bool(os.environ.get(GPUS_VARIABLE))
