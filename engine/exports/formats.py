@@ -165,7 +165,8 @@ def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> di
     except (OSError, ValueError, TypeError):
         measured = {}
     numbers = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
-    is_of_these = measured.get("weights_hash") == weights.metadata.get("weights_hash")
+    source = weights.metadata.get("weights_hash"), "val"
+    is_of_these = (measured.get("weights_hash"), measured.get("split")) == source
     if not numbers or not is_of_these:
         log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
     thresholds = _thresholds(weights, config)

@@ -59,7 +59,10 @@ def make_tagger():
 def place(tmp_path_factory):
     """Return a folder with the repository for all programs, and the images."""
     folder = tmp_path_factory.mktemp("tools")
-    write_json(folder / "metrics.json", {"weights": "/home/me/w", "weights_hash": "hash", "mAP": 0.71, "seconds": 3.0})
+    write_json(
+        folder / "metrics.json",
+        {"weights": "/home/me/w", "weights_hash": "hash", "split": "val", "mAP": 0.71, "seconds": 3.0},
+    )
     report = export("wd_repository", *make_tagger(), folder / "repo", thresholds=THRESHOLDS, run_dir=str(folder))
     assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
     for number, (width, height, mode) in enumerate(IMAGES):
