@@ -220,7 +220,7 @@ class Learner:
             if wrong := sorted({name for name, *_ in expected ^ saved}):
                 raise UserError(
                     f"resume: {source} is a checkpoint of another model: {len(wrong)} tensors of {group} differ, first "
-                    f"{wrong[0]!r}; give another run_dir, or use init_from=RUN to start from its weights"
+                    f"{wrong[0]!r}; give another run_dir"
                 )
         if others is not None:
             load_optimizer_state(self.optimizer, tensors["optimizer"], others, source)

@@ -46,13 +46,30 @@ class OnnxForm(BaseModel):
         return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
 
 
-def find_head(network: nn.Module, key: str = "task.head", advice: str = "set task.head=drawn") -> nn.Linear:
-    """Return the layer that outputs logits. Raises UserError (`key`, with advice) if it is not a linear layer."""
+def output_layers(network: nn.Module, key: str, advice: str) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers whose rows are the logits, by name. Some networks of timm average the logits of several.
+
+    Raises UserError (`key`, with advice) if they are not known or not linear with a bias.
+    """
+    names = getattr(network, "pretrained_cfg", {}).get("classifier") or "head"
+    modules = dict(network.named_modules())
+    layers = {name: modules[name] for name in ([names] if isinstance(names, str) else names) if name in modules}
+    linear = [one for one in layers.values() if isinstance(one, nn.Linear | nn.Conv2d) and one.bias is not None]
+    if not layers or len(linear) < len(layers):
+        raise UserError(
+            f"{key}: a network that ends in linear layers with a bias is needed, but {type(network).__name__} ends "
+            f"in {', '.join(type(one).__name__ for one in layers.values()) or 'unknown layers'}; {advice}"
+        )
+    return layers
+
+
+def find_head(network: nn.Module) -> nn.Linear:
+    """Return the layer from the embedding to the logits. Raises UserError (`task.head`) if it is not linear."""
     head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise UserError(
-            f"{key}: a network that ends in one linear layer with a bias is needed, but {type(network).__name__} ends "
-            f"in {type(head).__name__}; {advice}"
+            f"task.head: a network that ends in one linear layer with a bias is needed, but {type(network).__name__} "
+            f"ends in {type(head).__name__}; set task.head=drawn"
         )
     return head
 

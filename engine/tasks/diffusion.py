@@ -241,6 +241,8 @@ class DiffusionTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the networks of the base model (`model.path`), and set `origin` to its description."""
+        if self._config.lora is not None:
+            self.adapter.warn_of_rank()
         if (path := self._model.path) is not None:
             known = describe(path)
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}

@@ -33,9 +33,9 @@ from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.new_tags import fit_new_tags
 from models.config import ModelConfig
-from models.image_model import find_head
+from models.image_model import output_layers
 from models.predictor import check_metadata
-from models.weights.fit import is_meta, optional_prefixes
+from models.weights.fit import is_meta
 from models.weights.initialise import convert
 from optim.schedules import linear
 from utils.config.bounds import BelowOne, Count
@@ -168,8 +168,8 @@ class TaggingTask(ImageTask):
         self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
         if priors is not None:
-            head = find_head(self.network, "model.name", "choose another network")
-            head.bias.data.copy_(prior_bias(self._priors))
+            for head in output_layers(self.network, "model.name", "choose another network").values():
+                head.bias.data.copy_(prior_bias(self._priors))
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
         self.metadata = {"vocabulary_hash": self.vocabulary.hash}
@@ -308,16 +308,16 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     if "tag_names" not in metadata:
         return
     known, state = read_facts(path, metadata), convert(network, state)[1]
-    head, (prefix, *_) = find_head(network), optional_prefixes(network)[0]
-    weight, bias = (state.get(f"{prefix}{name}", torch.empty(0)) for name in ("weight", "bias"))
-    if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.in_features:
-        raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger")
-    weight = weight.flatten(1)
     pairs = {row: known.columns[key] for key, row in vocabulary.columns.items() if key in known.columns}
     rows, old = list(pairs), list(pairs.values())
-    head.weight.copy_(weight.mean(0))
-    head.bias.copy_(prior_bias(priors))
-    head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
+    for name, head in output_layers(network, "init_from", "name another file").items():
+        weight, bias = (state.get(f"{name}.{part}", torch.empty(0)) for part in ("weight", "bias"))
+        if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.weight[0].numel():
+            raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger")
+        weight = weight.reshape(-1, *head.weight.shape[1:])
+        head.weight.copy_(weight.mean(0))
+        head.bias.copy_(prior_bias(priors))
+        head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
     log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 

@@ -8,7 +8,8 @@
 | timm | a folder of timm whose network takes BGR, with the rows of wd14 | | selected_tags.csv |
 | wd_repository | the files of timm and wd14 together | | one selected_tags.csv |
 
-The embedding [B, D] is the head's input. Normalisation, order of channels and layout are inside the graph.
+The embedding [B, D] is the head's input (timm's `pre_logits`). Normalisation, order of channels and layout are inside
+the graph.
 
 The WD order: the four ratings, general tags by descending count, characters by descending count. Programs rely on
 positions: kohya-ss/sd-scripts:finetune/tag_images_by_wd14_tagger.py reads outputs 0 to 3 as the ratings, and
@@ -27,7 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from models.export.parity import refuse_difference, vary_weights
-from models.image_model import ImageModel, Normalise, OnnxForm, find_head
+from models.image_model import ImageModel, Normalise, OnnxForm, output_layers
+from models.weights.fit import first_convolutions
 from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
 from utils.io.files import write_json
@@ -77,7 +79,7 @@ class TagGraph(ImageModel):
         """Return the outputs of the form, float32 [B, K] or [B, D]."""
         features = self.network.forward_features(self.normalise(self.form.to_images(images)))
         embedding = self.network.forward_head(features, pre_logits=True)
-        logits = self.network.get_classifier()(embedding).float()
+        logits = self.network.forward_head(features).float()
         outputs = {"logits": logits, "probs": logits.sigmoid(), "embedding": embedding.float()}
         return tuple(outputs[name] for name in self.form.outputs.values())
 
@@ -90,13 +92,16 @@ class TagGraph(ImageModel):
 def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
     """Return a copy of a network whose output i is output `rows[i]`; for -1, its probability is always 0.
 
-    Raises UserError (`format`) if the network does not end in one linear layer.
+    Raises UserError (`format`) if the network does not end in linear layers.
     """
     reordered, order = copy.deepcopy(network), torch.tensor(rows)
-    head, absent = find_head(reordered, "format", "set format=onnx or safetensors"), order < 0
-    head.weight = nn.Parameter(head.weight[order.clamp_min(0)].masked_fill(absent[:, None], 0.0))
-    head.bias = nn.Parameter(head.bias[order.clamp_min(0)].masked_fill(absent, _NEVER))
-    head.out_features = reordered.num_classes = len(rows)
+    absent = order < 0
+    for head in output_layers(reordered, "format", "set format=onnx or safetensors").values():
+        weight, bias = head.weight[order.clamp_min(0)], head.bias[order.clamp_min(0)]
+        head.weight = nn.Parameter(weight.masked_fill(absent.view(-1, *[1] * (weight.ndim - 1)), 0.0))
+        head.bias = nn.Parameter(bias.masked_fill(absent, _NEVER))
+        setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))
+    reordered.num_classes = len(rows)
     return reordered
 
 
@@ -119,19 +124,19 @@ def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_siz
 def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
     """Return a copy of a network that takes BGR instead of RGB.
 
-    Raises UserError (`format`) if reversing the channels of the first convolution does not have this effect.
+    Raises UserError (`format`) if reversing the channels of the first convolutions does not have this effect.
     """
     images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for original in (vary_weights(network), network):
         reversed_ = copy.deepcopy(original).eval()
-        stem = next((module for module in reversed_.modules() if isinstance(module, nn.Conv2d)), None)
-        if stem is not None and stem.in_channels == 3:
-            stem.weight.data = stem.weight.data.flip(1)
+        for name in first_convolutions(reversed_):
+            weight = reversed_.get_parameter(name)
+            weight.data = weight.data.flip(1)
         expected = original.eval()(images)
         if not float((reversed_(images.flip(1)) - expected).abs().max()) <= _TOLERANCE * float(expected.abs().max()):
             raise UserError(
-                f"format: timm's taggers take BGR, but {type(network).__name__} does not begin with a convolution of "
-                "three channels that can be reversed; set format=wd14 or safetensors"
+                f"format: timm's taggers take BGR, but {type(network).__name__} does not begin with convolutions that "
+                "can be reversed; set format=wd14 or safetensors"
             )
     return reversed_
 
@@ -187,10 +192,14 @@ def write_tags(folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable 
 
 
 def write_head(folder: Path, network: nn.Module) -> None:
-    """Write the head (from an embedding to logits) to inv.npz, for imgutils' convert_wd14_emb_to_prediction."""
+    """Write the head (from an embedding to logits) to inv.npz, for imgutils' convert_wd14_emb_to_prediction.
+
+    Networks whose head is more than one linear layer have no such file.
+    """
     head = network.get_classifier()
-    weights, bias = (tensor.detach().float().cpu().numpy() for tensor in (head.weight.T, head.bias))
-    np.savez(folder / "inv.npz", weights=weights, bias=bias)
+    if isinstance(head, nn.Linear | nn.Conv2d):
+        weights, bias = (one.detach().float().cpu().numpy() for one in (head.weight.flatten(1).T, head.bias))
+        np.savez(folder / "inv.npz", weights=weights, bias=bias)
 
 
 def write_imgutils(

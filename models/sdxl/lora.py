@@ -74,6 +74,11 @@ class LoRALayer(nn.Module):
             )
         return functional.linear(functional.linear(inputs, down), up)
 
+    @property
+    def full_rank(self) -> int:
+        """Return the largest rank that an update can have."""
+        return min(self.lora_A.weight.flatten(1).shape[1], len(self.lora_B.weight))
+
     def update(self) -> Tensor:
         """Return the update of the layer's weight as a matrix [out, in x kernel area]."""
         return self.scale * self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
@@ -91,14 +96,18 @@ class LoRA(nn.Module):
         self.config = config
         layers = _find_layers(networks, config)
         self.names = _choose(layers, config)
-        if narrow := [name for name in self.names if config.rank > _full_rank(layers[name])]:
-            log.warning(
-                "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
-                config.rank, len(narrow), len(self.names), narrow[0], _full_rank(layers[narrow[0]]),
-            )  # fmt: skip
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
         self._hooks: list[RemovableHandle] = []
+
+    def warn_of_rank(self) -> None:
+        """Say if the rank is above the full rank of layers, where more adds nothing."""
+        rank, full = self.config.rank, {name: layer.full_rank for name, layer in self.layers().items()}
+        if narrow := [name for name in self.names if rank > full[name]]:
+            log.warning(
+                "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
+                rank, len(narrow), len(full), narrow[0], full[narrow[0]],
+            )  # fmt: skip
 
     def layers(self) -> dict[str, LoRALayer]:
         """Return the updates by the names of their layers."""
@@ -128,10 +137,6 @@ class LoRA(nn.Module):
 
 def _adding(layer: LoRALayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
     return lambda _, inputs, output: output + layer(inputs[0])
-
-
-def _full_rank(layer: nn.Linear | nn.Conv2d) -> int:
-    return min(layer.weight.flatten(1).shape)
 
 
 def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -34,7 +34,8 @@ class Fit(NamedTuple):
     """How a state fits a network."""
 
     given: dict[str, Tensor]  # the tensors to load, under the network's names
-    left: list[str]  # the names that keep their initial values
+    left: list[str]  # the network's names that are not in `given`
+    unused: list[str]  # the state's names that are not in `given`
 
 
 def load_into(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: bool) -> Fit:
@@ -79,7 +80,9 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     ignored = {name for name in tensors if name in left or (name not in target and name.startswith(head + norm))}
     given = {name: tensor for name, tensor in tensors.items() if name not in ignored}
     refuse_misfits(given, {name: tensor for name, tensor in target.items() if name not in left})
-    return Fit(given, [name for name in target if name in left])
+    loaded = {name.removeprefix(_ENCODER) for name in given}
+    unused = [name for name in state if name.removeprefix(_ENCODER) not in loaded]
+    return Fit(given, [name for name in target if name in left], unused)
 
 
 def _fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -51,8 +51,10 @@ def initialise_from(
         _keep_head(network, fit, origin["source"], known, class_names)
     if not is_meta(network):
         network.load_state_dict(fit.given, strict=False)
-    log.info("init_from: %s, layout %s: %d tensors loaded", origin["source"], origin["layout"], len(fit.given))
-    log.info("init_from: left at their initial values: %s", ", ".join(fit.left) or "none")
+    log.info(
+        "init_from: %s, layout %s: %d tensors loaded; not loaded whole, of the network: %s; of the file: %s",
+        origin["source"], origin["layout"], len(fit.given), *(", ".join(names) or "none" for names in fit[1:]),
+    )  # fmt: skip
     return origin
 
 

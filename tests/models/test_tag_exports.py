@@ -51,22 +51,32 @@ def test_the_order_of_wd_files_fills_every_place(caplog):
     assert "no training image had a rating" in caplog.text
 
 
-@pytest.mark.parametrize(("form", "name"), [("imgutils", "test_resnet"), ("cl_tagger", "test_vit")])
-def test_forms_give_what_the_network_gives(form, name):
+@pytest.mark.parametrize(
+    ("form", "name", "side"),
+    [
+        ("imgutils", "test_resnet", 160),
+        ("cl_tagger", "test_vit", 160),
+        ("wd14", "caformer_s18", 64),  # its head has two layers
+        ("wd14", "dpn48b", 64),  # a convolution
+        ("wd14", "crossvit_9_240", 240),  # two stems and two heads
+    ],
+)
+def test_forms_give_what_the_network_gives(form, name, side):
     """`make_graph` compares; the stem that is turned round, too."""
-    model, metadata = open_tagger(timm_config(name), side=160)
-    make_graph(model, make_form(form, metadata["preprocessing"]), ROWS, [160, 160])
-    to_bgr(model.network, [160, 160])
+    model, metadata = open_tagger(timm_config(name), side=side)
+    make_graph(model, make_form(form, metadata["preprocessing"]), ROWS, [side, side])
+    to_bgr(model.network, [side, side])
 
 
 def test_networks_that_the_forms_cannot_hold_are_refused():
-    model, _ = open_tagger(timm_config("repvit_m0_9"))  # its head is a norm and a layer
-    with pytest.raises(UserError, match=r"^format: .*RepVit"):
+    model, _ = open_tagger(timm_config("test_resnet"))
+    model.network.pretrained_cfg = {"classifier": "layer1", "first_conv": None}
+    with pytest.raises(UserError, match=r"^format: .*ResNet ends in Sequential"):
         make_graph(model, make_form("wd14", {}), ROWS, [64, 64])
     with pytest.raises(UserError, match=r"^format: .*BGR"):
-        to_bgr(build_network(timm_config("crossvit_9_240"), 3).eval(), [240, 240])  # two stems
+        to_bgr(model.network, [64, 64])
     wrong, _ = open_tagger(geometry())
-    wrong.network.forward_head = lambda features, pre_logits=False: features.mean((2, 3))
+    wrong.network.forward_head = lambda features, pre_logits=False: features.new_zeros(len(features), len(ROWS))
     with pytest.raises(UserError, match=r"^tolerance: "):
         make_graph(wrong, make_form("wd14", {}), ROWS, [64, 64])
 
