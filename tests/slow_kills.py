@@ -39,7 +39,7 @@ JOB = ["data=image_folder", "data.root=new", "data.validation_fraction=0.0"]
 COMMANDS = [  # script, words, the longest time until a kill in seconds
     *(("predict", [*TAGS, f"output={name}"], 0.6) for name in ("x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside")),
     ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20"], 0.6),
-    ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.6),
+    ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.05),
     ("export", ["format=wd14", "run_dir=../run", "output=made"], 2.0),
 ]
 
