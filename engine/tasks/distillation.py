@@ -53,6 +53,7 @@ from utils.vocabulary import RATING, vocabulary_of
 log = get_logger(__name__)
 
 _BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
+_UNUSED = {"vocabulary": None, "append_to": None}  # the tags are the teacher's
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
@@ -87,7 +88,7 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
 def find_student(setup: Setup) -> tuple[Kind, Setup]:
     """Return the kind and setup of the student as a model of its own: a tagger, a classifier, or a backbone."""
     if "tag_names" in setup.facts:
-        kind, more = TaggingKind(), {"name": "tagging", "vocabulary": None, "min_count": 1, "loss": _BCE}
+        kind, more = TaggingKind(), {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
         kind, more = ClassificationKind(), {"name": "classification", "head": "drawn", "allow_missing_classes": True}
     else:
