@@ -34,10 +34,10 @@ from data.tools.predictions import (
     Row,
     RowFile,
     Sidecars,
-    Similar,
     embedding_rows,
     find_excluded,
     find_images,
+    rank,
     read_embeddings,
     spell_tags,
     stack_rows,
@@ -140,9 +140,10 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
     """
     output, columns = Path(config.output), predictor.output.columns
     if config.like is not None:
-        file = RowFile(output, ["path", "similarity"], keep=False)
-        rows = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
-        return Similar(file, stack_rows(chain.from_iterable(rows), "like")[1][0], config.top)
+        found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
+        query = stack_rows(chain.from_iterable(found), "like")[1][0]
+        most_like = lambda rows: rank(*stack_rows(rows, "input"), query, config.top)  # noqa: E731
+        return RowFile(output, ["path", "similarity"], keep=False, choose=most_like)
     if output.suffix == ".npz":
         return Embeddings(output, weights)
     if config.output == "beside" or config.output.endswith("/") or output.is_dir():
@@ -244,14 +245,15 @@ def main(config: PredictConfig, job: Job) -> str:
     # --------------------------------------------------------------------------- 2. The images and the destination
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version, output, rules = sha256_file(weights), Path(config.output), read_text_rules(config.text)
-    is_stored = isinstance(config.input, str) and config.input.endswith(".npz")
+    is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
+    stored = read_embeddings(Path(config.input), version) if is_stored else []
     images = Images("", []) if is_stored else find_images(config.input, "input")
     destination = choose_destination(config, predictor, images, version)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, set()))} images, nothing is predicted"
     if is_stored:
         with output_errors("output", output):
-            destination.write_all(read_embeddings(Path(config.input), version))
+            destination.write_all(stored)
         return f"wrote {output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
@@ -261,8 +263,7 @@ def main(config: PredictConfig, job: Job) -> str:
         paths = choose_paths(config, images, destination, predicted.done)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
         found = predict_all(predictor, paths, config, predict)
-        destination.write(join_texts(found, destination, config, rules), predicted)
-        journal.clear()
+        predicted.write(join_texts(found, destination, config, rules), destination)
     written = "files beside the images" if config.output == "beside" else output
     return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
 

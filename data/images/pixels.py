@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, formats_of, open_image, read_file
+from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
 
 _ORIENTATION = 0x0112
 UPRIGHT = {
@@ -145,12 +145,6 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     source = ImageCms.getOpenProfile(io.BytesIO(profile))
     target = "RGBA" if mode == "RGBA" else "RGB"
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
-
-
-def read_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return width and height from the header of a readable image file, before EXIF rotation."""
-    with Image.open(path, formats=formats_of(os.fspath(path))) as image:
-        return image.size
 
 
 def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -4,7 +4,6 @@ import functools
 import io
 import os
 import shutil
-import struct
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
@@ -16,7 +15,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from data.config import DataConfig
-from data.images.pixels import read_size
+from data.images.image_formats import Unsupported, open_image, read_file
 from data.layouts.folders import MASK_ENDINGS, check_root, list_folder, list_images
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
@@ -25,6 +24,7 @@ from data.layouts.sidecars import list_sidecars
 from data.layouts.spelling import parse_tag
 from data.layouts.unused import Unused
 from data.open import load_collection
+from data.stream.source import UnreadableImage
 from data.tools.exclude import Rules, find_failing
 from data.tools.tool import Tool
 from utils.config.bounds import Side
@@ -41,9 +41,8 @@ log = get_logger(__name__)
 _WARNED = 20  # warnings about images that are copied unchanged
 _PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
 _WRITTEN = ("JPEG", "PNG", "WEBP")
+_SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
-# Errors of Pillow for unreadable images; ValueError also for images that are not reduced.
-_UNFIT = (OSError, SyntaxError, ValueError, struct.error, MemoryError, Image.DecompressionBombError)
 
 
 class Shrink(NamedTuple):
@@ -53,43 +52,28 @@ class Shrink(NamedTuple):
     quality: int
     max_pixels: int
 
-    def is_for(self, file: Path) -> bool:
-        """Return whether a side of an image is too long. Raises _UNFIT if the image cannot be reduced."""
-        width, height = read_size(file)
-        if max(width, height) > self.longest_px and width * height > self.max_pixels:
-            raise ValueError(f"more than {self.max_pixels:,} pixels (data.max_pixels)")
-        return max(width, height) > self.longest_px
-
-    def reduce(self, file: Path) -> bytes:
-        """Return the file of a smaller image with the same metadata. Raises _UNFIT."""
-        content = io.BytesIO()
-        with Image.open(file, formats=_WRITTEN) as image:
-            name = image.format
-            if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
-                raise ValueError(f"{name} with several frames")
-            options = {key: image.info[key] for key in _METADATA if key in image.info}
-            if name == "PNG":
-                options["pnginfo"] = PngInfo()
-                for key, text in image.text.items():
-                    options["pnginfo"].add_text(key, text)
-            else:
-                options["quality"] = self.quality
-            is_wide = image.mode.startswith("I")  # grey of 16 bits
-            if (mode := _smooth_mode(image)) != image.mode:  # otherwise a JPEG would be decoded at full size
-                image = image.convert(mode)
-            image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
-            image = image.convert("I;16") if is_wide else image
-            image.save(content, format=name, **options)
+    def reduce(self, image: Image.Image) -> bytes | None:
+        """Return the file of a smaller image with the same metadata; None if no side is too long."""
+        if max(image.size) <= self.longest_px:
+            return None
+        name = image.format
+        if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
+            raise Unsupported(f"{name}; only {', '.join(_WRITTEN)} of one frame are reduced")
+        options = {key: image.info[key] for key in _METADATA if key in image.info}
+        if name == "PNG":
+            options["pnginfo"] = PngInfo()
+            for key, text in image.text.items():
+                options["pnginfo"].add_text(key, text)
+        else:
+            options["quality"] = self.quality
+        is_wide = image.mode.startswith("I")  # grey of 16 bits
+        mode = "RGBA" if "transparency" in image.info else "I" if is_wide else _SMOOTH.get(image.mode, image.mode)
+        if mode != image.mode:  # otherwise a JPEG would be decoded at full size
+            image = image.convert(mode)
+        image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image, content = image.convert("I;16") if is_wide else image, io.BytesIO()
+        image.save(content, format=name, **options)
         return content.getvalue()
-
-
-def _smooth_mode(image: Image.Image) -> str:
-    """Return the mode for smooth resizing."""
-    if "transparency" in image.info or image.mode == "PA":
-        return "RGBA"
-    if image.mode.startswith("I"):
-        return "I"
-    return {"P": "RGB", "1": "L"}.get(image.mode, image.mode)
 
 
 class Copy(Tool, Rules):
@@ -176,10 +160,12 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
             raise UserError(f"job.to: {str(copy)!r} differs from {str(source)!r}; set an empty folder")
         if ours.st_ctime_ns < theirs.st_ctime_ns:  # else the original was changed, with its old time and size
             return _PRESENT
+    reduced = None
     try:
-        reduced = shrink.reduce(source) if shrink is not None and shrink.is_for(source) else None
-    except _UNFIT as error:
-        reduced, done = None, f"{type(error).__name__}: {error}"
+        if shrink is not None:
+            reduced = open_image(read_file(source), path, shrink.max_pixels, shrink.reduce)
+    except UnreadableImage as error:
+        done = error.reason
     if reduced is None:
         write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
         return done

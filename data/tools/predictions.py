@@ -13,7 +13,7 @@ import re
 import sys
 import zipfile
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +36,7 @@ log = get_logger(__name__)
 _SERIES = re.compile(r"(.+)_\(([^()]+)\)")
 
 Row = dict[str, Any]
+Choose = Callable[[Iterable[Row]], Iterable[Row]]
 
 
 class Images(NamedTuple):
@@ -84,22 +85,30 @@ class Predicted:
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
         self._journal = journal
         self._versions = {str(path): file_version(path) for path in paths}
-        self.done = {row["path"] for rows in self.parts() for row in rows}
+        self.done = {row["path"] for rows in self._parts() for row in rows}
 
-    def parts(self) -> Iterator[list[Row]]:
+    def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each batch."""
         for part in self._journal.parts():
             yield [row for version, row in part if version == self._versions.get(row["path"], ())]
 
-    def add(self, rows: Sequence[Row]) -> None:
-        """Add the rows of a batch."""
-        self._journal.add([(self._versions[row["path"]], row) for row in rows])
+    def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
+        """Write batches as they arrive, after the rows of a killed call."""
+        remove_temporary(destination.folders)
+        for rows in self._parts():  # again, since the killed call may have left out some
+            destination.write_each(rows)
+        for rows in batches:
+            self._journal.add([(self._versions[row["path"]], row) for row in rows])
+            destination.write_each(rows)
+        destination.write_all(row for rows in self._parts() for row in rows)
+        self._journal.clear()
 
 
 class Destination:
-    """The output of a prediction. folder: the folder of many files; None for one file."""
+    """The output of a prediction: one file, or a file for each image in `folders` below `folder`."""
 
     folder: Path | None = None
+    folders: Iterable[Path] = ()
 
     def has(self, path: str) -> bool:
         """Return whether an earlier command has written the image's result."""
@@ -109,37 +118,27 @@ class Destination:
         """Return the present tags of an image."""
         return ()
 
-    def resume(self, parts: Iterable[list[Row]]) -> None:
-        """Write the files of images that a killed call may have left out."""
-
     def write_each(self, rows: Iterable[Row]) -> None:
         """Write the files of some images, if each image has a file."""
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the file of all images, if they share one."""
 
-    def write(self, batches: Iterable[list[Row]], predicted: Predicted) -> None:
-        """Write batches as they arrive, after the rows of a killed call."""
-        self.resume(predicted.parts())
-        for rows in batches:
-            predicted.add(rows)
-            self.write_each(rows)
-        self.write_all(row for rows in predicted.parts() for row in rows)
-
 
 class RowFile(Destination):
     """JSON lines, or CSV with the given columns. keep: the new rows follow those of the file; else they replace it.
 
-    Raises UserError (`output`) for another file ending, or if the kept rows have another format.
+    choose: returns the rows of the file from those of all images. Raises UserError (`output`) for another file ending,
+    or if the kept rows have another format.
     """
 
-    def __init__(self, file: Path, columns: list[str], *, keep: bool) -> None:
+    def __init__(self, file: Path, columns: list[str], *, keep: bool, choose: Choose = iter) -> None:
         if file.suffix not in (".jsonl", ".csv"):
             raise UserError(
                 f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file; without like also .npz, and for "
                 "tags FOLDER/ or beside"
             )
-        self._file, self._columns = file, columns if file.suffix == ".csv" else None
+        self._file, self._columns, self._choose = file, columns if file.suffix == ".csv" else None, choose
         self._kept = file.read_bytes() if keep and file.is_file() else b""
         if self._kept and not self._kept.endswith(b"\n"):
             self._kept += b"\n"
@@ -168,7 +167,7 @@ class RowFile(Destination):
                 table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
                 if self._columns is not None and not self._kept:
                     table.writeheader()
-                for row in rows:
+                for row in self._choose(rows):
                     if self.has(row["path"]):
                         continue
                     if self._columns is None:
@@ -196,6 +195,7 @@ class Sidecars(Destination):
             self._files[path] = file = base / f"{stem if stems[stem] == 1 else name}.txt"
             if os.path.commonpath([real, target := os.path.realpath(file)]) != real:
                 raise UserError(f"output: {file} is a link out of {base}, to {target}; set a folder for the texts")
+        self.folders = {file.parent for file in self._files.values()}
         self.folder = base if folder or os.access(base, os.W_OK) else images.paths[0].parent
 
     def has(self, path: str) -> bool:
@@ -208,15 +208,6 @@ class Sidecars(Destination):
             return split_tags(decode(self._files[path].read_bytes())) if self.has(path) else ()
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
-
-    def resume(self, parts: Iterable[list[Row]]) -> None:
-        """Write the missing files, and those of the last batch."""
-        folders, rows = set(), []
-        for rows in parts:
-            folders |= {self._files[row["path"]].parent for row in rows}
-            self.write_each(row for row in rows if not self.has(row["path"]))
-        remove_temporary(folders)
-        self.write_each(rows)
 
     def write_each(self, rows: Iterable[Row]) -> None:
         """Write the text files."""
@@ -310,17 +301,6 @@ class Embeddings(Destination):
                 np.savez(stream, paths=np.array(paths), vectors=vectors, weights=np.array(self._weights))
 
         write_atomically(self._file, write)
-
-
-class Similar(Destination):
-    """Rows for the `top` images whose embeddings are most like `query` [D]."""
-
-    def __init__(self, file: RowFile, query: np.ndarray, top: int) -> None:
-        self._file, self._query, self._top = file, query, top
-
-    def write_all(self, rows: Iterable[Row]) -> None:
-        """Write the file."""
-        self._file.write_all(rank(*stack_rows(rows, "input"), self._query, self._top))
 
 
 def read_embeddings(file: Path, weights: str) -> list[Row]:

@@ -74,15 +74,16 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
     picture(4, (90, 90)).save(root / "two.gif", save_all=True, append_images=[picture(5, (90, 90))])
     picture(6, (99, 99)).save(root / "huge.png")
     (root / "cut.png").write_bytes((root / "b.png").read_bytes()[:-4000])
+    (root / "crc.png").write_bytes((root / "b.png").read_bytes().replace(b"a prompt", b"A prompt"))  # a wrong checksum
     (root / "a.txt").write_text("red")
     before = {file.name: file.read_bytes() for file in root.iterdir()}
     words = ["job=downsample", *COPY[1:3], "job.longest_px=40", "job.to=small", "data.max_pixels=9000"]
-    for now in (2, 1):  # the second finds all but one there
+    for now in (3, 1):  # the second finds all but one there
         assert f"downsampled {now} images longer than 40" in run("prepare", words, tmp_path)
         assert {file.name: file.read_bytes() for file in root.iterdir()} == before
         changed = {name for name in before if (small / name).read_bytes() != before[name]}
-        assert changed == {"a.jpg", "b.png"} and {file.name for file in small.iterdir()} == set(before)
-        (small / "b.png").unlink(missing_ok=now == 2)
+        assert changed == {"a.jpg", "b.png", "crc.png"} and {file.name for file in small.iterdir()} == set(before)
+        (small / "b.png").unlink(missing_ok=now == 3)
     as_they_are = [line for line in log.messages if "is copied unchanged" in line]
     assert [line.split()[0] for line in as_they_are] == ["cut.png", "huge.png", "two.gif"]
     run("prepare", words, tmp_path)
