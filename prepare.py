@@ -16,7 +16,7 @@ from typing import Annotated
 from pydantic import Field
 
 from data.tools.collect_tags import CollectVocabulary
-from data.tools.copy_collection import Copy, Downsample
+from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
 from data.tools.reports import Count, Statistics, Verify
 from data.config import DataConfig
@@ -27,7 +27,7 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Manifest | CollectVocabulary | Pack
-    | Count | Statistics | Verify | Duplicates | Filter | Downsample | Split | Copy,
+    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -120,9 +120,10 @@ def warn_of_missing_libraries() -> None:
 
 def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
     """Open an image and return `use(image)`. Raises UnreadableImage."""
+    is_tga = name.lower().endswith(_TGA_SUFFIX) and "TGA" in Image.OPEN
     try:
         try:
-            image = Image.open(io.BytesIO(content), formats=formats_of(name))
+            image = Image.open(io.BytesIO(content), formats=(*_formats(), "TGA") if is_tga else _formats())
         except UnidentifiedImageError as error:
             raise UnreadableImage(name, *_explain_header(content[:256])) from error
         with image:
@@ -157,12 +158,6 @@ def _explain_header(head: bytes) -> tuple[str, str]:
         if (accepts := Image.OPEN[name][1]) is not None and accepts(head):
             return DAMAGED, f"it begins as {name}, but the rest is broken, cut off or of a rare kind"
     return UNKNOWN, f"it begins with {head[:24]!r}; allowed are {', '.join(_formats())}"
-
-
-def formats_of(name: str) -> tuple[str, ...]:
-    """Return the formats to try for a file name."""
-    is_tga = name.lower().endswith(_TGA_SUFFIX) and "TGA" in Image.OPEN
-    return (*_formats(), "TGA") if is_tga else _formats()
 
 
 @functools.cache

@@ -16,7 +16,7 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
-from data.layouts.folders import MASK_ENDINGS, check_root, list_folder, list_images
+from data.layouts.folders import MASK_ENDINGS, check_root, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
 from data.layouts.posts import POSTS
@@ -77,20 +77,24 @@ class Shrink(NamedTuple):
 
 
 class Copy(Tool, Rules):
-    """Copy the images that have all the tags and break no rule; nothing is overwritten.
+    """Copy the images that have all the tags and break no rule, and what belongs to them; nothing is overwritten.
 
     to: the target folder. Files that exist there with the same size and modification time are skipped, so a killed job
-    continues.
+    continues. longest_px: reduce images with a longer side to it, which no manifest then describes; None: copy all as
+    they are. quality: for JPEG and WebP.
     """
 
-    name: Literal["copy"]
+    name: Literal["copy", "downsample"]
     to: PathText
     tags: list[str]
+    longest_px: Side | None
+    quality: Annotated[int, Field(ge=1, le=100)]
 
     def run(self, data: DataConfig) -> str:
         """Copy. Raises UserError (`job.to`, `data.root`)."""
-        root = check_root(data.root)
-        target = _check_target(root, self.to)
+        root, target = check_root(data.root), Path(self.to).expanduser().resolve()
+        if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
+            raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
         collection = load_collection(data)
         paths = collection.table["path"].to_pylist()
         chosen = set(paths).difference(find_failing(collection, self, data))
@@ -99,44 +103,24 @@ class Copy(Tool, Rules):
         for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
             if not needed <= {parse_tag(tag).name for tag in tags}:
                 chosen.discard(path)
-        files = list(dict.fromkeys([*sorted(chosen), *_sidecars_of(root, sorted(chosen))]))
+        images, shrunk = sorted(chosen), ""
+        others = list(dict.fromkeys(_sidecars_of(root, images)))
         with open_journal("job.to", target, is_folder=True):
-            done = copy_files(root, target, files)
-            if (manifest := find_manifest(root)) is not None:
+            shrink = self.longest_px and Shrink(self.longest_px, self.quality, data.max_pixels)
+            done = copy_files(root, target, images, shrink) + copy_files(root, target, others)
+            if (manifest := find_manifest(root)) is not None and not shrink:
                 table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
                 rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
                 write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
+        if shrink:
+            unfit = [(path, what) for path, what in zip(images, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
+            for path, why in unfit[:_WARNED]:
+                log.warning("%s is copied unchanged: %s", path, why)
+            longer = f"images longer than {self.longest_px} pixels, {len(unfit):,} could not be"
+            shrunk = f"downsampled {done.count(_SHRUNK):,} {longer}; "
         return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}; copied {done.count(_COPIED):,} of "
-            f"{len(files):,} files"
-        )
-
-
-class Downsample(Tool):
-    """Copy the collection to the folder `to`, reducing images with a side longer than `longest_px` to it.
-
-    quality: for JPEG and WebP. A killed job continues.
-    """
-
-    name: Literal["downsample"]
-    to: PathText
-    longest_px: Side
-    quality: Annotated[int, Field(ge=1, le=100)]
-
-    def run(self, data: DataConfig) -> str:
-        """Write the copy. Raises UserError (`data.root`, `job.to`)."""
-        root = check_root(data.root)
-        target = _check_target(root, self.to)
-        paths = sorted(list_images(root))
-        with open_journal("job.to", target, is_folder=True):
-            done = copy_files(root, target, paths, Shrink(self.longest_px, self.quality, data.max_pixels))
-            copy_files(root, target, list(dict.fromkeys(_sidecars_of(root, paths))))
-        unfit = [(path, what) for path, what in zip(paths, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
-        for path, why in unfit[:_WARNED]:
-            log.warning("%s is copied unchanged: %s", path, why)
-        return (
-            f"{len(paths):,} images are in {target}; downsampled {done.count(_SHRUNK):,} images longer than "
-            f"{self.longest_px} pixels, {len(unfit):,} could not be; prepare.py job=manifest can write a manifest there"
+            f"{len(chosen):,} of {len(paths):,} images are in {target}; {shrunk}copied {done.count(_COPIED):,} of "
+            f"{len(done):,} files"
         )
 
 
@@ -176,14 +160,6 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> st
 
     write_atomically(copy, write)
     return _SHRUNK
-
-
-def _check_target(root: Path, to: str) -> Path:
-    """Return the folder `job.to`. Raises UserError if it is inside the collection, or the collection inside it."""
-    target, inside = Path(to).expanduser().resolve(), root.resolve()
-    if target.is_relative_to(inside) or inside.is_relative_to(target):
-        raise UserError(f"job.to: {to!r} is inside data.root, or data.root inside it; set another folder")
-    return target
 
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:

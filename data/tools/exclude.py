@@ -208,8 +208,9 @@ class Duplicates(Finder):
         changes = {"group": {path: -number for number, group in enumerate(groups, start=1) for path in group}}
         for name in _TEXTS if self.join else ():  # negative, because the groups of job=manifest are hashes
             changes[name] = {group[0]: _join([found[path][name] for path in group]) for group in groups}
+        sizes = {path: {"width": fact.width, "height": fact.height} for path, fact in facts.items()}
         rows = [
-            {"group": number, "path": path, "kept": index == 0} | facts[path].size()
+            {"group": number, "path": path, "kept": index == 0, **sizes[path]}
             for number, group in enumerate(groups, start=1)
             for index, path in enumerate(group)
         ]

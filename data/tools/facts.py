@@ -60,10 +60,6 @@ class Facts(NamedTuple):
     brightness: float | None = None
     sharpness: float | None = None
 
-    def size(self) -> dict[str, int | None]:
-        """Return width and height by name."""
-        return {"width": self.width, "height": self.height}
-
     @property
     def is_damaged(self) -> bool:
         """Whether the file itself is unreadable; a missing decoder is no fault of the file."""

@@ -101,7 +101,6 @@ class Predicted:
             self._journal.add([(self._versions[row["path"]], row) for row in rows])
             destination.write_each(rows)
         destination.write_all(row for rows in self._parts() for row in rows)
-        self._journal.clear()
 
 
 class Destination:

@@ -132,17 +132,15 @@ class Verify(Tool):
         root = check_root(data.root)
         images = sorted(list_images(root))
         facts = measure_files(root, images, data.max_pixels)
-        faults = {path: fact.reason for path, fact in zip(images, facts) if fact.kind is not None}
-        kinds = Counter(fact.kind for fact in facts if fact.kind is not None)
-        for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)):
-            kinds[fault] += 1
-            faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
-        for path, fault in _find_bad_sidecars(root):
-            kinds["a bad sidecar"] += 1
+        found = [(path, fact.kind, fact.reason) for path, fact in zip(images, facts) if fact.kind is not None]
+        found += ((path, fault, fault) for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)))
+        found += ((path, "a bad sidecar", fault) for path, fault in _find_bad_sidecars(root))
+        kinds, faults = Counter(kind for _, kind, _ in found), {}
+        for path, _, fault in found:
             faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
         listing = list_files(self.report, self.name, faults)
-        found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
-        return f"{len(images):,} images; {f'{found} ({listing})' if found else 'no fault'}"
+        counts = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())
+        return f"{len(images):,} images; {f'{counts} ({listing})' if found else 'no fault'}"
 
 
 def _find_bad_sidecars(root: Path) -> Iterator[tuple[str, str]]:

@@ -4,7 +4,6 @@ import errno
 import fcntl
 import hashlib
 import json
-import math
 import os
 import re
 import shutil
@@ -121,8 +120,8 @@ os.register_at_fork(after_in_child=_close_locks)
 
 
 @contextmanager
-def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
-    """Hold a lock file; raise BlockingIOError if another process keeps it. The lock ends with the process.
+def file_lock(path: Path, refusal: str, patience_sec: float = 0.0) -> Iterator[None]:
+    """Hold a lock file; raise UserError (`refusal`) if another process keeps it. The lock ends with the process.
 
     Only the process that holds the lock may remove the file.
     """
@@ -135,7 +134,7 @@ def file_lock(path: Path, patience_sec: float = math.inf) -> Iterator[None]:
         except BlockingIOError:
             stream.close()
             if time.monotonic() >= until:
-                raise
+                raise UserError(refusal) from None
             time.sleep(0.1)
             continue
         except OSError as error:  # for example Lustre, mounted without flock

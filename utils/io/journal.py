@@ -5,7 +5,6 @@ with open_journal("output", Path("found.jsonl"), key) as journal:
     for part in compute_all_but(done):
         journal.add(part)
     write_atomically(output, lambda file: write_all(file, journal.parts()))
-    journal.clear()
 """
 
 import json
@@ -14,7 +13,6 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.errors import UserError
 from utils.io.files import file_lock, output_errors, remove_temporary
 
 
@@ -45,16 +43,6 @@ class Journal:
         with open(self.path, "ab") as file:
             file.write(_line(part))
 
-    def clear(self) -> None:
-        """Remove the parts: the output is complete."""
-        with open(self.path, "r+b") as file:
-            file.truncate(self._header_size)
-
-    @property
-    def is_empty(self) -> bool:
-        """Whether there are no parts."""
-        return self.path.stat().st_size <= self._header_size
-
 
 def _line(value: Any) -> bytes:
     return json.dumps(value).encode("ascii") + b"\n"
@@ -64,23 +52,22 @@ def _line(value: Any) -> bytes:
 def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool = False) -> Iterator[Journal]:
     """Lock an output and open its journal, which has parts if a command of the same description was killed.
 
-    The journal's file is removed at the end unless it has parts. Raises UserError (`key`) if another process writes the
-    output, or for a write error.
+    The journal's file is removed at the end, unless it has parts after an error. Raises UserError (`key`) if another
+    process writes the output, or for a write error.
     """
     folder, name = (output, None) if is_folder else (output.parent, output.name)
     path = folder / (".journal" if is_folder else f".{name}.journal")
     is_new = not folder.exists()
     with output_errors(key, output), ExitStack() as stack:
-        try:
-            stack.enter_context(file_lock(path, 0.0))
-        except BlockingIOError:
-            raise UserError(f"{key}: another command is writing {output}; wait for it, or name another one") from None
+        refusal = f"{key}: another command is writing {output}; wait for it, or name another one"
+        stack.enter_context(file_lock(path, refusal))
         remove_temporary([folder], name)
-        journal = Journal(path, command)
+        journal, is_done = Journal(path, command), False
         try:
             yield journal
+            is_done = True
         finally:
-            if journal.is_empty:
+            if is_done or not any(journal.parts()):
                 path.unlink()
             if is_new and not any(folder.iterdir()):
                 folder.rmdir()

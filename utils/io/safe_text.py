@@ -14,6 +14,7 @@ from urllib.parse import quote, quote_plus
 
 HIDDEN = "***"
 _MIN_SECRET_CHARACTERS = 8  # shorter values also occur in ordinary words
+_CONTROLS = ("Cc", "Cf", "Zl", "Zp", "Cs")  # categories of Unicode
 _WORD = (  # the end of a name whose value is secret
     r"(?:(?:api|access|secret|private|account|shared|storage|signing|encryption|client|auth)[_-]?key(?:[_-]?id)?"
     r"|token|secret|password|passwd|passphrase|credentials?|signature|authorization|cookie|connection[_-]?string"
@@ -21,7 +22,6 @@ _WORD = (  # the end of a name whose value is secret
 )
 _NAME = re.compile(rf"(?i).*{_WORD}", re.DOTALL)
 _VARIABLE = re.compile(rf"(?i).*(?:{_WORD}|key|pass)")
-_FLAG = re.compile(rf"(?i)--?[\w-]*{_WORD}")
 _QUOTED = r"""\"(?:\\.|[^"\\\n])*\"|'(?:\\.|[^'\\\n])*'|["'][^\n]*"""
 _AFTER = rf"""{_WORD}(?![\w-])[\\"'\]]*[^\S\n]*"""  # between a name and its separator
 _PATTERNS = (
@@ -49,13 +49,16 @@ class Lines(str):
 
 
 def escape_controls(text: str, keep: str = "") -> str:
-    r"""Escape control characters, line separators and direction marks as `\x1b`, except those in `keep`.
+    r"""Escape control, format, separator and surrogate characters as `\x1b`, except those in `keep`.
 
-    Letters and symbols of every script stay unchanged.
+    The joiners in words and emoji (U+200C, U+200D) are harmless.
     """
-    if text.isprintable():
-        return text
-    return "".join(_escape(character) if character not in keep else character for character in text)
+    return "".join(
+        character.encode("unicode_escape").decode("ascii")
+        if unicodedata.category(character) in _CONTROLS and character not in keep + "\u200c\u200d"
+        else character
+        for character in text
+    )
 
 
 def safe_lines(text: str) -> str:
@@ -69,15 +72,6 @@ def code_span(value: Any) -> str:
     fence = "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     pad = " " if text.startswith("`") or text.endswith("`") else ""
     return f"{fence}{pad}{text}{pad}{fence}"
-
-
-def _escape(character: str) -> str:
-    """Escape control, format, separator and surrogate characters.
-
-    The joiners in words and emoji (U+200C, U+200D) are harmless format characters.
-    """
-    is_control = unicodedata.category(character) in ("Cc", "Cf", "Zl", "Zp", "Cs") and character not in "\u200c\u200d"
-    return character.encode("unicode_escape").decode("ascii") if is_control else character
 
 
 def hide_secrets(text: str) -> str:
@@ -99,10 +93,10 @@ def hide_secrets(text: str) -> str:
 
 def _forms(value: str) -> set[str]:
     """Return a value as it is, in a URL, in JSON, in Python, in a log and in base64."""
-    encoded = base64.b64encode(value.encode(errors="surrogateescape")).decode("ascii")
-    escaped = {json.dumps(value)[1:-1], json.dumps(value, ensure_ascii=False)[1:-1], repr(value)[1:-1]}
-    safe = value.encode(errors="surrogateescape")
-    return {value, quote(safe), quote(safe, safe=""), quote_plus(safe), escape_controls(value), encoded, *escaped}
+    data = value.encode(errors="surrogateescape")
+    quoted = {form[1:-1] for form in (json.dumps(value), json.dumps(value, ensure_ascii=False), repr(value))}
+    encoded = {quote(data), quote(data, safe=""), quote_plus(data), base64.b64encode(data).decode("ascii")}
+    return {value, escape_controls(value), *quoted, *encoded}
 
 
 def hide_secrets_in(value: Any) -> Any:
@@ -111,6 +105,6 @@ def hide_secrets_in(value: Any) -> Any:
         secret = {key for key, inner in value.items() if inner and isinstance(key, str) and _NAME.fullmatch(key)}
         return {key: HIDDEN if key in secret else hide_secrets_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        after_flag = [isinstance(item, str) and _FLAG.fullmatch(item) for item in ("", *value)]
+        after_flag = [str(item).startswith("-") and _NAME.fullmatch(str(item)) for item in ("", *value)]
         return [HIDDEN if flag else hide_secrets_in(item) for flag, item in zip(after_flag, value)]
     return hide_secrets(value) if isinstance(value, str) else value

@@ -22,7 +22,6 @@ from typing import Any
 from utils.config.entry_point import Job
 from utils.config.help import ROOT
 from utils.config.recipe import recipe_hash
-from utils.errors import UserError
 from utils.io.files import (
     AppendFile,
     file_lock,
@@ -122,12 +121,8 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
     with output_errors("run_dir", folder.path):
         for name in ("checkpoints", "weights", "plots"):
             (folder.path / name).mkdir(parents=True, exist_ok=True)
-        try:
-            stack.enter_context(file_lock(folder.path / LOCK_FILE, patience_sec))
-        except BlockingIOError:
-            raise UserError(
-                f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
-            ) from None
+        refusal = f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
+        stack.enter_context(file_lock(folder.path / LOCK_FILE, refusal, patience_sec))
         stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
 

@@ -84,14 +84,16 @@ def test_close_names():
 
 
 DATA_FILES = ("data.root", "data.cache.folder")
-TAG_FILES = tuple(f"task.{key}" for key in ("vocabulary", "aliases", "implications", "orientation", "teacher"))
+TAG_FILES = tuple(
+    f"task.{key}" for key in ("vocabulary", "aliases", "implications", "orientation", "append_to", "teacher")
+)
 
 
 @pytest.mark.parametrize(
     ("script", "keys"),
     [
         ("finetune", {"run_dir", "sweep.name", *DATA_FILES, "init_from", "resume", *TAG_FILES}),
-        ("predict", {"weights", "input", "output", "like", "thresholds"}),
+        ("predict", {"weights", "input", "output", "like", "thresholds", "text.aliases", "text.drop_implied"}),
     ],
 )
 def test_a_schema_says_which_keys_are_paths(script, keys):

@@ -85,7 +85,7 @@ def test_a_requeued_job_waits_for_the_processes_of_its_start_before(tmp_path, mo
 def test_the_kernel_lets_go_of_a_killed_run_s_folder_and_workers_do_not_hold_it(tmp_path):
     code = (
         "import os, sys, time; from pathlib import Path; from utils.io.files import file_lock\n"
-        "with file_lock(Path(sys.argv[1])):\n    worker = os.fork()\n"
+        "with file_lock(Path(sys.argv[1]), ''):\n    worker = os.fork()\n"
         "    if worker: print(worker, flush=True)\n    time.sleep(60)"
     )
     process = subprocess.Popen(

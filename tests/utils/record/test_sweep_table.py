@@ -58,5 +58,5 @@ def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
 
 def test_a_run_that_is_under_way_is_running(tmp_path):
     make_run(tmp_path / "a", ["seed=1"], complete=False)
-    with file_lock(tmp_path / "a/.lock"):
+    with file_lock(tmp_path / "a/.lock", ""):
         assert [job.state for job in read_jobs(tmp_path)] == ["running"]
