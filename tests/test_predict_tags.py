@@ -9,11 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from data.collection.collection import Collection, index_collection
 from data.config import TextConfig
 from data.layouts.spelling import join_tags
-from data.tags.rules import TagRules, read_text_rules
-from data.tags.tag_index import map_tags
+from data.tags.rules import read_text_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
@@ -213,15 +211,6 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
     ours.write_bytes(b"\xff")
     with pytest.raises(UserError, match=r"^output: .*000\.txt is not UTF-8"):
         go(place, "beside", *words, "existing=append")
-
-
-def test_what_is_written_is_what_our_readers_read(place, images):
-    wanted = {KEYS.index(key) for key, prob in PROBS.items() if prob >= 0.35 and key[1] != "general"}
-    go(place, "beside", "threshold=0.35", "text.spaces=true", "text.escape=true", "text.rating=first", source="copy")
-    path = index_collection(str(images), validation_fraction=0.0, cache=place / "cache")
-    found = map_tags(Collection(str(images), path).table, VOCABULARY, TagRules(None, {}, {}, "x."))
-    assert len(found.offsets) == 13 and found.rating_known.all()
-    assert all(set(found.of_row(row).tolist()) == wanted for row in range(12))
 
 
 class Killed(Exception):

@@ -39,13 +39,6 @@ def test_the_loader_bench_ends_with_the_settings_to_type(tmp_path):
     assert re.fullmatch(r"runtime\.workers=\d+ augment\.on_device=(true|false)", done.stdout.splitlines()[-1])
 
 
-def test_a_run_that_is_killed_again_and_again_ends_with_the_same_bits(tmp_path):
-    done = fork_command("bench/kill_trials.py", "kills=2", f"out={tmp_path}", timeout=600)
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-3000:]
-    row = json.loads(done.stdout)
-    assert row["kills"] == 2 and row["equal_bit_for_bit"] is True
-
-
 def run_demo(name, *words, timeout=900):
     """Run a demo's shell script from the repository; returns its status, output and errors."""
     environment = {**os.environ, "PYTHON": sys.executable}

@@ -13,12 +13,7 @@ from data.augment.transforms import EvalTransform
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from tests.conf.test_compose import TO
-from tests.in_process import (
-    SMALL_MODEL,
-    compose,
-    configure,
-    load_command,
-)
+from tests.in_process import SMALL_MODEL, compose, configure, load_command
 from utils.config.entry_point import CONF, validate
 from utils.config.messages import ConfigError
 

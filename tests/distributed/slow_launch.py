@@ -1,4 +1,4 @@
-"""Launching and ending, slow: torchrun itself, many ranks, signals to a whole job."""
+"""torchrun itself: a signal to a whole job."""
 
 import os
 import signal
@@ -8,36 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed.test_launch import endless, has_ended, has_rows, processes, wait_for
-from tests.support import ROOT, common, rows, run, start
-
-
-def test_more_ranks_than_divide_the_validation_set_end_cleanly(collection, tmp_path):
-    """A successful job ends with status 0, twice (gloo aborts at exit now and then if it is let)."""
-    for number in range(2):
-        overrides = common(
-            "classification", collection, tmp_path / f"{number}", "loop.total_steps=1", "loop.global_batch_size=4"
-        )
-        run("finetune.py", overrides, tmp_path, ranks=4)
-
-
-def test_a_rank_that_stops_is_named_and_ends_the_job(collection, tmp_path):
-    started = start("finetune.py", endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6"), tmp_path, 2)
-    wait_for(has_rows(tmp_path / "run", 6))
-    started.signal(signal.SIGSTOP, ranks=[1])
-    started.processes[0].join(60)
-    assert started.processes[0].exitcode == 70
-    assert "rank 1 has died or was stopped: no sign of life" in started.output
-    started.signal(signal.SIGKILL)
-
-
-def test_a_rank_that_hangs_in_its_data_is_named_with_its_place(collection, tmp_path):
-    """A sleeping loader is alive but makes no progress."""
-    overrides = endless(collection, tmp_path / "run", "runtime.hang_timeout_sec=6")
-    started = start("tests/tasks/troubled.py", overrides, tmp_path, 2, variables={"TROUBLE": "hang_loading 1 4"})
-    codes = started.wait(120)
-    assert codes[0] == 70
-    assert "rank 1 hangs in 'step 3: loading': no progress for 6 s" in started.output
+from tests.distributed.test_launch import has_ended, has_rows, processes, wait_for
+from tests.support import ROOT, common, rows, run
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])

@@ -75,21 +75,6 @@ def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collectio
     wait_for(has_ended(worker), 10)
 
 
-def test_sigterm_saves_and_leaves_and_the_same_command_continues(collection, tmp_path):
-    settings = ["loop.total_steps=120", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
-    overrides = common("classification", collection, tmp_path / "run", *settings)
-    started = start("finetune.py", overrides, tmp_path, ranks=2)
-    wait_for(has_rows(tmp_path / "run", 10))
-    started.signal(signal.SIGTERM)
-    assert started.wait() == [75, 75]
-    assert "finishing the step, then saving" in started.output
-    stopped = int(rows(tmp_path / "run/metrics.jsonl")[-1]["step"])
-    assert 10 <= stopped < 120
-    printed = run("finetune.py", overrides, tmp_path, ranks=2)
-    assert f"at step {stopped}" in printed
-    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "train")] == list(range(1, 121))
-
-
 def test_slurm_variables_start_the_same_job(collection, tmp_path):
     """Two tasks of one step, told so by SLURM's variables alone."""
     port = free_port()

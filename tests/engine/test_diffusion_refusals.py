@@ -34,12 +34,6 @@ def refused(place, monkeypatch, capsys, *overrides):
     return capsys.readouterr().err
 
 
-def test_a_caption_in_a_wrong_encoding(place, monkeypatch, capsys):
-    (place / "images/train/A/000.txt").write_bytes(b"caf\xe9, night")
-    said = refused(place, monkeypatch, capsys)
-    assert "data.root" in said and "train/A/000.txt" in said and "UTF-8" in said
-
-
 @pytest.mark.parametrize(
     "words, said",
     [
@@ -76,12 +70,3 @@ def test_another_recipe_is_refused_before_images_are_encoded(place):
     with pytest.raises(UserError, match="task.loss.gamma"):
         train(place, "task.loss.gamma=3.0", "task.latent_cache=latents")
     assert not (place / "latents").exists()
-
-
-def test_a_run_is_evaluated_and_not_predicted_from(place):
-    train(place)
-    found = run("evaluate", ["run_dir=run", "runtime.device=cpu", "runtime.threads=1"], place)
-    assert "loss" in found and (place / "run/metrics.jsonl").exists()
-    assert run("export", ["run_dir=run", "format=kohya", "dry_run=true"], place) == "dry run: nothing is written"
-    with pytest.raises(UserError, match="^weights: .*diffusion"):
-        run("predict", ["weights=run", "input=images", "output=found.csv"], place)

@@ -9,15 +9,7 @@ from engine.parallel import find_units
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here
-from tests.support import (
-    SCRIPTS,
-    assert_same_rows,
-    checkpoint_tensors,
-    common,
-    rows,
-    run,
-    samples_by_step,
-)
+from tests.support import SCRIPTS, assert_same_rows, checkpoint_tensors, common, rows, run, samples_by_step
 from utils.errors import UserError
 
 FSDP = "runtime.parallel=fsdp"

@@ -14,13 +14,7 @@ import engine.checkpoint
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run_until_killed
 from tests.in_process import run as run_here
-from tests.support import (
-    checkpoint_tensors,
-    common,
-    rows,
-    run,
-    start,
-)
+from tests.support import checkpoint_tensors, common, rows, run, start
 from tests.tasks import troubled
 from utils.errors import UserError
 from utils.io.files import read_json

@@ -194,10 +194,7 @@ def test_a_weight_file_has_the_vocabulary_and_no_fact_of_training(place):
     assert open_weights(forged).task.mirror is None
 
 
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [("tag_categories", [0]), ("tag_ids", [2**63] * 7)],
-)
+@pytest.mark.parametrize(("name", "value"), [("tag_categories", [0]), ("tag_ids", [2**63] * 7)])
 def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     path = place / "stranger.safetensors"

@@ -54,8 +54,7 @@ def loaded_names(network, state):
 
 
 @pytest.mark.parametrize(
-    ("given", "keep_head", "left"),
-    [(5, True, []), (5, False, HEAD), (7, True, HEAD), (0, True, NORM + HEAD)],
+    ("given", "keep_head", "left"), [(5, True, []), (5, False, HEAD), (7, True, HEAD), (0, True, NORM + HEAD)]
 )
 def test_what_is_loaded_and_what_is_left(given, keep_head, left):
     target, state = build(), build(num_classes=given).state_dict()

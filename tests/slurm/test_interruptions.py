@@ -91,14 +91,3 @@ def test_sigterm_alone_is_enough_and_scancel_is_an_end(cluster, start):
     ask(cluster, "scancel", submission.job)
     output = submission.wait_for(1)
     assert f"job {submission.job} has ended as CANCELLED" in output and ask(cluster, "squeue", "-h") == ""
-
-
-def test_a_rank_that_is_lost_again_and_again_ends_the_job(cluster, start):
-    """max_lost_ranks=0: the loss of the other node's rank is the end; the log names the rank."""
-    submission = start("launch.max_lost_ranks=0", step=50)
-    cluster.kill_node(cluster.names[1])
-    submission.wait_until(lambda: "finetune.py has ended with status 70" in submission.log(), "the end of its script")
-    cluster.start_node(cluster.names[1])
-    submission.wait_for(70)
-    submission.assert_ended(70, restarts=0)
-    assert "rank 1 has died: no sign of life" in submission.log()

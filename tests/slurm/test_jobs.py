@@ -11,7 +11,7 @@ import pytest
 from submit.slurm import list_jobs, split_words
 from tests.in_process import make_glyph_folder
 from tests.slurm.cluster import why_impossible
-from tests.slurm.jobs import TRAINING, TWO_NODES, Submission, ask, submit
+from tests.slurm.jobs import TRAINING, Submission, ask, submit
 from tests.support import ROOT
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
@@ -39,17 +39,6 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
     ).stdout.splitlines()  # fmt: skip
     assert table[0].split()[:2] == ["settings", "top1"]
     assert sorted(row.split()[0] for row in table[1:]) == ["optim.lr=0.01", "optim.lr=0.02"]
-
-
-def test_srun_by_hand_works_without_us(cluster, images, tmp_path):
-    command = [sys.executable, str(ROOT / "finetune.py"), *TRAINING, f"data.root={images}", "loop.total_steps=4"]
-    said = subprocess.run(
-        ["srun", "--nodes=2", "--ntasks=2", *command, f"run_dir={tmp_path}/run"],
-        env=cluster.environment, cwd=tmp_path, capture_output=True, text=True, timeout=200,
-    )  # fmt: skip
-    assert said.returncode == 0, said.stderr
-    assert "2 ranks, each CPU" in said.stderr and f"[rank 0 {cluster.names[0]}]   run folder " in said.stderr
-    assert (tmp_path / "run/complete.json").exists()
 
 
 # It notes its words, and runs the rest here; as in an image, there is no SLURM that it could ask.
@@ -88,15 +77,6 @@ def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, stand
     (folder,) = tmp_path.glob("outputs/slurm/*")
     (call,) = set((tmp_path / "calls").read_text().splitlines())
     assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {folder}/code/finetune.py ")
-
-
-def test_a_rank_that_cannot_start_ends_the_job(cluster, images, stand_in, tmp_path):
-    """The other one waits for it at the meeting, and would for hours."""
-    refusal = '[ "$SLURM_PROCID" = 1 ] && exit 126\n'
-    text = (stand_in / "apptainer").read_text()
-    (stand_in / "apptainer").write_text(text.replace("shift\n", f"{refusal}shift\n", 1))
-    submission = submit(cluster, tmp_path, *IMAGE, *TWO_NODES, *TRAINING, f"data.root={images}", "loop.total_steps=4")
-    assert "has ended with status 126, after 0 restarts" in submission.wait_for(126)
 
 
 def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):

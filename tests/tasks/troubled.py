@@ -7,7 +7,6 @@ nan FIRST LAST [RANK]            the losses of the samples that these steps (fro
 kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1), unless MARKER is there
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
 little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
-hang_loading RANK STEP           the data of this step (from 1) never come on this rank
 skip_steps                       three steps are skipped: the fourth's losses are NaN on the last rank, the sixth has a
                                  gradient that is NaN in one row, and in the eighth no image weighs anything
 hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
@@ -116,18 +115,6 @@ def little_memory(*sizes):
         return forward(self, batch, progress)
 
     engine.tasks.classification.ClassificationTask.forward = limited
-
-
-def hang_loading(rank, step):
-    steps = data.stream.loader.TrainStream.steps
-
-    def hanging(self, start_step, *sizes):
-        for number, batches in enumerate(steps(self, start_step, *sizes), start_step):
-            if number == int(step) - 1 and distributed.rank() == int(rank):
-                time.sleep(3600)
-            yield batches
-
-    data.stream.loader.TrainStream.steps = hanging
 
 
 def skip_steps():

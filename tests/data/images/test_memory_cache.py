@@ -1,6 +1,5 @@
 """Decoded images in shared memory: hits equal misses, writers are killed, ranks share, and what `auto` decides."""
 
-import gc
 import logging
 import multiprocessing
 import os
@@ -135,22 +134,6 @@ def test_killed_writers_leave_no_bad_image():
     assert len(kept) > 100
     fill(pool, 0)  # which checks each image that it finds
     assert all(row in pool for row in range(2000))
-
-
-def test_another_rank_attaches(collection):
-    kept = cached(collection)
-    image = kept.read(0)["image"]
-    other = _MemoryCached(images(collection), _Pool(os.open(kept.pool.path, os.O_RDWR), len(collection)))
-    other.read(5)
-    assert torch.equal(other.read(0)["image"], image) and 5 in kept.pool
-    descriptor, path = kept.pool._descriptor, kept.pool.path
-    del kept, image
-    gc.collect()
-    with pytest.raises(OSError):
-        os.fstat(descriptor)
-    with pytest.raises(OSError):
-        os.open(path, os.O_RDWR)
-    assert 5 in other.pool
 
 
 def rank_of_two(rank, pipe, found):

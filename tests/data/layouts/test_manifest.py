@@ -83,10 +83,7 @@ def test_a_csv_manifest(opened, root):
     text = 'path,label,tags,weight,split,caption\r\n"two/b, ü.png",B,"x, y z,", 0.5,val,"a\nb"\r\none/a.png,7,,,,\r\n'
     (root / "manifest.csv").write_bytes(("\ufeff" + text).encode())
     found = [row[2:] for row in rows(opened(root))]
-    assert found == [
-        ("train", "7", [], None, None, 1.0),
-        ("val", "B", ["x", "y z"], None, "a\nb", 0.5),
-    ]
+    assert found == [("train", "7", [], None, None, 1.0), ("val", "B", ["x", "y z"], None, "a\nb", 0.5)]
 
 
 @pytest.mark.parametrize(

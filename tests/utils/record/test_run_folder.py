@@ -2,7 +2,6 @@
 
 import errno
 import json
-import subprocess
 import sys
 import tempfile
 import threading
@@ -17,12 +16,7 @@ from utils.config.help import ROOT
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
-from utils.record.run_folder import (
-    environment_state,
-    git_state,
-    open_run_folder,
-    write_config,
-)
+from utils.record.run_folder import environment_state, git_state, open_run_folder, write_config
 from utils.record.run_reader import RunReader
 
 JOB = Job("finetune", {"model": "convnextv2_tiny", "data": "image_folder"}, ["seed=1", "optim.lr=0.1"])
@@ -80,27 +74,6 @@ def test_a_requeued_job_waits_for_the_processes_of_its_start_before(tmp_path, mo
         release.start()
         with open_run_folder(config_for(tmp_path), JOB):
             assert not release.is_alive()
-
-
-def test_the_kernel_lets_go_of_a_killed_run_s_folder_and_workers_do_not_hold_it(tmp_path):
-    code = (
-        "import os, sys, time; from pathlib import Path; from utils.io.files import file_lock\n"
-        "with file_lock(Path(sys.argv[1]), ''):\n    worker = os.fork()\n"
-        "    if worker: print(worker, flush=True)\n    time.sleep(60)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, "-c", code, tmp_path / ".lock"], stdout=subprocess.PIPE, text=True, cwd=ROOT
-    )
-    try:
-        worker = int(process.stdout.readline())
-        assert "another run is writing" in refusal(config_for(tmp_path))
-    finally:
-        process.kill()
-        process.wait()
-        process.stdout.close()
-    with open_run_folder(config_for(tmp_path), JOB):
-        pass
-    subprocess.run(["kill", str(worker)], check=True)
 
 
 def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
