@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from tests.in_process import SHORT, TINY, make_images, run
+from tests.in_process import SHORT, TINY, make_images, run, run_command
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.io.files import read_json
 
 
 @pytest.fixture(scope="module")
@@ -50,11 +51,11 @@ def matches(message, pattern):
 WRONG = {
     "augment.mean=[0.5] augment.std=[0.5]": "augment.mean: ",
     "model=timm model.name=test_resnet optim.layer_decay=0.9": "optim.layer_decay_kind: ",
-    "model=timm model.name=vit_tiny_patch16_224": "augment.image_size_hw: ",
-    "runtime.device=cuda": "runtime.device: ",
     "init_from=broken.safetensors": "init_from: broken.safetensors",
     "init_from=foreign.pth": "init_from: ... stages.0.0.grn.gamma",
     "pretrain_fcmae task.patch_px=3": "task.patch_px: ",
+    "init_from=nowhere dry_run=true": "init_from: nowhere does not exist",
+    "init_from=pretrained model.dims=[8,24]": "init_from: ... model.dims=[8,16]",
 }
 
 
@@ -74,6 +75,7 @@ RESUME = {
     "resume=damaged": "resume: damaged ... weights.safetensors",
     "seed=1 optim.lr=0.5 loop.total_steps=3": "resume: ... 'resume_allow=[optim.lr,seed]'.",
     "loop.total_steps=1": "loop.total_steps: ",
+    "optim.base_lr=0.7 dry_run=true": "resume: ... optim.base_lr: ",
     "run_dir=pretrained": "resume: ... task.name: ",
 }
 
@@ -92,7 +94,7 @@ OTHERS = {
     "export run_dir=tuned weights=foreign.safetensors": "weights: foreign.safetensors",
     "predict weights=pretrained input=images": "output: pretrained",
     "predict weights=tuned input=images output=x.txt": "output: x.txt",
-    "predict weights=tuned input=file.npz output=x.csv like=images/a.png": "input: file.npz",
+    "predict weights=tuned input=file.npz output=x.csv like=images/val/A/000.png": "input: file.npz",
 }
 
 
@@ -108,6 +110,7 @@ def test_what_is_given_to_the_scripts_after_training(command, place, monkeypatch
 # ------------------------------------------------------------------------------------------------------------ dry runs
 
 DRY_RUNS = {
+    "finetune": ([*TINY, "data.root=images", "run_dir=tuned"], "dry run: 2 steps, nothing is written"),
     "evaluate": (["run_dir=tuned", "runtime.device=cpu"], "dry run: nothing is evaluated"),
     "export": (["run_dir=tuned"], "dry run: nothing is written"),
     "predict": (["weights=tuned", "input=images", "output=found.csv"], "dry run: 12 images, nothing is predicted"),
@@ -123,3 +126,13 @@ def test_a_dry_run_opens_what_it_was_given_and_writes_nothing(script, place):
     after = {path: path.stat().st_mtime_ns for path in place.rglob("*") if path.is_file()}
     assert {path for path in after.keys() - before.keys() if "cache" not in path.parts} == set()
     assert all(after[path] == time for path, time in before.items())
+
+
+def test_the_model_follows_the_run_in_init_from(place, monkeypatch, capsys):
+    words = [*SHORT, "data=image_folder", "augment=glyphs", "data.root=images", "init_from=pretrained"]
+    follows = [*words, "run_dir=follows", "model.drop_path_rate=0.1"]
+    assert run_command("finetune", follows, place, monkeypatch) == 0
+    saved, source = (read_json(place / name / "config.json")["model"] for name in ("follows", "pretrained"))
+    assert saved == source | {"drop_path_rate": 0.1}
+    assert run_command("finetune", [*words, "model=convnextv2_atto", "dry_run=true"], place, monkeypatch) == 2
+    assert "init_from: " in capsys.readouterr().err

@@ -137,12 +137,10 @@ def test_nothing_is_passed_over():
 def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
     planted = {
         "utils/io/files.py": "import os\nimport torch.optim\nimport optim\n",
-        "data/stream/loader.py": "import utils.io.files\ndef f():\n    from ...models import build\n",
-        "models/build.py": "from utils import a\n",
-        "optim/build.py": "import_module('engine.step')\n",
+        "models/build.py": "def f():\n    from ..data.stream import loader\n",
+        "data/stream/loader.py": "import_module('engine.step')\n",
         "engine/step.py": "import optim.build\n",
-        "finetune.py": "import data.stream.loader\nfrom evaluate import x\n",
-        "evaluate.py": "import engine.step\n",
+        "optim/build.py": "",
         "viewer/app.py": "import utils.io.files\n",
         "utils/a.py": "import utils.b\n",
         "utils/b.py": "def f():\n    from utils import a\n",
@@ -151,9 +149,8 @@ def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert find_wrong_arrows(tmp_path) == [
-        "data/stream/loader.py:3: data/stream may not import models.build",
-        "finetune.py:2: root scripts may not import evaluate",
-        "optim/build.py:1: optim may not import engine.step",
+        "data/stream/loader.py:1: data/stream may not import engine.step",
+        "models/build.py:2: models may not import data.stream.loader",
         "utils/io/files.py:3: utils may not import optim",
         "viewer/app.py:1: viewer is no room that tests/test_layering.py knows",
     ]

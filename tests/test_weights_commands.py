@@ -20,7 +20,6 @@ SMALL = [*MODEL, *SHORT, "augment=glyphs", "augment.image_size_hw=[32,32]", "dat
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "runtime.precision=fp32"]
 DATA = ["data=image_folder", "data.root=images"]
 IMAGES = [*DATA, "augment.image_size_hw=[32,32]", *ON_CPU]
-BEST = "weights=run/weights/best_weights.safetensors"
 RESNET = "test_resnet.r160_in1k"
 CONFIG = ConvNeXtV2Config(
     family="convnextv2", name="convnextv2_atto", in_channels=3, depths=[1, 1, 1, 1], dims=[8, 12, 16, 20],

@@ -88,12 +88,6 @@ def picture(seed=0, size=(90, 150)):
     return coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)
 
 
-@torch.no_grad()
-def our_probs(model, metadata, image):
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-    return model(EvalTransform(metadata["preprocessing"])(pixels)[None])[1][0]
-
-
 # --- timm
 
 
@@ -136,25 +130,21 @@ SQUASHED = {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinea
     [("timm", {"eval_crop": 0.95}), ("timm", SQUASHED), ("transformers", {}), ("transformers", SQUASHED)],
 )
 def test_preprocessing_is_equal(form, preprocessing, tmp_path):
-    """The picture through their own transform and their own network, and through ours."""
+    """The picture through their own transform, and through ours; their networks: test_export_snippets.py."""
     model, metadata = make(geometry(), **preprocessing)
     export(form, model, metadata, tmp_path)
     image = picture()
     if form == "timm":
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
         transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
-        logits, inputs = loaded, transform(image)[None]
+        inputs = transform(image)[None]
     else:
-        loaded = transformers.ConvNextV2ForImageClassification.from_pretrained(tmp_path).eval()
-        processor = transformers.AutoImageProcessor.from_pretrained(tmp_path)
-        logits, inputs = lambda x: loaded(x).logits, processor(image, return_tensors="pt")["pixel_values"]
+        inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
     pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
     ours = model.normalise(EvalTransform(metadata["preprocessing"])(pixels)[None])
     assert inputs.shape == ours.shape
     # Both round to bytes after the resize: at most two grey levels apart.
     assert (inputs - ours).abs().max() < 2.5 / 255 / min(STD)
-    with torch.no_grad():
-        torch.testing.assert_close(logits(inputs).softmax(1)[0], our_probs(model, metadata, image), atol=0.02, rtol=0)
 
 
 # --- what cannot be expressed

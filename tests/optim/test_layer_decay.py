@@ -15,17 +15,6 @@ from models.weights.layouts import translate_name
 from optim.groups import layer_scales
 from utils.errors import UserError
 
-SIZES = {"atto": (2, 2, 6, 2), "huge": (3, 3, 27, 3)}  # as published
-SMALL = {  # depths 2, 2, 6, 2
-    "last": 12,
-    "downsample": [1, 3, 5, 11],  # stem, then each the id of the first block of the stage that it opens
-    "stages": [[1, 2], [3, 4], [5, 6, 7, 8, 9, 10], [11, 12]],
-}
-LARGE = {"last": 36, "downsample": [1, 4, 7, 34], "stages": [[1, 2, 3], [4, 5, 6], [*range(7, 34)], [34, 35, 36]]}
-SINGLE = {"atto": SMALL, "huge": LARGE}
-# `group` counts to 12 whatever the depths: stage 2 in threes from 3 on, downsample 3 and stage 3 at 12.
-GROUP_STAGE_2 = {"atto": [3, 3, 3, 4, 4, 4], "huge": [id for id in range(3, 12) for _ in range(3)]}
-
 
 @functools.cache
 def make_network(depths, num_classes=5):
@@ -37,46 +26,28 @@ def make_network(depths, num_classes=5):
         )  # fmt: skip
 
 
-def block_ids(network, kind):
-    """The ids of all blocks, one list per stage; all tensors of a block must agree."""
-    tensors = ["dwconv.weight", "norm.bias", "pwconv1.weight", "grn.gamma", "pwconv2.bias"]
-    stages = []
-    for stage, depth in enumerate(network.depths):
-        ids = [
-            {network.layer_of(f"stages.{stage}.{block}.{tensor}", kind) for tensor in tensors} for block in range(depth)
-        ]
-        assert all(len(found) == 1 for found in ids)
-        stages.append([found.pop() for found in ids])
-    return stages
+ATTO, HUGE = (2, 2, 6, 2), (3, 3, 27, 3)  # as published
+THIRDS = [*(number for number in range(3, 12) for _ in range(3)), 12, 12, 12]
+IDS = [  # kind, depths, ids of the four downsample layers, of all blocks one after another, of norm and head
+    ("single", ATTO, [1, 3, 5, 11], [*range(1, 13)], 13),
+    ("single", HUGE, [1, 4, 7, 34], [*range(1, 37)], 37),
+    # Whatever the depths: stage 2 in threes from 3 on, downsample 3 and stage 3 at 12.
+    ("group", ATTO, [0, 2, 3, 12], [1, 1, 2, 2, 3, 3, 3, 4, 4, 4, 12, 12], 13),
+    ("group", HUGE, [0, 2, 3, 12], [1, 1, 1, 2, 2, 2, *THIRDS], 13),
+]
 
 
-def downsample_ids(network, kind):
-    names = [[f"downsample_layers.{stage}.{part}.weight" for part in (0, 1)] for stage in range(4)]
-    ids = [{network.layer_of(name, kind) for name in pair} for pair in names]
-    assert all(len(found) == 1 for found in ids)
-    return [found.pop() for found in ids]
-
-
-def head_ids(network, kind):
-    return {network.layer_of(name, kind) for name in ("norm.weight", "norm.bias", "head.weight", "head.bias")}
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_single_ids(size):
-    network, table = make_network(SIZES[size]), SINGLE[size]
-    assert network.last_layer("single") == table["last"] and head_ids(network, "single") == {table["last"] + 1}
-    assert downsample_ids(network, "single") == table["downsample"]
-    assert block_ids(network, "single") == table["stages"]
-
-
-@pytest.mark.parametrize("size", SIZES)
-def test_group_ids(size):
-    network = make_network(SIZES[size])
-    assert network.last_layer("group") == 12 and head_ids(network, "group") == {13}
-    assert downsample_ids(network, "group") == [0, 2, 3, 12]
-    first, second, third, fourth = block_ids(network, "group")
-    assert (set(first), set(second), set(fourth)) == ({1}, {2}, {12})
-    assert third == GROUP_STAGE_2[size]
+@pytest.mark.parametrize(("kind", "depths", "downsample", "blocks", "head"), IDS)
+def test_every_tensor_has_the_id_of_its_layer(kind, depths, downsample, blocks, head):
+    network = make_network(depths)
+    places = [(stage, block) for stage, depth in enumerate(depths) for block in range(depth)]
+    wanted = {f"stages.{stage}.{block}": number for (stage, block), number in zip(places, blocks, strict=True)}
+    wanted |= {f"downsample_layers.{stage}": number for stage, number in enumerate(downsample)}
+    wanted |= {"norm": head, "head": head}
+    for name, _ in network.named_parameters():
+        (number,) = [number for layer, number in wanted.items() if name.startswith(f"{layer}.")]
+        assert network.layer_of(name, kind) == number, name
+    assert network.last_layer(kind) == head - 1
 
 
 @pytest.mark.parametrize("kind", ["single", "group"])
@@ -105,7 +76,7 @@ def timms_scales(network):
 def test_timm_kind_equals_timms_own_groups():
     with torch.device("meta"):
         network = timm.create_model("convnextv2_atto", pretrained=False)
-    ours = layer_scales(make_network(SIZES["atto"]), "timm", 0.8)
+    ours = layer_scales(make_network(ATTO), "timm", 0.8)
     theirs = {translate_name(name, "timm", "official"): scale for name, scale in timms_scales(network).items()}
     assert theirs == pytest.approx(ours, rel=1e-12)
 

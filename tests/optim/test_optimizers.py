@@ -6,7 +6,7 @@ import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
-from optim.build import build_optimizer, check_optimizer, skips_on_device
+from optim.build import build_optimizer, check_optimizer
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
@@ -104,17 +104,6 @@ def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipp
     optimizer.found_inf = torch.tensor(1.0)
     optimizer.step()
     assert all(not optimizer.state[parameter]["momentum_buffer"].any() for parameter in model.parameters())
-
-
-@pytest.mark.parametrize("opt", ["nadamw", "muon", "adafactor"])
-def test_timms_optimisers_are_built_and_step(opt):
-    model, settings = network(), config("timm", opt=opt)
-    check_optimizer(settings, CONSTANT if opt == "adafactor" else ONE_CYCLE)
-    optimizer = build("timm", model, opt=opt)
-    assert not skips_on_device(optimizer)
-    set_gradients(model, 0)
-    optimizer.step()
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

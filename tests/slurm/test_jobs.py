@@ -2,14 +2,12 @@
 
 import os
 import re
-import shlex
 import subprocess
 import sys
 
 import pytest
 
 from submit.slurm import list_jobs, split_words
-from tests.in_process import make_glyph_folder
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, Submission, ask, submit
 from tests.support import ROOT
@@ -77,18 +75,6 @@ def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, stand
     (folder,) = tmp_path.glob("outputs/slurm/*")
     (call,) = set((tmp_path / "calls").read_text().splitlines())
     assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {folder}/code/finetune.py ")
-
-
-def test_the_first_commands_of_the_documentation(cluster, tmp_path, images):
-    """docs/cluster.md leads to a job of two nodes: as it is written there, but for the size of the job."""
-    text = (ROOT / "docs/cluster.md").read_text().replace("\\\n", "")
-    (line,) = re.findall(r"^    python submit/slurm.py (.*launch.wait=true.*)$", text, flags=re.MULTILINE)
-    small = ["runtime.device=cpu", "runtime.threads=1", "augment.image_size_hw=[16,16]", "loop.total_steps=4",
-             "loop.global_batch_size=4", "model.depths=[1,1]", "model.dims=[8,16]", "task.decoder_dim=16",
-             f"data.root={make_glyph_folder(tmp_path / 'glyphs')}"]  # fmt: skip
-    said = Submission(cluster, tmp_path, [*shlex.split(line), *small]).wait_for(0)
-    assert "has ended with status 0, after 0 restarts" in said
-    assert (tmp_path / "outputs/tried/complete.json").exists()
 
 
 def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):

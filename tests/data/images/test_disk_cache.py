@@ -18,7 +18,6 @@ from tests.data.collection.test_collection import load
 from tests.support import cache_config
 from utils.contracts import Machine
 from utils.errors import UserError
-from utils.io import memo
 
 COUNT, RGB = 12, Decoder(3, 10**6)
 
@@ -82,13 +81,6 @@ def test_an_edited_file_is_read_again(photos, tmp_path):
     file.unlink()
     with pytest.raises(UnreadableImage):
         source.read(0)
-
-
-def test_a_file_of_this_moment_may_change_within_a_tick_of_the_clock(photos, tmp_path, monkeypatch):
-    monkeypatch.setattr(memo, "_YOUNG_SEC", 3600)
-    source = cached(photos, tmp_path / "cache")
-    read_all(source)
-    assert not any(map(source.has, range(COUNT)))
 
 
 def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_path):

@@ -1,7 +1,6 @@
 """Shards: what is packed is read back as the files are, by WebDataset too; a pack goes on; damage names the shard."""
 
 import itertools
-import json
 import os
 import tarfile
 from pathlib import Path
@@ -22,7 +21,6 @@ from data.stream.source import UnreadableImage
 from data.tools.pack import pack_collection
 from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load
-from tests.in_process import run
 from tests.support import make_collection
 from utils.errors import UserError
 
@@ -245,10 +243,3 @@ def test_damage_is_an_unreadable_image_that_names_the_shard(changed):
 def test_an_index_that_cannot_be_is_refused(change, changed):
     with pytest.raises(UserError, match=r"^data\.root: .*manifest\.parquet"):
         changed(change)
-
-
-def test_the_command(place, tmp_path):
-    overrides = ["job=pack", "data=image_folder", f"data.root={place / 'files'}", "job.output=packed"]
-    for _ in range(2):
-        assert run("prepare", overrides, tmp_path) == "24 images in 2 shards"
-    assert json.loads((tmp_path / "packed/pack.json").read_text())["shard_mib"] == 256

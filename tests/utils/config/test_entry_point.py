@@ -3,13 +3,11 @@ folders; most in the test's own process, some as real processes.
 """
 
 import json
-import os
 
 import pytest
 
 from tests.in_process import TINY, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
-from tests.support import fork_command
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
 from utils.record.run_folder import default_run_dir
@@ -128,25 +126,6 @@ def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capfd):
 # --------------------------------------------------------------------------------------------------------- real scripts
 
 
-def test_a_dry_run_from_another_folder_prints_the_plan_and_leaves_no_run_folder(tmp_path):
-    """As a user would start it, in a folder whose name has characters of every kind."""
-    name = "données, [a=b] & 'q' \"d\" \\"
-    make_images(tmp_path / name)
-    words = [*TINY, f"data.root={name}", f"run_dir={name}/run", "dry_run=true"]
-    done = fork_command("finetune.py", *words, cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    for words in (
-        f"{name}: 8 training and 4 validation",
-        "2 in all, of 4 images each",
-        "2 micro-batches of 2",
-        "7.81e-06",
-    ):
-        assert words in done.stderr
-    assert done.stderr.endswith("dry run: 2 steps, nothing is written\n")
-    assert sorted(os.listdir(tmp_path)) == [name, "outputs"] and not (tmp_path / name / "run").exists()
-    assert os.listdir(tmp_path / "outputs") == ["cache"]
-
-
 def test_a_run_folder_of_any_name_is_found_again(tmp_path, monkeypatch):
     name = "données, [a=b] & 'q' \"d\" \\"
     make_images(tmp_path / name)
@@ -171,12 +150,7 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
     plain = folder_of()
     assert plain.startswith("outputs/finetune/convnextv2_atto-glyphs-") and len(plain.rpartition("-")[2]) == 8
     assert folder_of() == plain
-    free = ["loop.total_steps=7", "loop.batch_size=3", "loop.log_every_steps=1", "loop.keep_checkpoints=5", "resume=x",
-            "runtime.workers=3", "runtime.compile=true", "runtime.device=cpu", "tracking.samples=true", "sweep.name=x",
-            "resume_allow=[optim.lr]", "dry_run=true", "loop.evaluate_every_epochs=2"]  # fmt: skip
-    assert folder_of(*free) == plain
-    others = [["seed=1"], ["optim.lr=0.1"], ["runtime.precision=bf16"], ["loop.global_batch_size=8"], ["init_from=x"],
-              ["runtime.deterministic=true"], ["loop.ema_decay=0.9"]]  # fmt: skip
-    assert len({plain, *(folder_of(*overrides) for overrides in others)}) == 1 + len(others)
+    assert folder_of("loop.total_steps=7", "resume=x", "runtime.workers=3", "dry_run=true") == plain
+    assert len({plain, folder_of("seed=1"), folder_of("optim.lr=0.1"), folder_of("runtime.precision=bf16")}) == 4
     assert folder_of("model=convnextv2_tiny").startswith("outputs/finetune/convnextv2_tiny-glyphs-")
     assert folder_of("run_dir=a/b") == "a/b"

@@ -83,21 +83,10 @@ def test_close_names():
     assert many.startswith("known: layer000, layer001, ") and many.endswith(", layer019, ... (300 in all)")
 
 
-DATA_FILES = ("data.root", "data.cache.folder")
-TAG_FILES = tuple(
-    f"task.{key}" for key in ("vocabulary", "append_to", "aliases", "implications", "orientation", "teacher")
-)
-
-
-@pytest.mark.parametrize(
-    ("script", "keys"),
-    [
-        ("finetune", {"run_dir", "sweep.name", *DATA_FILES, "init_from", "resume", *TAG_FILES}),
-        ("predict", {"weights", "input", "output", "like", "thresholds", "text.aliases", "text.drop_implied"}),
-    ],
-)
-def test_a_schema_says_which_keys_are_paths(script, keys):
-    assert path_keys(load_command(script).schema) == keys
+def test_a_schema_says_which_keys_are_paths():
+    keys = {key for script in ("finetune", "predict") for key in path_keys(load_command(script).schema)}
+    assert {"run_dir", "data.root", "data.cache.folder", "task.append_to", "weights", "text.aliases"} <= keys
+    assert not {"seed", "model.name", "text.separator"} & keys
 
 
 # arguments, the key that the message names, what it says besides

@@ -86,15 +86,9 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
         get_logger("test").info("the end")
         assert sys.stderr is terminal.stream and not progress._console._live_stack
     drawn = terminal.drawn
-    said = [
-        *(f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)),
-        long,
-        "a library's own warning",
-        "the end",
-    ]
-    assert [
-        line for line in re.split(r"[\r\n]+", drawn) if line in said
-    ] == said  # the terminal wraps a long line, not we
+    said = [f"step {step}  [bold]loss[/bold] 0.5" for step in (41, 42, 43)]
+    said += [long, "a library's own warning", "the end"]  # the terminal wraps a long line, not we
+    assert [line for line in re.split(r"[\r\n]+", drawn) if line in said] == said
     assert re.search(r"epoch 3/20 .* 43/1200 train loss 0.1234 +\d+:\d\d", drawn) and "1024/4096" in drawn
     assert drawn.rindex("44/1200") > drawn.rindex("evaluating val")
     assert 0 < terminal.text.index("\x1b[?25h") - terminal.text.index("\x1b[?25l") < 10  # the cursor is not hidden
@@ -106,7 +100,7 @@ def test_an_error_gives_the_terminal_back(terminal):
             raise RuntimeError
         get_logger("test").info("after")
         assert not progress._console._live_stack and sys.stderr is terminal.stream
-    assert "\nafter\r\n" in terminal.drawn
+    assert "\n\rafter\r\n" in terminal.drawn
 
 
 def write_from_worker():
