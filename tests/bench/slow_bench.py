@@ -85,10 +85,3 @@ def test_a_demo_leaves_other_folders_alone_and_refuses_other_words(tmp_path):
     assert refused.returncode == 1 and "holds other things than an earlier demo" in refused.stderr
     assert (tmp_path / "mine.txt").read_text() == "mine"
     assert run_demo("demo", "ful").returncode == 1
-
-
-def test_a_training_beside_that_fails_ends_the_demo(tmp_path):
-    """Of two trainings beside each other, the one in the foreground ends and the other has failed."""
-    script = f'. {ROOT}/bench/demo_common.sh; begin x out={tmp_path}/x; beside bad -c "raise SystemExit(3)"; join'
-    done = subprocess.run(["bash", "-c", script], env={**os.environ, "PYTHON": sys.executable}, capture_output=True)
-    assert done.returncode == 1 and b"bad ended with status 3" in done.stderr

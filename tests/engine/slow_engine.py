@@ -158,13 +158,7 @@ def test_torchrun_restarts_what_was_killed(collection, tmp_path):
 def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     """Sets that no number of ranks divides, one image of them unreadable."""
     data = make_collection(tmp_path / "images", per_class=17, validation=7, broken=1)
-    settings = [
-        "loop.total_steps=1",
-        "loop.global_batch_size=12",
-        "loop.batch_size=4",
-        "optim.lr=0.0",
-        "task.probe.k=4",
-    ]
+    settings = ["loop.total_steps=1", "loop.global_batch_size=12", "loop.batch_size=4", "optim.lr=0", "task.probe.k=4"]
     found = []
     for ranks in (1, 2, 3):
         run("pretrain_fcmae.py", common("fcmae", data, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)

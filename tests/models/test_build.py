@@ -10,15 +10,9 @@ from models.convnextv2 import ConvNeXtV2
 from utils.errors import UserError
 
 SMALL = {
-    "family": "convnextv2",
-    "name": "convnextv2_test",
-    "in_channels": 3,
-    "depths": [1, 1],
-    "dims": [4, 8],
-    "stem_stride": 4,
-    "drop_path_rate": 0,
-    "head_init_scale": 0.001,
-}
+    "family": "convnextv2", "name": "convnextv2_test", "in_channels": 3, "depths": [1, 1], "dims": [4, 8],
+    "stem_stride": 4, "drop_path_rate": 0, "head_init_scale": 0.001,
+}  # fmt: skip
 TIMM = {"family": "timm", "name": "resnet18", "in_channels": 3, "drop_path_rate": None}
 
 

@@ -51,22 +51,13 @@ exec "$@"
 """
 
 
-@pytest.fixture
-def stand_in(tmp_path, monkeypatch):
-    """Return the folder of a stand-in for apptainer that is on the PATH."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    (folder / "apptainer").write_text(APPTAINER.format(calls=tmp_path / "calls"))
-    (folder / "apptainer").chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
-    return folder
-
-
-IMAGE = [f"launch.command=[apptainer,exec,--bind,/data,image.sif,'{sys.executable}']"]
-
-
-def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, stand_in, tmp_path):
-    words = [*IMAGE, "launch.gpus_per_node=0", "launch.wait=true", *TRAINING, f"data.root={images}"]
+def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, tmp_path, monkeypatch):
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/apptainer").write_text(APPTAINER.format(calls=tmp_path / "calls"))
+    (tmp_path / "bin/apptainer").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
+    image = f"launch.command=[apptainer,exec,--bind,/data,image.sif,'{sys.executable}']"
+    words = [image, "launch.gpus_per_node=0", "launch.wait=true", *TRAINING, f"data.root={images}"]
     submission = submit(cluster, tmp_path, *words, "loop.total_steps=600")
     submission.wait_for_step(100)
     ask(cluster, "scancel", "--signal=USR2", submission.job)

@@ -12,7 +12,7 @@ from tests.in_process import compose, load_command, run_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
 from utils.config.schema import path_keys
-from utils.errors import UserError, close_names
+from utils.errors import UserError
 
 ABSENT = object()
 
@@ -74,13 +74,6 @@ def test_the_error_survives_pickling():
     """It travels from rank 0 to the others."""
     error = pickle.loads(pickle.dumps(ConfigError(["a: wrong", "b: wrong"])))
     assert isinstance(error, UserError) and error.problems == ["a: wrong", "b: wrong"]
-
-
-def test_close_names():
-    assert close_names("adamm", ["adamw", "sgd"]) == "close: adamw"
-    assert close_names("bogus", ["sgd", "adamw"]) == "known: adamw, sgd"
-    many = close_names("bogus", [f"layer{number:03}" for number in range(300)])
-    assert many.startswith("known: layer000, layer001, ") and many.endswith(", layer019, ... (300 in all)")
 
 
 def test_a_schema_says_which_keys_are_paths():
