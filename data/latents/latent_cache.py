@@ -103,8 +103,15 @@ class LatentCache(Source):
         chosen, variants = is_missing.any(axis=1), np.flatnonzero(is_missing.any(axis=0)).tolist()
         if not variants:
             return
-        views = {str(variant): functools.partial(self._view, variant) for variant in variants}
-        loader = Loader(self.collection, images, views, _image_size, machine, unreadable.add, training=False)
+
+        def view(variant: int, image: Tensor, draw: Draw) -> Tensor:
+            return place(image, self.fit(buckets.number_of(draw.index), variant), flip=variant == 1)
+
+        def size(example: Example) -> dict[str, Tensor]:
+            return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}
+
+        views = {str(variant): functools.partial(view, variant) for variant in variants}
+        loader = Loader(self.collection, images, views, size, machine, unreadable.add, training=False)
         stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
         for batch in track(stream, len(stream), "encoding images"):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
@@ -118,10 +125,6 @@ class LatentCache(Source):
                         record = {"latent_mean": mean[index], "latent_logvar": logvar[index]}
                         self.store.put(self.keys[number, variant].decode(), path, record)
         self.store.finish()
-
-    def _view(self, variant: int, image: Tensor, draw: Draw) -> Tensor:
-        """Return an image in its bucket, uint8 [3, h, w]."""
-        return place(image, self.fit(self.buckets.number_of(draw.index), variant), flip=variant == 1)
 
     def read(self, row: int, key: int = 0) -> Record:
         """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
@@ -150,7 +153,3 @@ class LatentCache(Source):
             "latent_logvar": latents,
             "fit": torch.cat([size, torch.zeros_like(size), size]),
         }
-
-
-def _image_size(example: Example) -> dict[str, Tensor]:
-    return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}

@@ -5,7 +5,9 @@ index.of_row(0), index.rating_known[0], index.tagged[rows]
 """
 
 from collections import Counter
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -97,28 +99,22 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
 
     def make() -> Path:
         file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
-        if not _is_whole(file):
-            index = map_tags(collection.table, vocabulary, rules)
-            if not index.tagged.any():
-                names = [name for category, name in vocabulary.columns if category != RATING]
-                raise NoKnownTag(
-                    f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
-                    f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
-                    "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
-                )
-            tensors = {name: torch.from_numpy(getattr(index, name)) for name in _ARRAYS}
-            write_atomically(file, lambda path: write_tensors(path, tensors))
+        with suppress(UserError, KeyError):  # missing or damaged
+            TagIndex.open(file)
+            return file
+        index = map_tags(collection.table, vocabulary, rules)
+        if not index.tagged.any():
+            names = [name for category, name in vocabulary.columns if category != RATING]
+            raise NoKnownTag(
+                f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
+                f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
+                "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
+            )
+        tensors = {name: torch.from_numpy(getattr(index, name)) for name in _ARRAYS}
+        write_atomically(file, lambda path: write_tensors(path, tensors))
         return file
 
     return TagIndex.open(distributed.rank_zero_call(make))
-
-
-def _is_whole(file: Path) -> bool:
-    """Return whether there is an index that can be read; a damaged one is made again."""
-    try:
-        return TagIndex.open(file) is not None
-    except (UserError, KeyError):
-        return False
 
 
 def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
@@ -148,7 +144,7 @@ class _Mapper:
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
         self._is_rating = np.asarray(vocabulary.categories) == RATING
-        self._known: dict[str, list[int]] = {}
+        self._outputs_of = cache(lambda text: [n for tag in rules.read(text) if (n := self._find(tag)) >= 0])
         self.unknown: Counter[str] = Counter()
 
     def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
@@ -156,7 +152,7 @@ class _Mapper:
         tags, ratings = batch.columns
         width, count = len(self._is_rating), len(batch)
         texts = tags.flatten().dictionary_encode()
-        outputs_of_text = [self._find_outputs(text) for text in texts.dictionary.to_pylist()]
+        outputs_of_text = list(map(self._outputs_of, texts.dictionary.to_pylist()))
         uses = np.bincount(texts.indices.to_numpy(), minlength=len(outputs_of_text)).tolist()
         for text, outputs, used in zip(texts.dictionary.to_pylist(), outputs_of_text, uses):
             if not outputs and text.strip():
@@ -178,12 +174,6 @@ class _Mapper:
         rated = np.bincount(rows, self._is_rating[ids], count)
         lengths = np.bincount(rows, minlength=count)
         return ids, lengths, rated > 0, lengths > rated
-
-    def _find_outputs(self, text: str) -> list[int]:
-        """Return the outputs of a text: its tag and the tags that it implies."""
-        if text not in self._known:
-            self._known[text] = [output for tag in self._rules.read(text) if (output := self._find(tag)) >= 0]
-        return self._known[text]
 
     def _find(self, tag: Tag) -> int:
         """Return the output of a tag, or -1. A tag without a category gets the category of its name."""

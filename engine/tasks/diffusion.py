@@ -315,8 +315,10 @@ class DiffusionTask(Task):
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.trains_text):
                 prompts, pooled = sdxl.encode_text(self.text_encoder, self.text_encoder_2, batch["token_ids"])
-        zeros = self._config.captions.dropout_to == "zeros"
-        return sdxl.zero_dropped(prompts, pooled, batch["is_dropped"]) if zeros else (prompts, pooled)
+        if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
+            dropped = batch["is_dropped"][:, None]
+            prompts, pooled = prompts.masked_fill(dropped[..., None], 0), pooled.masked_fill(dropped, 0)
+        return prompts, pooled
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 

@@ -119,7 +119,8 @@ class FCMAETask(ImageTask):
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Return the loss over all samples of `val`, and reconstructions of the first ones.
 
-        With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder.
+        With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder's
+        mean features.
         """
         means, images = Means(), {}
         for batch in loaders["val"]:
@@ -129,17 +130,13 @@ class FCMAETask(ImageTask):
                 images["reconstructions"] = self._draw(inputs, pred, batch)
         scalars = means.reduce()
         if "probe_train" in loaders:
-            scalars |= self._probe(loaders)
+            probes = Features(), Features()
+            for features, name in zip(probes, ("probe_train", "probe_val")):
+                for batch in loaders[name]:
+                    encoded = self.network.encoder(self.normalise(batch["images"]))
+                    features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
+            scalars |= measure_probes(*probes, self.probe_k)
         return Report({name: value for name, value in scalars.items() if name != "samples"}, images=images)
-
-    def _probe(self, loaders: Mapping[str, Iterable[Batch]]) -> dict[str, float]:
-        """Return the accuracies of probes of the encoder's mean features."""
-        train, val = Features(), Features()
-        for features, loader in ((train, loaders["probe_train"]), (val, loaders["probe_val"])):
-            for batch in loader:
-                encoded = self.network.encoder(self.normalise(batch["images"]))
-                features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
-        return measure_probes(train, val, self.probe_k)
 
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Draw rows of originals, inputs with grey masked patches, and reconstructions, for a few images of a batch."""

@@ -8,7 +8,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 import numpy as np
 import pyarrow as pa
 import torch
-from pydantic import Field, TypeAdapter
+from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -29,12 +29,10 @@ from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.new_tags import fit_new_tags
-from models.config import ModelConfig
 from models.image_model import output_layers
-from models.predictor import check_metadata
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
 from optim.schedules import linear
@@ -104,21 +102,18 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
         if self.append_to is None:
             return config
         path = str(find_weights(self.append_to, "best"))
-        metadata = read_tagger(path)
-        stated = {key: value for key, value in metadata["preprocessing"].items() if key in AugmentConfig.model_fields}
+        tagger = read_tagger(path)
+        stated = {key: value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields}
         augment = config.augment.model_copy(update=stated)
         data = config.data.model_copy(update={"background": None, "icc": False})
-        model = TypeAdapter(ModelConfig).validate_python(metadata["model"])
         loop = config.loop.model_copy(update={"total_steps": 0})
-        changes = {"init_from": path, "model": model, "augment": augment, "data": data, "loop": loop}
+        changes = {"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
         return config.model_copy(update=changes)
 
 
-def read_tagger(file: str) -> dict[str, Any]:
-    """Return the metadata of a tagger's weight file. Raises UserError for another file."""
-    metadata = {"model": None, **read_weights(Path(file), shapes_only=True)[1], "output": "tags"}
-    check_metadata(Path(file), metadata)
-    return metadata
+def read_tagger(file: str) -> Setup:
+    """Return the setup of a tagger's weight file. Raises UserError for another file."""
+    return check_weights(Path(file), *read_weights(Path(file), shapes_only=True), {"tagging": TaggingKind()})[1]
 
 
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
@@ -228,8 +223,10 @@ class TaggingTask(ImageTask):
             loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
             means.add({"loss": loss}, valid)
             counts.add(logits, targets, valid)
-            shown = {name: batch[name] for name in ("sample_id", "images")}
-            worst.add(loss, valid, {**_find_mistakes(logits, targets), **shown})
+            shown, probs = {name: batch[name] for name in ("sample_id", "images")}, logits.sigmoid()
+            for name, error in (("wrong", probs * (targets == 0)), ("missed", (1 - probs) * (targets == 1))):
+                shown[f"{name}_prob"], shown[name] = error.topk(min(_LINES, error.shape[1]))
+            worst.add(loss, valid, shown)
         scores = TagScores(counts.reduce(), self.vocabulary)
         measured, kept = means.reduce(), worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
@@ -277,15 +274,6 @@ class TaggingTask(ImageTask):
         """Return logits and targets [B, T], and which samples are valid [B]."""
         images, targets = self.views(batch)
         return self.network(images).float(), targets, batch["weight"] > 0
-
-
-def _find_mistakes(logits: Tensor, targets: Tensor) -> dict[str, Tensor]:
-    """Return the worst tags of each sample, for `draw_tag_mistakes`."""
-    probs, most = logits.sigmoid(), min(_LINES, logits.shape[1])
-    wrong, missed = (probs * (targets == 0)).topk(most), ((1 - probs) * (targets == 1)).topk(most)
-    return {
-        "wrong": wrong.indices, "wrong_prob": wrong.values, "missed": missed.indices, "missed_prob": missed.values,
-    }  # fmt: skip
 
 
 def prior_bias(priors: Tensor) -> Tensor:
@@ -398,7 +386,7 @@ class TaggingKind(Kind):
         rows = training_rows(collection, config.loop.train_paths)
         vocabulary, known = choose_vocabulary(config.task, collection), None
         if config.task.append_to is not None:
-            known = vocabulary_of(read_tagger(config.init_from))
+            known = vocabulary_of(read_tagger(config.init_from).facts)
             vocabulary = append_tags(known, vocabulary)
         facts = vocabulary.facts() | ({} if known is None else {"known_tags": len(known)})
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
@@ -412,7 +400,7 @@ class TaggingKind(Kind):
         """Return how evaluation prepares an image; new tags take over that of their tagger."""
         if config.task.append_to is None:
             return super().preprocessing(config)
-        return read_tagger(config.init_from)["preprocessing"]
+        return dict(read_tagger(config.init_from).preprocessing)
 
     def prepare(
         self, task: TaggingTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime

@@ -47,7 +47,10 @@ def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
 TARGETS = {
     "timm": (write_timm, load_timm),
     "transformers": (write_transformers, load_transformers),
-    "safetensors": (write_safetensors, None),
+    "safetensors": (
+        lambda net, facts, at: write_weights(at / "model.safetensors", net.state_dict(), dict(facts)),
+        None,
+    ),
     "pth": (write_pth, None),
 }
 
@@ -76,7 +79,14 @@ def _write_and_compare(form: str, network: nn.Module, metadata: Metadata, folder
     """
     write, load = TARGETS[form]
     write(network, metadata, folder)
-    loaded = _outputs(_reload(network, folder), metadata) if load is None else load(folder)
+    if load is None:
+        fresh = copy.deepcopy(network)
+        for tensor in fresh.state_dict().values():
+            tensor.zero_()
+        load_into(fresh, read_weights(next(folder.glob("model.*")))[0], keep_head=True)
+        loaded = _outputs(fresh.eval(), metadata)
+    else:
+        loaded = load(folder)
     preprocessing = metadata["preprocessing"]
     random = torch.Generator().manual_seed(0)
     images = torch.randn(_IMAGES, preprocessing["channels"], *preprocessing["image_size_hw"], generator=random)
@@ -89,13 +99,3 @@ def _outputs(network: nn.Module, metadata: Metadata) -> Outputs:
     encoder = network.encoder if isinstance(network, FCMAE) else network
     compares_maps = metadata["output"] == "features" and hasattr(encoder, "forward_features")
     return encoder.forward_features if compares_maps else encoder
-
-
-def _reload(network: nn.Module, folder: Path) -> nn.Module:
-    """Return a copy of the network with the tensors of the weight file in a folder."""
-    fresh = copy.deepcopy(network)
-    with torch.no_grad():
-        for tensor in fresh.state_dict().values():
-            tensor.zero_()
-    load_into(fresh, read_weights(next(folder.glob("model.*")))[0], keep_head=True)
-    return fresh.eval()

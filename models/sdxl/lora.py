@@ -15,9 +15,8 @@ huggingface/diffusers:loaders/lora_pipeline.py.
 
 import fnmatch
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from pydantic import Field
@@ -74,11 +73,6 @@ class LoRALayer(nn.Module):
             )
         return functional.linear(functional.linear(inputs, down), up)
 
-    @property
-    def full_rank(self) -> int:
-        """Return the largest rank that an update can have."""
-        return min(self.lora_A.weight.flatten(1).shape[1], len(self.lora_B.weight))
-
     def update(self) -> Tensor:
         """Return the update of the layer's weight as a matrix [out, in x kernel area]."""
         return self.scale * self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
@@ -102,7 +96,8 @@ class LoRA(nn.Module):
 
     def warn_of_rank(self) -> None:
         """Say if the rank is above the full rank of layers, where more adds nothing."""
-        rank, full = self.config.rank, {name: layer.full_rank for name, layer in self.layers().items()}
+        rank, layers = self.config.rank, self.layers()
+        full = {name: min(layers[name].lora_A.weight[0].numel(), len(layers[name].lora_B.weight)) for name in layers}
         if narrow := [name for name in self.names if rank > full[name]]:
             log.warning(
                 "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
@@ -117,7 +112,10 @@ class LoRA(nn.Module):
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
         targets = _find_layers(networks, self.config)
-        self._hooks = [targets[name].register_forward_hook(_adding(layer)) for name, layer in self.layers().items()]
+        self._hooks = [
+            targets[name].register_forward_hook(lambda _, inputs, output, layer=layer: output + layer(inputs[0]))
+            for name, layer in self.layers().items()
+        ]
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""
@@ -133,10 +131,6 @@ class LoRA(nn.Module):
         for name, layer in self.layers().items():
             weight = targets[name].weight
             weight.copy_(weight.float() + layer.update().to(weight.device).view_as(weight))
-
-
-def _adding(layer: LoRALayer) -> Callable[[nn.Module, tuple[Any, ...], Tensor], Tensor]:
-    return lambda _, inputs, output: output + layer(inputs[0])
 
 
 def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:

@@ -122,7 +122,12 @@ def load_networks(
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, only, lambda file: read_weights(file)[0])
         for part in only:
-            _fill(part, networks[part], states.pop(part), dtypes.get(part, torch.float32))
+            dtype = dtypes.get(part, torch.float32)
+            copies = {name: tensor.to(dtype, copy=True) for name, tensor in states.pop(part).items()}
+            load_part(part, networks[part], copies)
+            for module in networks[part].modules():
+                if hasattr(module, "position_ids"):  # not in the state
+                    module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
     source = {"path": str(path), **source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
     return SDXLNetworks(**{part: networks[part] if part in only else None for part in PARTS}, source=source)
 
@@ -217,14 +222,6 @@ def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[s
     return networks
 
 
-def _fill(part: str, network: nn.Module, state: State, dtype: torch.dtype) -> None:
-    """Replace the tensors of a network on the meta device by copies from a state."""
-    load_part(part, network, {name: tensor.to(dtype, copy=True) for name, tensor in state.items()})
-    for module in network.modules():
-        if hasattr(module, "position_ids"):  # not in the state
-            module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-
-
 def unused_layer(text_encoder: nn.Module) -> str:
     """Return the name of the first encoder's last layer, `.layers.11.`. SDXL uses the output of the layer before."""
     return f".layers.{text_encoder.config.num_hidden_layers - 1}."
@@ -305,11 +302,8 @@ def _describe_noise(prediction: str, rescaled: bool | None, other: str | None) -
     if prediction == "epsilon" and rescaled:
         other = other or "zero terminal SNR with epsilon"
     unstated = None if prediction == "v_prediction" else False
-    return {
-        "prediction_type": prediction,
-        "zero_terminal_snr": unstated if rescaled is None else rescaled,
-        "other_noise": other,
-    }
+    rescaled = unstated if rescaled is None else rescaled
+    return {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
 
 
 def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
@@ -331,11 +325,8 @@ def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, An
     scheduler = _SCHEDULE_DEFAULTS | _read_config(path / "scheduler" / "scheduler_config.json")
     stated = {part: _read_config(path / part / "config.json") for part in PARTS}
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
-    wrong = {
-        name: scheduler.get(name)
-        for name, value in (_SCHEDULE | _SCHEDULE_DEFAULTS).items()
-        if scheduler.get(name) != value
-    }
+    wanted = _SCHEDULE | _SCHEDULE_DEFAULTS
+    wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool | None):
         wrong |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescaled}
         prediction, rescaled = "epsilon", False
@@ -354,13 +345,10 @@ def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]
     if not path.is_dir():
         whole = read(path)
         return {part: from_single_file(part, whole) for part in only}
-    states: dict[str, State] = {}
-    for part in only:
-        state: State = {}
-        for file in _weight_files(path, part):
-            state |= read(file)
-        states[part] = from_folder(part, state)
-    return states
+    return {
+        part: from_folder(part, {k: v for file in _weight_files(path, part) for k, v in read(file).items()})
+        for part in only
+    }
 
 
 def weight_name(part: str) -> str:

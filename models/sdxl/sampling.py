@@ -85,13 +85,7 @@ def sample_pictures(
             negative_pooled_prompt_embeds=prompts.empty_pooled,
             height=height, width=width, num_inference_steps=samples.steps, guidance_scale=samples.guidance,
             guidance_rescale=samples.guidance_rescale, generator=random, output_type="latent",
-            callback_on_step_end=_look_for_stop,
+            callback_on_step_end=lambda pipeline, step, timestep, tensors: check_stop() or tensors,
         )  # fmt: skip
         pictures.append(decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy())
     return np.stack(pictures)
-
-
-def _look_for_stop(pipeline: object, step: int, timestep: object, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Raise Stopped after a step if the run has been asked to stop."""
-    check_stop()
-    return tensors

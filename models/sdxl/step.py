@@ -65,14 +65,6 @@ def find_text(prompt_embeds: Tensor) -> Tensor:
     return prompt_embeds.detach().any(dim=-1)
 
 
-def zero_dropped(prompt_embeds: Tensor, pooled_prompt_embeds: Tensor, dropped: Tensor) -> tuple[Tensor, Tensor]:
-    """Return both embeddings with zeros for the samples of `dropped`, bool [B].
-
-    Source: huggingface/diffusers, StableDiffusionXLPipeline with force_zeros_for_empty_prompt.
-    """
-    return prompt_embeds.masked_fill(dropped[:, None, None], 0), pooled_prompt_embeds.masked_fill(dropped[:, None], 0)
-
-
 # ---------------------------------------------------------------------------------------------------------------- noise
 
 

@@ -43,7 +43,11 @@ def build_tokenizer() -> "CLIPTokenizer":
     """
     from transformers import CLIPTokenizer
 
-    merges = [tuple(line.split()) for line in _read_merges().split("\n")[1 : _MERGES + 1]]
+    package = find_spec("open_clip")  # whose import is slow
+    if package is None:
+        raise UserError("model: SDXL needs the package open_clip_torch, which is not installed; run make install-sdxl")
+    text = gzip.decompress(Path(package.submodule_search_locations[0], _FILE).read_bytes()).decode()
+    merges = [tuple(line.split()) for line in text.split("\n")[1 : _MERGES + 1]]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
     symbols = [chr(code) for code in (*printable, *range(256, 512 - len(printable)))]  # of the 256 bytes
     words = [*symbols, *(f"{symbol}</w>" for symbol in symbols), *map("".join, merges)]
@@ -112,11 +116,3 @@ def _clean(text: str) -> str:
 
     text = html.unescape(html.unescape(ftfy.fix_text(text)))
     return _CONTROL.sub(r"<| \1 |>", " ".join(text.split()).lower())
-
-
-def _read_merges() -> str:
-    """Read the vocabulary's file without importing the package."""
-    package = find_spec("open_clip")
-    if package is None:
-        raise UserError("model: SDXL needs the package open_clip_torch, which is not installed; run make install-sdxl")
-    return gzip.decompress(Path(package.submodule_search_locations[0], _FILE).read_bytes()).decode()
