@@ -1,4 +1,4 @@
-"""Pictures of an evaluation: confusion matrices, grids of predictions, reconstructions, a tagger's curves."""
+"""Pictures of an evaluation: confusion matrices, grids of predictions, a tagger's curves."""
 
 from collections.abc import Mapping, Sequence
 
@@ -25,26 +25,7 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 
-def draw_mistakes(kept: Mapping[str, np.ndarray], confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
-    """Draw the most confident mistakes, `kept` in that order."""
-    total, right = int(confusion.samples.sum()), int(confusion.correct.sum())
-    count = f"{len(kept['sample_id'])} of {total - right:,} (images: {total:,})"
-    return _draw_samples(
-        kept, class_names, f"Mistakes, the most confident first: {count}\ntrue → predicted (probability)"
-    )
-
-
-def draw_predictions(kept: Mapping[str, np.ndarray], total: int, class_names: Sequence[str]) -> np.ndarray:
-    """Draw samples and their predictions, in the order of their rows."""
-    order = kept["sample_id"].argsort()
-    title = (
-        f"Predictions: {len(order)} of {total:,} images, the same ones each time\n"
-        "true → predicted (probability); blue right, red wrong"
-    )
-    return _draw_samples({name: values[order] for name, values in kept.items()}, class_names, title)
-
-
-def _draw_samples(kept: Mapping[str, np.ndarray], class_names: Sequence[str], title: str) -> np.ndarray:
+def draw_predictions(kept: Mapping[str, np.ndarray], class_names: Sequence[str], title: str) -> np.ndarray:
     """Draw samples; `kept` has images, uint8 [N, C, H, W], labels, predicted and prob [N]."""
     captions = []
     for label, predicted, prob in zip(kept["labels"], kept["predicted"], kept["prob"]):
@@ -52,6 +33,7 @@ def _draw_samples(kept: Mapping[str, np.ndarray], class_names: Sequence[str], ti
         true, wrong = (pictures.legible(class_names[index]) for index in (label, predicted))
         mark = "✓" if label == predicted else f"→ {pictures.shorten(wrong, 14)}"
         captions.append([(pictures.shorten(true, 20), color), (f"{mark} ({prob:.2f})", color)])
+    title += "\ntrue → predicted (probability); blue right, red wrong"
     return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title)
 
 
@@ -72,13 +54,6 @@ def draw_tag_mistakes(kept: Mapping[str, np.ndarray], names: Sequence[str]) -> n
         captions.append(lines)
     title = "Highest losses\n+ false positives, in red; - false negatives, in blue (probability of the tag)"
     return pictures.image_grid(kept["images"].transpose(0, 2, 3, 1), captions, title, columns=4, tile_px=226)
-
-
-def draw_reconstructions(original: np.ndarray, masked: np.ndarray, painted: np.ndarray) -> np.ndarray:
-    """Draw rows of originals, masked inputs and reconstructions; each [N, H, W, C] uint8."""
-    title = "From the top: originals, masked inputs, reconstructions"
-    images = [*original, *masked, *painted]
-    return pictures.image_grid(images, [()] * len(images), title, columns=len(original))
 
 
 def draw_pr_curves(groups: Mapping[str, Group]) -> np.ndarray:

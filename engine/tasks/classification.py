@@ -15,7 +15,7 @@ from data.latents.buckets import letterbox_groups
 from data.open import Data
 from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
-from engine.measures.drawings import draw_confusion, draw_mistakes, draw_predictions
+from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
@@ -108,11 +108,12 @@ class ClassificationTask(ImageTask):
         report = Report({**scalars, **confusion.macro_scalars()})
         wrong, some = mistakes.reduce(), shown.reduce()
         if distributed.is_main():
+            images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
             report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
             report.images = {
                 "confusion": draw_confusion(confusion, names),
-                "mistakes": draw_mistakes(wrong, confusion, names),
-                "predictions": draw_predictions(some, int(scalars["samples"]), names),
+                "mistakes": draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),
+                "predictions": draw_predictions(some, names, f"The same images each time, of {images}"),
             }
         return report
 

@@ -17,7 +17,6 @@ from data.collection.collection import Collection
 from data.collection.rows import choose_probe_rows, spread
 from data.open import Data
 from data.stream.loader import Example, Fields
-from engine.measures.drawings import draw_reconstructions
 from engine.measures.means import Means
 from engine.measures.probe import Features, measure_probes
 from engine.task import Report, StepOutput, Streams
@@ -29,6 +28,7 @@ from utils.config.bounds import Count, Depth, Duration, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.record import pictures
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -147,7 +147,9 @@ class FCMAETask(ImageTask):
         removed = repeat_sites(mask.reshape(-1, *grid_hw), self.network.patch_px)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         masked = torch.where(removed[..., None], _MASK_GREY, original)
-        return draw_reconstructions(*(row.cpu().numpy() for row in (original, masked, painted)))
+        images = torch.cat([original, masked, painted]).cpu().numpy()
+        title = "From the top: originals, masked inputs, reconstructions"
+        return pictures.image_grid(images, [()] * len(images), title, columns=len(few))
 
 
 class FCMAEKind(Kind):

@@ -146,11 +146,8 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
     widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
     text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
     unet = {
-        "in_channels": 4,
-        "out_channels": 4,
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "layers_per_block": 2,
         "block_out_channels": widths,
         "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
         "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
@@ -167,9 +164,6 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
         "block_out_channels": vae_widths,
         "layers_per_block": 2,
         "norm_num_groups": min(32, vae_widths[0] // 4),
-        "latent_channels": 4,
-        "latents_mean": None,
-        "latents_std": None,
         "scaling_factor": VAE_SCALING_FACTOR,
         "force_upcast": True,  # its maps exceed float16
     }
@@ -263,7 +257,12 @@ def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
     """Return the result of `describe`, and a folder's config.json of each part."""
     if not path.exists():
         raise _unusable(f"{path} does not exist")
-    return _describe_folder(path) if path.is_dir() else (_describe_file(path), {})
+    facts, stated = _describe_folder(path) if path.is_dir() else (_describe_file(path), {})
+    if facts["prediction_type"] == "epsilon":  # nobody states that it has no zero terminal SNR
+        if facts["zero_terminal_snr"]:
+            facts["other_noise"] = facts["other_noise"] or "zero terminal SNR with epsilon"
+        facts["zero_terminal_snr"] = bool(facts["zero_terminal_snr"])
+    return facts, stated
 
 
 def _unusable(reason: str) -> UserError:
@@ -291,19 +290,12 @@ def _describe_file(path: Path) -> dict[str, Any]:
     outside = (name for name in names if not name.startswith(tuple(PREFIXES.values())))
     return {
         "layout": "single file",
-        **_describe_noise(prediction, rescaled, other),
+        "prediction_type": prediction,
+        "zero_terminal_snr": rescaled,
+        "other_noise": other,
         "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
         "unread": drop_unused("", outside),
     }
-
-
-def _describe_noise(prediction: str, rescaled: bool | None, other: str | None) -> dict[str, Any]:
-    """Return the values of `describe` on noise. rescaled: zero terminal SNR, which nobody states for epsilon."""
-    if prediction == "epsilon" and rescaled:
-        other = other or "zero terminal SNR with epsilon"
-    unstated = None if prediction == "v_prediction" else False
-    rescaled = unstated if rescaled is None else rescaled
-    return {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
 
 
 def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
@@ -336,7 +328,7 @@ def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, An
     if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
         raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
     stated["vae"]["force_upcast"] = upcast
-    noise = _describe_noise(prediction, rescaled, other)
+    noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
     return {"layout": "diffusers", **noise, "licence": _stated_licence(path / "README.md"), "unread": []}, stated
 
 
