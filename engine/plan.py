@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from engine.config import TrainingConfig
-from optim.config import OneCycleConfig, ScheduleConfig
+from optim.config import OneCycleConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -104,6 +104,12 @@ def make_plan(
             "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",
             finder.steps, finder.max_share, total, lr,
         )  # fmt: skip
+    warmup, schedule = 0, config.schedule
+    if not isinstance(schedule, OneCycleConfig):
+        warmup = schedule.warmup_steps
+        warmup = round(schedule.warmup_epochs * per_epoch) if warmup is None else warmup
+    if warmup > total > 0:
+        log.warning("schedule: the warm-up of %d steps is longer than the run; cut to its %d steps", warmup, total)
     return Plan(
         world_size=world_size,
         global_batch_size=size,
@@ -111,20 +117,8 @@ def make_plan(
         accum_steps=accum,
         epoch_length=epoch_length,
         total_steps=total,
-        warmup_steps=_warmup_steps(config.schedule, per_epoch, total),
+        warmup_steps=min(warmup, total),
         lr=lr,
         evaluate_every_epochs=every,
         range_test_steps=finder.steps if is_tested else 0,
     )
-
-
-def _warmup_steps(schedule: ScheduleConfig, steps_per_epoch: float, total_steps: int) -> int:
-    if isinstance(schedule, OneCycleConfig):
-        return 0
-    warmup = schedule.warmup_steps
-    warmup = round(schedule.warmup_epochs * steps_per_epoch) if warmup is None else warmup
-    if warmup > total_steps > 0:
-        log.warning(
-            "schedule: the warm-up of %d steps is longer than the run; cut to the run's %d steps", warmup, total_steps
-        )
-    return min(warmup, total_steps)

@@ -23,7 +23,7 @@ from models.export.onnx_file import export_onnx
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.names import PARTS
-from models.sdxl.networks import SDXLNetworks, load_networks, open_networks
+from models.sdxl.networks import load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
@@ -160,14 +160,14 @@ def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> di
         measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
     except (OSError, ValueError, TypeError):
         measured = {}
+    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
+        measured = {}
     numbers = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
-    source = weights.metadata.get("weights_hash"), "val"
-    is_of_these = (measured.get("weights_hash"), measured.get("split")) == source
-    if not numbers or not is_of_these:
+    if not numbers:
         log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
     thresholds = _thresholds(weights, config)
     profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
-    write_card(folder, _REPOSITORY, wd14["file"], weights.metadata, numbers if is_of_these else {}, profiles)
+    write_card(folder, _REPOSITORY, wd14["file"], weights.metadata, numbers, profiles)
     return {**timm, **wd14}
 
 
@@ -202,30 +202,23 @@ def _facts(weights: Weights) -> dict[str, str]:
     }
 
 
-def whole_networks(weights: Weights) -> SDXLNetworks:
-    """Return all networks in float32 with the trained weights; a LoRA is merged.
+def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write the whole model: a diffusers folder, or a single file, which is read back and compared. A LoRA is merged.
 
     Raises UserError if the base model is not the one of the run.
     """
-    task, setup = weights.task, weights.setup
-    networks = open_networks(setup.model, [part for part in PARTS if part not in task.exported])
+    task, settings, dtype = weights.task, weights.setup.task, _DTYPES[config.precision]
+    networks = open_networks(weights.setup.model, [part for part in PARTS if part not in task.exported])
     task.take(task.helpers, networks)
     weights.check_helpers()
-    if setup.task.lora is None:
+    if settings.lora is None:
         for name in task.exported:
             setattr(networks, name, task.get_submodule(name))
     else:
         task.adapter.merge(networks.parts())
-    return networks
-
-
-def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the whole model: a diffusers folder, or a single file, which is read back and compared."""
-    networks = whole_networks(weights)
-    task, dtype = weights.setup.task, _DTYPES[config.precision]
-    noise = {"prediction_type": task.noise.prediction_type, "zero_terminal_snr": task.noise.zero_terminal_snr}
+    noise = settings.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
     if config.format == "diffusers":
-        zeros = task.captions.dropout_to == "zeros"
+        zeros = settings.captions.dropout_to == "zeros"
         checkpoint_files.write_diffusers(
             folder, networks, build_tokenizer(), dtype=dtype, zeros_for_empty_prompt=zeros, **noise
         )

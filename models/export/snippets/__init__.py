@@ -56,15 +56,13 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         "names_key": output.names_key,
     }
     values["resize"] = Template(_RESIZED[preprocessing.get("eval_resize", "crop")]).substitute(values)
-    values["result"] = _show_outputs(form, metadata) if has_head and form in _NAMES else "print(outputs)"
+    values["result"] = "print(outputs)"
+    if has_head and form in _NAMES:
+        activation = "" if form == "onnx" else ".sigmoid()" if output.has_tags else ".softmax(-1)"
+        shown = f"print(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
+        values["result"] = f"names = {_NAMES[form]}\n{shown}"
     values["result"] = Template(values["result"]).substitute(values)
     return Template((Path(__file__).parent / f"{form}.txt").read_text(encoding="utf-8")).substitute(values)
-
-
-def _show_outputs(form: str, metadata: Mapping[str, Any]) -> str:
-    has_tags = OUTPUTS[metadata["output"]].has_tags
-    activation = "" if form == "onnx" else ".sigmoid()" if has_tags else ".softmax(-1)"
-    return f"names = {_NAMES[form]}\nprint(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
 
 
 def _read_image(preprocessing: Mapping[str, Any], *, white_square: bool, padded: bool) -> str:
