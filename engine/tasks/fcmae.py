@@ -192,25 +192,20 @@ class FCMAEKind(Kind):
         loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
-        return loaders | _probe_loaders(data, setup)
-
-
-def _probe_loaders(data: Data, setup: Setup) -> dict[str, Iterable[Batch]]:
-    """Return `probe_train` and `probe_val`. With too few labels, log a line and return nothing."""
-    collection, probe = data.collection, setup.task.probe
-    class_ids = collection.class_ids(collection.class_names("train"))
-    train, val = choose_probe_rows(
-        class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
-    )
-    classes = len(np.unique(class_ids[train]))
-    found = f"{len(train):,} training and {len(val):,} validation images of {classes} classes"
-    if classes < 2 or len(val) == 0:
-        log.info("probe: off, with %s; task.probe.every_epochs=null silences this line", found)
-        return {}
-    log.info("probe: %s", found)
-    return {
-        name: data.prepared(
-            rows, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}, setup.preprocessing
+        collection, probe = data.collection, setup.task.probe
+        class_ids = collection.class_ids(collection.class_names("train"))
+        train, val = choose_probe_rows(
+            class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
         )
-        for name, rows in (("probe_train", train), ("probe_val", val))
-    }
+        classes = len(np.unique(class_ids[train]))
+        found = f"{len(train):,} training and {len(val):,} validation images of {classes} classes"
+        if classes < 2 or len(val) == 0:
+            log.info("probe: off, with %s; task.probe.every_epochs=null silences this line", found)
+            return loaders
+        log.info("probe: %s", found)
+        return loaders | {
+            name: data.prepared(
+                rows, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}, setup.preprocessing
+            )
+            for name, rows in (("probe_train", train), ("probe_val", val))
+        }

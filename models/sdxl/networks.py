@@ -117,8 +117,7 @@ def load_networks(
     wrong shapes, or a damaged file.
     """
     path = Path(path)
-    source, configs = _describe(path)
-    networks = _build_to_fit(path, configs)
+    source, networks = describe(path), _build_to_fit(path)
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, only, lambda file: read_weights(file)[0])
         for part in only:
@@ -198,11 +197,16 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
     return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
 
 
-def _build_to_fit(path: Path, stated: Mapping[str, Mapping[str, Any]]) -> dict[str, nn.Module]:
-    """Build the networks of a file or folder on the meta device. stated: a folder's config of each part."""
+def _build_to_fit(path: Path) -> dict[str, nn.Module]:
+    """Build the networks of a file or folder on the meta device."""
     shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
-    configs["vae"] |= {name: stated["vae"][name] for name in ("scaling_factor", "force_upcast") if stated}
+    stated = {part: _read_config(path / part / "config.json") for part in PARTS} if path.is_dir() else {}
+    if stated:
+        factor, upcast = stated["vae"].get("scaling_factor"), stated["vae"].get("force_upcast", True)
+        if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
+            raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
+        configs["vae"] |= {"scaling_factor": factor, "force_upcast": upcast}
     with torch.device("meta"):
         networks = {part: build_part(part, configs[part]) for part in PARTS}
     for part, network in networks.items():
@@ -250,19 +254,15 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
-    return _describe(Path(path))[0]
-
-
-def _describe(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
-    """Return the result of `describe`, and a folder's config.json of each part."""
+    path = Path(path)
     if not path.exists():
         raise _unusable(f"{path} does not exist")
-    facts, stated = _describe_folder(path) if path.is_dir() else (_describe_file(path), {})
+    facts = _describe_folder(path) if path.is_dir() else _describe_file(path)
     if facts["prediction_type"] == "epsilon":  # nobody states that it has no zero terminal SNR
         if facts["zero_terminal_snr"]:
             facts["other_noise"] = facts["other_noise"] or "zero terminal SNR with epsilon"
         facts["zero_terminal_snr"] = bool(facts["zero_terminal_snr"])
-    return facts, stated
+    return facts
 
 
 def _unusable(reason: str) -> UserError:
@@ -310,12 +310,11 @@ def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
     return None, f"its tensor {name} is another noise table"
 
 
-def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+def _describe_folder(path: Path) -> dict[str, Any]:
     kind = str(_read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
         raise _unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
     scheduler = _SCHEDULE_DEFAULTS | _read_config(path / "scheduler" / "scheduler_config.json")
-    stated = {part: _read_config(path / part / "config.json") for part in PARTS}
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
     wanted = _SCHEDULE | _SCHEDULE_DEFAULTS
     wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
@@ -324,12 +323,8 @@ def _describe_folder(path: Path) -> tuple[dict[str, Any], dict[str, dict[str, An
         prediction, rescaled = "epsilon", False
     listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
     other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
-    factor, upcast = stated["vae"].get("scaling_factor"), stated["vae"].get("force_upcast", True)
-    if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
-        raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
-    stated["vae"]["force_upcast"] = upcast
     noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
-    return {"layout": "diffusers", **noise, "licence": _stated_licence(path / "README.md"), "unread": []}, stated
+    return {"layout": "diffusers", **noise, "licence": _stated_licence(path / "README.md"), "unread": []}
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
