@@ -28,7 +28,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _FINGERPRINT, _UNUSED, _TWINS = b"fingerprint", b"unused", b"twins"
-_INDEX = 10  # format version; increment it to rebuild every index
+_INDEX = 11  # format version; increment it to rebuild every index
 
 
 class Row:
@@ -150,8 +150,7 @@ def index_collection(
         warn_unused(json.loads(_map_index(target).schema.metadata[_UNUSED]))
         return target
     table = assign_validation(layout.read(unused := Unused()), validation_fraction)
-    if list_faults(table, cache, unused) is not None and on_bad_sidecar == "skip":
-        table = table.drop_columns(FAULT)
+    table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
     warn_unused(unused.describe())
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
@@ -173,12 +172,11 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     Raises UserError (`data.root`): fewer than two classes; a validation class without training images; a training class
     of several images without validation images, unless `allow_missing` or no class has any.
     """
+    collection.refuse_faults("label")
     root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
     rows = collection.rows("train")
     ids, _ = np.unique(np.stack([collection.class_ids(train), lead_rows(collection.table)])[:, rows], axis=1)
-    several = {
-        train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)
-    }  # a single image cannot split
+    several = {train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)}  # one cannot be split
     known, missing, unknown = (
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )

@@ -58,7 +58,7 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in table["path"].to_pylist())
     hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
     chosen = hashes < np.uint64(fraction * 2**64)
-    if _has_integers(table, "id"):
+    if "id" in table.column_names and pa.types.is_integer(table["id"].type):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
         chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
     leads = lead_rows(table)
@@ -102,7 +102,3 @@ def count_twins(table: pa.Table) -> int:
     is_val = pc.equal(table["split"], "val").to_numpy()
     leads = lead_rows(table, FINGERPRINTS) if is_val.any() else np.arange(len(table))
     return int(np.isin(leads[is_val], leads[~is_val]).sum())
-
-
-def _has_integers(table: pa.Table, name: str) -> bool:
-    return name in table.column_names and pa.types.is_integer(table.schema.field(name).type)

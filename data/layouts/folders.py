@@ -11,7 +11,6 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 
@@ -69,18 +68,16 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
     """
     images: dict[str, int] = {}
     beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
-    folders: list[str] = []
     tables: list[str] = []
     for folder, entries, names in walk_folders(root, unused):
         sizes = _read_images(folder, entries)
         images |= sizes
-        unused.add("masks, which belong to an image", *(folder + name for name in sorted(names) if is_mask_name(name)))
+        unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
         tables += [folder + name for name in names if name in TABLES]
         shards = [folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES]
         unused.add("shards beside images", *shards)
         unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
-        folders.append(folder)
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image; allowed are the endings "
@@ -88,7 +85,6 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
         )
     splits, labels = _place_images(root, list(images))
     _refuse_repeats(root, sorted({path.rpartition("/")[0] for path in images}), unused)
-    unused.add("folders without an image", *_find_empty(list(images), folders))
 
     def read(path: str) -> Sidecar:
         folder, slash, name = path.rpartition("/")
@@ -97,22 +93,23 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
     known = dict(zip(beside, in_threads(read, list(beside))))
     try:
         rows, metadata = read_tables(root, sorted(tables), images, unused), read_metadata(root, images, unused)
-    except UserError as error:
+    except (OSError, ValueError) as error:  # UserError is one
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
         rows, metadata = {}, {next(iter(images)): fault}
-    known |= {path: known.get(path, Sidecar()).updated(sidecar) for path, (_, sidecar) in rows.items()}
-    sidecars = [known.get(path, Sidecar()).updated(metadata.get(path)) for path in images]
+    sidecars = [known.get(path, Sidecar()).updated(rows.get(path)).updated(metadata.get(path)) for path in images]
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
+    if any(labels) and (stated := sum(sidecar.label is not None for sidecar in sidecars)):
+        log.info("data.root: %s labels are those of sidecars and not of folders", f"{stated:,}")
     labels, sidecars = _separate_posts(list(images), labels, sidecars)
-    labels = [rows[path][0] or label if path in rows else label for path, label in zip(images, labels)]
-    return build_rows(images, sidecars, split=splits, label=labels)
+    sidecars = [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
+    return build_rows(images, splits, sidecars)
 
 
-def build_rows(images: Mapping[str, int], sidecars: Sequence[Sidecar], **columns: Sequence[Any]) -> pa.Table:
-    """Build a table of images from their sizes in bytes by path, their sidecars, and further columns."""
-    fields = {name: [getattr(sidecar, name) for sidecar in sidecars] for name in Sidecar._fields}
-    return build_table({"path": list(images), "size": list(images.values()), **columns, **fields})
+def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
+    """Build a table of images from their sizes in bytes by path, their splits and their sidecars."""
+    fields = dict(zip(Sidecar._fields, zip(*sidecars)))
+    return build_table({"path": list(images), "size": list(images.values()), "split": splits, **fields})
 
 
 def list_images(root: Path, unused: Unused | None = None) -> dict[str, int]:
@@ -124,8 +121,8 @@ def list_images(root: Path, unused: Unused | None = None) -> dict[str, int]:
     for folder, files, names in walk_folders(root, unused):
         images |= _read_images(folder, files)
         if unused is not None:
-            sidecars = sorted(name for name in names if name.lower().endswith(SUFFIXES))
-            unused.add("sidecars, because posts describe the images", *(folder + name for name in sidecars))
+            sidecars = (folder + name for name in names if name.lower().endswith(SUFFIXES))
+            unused.add("sidecars, because posts describe the images", *sidecars)
     return images
 
 
@@ -164,22 +161,16 @@ def walk_folders(root: Path, unused: Unused | None = None) -> Iterator[tuple[str
                         ):
                             unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
                         continue
-                    if not _is_folder(entry):
+                    is_link = entry.is_symlink()
+                    if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
                         files.append(entry)
                         continue
-                    real = os.path.realpath(entry.path) if entry.is_symlink() else os.path.join(chain[-1], entry.name)
+                    real = os.path.realpath(entry.path) if is_link else os.path.join(chain[-1], entry.name)
                     if real in chain:
                         raise UserError(f"data.root: {entry.path!r} is a link back to {real!r}, a circle; remove it")
                     below.append((f"{folder}{entry.name}/", (*chain, real)))
                 yield folder, files, {entry.name for entry in files}
             level = below
-
-
-def _is_folder(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_dir()
-    except OSError as error:  # a link to itself, or without permission
-        raise UserError(f"data.root: {entry.path!r} cannot be followed ({error.strerror}); remove the link") from error
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
@@ -255,23 +246,14 @@ def _separate_posts(
 def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
     """Raise UserError (`data.root`) for the folders `10_name class` of sd-scripts: 10 repeats, and a caption.
 
-    Numbers that count classes from 1 are names.
+    Numbers from 1 on are a part of names.
     """
-    found = {folder: _REPEATS.fullmatch(os.path.basename(folder)) for folder in folders}
-    numbers: dict[str, list[int]] = {}
-    for folder in filter(found.get, folders):
-        numbers.setdefault(os.path.dirname(folder), []).append(int(found[folder][1]))
-    names = [f"{folder!r} ({found[folder][1]} repeats)" for folder in filter(found.get, folders)]
-    counts = (sorted(values) == [*range(1, len(values) + 1)] for values in numbers.values())
-    if len(names) == len(folders) and not all(counts):
+    found = {folder: match for folder in folders if (match := _REPEATS.fullmatch(os.path.basename(folder)))}
+    numbers = {int(match[1]) for match in found.values()}
+    names = [f"{folder!r} ({match[1]} repeats)" for folder, match in found.items()]
+    if len(found) == len(folders) and numbers != {*range(1, len(numbers) + 1)}:
         raise UserError(
             f"data.root: {str(root)!r} has the folders of sd-scripts: {show_some(names)}. Repeats, and captions from "
             "names, are not read: remove the numbers, or list the images and captions in a manifest.jsonl"
         )
     unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
-
-
-def _find_empty(paths: list[str], folders: list[str]) -> list[str]:
-    """Return the folders without images, only the outermost ones."""
-    used = {path[: i + 1] for path in paths for i, letter in enumerate(path) if letter == "/"} | {""}
-    return sorted(folder for folder in folders if folder not in used and folder[: folder[:-1].rfind("/") + 1] in used)

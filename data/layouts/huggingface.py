@@ -27,20 +27,8 @@ from utils.io.memo import files_key
 
 _BATCH_ROWS = 64
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-_SINGLE = ("label", "rating", "id")  # fields of one value, which may be a number
 # Other names of a field, in the order in which they are tried.
 _FIELDS = {"labels": "label", "captions": "caption", "text": "caption", "prompt": "caption"}
-
-
-def holds_images(file: Path) -> bool:
-    """Return whether an Arrow or Parquet file can be read and has an image column."""
-    try:
-        schema = (
-            pq.read_schema(file) if file.suffix == ".parquet" else pa.ipc.open_stream(pa.memory_map(str(file))).schema
-        )
-    except (pa.ArrowException, OSError):
-        return False
-    return any(map(_holds_images, schema.types))
 
 
 def unpack_parquet(file: Path, cache: Path) -> Path:
@@ -98,10 +86,9 @@ def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer, unused: Unused)
     offsets, lengths = (begin + ends[:-1]).tolist(), np.where(is_valid, np.diff(ends), 0).tolist()
     files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
     records = read_records(name, batch.drop_columns([image]), unused)
-    for file, offset, length, (label, sidecar) in zip(files, offsets, lengths, records):
-        byte_range = {"offset": offset, "length": length, "size": length}
+    for file, offset, length, sidecar in zip(files, offsets, lengths, records):
         suffix = os.path.splitext(file or "")[1].lower()
-        yield {"suffix": suffix, **byte_range, "label": label, **sidecar._asdict()}
+        yield {"suffix": suffix, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
 
 
 def _holds_images(kind: pa.DataType) -> bool:
@@ -111,10 +98,8 @@ def _holds_images(kind: pa.DataType) -> bool:
     return pa.types.is_binary(kind.field(index).type) or pa.types.is_large_binary(kind.field(index).type)
 
 
-def read_tables(
-    root: Path, files: Iterable[str], images: Container[str], unused: Unused
-) -> dict[str, tuple[str | None, Sidecar]]:
-    """Return label and metadata of images by path, from tables of imagefolder: TABLES in any folder.
+def read_tables(root: Path, files: Iterable[str], images: Container[str], unused: Unused) -> dict[str, Sidecar]:
+    """Return metadata of images by path, from tables of imagefolder: TABLES in any folder.
 
     Raises UserError (`data.root`) if one cannot be read, or if a folder has two.
     """
@@ -136,35 +121,28 @@ def read_tables(
     return found
 
 
-def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -> list[tuple[str | None, Sidecar]]:
-    """Return the label and the metadata in each row of a table. Columns that are not read are named."""
+def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -> list[Sidecar]:
+    """Return the metadata in each row of a table. Columns that are not read are named."""
     columns: dict[str, list[Any]] = {}
     names = table.schema.names
     for name in (*(name for name in names if name not in _FIELDS), *(name for name in _FIELDS if name in names)):
-        field, kind = _FIELDS.get(name, name), table.schema.field(name).type
-        is_list = (pa.types.is_list(kind) or pa.types.is_large_list(kind)) and field not in _SINGLE
-        is_known = _is_text(kind.value_type if is_list else kind) or (field in _SINGLE and pa.types.is_integer(kind))
-        if pa.types.is_null(kind):
+        field, column = _FIELDS.get(name, name), table.column(name)
+        if column.null_count == len(column):
             continue
-        if field in columns or not (is_field(field) or field == "label") or not is_known:
-            unused.add("columns of tables of unknown name or type, or second of their kind", name)
+        if field in columns or not is_field(field):
+            unused.add("columns of tables of unknown name, or second of their kind", name)
             continue
-        columns[field] = table.column(name).to_pylist()
+        columns[field] = column.to_pylist()
         if field == "label":
             columns[field] = _name_classes(columns[field], table.schema, name)
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
-    return [(row.pop("label", None), parse_record(f"a row of {where!r}", row)) for row in rows]
+    return [parse_record(f"a row of {where!r}", row) for row in rows]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-    return pa.types.is_string(kind) or pa.types.is_large_string(kind)
-
-
-def _name_classes(values: list[Any], schema: pa.Schema, column: str) -> list[str | None]:
-    """Return labels as texts: the names of class numbers if the metadata have them; None for a negative number."""
+def _name_classes(values: list[Any], schema: pa.Schema, column: str) -> list[Any]:
+    """Return the names of class numbers if the metadata have them."""
     classes: list[Any] = []
     with suppress(KeyError, TypeError, ValueError):
         classes = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
     names = {number: str(text) for number, text in enumerate(classes)}
-    return [names.get(v, str(v) if v >= 0 else None) if isinstance(v, int) else v for v in values]
+    return [names.get(value, value) if isinstance(value, int) else value for value in values]

@@ -12,8 +12,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from data.layouts.records import Sidecar, parse_record, parse_text
-from data.layouts.sidecars import parse_object, read_lines, read_text, refuse_link_out
+from data.layouts.records import Sidecar, decode, parse_record, parse_text
+from data.layouts.sidecars import load_json, read_lines, refuse_link_out
 from data.layouts.spelling import Tag, parse_tag, split_tags, write_tag
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -53,11 +53,11 @@ def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
     """Return the records of a file by their keys; {} if it holds something else."""
     refuse_link_out(root, file)
     if file.suffix == ".json":
-        entries = parse_object(read_text(file), repr(str(file)))
+        entries = load_json(decode(file.read_bytes()), repr(str(file)))
     else:
         entries = {record.get("image_path", record.get("path")): record for _, record in read_lines(file)}
-    is_kohyas = all(isinstance(key, str) and isinstance(record, dict) for key, record in entries.items())
-    return entries if is_kohyas else {}
+    is_kohyas = isinstance(entries, dict) and all(isinstance(key, str) for key in entries)
+    return entries if is_kohyas and all(isinstance(record, dict) for record in entries.values()) else {}
 
 
 def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:

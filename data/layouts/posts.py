@@ -58,7 +58,7 @@ def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
     )  # fmt: skip
     unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
     sizes = {path: images[path] for path in sidecars}
-    return build_rows(sizes, list(sidecars.values()), split=["train"] * len(sidecars))
+    return build_rows(sizes, ["train"] * len(sidecars), list(sidecars.values()))
 
 
 def _read(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:

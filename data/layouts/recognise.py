@@ -10,12 +10,12 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.layouts.folders import SHARD_SUFFIXES, check_root, is_image_name, is_passed_over, list_folder, walk_folders
-from data.layouts.huggingface import holds_images, read_arrow, unpack_parquet
+from data.layouts.huggingface import read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, is_ours, read_manifest
 from data.layouts.posts import POSTS, read_folder
 from data.layouts.refresh import warn_newer
 from data.layouts.remote import fetch_manifest, is_remote
-from data.layouts.sidecars import FAULT, list_orphans, list_sidecars
+from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
@@ -27,6 +27,7 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _TAR, _PARQUET = ".tar", ".parquet"
+PLAN = "pack.json"  # what job=pack writes beside its shards
 _ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), (FAULT, pa.string()), *PLACES.items()])
 _PARALLEL_FROM = 8  # tar files; with fewer, starting processes takes longer
 
@@ -67,33 +68,27 @@ def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
     paths, has_sidecars = set(table["path"].to_pylist()), is_ours(manifest)
     for folder in sorted({os.path.dirname(path) for path in paths}):
         names = {entry.name for entry in list_folder(root / folder) if not is_passed_over(entry.name)}
-        others = sorted(path for path in (os.path.join(folder, name) for name in names) if path not in paths)
+        others = {os.path.join(folder, name) for name in names} - paths
         unused.add("images that the manifest does not list", *filter(is_image_name, others))
         if not has_sidecars:
-            sidecars = {sidecar for name in names if is_image_name(name) for sidecar in list_sidecars(name, names)}
-            unused.add("sidecars of images in a manifest", *(os.path.join(folder, name) for name in sorted(sidecars)))
+            unused.add("sidecars beside a manifest", *(path for path in others if path.lower().endswith(SUFFIXES)))
     return table
 
 
 def _find_shards(root: Path) -> tuple[list[str], Unused]:
     """Return the sorted paths of WebDataset or Hugging Face shards at any depth, and what is beside them.
 
-    There is none if the folder has an image. Tables without an image column beside tar files are about them, as
-    img2dataset writes them. Raises UserError if both kinds have images.
+    There is none if the folder has an image. Tables beside tar files are about them, as img2dataset writes them.
     """
     names, unused = [], Unused()
     for folder, _, files in walk_folders(root, unused):
         if any(map(is_image_name, files)):
             return [], Unused()
         names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
-        unused.add("texts beside shards", *list_orphans(folder, set(), files))
+        unused.add("texts beside shards", *list_orphans(folder, set(), files - {PLAN}))
     tables = [name for name in names if not name.endswith(_TAR)]
     if 0 < len(tables) < len(names):
-        if with_images := [name for name in tables if holds_images(root / name)]:
-            raise UserError(
-                f"data.root: {str(root)!r} holds both tar files and images in {show_some(with_images)}; keep one kind"
-            )
-        unused.add("tables without an image column beside tar files", *sorted(tables))
+        unused.add("tables beside tar files", *tables)
         names = [name for name in names if name.endswith(_TAR)]
     return sorted(names), unused
 

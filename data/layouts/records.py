@@ -5,7 +5,6 @@ A tag with a known category gets it as a prefix, such as `character:hatsune_miku
 
 import codecs
 import itertools
-import json
 import re
 import reprlib
 import sys
@@ -18,7 +17,7 @@ from utils.vocabulary import CATEGORIES, GENERAL, RATING
 
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
-_FIELDS = ("id", "md5", "rating", "caption", "tags", "tag_string")
+_FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string")
 
 
 class Sidecar(NamedTuple):
@@ -32,6 +31,7 @@ class Sidecar(NamedTuple):
     rating: str | None = None
     caption: str | None = None
     id: int | None = None
+    label: str | None = None
     sidecar_fault: str | None = None
 
     def updated(self, newer: "Sidecar | None") -> "Sidecar":
@@ -50,17 +50,6 @@ def decode(content: bytes) -> str:
 def find_encoding(start: bytes) -> str:
     """Return the encoding of a text by its first bytes."""
     return "utf-16" if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)) else "utf-8-sig"
-
-
-def parse_json(text: str) -> Any:
-    """Parse JSON. Raises ValueError for invalid JSON, or for a lone surrogate, which UTF-8 cannot encode."""
-    try:
-        value = json.loads(text)
-    except RecursionError as error:
-        raise ValueError("nested too deeply") from error
-    if "\\ud" in text.lower():
-        json.dumps(value, ensure_ascii=False).encode()
-    return value
 
 
 def is_field(name: str) -> bool:
@@ -96,7 +85,7 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
     where: the position of the record, for faults.
     """
     number, values, faults = record.get("id"), {}, []
-    for field, read in (("tags", _read_tags), ("rating", _read_rating), ("caption", _read_caption)):
+    for field, read in _READERS.items():
         try:
             values[field] = read(record)
         except ValueError as error:
@@ -155,6 +144,20 @@ def _read_caption(record: dict[str, Any]) -> str | None:
     if isinstance(caption, list) and all(isinstance(text, str | None) for text in caption):
         return "\n".join(line for text in caption if (line := " ".join(clean(text or "").split()))) or None
     raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
+
+
+def _read_label(record: dict[str, Any]) -> str | None:
+    """Return the label of a record; a negative number is none, as in Hugging Face's test splits."""
+    label = record.get("label")
+    if label is None or isinstance(label, str):
+        return clean(label or "") or None
+    if type(label) is int:
+        return str(label) if label >= 0 else None
+    raise ValueError(f"the label {reprlib.repr(label)}; write a text or a whole number")
+
+
+_READERS = {"tags": _read_tags, "rating": _read_rating, "caption": _read_caption, "label": _read_label}
+FIELDS = tuple(_READERS)
 
 
 def _unique(tags: Iterable[str]) -> tuple[str, ...]:

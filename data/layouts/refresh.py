@@ -11,7 +11,7 @@ from data.layouts.folders import is_image_name, walk_folders
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import find_manifest, read_parquet, refuse_foreign, save_manifest, scanned_at
 from data.layouts.posts import POSTS, read_folder
-from data.layouts.sidecars import SUFFIXES, list_orphans, without_faults
+from data.layouts.sidecars import SUFFIXES, list_faults, list_orphans
 from data.layouts.table import replace_column, show_some, take_rows
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -60,7 +60,7 @@ def refresh_manifest(root: Path, cache: Path, on_bad_sidecar: Literal["stop", "s
         raise UserError(f"data.manifest: refresh, but {str(root)!r} has no manifest; set keep, or run job=manifest")
     refuse_foreign(manifest)
     scanned, table, folder = time.time_ns(), read_parquet(manifest), read_folder(root, unused := Unused())
-    folder = without_faults(folder, cache, unused, on_bad_sidecar)
+    folder = list_faults(folder, cache, unused, on_bad_sidecar)
     rows = pc.index_in(table["path"], value_set=folder["path"].combine_chunks())
     fresh = take_rows(folder, rows.combine_chunks())
     for name in _READ_AGAIN:

@@ -2,14 +2,15 @@
 
 import json
 import os
-from collections.abc import Iterable, Iterator
+import reprlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.layouts.records import Sidecar, decode, find_encoding, is_field, parse_json, parse_record, parse_text
+from data.layouts.records import FIELDS, Sidecar, decode, find_encoding, is_field, parse_record, parse_text
 from data.layouts.table import hash_table
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -23,38 +24,49 @@ _MAX_BYTES = 16 * 2**20
 
 
 def read_sidecars(root: Path, folder: Path, name: str, names: set[str], unused: Unused) -> Sidecar:
-    """Read the sidecars of the image `name` in `folder`, which contains the files `names`.
-
-    The JSON file takes precedence over the text file, `x.jpg.txt` over `x.txt`, and for captions `x.caption` over
-    `x.txt`. What cannot be read is a fault of the result.
-    """
-    by_suffix: dict[str, Path] = {}
+    """Read the sidecars of the image `name` in `folder`, which contains the files `names`."""
+    files: dict[str, str] = {}
     for file in list_sidecars(name, names):
-        by_suffix.setdefault(os.path.splitext(file)[1].lower(), folder / file)
-    beside = os.path.dirname(os.path.realpath(folder / name)) if by_suffix else None
+        files.setdefault(os.path.splitext(file)[1].lower(), str(folder / file))
+    beside = os.path.dirname(os.path.realpath(folder / name)) if files else None
+
+    def read(path: str) -> bytes:
+        refuse_link_out(root, file := Path(path), beside)
+        if not file.is_file() or file.stat().st_size > _MAX_BYTES:
+            raise UserError(f"data.root: {path!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
+        return file.read_bytes()
+
+    return read_texts(str(folder / name), files, read, unused)
+
+
+def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes], unused: Unused) -> Sidecar:
+    """Read the texts of an image: their names by suffix, a later one takes precedence, but `.caption` over `.txt`.
+
+    What cannot be read is a fault of the result.
+    """
     sidecar = Sidecar()
-    for suffix, file in by_suffix.items():
+    for suffix, name in texts.items():
         try:
-            refuse_link_out(root, file, beside)
-            found = _read(file, name, unused)
-        except UserError as error:
-            found = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
-        caption = sidecar.caption if suffix == ".txt" else None
-        sidecar = sidecar.updated(found).updated(Sidecar(caption=caption))
+            text = decode(read(name))
+            if suffix == ".json":
+                found = _parse_json(text, name, unused)
+            elif suffix == ".cls":
+                found = Sidecar(label=text.strip() or None)
+            else:
+                found = parse_text(name, text, unused, one_per_line=f"{image}.txt".lower() == name.lower())
+                found = found._replace(caption=sidecar.caption or found.caption)
+        except (OSError, ValueError) as error:  # UserError is one
+            fault = str(error) if isinstance(error, UserError) else f"{name!r} cannot be read ({error})"
+            found = Sidecar(sidecar_fault=f"file: {fault.removeprefix('data.root: ')}")
+        sidecar = sidecar.updated(found)
     return sidecar
 
 
-def _read(file: Path, name: str, unused: Unused) -> Sidecar:
-    """Read a sidecar of the image `name`. Raises UserError."""
-    if not file.is_file() or file.stat().st_size > _MAX_BYTES:
-        raise UserError(f"data.root: {str(file)!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
-    text, (stem, suffix) = read_text(file), os.path.splitext(file.name)
-    if suffix.lower() != ".json":
-        return parse_text(str(file), text, unused, one_per_line=stem == name and suffix.lower() == ".txt")
-    record = load_json(text, repr(str(file))) if text.strip() else {"tags": None}
+def _parse_json(text: str, name: str, unused: Unused) -> Sidecar:
+    record = load_json(text, repr(name)) if text.strip() else {"tags": None}
     if isinstance(record, dict) and any(map(is_field, record)):
-        return parse_record(repr(str(file)), record)
-    unused.add("JSON files without tags, rating, caption or id", str(file))
+        return parse_record(repr(name), record)
+    unused.add("JSON files without tags, rating, caption, label or id", name)
     return Sidecar()
 
 
@@ -87,16 +99,6 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
         )
 
 
-def read_text(file: Path) -> str:
-    """Read a text file (see `decode`). Raises UserError (`data.root`) with the file name."""
-    try:
-        return decode(file.read_bytes())
-    except UnicodeDecodeError as error:
-        raise UserError(f"data.root: the file {str(file)!r} is not UTF-8 ({error}); save it as UTF-8") from error
-    except OSError as error:
-        raise UserError(f"data.root: the file {str(file)!r} cannot be read ({error.strerror})") from error
-
-
 def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the JSON object of each line, after its position for messages. Raises UserError (`data.root`)."""
     try:
@@ -105,36 +107,48 @@ def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(file, encoding=encoding) as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{str(file)!r}, line {number},"
+                record = load_json(line, where) if line.strip() else {}
+                if not isinstance(record, dict):
+                    raise UserError(f"data.root: {where} holds {reprlib.repr(record)}; an object is allowed")
                 if line.strip():
-                    yield where, parse_object(line, where)
+                    yield where, record
     except (OSError, UnicodeError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
-def parse_object(text: str, where: str) -> dict[str, Any]:
-    """Parse a JSON object. Raises UserError (`data.root`) with its position."""
-    if not isinstance(value := load_json(text, where), dict):
-        raise UserError(f"data.root: {where} holds a JSON {type(value).__name__}; an object with tags is allowed")
-    return value
-
-
 def load_json(text: str, where: str) -> Any:
-    """Parse JSON. Raises UserError (`data.root`) with its position."""
+    """Parse JSON. Raises UserError (`data.root`) with its position, also for text that UTF-8 cannot encode."""
     try:
-        return parse_json(text)
-    except ValueError as error:
+        value = json.loads(text)
+        if "\\ud" in text.lower():
+            json.dumps(value, ensure_ascii=False).encode()
+        return value
+    except (ValueError, RecursionError) as error:
         raise UserError(f"data.root: {where} is broken JSON ({error}); fix or remove it") from error
 
 
-def list_faults(table: pa.Table, cache: Path, unused: Unused) -> Path | None:
-    """Write the images of a collection with a bad sidecar into a file of `cache`, and return it; None without any."""
+def list_faults(
+    table: pa.Table,
+    cache: Path,
+    unused: Unused,
+    on_bad_sidecar: Literal["stop", "skip"],
+    fields: Sequence[str] = FIELDS,
+) -> pa.Table:
+    """Write the images with a bad sidecar into a file of `cache`; return the table without the column of faults.
+
+    With `stop`, it raises UserError for faults of `fields`; without fields, the column stays for later readers.
+    """
     if FAULT not in table.column_names:
-        return None
+        return table
     faulty = table.select(["path", FAULT]).filter(pc.is_valid(table[FAULT])).to_pylist()
     file = cache / f"bad_sidecars_{hash_table(table)}.jsonl"
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in faulty))
     unused.add(f"bad sidecars, all listed in {file}", *(row[FAULT] for row in faulty))
-    return file
+    if on_bad_sidecar == "stop":
+        if not fields:
+            return table
+        refuse_faults((row[FAULT] for row in faulty), file, *fields)
+    return table.drop_columns(FAULT)
 
 
 def refuse_faults(faults: Iterable[str], listing: Path, *fields: str) -> None:
@@ -145,12 +159,3 @@ def refuse_faults(faults: Iterable[str], listing: Path, *fields: str) -> None:
             f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} ({listing} "
             "lists all); fix or remove them, or set data.on_bad_sidecar=skip to do without what they say"
         )
-
-
-def without_faults(table: pa.Table, cache: Path, unused: Unused, on_bad_sidecar: Literal["stop", "skip"]) -> pa.Table:
-    """Return the table of a reader of all fields; the faults are listed. Raises UserError for them with `stop`."""
-    if (listing := list_faults(table, cache, unused)) is None:
-        return table
-    if on_bad_sidecar == "stop":
-        refuse_faults(table[FAULT].drop_null().to_pylist(), listing, "tags", "rating", "caption")
-    return table.drop_columns(FAULT)

@@ -30,8 +30,8 @@ class Unused(dict[str, list[str]]):
             self.add(reason, *names)
 
     def describe(self) -> list[str]:
-        """Return a line for each reason: count, reason and the first names."""
-        unique = {reason: list(dict.fromkeys(names)) for reason, names in self.items()}  # columns recur in each shard
+        """Return a line for each reason: count, reason and the first names. Columns, for one, recur in each shard."""
+        unique = {reason: sorted(set(self[reason])) for reason in sorted(self)}  # threads add in any order
         return [f"{len(names):,} {reason}: {show_some(names)}" for reason, names in unique.items()]
 
 

@@ -12,11 +12,10 @@ from typing import Any
 
 from data.layouts.folders import IMAGE_SUFFIXES, is_mask_name, is_passed_over, place_image
 from data.layouts.manifest import OUTSIDE
-from data.layouts.records import Sidecar, decode, parse_record, parse_text
-from data.layouts.sidecars import parse_object
+from data.layouts.sidecars import SUFFIXES, read_texts
 from data.layouts.unused import Unused
 
-_TEXTS = (".caption", ".txt", ".cls", ".json")  # the last has precedence, but the caption of the first
+_TEXTS = (".cls", *SUFFIXES)
 _MAX_TEXT_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -34,7 +33,7 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     text, folders are splits and classes.
     """
     images: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, bytes]] = {}
+    texts: dict[str, dict[str, tuple[str, bytes]]] = {}  # by stem and suffix
     with open(file, "rb", buffering=0) as stream:
         for member in _read_members(stream.fileno(), name, unused):
             path = member.name.removeprefix("./")
@@ -53,7 +52,7 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
                 unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", f"{name}/{path}")
             else:
                 content = os.pread(stream.fileno(), member.size, member.offset_data)
-                texts.setdefault(stem, {})[suffix.lower()] = content
+                texts.setdefault(stem, {})[suffix.lower()] = f"{name}/{path}", content
     rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
     for path, member in images.items():
         stem, key = os.path.splitext(path)[0], re.sub(r"\.[^/]*$", "", path)
@@ -61,14 +60,17 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             unused.add("further images of a sample", f"{name}/{path}")
             continue
         read.add(owner := stem if stem in texts else key)
-        columns = _read_texts(f"{name}/{path}", texts.get(owner, {}), unused)
+        beside = sorted(texts.get(owner, {}).items(), key=lambda item: _TEXTS.index(item[0]))
+        names = {suffix: file for suffix, (file, _) in beside}
+        contents = dict(text for _, text in beside)
+        columns = read_texts(f"{name}/{path}", names, contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
             columns["split"], columns["label"] = place_image(path)
         rows.append({"path": f"{name}/{path}", **columns})
-    folders = sorted({os.path.dirname(path) for path in images} - {""}) if texts else []
+    folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
-    alone = (f"{name}/{stem}{suffix}" for stem in texts if stem not in read for suffix in texts[stem])
+    alone = (file for stem in texts if stem not in read for file, _ in texts[stem].values())
     unused.add("texts in shards without an image", *alone)
     return rows
 
@@ -78,9 +80,7 @@ def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfil
     end, offset, about = os.fstat(descriptor).st_size, 0, {}
     try:
         while (block := os.pread(descriptor, _BLOCK, offset)).strip(b"\0"):
-            header, content, flag = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), offset + _BLOCK, 482
-            while header.type == tarfile.GNUTYPE_SPARSE and block[flag : flag + 1].strip(b"\0"):
-                block, content, flag = os.pread(descriptor, _BLOCK, content), content + _BLOCK, 504  # more of its map
+            header, content = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), offset + _BLOCK
             size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
             is_about = header.type in _ABOUT
             if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
@@ -115,23 +115,3 @@ def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
             raise ValueError("a pax record without a value")
         records[record[2].decode()] = content[record.end() : start - 1].decode("utf-8", "backslashreplace")
     return records
-
-
-def _read_texts(where: str, texts: dict[str, bytes], unused: Unused) -> dict[str, Any]:
-    """Return columns from the text members of an image. where: the image, for messages."""
-    sidecar, label = Sidecar(), None
-    for suffix in sorted(texts, key=_TEXTS.index):
-        try:
-            text = decode(texts[suffix]).strip()
-            if suffix == ".cls":
-                label = text or None
-            elif suffix in (".caption", ".txt"):
-                found = parse_text(where, text, unused)
-                sidecar = found._replace(caption=sidecar.caption or found.caption)
-            else:
-                record = parse_object(text or "{}", where)
-                sidecar = sidecar.updated(parse_record(where, record))
-                label = str(record["label"]) if isinstance(record.get("label"), str | int) else label
-        except ValueError as error:  # UserError is one
-            sidecar = sidecar.updated(Sidecar(sidecar_fault=f"file: the {suffix} of {where} ({error})"))
-    return {**sidecar._asdict(), "label": label}

@@ -13,7 +13,7 @@ import pyarrow as pa
 from pydantic import Field
 
 from data.collection.collection import Collection
-from data.layouts.spelling import parse_tag
+from data.layouts.spelling import is_sentence, parse_tag
 from data.tags.captions import CaptionConfig, spell
 from data.tags.tag_index import TagRows
 from utils.config.bounds import Count, Factor, Positive
@@ -66,10 +66,15 @@ class ImageTags(TagRows):
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
     views, parse, first = map(collection.row, range(len(collection))), functools.cache(parse_tag), {}
-    texts = (view.tags or captions.split("\n".join(captions.read(view))) for view in views)
+    texts = (view.tags or _find_tags(captions.read(view), captions) for view in views)
     tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in texts]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
+
+
+def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
+    """Return the tags in the captions of an image; a sentence has none."""
+    return [tag for tags in map(captions.split, texts) if tags and not is_sentence(tags) for tag in tags]
 
 
 def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:

@@ -29,6 +29,7 @@ from data.images.image_source import TAR, member_key, open_contents
 from data.images.pixels import upright_size
 from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import save_manifest
+from data.layouts.recognise import PLAN
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
 from data.stream.source import UnreadableImage
@@ -43,7 +44,6 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_PLAN = "pack.json"  # the plan: a folder is only continued with the same plan
 _VERSION = 1  # version of the shard content
 _ORDER_SEED = 0
 _MIB = 2**20
@@ -109,8 +109,8 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
 def _claim(output: Path, plan: dict[str, Any]) -> None:
     """Write the plan into an empty folder, or check that it was written with the same plan."""
     if not any(output.glob("[!.]*")):
-        write_json(output / _PLAN, plan)
-    if not (output / _PLAN).is_file() or read_json(output / _PLAN) != plan:
+        write_json(output / PLAN, plan)
+    if not (output / PLAN).is_file() or read_json(output / PLAN) != plan:
         raise UserError(
             f"job.output: {str(output)!r} is not empty, and has no shards of this collection with the same "
             "job.shard_mib; name a new folder"

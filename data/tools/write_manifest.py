@@ -16,7 +16,7 @@ from data.images.image_formats import DEFAULT_MAX_PIXELS
 from data.layouts.folders import check_root
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.posts import read_folder
-from data.layouts.sidecars import without_faults
+from data.layouts.sidecars import list_faults
 from data.layouts.table import MEASURED, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
 from data.open import CACHE
@@ -99,7 +99,7 @@ def write_manifest(
     if (manifest := find_manifest(folder)) is not None:
         refuse_foreign(manifest)
     scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
-    table = without_faults(table, CACHE, unused, on_bad_sidecar)
+    table = list_faults(table, CACHE, unused, on_bad_sidecar)
     warn_unused(unused.describe())
     paths = table["path"].to_pylist()
     find_sizes(folder, paths, "a manifest cannot name this image")

@@ -52,7 +52,7 @@ def test_a_jsonl_manifest_wins_over_the_layout(opened, root, log):
         ("two/b, ü.png", (root / "two/b, ü.png").stat().st_size, "val", "B", ["t"], "g", "C", 1.0),
     ]
     assert columns(collection, "sha256") == [("ab",), (None,)]
-    assert "2 sidecars of images in a manifest: one/a.txt, two/b, ü.txt" in log.text
+    assert "2 sidecars beside a manifest: one/a.txt, two/b, ü.txt" in log.text
 
 
 def test_images_that_a_manifest_does_not_list_are_counted(opened, root, log):

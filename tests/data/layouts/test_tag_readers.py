@@ -236,8 +236,8 @@ def test_bad_tables_of_posts_are_refused_by_name(tmp_path, files, message):
 
 
 FAULTS = [  # files, the field that cannot be read, words of the fault, and the tags that are read
-    ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (nested too deeply)", ["a"]),
-    ({"1.txt": b"caf\xe9"}, "file", "1.txt' is not UTF-8", []),
+    ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (maximum recursion", ["a"]),
+    ({"1.txt": b"caf\xe9"}, "file", "1.txt' cannot be read ('utf-8'", []),
     ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags 0.9", ["a"]),
     ({"1.json": {"tags": ["a"], "rating": 4.5}}, "rating", "1.json' has the rating 4.5", ["a"]),
     ({"1.json": {"tags": ["a"], "caption": {"short": "b"}}}, "caption", "1.json' has the caption {", ["a"]),
@@ -272,7 +272,7 @@ def test_a_bad_text_of_a_shard_is_skipped_where_that_is_set(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*0\.tar/a\.png.* the rating 5"):
+    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*0\.tar/a\.json.* the rating 5"):
         load(tmp_path, tmp_path / ".cache").refuse_faults("rating")
     index = index_collection(str(tmp_path), validation_fraction=0.0, cache=tmp_path / ".cache", on_bad_sidecar="skip")
     collection = Collection(str(tmp_path), index)
@@ -284,7 +284,7 @@ def test_files_of_other_programs_are_named_and_not_read(tmp_path, log):
     for number, content in enumerate(([{"box": [0]}], {"shapes": []}, 5)):
         write(put(tmp_path, f"{number}.png"), f"{number}.json", content)
     load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
-    assert "3 JSON files without tags, rating, caption or id: " in log.text
+    assert "3 JSON files without tags, rating, caption, label or id: " in log.text
 
 
 # Anything.
