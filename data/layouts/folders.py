@@ -2,7 +2,8 @@
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (sidecars.py), and
-kohya's metadata at the root take precedence over them (kohya.py). Masks of images, hidden names and what systems put
+kohya's metadata at the root take precedence over them (kohya.py). With a table of posts at the root, the image of a
+post is named by its id or md5, in any folder and any format. Masks of images, hidden names and what systems put
 beside pictures are passed over; links are followed.
 """
 
@@ -11,13 +12,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 
 from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
-from data.layouts.records import Sidecar
-from data.layouts.sidecars import SUFFIXES, list_orphans, read_sidecars
+from data.layouts.manifest import find_one
+from data.layouts.records import Sidecar, is_field, parse_record
+from data.layouts.sidecars import SUFFIXES, list_orphans, read_lines, read_sidecars, refuse_link_out
 from data.layouts.table import SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -30,6 +34,7 @@ IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
 )
+POSTS = ("posts.parquet", "posts.jsonl")  # tables of posts as Danbooru gives them
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
 MASK_ENDINGS = ("-masklabel", "-condlabel")  # of OneTrainer's `x-masklabel.png`, which belongs to the image `x`
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
@@ -58,6 +63,12 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
             return list(entries)
     except OSError as error:
         raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror})") from error
+
+
+def read_folder(root: Path, unused: Unused) -> pa.Table:
+    """Read a collection without a manifest: its table of posts, else its folders and sidecars."""
+    file = find_one(root, POSTS)
+    return scan_folder(root, unused) if file is None else read_posts(root, file, unused)
 
 
 def scan_folder(root: Path, unused: Unused) -> pa.Table:
@@ -101,9 +112,7 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     if any(labels) and (stated := sum(sidecar.label is not None for sidecar in sidecars)):
         log.info("data.root: %s labels are those of sidecars and not of folders", f"{stated:,}")
-    labels, sidecars = _separate_posts(list(images), labels, sidecars)
-    sidecars = [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
-    return build_rows(images, splits, sidecars)
+    return build_rows(images, splits, _add_labels(list(images), labels, sidecars))
 
 
 def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
@@ -218,10 +227,8 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
     return [split or "train" for split in splits], labels
 
 
-def _separate_posts(
-    paths: list[str], labels: list[str | None], sidecars: list[Sidecar]
-) -> tuple[list[str | None], list[Sidecar]]:
-    """Return labels and sidecars; no labels, but ids, if most images are posts of a booru, and say so.
+def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidecar]) -> list[Sidecar]:
+    """Return the sidecars with labels from folders; if most images are posts of a booru, with ids instead.
 
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
     `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
@@ -238,9 +245,9 @@ def _separate_posts(
         else:
             posts += ids[row] is not None and sidecars[row].tags is not None
     if posts <= len(paths) / 2 or not any(labels):
-        return labels, sidecars
+        return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
-    return [None] * len(paths), [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
+    return [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
 
 
 def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
@@ -257,3 +264,44 @@ def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
             "names, are not read: remove the numbers, or list the images and captions in a manifest.jsonl"
         )
     unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
+
+
+def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
+    """Read the posts with an image into a table, sorted by path. Logs how many posts have none.
+
+    Raises UserError (`data.root`) with the file name if it cannot be read, or if no post has an image.
+    """
+    refuse_link_out(root, file)
+    images = list_images(root, unused)
+    by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
+    sidecars: dict[str, Sidecar] = {}
+    count = 0
+    for where, post in _read_posts(file):
+        count += 1
+        names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
+        path = next((by_name[name] for name in names if name in by_name), None)
+        if path is not None and path not in sidecars:
+            sidecars[path] = parse_record(where, post)
+    if not sidecars:
+        raise UserError(
+            f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
+        )
+    log.info(
+        "%s: %s of %s posts have an image (the others have none, or are repeated)",
+        file.name, f"{len(sidecars):,}", f"{count:,}",
+    )  # fmt: skip
+    unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
+    return build_rows({path: images[path] for path in sidecars}, ["train"] * len(sidecars), list(sidecars.values()))
+
+
+def _read_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield each post with its position, for messages."""
+    if file.suffix == ".jsonl":
+        yield from read_lines(file)
+        return
+    try:
+        with pq.ParquetFile(file) as parquet:
+            for batch in parquet.iter_batches(columns=[*filter(is_field, parquet.schema_arrow.names)]):
+                yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error

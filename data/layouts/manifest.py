@@ -272,21 +272,19 @@ def save_manifest(root: Path, table: pa.Table, maker: str = _OURS, scanned_ns: i
 
 def is_ours(file: Path) -> bool:
     """Return whether job=manifest wrote a manifest."""
-    return _stated(file).get(_MAKER) == _OURS.encode()
+    return _read_facts(file).get(_MAKER) == _OURS.encode()
 
 
 def scanned_at(file: Path) -> int | None:
     """Return when job=manifest has read the sidecars of a manifest's folder, in ns; None for another manifest."""
-    text = _stated(file).get(_SCANNED, b"") if is_ours(file) else b""
+    text = _read_facts(file).get(_SCANNED, b"")
     return int(text) if text.isdigit() else None
 
 
-def _stated(file: Path) -> dict[bytes, bytes]:
-    """Return the metadata of a Parquet file, from its footer; {} for any other file."""
-    if file.name != PARQUET or not file.is_file():
-        return {}
-    with suppress(pa.ArrowException, OSError), pq.ParquetFile(file) as parquet:  # reading it says what is wrong
-        return parquet.schema_arrow.metadata or {}
+def _read_facts(file: Path) -> dict[bytes, bytes]:
+    """Return the metadata of a Parquet file; {} for any other file, and for a broken one, which reading refuses."""
+    with suppress(pa.ArrowException, OSError):
+        return pq.read_schema(file).metadata or {}
     return {}
 
 

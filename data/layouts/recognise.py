@@ -9,10 +9,18 @@ from typing import NamedTuple
 
 import pyarrow as pa
 
-from data.layouts.folders import SHARD_SUFFIXES, check_root, is_image_name, is_passed_over, list_folder, walk_folders
+from data.layouts.folders import (
+    POSTS,
+    SHARD_SUFFIXES,
+    check_root,
+    is_image_name,
+    is_passed_over,
+    list_folder,
+    read_folder,
+    walk_folders,
+)
 from data.layouts.huggingface import read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, is_ours, read_manifest
-from data.layouts.posts import POSTS, read_folder
 from data.layouts.refresh import warn_newer
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans

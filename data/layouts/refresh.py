@@ -7,10 +7,9 @@ from typing import Literal
 
 import pyarrow.compute as pc
 
-from data.layouts.folders import is_image_name, walk_folders
+from data.layouts.folders import POSTS, is_image_name, read_folder, walk_folders
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import find_manifest, read_parquet, refuse_foreign, save_manifest, scanned_at
-from data.layouts.posts import POSTS, read_folder
 from data.layouts.sidecars import SUFFIXES, list_faults, list_orphans
 from data.layouts.table import replace_column, show_some, take_rows
 from data.layouts.unused import Unused

@@ -16,10 +16,9 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
-from data.layouts.folders import MASK_ENDINGS, check_root, list_folder
+from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
-from data.layouts.posts import POSTS
 from data.layouts.sidecars import list_sidecars
 from data.layouts.spelling import parse_tag
 from data.layouts.unused import Unused

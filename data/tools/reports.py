@@ -11,9 +11,8 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.layouts.folders import check_root, is_image_name, list_images, walk_folders
+from data.layouts.folders import check_root, is_image_name, list_images, read_folder, walk_folders
 from data.layouts.manifest import find_manifest, read_table
-from data.layouts.posts import read_folder
 from data.layouts.sidecars import FAULT, list_orphans, list_sidecars
 from data.layouts.table import SPLITS, count_values
 from data.layouts.unused import Unused

@@ -13,9 +13,8 @@ from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.image_formats import DEFAULT_MAX_PIXELS
-from data.layouts.folders import check_root
+from data.layouts.folders import check_root, read_folder
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
-from data.layouts.posts import read_folder
 from data.layouts.sidecars import list_faults
 from data.layouts.table import MEASURED, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
