@@ -66,17 +66,13 @@ def list_folder(folder: Path) -> list[os.DirEntry[str]]:
 
 
 def read_folder(root: Path, unused: Unused) -> pa.Table:
-    """Read a collection without a manifest: its table of posts, else its folders and sidecars."""
-    file = find_one(root, POSTS)
-    return scan_folder(root, unused) if file is None else read_posts(root, file, unused)
-
-
-def scan_folder(root: Path, unused: Unused) -> pa.Table:
-    """Read every image and sidecar below a folder into a table, sorted by path.
+    """Read a collection without a manifest into a table, sorted by path: its table of posts, else folders and sidecars.
 
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
     or another image path that is not a file; a circle of links. Unreadable sidecars are in the column `sidecar_fault`.
     """
+    if (file := find_one(root, POSTS)) is not None:
+        return _read_posts(root, file, unused)
     images: dict[str, int] = {}
     beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
     tables: list[str] = []
@@ -86,7 +82,7 @@ def scan_folder(root: Path, unused: Unused) -> pa.Table:
         unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
         beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
         tables += [folder + name for name in names if name in TABLES]
-        shards = [folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES]
+        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
         unused.add("shards beside images", *shards)
         unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
     if not images:
@@ -122,7 +118,7 @@ def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Seque
 
 
 def list_images(root: Path, unused: Unused | None = None) -> dict[str, int]:
-    """Return the size in bytes of each image below a folder, by path. Raises UserError as `scan_folder` does.
+    """Return the size in bytes of each image below a folder, by path. Raises UserError as `read_folder` does.
 
     unused: also takes the sidecars, for a reader that uses none.
     """
@@ -164,10 +160,8 @@ def walk_folders(root: Path, unused: Unused | None = None) -> Iterator[tuple[str
             for (folder, chain), entries in zip(level, pool.map(lambda item: list_folder(root / item[0]), level)):
                 files = []
                 for entry in entries:
-                    if is_passed_over(entry.name):
-                        if entry.name.lower().endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(
-                            follow_symlinks=False
-                        ):
+                    if is_passed_over(name := entry.name.lower()):
+                        if name.endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(follow_symlinks=False):
                             unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
                         continue
                     is_link = entry.is_symlink()
@@ -266,17 +260,14 @@ def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
     unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
 
 
-def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
-    """Read the posts with an image into a table, sorted by path. Logs how many posts have none.
-
-    Raises UserError (`data.root`) with the file name if it cannot be read, or if no post has an image.
-    """
+def _read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
+    """Read the posts with an image. Raises UserError if no post has one."""
     refuse_link_out(root, file)
     images = list_images(root, unused)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
     sidecars: dict[str, Sidecar] = {}
     count = 0
-    for where, post in _read_posts(file):
+    for where, post in _iterate_posts(file):
         count += 1
         names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
         path = next((by_name[name] for name in names if name in by_name), None)
@@ -286,15 +277,12 @@ def read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
         raise UserError(
             f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
         )
-    log.info(
-        "%s: %s of %s posts have an image (the others have none, or are repeated)",
-        file.name, f"{len(sidecars):,}", f"{count:,}",
-    )  # fmt: skip
+    log.info("%s: %s of %s posts have an image", file.name, f"{len(sidecars):,}", f"{count:,}")
     unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
     return build_rows({path: images[path] for path in sidecars}, ["train"] * len(sidecars), list(sidecars.values()))
 
 
-def _read_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+def _iterate_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each post with its position, for messages."""
     if file.suffix == ".jsonl":
         yield from read_lines(file)

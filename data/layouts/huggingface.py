@@ -133,16 +133,9 @@ def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -
             unused.add("columns of tables of unknown name, or second of their kind", name)
             continue
         columns[field] = column.to_pylist()
-        if field == "label":
-            columns[field] = _name_classes(columns[field], table.schema, name)
+        with suppress(KeyError, TypeError, ValueError):  # the names of class numbers
+            names_of = json.loads((table.schema.metadata or {})[b"huggingface"])["info"]["features"][name]["names"]
+            known = dict(enumerate(map(str, names_of)))
+            columns[field] = [known.get(value, value) for value in columns[field]]
     rows = [dict(zip(columns, values)) for values in zip(*columns.values())] if columns else [{}] * len(table)
     return [parse_record(f"a row of {where!r}", row) for row in rows]
-
-
-def _name_classes(values: list[Any], schema: pa.Schema, column: str) -> list[Any]:
-    """Return the names of class numbers if the metadata have them."""
-    classes: list[Any] = []
-    with suppress(KeyError, TypeError, ValueError):
-        classes = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"][column]["names"]
-    names = {number: str(text) for number, text in enumerate(classes)}
-    return [names.get(value, value) if isinstance(value, int) else value for value in values]

@@ -21,7 +21,7 @@ from data.layouts.folders import (
 )
 from data.layouts.huggingface import read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, is_ours, read_manifest
-from data.layouts.refresh import warn_newer
+from data.layouts.refresh import find_newer
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
@@ -58,7 +58,7 @@ def recognise(root: str, cache: Path) -> Layout:
         return Layout([manifest], functools.partial(read_manifest, None, manifest))
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
-        warn_newer(folder, manifest)
+        find_newer(folder, manifest)
         return Layout([manifest], functools.partial(_read_listed, folder, manifest))
     names, others = _find_shards(folder)
     if not names:

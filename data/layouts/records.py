@@ -4,6 +4,7 @@ A tag with a known category gets it as a prefix, such as `character:hatsune_miku
 """
 
 import codecs
+import functools
 import itertools
 import re
 import reprlib
@@ -127,13 +128,14 @@ def _words(field: str, value: Any) -> list[str]:
     return value
 
 
-def _read_rating(record: dict[str, Any]) -> str | None:
-    rating = record.get("rating")
-    if rating is None or isinstance(rating, str):
-        return clean(rating or "") or None
-    if type(rating) is int and 0 <= rating <= 3:
-        return str(rating)
-    raise ValueError(f"the rating {reprlib.repr(rating)}; write a text, or 0 to 3")
+def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
+    """Return a field of one text, or of a number; a negative one, as of Hugging Face, is none."""
+    value = record.get(field)
+    if value is None or isinstance(value, str):
+        return clean(value or "") or None
+    if type(value) is int and value <= largest:
+        return str(value) if value >= 0 else None
+    raise ValueError(f"the {field} {reprlib.repr(value)}; write a text, or a whole number of at most {largest}")
 
 
 def _read_caption(record: dict[str, Any]) -> str | None:
@@ -146,17 +148,8 @@ def _read_caption(record: dict[str, Any]) -> str | None:
     raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
 
 
-def _read_label(record: dict[str, Any]) -> str | None:
-    """Return the label of a record; a negative number is none, as in Hugging Face's test splits."""
-    label = record.get("label")
-    if label is None or isinstance(label, str):
-        return clean(label or "") or None
-    if type(label) is int:
-        return str(label) if label >= 0 else None
-    raise ValueError(f"the label {reprlib.repr(label)}; write a text or a whole number")
-
-
-_READERS = {"tags": _read_tags, "rating": _read_rating, "caption": _read_caption, "label": _read_label}
+_READERS = {"tags": _read_tags, "caption": _read_caption}
+_READERS |= {name: functools.partial(_read_value, name, largest) for name, largest in (("rating", 3), ("label", 2**63))}
 FIELDS = tuple(_READERS)
 
 

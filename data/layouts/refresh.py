@@ -22,17 +22,8 @@ _COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtim
 _READ_AGAIN = ("label", "tags", "rating", "caption", "id")
 
 
-def warn_newer(root: Path, manifest: Path) -> None:
-    """Log how many sidecars are newer than a manifest of job=manifest. Each is asked once for its times, not read."""
-    if newer := find_newer(root, manifest):
-        log.warning(
-            "data.root: %s sidecars are newer than %s and are not read: %s; data.manifest=refresh reads them again",
-            f"{len(newer):,}", manifest.name, show_some(newer),
-        )  # fmt: skip
-
-
 def find_newer(root: Path, manifest: Path) -> list[str]:
-    """Return the sidecars that changed after job=manifest has read them; none for another manifest."""
+    """Return and log the sidecars that changed after job=manifest has read them; none for another manifest."""
     if (scanned := scanned_at(manifest)) is None:
         return []
     status, newer = manifest.stat(), []
@@ -47,6 +38,11 @@ def find_newer(root: Path, manifest: Path) -> list[str]:
                         changed.add(folder + entry.name)
         if changed:
             newer += sorted(changed.difference(list_orphans(folder, set(filter(is_image_name, names)), names)))
+    if newer:
+        log.warning(
+            "data.root: %s sidecars are newer than %s and are not read: %s; data.manifest=refresh reads them again",
+            f"{len(newer):,}", manifest.name, show_some(newer),
+        )  # fmt: skip
     return newer
 
 

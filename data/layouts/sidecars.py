@@ -18,7 +18,8 @@ from utils.io.files import write_text
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
-SUFFIXES = (".caption", ".txt", ".json")  # a later one takes precedence
+SUFFIXES = (".caption", ".txt", ".json")
+TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _SPELLINGS = [(suffix, suffix.upper(), f".{suffix[1:].title()}") for suffix in SUFFIXES]
 _MAX_BYTES = 16 * 2**20
 
@@ -40,16 +41,20 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str], unused: 
 
 
 def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes], unused: Unused) -> Sidecar:
-    """Read the texts of an image: their names by suffix, a later one takes precedence, but `.caption` over `.txt`.
+    """Read the texts of an image: their names by suffix (TEXT_SUFFIXES; but a caption is that of `.caption`).
 
     What cannot be read is a fault of the result.
     """
     sidecar = Sidecar()
-    for suffix, name in texts.items():
+    for suffix in filter(texts.get, TEXT_SUFFIXES):
         try:
-            text = decode(read(name))
+            text = decode(read(name := texts[suffix]))
             if suffix == ".json":
-                found = _parse_json(text, name, unused)
+                record, found = load_json(text, repr(name)) if text.strip() else {"tags": None}, Sidecar()
+                if isinstance(record, dict) and any(map(is_field, record)):
+                    found = parse_record(repr(name), record)
+                else:
+                    unused.add("JSON files without tags, rating, caption, label or id", name)
             elif suffix == ".cls":
                 found = Sidecar(label=text.strip() or None)
             else:
@@ -60,14 +65,6 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
             found = Sidecar(sidecar_fault=f"file: {fault.removeprefix('data.root: ')}")
         sidecar = sidecar.updated(found)
     return sidecar
-
-
-def _parse_json(text: str, name: str, unused: Unused) -> Sidecar:
-    record = load_json(text, repr(name)) if text.strip() else {"tags": None}
-    if isinstance(record, dict) and any(map(is_field, record)):
-        return parse_record(repr(name), record)
-    unused.add("JSON files without tags, rating, caption, label or id", name)
-    return Sidecar()
 
 
 def list_sidecars(name: str, names: set[str]) -> list[str]:
@@ -107,10 +104,9 @@ def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         with open(file, encoding=encoding) as lines:
             for number, line in enumerate(lines, start=1):
                 where = f"{str(file)!r}, line {number},"
-                record = load_json(line, where) if line.strip() else {}
-                if not isinstance(record, dict):
-                    raise UserError(f"data.root: {where} holds {reprlib.repr(record)}; an object is allowed")
                 if line.strip():
+                    if not isinstance(record := load_json(line, where), dict):
+                        raise UserError(f"data.root: {where} holds {reprlib.repr(record)}; an object is allowed")
                     yield where, record
     except (OSError, UnicodeError) as error:
         raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
@@ -128,11 +124,7 @@ def load_json(text: str, where: str) -> Any:
 
 
 def list_faults(
-    table: pa.Table,
-    cache: Path,
-    unused: Unused,
-    on_bad_sidecar: Literal["stop", "skip"],
-    fields: Sequence[str] = FIELDS,
+    table: pa.Table, cache: Path, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
 ) -> pa.Table:
     """Write the images with a bad sidecar into a file of `cache`; return the table without the column of faults.
 
@@ -144,7 +136,7 @@ def list_faults(
     file = cache / f"bad_sidecars_{hash_table(table)}.jsonl"
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in faulty))
     unused.add(f"bad sidecars, all listed in {file}", *(row[FAULT] for row in faulty))
-    if on_bad_sidecar == "stop":
+    if on_bad == "stop":
         if not fields:
             return table
         refuse_faults((row[FAULT] for row in faulty), file, *fields)

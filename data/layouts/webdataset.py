@@ -12,10 +12,9 @@ from typing import Any
 
 from data.layouts.folders import IMAGE_SUFFIXES, is_mask_name, is_passed_over, place_image
 from data.layouts.manifest import OUTSIDE
-from data.layouts.sidecars import SUFFIXES, read_texts
+from data.layouts.sidecars import TEXT_SUFFIXES, read_texts
 from data.layouts.unused import Unused
 
-_TEXTS = (".cls", *SUFFIXES)
 _MAX_TEXT_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
 _PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
@@ -33,26 +32,28 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     text, folders are splits and classes.
     """
     images: dict[str, tarfile.TarInfo] = {}
-    texts: dict[str, dict[str, tuple[str, bytes]]] = {}  # by stem and suffix
+    texts: dict[str, dict[str, str]] = {}  # their names, by stem and suffix
+    contents: dict[str, bytes] = {}
     with open(file, "rb", buffering=0) as stream:
         for member in _read_members(stream.fileno(), name, unused):
             path = member.name.removeprefix("./")
-            stem, suffix = os.path.splitext(path)
-            if suffix.lower() not in (*IMAGE_SUFFIXES, *_TEXTS):
+            where, (stem, suffix) = f"{name}/{path}", os.path.splitext(path)
+            suffix = suffix.lower()
+            if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
                 continue
             if member.type not in _PLAIN or re.search(OUTSIDE, path):
-                unused.add("members of shards that are no plain files, or have an unsafe path", f"{name}/{path}")
+                unused.add("members of shards that are no plain files, or have an unsafe path", where)
             elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
-                unused.add("masks, hidden names and thumbnails in shards", f"{name}/{path}")
-            elif suffix.lower() not in _TEXTS:
+                unused.add("masks, hidden names and thumbnails in shards", where)
+            elif suffix in IMAGE_SUFFIXES:
                 if path in images:
-                    unused.add("members of shards before another one of their name", f"{name}/{path}")
+                    unused.add("members of shards before another one of their name", where)
                 images[path] = member
             elif member.size > _MAX_TEXT_BYTES:
-                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", f"{name}/{path}")
+                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", where)
             else:
-                content = os.pread(stream.fileno(), member.size, member.offset_data)
-                texts.setdefault(stem, {})[suffix.lower()] = f"{name}/{path}", content
+                texts.setdefault(stem, {})[suffix] = where
+                contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
     rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
     for path, member in images.items():
         stem, key = os.path.splitext(path)[0], re.sub(r"\.[^/]*$", "", path)
@@ -60,17 +61,14 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             unused.add("further images of a sample", f"{name}/{path}")
             continue
         read.add(owner := stem if stem in texts else key)
-        beside = sorted(texts.get(owner, {}).items(), key=lambda item: _TEXTS.index(item[0]))
-        names = {suffix: file for suffix, (file, _) in beside}
-        contents = dict(text for _, text in beside)
-        columns = read_texts(f"{name}/{path}", names, contents.__getitem__, unused)._asdict()
+        columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
             columns["split"], columns["label"] = place_image(path)
         rows.append({"path": f"{name}/{path}", **columns})
     folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
-    alone = (file for stem in texts if stem not in read for file, _ in texts[stem].values())
+    alone = (file for stem in texts if stem not in read for file in texts[stem].values())
     unused.add("texts in shards without an image", *alone)
     return rows
 

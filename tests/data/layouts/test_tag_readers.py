@@ -14,6 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.collection.collection import Collection, index_collection
+from data.layouts.records import FIELDS
 from data.layouts.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
@@ -117,7 +118,7 @@ RECORDS = [
     ({"tags": [], "id": 2**70}, ([], None, None, None)),
     ({"tags_species": ["wolf"], "tags_general": ["a"], "tags_contributor": "c", "tags_count": 5},  # e621
      (["a", "wolf", "contributor:c"], None, None, None)),
-    ({"caption": ["a  cat\nsleeps", " ", "a dog"]}, ([], None, "a cat sleeps\na dog", None)),
+    ({"caption": ["a  cat\nsleeps", " ", "a dog"], "label": 7}, ([], None, "a cat sleeps\na dog", None)),
 ]  # fmt: skip
 
 
@@ -125,6 +126,7 @@ def test_json_sidecars(tmp_path):
     for number, (record, _) in enumerate(RECORDS):
         write(put(tmp_path, f"{number}.png"), f"{number}.png.json", record)
     assert list(rows(tmp_path).values()) == [row for _, row in RECORDS]
+    assert load(tmp_path, tmp_path / ".cache").class_names("train") == ["7"]
 
 
 SENTENCE = "A cat sleeps, deeply, on the red mat."
@@ -242,6 +244,7 @@ FAULTS = [  # files, the field that cannot be read, words of the fault, and the 
     ({"1.json": "[" * 100_000, "1.txt": "a"}, "file", "1.json' is broken JSON (maximum recursion", ["a"]),
     ({"1.txt": b"caf\xe9"}, "file", "1.txt' cannot be read ('utf-8'", []),
     ({"1.json": {"tags": {"blue": 0.9}, "rating": "g"}, "1.txt": "a"}, "tags", "1.json' has the tags 0.9", ["a"]),
+    ({"1.json": {"tags": ["a"], "label": ["b"]}}, "label", "1.json' has the label ['b']", ["a"]),
     ({"1.json": {"tags": ["a"], "rating": 4.5}}, "rating", "1.json' has the rating 4.5", ["a"]),
     ({"1.json": {"tags": ["a"], "caption": {"short": "b"}}}, "caption", "1.json' has the caption {", ["a"]),
     ({"meta_a.json": {"1": {"tags": 5}}}, "tags", "meta_a.json', '1' has the tags 5", []),
@@ -258,7 +261,7 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
     collection = load(tmp_path, tmp_path / ".cache")
     assert list(collection.row(0).tags) == tags and message in log.text
     if field != "file":
-        collection.refuse_faults(*{"tags", "rating", "caption"} - {field})
+        collection.refuse_faults(*{*FIELDS} - {field})
     with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
         collection.refuse_faults("tags" if field == "file" else field)
     (listing,) = (tmp_path / ".cache").glob("bad_sidecars_*.jsonl")

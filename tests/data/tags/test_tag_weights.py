@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from data.tags.tag_weights import ImageTags, TagWeightsConfig, describe_weights, weigh_images, weigh_rows
+from data.tags.tag_weights import ImageTags, TagWeightsConfig, describe_weights, read_tags, weigh_images, weigh_rows
+from tests.data.tags.test_captions import collection_of, config
 
 NAMES = [f"tag_{number}" for number in range(20)]
 
@@ -46,3 +47,10 @@ def test_rows_equal_a_slow_reference_and_weigh_1_on_average():
 def test_the_effective_number_of_images_is_said():
     assert describe_weights(np.array([3.0, 1.0])).endswith("effective sample size 2")  # 16 / 10
     assert describe_weights(np.array([1.0, 0.0, 0.0])).startswith("0.00 to 1.00")
+
+
+def test_tags_come_from_captions_where_there_are_none_but_not_from_sentences(tmp_path):
+    lines = [{"tags": ["x"], "caption": "y"}, {"caption": "A cat, grey and old, sleeps on the mat.\nhat, Long Hair"}]
+    manifest = [{"path": f"{name}.png", **line} for name, line in zip("ab", lines)]
+    tags = read_tags(collection_of(tmp_path, {"manifest.jsonl": manifest}, ("a.png", "b.png")), config())
+    assert [[tags.names[tag] for tag in tags.of_row(row)] for row in (0, 1)] == [["x"], ["hat", "Long Hair"]]
