@@ -128,15 +128,15 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
         report = arena.measure()
     rows = report.tables["arena"]
     if distributed.is_main():
-        source = config.model_dump(mode="json", include={"models", "data", "arena"})
-        folder = result_folder("arena", source)
+        folder = result_folder("arena", **config.model_dump(mode="json", include={"models", "data", "arena"}))
+        refuse_links_out("run_dir", folder)
         output = Path(config.output or folder / "arena.json")
         log.info("%s", Lines(show_rows(rows)))
         write_results(folder, output, f"Arena: {config.data.root}", {**report.scalars, "models": rows}, report)
     return f"{rows[0]['model']}  mAP={rows[0]['mAP']:.4f}"
 
 
-def result_folder(name: str, source: dict[str, Any]) -> Path:
+def result_folder(name: str, **source: Any) -> Path:
     """Return the folder of results that belong to no run; the same source has the same folder."""
     return _RESULTS / f"{name}-{sha256_text(canonical_json(source))[:8]}"
 
@@ -145,7 +145,6 @@ def write_results(
     folder: Path, output: Path, title: str, figures: Mapping[str, Any], report: Report, prefix: str = ""
 ) -> None:
     """Write the figures to `output`, and tables, pictures and a report page into the folder."""
-    refuse_links_out("run_dir", folder)
     with output_errors("output", output):
         write_json(output, figures)
     log.info("wrote %s", output)
@@ -199,8 +198,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
         )
     folder, other = Path(config.run_dir or ""), "" if config.split == "val" else f"_{config.split}"
     if config.run_dir is None:
-        source = {"weights": str(path.resolve()), "data": config.data.model_dump(mode="json")}
-        folder = result_folder(path.stem, source)
+        folder = result_folder(path.stem, weights=str(path.resolve()), data=config.data.model_dump(mode="json"))
+    refuse_links_out("run_dir", folder)
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
@@ -213,7 +212,6 @@ def main(config: EvaluateConfig, job: Job) -> str:
         if config.per_image:
             if thresholds is not None:
                 task.thresholds = np.float32(thresholds.of_tags(task.vocabulary, PER_TAG))
-            refuse_links_out("run_dir", folder)
             loader = track(loaders["val"], len(loaders["val"]), "describing images")
             with output_errors("run_dir", folder):
                 write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"])

@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Discriminator, Field, Tag, model_validator
+from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
@@ -62,14 +62,9 @@ from utils.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 log = get_logger(__name__)
 
 
-class CategoryThresholds(Strict):
-    """The threshold of each category; None: from `threshold` or by `profile`."""
-
-    general: Fraction | None
-    artist: Fraction | None
-    copyright: Fraction | None
-    character: Fraction | None
-    meta: Fraction | None
+CategoryThresholds = create_model(  # None: from `threshold` or by `profile`
+    "CategoryThresholds", __base__=Strict, **{name: (Fraction | None, ...) for name in CATEGORIES if name != "rating"}
+)
 
 
 class PredictConfig(Strict):

@@ -71,7 +71,9 @@ class Finder(Tool):
         table = read_table(file, Unused()) if file and not is_ours(file) else read_own_manifest(root)
         table, count = exclude(table, self.name, reasons)
         for name, values in changes.items():
-            table = _fill_in(table, name, values)
+            before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+            now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
+            table = replace_column(table, name, pa.array(now, TYPES[name]))
         if file and is_ours(file):
             save_manifest(root, table)
             return f"{count:,} images excluded ({listing})"
@@ -106,13 +108,6 @@ def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.T
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
     return (table if any(now) else table.drop_columns("reason")), ours
-
-
-def _fill_in(table: pa.Table, name: str, values: Mapping[str, Any]) -> pa.Table:
-    """Return a manifest with some values of a column replaced, by path."""
-    before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-    now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
-    return replace_column(table, name, pa.array(now, TYPES[name]))
 
 
 class Rules(Strict):
@@ -270,9 +265,7 @@ class Split(Tool):
     apply: bool
 
     def run(self, data: DataConfig) -> str:
-        """Split. Raises UserError (`data.root`, `data.validation_fraction`)."""
-        if data.validation_fraction == 0:
-            raise UserError("data.validation_fraction: 0.0 gives no validation images; set a share, such as 0.05")
+        """Split. Raises UserError (`data.root`)."""
         root = check_root(data.root)
         table = read_own_manifest(root)
         can_change = pc.not_equal(table["split"], "test")

@@ -123,7 +123,8 @@ def _measure_image(image: Image.Image) -> Facts:
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
-    orientation = from_tiff or orientation
+    orientation, inner = from_tiff or orientation, levels[1:-1, 1:-1]
+    edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
     return Facts(
         format=image.format,
         width=upright.width,
@@ -133,12 +134,5 @@ def _measure_image(image: Image.Image) -> Facts:
         transparent=transparent,
         phash=perceptual_hash(pixels),
         brightness=round(float(levels.mean()) / 255, 4),
-        sharpness=round(_measure_sharpness(levels), 2),
+        sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
     )
-
-
-def _measure_sharpness(levels: np.ndarray) -> float:
-    """Return the variance of the Laplacian of grey levels [H, W]; 0 if a side is below 3."""
-    inner = levels[1:-1, 1:-1]
-    edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
-    return float(edges.var()) if edges.size else 0.0

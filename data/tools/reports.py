@@ -9,7 +9,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.collection.collection import Collection
 from data.config import DataConfig
 from data.layouts.folders import check_root, is_image_name, list_images, read_folder, walk_folders
 from data.layouts.manifest import find_manifest, read_table
@@ -56,7 +55,10 @@ class Statistics(Tool):
     def run(self, data: DataConfig) -> str:
         """Write the statistics. Raises UserError (`data.root`, `job`)."""
         collection = load_collection(data)
-        facts = _find_facts(collection, data)
+        sizes = collection.stated_sizes() if collection.is_packed else None
+        facts = [] if sizes is None else [Facts(width=w or None, height=h or None) for h, w in sizes.tolist()]
+        if not collection.is_packed:
+            facts = measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
         tables = _count_tables(collection.table, facts)
         lengths = pc.list_value_length(collection.table["tags"]).to_numpy()
         figures = {
@@ -79,14 +81,6 @@ class Statistics(Tool):
                 pictures[name] = _draw_histogram(name, values)
         page = save_report(Path(self.report) / self.name, data.root, figures, tables, pictures)
         return f"{describe_collection(collection)}; {page}"
-
-
-def _find_facts(collection: Collection, data: DataConfig) -> list[Facts]:
-    """Return the facts of each image; [] for shards without sizes."""
-    if not collection.is_packed:
-        return measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
-    sizes = collection.stated_sizes()
-    return [] if sizes is None else [Facts(width=w or None, height=h or None) for h, w in sizes.tolist()]
 
 
 def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
@@ -132,8 +126,7 @@ class Verify(Tool):
         images = sorted(list_images(root))
         facts = measure_files(root, images, data.max_pixels)
         found = [(path, fact.kind, fact.reason) for path, fact in zip(images, facts) if fact.kind is not None]
-        found += ((path, fault, fault) for path, fault in (*_compare_rows(root, images), *_compare_sidecars(root)))
-        found += ((path, "a bad sidecar", fault) for path, fault in _find_bad_sidecars(root))
+        found += (fault if len(fault) == 3 else (*fault, fault[1]) for fault in _find_faults(root, images))
         kinds, faults = Counter(kind for _, kind, _ in found), {}
         for path, _, fault in found:
             faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
@@ -142,30 +135,24 @@ class Verify(Tool):
         return f"{len(images):,} images; {f'{counts} ({listing})' if found else 'no fault'}"
 
 
-def _find_bad_sidecars(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield the images with a sidecar that cannot be read; none beside a manifest, which replaces sidecars."""
-    if find_manifest(root) is None and FAULT in (table := read_folder(root, Unused())).column_names:
-        table = table.filter(pc.is_valid(table[FAULT]))
-        yield from zip(table["path"].to_pylist(), table[FAULT].to_pylist())
+def _find_faults(root: Path, images: list[str]) -> Iterator[tuple[str, ...]]:
+    """Yield the path, the kind and, if it says more, the reason of faults of the manifest and the sidecars.
 
-
-def _compare_rows(root: Path, images: list[str]) -> Iterator[tuple[str, str]]:
-    """Yield paths that only the manifest or only the folder has."""
+    If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not matter.
+    """
     if (manifest := find_manifest(root)) is not None:
         rows = set(read_table(manifest, Unused())["path"].to_pylist())
         yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
         gone = (path for path in sorted(rows.difference(images)) if not (root / path).is_file())
         yield from ((path, "a row of the manifest without a file") for path in gone)
-
-
-def _compare_sidecars(root: Path) -> Iterator[tuple[str, str]]:
-    """Yield sidecars without an image, and, if any image has a sidecar, images without one."""
+    elif FAULT in (table := read_folder(root, Unused())).column_names:
+        bad = table.filter(pc.is_valid(table[FAULT]))
+        yield from ((path, "a bad sidecar", why) for path, why in zip(bad["path"].to_pylist(), bad[FAULT].to_pylist()))
     bare, some = [], False
     for folder, _, names in walk_folders(root):
-        images = {name for name in names if is_image_name(name)}
-        without = [folder + name for name in images if not list_sidecars(name, names)]
-        bare += without
-        some = some or len(without) < len(images)
-        yield from ((path, "a sidecar without an image") for path in list_orphans(folder, images, names))
+        here = {name for name in names if is_image_name(name)}
+        without = [folder + name for name in here if not list_sidecars(name, names)]
+        bare, some = bare + without, some or len(without) < len(here)
+        yield from ((path, "a sidecar without an image") for path in list_orphans(folder, here, names))
     if some:
         yield from ((path, "an image without a sidecar") for path in sorted(bare))

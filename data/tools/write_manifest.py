@@ -3,11 +3,10 @@
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import model_validator
 
 from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
@@ -32,7 +31,7 @@ _NAMED = 20  # unreadable images in the log
 class Manifest(Tool):
     """Check the images of `data.root` and write a manifest.
 
-    verify: decode every image; unreadable ones get weight 0. duplicates: also find near-duplicates; needs verify.
+    verify: decode every image; unreadable ones get weight 0. duplicates: also find near-duplicates, which decodes, too.
     """
 
     name: Literal["manifest"]
@@ -70,12 +69,6 @@ class Manifest(Tool):
         log.info("wrote %s: %s, %d classes, %d tags", Path(data.root) / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(reasons)} unreadable"
 
-    @model_validator(mode="after")
-    def _decodes_for_duplicates(self) -> Self:
-        if self.duplicates and not self.verify:
-            raise ValueError("job.duplicates: true needs decoded images, but job.verify is false; set job.verify=true")
-        return self
-
 
 def write_manifest(
     root: str,
@@ -89,12 +82,12 @@ def write_manifest(
     """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
 
     verify: decode every image and fill in the columns _DECODED. Damaged images get weight 0 and a reason; without
-    verify, only files that cannot be opened. duplicates: also fill in group (see `group_duplicates`); needs verify.
+    verify, only files that cannot be opened. duplicates: verify, and fill in group (see `group_duplicates`).
 
     Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
     and for an existing manifest that this function did not write.
     """
-    folder = check_root(root)
+    folder, verify = check_root(root), verify or duplicates
     if (manifest := find_manifest(folder)) is not None:
         refuse_foreign(manifest)
     scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())

@@ -224,9 +224,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Read a JSON file; NaN is allowed. Raises OSError, or ValueError if it is no regular file or no JSON."""
-    if path.exists() and not path.is_file():  # reading a FIFO would wait forever
-        raise ValueError("it is not a regular file")
+    """Read a JSON file; NaN is allowed. Raises OSError, or ValueError if it is no JSON."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except RecursionError:

@@ -197,11 +197,6 @@ def find_weights(run_or_file: str, which: str) -> Path:
         if not path.exists():
             raise UserError(f"{path} does not exist; name a run folder or a weight file")
         return path
-    if shards := sorted(path.glob("*.index.json")):
-        raise UserError(
-            f"the weights in {path} are in several files ({shards[0].name}), which Atelier does not read; save them as "
-            "one: model.save_pretrained(FOLDER, max_shard_size='1TB') in transformers"
-        )
     if not (path / "weights").is_dir() and (path / "config.json").is_file():
         for name in FOLDER_FILES:
             if (path / name).is_file():
