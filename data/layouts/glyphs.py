@@ -66,8 +66,8 @@ def draw_glyphs(root: Path) -> None:
         return
     if root.exists() and not (root.is_dir() and not any(root.iterdir())):
         raise UserError(
-            f"data.root: {str(root)!r} exists and does not hold version {GLYPHS_VERSION} of the embedded "
-            "collection; set data.root to a new folder, or remove this one and the glyphs will be drawn there"
+            f"data.root: {str(root)!r} does not hold the embedded collection (version {GLYPHS_VERSION}); for images of "
+            "your own, add data=image_folder; for the glyphs, name a new folder"
         )
     log.info("drawing the glyph collection into %s (once, a few seconds)", root)
     with output_errors("data.root", root):
