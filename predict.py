@@ -12,7 +12,7 @@ image that cannot be read gets a row with the reason.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from collections.abc import Callable, Iterable, Iterator, Set
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -155,12 +155,15 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
     return RowFile(output, ["path", *(columns or ()), "error"], keep=config.existing == "skip")
 
 
-def choose_paths(config: PredictConfig, images: Images, destination: Destination, done: Set[str]) -> list[Path]:
-    """Return the images to predict. done: those that a killed call of this command has predicted.
+def choose_paths(
+    config: PredictConfig, images: Images, destination: Destination, predicted: Predicted | None
+) -> list[Path]:
+    """Return the images to predict. predicted: what a killed call of this command has predicted.
 
     Raises UserError (`existing`) if others have a result and `existing` is not set.
     """
-    written = {path for path in images.paths if str(path) not in done and destination.has(str(path))}
+    done, known = (set(), set()) if predicted is None else (predicted.done, predicted.known)
+    written = {path for path in images.paths if str(path) not in known and destination.has(str(path))}
     if written and config.existing is None:
         raise UserError(
             f"existing: null, but {len(written):,} of {len(images.paths):,} images already have tags, such as "
@@ -245,7 +248,7 @@ def main(config: PredictConfig, job: Job) -> str:
     images = Images("", []) if is_stored else find_images(config.input, "input")
     destination = choose_destination(config, predictor, images, version)
     if config.dry_run:
-        return f"dry run: {len(choose_paths(config, images, destination, set()))} images, nothing is predicted"
+        return f"dry run: {len(choose_paths(config, images, destination, None))} images, nothing is predicted"
     if is_stored:
         with output_errors("output", output):
             destination.write_all(stored)
@@ -255,7 +258,7 @@ def main(config: PredictConfig, job: Job) -> str:
     folder, command = destination.folder, describe(config, options, version, rules)
     with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
-        paths = choose_paths(config, images, destination, predicted.done)
+        paths = choose_paths(config, images, destination, predicted)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
         found = predict_all(predictor, paths, config, predict)
         predicted.write(join_texts(found, destination, config, rules), destination)

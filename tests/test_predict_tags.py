@@ -217,13 +217,7 @@ class Killed(Exception):
     pass
 
 
-@pytest.mark.parametrize("output", ["copy/found.csv", "copy/texts/"])
-def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
-    words, known = ["existing=skip", "batch_size=1", "threshold=0.5"], {*images.rglob("*")}
-    go(place, output, *words, "existing=overwrite")
-    whole = {file: file.read_text() for file in sorted({*images.rglob("*")} - known) if file.is_file()}
-    for file in whole:
-        file.unlink()
+def kill_at_the_third_batch(monkeypatch, *arguments):
     rows_of, calls = Predictor.rows, []
 
     def fatal(self, *arguments):
@@ -232,15 +226,34 @@ def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
             raise Killed
         return rows_of(self, *arguments)
 
+    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr(Predictor, "rows", fatal)
-        go(place, output, *words)
+        go(*arguments)
+
+
+@pytest.mark.parametrize("output", ["copy/found.csv", "copy/texts/"])
+def test_a_command_that_was_killed_goes_on(output, place, images, monkeypatch):
+    words, known = ["existing=skip", "batch_size=1", "threshold=0.5"], {*images.rglob("*")}
+    go(place, output, *words, "existing=overwrite")
+    whole = {file: file.read_text() for file in sorted({*images.rglob("*")} - known) if file.is_file()}
+    for file in whole:
+        file.unlink()
+    kill_at_the_third_batch(monkeypatch, place, output, *words)
     (journal,) = images.rglob(".*journal")
     with open(journal, "a") as stream:
         stream.write("[[[1, 2")  # torn
     assert ": 2 images, " in go(place, output, *words)
     assert {file: file.read_text() for file in whole} == whole
     assert ": 0 images, " in go(place, output, *words)
+
+
+def test_an_image_that_changed_after_the_kill_is_predicted_again(place, images, monkeypatch):
+    first, last = (images / path for path in (PATHS[0], PATHS[-1]))
+    kill_at_the_third_batch(monkeypatch, place, "beside", "batch_size=1", "threshold=0.5")
+    shutil.copy(last, first)
+    assert ": 3 images, " in go(place, "beside", "batch_size=1", "threshold=0.5")
+    assert first.with_suffix(".txt").read_text() == last.with_suffix(".txt").read_text()
 
 
 def test_nothing_is_written_through_a_link(place, images, tmp_path):

@@ -79,18 +79,19 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
 class Predicted:
     """The rows of a prediction, in its journal, which also has the rows of a killed call of the same command.
 
-    A row counts while its image is unchanged.
+    A row counts while its image is unchanged. done: the paths of these rows; known: those of all rows in the journal.
     """
 
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
         self._journal = journal
         self._versions = {str(path): file_version(path) for path in paths}
         self.done = {row["path"] for rows in self._parts() for row in rows}
+        self.known = {row["path"] for part in journal.parts() for _, row in part}
 
     def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each batch."""
         for part in self._journal.parts():
-            yield [row for version, row in part if version == self._versions.get(row["path"], ())]
+            yield [row for version, row in part if version and version == self._versions.get(row["path"])]
 
     def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
         """Write batches as they arrive, after the rows of a killed call."""
@@ -99,7 +100,7 @@ class Predicted:
             destination.write_each(rows)
         for rows in batches:
             self._journal.add([(self._versions[row["path"]], row) for row in rows])
-            destination.write_each(rows)
+            destination.write_each(rows, replace=True)
         destination.write_all(row for rows in self._parts() for row in rows)
 
 
@@ -117,8 +118,8 @@ class Destination:
         """Return the present tags of an image."""
         return ()
 
-    def write_each(self, rows: Iterable[Row]) -> None:
-        """Write the files of some images, if each image has a file."""
+    def write_each(self, rows: Iterable[Row], *, replace: bool = False) -> None:
+        """Write the files of some images, if each image has a file. replace: even those that exist."""
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the file of all images, if they share one."""
@@ -208,10 +209,10 @@ class Sidecars(Destination):
         except UnicodeDecodeError as error:
             raise UserError(f"output: {self._files[path]} is not UTF-8 ({error}); save it as UTF-8") from None
 
-    def write_each(self, rows: Iterable[Row]) -> None:
+    def write_each(self, rows: Iterable[Row], *, replace: bool = False) -> None:
         """Write the text files."""
         for row in rows:
-            if "tags" in row and (self._replace or not self.has(row["path"])):
+            if "tags" in row and (replace or self._replace or not self.has(row["path"])):
                 text, file = f"{row['tags']}\n", self._files[row["path"]]
                 write_atomically(file, lambda temporary, text=text: temporary.write_text(text, "utf-8"), flush=False)
 
