@@ -210,7 +210,11 @@ class Started:
         """Send a signal to the sessions of some ranks."""
         for index, process in enumerate(self.processes):
             if process.is_alive() and (ranks is None or index in ranks):
-                os.killpg(process.pid, number)
+                try:
+                    os.killpg(process.pid, number)
+                except ProcessLookupError:  # it has no session yet, or has just ended
+                    if process.is_alive():
+                        os.kill(process.pid, number)
 
     @property
     def output(self):

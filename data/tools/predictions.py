@@ -84,14 +84,14 @@ class Predicted:
 
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
         self._journal = journal
-        self._versions = {str(path): file_version(path) for path in paths}
+        self._versions = {str(path): file_version(path) or [time.time_ns()] for path in paths}
         self.done = {row["path"] for rows in self._parts() for row in rows}
         self.known = {row["path"] for part in journal.parts() for _, row in part}
 
     def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each batch."""
         for part in self._journal.parts():
-            yield [row for version, row in part if version and version == self._versions.get(row["path"])]
+            yield [row for version, row in part if version == self._versions.get(row["path"])]
 
     def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
         """Write batches as they arrive, after the rows of a killed call."""
