@@ -11,6 +11,7 @@ import json
 import os
 import re
 import sys
+import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
