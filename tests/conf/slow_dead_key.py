@@ -19,6 +19,7 @@ from tests.conf.test_no_dead_key import TAG_WEIGHTS
 from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, load_command, make_glyph_folder, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
+from utils.vocabulary import CATEGORIES
 
 
 def list_models(annotation):
@@ -181,6 +182,8 @@ def runs(tmp_path_factory):
 # Read from the dumped values, not through an attribute: proved below.
 PROVED = {
     "TrainingConfig.run_dir",
+    *(f"CategoryThresholds.{name}" for name in CATEGORIES),  # tests/test_predict_tags.py
+    "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
