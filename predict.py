@@ -12,7 +12,7 @@ image that cannot be read gets a row with the reason.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -156,13 +156,12 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
 
 
 def choose_paths(
-    config: PredictConfig, images: Images, destination: Destination, predicted: Predicted | None
+    config: PredictConfig, images: Images, destination: Destination, known: Mapping[str, bool]
 ) -> list[Path]:
-    """Return the images to predict. predicted: what a killed call of this command has predicted.
+    """Return the images to predict. known: the paths of a killed call of this command, and whether each row counts.
 
     Raises UserError (`existing`) if others have a result and `existing` is not set.
     """
-    done, known = (set(), set()) if predicted is None else (predicted.done, predicted.known)
     written = {path for path in images.paths if str(path) not in known and destination.has(str(path))}
     if written and config.existing is None:
         raise UserError(
@@ -170,7 +169,7 @@ def choose_paths(
             f"{min(written)}; set skip, append or overwrite"
         )
     skipped = written if config.existing == "skip" else ()
-    return [path for path in images.paths if str(path) not in done and path not in skipped]
+    return [path for path in images.paths if not known.get(str(path)) and path not in skipped]
 
 
 def predict_all(
@@ -248,7 +247,7 @@ def main(config: PredictConfig, job: Job) -> str:
     images = Images("", []) if is_stored else find_images(config.input, "input")
     destination = choose_destination(config, predictor, images, version)
     if config.dry_run:
-        return f"dry run: {len(choose_paths(config, images, destination, None))} images, nothing is predicted"
+        return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
     if is_stored:
         with output_errors("output", output):
             destination.write_all(stored)
@@ -258,7 +257,7 @@ def main(config: PredictConfig, job: Job) -> str:
     folder, command = destination.folder, describe(config, options, version, rules)
     with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
-        paths = choose_paths(config, images, destination, predicted)
+        paths = choose_paths(config, images, destination, predicted.known)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
         found = predict_all(predictor, paths, config, predict)
         predicted.write(join_texts(found, destination, config, rules), destination)

@@ -80,19 +80,21 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
 class Predicted:
     """The rows of a prediction, in its journal, which also has the rows of a killed call of the same command.
 
-    A row counts while its image is unchanged. done: the paths of these rows; known: those of all rows in the journal.
+    A row counts while its image is unchanged. known: for each path in the journal, whether its row counts.
     """
 
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
         self._journal = journal
         self._versions = {str(path): file_version(path) or [time.time_ns()] for path in paths}
-        self.done = {row["path"] for rows in self._parts() for row in rows}
-        self.known = {row["path"] for part in journal.parts() for _, row in part}
+        self.known = {row["path"]: self._counts(version, row) for part in journal.parts() for version, row in part}
+
+    def _counts(self, version: Any, row: Row) -> bool:
+        return version == self._versions.get(row["path"])
 
     def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each batch."""
         for part in self._journal.parts():
-            yield [row for version, row in part if version == self._versions.get(row["path"])]
+            yield [row for version, row in part if self._counts(version, row)]
 
     def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
         """Write batches as they arrive, after the rows of a killed call."""
