@@ -79,7 +79,7 @@ class Task(nn.Module):
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
     helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
-        creates them; their fingerprints must be those of the run.
+        creates them; their fingerprints must not change during a run.
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
         are several networks.
     metadata: JSON values for weight files.

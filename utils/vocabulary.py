@@ -117,7 +117,7 @@ def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
-    """Read selected_tags.csv, or that of a run folder. Raises UserError, which names the first wrong value."""
+    """Read selected_tags.csv; for a run folder, the file in it. Raises UserError, which names the first wrong value."""
     path = path / FILE if path.is_dir() else path
     try:
         with open(path, encoding="utf-8-sig", newline="") as stream:

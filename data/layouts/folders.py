@@ -107,7 +107,7 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     if count := sum(sidecar != Sidecar() for sidecar in sidecars):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     if any(labels) and (stated := sum(sidecar.label is not None for sidecar in sidecars)):
-        log.info("data.root: %s labels are those of sidecars and not of folders", f"{stated:,}")
+        log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
     return build_rows(images, splits, _add_labels(list(images), labels, sidecars))
 
 
@@ -137,7 +137,7 @@ def is_image_name(name: str) -> bool:
 
 
 def is_mask_name(name: str) -> bool:
-    """Return whether a file name is that of a mask."""
+    """Return whether a file name belongs to a mask."""
     stem, suffix = os.path.splitext(name.lower())
     return suffix in IMAGE_SUFFIXES and stem.endswith(MASK_ENDINGS)
 

@@ -138,7 +138,7 @@ def _read_jsonl(file: Path) -> pa.Table:
 
 
 def _to_array(values: list[Any]) -> pa.Array:
-    """Return values of JSON as an array; those of several types as texts."""
+    """Return JSON values as an array; values of several types become texts."""
     try:
         return pa.array(values)
     except (pa.ArrowException, OverflowError):

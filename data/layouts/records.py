@@ -25,7 +25,7 @@ class Sidecar(NamedTuple):
     """The metadata of an image; None for unknown fields.
 
     caption: several captions are on a line each. sidecar_fault: a line `FIELD: REASON` for each field that cannot be
-    read; the field `file` stands for all.
+    read; the field `file` means all of them.
     """
 
     tags: tuple[str, ...] | None = None

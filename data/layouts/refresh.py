@@ -27,7 +27,7 @@ def find_newer(root: Path, manifest: Path) -> list[str]:
     if (scanned := scanned_at(manifest)) is None:
         return []
     status, newer = manifest.stat(), []
-    was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is that of its copy
+    was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is the time of the copy
     for folder, entries, names in walk_folders(root):
         changed = set()
         for entry in entries:

@@ -41,7 +41,7 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str], unused: 
 
 
 def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes], unused: Unused) -> Sidecar:
-    """Read the texts of an image: their names by suffix (TEXT_SUFFIXES; but a caption is that of `.caption`).
+    """Read the texts of an image: their names by suffix (TEXT_SUFFIXES). `.caption` gives the caption.
 
     What cannot be read is a fault of the result.
     """

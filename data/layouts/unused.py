@@ -1,6 +1,6 @@
 """What a collection has and no reader uses: counted by reason and said at every start, so that nothing vanishes.
 
-Every reader of `layouts/` takes an `Unused` and adds what it leaves out. The index keeps the lines of `describe`, so
+Every reader of `layouts/` takes an `Unused` and adds what it does not use. The index keeps the lines of `describe`, so
 that a start that reads no file again says the same.
 """
 
@@ -25,7 +25,7 @@ class Unused(dict[str, list[str]]):
             self.setdefault(reason, []).extend(names)
 
     def merge(self, other: "Unused") -> None:
-        """Add what a reader in another process left out."""
+        """Add the names that a reader in another process did not use."""
         for reason, names in other.items():
             self.add(reason, *names)
 

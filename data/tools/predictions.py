@@ -99,7 +99,7 @@ class Predicted:
     def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
         """Write batches as they arrive, after the rows of a killed call."""
         remove_temporary(destination.folders)
-        for rows in self._parts():  # again, since the killed call may have left out some
+        for rows in self._parts():  # again, because the killed call may not have written all
             destination.write_each(rows)
         for rows in batches:
             self._journal.add([(self._versions[row["path"]], row) for row in rows])
@@ -129,9 +129,9 @@ class Destination:
 
 
 class RowFile(Destination):
-    """JSON lines, or CSV with the given columns. keep: the new rows follow those of the file; else they replace it.
+    """JSON lines, or CSV with the given columns. keep: append the new rows to the file, instead of replacing it.
 
-    choose: returns the rows of the file from those of all images. Raises UserError (`output`) for another file ending,
+    choose: selects the rows to write from the rows of all images. Raises UserError (`output`) for another file ending,
     or if the kept rows have another format.
     """
 

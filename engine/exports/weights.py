@@ -58,7 +58,7 @@ class Weights:
         return replace(self, metadata={**metadata, "preprocessing": preprocessing})
 
     def check_helpers(self) -> None:
-        """Raise UserError unless the loaded helpers are those of the run."""
+        """Raise UserError unless the run was trained with the loaded helpers."""
         saved = self.metadata.get("frozen", {})
         wrong = [name for name, value in fingerprint_helpers(self.task).items() if saved.get(name) != value]
         if wrong:
@@ -100,7 +100,7 @@ class MovedBase(Strict):
 def open_weights(path: Path, use: Use = "export", base: str | None = None) -> Weights:
     """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces the path of its base model.
 
-    Raises UserError for a file that Atelier did not write, or for other helpers than those of the run.
+    Raises UserError for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
     if base is not None:

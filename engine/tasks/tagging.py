@@ -397,7 +397,7 @@ class TaggingKind(Kind):
         return facts
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
-        """Return how evaluation prepares an image; new tags take over that of their tagger."""
+        """Return how evaluation prepares an image; with `append_to`, as the existing tagger does."""
         if config.task.append_to is None:
             return super().preprocessing(config)
         return dict(read_tagger(config.init_from).preprocessing)

@@ -130,7 +130,7 @@ def rename(part: str, name: str, *, to_single: bool) -> str | None:
 
 
 def drop_unused(part: str, names: Iterable[str]) -> list[str]:
-    """Return the names of a part, or of what is outside the parts (""), without tensors that carry nothing."""
+    """Return the tensor names of a part, or outside all parts (""), without unused tensors."""
     return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED[part])]
 
 

@@ -58,7 +58,7 @@ class SDXLConfig(Strict):
 class SDXLNetworks:
     """The networks, or None for those not requested, and a description of their source.
 
-    source: JSON values `path`, `vae_scaling_factor`, and those of `describe`.
+    source: JSON values `path`, `vae_scaling_factor`, and the values that `describe` returns.
     """
 
     unet: nn.Module | None

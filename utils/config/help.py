@@ -21,7 +21,7 @@ Flags:
   --cfg job      print every key with its value, and stop
   --multirun     of training: run each choice of the values that commas separate, seed=0,1,2 (docs/configuration.md)
 
-Keys with their defaults (null: none; ???: must be given). A group is a folder of conf/, of which one file is read;
+Keys with their defaults (null: none; ???: must be given). A group is a folder of conf/. One of its files is read;
 `--help GROUP=FILE` shows another. A key in it is GROUP.KEY, such as optim.lr."""
 
 
@@ -60,7 +60,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
 
 
 def _read(folder: Path, name: str) -> Iterator[str]:
-    """Yield the lines of a file, behind those of the files that it builds on."""
+    """Yield the lines of the files that a file builds on, then its own lines."""
     text = (folder / f"{name}.yaml").read_text(encoding="utf-8")
     for base in yaml.safe_load(text).get("defaults", ()):
         if isinstance(base, str) and base != "_self_":

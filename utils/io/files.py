@@ -56,7 +56,7 @@ def write_atomically(path: Path, write: Callable[[Path], T], *, flush: bool = Tr
 
 
 def remove_temporary(folders: Iterable[Path], name: str | None = None) -> None:
-    """Remove the temporary files that killed processes left in folders. name: only those of this file.
+    """Remove the temporary files that killed processes left in folders. name: of this file alone.
 
     Only for a process that holds the lock of these files.
     """

@@ -73,7 +73,7 @@ class RunReader:
     def weights(self, which: str) -> Path:
         """Return the `best`, `last` or `ema` weight file. Raises UserError, which lists the files of the run.
 
-        A run that was not evaluated has no `best`; its average stands for it, or else its last weights.
+        A run that was not evaluated has no `best`; `best` is then its average, or else its last weights.
         """
         file = self.path / "weights" / f"{which}_weights.safetensors"
         for other in ("ema", "last") if which == "best" and not file.is_file() else ():
