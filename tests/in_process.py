@@ -18,10 +18,9 @@ import torch
 from omegaconf import DictConfig
 
 from data.layouts.glyphs import GLYPHS_VERSION
-from data.tools.write_manifest import write_manifest
 from engine.learner import Learner
 from engine.tasks.kinds import KINDS
-from tests.support import SMALL_MODEL, make_collection
+from tests.support import SMALL_MODEL, make_collection, write_manifest
 from utils.config.entry_point import Job, validate
 from utils.config.help import CONF, ROOT
 from utils.io.files import write_json
@@ -46,7 +45,7 @@ def make_images(root: Path, classes: str = "AB") -> Path:
 
 def make_glyph_folder(root: Path) -> Path:
     """Write a few images that pass for the embedded collection, so that `data=glyphs` draws nothing."""
-    write_manifest(str(make_images(root)), validation_fraction=0.0, verify=False)
+    write_manifest(make_images(root))
     write_json(root / "glyphs.json", {"version": GLYPHS_VERSION})
     return root
 

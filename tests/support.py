@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from data.config import CacheConfig, DataConfig
 from data.images.decode import Decoder
 from data.images.image_formats import read_file
+from data.tools.write_manifest import Manifest
 from utils.canvas import DEFAULT
 from utils.config.help import CONF
 from utils.record import plots
@@ -113,6 +114,12 @@ def cache_config(**changes):
 def data_config(**changes):
     """Return the values of data=image_folder, with changed ones."""
     return DataConfig(**yaml.safe_load((CONF / "data/image_folder.yaml").read_text()) | {"root": "x"} | changes)
+
+
+def write_manifest(root, *, verify=False, **changes):
+    """Write the manifest of a folder by job=manifest and return it; changes: of `data_config`."""
+    data = data_config(**{"root": str(root), "validation_fraction": 0.0, **changes})
+    return Manifest(name="manifest", verify=verify, duplicates=False).write(data)
 
 
 def common(task, data, run_dir, *more):

@@ -11,7 +11,6 @@ import pyarrow.compute as pc
 from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
-from data.images.image_formats import DEFAULT_MAX_PIXELS
 from data.layouts.folders import check_root, read_folder
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.sidecars import list_faults
@@ -29,9 +28,10 @@ _NAMED = 20  # unreadable images in the log
 
 
 class Manifest(Tool):
-    """Check the images of `data.root` and write a manifest.
+    """Check the images of `data.root` and write a manifest with the SHA-256 of every file.
 
-    verify: decode every image; unreadable ones get weight 0. duplicates: also find near-duplicates, which decodes, too.
+    verify: decode every image and fill in the columns _DECODED. Damaged images get weight 0 and a reason; without
+    verify, only files that cannot be opened. duplicates: verify, and fill in group (see `group_duplicates`).
     """
 
     name: Literal["manifest"]
@@ -40,14 +40,7 @@ class Manifest(Tool):
 
     def run(self, data: DataConfig) -> str:
         """Write the manifest. Raises UserError (`data.root`)."""
-        table = write_manifest(
-            data.root,
-            validation_fraction=data.validation_fraction,
-            verify=self.verify,
-            duplicates=self.duplicates,
-            max_pixels=data.max_pixels,
-            on_bad_sidecar=data.on_bad_sidecar,
-        )
+        table = self.write(data)
         reasons: dict[str, str] = {}
         if "reason" in table.column_names:
             reasons = {row["path"]: row["reason"] for row in table.to_pylist() if row["reason"]}
@@ -69,48 +62,36 @@ class Manifest(Tool):
         log.info("wrote %s: %s, %d classes, %d tags", Path(data.root) / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(reasons)} unreadable"
 
+    def write(self, data: DataConfig) -> pa.Table:
+        """Write `manifest.parquet` into the folder and return it.
 
-def write_manifest(
-    root: str,
-    *,
-    validation_fraction: float,
-    verify: bool,
-    duplicates: bool = False,
-    max_pixels: int = DEFAULT_MAX_PIXELS,
-    on_bad_sidecar: Literal["stop", "skip"] = "stop",
-) -> pa.Table:
-    """Scan a folder, write `manifest.parquet` into it with the SHA-256 of every file, and return it.
-
-    verify: decode every image and fill in the columns _DECODED. Damaged images get weight 0 and a reason; without
-    verify, only files that cannot be opened. duplicates: verify, and fill in group (see `group_duplicates`).
-
-    Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not writable,
-    and for an existing manifest that this function did not write.
-    """
-    folder, verify = check_root(root), verify or duplicates
-    if (manifest := find_manifest(folder)) is not None:
-        refuse_foreign(manifest)
-    scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
-    table = list_faults(table, CACHE, unused, on_bad_sidecar)
-    warn_unused(unused.describe())
-    paths = table["path"].to_pylist()
-    find_sizes(folder, paths, "a manifest cannot name this image")
-    facts = measure_files(folder, paths, max_pixels, "pixels" if verify else "hash")
-    columns = {
-        "sha256": pa.array([fact.sha256 for fact in facts], pa.string()),
-        "weight": pa.array([0.0 if fact.is_damaged else 1.0 for fact in facts], pa.float32()),
-    }
-    if any(fact.is_damaged for fact in facts):
-        reasons = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
-        columns["reason"] = pa.array(reasons, pa.string())
-    if verify:
-        columns |= {name: pa.array([getattr(fact, name) for fact in facts], MEASURED[name]) for name in _DECODED}
-    if duplicates:
-        hashes = columns["phash"]
-        groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
-        columns["group"] = pc.replace_with_mask(hashes, hashes.is_valid(), groups)
-    for name, column in columns.items():
-        table = replace_column(table, name, column)
-    table = assign_validation(table, validation_fraction)
-    save_manifest(folder, table, scanned_ns=scanned_ns)
-    return table
+        Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not
+        writable, and for an existing manifest that this job did not write.
+        """
+        folder, verify = check_root(data.root), self.verify or self.duplicates
+        if (manifest := find_manifest(folder)) is not None:
+            refuse_foreign(manifest)
+        scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
+        table = list_faults(table, CACHE, unused, data.on_bad_sidecar)
+        warn_unused(unused.describe())
+        paths = table["path"].to_pylist()
+        find_sizes(folder, paths, "a manifest cannot name this image")
+        facts = measure_files(folder, paths, data.max_pixels, "pixels" if verify else "hash")
+        columns = {
+            "sha256": pa.array([fact.sha256 for fact in facts], pa.string()),
+            "weight": pa.array([0.0 if fact.is_damaged else 1.0 for fact in facts], pa.float32()),
+        }
+        if any(fact.is_damaged for fact in facts):
+            reasons = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+            columns["reason"] = pa.array(reasons, pa.string())
+        if verify:
+            columns |= {name: pa.array([getattr(fact, name) for fact in facts], MEASURED[name]) for name in _DECODED}
+        if self.duplicates:
+            hashes = columns["phash"]
+            groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
+            columns["group"] = pc.replace_with_mask(hashes, hashes.is_valid(), groups)
+        for name, column in columns.items():
+            table = replace_column(table, name, column)
+        table = assign_validation(table, data.validation_fraction)
+        save_manifest(folder, table, scanned_ns=scanned_ns)
+        return table

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from data.tools.write_manifest import write_manifest
 from engine.exports.weights import open_weights
 from engine.tasks.distillation import DistillationKind, find_teacher
 from engine.tasks.kind import Setup
@@ -17,7 +16,7 @@ from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, rows
+from tests.support import checkpoint_tensors, rows, write_manifest
 from utils.errors import UserError
 from utils.io.weights import read_weights
 
@@ -177,7 +176,7 @@ def test_labels_are_mixed_in_and_a_run_resumes_bit_for_bit(place):
 
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):
-    write_manifest(str(place / "bare"), validation_fraction=0.0, verify=False)
+    write_manifest(place / "bare")
     run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
                      "data.root=images", "run_dir=classes"], place)  # fmt: skip
     assert "top1" in rows(place / "classes/metrics.jsonl", "evaluate")[-1]

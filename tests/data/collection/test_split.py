@@ -9,8 +9,8 @@ import pytest
 
 from data.collection.split import assign_validation, count_twins
 from data.layouts.table import build_table, replace_column
-from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
+from tests.support import write_manifest
 
 SIZES = {"a": 1, "b": 2, "c": 5, "d": 10, "e": 25, "f": 34}
 SHARES = {  # round(fraction * n), halves up, at least 1 and at most n - 1; none of a single image
@@ -107,7 +107,7 @@ def test_images_that_nothing_reads_are_not_split_off(tmp_path):
     root = put(tmp_path / "root", *(f"x/{number}.png" for number in range(5)))
     first, second = lowest([f"x/{number}.png" for number in range(5)])[:2]
     (root / first).write_bytes(b"")
-    write_manifest(str(root), validation_fraction=0.2, verify=True)
+    write_manifest(root, validation_fraction=0.2, verify=True)
     collection = load(Path(root), tmp_path / "cache")
     assert [collection.row(row).path for row in collection.rows("val")] == [second]
 

@@ -10,8 +10,7 @@ from PIL import Image, WebPImagePlugin
 from data.images import image_formats
 from data.stream.source import UnreadableImage
 from data.tools.facts import measure_file
-from data.tools.write_manifest import write_manifest
-from tests.support import read_image
+from tests.support import read_image, write_manifest
 
 MAX_PIXELS = 10_000_000
 
@@ -198,7 +197,7 @@ def test_a_missing_decoder_is_said_and_is_no_damage(tmp_path, monkeypatch, log):
     monkeypatch.setattr(image_formats.features, "check", lambda name: name != "webp")
     monkeypatch.setattr(image_formats, "_missing_libraries", image_formats._missing_libraries.__wrapped__)  # asked anew
     image_formats.warn_of_missing_libraries.cache_clear()
-    table = write_manifest(str(tmp_path), validation_fraction=0.0, verify=True)
+    table = write_manifest(tmp_path, verify=True)
     assert dict(zip(*table.select(["path", "weight"]).to_pydict().values())) == {"cut.png": 0, "x.png": 1, "x.webp": 1}
     assert "built without libwebp" in log.text and "libavif" not in log.text
     with pytest.raises(UnreadableImage, match=r"built without its decoder \(it needs libwebp"):

@@ -15,8 +15,8 @@ import data.tools.facts
 import utils.ranks.processes
 from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
-from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
+from tests.support import write_manifest
 from utils.errors import UserError
 
 
@@ -229,13 +229,13 @@ def test_a_manifest_is_the_folder_with_checksums_and_sizes(opened, root):
     exif[0x0112] = 6
     Image.new("RGB", (30, 20)).save(root / "val/dog/e.jpg", exif=exif)
     scanned = opened(root)
-    assert write_manifest(str(root), validation_fraction=0.5, verify=True).num_rows == 5
+    assert write_manifest(root, validation_fraction=0.5, verify=True).num_rows == 5
     collection = opened(root)
     assert rows(collection) == rows(scanned) and collection.fingerprint != scanned.fingerprint  # of the checksums
     assert all(len(digest) == 64 for digest in collection.table["sha256"].to_pylist())
     measured = {name: collection.column(name).tolist()[3] for name in MEASURED if name not in ("phash", "group")}
     assert measured == {"width": 20, "height": 30, "mode": "RGB", "orientation": 6, "transparent": 0}
-    write_manifest(str(root), validation_fraction=0, verify=False)  # its own manifest it may write again
+    write_manifest(root)  # its own manifest it may write again
     assert opened(root).fingerprint == collection.fingerprint
 
 
@@ -246,11 +246,11 @@ def test_unreadable_images_stay_with_weight_0(opened, root, monkeypatch, paralle
     put(root, "a.png", "b.png", "c.png", "d.png")
     (root / "b.png").write_bytes(b"")
     (root / "d.png").write_bytes((root / "c.png").read_bytes()[:40])
-    table = write_manifest(str(root), validation_fraction=0, verify=True)
+    table = write_manifest(root, verify=True)
     assert table["reason"][1].as_py() == "unreadable: the file is empty (0 bytes)"
     assert table["reason"].is_valid().to_pylist() == [False, True, False, True]
     assert opened(root).weights().tolist() == [1, 0, 1, 0]
-    assert "reason" not in write_manifest(str(root), validation_fraction=0, verify=False).column_names
+    assert "reason" not in write_manifest(root).column_names
 
 
 def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
@@ -261,7 +261,7 @@ def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
 
     monkeypatch.setattr(data.tools.facts, "map_items", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
-    table = write_manifest(str(root), validation_fraction=0, verify=True)
+    table = write_manifest(root, verify=True)
     assert "ended the process" in table["reason"][1].as_py() and table["weight"].to_pylist() == [1, 0, 1]
     assert all(len(digest) == 64 for digest in opened(root).table["sha256"].to_pylist())
 
@@ -272,6 +272,6 @@ def test_nobodys_manifest_is_overwritten(root):
         write()
         before = find_manifest(root).read_bytes()
         with pytest.raises(UserError, match=r"^data\.root: .*not overwritten"):
-            write_manifest(str(root), validation_fraction=0, verify=False)
+            write_manifest(root)
         assert find_manifest(root).read_bytes() == before
         find_manifest(root).unlink()

@@ -8,9 +8,8 @@ from PIL import Image
 
 from data.layouts.refresh import find_newer
 from data.open import load_collection
-from data.tools.write_manifest import write_manifest
 from tests.in_process import run
-from tests.support import data_config
+from tests.support import data_config, write_manifest
 from utils.errors import UserError
 
 
@@ -21,7 +20,7 @@ def root(tmp_path, monkeypatch):
     for name in "abc":
         Image.new("L", (4, 4)).save(tmp_path / f"root/sub/{name}.png")
         (tmp_path / f"root/sub/{name}.txt").write_text("old")
-    write_manifest(str(tmp_path / "root"), validation_fraction=0.0, verify=True)
+    write_manifest(tmp_path / "root", verify=True)
     return tmp_path / "root"
 
 

@@ -13,10 +13,9 @@ from data.stream.loader import no_fields
 from data.stream.order import build_sampler
 from data.stream.source import FileRange, UnreadableImage, join_ranges
 from data.tools.pack import pack_collection
-from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_loader import stream, take
-from tests.support import data_config, make_collection
+from tests.support import data_config, make_collection, write_manifest
 from utils.errors import UserError
 
 s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
@@ -28,7 +27,7 @@ def place(tmp_path_factory):
     """Return a folder with the files of a collection and its shards, which a local server has too."""
     place = tmp_path_factory.mktemp("remote")
     make_collection(place / "files", per_class=20, validation=2)
-    write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
+    write_manifest(place / "files")
     started = server.ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     started.start()
     host, port = started.get_host_and_port()

@@ -15,9 +15,9 @@ from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from data.tools.pack import pack_collection
 from data.tools.predictions import Images, RowFile, Sidecars, spell_tags
-from data.tools.write_manifest import write_manifest
 from models.outputs import OUTPUTS, RowOptions
 from tests.data.collection.test_collection import load, put
+from tests.support import write_manifest
 from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
 HOSTILE = ["a,b", "a\\,b", "a\\", "\\(", "(a:1)", "(:3)", "meta:x", "general:x", "rating:explicit", "general", "nan"]
@@ -67,7 +67,7 @@ def test_tags_come_back_from_every_form(keys, rating, text):
         assert read(root / "packed", whole, root / "cache") == wanted
         (root / "packed/manifest.parquet").unlink()
         assert read(root / "packed", whole, root / "cache") == wanted  # as WebDataset
-        write_manifest(str(root / "in"), validation_fraction=0.0, verify=False)
+        write_manifest(root / "in")
         assert read(root / "in", whole, root / "cache") == wanted
 
         put(root / "lines", "a.png")

@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 from data.collection.collection import Collection, index_collection
 from data.layouts.records import FIELDS
 from data.layouts.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
-from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load, put
+from tests.support import write_manifest
 from utils.errors import UserError
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
@@ -217,7 +217,7 @@ def test_a_table_of_posts(tmp_path, form, log):
     assert rows(write_posts(tmp_path, form, [*POSTS, POSTS[0]])) == FOUND
     assert f"posts.{form}: 3 of 5 posts have an image" in log.text and "not used: 1 images without a post" in log.text
     assert "1 sidecars, because posts describe the images: 18.txt" in log.text
-    write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
+    write_manifest(tmp_path)
     assert rows(tmp_path) == FOUND
 
 
@@ -267,8 +267,8 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
     (listing,) = (tmp_path / ".cache").glob("bad_sidecars_*.jsonl")
     assert message in str(caught.value) and str(listing) in str(caught.value) and message in listing.read_text()
     with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: "):
-        write_manifest(str(tmp_path), validation_fraction=0.0, verify=False)
-    write_manifest(str(tmp_path), validation_fraction=0.0, verify=False, on_bad_sidecar="skip")
+        write_manifest(tmp_path)
+    write_manifest(tmp_path, on_bad_sidecar="skip")
     load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
 
 

@@ -19,9 +19,8 @@ from data.layouts.table import replace_column
 from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
 from data.tools.pack import pack_collection
-from data.tools.write_manifest import write_manifest
 from tests.data.collection.test_collection import load
-from tests.support import make_collection
+from tests.support import make_collection, write_manifest
 from utils.errors import UserError
 
 
@@ -30,7 +29,7 @@ def place(tmp_path_factory):
     """Return a folder with the files of a collection and with its shards, which are of about 20 KiB."""
     place = tmp_path_factory.mktemp("pack")
     make_collection(place / "files", per_class=6, validation=2)
-    write_manifest(str(place / "files"), validation_fraction=0.0, verify=False)
+    write_manifest(place / "files")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.tools.pack._MIB", 2**14)
         pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
@@ -102,7 +101,7 @@ def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
 def test_what_a_manifest_states_of_the_pixels_is_kept(tmp_path, pack, monkeypatch):
     make_collection(tmp_path / "files", per_class=2, validation=1)
     Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "files/train/A/clear.png")
-    write_manifest(str(tmp_path / "files"), validation_fraction=0.0, verify=True)
+    write_manifest(tmp_path / "files", verify=True)
     monkeypatch.setattr("data.tools.pack.upright_size", lambda content, name: pytest.fail("read again"))
     pack(load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed")
     files, packed = (load(tmp_path / name, tmp_path / "cache") for name in ("files", "packed"))
@@ -158,7 +157,7 @@ def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
 
 def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monkeypatch):
     make_collection(tmp_path / "root", per_class=2, validation=1)
-    write_manifest(str(tmp_path / "root"), validation_fraction=0.0, verify=False)
+    write_manifest(tmp_path / "root")
     files = load(tmp_path / "root", tmp_path / "cache")
     image = tmp_path / "root/train/A/000.png"
     before = image.read_bytes()
