@@ -103,7 +103,7 @@ def write_folder(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
         vocabulary, preprocessing = vocabulary_of(metadata), {**metadata["preprocessing"], "pad": "none"}  # others pad
         kept, rows = tag_forms.to_wd_order(vocabulary)
         network = tag_forms.to_bgr(tag_forms.reorder_head(network, rows), preprocessing["image_size_hw"])
-        metadata = {**metadata, **kept.facts(), "channel_order": "BGR", "preprocessing": preprocessing}
+        metadata = {**metadata, **kept.facts(), "preprocessing": preprocessing}
     report = export_folder(form, network, metadata, folder, config.accepted)
     if is_tagger:
         tag_forms.write_tags(folder, kept, _thresholds(weights, config))
@@ -121,7 +121,6 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
     difference = export_onnx(
         weights.model, weights.metadata, path, config.precision, config.accepted, config.dynamic_size
     )
-    write_card(folder, "onnx", path.name, weights.metadata)
     return {"file": path.name, "onnx_max_abs_diff": difference}
 
 
@@ -133,9 +132,8 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     kept, rows = tag_forms.to_wd_order(vocabulary) if form == "wd14" else (vocabulary, list(range(len(vocabulary))))
     onnx_form = tag_forms.make_form(form, preprocessing)
     graph = tag_forms.make_graph(weights.model, onnx_form, rows, preprocessing["image_size_hw"])
-    facts = {**kept.facts(), "form": onnx_form.model_dump()}
-    facts |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
-    metadata = {**weights.metadata, **facts}
+    metadata = {**weights.metadata, **kept.facts(), "form": onnx_form.model_dump()}
+    metadata |= {} if thresholds is None else {"thresholds": thresholds.of_tags(kept, PER_TAG)}
     path = folder / _TAG_FILES[form]
     difference = export_onnx(graph, metadata, path, config.precision, config.accepted, config.dynamic_size)
     if form == "wd14":
@@ -145,30 +143,13 @@ def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
         tag_forms.write_imgutils(folder, kept, thresholds, preprocessing)
     else:
         tag_forms.write_mapping(folder, kept)
-    write_card(folder, form, path.name, metadata)
-    changes = tag_forms.describe_changes(vocabulary, kept)
-    return {"file": path.name, "onnx_max_abs_diff": difference, **changes}
+    return {"file": path.name, "onnx_max_abs_diff": difference, **tag_forms.describe_changes(vocabulary, kept)}
 
 
 def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv, and figures."""
-    timm, wd14 = (
-        write(weights, folder, config.model_copy(update={"format": form}))
-        for write, form in ((write_folder, "timm"), (write_tagger, "wd14"))
-    )
-    try:
-        measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
-    except (OSError, ValueError, TypeError):
-        measured = {}
-    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
-        measured = {}
-    numbers = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
-    if not numbers:
-        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
-    thresholds = _thresholds(weights, config)
-    profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
-    write_card(folder, _REPOSITORY, wd14["file"], weights.metadata, numbers, profiles)
-    return {**timm, **wd14}
+    """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv."""
+    timm = write_folder(weights, folder, config.model_copy(update={"format": "timm"}))
+    return {**timm, **write_tagger(weights, folder, config.model_copy(update={"format": "wd14"}))}
 
 
 # --------------------------------------------------------------------------------------------------------------- SDXL
@@ -252,6 +233,22 @@ def find_format(name: str, weights: Weights) -> Format:
     return FORMATS[name]
 
 
+def _describe(weights: Weights, folder: Path, file: str, config: ExportConfig) -> None:
+    """Write README.md, with the figures of evaluate.py on `val` if they are of these weights, and the thresholds."""
+    try:
+        measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
+    except (OSError, ValueError, TypeError):
+        measured = {}
+    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
+        measured = {}
+    figures = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
+    if not figures and config.format == _REPOSITORY:
+        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
+    thresholds = _thresholds(weights, config) if weights.model.output.has_tags else None
+    profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
+    write_card(folder, config.format, file, weights.metadata, figures, profiles)
+
+
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the files of `config.format` into a folder, and return the report.
 
@@ -263,6 +260,8 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
         shutil.rmtree(leftover)
     with TemporaryDirectory(dir=parent, prefix=_SCRATCH) as scratch:
         report = write(weights, Path(scratch), config)
+        if weights.model is not None:
+            _describe(weights, Path(scratch), report["file"], config)
         for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
             target = folder / path.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)

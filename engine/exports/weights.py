@@ -14,12 +14,9 @@ from torch import nn
 from engine.task import Task, Use, fingerprint_helpers, join_exported
 from engine.tasks.kind import Kind, Setup, check_weights
 from engine.tasks.kinds import KINDS
-from models.build import build_network
-from models.config import ConvNeXtV2Config
 from models.image_model import ImageModel
 from models.outputs import NAME_KEYS
 from models.predictor import Predictor, onnx_predictor, torch_predictor
-from models.weights.fit import load_into
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import read_weights
@@ -82,11 +79,10 @@ class Weights:
             network.reset_classifier(0)
             if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
                 head.reset(0, reset_other=True)  # the norm after the pooling
-        elif getattr(network, "num_classes", 0):
-            backbone = build_network(ConvNeXtV2Config.model_validate(self.metadata["model"]), num_classes=0)
-            load_into(backbone, network.state_dict(), keep_head=False)
-            network = backbone
-        kept = {key: value for key, value in self.metadata.items() if key not in NAME_KEYS}
+        else:
+            network.norm, network.head, network.num_classes = nn.Identity(), nn.Identity(), 0
+        without = (*NAME_KEYS, "weights_hash")  # figures and thresholds are those of the head
+        kept = {key: value for key, value in self.metadata.items() if key not in without}
         backbone = ImageModel(network, self.model.normalise, "features").eval()
         return Weights(self.path, backbone, network, {**kept, "task": None, "output": "features"})
 

@@ -38,9 +38,7 @@ def licence_entry(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def label_names(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the names of a head's classes or tags; empty for a backbone, or if the names are only numbers."""
-    if metadata.get("numbered_classes"):
-        return []
+    """Return the names of a head's classes or tags; empty for a backbone."""
     return list(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
 
 
@@ -49,21 +47,21 @@ def write_card(
     form: str,
     file: str,
     metadata: Mapping[str, Any],
-    figures: Mapping[str, Any] | None = None,
+    figures: Mapping[str, Any] = {},
     table: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write README.md, with front matter for the hub. file: the exported file, in format `form`.
 
-    figures: of an evaluation, for a folder to publish (wd_repository). table: the thresholds.
+    figures: of an evaluation. table: the thresholds.
     """
     licence, origin = licence_of(metadata), _origin_of(metadata)
     steps = [f"- {code_span(name)}: {code_span(value)}" for name, value in metadata["preprocessing"].items()]
     front = [] if licence is None else [f"license: {json.dumps(hide_secrets(licence))}"]  # a text of YAML
-    front += [] if figures is None else ["library_name: timm", "pipeline_tag: image-classification"]
+    front += ["library_name: timm", "pipeline_tag: image-classification"] if form == "wd_repository" else []
     lines = ["---", *front, "---", ""] if front else []
     lines += [f"# {code_span(metadata['model']['name'])}, format {form}", ""]
     lines += ["Preprocessing of the images in training:", "", *steps, ""]
-    if metadata.get("channel_order") == "BGR":
+    if snippets.takes_bgr(form, metadata):
         lines += ["It takes BGR: pad the image to a white square, apply timm's transform, then reverse the channels, "
                   "like neggles/wdv3-timm.", ""]  # fmt: skip
     if figures:

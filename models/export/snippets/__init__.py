@@ -32,12 +32,17 @@ _NAMES = {
 }
 
 
+def takes_bgr(form: str, metadata: Mapping[str, Any]) -> bool:
+    """Return whether the network of an export takes BGR: a tagger in timm's format (engine/exports/formats.py)."""
+    return form == "timm" and OUTPUTS[metadata["output"]].has_tags
+
+
 def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
     """Return the program for a format of FORMATS. file: the exported file."""
     preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
     height, width = preprocessing["image_size_hw"]
     form = "wd14" if form == "wd_repository" else form
-    is_bgr, interpolation = metadata.get("channel_order") == "BGR", preprocessing["interpolation"]
+    is_bgr, interpolation = takes_bgr(form, metadata), preprocessing["interpolation"]
     has_head, is_white = output.activate is not None, form in ("wd14", "cl_tagger")
     values = {
         "image": _read_image(preprocessing, white_square=is_white or is_bgr, padded=form in ("onnx", "imgutils")),
