@@ -67,7 +67,7 @@ def read_arguments(words):
         with initialize_config_dir(str(CONF), version_base="1.3"):
             values = compose("train", overrides=quote_paths(overrides, path_keys(TrainConfig)))
     except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError([hydra_problem(error, TrainConfig)]) from None
+        raise ConfigError(hydra_problem(error, TrainConfig)) from None
     return validate(values, TrainConfig), float(seconds or (QUICK_SECONDS if quick else SECONDS)), quick
 
 

@@ -33,7 +33,7 @@ from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.logging import get_logger
-from utils.record.progress import counting
+from utils.record.progress import track
 
 log = get_logger(__name__)
 
@@ -119,27 +119,25 @@ def range_test(
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < plan.total_steps:
             group["freeze_steps"] = 0
-    with counting("learning-rate range test") as report:
-        for number in range(steps):
-            recorder.phase(0, f"range test, update {number + 1} of {steps}")
-            values = GroupValues(rate_at(number, steps), decay)
-            learner.schedule = SimpleNamespace(at=lambda step, values=values: values, progress_at=lambda step: 0.0)
-            set_peak_lr(learner.optimizer, values.lr)
-            result = learner.update(next(batches), [stop.requested])
-            if result.asked[0] > 0:
-                raise Stopped
-            report(number + 1, steps)
-            if result.applied:
-                total, weight = (float(value) for value in result.sums["loss"])
-                curve.rates.append(values.lr)
-                curve.losses.append(total / weight)
-                skipped = 0
-            elif result.weight > 0 and curve.losses:  # the first loss scale of fp16 may be far too high
-                skipped += 1
-            first = curve.losses[0] if curve.losses else math.inf
-            if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
-                curve.diverged = True
-                break
+    for number in track(range(steps), steps, "learning-rate range test"):
+        recorder.phase(0, f"range test, update {number + 1} of {steps}")
+        values = GroupValues(rate_at(number, steps), decay)
+        learner.schedule = SimpleNamespace(at=lambda step, values=values: values, progress_at=lambda step: 0.0)
+        set_peak_lr(learner.optimizer, values.lr)
+        result = learner.update(next(batches), [stop.requested])
+        if result.asked[0] > 0:
+            raise Stopped
+        if result.applied:
+            total, weight = (float(value) for value in result.sums["loss"])
+            curve.rates.append(values.lr)
+            curve.losses.append(total / weight)
+            skipped = 0
+        elif result.weight > 0 and curve.losses:  # the first loss scale of fp16 may be far too high
+            skipped += 1
+        first = curve.losses[0] if curve.losses else math.inf
+        if skipped >= _MOST_SKIPPED or np.mean(curve.losses[-_WIDTH:] or 0.0) > first + abs(first):
+            curve.diverged = True
+            break
     return curve
 
 

@@ -10,7 +10,7 @@ from utils.config.messages import ConfigError
 def test_what_a_run_from_scratch_would_not_read_is_refused(override):
     with pytest.raises(ConfigError) as refused:
         configure("train", [override])
-    (problem,) = refused.value.problems
+    (problem,) = refused.value.args
     assert problem.startswith(f"{override.partition('=')[0]}: ")
     config, _ = configure("train")
     assert config.lr_finder.enabled and config.schedule.name == "onecycle"

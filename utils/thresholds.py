@@ -95,6 +95,7 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
         rows = TypeAdapter(tuple[Threshold, ...]).validate_python(read)
         table, source = ThresholdTable(read[0]["vocabulary"], rows), read[0]["weights"]
+        tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
     except (LookupError, ValueError, OSError, csv.Error) as error:
@@ -103,7 +104,6 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
         ) from None
     if weights_hash is None or source != weights_hash:
         raise UserError(f"{path} was fitted to other weights than {weights} has now; fit it again: {_command(weights)}")
-    tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
     missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
     if missing or tags.hash != table.vocabulary:
         raise UserError(

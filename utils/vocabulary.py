@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import BaseModel, Field, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
 from utils.errors import UserError
 from utils.io.files import sha256_text
@@ -48,10 +48,19 @@ class Vocabulary:
     A name is unique within its category; a rating and a tag may share a name (`general` on some boards).
     """
 
-    names: tuple[str, ...]
-    categories: tuple[int, ...]
-    counts: tuple[int, ...]
-    tag_ids: tuple[int, ...]
+    names: Annotated[tuple[_Name, ...], Field(min_length=1, alias="tag_names")]  # the aliases are `FACTS`
+    categories: Annotated[tuple[_Number, ...], Field(alias="tag_categories")]
+    counts: Annotated[tuple[_Number, ...], Field(alias="tag_counts")]
+    tag_ids: tuple[_Number, ...]
+
+    def __post_init__(self) -> None:
+        """Raise ValueError if a tag lacks a value or occurs twice."""
+        for name, values in self.facts().items():
+            if len(values) != len(self):
+                raise ValueError(f"{len(values)} {name} for {len(self)} tags")
+        if len(self.columns) < len(self):
+            (category, name), _ = Counter(zip(self.categories, self.names)).most_common(1)[0]
+            raise ValueError(f"{name!r} of category {category} occurs more than once")
 
     @classmethod
     def of(cls, keys: Iterable[tuple[int, str]]) -> Self:
@@ -88,29 +97,10 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
     return Vocabulary(*(tuple(metadata[name]) for name in FACTS))
 
 
-class _Facts(BaseModel):
-    """A vocabulary from a file, not yet trusted."""
-
-    tag_names: Annotated[tuple[_Name, ...], Field(min_length=1)]
-    tag_categories: tuple[_Number, ...]
-    tag_counts: tuple[_Number, ...]
-    tag_ids: tuple[_Number, ...]
-
-    @model_validator(mode="after")
-    def _has_a_row_for_each_tag(self) -> Self:
-        for name in FACTS:
-            if len(getattr(self, name)) != len(self.tag_names):
-                raise ValueError(f"{len(getattr(self, name))} {name} for {len(self.tag_names)} tags")
-        (category, name), count = Counter(zip(self.tag_categories, self.tag_names)).most_common(1)[0]
-        if count > 1:
-            raise ValueError(f"{name!r} of category {category} occurs more than once")
-        return self
-
-
 def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
     """Return the vocabulary from a file's metadata. Raises UserError, which names the first wrong value."""
     try:
-        return vocabulary_of(_Facts.model_validate(metadata).model_dump())
+        return TypeAdapter(Vocabulary).validate_python(metadata)
     except ValidationError as error:
         key, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
         raise UserError(f"{path} has wrong tags ({key}: {reason}); write the file again") from None

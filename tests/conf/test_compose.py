@@ -82,9 +82,9 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
             configure(script)
         keys = [override.partition("=")[0] for override in MANDATORY[script]]
         if keys == ["run_dir"]:  # or a weight file
-            assert refused.value.problems[0].startswith("run_dir: must be given")
+            assert refused.value.args[0].startswith("run_dir: must be given")
             return
-        assert refused.value.problems == [f"{key}: must be given; add {key}=VALUE" for key in keys]
+        assert list(refused.value.args) == [f"{key}: must be given; add {key}=VALUE" for key in keys]
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)

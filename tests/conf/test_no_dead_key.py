@@ -71,7 +71,7 @@ def look_up(values, path):
 def problems_of(script, values):
     with pytest.raises(ConfigError) as refused:
         validate(values, load_command(script).schema)
-    return refused.value.problems
+    return refused.value.args
 
 
 def wrong_value(found):

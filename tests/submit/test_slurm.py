@@ -101,7 +101,7 @@ def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):
 def test_wrong_values_are_refused(word, said):
     with pytest.raises(ConfigError) as refused:
         launch(*word.split())
-    assert refused.value.problems[0].startswith(said)
+    assert refused.value.args[0].startswith(said)
 
 
 def test_a_copy_of_the_code_is_complete_and_says_its_commit(tmp_path):

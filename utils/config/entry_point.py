@@ -142,9 +142,9 @@ class Command(Generic[Schema]):
         for argument in arguments:
             key, _, value = argument.partition("=")
             if re.search("[\ud800-\udfff]", argument):  # not UTF-8
-                raise ConfigError([f"{key!a}: must be UTF-8, found {value!a}"])
+                raise ConfigError(f"{key!a}: must be UTF-8, found {value!a}")
             if value == "null" and (options := list_options(key)):
-                raise ConfigError([f"{key}: null chooses no file; known: {', '.join(options)}"])
+                raise ConfigError(f"{key}: null chooses no file; known: {', '.join(options)}")
         try:
             if FLAGS & set(arguments):
                 return self._run_sweep(quote_paths(arguments, path_keys(self.schema)))
@@ -155,7 +155,7 @@ class Command(Generic[Schema]):
             job = follow_init_from(values, job)
             config = validate(values, self.schema)
         except (HydraException, OmegaConfBaseException) as error:
-            raise ConfigError([hydra_problem(error, self.schema)]) from None
+            raise ConfigError(hydra_problem(error, self.schema)) from None
         if line := self.main(config, job):
             log.info("%s", line)
         return EXIT_OK
@@ -174,7 +174,7 @@ class Command(Generic[Schema]):
     def _run_sweep(self, arguments: list[str]) -> int:
         """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""
         if "sweep" not in self.schema.model_fields:
-            raise ConfigError([f"--multirun: is for training; {self.script}.py takes one value for each key"])
+            raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
         sweep = parse_sweep(arguments)
         statuses = run_sweep(sweep, sys.argv[0])
         jobs = with_failures(read_jobs(Path(sweep.base)), [(job.words, status) for job, status in statuses.items()])

@@ -20,15 +20,10 @@ _MISSING = "???"
 class ConfigError(UserError):
     """A list of problems, each with its dotted key first."""
 
-    def __init__(self, problems: list[str]) -> None:
-        self.problems = problems
-        count = len(problems)
-        title = "1 configuration error" if count == 1 else f"{count} configuration errors"
-        super().__init__("\n  ".join([title, *problems]))
-
-    def __reduce__(self) -> tuple[type["ConfigError"], tuple[list[str]]]:
-        """Pickle the problems, so that other ranks can receive the error."""
-        return type(self), (self.problems,)
+    def __str__(self) -> str:
+        """Return a title, and a line for each problem."""
+        title = "1 configuration error" if len(self.args) == 1 else f"{len(self.args)} configuration errors"
+        return "\n  ".join([title, *self.args])
 
 
 def validate(values: Any, schema: type[Schema]) -> Schema:
@@ -42,7 +37,7 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
     except ValidationError as error:
         problems = _wrong_keys(error, container, schema) | problems
     if problems:
-        raise ConfigError([f"{key}: {text}" for key, text in problems.items()])
+        raise ConfigError(*(f"{key}: {text}" for key, text in problems.items()))
     return config
 
 

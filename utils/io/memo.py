@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text
-from utils.record.progress import counting
+from utils.record.progress import track
 
 _THREADS, _SUBMITTED = 8, 10_000
 _YOUNG_SEC = 2  # the tick of the coarsest file system
@@ -63,12 +63,10 @@ def measure_once(
             store.parent.mkdir(parents=True, exist_ok=True)
             lines = AppendFile(store)
             lines.write("\n")  # the last line may be incomplete
-    with counting(what) as report:
-        for done, (path, value) in enumerate(zip(waiting, measure(waiting)), start=1):
-            values[path] = value
-            if lines is not None and versions[path] is not None and is_kept(value):
-                lines.write(json.dumps([names[path], versions[path], value]) + "\n")
-            report(done, len(waiting))
+    for path, value in track(zip(waiting, measure(waiting)), len(waiting), what):
+        values[path] = value
+        if lines is not None and versions[path] is not None and is_kept(value):
+            lines.write(json.dumps([names[path], versions[path], value]) + "\n")
     if lines is not None:
         lines.close()
     return [values[path] for path in paths]

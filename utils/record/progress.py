@@ -5,18 +5,16 @@
         bar.advance(step)                                     every step, without a synchronisation
         bar.advance(step, description="epoch 3/20", figures="loss 0.1234")
     for batch in track(loader, len(loader), "evaluating val"): ...
-    with counting("reading") as report: report(done, total)
 
 Output to sys.stderr, such as log lines, appears above an open bar. The calling thread draws the bar: another thread
-could hold a lock while the loader forks its workers. Without a terminal, `track` and `counting` log their progress once
-a minute.
+could hold a lock while the loader forks its workers. Without a terminal, `track` logs its progress once a minute.
 """
 
 import math
 import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
@@ -46,9 +44,8 @@ os.register_at_fork(after_in_child=_leave_to_parent)
 class Bar:
     """A progress bar; bars that are open at once share the display. Without a terminal it only estimates the time."""
 
-    def __init__(self, what: str, total: int | None) -> None:
-        self.total = total
-        self._what, self._drawn = what, 0.0
+    def __init__(self, what: str, total: int) -> None:
+        self._what, self._total, self._drawn = what, total, 0.0
         self._progress: Progress | None = None
 
     @contextmanager
@@ -65,7 +62,7 @@ class Bar:
             with self._progress:
                 if self.is_shown:
                     _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
-                self._progress.add_task(self._what, total=self.total, completed=done, figures="")
+                self._progress.add_task(self._what, total=self._total, completed=done, figures="")
                 yield
         finally:
             self._progress = None
@@ -78,7 +75,7 @@ class Bar:
     def advance(self, done: int, **texts: str) -> None:
         """Set the progress and the texts `description` and `figures`; redraws at most four times a second."""
         if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, total=self.total, **texts)
+            self._progress.update(self._progress.task_ids[0], completed=done, **texts)
             if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
                 self._drawn = time.monotonic()
                 self._progress.refresh()
@@ -89,26 +86,13 @@ class Bar:
         return None if self._progress is None else self._progress.tasks[0].time_remaining
 
 
-@contextmanager
-def counting(what: str) -> Iterator[Callable[[int, int | None], None]]:
-    """Show a bar and yield a function `report(done, total)` that moves it."""
-    bar, logged = Bar(what, None), time.monotonic()
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal logged
-        bar.total = total
-        bar.advance(done)
-        if time.monotonic() - logged >= _LOG_SEC and environment_rank() == 0 and not bar.is_shown:
-            logged = time.monotonic()
-            log.info("%s: %s of %s", what, f"{done:,}", "?" if total is None else f"{total:,}")
-
-    with bar.opened():
-        yield report
-
-
-def track(iterable: Iterable[T], total: int | None, what: str) -> Iterator[T]:
+def track(iterable: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Yield the items and show the progress."""
-    with counting(what) as report:
+    bar, logged = Bar(what, total), time.monotonic()
+    with bar.opened():
         for done, item in enumerate(iterable, start=1):
             yield item
-            report(done, total)
+            bar.advance(done)
+            if time.monotonic() - logged >= _LOG_SEC and environment_rank() == 0 and not bar.is_shown:
+                logged = time.monotonic()
+                log.info("%s: %s of %s", what, f"{done:,}", f"{total:,}")

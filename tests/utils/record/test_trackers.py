@@ -163,7 +163,7 @@ def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
     assert choose_mode(wandb_options()) == "disabled"
     with pytest.raises(ConfigError) as refused:
         wandb_options("tracking.project=a/b")
-    assert refused.value.problems[0].startswith("tracking.project: ")
+    assert refused.value.args[0].startswith("tracking.project: ")
 
 
 def test_wandb_that_is_disabled_or_misread_ends_no_run(images, tmp_path, monkeypatch):
