@@ -122,8 +122,8 @@ def choose_workers(requested: str | int, device: str) -> int:
 
 def start_machine(config: MachineConfig) -> Runtime:
     """Start the process group and logging, and resolve the settings for this machine."""
-    world = distributed.init_process_group(choose_device(config.device), _GROUP_PATIENCE * config.hang_timeout_sec)
-    setup_logging(world.rank, explain=isinstance(config, RuntimeConfig) and config.explain)
+    distributed.init_process_group(choose_device(config.device), _GROUP_PATIENCE * config.hang_timeout_sec)
+    setup_logging(explain=isinstance(config, RuntimeConfig) and config.explain)
     return choose_runtime(config)
 
 

@@ -46,8 +46,8 @@ from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
-from utils.record.run_reader import CONFIG_FILE, RunReader
-from utils.record.sweep_table import read_jobs, sweep_table, with_failures
+from utils.record.run_reader import CONFIG_FILE, RunReader, settings_of
+from utils.record.sweep_table import read_jobs, sweep_table
 
 log = get_logger(__name__)
 
@@ -177,7 +177,9 @@ class Command(Generic[Schema]):
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
         sweep = parse_sweep(arguments)
         statuses = run_sweep(sweep, sys.argv[0])
-        jobs = with_failures(read_jobs(Path(sweep.base)), [(job.words, status) for job, status in statuses.items()])
+        ended = {settings_of(job.words): status for job, status in statuses.items()}
+        failed = {words: status for words, status in ended.items() if status not in (EXIT_OK, EXIT_STOPPED)}
+        jobs = read_jobs(Path(sweep.base), failed)
         if jobs and environment_rank() == 0:
             log.info("%s", Lines(sweep_table(jobs)))
         return max(statuses.values(), default=EXIT_OK)

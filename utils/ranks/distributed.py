@@ -89,11 +89,11 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
     return token
 
 
-def init_process_group(device_type: str, timeout_sec: float) -> World:
-    """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call only returns the world."""
+def init_process_group(device_type: str, timeout_sec: float) -> None:
+    """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing."""
     world = detect_world()
     if world.size == 1 or dist.is_initialized():
-        return world
+        return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
     timeout, backend, device = timedelta(seconds=timeout_sec), "gloo", None
     if device_type == "cuda":
@@ -106,7 +106,6 @@ def init_process_group(device_type: str, timeout_sec: float) -> World:
     dist.init_process_group(
         backend, store=store, rank=world.rank, world_size=world.size, timeout=timeout, device_id=device
     )
-    return world
 
 
 def local_device_index(world: World | None = None) -> int:

@@ -74,13 +74,12 @@ def place_of(rank: int) -> str:
     return "" if rank == 0 else f"[rank {rank}] "
 
 
-def setup_logging(rank: int | None = None, *, explain: bool = False) -> None:
+def setup_logging(*, explain: bool = False) -> None:
     """Send messages to stderr: INFO and above from rank 0, warnings from other ranks, marked with their rank.
 
     DEBUG messages give reasons, such as for the value of an `auto`. log.txt has them; stderr has them with `explain`.
     """
-    rank = environment_rank() if rank is None else rank
-    logger = logging.getLogger(ROOT)
+    rank, logger = environment_rank(), logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in list(logger.handlers):

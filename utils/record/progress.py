@@ -45,12 +45,7 @@ class Bar:
     """A progress bar; bars that are open at once share the display. Without a terminal it only estimates the time."""
 
     def __init__(self, what: str, total: int) -> None:
-        self._what, self._total, self._drawn = what, total, 0.0
-        self._progress: Progress | None = None
-
-    @contextmanager
-    def opened(self, done: int = 0) -> Iterator[None]:
-        """Show the bar, from `done` on."""
+        self._drawn = 0.0
         # stdout goes where the user sends it. The time left follows from the mean speed.
         self._progress = Progress(
             "[bold]{task.description}", *([BarColumn(20)] if _console.width >= _WIDE_COLUMNS else []),
@@ -58,14 +53,16 @@ class Bar:
             TimeRemainingColumn(compact=True), "left", console=_console, auto_refresh=False, transient=True,
             redirect_stdout=False, speed_estimate_period=math.inf, disable=not self.is_shown,
         )  # fmt: skip
-        try:
-            with self._progress:
-                if self.is_shown:
-                    _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
-                self._progress.add_task(self._what, total=self._total, completed=done, figures="")
-                yield
-        finally:
-            self._progress = None
+        self._task = self._progress.add_task(what, start=False, total=total, figures="")
+
+    @contextmanager
+    def opened(self, done: int = 0) -> Iterator[None]:
+        """Show the bar, from `done` on."""
+        self._progress.reset(self._task, completed=done)
+        with self._progress:
+            if self.is_shown:
+                _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
+            yield
 
     @property
     def is_shown(self) -> bool:
@@ -74,16 +71,15 @@ class Bar:
 
     def advance(self, done: int, **texts: str) -> None:
         """Set the progress and the texts `description` and `figures`; redraws at most four times a second."""
-        if self._progress is not None:
-            self._progress.update(self._progress.task_ids[0], completed=done, **texts)
-            if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
-                self._drawn = time.monotonic()
-                self._progress.refresh()
+        self._progress.update(self._task, completed=done, **texts)
+        if texts or time.monotonic() - self._drawn >= _REDRAW_SEC:
+            self._drawn = time.monotonic()
+            self._progress.refresh()
 
     @property
     def left_sec(self) -> float | None:
         """The seconds to the end at the mean speed since the first step; None at the start."""
-        return None if self._progress is None else self._progress.tasks[0].time_remaining
+        return self._progress.tasks[0].time_remaining
 
 
 def track(iterable: Iterable[T], total: int, what: str) -> Iterator[T]:

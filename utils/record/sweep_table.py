@@ -6,15 +6,15 @@ Each job is a run folder, whether it ran here or on a cluster. Jobs may still be
 """
 
 import sys
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
 
-from utils.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
+from utils.errors import EXIT_OK, EXIT_USER_ERROR
 from utils.record.figures import align_columns
-from utils.record.run_reader import OVERRIDES_FILE, RunReader, settings_of
+from utils.record.run_reader import OVERRIDES_FILE, RunReader
 
 _SEED = "seed="
 
@@ -28,23 +28,14 @@ class SweptRun:
     result: dict[str, Any] | None = None
 
 
-def read_jobs(folder: Path) -> list[SweptRun]:
-    """Return the jobs in a sweep's folder."""
-    jobs = []
+def read_jobs(folder: Path, failed: Mapping[frozenset[str], int] | None = None) -> list[SweptRun]:
+    """Return the jobs in a sweep's folder. failed: exit statuses by overrides, also of jobs without a run folder."""
+    states, results = {}, {}
     for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
-        state = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
-        jobs.append(SweptRun(run.settings, state, run.result))
-    return jobs
-
-
-def with_failures(jobs: Iterable[SweptRun], statuses: Iterable[tuple[Iterable[str], int]]) -> list[SweptRun]:
-    """Return the jobs, including failed ones without a run folder. statuses: (overrides, exit status) pairs."""
-    runs = {job.overrides: job for job in jobs}
-    for words, status in statuses:
-        overrides = settings_of(words)
-        if status not in (EXIT_OK, EXIT_STOPPED):
-            runs[overrides] = replace(runs.get(overrides, SweptRun(overrides, "")), state=f"failed ({status})")
-    return list(runs.values())
+        states[run.settings] = "complete" if run.is_complete else "running" if run.is_alive else "not complete"
+        results[run.settings] = run.result
+    states |= {overrides: f"failed ({status})" for overrides, status in (failed or {}).items()}
+    return [SweptRun(overrides, state, results.get(overrides)) for overrides, state in states.items()]
 
 
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
@@ -53,17 +44,16 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     The best mean comes first, jobs without a value last. Columns without information are omitted.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
-    results = {job.overrides: job.result for job in jobs if job.result is not None}
-    metric = next((result["metric"] for result in results.values()), "value")
-    sign = 1 if any(result["is_lowest_best"] for result in results.values()) else -1
+    results = [job.result for job in jobs if job.result is not None]
+    metric = results[0]["metric"] if results else "value"
+    sign = 1 if any(result["is_lowest_best"] for result in results) else -1
     groups: dict[str, list[SweptRun]] = {}
     for job in jobs:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)
     rows = []
     for settings, group in groups.items():
-        values = [results[job.overrides]["value"] for job in group if job.overrides in results]
-        values = [value for value in values if value is not None]
+        values = [job.result["value"] for job in group if job.result and job.result["value"] is not None]
         states = ", ".join(dict.fromkeys(job.state for job in group))
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"

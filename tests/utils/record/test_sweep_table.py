@@ -1,7 +1,7 @@
 """The table of a sweep, from run folders: groups over seeds, order, what has no value yet."""
 
 from utils.io.files import file_lock, write_json
-from utils.record.sweep_table import SweptRun, main, read_jobs, sweep_table, with_failures
+from utils.record.sweep_table import SweptRun, main, read_jobs, sweep_table
 
 
 def make_run(folder, overrides, value=None, *, complete=True, is_lowest_best=False):
@@ -41,8 +41,8 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
 def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
     for rate in (1, 2):
         make_run(tmp_path / str(rate), [f"optim.lr={rate}"], 0.25 * rate, complete=rate == 1)
-    statuses = [([f"optim.lr={rate}", "sweep.name=x"], status) for rate, status in enumerate([2, 0, 1])]
-    lines = sweep_table(with_failures(read_jobs(tmp_path), statuses)).splitlines()
+    failed = {frozenset([f"optim.lr={rate}"]): status for rate, status in ((0, 2), (2, 1))}
+    lines = sweep_table(read_jobs(tmp_path, failed)).splitlines()
     assert [line.split(maxsplit=2) for line in lines] == [
         ["settings", "top1", "state"],
         ["optim.lr=2", "0.5000", "failed (1)"],
