@@ -5,16 +5,17 @@ result = learner.update(batches)
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from engine.batch_size import MicroBatches, shape_of
+from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
 from engine.parallel import no_sync, take_gradients, wrap_task
-from engine.plan import Plan
+from engine.plan import Plan, largest_divisor
 from engine.runtime import Runtime
 from engine.step import (
     MicroStep,
@@ -36,6 +37,7 @@ from optim.vectors import flat_view
 from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
 from utils.record.logging import get_logger
 
@@ -74,7 +76,8 @@ class Learner:
         self.schedule = Schedule(
             config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
         )  # fmt: skip
-        self.micro_batches = MicroBatches(plan.micro_batch_size, halves=config.loop.on_out_of_memory == "halve")
+        self.micro_batch_size = plan.micro_batch_size
+        self.batch_size_file: Path | None = None  # keeps the halved size for later starts
 
     def update(self, batches: Sequence[Batch], asks: Sequence[bool] = ()) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
@@ -86,7 +89,7 @@ class Learner:
         set_group_values(self.optimizer, self.schedule.at(self.step))
         before = self._buffers.copy()
         while True:
-            parts, passes = self.micro_batches.split(batches), []
+            parts, passes = split(batches, self.micro_batch_size), []
             weight = distributed.all_reduce_sum(add_up([part["weight"].sum() for part in parts]))
             # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
             factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
@@ -99,7 +102,12 @@ class Learner:
             except torch.OutOfMemoryError:
                 pass  # the error holds the activations
             self._undo_passes(before)
-            self.micro_batches.halve(shape_of(part), len(part["weight"]), everywhere=not distributed.is_distributed())
+            self._halve(part)
+            if self.batch_size_file is not None:
+                with ignore_write_errors(self.batch_size_file):
+                    write_json(self.batch_size_file, {"size": self.micro_batch_size})
+            if distributed.is_distributed():  # the others wait in a collective
+                raise out_of_memory("training", show_samples(part))
         result = self._apply_gradients(passes, weight, before, asks)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
@@ -144,6 +152,17 @@ class Learner:
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
 
+    def _halve(self, part: Batch) -> None:
+        """Halve the micro-batch size after `part` ran out of memory.
+
+        Raises UserError if it has one sample, or with `loop.on_out_of_memory=stop`.
+        """
+        size = len(part["weight"])
+        if self.config.loop.on_out_of_memory == "stop" or size == 1:
+            raise out_of_memory("training", show_samples(part))
+        self.micro_batch_size = largest_divisor(size, size // 2)
+        log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.micro_batch_size)
+
     def rehearse(self, trials: Iterable[Batch]) -> None:
         """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
         device = self.runtime.device
@@ -151,8 +170,8 @@ class Learner:
         # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
         reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         for trial in trials:
-            while not all(distributed.gather_objects(self._fits(part := self.micro_batches.split([trial])[0]))):
-                self.micro_batches.halve(shape_of(part), len(part["weight"]))
+            while not all(distributed.gather_objects(self._fits(part := split([trial], self.micro_batch_size)[0]))):
+                self._halve(part)
         del reserve
         if device.type == "cuda":
             torch.cuda.empty_cache()

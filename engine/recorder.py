@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch_size import shape_of
+from engine.batch_size import show_samples
 from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.plan import Plan
@@ -161,7 +161,7 @@ class Recorder:
         # Step, seconds and waited at the last log; step and seconds at the epoch's start.
         self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
-        self.stage, self.batch = "the start", ("images", 1)  # for error messages
+        self.stage, self.samples = "the start", "a batch"  # for error messages
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
@@ -223,7 +223,7 @@ class Recorder:
         self.stage = f"step {step}: {name}"
         self.watchdog.progress(self.stage)
         if batch is not None:
-            self.batch = shape_of(batch), len(batch["weight"])
+            self.samples = show_samples(batch)
         self._count_time()
         self._phase = name
 

@@ -235,12 +235,12 @@ class Run:
                 self.recorder.phase(self.step, f"evaluating {name}", batch)
                 yield batch
 
-        due, sizes = {}, self.learner.micro_batches
+        due, size = {}, self.learner.micro_batch_size
         for name, loader in self.streams.evaluation.items():
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
-                if self.config.loop.batch_size == "auto" or sizes.sizes:
-                    loader.batch_size = sizes.smallest
+                if self.config.loop.batch_size == "auto" or size < self.plan.micro_batch_size:
+                    loader.batch_size = size
                 total = len(loader) if isinstance(loader, Sized) else None
                 due[name] = track(watched(name, loader), total, f"evaluating {name}")
         return due

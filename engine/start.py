@@ -18,7 +18,7 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import nn
 
-from engine.batch_size import out_of_memory
+from engine.batch_size import out_of_memory, read_size
 from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan, split_batch
@@ -146,10 +146,11 @@ def open_run(
     values = config.model_dump(mode="json")
     with open_run_folder(values, job) as folder, StopRequest() as stop:
         run = Run(task, streams, plan, config, runtime, folder)
-        recorder, train, run.stop = run.recorder, streams.train, stop
-        run.learner.micro_batches.open(folder.path, runtime.device)
+        learner, recorder, train, run.stop = run.learner, run.recorder, streams.train, stop
+        learner.batch_size_file = file = folder.path / "batch_size.json"
+        learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, plan.micro_batch_size))
         if config.loop.batch_size == "auto" and distributed.is_distributed():
-            run.learner.rehearse(train.trial_batches(plan.micro_batch_size))
+            learner.rehearse(train.trial_batches(plan.micro_batch_size))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -176,7 +177,7 @@ def _fail(run: Run, error: BaseException) -> NoReturn:
     """Close a failed run and raise its error; log the rank that was lost, if any."""
     recorder = run.recorder
     if isinstance(error, torch.OutOfMemoryError):
-        error = out_of_memory(recorder.stage, *recorder.batch)
+        error = out_of_memory(recorder.stage, recorder.samples)
     known = not isinstance(error, Exception) or isinstance(error, UserError) or lost_worker(error) is not None
     lost = None if known else recorder.watchdog.name_lost_ranks()
     recorder.watchdog.abandon()

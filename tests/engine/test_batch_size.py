@@ -1,11 +1,11 @@
-"""Out of memory: micro-batches by shape, a run that halves them, what its folder keeps, ranks."""
+"""Out of memory: smaller micro-batches, a run that halves them, what its folder keeps, ranks."""
 
 import json
 
 import pytest
 import torch
 
-from engine.batch_size import MicroBatches
+from engine.batch_size import read_size, show_samples, split
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, common, rows, samples_by_step
@@ -14,24 +14,20 @@ from tests.tasks import troubled
 from utils.errors import UserError
 
 
-def test_sizes_are_halved_by_shape_and_kept_by_device(tmp_path):
-    sizes = MicroBatches(12, halves=True)
-    sizes.open(tmp_path, torch.device("cpu"))
-    small, large = ({"weight": torch.arange(12), "images": torch.zeros(12, 3, side, side)} for side in (4, 8))
-    sizes.halve("3x8x8", 12)
-    sizes.halve("3x8x8", 6)
-    parts = sizes.split([small, large])
-    assert [len(part["weight"]) for part in parts] == [12, 3, 3, 3, 3] and sizes.smallest == 3
-    assert torch.equal(torch.cat([part["weight"] for part in parts[1:]]), large["weight"])
+def test_batches_are_split_to_divisors():
+    batch = {"weight": torch.arange(12), "images": torch.zeros(12, 3, 8, 8)}
+    parts = split([batch, {name: tensor[:8] for name, tensor in batch.items()}], 3)
+    assert [len(part["weight"]) for part in parts] == [3] * 4 + [2] * 4
+    assert torch.equal(torch.cat([part["weight"] for part in parts[:4]]), batch["weight"])
+    assert show_samples(batch) == "12 samples of 3x8x8"
+
+
+@pytest.mark.parametrize("content", ["{}x", "3", '{"size": "3"}'])
+def test_a_damaged_file_is_refused(tmp_path, content):
     file = tmp_path / "batch_size.json"
-    assert json.loads(file.read_text()) == {"cpu": {"3x8x8": 3}}
-    again = MicroBatches(8, halves=True)
-    again.open(tmp_path, torch.device("cpu"))
-    assert len(again.split([{name: tensor[:8] for name, tensor in large.items()}])[0]["weight"]) == 2  # a divisor of 8
-    for content in ("{}x", '{"cpu": 3}', '{"cpu": {"3x8x8": 0}}'):
-        file.write_text(content)
-        with pytest.raises(UserError, match="^loop.batch_size: .*batch_size.json is damaged"):
-            again.open(tmp_path, torch.device("cpu"))
+    file.write_text(content)
+    with pytest.raises(UserError, match="^loop.batch_size: .*batch_size.json is damaged"):
+        read_size(file, 8)
 
 
 @pytest.fixture
@@ -52,7 +48,7 @@ def test_a_run_that_runs_out_equals_one_of_the_size_found_and_keeps_it(tmp_path,
     run("finetune", [*base, "run_dir=two", "loop.batch_size=2"], tmp_path)
     assert_same_tensors(checkpoint_tensors(tmp_path / "auto", 3), checkpoint_tensors(tmp_path / "two", 3))
     assert rows(tmp_path / "auto/metrics.jsonl") == rows(tmp_path / "two/metrics.jsonl")
-    assert list(json.loads((tmp_path / "auto/batch_size.json").read_text())["cpu"].values()) == [2]
+    assert json.loads((tmp_path / "auto/batch_size.json").read_text()) == {"size": 2}
     said = (tmp_path / "auto/log.txt").read_text()
     assert said.count("out of memory") == 2 and "memory at the first step: weights" in said
     run("finetune", [*base, "run_dir=auto", "loop.total_steps=4"], tmp_path)
@@ -81,4 +77,3 @@ def test_ranks_agree_on_the_smallest(collection, tmp_path):
     said = run_process("tests/tasks/troubled.py", overrides, tmp_path, ranks=2, variables=trouble)
     assert said.count("from now on 3") == 2  # and they train together, each with half of every batch
     assert [len(pairs) for pairs in samples_by_step(tmp_path / "run").values()] == [24] * 3
-    assert list(json.loads((tmp_path / "run/batch_size.json").read_text())["cpu"].values()) == [3]
