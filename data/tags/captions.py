@@ -1,9 +1,10 @@
 """Captions for text to image, read from sidecars or a manifest and varied for each sample.
 
-texts = config.read(collection.row(row))                # the texts in the collection, one or several
-config.vary_tags(config.choose(texts, generator), generator)    # the caption of this sample
+texts = config.read(collection.row(row))    # the texts in the collection, one or several
+caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of this sample
 """
 
+from collections.abc import Callable
 from typing import Annotated, Literal
 
 import numpy as np
@@ -21,6 +22,8 @@ from utils.record.logging import get_logger
 from utils.vocabulary import RATING
 
 log = get_logger(__name__)
+
+Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
 
 
 class CaptionConfig(Strict):
@@ -59,13 +62,15 @@ class CaptionConfig(Strict):
             return [self.separator.join(lines)]
         return lines[:1] if self.lines == "first" else lines
 
-    def choose(self, texts: list[str], generator: torch.Generator) -> str:
-        """Return one of the texts of a row; draws only if there are several."""
-        return texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]
+    def draw(self, texts: list[str], generator: torch.Generator, vary: Vary) -> tuple[str, bool]:
+        """Return a random caption for a training sample from the texts of its row, and whether it is dropped ("").
 
-    def drops(self, generator: torch.Generator) -> bool:
-        """Return whether the caption of a training sample is dropped."""
-        return bool(torch.rand((), generator=generator) < self.caption_dropout)
+        vary: `vary_tags`, or a function that draws one of the variants in a cache.
+        """
+        if torch.rand((), generator=generator) < self.caption_dropout:
+            return "", True
+        text = texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]
+        return vary(text, generator), False
 
     def vary_tags(self, text: str, generator: torch.Generator) -> str:
         """Return a random caption for the text of a row; the whole caption is never dropped."""

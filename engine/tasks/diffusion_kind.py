@@ -17,12 +17,12 @@ from data.images.record_store import TensorStore, record_key
 from data.latents.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
 from data.latents.latent_cache import LatentCache, image_hashes
 from data.latents.text_cache import TextCache, vary_caption
-from data.open import Data, describe_collection, open_images
+from data.open import Data, describe_collection
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import GroupedSampler, Views
 from data.stream.source import Source
-from data.tags.captions import CaptionConfig, describe_captions
+from data.tags.captions import CaptionConfig, Vary, describe_captions
 from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
@@ -32,7 +32,6 @@ from models.sdxl.names import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, open_networks
 from models.sdxl.step import encode_images, encode_text
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
-from utils.canvas import DEFAULT
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.memo import hash_once
@@ -45,7 +44,7 @@ _TEXTS_AT_ONCE = 16
 
 # A weight per row of the collection, or the tags from which the task computes weights; None: equal weights.
 Weights = np.ndarray | ImageTags | None
-Texts = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
+Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 
 
 class DiffusionKind(Kind):
@@ -79,11 +78,10 @@ class DiffusionKind(Kind):
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
         """Return the images. With a latent cache they are read once, so they are not cached."""
-        background = DEFAULT if config.background is None else config.background
         if setup.task.latent_cache is not None:
             no_cache = config.cache.model_copy(update={"disk_gib": 0.0, "memory_gib": 0.0})
             config = config.model_copy(update={"cache": no_cache})
-        return open_images(collection, config, 3, background, repeats=repeats)
+        return super().source(collection, config, setup, repeats=repeats)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. This fills the caches first, except in a dry run, which reads no image."""
@@ -145,27 +143,19 @@ def check_noise(path: str, noise: NoiseConfig) -> None:
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
-def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, parts: int, weights: Weights) -> Fields:
+def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int, weights: Weights) -> Fields:
     """Return a function that adds a sample's caption, its position in the step, and its weight or tags.
 
-    variants: per caption; None draws a new variant each time. parts: samples of a step, over all ranks.
+    vary: see `CaptionConfig.draw`. parts: samples of a step, over all ranks.
     """
 
-    def choose(example: Example) -> tuple[str, bool]:
-        texts, generator = config.read(example.row), example.generator
-        if not example.training:
-            return config.complete(texts[0]), False
-        if config.drops(generator):
-            return "", True
-        text = config.choose(texts, generator)
-        if variants is None:
-            return config.vary_tags(text, generator), False
-        return vary_caption(text, int(torch.randint(variants, (), generator=generator)), config.vary_tags), False
-
     def add(example: Example) -> Sample:
-        (text, is_dropped), row = choose(example), example.draw.index
+        texts, row = config.read(example.row), example.draw.index
+        text, is_dropped = config.complete(texts[0]), False
+        if example.training:
+            text, is_dropped = config.draw(texts, example.generator, vary)
         strata = torch.tensor([example.draw.position % parts, parts])
-        fields = {**texts(text), "is_dropped": is_dropped, "strata": strata}
+        fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
         if not isinstance(weights, ImageTags):
             return {**fields, "tag_weight": 1.0 if weights is None else float(weights[row])}
         shown = torch.tensor(weights.find_shown(row, text, config), dtype=torch.bool)
@@ -174,8 +164,8 @@ def caption_fields(config: CaptionConfig, texts: Texts, variants: int | None, pa
     return add
 
 
-def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Texts, int | None]:
-    """Return a function to the tokens of a caption, or to its record in the text cache, and the number of variants.
+def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, Vary]:
+    """Return a function from a caption to its tokens or its record in the text cache, and one from a text to a caption.
 
     Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
     cache.
@@ -191,10 +181,13 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
             f"{cut:,}", f"{len(texts):,}", "training" if training else "validation", chunks, needed.max(),
         )  # fmt: skip
     if task.text_cache is None:
-        return lambda caption: {"token_ids": tokenize([caption], chunks)[0]}, None
+        return lambda caption: {"token_ids": tokenize([caption], chunks)[0]}, captions.vary_tags
     variants = task.text_variants if training and captions.varies_tags else 1
-    vary = captions.vary_tags if training else lambda text, generator: captions.complete(text)
-    to_encode = [vary_caption(text, number, vary) for text in texts for number in range(variants)]
+    make = captions.vary_tags if training else lambda text, generator: captions.complete(text)
+    to_encode = [vary_caption(text, number, make) for text in texts for number in range(variants)]
+
+    def vary(text: str, generator: torch.Generator) -> str:
+        return vary_caption(text, int(torch.randint(variants, (), generator=generator)), make)
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -207,7 +200,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
     store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
-    return store.read, variants
+    return store.read, vary
 
 
 def _read(

@@ -181,9 +181,8 @@ class Kind:
         background = background_of(trained) if config.background is None else config.background
         config = config.model_copy(update={"icc": config.icc or trained.get("icc", False)})
         shortest_px = trained.get("shortest_px")
-        return open_images(
-            collection, config, trained["channels"], background, shortest_px=shortest_px, repeats=repeats
-        )
+        channels = trained.get("channels", 3)
+        return open_images(collection, config, channels, background, shortest_px=shortest_px, repeats=repeats)
 
     # ----------------------------------------------------------------------------------------------------- samples
 

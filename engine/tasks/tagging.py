@@ -167,7 +167,6 @@ class TaggingTask(ImageTask):
                 head.bias.data.copy_(prior_bias(self._priors))
         is_rating = torch.tensor(self.vocabulary.categories) == RATING
         self.register_buffer("is_rating", is_rating, persistent=False)
-        self.metadata = {"vocabulary_hash": self.vocabulary.hash}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file. The head of one of our taggers is matched by the tags' names."""

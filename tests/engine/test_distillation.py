@@ -150,7 +150,7 @@ def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(plac
                           for name in ("student", "teacher"))  # fmt: skip
     rebuilt = open_weights(path)
     assert rebuilt.kind.output == "tags" and metadata["task"]["name"] == "tagging" and "teacher" not in metadata
-    assert metadata["tag_names"] == teachers["tag_names"] and metadata["vocabulary_hash"] == teachers["vocabulary_hash"]
+    assert metadata["tag_names"] == teachers["tag_names"]
     assert metadata["frozen"].keys() == {"teacher"}
     (place / "teacher").rename(place / "moved")  # it is needed no more
     try:

@@ -58,7 +58,7 @@ def test_lines_of_a_caption_are_alternatives(tmp_path):
     assert texts(collection, lines="first") == ["1girl, rain", "x", ""]
     assert texts(collection, lines="join")[:2] == [f"1girl, rain, {girl}", "x, y"]
     found = config().read(collection.row(0))
-    drawn = [config().choose(found, torch.Generator().manual_seed(key)) for key in range(40)]
+    drawn = [config().draw(found, torch.Generator().manual_seed(key), config().vary_tags)[0] for key in range(40)]
     assert set(drawn) == set(found) and 10 < drawn.count(girl) < 30
     assert vary(girl, shuffle=True, tag_dropout=1.0) == (girl, False)  # a sentence is not cut into tags
     assert "2 have several lines" in describe_captions(collection, np.arange(3), config())
@@ -70,7 +70,7 @@ def test_lines_of_a_caption_are_alternatives(tmp_path):
 def vary(text, key=0, **changed):
     """Return a caption of a training sample, and whether it is dropped."""
     generator, varied = torch.Generator().manual_seed(key), config(**changed)
-    return ("", True) if varied.drops(generator) else (varied.vary_tags(text, generator), False)
+    return varied.draw([text], generator, varied.vary_tags)
 
 
 def test_a_plain_caption_is_left_as_it_is():
