@@ -7,6 +7,7 @@ collection.row(0).caption, collection.rows("val"), collection.class_names("train
 
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -55,13 +56,13 @@ class Collection:
     Pickling stores only the two paths. fingerprint: a hash of the columns, stored in the index. twins: validation
     images that have a near-duplicate in training (`count_twins`). is_packed: whether rows are byte ranges of shards, in
     the columns `data.layouts.table.PLACES`.
-    Raises UserError (`data.root`) if the index is damaged.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
         """Map the index; root: a folder or a URL."""
         self.root = root if is_remote(root) else Path(root).expanduser()
         self.arrow, self.table = arrow, _map_index(arrow)
+        assert self.table is not None, arrow
         self.fingerprint: str = self.table.schema.metadata[_FINGERPRINT].decode()
         self.twins = int(self.table.schema.metadata.get(_TWINS, 0))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
@@ -145,16 +146,16 @@ def index_collection(
     layout = recognise(root, cache)
     key = files_key(layout.files, _INDEX, validation_fraction, on_bad_sidecar)
     target = cache / f"{key}.arrow" if layout.files else None
-    if target is not None and _is_whole(target):
+    if target is not None and (known := _map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", layout.files[0])
-        warn_unused(json.loads(_map_index(target).schema.metadata[_UNUSED]))
+        warn_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
     table = assign_validation(layout.read(unused := Unused()), validation_fraction)
     table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
     warn_unused(unused.describe())
     fingerprint = hash_table(table)
     target = target or cache / f"{fingerprint}.arrow"
-    if not _is_whole(target):
+    if _map_index(target) is None:
         metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
         table = table.replace_schema_metadata(metadata)
 
@@ -199,21 +200,10 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     return train
 
 
-def _is_whole(arrow: Path) -> bool:
-    """Return whether there is an index that can be read; a damaged one is made again."""
-    try:
-        return _map_index(arrow) is not None
-    except UserError:
-        return False
-
-
-def _map_index(arrow: Path) -> pa.Table:
-    """Map an index. Raises UserError if it is missing, damaged or has another schema."""
-    try:
+def _map_index(arrow: Path) -> pa.Table | None:
+    """Map an index; None if it is missing, damaged or has another schema, so that it is made again."""
+    with suppress(pa.ArrowException, OSError):
         table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
-        assert pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA)
-    except (pa.ArrowException, OSError, AssertionError) as error:
-        raise UserError(
-            f"data.root: the index {str(arrow)!r} cannot be read ({error}); delete it to have it rebuilt"
-        ) from error
-    return table
+        if pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA):
+            return table
+    return None

@@ -7,6 +7,7 @@ post is named by its id or md5, in any folder and any format. Masks of images, h
 beside pictures are passed over; links are followed.
 """
 
+import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -21,10 +22,11 @@ from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
 from data.layouts.manifest import find_one
 from data.layouts.records import Sidecar, is_field, parse_record
-from data.layouts.sidecars import SUFFIXES, list_orphans, read_lines, read_sidecars, refuse_link_out
+from data.layouts.sidecars import SUFFIXES, list_orphans, list_sidecars, read_lines, read_sidecars, refuse_link_out
 from data.layouts.table import SPLIT_NAMES, build_table, show_some
-from data.layouts.unused import Unused
-from utils.errors import UserError
+from data.layouts.unused import ORPHANS, Unused
+from utils.errors import UserError, about
+from utils.io.files import readable
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
@@ -71,44 +73,32 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
     or another image path that is not a file; a circle of links. Unreadable sidecars are in the column `sidecar_fault`.
     """
-    if (file := find_one(root, POSTS)) is not None:
-        return _read_posts(root, file, unused)
-    images: dict[str, int] = {}
-    beside: dict[str, set[str]] = {}  # for each image that may have a sidecar: the file names in its folder
-    tables: list[str] = []
-    for folder, entries, names in walk_folders(root, unused):
-        sizes = _read_images(folder, entries)
-        images |= sizes
-        unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
-        beside |= dict.fromkeys(sizes, names) if len(sizes) < len(names) else {}
-        tables += [folder + name for name in names if name in TABLES]
-        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
-        unused.add("shards beside images", *shards)
-        unused.add("sidecars without an image", *list_orphans(folder, set(filter(is_image_name, names)), names))
+    images, others = scan_folder(root, unused)
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image; allowed are the endings "
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
+    sidecars = {path: files for path in images if (files := list_sidecars(path, others))}
+    if (file := find_one(root, POSTS)) is not None:
+        unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
+        return _read_posts(root, file, images, unused)
     splits, labels = _place_images(root, list(images))
     _refuse_repeats(root, sorted({path.rpartition("/")[0] for path in images}), unused)
-
-    def read(path: str) -> Sidecar:
-        folder, slash, name = path.rpartition("/")
-        return read_sidecars(root, root / folder, name, beside[path], unused)
-
-    known = dict(zip(beside, in_threads(read, list(beside))))
+    tables = sorted(folder + name for folder, names in others.items() for name in names if name in TABLES)
+    known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
+    known = dict(zip(sidecars, known))
     try:
-        rows, metadata = read_tables(root, sorted(tables), images, unused), read_metadata(root, images, unused)
+        rows, metadata = read_tables(root, tables, images, unused), read_metadata(root, images, unused)
     except (OSError, ValueError) as error:  # UserError is one
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
         rows, metadata = {}, {next(iter(images)): fault}
-    sidecars = [known.get(path, Sidecar()).updated(rows.get(path)).updated(metadata.get(path)) for path in images]
-    if count := sum(sidecar != Sidecar() for sidecar in sidecars):
+    records = [known.get(path, Sidecar()).updated(rows.get(path)).updated(metadata.get(path)) for path in images]
+    if count := sum(record != Sidecar() for record in records):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
-    if any(labels) and (stated := sum(sidecar.label is not None for sidecar in sidecars)):
+    if any(labels) and (stated := sum(record.label is not None for record in records)):
         log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
-    return build_rows(images, splits, _add_labels(list(images), labels, sidecars))
+    return build_rows(images, splits, _add_labels(list(images), labels, records))
 
 
 def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
@@ -117,18 +107,22 @@ def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Seque
     return build_table({"path": list(images), "size": list(images.values()), "split": splits, **fields})
 
 
-def list_images(root: Path, unused: Unused | None = None) -> dict[str, int]:
-    """Return the size in bytes of each image below a folder, by path. Raises UserError as `read_folder` does.
+def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, set[str]]]:
+    """Return the size in bytes of each image below a folder, by path, and the other file names by folder.
 
-    unused: also takes the sidecars, for a reader that uses none.
+    Raises UserError as `read_folder` does.
     """
-    images = {}
-    for folder, files, names in walk_folders(root, unused):
-        images |= _read_images(folder, files)
-        if unused is not None:
-            sidecars = (folder + name for name in names if name.lower().endswith(SUFFIXES))
-            unused.add("sidecars, because posts describe the images", *sidecars)
-    return images
+    images: dict[str, int] = {}
+    others: dict[str, set[str]] = {}
+    for folder, entries, names in walk_folders(root, unused):
+        images |= _read_images(folder, entries)
+        here = set(filter(is_image_name, names))
+        others[folder] = names - here
+        unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
+        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
+        unused.add("shards beside images", *(path for path in shards if path not in POSTS))
+        unused.add(ORPHANS, *list_orphans(folder, here, names))
+    return images, others
 
 
 def is_image_name(name: str) -> bool:
@@ -260,10 +254,9 @@ def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
     unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
 
 
-def _read_posts(root: Path, file: Path, unused: Unused) -> pa.Table:
+def _read_posts(root: Path, file: Path, images: Mapping[str, int], unused: Unused) -> pa.Table:
     """Read the posts with an image. Raises UserError if no post has one."""
     refuse_link_out(root, file)
-    images = list_images(root, unused)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
     sidecars: dict[str, Sidecar] = {}
     count = 0
@@ -287,9 +280,6 @@ def _iterate_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.suffix == ".jsonl":
         yield from read_lines(file)
         return
-    try:
-        with pq.ParquetFile(file) as parquet:
-            for batch in parquet.iter_batches(columns=[*filter(is_field, parquet.schema_arrow.names)]):
-                yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
+    with about("data.root"), readable(file, file.suffix), pq.ParquetFile(file) as parquet:
+        for batch in parquet.iter_batches(columns=[*filter(is_field, parquet.schema_arrow.names)]):
+            yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())

@@ -17,12 +17,11 @@ import os
 import unicodedata
 import zlib
 from collections import Counter
-from importlib.metadata import version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from PIL import Image, ImageDraw, ImageFont, features
+from PIL import Image, ImageDraw, ImageFont
 
 from data.layouts.manifest import save_manifest
 from data.layouts.table import build_table
@@ -150,28 +149,19 @@ def _draw_into(root: Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, compress_type=zlib.Z_RLE)  # gives the same bytes with zlib and zlib-ng
         png, (caption, tags) = file.read_bytes(), describe_code(code)
-        split, pixels = "val" if face in VAL_FACES else "train", hashlib.sha256(image.tobytes()).hexdigest()
-        columns = {"path": file.relative_to(root).as_posix(), "split": split, "tags": tags, "caption": caption}
-        columns |= {"size": len(png), "sha256": hashlib.sha256(png).hexdigest()}
-        rows.append({"face": face, "code": code, "pixels": pixels, **columns})
+        columns = {"path": file.relative_to(root).as_posix(), "size": len(png), "tags": tags, "caption": caption}
+        columns |= {"split": "val" if face in VAL_FACES else "train", "sha256": hashlib.sha256(png).hexdigest()}
+        rows.append({"face": face, "code": code, **columns})
     classes = _name_classes(rows)
     columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
-    save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}), "draw_glyphs")
-    lines = "".join(f"{row['face']} {row['code']} {row['pixels']}\n" for row in rows)
-    about = {
-        "version": GLYPHS_VERSION,
-        "count": len(rows),
-        "pixels": hashlib.sha256(lines.encode()).hexdigest(),  # other FreeType versions may round edges differently
-        "freetype": features.version("freetype2"),
-        "matplotlib": version("matplotlib"),
-    }
-    write_json(root / _ABOUT, about)
+    save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}))
+    write_json(root / _ABOUT, {"version": GLYPHS_VERSION})
 
 
 def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:
     """Return the class of each code point in nearly all faces: the lowest code point that looks the same."""
     faces = Counter(row["code"] for row in rows)
-    looks = {row["code"]: row["pixels"] for row in rows if row["face"] == _MERGED_IN}
+    looks = {row["code"]: row["sha256"] for row in rows if row["face"] == _MERGED_IN}
     codes = sorted(code for code, count in faces.items() if count >= _FACES_OF_A_CLASS)
     lowest: dict[str | int, int] = {}
     return {code: name_code(lowest.setdefault(looks.get(code, code), code)) for code in codes}

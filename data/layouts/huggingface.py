@@ -15,14 +15,15 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.layouts.manifest import find_one, read_columns
 from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.unused import Unused
-from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.errors import UserError, about
+from utils.io.files import readable, write_atomically
 from utils.io.memo import files_key
 
 _BATCH_ROWS = 64
@@ -55,14 +56,11 @@ def read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
-    try:
-        with pa.memory_map(str(file)) as mapped:
-            whole, rows = mapped.read_buffer(), []
-            for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
-                batch.validate(full=True)
-                rows += _rows_of(name, batch, whole, unused)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.root: {name!r} cannot be read ({error}); remove it, or save it again") from error
+    with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
+        whole, rows = mapped.read_buffer(), []
+        for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
+            batch.validate(full=True)
+            rows += _rows_of(name, batch, whole, unused)
     for number, row in enumerate(rows):
         row["path"] = f"{name}/{number:08}{row.pop('suffix')}"
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
@@ -82,11 +80,10 @@ def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer, unused: Unused)
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
-    is_valid = images.is_valid().to_numpy(zero_copy_only=False) & content.is_valid().to_numpy(zero_copy_only=False)
-    offsets, lengths = (begin + ends[:-1]).tolist(), np.where(is_valid, np.diff(ends), 0).tolist()
+    lengths = pc.binary_length(pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
     files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
     records = read_records(name, batch.drop_columns([image]), unused)
-    for file, offset, length, sidecar in zip(files, offsets, lengths, records):
+    for file, offset, length, sidecar in zip(files, (begin + ends).tolist(), lengths, records):
         suffix = os.path.splitext(file or "")[1].lower()
         yield {"suffix": suffix, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
 

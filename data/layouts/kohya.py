@@ -12,11 +12,11 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from data.layouts.manifest import find_one
 from data.layouts.records import Sidecar, decode, parse_record, parse_text
 from data.layouts.sidecars import load_json, read_lines, refuse_link_out
 from data.layouts.spelling import Tag, parse_tag, split_tags, write_tag
 from data.layouts.unused import Unused
-from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.vocabulary import CATEGORIES
 
@@ -30,9 +30,7 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
     """
     files = [file for file in sorted(root.glob("meta_*")) if file.suffix in (".json", ".jsonl")]
     read = {file: entries for file in files if (entries := _read_entries(root, file))}
-    if len(read) > 1:
-        names = " and ".join(file.name for file in read)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
+    find_one(root, [file.name for file in read])
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
     others = [file.name for file in files if file not in read and file.stem not in by_key]
     unused.add("files with the name of kohya's metadata, but no entry per image", *others)

@@ -26,17 +26,15 @@ from data.layouts.sidecars import read_lines
 from data.layouts.spelling import split_tags
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
-from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.errors import UserError, about
+from utils.io.files import readable, write_atomically
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
-# The Parquet metadata name the writer of a manifest, so that a user's file is never overwritten.
-_MAKER, _OURS = b"atelier.made_by", "write_manifest"
-_SCANNED = b"atelier.scanned_ns"  # when job=manifest has read the sidecars
+_SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "label", "tags", "rating", "caption", "weight")  # a user states these for us
 _AT_ONCE, _PART = 16, 512  # threads, and files per task or cached folders
 
@@ -118,10 +116,8 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
 def read_columns(file: Path) -> pa.Table:
     """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`data.root`)."""
     read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
-    try:
+    with about("data.root"), readable(file, file.suffix):
         return read(file)
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
 def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -254,43 +250,30 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
         return [size for sizes in pool.map(lambda part: list(map(look_up, part)), parts) for size in sizes]
 
 
-def save_manifest(root: Path, table: pa.Table, maker: str = _OURS, scanned_ns: int | None = None) -> None:
+def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
-    maker: recorded in the file; only a manifest of the default maker is ever overwritten. scanned_ns: when the folder's
-    sidecars were read; None: as in the manifest that is replaced.
+    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced.
     Raises UserError (`data.root`) if the folder is not writable.
     """
     scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
-    facts = {_MAKER: maker} if scanned_ns is None else {_MAKER: maker, _SCANNED: str(scanned_ns)}
-    table = table.replace_schema_metadata(facts)
+    table = table.replace_schema_metadata({} if scanned_ns is None else {_SCANNED: str(scanned_ns)})
     try:
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
     except PermissionError as error:
         raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be written") from error
 
 
-def is_ours(file: Path) -> bool:
-    """Return whether job=manifest wrote a manifest."""
-    return _read_facts(file).get(_MAKER) == _OURS.encode()
-
-
 def scanned_at(file: Path) -> int | None:
-    """Return when job=manifest has read the sidecars of a manifest's folder, in ns; None for another manifest."""
-    text = _read_facts(file).get(_SCANNED, b"")
-    return int(text) if text.isdigit() else None
-
-
-def _read_facts(file: Path) -> dict[bytes, bytes]:
-    """Return the metadata of a Parquet file; {} for any other file, and for a broken one, which reading refuses."""
-    with suppress(pa.ArrowException, OSError):
-        return pq.read_schema(file).metadata or {}
-    return {}
+    """Return when job=manifest has read the folder of its manifest, in ns; None if it did not write the file."""
+    with suppress(pa.ArrowException, OSError, TypeError, KeyError, ValueError):  # reading refuses a broken file
+        return int(pq.read_schema(file).metadata[_SCANNED])
+    return None
 
 
 def refuse_foreign(file: Path) -> None:
     """Raise UserError for a manifest that job=manifest did not write."""
-    if not is_ours(file):
+    if scanned_at(file) is None:
         raise UserError(
             f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
             "from the folder, move it away"

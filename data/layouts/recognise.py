@@ -20,7 +20,7 @@ from data.layouts.folders import (
     walk_folders,
 )
 from data.layouts.huggingface import read_arrow, unpack_parquet
-from data.layouts.manifest import find_manifest, is_ours, read_manifest
+from data.layouts.manifest import find_manifest, read_manifest, scanned_at
 from data.layouts.refresh import find_newer
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans
@@ -73,7 +73,7 @@ def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
     table = read_manifest(root, manifest, unused)
     if PLACES.keys() <= set(table.column_names):
         return table
-    paths, has_sidecars = set(table["path"].to_pylist()), is_ours(manifest)
+    paths, has_sidecars = set(table["path"].to_pylist()), scanned_at(manifest) is not None
     for folder in sorted({os.path.dirname(path) for path in paths}):
         names = {entry.name for entry in list_folder(root / folder) if not is_passed_over(entry.name)}
         others = {os.path.join(folder, name) for name in names} - paths

@@ -13,8 +13,8 @@ import pyarrow.compute as pc
 from data.layouts.records import FIELDS, Sidecar, decode, find_encoding, is_field, parse_record, parse_text
 from data.layouts.table import hash_table
 from data.layouts.unused import Unused
-from utils.errors import UserError
-from utils.io.files import write_text
+from utils.errors import UserError, about
+from utils.io.files import readable, write_text
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
@@ -24,12 +24,12 @@ _SPELLINGS = [(suffix, suffix.upper(), f".{suffix[1:].title()}") for suffix in S
 _MAX_BYTES = 16 * 2**20
 
 
-def read_sidecars(root: Path, folder: Path, name: str, names: set[str], unused: Unused) -> Sidecar:
-    """Read the sidecars of the image `name` in `folder`, which contains the files `names`."""
-    files: dict[str, str] = {}
-    for file in list_sidecars(name, names):
-        files.setdefault(os.path.splitext(file)[1].lower(), str(folder / file))
-    beside = os.path.dirname(os.path.realpath(folder / name)) if files else None
+def read_sidecars(root: Path, image: str, files: Sequence[str], unused: Unused) -> Sidecar:
+    """Read the sidecars of an image; of several with one suffix, the first. All paths are relative to the root."""
+    texts: dict[str, str] = {}
+    for file in files:
+        texts.setdefault(os.path.splitext(file)[1].lower(), str(root / file))
+    beside = os.path.dirname(os.path.realpath(root / image))
 
     def read(path: str) -> bytes:
         refuse_link_out(root, file := Path(path), beside)
@@ -37,7 +37,7 @@ def read_sidecars(root: Path, folder: Path, name: str, names: set[str], unused: 
             raise UserError(f"data.root: {path!r} is not a file of at most {_MAX_BYTES:,} bytes; remove it")
         return file.read_bytes()
 
-    return read_texts(str(folder / name), files, read, unused)
+    return read_texts(str(root / image), texts, read, unused)
 
 
 def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes], unused: Unused) -> Sidecar:
@@ -67,11 +67,13 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
     return sidecar
 
 
-def list_sidecars(name: str, names: set[str]) -> list[str]:
-    """Return the sidecars of the image `name` among the file names of its folder; `x.jpg.txt` before `x.txt`."""
-    stems = dict.fromkeys((name, os.path.splitext(name)[0]))
+def list_sidecars(image: str, others: Mapping[str, set[str]]) -> list[str]:
+    """Return the sidecars of an image, `x.jpg.txt` before `x.txt`; others: file names by folder, as paths begin."""
+    folder, slash, name = image.rpartition("/")
+    names = others[folder + slash]
+    stems = dict.fromkeys((name, os.path.splitext(name)[0])) if names else ()
     files = (stem + suffix for spellings in _SPELLINGS for stem in stems for suffix in spellings)
-    return [file for file in files if file in names]
+    return [folder + slash + file for file in files if file in names]
 
 
 def list_orphans(folder: str, images: set[str], names: set[str]) -> list[str]:
@@ -98,7 +100,7 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
 
 def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the JSON object of each line, after its position for messages. Raises UserError (`data.root`)."""
-    try:
+    with about("data.root"), readable(file, file.suffix):
         with open(file, "rb") as content:
             encoding = find_encoding(content.read(2))
         with open(file, encoding=encoding) as lines:
@@ -108,8 +110,6 @@ def read_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
                     if not isinstance(record := load_json(line, where), dict):
                         raise UserError(f"data.root: {where} holds {reprlib.repr(record)}; an object is allowed")
                     yield where, record
-    except (OSError, UnicodeError) as error:
-        raise UserError(f"data.root: {str(file)!r} cannot be read ({error}); repair it or make it again") from error
 
 
 def load_json(text: str, where: str) -> Any:

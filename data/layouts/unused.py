@@ -11,6 +11,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+ORPHANS = "sidecars without an image"  # a reason
+
 
 class Unused(dict[str, list[str]]):
     """The names of unused files, members, rows or columns, by reason. Threads may share one.

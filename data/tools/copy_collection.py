@@ -169,8 +169,9 @@ def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
         patterns = (*TABLES, *POSTS, "meta_*.json", "meta_*.jsonl") if parent == Path() else TABLES
         yield from (str(file.relative_to(root)) for name in patterns for file in sorted((root / parent).glob(name)))
     for path in paths:
-        folder, slash, name = path.rpartition("/")
+        folder, stem = path[: path.rfind("/") + 1], os.path.splitext(path)[0]
         if folder not in names:
             names[folder] = {entry.name for entry in list_folder(root / folder)}
-        masks = {f"{os.path.splitext(name)[0]}{ending}.png" for ending in MASK_ENDINGS} & names[folder]
-        yield from (folder + slash + file for file in (*list_sidecars(name, names[folder]), *sorted(masks)))
+        yield from list_sidecars(path, names)
+        masks = (f"{stem}{ending}.png" for ending in MASK_ENDINGS)
+        yield from (mask for mask in masks if os.path.basename(mask) in names[folder])

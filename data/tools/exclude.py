@@ -24,11 +24,11 @@ from data.layouts.folders import check_root
 from data.layouts.manifest import (
     PARQUET,
     find_manifest,
-    is_ours,
     read_parquet,
     read_table,
     refuse_foreign,
     save_manifest,
+    scanned_at,
 )
 from data.layouts.spelling import parse_rating
 from data.layouts.table import TYPES, replace_column
@@ -68,16 +68,17 @@ class Finder(Tool):
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
         file = find_manifest(root)
-        table = read_table(file, Unused()) if file and not is_ours(file) else read_own_manifest(root)
+        is_ours = file is None or scanned_at(file) is not None
+        table = read_own_manifest(root) if is_ours else read_table(file, Unused())
         table, count = exclude(table, self.name, reasons)
         for name, values in changes.items():
             before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
             now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
             table = replace_column(table, name, pa.array(now, TYPES[name]))
-        if file and is_ours(file):
+        if is_ours:
             save_manifest(root, table)
             return f"{count:,} images excluded ({listing})"
-        save_manifest(Path(self.report), table, maker=self.name)
+        save_manifest(Path(self.report), table)
         copy = Path(self.report) / PARQUET
         return f"{count:,} images excluded ({listing}) in {copy}; to use it, put it in the place of your {file.name}"
 

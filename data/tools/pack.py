@@ -89,7 +89,7 @@ def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.
         columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
         for name, values in {**columns, "size": columns["length"]}.items():
             table = replace_column(table, name, pa.array(values, TYPES[name]))
-        save_manifest(output, table, "pack_collection")
+        save_manifest(output, table)
     return table
 
 

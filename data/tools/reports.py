@@ -1,7 +1,7 @@
 """Read-only jobs: count, statistics (an HTML page) and verify (unreadable images, missing files and orphans)."""
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Literal
 
@@ -10,11 +10,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.config import DataConfig
-from data.layouts.folders import check_root, is_image_name, list_images, read_folder, walk_folders
+from data.layouts.folders import check_root, read_folder, scan_folder
 from data.layouts.manifest import find_manifest, read_table
-from data.layouts.sidecars import FAULT, list_orphans, list_sidecars
+from data.layouts.sidecars import FAULT, list_sidecars
 from data.layouts.table import SPLITS, count_values
-from data.layouts.unused import Unused
+from data.layouts.unused import ORPHANS, Unused
 from data.open import describe_collection, load_collection
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
@@ -123,10 +123,12 @@ class Verify(Tool):
     def run(self, data: DataConfig) -> str:
         """List the faults. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
-        images = sorted(list_images(root))
+        sizes, others = scan_folder(root, unused := Unused())
+        images = sorted(sizes)
         facts = measure_files(root, images, data.max_pixels)
         found = [(path, fact.kind, fact.reason) for path, fact in zip(images, facts) if fact.kind is not None]
-        found += (fault if len(fault) == 3 else (*fault, fault[1]) for fault in _find_faults(root, images))
+        faults = _find_faults(root, images, others, unused.get(ORPHANS, []))
+        found += (fault if len(fault) == 3 else (*fault, fault[1]) for fault in faults)
         kinds, faults = Counter(kind for _, kind, _ in found), {}
         for path, _, fault in found:
             faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
@@ -135,10 +137,13 @@ class Verify(Tool):
         return f"{len(images):,} images; {f'{counts} ({listing})' if found else 'no fault'}"
 
 
-def _find_faults(root: Path, images: list[str]) -> Iterator[tuple[str, ...]]:
+def _find_faults(
+    root: Path, images: list[str], others: Mapping[str, set[str]], orphans: list[str]
+) -> Iterator[tuple[str, ...]]:
     """Yield the path, the kind and, if it says more, the reason of faults of the manifest and the sidecars.
 
-    If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not matter.
+    images, others: see `scan_folder`. orphans: sidecars without an image. If any image has a sidecar, images without
+    one are named. A manifest replaces sidecars, so bad ones do not matter.
     """
     if (manifest := find_manifest(root)) is not None:
         rows = set(read_table(manifest, Unused())["path"].to_pylist())
@@ -148,11 +153,7 @@ def _find_faults(root: Path, images: list[str]) -> Iterator[tuple[str, ...]]:
     elif FAULT in (table := read_folder(root, Unused())).column_names:
         bad = table.filter(pc.is_valid(table[FAULT]))
         yield from ((path, "a bad sidecar", why) for path, why in zip(bad["path"].to_pylist(), bad[FAULT].to_pylist()))
-    bare, some = [], False
-    for folder, _, names in walk_folders(root):
-        here = {name for name in names if is_image_name(name)}
-        without = [folder + name for name in here if not list_sidecars(name, names)]
-        bare, some = bare + without, some or len(without) < len(here)
-        yield from ((path, "a sidecar without an image") for path in list_orphans(folder, here, names))
-    if some:
-        yield from ((path, "an image without a sidecar") for path in sorted(bare))
+    yield from ((path, "a sidecar without an image") for path in orphans)
+    bare = [path for path in images if not list_sidecars(path, others)]
+    if len(bare) < len(images):
+        yield from ((path, "an image without a sidecar") for path in bare)

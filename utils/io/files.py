@@ -93,6 +93,8 @@ def readable(path: Path, kind: str) -> Iterator[None]:
     """Turn any error of a library that reads a file into a UserError that names the file."""
     try:
         yield
+    except UserError:
+        raise
     except Exception as error:  # the libraries raise errors of many classes
         reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
         raise UserError(f"{path} is not a readable {kind} file ({reason}); get it again, or name another") from None

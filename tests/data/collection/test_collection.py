@@ -281,13 +281,6 @@ def test_a_collection_of_many_chunks(opened, root, monkeypatch):
     assert np.array_equal(cut.class_ids("ab"), whole.class_ids("ab"))
 
 
-def test_a_damaged_index_is_refused(opened, root):
-    collection = opened(put(root, "a.png"))
-    collection.arrow.write_bytes(collection.arrow.read_bytes()[:100])
-    with pytest.raises(UserError, match=r"^data\.root: the index .*delete it"):
-        Collection(str(root), collection.arrow)
-
-
 def test_the_index_of_an_unchanged_manifest_is_not_made_again(opened, root, monkeypatch):
     put(root, "a.png", "b.png")
     (root / "manifest.csv").write_text("path\na.png\n")

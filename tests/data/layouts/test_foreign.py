@@ -314,7 +314,7 @@ def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):
     (tmp_path / "none").mkdir()
     (tmp_path / "none/0.parquet").write_bytes(b"PAR1")
     for name in ("compressed", "text", "cut", "none"):
-        with pytest.raises(UserError, match=r"^data\.root: .*0\.(arrow|parquet)'"):
+        with pytest.raises(UserError, match=r"^data\.root: .*0\.(arrow|parquet)"):
             load(tmp_path / name)
 
 

@@ -131,7 +131,7 @@ def test_links_inside_the_root_are_fine(opened, root):
         ("path,weight\na.png,heavy\n", "heavy"),
         ("path\n", "no row"),
         ("path,tags,tags\na.png,x,y\n", "each once"),
-        ("path,label\na.png,f\udcfcr\n", "cannot be read"),  # in another encoding
+        ("path,label\na.png,f\udcfcr\n", "not a readable .csv"),  # in another encoding
     ],
 )
 def test_csv_manifests_are_refused(refuse, root, text, word):
@@ -143,7 +143,7 @@ def test_csv_manifests_are_refused(refuse, root, text, word):
 def test_broken_and_double_manifests_are_refused(refuse, root):
     put(root, "a.png")
     (root / "manifest.parquet").write_bytes(b"no Parquet")
-    refuse(root, str(root / "manifest.parquet"), "cannot be read")
+    refuse(root, str(root / "manifest.parquet"), "not a readable")
     jsonl(root, [{"path": "a.png"}])
     refuse(root, "both manifest.parquet and manifest.jsonl")
 

@@ -223,13 +223,13 @@ def test_a_table_of_posts(tmp_path, form, log):
 
 BAD = [
     ({"posts.jsonl": '{"id": 1, "tag_string": "a"}\n{"id": '}, "posts.jsonl', line 2, is broken JSON"),
-    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl' cannot be read"),
+    ({"posts.jsonl": b'{"id": 1, "tag_string": "\xff"}'}, "posts.jsonl is not a readable"),
     (
         {"posts.jsonl": '{"id": 9, "md5": "ee", "tag_string": "a"}'},
         "posts.jsonl' has one of the 1 images; name images",
     ),
     ({"posts.parquet": "PAR1", "posts.jsonl": ""}, "holds both posts.parquet and posts.jsonl"),
-    ({"posts.parquet": "PAR1"}, "posts.parquet' cannot be read"),
+    ({"posts.parquet": "PAR1"}, "posts.parquet is not a readable"),
 ]
 
 
