@@ -36,7 +36,7 @@ from data.layouts.unused import Unused
 from data.open import load_collection
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
-from utils.config.bounds import Count, Factor, KnobValue, Side
+from utils.config.bounds import Count, Factor, Side
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
@@ -122,7 +122,7 @@ class Rules(Strict):
     min_side_px: Side | None
     max_aspect: Annotated[float, Field(ge=1, le=1e6)] | None
     ratings: list[str] | None
-    min_score: KnobValue | None
+    min_score: float | None
     min_sharpness: Factor | None
 
 

@@ -21,7 +21,6 @@ BelowOne = Annotated[float, Field(ge=0, lt=1)]
 Rate = Annotated[float, Field(ge=0, le=1e4)]  # a learning rate
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float32
-KnobValue = Annotated[float, Field(ge=-1e30, le=1e30)]
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # in epochs or minutes
 DurationOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Patience = Annotated[float, Field(ge=1, le=1e8)]  # in seconds

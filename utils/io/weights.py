@@ -42,8 +42,7 @@ def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
-        is_part = tensor.nbytes != tensor.untyped_storage().nbytes()
-        plain[name] = tensor.clone() if pointer in seen or is_part else tensor
+        plain[name] = tensor.clone() if pointer in seen else tensor
         seen.add(pointer)
     return plain
 

@@ -5,7 +5,6 @@ import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import contextmanager
 from typing import TypeVar
 
 from utils.ranks.signals import leave_to_parent
@@ -45,24 +44,15 @@ def map_in_processes(
         # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.
         pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=leave_to_parent)
         try:
-            with pool, _killed_on_error(pool):
-                for result in pool.map(function, items[done:], chunksize=chunk_size):
-                    yield result
-                    done += 1
+            for result in pool.map(function, items[done:], chunksize=chunk_size):
+                yield result
+                done += 1
         except BrokenProcessPool:  # by an item of this chunk or, with several processes, of a later one
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
-
-
-@contextmanager
-def _killed_on_error(pool: ProcessPoolExecutor) -> Iterator[None]:
-    """Kill the workers if the consumer stops early, which leaving the pool would wait for."""
-    try:
-        yield
-    except BaseException:
-        workers = list((pool._processes or {}).values())
-        pool.shutdown(wait=False, cancel_futures=True)
-        for worker in workers:
-            worker.kill()
-        raise
+        finally:  # without waiting for the workers, because the consumer may stop early
+            workers = list((pool._processes or {}).values())
+            pool.shutdown(wait=False, cancel_futures=True)
+            for worker in workers:
+                worker.kill()

@@ -9,6 +9,7 @@ import json
 import math
 import re
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -35,18 +36,15 @@ def read_rows(path: Path) -> list[tuple[bytes, Row]]:
     """
     # splitlines would split at characters that paths may contain. Bytes, because a kill may cut a character.
     *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    rows = [(line, row) for line in lines if (row := _parse_row(line)) is not None]
+    rows = []
+    for line in lines:
+        with suppress(ValueError, RecursionError):
+            row = json.loads(line)
+            if isinstance(row, dict) and isinstance(row.get("step"), int):
+                rows.append((line, row))
     if len(rows) < len(lines):
         log.warning("%s: %d damaged lines are skipped", path, len(lines) - len(rows))
     return rows
-
-
-def _parse_row(line: bytes) -> Row | None:
-    try:
-        row = json.loads(line)
-    except (ValueError, RecursionError):
-        return None
-    return row if isinstance(row, dict) and isinstance(row.get("step"), int) else None
 
 
 def keep_rows(path: Path, last_step: int, limits: Mapping[str, int] | None = None) -> list[Row]:

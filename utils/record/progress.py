@@ -46,6 +46,7 @@ class Bar:
 
     def __init__(self, what: str, total: int) -> None:
         self._drawn = 0.0
+        self.is_shown = environment_rank() == 0 and _console.file.isatty() and not _console.is_dumb_terminal
         # stdout goes where the user sends it. The time left follows from the mean speed.
         self._progress = Progress(
             "[bold]{task.description}", *([BarColumn(20)] if _console.width >= _WIDE_COLUMNS else []),
@@ -63,11 +64,6 @@ class Bar:
             if self.is_shown:
                 _console.show_cursor(True)  # rich hides it, and a killed process could not restore it
             yield
-
-    @property
-    def is_shown(self) -> bool:
-        """Whether there is a terminal to draw on."""
-        return environment_rank() == 0 and _console.file.isatty() and not _console.is_dumb_terminal
 
     def advance(self, done: int, **texts: str) -> None:
         """Set the progress and the texts `description` and `figures`; redraws at most four times a second."""

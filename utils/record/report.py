@@ -55,7 +55,9 @@ def write_report(
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
     for name, image in images.items():
-        write_atomically(folder / "plots" / f"{prefix}{name}.png", lambda file, image=image: _save_png(image, file))
+        write_atomically(
+            folder / "plots" / f"{prefix}{name}.png", lambda file, image=image: Image.fromarray(image).save(file, "PNG")
+        )
 
 
 def write_page(
@@ -101,10 +103,6 @@ def _cell(value: object) -> str:
 
 def _picture(name: str, image: np.ndarray) -> str:
     content = io.BytesIO()
-    _save_png(image, content)
+    Image.fromarray(image).save(content, "PNG")
     encoded = base64.b64encode(content.getvalue()).decode("ascii")
     return f'<img alt="{escape(show_name(name))}" src="data:image/png;base64,{encoded}">'
-
-
-def _save_png(image: np.ndarray, file: Path | io.BytesIO) -> None:
-    Image.fromarray(image).save(file, format="PNG")
