@@ -27,7 +27,7 @@ import numpy as np
 from data.augment.transforms import evaluation_views
 from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
-from data.images.caches import keep_in_memory, keep_on_disk
+from data.images.caches import DiskCached, keep_in_memory
 from data.images.decode import Decoder, decoder_versions
 from data.images.image_formats import warn_of_missing_libraries
 from data.images.image_source import Images
@@ -120,10 +120,11 @@ def open_images(
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
     shortest_px: as in `Decoder`. repeats: images are read several times, so a memory cache helps.
-    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
+    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
     """
     decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
-    source = keep_on_disk(Images(collection, decoder), config.cache)
+    source: Source = Images(collection, decoder)
+    source = DiskCached(source, config.cache) if config.cache.disk_gib > 0 else source
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 

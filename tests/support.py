@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from data.config import CacheConfig, DataConfig
 from data.images.decode import Decoder
 from data.images.image_formats import read_file
+from data.tools.pack import Pack
 from data.tools.write_manifest import Manifest
 from utils.canvas import DEFAULT
 from utils.config.help import CONF
@@ -120,6 +121,11 @@ def write_manifest(root, *, verify=False, **changes):
     """Write the manifest of a folder by job=manifest and return it; changes: of `data_config`."""
     data = data_config(**{"root": str(root), "validation_fraction": 0.0, **changes})
     return Manifest(name="manifest", verify=verify, duplicates=False).write(data)
+
+
+def pack_collection(collection, output, shard_mib=1):
+    """Write the shards of a collection by job=pack."""
+    return Pack(name="pack", output=str(output), shard_mib=shard_mib).pack(collection)
 
 
 def common(task, data, run_dir, *more):

@@ -1,7 +1,7 @@
 """Caches of decoded images, each a source in front of another. Hits, misses and a full cache give the same pixels.
 
-source = keep_on_disk(Images(collection, decoder), config.cache)     in a folder, which runs share
-source = keep_in_memory(source, collection, config.cache)            one copy for all processes of a node
+source = DiskCached(Images(collection, decoder), config.cache)    in a folder, which runs share
+source = keep_in_memory(source, collection, config.cache)         one copy for all processes of a node
 """
 
 import fcntl
@@ -43,21 +43,13 @@ _SIZES_BYTES, _ALIGNED = 24, 8
 _HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
-def keep_on_disk(images: Images, config: CacheConfig) -> Source:
-    """Return the images behind a disk cache, or the images themselves if `data.cache.disk_gib` is 0.
-
-    Raises UserError (`data.cache.folder`) if the folder cannot be used.
-    """
-    return _DiskCached(images, config) if config.disk_gib > 0 else images
-
-
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
     """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
 
     All ranks must call it.
     """
     gib = config.memory_gib
-    if gib == 0 or not hasattr(os, "memfd_create"):  # the system has no anonymous files
+    if gib == 0:
         return source
     pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
     return source if pool is None else _MemoryCached(source, pool)
@@ -72,9 +64,9 @@ class _Cached(Source):
         # Each process has its own row, so no lock is needed.
         self._counts = torch.zeros(_PROCESSES, len(self._columns), dtype=torch.int64).share_memory_()
 
-    def count(self, name: str, amount: int = 1) -> None:
-        """Add to a count."""
-        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += amount
+    def count(self, name: str) -> None:
+        """Add 1 to a count."""
+        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts over all processes."""
@@ -120,7 +112,6 @@ class _Pool:
         self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // 8)
         self._levels = self._words.view(np.uint8)
         self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
-        self._numbers_bytes = 8 * (2 + rows)
         self._reserve = int(_LEFT_SHARE * free_memory())
 
     @classmethod
@@ -136,7 +127,7 @@ class _Pool:
     @property
     def used_bytes(self) -> int:
         """Return the bytes used by images."""
-        return int(self._next[0]) - self._numbers_bytes
+        return int(self._next[0]) - 8 * (2 + len(self._starts))
 
     def __contains__(self, row: int) -> bool:
         return self._starts[row] != 0
@@ -252,22 +243,21 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
     return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))
 
 
-class _DiskCached(_Cached):
+class DiskCached(_Cached):
     """Images in a folder, by the file's state (path, range, size, times, inode) and the decoder's identity.
 
     So an edited file or another decoder never gets old records.
+    Raises UserError (`data.cache.folder`) if the folder cannot be used.
     """
 
     def __init__(self, images: Images, config: CacheConfig) -> None:
-        super().__init__(images, "evicted", "refused")
-        self._config = config
+        super().__init__(images, "refused")
         self._inputs = images.decoder.identity()
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
 
     def readings(self) -> dict[str, float]:
-        """Return the hit rate, the size in GiB, and the number of evicted records."""
-        gib, evicted = self._store.used_bytes() / GIB, self.counts()["evicted"]
-        return {"l2_hit_rate": self.hit_rate(), "l2_gib": gib, "l2_evicted": evicted}
+        """Return the hit rate and the size in GiB."""
+        return {"l2_hit_rate": self.hit_rate(), "l2_gib": self._store.used_bytes() / GIB}
 
     def has(self, row: int) -> bool:
         """Return whether a row's image is in the cache."""
@@ -304,10 +294,10 @@ class _DiskCached(_Cached):
             return
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         try:
-            self.count("evicted", self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes()))
+            self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes())
         except OSError as error:
             self.count("refused")
             log.warning(
                 "data.cache.folder: %s cannot be written (%s); the run continues and decodes uncached images",
-                self._config.folder, error.strerror,
+                self._store.folder, error.strerror,
             )  # fmt: skip

@@ -1,7 +1,7 @@
 """Decode the bytes of an image file to the same pixels as Pillow, but plain JPEGs faster.
 
-Pillow opens every file, so formats, limits and error messages do not depend on the decoder. simplejpeg, if installed,
-then decodes grey and RGB JPEGs without warnings; Pillow decodes everything else.
+Pillow opens every file, so formats, limits and error messages do not depend on the decoder. simplejpeg then decodes
+grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
 import functools
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import PIL
+import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
@@ -20,18 +21,12 @@ from data.images.pixels import UPRIGHT, convert, load_upright, read_orientation,
 from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
 
-try:
-    import simplejpeg
-except ImportError:  # no wheel for this platform: Pillow decodes
-    simplejpeg = None
-
 _RULES = 2  # version of conversion and resizing; increment it to invalidate cached images
 
 
 def decoder_versions() -> str:
     """Return the decoding libraries, such as `JPEG by simplejpeg 1.9.0, others by pillow 11.3.0`."""
-    jpeg = "" if simplejpeg is None else f"JPEG by simplejpeg {version('simplejpeg')}, "
-    return f"{jpeg}others by pillow {PIL.__version__}"
+    return f"JPEG by simplejpeg {version('simplejpeg')}, others by pillow {PIL.__version__}"
 
 
 @dataclass(frozen=True)
@@ -91,7 +86,7 @@ class Decoder:
     def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-        if simplejpeg is None or not is_plain or (self.icc and "icc_profile" in image.info):
+        if not is_plain or (self.icc and "icc_profile" in image.info):
             return None
         height, width, grey = image.height, image.width, image.mode == "L" and self.channels == 1
         # A buffer with the size from the header: libjpeg refuses a file in which it finds a larger image.

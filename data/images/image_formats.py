@@ -107,8 +107,8 @@ def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
 @functools.cache
 def _missing_libraries() -> dict[str, re.Pattern[bytes]]:
     """Return the libraries that this Pillow lacks, with the first bytes of files that need them."""
-    found = {library: re.compile(begins, re.DOTALL) for library, (_, begins) in _LIBRARIES.items()}
-    return {library: begins for library, begins in found.items() if not features.check(_LIBRARIES[library][0])}
+    missing = {library: begins for library, (name, begins) in _LIBRARIES.items() if not features.check(name)}
+    return {library: re.compile(begins, re.DOTALL) for library, begins in missing.items()}
 
 
 @functools.cache
@@ -120,19 +120,17 @@ def warn_of_missing_libraries() -> None:
 
 def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
     """Open an image and return `use(image)`. Raises UnreadableImage."""
-    is_tga = name.lower().endswith(_TGA_SUFFIX) and "TGA" in Image.OPEN
+    formats = (*_formats(), "TGA") if name.lower().endswith(_TGA_SUFFIX) else _formats()
     try:
-        try:
-            image = Image.open(io.BytesIO(content), formats=(*_formats(), "TGA") if is_tga else _formats())
-        except UnidentifiedImageError as error:
-            raise UnreadableImage(name, *_explain_header(content[:256])) from error
-        with image:
+        with Image.open(io.BytesIO(content), formats=formats) as image:
             if image.width * image.height > max_pixels:
                 size = f"{image.width} x {image.height} pixels"
                 raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
             return use(image)
     except UnreadableImage:
         raise
+    except UnidentifiedImageError as error:
+        raise UnreadableImage(name, *_explain_header(content[:256])) from error
     except Exception as error:  # decoders raise many types on damaged bytes: OSError, SyntaxError, struct.error...
         raise UnreadableImage(name, *_explain(error)) from error
 

@@ -7,10 +7,9 @@ source.read(7)["image"]          uint8 [3, H, W]
 import functools
 import hashlib
 import os
-import time
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -63,16 +62,12 @@ class _Shards(_Files):
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the range of a row in its shard."""
-        return self.range_of(row, self._root)
-
-    def range_of(self, row: int, folder: str) -> FileRange:
-        """Return the byte range of a row below a folder."""
         view = self.collection.row(row)
-        return FileRange(os.path.join(folder, view.shard), view.offset, view.length)
+        return FileRange(os.path.join(self._root, view.shard), view.offset, view.length)
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row."""
-        path, offset, length = self.range_of(row, self._root)
+        path, offset, length = self.file_of(row)
         try:
             shard = self._open(path)  # stays open while it is referenced
             content = os.pread(shard.fileno(), length, offset)
@@ -97,33 +92,33 @@ class _RemoteShards(_Shards):
 
     def __init__(self, collection: Collection) -> None:
         super().__init__(collection)
-        self._coming: dict[int, tuple[Future[dict[int, bytes | Exception]], float]] = {}  # answers and deadlines
+        self._root = open_store(self._root)[1]
+        self._batch: dict[int, bytes | Exception] = {}
 
     def file_of(self, row: int) -> FileRange | None:
         """Return None."""
 
     def prefetch(self, rows: Iterable[int]) -> None:
-        """Start to read the rows of a batch; answers for the previous batch are discarded."""
+        """Request the rows of a batch, which replace those of the previous batch."""
         rows = list(rows)
-        self._coming = dict.fromkeys(rows, self._ask(rows)) if rows else {}
+        self._batch = self._request(rows) if rows else {}
 
     def read(self, row: int) -> bytes:
         """Return the encoded image of a row. Raises UnreadableImage if the store does not return it."""
-        answer, deadline = self._coming.get(row) or self._ask([row])
-        try:
-            content = answer.result(max(0.0, deadline - time.monotonic()))[row]
-        except TimeoutError as error:
-            raise UnreadableImage(self.name_of(row), NO_ANSWER, f"within {_PATIENCE_SEC} s") from error
+        content = self._batch[row] if row in self._batch else self._request([row])[row]
         if isinstance(content, Exception):
             raise UnreadableImage(self.name_of(row), NO_ANSWER, f"{type(content).__name__}: {content}") from content
         return self.check(row, content)
 
-    def _ask(self, rows: Sequence[int]) -> tuple[Future[dict[int, bytes | Exception]], float]:
-        files, folder = open_store(str(self.collection.root))
+    def _request(self, rows: Sequence[int]) -> dict[int, bytes | Exception]:
+        files, find = open_store(str(self.collection.root))[0], super().file_of
         pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new pool, because a fork has no threads
-        answer = pool.submit(_read_ranges, files, {row: self.range_of(row, folder) for row in rows})
+        answer = pool.submit(_read_ranges, files, {row: find(row) for row in rows})
         pool.shutdown(wait=False)
-        return answer, time.monotonic() + _PATIENCE_SEC
+        try:
+            return answer.result(_PATIENCE_SEC)
+        except TimeoutError:
+            return dict.fromkeys(rows, TimeoutError(f"within {_PATIENCE_SEC} s"))
 
 
 def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:

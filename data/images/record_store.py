@@ -94,37 +94,34 @@ class LimitedStore(Store):
         """Return the total size of all records; 0 for a folder that could never be written."""
         return int(self._used.read_text() or 0) if self._used.exists() else 0
 
-    def add(self, key: str, content: bytes) -> int:
-        """Write a record and return the number of evicted records. Raises OSError."""
-        if (size := _SUM_BYTES + len(content)) > _FULL * self._limit:
-            return 0
-        removed = self._take(size)
-        self.put(key, content)
-        return removed
+    def add(self, key: str, content: bytes) -> None:
+        """Write a record, unless it would take nearly the whole store. Raises OSError."""
+        if (size := _SUM_BYTES + len(content)) <= _FULL * self._limit:
+            self._take(size)
+            self.put(key, content)
 
-    def _take(self, size: int) -> int:
-        """Reserve `size` bytes, evicting the oldest records if needed; return the number of evicted records."""
+    def _take(self, size: int) -> None:
+        """Reserve `size` bytes, evicting the oldest records if needed."""
         with open(self._used, "a+b") as file:
             fcntl.lockf(file, fcntl.LOCK_EX)  # the system releases it when a process is killed
             file.seek(0)
-            text, removed = file.read(), 0
+            text = file.read()
             used = int(text) if text.isdigit() else sum(record.stat().st_size for record in self.files())
             if used + size > self._limit:
-                used, removed = self._evict(_FULL * self._limit - size)
+                used = self._evict(_FULL * self._limit - size)
             file.truncate(0)
             file.write(b"%d" % (used + size))
-        return removed
 
-    def _evict(self, room: float) -> tuple[int, int]:
-        """Remove the oldest records until the others fit into `room`; return their size and the number removed."""
+    def _evict(self, room: float) -> int:
+        """Remove the oldest records until the others fit into `room`; return their size."""
         oldest = sorted((status.st_mtime_ns, status.st_size, file) for file in self.files() if (status := file.stat()))
-        used, removed = sum(size for _, size, _ in oldest), 0
+        used = sum(size for _, size, _ in oldest)
         for _, size, file in oldest:
             if used <= room:
                 break
             file.unlink(missing_ok=True)
-            used, removed = used - size, removed + 1
-        return used, removed
+            used -= size
+        return used
 
 
 class TensorStore:
@@ -133,9 +130,14 @@ class TensorStore:
     def __init__(self, folder: Path, config_key: str) -> None:
         self._store, self.config_key = Store(folder), config_key
 
-    def keys(self) -> np.ndarray:
-        """Return all keys, bytes [N]."""
-        return np.array([file.name for file in self._store.files()], dtype=np.bytes_)
+    def is_missing(self, keys: np.ndarray) -> np.ndarray:
+        """Return which keys have no record, bool, in the shape of `keys`; the same on all ranks."""
+
+        def find() -> np.ndarray:
+            existing = np.array([file.name for file in self._store.files()], np.bytes_)
+            return ~np.isin(keys.astype(np.bytes_), existing)
+
+        return distributed.rank_zero_call(find)
 
     def read(self, key: str) -> Record | None:
         """Return a record, or None if it is missing or damaged."""

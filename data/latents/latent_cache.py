@@ -26,7 +26,6 @@ from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
 from utils.contracts import Machine
 from utils.io.files import sha256_file
-from utils.ranks import distributed
 from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
@@ -87,10 +86,6 @@ class LatentCache(Source):
         """Return the fit of the image `buckets.rows[number]`."""
         return Fit(*(part[number, variant] for part in self.fits))
 
-    def is_missing(self) -> np.ndarray:
-        """Return which records are missing in the store, bool [rows, variants], on all ranks."""
-        return distributed.rank_zero_call(lambda: ~np.isin(self.keys, self.store.keys()))
-
     @torch.no_grad()
     def fill(
         self, encode: EncodeImages, images: Source, machine: Machine, batch_size: int, unreadable: UnreadableLog
@@ -99,7 +94,7 @@ class LatentCache(Source):
 
         Raises UserError as `TensorStore.put` does.
         """
-        is_missing, buckets = self.is_missing(), self.buckets
+        is_missing, buckets = self.store.is_missing(self.keys), self.buckets
         chosen, variants = is_missing.any(axis=1), np.flatnonzero(is_missing.any(axis=0)).tolist()
         if not variants:
             return

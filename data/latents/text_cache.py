@@ -7,9 +7,11 @@
 If captions vary (shuffled or dropped tags), `vary_caption` creates K variants of each in advance.
 """
 
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -48,9 +50,8 @@ class TextCache:
     @torch.no_grad()
     def fill(self, captions: Iterable[str], encode: EncodeTexts, batch_size: int) -> None:
         """Encode missing captions, split over the ranks; all ranks must pass the same captions."""
-        keys = {self._key(text): text for text in captions}
-        existing = set(distributed.rank_zero_call(self.store.keys).tolist())
-        missing = [text for key, text in keys.items() if key.encode() not in existing]
+        texts = {self._key(text): text for text in captions}
+        missing = list(itertools.compress(texts.values(), self.store.is_missing(np.array(list(texts)))))
         mine = missing[distributed.rank() :: distributed.world_size()]
         starts = range(0, len(mine), batch_size)
         for start in track(starts, len(starts), "encoding captions"):

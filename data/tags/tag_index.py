@@ -9,7 +9,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -61,28 +60,22 @@ class TagIndex(TagRows):
     """The output numbers of each row, ascending.
 
     rating_known: bool [rows], whether a row has a rating. tagged: bool [rows], whether it has any other tag.
-    file: the file of the memory-mapped arrays. Pickling stores its path, and each worker maps the file again.
     """
 
     rating_known: np.ndarray
     tagged: np.ndarray
-    file: Path | None = None
 
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
-        """Map a file. Raises UserError (`data.root`) if it is damaged."""
+        """Memory-map the arrays of a file. Raises UserError (`data.root`) if it is damaged."""
         with about("data.root"):
             tensors = read_tensors(file)
-        return cls(*(tensors[name].numpy() for name in _ARRAYS), file)
+        return cls(*(tensors[name].numpy() for name in _ARRAYS))
 
     def describe(self) -> str:
         """Describe in one line how many images have tags."""
         rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
         return f"{tagged:,} of {rows:,} images have a tag of the vocabulary, {rated:,} a known rating"
-
-    def __reduce__(self) -> tuple[Any, tuple[Path]]:
-        """Pickle only the path."""
-        return TagIndex.open, (self.file,)
 
 
 class NoKnownTag(UserError):

@@ -9,7 +9,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import PIL
@@ -28,7 +28,7 @@ from data.images.image_formats import (
 from data.images.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.stream.source import UnreadableImage
 from utils.canvas import DEFAULT, background_rgb
-from utils.io.files import sha256_file, sha256_text
+from utils.io.files import sha256_text
 from utils.io.memo import measure_once
 from utils.ranks.processes import map_items
 
@@ -71,13 +71,11 @@ class Facts(NamedTuple):
         return self.kind not in (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)
 
 
-def measure_files(
-    root: Path, paths: Sequence[str], max_pixels: int, detail: Literal["hash", "pixels"] = "pixels"
-) -> list[Facts]:
+def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[Facts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
     warn_of_missing_libraries()
-    cache_key = f"{detail} {max_pixels} {PIL.__version__} {Facts._fields}"
-    measure = _hash_file if detail == "hash" else functools.partial(measure_file, max_pixels=max_pixels)
+    cache_key = f"{decodes} {max_pixels} {PIL.__version__} {Facts._fields}"
+    measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
         [Path(root, path) for path in paths],
         lambda missing: map_items(measure, missing, _fatal_file),
@@ -88,29 +86,23 @@ def measure_files(
     return [Facts(*value) for value in values]
 
 
-def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS) -> Facts:
-    """Return the SHA-256 of a file, and facts about its pixels or the reason why it is unreadable."""
+def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, decodes: bool = True) -> Facts:
+    """Return the SHA-256 of a file, and facts about its pixels if it `decodes`, or the reason why it is unreadable."""
     digest = None
     try:
         content = read_file(file)
         digest = hashlib.sha256(content).hexdigest()
+        if not decodes:
+            return Facts(digest)
         return open_image(content, os.fspath(file), max_pixels, _measure_image)._replace(sha256=digest)
     except UnreadableImage as error:
         return Facts(digest, error.kind, error.reason)
 
 
-def _hash_file(file: str | os.PathLike[str]) -> Facts:
-    """Return only the SHA-256 of a file."""
-    try:
-        return Facts(sha256_file(Path(file)))
-    except OSError as error:
-        return Facts(None, NOT_OPENED, f"{NOT_OPENED} ({type(error).__name__}: {error.strerror})")
-
-
 def _fatal_file(file: str) -> Facts:
     """Return the facts of a file that crashes the process reading it, as it would crash training."""
     reason = "reading it ended the process: the decoder crashed, or memory was exhausted"
-    return _hash_file(file)._replace(kind=FATAL, reason=reason)
+    return measure_file(file, decodes=False)._replace(kind=FATAL, reason=reason)
 
 
 def _measure_image(image: Image.Image) -> Facts:

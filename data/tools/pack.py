@@ -6,6 +6,7 @@ shuffled, so that neighbours in a shard differ in class. `manifest.parquet` is w
 collection, the byte range of each image, and its width and height (null if it cannot be read).
 """
 
+import functools
 import hashlib
 import io
 import itertools
@@ -13,7 +14,6 @@ import json
 import os
 import tarfile  # noqa: TID251 (shards are written, and their members listed)
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -39,6 +39,7 @@ from utils.config.schema import PathText
 from utils.errors import UserError
 from utils.io.files import read_json, write_atomically, write_json
 from utils.io.journal import open_journal
+from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
@@ -48,7 +49,7 @@ _VERSION = 1  # version of the shard content
 _ORDER_SEED = 0
 _MIB = 2**20
 _OVERHEAD_BYTES = 3072  # bytes per row besides the image: headers, padding, other members
-_READ_AT_ONCE, _THREADS = 256, 16
+_READ_AT_ONCE = 256
 
 
 class Pack(Tool):
@@ -59,38 +60,36 @@ class Pack(Tool):
     shard_mib: Annotated[int, Field(ge=1, le=2**20)]
 
     def run(self, data: DataConfig) -> str:
-        """Pack. Raises UserError (`job.output`, `data.root`)."""
+        """Pack. Raises UserError as `pack` does."""
         collection = load_collection(data)
         collection.refuse_faults("tags", "rating", "caption")
-        table = pack_collection(collection, Path(self.output), self.shard_mib)
+        table = self.pack(collection)
         log.info("%d images of weight 0 are skipped", len(collection) - len(table))
         return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"
 
+    def pack(self, collection: Collection) -> pa.Table:
+        """Write the shards and the manifest, and return the manifest. Complete shards of a killed call are kept.
 
-def pack_collection(collection: Collection, output: Path, shard_mib: int) -> pa.Table:
-    """Write a collection as shards of about `shard_mib` MiB with a manifest, and return the manifest.
-
-    Continues an interrupted call: complete shards are kept.
-
-    Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image cannot
-    be read or its SHA-256 differs from the manifest.
-    """
-    shards, members = _plan_shards(collection, shard_mib * _MIB), []
-    classes = {label: number for number, label in enumerate(collection.class_names("train"))}
-    with open_journal("job.output", output, is_folder=True):
-        _claim(output, {"collection": collection.fingerprint, "shard_mib": shard_mib, "version": _VERSION})
-        for name, rows in track(shards.items(), len(shards), "packing the images"):
-            images = _list_images(output / name)
-            if len(images) < len(rows):
-                write_atomically(output / name, lambda file, rows=rows: _write_shard(file, collection, rows, classes))
+        Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image
+        cannot be read or its SHA-256 differs from the manifest.
+        """
+        shards, members, output = _plan_shards(collection, self.shard_mib * _MIB), [], Path(self.output)
+        classes = {label: number for number, label in enumerate(collection.class_names("train"))}
+        with open_journal("job.output", output, is_folder=True):
+            _claim(output, {"collection": collection.fingerprint, "shard_mib": self.shard_mib, "version": _VERSION})
+            for name, rows in track(shards.items(), len(shards), "packing the images"):
                 images = _list_images(output / name)
-            members += images
-        table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
-        columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
-        for name, values in {**columns, "size": columns["length"]}.items():
-            table = replace_column(table, name, pa.array(values, TYPES[name]))
-        save_manifest(output, table)
-    return table
+                if len(images) < len(rows):
+                    write = functools.partial(_write_shard, collection=collection, rows=rows, classes=classes)
+                    write_atomically(output / name, write)
+                    images = _list_images(output / name)
+                members += images
+            table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
+            columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
+            for name, values in {**columns, "size": columns["length"]}.items():
+                table = replace_column(table, name, pa.array(values, TYPES[name]))
+            save_manifest(output, table)
+        return table
 
 
 def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
@@ -162,9 +161,8 @@ def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[
                 record["height"], record["width"] = upright_size(content, record["path"])
         return {**record, "sha256": digest}, content
 
-    with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(rows), _READ_AT_ONCE):
-            yield from pool.map(load, rows[start : start + _READ_AT_ONCE].tolist())
+    for start in range(0, len(rows), _READ_AT_ONCE):
+        yield from in_threads(load, rows[start : start + _READ_AT_ONCE].tolist())
 
 
 def _list_images(file: Path) -> list[dict[str, Any]]:

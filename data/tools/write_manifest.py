@@ -76,7 +76,7 @@ class Manifest(Tool):
         warn_unused(unused.describe())
         paths = table["path"].to_pylist()
         find_sizes(folder, paths, "a manifest cannot name this image")
-        facts = measure_files(folder, paths, data.max_pixels, "pixels" if verify else "hash")
+        facts = measure_files(folder, paths, data.max_pixels, decodes=verify)
         columns = {
             "sha256": pa.array([fact.sha256 for fact in facts], pa.string()),
             "weight": pa.array([0.0 if fact.is_damaged else 1.0 for fact in facts], pa.float32()),

@@ -219,7 +219,7 @@ def _read(
     inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
-    if latents.is_missing().any():
+    if store.is_missing(latents.keys).any():
         vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
         latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     read = data.read_from(latents, latents.fingerprints)

@@ -64,7 +64,7 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
     made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
     hashes = image_hashes(data.collection, rows, IMAGE_HASHES)
     keys = np.array([record_key(*made_by, digest) for digest in hashes])
-    is_missing = distributed.rank_zero_call(lambda: ~np.isin(keys.astype(np.bytes_), store.keys()))
+    is_missing = store.is_missing(keys)
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
     key_of, ids = dict(zip(rows.tolist(), keys.tolist())), ("sample_id", "weight")
     for batch in data.prepared(rows[is_missing], no_fields, setup.preprocessing) if is_missing.any() else ():

@@ -82,11 +82,11 @@ def _read(store: Path) -> dict[str, tuple[list[int], Any]]:
     return known
 
 
-def in_threads(measure: Callable[[Path], Any], paths: Sequence[Path]) -> Iterator[Any]:
-    """Yield `measure(path)` for each file, in order, from threads."""
+def in_threads(function: Callable[[Any], Any], items: Sequence[Any]) -> Iterator[Any]:
+    """Yield `function(item)` in order, from threads, for functions that wait for files."""
     with ThreadPoolExecutor(_THREADS) as pool:
-        for start in range(0, len(paths), _SUBMITTED):
-            yield from pool.map(measure, paths[start : start + _SUBMITTED])
+        for start in range(0, len(items), _SUBMITTED):
+            yield from pool.map(function, items[start : start + _SUBMITTED])
 
 
 def hash_once(path: Path, store: Path) -> str:

@@ -15,7 +15,6 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -91,8 +90,7 @@ def environment_state(**more: Any) -> dict[str, Any]:
         "command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow")},
-        "simplejpeg": version("simplejpeg") if find_spec("simplejpeg") else None,
+        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "simplejpeg")},
         "threads": torch.get_num_threads(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
         "world_size": distributed.world_size(),

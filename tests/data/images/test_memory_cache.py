@@ -165,11 +165,9 @@ def test_two_ranks_share_one_pool():
 
 
 @pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
-def test_images_are_kept_as_configured(collection, monkeypatch, gib, kept):
+def test_images_are_kept_as_configured(collection, gib, kept):
     source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
     assert isinstance(source, _MemoryCached) is kept
-    monkeypatch.delattr(os, "memfd_create")
-    assert not isinstance(keep_in_memory(images(collection), collection, cache_config(memory_gib=gib)), _MemoryCached)
 
 
 @pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])

@@ -64,7 +64,7 @@ def open_cache(folder, config=CONFIG, recipe=RECIPE):
 
 
 def missing(cache):
-    return np.count_nonzero(cache.is_missing())
+    return np.count_nonzero(cache.store.is_missing(cache.keys))
 
 
 def fill(folder, config=CONFIG, recipe=RECIPE):

@@ -12,10 +12,9 @@ from data.open import open_images
 from data.stream.loader import no_fields
 from data.stream.order import build_sampler
 from data.stream.source import FileRange, UnreadableImage, join_ranges
-from data.tools.pack import pack_collection
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_loader import stream, take
-from tests.support import data_config, make_collection, write_manifest
+from tests.support import data_config, make_collection, pack_collection, write_manifest
 from utils.errors import UserError
 
 s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
@@ -36,7 +35,7 @@ def place(tmp_path_factory):
                             "AWS_ENDPOINT_URL": f"http://{host}:{port}"}.items():  # fmt: skip
             patch.setenv(name, value)
         patch.setattr("data.tools.pack._MIB", 2**16)
-        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
+        pack_collection(load(place / "files", place / "cache"), place / "packed")
         store = s3fs.S3FileSystem()
         store.mkdir(BUCKET)
         store.put(str(place / "packed"), f"{BUCKET}/packed", recursive=True)
@@ -99,7 +98,8 @@ def refused(packed, row=0):
 
 
 def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, store, place, monkeypatch):
-    path, offset, length = open_contents(packed).range_of(0, f"{BUCKET}/packed")
+    view = packed.row(0)
+    path, offset, length = f"{BUCKET}/packed/{view.shard}", view.offset, view.length
     whole = store.cat_file(path)
     try:
         store.pipe_file(path, whole[: offset + length - 10])

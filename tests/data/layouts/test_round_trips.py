@@ -13,11 +13,10 @@ from data.config import TextConfig
 from data.layouts.spelling import join_tags, parse_tag
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
-from data.tools.pack import pack_collection
 from data.tools.predictions import Images, RowFile, Sidecars, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from tests.data.collection.test_collection import load, put
-from tests.support import write_manifest
+from tests.support import pack_collection, write_manifest
 from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
 HOSTILE = ["a,b", "a\\,b", "a\\", "\\(", "(a:1)", "(:3)", "meta:x", "general:x", "rating:explicit", "general", "nan"]
@@ -63,7 +62,7 @@ def test_tags_come_back_from_every_form(keys, rating, text):
         Sidecars(Images(str(root / "in"), [image]), None, replace=True).write_each([{**row, "path": str(image)}])
         assert read(root / "in", whole, root / "cache") == wanted, (root / "in/a.txt").read_text()
 
-        pack_collection(load(root / "in", root / "cache"), root / "packed", 1)
+        pack_collection(load(root / "in", root / "cache"), root / "packed")
         assert read(root / "packed", whole, root / "cache") == wanted
         (root / "packed/manifest.parquet").unlink()
         assert read(root / "packed", whole, root / "cache") == wanted  # as WebDataset

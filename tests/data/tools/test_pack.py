@@ -18,9 +18,8 @@ from data.latents.buckets import image_sizes
 from data.layouts.table import replace_column
 from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
-from data.tools.pack import pack_collection
 from tests.data.collection.test_collection import load
-from tests.support import make_collection, write_manifest
+from tests.support import make_collection, pack_collection, write_manifest
 from utils.errors import UserError
 
 
@@ -32,7 +31,7 @@ def place(tmp_path_factory):
     write_manifest(place / "files")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.tools.pack._MIB", 2**14)
-        pack_collection(load(place / "files", place / "cache"), place / "packed", 1)
+        pack_collection(load(place / "files", place / "cache"), place / "packed")
     return place
 
 
@@ -46,7 +45,7 @@ def pack(monkeypatch):
     """Return what packs a collection into small shards, and the names of the shards that it wrote."""
     monkeypatch.setattr("data.tools.pack._MIB", 2**14)
     written, write = [], data.tools.pack._write_shard
-    note = lambda file, *rest: written.append(file.name.split(".")[1]) or write(file, *rest)  # noqa: E731
+    note = lambda file, **rest: written.append(file.name.split(".")[1]) or write(file, **rest)  # noqa: E731
     monkeypatch.setattr("data.tools.pack._write_shard", note)
 
     def pack(collection, output, shard_mib=1):
