@@ -8,13 +8,13 @@ split: every operation is elementwise or exact, in a separate kernel (a fused mu
 differently). Images stay bytes; float results are rounded once, at the end. There is no host synchronisation.
 """
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
+from torchvision.transforms.functional import _get_inverse_affine_matrix
 
 from data.augment.transforms import NoiseErasing, TrainTransform, color_jitter, random_affine
 from data.config import AugmentConfig
@@ -57,20 +57,13 @@ class Augmentation(NamedTuple):
 def inverse_matrix(change: Augmentation, size_hw: Sequence[int]) -> list[float]:
     """Return the map from output to input coordinates, [2, 3] row by row; coordinates are -1 to 1 over the image.
 
-    Source: the order of torchvision: rotation x scale x shear y x shear x about the centre, then the shift; flip last.
+    The flip comes last.
     """
-    height, width = size_hw
-    turn, shear_x, shear_y = (math.radians(value) for value in (change.angle, *change.shear))
-    a, c = (part(turn - shear_y) / math.cos(shear_y) for part in (math.cos, math.sin))
-    b, d = -a * math.tan(shear_x) - math.sin(turn), -c * math.tan(shear_x) + math.cos(turn)
-    rows = [[d / change.scale, -b / change.scale], [-c / change.scale, a / change.scale]]  # the determinant is scale^2
-    shifts = [-sum(part * shift for part, shift in zip(row, change.translate)) for row in rows]
-    sign = -1.0 if change.mirrored else 1.0
-    (xx, xy), (yx, yy) = rows
-    return [
-        sign * xx, xy * height / width, 2 * shifts[0] / width,
-        sign * yx * width / height, yy, 2 * shifts[1] / height,
-    ]  # fmt: skip
+    centre, (height, width), sign = [0.0, 0.0], size_hw, -1.0 if change.mirrored else 1.0
+    xx, xy, x, yx, yy, y = _get_inverse_affine_matrix(  # in pixels
+        centre, change.angle, change.translate, change.scale, change.shear
+    )
+    return [sign * xx, xy * height / width, 2 * x / width, sign * yx * width / height, yy, 2 * y / height]
 
 
 class DeviceAugment:

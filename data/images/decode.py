@@ -73,7 +73,7 @@ class Decoder:
         scaled = image.size != whole  # before loading, which may change the size from the header
         pixels = self._decode_jpeg(content, image)
         if pixels is None:
-            upright = load_upright(image)[0]
+            upright = load_upright(image)
             pixels = convert(to_srgb(upright) if self.icc else upright, self.channels, background_rgb(self.background))
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
         short, long = sorted(whole if scaled else pixels.shape[:2])

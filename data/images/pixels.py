@@ -13,7 +13,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
 
-_ORIENTATION = 0x0112
+_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of TIFF and EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,17 +33,16 @@ def is_transparent(image: Image.Image) -> bool:
     return image.mode in _ALPHA or "transparency" in image.info
 
 
-def load_upright(image: Image.Image) -> tuple[Image.Image, int | None]:
-    """Decode an opened image and apply EXIF rotation; also return the orientation, or None if EXIF is broken.
+def load_upright(image: Image.Image) -> Image.Image:
+    """Decode an opened image and apply EXIF rotation.
 
     Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
     if "transparency" in image.info:
         _scale_transparency(image)
     image.load()
-    orientation = read_orientation(image)
-    method = UPRIGHT.get(orientation)
-    return (image if method is None else image.transpose(method)), orientation
+    method = UPRIGHT.get(read_orientation(image))
+    return image if method is None else image.transpose(method)
 
 
 def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
@@ -78,12 +77,12 @@ def _scale_transparency(image: Image.Image) -> None:
         image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
-def read_orientation(image: Image.Image) -> int | None:
-    """Return the EXIF orientation, 1 by default; None if EXIF is broken, but 1 when called again."""
+def read_orientation(image: Image.Image) -> int:
+    """Return the EXIF orientation, 1 by default."""
     try:
         return image.getexif().get(_ORIENTATION, 1)
     except Exception:  # any type; the pixels are fine without it, and every viewer shows them
-        return None
+        return 1
 
 
 def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Image.Image:
@@ -159,7 +158,8 @@ def upright_size(content: bytes, name: str) -> tuple[int, int]:
     """
 
     def size_of(image: Image.Image) -> tuple[int, int]:
-        size_hw = image.height, image.width  # before reading EXIF, because Pillow's TIFF reader rotates when loading
-        return size_hw if read_orientation(image) in (None, 1, 2, 3, 4) else size_hw[::-1]
+        stored = image.tag_v2 if image.format == "TIFF" else {}  # newer Pillows open a TIFF with its rotated size
+        size_hw = stored.get(_HEIGHT, image.height), stored.get(_WIDTH, image.width)
+        return size_hw[::-1] if read_orientation(image) in (5, 6, 7, 8) else size_hw
 
     return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)

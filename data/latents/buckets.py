@@ -36,7 +36,7 @@ log = get_logger(__name__)
 
 _UnitSide = Annotated[Side, Field(multiple_of=32)]  # the VAE reduces by 8, the U-Net by another 4
 _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
-SIZES = Path("outputs/cache/image_sizes.jsonl")
+SIZES = Path("outputs/cache/upright_sizes.jsonl")
 
 
 class BucketConfig(Strict):

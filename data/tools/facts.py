@@ -109,13 +109,14 @@ def _measure_image(image: Image.Image) -> Facts:
     """Decode an opened image and return its facts."""
     mode = image.mode
     from_tiff = read_orientation(image) if image.format == "TIFF" else None  # loading rotates and removes it
-    upright, orientation = load_upright(image)
+    upright = load_upright(image)
+    orientation = from_tiff or read_orientation(image)
     transparent = int(is_transparent(image))
     pixels = convert(upright, 3, background_rgb(DEFAULT))
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
-    orientation, inner = from_tiff or orientation, levels[1:-1, 1:-1]
+    inner = levels[1:-1, 1:-1]
     edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
     return Facts(
         format=image.format,

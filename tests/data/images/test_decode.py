@@ -8,6 +8,7 @@ import pytest
 from PIL import Image, WebPImagePlugin
 
 from data.images import image_formats
+from data.images.pixels import read_upright_size
 from data.stream.source import UnreadableImage
 from data.tools.facts import measure_file
 from tests.support import read_image, write_manifest
@@ -78,7 +79,7 @@ def test_only_the_name_makes_a_file_tga(tmp_path):
 
 @pytest.mark.parametrize(
     "suffix, orientation",
-    [("jpg", 1), ("jpg", 2), ("png", 3), ("tiff", 4), ("webp", 5), ("avif", 6), ("png", 7), ("tiff", 8)],
+    [("jpg", 0), ("jpg", 1), ("jpg", 2), ("png", 3), ("tiff", 4), ("webp", 5), ("avif", 6), ("png", 7), ("tiff", 8)],
 )
 def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     upright = picture(size=(32, 16))
@@ -99,7 +100,8 @@ def test_exif_orientation_is_undone(tmp_path, suffix, orientation):
     assert pixels.shape == (16, 32, 3)
     assert near(pixels, [RED, LIME, BLUE, WHITE], 12)
     found = measure_file(tmp_path / f"x.{suffix}")
-    assert (found.orientation, found.width, found.height) == (orientation, 32, 16)
+    assert (found.orientation, found.width, found.height) == (orientation or 1, 32, 16)
+    assert read_upright_size(tmp_path / f"x.{suffix}") == (16, 32)
 
 
 @pytest.mark.parametrize("background, clear", [([10, 20, 30], [10, 20, 30]), ("drop", [200, 100, 50])])
