@@ -287,7 +287,6 @@ def make_batch(task, setup):
         if task == "diffusion":
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
             sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}
-            sample |= {"tag_weight": torch.tensor(1.0)}
         samples.append(sample)
     batch = collate(samples, len(samples), channels_last=True)
     return {name: tensor.to(DEVICE) for name, tensor in batch.items()}

@@ -1,7 +1,6 @@
 """Weights of images by the frequency of their tags, so that common subjects do not dominate rare ones.
 
-weights = weigh_images(read_tags(collection, captions), rows, config)       # 1 on average
-facts = find_tag_facts(collection, rows, config, captions)       # for a task that updates weights during training
+facts = find_tag_facts(collection, rows, config, captions)    # from which a task computes the weights
 """
 
 import functools
@@ -77,23 +76,6 @@ def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
     return [tag for tags in map(captions.split, texts) if tags and not is_sentence(tags) for tag in tags]
 
 
-def weigh_images(tags: ImageTags, rows: np.ndarray, config: TagWeightsConfig) -> np.ndarray:
-    """Return the weight of each row of a collection, float64; counts and the mean of 1 are over `rows`."""
-    weights = weigh_rows(tags, config.weigh(tags.count(rows, len(tags.names)), tags.factors(config)))
-    return weights / weights[rows].mean()
-
-
-def weigh_rows(tags: TagRows, weights: np.ndarray) -> np.ndarray:
-    """Return the mean tag weight of each row, float64 [rows]; rows without tags get the mean of the others.
-
-    weights: tag weights [T]; tags of weight 0 do not count.
-    """
-    owners, values, rows = tags.owners(), weights[tags.ids], len(tags.offsets) - 1
-    sums, counts = np.bincount(owners, values, rows), np.bincount(owners, values > 0, rows)
-    means = sums / np.maximum(counts, 1)
-    return np.where(counts > 0, means, means[counts > 0].mean() if counts.any() else 1.0)
-
-
 def find_tag_facts(
     collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: CaptionConfig
 ) -> dict[str, list[float]]:
@@ -103,7 +85,8 @@ def find_tag_facts(
     """
     tags = read_tags(collection, captions)
     texts = ((row, "\n".join(captions.read(collection.row(row)))) for row in rows.tolist())
-    if not any(any(tags.find_shown(row, text, captions)) for row, text in texts):
+    counts_shown = config.reestimate_steps is not None
+    if counts_shown and not any(any(tags.find_shown(row, text, captions)) for row, text in texts):
         raise UserError(
             f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, but none of "
             f"{len(rows):,} captions has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
@@ -115,9 +98,3 @@ def find_tag_facts(
     shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
     counts = tags.count(rows, len(factors))
     return {"counts": counts.tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
-
-
-def describe_weights(weights: np.ndarray) -> str:
-    """Describe the range of weights and the effective sample size, (sum w)^2 / sum w^2."""
-    count = weights.sum() ** 2 / np.square(weights).sum()
-    return f"{weights.min():.2f} to {weights.max():.2f} by tags; effective sample size {count:,.0f}"

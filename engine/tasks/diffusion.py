@@ -6,7 +6,7 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     fit [B, 6] int64: image size, top left corner of the crop, and crop size, which are SDXL's time_ids
     token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] from the cache
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
-    tag_weight [B]; or ragged tags and tags_shown (bool), from which `TagBalance` computes the weight
+    ragged tags and tags_shown (bool), with task.tag_weights: `TagBalance` computes the sample's weight from them
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
 """
@@ -112,11 +112,6 @@ class DiffusionTaskConfig(TaskConfig):
         """Whether the text encoders change in training."""
         return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
 
-    @property
-    def reestimates(self) -> bool:
-        """Whether tag weights are updated in training."""
-        return self.tag_weights is not None and self.tag_weights.reestimate_steps is not None
-
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""
         if config.loop.sampling != "shuffled":
@@ -143,7 +138,7 @@ class DiffusionTaskConfig(TaskConfig):
 
 
 class TagBalance(nn.Module):
-    """Weights of tags, float32 [T], updated every `reestimate_steps` from how often training has shown each tag.
+    """Weights of tags, float32 [T], with `reestimate_steps` updated from how often training has shown each tag.
 
     It counts only tags that reached the network: not dropped tags and captions, unreadable images or skipped steps.
     Counts are int64 [T], so their sum over ranks is exact. facts: give the first weights (data/tags/tag_weights.py).
@@ -174,7 +169,8 @@ class TagBalance(nn.Module):
         """Add the step's counts; every `reestimate_steps`, update the weights, which waits for the device."""
         self.shown += distributed.all_reduce_sum(self.pending)
         self.pending.zero_()
-        if (step + 1) % self._config.reestimate_steps == 0:
+        every = self._config.reestimate_steps
+        if every is not None and (step + 1) % every == 0:
             self.weights.copy_(self._weigh(self.shown.cpu().numpy()))
             low, high = self.weights.min(), self.weights.max()
             shown = f"{self.shown.sum():,}"
@@ -256,13 +252,13 @@ class DiffusionTask(Task):
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
-        if self.tag_balance is None:
-            tag_weight = batch["tag_weight"]
-        else:
+        loss = error * weight
+        if self.tag_balance is not None:
             tag_weight = self.tag_balance(batch)
+            loss = loss * tag_weight
             # The effective share of n samples is sum(w)**2 / sum(w**2) / n, and the mean of w is 1.
             logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
-        return StepOutput(error * weight * tag_weight, logs)
+        return StepOutput(loss, logs)
 
     def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
         """Update the weights of tags if due."""

@@ -23,7 +23,7 @@ from data.stream.loader import Example, Fields
 from data.stream.order import GroupedSampler, Views
 from data.stream.source import Source
 from data.tags.captions import CaptionConfig, Vary, describe_captions
-from data.tags.tag_weights import ImageTags, describe_weights, find_tag_facts, read_tags, weigh_images
+from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
@@ -42,8 +42,6 @@ log = get_logger(__name__)
 
 _TEXTS_AT_ONCE = 16
 
-# A weight per row of the collection, or the tags from which the task computes weights; None: equal weights.
-Weights = np.ndarray | ImageTags | None
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 
 
@@ -60,14 +58,14 @@ class DiffusionKind(Kind):
         return f"python export.py format={form} run_dir={{run}}", *self.next_commands
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the counts of tags if training updates their weights, and otherwise no facts.
+        """Return the counts of tags if images have weights by them, and otherwise no facts.
 
         Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
         """
         task = config.task
         if config.model.path is not None:
             check_noise(config.model.path, task.noise)
-        if not task.reestimates:
+        if task.tag_weights is None:
             return {}
         rows = training_rows(collection, config.loop.train_paths)
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
@@ -89,20 +87,14 @@ class DiffusionKind(Kind):
         if config.dry_run:
             setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
         rows = training_rows(collection, config.loop.train_paths)
-        weights = each = None
-        if task.tag_weights is not None:
-            tags = read_tags(collection, task.captions)
-            each = weigh_images(tags, rows, task.tag_weights)
-            weights = tags if task.reestimates else each
+        tags = None if task.tag_weights is None else read_tags(collection, task.captions)
         parts = config.loop.global_batch_size
-        buckets, read, views, fields = _read(data, setup, rows, parts, weights, training=True)
+        buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
         if len(buckets.rows) == 0:
             counts = ", ".join(f"{len(dropped):,} {reason}" for reason, dropped in buckets.dropped.items())
             raise UserError(f"task.buckets: none of {len(rows):,} images has a bucket ({counts}); set other limits")
         captions = describe_captions(collection, rows, task.captions)
         described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
-        if each is not None:
-            described["weights"] = describe_weights(each[buckets.rows])
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
@@ -143,8 +135,8 @@ def check_noise(path: str, noise: NoiseConfig) -> None:
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
-def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int, weights: Weights) -> Fields:
-    """Return a function that adds a sample's caption, its position in the step, and its weight or tags.
+def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int, tags: ImageTags | None) -> Fields:
+    """Return a function that adds a sample's caption, its position in the step, and its tags, if they weigh.
 
     vary: see `CaptionConfig.draw`. parts: samples of a step, over all ranks.
     """
@@ -156,10 +148,10 @@ def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int
             text, is_dropped = config.draw(texts, example.generator, vary)
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
-        if not isinstance(weights, ImageTags):
-            return {**fields, "tag_weight": 1.0 if weights is None else float(weights[row])}
-        shown = torch.tensor(weights.find_shown(row, text, config), dtype=torch.bool)
-        return {**fields, "tags": Ragged(torch.tensor(weights.of_row(row)).long()), "tags_shown": Ragged(shown)}
+        if tags is None:
+            return fields
+        shown = torch.tensor(tags.find_shown(row, text, config), dtype=torch.bool)
+        return {**fields, "tags": Ragged(torch.tensor(tags.of_row(row)).long()), "tags_shown": Ragged(shown)}
 
     return add
 
@@ -204,15 +196,15 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
 
 
 def _read(
-    data: Data, setup: Setup, rows: np.ndarray, parts: int, weights: Weights, *, training: bool
+    data: Data, setup: Setup, rows: np.ndarray, parts: int, tags: ImageTags | None, *, training: bool
 ) -> tuple[Buckets, Data, Views, Fields]:
     """Return the buckets, data, views and fields of some rows, from files or from caches, which are filled first.
 
-    parts, weights: see `caption_fields`.
+    parts, tags: see `caption_fields`.
     """
     task, collection = setup.task, data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
-    fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, weights)
+    fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)

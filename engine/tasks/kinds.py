@@ -6,7 +6,7 @@
 | tagging | finetune.py, train.py | images with tags | tags, rating_known, flip | tags |
 | distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
-| diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tag_weight or tags | none |
+| diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags, tags_shown | none |
 """
 
 import shlex

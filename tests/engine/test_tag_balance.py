@@ -40,6 +40,10 @@ def test_tags_weigh_anew_by_what_was_shown():
     # The median is 1: weights 1/2, 1, 1; their mean over the images 0.25 * 0.5 + 0.25 + 0.5 = 0.875.
     assert balance.weights.tolist() == pytest.approx([0.5 / 0.875, 1 / 0.875, 1 / 0.875, 0.0])
     assert balance(batch).tolist() == pytest.approx([0.5 / 0.875, 1 / 0.875, 1 / 0.875, 1.0])
+    still = TagBalance(TagWeightsConfig(**RULE, reestimate_steps=None), FACTS)
+    still(batch)
+    still.after_step(1)
+    assert still.weights.tolist() == [1.0, 1.0, 1.0, 0.0]
 
 
 def test_what_is_refused(tmp_path, monkeypatch, capsys):

@@ -3,10 +3,8 @@
 import numpy as np
 import pytest
 
-from data.tags.tag_weights import ImageTags, TagWeightsConfig, describe_weights, read_tags, weigh_images, weigh_rows
+from data.tags.tag_weights import ImageTags, TagWeightsConfig, find_tag_facts, read_tags
 from tests.data.tags.test_captions import collection_of, config
-
-NAMES = [f"tag_{number}" for number in range(20)]
 
 
 def rule(**changes):
@@ -15,7 +13,7 @@ def rule(**changes):
     )
 
 
-def tags_of(rows, names=NAMES):
+def tags_of(rows, names):
     return ImageTags(np.concatenate([np.array(row, np.int32) for row in rows]), np.cumsum([0, *map(len, rows)]), names)
 
 
@@ -30,23 +28,19 @@ def test_a_tag_weighs_by_its_rarity_within_limits_and_by_its_category():
     )
 
 
-def test_rows_equal_a_slow_reference_and_weigh_1_on_average():
+def test_shares_give_the_mean_weight_of_images_as_a_slow_reference_does(tmp_path):
+    """Only images of `rows` and tags that weigh anything count; TagBalance divides by this mean."""
     generator = np.random.default_rng(0)
-    rows = [np.flatnonzero(generator.random(20) < 0.2) for _ in range(50)] + [[], [3]]
-    weights = generator.uniform(0.1, 3.0, 20)
-    weights[[3, 5]] = 0.0  # left out by a factor
-    kept = [[weights[tag] for tag in row if weights[tag]] for row in rows]
-    expected = np.array([np.mean(row) if row else np.nan for row in kept])
-    expected[np.isnan(expected)] = np.nanmean(expected)
-    assert weigh_rows(tags_of(rows), weights) == pytest.approx(expected)
-    assert weigh_rows(tags_of([[], []]), np.ones(3)).tolist() == [1.0, 1.0]
-    found, some = weigh_images(tags_of(rows), np.arange(0, 52, 3), rule()), np.arange(0, 52, 3)
-    assert found[some].mean() == pytest.approx(1.0) and len(np.unique(found.round(6))) > 20
-
-
-def test_the_effective_number_of_images_is_said():
-    assert describe_weights(np.array([3.0, 1.0])).endswith("effective sample size 2")  # 16 / 10
-    assert describe_weights(np.array([1.0, 0.0, 0.0])).startswith("0.00 to 1.00")
+    rows = [[f"tag_{tag}" for tag in np.flatnonzero(generator.random(9) < 0.3)] for _ in range(12)] + [[], ["meta:x"]]
+    names = [f"{number:02}.png" for number in range(len(rows))]
+    manifest = [{"path": name, "tags": tags} for name, tags in zip(names, rows)]
+    collection, some = collection_of(tmp_path, {"manifest.jsonl": manifest}, names), np.arange(1, 14, 2)
+    factors = rule(factors={"meta": 0.0})
+    facts = find_tag_facts(collection, some, factors, config())
+    weights = factors.weigh(np.array(facts["counts"]), np.array(facts["factors"]))
+    named = dict(zip(read_tags(collection, config()).names, weights))
+    kept = [[named[tag] for tag in rows[row] if named[tag]] for row in some]
+    assert weights @ facts["shares"] == pytest.approx(np.mean([np.mean(row) for row in kept if row]))
 
 
 def test_tags_come_from_captions_where_there_are_none_but_not_from_sentences(tmp_path):
