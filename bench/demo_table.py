@@ -13,18 +13,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 from PIL import Image
 
+from utils.io.files import read_json
 from utils.record.figures import align_columns
 from utils.record.run_reader import RunReader
-
-
-def read_json(path):
-    """Return a JSON file."""
-    return json.loads(path.read_text())
-
-
-def read_rows(path):
-    """Return the rows of a JSONL file."""
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def rows_of(run, kind):
@@ -82,7 +73,8 @@ def tagger(out):
         rows.append((title, f"{figures[run]['mAP']:.3f}", f"{figures[run]['macro_f1']:.3f}", seconds))
     rows += [("mean AP of left and right tags", f"{sided['tagger']:.3f}", "with the orientation map", ""),
              ("", f"{sided['no_map']:.3f}", "without it, not mirrored", "")]  # fmt: skip
-    example = next(row for row in read_rows(out / "predictions.jsonl") if row.get("tags"))
+    with open(out / "predictions.jsonl") as stream:
+        example = next(row for row in map(json.loads, stream) if row.get("tags"))
     rows += [(Path(example["path"]).name, str(example["tags"]), "", "")]
     pictures = [f"tagger/plots/{name}" for name in ("curves", "pr_curves", "mistakes")]
     return {**figures, "sided_ap": sided}, rows, pictures

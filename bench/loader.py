@@ -12,6 +12,7 @@ import itertools
 import statistics
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import NamedTuple
@@ -19,11 +20,9 @@ from typing import NamedTuple
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import torch
-from hydra import compose, initialize_config_dir
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from torch.nn import functional as F
 
+import train
 from data.augment.on_device import training_views
 from data.config import AugmentConfig
 from data.open import Data, load_collection, open_images
@@ -31,15 +30,9 @@ from data.stream.loader import no_fields
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.image_model import Normalise
-from train import TrainConfig
 from utils.canvas import DEFAULT
-from utils.config.entry_point import CONF, quote_paths, validate
-from utils.config.messages import ConfigError, hydra_problem
-from utils.config.schema import path_keys
-from utils.errors import EXIT_USER_ERROR, UserError
 from utils.ranks.processes import count_cores
 from utils.record.figures import align_columns
-from utils.record.logging import setup_logging
 
 SECONDS, QUICK_SECONDS = 90.0, 3.0
 _READ_SHARE, _STEP_SHARE = 0.35, 0.6  # of the seconds
@@ -54,21 +47,6 @@ class Setting(NamedTuple):
     on_device: bool
     workers: int
     batch_size: int
-
-
-def read_arguments(words):
-    """Return the configuration of train.py, the seconds, and whether this is a quick run."""
-    quick = "quick" in words
-    seconds = next((word.partition("=")[2] for word in words if word.startswith("seconds=")), None)
-    overrides = [word for word in words if word != "quick" and not word.startswith("seconds=")]
-    if any(word.startswith("data.root=") for word in overrides) and not any(w.startswith("data=") for w in overrides):
-        overrides.insert(0, "data=image_folder")
-    try:
-        with initialize_config_dir(str(CONF), version_base="1.3"):
-            values = compose("train", overrides=quote_paths(overrides, path_keys(TrainConfig)))
-    except (HydraException, OmegaConfBaseException, ValueError) as error:
-        raise ConfigError(hydra_problem(error, TrainConfig)) from None
-    return validate(values, TrainConfig), float(seconds or (QUICK_SECONDS if quick else SECONDS)), quick
 
 
 class Streams:
@@ -191,32 +169,32 @@ def measure(config, seconds, quick):
     size = min(config.loop.batch_size, config.loop.global_batch_size)
     settings = [Setting(choice, count, size) for choice in streams.choices for count in list_workers(quick)]
     reading = measure_settings(streams, settings, _READ_SHARE * seconds, turns)
-    say(rates_table("reading alone", reading))
+    print(rates_table("reading alone", reading), flush=True)
 
     step = TrainingStep(config, runtime)
     training = measure_settings(streams, settings, _STEP_SHARE * seconds, turns, step)
-    say(rates_table("training step", training))
+    print(rates_table("training step", training), flush=True)
     same = itertools.repeat(next(streams.batches(settings[0])))
     alone = images_per_sec(same, step, settings[0], 0.05 * seconds, runtime.device)
     chosen = choose(training)
     advised = {"runtime.workers": chosen.workers, "augment.on_device": str(chosen.on_device).lower()}
     rate = statistics.median(training[chosen])
-    say(f"with the settings advised, training gets {rate:,.0f} images/s; the network alone takes {alone:,.0f}")
-    say(" ".join(f"{key}={value}" for key, value in advised.items()))
-
-
-def say(text):
-    """Print at once."""
-    print(text, flush=True)
+    print(
+        f"with the settings advised, training gets {rate:,.0f} images/s; the network alone takes {alone:,.0f}",
+        flush=True,
+    )
+    print(" ".join(f"{key}={value}" for key, value in advised.items()), flush=True)
 
 
 def main():
-    setup_logging()
-    try:
-        measure(*read_arguments(sys.argv[1:]))
-    except UserError as error:
-        sys.stderr.write(f"bench/loader.py: {error}\n")
-        sys.exit(EXIT_USER_ERROR)
+    words, quick = sys.argv[1:], "quick" in sys.argv
+    seconds = next((word.partition("=")[2] for word in words if word.startswith("seconds=")), None)
+    seconds = float(seconds or (QUICK_SECONDS if quick else SECONDS))
+    words = [word for word in words if word != "quick" and not word.startswith("seconds=")]
+    if any(word.startswith("data.root=") for word in words) and not any(word.startswith("data=") for word in words):
+        words.insert(0, "data=image_folder")
+    sys.argv[1:] = words  # what is left is the command line of train.py
+    replace(train.main, main=lambda config, job: measure(config, seconds, quick))()
 
 
 if __name__ == "__main__":

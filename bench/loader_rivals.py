@@ -26,12 +26,13 @@ from torch.utils.data import DataLoader
 from torchvision import transforms
 from torchvision.datasets import ImageFolder
 
-from bench.loader import read_arguments
+import train
 from bench.measure import OUT, Comparison, run_bench
 from data.augment.on_device import training_views
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
 from models.image_model import Normalise
+from utils.config.entry_point import validate
 
 BATCH = 16 if "quick" in sys.argv else 128
 SIZE_PX = 224
@@ -58,7 +59,8 @@ class Ours:
         words = [f"data.root={folder}", "data.validation_fraction=0", f"data.cache.folder={folder}-cache"]
         words += ["augment=light", "augment.interpolation=bilinear", f"augment.image_size_hw=[{SIZE_PX},{SIZE_PX}]"]
         words.append("augment.crop_scale=[0.08,1.0]")
-        config, _, _ = read_arguments([*words, *(f"data.cache.{key}={value}" for key, value in cache.items())])
+        words += [f"data.cache.{key}={value}" for key, value in cache.items()]
+        config = validate(train.main.compose(["data=image_folder", *words])[0], train.main.schema)
         machine = SimpleNamespace(
             device=torch.device("cpu"), channels_last=channels_last, workers=0, prefetch_batches=2
         )

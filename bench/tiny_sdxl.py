@@ -19,9 +19,10 @@ from PIL import Image, ImageDraw
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional
+from torchvision.transforms import RandomCrop
 
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import VAE_SCALING_FACTOR, tiny_networks
+from models.sdxl.networks import VAE_SCALING_FACTOR, draw_networks
 from models.sdxl.tokenizer import build_tokenizer
 
 Colour = tuple[int, int, int]
@@ -77,11 +78,11 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
 
 def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
     """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
-    networks, draw = tiny_networks(), random.Random(1)
+    networks, draw = draw_networks(), random.Random(1)
     colours, size_hw = [*COLOURS.values(), *TONES.values()], SIZES_HW[0]
     mixed = [draw_shape(draw.choice(SHAPES), *draw.choices(colours, k=2), size_hw, draw) for _ in range(256)]
-    error = train_vae(networks.vae, to_tensor(mixed), vae_steps)
-    scale_latents(networks.vae, to_tensor([draw_picture(caption, size_hw, draw) for caption in captions * 8]))
+    error = train_vae(networks["vae"], to_tensor(mixed), vae_steps)
+    scale_latents(networks["vae"], to_tensor([draw_picture(caption, size_hw, draw) for caption in captions * 8]))
     write_diffusers(
         folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
@@ -106,7 +107,7 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min(1.0, 5 * (step + 1) / steps, 1.25 - 1.25 * step / steps)
     )
-    errors = []
+    crop, errors = RandomCrop(_CROP_PX), []
     for _ in range(steps):
         batch = torch.stack([crop(images[number]) for number in torch.randint(len(images), (_BATCH,))])
         means = functional.avg_pool2d(batch, 8)
@@ -119,12 +120,6 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
         schedule.step()
         errors.append(error.item())
     return float(np.mean(errors[-10:]))
-
-
-def crop(image: Tensor) -> Tensor:
-    """Return a square of an image, anywhere."""
-    top, left = torch.randint(image.shape[-1] - _CROP_PX + 1, (2,)).tolist()
-    return image[:, top : top + _CROP_PX, left : left + _CROP_PX]
 
 
 @torch.no_grad()

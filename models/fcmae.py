@@ -19,27 +19,16 @@ from utils.errors import UserError
 def count_removed(num_patches: int, mask_ratio: float) -> int:
     """Return how many of `num_patches` a mask removes: all but int(num_patches * (1 - mask_ratio)).
 
-    Raises UserError (`task.mask_ratio`) unless at least one patch is kept and one removed.
     Source: facebookresearch/ConvNeXt-V2:models/fcmae.py, with its rounding: at 0.6, 19 of 49 patches are kept.
     """
-    kept = int(num_patches * (1 - mask_ratio)) if 0 < mask_ratio < 1 else 0
-    if 1 <= kept < num_patches:
-        return num_patches - kept
-    raise UserError(
-        f"task.mask_ratio: {mask_ratio} of {num_patches} patches does not keep at least one and remove at least one; "
-        "change it, raise augment.image_size_hw or lower task.patch_px"
-    )
+    return num_patches - int(num_patches * (1 - mask_ratio))
 
 
 def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -> Tensor:
-    """Draw a mask, bool [L] on the generator's device, that removes exactly `count_removed` patches.
-
-    Raises UserError (`task.mask_ratio`) like `count_removed`.
-    """
-    removed = count_removed(num_patches, mask_ratio)
+    """Draw a mask, bool [L] on the generator's device, that removes exactly `count_removed` patches."""
     order = torch.randperm(num_patches, generator=generator, device=generator.device)
     mask = torch.zeros(num_patches, dtype=torch.bool, device=generator.device)
-    mask[order[:removed]] = True
+    mask[order[: count_removed(num_patches, mask_ratio)]] = True
     return mask
 
 

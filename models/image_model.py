@@ -40,7 +40,8 @@ class OnnxForm(BaseModel):
         """Convert the file's input to RGB images in [0, 1], float32 [B, C, H, W]."""
         mean, std = self._levels()
         images = inputs.permute(0, 3, 1, 2) if self.layout == "NHWC" else inputs
-        return (images.flip(1) if self.channels == "BGR" else images) * std + mean
+        images = images.flip(1) if self.channels == "BGR" else images
+        return images if (self.mean, self.std) == (0.0, 1.0) else images * std + mean  # bytes stay bytes
 
     def _levels(self) -> tuple[Tensor, Tensor]:
         return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
@@ -114,19 +115,30 @@ class Normalise(nn.Module):
 class ImageModel(nn.Module):
     """A trained network with its normalisation, for images [B, C, H, W], uint8 or float in [0, 1].
 
-    output_name: a name in models/outputs.py.
+    output_name: a name in models/outputs.py. form: other inputs and outputs, of an ONNX file for another program.
     """
 
-    def __init__(self, network: nn.Module, normalise: Normalise, output_name: str) -> None:
+    def __init__(
+        self, network: nn.Module, normalise: Normalise, output_name: str, form: OnnxForm | None = None
+    ) -> None:
         super().__init__()
         self.network, self.normalise, self.output_name = network, normalise, output_name
         self.output = OUTPUTS[output_name]
-        self.form = OnnxForm(outputs={name: name for name in self.output.heads})  # of its ONNX file
+        self.form = form or OnnxForm(outputs={name: name for name in self.output.heads})
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return float32 (logits, probs) [B, K], or (features,) [B, C]."""
-        outputs = self.network(self.normalise(images)).float()
-        return (outputs,) if self.output.activate is None else (outputs, self.output.activate(outputs))
+        """Return the outputs of the form, float32: by default (logits, probs) [B, K], or (features,) [B, C]."""
+        images, wanted, outputs = self.normalise(self.form.to_images(images)), self.form.outputs.values(), {}
+        if "embedding" in wanted:
+            features = self.network.forward_features(images)
+            outputs["embedding"] = self.network.forward_head(features, pre_logits=True).float()
+            last = self.network.forward_head(features).float()
+        else:
+            last = self.network(images).float()
+        outputs[self.output.heads[0]] = last
+        if self.output.activate is not None:
+            outputs["probs"] = self.output.activate(last)
+        return tuple(outputs[name] for name in wanted)
 
     def embed(self, images: Tensor) -> Tensor:
         """Return the head's input, float32 [B, C], or the features of a network without a head."""
@@ -137,4 +149,4 @@ class ImageModel(nn.Module):
 
     def with_network(self, network: nn.Module) -> "ImageModel":
         """Return a copy with another network, in eval mode."""
-        return ImageModel(network, self.normalise, self.output_name).eval()
+        return ImageModel(network, self.normalise, self.output_name, self.form).eval()

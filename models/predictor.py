@@ -140,7 +140,7 @@ def torch_predictor(model: ImageModel, metadata: Mapping[str, Any], device: torc
 
 def onnx_predictor(path: Path, device: torch.device) -> Predictor:
     """Return the predictor of an ONNX file, run by ONNX Runtime. Raises UserError if the file cannot be read."""
-    session = _open_session(path, device)
+    session = open_session(path, device)
     metadata = _read_metadata(path, session)
     heads = OUTPUTS[metadata["output"]].heads
     form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
@@ -167,7 +167,7 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
     return Predictor(metadata, run)
 
 
-def _open_session(path: Path, device: torch.device) -> Any:
+def open_session(path: Path, device: torch.device) -> Any:
     """Open a file in ONNX Runtime. If its CUDA libraries are missing, warn and use the CPU."""
     import onnxruntime
 

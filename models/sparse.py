@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
-from models.layers import ChannelsFirstLayerNorm, patchify, select_visible
+from models.layers import patchify, select_visible
 
 
 class _Gather(torch.autograd.Function):
@@ -101,10 +101,6 @@ def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
     return F.linear(cells, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
 
-def _normalise(norm: ChannelsFirstLayerNorm, tokens: Tensor) -> Tensor:
-    return F.layer_norm(tokens, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
-
-
 def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
     """Return the tokens of the first stage from the pixels of the visible patches."""
     convolution, norm = encoder.downsample_layers[0]
@@ -119,7 +115,7 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
     else:
         pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
         tokens = _strided_convolution(convolution, pixels.take_along_dim(patches[:, :, None, None, None], dim=1))
-    return _normalise(norm, tokens)
+    return nn.LayerNorm.forward(norm, tokens)
 
 
 def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
@@ -134,7 +130,7 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
     for index, stage in enumerate(encoder.stages):
         if index > 0:
             norm, convolution = encoder.downsample_layers[index]
-            tokens = _strided_convolution(convolution, _normalise(norm, tokens))
+            tokens = _strided_convolution(convolution, nn.LayerNorm.forward(norm, tokens))  # channels are last
         sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
         execute = partial(block_on_tokens, sites=sites)
         tokens = encoder.run_stage(stage, lambda block, x, execute=execute: block(x, execute=execute), tokens)

@@ -22,7 +22,7 @@ from models.export.model_card import licence_entry, write_card
 from models.export.onnx_file import export_onnx
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
-from models.sdxl.names import PARTS
+from models.sdxl.names import PARTS, part_state
 from models.sdxl.networks import load_networks, open_networks
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
@@ -41,6 +41,10 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _SCRATCH = ".export-"
 _REPOSITORY = "wd_repository"
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
+_LORA_FILES = {
+    "kohya": ("lora.safetensors", lora.write_kohya),
+    "lora_diffusers": ("pytorch_lora_weights.safetensors", lora.write_diffusers),
+}
 
 
 class ExportConfig(Strict):
@@ -161,24 +165,19 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
         raise UserError(
             f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
-    adapter, dtype = weights.task.adapter, _DTYPES[config.precision]
-    if config.format == "lora_diffusers":
-        lora.write_diffusers(folder, adapter, dtype, {})
-        return {"file": "pytorch_lora_weights.safetensors"}
-    predicts = weights.setup.task.noise.prediction_type
-    facts = {**_facts(weights), "prediction_type": "v" if predicts == "v_prediction" else predicts}
-    metadata = {f"modelspec.{name}": text for name, text in facts.items()}
-    lora.write_kohya(folder / "lora.safetensors", adapter, dtype, metadata)
-    return {"file": "lora.safetensors"}
+    file, write = _LORA_FILES[config.format]
+    write(folder / file, weights.task.adapter, _DTYPES[config.precision], _facts(weights))
+    return {"file": file}
 
 
 def _facts(weights: Weights) -> dict[str, str]:
-    """Return ModelSpec's title, date, resolution and license."""
+    """Return ModelSpec's title, date, resolution, prediction type and license."""
     height, width = weights.setup.task.samples.image_size_hw
     return {
         "title": weights.path.stem,
         "date": date.today().isoformat(),
         "resolution": f"{width}x{height}",
+        "prediction_type": weights.setup.task.noise.prediction_type,
         **licence_entry("license", weights.metadata),
     }
 
@@ -194,9 +193,9 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
     weights.check_helpers()
     if settings.lora is None:
         for name in task.exported:
-            setattr(networks, name, task.get_submodule(name))
+            networks[name] = task.get_submodule(name)
     else:
-        task.adapter.merge(networks.parts())
+        task.adapter.merge(networks)
     noise = settings.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
     if config.format == "diffusers":
         zeros = settings.captions.dropout_to == "zeros"
@@ -205,11 +204,12 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
         )
         return {"file": "model_index.json"}
     path = folder / "model.safetensors"
-    checkpoint_files.write_single_file(path, networks, dtype=dtype, metadata=_facts(weights), **noise)
-    read = load_networks(path).states()
-    for part, state in networks.states().items():
-        for name, tensor in state.items():
-            assert torch.equal(read[part][name], tensor.to(dtype).float()) or part == "vae", (part, name)
+    checkpoint_files.write_single_file(path, networks, dtype=dtype, facts=_facts(weights), **noise)
+    read = load_networks(path)
+    for part, network in networks.items():
+        found = part_state(part, read[part])
+        for name, tensor in part_state(part, network).items():
+            assert torch.equal(found[name], tensor.to(dtype).float()) or part == "vae", (part, name)
     return {"file": path.name}
 
 
@@ -220,7 +220,7 @@ FORMATS: dict[str, Format] = {
     **dict.fromkeys(TARGETS, write_folder),
     **dict.fromkeys(_TAG_FILES, write_tagger),
     _REPOSITORY: write_repository,
-    **dict.fromkeys(("kohya", "lora_diffusers"), write_lora),
+    **dict.fromkeys(_LORA_FILES, write_lora),
     **dict.fromkeys(("single_file", "diffusers"), write_whole),
 }
 

@@ -31,7 +31,7 @@ from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import SDXLNetworks, base_files, describe, freeze_unused, open_networks
+from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import Prompts, SamplesConfig, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from utils import rng
@@ -205,15 +205,15 @@ class DiffusionTask(Task):
             trained = ("adapter",)
             with torch.device("meta"):
                 shapes = open_networks(setup.model, whole)
-            self.adapter = LoRA(shapes.parts(), config.lora)
+            self.adapter = LoRA(shapes, config.lora)
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = trained
         self.averaged = dict.fromkeys(trained, config.average_on)
         self.helpers = tuple(name for name in needed if name not in trained)
 
-    def take(self, names: Sequence[str], networks: SDXLNetworks) -> None:
+    def take(self, names: Sequence[str], networks: Networks) -> None:
         for name in names:
-            setattr(self, name, getattr(networks, name))
+            setattr(self, name, networks[name])
 
     def load_helpers(self, use: Use) -> None:
         """Load the frozen networks; no export needs them. If the text encoders are not kept, encode the prompts."""
@@ -223,10 +223,10 @@ class DiffusionTask(Task):
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
         names = (*self.helpers, *(ENCODERS if encodes_once else ()))
         networks = open_networks(self._model, names, frozen=True)
-        self.latent_scale = networks.source["vae_scaling_factor"]
         self.take(self.helpers, networks)
+        self.latent_scale = self.vae.config.scaling_factor
         if encodes_once:
-            self._prompts = encode_prompts(networks.text_encoder, networks.text_encoder_2, config)
+            self._prompts = encode_prompts(*(networks[name] for name in ENCODERS), config)
         if config.lora is not None:
             adapted = ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
             self.adapter.attach({name: getattr(self, name) for name in adapted})

@@ -184,7 +184,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
         networks = open_networks(setup.model, ENCODERS, frozen=True)
-        return [getattr(networks, name).to(data.machine.device) for name in ENCODERS]
+        return [networks[name].to(data.machine.device) for name in ENCODERS]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
         return encode_text(*encoders(), tokenize(texts, chunks).to(data.machine.device))
@@ -212,7 +212,7 @@ def _read(
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
     if store.is_missing(latents.keys).any():
-        vae = open_networks(setup.model, ("vae",), frozen=True).vae.to(data.machine.device)
+        vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
         latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
     read = data.read_from(latents, latents.fingerprints)
     return buckets, read, {}, lambda example: {**example.record, **fields(example)}
@@ -220,8 +220,7 @@ def _read(
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
     """Return a hash of some networks' files, or of the single file that has them all."""
-    files = base_files(model)
-    chosen = [file for file in files if len(files) == 1 or file.parent.name in parts]
-    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in chosen])
+    files = base_files(model, parts)
+    hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
     dtypes = sorted({str(frozen_dtype(model, part)).removeprefix("torch.") for part in parts})
     return record_key(model.name if model.path is None else "", hashes, *dtypes)

@@ -71,17 +71,17 @@ def _patch_px(model: ModelConfig, config: FCMAETaskConfig) -> int:
 def patch_count(model: ModelConfig, config: FCMAETaskConfig, image_size_hw: Sequence[int]) -> int:
     """Return the number of patches of an image.
 
-    Raises UserError if patches, image and network do not fit, or if only one patch would be visible: the others cannot
-    be predicted from it.
+    Raises UserError if patches, image and network do not fit, or if less than two patches would be visible: the others
+    cannot be predicted from one.
     """
     height, width = image_size_hw
     patch_px = _patch_px(model, config)
     check_patch_grid(model.total_stride, (height, width), patch_px)
     count = (height // patch_px) * (width // patch_px)
-    if count - count_removed(count, config.mask_ratio) < 2:
+    if (visible := count - count_removed(count, config.mask_ratio)) < 2:
         raise UserError(
-            f"task.mask_ratio: {config.mask_ratio} of {count} patches of {patch_px} px leaves one visible, and nothing "
-            f"can be learned from one; set a larger augment.image_size_hw (it is {height} x {width}), a lower "
+            f"task.mask_ratio: {config.mask_ratio} of {count} patches of {patch_px} px leaves {visible} visible, but "
+            f"at least 2 are needed; set a larger augment.image_size_hw (it is {height} x {width}), a lower "
             "task.mask_ratio, or a model with a smaller total stride, such as model=convnextv2_glyph"
         )
     return count

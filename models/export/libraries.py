@@ -37,22 +37,18 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     preprocessing = metadata["preprocessing"]
     _refuse_images("timm", preprocessing)
     if hasattr(network, "pretrained_cfg"):
-        state, classes = _with_head_norm(network), network.num_classes
-        config = {"architecture": network.pretrained_cfg["architecture"], "num_features": network.num_features}
-        if image_size_hw := metadata["model"].get("image_size_hw"):
-            config["model_args"] = {"img_size": image_size_hw}
-        names = {key: network.pretrained_cfg.get(key) for key in ("first_conv", "classifier")}
+        target, state, image_size_hw = network, _with_head_norm(network), metadata["model"].get("image_size_hw")
+        arguments = {"img_size": image_size_hw} if image_size_hw else {}
     else:
         # With patch_size=2, timm's first stage halves the map again, but ours does not.
         official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))
-        classes, arguments = geometry.num_classes, {"depths": geometry.depths, "dims": geometry.dims}
-        name, arguments = (f"convnextv2_{geometry.size}", {}) if geometry.size else (_BASE, arguments)
+        arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
+        name, classes = f"convnextv2_{geometry.size}" if geometry.size else _BASE, geometry.num_classes
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
             target = timm.create_model(name, num_classes=classes, in_chans=geometry.in_channels, **arguments)
         state = filter_state(target, official)
-        config = {"architecture": name, "num_features": geometry.dims[-1], "model_args": arguments}
-        names = {"first_conv": "stem.0", "classifier": "head.fc"}
-    config["num_classes"] = classes
+    config = {"architecture": target.pretrained_cfg["architecture"], "num_features": target.num_features}
+    config |= {"num_classes": target.num_classes, "model_args": arguments}
     if label_names(metadata):
         config["label_names"] = label_names(metadata)
     squashes, interpolation = _squashes(preprocessing), preprocessing["interpolation"]
@@ -61,7 +57,8 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
         "mean": preprocessing["mean"], "std": preprocessing["std"],
         "interpolation": "box" if interpolation == "area" else interpolation,
         "crop_pct": 1.0 if squashes else preprocessing["eval_crop"], "crop_mode": "squash" if squashes else "center",
-        **names, **licence_entry("license", metadata), "num_classes": classes, "custom_load": False,
+        **{key: target.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
+        **licence_entry("license", metadata), "num_classes": target.num_classes, "custom_load": False,
         "fixed_input_size": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)

@@ -10,9 +10,8 @@ Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/
 """
 
 import json
-import logging
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from models.export.model_card import licence_entry
 from models.export.onnx_precision import to_fp16
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
+from models.predictor import open_session
 from utils.errors import UserError
 from utils.vocabulary import FACTS
 
@@ -93,9 +93,6 @@ def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_s
 
 def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.ModelProto:
     """Return the graph of a model for any batch size and, with `dynamic_size`, for any image size."""
-    exporter = logging.getLogger("torch.onnx")
-    level = exporter.level
-    exporter.setLevel(logging.ERROR)
     dims: dict[int, Any] = {0: torch.export.Dim("batch")}
     if dynamic_size:
         dims |= {axis: torch.export.Dim(name, max=_LARGEST_SIDE) for axis, name in ((2, "height"), (3, "width"))}
@@ -116,8 +113,6 @@ def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.
         if not dynamic_size:
             raise
         raise _one_size(model, str(error.__cause__ or error).strip().splitlines()[0]) from error
-    finally:
-        exporter.setLevel(level)
     sides = proto.graph.input[0].type.tensor_type.shape.dim[2:]
     if dynamic_size and not all(side.dim_param for side in sides):
         raise _one_size(model, f"it was traced for {' x '.join(str(side.dim_value) for side in sides)} pixels only")
@@ -151,11 +146,12 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
     Relative means divided by the largest logit or feature. Probabilities are compared, without division, with the
     activation of the file's own logits, or with PyTorch's probabilities if the file has no logits.
     """
-    session, absolute, relative = open_session(path), [], []
+    session, absolute, relative = open_session(path, torch.device("cpu")), [], []
     for sample in samples:
         inputs = model.form.to_input(sample)
         expected = dict(zip(model.form.outputs.values(), model(inputs), strict=True))
-        outputs = dict(zip(expected, map(torch.from_numpy, session(inputs.numpy())), strict=True))
+        found = session.run(None, {model.form.input: inputs.numpy()})
+        outputs = dict(zip(expected, map(torch.from_numpy, found), strict=True))
         for name, target in expected.items():
             absolute.append(float((outputs[name] - target).abs().max()))
             scale = max(float(target.abs().max()), _LEAST_OUTPUT)
@@ -163,12 +159,3 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
                 target, scale = model.output.activate(outputs["logits"]) if "logits" in outputs else target, 1.0
             relative.append(float((outputs[name] - target).abs().max()) / scale)
     return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the largest
-
-
-def open_session(path: Path) -> Callable[[np.ndarray], list[np.ndarray]]:
-    """Open a file on the CPU; the function takes the file's input and returns its outputs."""
-    import onnxruntime
-
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-    (only,) = session.get_inputs()
-    return lambda images: session.run(None, {only.name: images})

@@ -25,10 +25,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from models.export.parity import refuse_difference, vary_weights
-from models.image_model import ImageModel, Normalise, OnnxForm, output_layers
+from models.image_model import ImageModel, OnnxForm, output_layers
 from models.weights.fit import first_convolutions
 from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
@@ -68,26 +68,6 @@ def make_form(name: str, preprocessing: Mapping[str, Any]) -> OnnxForm:
     return OnnxForm(input="input", channels="BGR", mean=0.5, std=0.5, outputs={"logits": "logits", "probs": "probs"})
 
 
-class TagGraph(ImageModel):
-    """A tagger in a form: from the inputs to the outputs of its file."""
-
-    def __init__(self, network: nn.Module, normalise: Normalise, form: OnnxForm) -> None:
-        super().__init__(network, normalise, "tags")
-        self.form = form
-
-    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
-        """Return the outputs of the form, float32 [B, K] or [B, D]."""
-        features = self.network.forward_features(self.normalise(self.form.to_images(images)))
-        embedding = self.network.forward_head(features, pre_logits=True)
-        logits = self.network.forward_head(features).float()
-        outputs = {"logits": logits, "probs": logits.sigmoid(), "embedding": embedding.float()}
-        return tuple(outputs[name] for name in self.form.outputs.values())
-
-    def with_network(self, network: nn.Module) -> "TagGraph":
-        """Return a copy with another network, in eval mode."""
-        return TagGraph(network, self.normalise, self.form).eval()
-
-
 @torch.no_grad()
 def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
     """Return a copy of a network whose output i is output `rows[i]`; for -1, its probability is always 0.
@@ -106,14 +86,14 @@ def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
 
 
 @torch.no_grad()
-def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_size_hw: Sequence[int]) -> TagGraph:
+def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_size_hw: Sequence[int]) -> ImageModel:
     """Return a tagger in a form; its output i is the model's output `rows[i]` (`reorder_head`).
 
     It is compared with the model, also with varied weights. Raises UserError (`tolerance`) if they differ.
     """
     images = torch.rand(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for tagger in (model.with_network(vary_weights(model.network)), model):
-        graph = TagGraph(reorder_head(tagger.network, rows), tagger.normalise, form).eval()
+        graph = ImageModel(reorder_head(tagger.network, rows), tagger.normalise, "tags", form).eval()
         expected = tagger(images)[1][:, list(rows)].masked_fill(torch.tensor(rows) < 0, 0.0)
         probs = graph(form.to_input(images))[list(form.outputs.values()).index("probs")]
         refuse_difference(float((probs - expected).abs().max()), _TOLERANCE, "the network split at its embedding")

@@ -47,10 +47,7 @@ def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
 TARGETS = {
     "timm": (write_timm, load_timm),
     "transformers": (write_transformers, load_transformers),
-    "safetensors": (
-        lambda net, facts, at: write_weights(at / "model.safetensors", net.state_dict(), dict(facts)),
-        None,
-    ),
+    "safetensors": (write_safetensors, None),
     "pth": (write_pth, None),
 }
 

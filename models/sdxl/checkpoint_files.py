@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from models.sdxl.names import PARTS, to_single_file
-from models.sdxl.networks import SDXLNetworks, weight_name
+from models.sdxl.names import PARTS, part_state, to_single_file
+from models.sdxl.networks import Networks, weight_name
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
 from utils.io.files import write_atomically, write_json
@@ -30,13 +30,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 NO_HASH = "0" * 64  # placeholder in a header until the tensors are hashed
+GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's implementation of single files
 
 
-def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a file, and replace each NO_HASH in its metadata by the SHA-256 of everything after the header."""
+def write_modelspec(
+    path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], metadata: Mapping[str, str]
+) -> None:
+    """Write a file with facts for ModelSpec, and replace each NO_HASH by the SHA-256 of everything after the header.
+
+    facts: `title`, `architecture` and `implementation`, which are required, `prediction_type` as diffusers names it,
+    and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix. metadata: of other programs.
+    """
+    facts = {**facts, "sai_model_spec": "1.0.1", "hash_sha256": f"0x{NO_HASH}"}
+    if facts.get("prediction_type") == "v_prediction":
+        facts["prediction_type"] = "v"
+    texts = {**metadata, **{f"modelspec.{name}": text for name, text in facts.items()}}
 
     def write(temporary: Path) -> None:
-        write_tensors(temporary, tensors, metadata)
+        write_tensors(temporary, tensors, texts)
         with open(temporary, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
             start = 8 + int.from_bytes(content[:8], "little")
             with memoryview(content)[start:] as payload:
@@ -49,39 +60,32 @@ def write_hashed(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[st
 
 def write_single_file(
     path: Path,
-    networks: SDXLNetworks,
+    networks: Networks,
     *,
     prediction_type: PredictionType,
     zero_terminal_snr: bool,
     dtype: torch.dtype,
-    metadata: Mapping[str, str],
+    facts: Mapping[str, str],
 ) -> None:
-    """Write a single file in `dtype` (for the VAE, see `_cast`).
-
-    metadata: ModelSpec's `title`, `license`, `author`, `date`, ..., without its prefix; `title` is required.
-    """
+    """Write a single file in `dtype` (for the VAE, see `_cast`). facts: for `write_modelspec`, with a `title`."""
     tensors: dict[str, Tensor] = {}
     for part, state in _cast(networks, dtype).items():
         tensors |= to_single_file(part, state)
     is_v = prediction_type == "v_prediction"
     marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
     tensors |= {name: torch.empty(0) for name, is_set in marks.items() if is_set}
-    modelspec = {
-        "resolution": "1024x1024",
-        **metadata,
-        "sai_model_spec": "1.0.1",
+    facts = {
+        **facts,
         "architecture": "stable-diffusion-xl-v1-base",
-        "implementation": "https://github.com/Stability-AI/generative-models",
-        "prediction_type": "v" if is_v else prediction_type,
-        "hash_sha256": f"0x{NO_HASH}",
+        "implementation": GENERATIVE_MODELS,
+        "prediction_type": prediction_type,
     }
-    texts = {"format": "pt", **{f"modelspec.{name}": text for name, text in modelspec.items()}}
-    write_hashed(path, tensors, {**texts, **weight_metadata({}, tensors)})
+    write_modelspec(path, tensors, facts, {"format": "pt", **weight_metadata({}, tensors)})
 
 
 def write_diffusers(
     folder: Path,
-    networks: SDXLNetworks,
+    networks: Networks,
     tokenizer: "PreTrainedTokenizerBase",
     *,
     prediction_type: PredictionType,
@@ -98,7 +102,7 @@ def write_diffusers(
 
     states, classes = _cast(networks, dtype), {}
     for part in PARTS:
-        network, part_folder = getattr(networks, part), folder / part
+        network, part_folder = networks[part], folder / part
         part_folder.mkdir(parents=True, exist_ok=True)
         if part.startswith("text"):
             network.config.save_pretrained(part_folder)
@@ -127,11 +131,11 @@ def write_diffusers(
     write_json(folder / "model_index.json", index)
 
 
-def _cast(networks: SDXLNetworks, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
+def _cast(networks: Networks, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
     """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32."""
-    overflows = dtype == torch.float16 and networks.vae.config.force_upcast
+    overflows = dtype == torch.float16 and networks["vae"].config.force_upcast
     dtypes: dict[str, Any] = {part: torch.float32 if part == "vae" and overflows else dtype for part in PARTS}
     return {
-        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in state.items()}
-        for part, state in networks.states().items()
+        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in part_state(part, network).items()}
+        for part, network in networks.items()
     }

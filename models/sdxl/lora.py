@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
-from models.sdxl.checkpoint_files import NO_HASH, write_hashed
-from models.sdxl.names import rename
+from models.sdxl.checkpoint_files import GENERATIVE_MODELS, NO_HASH, write_modelspec
+from models.sdxl.names import ENCODERS, rename
 from models.sdxl.networks import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
@@ -34,7 +34,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_TEXT_ENCODERS = ("text_encoder", "text_encoder_2")
 _PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
 
 
@@ -137,7 +136,7 @@ def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[
     """Return the layers that can be targets, by network and name."""
     kinds = (nn.Linear, nn.Conv2d) if config.conv else nn.Linear
     layers, unused = {}, unused_layer(networks["text_encoder"]) if config.text_encoders else None
-    for network in ("unet", *_TEXT_ENCODERS) if config.text_encoders else ("unet",):
+    for network in ("unet", *ENCODERS) if config.text_encoders else ("unet",):
         for name, layer in networks[network].named_modules():
             # From 5.6 on, transformers has no `text_model` in CLIPTextModel, but LoRA files do.
             inner = network != "unet" and not name.startswith(("text_model.", "text_projection"))
@@ -155,7 +154,7 @@ def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
                 "Convolutions need task.lora.conv=true, text encoders task.lora.text_encoders=true"
             )
     chosen = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)]
-    if config.text_encoders and not any(name.startswith(_TEXT_ENCODERS) for name in chosen):
+    if config.text_encoders and not any(name.startswith(ENCODERS) for name in chosen):
         raise UserError(
             "task.lora.text_encoders: true, but no pattern of task.lora.targets matches a layer of them; set it to "
             "false, or add a pattern such as 'text_encoder*.q_proj'"
@@ -176,12 +175,8 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
-def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
-    """Write a LoRA in kohya's layout, with alpha in float32.
-
-    modelspec: facts about the model, such as `modelspec.title`, `.resolution`, `.prediction_type`, `.license`;
-    architecture, implementation and hash are added here.
-    """
+def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+    """Write a LoRA in kohya's layout, with alpha in float32. facts: for `write_modelspec`, with a `title`."""
     config, tensors = lora.config, {}
     for name, layer in lora.layers().items():
         network, _, path_in = name.partition(".")
@@ -197,27 +192,22 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[s
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha),
         "ss_network_args": json.dumps({"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}),
-        "modelspec.implementation": "https://github.com/Stability-AI/generative-models",
     }
-    _write(path, tensors, dtype, {**modelspec, **metadata})
+    _write(path, tensors, dtype, {**facts, "implementation": GENERATIVE_MODELS}, metadata)
 
 
-def write_diffusers(folder: Path, lora: LoRA, dtype: torch.dtype, modelspec: Mapping[str, str]) -> None:
-    """Write a LoRA as a diffusers folder, scaled by alpha / rank. modelspec: see `write_kohya`."""
+def write_diffusers(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+    """Write a LoRA in diffusers' layout, scaled by alpha / rank. facts: see `write_kohya`."""
     tensors = {}
     for name, layer in lora.layers().items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
         tensors[f"{name}.lora_B.weight"] = layer.scale * layer.lora_B.weight
-    metadata = {"format": "pt", "modelspec.implementation": "diffusers"}
-    _write(folder / "pytorch_lora_weights.safetensors", tensors, dtype, {**modelspec, **metadata})
+    _write(path, tensors, dtype, {**facts, "implementation": "diffusers"}, {"format": "pt"})
 
 
-def _write(path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, metadata: dict[str, str]) -> None:
-    modelspec = {
-        "modelspec.sai_model_spec": "1.0.1",
-        "modelspec.architecture": "stable-diffusion-xl-v1-base/lora",
-        "modelspec.hash_sha256": f"0x{NO_HASH}",
-        "sshs_model_hash": NO_HASH,
-    }
+def _write(
+    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, facts: dict[str, str], metadata: dict[str, str]
+) -> None:
     cast = {name: x.detach() if name.endswith("alpha") else x.detach().to(dtype) for name, x in tensors.items()}
-    write_hashed(path, cast, {**metadata, **modelspec})
+    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora"}
+    write_modelspec(path, cast, facts, {**metadata, "sshs_model_hash": NO_HASH})

@@ -6,7 +6,6 @@ Attention heads are 64 wide, as in SDXL; a network narrower than 128 has one hea
 import math
 import re
 from collections.abc import Callable, Collection, Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -16,7 +15,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from models.sdxl.names import PARTS, PREFIXES, drop_unused, from_folder, from_single_file, load_part, part_state
-from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, build_noise_table
+from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, build_noise_table
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
@@ -25,13 +24,14 @@ from utils.io.weights import read_header, read_weights
 
 VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
 State = dict[str, Tensor]
+Networks = dict[str, nn.Module]  # by the names of PARTS
 _TINY_WIDTH = 16  # channels of the tiny U-Net's first level
 _MAX_TEXT = 200  # characters of a text from a file
 _MAX_CARD = 10_000  # characters of a model card to search for its front matter
 _VARIANTS = ("", ".fp16", ".bf16")  # in the names of a folder's weight files
 # Configuration that is read, or that does not change the networks.
 _FREE = ("scaling_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
-_SCHEDULE = {"beta_start": BETA_FIRST, "beta_end": BETA_LAST, "beta_schedule": "scaled_linear"}  # diffusers has others
+# What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
 _SCHEDULE_DEFAULTS = {"num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
@@ -54,47 +54,21 @@ class SDXLConfig(Strict):
     in_channels: Literal[3]  # of the images
 
 
-@dataclass
-class SDXLNetworks:
-    """The networks, or None for those not requested, and a description of their source.
-
-    source: JSON values `path`, `vae_scaling_factor`, and the values that `describe` returns.
-    """
-
-    unet: nn.Module | None
-    vae: nn.Module | None
-    text_encoder: nn.Module | None
-    text_encoder_2: nn.Module | None
-    source: dict[str, Any]
-
-    def parts(self) -> dict[str, nn.Module]:
-        """Return the networks by name, without those that are None."""
-        return {part: network for part in PARTS if (network := getattr(self, part)) is not None}
-
-    def states(self) -> dict[str, State]:
-        """Return the tensors of each network in `parts`, under the names of published folders."""
-        return {part: part_state(part, network) for part, network in self.parts().items()}
-
-
-def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> SDXLNetworks:
-    """Return the networks of a config; frozen: without gradients, in `frozen_dtype`.
+def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:
+    """Return the networks `only` of a config; frozen: without gradients, in `frozen_dtype`.
 
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
-    if model.path is not None and not Path(model.path).exists() and torch.get_default_device().type == "meta":
-        configs = list_configs(tiny=model.name == "sdxl_tiny")
-        parts = {part: build_part(part, configs[part]) if part in only else None for part in PARTS}
-        return SDXLNetworks(**parts, source={})
     dtypes = {part: frozen_dtype(model, part) if frozen else torch.float32 for part in only}
-    if model.path is None:
-        networks = tiny_networks()
-        for part in PARTS:
-            # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
-            setattr(networks, part, nn.Module.to(getattr(networks, part), dtypes[part]) if part in only else None)
+    is_meta = torch.get_default_device().type == "meta"
+    if model.path is not None and (Path(model.path).exists() or not is_meta):
+        networks = load_networks(model.path, dtypes)
     else:
-        networks = load_networks(model.path, only=only, dtypes=dtypes)
-    for part in only if frozen else ():
-        getattr(networks, part).requires_grad_(False)
+        drawn = draw_networks(tiny=model.path is None or model.name == "sdxl_tiny")
+        # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
+        networks = {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
+    for network in networks.values() if frozen else ():
+        network.requires_grad_(False)
     return networks
 
 
@@ -108,36 +82,33 @@ def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
 
 @about("model.path")
 def load_networks(
-    path: str | Path, *, only: Collection[str] = PARTS, dtypes: Mapping[str, torch.dtype] = {}
-) -> SDXLNetworks:
-    """Read SDXL from a diffusers folder or a single file, without a hub. The networks are in eval mode.
+    path: str | Path, dtypes: Mapping[str, torch.dtype] = dict.fromkeys(PARTS, torch.float32)
+) -> Networks:
+    """Read the networks named in `dtypes` from a diffusers folder or a single file, without a hub, in eval mode.
 
-    only: the networks to load (PARTS). dtypes: by part; float32 if not named. If torch's default device is meta, only
-    shapes are read. Raises UserError (`model.path`) for another kind of checkpoint, missing or unexpected tensors,
-    wrong shapes, or a damaged file.
+    If torch's default device is meta, only shapes are read. Raises UserError (`model.path`) for another kind of
+    checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
     """
     path = Path(path)
-    source, networks = describe(path), _build_to_fit(path)
+    describe(path)  # refuses other kinds of checkpoints
+    built = _build_to_fit(path)
+    networks = {part: built[part] for part in dtypes}
     if torch.get_default_device().type != "meta":
-        states = _read_parts(path, only, lambda file: read_weights(file)[0])
-        for part in only:
-            dtype = dtypes.get(part, torch.float32)
-            copies = {name: tensor.to(dtype, copy=True) for name, tensor in states.pop(part).items()}
-            load_part(part, networks[part], copies)
-            for module in networks[part].modules():
+        states = _read_parts(path, dtypes, lambda file: read_weights(file)[0])
+        for part, network in networks.items():
+            copies = {name: tensor.to(dtypes[part], copy=True) for name, tensor in states.pop(part).items()}
+            load_part(part, network, copies)
+            for module in network.modules():
                 if hasattr(module, "position_ids"):  # not in the state
                     module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
-    source = {"path": str(path), **source, "vae_scaling_factor": networks["vae"].config.scaling_factor}
-    return SDXLNetworks(**{part: networks[part] if part in only else None for part in PARTS}, source=source)
+    return networks
 
 
-def tiny_networks() -> SDXLNetworks:
-    """Return the tiny SDXL, with random weights."""
+def draw_networks(*, tiny: bool = True) -> Networks:
+    """Return SDXL with random weights, which are the same in each call."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        networks = {part: build_part(part, config) for part, config in list_configs(tiny=True).items()}
-    facts = dict.fromkeys(("path", "prediction_type", "zero_terminal_snr", "other_noise", "licence"))
-    return SDXLNetworks(**networks, source={**facts, "layout": "drawn", "vae_scaling_factor": VAE_SCALING_FACTOR})
+        return {part: build_part(part, config) for part, config in list_configs(tiny=tiny).items()}
 
 
 def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
@@ -197,7 +168,7 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
     return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
 
 
-def _build_to_fit(path: Path) -> dict[str, nn.Module]:
+def _build_to_fit(path: Path) -> Networks:
     """Build the networks of a file or folder on the meta device."""
     shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
     configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
@@ -237,12 +208,12 @@ def freeze_unused(text_encoder: nn.Module) -> None:
 
 
 @about("model.path")
-def base_files(model: SDXLConfig) -> list[Path]:
-    """Return the weight files of a config."""
+def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
+    """Return the weight files of parts of a config: a single file has them all."""
     if model.path is None:
         return []
     path = Path(model.path)
-    return [file for part in PARTS for file in _weight_files(path, part)] if path.is_dir() else [path]
+    return [file for part in parts for file in _weight_files(path, part)] if path.is_dir() else [path]
 
 
 @about("model.path")
@@ -316,7 +287,7 @@ def _describe_folder(path: Path) -> dict[str, Any]:
         raise _unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
     scheduler = _SCHEDULE_DEFAULTS | _read_config(path / "scheduler" / "scheduler_config.json")
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
-    wanted = _SCHEDULE | _SCHEDULE_DEFAULTS
+    wanted = SCHEDULE | _SCHEDULE_DEFAULTS
     wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool | None):
         wrong |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescaled}
@@ -375,10 +346,5 @@ def _stated_licence(card: Path) -> str | None:
 
 
 def _read_config(file: Path) -> dict[str, Any]:
-    try:
-        config = read_json(file)
-    except (OSError, ValueError) as error:
-        raise _unusable(f"{file} cannot be read ({str(error) or type(error).__name__})") from None
-    if not isinstance(config, dict):
-        raise _unusable(f"{file} has no JSON object")
-    return config
+    with readable(file, "JSON"):
+        return {**read_json(file)}  # a list is refused

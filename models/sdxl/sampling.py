@@ -10,7 +10,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from models.sdxl.step import BETA_FIRST, BETA_LAST, TIMESTEP_COUNT, PredictionType, decode_latents, find_text
+from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, find_text
 from models.sdxl.tokenizer import LENGTH
 from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
@@ -46,10 +46,7 @@ class SamplesConfig(Strict):
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
     """Return the configuration of a diffusers scheduler that matches the training."""
     return {
-        "beta_start": BETA_FIRST,
-        "beta_end": BETA_LAST,
-        "beta_schedule": "scaled_linear",
-        "num_train_timesteps": TIMESTEP_COUNT,
+        **SCHEDULE,
         "prediction_type": prediction_type,
         "rescale_betas_zero_snr": zero_terminal_snr,
         "timestep_spacing": "trailing",

@@ -18,7 +18,12 @@ TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
 TIMESTEP_COUNT = 1000
-BETA_FIRST, BETA_LAST = 0.00085, 0.012  # Stable Diffusion's; their square roots are evenly spaced ("scaled_linear")
+SCHEDULE = {  # Stable Diffusion's, as diffusers' schedulers name it
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",  # the square roots of beta are evenly spaced
+    "num_train_timesteps": TIMESTEP_COUNT,
+}
 TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW, LATENT_DRAW = 0, 1, 2, 3  # numbers of utils/rng.py for one sample
 
 # ----------------------------------------------------------------------------------------------------- images and texts
@@ -102,7 +107,8 @@ def build_noise_table(zero_terminal_snr: bool) -> NoiseLevel:
 
     Source: Lin et al. 2023 (arXiv 2305.08891), algorithm 1.
     """
-    root_betas = torch.linspace(BETA_FIRST**0.5, BETA_LAST**0.5, TIMESTEP_COUNT, dtype=torch.float64)
+    first, last = SCHEDULE["beta_start"], SCHEDULE["beta_end"]
+    root_betas = torch.linspace(first**0.5, last**0.5, TIMESTEP_COUNT, dtype=torch.float64)
     alphas = (1.0 - root_betas.square()).cumprod(0).sqrt()
     if zero_terminal_snr:
         alphas = (alphas - alphas[-1]) * (alphas[0] / (alphas[0] - alphas[-1]))

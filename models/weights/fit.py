@@ -4,7 +4,6 @@ A wrong name or shape stops the run before any tensor is changed. Skipping GRN w
 cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
 """
 
-import re
 from collections.abc import Mapping
 from textwrap import indent
 from typing import NamedTuple
@@ -20,8 +19,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-# Anchored, because other layers may have `pred` or `proj` in their names.
-_FCMAE_ONLY = re.compile(r"^(decoder\..+|mask_token|proj\.(weight|bias)|pred\.(weight|bias))$")
+_DECODER = ("decoder.", "mask_token", "proj.", "pred.")  # of an FCMAE
 _MAX_ROWS = 20
 _ENCODER = "encoder."
 _ADVICE = (
@@ -89,7 +87,7 @@ def _fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> di
     """Remove the encoder's prefix and the decoder, or add the prefix, to match the network."""
     is_fcmae, needs_fcmae = (any(name.startswith(_ENCODER) for name in names) for names in (state, target))
     if is_fcmae and not needs_fcmae:
-        return {name.removeprefix(_ENCODER): state[name] for name in state if not _FCMAE_ONLY.match(name)}
+        return {name.removeprefix(_ENCODER): state[name] for name in state if not name.startswith(_DECODER)}
     if needs_fcmae and not is_fcmae:
         return {_ENCODER + name: state[name] for name in state if not name.startswith(("head.", "norm."))}
     return dict(state)
@@ -126,7 +124,7 @@ def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, .
     if isinstance(network, ConvNeXtV2):
         return ("head.",), ("norm.",)
     if isinstance(network, FCMAE):
-        return (), ("decoder.", "mask_token", "proj.", "pred.")
+        return (), _DECODER
     classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()  # timm: one name or several
     names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
     # An encoder that was pretrained alone lacks the norm that timm's ConvNeXts have in their head.

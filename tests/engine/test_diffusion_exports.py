@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from engine.exports.weights import open_weights
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import tiny_networks
+from models.sdxl.networks import draw_networks
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
 from tests.support import TINY, make_collection
@@ -34,7 +34,7 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("exports")
     make_collection(folder / "images", per_class=4, validation=1)
     write_diffusers(
-        folder / "base", tiny_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip
     (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")

@@ -13,6 +13,7 @@ from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
 from optim.schedules import GroupValues
+from utils.errors import UserError
 
 MODEL = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 1], dims=[16, 32], stem_stride=2, drop_path_rate=0.0,
@@ -59,6 +60,8 @@ def learn(task, batch, runtime, steps=60, lr=3e-3):
 
 def test_fcmae_learns_one_batch(runtime):
     """Noise cannot be guessed, so the images are stripes that continue into the masked patches."""
+    with pytest.raises(UserError, match=r"^task\.mask_ratio: .*leaves 0 visible"):
+        patch_count(MODEL, FCMAE.model_copy(update={"mask_ratio": 0.999}), [32, 32])
     patches = patch_count(MODEL, FCMAE, [32, 32])
     batch = make_batch()
     batch["images"] = (torch.arange(32) // 3 % 2 * 255).to(torch.uint8).expand(8, 3, 32, 32).clone()

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from engine.exports.weights import load_predictor
-from models.export.onnx_file import open_session
+from models.predictor import open_session
 from tests.in_process import SHORT, make_images, run
 from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
@@ -20,12 +20,12 @@ from utils.vocabulary import read_vocabulary
 def test_a_file_for_images_of_any_size(config, tmp_path):
     model, metadata = make(config)
     _, _, path = export_file(tmp_path, model, metadata, dynamic_size=True)
-    session = open_session(path)
+    session = open_session(path, torch.device("cpu"))
     for size in ((64, 64), (96, 160), (33, 71)):
         images, _ = normalised(model, 2, size)
         with torch.no_grad():
             wanted = model(images)[0].numpy()
-        np.testing.assert_allclose(session(images.numpy())[0], wanted, atol=1e-4)
+        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
 
 
 def test_a_network_of_one_size_is_refused_for_any(tmp_path):

@@ -12,18 +12,17 @@ pytest.importorskip("diffusers")
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
 from models.sdxl.lora import LoRA, LoRAConfig, write_diffusers, write_kohya
-from models.sdxl.networks import tiny_networks
+from models.sdxl.networks import draw_networks
 from utils.errors import UserError
 
 ATTENTION = ["unet.*.attn?.to_*"]
 ALL = {"targets": ["*"], "conv": True, "text_encoders": True}
-MODELSPEC = {"modelspec.title": "toy", "modelspec.prediction_type": "v"}
+FACTS = {"title": "toy", "prediction_type": "v_prediction"}
 
 
 def build_networks():
     """Return the networks of a tiny SDXL, without gradients."""
-    networks = tiny_networks()
-    parts = {part: getattr(networks, part) for part in ("unet", "text_encoder", "text_encoder_2")}
+    parts = {part: network for part, network in draw_networks().items() if part != "vae"}
     return {name: network.requires_grad_(False) for name, network in parts.items()}
 
 
@@ -114,8 +113,8 @@ def test_a_rank_above_a_layers_full_rank_is_said(caplog):
 def test_diffusers_reads_every_layer(layout, tmp_path):
     networks = build_networks()
     lora = vary(build_lora(networks, **ALL))
-    path = tmp_path / "lora.safetensors" if layout == "kohya" else tmp_path
-    (write_kohya if layout == "kohya" else write_diffusers)(path, lora, torch.float32, MODELSPEC)
+    path = tmp_path / "pytorch_lora_weights.safetensors"
+    (write_kohya if layout == "kohya" else write_diffusers)(path, lora, torch.float32, FACTS)
     theirs = StableDiffusionXLPipeline(
         vae=None, tokenizer=None, tokenizer_2=None, scheduler=EulerDiscreteScheduler(), **build_networks()
     )
@@ -129,14 +128,14 @@ def test_diffusers_reads_every_layer(layout, tmp_path):
 
 def test_metadata_and_dtype(tmp_path):
     lora = build_lora(build_networks())
-    write_kohya(tmp_path / "lora.safetensors", lora, torch.float16, MODELSPEC)
+    write_kohya(tmp_path / "lora.safetensors", lora, torch.float16, FACTS)
     content = (tmp_path / "lora.safetensors").read_bytes()
     length = 8 + int.from_bytes(content[:8], "little")
     metadata = json.loads(content[8:length])["__metadata__"]
     assert metadata["modelspec.hash_sha256"] == f"0x{hashlib.sha256(content[length:]).hexdigest()}"
     assert metadata["modelspec.architecture"] == "stable-diffusion-xl-v1-base/lora"
     assert (metadata["ss_network_dim"], metadata["ss_network_alpha"]) == ("4", "2.0")
-    assert MODELSPEC.items() <= metadata.items()
+    assert (metadata["modelspec.title"], metadata["modelspec.prediction_type"]) == ("toy", "v")
     with safe_open(tmp_path / "lora.safetensors", "pt") as file:
         stem = "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_out_0"
         assert file.get_tensor(f"{stem}.lora_down.weight").dtype == torch.float16

@@ -41,12 +41,12 @@ class VAETask(Task):
     def __init__(self, setup):
         super().__init__()
         self.model, self.gradient_weight = setup.model, setup.task.gradient_weight
-        self.vae = open_networks(setup.model, only=("vae",)).vae
+        self.vae = open_networks(setup.model, only=("vae",))["vae"]
         self.vae.encoder = self.vae.quant_conv = None
         self.normalise = setup.normalise()
 
     def load_helpers(self, use):
-        whole = open_networks(self.model, only=("vae",), frozen=True).vae
+        whole = open_networks(self.model, only=("vae",), frozen=True)["vae"]
         self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
 
     def helper_files(self):
