@@ -53,7 +53,7 @@ class Row:
 class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
-    Pickling stores only the two paths. fingerprint: a hash of the columns, stored in the index. twins: validation
+    fingerprint: a hash of the columns, stored in the index. twins: validation
     images that have a near-duplicate in training (`count_twins`). is_packed: whether rows are byte ranges of shards, in
     the columns `data.layouts.table.PLACES`.
     """
@@ -67,10 +67,6 @@ class Collection:
         self.twins = int(self.table.schema.metadata.get(_TWINS, 0))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
-
-    def __reduce__(self) -> tuple[type["Collection"], tuple[str, Path]]:
-        """Pickle only the paths."""
-        return Collection, (str(self.root), self.arrow)
 
     def __len__(self) -> int:
         """Return the number of rows in both splits."""
@@ -143,14 +139,14 @@ def index_collection(
     and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
     Raises UserError (`data.root`).
     """
-    layout = recognise(root, cache)
-    key = files_key(layout.files, _INDEX, validation_fraction, on_bad_sidecar)
-    target = cache / f"{key}.arrow" if layout.files else None
+    files, read = recognise(root, cache, unused := Unused())
+    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar)
+    target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := _map_index(target)) is not None:
-        log.debug("data.root: %s is unchanged; using its index", layout.files[0])
+        log.debug("data.root: %s is unchanged; using its index", files[0])
         warn_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
-    table = assign_validation(layout.read(unused := Unused()), validation_fraction)
+    table = assign_validation(read(), validation_fraction)
     table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
     warn_unused(unused.describe())
     fingerprint = hash_table(table)

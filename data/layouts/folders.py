@@ -11,7 +11,6 @@ import itertools
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,7 +45,6 @@ SYSTEM_NAMES = frozenset(
     + ("temporary items", "__pycache__")
 )
 _REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts
-_AT_ONCE = 16  # folders listed in parallel
 
 
 def check_root(root: str) -> Path:
@@ -148,26 +146,25 @@ def walk_folders(root: Path, unused: Unused | None = None) -> Iterator[tuple[str
     """
     unused = Unused() if unused is None else unused
     level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        while level:
-            below = []
-            for (folder, chain), entries in zip(level, pool.map(lambda item: list_folder(root / item[0]), level)):
-                files = []
-                for entry in entries:
-                    if is_passed_over(name := entry.name.lower()):
-                        if name.endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(follow_symlinks=False):
-                            unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
-                        continue
-                    is_link = entry.is_symlink()
-                    if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
-                        files.append(entry)
-                        continue
-                    real = os.path.realpath(entry.path) if is_link else os.path.join(chain[-1], entry.name)
-                    if real in chain:
-                        raise UserError(f"data.root: {entry.path!r} is a link back to {real!r}, a circle; remove it")
-                    below.append((f"{folder}{entry.name}/", (*chain, real)))
-                yield folder, files, {entry.name for entry in files}
-            level = below
+    while level:
+        below = []
+        for (folder, chain), entries in zip(level, in_threads(lambda item: list_folder(root / item[0]), level)):
+            files = []
+            for entry in entries:
+                if is_passed_over(name := entry.name.lower()):
+                    if name.endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(follow_symlinks=False):
+                        unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
+                    continue
+                is_link = entry.is_symlink()
+                if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
+                    files.append(entry)
+                    continue
+                real = os.path.realpath(entry.path) if is_link else os.path.join(chain[-1], entry.name)
+                if real in chain:
+                    raise UserError(f"data.root: {entry.path!r} is a link back to {real!r}, a circle; remove it")
+                below.append((f"{folder}{entry.name}/", (*chain, real)))
+            yield folder, files, {entry.name for entry in files}
+        level = below
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:

@@ -60,16 +60,17 @@ def read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
         whole, rows = mapped.read_buffer(), []
         for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
             batch.validate(full=True)
-            rows += _rows_of(name, batch, whole, unused)
-    for number, row in enumerate(rows):
-        row["path"] = f"{name}/{number:08}{row.pop('suffix')}"
+            rows += _rows_of(name, batch, whole, len(rows), unused)
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
     return [row for row in rows if row["length"]]
 
 
-def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer, unused: Unused) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a batch: byte range and suffix of the image (length 0 if it is missing), and columns."""
-    image = next((field.name for field in batch.schema if _holds_images(field.type)), None)
+def _rows_of(
+    name: str, batch: pa.RecordBatch, whole: pa.Buffer, first: int, unused: Unused
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch, numbered from `first`: path, byte range (length 0 without an image) and columns."""
+    structs = [field for field in batch.schema if pa.types.is_struct(field.type)]
+    image = next((field.name for field in structs if field.type.get_field_index("bytes") >= 0), None)
     if image is None:
         raise UserError(f"data.root: {name!r} has no image column (bytes and path), only {batch.schema.names}")
     images = batch.column(image)
@@ -83,16 +84,9 @@ def _rows_of(name: str, batch: pa.RecordBatch, whole: pa.Buffer, unused: Unused)
     lengths = pc.binary_length(pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
     files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
     records = read_records(name, batch.drop_columns([image]), unused)
-    for file, offset, length, sidecar in zip(files, (begin + ends).tolist(), lengths, records):
-        suffix = os.path.splitext(file or "")[1].lower()
-        yield {"suffix": suffix, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
-
-
-def _holds_images(kind: pa.DataType) -> bool:
-    """Return whether a type is a struct with a field `bytes`."""
-    if not pa.types.is_struct(kind) or (index := kind.get_field_index("bytes")) < 0:
-        return False
-    return pa.types.is_binary(kind.field(index).type) or pa.types.is_large_binary(kind.field(index).type)
+    for number, (file, offset, length, sidecar) in enumerate(zip(files, (begin + ends).tolist(), lengths, records)):
+        path = f"{name}/{first + number:08}{os.path.splitext(file or '')[1].lower()}"
+        yield {"path": path, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
 
 
 def read_tables(root: Path, files: Iterable[str], images: Container[str], unused: Unused) -> dict[str, Sidecar]:

@@ -11,7 +11,6 @@ import json
 import os
 import stat
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -28,6 +27,7 @@ from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, 
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.io.files import readable, write_atomically
+from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -36,7 +36,7 @@ PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "label", "tags", "rating", "caption", "weight")  # a user states these for us
-_AT_ONCE, _PART = 16, 512  # threads, and files per task or cached folders
+_PART = 512  # files per task of a thread, and cached folders
 
 
 def find_manifest(root: Path) -> Path | None:
@@ -120,10 +120,10 @@ def read_columns(file: Path) -> pa.Table:
         return read(file)
 
 
-def read_parquet(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read a Parquet file, or some of its columns. Raises ArrowException or OSError."""
+def read_parquet(file: Path) -> pa.Table:
+    """Read a Parquet file. Raises ArrowException or OSError."""
     with pq.ParquetFile(file) as parquet:  # not read_table, which reads folders named a=b as columns
-        return parquet.read(columns)
+        return parquet.read()
 
 
 def _read_jsonl(file: Path) -> pa.Table:
@@ -232,10 +232,8 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
         folder, _, name = path.rpartition("/")
         try:
             file = os.path.join(find_folder(folder), name)
-            status = os.lstat(file)
-            if stat.S_ISLNK(status.st_mode):
-                file = os.path.realpath(file)
-                status = os.stat(file)
+            file = os.path.realpath(file) if os.path.islink(file) else file
+            status = os.stat(file)
         except OSError as error:
             raise UserError(
                 f"data.root: {where}: {path!r} does not exist in {str(root)!r} ({error.strerror})"
@@ -246,8 +244,7 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
         return status.st_size
 
     parts = [paths[start : start + _PART] for start in range(0, len(paths), _PART)]
-    with ThreadPoolExecutor(_AT_ONCE) as pool:
-        return [size for sizes in pool.map(lambda part: list(map(look_up, part)), parts) for size in sizes]
+    return list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))
 
 
 def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:

@@ -5,7 +5,6 @@ import os
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pyarrow as pa
 
@@ -37,35 +36,28 @@ log = get_logger(__name__)
 _TAR, _PARQUET = ".tar", ".parquet"
 PLAN = "pack.json"  # what job=pack writes beside its shards
 _ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), (FAULT, pa.string()), *PLACES.items()])
-_PARALLEL_FROM = 8  # tar files; with fewer, starting processes takes longer
+_PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 
 
-class Layout(NamedTuple):
-    """How to read a collection. files: the files that determine the table; empty: all files of the folder."""
-
-    files: list[Path]
-    read: Callable[[Unused], pa.Table]
-
-
-def recognise(root: str, cache: Path) -> Layout:
-    """Return the layout of a collection; fetched and unpacked files go to `cache`.
+def recognise(root: str, cache: Path, unused: Unused) -> tuple[list[Path], Callable[[], pa.Table]]:
+    """Return the files that determine the table of a collection (none: all of its folder), and how to read the table.
 
     The order: a URL of packed shards, a manifest, WebDataset or Hugging Face shards if the folder has no image, a table
-    of posts, folders. Raises UserError (`data.root`).
+    of posts, folders. Fetched and unpacked files go to `cache`. Raises UserError (`data.root`).
     """
     if is_remote(root):
         manifest = fetch_manifest(root, cache)
-        return Layout([manifest], functools.partial(read_manifest, None, manifest))
+        return [manifest], functools.partial(read_manifest, None, manifest, unused)
     folder = check_root(root)
     if (manifest := find_manifest(folder)) is not None:
         find_newer(folder, manifest)
-        return Layout([manifest], functools.partial(_read_listed, folder, manifest))
-    names, others = _find_shards(folder)
+        return [manifest], functools.partial(_read_listed, folder, manifest, unused)
+    names = _find_shards(folder, unused)
     if not names:
-        return Layout([], functools.partial(read_folder, folder))
+        return [], functools.partial(read_folder, folder, unused)
     files = {name: folder / name for name in names}
     files |= {name: unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
-    return Layout(list(files.values()), functools.partial(_read_shards, folder, files, others))
+    return list(files.values()), functools.partial(_read_shards, folder, files, unused)
 
 
 def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
@@ -83,36 +75,33 @@ def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
     return table
 
 
-def _find_shards(root: Path) -> tuple[list[str], Unused]:
-    """Return the sorted paths of WebDataset or Hugging Face shards at any depth, and what is beside them.
+def _find_shards(root: Path, unused: Unused) -> list[str]:
+    """Return the sorted paths of WebDataset or Hugging Face shards at any depth.
 
     There is none if the folder has an image. Tables beside tar files are about them, as img2dataset writes them.
     """
-    names, unused = [], Unused()
-    for folder, _, files in walk_folders(root, unused):
+    names, others = [], Unused()
+    for folder, _, files in walk_folders(root, others):
         if any(map(is_image_name, files)):
-            return [], Unused()
+            return []
         names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
-        unused.add("texts beside shards", *list_orphans(folder, set(), files - {PLAN}))
+        others.add("texts beside shards", *list_orphans(folder, set(), files - {PLAN}))
     tables = [name for name in names if not name.endswith(_TAR)]
     if 0 < len(tables) < len(names):
-        unused.add("tables beside tar files", *tables)
+        others.add("tables beside tar files", *tables)
         names = [name for name in names if name.endswith(_TAR)]
-    return sorted(names), unused
+    if names:
+        unused.merge(others)
+    return sorted(names)
 
 
-def _read_shards(root: Path, files: dict[str, Path], others: Unused, unused: Unused) -> pa.Table:
-    """Read WebDataset or Hugging Face shards into one table; tar files in one process per core.
-
-    files: by name. others: what is beside them.
-    """
-    unused.merge(others)
+def _read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
+    """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core."""
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
-    if shards[0][0].endswith(_TAR) and len(shards) >= _PARALLEL_FROM and count_cores() > 1:
-        results = map_in_processes(_read_shard, shards, _skip_shard)
-    else:
-        results = map(_read_shard, shards)
-    tables = []
+    tables, results = [], map(_read_shard, shards)
+    if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
+        lost = "shards that end the process that reads them"
+        results = map_in_processes(_read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
     for rows, left in track(results, len(shards), "scanning shards"):
         tables.append(rows)
         unused.merge(left)
@@ -134,7 +123,3 @@ def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
     by_name = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
     rows = [{**row, "split": row.get("split") or by_name, "shard": shard_name} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
-
-
-def _skip_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
-    return _ROWS.empty_table(), Unused({"shards that end the process that reads them": [shard[0]]})
