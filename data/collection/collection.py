@@ -14,6 +14,7 @@ from typing import Any, Literal
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pyarrow.feather import write_feather
 
 from data.collection.split import FINGERPRINTS, assign_validation, count_twins, lead_rows
 from data.layouts.recognise import recognise
@@ -154,12 +155,8 @@ def index_collection(
     if _map_index(target) is None:
         metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
         table = table.replace_schema_metadata(metadata)
-
-        def write(file: Path) -> None:  # uncompressed for memory mapping
-            with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-                writer.write_table(table)
-
-        write_atomically(target, write)
+        # Uncompressed, for memory mapping, and in the chunks of the table.
+        write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
     return target
 
 

@@ -139,12 +139,11 @@ def is_passed_over(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_NAMES
 
 
-def walk_folders(root: Path, unused: Unused | None = None) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
+def walk_folders(root: Path, unused: Unused) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
     """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
 
     Folders of the same depth are listed in parallel. Raises UserError (`data.root`) for a circle of links.
     """
-    unused = Unused() if unused is None else unused
     level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
     while level:
         below = []
@@ -179,12 +178,11 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]
         path = folder + entry.name
         try:
             path.encode()
-            fault = "" if entry.is_file() else "it is not a file, or a dangling link"
-            images[path] = 0 if fault else entry.stat().st_size
+            if not entry.is_file():
+                raise OSError("it is not a file, or a dangling link")
+            images[path] = entry.stat().st_size
         except (OSError, UnicodeEncodeError) as error:
-            fault = str(error)
-        if fault:
-            raise UserError(f"data.root: {path!r} cannot be read ({fault}); remove or rename it")
+            raise UserError(f"data.root: {path!r} cannot be read ({error}); remove or rename it") from error
     return images
 
 

@@ -26,7 +26,7 @@ from data.layouts.spelling import split_tags
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
-from utils.io.files import readable, write_atomically
+from utils.io.files import output_errors, readable, write_atomically
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
@@ -251,14 +251,12 @@ def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) ->
     """Write a table as `manifest.parquet` of the root, atomically.
 
     scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced.
-    Raises UserError (`data.root`) if the folder is not writable.
+    Raises UserError (`data.root`) if it cannot be written.
     """
     scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
     table = table.replace_schema_metadata({} if scanned_ns is None else {_SCANNED: str(scanned_ns)})
-    try:
+    with output_errors("data.root", root / PARQUET):
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
-    except PermissionError as error:
-        raise UserError(f"data.root: {str(root)!r} is not writable, so {PARQUET} cannot be written") from error
 
 
 def scanned_at(file: Path) -> int | None:

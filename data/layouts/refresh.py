@@ -28,7 +28,7 @@ def find_newer(root: Path, manifest: Path) -> list[str]:
         return []
     status, newer = manifest.stat(), []
     was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is the time of the copy
-    for folder, entries, names in walk_folders(root):
+    for folder, entries, names in walk_folders(root, Unused()):
         changed = set()
         for entry in entries:
             if entry.name.lower().endswith(SUFFIXES) or entry.name in (*TABLES, *POSTS):

@@ -22,12 +22,7 @@ class UnreadableImage(Exception):
     def __init__(self, path: str, kind: str, detail: str) -> None:
         """Pass all arguments on, because pickling restores an exception from them."""
         super().__init__(path, kind, detail)
-        self.path, self.kind, self.detail = path, kind, detail
-
-    @property
-    def reason(self) -> str:
-        """Return `kind (detail)`."""
-        return f"{self.kind} ({self.detail})"
+        self.path, self.kind, self.reason = path, kind, f"{kind} ({detail})"
 
     def __str__(self) -> str:
         """Return `path: kind (detail)`."""

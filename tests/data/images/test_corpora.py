@@ -133,7 +133,7 @@ def outcome(path):
     try:
         pixels = read(path, max_pixels=1_000_000)
     except UnreadableImage as error:
-        assert error.detail and "\n" not in error.reason
+        assert not error.reason.endswith("()") and "\n" not in error.reason
         return None
     assert pixels.dtype == np.uint8 and pixels.ndim == 3 and pixels.shape[2] == 3
     return pixels
