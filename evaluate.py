@@ -42,7 +42,7 @@ from utils.io.files import canonical_json, output_errors, refuse_links_out, sha2
 from utils.io.safe_text import Lines
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
-from utils.record.figures import show_figures, show_rows
+from utils.record.figures import show_cell, show_rows
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
@@ -228,7 +228,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
             with output_errors("weights", beside):
                 write_thresholds(beside, thresholds, weights.metadata["weights_hash"])
             log.info("wrote %s, which predict.py and export.py read", beside)
-    return show_figures(report.scalars)
+    return "  ".join(f"{name}={show_cell(value)}" for name, value in report.scalars.items())
 
 
 if __name__ == "__main__":

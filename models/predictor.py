@@ -11,7 +11,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
@@ -70,10 +70,8 @@ class _Metadata(BaseModel):
 
 def check_metadata(path: Path, metadata: Any) -> None:
     """Raise UserError that names the first wrong value of a file's metadata."""
-    try:
+    with readable(path, "weight"):
         checked = _Metadata.model_validate(metadata)
-    except ValidationError as error:
-        raise wrong_metadata(path, error) from None
     output = OUTPUTS.get(checked.output)
     if output is None:
         return
@@ -82,13 +80,6 @@ def check_metadata(path: Path, metadata: Any) -> None:
             raise UserError(f"{path} has wrong metadata (thresholds: not one for each tag); make the file again")
     elif output.names_key and metadata.get(output.names_key) is None:
         raise UserError(f"{path} has wrong metadata ({output.names_key}: none); make the file again")
-
-
-def wrong_metadata(path: Path, error: ValidationError) -> UserError:
-    """Return the error for wrong metadata of a file."""
-    first = error.errors()[0]
-    parts = ".".join(map(str, first["loc"])), first["msg"].removeprefix("Value error, ")
-    return UserError(f"{path} has wrong metadata ({': '.join(filter(None, parts))}); make the file again")
 
 
 class Predictor:

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import Annotated, Any, Self
 
 import numpy as np
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter
 
 from utils.errors import UserError
-from utils.io.files import sha256_text
+from utils.io.files import readable, sha256_text
 from utils.record.report import write_table
 
 # Danbooru's category numbers.
@@ -31,7 +31,7 @@ _CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}
 FILE = "selected_tags.csv"
 FACTS = ("tag_names", "tag_categories", "tag_counts", "tag_ids")  # keys in metadata
-_COLUMNS = dict(zip(("name", "category", "count", "tag_id"), FACTS))
+_COLUMNS = {"tag_id": "tag_ids", "name": "tag_names", "category": "tag_categories", "count": "tag_counts"}
 _Name = Annotated[str, Field(pattern=r"^\S(.*\S)?$")]
 _Number = Annotated[int, Field(ge=0, lt=2**63)]
 
@@ -99,11 +99,8 @@ def vocabulary_of(metadata: Mapping[str, Any]) -> Vocabulary:
 
 def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
     """Return the vocabulary from a file's metadata. Raises UserError, which names the first wrong value."""
-    try:
+    with readable(path, "tag"):
         return TypeAdapter(Vocabulary).validate_python(metadata)
-    except ValidationError as error:
-        key, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-        raise UserError(f"{path} has wrong tags ({key}: {reason}); write the file again") from None
 
 
 def read_vocabulary(path: Path) -> Vocabulary:
@@ -124,8 +121,6 @@ def read_vocabulary(path: Path) -> Vocabulary:
 
 def write_vocabulary(path: Path, vocabulary: Vocabulary, further: Mapping[str, Sequence[Any]] | None = None) -> None:
     """Write selected_tags.csv atomically; further: columns after the four."""
-    columns = {
-        "tag_id": vocabulary.tag_ids, "name": vocabulary.names, "category": vocabulary.categories,
-        "count": vocabulary.counts, **(further or {}),
-    }  # fmt: skip
+    facts = vocabulary.facts()
+    columns = {**{column: facts[name] for column, name in _COLUMNS.items()}, **(further or {})}
     write_table(path, [dict(zip(columns, row)) for row in zip(*columns.values())])

@@ -122,7 +122,7 @@ def _read(path: Path, key: str) -> OrientationMap:
             "or the path of a YAML file"
         ) from None
     except ConfigError as error:
-        raise UserError(f"{key}: {path}: " + "; ".join(error.problems)) from None
+        raise UserError(f"{key}: {path}: " + "; ".join(error.args)) from None
 
 
 class Mirror(nn.Module):

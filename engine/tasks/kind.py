@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from pydantic import TypeAdapter, ValidationError, model_validator
+from pydantic import TypeAdapter, model_validator
 from torch import Tensor
 
 from data.augment.on_device import IMAGES, training_views
@@ -35,14 +35,14 @@ from engine.task import Streams, Task, split_exported
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
-from models.predictor import check_metadata, wrong_metadata
+from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
 from utils.canvas import DEFAULT, background_of
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
-from utils.io.files import canonical_json, sha256_text
+from utils.io.files import canonical_json, readable, sha256_text
 from utils.io.weights import InitFrom
 from utils.record.logging import get_logger
 
@@ -263,11 +263,9 @@ def check_weights(
         raise UserError(f"{path} has wrong metadata ({missing[0]}: none); make the file again")
     if kind.output is not None:
         check_metadata(path, {**metadata, "output": kind.output})
-    try:
+    with readable(path, "weight"):
         model = TypeAdapter(kind.model).validate_python(metadata["model"])
         config = kind.config.model_validate(metadata["task"])
-    except ValidationError as error:
-        raise wrong_metadata(path, error) from None
     setup = Setup(model, config, metadata.get("preprocessing", {}), {name: metadata[name] for name in kind.names})
     with torch.device("meta"):
         task = kind.build(setup)

@@ -44,5 +44,5 @@ def test_damaged_records(kind, place, tmp_path, monkeypatch, capsys):
         status, said = run_command(script, words, tmp_path, monkeypatch), capsys.readouterr().err
         assert "Traceback" not in said and status == (2 if script == "evaluate" else 0), (script, said)
         if script == "evaluate":
-            assert "run_dir: run/config.json is damaged" in said
+            assert "run_dir: run/config.json is not a readable JSON file" in said
     assert "resumed from run/checkpoints/step_00000004" in said

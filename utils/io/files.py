@@ -14,6 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any, TypeVar
 
+from pydantic import ValidationError
 from safetensors import SafetensorError
 
 from utils.errors import DiskFull, UserError
@@ -90,13 +91,17 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
 
 @contextmanager
 def readable(path: Path, kind: str) -> Iterator[None]:
-    """Turn any error of a library that reads a file into a UserError that names the file."""
+    """Turn any error of a library that reads a file, or checks its content, into a UserError that names the file."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # the libraries raise errors of many classes
-        reason = ascii((str(error) or type(error).__name__).splitlines()[0])[1:-1][:_SHOWN_CHARACTERS]
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        if isinstance(error, ValidationError):
+            key, text = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
+            reason = f"{key}: {text}" if key else text.removeprefix("Value error, ")
+        reason = ascii(reason)[1:-1][:_SHOWN_CHARACTERS]
         raise UserError(f"{path} is not a readable {kind} file ({reason}); get it again, or name another") from None
 
 

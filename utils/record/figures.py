@@ -16,14 +16,6 @@ def show_evaluated(name: str) -> str:
     return re.sub(r"\bloss\b", "val loss", show_name(name))
 
 
-def show_figures(figures: Mapping[str, float]) -> str:
-    """Return figures as one line, counts as whole numbers: `mAP=0.5203  samples=1553`."""
-    return "  ".join(
-        f"{name}={value:.0f}" if value > 1 and value == round(value) else f"{name}={value:.4f}"
-        for name, value in figures.items()
-    )
-
-
 def show_duration(seconds: float | None) -> str:
     """Return a duration as `27:04:05` or `3:05`; dashes for None."""
     if seconds is None:

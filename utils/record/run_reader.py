@@ -5,10 +5,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel
 
-from utils.errors import UserError
-from utils.io.files import canonical_json, is_locked, read_json
+from utils.errors import UserError, about
+from utils.io.files import canonical_json, is_locked, read_json, readable
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
@@ -33,22 +33,17 @@ class RunReader:
             raise UserError(
                 f"run_dir: {self.path} is not a run folder: it has no {CONFIG_FILE}; name a folder that training made"
             )
-        try:
+        with about("run_dir"), readable(file, "JSON"):
             config = read_json(file)
             canonical_json(config)  # refuses NaN: a configuration has none
-        except (ValueError, OSError) as error:
-            raise UserError(f"run_dir: {file} is damaged ({error})") from None
-        if not isinstance(config, dict):
-            raise UserError(f"run_dir: {file} is damaged (it holds no configuration)")
+            if not isinstance(config, dict):
+                raise ValueError("it has no keys")
         return config
 
     def part(self, schema: type[Part]) -> Part:
         """Return the part of the configuration that a schema describes. Raises UserError (`run_dir`)."""
-        try:
+        with about("run_dir"), readable(self.path / CONFIG_FILE, "JSON"):
             return schema.model_validate(self.config)
-        except ValidationError as error:
-            key, reason = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-            raise UserError(f"run_dir: {self.path / CONFIG_FILE} is damaged ({key}: {reason})") from None
 
     @property
     def settings(self) -> frozenset[str]:

@@ -119,7 +119,7 @@ def test_a_folder_that_is_no_run_and_a_damaged_configuration_are_refused(tmp_pat
         _ = RunReader(tmp_path).config
     for text in ('{"seed": NaN}', '{"seed": 1', "[]"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"^run_dir: .*config\.json is damaged"):
+        with pytest.raises(UserError, match=r"^run_dir: .*config\.json is not a readable JSON file"):
             _ = RunReader(tmp_path).config
 
 
