@@ -20,9 +20,9 @@ import json
 import os
 import re
 import shutil
-import threading
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -103,13 +103,12 @@ class Saver:
 
     def __init__(self, folder: RunFolder, config: TrainingConfig, helpers: dict[str, str]) -> None:
         self.folder, self._helpers, self._loop = folder, helpers, config.loop
-        self._thread: threading.Thread | None = None
-        self._error: Exception | None = None
+        self._written: Future[None] | None = None
         self._saved_at, self._has_asked = time.monotonic(), False
 
     def is_due(self) -> bool:
         """Return True once when `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
-        if self._thread is not None and not self._thread.is_alive():
+        if self._written is not None and self._written.done():
             self.wait()
         minutes = self._loop.checkpoint_every_minutes
         if minutes is None or self._has_asked or not distributed.is_main():
@@ -146,26 +145,23 @@ class Saver:
         copies = tensors if is_sharded(learner.model) else copy_to_host(tensors)
 
         def write() -> None:
-            try:
-                with output_errors("run_dir", path):
-                    sync()
-                    texts = {group: weight_metadata(values, copies[group]) for group, values in metadata.items()}
-                    save_checkpoint(path, copies, state, texts)
-                    for group, name in names.items():
-                        link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
-                    remove_others(path.parent, self._loop.keep_checkpoints, step, state["best"]["step"])
-            except Exception as error:  # the main thread logs or raises it
-                self._error = error
+            with output_errors("run_dir", path):
+                sync()
+                texts = {group: weight_metadata(values, copies[group]) for group, values in metadata.items()}
+                save_checkpoint(path, copies, state, texts)
+                for group, name in names.items():
+                    link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
+                remove_others(path.parent, self._loop.keep_checkpoints, step, state["best"]["step"])
 
-        self._thread = threading.Thread(target=write, name="checkpoint writer")
-        self._thread.start()
+        writer = ThreadPoolExecutor(1, "checkpoint writer")
+        self._written = writer.submit(write)
+        writer.shutdown(wait=False)  # its thread ends after the write
 
     def wait(self, *, last: bool = False) -> None:
         """Wait for the current write. Its error is logged, or raised if this is the `last` write."""
-        if self._thread is None:
+        if self._written is None:
             return
-        self._thread.join()
-        error, self._thread, self._error = self._error, None, None
+        error, self._written = self._written.exception(), None
         if error is not None and last:
             raise error
         if error is not None:
@@ -305,26 +301,20 @@ def _resume_of(config: TrainingConfig) -> str:
 
 
 def will_resume(config: TrainingConfig, folder: Path) -> bool:
-    """Return whether the run resumes, so that no initial weights are loaded.
+    """Return whether the run resumes, so that no initial weights are loaded; on rank 0, before any work.
 
-    `choose_checkpoint` chooses the checkpoint later, under the folder's lock: an earlier process may still save.
+    `choose_checkpoint` chooses the checkpoint later, under the folder's lock: an earlier process may still save. Raises
+    UserError if the newest one has another recipe. A damaged one is ignored: an earlier one is then chosen.
     """
-    resume = _resume_of(config)
-    return bool(list_checkpoints(folder / "checkpoints")) if resume == "auto" else resume != "never"
-
-
-def check_recipe(config: TrainingConfig, folder: Path) -> None:
-    """Raise UserError if the newest checkpoint to resume from has another recipe; on rank 0, before any work.
-
-    A damaged one is ignored: `choose_checkpoint` takes an earlier one.
-    """
-    if _resume_of(config) == "auto" and (existing := list_checkpoints(folder / "checkpoints")):
+    resume, existing = _resume_of(config), list_checkpoints(folder / "checkpoints")
+    if resume == "auto" and existing:
         try:
             saved = read_state(existing[-1])["config"]
         except (OSError, ValueError, KeyError):
-            return
+            return True
         values = hide_secrets_in(config.model_dump(mode="json"))
         check_resumable(saved, values, config.resume_allow, str(existing[-1]))
+    return bool(existing) if resume == "auto" else resume != "never"
 
 
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:

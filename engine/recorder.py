@@ -184,7 +184,7 @@ class Recorder:
             mark_complete(self.folder, None)
             limits = {} if run_config is None else {"epoch": self._plan.epoch_start(step)}
             if owes_evaluation:  # a kill after the evaluation may have left its rows
-                limits = {"evaluate": step - 1, "epoch": min(limits["epoch"], step - 1)}
+                limits = {"evaluate": step - 1, "epoch": step - 1}
             self._metrics = MetricsLog(self.folder, step, limits)
         if self._tracking.samples:
             self._samples = _SampleLog(self.folder, step)

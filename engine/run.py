@@ -50,7 +50,7 @@ class Run:
 
     best_value, best_step: the task's best_metric at the best evaluation so far, and its step; None before the first.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
-    range test. owes_evaluation: whether a stop request interrupted the evaluation of this step. All are checkpointed.
+    range test. All are checkpointed.
     """
 
     def __init__(
@@ -70,7 +70,6 @@ class Run:
         self.best_step: int | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0
         self.found_lr: float | None = None
-        self.owes_evaluation = False
         self.stop, self._vote = StopRequest(), _Vote()
 
     @property
@@ -85,6 +84,11 @@ class Run:
         if patience is None or self.best_step is None:
             return False
         return plan.epoch_at(self.last_evaluated) - plan.epoch_at(self.best_step) >= patience - 1e-9
+
+    @property
+    def owes_evaluation(self) -> bool:
+        """Whether this step's evaluation is due and not done; in a resumed run, a stop request has interrupted it."""
+        return self.last_evaluated < self.step and self.plan.is_due(self.step, self.plan.evaluate_every_epochs)
 
     @property
     def is_complete(self) -> bool:
@@ -117,7 +121,7 @@ class Run:
             self.evaluate()
             self.save(last=True)
         if self.owes_evaluation:
-            self.end_step(evaluates=True, stops=False, saves=True)
+            self.end_step(stops=False, saves=True)
         with closing(self._steps(self.step)) as batches, self.recorder.bar.opened(self.step):
             while self.step < plan.total_steps and not self.has_stalled:
                 self.train_one_epoch(batches)
@@ -149,29 +153,28 @@ class Run:
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
             stops, saves = self._vote.read(result.asked, (self.stop.requested, is_due))
-            evaluates = plan.is_due(step, plan.evaluate_every_epochs)
+            evaluates = self.owes_evaluation
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             logs = step % loop.log_every_steps == 0 or may_end
             if logs:
                 recorder.log_step(step)
                 if not evaluates:
                     recorder.plot(step, may_skip=True)
-            self.end_step(evaluates=evaluates, stops=stops, saves=saves or step % loop.checkpoint_every_steps == 0)
+            self.end_step(stops=stops, saves=saves or step % loop.checkpoint_every_steps == 0)
 
-    def end_step(self, *, evaluates: bool, stops: bool, saves: bool) -> None:
+    def end_step(self, *, stops: bool, saves: bool) -> None:
         """Evaluate, write the epoch's row and save, as due. Raises Stopped after a stop request.
 
         A run that is stopped during an evaluation is saved without it, and begins with it when it is resumed.
         """
-        step, plan, self.owes_evaluation = self.step, self.plan, False
-        epoch = plan.epoch_of(step - 1)
-        if evaluates:
+        step, epoch = self.step, self.plan.epoch_of(self.step - 1)
+        if self.owes_evaluation:
             try:
                 self.evaluate()
             except Stopped:
-                stops = self.owes_evaluation = True
+                stops = True
         last = self.is_complete
-        if not self.owes_evaluation and (step == plan.epoch_end(epoch) or last):
+        if not self.owes_evaluation and (step == self.plan.epoch_end(epoch) or last):
             self.recorder.end_epoch(step, epoch, self.last_report)
         if stops or saves or last:
             self.save(last=last or stops)
@@ -262,7 +265,6 @@ class Run:
             "best": {"value": self.best_value, "step": self.best_step},
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
-            "owes_evaluation": self.owes_evaluation,
             **recorder.state(),
             "optimizer": optimizer,  # its state without tensors
         }
@@ -282,7 +284,6 @@ class Run:
         learner.step, learner.task.origin = state["step"], state["origin"]
         self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
         self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
-        self.owes_evaluation = state["owes_evaluation"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):

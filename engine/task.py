@@ -4,7 +4,6 @@ A task is an nn.Module that owns its networks and all other state (a teacher, fr
 and FSDP therefore wrap the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
 """
 
-import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,9 @@ from torch import Tensor, nn
 
 from utils.contracts import Batch, TrainStream
 from utils.errors import UserError
+from utils.io.files import sha256_text
 from utils.io.memo import hash_once
-from utils.io.weights import InitFrom
+from utils.io.weights import InitFrom, hash_tensors
 
 Use = Literal["training", "evaluation", "export"]
 FILE_HASHES = Path("outputs/cache/file_hashes.jsonl")
@@ -178,17 +178,14 @@ def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str,
 
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:
-    """Return a hash of each loaded helper: of its files, or else of its tensors' names, shapes and bytes."""
+    """Return a hash of each loaded helper: of its files, or else of its tensors."""
     fingerprints, files = {}, task.helper_files()
-    for network, module in networks_of(task, task.helpers).items():
-        digest = hashlib.sha256()
-        for path in files.get(network, ()):
-            digest.update(f"{hash_once(path, FILE_HASHES)}\n".encode())
-        for name, tensor in () if network in files else sorted(module.state_dict().items()):
-            digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}\n".encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
-        fingerprints[network] = digest.hexdigest()[:16]
-    return fingerprints
+    for name, network in networks_of(task, task.helpers).items():
+        if name in files:
+            fingerprints[name] = sha256_text("".join(f"{hash_once(path, FILE_HASHES)}\n" for path in files[name]))
+        else:
+            fingerprints[name] = hash_tensors(network.state_dict())
+    return {name: fingerprint[:16] for name, fingerprint in fingerprints.items()}
 
 
 @torch.no_grad()

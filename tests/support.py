@@ -189,7 +189,7 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
         def fatal(learner, *arguments, **named):
             if learner.step == kill_at_step:
                 for thread in threading.enumerate():  # so that a test knows which checkpoint there is
-                    if thread.name == "checkpoint writer":
+                    if thread.name.startswith("checkpoint writer"):
                         thread.join()
                 os.killpg(0, signal.SIGKILL)
             return update(learner, *arguments, **named)

@@ -17,7 +17,7 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from data.open import Data, load_collection
-from engine.checkpoint import check_recipe, will_resume
+from engine.checkpoint import will_resume
 from engine.config import TrainingConfig
 from engine.start import build_task, describe_run, open_run, start_ranks
 from engine.tasks.classification import ClassificationKind
@@ -55,7 +55,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     runtime, kind = start_ranks(config), KINDS[config.task.name]
     config = config.task.complete(use_pretrained(config))
     path = default_run_dir(config.model_dump(mode="json"), job)
-    distributed.rank_zero_call(lambda: check_recipe(config, path))
+    resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
@@ -71,7 +71,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     plan = describe_run(task, streams, config, job, runtime)
 
     # ------------------------------------------------------------- 4. Initial weights, and layers fitted to the data
-    if not distributed.rank_zero_call(lambda: will_resume(config, path)):
+    if not resumes:
         task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
         if not config.dry_run:
             kind.prepare(task, data, setup, config, runtime)
