@@ -104,17 +104,14 @@ class Saver:
     def __init__(self, folder: RunFolder, config: TrainingConfig, helpers: dict[str, str]) -> None:
         self.folder, self._helpers, self._loop = folder, helpers, config.loop
         self._written: Future[None] | None = None
-        self._saved_at, self._has_asked = time.monotonic(), False
+        self._saved_at = time.monotonic()
 
     def is_due(self) -> bool:
-        """Return True once when `loop.checkpoint_every_minutes` have passed since the last checkpoint; on rank 0."""
+        """Return whether `loop.checkpoint_every_minutes` have passed since the last save, by this rank's clock."""
         if self._written is not None and self._written.done():
             self.wait()
         minutes = self._loop.checkpoint_every_minutes
-        if minutes is None or self._has_asked or not distributed.is_main():
-            return False
-        self._has_asked = time.monotonic() - self._saved_at >= 60.0 * minutes
-        return self._has_asked
+        return minutes is not None and time.monotonic() - self._saved_at >= 60.0 * minutes
 
     def save(
         self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None], *, last: bool
@@ -131,7 +128,7 @@ class Saver:
                 sync()
         if last:
             distributed.rank_zero_call(lambda: self.wait(last=True))
-        self._saved_at, self._has_asked = time.monotonic(), False
+        self._saved_at = time.monotonic()
 
     def _start(self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""

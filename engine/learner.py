@@ -79,11 +79,10 @@ class Learner:
         self.micro_batch_size = plan.micro_batch_size
         self.batch_size_file: Path | None = None  # keeps the halved size for later starts
 
-    def update(self, batches: Sequence[Batch], asks: Sequence[bool] = ()) -> StepResult:
+    def update(self, batches: Sequence[Batch]) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
 
-        asks: requests of this rank, which `StepResult.asked` counts. No host synchronisation, except one for optimisers
-        that cannot skip on the device.
+        No host synchronisation, except one for optimisers that cannot skip on the device.
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.schedule.at(self.step))
@@ -108,7 +107,7 @@ class Learner:
                     write_json(self.batch_size_file, {"size": self.micro_batch_size})
             if distributed.is_distributed():  # the others wait in a collective
                 raise out_of_memory("training", show_samples(part))
-        result = self._apply_gradients(passes, weight, before, asks)
+        result = self._apply_gradients(passes, weight, before)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
@@ -116,9 +115,7 @@ class Learner:
         self.step += 1
         return result
 
-    def _apply_gradients(
-        self, passes: Sequence[MicroStep], weight: Tensor, before: Sequence[Tensor], asks: Sequence[bool]
-    ) -> StepResult:
+    def _apply_gradients(self, passes: Sequence[MicroStep], weight: Tensor, before: Sequence[Tensor]) -> StepResult:
         """Clip the gradients and step, or skip the update. before: the buffers before the passes."""
         optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
@@ -130,7 +127,7 @@ class Learner:
         if inverse_scale is not None:
             norm = norm * inverse_scale
         rows_only = isinstance(parameters[0], sharded.Part)
-        sums, norm, bad, asked = reduce_figures(add_up(figures), names[0], weight, norm, asks, rows_only=rows_only)
+        sums, norm, bad = reduce_figures(add_up(figures), names[0], weight, norm, rows_only=rows_only)
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
         found_inf = bad.float()
         applied = 1.0 - found_inf
@@ -143,7 +140,7 @@ class Learner:
         self._buffers.put_back(before, bad)
         if inverse_scale is not None:
             self.scale = next_scale(self.scale, applied, weight)
-        return StepResult(sums, torch.where(bad, 0.0, norm), applied, asked, weight, losses)
+        return StepResult(sums, torch.where(bad, 0.0, norm), applied, weight, losses)
 
     def _undo_passes(self, before: Sequence[Tensor]) -> None:
         """Drop the gradients and restore the buffers after passes that ran out of memory."""

@@ -31,7 +31,7 @@ from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
-from utils.ranks.signals import Stopped, StopRequest
+from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
@@ -108,9 +108,7 @@ def rate_at(number: int, steps: int) -> float:
     return _LOWEST_RATE * (_HIGHEST_RATE / _LOWEST_RATE) ** (number / (steps - 1))
 
 
-def range_test(
-    learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
-) -> _Curve:
+def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder) -> _Curve:
     """Make up to `plan.range_test_steps` updates at rising rates, inside `undone`; raise Stopped on request.
 
     The test ends when the loss is not finite or has doubled. Groups frozen only at first (`optim.rules`) are trained.
@@ -124,9 +122,8 @@ def range_test(
         values = GroupValues(rate_at(number, steps), decay)
         learner.schedule = SimpleNamespace(at=lambda step, values=values: values, progress_at=lambda step: 0.0)
         set_peak_lr(learner.optimizer, values.lr)
-        result = learner.update(next(batches), [stop.requested])
-        if result.asked[0] > 0:
-            raise Stopped
+        check_stop()
+        result = learner.update(next(batches))
         if result.applied:
             total, weight = (float(value) for value in result.sums["loss"])
             curve.rates.append(values.lr)
@@ -141,16 +138,14 @@ def range_test(
     return curve
 
 
-def find_lr(
-    learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder, stop: StopRequest
-) -> float | None:
+def find_lr(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, recorder: Recorder) -> float | None:
     """Return the peak learning rate found by a range test, or None to keep the configured one.
 
     Writes lr_finder.json and plots/lr_finder_plot.png. Raises Stopped on request.
     """
     started = time.perf_counter()
     with undone(learner):
-        curve = range_test(learner, batches, plan, recorder, stop)
+        curve = range_test(learner, batches, plan, recorder)
     rate, reason = suggest(curve, adaptive=not isinstance(learner.optimizer, torch.optim.SGD))
     seconds = time.perf_counter() - started
     if rate is None:

@@ -11,7 +11,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
@@ -28,7 +27,7 @@ from utils.contracts import Batch
 from utils.io.files import ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
-from utils.ranks.signals import Stopped, StopRequest, check_stop
+from utils.ranks.signals import Stopped, check_stop, is_stop_requested
 from utils.record.figures import show_duration, show_evaluated
 from utils.record.logging import get_logger
 from utils.record.progress import track
@@ -70,7 +69,6 @@ class Run:
         self.best_step: int | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0
         self.found_lr: float | None = None
-        self.stop, self._vote = StopRequest(), _Vote()
 
     @property
     def step(self) -> int:
@@ -114,7 +112,7 @@ class Run:
             return
         if self.step == 0 and plan.range_test_steps:
             with closing(self._steps(plan.total_steps)) as batches:
-                rate = find_lr(self.learner, batches, plan, self.recorder, self.stop)
+                rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
         if plan.total_steps == 0:
@@ -144,15 +142,14 @@ class Run:
 
             # 2. The update.
             recorder.phase(learner.step, "computing", batches[0])
-            is_due = self.saver.is_due()
-            result = learner.update(batches, [self.stop.requested, is_due])
+            result = learner.update(batches)
 
             # 3. The record.
             step = learner.step
             recorder.add_step(step, batches, result)
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
-            stops, saves = self._vote.read(result.asked, (self.stop.requested, is_due))
+            stops, saves = distributed.any_rank(is_stop_requested(), self.saver.is_due())
             evaluates = self.owes_evaluation
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             logs = step % loop.log_every_steps == 0 or may_end
@@ -339,24 +336,3 @@ class Run:
             rows.insert(0, ("best", f"{show_evaluated(metric)} {at}"))
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))
-
-
-class _Vote:
-    """Read the requests of all ranks without waiting for the GPU, so that all stop or save at the same step."""
-
-    def __init__(self) -> None:
-        self._pending: tuple[Tensor, torch.cuda.Event] | None = None
-
-    def read(self, asked: Tensor, asks: Sequence[bool]) -> list[bool]:
-        """Return the requests of any rank at this step, or on GPUs at the previous step. asks: this process's."""
-        if not distributed.is_distributed():
-            return list(asks)
-        counts: Tensor | None = asked
-        if asked.device.type == "cuda":
-            counts, copy = None, torch.empty(len(asks), dtype=asked.dtype, pin_memory=True)
-            if self._pending is not None:
-                counts, event = self._pending
-                event.synchronize()
-            self._pending = copy.copy_(asked, non_blocking=True), torch.cuda.Event()
-            self._pending[1].record()
-        return [False] * len(asks) if counts is None else [count > 0 for count in counts.tolist()]

@@ -144,9 +144,9 @@ def open_run(
     Raises SystemExit(75) after a stop signal.
     """
     values = config.model_dump(mode="json")
-    with open_run_folder(values, job) as folder, StopRequest() as stop:
+    with open_run_folder(values, job) as folder, StopRequest():
         run = Run(task, streams, plan, config, runtime, folder)
-        learner, recorder, train, run.stop = run.learner, run.recorder, streams.train, stop
+        learner, recorder, train = run.learner, run.recorder, streams.train
         learner.batch_size_file = file = folder.path / "batch_size.json"
         learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, plan.micro_batch_size))
         if config.loop.batch_size == "auto" and distributed.is_distributed():

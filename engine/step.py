@@ -31,7 +31,6 @@ class StepResult:
     sums: Sums  # over all samples, float64; 0 if skipped
     grad_norm: Tensor
     applied: Tensor  # 0 if the update was skipped, else 1
-    asked: Tensor  # [N]: the number of ranks that made each request
     weight: Tensor  # sum of the samples' weights; 0 (no image could be read) skips the update
     losses: Sequence[Tensor] = ()  # [B] of each micro-batch of this rank, detached
 
@@ -68,30 +67,25 @@ def forward_backward(model: nn.Module, batch: Batch, progress: Tensor, factor: T
 
 
 def reduce_figures(
-    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, asks: Sequence[bool], *, rows_only: bool
-) -> tuple[Sums, Tensor, Tensor, Tensor]:
-    """Sum figures and requests over ranks in one collective. Return (sums, gradient norm, skip, asked).
+    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, *, rows_only: bool
+) -> tuple[Sums, Tensor, Tensor]:
+    """Sum figures over ranks in one collective. Return (sums, gradient norm, skip).
 
     figures: the loss, then the logs. rows_only: `norm` covers only this rank's rows (fsdp).
     """
-    first = 1 + len(asks)
-    total = F.pad(figures, (first, 1 if rows_only else 0))
+    total = F.pad(figures, (1, 1 if rows_only else 0))
     # In float64, the sum of two float32 values is finite only if both are.
     total[0] = ~torch.isfinite(norm + figures[0])
-    for index, asked in enumerate(asks, start=1):
-        if asked:
-            total[index].fill_(1.0)
     if rows_only:
         total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
     bad = (total[0] > 0) | (weight == 0)
     kept = torch.where(bad, 0.0, total).unbind()
-    sums = {"loss": (kept[first], torch.where(bad, 0.0, weight.double()))}
-    pairs = zip(kept[first + 1 :: 2], kept[first + 2 :: 2])
-    sums |= dict(zip(names, pairs))
+    sums = {"loss": (kept[1], torch.where(bad, 0.0, weight.double()))}
+    sums |= dict(zip(names, zip(kept[2::2], kept[3::2])))
     if rows_only:
         norm = kept[-1].sqrt().to(norm.dtype)
-    return sums, norm, bad, total[1:first]
+    return sums, norm, bad
 
 
 def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:

@@ -25,7 +25,6 @@ import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
-from unittest import mock
 
 _SHIM = """
 static signed char count = 0;
@@ -66,7 +65,6 @@ from data.stream.batch import Ragged, collate
 from engine.checkpoint import copy_to_host
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
-from engine.run import _Vote
 from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from engine.tasks.fcmae import patch_count
@@ -75,7 +73,6 @@ from engine.tasks.kinds import KINDS
 from models.config import ModelConfig
 from models.sdxl import networks as sdxl_networks
 from utils.errors import UserError
-from utils.ranks import distributed
 from utils.vocabulary import Vocabulary
 
 DEVICE = torch.device("cuda", 0)
@@ -361,15 +358,6 @@ def zeros(*shape):
     return torch.zeros(shape, device=DEVICE)
 
 
-def run_vote():
-    """Read the votes of two steps as one of several ranks does; returns the host reads."""
-    with fake_gpu() as device, mock.patch.object(distributed, "is_distributed", return_value=True):
-        device.strict, vote, asks = True, _Vote(), (False, False)
-        # The first call has nothing to read; the second reads a host copy, whose value is anything here.
-        assert vote.read(zeros(2), asks) == [False, False] and len(vote.read(zeros(2), asks)) == 2
-        return device.waits
-
-
 _READ, _COPY = "a number is read", "a copy between host and device"
 # Each fault, and what is said of it.
 FAULTS = {
@@ -408,7 +396,7 @@ def main():
             if case == "faults":
                 row["waits"] = [name for name, fault in FAULTS.items() if not find_fault(*fault)]  # those missed
             else:
-                row["waits"] = run_vote() if case == "vote" else run_case(*case.split(":"))
+                row["waits"] = run_case(*case.split(":"))
         except Exception as error:
             row["error"] = "".join(traceback.format_exception(error)[-4:])
         sys.stdout.write(json.dumps(row) + "\n")

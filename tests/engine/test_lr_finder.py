@@ -20,7 +20,7 @@ from tests.in_process import TINY, configure, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.io.weights import read_weights
-from utils.ranks.signals import Stopped
+from utils.ranks.signals import Stopped, StopRequest
 
 # ---------------------------------------------------------------------------------------------------------- the curve
 
@@ -65,10 +65,10 @@ class Recorder:
         pass
 
 
-def sweep(learner, batches, steps, *, total_steps=1000, stop=False):
+def sweep(learner, batches, steps, *, total_steps=1000):
     """A range test of a learner alone."""
     plan = SimpleNamespace(total_steps=total_steps, range_test_steps=steps)
-    return range_test(learner, batches, plan, Recorder(), SimpleNamespace(requested=stop))
+    return range_test(learner, batches, plan, Recorder())
 
 
 def test_the_updates_are_the_runs_own():
@@ -109,10 +109,10 @@ def test_it_ends_where_the_loss_diverges_or_is_no_number(factor):
     learner, applied = make_learner("optim=sgd"), []
     finite = learner.update
 
-    def update(batches, asks):
+    def update(batches):
         for parameter in learner.task.parameters() if len(applied) >= 8 else ():
             parameter.data.mul_(factor)
-        result = finite(batches, asks)
+        result = finite(batches)
         applied.append(bool(result.applied))
         return result
 
@@ -126,9 +126,10 @@ def test_a_batch_that_cannot_be_read_is_no_point_of_the_curve_and_a_signal_ends_
     blank, learner = {**make_batch(), "weight": torch.zeros(8)}, make_learner("optim=sgd")
     curve = sweep(learner, itertools.cycle([[blank], [make_batch()]]), 6)
     assert not curve.diverged and curve.rates == [rate_at(step, 6) for step in (1, 3, 5)]
-    with pytest.raises(Stopped):
-        sweep(learner, itertools.repeat([make_batch()]), 5, stop=True)
-    assert learner.step == 7
+    with StopRequest() as stop, pytest.raises(Stopped):
+        stop.requested = True
+        sweep(learner, itertools.repeat([make_batch()]), 5)
+    assert learner.step == 6
 
 
 def everything(learner):

@@ -302,7 +302,7 @@ def result(loss, count, applied=1.0, norm=2.0, **logs):
         return torch.tensor(value, dtype=torch.float64)
 
     sums = {"loss": (scalar(loss), scalar(count))} | {name: tuple(map(scalar, pair)) for name, pair in logs.items()}
-    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.zeros(()), torch.tensor(count))
+    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.tensor(count))
 
 
 def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alone():

@@ -178,6 +178,11 @@ def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     return tensor
 
 
+def any_rank(*asks: bool) -> list[bool]:
+    """Return for each request whether a rank makes it. All ranks call it together; no device is waited for."""
+    return [count > 0 for count in all_reduce_sum(torch.tensor(asks, dtype=torch.int32)).tolist()]
+
+
 def gather_objects(value: T) -> list[T]:
     """Return the values of all ranks, ordered by rank, on every rank."""
     values = [value] * world_size()

@@ -11,8 +11,6 @@ import time
 from contextlib import suppress
 from types import FrameType
 
-import torch
-
 from utils.errors import EXIT_STOPPED
 from utils.ranks import distributed
 from utils.record.logging import environment_rank, place_of
@@ -54,10 +52,7 @@ def check_stop(*, alone: bool = False) -> None:
 
     For each pass of a loop that takes more than a second. alone: for work of this rank inside `rank_zero_call`.
     """
-    if _current is None:
-        return
-    asked = torch.tensor(int(_current.requested))
-    if (asked if alone else distributed.all_reduce_sum(asked)) > 0:
+    if _current is not None and (_current.requested if alone else any(distributed.any_rank(_current.requested))):
         raise Stopped
 
 
