@@ -26,6 +26,7 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
+from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import Comparison, build_bench_run, read_group, run_bench
 from engine.runtime import missing_for_compile
@@ -35,7 +36,10 @@ from models.config import ModelConfig
 
 CLASSES, SMOOTHING, CLIP, EMA_DECAY = 1000, 0.1, 1.0, 0.9998
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]
-NETWORKS = {"convnextv2_atto": 224, "resnet18": 128}
+NETWORKS = {
+    "cpu": {"convnextv2_atto": 224, "resnet18": 128},
+    "cuda": {"convnextv2_tiny": 224, "resnet50": 224},
+}
 DEFAULTS, BEST = {}, {"fused": True}  # of timm's --opt-kwargs
 
 
@@ -127,7 +131,7 @@ class Sides:
     """The sides of one network: a new network for each unless one is given."""
 
     def __init__(self, name, device, quick):
-        self.name, self.size = name, 64 if quick else NETWORKS[name]
+        self.name, self.size = name, 64 if quick else NETWORKS[device.type][name]
         self.count, self.steps = (2, 1) if quick else (128, 20) if device.type == "cuda" else (16, 2)
         self.batch = make_batch(self.size, self.count, device)
 
@@ -142,14 +146,17 @@ class Sides:
 
     def compare(self, setting, sides, warmup=1):
         """Return the comparison of a setting."""
-        return Comparison(f"{self.name}, {setting}", sides, self.steps, warmup)
+        with FlopCounterMode(display=False) as counter, torch.device("meta"):
+            timm.create_model(self.name, num_classes=CLASSES)(torch.empty(self.count, 3, self.size, self.size))
+        facts = {"teraflop": 3 * counter.get_total_flops() / 1e12}  # a backward pass takes twice a forward pass
+        return Comparison(f"{self.name}, {setting}", sides, self.steps, warmup, facts)
 
 
 def comparisons(device, quick):
     """Yield all settings of both networks."""
-    for name in NETWORKS:
+    for name in NETWORKS[device.type]:
         sides = Sides(name, device, quick)
-        for ema in (False, True):
+        for ema in (False, True) if device.type == "cpu" else ():
             theirs = {"timm": sides.theirs(ema=ema, optim=DEFAULTS), "timm fused": sides.theirs(ema=ema)}
             yield sides.compare("eager fp32, EMA" if ema else "eager fp32", {"atelier": sides.ours(ema=ema), **theirs})
         fast = {"ema": False, "precision": "bf16"}

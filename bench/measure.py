@@ -50,8 +50,9 @@ Turn = Callable[[], Any]
 class Comparison:
     """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
 
-    warmup: calls of each side that are not counted; facts: what else the JSON file and the table say. clock: what gives
-    the seconds, such as time.process_time where one thread does the work; None: the device's.
+    warmup: calls of each side that are not counted. facts: what else the JSON file says; `teraflop`, the arithmetic of
+    a step of our side, gives our rate. clock: what gives the seconds, such as time.process_time where one thread does
+    the work; None: the device's.
     """
 
     setting: str
@@ -63,32 +64,41 @@ class Comparison:
 
 
 def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
-    """Measure what `comparisons(device, quick)` yields, print the table and write outputs/bench/<script>.json.
+    """Measure what `comparisons(device, quick)` yields, print it and write outputs/bench/<script>.json.
 
-    The file also has a profile of our side of each comparison. The command's only word is `quick`: two turns and one
+    The file also has a profile of our side of each comparison, and on a GPU the most memory that a turn takes beyond
+    what both sides hold between turns. The command's only word is `quick`: two turns and one
     profile, to outputs/bench/quick/; their figures mean nothing.
     """
     if sys.argv[1:] not in ([], ["quick"]):
         sys.exit(f"{sys.argv[0]}: the only argument is quick")
     quick, rows = len(sys.argv) > 1, []
     device = runtime_of("fp32").device
-    for number, comparison in enumerate(comparisons(device, quick)):
-        rows += measure(comparison, device, 2 if quick else turns)
-        if number == 0 or not quick:
-            rows[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
     path = (OUT / "quick" if quick else OUT) / f"{Path(sys.argv[0]).stem}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"machine": describe_machine(device), "quick": quick, "rows": rows}, indent=2) + "\n")
-    sys.stdout.write(f"{table(rows)}\n{path.relative_to(ROOT)}\n")
+    for number, comparison in enumerate(comparisons(device, quick)):
+        found = measure(comparison, device, 2 if quick else turns)
+        if number == 0 or not quick:
+            found[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
+        rows += found
+        report = {"machine": describe_machine(device), "quick": quick, "rows": rows}
+        path.write_text(json.dumps(report, indent=2) + "\n")
+        sys.stdout.write(f"{table(found)}\n")
+        sys.stdout.flush()
+    sys.stdout.write(f"{path.relative_to(ROOT)}\n")
 
 
 def measure(comparison: Comparison, device: torch.device, turns: int) -> list[dict[str, Any]]:
     """Return a row for our side against each other one: median milliseconds of a step, and the ratio of the turns."""
-    found = take_turns(comparison, device, turns)
+    found, peaks = take_turns(comparison, device, turns)
     ours, *others = comparison.sides
-    rows = []
+    facts, rows = dict(comparison.facts), []
+    if "teraflop" in facts:
+        facts["ours_teraflop_per_sec"] = round(1e3 * facts["teraflop"] / statistics.median(found[ours]), 1)
     for theirs in others:
         ratios = [above / below for above, below in zip(found[ours], found[theirs])]
+        if device.type == "cuda":
+            facts |= {"ours_peak_gib": peaks[ours], "theirs_peak_gib": peaks[theirs]}
         rows.append(
             {
                 "setting": comparison.setting, "ours": ours, "theirs": theirs,
@@ -96,14 +106,17 @@ def measure(comparison: Comparison, device: torch.device, turns: int) -> list[di
                 "theirs_ms": round(statistics.median(found[theirs]), 3),
                 "ratio": round(statistics.median(ratios), 3),
                 "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-                **comparison.facts,
+                **facts,
             }
         )  # fmt: skip
     return rows
 
 
-def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict[str, list[float]]:
-    """Return milliseconds per step of each side and turn."""
+def take_turns(
+    comparison: Comparison, device: torch.device, turns: int
+) -> tuple[dict[str, list[float]], dict[str, float]]:
+    """Return milliseconds per step of each side and turn, and the GiB of a GPU that a turn of each side takes."""
+    peaks: dict[str, float] = {}
     for turn in comparison.sides.values():
         for _ in range(comparison.warmup):
             time_ms(turn, device, comparison.clock)
@@ -111,8 +124,13 @@ def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict
     for _ in range(turns):
         for name, turn in comparison.sides.items():
             time.sleep(_PAUSE_SEC if device.type == "cpu" else 0.0)
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+                held = torch.cuda.memory_allocated()
             found[name].append(time_ms(turn, device, comparison.clock) / comparison.steps)
-    return found
+            if device.type == "cuda":
+                peaks[name] = round((torch.cuda.max_memory_allocated() - held) / 2**30, 2)
+    return found, peaks
 
 
 def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None) -> float:

@@ -1,9 +1,10 @@
 """Fine-tuning SDXL: what the caches gain, and the step against diffusers' script.
 
-python bench/sdxl.py [quick]            (two minutes of a core)
+python bench/sdxl.py [quick]            (two minutes of a core, or four of a GPU of 80 GB)
 
-The networks are of model=sdxl_tiny, the pictures are generated in outputs/bench/sdxl/. All work on a
-CPU is one thread's, and its time is CPU seconds, so that other processes of the machine count little.
+The pictures are generated in outputs/bench/sdxl/. On a CPU the networks are of model=sdxl_tiny, all work is one
+thread's, and its time is CPU seconds, so that other processes of the machine count little. On a GPU they have SDXL's
+own sizes, with random weights in outputs/bench/sdxl/base (7 GB), and both sides train a LoRA in bf16.
 
 cached, on the fly: the loop itself with its loader; the latents and texts are read from the caches, or the files are
 decoded and encoded at each step. The other side of the step is one update as diffusers' training script makes it, with
@@ -27,8 +28,9 @@ import torch
 from accelerate import Accelerator
 from diffusers import DDPMScheduler
 from diffusers.optimization import get_scheduler
-from diffusers.training_utils import compute_snr
+from diffusers.training_utils import cast_training_params, compute_snr
 from hydra import compose, initialize_config_dir
+from peft import LoraConfig
 from PIL import Image
 from torch.nn import functional as F
 
@@ -38,14 +40,19 @@ from engine.runtime import choose_runtime
 from engine.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
 from finetune_sdxl import FinetuneSDXLConfig
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.networks import SDXLNetworks, build_part, list_configs
 from models.sdxl.sampling import scheduler_config
+from models.sdxl.tokenizer import build_tokenizer
 from utils.config.entry_point import CONF, validate
 
 BATCH, LEARNING_RATE, CLIP = 4, 1e-4, 1.0
 WORDS = [
-    "model=sdxl_tiny", "runtime=reference", "runtime.deterministic=false", "runtime.threads=1",
-    f"loop.batch_size={BATCH}", f"task.chunk={BATCH}", "task.caption_chunks=1",
+    "runtime=reference", "runtime.deterministic=false", f"loop.batch_size={BATCH}", f"task.chunk={BATCH}",
+    "task.caption_chunks=1",
 ]  # fmt: skip
+TINY = ["model=sdxl_tiny", "runtime.threads=1"]
+WHOLE = ["model.path=base", "runtime.precision=bf16", "task.noise.convert=true"]
 CACHED = ["task.latent_cache=latents", "task.text_cache=texts"]
 ON_THE_FLY = ["task.latent_cache=null", "task.text_cache=null"]
 SHAPES = [(1.0, 1.0), (1.15, 0.85), (0.85, 1.15)]  # of pictures: their sides, in parts of the bucket's
@@ -85,22 +92,44 @@ def make_task(config, setup):
     return build_task(lambda: DiffusionKind().build(setup), config)
 
 
-def loop_turn(task, stream, steps):
+def write_base(device):
+    """Write a diffusers folder of SDXL's sizes with random weights, in bf16."""
+    with device:
+        parts = {part: build_part(part, config) for part, config in list_configs(tiny=False).items()}
+    write_diffusers(
+        Path("base"), SDXLNetworks(**parts, source={}), build_tokenizer(), prediction_type="epsilon",
+        zero_terminal_snr=False, dtype=torch.bfloat16, zeros_for_empty_prompt=True,
+    )  # fmt: skip
+
+
+def loop_turn(config, task, stream, steps):
     """Return a function that makes `steps` updates by the loop of every entry point."""
+    machine = config.runtime.model_dump(include={"device", "deterministic", "threads", "precision"})
     run = build_bench_run(
-        task, batch_size=BATCH, epoch_steps=steps, loop={"clip_grad_norm": CLIP},
-        runtime={"device": "auto", "deterministic": False, "threads": 1},
+        task, batch_size=BATCH, epoch_steps=steps, loop={"clip_grad_norm": CLIP}, runtime=machine
     )  # fmt: skip
     return lambda: run.train_one_epoch(stream)
 
 
 class DiffusersScript:
-    """diffusers' script with min-SNR and v-prediction, without its progress bar; a call makes `steps` updates."""
+    """diffusers' script with min-SNR and v-prediction, without its progress bar; a call makes `steps` updates.
 
-    def __init__(self, task, batch, steps, *, fused):
-        self.steps, self.accelerator = steps, Accelerator(gradient_accumulation_steps=1)
+    It trains the whole U-Net, or where the task has a LoRA, PEFT's of the same layers and rank.
+    """
+
+    def __init__(self, config, task, batch, steps, *, fused):
+        precision = "bf16" if config.runtime.precision == "bf16" else "no"
+        self.steps, self.accelerator = steps, Accelerator(gradient_accumulation_steps=1, mixed_precision=precision)
+        if (lora := config.task.lora) is not None:
+            task.adapter.detach()
         unet = copy.deepcopy(task.unet).to(self.accelerator.device).train()
-        optimizer = torch.optim.AdamW(unet.parameters(), lr=LEARNING_RATE, weight_decay=1e-2, fused=fused or None)
+        if lora is not None:
+            task.adapter.attach({"unet": task.unet})
+            names = [name.removeprefix("unet.") for name in task.adapter.names]
+            unet.add_adapter(LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=names))
+            cast_training_params(unet, dtype=torch.float32)
+        trained = [parameter for parameter in unet.parameters() if parameter.requires_grad]
+        optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, weight_decay=1e-2, fused=fused or None)
         schedule = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10**6)
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
         self.noise = DDPMScheduler.from_config(scheduler_config("v_prediction", zero_terminal_snr=True))
@@ -121,7 +150,8 @@ class DiffusersScript:
             noisy = self.noise.add_noise(latents, noise, timesteps)
             ids = torch.cat([torch.tensor([fit], dtype=torch.float32, device=device) for fit in self.fits])
             added = {"time_ids": ids, "text_embeds": self.pooled}
-            pred = self.unet(noisy, timesteps, self.prompts, added_cond_kwargs=added, return_dict=False)[0]
+            with self.accelerator.autocast():
+                pred = self.unet(noisy, timesteps, self.prompts, added_cond_kwargs=added, return_dict=False)[0]
             snr = compute_snr(self.noise, timesteps)
             weight = torch.stack([snr, 5.0 * torch.ones_like(timesteps)], dim=1).min(dim=1)[0] / (snr + 1)
             wanted = self.noise.get_velocity(latents, noise, timesteps)
@@ -138,34 +168,36 @@ class DiffusersScript:
         return loss.detach().item(), self.schedule.get_last_lr()[0]
 
 
-def compare_steps(quick, clock):
-    """Yield two comparisons: cached training with training on the fly, and the step with diffusers' step."""
-    side_px, steps = (64, 1) if quick else (256, 4)
-    found, sides = pictures(Path("pictures"), 48, side_px), {}
-    for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):
-        config = configure(*found, *cache)
-        setup, stream = start(config)
-        sides[name] = loop_turn(make_task(config, setup), stream, steps)
-    yield Comparison(f"LoRA, {BATCH} x {side_px} px", sides, steps, clock=clock)
-    config = configure(*found, *CACHED, "task.lora=null")
-    setup, stream = start(config)
-    (batch,), task = next(stream), make_task(config, setup)
-    sides = {
-        "atelier": loop_turn(task, itertools.repeat([batch]), steps),
-        "diffusers": DiffusersScript(task, batch, steps, fused=False),
-        "diffusers fused": DiffusersScript(task, batch, steps, fused=True),
-    }
-    yield Comparison(f"step of the whole U-Net, {BATCH} x {side_px} px", sides, steps, clock=clock)
-
-
 def comparisons(device, quick):
-    """Yield all comparisons."""
+    """Yield two comparisons: cached training with training on the fly, and the step with diffusers' step."""
     folder = OUT / "sdxl"
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
     os.chdir(folder)  # the pipeline's own caches are in outputs/ of the working directory
-    torch.set_num_threads(1)
-    yield from compare_steps(quick, None if device.type == "cuda" else time.process_time)
+    if device.type == "cuda":
+        write_base(device)
+        words, trained, clock, (side_px, steps) = WHOLE, "LoRA", None, (1024, 4)
+    else:
+        torch.set_num_threads(1)
+        words, trained, clock, (side_px, steps) = TINY, "the whole U-Net", time.process_time, (256, 4)
+    if quick:
+        side_px, steps = side_px // 4, 1
+    words, sides = [*words, *pictures(Path("pictures"), 48, side_px)], {}
+    for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):
+        config = configure(*words, *cache)
+        setup, stream = start(config)
+        sides[name] = loop_turn(config, make_task(config, setup), stream, steps)
+    yield Comparison(f"LoRA, {BATCH} x {side_px} px", sides, steps, clock=clock)
+    sides.clear()
+    config = configure(*words, *CACHED, *([] if trained == "LoRA" else ["task.lora=null"]))
+    setup, stream = start(config)
+    (batch,), task = next(stream), make_task(config, setup)
+    theirs = {
+        "diffusers": DiffusersScript(config, task, batch, steps, fused=False),
+        "diffusers fused": DiffusersScript(config, task, batch, steps, fused=True),
+    }
+    ours = loop_turn(config, task, itertools.repeat([batch]), steps)
+    yield Comparison(f"step of {trained}, {BATCH} x {side_px} px", {"atelier": ours, **theirs}, steps, clock=clock)
 
 
 if __name__ == "__main__":
