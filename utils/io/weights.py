@@ -165,10 +165,13 @@ def _is_plain(name: Any, tensor: Any) -> bool:
 def refuse_not_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
     """Raise UserError if a tensor has values that are NaN or infinite."""
     for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not (fine := torch.isfinite(tensor)).all():
+        if not tensor.is_floating_point() or not tensor.numel():
+            continue
+        # A NaN is both extremes. torch.isfinite of a whole tensor takes twelve times as long: 20 s of SDXL's start.
+        if not torch.stack(torch.aminmax(tensor)).isfinite().all():
             raise UserError(
-                f"{path} has {int((~fine).sum()):,} values in {name} that are not finite (NaN, infinite); give earlier "
-                "weights, such as an earlier checkpoint or best_weights.safetensors"
+                f"{path} has {int((~tensor.isfinite()).sum()):,} values in {name} that are not finite (NaN, infinite); "
+                "give earlier weights, such as an earlier checkpoint or best_weights.safetensors"
             )
 
 
