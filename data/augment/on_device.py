@@ -74,10 +74,8 @@ class DeviceAugment:
         self._size_hw = tuple(config.image_size_hw)
         self._affine = random_affine(config)
         self._jitter = color_jitter(config)
-        self._erasing = NoiseErasing(config.random_erasing) if config.random_erasing > 0 else None
-        active = [getattr(self._jitter, name, None) is not None for name in _CHANGES]
-        self._blends = [number for number in _BLENDS if active[number]]
-        self._turns_hue = active[_HUE]
+        self._erasing = NoiseErasing(config) if config.random_erasing > 0 else None
+        self._turns_hue = self._jitter is not None and self._jitter.hue is not None
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the parameters of a sample, float32 [P]."""
@@ -104,10 +102,10 @@ class DeviceAugment:
         """Return the parameters for the device, float32 [P]."""
         hue_index = change.order.index(_HUE) if self._turns_hue else len(change.order)
         parts = change.order[:hue_index], change.order[hue_index:]
-        before, after = ([number for number in part if number in self._blends] for part in parts)
-        padded = [(blends + [_NONE] * len(_BLENDS))[: len(_BLENDS)] for blends in (before, after)]
+        before, after = ([number for number in part if number in _BLENDS] for part in parts)
+        padded = [*before, *[_NONE] * len(after), *after, *[_NONE] * len(before)]
         matrix = inverse_matrix(change, self._size_hw)
-        return torch.tensor([*matrix, *change.factors, *padded[0], *padded[1], *change.erased_px], dtype=torch.float32)
+        return torch.tensor([*matrix, *change.factors, *padded, *change.erased_px], dtype=torch.float32)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""
@@ -133,14 +131,13 @@ class DeviceAugment:
 
     def _change_colours(self, images: Tensor, factors: Tensor, before_hue: Tensor, after_hue: Tensor) -> Tensor:
         """Apply brightness, contrast, saturation and hue in the order of each sample; float images from 0 to 255."""
-        count = len(self._blends)
-        for number in before_hue.unbind(1)[:count]:
+        for number in before_hue.unbind(1):
             images = blend(images, factors, number)
         if not self._turns_hue:
             return images
         if images.shape[1] == 3:
             images = turn_hue(images, factors[:, _HUE])
-        for number in after_hue.unbind(1)[:count]:
+        for number in after_hue.unbind(1):
             images = blend(images, factors, number)
         return images
 

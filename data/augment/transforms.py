@@ -57,22 +57,21 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
 class NoiseErasing(v2.RandomErasing):
     """Replace a rectangle of 2 to 33 % of the image by noise; torchvision's version only does this for floats.
 
-    The noise is uniform over bytes, or normal if `mean` and `std` are given.
+    The noise is uniform over bytes, or normal with `mean` and `std` (`augment.erasing_noise`).
     Differs: published code draws normal noise after normalisation; here it is rounded to bytes and clipped.
     """
 
-    def __init__(self, p: float, mean: Sequence[float] | None = None, std: Sequence[float] | None = None) -> None:
-        super().__init__(p=p, scale=(0.02, 1 / 3), value=0)
-        self._mean, self._std = (
-            None if values is None else 255.0 * torch.tensor(values).view(-1, 1, 1) for values in (mean, std)
-        )
+    def __init__(self, config: AugmentConfig) -> None:
+        super().__init__(p=config.random_erasing, scale=(0.02, 1 / 3), value=0)
+        self._is_uniform = config.erasing_noise == "uniform"
+        self._mean, self._std = (255.0 * torch.tensor(values).view(-1, 1, 1) for values in (config.mean, config.std))
 
     def transform(self, inpt: Tensor, params: dict[str, Any]) -> Tensor:
         """Return the image with noise in the rectangle, or unchanged if there is none."""
         if params["v"] is None:
             return inpt
         shape = inpt.shape[-3], params["h"], params["w"]
-        if self._mean is None:
+        if self._is_uniform:
             noise = torch.randint(0, 256, shape)
         else:
             noise = (self._mean + self._std * torch.randn(shape)).round().clamp(0, 255)
@@ -178,8 +177,7 @@ class TrainTransform:
         if config.rand_augment is not None:
             self._steps += on_pillow(PolicyAugment(config))
         if config.random_erasing > 0:
-            noise = (config.mean, config.std) if config.erasing_noise == "normal" else ()
-            self._steps.append(NoiseErasing(config.random_erasing, *noise))
+            self._steps.append(NoiseErasing(config))
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the transformed image."""

@@ -33,6 +33,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 GIB = 2**30
+_COUNTED = ("hits", "misses", "refused")  # refused: images that could not be written
 _PROCESSES = 256  # rows of counters; processes of a run mostly have consecutive ids
 _FREE_SHARE = 0.5  # maximum share of the free memory for `auto`
 _WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, the page cache of the files is better
@@ -58,19 +59,18 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
 class _Cached(Source):
     """A source that caches records of its inner source and counts hits and misses, loader workers included."""
 
-    def __init__(self, inner: Source, *counted: str) -> None:
+    def __init__(self, inner: Source) -> None:
         self.inner, self.blank = inner, inner.blank
-        self._columns = {name: column for column, name in enumerate(("hits", "misses", *counted))}
         # Each process has its own row, so no lock is needed.
-        self._counts = torch.zeros(_PROCESSES, len(self._columns), dtype=torch.int64).share_memory_()
+        self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_()
 
     def count(self, name: str) -> None:
         """Add 1 to a count."""
-        self._counts.numpy()[os.getpid() % _PROCESSES, self._columns[name]] += 1
+        self._counts.numpy()[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts over all processes."""
-        return dict(zip(self._columns, self._counts.sum(dim=0).tolist()))
+        return dict(zip(_COUNTED, self._counts.sum(dim=0).tolist()))
 
     def has(self, row: int) -> bool:
         """Return whether the record of a row is cached."""
@@ -251,7 +251,7 @@ class DiskCached(_Cached):
     """
 
     def __init__(self, images: Images, config: CacheConfig) -> None:
-        super().__init__(images, "refused")
+        super().__init__(images)
         self._inputs = images.decoder.identity()
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
 

@@ -71,10 +71,10 @@ class LatentCache(Source):
         def draw_corner(slack: np.ndarray) -> np.ndarray:
             return (rng.mix64(words + variant) % (slack + 1).astype(np.uint64)).astype(np.int64)
 
-        sizes_hw, bucket_hw = buckets.image_hw[:, None], buckets.sizes_hw[buckets.groups][:, None]
-        fits = fit_into(sizes_hw, bucket_hw, draw_corner if config.crop == "random" else None)
         shape = len(hashes), self.variants, 2
-        self.fits = Fit(*(np.broadcast_to(part, shape) for part in fits))
+        bucket_hw = np.broadcast_to(buckets.sizes_hw[buckets.groups][:, None], shape)
+        choose_corner = draw_corner if config.crop == "random" else None
+        self.fits = fit_into(buckets.image_hw[:, None], bucket_hw, choose_corner)
         done = np.concatenate([self.fits.resized_hw, self.fits.conditions()], axis=-1).astype(np.uint64)
         made_by = np.uint64(int(record_key(_VERSION, inputs)[:16], 16))
         for number in (made_by, variant, *np.split(done, done.shape[-1], axis=-1)):
