@@ -8,7 +8,7 @@ Normalisation happens on the device (models/image_model.py), so batches hold byt
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -78,7 +78,7 @@ class NoiseErasing(v2.RandomErasing):
         return super().transform(inpt, {**params, "v": noise.to(inpt)})
 
 
-class PolicyAugment(v2.Transform):
+class PolicyAugment:
     """timm's RandAugment with a policy string, on Pillow images.
 
     timm uses the generators of Python and NumPy, which are seeded from torch's here: the result only depends on the
@@ -86,7 +86,6 @@ class PolicyAugment(v2.Transform):
     """
 
     def __init__(self, config: AugmentConfig) -> None:
-        super().__init__()
         from timm.data.auto_augment import posterize, rand_augment_transform  # takes 0.8 s, so only if needed
 
         mean = tuple(round(255 * value) for value in config.mean)
@@ -101,10 +100,10 @@ class PolicyAugment(v2.Transform):
             if operation.aug_fn is posterize:
                 operation.aug_fn = _posterize
 
-    def transform(self, inpt: Image.Image, params: dict[str, Any]) -> Image.Image:
+    def __call__(self, image: Image.Image) -> Image.Image:
         """Return the augmented image."""
         with rng.seeded_python(int(torch.randint(2**31, ()))):
-            return self._policy(inpt)
+            return self._policy(image)
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
@@ -112,7 +111,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
     return ImageOps.posterize(image, bits_to_keep) if bits_to_keep > 0 else image.point(lambda _: 0)
 
 
-def on_pillow(transform: v2.Transform) -> list[torch.nn.Module]:
+def on_pillow(transform: Callable[[Image.Image], Image.Image]) -> list[Any]:
     """Return steps that apply a transform to a Pillow image; from and to uint8 [C, H, W], C 1 or 3."""
     return [v2.ToPILImage(), transform, v2.PILToTensor()]
 

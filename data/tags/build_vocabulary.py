@@ -10,6 +10,7 @@ import pyarrow.compute as pc
 from data.collection.collection import Collection
 from data.config import VocabularyConfig
 from data.layouts.spelling import Tag, parse_tag
+from data.layouts.table import count_values
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import map_tags
 from utils.errors import UserError
@@ -67,8 +68,8 @@ def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]
     table = collection.table.select(["tags", "rating", "split", "weight"])
     table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
     occurrences: Counter[Tag] = Counter()
-    for entry in pc.value_counts(pc.list_flatten(table["tags"])).to_pylist():
-        occurrences.update(dict.fromkeys(rules.read(entry["values"]), entry["counts"]))
+    for text, count in count_values(table["tags"]).items():
+        occurrences.update(dict.fromkeys(rules.read(text), count))
     ordered = [tag for tag, _ in occurrences.most_common() if tag.name and tag.category != RATING]
     tags = [tag for tag in ordered if tag.category is not None]
     named = {tag.name for tag in tags}
