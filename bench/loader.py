@@ -30,7 +30,6 @@ from data.stream.loader import no_fields
 from engine.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.image_model import Normalise
-from utils.canvas import DEFAULT
 from utils.ranks.processes import count_cores
 from utils.record.figures import align_columns
 
@@ -59,7 +58,7 @@ class Streams:
             prefetch_batches=runtime.prefetch_batches,
         )  # fmt: skip
         collection = load_collection(config.data)
-        self.source = open_images(collection, config.data, config.model.in_channels, DEFAULT)
+        self.source = open_images(collection, config.data, {"channels": config.model.in_channels})
         data = Data(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
         self.rows = collection.rows("train")
         self.choices = (False, True) if config.augment.rand_augment is None else (False,)

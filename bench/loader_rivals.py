@@ -65,7 +65,7 @@ class Ours:
             device=torch.device("cpu"), channels_last=channels_last, workers=0, prefetch_batches=2
         )
         collection, shortest_px = load_collection(config.data), config.augment.shortest_px()
-        source = open_images(collection, config.data, 3, "white", shortest_px=shortest_px, repeats=True)
+        source = open_images(collection, config.data, {"channels": 3, "shortest_px": shortest_px}, repeats=True)
         data = Data(collection, source, machine, seed=0, batch_size=BATCH, run_path=None)
         loader = data.train(collection.rows("train"), no_fields, training_views(config.augment))
         self._steps, self._batches = loader.steps(0, BATCH, BATCH), batches

@@ -1,7 +1,7 @@
 """Open data: from a configuration to a collection, a source of its images, and streams of batches. Read this first.
 
     collection = load_collection(config.data)
-    source = open_images(collection, config.data, channels=3, background="white")
+    source = open_images(collection, config.data, preprocessing)
     data = Data(collection, source, runtime, seed=0, batch_size=128, run_path=run)
     train = data.train(rows, fields, training_views(augment))
     val = data.prepared(collection.rows("val"), fields, preprocessing)
@@ -91,11 +91,7 @@ def load_files(
     preprocessing one bucket follows the other. Files with an unreadable size count as squares.
     """
     warn_of_missing_libraries()
-    decoder = Decoder(
-        preprocessing["channels"], max_pixels, background_of(preprocessing), preprocessing.get("icc", False),
-        preprocessing.get("shortest_px"),
-    )  # fmt: skip
-    source, groups = Images(paths, decoder), None
+    source, groups = Images(paths, _decoder_of(preprocessing, max_pixels)), None
     if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
         sizes_hw = np.ones((len(paths), 2))
         for index, path in enumerate(paths):
@@ -108,21 +104,24 @@ def load_files(
     return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
 
 
+def _decoder_of(
+    preprocessing: Mapping[str, Any], max_pixels: int, background: Any = None, icc: bool = False
+) -> Decoder:
+    """Return the decoder for a preprocessing; background, icc: if set, they replace those of the training."""
+    background = background_of(preprocessing) if background is None else background
+    icc = icc or preprocessing.get("icc", False)
+    return Decoder(preprocessing["channels"], max_pixels, background, icc, preprocessing.get("shortest_px"))
+
+
 def open_images(
-    collection: Collection,
-    config: DataConfig,
-    channels: int,
-    background: Any,
-    *,
-    shortest_px: int | None = None,
-    repeats: bool = False,
+    collection: Collection, config: DataConfig, preprocessing: Mapping[str, Any], *, repeats: bool = False
 ) -> Source:
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
-    shortest_px: as in `Decoder`. repeats: images are read several times, so a memory cache helps.
-    Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
+    preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
+    helps. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
     """
-    decoder = Decoder(channels, config.max_pixels, background, config.icc, shortest_px)
+    decoder = _decoder_of(preprocessing, config.max_pixels, config.background, config.icc)
     source: Source = Images(collection, decoder)
     source = DiskCached(source, config.cache) if config.cache.disk_gib > 0 else source
     return keep_in_memory(source, collection, config.cache) if repeats else source

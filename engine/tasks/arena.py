@@ -13,7 +13,7 @@ import torch
 
 from data.config import DataConfig, TagRulesConfig
 from data.layouts.spelling import parse_tag
-from data.open import Data, load_collection
+from data.open import Data, load_collection, open_images
 from data.stream.batch import multi_hot
 from data.tags.rules import read_rules
 from data.tags.tag_index import index_tags
@@ -22,7 +22,6 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.kind import Kind, Setup
 from engine.tasks.tagging import CACHE, tag_fields
 from models.predictor import Predictor
 from utils.config.bounds import Count
@@ -89,7 +88,7 @@ class Arena:
         predictor, shared = self._models[name], self._shared
         outputs = [self._outputs[name][key] for key in shared.columns]
         preprocessing = predictor.preprocessing
-        source = Kind().source(self._collection, self._data, Setup(None, None, preprocessing), repeats=False)
+        source = open_images(self._collection, self._data, preprocessing)
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), preprocessing)
         is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING

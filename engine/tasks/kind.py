@@ -38,7 +38,7 @@ from models.image_model import Normalise
 from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
-from utils.canvas import DEFAULT, background_of
+from utils.canvas import DEFAULT
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
@@ -177,12 +177,7 @@ class Kind:
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
         """Return the images, with the background and colour handling of the network's training."""
-        trained = setup.preprocessing
-        background = background_of(trained) if config.background is None else config.background
-        config = config.model_copy(update={"icc": config.icc or trained.get("icc", False)})
-        shortest_px = trained.get("shortest_px")
-        channels = trained.get("channels", 3)
-        return open_images(collection, config, channels, background, shortest_px=shortest_px, repeats=repeats)
+        return open_images(collection, config, {"channels": 3, **setup.preprocessing}, repeats=repeats)
 
     # ----------------------------------------------------------------------------------------------------- samples
 

@@ -301,8 +301,8 @@ def test_folders_of_datasets_are_read(write, train, test, kind, tmp_path, load, 
     assert (rows[2].caption, rows[2].tags) == ("picture 3", ("a", "b"))
     contents = open_contents(found)
     assert [contents.read(int(row)) for row in found.rows("train")] == [png(n) for n in (1, 2, 4, 5, 6, 7)]
-    config = data_config(max_pixels=100)
-    assert open_images(found, config, 1, "white").read(int(found.rows("val")[1]))["image"].unique().tolist() == [21]
+    images = open_images(found, data_config(max_pixels=100), {"channels": 1})
+    assert images.read(int(found.rows("val")[1]))["image"].unique().tolist() == [21]
 
 
 def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):

@@ -83,7 +83,7 @@ def test_a_loader_gives_what_the_files_give(workers, packed, place):
     config = data_config(max_pixels=10**6)
     found, rows = [], packed.rows("train")
     for collection in (packed, load(place / "files", place / "cache")):
-        source, sampler = open_images(collection, config, 3, "white"), build_sampler("shuffled", rows, packed, 0)
+        source, sampler = open_images(collection, config, {"channels": 3}), build_sampler("shuffled", rows, packed, 0)
         loader = stream(collection, source, views, no_fields, sampler, workers=workers)
         found.append([batch["images"] for step in take(loader, 2, 24) for batch in step])
         assert loader.unreadable_count == 0
