@@ -189,7 +189,7 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
     """
     task, settings, dtype = weights.task, weights.setup.task, _DTYPES[config.precision]
     networks = open_networks(weights.setup.model, [part for part in PARTS if part not in task.exported])
-    task.take(task.helpers, networks)
+    task.take(networks)
     weights.check_helpers()
     if settings.lora is None:
         for name in task.exported:

@@ -198,7 +198,7 @@ class DiffusionTask(Task):
         whole = ("unet", *ENCODERS)
         if config.lora is None:
             trained = whole if config.train_text_encoders else ("unet",)
-            self.take(trained, open_networks(setup.model, trained))
+            self.take(open_networks(setup.model, trained))
             if config.train_text_encoders:
                 freeze_unused(self.text_encoder)
         else:
@@ -211,9 +211,9 @@ class DiffusionTask(Task):
         self.averaged = dict.fromkeys(trained, config.average_on)
         self.helpers = tuple(name for name in needed if name not in trained)
 
-    def take(self, names: Sequence[str], networks: Networks) -> None:
-        for name in names:
-            setattr(self, name, networks[name])
+    def take(self, networks: Networks) -> None:
+        for name, network in networks.items():
+            setattr(self, name, network)
 
     def load_helpers(self, use: Use) -> None:
         """Load the frozen networks; no export needs them. If the text encoders are not kept, encode the prompts."""
@@ -221,12 +221,11 @@ class DiffusionTask(Task):
             return
         config = self._config
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
-        names = (*self.helpers, *(ENCODERS if encodes_once else ()))
-        networks = open_networks(self._model, names, frozen=True)
-        self.take(self.helpers, networks)
+        self.take(open_networks(self._model, (*self.helpers, *(ENCODERS if encodes_once else ())), frozen=True))
         self.latent_scale = self.vae.config.scaling_factor
         if encodes_once:
-            self._prompts = encode_prompts(*(networks[name] for name in ENCODERS), config)
+            self._prompts = self._encode_prompts()
+            self.text_encoder = self.text_encoder_2 = None
         if config.lora is not None:
             adapted = ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
             self.adapter.attach({name: getattr(self, name) for name in adapted})
@@ -343,18 +342,17 @@ class DiffusionTask(Task):
         """Return the pictures of `task.samples`, uint8 [N, H, W, 3], the same on all ranks."""
         noise = self._config.noise
         if self._config.text_cache is None:
-            self._prompts = encode_prompts(self.text_encoder, self.text_encoder_2, self._config)
+            self._prompts = self._encode_prompts()
         prompts = Prompts(*(tensor.to(self.vae.device, self.unet.dtype) for tensor in self._prompts))
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
         return sample_pictures(self.unet, self.vae, prompts, scheduler, self._config.samples)
 
-
-@torch.no_grad()
-def encode_prompts(first: nn.Module, second: nn.Module, config: DiffusionTaskConfig) -> Prompts:
-    """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
-    prompts = config.samples.prompts
-    texts = tokenize(prompts, max(map(count_chunks, prompts))), tokenize([""], 1)
-    encoded, empty = (sdxl.encode_text(first, second, ids.to(first.device)) for ids in texts)
-    if config.captions.dropout_to == "zeros":
-        empty = map(torch.zeros_like, empty)
-    return Prompts(*encoded, *empty)
+    @torch.no_grad()
+    def _encode_prompts(self) -> Prompts:
+        """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
+        prompts, encoders = self._config.samples.prompts, (self.text_encoder, self.text_encoder_2)
+        texts = tokenize(prompts, max(map(count_chunks, prompts))), tokenize([""], 1)
+        encoded, empty = (sdxl.encode_text(*encoders, ids.to(encoders[0].device)) for ids in texts)
+        if self._config.captions.dropout_to == "zeros":
+            empty = map(torch.zeros_like, empty)
+        return Prompts(*encoded, *empty)
