@@ -163,4 +163,4 @@ class ClassificationKind(Kind):
         # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
         views, groups = self.views(setup, config.augment), letterbox_groups(data.collection, rows, setup.preprocessing)
         loader = data.evaluation(rows, fields, views, groups=groups)
-        prepare_head(task.network, task.normalise, loader, runtime, fit=task.head == "fitted")
+        prepare_head(task, loader, runtime, fit=task.head == "fitted")

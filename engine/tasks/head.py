@@ -19,7 +19,8 @@ from torch.nn import functional as F
 
 from engine.measures.probe import Features, fit_ridge, standardise
 from engine.runtime import Runtime
-from models.image_model import Normalise, find_head
+from engine.tasks.kind import ImageTask
+from models.image_model import find_head
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.ranks import distributed
@@ -31,30 +32,27 @@ _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores o
 
 
 @torch.no_grad()
-def prepare_head(
-    network: nn.Module, normalise: Normalise, loader: Iterable[Batch], runtime: Runtime, *, fit: bool
-) -> None:
+def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, fit: bool) -> None:
     """Standardise the head's input over the loader's images; with `fit`, also fit the head to their labels.
 
     The fitted weights are a ridge regression of the classes. Without `fit`, the random weights stay. All ranks call it
     with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does not
     end in one linear layer.
     """
-    head = find_head(network)
+    network, head = task.network, find_head(task.network)
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
     seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
     hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
     hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
     collected = Features()
-    network.to(runtime.device).eval()
-    normalise.to(runtime.device)
+    task.to(runtime.device).eval()
     for batch in loader:
         with runtime.autocast():
-            network(normalise(batch["images"]))
+            network(task.normalise(batch["images"]))
         collected.add(seen[head], batch["labels"], batch["sample_id"], batch["weight"])
     for hook in hooks:
         hook.remove()
-    network.train()
+    task.train()
 
     features, labels = collected.reduce()
     if len(features) == 0 or not features.isfinite().all():

@@ -41,7 +41,7 @@ def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     loss_before, _ = measure(task, batches)
     state = torch.random.get_rng_state()
-    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
+    prepare_head(task, batches, runtime, fit=True)
     assert torch.equal(state, torch.random.get_rng_state())
     loss, share = measure(task, batches)
     assert share > 0.75 and loss < 0.7 * loss_before and task.network.training
@@ -55,7 +55,7 @@ def test_a_head_that_would_not_recognise_other_images_starts_cautious(runtime):
     task, batches = make_classifier(), make_batches(count=2)
     for number, batch in enumerate(batches):
         batch["labels"] = torch.randint(4, (8,), generator=torch.Generator().manual_seed(number))
-    prepare_head(task.network, task.normalise, batches, runtime, fit=True)
+    prepare_head(task, batches, runtime, fit=True)
     with torch.no_grad():
         logits = task.network(task.normalise(batches[0]["images"]))
     assert F.softmax(logits, dim=1).max() < 0.6
@@ -77,7 +77,7 @@ def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_feature
         task.network.norm = nn.Identity()
     head = copy.deepcopy(task.network.head)
     raw = features_of(task, batches)
-    prepare_head(task.network, task.normalise, batches, runtime, fit=False)
+    prepare_head(task, batches, runtime, fit=False)
     standard = (raw - raw.mean(dim=0)) / raw.std(dim=0, correction=0)
     with torch.no_grad():
         torch.testing.assert_close(task.network.head(features_of(task, batches)), head(standard), atol=1e-4, rtol=0)
@@ -91,12 +91,12 @@ def test_padding_and_unreadable_images_are_ignored(runtime):
         if junk:
             bad = make_batch(size=8, seed=99) | {"labels": torch.zeros(8, dtype=torch.int64)}
             batches.append(bad | {"weight": torch.zeros(8), "sample_id": torch.arange(8) + 1000})
-        prepare_head(task.network, task.normalise, batches, runtime, fit=True)
+        prepare_head(task, batches, runtime, fit=True)
         heads.append(task.network.head.weight.clone())
     assert torch.equal(*heads)
     unreadable = [batch | {"weight": torch.zeros(8)} for batch in batches]
     with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read"):
-        prepare_head(task.network, task.normalise, unreadable, runtime, fit=True)
+        prepare_head(task, unreadable, runtime, fit=True)
 
 
 # --- whole runs
