@@ -17,13 +17,12 @@ import pytest
 import torch
 from omegaconf import DictConfig
 
-from data.layouts.glyphs import GLYPHS_VERSION
+from data.layouts import glyphs
 from engine.learner import Learner
 from engine.tasks.kinds import KINDS
-from tests.support import SMALL_MODEL, make_collection, write_manifest
+from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import Job, validate
 from utils.config.help import CONF, ROOT
-from utils.io.files import write_json
 
 TASKS = {name: kind.scripts for name, kind in KINDS.items()}  # the scripts that train each
 TRAINING = sorted({script for scripts in TASKS.values() for script in scripts})
@@ -43,10 +42,14 @@ def make_images(root: Path, classes: str = "AB") -> Path:
     return make_collection(root, per_class=4, classes=classes, validation=2)
 
 
-def make_glyph_folder(root: Path) -> Path:
-    """Write a few images that pass for the embedded collection, so that `data=glyphs` draws nothing."""
-    write_manifest(make_images(root))
-    write_json(root / "glyphs.json", {"version": GLYPHS_VERSION})
+def draw_few_glyphs(root: Path) -> Path:
+    """Draw 8 glyphs of three faces, one for validation, that pass for the embedded collection; returns the folder."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(glyphs, "TRAIN_FACES", ("DejaVuSans", "DejaVuSerif"))
+        patch.setattr(glyphs, "VAL_FACES", ("STIXGeneral",))
+        patch.setattr(glyphs, "_FACES_OF_A_CLASS", 3)
+        patch.setattr(glyphs, "read_codes", lambda face: map(ord, "AB()[]{}"))
+        glyphs.draw_glyphs(root)
     return root
 
 

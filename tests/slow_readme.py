@@ -11,7 +11,8 @@ import torch
 from bench.measure import read_group
 from models.build import build_network
 from models.config import ModelConfig
-from tests.support import ROOT, make_collection, run
+from tests.in_process import draw_few_glyphs
+from tests.support import make_collection, run
 from tests.test_readme import COMMANDS, DOCS, PAGES, SCRIPTS
 from tests.utils.config.test_help import configure_line
 
@@ -30,10 +31,9 @@ NEW_KIND = re.compile(r"=score\b|/score")  # docs/new_task.md makes it
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a working folder that has the glyphs (drawn once, in the repository) and a collection named PATH."""
+    """Return a working folder that has a few glyphs and a collection named PATH."""
     path = tmp_path_factory.mktemp("readme")
-    (ROOT / "collections").mkdir(exist_ok=True)
-    (path / "collections").symlink_to(ROOT / "collections")
+    draw_few_glyphs(path / "collections/glyphs")
     make_collection(path / "PATH")
     return path
 

@@ -10,13 +10,17 @@ from pathlib import Path
 
 import pytest
 
-from tests.in_process import make_images
+from tests.in_process import draw_few_glyphs, make_images
 from tests.support import ROOT, fork_command
 
 TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl", "loader_rivals"]
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
+]  # fmt: skip
+SHORT_SDXL = [
+    "vae_steps=2", "loop.total_steps=2", "runtime.threads=1", "task.buckets.area_px=4096", "task.buckets.min_px=32",
+    "task.samples.prompts=[black,white]", "task.samples.steps=3", "task.samples.image_size_hw=[64,64]",
 ]  # fmt: skip
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="make install-sdxl")
 
@@ -56,7 +60,8 @@ def check_demo(name, out, *words):
 
 
 def test_the_full_demo_runs_through(tmp_path):
-    summary = check_demo("demo", tmp_path / "demo", "full", *SHORT)
+    few = draw_few_glyphs(tmp_path / "glyphs")
+    summary = check_demo("demo", tmp_path / "demo", "full", *SHORT, f"data.root={few}")
     arms = {"finetune", "resnet18", "scratch", "all_labels", "all_labels_resnet18"}
     assert summary["top1"].keys() == arms and "wait_for_resnet18" in summary["seconds"]
     for name in arms:  # whether it is pretrained, and whether it has the labels of one face only
@@ -67,14 +72,15 @@ def test_the_full_demo_runs_through(tmp_path):
 
 def test_the_demo_of_the_tagger_runs_through(tmp_path):
     short = [word for word in SHORT if not word.startswith("model")]
-    summary = check_demo("demo_tagger", tmp_path / "demo", *short)
+    few = draw_few_glyphs(tmp_path / "glyphs")
+    summary = check_demo("demo_tagger", tmp_path / "demo", *short, f"data.root={few}")
     assert summary["sided_ap"].keys() == {"tagger", "no_map"} and 0 <= summary["tagger"]["mAP"] <= 1
     assert (tmp_path / "demo/tagger/export/wd14/selected_tags.csv").is_file()
 
 
 @needs_diffusers
 def test_the_demo_of_sdxl_runs_through_and_diffusers_draws_its_pictures(tmp_path):
-    summary = check_demo("demo_sdxl", tmp_path / "demo", "vae_steps=2", "loop.total_steps=2", "runtime.threads=1")
+    summary = check_demo("demo_sdxl", tmp_path / "demo", *SHORT_SDXL)
     assert summary["differences"].keys() == {"diffusers", "single_file", "kohya"}
     assert max(summary["differences"].values()) <= 3.0
 

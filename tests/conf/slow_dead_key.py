@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from engine.runtime import Runtime
 from tests.conf.test_no_dead_key import TAG_WEIGHTS
-from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, load_command, make_glyph_folder, make_images, run
+from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, draw_few_glyphs, load_command, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
 from utils.vocabulary import CATEGORIES
@@ -106,7 +106,7 @@ def group_of(script):
 
 def run_all(recorder, folder, monkeypatch):
     """Run every script so that every kind of every group is used once; returns group of scripts -> reads."""
-    glyphs, images = make_glyph_folder(folder / "glyphs"), make_images(folder / "images")
+    glyphs, images = draw_few_glyphs(folder / "glyphs"), make_images(folder / "images")
     reads = defaultdict(set)
 
     def go(script, *overrides):

@@ -86,7 +86,7 @@ def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
 LEGS = [(2, "ddp"), (3, "fsdp"), (1, "ddp"), (2, "fsdp")]
 
 
-@pytest.mark.parametrize("case", [*CHEAP, "classification optim=adan", "classification optim=sgd"])
+@pytest.mark.parametrize("case", ["fcmae", "multicrop", "tagging", "classification optim=adan"])
 def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case, collection, tmp_path):
     """Six steps by each (ranks, way) of a run, killed after all but the last, against a run on one rank."""
     task, *settings = case.split()
