@@ -20,11 +20,11 @@ from models.fcmae import count_removed
 from optim.ema import ema_decay_at
 from optim.groups import build_groups
 from optim.schedules import Schedule
+from tests.conf.test_compose import FOLDERS, script_of
 from tests.in_process import configure
 from utils.config.help import CONF
 
 EXPERIMENTS = CONF / "experiment"
-FOLDERS = ("imagenet", "imagenet22k", "small_data")
 IMAGENET, IMAGENET_22K, SMALL = 1_281_167, 14_197_122, 10_000  # images
 CLASSES = {IMAGENET: 1000, IMAGENET_22K: 21_841, SMALL: 10}
 
@@ -99,10 +99,6 @@ PRETRAIN |= {"small_data/pretrain": (6e-4, 20_000, 1000, SMALL)}
 DECAYED = re.compile(
     r"(encoder\.)?(downsample_layers\.(0\.0|[123]\.1)|(stages\.\d|decoder)\.\d+\.(dwconv|pwconv[12])|head|proj|pred)\.weight"
 )
-
-
-def script_of(name):
-    return "pretrain_fcmae" if name in PRETRAIN else "finetune"
 
 
 @cache
