@@ -13,7 +13,6 @@ from utils.io.safe_text import code_span, hide_secrets
 from utils.record.figures import show_cell, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
-_UNKNOWN = "unknown"
 
 
 def licence_of(metadata: Mapping[str, Any]) -> str | None:
@@ -22,7 +21,7 @@ def licence_of(metadata: Mapping[str, Any]) -> str | None:
     Return None if training began with random weights, because then no other licence applies.
     """
     origin = _origin_of(metadata)
-    return str(origin["licence"] or _UNKNOWN) if "licence" in origin else None
+    return str(origin["licence"] or "unknown") if "licence" in origin else None
 
 
 def _origin_of(metadata: Mapping[str, Any]) -> Mapping[str, Any]:

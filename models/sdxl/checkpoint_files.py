@@ -23,7 +23,7 @@ from models.sdxl.names import PARTS, part_state, to_single_file
 from models.sdxl.networks import Networks, weight_name
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
-from utils.io.files import write_atomically, write_json
+from utils.io.files import write_json
 from utils.io.weights import weight_metadata, write_tensors
 
 if TYPE_CHECKING:
@@ -45,17 +45,13 @@ def write_modelspec(
     if facts.get("prediction_type") == "v_prediction":
         facts["prediction_type"] = "v"
     texts = {**metadata, **{f"modelspec.{name}": text for name, text in facts.items()}}
-
-    def write(temporary: Path) -> None:
-        write_tensors(temporary, tensors, texts)
-        with open(temporary, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
-            start = 8 + int.from_bytes(content[:8], "little")
-            with memoryview(content)[start:] as payload:
-                digest = hashlib.sha256(payload).hexdigest()
-            content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
-            content.flush()
-
-    write_atomically(path, write)
+    write_tensors(path, tensors, texts)
+    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
+        start = 8 + int.from_bytes(content[:8], "little")
+        with memoryview(content)[start:] as payload:
+            digest = hashlib.sha256(payload).hexdigest()
+        content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
+        content.flush()
 
 
 def write_single_file(
@@ -108,10 +104,7 @@ def write_diffusers(
             network.config.save_pretrained(part_folder)
         else:
             network.save_config(part_folder)
-        write_atomically(
-            part_folder / f"{weight_name(part)}.safetensors",
-            lambda temporary, state=states[part]: write_tensors(temporary, state, {"format": "pt"}),
-        )
+        write_tensors(part_folder / f"{weight_name(part)}.safetensors", states[part], {"format": "pt"})
         classes[part] = [type(network).__module__.partition(".")[0], type(network).__name__]
     second = copy.deepcopy(tokenizer)
     second.pad_token = "!"

@@ -28,7 +28,6 @@ Networks = dict[str, nn.Module]  # by the names of PARTS
 _TINY_WIDTH = 16  # channels of the tiny U-Net's first level
 _MAX_TEXT = 200  # characters of a text from a file
 _MAX_CARD = 10_000  # characters of a model card to search for its front matter
-_VARIANTS = ("", ".fp16", ".bf16")  # in the names of a folder's weight files
 # Configuration that is read, or that does not change the networks.
 _FREE = ("scaling_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
@@ -320,7 +319,7 @@ def _weight_files(folder: Path, part: str) -> list[Path]:
     Only the index says which shards belong together: others may be left from earlier.
     """
     name, place = weight_name(part), folder / part
-    for variant in _VARIANTS:
+    for variant in ("", ".fp16", ".bf16"):
         whole = place / f"{name}{variant}.safetensors"
         index = place / f"{name}.safetensors.index{variant}.json"
         if whole.is_file() and index.is_file():

@@ -63,7 +63,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     number.
     """
     target = network.state_dict()
-    tensors = _fit_prefix(state, target)
+    tensors = fit_prefix(state, target)
     for name in first_convolutions(network):
         if name in tensors and name in target:
             tensors[name] = _adapt_channels(name, tensors[name], target[name])
@@ -83,7 +83,7 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     return Fit(given, [name for name in target if name in left], unused)
 
 
-def _fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the encoder's prefix and the decoder, or add the prefix, to match the network."""
     is_fcmae, needs_fcmae = (any(name.startswith(_ENCODER) for name in names) for names in (state, target))
     if is_fcmae and not needs_fcmae:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
-from models.weights.fit import Fit, fit_state, is_meta, optional_prefixes
+from models.weights.fit import Fit, fit_prefix, fit_state, is_meta, optional_prefixes
 from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError, about
@@ -69,9 +69,7 @@ def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[
         return layout, official
     if layout in ("timm", "other"):
         return layout, filter_state(network, strip_wrappers(state))
-    prefix = "encoder."
-    encoder = {name.removeprefix(prefix): tensor for name, tensor in official.items() if name.startswith(prefix)}
-    return layout, filter_state(network, encoder or official)
+    return layout, filter_state(network, fit_prefix(official, network.state_dict()))
 
 
 def _read_config_beside(path: Path) -> dict[str, Any]:
