@@ -73,6 +73,7 @@ def test_words_of_glyphs_swap_and_letters_stay(log):
         ("patterns: [{match: '(left', swap: [left, right]}]", "patterns.0.match: "),
         ("pairs: [[a, b], [b, c]]", "'a' becomes 'b', then 'c'"),
         ("pairs: [", "cannot be read"),
+        ("pairz: []", "pairz: unknown key; close: pairs"),
     ],
 )  # fmt: skip
 def test_a_bad_map_is_refused_with_file_and_entry(text, entry, tmp_path):
