@@ -14,7 +14,6 @@ from utils.config.schema import Strict, walk_keys
 from utils.errors import UserError, close_names
 
 Schema = TypeVar("Schema", bound=Strict)
-_MISSING = "???"
 
 
 class ConfigError(UserError):
@@ -31,7 +30,7 @@ def validate(values: Any, schema: type[Schema]) -> Schema:
     container = OmegaConf.to_container(values, resolve=True) if isinstance(values, DictConfig) else values
     # A text field would accept `???`.
     leaves = flatten(container) if isinstance(container, dict) else {}
-    problems = {key: f"must be given; add {key}=VALUE" for key, value in leaves.items() if value == _MISSING}
+    problems = {key: f"must be given; add {key}=VALUE" for key, value in leaves.items() if value == "???"}
     try:
         config = schema.model_validate(container)
     except ValidationError as error:

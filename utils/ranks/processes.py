@@ -48,6 +48,7 @@ def map_in_processes(
                 yield result
                 done += 1
         except BrokenProcessPool:  # by an item of this chunk or, with several processes, of a later one
+            pool.shutdown()  # its other workers free their memory before the chunk is tried again
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
             done += len(chunk)
