@@ -189,7 +189,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
         task.to(memory_format=torch.channels_last)
 
     # ------------------------------------------------------------------------------------------------- 3. The result
-    rows = np.arange(len(collection)) if config.split == "all" else collection.rows(config.split)
+    rows = np.flatnonzero(collection.weights()) if config.split == "all" else collection.rows(config.split)
     loaders, started = kind.evaluation(data, setup, rows, training=False), time.perf_counter()
     if loaders["val"].samples == 0:
         raise UserError(

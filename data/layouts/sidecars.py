@@ -26,9 +26,7 @@ _MAX_BYTES = 16 * 2**20
 
 def read_sidecars(root: Path, image: str, files: Sequence[str], unused: Unused) -> Sidecar:
     """Read the sidecars of an image; of several with one suffix, the first. All paths are relative to the root."""
-    texts: dict[str, str] = {}
-    for file in files:
-        texts.setdefault(os.path.splitext(file)[1].lower(), str(root / file))
+    texts = {os.path.splitext(file)[1].lower(): str(root / file) for file in reversed(files)}
     beside = os.path.dirname(os.path.realpath(root / image))
 
     def read(path: str) -> bytes:

@@ -74,18 +74,12 @@ def _start_worker(worker: int) -> None:
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
-class _WorkerPopen(Popen):
-    """A forked process that ignores SIGTERM; terminate() kills it, because torch then waits for its end."""
-
-    terminate = Popen.kill
-
-
-class _WorkerProcess(ForkProcess):
-    _Popen = staticmethod(_WorkerPopen)
-
-
 class _WorkerContext(ForkContext):
-    Process = _WorkerProcess
+    """Fork processes that ignore SIGTERM; terminate() kills them, because torch then waits for their end."""
+
+    class Process(ForkProcess):
+        class _Popen(Popen):
+            terminate = Popen.kill
 
 
 class Loader(Dataset):
@@ -126,14 +120,13 @@ class Loader(Dataset):
     def read(self, draw: Draw, problems: _Problems) -> Sample:
         """Return the sample of a draw; if it is unreadable, append the reason to `problems`."""
         row = None if self.collection is None else self.collection.row(draw.index)
-        weight, record = 1.0 if row is None else row.weight, None
-        if weight != 0:  # files of weight 0 are not opened: they may crash the decoder
-            try:
-                record = self.source.read(draw.index, draw.key)
-            except UnreadableImage as error:
-                problems.append((error.path, error.reason))
-        weight = 0.0 if record is None or draw.position < 0 else weight  # unreadable, or padding
-        record = self.source.blank(draw.group) if record is None else record
+        weight = 1.0 if row is None else row.weight
+        try:
+            record = self.source.read(draw.index, draw.key)
+        except UnreadableImage as error:
+            problems.append((error.path, error.reason))
+            weight, record = 0.0, self.source.blank(draw.group)
+        weight = 0.0 if draw.position < 0 else weight  # padding
         views = {}
         for number, (name, transform) in enumerate(self.views.items()):
             key = draw.key if number == 0 else rng.hash_counters(draw.key, _VIEW_KEY, number)
