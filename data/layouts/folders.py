@@ -44,6 +44,7 @@ SYSTEM_NAMES = frozenset(
     + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
     + ("temporary items", "__pycache__")
 )
+_BY_ID, _BY_HASH = re.compile(r"(\d{2,4})/(\d{1,18})"), re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
 _REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts
 
 
@@ -216,17 +217,13 @@ def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidec
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
     `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
     """
-    ids, posts = [sidecar.id for sidecar in sidecars], 0
-    for row, (path, label) in enumerate(zip(paths, labels)):
-        stem, folder = os.path.splitext(os.path.basename(path))[0].lower(), (label or "").lower()
-        by_id = re.fullmatch(r"\d{2,4}", folder) and re.fullmatch(r"\d{1,18}", stem)
-        if by_id and int(stem) % 10 ** min(len(folder), 3) == int(folder):
-            ids[row] = int(stem) if ids[row] is None else ids[row]
-            posts += 1
-        elif re.fullmatch("[0-9a-f]{2,5}", folder) and re.fullmatch("[0-9a-f]{9,}", stem) and stem.startswith(folder):
-            posts += 1
-        else:
-            posts += ids[row] is not None and sidecars[row].tags is not None
+    ids, posts = [], 0
+    for path, label, sidecar in zip(paths, labels, sidecars):
+        name = f"{label}/{os.path.splitext(os.path.basename(path))[0]}".lower()
+        number = _BY_ID.fullmatch(name)
+        is_id = number is not None and int(number[2]) % 10 ** min(len(number[1]), 3) == int(number[1])
+        ids.append(int(number[2]) if is_id and sidecar.id is None else sidecar.id)
+        posts += is_id or _BY_HASH.fullmatch(name) is not None or None not in (sidecar.id, sidecar.tags)
     if posts <= len(paths) / 2 or not any(labels):
         return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])

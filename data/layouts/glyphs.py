@@ -87,12 +87,9 @@ def draw_glyph(face: str, code: int) -> Image.Image | None:
     while True:
         font = _load_font(face, size)
         left, top, right, bottom = font.getbbox(chr(code), anchor="ls")
-        if right <= left or bottom <= top:
-            return None
-        mask = Image.new("L", (right - left, bottom - top), 0)
+        mask = Image.new("L", (max(right - left, 0), max(bottom - top, 0)), 0)
         ImageDraw.Draw(mask).text((-left, -top), chr(code), 255, font=font, anchor="ls")
-        box = mask.getbbox()
-        if box is None:
+        if (box := mask.getbbox()) is None:
             return None
         ink = mask.crop(box)
         if max(ink.size) <= _SIDE_PX:

@@ -194,7 +194,7 @@ def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return pc.take(pa.array(splits, pa.string()), pc.index_in(column, value_set=names))
 
 
-def _check_spelling(paths: pa.ChunkedArray, where: str) -> None:
+def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
     """Raise UserError for a path that is absolute or leaves the collection."""
     outside = paths.filter(pc.match_substring_regex(paths, OUTSIDE))
     if len(outside):
@@ -206,12 +206,12 @@ def _check_spelling(paths: pa.ChunkedArray, where: str) -> None:
 
 def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
     """Raise UserError if a packed row is not inside a shard of the collection."""
-    shards, where = pa.chunked_array([pc.unique(table["shard"]).drop_null()]), f"{str(file)!r}, column shard"
+    shards, where = pc.unique(table["shard"]).drop_null(), f"{str(file)!r}, column shard"
     _check_spelling(shards, where)
     ends = np.full(len(table), np.inf)
     if root is not None:
         sizes = np.array([*find_sizes(root, shards.to_pylist(), where), -1])
-        ends = sizes[pc.index_in(table["shard"], value_set=shards.chunk(0)).fill_null(-1).to_numpy()]
+        ends = sizes[pc.index_in(table["shard"], value_set=shards).fill_null(-1).to_numpy()]
     offsets, lengths = (table[name].fill_null(-1).to_numpy() for name in ("offset", "length"))
     inside = (offsets >= 0) & (lengths >= 0) & (offsets + lengths <= ends) & table["shard"].is_valid().to_numpy()
     for row in np.flatnonzero(~inside).tolist():
@@ -230,16 +230,16 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
 
     def look_up(path: str) -> int:
         folder, _, name = path.rpartition("/")
+        file = os.path.join(find_folder(folder), name)
+        file = os.path.realpath(file) if os.path.islink(file) else file
         try:
-            file = os.path.join(find_folder(folder), name)
-            file = os.path.realpath(file) if os.path.islink(file) else file
             status = os.stat(file)
+            fault = "" if stat.S_ISREG(status.st_mode) else "is not a file"
         except OSError as error:
-            raise UserError(
-                f"data.root: {where}: {path!r} does not exist in {str(root)!r} ({error.strerror})"
-            ) from error
-        if not stat.S_ISREG(status.st_mode) or not file.startswith(real):
-            fault = f"is a link out of the collection, to {file!r}" if not file.startswith(real) else "is not a file"
+            fault = f"does not exist ({error.strerror})"
+        if not file.startswith(real):
+            fault = f"is a link out of the collection, to {file!r}"
+        if fault:
             raise UserError(f"data.root: {where}: {path!r} {fault}; list files inside {str(root)!r}")
         return status.st_size
 

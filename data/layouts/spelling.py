@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from utils.vocabulary import CATEGORIES, GENERAL, category_name
+from utils.vocabulary import CATEGORIES, GENERAL, RATINGS, category_name
 
 # Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(
@@ -19,13 +19,8 @@ KAOMOJI = frozenset(
 _ELSEWHERE = {"creator": "artist", "series": "copyright", "contributor": "artist"}
 _ELSEWHERE |= {"species": "general", "lore": "meta", "invalid": "meta"}
 PREFIXES = CATEGORIES | {name: CATEGORIES[ours] for name, ours in _ELSEWHERE.items()}
-_RATINGS = {
-    **dict.fromkeys(("g", "general", "0"), "general"),
-    **dict.fromkeys(("sensitive", "1"), "sensitive"),
-    **dict.fromkeys(("q", "questionable", "2"), "questionable"),
-    **dict.fromkeys(("e", "explicit", "3"), "explicit"),
-}
 AMBIGUOUS_RATINGS = ("s", "safe")  # sensitive on Danbooru since 2022; safe before, and on other boorus
+_RATINGS = {text: name for number, name in enumerate(RATINGS) for text in (name, name[0], str(number)) if text != "s"}
 _WEIGHTED = re.compile(r"\((.*[^\s(].*):\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)", re.DOTALL)  # not the kaomoji (:3)
 _SPECIAL, _ESCAPED = re.compile(r"[(),]"), re.compile(r"\\([(),])")
 # Controls but white space, and characters without a width that editors and web pages leave behind.

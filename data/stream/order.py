@@ -225,12 +225,10 @@ def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: 
 
 def _has_room_for(window: int, collection: Collection) -> bool:
     """Return whether the page cache has room for two windows of local shards, on a single node."""
-    one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return (
-        one_node
-        and collection.is_packed
-        and 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
-    )
+    is_one_node = distributed.world_size() in (1, int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    if not (is_one_node and collection.is_packed):
+        return False
+    return 2 * window * pc.mean(collection.table["length"]).as_py() < free_memory() / 4
 
 
 def _as_stored(rows: Sequence[int], collection: Collection) -> np.ndarray:
