@@ -15,10 +15,9 @@ from typing import Annotated
 
 from pydantic import Field
 
-from data.tools.collect_tags import CollectVocabulary
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
-from data.tools.reports import Count, Statistics, Verify
+from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
 from data.config import DataConfig
 from data.tools.write_manifest import Manifest
 from data.tools.pack import Pack

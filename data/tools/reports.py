@@ -1,4 +1,4 @@
-"""Read-only jobs: count, statistics (an HTML page) and verify (unreadable images, missing files and orphans)."""
+"""Jobs that only read a collection: count, vocabulary, statistics (an HTML page) and verify (all kinds of faults)."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -9,18 +9,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.config import DataConfig
+from data.config import DataConfig, VocabularyConfig
 from data.layouts.folders import check_root, read_folder, scan_folder
 from data.layouts.manifest import find_manifest, read_table
 from data.layouts.sidecars import FAULT, list_sidecars
 from data.layouts.table import SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
 from data.open import describe_collection, load_collection
+from data.tags.build_vocabulary import make_vocabulary
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, save_report
 from utils.config.schema import PathText
+from utils.io.files import output_errors
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
+from utils.vocabulary import write_vocabulary
 
 log = get_logger(__name__)
 
@@ -41,6 +44,20 @@ class Count(Tool):
                 more = f", and {len(counts) - _SHOWN:,} more" if len(counts) > _SHOWN else ""
                 log.info("%s: %s%s", name, ", ".join(f"{value} {count:,}" for value, count in counts[:_SHOWN]), more)
         return f"{table.num_rows:,} images"
+
+
+class CollectVocabulary(Tool, VocabularyConfig):
+    """Collect the tags of `data.root` into the vocabulary file `output`."""
+
+    name: Literal["vocabulary"]
+    output: PathText
+
+    def run(self, data: DataConfig) -> str:
+        """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
+        vocabulary = make_vocabulary(load_collection(data), self, "job.")
+        with output_errors("job.output", Path(self.output)):
+            write_vocabulary(Path(self.output), vocabulary)
+        return f"{len(vocabulary)} tags in {self.output}"
 
 
 class Statistics(Tool):
