@@ -39,7 +39,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
-from utils.io.safe_text import Lines
+from utils.io.safe_text import Lines, hide_secrets
 from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_rows
@@ -217,6 +217,8 @@ def main(config: EvaluateConfig, job: Job) -> str:
                 write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"])
     if distributed.is_main():
         source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash"), "split": config.split}
+        if saved is None or data_config != saved.data:
+            source["data"] = hide_secrets(str(collection.root))
         figures = {**source, "step": step, "seconds": round(seconds, 3), **report.scalars}
         output = Path(config.output or folder / f"metrics{other}.json")
         title = f"{path}, step {step}, on {config.split} of {collection.root}"

@@ -280,7 +280,8 @@ def make_batch(task, setup):
             sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
         if task in ("tagging", "distillation"):
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
-            sample |= {"rating_known": torch.tensor(True), "flip": torch.tensor(0, dtype=torch.int8)}
+            sample["unknown_tags"] = Ragged(torch.zeros(1, dtype=torch.int64))
+            sample |= {"flip": torch.tensor(0, dtype=torch.int8)}
         if task == "diffusion":
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
             sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}

@@ -14,7 +14,8 @@ take a category's first row (deepghs/imgutils:imgutils/generic/multilabel_timm.p
 import csv
 import math
 import shlex
-from dataclasses import asdict, dataclass
+from collections.abc import Set
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -34,6 +35,7 @@ DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
 MCUT, MCUT_FLOOR = "mcut", 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
 OVERALL = -1  # the category of all tags
+_KEPT = "of the tagger before task.append_to: the collection does not label all of its tags"
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,17 @@ class ThresholdTable:
 
     vocabulary: str
     rows: tuple[Threshold, ...]
+
+    def keep(self, tags: Set[tuple[int, str]], earlier: "ThresholdTable | None") -> "ThresholdTable":
+        """Return the table with the rows of `earlier` for some tags, their categories and all tags; None: DEFAULT."""
+        default = {} if earlier else {"threshold": DEFAULT, "precision": None, "recall": None, "f1": None}
+        kept = [replace(row, note=_KEPT, **default) for row in (earlier or self).rows]
+        by_tag = {key: row for row in kept if row.profile == PER_TAG and (key := (row.category, row.name)) in tags}
+        categories = {OVERALL, *(category for category, _ in tags)}
+        rows = [row for row in kept if row.profile != PER_TAG and row.category in categories]
+        rows += [row for row in self.rows if row.profile != PER_TAG and row.category not in categories]
+        rows += [by_tag.get((row.category, row.name), row) for row in self.rows if row.profile == PER_TAG]
+        return ThresholdTable(self.vocabulary, tuple(rows))
 
     def of_categories(self, profile: str) -> dict[int, float]:
         """Return {category: threshold} for a profile; OVERALL is the category of all tags."""

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 
 from data.layouts.sidecars import read_lines
 from data.layouts.spelling import split_tags
-from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TYPES, build_table, replace_column
+from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.io.files import output_errors, readable, write_atomically
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
-_ASKED = ("path", "split", "label", "tags", "rating", "caption", "weight")  # a user states these for us
+_ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # a user states these for us
 _PART = 512  # files per task of a thread, and cached folders
 
 
@@ -108,8 +108,9 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
             unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
     for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
-    if pc.list_flatten(columns["tags"]).null_count:
-        raise UserError(f"data.root: column 'tags' of {str(file)!r} holds lists with a null; remove the null")
+    for name in TAG_LISTS:
+        if name in columns and pc.list_flatten(columns[name]).null_count:
+            raise UserError(f"data.root: column {name!r} of {str(file)!r} holds lists with a null; remove the null")
     return pa.table(columns)
 
 
@@ -150,7 +151,7 @@ def _read_csv(file: Path) -> pa.Table:
     table = pa.csv.read_csv(file, convert_options=converting, parse_options=parsing)
     columns = []
     for name, column in zip(table.column_names, table.columns):
-        if name == "tags":
+        if name in TAG_LISTS:
             column = pa.array([text and split_tags(text) for text in column.to_pylist()], TYPES["tags"])
         elif TYPES.get(name) != pa.string():
             column = _to_numbers(column)

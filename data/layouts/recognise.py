@@ -23,7 +23,7 @@ from data.layouts.manifest import find_manifest, read_manifest, scanned_at
 from data.layouts.refresh import find_newer
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans
-from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, build_table, show_some
+from data.layouts.table import PLACES, SPLIT_NAMES, TYPES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
 from utils.errors import UserError
@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 _TAR, _PARQUET = ".tar", ".parquet"
 PLAN = "pack.json"  # what job=pack writes beside its shards
-_ROWS = pa.schema([*SCHEMA, ("id", pa.int64()), (FAULT, pa.string()), *PLACES.items()])
+_ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 
 

@@ -18,14 +18,14 @@ from utils.vocabulary import CATEGORIES, GENERAL, RATING
 
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
-_FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string")
+_FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
 
 
 class Sidecar(NamedTuple):
     """The metadata of an image; None for unknown fields.
 
-    caption: several captions are on a line each. sidecar_fault: a line `FIELD: REASON` for each field that cannot be
-    read; the field `file` means all of them.
+    caption: several captions are on a line each. unknown_tags: see data/tags/tag_index.py. sidecar_fault: a line
+    `FIELD: REASON` for each field that cannot be read; the field `file` means all of them.
     """
 
     tags: tuple[str, ...] | None = None
@@ -33,6 +33,7 @@ class Sidecar(NamedTuple):
     caption: str | None = None
     id: int | None = None
     label: str | None = None
+    unknown_tags: tuple[str, ...] | None = None
     sidecar_fault: str | None = None
 
     def updated(self, newer: "Sidecar | None") -> "Sidecar":
@@ -119,10 +120,10 @@ def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
 def _words(field: str, value: Any) -> list[str]:
     """Return the tags of a list or a text.
 
-    Texts of boorus separate tags by spaces. A `tags` text with a comma, as written by hand, is split at commas.
+    Texts of boorus separate tags by spaces. A text with a comma, as written by hand, is split at commas.
     """
     if isinstance(value, str):
-        return split_tags(value) if field == "tags" and "," in value else value.split()
+        return split_tags(value) if field in ("tags", "unknown_tags") and "," in value else value.split()
     if not isinstance(value, list) or not all(isinstance(word, str) for word in value):
         raise ValueError(f"the tags {reprlib.repr(value)}; write a list of texts, or one text")
     return value
@@ -149,6 +150,7 @@ def _read_caption(record: dict[str, Any]) -> str | None:
 
 
 _READERS = {"tags": _read_tags, "caption": _read_caption}
+_READERS["unknown_tags"] = lambda record: _unique(_words("unknown_tags", record.get("unknown_tags") or [])) or None
 _READERS |= {name: functools.partial(_read_value, name, largest) for name, largest in (("rating", 3), ("label", 2**63))}
 FIELDS = tuple(_READERS)
 

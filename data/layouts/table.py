@@ -33,7 +33,9 @@ MEASURED = {
 }
 # The byte range of a packed row: a file of the collection, and bytes. Not in the fingerprint either.
 PLACES = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}
-TYPES = {**dict(zip(SCHEMA.names, SCHEMA.types)), **MEASURED, **PLACES}  # all columns with a meaning
+TAG_LISTS = ("tags", "unknown_tags")
+TYPES = dict(zip(SCHEMA.names, SCHEMA.types))
+TYPES |= {**dict.fromkeys(TAG_LISTS, TYPES["tags"]), **MEASURED, **PLACES}  # all columns with a meaning
 _LARGE = {pa.string(): pa.large_string(), TYPES["tags"]: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names in a message

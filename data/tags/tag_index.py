@@ -1,7 +1,10 @@
 """The tags of a collection as output numbers of a vocabulary, computed once and memory-mapped by every process.
 
 index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags"))
-index.of_row(0), index.rating_known[0], index.tagged[rows]
+index.of_row(0), index.unknown_of(0), index.tagged[rows]
+
+A label is positive, negative or unknown. All are known, but ratings of an image without one, and what the image's
+`unknown_tags` say: `hat`, the tags of a category (`character:*`) or all (`*`), but not `-hat` or `-general:*`.
 """
 
 from collections import Counter
@@ -16,7 +19,8 @@ import pyarrow.compute as pc
 import torch
 
 from data.collection.collection import Collection
-from data.layouts.spelling import Tag
+from data.layouts.spelling import Tag, parse_tag
+from data.layouts.table import TAG_LISTS
 from data.tags.rules import TagRules
 from utils.errors import UserError, about
 from utils.io.files import write_atomically
@@ -27,8 +31,8 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 
-_ARRAYS = ("ids", "offsets", "rating_known", "tagged")
-_VERSION = 5  # increment it when texts become other tags: every index is rebuilt
+_ARRAYS = ("ids", "offsets", "tagged", "unknown", "set_ids", "set_offsets")
+_VERSION = 6  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
 
@@ -59,11 +63,14 @@ class TagRows:
 class TagIndex(TagRows):
     """The output numbers of each row, ascending.
 
-    rating_known: bool [rows], whether a row has a rating. tagged: bool [rows], whether it has any other tag.
+    tagged: bool [rows], whether a row has a tag other than a rating. unknown: int32 [rows], the number of its set of
+    unknown outputs. set_ids, set_offsets: these sets, ragged.
     """
 
-    rating_known: np.ndarray
     tagged: np.ndarray
+    unknown: np.ndarray
+    set_ids: np.ndarray
+    set_offsets: np.ndarray
 
     @classmethod
     def open(cls, file: Path) -> "TagIndex":
@@ -72,30 +79,55 @@ class TagIndex(TagRows):
             tensors = read_tensors(file)
         return cls(*(tensors[name].numpy() for name in _ARRAYS))
 
-    def describe(self) -> str:
+    def unknown_of(self, row: int) -> np.ndarray:
+        """Return the outputs with an unknown label in a row, int32 [n]. Those that the row has too are known."""
+        start, end = self.set_offsets[self.unknown[row] :][:2]
+        return self.set_ids[start:end]
+
+    def count_known(self, rows: np.ndarray, width: int) -> np.ndarray:
+        """Count the images of `rows`, each once, that have a known label of each output, int64 [width]."""
+        chosen, sizes = np.zeros(len(self.unknown), bool), np.diff(self.set_offsets)
+        chosen[rows] = True
+        owners = self.owners()
+        ids, owners = self.ids[chosen[owners]], owners[chosen[owners]]
+        members = np.repeat(np.arange(len(sizes)), sizes) * width + self.set_ids
+        had = ids[np.isin(self.unknown[owners].astype(np.int64) * width + ids, members)]
+        used = np.bincount(self.unknown[rows], minlength=len(sizes))
+        absent = np.bincount(self.set_ids, np.repeat(used, sizes), width).astype(np.int64)
+        return len(rows) - absent + np.bincount(had, minlength=width)
+
+    def describe(self, vocabulary: Vocabulary) -> str:
         """Describe in one line how many images have tags."""
-        rows, tagged, rated = len(self.tagged), self.tagged.sum(), self.rating_known.sum()
-        return f"{tagged:,} of {rows:,} images have a tag of the vocabulary, {rated:,} a known rating"
+        is_rating = np.asarray(vocabulary.categories) == RATING
+        rows, tagged, rated = len(self.tagged), self.tagged.sum(), is_rating[self.ids].sum()
+        line = f"{tagged:,} of {rows:,} images have a tag of the vocabulary, {rated:,} a known rating"
+        unknown = (rows - self.count_known(np.arange(rows), len(vocabulary)))[~is_rating].sum()
+        return line + (f"; {unknown:,} labels of tags are unknown" if unknown else "")
 
 
 class NoKnownTag(UserError):
     """No image has a tag of the vocabulary."""
 
 
-def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path) -> TagIndex:
+def index_tags(
+    collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path, only_used: bool = False
+) -> TagIndex:
     """Return the tags of a collection as outputs of a vocabulary; rank 0 computes them if `cache` lacks them.
+
+    only_used: see `map_tags`.
 
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
     """
 
-    collection.refuse_faults("tags", "rating")
+    collection.refuse_faults(*TAG_LISTS, "rating")
 
     def make() -> Path:
-        file = cache / f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}.safetensors"
+        name = f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}{'-used' * only_used}.safetensors"
+        file = cache / name
         with suppress(UserError, KeyError):  # missing or damaged
             TagIndex.open(file)
             return file
-        index = map_tags(collection.table, vocabulary, rules)
+        index = map_tags(collection.table, vocabulary, rules, only_used)
         if not index.tagged.any():
             names = [name for category, name in vocabulary.columns if category != RATING]
             raise NoKnownTag(
@@ -110,25 +142,32 @@ def index_tags(collection: Collection, vocabulary: Vocabulary, rules: TagRules, 
     return TagIndex.open(distributed.rank_zero_call(make))
 
 
-def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules) -> TagIndex:
-    """Map the columns `tags` and `rating` of a collection's table to outputs.
+def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used: bool = False) -> TagIndex:
+    """Map the columns `tags`, `rating` and `unknown_tags` of a collection's table to outputs.
 
-    The rating of a row is its `rating`, else its rating tag if it has exactly one, else unknown. Logs unknown tags.
+    The rating of a row is its `rating`, else its rating tag if it has exactly one, else unknown. only_used: tags that
+    no row has are unknown in all. Logs texts that are not in the vocabulary.
     Raises UserError (`<key>rating_s`) if images are rated `s` or `safe` and the rules do not define it.
     """
     mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
-    batches = table.select(["tags", "rating"]).to_batches(_CHUNK_ROWS)
-    parts = [(nothing,) * 4, *map(mapper.map_rows, batches)]
-    ids, lengths, known, tagged = map(np.concatenate, zip(*parts))
-    if mapper.unknown:
-        texts = ", ".join(repr(text) for text, _ in mapper.unknown.most_common(_SHOWN))
-        log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.unknown.total():,}", texts)
-    offsets = np.concatenate([[0], np.cumsum(lengths)])
-    return TagIndex(ids.astype(np.int32), offsets, known.astype(bool), tagged.astype(bool))
+    names = [name for name in (*TAG_LISTS, "rating") if name in table.column_names]
+    parts = [(nothing,) * 4, *map(mapper.map_rows, table.select(names).to_batches(_CHUNK_ROWS))]
+    ids, lengths, unknown, tagged = map(np.concatenate, zip(*parts))
+    if mapper.foreign:
+        texts = ", ".join(repr(text) for text, _ in mapper.foreign.most_common(_SHOWN))
+        log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.foreign.total():,}", texts)
+    never = np.flatnonzero(np.bincount(ids, minlength=len(vocabulary)) == 0) if only_used else nothing
+    sets = [np.union1d(members, never) for members in mapper.sets]
+    offsets, set_offsets = (np.cumsum([0, *sizes]) for sizes in (lengths, map(len, sets)))
+    set_ids = np.concatenate([nothing, *sets]).astype(np.int32)
+    return TagIndex(ids.astype(np.int32), offsets, tagged.astype(bool), unknown.astype(np.int32), set_ids, set_offsets)
 
 
 class _Mapper:
-    """Map rows to outputs of a vocabulary, each distinct text once, and count unknown texts."""
+    """Map rows to outputs of a vocabulary, each distinct text once, and count texts that it lacks.
+
+    sets: the distinct sets of unknown outputs, ascending.
+    """
 
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
         self._columns, self._rules = vocabulary.columns, rules
@@ -136,20 +175,23 @@ class _Mapper:
         # The category of a name: general if it has one, else the category of its first output.
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
-        self._is_rating = np.asarray(vocabulary.categories) == RATING
+        self._category = np.asarray(vocabulary.categories)
+        self._is_rating = self._category == RATING
         self._outputs_of = cache(lambda text: [n for tag in rules.read(text) if (n := self._find(tag)) >= 0])
-        self.unknown: Counter[str] = Counter()
+        self._number_of = cache(self._add_set)
+        self.foreign: Counter[str] = Counter()
+        self.sets: list[np.ndarray] = []
 
     def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-        """Return ids [n], and for each row the number of ids, whether its rating is known, and whether it is tagged."""
-        tags, ratings = batch.columns
+        """Return ids [n], and for each row the number of ids, the number of its set, and whether it is tagged."""
+        tags, ratings = batch["tags"], batch["rating"]
         width, count = len(self._is_rating), len(batch)
         texts = tags.flatten().dictionary_encode()
         outputs_of_text = list(map(self._outputs_of, texts.dictionary.to_pylist()))
         uses = np.bincount(texts.indices.to_numpy(), minlength=len(outputs_of_text)).tolist()
         for text, outputs, used in zip(texts.dictionary.to_pylist(), outputs_of_text, uses):
             if not outputs and text.strip():
-                self.unknown[text] += used
+                self.foreign[text] += used
         outputs = pa.array(outputs_of_text, pa.list_(pa.int64())).take(texts.indices)
         rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
         pairs = np.unique(rows * width + outputs.flatten().to_numpy())
@@ -166,7 +208,23 @@ class _Mapper:
         rows, ids = np.divmod(np.sort(pairs), width)
         rated = np.bincount(rows, self._is_rating[ids], count)
         lengths = np.bincount(rows, minlength=count)
-        return ids, lengths, rated > 0, lengths > rated
+        texts = [None] * count if "unknown_tags" not in batch.schema.names else batch["unknown_tags"].to_pylist()
+        sets = [self._number_of(tuple(row or ()), is_rated) for row, is_rated in zip(texts, (rated > 0).tolist())]
+        return ids, lengths, np.array(sets, np.int64), lengths > rated
+
+    def _add_set(self, texts: tuple[str, ...], is_rated: bool) -> int:
+        """Return the number of a new set: what the texts, and an unknown rating, leave unknown."""
+        unknown = np.zeros(len(self._is_rating), bool)
+        for text in sorted(texts, key=lambda text: text.startswith("-")):  # -hat after *
+            tag = self._rules.resolve(parse_tag(text.removeprefix("-")))
+            outputs = np.arange(len(unknown)) == self._find(tag)
+            if tag.name == "*":
+                outputs = (self._category == tag.category) | (tag.category is None)
+            unknown[outputs] = not text.startswith("-")
+            self.foreign.update([text] if not outputs.any() else [])
+        unknown[self._is_rating] = not is_rated
+        self.sets.append(np.flatnonzero(unknown))
+        return len(self.sets) - 1
 
     def _find(self, tag: Tag) -> int:
         """Return the output of a tag, or -1. A tag without a category gets the category of its name."""

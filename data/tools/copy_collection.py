@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from PIL import Image
@@ -16,6 +17,7 @@ from pydantic import Field
 
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
+from data.images.pixels import convert
 from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
@@ -65,6 +67,9 @@ class Shrink(NamedTuple):
                 options["pnginfo"].add_text(key, text)
         else:
             options["quality"] = self.quality
+        if image.mode.startswith("I") and "transparency" in image.info:  # 16 bits; Pillow has none with alpha
+            grey, clear = convert(image, 1, None), np.asarray(image) == image.info["transparency"]
+            image = Image.fromarray(np.dstack([grey, np.where(clear, 0, 255).astype(np.uint8)]))
         is_wide = image.mode.startswith("I")  # grey of 16 bits
         mode = "RGBA" if "transparency" in image.info else "I" if is_wide else _SMOOTH.get(image.mode, image.mode)
         if mode != image.mode:  # otherwise a JPEG would be decoded at full size

@@ -6,6 +6,7 @@ the user's: it writes a changed copy into the folder for reports.
 
 import itertools
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -39,6 +40,7 @@ from data.tools.tool import Tool, list_files, save_report
 from utils.config.bounds import Count, Factor, Side
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.journal import open_journal
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
 
@@ -69,18 +71,17 @@ class Finder(Tool):
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
         file = find_manifest(root)
         is_ours = file is None or scanned_at(file) is not None
-        table = read_own_manifest(root) if is_ours else read_table(file, Unused())
-        table, count = exclude(table, self.name, reasons)
-        for name, values in changes.items():
-            before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-            now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
-            table = replace_column(table, name, pa.array(now, TYPES[name]))
-        if is_ours:
-            save_manifest(root, table)
-            return f"{count:,} images excluded ({listing})"
-        save_manifest(Path(self.report), table)
-        copy = Path(self.report) / PARQUET
-        return f"{count:,} images excluded ({listing}) in {copy}; to use it, put it in the place of your {file.name}"
+        folder = root if is_ours else Path(self.report)
+        with open_journal("data.root", folder / PARQUET):
+            table = read_own_manifest(root) if is_ours else read_table(file, Unused())
+            table, count = exclude(table, self.name, reasons)
+            for name, values in changes.items():
+                before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
+                now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
+                table = replace_column(table, name, pa.array(now, TYPES[name]))
+            save_manifest(folder, table)
+        copied = f" in {folder / PARQUET}; to use it, put it in the place of your {file.name}" if not is_ours else ""
+        return f"{count:,} images excluded ({listing}){copied}"
 
 
 def read_own_manifest(root: Path) -> pa.Table:
@@ -268,14 +269,15 @@ class Split(Tool):
     def run(self, data: DataConfig) -> str:
         """Split. Raises UserError (`data.root`)."""
         root = check_root(data.root)
-        table = read_own_manifest(root)
-        can_change = pc.not_equal(table["split"], "test")
-        ours = table.filter(can_change)
-        ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
-        splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
-        line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
-        if not self.apply:
-            return f"{line}; set job.apply=true to write it into the manifest"
-        whole = pc.replace_with_mask(table["split"].combine_chunks(), can_change.combine_chunks(), splits)
-        save_manifest(root, replace_column(table, "split", whole))
-        return line
+        with open_journal("data.root", root / PARQUET) if self.apply else nullcontext():
+            table = read_own_manifest(root)
+            can_change = pc.not_equal(table["split"], "test")
+            ours = table.filter(can_change)
+            ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
+            splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
+            line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
+            if not self.apply:
+                return f"{line}; set job.apply=true to write it into the manifest"
+            whole = pc.replace_with_mask(table["split"].combine_chunks(), can_change.combine_chunks(), splits)
+            save_manifest(root, replace_column(table, "split", whole))
+            return line

@@ -30,6 +30,7 @@ from data.images.pixels import upright_size
 from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import save_manifest
 from data.layouts.recognise import PLAN
+from data.layouts.records import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
 from data.stream.source import UnreadableImage
@@ -62,7 +63,7 @@ class Pack(Tool):
     def run(self, data: DataConfig) -> str:
         """Pack. Raises UserError as `pack` does."""
         collection = load_collection(data)
-        collection.refuse_faults("tags", "rating", "caption")
+        collection.refuse_faults(*FIELDS)
         table = self.pack(collection)
         log.info("%d images of weight 0 are skipped", len(collection) - len(table))
         return f"{len(table)} images in {pc.count_distinct(table['shard'])} shards"

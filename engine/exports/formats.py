@@ -246,7 +246,8 @@ def _describe(weights: Weights, folder: Path, file: str, config: ExportConfig) -
         log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
     thresholds = _thresholds(weights, config) if weights.model.output.has_tags else None
     profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
-    write_card(folder, config.format, file, weights.metadata, figures, profiles)
+    images = "other images than the run's" if measured.get("data") else "the validation images"
+    write_card(folder, config.format, file, weights.metadata, {images: figures} if figures else {}, profiles)
 
 
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:

@@ -109,6 +109,7 @@ def open_weights(path: Path, use: Use = "export", base: str | None = None) -> We
     task.load_helpers(use)
     task.load_state_dict(join_exported(task, tensors, {}), strict=False)
     task.eval()
+    task.origin = origin if isinstance(origin := metadata.get("origin"), dict) else None
     metadata |= {"output": kind.output}
     model = whole = None
     if kind.output is not None:

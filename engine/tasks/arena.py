@@ -14,7 +14,6 @@ import torch
 from data.config import DataConfig, TagRulesConfig
 from data.layouts.spelling import parse_tag
 from data.open import Data, load_collection, open_images
-from data.stream.batch import multi_hot
 from data.tags.rules import read_rules
 from data.tags.tag_index import index_tags
 from engine.measures.drawings import draw_pr_curves
@@ -22,7 +21,7 @@ from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.runtime import Runtime
 from engine.task import Report
-from engine.tasks.tagging import CACHE, tag_fields
+from engine.tasks.tagging import CACHE, read_targets, tag_fields
 from models.predictor import Predictor
 from utils.config.bounds import Count
 from utils.errors import UserError
@@ -57,7 +56,7 @@ class Arena:
         self._shared = share_tags(self._outputs)
         self._collection = load_collection(data)
         self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
-        log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe())
+        log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe(self._shared))
 
     def measure(self) -> Report:
         """Measure all models. The result does not depend on the number of ranks.
@@ -91,7 +90,6 @@ class Arena:
         source = open_images(self._collection, self._data, preprocessing)
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
         loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), preprocessing)
-        is_rating = torch.tensor(shared.categories, device=self._runtime.device) == RATING
         histograms = TagHistograms(len(shared))
         for batch in track(loader, len(loader), f"measuring {name}"):
             probs = predictor.predict(batch["images"])[:, outputs]
@@ -100,8 +98,7 @@ class Arena:
                     f"models: {name} outputs {probs.min():.3g} to {probs.max():.3g}, not probabilities; name a file "
                     "whose graph includes the sigmoid, like the WD form"
                 )
-            targets = multi_hot(batch["tags"], batch["tags_offsets"], len(shared))
-            targets.masked_fill_(~batch["rating_known"][:, None] & is_rating, torch.nan)
+            targets = read_targets(batch, len(shared))
             logits = torch.from_numpy(probs).float().clamp(0, 1).to(targets.device).logit()
             histograms.add(logits, targets, batch["weight"] > 0)
         counts = histograms.reduce()
@@ -114,7 +111,7 @@ class Arena:
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])
         vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
-        images = counts.histograms.sum((1, 2)).max()  # every image counts for a tag that is no rating
+        images = counts.histograms.sum((1, 2)).max()  # an unknown label does not count
         return TagScores(chosen, vocabulary), int(images)
 
 

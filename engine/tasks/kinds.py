@@ -3,7 +3,7 @@
 | name | script | rows | fields | output |
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
-| tagging | finetune.py, train.py | images with tags | tags, rating_known, flip | tags |
+| tagging | finetune.py, train.py | images with tags | tags, unknown_tags, flip | tags |
 | distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags, tags_shown | none |

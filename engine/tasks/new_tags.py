@@ -48,6 +48,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     features, head = torch.stack(list(found.values())).double(), find_head(task.network)
     targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
     for number, row in enumerate(rows.tolist()):
+        targets[number, index.unknown_of(row)] = torch.nan
         targets[number, index.of_row(row)] = 1.0
     (mean, scale), held_out = standardise(features), torch.from_numpy(groups % _FOLDS == 0)
     features = (features - mean) / scale
@@ -78,26 +79,33 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
 
 
 def _fit(features: Tensor, targets: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Return weight [T, C] and bias [T] for features [N, C] and targets [N, T]; held_out: bool [N]."""
+    """Return weight [T, C] and bias [T] for features [N, C] and targets [N, T], NaN if unknown; held_out: bool [N]."""
     losses = []
     for penalty in PENALTIES:
         weight, bias = _solve(features[~held_out], targets[~held_out], torch.full(targets.shape[1:], penalty).double())
         scores = features[held_out] @ weight.T + bias
-        losses.append(F.binary_cross_entropy_with_logits(scores, targets[held_out], reduction="none").mean(dim=0))
+        losses.append(_mean_losses(scores, targets[held_out]))
     return _solve(features, targets, torch.tensor(PENALTIES).double()[torch.stack(losses).argmin(dim=0)])
+
+
+def _mean_losses(logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of each tag [T] over the images [N] with a known label."""
+    known = ~targets.isnan()
+    losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num(), reduction="none")
+    return losses.where(known, 0.0).sum(dim=0) / known.sum(dim=0).clamp(min=1)
 
 
 @torch.enable_grad()
 def _solve(features: Tensor, targets: Tensor, penalty: Tensor) -> tuple[Tensor, Tensor]:
     """Minimise the mean cross-entropy plus half the squared weights times `penalty` [T], for each tag."""
     weight = torch.zeros(targets.shape[1], features.shape[1], dtype=torch.float64, requires_grad=True)
-    bias = targets.mean(dim=0).logit(eps=1e-6).requires_grad_()
+    bias = targets.nanmean(dim=0).nan_to_num().logit(eps=1e-6).requires_grad_()
     solver = torch.optim.LBFGS([weight, bias], max_iter=_STEPS, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         solver.zero_grad()
-        losses = F.binary_cross_entropy_with_logits(features @ weight.T + bias, targets, reduction="none")
-        loss = losses.mean(dim=0).sum() + (penalty * weight.square().sum(dim=1)).sum() / 2
+        losses = _mean_losses(features @ weight.T + bias, targets)
+        loss = losses.sum() + (penalty * weight.square().sum(dim=1)).sum() / 2
         loss.backward()
         return loss
 

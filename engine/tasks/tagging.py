@@ -15,6 +15,7 @@ from torch.nn import functional as F
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import AugmentConfig, TagRulesConfig, VocabularyConfig
+from data.layouts.table import TAG_LISTS
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import Example, Fields
@@ -43,7 +44,7 @@ from utils.errors import UserError, about
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable
+from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable, find_thresholds
 from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
 
 log = get_logger(__name__)
@@ -155,7 +156,7 @@ class TaggingTask(ImageTask):
         super().__init__(setup, outputs=len(setup.facts["tag_names"]))
         config, facts = setup.task, setup.facts
         self.vocabulary = vocabulary_of(facts)
-        self.loss, self.label_smoothing = config.loss, config.label_smoothing
+        self.loss, self.label_smoothing, self.append_to = config.loss, config.label_smoothing, config.append_to
         self.mixing = Mixing(config)
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
         # Facts for training only; weight files do not have them.
@@ -165,20 +166,12 @@ class TaggingTask(ImageTask):
         if priors is not None:
             for head in output_layers(self.network, "model.name", "choose another network").values():
                 head.bias.data.copy_(prior_bias(self._priors))
-        is_rating = torch.tensor(self.vocabulary.categories) == RATING
-        self.register_buffer("is_rating", is_rating, persistent=False)
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the network of a run or file. The head of one of our taggers is matched by the tags' names."""
         super().initialise(source)
         if source is not None:
             continue_head(self.network, source, self.vocabulary, self._priors)
-
-    @torch.compiler.disable  # the number of tags changes with each batch
-    def targets(self, batch: Batch) -> Tensor:
-        """Return the targets float32 [B, T]: 1 with the tag, 0 without; ratings are NaN if none is known."""
-        targets = multi_hot(batch["tags"], batch["tags_offsets"], len(self.vocabulary))
-        return targets.masked_fill(~batch["rating_known"][:, None] & self.is_rating, torch.nan)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
@@ -188,7 +181,7 @@ class TaggingTask(ImageTask):
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
-        images, targets = batch["images"], self.targets(batch)
+        images, targets = batch["images"], read_targets(batch, len(self.vocabulary))
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
@@ -253,7 +246,8 @@ class TaggingTask(ImageTask):
     def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:
         """Fit thresholds on one half of the samples, and measure them on the other.
 
-        leads: `Collection.leads`, so that near-duplicates are in one half.
+        leads: `Collection.leads`, so that near-duplicates are in one half. With `append_to`, tags that the samples do
+        not label keep the thresholds that they had.
         """
         leads = torch.from_numpy(leads)
         fit_counts, test_counts = (TagHistograms(len(self.vocabulary)) for _ in range(2))
@@ -267,12 +261,26 @@ class TaggingTask(ImageTask):
             raise UserError(
                 "calibrate: the images are too few: one half of them has no tag; name more images (data.root)"
             )
-        return calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
+        table = calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
+        labels = sum(counts.histograms.sum((1, 2)) for counts in halves).tolist()
+        unlabelled = {key for key, count in zip(self.vocabulary.columns, labels) if not count}
+        if not self.append_to or not unlabelled:
+            return table
+        origin = self.origin or {}
+        earlier = find_thresholds(None, Path(str(origin.get("source"))), origin.get("weights_hash"))
+        return table.keep(unlabelled, earlier)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and which samples are valid [B]."""
         images, targets = self.views(batch)
         return self.network(images).float(), targets, batch["weight"] > 0
+
+
+@torch.compiler.disable  # the number of tags changes with each batch
+def read_targets(batch: Batch, width: int) -> Tensor:
+    """Return the targets float32 [B, T]: 1 with the tag, 0 without, NaN if unknown."""
+    targets, unknown = (multi_hot(batch[name], batch[f"{name}_offsets"], width) for name in TAG_LISTS)
+    return targets.masked_fill(unknown > targets, torch.nan)
 
 
 def prior_bias(priors: Tensor) -> Tensor:
@@ -310,16 +318,17 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
-    return index_tags(collection, vocabulary_of(setup.facts), read_rules(setup.task, "task."), CACHE)
+    rules, only_used = read_rules(setup.task, "task."), setup.task.append_to is not None
+    return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, only_used)
 
 
 def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
-    """Return a function that adds a sample's tags, whether its rating is known, and `flip` for `Mirror`."""
+    """Return a function that adds a sample's tags, its unknown ones, and `flip` for `Mirror`."""
 
     def add(example: Example) -> Sample:
         row = example.draw.index
-        tags = Ragged(torch.from_numpy(index.of_row(row).astype(np.int64)))
-        fields = {"tags": tags, "rating_known": bool(index.rating_known[row])}
+        outputs = dict(zip(TAG_LISTS, (index.of_row(row), index.unknown_of(row))))
+        fields = {name: Ragged(torch.from_numpy(ids.astype(np.int64))) for name, ids in outputs.items()}
         return fields if flip is None else {**fields, "flip": int(flip[row])}
 
     return add
@@ -339,11 +348,9 @@ def read_flips(collection: Collection) -> np.ndarray | None:
 
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
-    """Return how frequent each tag is in some rows; for ratings, among the rows with a known rating."""
-    rows = rows[index.tagged[rows]]
-    is_rating = np.asarray(vocabulary.categories) == RATING
-    images = np.where(is_rating, index.rating_known[rows].sum(), len(rows))
-    return (index.count(rows, len(vocabulary)) / np.maximum(images, 1)).tolist()
+    """Return how frequent each tag is among the rows that have a tag and a known label of it."""
+    rows, width = rows[index.tagged[rows]], len(vocabulary)
+    return (index.count(rows, width) / np.maximum(index.count_known(rows, width), 1)).tolist()
 
 
 def append_tags(known: Vocabulary, found: Vocabulary) -> Vocabulary:
@@ -389,7 +396,7 @@ class TaggingKind(Kind):
             vocabulary = append_tags(known, vocabulary)
         facts = vocabulary.facts() | ({} if known is None else {"known_tags": len(known)})
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
-        log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe())
+        log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
         facts["tag_priors"] = measure_priors(index, rows, vocabulary)
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")

@@ -46,12 +46,12 @@ def write_card(
     form: str,
     file: str,
     metadata: Mapping[str, Any],
-    figures: Mapping[str, Any] = {},
+    figures: Mapping[str, Mapping[str, Any]] = {},
     table: Sequence[Mapping[str, Any]] = (),
 ) -> None:
     """Write README.md, with front matter for the hub. file: the exported file, in format `form`.
 
-    figures: of an evaluation. table: the thresholds.
+    figures: of an evaluation, by the name of its images. table: the thresholds.
     """
     licence, origin = licence_of(metadata), _origin_of(metadata)
     steps = [f"- {code_span(name)}: {code_span(value)}" for name, value in metadata["preprocessing"].items()]
@@ -63,11 +63,11 @@ def write_card(
     if snippets.takes_bgr(form, metadata):
         lines += ["It takes BGR: pad the image to a white square, apply timm's transform, then reverse the channels, "
                   "like neggles/wdv3-timm.", ""]  # fmt: skip
-    if figures:
-        shown = [f"- {name}: {show_cell(value)}" for name, value in figures.items()]
-        lines += ["Measured on the validation images:", "", *shown, ""]
+    for images, numbers in figures.items():
+        shown = [f"- {name}: {show_cell(value)}" for name, value in numbers.items()]
+        lines += [f"Measured on {images}:", "", *shown, ""]
     if table:
-        fitted = "Thresholds, fitted to one half of the validation images and measured on the other:"
+        fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
         lines += [fitted, "", "```", show_rows(table), "```", ""]
     if form in snippets.FORMATS:
         lines += ["```python", snippets.snippet(form, metadata, file).rstrip(), "```", ""]

@@ -45,6 +45,7 @@ def initialise_from(
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert(network, tensors)
         origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
+        origin |= {"weights_hash": metadata["weights_hash"]} if "weights_hash" in metadata else {}
         known = read_class_names(path, metadata)
     fit = fit_state(network, state, keep_head=keep_head)
     if keep_head and class_names is not None:

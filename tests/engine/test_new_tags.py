@@ -1,5 +1,7 @@
 """`task.append_to`: tags that a tagger lacks, fitted to its frozen features; what it had stays to the bit."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
@@ -10,7 +12,9 @@ from engine.exports.weights import load_predictor
 from engine.tasks.new_tags import _fit, _solve
 from models.image_model import ImageModel
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.support import make_collection
 from utils.io.weights import read_weights
+from utils.thresholds import find_thresholds
 from utils.vocabulary import read_vocabulary
 
 DATA = ["task=tagging", "task.min_count=1", "data=image_folder", "data.root=images"]
@@ -27,6 +31,10 @@ def test_a_solution_is_that_of_scikit_learn_and_the_penalty_is_chosen_for_each_t
     for tag, penalty in enumerate((0.01, 0.1)):
         wanted = LogisticRegression(C=1 / penalty / 200, tol=1e-10).fit(features.numpy(), targets[:, tag].numpy())
         np.testing.assert_allclose([*found[tag], bias[tag]], [*wanted.coef_[0], wanted.intercept_[0]], atol=1e-4)
+    unknown = torch.arange(200) % 3 == 0
+    masked, penalty = targets.masked_fill(unknown[:, None], torch.nan), torch.tensor([0.01, 0.1]).double()
+    for found, wanted in zip(_solve(features, masked, penalty), _solve(features[~unknown], targets[~unknown], penalty)):
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
     found, _ = _fit(features, targets, torch.arange(200) % 5 == 0)
     assert found[0, :2].min() > 1 and found[1].abs().max() < 0.1
 
@@ -71,6 +79,33 @@ def test_new_tags_are_learned_and_features_are_computed_once(place, monkeypatch)
     run("finetune", [*APPEND, "run_dir=again"], place)
     one, other = (read_weights(place / name / "weights/best_weights.safetensors")[0] for name in ("more", "again"))
     assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_old_tags_that_the_collection_does_not_label_are_unknown_and_keep_their_thresholds(place):
+    folder = make_collection(place / "others", per_class=1, classes="AB", validation=12)
+
+    def calibrate(name, words):
+        for number, file in enumerate(sorted(folder.rglob("*.png"))):
+            Image.new("RGB", (32, 32), (number + 150 * (file.parent.name == "B"),) * 3).save(file)
+            file.with_suffix(".txt").write_text(words[file.parent.name])
+        data = ["data=image_folder", "data.root=others", "calibrate=true"]
+        run("evaluate", [f"run_dir={name}", *data], place)
+        weights = place / name / "weights/best_weights.safetensors"
+        table = find_thresholds(None, weights, read_weights(weights)[1]["weights_hash"])
+        return {(row.profile, row.name): row for row in table.rows}, json.loads(
+            (place / name / "metrics.json").read_text()
+        )
+
+    old, _ = calibrate("run", {"A": "square", "B": "disc, round"})
+    new, figures = calibrate("more", {"A": "sharp", "B": "character:bob"})
+    kept = [*(("per_tag", name) for name in ("disc", "round", "square")), ("balanced", "general"), ("balanced", "all")]
+    assert [new[key].threshold for key in kept] == [old[key].threshold for key in kept]
+    assert all(new["per_tag", name].support > 0 and new["per_tag", name].note is None for name in ("sharp", "bob"))
+    assert new["per_tag", "disc"].note and figures["mAP"] == figures["macro_best_f1"] == 1
+    assert figures["data"] == "others"
+    (place / "run/weights/best_thresholds.csv").unlink()
+    new, _ = calibrate("more", {"A": "sharp", "B": "character:bob"})
+    assert {new[key].threshold for key in kept} == {0.35}
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 """The tagger: its loss, mirror, head and facts on a batch, and whole runs on a folder of images with sidecars."""
 
 import json
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from torch.nn import functional as F
 
+from data.layouts.table import build_table
+from data.tags.rules import TagRules
+from data.tags.tag_index import map_tags
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, TagLossConfig, measure_priors, prior_bias
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, TagLossConfig, measure_priors, prior_bias, read_targets
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
 from tests.support import rows
@@ -45,7 +47,9 @@ def make_tags(tags=TAGS):
     """A batch; an image without a rating has an unknown one."""
     batch = make_batch(len(tags)) | {"tags": torch.tensor(sum(tags, []))}
     batch["tags_offsets"] = torch.tensor([0, *np.cumsum([len(own) for own in tags])])
-    return batch | {"rating_known": torch.tensor([own[0] < 4 for own in tags])}
+    unknown = [[] if own[0] < 4 else [0, 1, 2, 3] for own in tags]
+    batch["unknown_tags_offsets"] = torch.tensor([0, *np.cumsum([len(own) for own in unknown])])
+    return batch | {"unknown_tags": torch.tensor(sum(unknown, []), dtype=torch.int64)}
 
 
 # --- a batch
@@ -64,7 +68,7 @@ def test_the_head_begins_with_the_frequencies():
 
 def test_the_loss_is_a_sum_over_tags_with_smoothing():
     task, logits = make(facts=VOCABULARY.facts(), label_smoothing=0.1), torch.randn(8, 8)
-    targets = task.targets(make_tags())
+    targets = read_targets(make_tags(), 8)
     losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num() * 0.9 + 0.05, reduction="none")
     expected = losses.where(~targets.isnan(), 0.0).sum(1)
     torch.testing.assert_close(task.label_losses(logits, targets, 0.0), expected)
@@ -72,7 +76,7 @@ def test_the_loss_is_a_sum_over_tags_with_smoothing():
 
 def test_an_unknown_rating_masks_its_four_columns_alone():
     task, batch = make(facts=VOCABULARY.facts()), make_tags([[4], [5, 6]])
-    targets = task.targets(batch)
+    targets = read_targets(batch, 8)
     assert targets[:, :4].isnan().all() and targets[:, 4:].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
     task(batch, 0.0).loss.sum().backward()
     rows = task.network.head.weight.grad.abs().sum(1)
@@ -104,7 +108,7 @@ def test_images_and_tags_are_mirrored_together_and_in_training_alone():
     told = task.views(batch | {"flip": torch.tensor([1, -1, 0] * 20, dtype=torch.int8)})[0]
     assert torch.equal(told[::3], plain[::3].flip(-1)) and torch.equal(told[1::3], plain[1::3])
     images, targets = task.eval().views(batch)
-    assert torch.equal(images, plain) and torch.equal(targets.nan_to_num(), task.targets(batch).nan_to_num())
+    assert torch.equal(images, plain) and torch.equal(targets.nan_to_num(), read_targets(batch, 8).nan_to_num())
 
 
 # --- an earlier tagger
@@ -138,11 +142,15 @@ def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their
 # --- what is read of a collection
 
 
-def test_priors_are_shares_of_the_images_that_are_known():
-    index = SimpleNamespace(tagged=np.array([1, 1, 1, 0, 1], bool), rating_known=np.array([1, 0, 1, 1, 0], bool))
-    index.count = lambda rows, width: np.array([1, 1, 0, 0, 3, 0, 0, 0])
-    found = measure_priors(index, np.array([0, 1, 2, 3]), VOCABULARY)
-    assert found == [0.5, 0.5, 0, 0, 1, 0, 0, 0]
+def test_priors_are_shares_of_the_images_whose_label_is_known():
+    tags, unknown = (
+        [["left_eye", "rating:g"], ["left_eye"], ["text"], [], ["left_eye"]],
+        [["text"], None, ["*"], None, ["*", "-left_eye"]],
+    )
+    table = build_table({"path": list("abcde"), "tags": tags, "unknown_tags": unknown})
+    index = map_tags(table, VOCABULARY, TagRules(None, {}, {}, "task."))
+    shares = dict(zip(VOCABULARY.names, measure_priors(index, np.array([0, 1, 2, 3]), VOCABULARY)))
+    assert [shares[name] for name in ("general", "explicit", "left_eye", "text")] == [1, 0, 1, 0.5]
 
 
 # --- runs

@@ -61,7 +61,14 @@ def place(tmp_path_factory):
     folder = tmp_path_factory.mktemp("tools")
     write_json(
         folder / "metrics.json",
-        {"weights": "/home/me/w", "weights_hash": "hash", "split": "val", "mAP": 0.71, "seconds": 3.0},
+        {
+            "weights": "/home/me/w",
+            "weights_hash": "hash",
+            "split": "val",
+            "data": "/home/me/b",
+            "mAP": 0.71,
+            "seconds": 3.0,
+        },
     )
     report = export("wd_repository", *make_tagger(), folder / "repo", thresholds=THRESHOLDS, run_dir=str(folder))
     assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
@@ -135,7 +142,7 @@ def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_an
     shutil.copy(place / "0.png", tmp_path / "image.png")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("---\nlibrary_name: timm\n") and "- mAP: 0.71\n" in readme and "high_recall" in readme
-    assert "/home/me" not in readme and "seconds" not in readme
+    assert "/home/me" not in readme and "seconds" not in readme and "Measured on other images than the run's:" in readme
     found = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
     assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])

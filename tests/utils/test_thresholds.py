@@ -1,6 +1,7 @@
 """Thresholds: what is written is read; those of other weights, a part of a file and no such file are refused."""
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,6 +51,18 @@ def test_a_table_is_read_as_it_was_written(path):
 def test_each_tag_has_a_threshold_of_each_profile():
     assert TABLE.of_tags(VOCABULARY, PER_TAG) == pytest.approx([0.1, 0.2, 0.3, 0.4])
     assert TABLE.of_tags(VOCABULARY, "balanced") == pytest.approx([0.35, 0.3, 0.3, 0.3 - 0.05 / 9])
+
+
+def test_tags_that_are_not_labelled_keep_their_rows_with_their_categories(path):
+    rows = [replace(row, threshold=0.9) for row in TABLE.rows]
+    rows[:9] = [replace(row, category=4 if row.category == 9 else row.category) for row in rows[:9]]
+    new, tags = ThresholdTable(TABLE.vocabulary, tuple(rows)), {(9, "general"), (0, "1girl")}
+    kept, default = ([0.1, 0.2, 0.9, 0.9], [0.35, 0.3, 0.3, 0.9]), ([0.35, 0.35, 0.9, 0.9], [0.35, 0.35, 0.35, 0.9])
+    for earlier, (per_tag, balanced) in ((TABLE, kept), (None, default)):
+        write_thresholds(path, new.keep(tags, earlier), "0123")
+        found = find_thresholds(str(path), WEIGHTS, "0123")
+        assert found.of_tags(VOCABULARY, PER_TAG) == pytest.approx(per_tag)
+        assert found.of_tags(VOCABULARY, "balanced") == pytest.approx(balanced)
 
 
 def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):

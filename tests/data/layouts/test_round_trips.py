@@ -1,5 +1,6 @@
-"""What Atelier writes is what it reads: any tags, categories and ratings, through every writer and reader."""
+"""What Atelier writes is what it reads: any tags, categories, ratings and probabilities, through all forms."""
 
+import json
 import shutil
 import tempfile
 import unicodedata
@@ -17,7 +18,7 @@ from data.tools.predictions import Images, RowFile, Sidecars, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from tests.data.collection.test_collection import load, put
 from tests.support import pack_collection, write_manifest
-from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+from utils.vocabulary import CATEGORIES, FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
 HOSTILE = ["a,b", "a\\,b", "a\\", "\\(", "(a:1)", "(:3)", "meta:x", "general:x", "rating:explicit", "general", "nan"]
 HOSTILE += ["_a", "a__b", '"', "'", "#", "a.", "a_b_c_d.", "_".join("abcdefghijklmn"), "^_^", "re:zero", "1.5", "{}"]
@@ -70,10 +71,12 @@ def test_tags_come_back_from_every_form(keys, rating, text):
         assert read(root / "in", whole, root / "cache") == wanted
 
         put(root / "lines", "a.png")
-        RowFile(root / "lines/meta_tags.jsonl", [], keep=False).write_all(
-            [predict(keys, rating, text, categories=False, rating=None)[1]]
-        )
-        assert read(root / "lines", whole, root / "cache") == wanted, (root / "lines/meta_tags.jsonl").read_text()
+        lines, plain = root / "lines/meta_tags.jsonl", predict(keys, rating, text, categories=False, rating=None)[1]
+        RowFile(lines, [], keep=False).write_all([plain])
+        assert read(root / "lines", whole, root / "cache") == wanted, lines.read_text()
+        (line,) = [json.loads(line) for line in lines.read_text("utf-8").split("\n") if line]
+        probs = {(CATEGORIES[name], tag): prob for name, tags in line["probs"].items() for tag, prob in tags.items()}
+        assert probs == dict(zip(keys, np.linspace(0.6, 0.9, len(keys)).round(6))) and line["rating_prob"] == 0.9
         put(root / "table", "a.png")
         RowFile(root / "table/manifest.csv", ["path", "rating", "tags"], keep=False).write_all([row])
         assert read(root / "table", whole, root / "cache") == wanted
@@ -81,3 +84,28 @@ def test_tags_come_back_from_every_form(keys, rating, text):
         assert read_vocabulary(root / FILE) == whole
     finally:
         shutil.rmtree(root)
+
+
+def test_unknown_tags_come_back_from_every_form(tmp_path):
+    keys = [(9, "general"), (0, "hat"), (0, "a,b"), (4, "miku")]
+    known, root = Vocabulary.of(keys), put(tmp_path / "in", "a.png", "b.png")
+
+    def check(folder):
+        found = map_tags(load(folder, tmp_path / "cache").table, known, NO_RULES)
+        unknown = sorted([keys[output][1] for output in found.unknown_of(row)] for row in range(2))
+        assert unknown == [["a,b", "miku"], ["hat"]]
+
+    for name, unknown in (("a", ["character:*", "a,b"]), ("b", "hat, none")):
+        record = {"tags": ["x"], "rating": "g", "unknown_tags": unknown}
+        (root / f"{name}.json").write_text(json.dumps(record))
+    check(root)
+    pack_collection(load(root, tmp_path / "cache"), tmp_path / "packed", 1)
+    check(tmp_path / "packed")
+    (tmp_path / "packed/manifest.parquet").unlink()
+    check(tmp_path / "packed")  # as WebDataset
+    write_manifest(root)
+    check(root)
+    put(tmp_path / "table", "a.png", "b.png")
+    rows = 'a.png,g,"character:*,a\\,b"\nb.png,g,hat\n'
+    (tmp_path / "table/manifest.csv").write_text(f"path,rating,unknown_tags\n{rows}")
+    check(tmp_path / "table")

@@ -3,6 +3,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -74,10 +75,34 @@ def test_tags_and_ratings_become_outputs(log):
     found = map_tags(of_rows(tags, ["q", None, None, "weird", "1", None]), known, NO_RULES)
     assert rows_of(found) == [[2, 4, 5], [0, 6], [], [], [1], []]
     assert found.ids.dtype == np.int32 and found.offsets.dtype == np.int64
-    assert found.rating_known.tolist() == [True, True, False, False, True, False]
+    assert [len(found.unknown_of(row)) for row in range(6)] == [0, 0, 4, 4, 0, 4]
     assert found.tagged.tolist() == [True, True, False, False, False, False]
-    assert "2 of 6 images" in found.describe() and "3 a known rating" in found.describe()
+    assert found.describe(known) == "2 of 6 images have a tag of the vocabulary, 3 a known rating"
     assert log.messages[-1].startswith("4 tags are not in the vocabulary, such as 'gone', ")
+
+
+UNKNOWN = {
+    ("Long Hair",): {"long_hair"},
+    ("kitty",): {"cat"},
+    ("character:*", "smile"): {"miku", "smile"},
+    ("-general:*", "*"): {"miku"},
+    ("-smile", "-character:miku", "*"): {"long_hair", "cat"},
+    ("-smile",): set(),
+}
+
+
+@pytest.mark.parametrize("texts, names", UNKNOWN.items())
+def test_what_is_unknown_is_stated_by_tag_by_category_or_for_all_but_some(tmp_path, texts, names):
+    known = vocabulary("smile", "long_hair", "cat", (4, "miku"))
+    table = of_rows([["smile", "gone"], ["miku"]], ["g", None])
+    table = table.append_column("unknown_tags", pa.array([list(texts), None], pa.list_(pa.string())))
+    found = map_tags(table, known, rules_of(tmp_path, "kitty,cat\n"))
+    assert {known.names[output] for output in found.unknown_of(0)} == names
+    assert found.unknown_of(1).tolist() == [0, 1, 2, 3]
+    counts = dict(zip(known.names, found.count_known(np.arange(2), len(known))))
+    assert all(counts[name] == (1 if name in names - {"smile"} else 2) for name in known.names[4:])
+    unused = map_tags(table, known, NO_RULES, only_used=True).unknown_of(1)
+    assert [known.names[output] for output in unused[4:]] == ["long_hair", "cat"]
 
 
 def test_aliases_and_implications(tmp_path):

@@ -19,6 +19,7 @@ from data.layouts.table import replace_column
 from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
+from tests.in_process import run
 from tests.support import make_collection, pack_collection, write_manifest
 from utils.errors import UserError
 
@@ -141,6 +142,13 @@ def test_a_killed_pack_goes_on_and_writes_shards_that_are_cut_again(collections,
     assert pack(files, tmp_path) == [cut.name, gone.name] and pack(files, tmp_path) == []
     assert {file.name: file.read_bytes() for file in tmp_path.glob("*.tar*")} == whole
     assert load(tmp_path, place / "cache").table.equals(collections[1].table) and not list(tmp_path.glob(".*"))
+
+
+def test_a_bad_label_is_not_packed_as_none(tmp_path):
+    make_collection(tmp_path / "files", per_class=1)
+    next((tmp_path / "files").rglob("*.png")).with_suffix(".json").write_text('{"label": 1.5}')
+    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .* label: "):
+        run("prepare", ["job=pack", "job.output=packed", "data=image_folder", "data.root=files"], tmp_path)
 
 
 def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):

@@ -14,6 +14,7 @@ from data.tools.facts import Facts, measure_file, measure_files
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
 from utils.errors import UserError
+from utils.io.journal import open_journal
 
 FOLDER = ["data=image_folder", "data.root=images", "data.validation_fraction=0.0"]
 TAGS = {"cat/1.png": "red, hat", "cat/2.jpg": "red", "dog/1.png": "hat, red, round"}
@@ -60,6 +61,10 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
     assert set(reasons(root)) == {"dog/cut.png", "dog/copy.png", "dog/same.png"}
     run("prepare", words, tmp_path)
     assert reasons(root) == unreadable
+    with open_journal("data.root", root / "manifest.parquet"):
+        for job in (words, ["job=split", *FOLDER, "job.apply=true"]):
+            with pytest.raises(UserError, match="data.root: another command is writing"):
+                run("prepare", job, tmp_path)
 
 
 def test_a_split_is_written_into_the_manifest(root, tmp_path):
