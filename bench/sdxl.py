@@ -41,7 +41,7 @@ from engine.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import SDXLNetworks, build_part, list_configs
+from models.sdxl.networks import draw_networks
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.entry_point import CONF, validate
@@ -95,10 +95,10 @@ def make_task(config, setup):
 def write_base(device):
     """Write a diffusers folder of SDXL's sizes with random weights, in bf16."""
     with device:
-        parts = {part: build_part(part, config) for part, config in list_configs(tiny=False).items()}
+        networks = draw_networks(tiny=False)
     write_diffusers(
-        Path("base"), SDXLNetworks(**parts, source={}), build_tokenizer(), prediction_type="epsilon",
-        zero_terminal_snr=False, dtype=torch.bfloat16, zeros_for_empty_prompt=True,
+        Path("base"), networks, build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
+        dtype=torch.bfloat16, zeros_for_empty_prompt=True,
     )  # fmt: skip
 
 
