@@ -20,7 +20,6 @@ from engine.runtime import Runtime
 from engine.step import (
     MicroStep,
     StepResult,
-    add_up,
     clip_gradients,
     first_scale,
     forward_backward,
@@ -89,7 +88,7 @@ class Learner:
         before = self._buffers.copy()
         while True:
             parts, passes = split(batches, self.micro_batch_size), []
-            weight = distributed.all_reduce_sum(add_up([part["weight"].sum() for part in parts]))
+            weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
             # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
             factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
             try:
@@ -127,7 +126,7 @@ class Learner:
         if inverse_scale is not None:
             norm = norm * inverse_scale
         rows_only = isinstance(parameters[0], sharded.Part)
-        sums, norm, bad = reduce_figures(add_up(figures), names[0], weight, norm, rows_only=rows_only)
+        figures, norm, bad = reduce_figures(sum(figures), weight, norm, rows_only=rows_only)
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
         found_inf = bad.float()
         applied = 1.0 - found_inf
@@ -140,7 +139,8 @@ class Learner:
         self._buffers.put_back(before, bad)
         if inverse_scale is not None:
             self.scale = next_scale(self.scale, applied, weight)
-        return StepResult(sums, torch.where(bad, 0.0, norm), applied, weight, losses)
+        figures = torch.cat([figures, torch.stack([norm, applied, found_inf, torch.ones_like(applied)])]).view(-1, 2)
+        return StepResult((*names[0], "grad_norm", "skipped_steps"), figures, applied, weight, losses)
 
     def _undo_passes(self, before: Sequence[Tensor]) -> None:
         """Drop the gradients and restore the buffers after passes that ran out of memory."""

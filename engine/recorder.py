@@ -52,8 +52,7 @@ class _Meter:
 
     def add(self, result: StepResult) -> None:
         """Add one step's figures; a skipped step only adds to `skipped_steps`."""
-        names, figures = result.figures
-        self._sums[names] = self._sums[names] + figures if names in self._sums else figures
+        self._sums[result.names] = self._sums.get(result.names, 0.0) + result.figures
 
     def state(self) -> dict[str, list[float]]:
         """Return the sums as JSON values."""

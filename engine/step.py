@@ -7,7 +7,6 @@ not finite or has no weight; this is decided on the device, and a skipped update
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -19,35 +18,24 @@ from utils.ranks import distributed
 
 GROWTH_STEPS = 2000  # finite updates before the loss scale is doubled
 
-Sums = dict[str, tuple[Tensor, Tensor]]  # (sum, count) by log name
-# Of one micro-batch, detached: the weighted loss sum and the logs (float64 [1 + 2 N]), N sorted log names, losses [B].
-MicroStep = tuple[Tensor, list[str], Tensor]
+# Of one micro-batch, detached: (sum, count) pairs float64 [2 N], the loss first; their names; losses [B].
+MicroStep = tuple[Tensor, tuple[str, ...], Tensor]
 
 
 @dataclass
 class StepResult:
-    """Device scalars of one update, equal on all ranks."""
+    """One update: device tensors, equal on all ranks but for `losses`."""
 
-    sums: Sums  # over all samples, float64; 0 if skipped
-    grad_norm: Tensor
+    names: tuple[str, ...]
+    figures: Tensor  # [N, 2] float64: (sum, count) over all samples, by name; 0 if skipped, but for `skipped_steps`
     applied: Tensor  # 0 if the update was skipped, else 1
     weight: Tensor  # sum of the samples' weights; 0 (no image could be read) skips the update
     losses: Sequence[Tensor] = ()  # [B] of each micro-batch of this rank, detached
 
-    @cached_property
-    def figures(self) -> tuple[tuple[str, ...], Tensor]:
-        """Return sorted names, and their (sum, count) as one tensor [N, 2], float64."""
-        pairs = self.sums | {
-            "grad_norm": (self.grad_norm, self.applied),
-            "skipped_steps": (1.0 - self.applied, torch.ones_like(self.applied)),
-        }
-        names = tuple(sorted(pairs))
-        return names, torch.stack([part for name in names for part in pairs[name]]).double().view(-1, 2)
-
-
-def add_up(parts: Sequence[Tensor]) -> Tensor:
-    """Return the sum over micro-batches, or the tensor itself if there is one."""
-    return parts[0] if len(parts) == 1 else torch.stack(list(parts)).sum(dim=0)
+    @property
+    def sums(self) -> dict[str, Tensor]:
+        """The (sum, count) of each figure."""
+        return dict(zip(self.names, self.figures))
 
 
 def forward_backward(model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime) -> MicroStep:
@@ -60,32 +48,26 @@ def forward_backward(model: nn.Module, batch: Batch, progress: Tensor, factor: T
     weighted = torch.where(weight > 0, output.loss.float() * weight, 0.0).sum()
     (weighted * factor).backward()
     names = sorted(output.logs)
-    parts = [weighted.detach(), *(part for name in names for part in output.logs[name])]
+    parts = [weighted.detach(), weight.sum(), *(part for name in names for part in output.logs[name])]
     # stack would promote float32 and an integer to float32, which is too narrow.
     figures = torch.stack([part if part.dtype == torch.float32 else part.double() for part in parts]).double()
-    return figures, names, output.loss.detach()
+    return figures, ("loss", *names), output.loss.detach()
 
 
-def reduce_figures(
-    figures: Tensor, names: Sequence[str], weight: Tensor, norm: Tensor, *, rows_only: bool
-) -> tuple[Sums, Tensor, Tensor]:
-    """Sum figures over ranks in one collective. Return (sums, gradient norm, skip).
+def reduce_figures(figures: Tensor, weight: Tensor, norm: Tensor, *, rows_only: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Sum figures over ranks in one collective. Return (figures, gradient norm, skip).
 
-    figures: the loss, then the logs. rows_only: `norm` covers only this rank's rows (fsdp).
+    rows_only: `norm` covers only this rank's rows (fsdp).
     """
-    total = F.pad(figures, (1, 1 if rows_only else 0))
+    total = F.pad(figures, (1, 1))
     # In float64, the sum of two float32 values is finite only if both are.
     total[0] = ~torch.isfinite(norm + figures[0])
-    if rows_only:
-        total[-1] = norm.double().square()
+    total[-1] = norm.double().square()
     total = distributed.all_reduce_sum(total)
     bad = (total[0] > 0) | (weight == 0)
-    kept = torch.where(bad, 0.0, total).unbind()
-    sums = {"loss": (kept[1], torch.where(bad, 0.0, weight.double()))}
-    sums |= dict(zip(names, zip(kept[2::2], kept[3::2])))
-    if rows_only:
-        norm = kept[-1].sqrt().to(norm.dtype)
-    return sums, norm, bad
+    norm = total[-1].sqrt().to(norm.dtype) if rows_only else norm
+    total, norm = (torch.where(bad, 0.0, values) for values in (total, norm))
+    return total[1:-1], norm, bad
 
 
 def clip_gradients(grads: list[Tensor], norm: Tensor, limit: float | None, inverse_scale: Tensor | None) -> None:

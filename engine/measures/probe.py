@@ -5,7 +5,7 @@ Both are fitted to labelled training images and evaluated on labelled validation
 run. The linear classifier is a ridge regression on one-hot labels; leave-one-out scores choose its penalty.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from utils.contracts import Batch
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
@@ -23,35 +24,31 @@ log = get_logger(__name__)
 TEMPERATURE = 0.07
 # Candidates for the ridge penalty, per training image; features have variance 1.
 PENALTIES = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)
+_FIELDS = "labels", "sample_id", "weight"
 _AT_ONCE = 2_000  # images whose neighbours are found between two looks for a stop request
 
 
-class Features:
-    """Collect the features and labels of labelled samples from all ranks."""
+def gather_features(pairs: Iterable[tuple[Tensor, Batch]]) -> tuple[Tensor, Tensor]:
+    """Return features [N, C] float64 and labels [N] of all readable samples, sorted by sample_id, on the CPU.
 
-    def __init__(self) -> None:
-        self._batches: list[tuple[Tensor, Tensor, Tensor, Tensor]] = []
-
-    def add(self, features: Tensor, labels: Tensor, sample_id: Tensor, weight: Tensor) -> None:
-        """Add a batch: features [B, C]; labels, sample_id, weight [B]. All ranks add batches of the same sizes."""
-        self._batches.append((features.float(), labels, sample_id, weight))
-
-    def reduce(self) -> tuple[Tensor, Tensor]:
-        """Return features [N, C] float64 and labels [N] of all readable samples, sorted by sample_id, on the CPU."""
-        columns = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*self._batches))
-        features, labels, ids, weight = columns
-        order = torch.argsort(ids, stable=True)
-        order = order[weight[order] > 0]  # without padding and unreadable images
-        return features[order].double(), labels[order]
+    pairs: features [B, C] and their batch. All ranks call it together, with batches of the same sizes.
+    """
+    parts = [(features.float(), *(batch[name] for name in _FIELDS)) for features, batch in pairs]
+    features, labels, ids, weight = (distributed.gather_rows(torch.cat(column)).cpu() for column in zip(*parts))
+    order = torch.argsort(ids, stable=True)
+    order = order[weight[order] > 0]  # without padding and unreadable images
+    return features[order].double(), labels[order]
 
 
-def measure_probes(train: Features, val: Features, k: int) -> dict[str, float]:
+def measure_probes(
+    train: Iterable[tuple[Tensor, Batch]], val: Iterable[tuple[Tensor, Batch]], k: int
+) -> dict[str, float]:
     """Return `probe/knn` and `probe/linear`, the accuracies on `val` of classifiers fitted to `train`.
 
     Samples of a class without training images count as errors. If a set is empty or features are not finite, warn and
     return nothing.
     """
-    collected = (*train.reduce(), *val.reduce())
+    collected = (*gather_features(train), *gather_features(val))
     return distributed.rank_zero_call(lambda: _score(*collected, k))
 
 

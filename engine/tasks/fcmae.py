@@ -18,7 +18,7 @@ from data.collection.rows import choose_probe_rows, spread
 from data.open import Data
 from data.stream.loader import Example, Fields
 from engine.measures.means import Means
-from engine.measures.probe import Features, measure_probes
+from engine.measures.probe import measure_probes
 from engine.task import Report, StepOutput, Streams
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig
 from models.config import ConvNeXtV2Config, ModelConfig
@@ -130,11 +130,8 @@ class FCMAETask(ImageTask):
                 images["reconstructions"] = self._draw(inputs, pred, batch)
         scalars = means.reduce()
         if "probe_train" in loaders:
-            probes = Features(), Features()
-            for features, name in zip(probes, ("probe_train", "probe_val")):
-                for batch in loaders[name]:
-                    encoded = self.network.encoder(self.normalise(batch["images"]))
-                    features.add(encoded, batch["labels"], batch["sample_id"], batch["weight"])
+            encode = lambda batch: (self.network.encoder(self.normalise(batch["images"])), batch)  # noqa: E731
+            probes = (map(encode, loaders[name]) for name in ("probe_train", "probe_val"))
             scalars |= measure_probes(*probes, self.probe_k)
         return Report({name: value for name, value in scalars.items() if name != "samples"}, images=images)
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.measures.probe import Features, fit_ridge, standardise
+from engine.measures.probe import fit_ridge, gather_features, standardise
 from engine.runtime import Runtime
 from engine.tasks.kind import ImageTask
 from models.image_model import find_head
@@ -44,17 +44,17 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
     seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
     hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
     hooks.append(head.register_forward_pre_hook(lambda head, inputs: seen.update({head: inputs[0]})))
-    collected = Features()
     task.to(runtime.device).eval()
-    for batch in loader:
+
+    def embed(batch: Batch) -> tuple[Tensor, Batch]:
         with runtime.autocast():
             network(task.normalise(batch["images"]))
-        collected.add(seen[head], batch["labels"], batch["sample_id"], batch["weight"])
+        return seen[head], batch
+
+    features, labels = gather_features(map(embed, loader))
     for hook in hooks:
         hook.remove()
     task.train()
-
-    features, labels = collected.reduce()
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
             f"task.head: {len(features)} images could be read to prepare the head, or their features are not finite; "

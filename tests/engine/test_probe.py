@@ -10,7 +10,7 @@ import torch
 from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
-from engine.measures.probe import PENALTIES, Features, _count_hits, fit_ridge, measure_probes, standardise
+from engine.measures.probe import PENALTIES, _count_hits, fit_ridge, measure_probes, standardise
 from tests.in_process import TINY, run
 from tests.support import checkpoint_tensors, rows, training_log
 
@@ -36,11 +36,7 @@ def measure(train, val):
 
 
 def measure_batches(train, val, k=5):
-    sets = Features(), Features()
-    for features, batches in zip(sets, (train, val)):
-        for batch in batches:
-            features.add(batch["images"], batch["labels"], batch["sample_id"], batch["weight"])
-    return measure_probes(*sets, k)
+    return measure_probes(*([(batch["images"], batch) for batch in batches] for batches in (train, val)), k)
 
 
 def choose_penalty(features, targets):

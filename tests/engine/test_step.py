@@ -160,7 +160,7 @@ def test_a_step_is_the_weighted_mean_for_any_micro_batch(weight, micro):
     update, result = update_of(Regression(), split(batch, micro))
     for name, expected in gradient.items():
         torch.testing.assert_close(update[name].double(), expected, rtol=1e-5, atol=3e-7, msg=name)
-    torch.testing.assert_close(result.grad_norm.double(), length_of(gradient), rtol=1e-5, atol=1e-7)
+    torch.testing.assert_close(result.sums["grad_norm"][0], length_of(gradient), rtol=1e-5, atol=1e-7)
     assert result.applied == 1
     total, denominator = result.sums["loss"]
     assert total.dtype == denominator.dtype == torch.float64
@@ -194,8 +194,9 @@ def test_a_step_that_is_not_finite_leaves_every_tensor_bit_for_bit(name, kind, s
     before, groups = bits(task, optimizer), copy.deepcopy([group | {"params": 0} for group in optimizer.param_groups])
     result = make_step(task, poisoned(kind), optimizer, step=steps_before, clip=1.0)
     after = bits(task, optimizer)
-    assert result.applied == 0 and result.grad_norm == 0
-    assert all(total == 0 and count == 0 for total, count in result.sums.values())
+    sums = result.sums
+    assert result.applied == 0 and sums.pop("skipped_steps").tolist() == [1, 1]
+    assert not torch.stack(list(sums.values())).any()
     assert {key: after[key] for key in before} == before
     # A state that the first step makes is that of no step at all.
     assert all(not any(value) for key, value in after.items() if key not in before)
@@ -215,7 +216,7 @@ def test_clipping_equals_torchs(limit):
     ((error.square() * batch["weight"]).sum() / batch["weight"].sum()).backward()
     norm = nn.utils.clip_grad_norm_(reference.parameters(), limit)
     update, result = update_of(Regression(), split(batch, 2), clip=limit)
-    torch.testing.assert_close(result.grad_norm, norm, rtol=1e-5, atol=0)  # before clipping
+    torch.testing.assert_close(result.sums["grad_norm"][0], norm.double(), rtol=1e-5, atol=0)  # before clipping
     for name, parameter in reference.named_parameters():
         torch.testing.assert_close(update[name], parameter.grad, rtol=1e-4, atol=2e-7)
     assert length_of(update) <= min(limit, float(norm)) * (1 + 1e-4)
@@ -259,7 +260,7 @@ class InFloat32(Regression):
 def test_a_loss_scale_leaves_no_trace(clip):
     plain, plain_result = update_of(InFloat32(), split(make_batch(), 4), clip=clip)
     scaled, result = update_of(InFloat32(), split(make_batch(), 4), clip=clip, runtime=FP16)
-    assert torch.equal(result.grad_norm, plain_result.grad_norm)
+    assert torch.equal(result.sums["grad_norm"], plain_result.sums["grad_norm"])
     for name in plain:
         torch.testing.assert_close(scaled[name], plain[name], rtol=1e-6, atol=1e-7)
 
@@ -298,11 +299,11 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
 
 
 def result(loss, count, applied=1.0, norm=2.0, **logs):
-    def scalar(value):
-        return torch.tensor(value, dtype=torch.float64)
-
-    sums = {"loss": (scalar(loss), scalar(count))} | {name: tuple(map(scalar, pair)) for name, pair in logs.items()}
-    return StepResult(sums, torch.tensor(norm * applied), torch.tensor(applied), torch.tensor(count))
+    pairs = [(loss, count), *logs.values(), (norm * applied, applied), (1 - applied, 1.0)]
+    figures = torch.tensor(pairs, dtype=torch.float64)
+    return StepResult(
+        ("loss", *logs, "grad_norm", "skipped_steps"), figures, torch.tensor(applied), torch.tensor(count)
+    )
 
 
 def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alone():
