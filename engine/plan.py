@@ -48,10 +48,6 @@ class Plan:
         """Return the epoch of the update that follows `step` updates."""
         return step * self.global_batch_size // self.epoch_length
 
-    def epoch_start(self, step: int) -> int:
-        """Return the first step of the epoch of the update that follows `step` updates."""
-        return -(-self.epoch_of(step) * self.epoch_length // self.global_batch_size)
-
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
         """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
         since = step - 1 if since is None else since

@@ -167,7 +167,7 @@ class Recorder:
     # ------------------------------------------------------------------------------------------------- open and close
 
     def open(
-        self, step: int, train: TrainStream | None, run_config: dict[str, Any] | None, owes_evaluation: bool = False
+        self, step: int, train: TrainStream, run_config: dict[str, Any] | None, owes_evaluation: bool = False
     ) -> None:
         """Open the row files, drop their rows beyond `step`, and start the tracker.
 
@@ -176,18 +176,19 @@ class Recorder:
         """
         self._count_time()
         self._logged = (step, self.seconds, self.waited)
-        self._readings = dict if train is None else train.readings
+        self._readings = train.readings
         if distributed.is_main():
             if run_config is not None:  # first, because W&B reads the rows dropped below
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
-            limits = {} if run_config is None else {"epoch": self._plan.epoch_start(step)}
+            is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)
+            limits = {} if run_config is None or is_whole else {"epoch": step - 1}
             if owes_evaluation:  # a kill after the evaluation may have left its rows
                 limits = {"evaluate": step - 1, "epoch": step - 1}
             self._metrics = MetricsLog(self.folder, step, limits)
         if self._tracking.samples:
             self._samples = _SampleLog(self.folder, step)
-        self.skips.open(self.folder, str if train is None else train.path_of, step)
+        self.skips.open(self.folder, train.path_of, step)
 
     @property
     def _rows(self) -> list[MetricsLog | _SampleLog]:
@@ -315,7 +316,7 @@ class Recorder:
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
         """Write the epoch's row. A partial last epoch keeps its sums, so that a longer run can complete the row."""
-        is_whole = self._plan.epoch_start(step) == step
+        is_whole = self._plan.epoch_of(step) > epoch
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
         speed = {"images_per_sec": self._rate_since(*self._epoch, step), "seconds": self.seconds}
         speed["peak_memory_gib"] = self._peak_gib()

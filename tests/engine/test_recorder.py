@@ -19,6 +19,8 @@ from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
 from utils.io.files import read_json
 
+STREAM = SimpleNamespace(readings=dict, path_of=str)
+
 
 def make_recorder(folder, momentum=None, *overrides):
     """Return a recorder of a run of 100 steps of 8 images, 10 steps an epoch."""
@@ -38,7 +40,7 @@ def clock(monkeypatch):
 
 def test_curves_are_drawn_in_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch):
     recorder, drawn = make_recorder(tmp_path), []
-    recorder.open(0, None, {})
+    recorder.open(0, STREAM, {})
 
     def draw(*_):
         clock["now"] += 1.0
@@ -72,7 +74,7 @@ def last_row(recorder):
 
 def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     recorder = make_recorder(tmp_path)
-    recorder.open(0, None, {})
+    recorder.open(0, STREAM, {})
     train_to(recorder, clock, 0, 10)
     recorder.end_epoch(10, 0, {})
     train_to(recorder, clock, 10, 14)
@@ -81,7 +83,7 @@ def test_the_seconds_go_on_after_a_resumption_within_an_epoch(tmp_path, clock):
     clock["now"] += 1e6
     recorder = make_recorder(tmp_path)
     recorder.load_state(state)
-    recorder.open(14, None, {})
+    recorder.open(14, STREAM, {})
     train_to(recorder, clock, 14, 20)
     recorder.end_epoch(20, 1, {})
     assert last_row(recorder)["seconds"] == pytest.approx(4.0)
