@@ -199,7 +199,10 @@ def test_sd_scripts_reads_a_cl_tagger_with_every_category(place, wanted, tmp_pat
     """`--repo_id a/b/c`: logits of NCHW, BGR, -1 to 1. Its graph is not made a file, which takes seconds."""
     graphs = []
     monkeypatch.setattr(formats, "export_onnx", lambda graph, *_: graphs.append(graph) or 0.0)
-    assert export("cl_tagger", *make_tagger(), tmp_path)["file"] == "model_optimized.onnx"
+    report = export("cl_tagger", *make_tagger(), tmp_path, thresholds=THRESHOLDS, run_dir=str(place))
+    assert report["file"] == "model_optimized.onnx"
+    readme = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "- mAP: 0.71\n" in readme and "high_recall" in readme and "library_name" not in readme
     tags = json.loads((tmp_path / "tag_mapping.json").read_text(encoding="utf-8"))
     assert {tag["category"] for tag in tags.values()} == {"Rating", "General", "Character", "Copyright", "Artist"}
     images = [sd_scripts_image(Image.open(place / f"{number}.png")) for number in range(len(IMAGES))]
