@@ -195,7 +195,8 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
             return update(learner, *arguments, **named)
 
         Learner.update = fatal
-    plots.plot_curves = draw_nothing
+    if "CURVES" not in variables:
+        plots.plot_curves = draw_nothing
     sys.argv = [script, *overrides]
     sys.path[0:0] = [str(ROOT), str((ROOT / script).parent)]
     if script.startswith("bench/"):  # as in a process of a user's: what it imports of ours, it must find itself
@@ -238,7 +239,7 @@ class Started:
 def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, outputs=None):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
-    Several ranks get torchrun's variables beside `variables`.
+    Several ranks get torchrun's variables beside `variables`. Only with a variable CURVES, curves are drawn.
     outputs: the files of standard output and standard error, else one in `cwd`.
     """
     outputs = outputs or [Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"] * 2

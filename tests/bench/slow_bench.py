@@ -5,13 +5,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
+import threading
 from importlib.util import find_spec
+from multiprocessing.connection import Listener
 from pathlib import Path
 
 import pytest
 
 from tests.in_process import draw_few_glyphs, make_images
-from tests.support import ROOT, fork_command
+from tests.support import ROOT, fork_command, start
 
 TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl", "loader_rivals"]
 SHORT = [
@@ -43,11 +46,40 @@ def test_the_loader_bench_ends_with_the_settings_to_type(tmp_path):
     assert re.fullmatch(r"runtime\.workers=\d+ augment\.on_device=(true|false)", done.stdout.splitlines()[-1])
 
 
+FORKING_PYTHON = """\
+#!{python} -S
+import os, sys
+from multiprocessing.connection import Client
+with Client({address!r}) as connection:
+    connection.send((os.getpid(), os.getcwd(), sys.argv[1:]))
+    sys.exit(connection.recv())
+"""
+
+
+def run_forks(listener):
+    """Run the script that a FORKING_PYTHON asks for and answer with the exit code; the next has a thread of its own."""
+    with listener.accept() as connection:
+        threading.Thread(target=run_forks, args=[listener], daemon=True).start()
+        pid, cwd, (script, *words) = connection.recv()
+        outputs = [f"/proc/{pid}/fd/{number}" for number in (1, 2)]
+        [code] = start(script, words, cwd, variables={"CURVES": "drawn"}, outputs=outputs).wait(600)
+        connection.send(code)
+
+
 def run_demo(name, *words, timeout=900):
-    """Run a demo's shell script from the repository; returns its status, output and errors."""
-    environment = {**os.environ, "PYTHON": sys.executable}
-    command = ["bash", str(ROOT / f"bench/{name}.sh"), *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
+    """Run a demo's shell script from the repository; returns its status, output and errors.
+
+    What it starts as `python` runs in forks: the imports of its thirteen processes would take a minute.
+    """
+    listener = Listener()
+    threading.Thread(target=run_forks, args=[listener], daemon=True).start()
+    with tempfile.TemporaryDirectory() as folder:
+        python = Path(folder) / "python"
+        python.write_text(FORKING_PYTHON.format(python=sys.executable, address=listener.address))
+        python.chmod(0o755)
+        environment = {**os.environ, "PYTHON": str(python)}
+        command = ["bash", str(ROOT / f"bench/{name}.sh"), *words]
+        return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
 
 
 def check_demo(name, out, *words):
