@@ -92,8 +92,9 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     except (OSError, ValueError) as error:  # UserError is one
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
         rows, metadata = {}, {next(iter(images)): fault}
-    records = [known.get(path, Sidecar()).updated(rows.get(path)).updated(metadata.get(path)) for path in images]
-    if count := sum(record != Sidecar() for record in records):
+    none = Sidecar()
+    records = [known.get(path, none).updated(rows.get(path, none)).updated(metadata.get(path, none)) for path in images]
+    if count := sum(record != none for record in records):
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     if any(labels) and (stated := sum(record.label is not None for record in records)):
         log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
