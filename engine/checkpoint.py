@@ -95,14 +95,14 @@ def copy_to_host(groups: Tensors) -> Tensors:
 
 
 class Saver:
-    """Write checkpoints and weight files into a run folder. helpers: fingerprints of the task's helpers.
+    """Write checkpoints and weight files into a run folder. facts: of the run, for the metadata of weight files.
 
     A thread of rank 0 writes one checkpoint at a time. The main thread logs its errors: a process forked while the
     thread logs would inherit the logger's lock.
     """
 
-    def __init__(self, folder: RunFolder, config: TrainingConfig, helpers: dict[str, str]) -> None:
-        self.folder, self._helpers, self._loop = folder, helpers, config.loop
+    def __init__(self, folder: RunFolder, config: TrainingConfig, facts: dict[str, Any]) -> None:
+        self.folder, self._facts, self._loop = folder, facts, config.loop
         self._written: Future[None] | None = None
         self._saved_at = time.monotonic()
 
@@ -190,7 +190,7 @@ class Saver:
             "step": learner.step,
             "average": averaged,
             "precision": learner.runtime.precision,
-            **({"frozen": self._helpers} if self._helpers else {}),
+            **self._facts,
             **({"origin": learner.task.origin} if learner.task.origin else {}),
             **learner.task.metadata,
         }

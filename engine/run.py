@@ -62,9 +62,11 @@ class Run:
             **{f"frozen.{name}": value for name, value in helpers.items()},
             "runtime.precision": runtime.precision,
         }
+        trained_on = {"images": streams.train.epoch_length, "validation_images": streams.evaluation_samples}
+        trained_on["fingerprint"] = streams.fingerprints.get("data.root")
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
-        self.saver = Saver(folder, config, helpers)
+        self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
         self.best_value: float | None = None
         self.best_step: int | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0

@@ -174,7 +174,7 @@ def _facts(weights: Weights) -> dict[str, str]:
     """Return ModelSpec's title, date, resolution, prediction type and license."""
     height, width = weights.setup.task.samples.image_size_hw
     return {
-        "title": weights.path.stem,
+        "title": weights.title,
         "date": date.today().isoformat(),
         "resolution": f"{width}x{height}",
         "prediction_type": weights.setup.task.noise.prediction_type,

@@ -20,6 +20,7 @@ from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import read_weights
+from utils.record.run_reader import CONFIG_FILE, RunReader
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,18 @@ class Weights:
     kind: Kind | None = None
     task: Task | None = None  # in eval mode
     setup: Setup | None = None
+
+    @property
+    def run(self) -> RunReader | None:
+        """The run whose folder the file is in; None for a file elsewhere."""
+        folder = self.path.absolute().parent.parent
+        is_inside = self.path.parent.name == "weights" and (folder / CONFIG_FILE).is_file()
+        return RunReader(folder) if is_inside else None
+
+    @property
+    def title(self) -> str:
+        """A name for exports: of the run's folder, or else of the file."""
+        return self.path.stem if self.run is None else self.run.path.name
 
     def for_export(self, licence: str | None) -> Self:
         """Return the weights for programs that use images of one size, padded to a square.
