@@ -67,6 +67,7 @@ class Run:
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
+        self._poll = distributed.Poll()
         self.best_value: float | None = None
         self.best_step: int | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0
@@ -151,7 +152,7 @@ class Run:
             recorder.add_step(step, batches, result)
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
-            stops, saves = distributed.any_rank(is_stop_requested(), self.saver.is_due())
+            stops, saves = self._poll(is_stop_requested(), self.saver.is_due())
             evaluates = self.owes_evaluation
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             logs = step % loop.log_every_steps == 0 or may_end
