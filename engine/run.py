@@ -62,7 +62,7 @@ class Run:
             **{f"frozen.{name}": value for name, value in helpers.items()},
             "runtime.precision": runtime.precision,
         }
-        trained_on = {"images": streams.train.epoch_length, "validation_images": streams.evaluation_samples}
+        trained_on = {"images": plan.epoch_length, "validation_images": streams.evaluation_samples}
         trained_on["fingerprint"] = streams.fingerprints.get("data.root")
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
