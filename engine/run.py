@@ -113,6 +113,8 @@ class Run:
                 "another run_dir", self.step, plan.total_steps,
             )  # fmt: skip
             return
+        if self.step == 0 and plan.total_steps > 0:
+            self._draw_before()
         if self.step == 0 and plan.range_test_steps:
             with closing(self._steps(plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
@@ -199,7 +201,7 @@ class Run:
         learner.sync_buffers()
         averaged = learner.exports_average
         with learner.averages.swapped() if averaged else nullcontext():
-            report = self.measure()
+            report = self.measure(only_draws=not self.streams.has_validation)
             value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
             if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
@@ -215,14 +217,20 @@ class Run:
         if step > 0:  # a run without steps has no curves
             recorder.plot(step, may_skip=not self.has_stalled)  # always plot before stopping early
 
+    def _draw_before(self) -> None:
+        """Show what the task draws before the first update, such as pictures of the base model."""
+        self.recorder.phase(0, "evaluating")
+        drawn = self.measure(only_draws=True).images
+        self.recorder.add_report(0, Report(images={f"{name}_before": image for name, image in drawn.items()}))
+
     @torch.no_grad()
-    def measure(self) -> Report:
-        """Return the task's report on the due loaders."""
+    def measure(self, *, only_draws: bool) -> Report:
+        """Return the task's report on the due loaders, or only its pictures of prompts."""
         learner = self.learner
         learner.task.eval()
         try:
             with learner.runtime.autocast():
-                if not self.streams.has_validation:
+                if only_draws:
                     return learner.task.draw()
                 return learner.task.evaluate(self._due_loaders(), learner.step)
         finally:

@@ -323,10 +323,10 @@ def run_case(task, optim, precision):
         tagging_module.TagScores = score_tags
         loaders = {"val": batches, **dict.fromkeys(("probe_train", "probe_val"), batches)}
         run.streams = Streams(None, loaders, {})
-        run.measure()
+        run.measure(only_draws=False)
         if learner.exports_average:
             with learner.averages.swapped():
-                run.measure()
+                run.measure(only_draws=False)
         run.recorder.log_meter.means()
         groups, others = learner.state()
         copies = copy_to_host(groups)

@@ -32,8 +32,8 @@ from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
-from models.sdxl.sampling import Prompts, SamplesConfig, sample_pictures, scheduler_config
-from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
+from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
+from models.sdxl.tokenizer import LENGTH
 from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
@@ -336,23 +336,19 @@ class DiffusionTask(Task):
             return Report()
         pictures = self.sample()
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
-        return Report(tones, images={"samples": np.concatenate(list(pictures), axis=1)})
+        height = max(map(len, pictures))
+        columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
+        return Report(tones, images={"samples": np.concatenate(columns, axis=1)})
 
-    def sample(self) -> np.ndarray:
-        """Return the pictures of `task.samples`, uint8 [N, H, W, 3], the same on all ranks."""
+    def sample(self) -> list[np.ndarray]:
+        """Return the pictures of `task.samples`, each uint8 [H, W, 3], the same on all ranks."""
         noise = self._config.noise
-        if self._config.text_cache is None:
-            self._prompts = self._encode_prompts()
-        prompts = Prompts(*(tensor.to(self.vae.device, self.unet.dtype) for tensor in self._prompts))
+        encoded = self._encode_prompts() if self._config.text_cache is None else self._prompts
         scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
-        return sample_pictures(self.unet, self.vae, prompts, scheduler, self._config.samples)
+        return list(sample_pictures(self.unet, self.vae, scheduler, self._config.samples.complete_all(), encoded))
 
-    @torch.no_grad()
-    def _encode_prompts(self) -> Prompts:
+    def _encode_prompts(self) -> list[EncodedPrompt]:
         """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
-        prompts, encoders = self._config.samples.prompts, (self.text_encoder, self.text_encoder_2)
-        texts = tokenize(prompts, max(map(count_chunks, prompts))), tokenize([""], 1)
-        encoded, empty = (sdxl.encode_text(*encoders, ids.to(encoders[0].device)) for ids in texts)
-        if self._config.captions.dropout_to == "zeros":
-            empty = map(torch.zeros_like, empty)
-        return Prompts(*encoded, *empty)
+        encoders, zeros = (self.text_encoder, self.text_encoder_2), self._config.captions.dropout_to == "zeros"
+        prompts = self._config.samples.complete_all()
+        return [encode_prompt(encoders, prompt, zeros_for_empty_prompt=zeros) for prompt in prompts]

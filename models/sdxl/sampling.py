@@ -3,44 +3,80 @@
 Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from typing import Annotated, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, find_text
-from models.sdxl.tokenizer import LENGTH
+from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, encode_text
+from models.sdxl.tokenizer import count_chunks, tokenize
 from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
 from utils.ranks.signals import check_stop
 
-
-class Prompts(NamedTuple):
-    """Encoded prompts: prompt_embeds [B, L, D], pooled_prompt_embeds [B, P], and both for the empty prompt (B = 1).
-
-    L of the empty prompt is 77.
-    """
-
-    embeds: Tensor
-    pooled: Tensor
-    empty_embeds: Tensor
-    empty_pooled: Tensor
+_Size = Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
+_Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
 
 
-class SamplesConfig(Strict):
-    """Pictures of an evaluation, one per prompt, with fixed noise.
+class Prompt(Strict):
+    """A picture's text with settings of its own; None: that of all prompts."""
+
+    text: str
+    negative: str | None = None
+    image_size_hw: _Size | None = None
+    steps: _Steps | None = None
+    guidance: Factor | None = None
+    guidance_rescale: Fraction | None = None
+    seed: Seed | None = None
+
+
+PromptText = Annotated[  # a text, or a mapping
+    Annotated[str, Tag("text")] | Annotated[Prompt, Tag("mapping")],
+    Discriminator(lambda value: "text" if isinstance(value, str) else "mapping"),
+]
+
+
+class PictureConfig(Strict):
+    """Settings of pictures. negative: "" is the empty prompt, as in training.
 
     guidance_rescale: Lin et al. 2023, section 3.4.
     """
 
-    prompts: list[str]
-    image_size_hw: Annotated[list[Annotated[Side, Field(multiple_of=8)]], Field(min_length=2, max_length=2)]
-    steps: Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
+    negative: str
+    image_size_hw: _Size
+    steps: _Steps
     guidance: Factor
     guidance_rescale: Fraction
+
+    def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
+        """Return a prompt with all settings. seed: if it has none."""
+        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_none=True)
+        shared = self.model_dump(include=Prompt.model_fields.keys())
+        return Prompt.model_construct(**{**shared, "seed": seed, **own})
+
+
+class SamplesConfig(PictureConfig):
+    """Pictures of an evaluation, one per prompt, with fixed noise. seed: of the first; each next picture adds 1."""
+
+    prompts: list[PromptText]
     seed: Seed
+
+    def complete_all(self) -> list[Prompt]:
+        """Return the prompts with all settings."""
+        return [self.complete(prompt, self.seed + number) for number, prompt in enumerate(self.prompts)]
+
+
+class EncodedPrompt(NamedTuple):
+    """prompt_embeds [1, L, D] and pooled_prompt_embeds [1, P] of a prompt, and both of its negative."""
+
+    embeds: Tensor
+    pooled: Tensor
+    negative_embeds: Tensor
+    negative_pooled: Tensor
 
 
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
@@ -55,13 +91,31 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -
     }
 
 
-def sample_pictures(
-    unet: nn.Module, vae: nn.Module, prompts: Prompts, scheduler: dict[str, object], samples: SamplesConfig
-) -> np.ndarray:
-    """Return a picture per prompt, uint8 [B, H, W, 3]. It depends on the seed and the prompt's number only.
+@torch.no_grad()
+def encode_prompt(encoders: Sequence[nn.Module], prompt: Prompt, *, zeros_for_empty_prompt: bool) -> EncodedPrompt:
+    """Encode a prompt and its negative, each with the chunks that it needs, repeated to the same length.
 
-    Each prompt has the chunks that it needs. To attend to the repeated empty prompt is to attend to it once.
+    To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.
     """
+    (embeds, pooled), (negative, negative_pooled) = (
+        encode_text(*encoders, tokenize([text], count_chunks(text)).to(encoders[0].device))
+        for text in (prompt.text, prompt.negative)
+    )
+    if zeros_for_empty_prompt and not prompt.negative:
+        negative, negative_pooled = torch.zeros_like(negative), torch.zeros_like(negative_pooled)
+    length = math.lcm(embeds.shape[1], negative.shape[1])
+    embeds, negative = (each.repeat(1, length // each.shape[1], 1) for each in (embeds, negative))
+    return EncodedPrompt(embeds, pooled, negative, negative_pooled)
+
+
+def sample_pictures(
+    unet: nn.Module,
+    vae: nn.Module,
+    scheduler: dict[str, object],
+    prompts: Sequence[Prompt],
+    encoded: Sequence[EncodedPrompt],
+) -> Iterator[np.ndarray]:
+    """Yield a picture per complete prompt, uint8 [H, W, 3]. It depends on its prompt only."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
     pipeline = StableDiffusionXLPipeline(
@@ -69,20 +123,14 @@ def sample_pictures(
         tokenizer=None, tokenizer_2=None, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
-    height, width = samples.image_size_hw
-    pictures = []
-    for number in range(len(prompts.embeds)):
-        random = torch.Generator().manual_seed(samples.seed + number)
-        embeds = prompts.embeds[number : number + 1]
-        embeds = embeds[:, find_text(embeds)[0]]
+    for prompt, tensors in zip(prompts, encoded):
+        embeds, pooled, negative, negative_pooled = (tensor.to(vae.device, unet.dtype) for tensor in tensors)
         output = pipeline(
-            prompt_embeds=embeds,
-            pooled_prompt_embeds=prompts.pooled[number : number + 1],
-            negative_prompt_embeds=prompts.empty_embeds.repeat(1, embeds.shape[1] // LENGTH, 1),
-            negative_pooled_prompt_embeds=prompts.empty_pooled,
-            height=height, width=width, num_inference_steps=samples.steps, guidance_scale=samples.guidance,
-            guidance_rescale=samples.guidance_rescale, generator=random, output_type="latent",
+            prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative,
+            negative_pooled_prompt_embeds=negative_pooled, height=prompt.image_size_hw[0],
+            width=prompt.image_size_hw[1], num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
+            guidance_rescale=prompt.guidance_rescale, output_type="latent",
+            generator=torch.Generator().manual_seed(prompt.seed),
             callback_on_step_end=lambda pipeline, step, timestep, tensors: check_stop() or tensors,
         )  # fmt: skip
-        pictures.append(decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy())
-    return np.stack(pictures)
+        yield decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy()

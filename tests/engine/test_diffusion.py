@@ -3,15 +3,17 @@
 import re
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 pytest.importorskip("diffusers")
 
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
 from models.sdxl.names import ENCODERS
-from models.sdxl.sampling import scheduler_config
+from models.sdxl.sampling import Prompt, encode_prompt, scheduler_config
 from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
@@ -82,28 +84,42 @@ def test_a_caption_is_trained_as_if_no_other_were_longer(precision):
 
 
 def test_pictures_equal_those_of_diffusers():
-    """diffusers' pipeline encodes the prompt itself; a longer prompt beside it changes nothing."""
+    """diffusers' pipeline encodes the prompts itself. A prompt's own settings go before those of all."""
     from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-    prompt = "a cat, outdoors"
-    task = build(f"task.samples.prompts=['{prompt}','{'a dog ' * 60}']", "task.caption_chunks=3").eval()
+    own = "{text: a dog, negative: 'grey, low quality', image_size_hw: [96,64], steps: 4, guidance: 3.0, seed: 7}"
+    task = build(f"task.samples.prompts=['a cat, outdoors',{own}]").eval()
     with torch.no_grad():
-        ours, config = task.sample()[0], task._config.samples
-        noise, tokenizer = task._config.noise, build_tokenizer()
-        second = build_tokenizer()
+        ours, noise, tokenizer, second = task.sample(), task._config.noise, build_tokenizer(), build_tokenizer()
         second.pad_token = "!"
         pipeline = StableDiffusionXLPipeline(
             vae=task.vae, unet=task.unet, text_encoder=task.text_encoder, text_encoder_2=task.text_encoder_2,
             tokenizer=tokenizer, tokenizer_2=second, add_watermarker=False, force_zeros_for_empty_prompt=False,
             scheduler=DDIMScheduler(**scheduler_config(noise.prediction_type, noise.zero_terminal_snr)),
         )  # fmt: skip
-        height, width = config.image_size_hw
-        theirs = pipeline(
-            prompt, negative_prompt="", height=height, width=width, num_inference_steps=config.steps,
-            guidance_scale=config.guidance, guidance_rescale=config.guidance_rescale,
-            generator=torch.Generator().manual_seed(config.seed), output_type="np",
-        ).images[0]  # fmt: skip
-    assert abs(theirs * 255 - ours).max() <= 1
+        wanted = [("a cat, outdoors", "", 64, 3, 5.0, 0), ("a dog", "grey, low quality", 96, 4, 3.0, 7)]
+        for picture, (prompt, negative, height, steps, guidance, seed) in zip(ours, wanted, strict=True):
+            theirs = pipeline(
+                prompt, negative_prompt=negative, height=height, width=64, num_inference_steps=steps,
+                guidance_scale=guidance, guidance_rescale=0.7, generator=torch.Generator().manual_seed(seed),
+                output_type="np",
+            ).images[0]  # fmt: skip
+            assert abs(theirs * 255 - picture).max() <= 1
+
+
+def test_a_prompt_and_its_negative_of_other_lengths_change_nothing_by_their_padding():
+    """Each is repeated to the common length, which attention does not see."""
+    task = build()
+    encoders, prompt = (task.text_encoder, task.text_encoder_2), task._config.samples.complete("a cat", 0)
+    long = Prompt.model_construct(**{**dict(prompt), "negative": "a dog " * 60})
+    plain, padded = (encode_prompt(encoders, each, zeros_for_empty_prompt=False) for each in (prompt, long))
+    assert padded.embeds.shape == padded.negative_embeds.shape == (1, 154, 80)
+    added = {"text_embeds": plain.pooled, "time_ids": torch.full((1, 6), 64.0)}
+    one, two = (
+        task.unet(torch.ones(1, 4, 8, 8), 500, embeds, added_cond_kwargs=added).sample
+        for embeds in (plain.embeds, padded.embeds)
+    )
+    torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("to", ["zeros", "empty"])
@@ -141,7 +157,12 @@ def test_a_run_logs_the_loss_by_timestep_and_the_pictures(place):
     train, evaluate = rows(place / "lora/metrics.jsonl", "train"), rows(place / "lora/metrics.jsonl", "evaluate")
     assert len(train) == 3 and all({f"error_{number}" for number in range(5)} <= row.keys() for row in train)
     assert all(0 < row["tone_0"] < 1 and 0 < row["tone_1"] < 1 for row in evaluate)
-    assert (place / "lora/plots/samples.png").exists() and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+    shown = [np.array(Image.open(place / f"lora/plots/{name}.png")) for name in ("samples_before", "samples")]
+    assert shown[0].shape == shown[1].shape and (shown[0] != shown[1]).any()  # of the base, and of the LoRA
+    assert (
+        not (place / "whole/plots/samples_before.png").exists()
+        and "tone_0" not in rows(place / "whole/metrics.jsonl")[-1]
+    )
 
 
 # ----------------------------------------------------------------------------------------------------- exact resume
@@ -173,7 +194,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
 
 def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
     task = build("task.samples.prompts=[black,white]").eval()
-    first = task.sample()
+    first = np.stack(task.sample())
     assert first.shape == (2, 64, 64, 3) and first.std() > 0
     assert (task.sample() == first).all() and (
         build("task.samples.prompts=[black]").eval().sample()[0] == first[0]
@@ -184,3 +205,5 @@ def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
     reports = [task.evaluate({"val": [batch]}, step) for step in (0, 5)]
     assert reports[0].scalars == reports[1].scalars and {"loss", "error", "tone_1"} <= reports[0].scalars.keys()
     assert reports[0].images["samples"].shape == (64, 128, 3)
+    mixed = build("task.samples.prompts=[black,{text: white, image_size_hw: [96,64]}]").eval().draw().images["samples"]
+    assert mixed.shape == (96, 128, 3) and (mixed[64:, :64] == 255).all()

@@ -72,7 +72,7 @@ def make_pictures(pipeline):
 
 def differ(first, second):
     """Return the largest difference in grey levels."""
-    return np.abs(first.astype(float) - second).max()
+    return np.abs(np.float64(first) - second).max()
 
 
 def compare_lora(form, place, wanted):

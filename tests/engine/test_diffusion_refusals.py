@@ -50,6 +50,7 @@ def test_what_is_refused(words, said, place, monkeypatch, capsys):
     [
         (["task.samples.image_size_hw=[130,130]"], "task.samples.image_size_hw"),
         (["task.samples.steps=1001"], "task.samples.steps"),
+        (["task.samples.prompts=[a,{text: b, sede: 1}]"], "task.samples.prompts.1.sede: unknown key; close: "),
         (["init_from=x"], "init_from"),
         (["optim.rules=[{match: nothing.*, lr_scale: 0.5}]"], "optim.rules"),
         (["loop.global_batch_size=5"], "loop.global_batch_size"),
