@@ -167,7 +167,7 @@ def main(config: EvaluateConfig, job: Job) -> str:
     saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(_RunData)
     with about("weights"):
         path = choose_weights(config.run_dir or "", config.weights)
-        weights = open_weights(path, "evaluation", config.model.path)
+        weights = open_weights(path, "evaluation", config.model)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
     if config.calibrate and not hasattr(task, "calibrate"):
         name = weights.metadata["task"]["name"]

@@ -29,7 +29,7 @@ def main(config: ExportConfig, job: Job) -> str:
     """Export."""
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
-        weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model.path)
+        weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model)
     weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
     find_format(config.format, weights)
     if config.dry_run:

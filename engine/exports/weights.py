@@ -73,7 +73,9 @@ class Weights:
         wrong = [name for name, value in fingerprint_helpers(self.task).items() if saved.get(name) != value]
         if wrong:
             names = ", ".join(wrong)
-            raise UserError(f"{self.path} was trained with another frozen {names}; restore it, or set model.path")
+            raise UserError(
+                f"{self.path} was trained with another frozen {names}; restore it, or set model.path or model.vae"
+            )
 
     def without_head(self) -> Self:
         """Return the backbone: the network without head and final norm. Its output is the mean of the last feature map.
@@ -101,21 +103,23 @@ class Weights:
 
 
 class MovedBase(Strict):
-    """Where the base model of the weights lies now, if it was moved."""
+    """Where the base model of the weights and a VAE of another file lie now, if they were moved."""
 
     path: PathText | None
+    vae: PathText | None
 
 
-def open_weights(path: Path, use: Use = "export", base: str | None = None) -> Weights:
-    """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces the path of its base model.
+def open_weights(path: Path, use: Use = "export", base: MovedBase | None = None) -> Weights:
+    """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces paths of its base model.
 
     Raises UserError for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
-    if base is not None:
-        if not isinstance(model := metadata.get("model"), dict) or "path" not in model:
-            raise UserError(f"model.path: {path} has no base model; remove model.path")
-        metadata["model"] = {**model, "path": base}
+    for key, value in () if base is None else base:
+        if value is not None:
+            if not isinstance(model := metadata.get("model"), dict) or model.get(key, "") is None or key not in model:
+                raise UserError(f"model.{key}: {path} has none; remove model.{key}")
+            metadata["model"] = {**model, key: value}
     kind, setup = check_weights(path, shapes, metadata, KINDS)
     tensors, _ = read_weights(path)
     task = kind.build(setup)

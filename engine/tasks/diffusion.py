@@ -34,6 +34,7 @@ from models.sdxl.names import ENCODERS, PARTS
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
+from models.sdxl.vae import latent_scale
 from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
@@ -111,6 +112,10 @@ class DiffusionTaskConfig(TaskConfig):
     def trains_text(self) -> bool:
         """Whether the text encoders change in training."""
         return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
+
+    def complete(self, config: TrainingConfig) -> TrainingConfig:
+        """Return the configuration with the values of the VAE: they are recorded, and compared on resume."""
+        return config.model_copy(update={"model": config.model.settled()})
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""
@@ -222,7 +227,8 @@ class DiffusionTask(Task):
         config = self._config
         encodes_once = config.text_cache is not None and bool(config.samples.prompts)
         self.take(open_networks(self._model, (*self.helpers, *(ENCODERS if encodes_once else ())), frozen=True))
-        self.latent_scale = self.vae.config.scaling_factor
+        for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
+            self.register_buffer(name, values, persistent=False)
         if encodes_once:
             self._prompts = self._encode_prompts()
             self.text_encoder = self.text_encoder_2 = None
@@ -232,7 +238,7 @@ class DiffusionTask(Task):
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
-        return dict.fromkeys(self.helpers, base_files(self._model))
+        return {name: base_files(self._model, (name,)) for name in self.helpers}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the networks of the base model (`model.path`), and set `origin` to its description."""
@@ -301,7 +307,7 @@ class DiffusionTask(Task):
         else:
             mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
         noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
-        return (mean + torch.exp(0.5 * logvar) * noise) * self.latent_scale
+        return (mean + torch.exp(0.5 * logvar) * noise - self.latent_mean) * self.latent_factor
 
     def _texts(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P]."""

@@ -29,9 +29,10 @@ from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS
-from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, open_networks
+from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
 from models.sdxl.step import encode_images, encode_text
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
+from models.sdxl.vae import AS_STATED
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.memo import hash_once
@@ -62,9 +63,20 @@ class DiffusionKind(Kind):
 
         Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
         """
-        task = config.task
-        if config.model.path is not None:
-            check_noise(config.model.path, task.noise)
+        task, model = config.task, config.model
+        if model.path is not None:
+            check_noise(model.path, task.noise)
+        if model.vae is not None:
+            with torch.device("meta"):
+                load_vae(model.vae)
+            base = model.model_copy(update={"vae": None, "vae_values": AS_STATED}).settled().vae_values
+            if base != model.vae_values:
+                named = {name: value for name, value in model.vae_values if value != getattr(base, name)}
+                log.warning(
+                    "model.vae: %s has %s, unlike the base model's VAE: the U-Net learns other latents",
+                    model.vae,
+                    named,
+                )
         if task.tag_weights is None:
             return {}
         rows = training_rows(collection, config.loop.train_paths)
@@ -209,6 +221,8 @@ def _read(
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
+    if (padding := setup.model.settled().vae_values.padding_mode) != "zeros":
+        inputs = (*inputs, padding)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
     if store.is_missing(latents.keys).any():

@@ -19,10 +19,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from models.sdxl.folders import weight_name
 from models.sdxl.names import PARTS, part_state, to_single_file
-from models.sdxl.networks import Networks, weight_name
+from models.sdxl.networks import Networks
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
+from models.sdxl.vae import fold_values
 from utils.io.files import write_json
 from utils.io.weights import weight_metadata, write_tensors
 
@@ -63,9 +65,12 @@ def write_single_file(
     dtype: torch.dtype,
     facts: Mapping[str, str],
 ) -> None:
-    """Write a single file in `dtype` (for the VAE, see `_cast`). facts: for `write_modelspec`, with a `title`."""
+    """Write a single file in `dtype` (for the VAE, see `_cast`). facts: for `write_modelspec`, with a `title`.
+
+    The VAE's values are folded into its tensors; the header keeps its padding, which other programs do not read.
+    """
     tensors: dict[str, Tensor] = {}
-    for part, state in _cast(networks, dtype).items():
+    for part, state in _cast(networks, dtype, folds=True).items():
         tensors |= to_single_file(part, state)
     is_v = prediction_type == "v_prediction"
     marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
@@ -76,7 +81,8 @@ def write_single_file(
         "implementation": GENERATIVE_MODELS,
         "prediction_type": prediction_type,
     }
-    write_modelspec(path, tensors, facts, {"format": "pt", **weight_metadata({}, tensors)})
+    own = {name: networks["vae"].config[name] for name in ("padding_mode",) if name in networks["vae"].config}
+    write_modelspec(path, tensors, facts, {"format": "pt", **weight_metadata({"vae": own} if own else {}, tensors)})
 
 
 def write_diffusers(
@@ -124,11 +130,17 @@ def write_diffusers(
     write_json(folder / "model_index.json", index)
 
 
-def _cast(networks: Networks, dtype: torch.dtype) -> dict[str, dict[str, Tensor]]:
-    """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32."""
+def _cast(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:
+    """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32.
+
+    folds: with the VAE's values in its tensors.
+    """
     overflows = dtype == torch.float16 and networks["vae"].config.force_upcast
     dtypes: dict[str, Any] = {part: torch.float32 if part == "vae" and overflows else dtype for part in PARTS}
+    states = {part: part_state(part, network) for part, network in networks.items()}
+    if folds:
+        states["vae"] = fold_values(networks["vae"], states["vae"])
     return {
-        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in part_state(part, network).items()}
-        for part, network in networks.items()
+        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in state.items()}
+        for part, state in states.items()
     }

@@ -3,7 +3,6 @@
 Attention heads are 64 wide, as in SDXL; a network narrower than 128 has one head.
 """
 
-import math
 import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -14,22 +13,33 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from models.sdxl.folders import read_config, unusable, weight_files
 from models.sdxl.names import PARTS, PREFIXES, drop_unused, from_folder, from_single_file, load_part, part_state
 from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, build_noise_table
+from models.sdxl.vae import (
+    AS_STATED,
+    CHANNELS,
+    VAE_SCALING_FACTOR,
+    VAEValues,
+    read_vae,
+    set_values,
+    settle_values,
+    stated_config,
+    vae_files,
+)
 from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
-from utils.io.files import read_json, readable
+from utils.io.files import readable
 from utils.io.weights import read_header, read_weights
 
-VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
 State = dict[str, Tensor]
 Networks = dict[str, nn.Module]  # by the names of PARTS
-_TINY_WIDTH = 16  # channels of the tiny U-Net's first level
+_TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 _MAX_CARD = 10_000  # characters of a model card to search for its front matter
 # Configuration that is read, or that does not change the networks.
-_FREE = ("scaling_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
+_FREE = (*VAEValues.model_fields, "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
 _SCHEDULE_DEFAULTS = {"num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
@@ -44,13 +54,24 @@ _OTHERS = {
 
 
 class SDXLConfig(Strict):
-    """SDXL's networks. `path` is a diffusers folder or a single .safetensors file; null: tiny random networks."""
+    """SDXL's networks. `path` is a diffusers folder or a single .safetensors file; null: tiny random networks.
+
+    vae: a file, folder or run with another VAE than the one of `path`.
+    """
 
     family: Literal["sdxl"]
     name: str = Field(min_length=1)
     path: PathText | None
+    vae: PathText | None
+    vae_values: VAEValues
     frozen_dtype: Literal["float32", "bfloat16"]  # of the networks that are not trained
     in_channels: Literal[3]  # of the images
+
+    def settled(self) -> "SDXLConfig":
+        """Return the config with all values of its VAE, so that files that change later change nothing."""
+        with about("model.vae" if self.vae else "model.path"):
+            values = settle_values(self.vae_values, self.vae or self.path, is_replaced=self.vae is not None)
+        return self.model_copy(update={"vae_values": values})
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:
@@ -59,13 +80,16 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
     dtypes = {part: frozen_dtype(model, part) if frozen else torch.float32 for part in only}
-    is_meta = torch.get_default_device().type == "meta"
+    networks, is_meta = Networks(), torch.get_default_device().type == "meta"
+    if model.vae is not None and "vae" in dtypes:
+        networks["vae"] = load_vae(model.vae, model.vae_values, dtypes.pop("vae"))
     if model.path is not None and (Path(model.path).exists() or not is_meta):
-        networks = load_networks(model.path, dtypes)
+        networks |= load_networks(model.path, dtypes, model.vae_values)
     else:
         drawn = draw_networks(tiny=model.path is None or model.name == "sdxl_tiny")
+        set_values(drawn["vae"], settle_values(model.vae_values, None))
         # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
-        networks = {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
+        networks |= {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
     for network in networks.values() if frozen else ():
         network.requires_grad_(False)
     return networks
@@ -81,16 +105,28 @@ def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
 
 @about("model.path")
 def load_networks(
-    path: str | Path, dtypes: Mapping[str, torch.dtype] = dict.fromkeys(PARTS, torch.float32)
+    path: str | Path,
+    dtypes: Mapping[str, torch.dtype] = dict.fromkeys(PARTS, torch.float32),
+    values: VAEValues = AS_STATED,
 ) -> Networks:
     """Read the networks named in `dtypes` from a diffusers folder or a single file, without a hub, in eval mode.
 
-    If torch's default device is meta, only shapes are read. Raises UserError (`model.path`) for another kind of
-    checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
+    If torch's default device is meta, only shapes are read. values: of the VAE. Raises UserError (`model.path`) for
+    another kind of checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
     """
-    path = Path(path)
     describe(path)  # refuses other kinds of checkpoints
-    built = _build_to_fit(path)
+    return _load(Path(path), PARTS, dtypes, values) if dtypes else {}
+
+
+@about("model.vae")
+def load_vae(path: str | Path, values: VAEValues = AS_STATED, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """Read a VAE from what `vae_files` accepts, as `load_networks` does. Raises UserError (`model.vae`)."""
+    return _load(Path(path), ("vae",), {"vae": dtype}, values)["vae"]
+
+
+def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype], values: VAEValues) -> Networks:
+    """Read the networks in `dtypes`, after a comparison of all `parts` of a file or folder with SDXL."""
+    built = _build_to_fit(path, parts)
     networks = {part: built[part] for part in dtypes}
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, dtypes, lambda file: read_weights(file)[0])
@@ -100,6 +136,8 @@ def load_networks(
             for module in network.modules():
                 if hasattr(module, "position_ids"):  # not in the state
                     module.position_ids = torch.arange(module.position_ids.shape[-1])[None]
+    if "vae" in networks:
+        set_values(networks["vae"], settle_values(values, path))
     return networks
 
 
@@ -167,18 +205,24 @@ def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
     return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
 
 
-def _build_to_fit(path: Path) -> Networks:
-    """Build the networks of a file or folder on the meta device."""
-    shapes = _read_parts(path, PARTS, lambda file: read_header(file)[0])
-    configs = list_configs(tiny=_TINY_WIDTH in shapes["unet"].get("conv_in.bias", torch.empty(0)).shape)
-    stated = {part: _read_config(path / part / "config.json") for part in PARTS} if path.is_dir() else {}
-    if stated:
-        factor, upcast = stated["vae"].get("scaling_factor"), stated["vae"].get("force_upcast", True)
-        if not (isinstance(factor, float) and 0 < factor < math.inf and isinstance(upcast, bool)):
-            raise _unusable(f"{path}/vae has scaling_factor {factor!r:.99}, force_upcast {upcast!r:.99}")
-        configs["vae"] |= {"scaling_factor": factor, "force_upcast": upcast}
+def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
+    """Build networks of a file or folder on the meta device."""
+    shapes = _read_parts(path, parts, lambda file: read_header(file)[0])
+    stated = {part: read_config(path / part / "config.json") for part in parts if (path / part).is_dir()}
+    configs = {}
+    for part in parts:
+        first = shapes["vae"].get("encoder.conv_in.bias") if part == "vae" else shapes["unet"].get("conv_in.bias")
+        configs[part] = list_configs(tiny=first is not None and _TINY_WIDTH in first.shape)[part]
+    if "vae" in parts:
+        inner, stated["vae"] = shapes["vae"].get("decoder.conv_in.weight"), stated_config(path)
+        if inner is None or inner.ndim != 4 or inner.shape[1] != CHANNELS:
+            found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
+            raise UserError(f"{path} has {found}; SDXL needs one with latents of {CHANNELS} channels")
+        if not isinstance(upcast := stated["vae"].get("force_upcast", True), bool):
+            raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")
+        configs["vae"] |= {"force_upcast": upcast}
     with torch.device("meta"):
-        networks = {part: build_part(part, configs[part]) for part in PARTS}
+        networks = {part: build_part(part, configs[part]) for part in parts}
     for part, network in networks.items():
         refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
         # All of diffusers' configuration counts; transformers' also describes other things than the network.
@@ -209,10 +253,14 @@ def freeze_unused(text_encoder: nn.Module) -> None:
 @about("model.path")
 def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
     """Return the weight files of parts of a config: a single file has them all."""
+    if "vae" in parts and model.vae is not None:
+        with about("model.vae"):
+            own = vae_files(model.vae)
+        return own + base_files(model, [part for part in parts if part != "vae"])
     if model.path is None:
         return []
     path = Path(model.path)
-    return [file for part in parts for file in _weight_files(path, part)] if path.is_dir() else [path]
+    return [file for part in parts for file in weight_files(path / part, part)] if path.is_dir() else [path]
 
 
 @about("model.path")
@@ -226,7 +274,7 @@ def describe(path: str | Path) -> dict[str, Any]:
     """
     path = Path(path)
     if not path.exists():
-        raise _unusable(f"{path} does not exist")
+        raise unusable(f"{path} does not exist")
     facts = _describe_folder(path) if path.is_dir() else _describe_file(path)
     if facts["prediction_type"] == "epsilon":  # nobody states that it has no zero terminal SNR
         if facts["zero_terminal_snr"]:
@@ -235,24 +283,20 @@ def describe(path: str | Path) -> dict[str, Any]:
     return facts
 
 
-def _unusable(reason: str) -> UserError:
-    return UserError(f"{reason}; name a diffusers folder or a single .safetensors file of SDXL")
-
-
 def _describe_file(path: Path) -> dict[str, Any]:
     if path.suffix != ".safetensors":
-        raise _unusable(f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one")
+        raise unusable(f"{path} is no .safetensors file; a .ckpt or .pt, which may run code, is first saved as one")
     names, texts = read_header(path)
     for mark, kind in _OTHERS.items():
         if any(name.startswith(mark) for name in names):
-            raise _unusable(f"{path} is a checkpoint of {kind}, not of SDXL")
+            raise unusable(f"{path} is a checkpoint of {kind}, not of SDXL")
     if missing := [prefix for prefix in PREFIXES.values() if not any(name.startswith(prefix) for name in names)]:
-        raise _unusable(f"{path} has no tensors of {', '.join(missing)}")
+        raise unusable(f"{path} has no tensors of {', '.join(missing)}")
     # ComfyUI's name of the key is not ModelSpec's.
     stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key") or "epsilon"
     prediction, rescaled = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower()), None
     if prediction is None:
-        raise _unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon or v")
+        raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon or v")
     other = None
     if table := next((name for name in ("alphas_cumprod", "denoiser.sigmas") if name in names), None):
         rescaled, other = _recognise_table(path, table)
@@ -281,10 +325,10 @@ def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
 
 
 def _describe_folder(path: Path) -> dict[str, Any]:
-    kind = str(_read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
+    kind = str(read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
-        raise _unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
-    scheduler = _SCHEDULE_DEFAULTS | _read_config(path / "scheduler" / "scheduler_config.json")
+        raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
+    scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
     wanted = SCHEDULE | _SCHEDULE_DEFAULTS
     wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
@@ -299,40 +343,15 @@ def _describe_folder(path: Path) -> dict[str, Any]:
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
     """Return the tensors of parts under the names of published folders. read: reads a file's tensors."""
+    if tuple(only) == ("vae",):
+        return {"vae": from_single_file("vae", read_vae(path, read))}
     if not path.is_dir():
         whole = read(path)
         return {part: from_single_file(part, whole) for part in only}
     return {
-        part: from_folder(part, {k: v for file in _weight_files(path, part) for k, v in read(file).items()})
+        part: from_folder(part, {k: v for file in weight_files(path / part, part) for k, v in read(file).items()})
         for part in only
     }
-
-
-def weight_name(part: str) -> str:
-    """Return the name of a part's weight file in diffusers and transformers, without its suffix."""
-    return "model" if part.startswith("text") else "diffusion_pytorch_model"
-
-
-def _weight_files(folder: Path, part: str) -> list[Path]:
-    """Return the files of a part: one file or its shards; a half-precision variant only if there is no other.
-
-    Only the index says which shards belong together: others may be left from earlier.
-    """
-    name, place = weight_name(part), folder / part
-    for variant in ("", ".fp16", ".bf16"):
-        whole = place / f"{name}{variant}.safetensors"
-        index = place / f"{name}.safetensors.index{variant}.json"
-        if whole.is_file() and index.is_file():
-            raise _unusable(f"{place} has both {whole.name} and shards ({index.name}); remove what is old")
-        if whole.is_file():
-            return [whole]
-        if index.is_file():
-            named = _read_config(index).get("weight_map")
-            shards = sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
-            if not shards or any(Path(file).name != file for file in shards):
-                raise _unusable(f"{index} names no files of its folder as weight_map")
-            return [place / file for file in shards]
-    raise _unusable(f"{folder} has no {part}/{name}.safetensors")
 
 
 def _stated_licence(card: Path) -> str | None:
@@ -342,8 +361,3 @@ def _stated_licence(card: Path) -> str | None:
     with open(card, encoding="utf-8", errors="replace") as stream:
         match = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
     return match and match[1][:_MAX_TEXT]
-
-
-def _read_config(file: Path) -> dict[str, Any]:
-    with readable(file, "JSON"):
-        return {**read_json(file)}  # a list is refused

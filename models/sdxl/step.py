@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from models.sdxl.tokenizer import EOT, pad_second
+from models.sdxl.vae import latent_scale
 from utils import rng
 
 PredictionType = Literal["epsilon", "v_prediction"]  # as diffusers names them
@@ -43,8 +44,9 @@ def encode_images(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Decode scaled latents [B, 4, h, w] to images, uint8 [B, 3, H, W], in the VAE's own dtype."""
+    mean, factor = (part.to(latents.device) for part in latent_scale(vae))
     with torch.autocast(latents.device.type, enabled=False):
-        images = vae.decode((latents.float() / vae.config.scaling_factor).to(vae.dtype)).sample
+        images = vae.decode((latents.float() / factor + mean).to(vae.dtype)).sample
     return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
 
 

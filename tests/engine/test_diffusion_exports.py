@@ -1,5 +1,7 @@
 """The exports of a run of task=diffusion: diffusers loads each and makes the pictures of the run."""
 
+import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +32,7 @@ LORA = ["task.lora.targets=['*']", "task.lora.conv=true", "task.lora.text_encode
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-    """A folder with a base model, a LoRA of all layers, and a whole U-Net."""
+    """A folder with a base model, a LoRA of all layers, and a whole U-Net for a VAE with values of its own."""
     folder = tmp_path_factory.mktemp("exports")
     make_collection(folder / "images", per_class=4, validation=1)
     write_diffusers(
@@ -38,8 +40,10 @@ def place(tmp_path_factory):
         dtype=torch.float32, zeros_for_empty_prompt=False,
     )  # fmt: skip
     (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")
+    config = shutil.copytree(folder / "base/vae", folder / "vae") / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.2, "shift_factor": 0.1}))
     run("finetune_sdxl", [*SHORT, *LORA, "run_dir=lora"], folder)
-    run("finetune_sdxl", [*SHORT, "task.lora=null", "run_dir=whole"], folder)
+    run("finetune_sdxl", [*SHORT, "task.lora=null", "run_dir=whole", "model.vae=vae"], folder)
     return folder
 
 
@@ -111,10 +115,28 @@ def test_a_lora_needs_no_base_but_a_whole_model_needs_that_of_the_run(place):
     file.write_bytes(original[:-4] + bytes(4))
     try:
         export(place, "lora", "kohya")
-        with pytest.raises(UserError, match="was trained with another frozen unet, vae, text_encoder"):
+        with pytest.raises(UserError, match="was trained with another frozen vae; restore it, or set model.path"):
             export(place, "lora", "single_file")
     finally:
         file.write_bytes(original)
+
+
+def test_another_vae_and_other_values_are_refused_on_resume(place, tmp_path):
+    words = [*SHORT, "task.lora=null", "run_dir=whole", "loop.total_steps=3"]
+    for other in ("model.vae=base", "model.vae=null"):
+        with pytest.raises(UserError, match="model.vae"):
+            run("finetune_sdxl", [*words, other], place)
+    config = place / "vae/config.json"
+    original = config.read_text()
+    try:
+        config.write_text(original.replace("0.2", "0.3"))
+        with pytest.raises(UserError, match="model.vae_values.scaling_factor: 0.2 in the run, 0.3 now"):
+            run("finetune_sdxl", [*words, "model.vae=vae"], place)
+        (place / "vae").rename(tmp_path / "moved")  # the values are those of the run
+        run("evaluate", ["run_dir=whole", "runtime.device=cpu", f"model.vae={tmp_path / 'moved'}"], place)
+    finally:
+        (tmp_path / "moved").rename(place / "vae")
+        config.write_text(original)
 
 
 def test_a_base_that_lies_elsewhere_is_named_and_a_lora_needs_none(place, tmp_path):

@@ -28,6 +28,7 @@ from models.sdxl.networks import (
 )
 from models.sdxl.step import build_noise_table
 from models.sdxl.tokenizer import build_tokenizer
+from models.sdxl.vae import AS_STATED
 from utils.errors import UserError
 from utils.io.weights import read_header
 
@@ -240,7 +241,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
         ("unet/config.json", "attention_head_dim", [4, 4, 4]),
         ("unet/config.json", "resnet_time_scale_shift", "scale_shift"),
-        ("vae/config.json", "shift_factor", 0.1),
+        ("vae/config.json", "shift_factor", "0.1"),
         ("vae/config.json", "latents_mean", [0.1, 0, 0, 0]),
         ("text_encoder/config.json", "layer_norm_eps", 1e-6),
     ],
@@ -268,7 +269,15 @@ def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
 
 
 def test_the_frozen_vae_is_in_float32(folder):
-    config = SDXLConfig(family="sdxl", name="x", path=str(folder), frozen_dtype="bfloat16", in_channels=3)
+    config = SDXLConfig(
+        family="sdxl",
+        name="x",
+        path=str(folder),
+        vae=None,
+        vae_values=AS_STATED,
+        frozen_dtype="bfloat16",
+        in_channels=3,
+    )
     for path in (str(folder), None):
         found = open_networks(config.model_copy(update={"path": path}), ("vae", "text_encoder"), frozen=True)
         assert (found["vae"].dtype, found["text_encoder"].dtype) == (torch.float32, torch.bfloat16)

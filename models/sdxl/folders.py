@@ -1,0 +1,45 @@
+"""The weight files and configurations in folders of diffusers."""
+
+from pathlib import Path
+from typing import Any
+
+from utils.errors import UserError
+from utils.io.files import read_json, readable
+
+
+def unusable(reason: str) -> UserError:
+    """Return the error for a file or folder that is no SDXL."""
+    return UserError(f"{reason}; name a diffusers folder or a single .safetensors file of SDXL")
+
+
+def weight_name(part: str) -> str:
+    """Return the name of a part's weight file in diffusers and transformers, without its suffix."""
+    return "model" if part.startswith("text") else "diffusion_pytorch_model"
+
+
+def weight_files(place: Path, part: str) -> list[Path]:
+    """Return the files of a part in its folder: one file or its shards; a half-precision variant if there is no other.
+
+    Only the index says which shards belong together: others may be left from earlier.
+    """
+    name = weight_name(part)
+    for variant in ("", ".fp16", ".bf16"):
+        whole = place / f"{name}{variant}.safetensors"
+        index = place / f"{name}.safetensors.index{variant}.json"
+        if whole.is_file() and index.is_file():
+            raise unusable(f"{place} has both {whole.name} and shards ({index.name}); remove what is old")
+        if whole.is_file():
+            return [whole]
+        if index.is_file():
+            named = read_config(index).get("weight_map")
+            shards = sorted({str(file) for file in named.values()}) if isinstance(named, dict) else []
+            if not shards or any(Path(file).name != file for file in shards):
+                raise unusable(f"{index} names no files of its folder as weight_map")
+            return [place / file for file in shards]
+    raise unusable(f"{place} has no {name}.safetensors")
+
+
+def read_config(file: Path) -> dict[str, Any]:
+    """Read a file with a JSON object."""
+    with readable(file, "JSON"):
+        return {**read_json(file)}  # a list is refused

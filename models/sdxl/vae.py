@@ -1,0 +1,199 @@
+"""The VAE's values, which turn its outputs z into latents, and the files that a VAE comes from.
+
+latents = (z - latents_mean) / latents_std * scaling_factor, per channel, as in diffusers' pipelines of SDXL. These
+ignore `shift_factor`, so the configuration of a network states a shift as `latents_mean`, too.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+from pydantic import Field, ValidationError, model_validator
+from torch import Tensor, nn
+
+from models.sdxl.folders import read_config, weight_files
+from models.sdxl.names import PREFIXES
+from utils.config.bounds import Positive
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.io.files import readable
+from utils.io.weights import find_weights, read_header
+
+VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
+CHANNELS = 4  # of latents
+_OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
+_Number = Annotated[float, Field(ge=-1e6, le=1e6)]
+_Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]
+_Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
+
+
+class VAEValues(Strict):
+    """How outputs become latents, and the padding of convolutions. null: as the VAE states, or else as SDXL's."""
+
+    scaling_factor: Positive | None
+    shift_factor: _Number | None
+    latents_mean: _Channels | None
+    latents_std: _Deviations | None
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "VAEValues":
+        if (self.latents_mean is None) != (self.latents_std is None):
+            raise ValueError("latents_mean and latents_std belong together: give both or none")
+        if self.shift_factor and any(self.latents_mean or ()):
+            raise ValueError("shift_factor and latents_mean are two ways to say the same: set one of them to 0")
+        return self
+
+
+AS_STATED = VAEValues(**dict.fromkeys(VAEValues.model_fields))
+
+
+# ------------------------------------------------------------------------------------------------- where a VAE lies
+
+
+def vae_files(path: str | Path) -> list[Path]:
+    """Return the weight files of a VAE: of a folder of diffusers (a VAE or a whole model), a file, or a run's VAE.
+
+    Weights of finetune_vae.py come last, after the files of the VAE that they were trained from.
+    """
+    path = Path(path)
+    if path.is_dir() and not (path / "weights").is_dir():
+        return weight_files(_folder(path), "vae")
+    file = find_weights(str(path), "best")
+    began = _began_with(file)
+    return [*([] if began is None else vae_files(began)), file]
+
+
+def read_vae(path: str | Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the VAE's tensors as a single file names them, or as diffusers does. read: reads a file's tensors."""
+    prefix, state = PREFIXES["vae"], dict[str, Tensor]()
+    for file in vae_files(path):
+        tensors = read(file)
+        inside = next((mark for mark in (prefix, _OWN) if any(name.startswith(mark) for name in tensors)), "")
+        state |= {prefix + name.removeprefix(inside): one for name, one in tensors.items() if name.startswith(inside)}
+    return state
+
+
+def stated_config(path: str | Path) -> dict[str, Any]:
+    """Return what a VAE says of itself: config.json of its folder, or `vae` in the header that Atelier writes."""
+    path = Path(path)
+    if path.is_dir() and not (path / "weights").is_dir():
+        return read_config(_folder(path) / "config.json")
+    file = find_weights(str(path), "best")
+    if (beside := file.with_name("config.json")).is_file() and file.stem.startswith("diffusion_pytorch_model"):
+        return read_config(beside)
+    metadata = _header(file)
+    own = metadata["model"].get("vae_values") if _began_with(file) is not None else metadata.get("vae")
+    return {name: value for name, value in dict(own or {}).items() if name in VAEValues.model_fields}
+
+
+def _folder(path: Path) -> Path:
+    return path / "vae" if (path / "vae").is_dir() else path
+
+
+def _header(file: Path) -> dict[str, Any]:
+    if file.suffix != ".safetensors":
+        raise UserError(f"{file} is no .safetensors file; name one, a folder of diffusers, or a run of finetune_vae.py")
+    with readable(file, "safetensors"):
+        return dict(json.loads(read_header(file)[1].get("atelier", "{}")))
+
+
+def _began_with(file: Path) -> str | None:
+    """Return the VAE that weights of finetune_vae.py began with, None for other files."""
+    metadata = _header(file)
+    if not isinstance(model := metadata.get("model"), dict):
+        return None
+    began = model.get("vae") or model.get("path")
+    if not isinstance(began, str) or metadata.get("script") != "finetune_vae":
+        raise UserError(f"{file} holds no VAE: name a run of finetune_vae.py that began with a file or folder")
+    return began
+
+
+# ----------------------------------------------------------------------------------------------------------- values
+
+
+def settle_values(values: VAEValues, path: str | Path | None, *, is_replaced: bool = False) -> VAEValues:
+    """Return the values of a run: given ones, else those that the VAE at `path` states, else SDXL's.
+
+    is_replaced: another VAE than the base model's. Raises UserError if it states statistics of its latents that are not
+    given: SDXL's U-Net has not been trained with any.
+    """
+    given = values.model_dump(exclude_none=True)
+    source = {} if path is None else stated_config(path)
+    try:
+        stated = _without_shift_twice({name: source.get(name) for name in VAEValues.model_fields})
+        stated = VAEValues.model_validate(stated).model_dump()
+    except ValidationError as error:
+        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in error.errors())
+        raise UserError(
+            f"{path} states unusable values of a VAE ({wrong}); set model.vae_values, or correct it"
+        ) from None
+    mean, std = stated["latents_mean"], stated["latents_std"]
+    if is_replaced and "latents_mean" not in given and mean is not None and (any(mean) or set(std) != {1.0}):
+        plain = f"'model.vae_values.latents_mean={[0.0] * CHANNELS}' 'model.vae_values.latents_std={[1.0] * CHANNELS}'"
+        raise UserError(
+            f"{path} states latents_mean {mean} and latents_std {std}, with which SDXL's U-Net was not trained; set "
+            f"{plain} to keep the U-Net's latents, or both keys to these numbers, which takes a long run"
+        )
+    known = {name: value for name, value in stated.items() if value is not None}
+    if given.get("shift_factor") or any(given.get("latents_mean", ())):  # one replaces the other
+        known = {name: value for name, value in known.items() if name not in ("shift_factor", "latents_mean")}
+    default = {
+        "scaling_factor": VAE_SCALING_FACTOR, "shift_factor": 0.0, "latents_mean": [0.0] * CHANNELS,
+        "latents_std": [1.0] * CHANNELS, "padding_mode": "zeros",
+    }  # fmt: skip
+    return VAEValues(**{**default, **known, **given})
+
+
+def _without_shift_twice(stated: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the values of a configuration without a shift that is stated as `latents_mean`, too."""
+    shift = stated.get("shift_factor")
+    if shift and stated.get("latents_mean") == [shift] * CHANNELS:
+        return {**stated, "latents_mean": [0.0] * CHANNELS}
+    return dict(stated)
+
+
+def set_values(vae: nn.Module, values: VAEValues) -> None:
+    """Write settled values into a VAE's configuration, and set the padding of its convolutions."""
+    mean = [values.shift_factor + number for number in values.latents_mean]
+    is_plain = not any(mean) and set(values.latents_std) == {1.0}
+    vae.register_to_config(
+        scaling_factor=values.scaling_factor,
+        shift_factor=values.shift_factor or None,
+        latents_mean=None if is_plain else mean,
+        latents_std=None if is_plain else values.latents_std,
+        **({} if values.padding_mode == "zeros" else {"padding_mode": values.padding_mode}),
+    )
+    for layer in vae.modules():
+        if isinstance(layer, nn.Conv2d) and any(layer.padding):
+            layer.padding_mode = values.padding_mode
+
+
+def latent_scale(vae: nn.Module) -> tuple[Tensor, Tensor]:
+    """Return mean and factor [4, 1, 1], float32 on the CPU: latents = (z - mean) * factor."""
+    config = vae.config
+    mean = torch.tensor(config.latents_mean or [0.0] * CHANNELS)
+    std = torch.tensor(config.latents_std or [1.0] * CHANNELS)
+    return mean.view(-1, 1, 1), (config.scaling_factor / std).view(-1, 1, 1)
+
+
+def fold_values(vae: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the VAE's tensors with its values in them, for programs that know SDXL's scaling factor alone.
+
+    Both 1x1 convolutions between the networks and the latents take them, so no other tensor changes.
+    """
+    mean, factor = (part.double().flatten() for part in latent_scale(vae))
+    ratio = factor / torch.tensor(VAE_SCALING_FACTOR).double()
+    if not mean.any() and (ratio == 1).all():
+        return dict(state)
+    names = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
+    inner, inner_bias, outer, outer_bias = (state[name].double() for name in names)
+    rows = torch.cat([ratio, torch.ones_like(ratio)])  # the means, then the log variances
+    shifts = torch.cat([-mean * ratio, 2 * ratio.log()])
+    folded = (
+        inner * rows.view(-1, 1, 1, 1), inner_bias * rows + shifts,
+        outer / ratio.view(1, -1, 1, 1), outer_bias + outer[:, :, 0, 0] @ mean,
+    )  # fmt: skip
+    return {**state, **{name: one.to(state[name].dtype) for name, one in zip(names, folded)}}
