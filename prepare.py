@@ -6,7 +6,7 @@
     python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=statistics data=image_folder data.root=PATH        an HTML page about the collection
 
-Other jobs: count, verify, duplicates, filter, downsample, split, copy. No job moves, changes or deletes an image.
+Other jobs: count, verify, duplicates, filter, downsample, split, copy, cache. No job changes or deletes an image.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -15,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data.tools.cache import Cache
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
 from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
@@ -26,7 +27,7 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Manifest | CollectVocabulary | Pack
-    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy,
+    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache,
     Field(discriminator="name"),
 ]  # fmt: skip
 

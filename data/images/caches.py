@@ -22,7 +22,7 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.collection.rows import spread
 from data.config import CacheConfig
-from data.images.image_source import Images
+from data.images.image_source import Files, Images
 from data.images.record_store import LimitedStore, record_key
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
 from utils.hardware import free_memory
@@ -41,7 +41,7 @@ _ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _SIZES_BYTES, _ALIGNED = 24, 8
-_HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
+HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
 
 
 def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
@@ -243,6 +243,15 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
     return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))
 
 
+def image_key(contents: Files, row: int, inputs: str) -> str | None:
+    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
+    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
+        digest = contents.collection.row(row).sha256
+        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
+    version = file_version(file.path)
+    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
+
+
 class DiskCached(_Cached):
     """Images in a folder, by the file's state (path, range, size, times, inode) and the decoder's identity.
 
@@ -254,6 +263,9 @@ class DiskCached(_Cached):
         super().__init__(images)
         self._inputs = images.decoder.identity()
         self._store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
+        if isinstance(collection := images.listing, Collection) and distributed.is_main():
+            about = {"root": collection.root, "recipe": self._inputs, "index": collection.arrow}
+            self._store.note_use(about, np.array([]))
 
     def readings(self) -> dict[str, float]:
         """Return the hit rate and the size in GiB."""
@@ -270,8 +282,8 @@ class DiskCached(_Cached):
         record = None if cache_key is None else self._store.get(cache_key)
         self.count("misses" if record is None else "hits")
         if record is not None:
-            shape = _HEAD.unpack(record[: _HEAD.size])
-            return {IMAGE: torch.from_numpy(record[_HEAD.size :].reshape(shape)).permute(2, 0, 1)}
+            shape = HEAD.unpack(record[: HEAD.size])
+            return {IMAGE: torch.from_numpy(record[HEAD.size :].reshape(shape)).permute(2, 0, 1)}
         image = self.inner.read(row)[IMAGE]
         if cache_key is not None:
             self._keep(cache_key, image)
@@ -279,14 +291,7 @@ class DiskCached(_Cached):
 
     def _key(self, row: int) -> str | None:
         """Return the key of a row's image; None if the file is missing or was changed just now."""
-        contents = self.inner.contents
-        if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
-            digest = contents.collection.row(row).sha256
-            return None if digest is None else record_key(self._inputs, digest, contents.name_of(row))
-        version = file_version(file.path)
-        if version is None:
-            return None
-        return record_key(self._inputs, os.path.abspath(file.path), file.offset, file.length, version)
+        return image_key(self.inner.contents, row, self._inputs)
 
     def _keep(self, key: str, image: Tensor) -> None:
         """Write the record of an image, uint8 [C, H, W]. After a failed write, warn once and write no more records."""
@@ -294,7 +299,7 @@ class DiskCached(_Cached):
             return
         pixels = image.permute(1, 2, 0).contiguous().numpy()
         try:
-            self._store.add(key, _HEAD.pack(*pixels.shape) + pixels.tobytes())
+            self._store.add(key, HEAD.pack(*pixels.shape) + pixels.tobytes())
         except OSError as error:
             self.count("refused")
             log.warning(

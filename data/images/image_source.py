@@ -29,7 +29,7 @@ _PATIENCE_SEC = 120  # for a batch, including the store's retries
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
-class _Files:
+class Files:
     """Encoded images, each in a file. paths: the path of a row below `root`."""
 
     def __init__(self, root: str, paths: Callable[[int], str]) -> None:
@@ -47,7 +47,7 @@ class _Files:
         """Start to read the rows of a batch together; only remote shards gain from it."""
 
 
-class _Shards(_Files):
+class _Shards(Files):
     """Encoded images in local shards."""
 
     def __init__(self, collection: Collection) -> None:
@@ -143,20 +143,20 @@ def member_key(path: str) -> str:
     return hashlib.sha256(path.encode()).hexdigest()[:20]
 
 
-def open_contents(images: Collection | Sequence[Path]) -> _Files:
+def open_contents(images: Collection | Sequence[Path]) -> Files:
     """Return the encoded images of a collection, or of a list of files."""
     if not isinstance(images, Collection):
-        return _Files("", list(map(str, images)).__getitem__)
+        return Files("", list(map(str, images)).__getitem__)
     if is_remote(str(images.root)):
         return _RemoteShards(images)
-    return _Shards(images) if images.is_packed else _Files(os.fspath(images.root), lambda row: images.row(row).path)
+    return _Shards(images) if images.is_packed else Files(os.fspath(images.root), lambda row: images.row(row).path)
 
 
 class Images(Source):
     """Decoded images of a collection or of a list of files, as `image`, uint8 [channels, H, W]."""
 
     def __init__(self, images: Collection | Sequence[Path], decoder: Decoder) -> None:
-        self.contents, self.decoder = open_contents(images), decoder
+        self.listing, self.contents, self.decoder = images, open_contents(images), decoder
         self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
 
     def read(self, row: int, key: int = 0) -> Record:

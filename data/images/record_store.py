@@ -8,11 +8,13 @@ it was writing. A record is a checksum and the content; a record with a wrong ch
 """
 
 import fcntl
+import hashlib
+import json
 import os
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from safetensors.torch import load, save
@@ -24,12 +26,21 @@ from utils.io.files import canonical_json, output_errors, sha256_text, write_ato
 from utils.ranks import distributed
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
+USES, _KEY = "uses", "S32"
 _FULL = 0.9  # eviction removes the oldest records down to this share of the limit
 
 
 def record_key(*parts: Any) -> str:
     """Return the key for the inputs of a record (JSON values): 32 hexadecimal digits."""
     return sha256_text(canonical_json(parts))[:32]
+
+
+class Use(NamedTuple):
+    """What a run reads in a store: about (`root`, `recipe`), the keys of its records, and when it started (seconds)."""
+
+    about: dict[str, Any]
+    keys: np.ndarray
+    at: float
 
 
 class Store:
@@ -66,6 +77,22 @@ class Store:
         """Write a record. Raises OSError."""
         record = _checksum(np.frombuffer(content, np.uint8)) + content
         write_atomically(self._file(key), lambda temporary: temporary.write_bytes(record), flush=False)
+
+    def note_use(self, about: Mapping[str, Any], keys: np.ndarray) -> None:
+        """Note in the folder `uses` what a run reads, for job=cache; paths in `about` become absolute."""
+        about = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in about.items()}
+        content = canonical_json(about).encode() + b"\n" + np.unique(keys.astype(_KEY)).tobytes()
+        with suppress(OSError):  # a read-only disk
+            file = self.folder / USES / hashlib.sha256(content).hexdigest()[:32]
+            write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
+
+    def uses(self) -> dict[Path, Use]:
+        """Return the uses by file, the newest first."""
+        found = {}
+        for file in sorted(self.folder.glob(f"{USES}/[!.]*"), key=lambda file: -file.stat().st_mtime):
+            about, _, keys = file.read_bytes().partition(b"\n")
+            found[file] = Use(json.loads(about), np.frombuffer(keys, _KEY), file.stat().st_mtime)
+        return found
 
 
 def _checksum(content: np.ndarray) -> bytes:
@@ -125,15 +152,16 @@ class LimitedStore(Store):
 
 
 class TensorStore:
-    """Records of tensors in a store; config_key: names the folder in messages."""
+    """Records of tensors in a store; config_key: names the folder in messages. about: see `Use`."""
 
-    def __init__(self, folder: Path, config_key: str) -> None:
-        self._store, self.config_key = Store(folder), config_key
+    def __init__(self, folder: Path, config_key: str, **about: Any) -> None:
+        self._store, self.config_key, self._about = Store(folder), config_key, about
 
     def is_missing(self, keys: np.ndarray) -> np.ndarray:
         """Return which keys have no record, bool, in the shape of `keys`; the same on all ranks."""
 
         def find() -> np.ndarray:
+            self._store.note_use(self._about, keys.ravel())
             existing = np.array([file.name for file in self._store.files()], np.bytes_)
             return ~np.isin(keys.astype(np.bytes_), existing)
 

@@ -202,7 +202,8 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return encode_text(*encoders(), tokenize(texts, chunks).to(data.machine.device))
 
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
-    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
+    records = TensorStore(Path(task.text_cache), "task.text_cache", root=data.collection.root, recipe=inputs)
+    store = TextCache(records, inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
     return store.read, vary
 
@@ -223,7 +224,8 @@ def _read(
     inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
     if (padding := setup.model.settled().vae_values.padding_mode) != "zeros":
         inputs = (*inputs, padding)
-    store = TensorStore(Path(task.latent_cache), "task.latent_cache")
+    recipe = {"made by": inputs, "buckets": task.buckets.model_dump(mode="json")}
+    store = TensorStore(Path(task.latent_cache), "task.latent_cache", root=collection.root, recipe=recipe)
     latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
     if store.is_missing(latents.keys).any():
         vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)

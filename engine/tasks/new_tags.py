@@ -60,9 +60,10 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
 
 def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> dict[int, Tensor]:
     """Return the head's input [C] by position in `rows`, without unreadable images. New ones are computed and kept."""
-    head, store = optional_prefixes(task.network)[0], TensorStore(CACHE, "task.append_to")
+    head = optional_prefixes(task.network)[0]
     frozen = {name: tensor for name, tensor in task.network.state_dict().items() if not name.startswith(head)}
     made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
+    store = TensorStore(CACHE, "task.append_to", root=data.collection.root, recipe=made_by)
     hashes = image_hashes(data.collection, rows, IMAGE_HASHES)
     keys = np.array([record_key(*made_by, digest) for digest in hashes])
     is_missing = store.is_missing(keys)

@@ -1,0 +1,84 @@
+"""job=cache: what it lists of records and their users, and that it removes nothing else than old, unused records."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.config import CacheConfig
+from data.images.caches import DiskCached
+from data.images.decode import Decoder
+from data.images.image_source import Images
+from data.images.record_store import TensorStore
+from tests.data.collection.test_collection import load
+from tests.in_process import run
+
+JOB = ["job=cache", "data=image_folder", "data.root=photos", "data.validation_fraction=0.0"]
+KEYS = np.array([f"{number:032x}" for number in range(4)])
+
+
+def age(paths, days=40):
+    for path in paths:
+        os.utime(path, (time.time() - 86_400 * days,) * 2)
+
+
+def read_tables(folder):
+    return json.loads((folder / "outputs/care/cache/cache.json").read_text())["tables"]
+
+
+@pytest.fixture
+def stores(tmp_path, monkeypatch):
+    """Return the folder of four cached images and of three latents, two of which a run uses."""
+    monkeypatch.chdir(tmp_path)
+    Path("photos").mkdir()
+    levels = np.arange(40 * 30 * 3).reshape(40, 30, 3)
+    for number in range(4):
+        Image.fromarray((levels // (number + 16)).astype(np.uint8)).save(f"photos/{number}.png")
+    collection = load(Path("photos"), tmp_path / "outputs/cache/collections")
+    cached = DiskCached(
+        Images(collection, Decoder(3, 10**6)), CacheConfig(memory_gib=0.0, folder="outputs/cache/images", disk_gib=0.1)
+    )
+    for row in range(4):
+        cached.read(row)
+    store = TensorStore(tmp_path / "outputs/cache/latents", "key", root=Path("elsewhere"), recipe={"vae": "1"})
+    for key in KEYS[:3].tolist():
+        store.put(key, key, {"mean": torch.zeros(4, 2, 2, dtype=torch.float16)})
+    assert store.is_missing(KEYS[1:]).tolist() == [False, False, True]
+    return tmp_path / "outputs/cache"
+
+
+def test_stores_and_their_uses_are_listed_and_formats_compared(stores, tmp_path):
+    assert run("prepare", [*JOB, "job.compare=[jpeg,webp]"], tmp_path).startswith("0 files not used for 30 days")
+    tables = read_tables(tmp_path)
+    listed = {Path(row["store"]).name: row for row in tables["stores"]}
+    assert list(listed) == ["collections", "images", "latents"]
+    names = ("records", "of data.root", "recipes", "shapes")
+    assert [listed["images"][name] for name in names] == [4, 1.0, 1, "[40, 30, 3] uint8"]
+    assert [listed["latents"][name] for name in names] == [3, 0.0, 1, "mean [4, 2, 2] F16"]
+    uses = {Path(row["store"]).name: (row["records"], row["root"], row["recipe"]) for row in tables["uses"]}
+    assert uses["latents"] == (2, str(tmp_path / "elsewhere"), '{"vae": "1"}')
+    assert uses["images"][:2] == (4, str(tmp_path / "photos"))
+    jpeg, webp = tables["formats"]
+    assert jpeg["format"] == "jpeg" and 0 < jpeg["of decoded size"] < 1 and 0 < webp["error (RMS levels)"] < 10
+
+
+def test_only_old_records_that_nothing_uses_are_removed(stores, tmp_path):
+    records = list(stores.glob("*/[0-9a-f][0-9a-f]/*"))
+    foreign = tmp_path / "outputs/cache/photos/ab" / KEYS[0]  # of a user, named by its hash
+    foreign.parent.mkdir(parents=True)
+    foreign.write_bytes(b"x")
+    age([*records, foreign])
+    os.utime("photos/1.png")  # its record is of an older version
+    assert run("prepare", JOB, tmp_path).startswith("2 files not used for 30 days: job.apply=true removes")
+    assert all(file.exists() for file in records)
+    assert run("prepare", [*JOB, "job.apply=true"], tmp_path).startswith("2 files not used for 30 days: removed")
+    gone = [file for file in records if not file.exists()]
+    assert {file.parts[-3]: file.name == KEYS[0] for file in gone} == {"images": False, "latents": True}
+    age(stores.glob("*/uses/*"))
+    run("prepare", [*JOB, "job.apply=true"], tmp_path)
+    assert not any(file.exists() for file in records) and not [*stores.glob("*/uses/*")] and foreign.exists()
