@@ -74,7 +74,7 @@ def pictures(folder, count, side_px):
         colours.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
         (folder / f"{number}.txt").write_text(f"made picture {number}, soft colours, shape {number % len(SHAPES)}")
     sides = f"task.buckets.min_px={side_px // 2}", f"task.buckets.max_px={side_px * 2}", "task.buckets.max_crop=0.9"
-    return [f"data.root={folder}", f"task.buckets.area_px={side_px**2}", "task.buckets.step_px=32", *sides]
+    return [f"data.root={folder}", f"task.buckets.areas_px=[{side_px**2}]", "task.buckets.step_px=32", *sides]
 
 
 def start(config):

@@ -22,7 +22,7 @@ SHORT = [
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 SHORT_SDXL = [
-    "model=sdxl_tiny", "task.buckets.area_px=16384", "task.buckets.min_px=64", "task.buckets.max_px=256",
+    "model=sdxl_tiny", "task.buckets.areas_px=[16384]", "task.buckets.min_px=64", "task.buckets.max_px=256",
     "task.buckets.step_px=32", "loop.total_steps=2", "runtime.threads=1",
 ]  # fmt: skip
 

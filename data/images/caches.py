@@ -184,7 +184,7 @@ class _MemoryCached(_Cached):
         """Return whether a row's image is in memory."""
         return row in self.pool
 
-    def read(self, row: int, key: int = 0) -> Record:
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the image of a row, from memory or from the source."""
         image = self.pool.get(row)
         self.count("misses" if image is None else "hits")
@@ -276,7 +276,7 @@ class DiskCached(_Cached):
         key = self._key(row)
         return key is not None and self._store.has(key)
 
-    def read(self, row: int, key: int = 0) -> Record:
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the image of a row. Raises UnreadableImage."""
         cache_key = self._key(row)  # before reading the file, so that a change in between invalidates the record
         record = None if cache_key is None else self._store.get(cache_key)

@@ -159,7 +159,7 @@ class Images(Source):
         self.listing, self.contents, self.decoder = images, open_contents(images), decoder
         self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
 
-    def read(self, row: int, key: int = 0) -> Record:
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the decoded image of a row. Raises UnreadableImage."""
         return {IMAGE: self.decoder(self.contents.read(row), self.contents.name_of(row))}
 

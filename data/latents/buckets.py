@@ -1,6 +1,8 @@
 """Buckets: the training sizes for images of many shapes, and how an image is fitted into one.
 
-    buckets = make_buckets(collection, rows, image_sizes(collection, rows, cache), config)
+    sizes_hw = image_sizes(collection, rows, cache)
+    config = choose_sizes(rows, sizes_hw, config)    # of training rows, if config.depends_on_images
+    buckets = make_buckets(collection, rows, sizes_hw, config)
     fit = fit_into(size_hw, bucket_hw, choose_corner)
     pixels = place(image, fit, flip=False)
 
@@ -11,12 +13,13 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction as Ratio
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
+from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
 from torch import Tensor
 
 from data.collection.collection import Collection
@@ -25,7 +28,7 @@ from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from data.stream.source import UnreadableImage
 from utils import rng
-from utils.config.bounds import Fraction, Pixels, Share, Side
+from utils.config.bounds import Count, Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.memo import in_threads, measure_once
@@ -34,51 +37,96 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_UnitSide = Annotated[Side, Field(multiple_of=32)]  # the VAE reduces by 8, the U-Net by another 4
+_UNIT = 32
+_UnitSide = Annotated[Side, Field(multiple_of=_UNIT)]  # the VAE reduces by 8, the U-Net by another 4
+_Sizes = Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
+_SAME_AREA = 1.25  # sizes_hw whose areas differ by less count as one area, if a ratio occurs twice
+_MORE_CROP = 0.1  # no image goes to an area that crops this share more of it than another area does
+_FLAT = TypeAdapter(list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]])
 SIZES = Path("outputs/cache/upright_sizes.jsonl")
+
+
+def _group_by_area(value: Any) -> Any:
+    """Return a flat list of sizes as one list for each area, if it has several sizes of one ratio; else as one list.
+
+    Any other value is returned as it is.
+    """
+    try:
+        flat = set(map(tuple, _FLAT.validate_python(value, strict=True)))
+    except ValidationError:
+        return value
+    groups, all_differ = [], len({Ratio(*size) for size in flat}) == len(flat)
+    for size in sorted(flat, key=math.prod):
+        is_larger = not groups or (not all_differ and math.prod(size) > _SAME_AREA * math.prod(groups[-1][0]))
+        if is_larger or Ratio(*size) in (Ratio(*other) for other in groups[-1]):
+            groups.append([])
+        groups[-1].append(list(size))
+    return [sorted(group) for group in groups]
 
 
 class BucketConfig(Strict):
     """The sizes, and what happens to images that fit none of them well.
 
-    The default sizes are a square of about `area_px`, and for every side from `min_px` to `max_px` in steps of
-    `step_px` the longest other side with an area of at most `area_px`; sizes_hw replaces them. crop: the crop position.
+    The default sizes are, for each of `areas_px`, a square of about this area, and for every side from `min_px` to
+    `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
+    largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes, or one for each area.
+    assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
+    (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). fit, min_images: see
+    `choose_sizes`. crop: the crop position.
     small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
     trained at its own size, rounded down to `step_px` (native). An image that would lose more than `max_crop` of its
     area is skipped. flip: probability of a horizontal flip.
     Source: NovelAI/novelai-aspect-ratio-bucketing; kohya-ss/sd-scripts:library/model_util.py.
     """
 
-    area_px: Pixels
+    areas_px: Annotated[list[Pixels], Field(min_length=1)]
     step_px: _UnitSide
     min_px: _UnitSide
     max_px: _UnitSide
-    sizes_hw: Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)] | None
+    sizes_hw: Annotated[Annotated[list[_Sizes], Field(min_length=1)] | None, BeforeValidator(_group_by_area)]
+    assign: Literal["no_upscale", "nearest", "all"]
+    fit: Count | None
+    min_images: Count
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
     max_upscale: Annotated[float, Field(ge=1, le=1000)]
     max_crop: Share
     flip: Fraction
 
-    def sizes(self) -> np.ndarray:
-        """Return the sizes, int64 [K, 2]."""
+    @property
+    def depends_on_images(self) -> bool:
+        """Whether the sizes depend on the training images; see `choose_sizes`."""
+        return self.fit is not None or self.min_images > 1
+
+    def sizes(self) -> list[np.ndarray]:
+        """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:
-            return np.array(self.sizes_hw, dtype=np.int64)
-        return sdxl_sizes(self.area_px, self.step_px, self.min_px, self.max_px)
+            return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
+        found = []
+        for area in sorted(set(self.areas_px)):
+            scale = math.sqrt(area / max(self.areas_px)) / _UNIT
+            limits = (max(1, round(side * scale)) * _UNIT for side in (self.min_px, self.max_px))
+            found.append(sdxl_sizes(area, self.step_px, *limits))
+        return found
 
     @model_validator(mode="after")
-    def _has_a_square(self) -> "BucketConfig":
-        if not self.min_px**2 <= self.area_px <= self.max_px**2:
+    def _has_squares(self) -> "BucketConfig":
+        if not self.min_px**2 <= max(self.areas_px) <= self.max_px**2:
             raise ValueError(
-                f"task.buckets.area_px: {self.area_px} is not between min_px x min_px and max_px x max_px, "
+                f"task.buckets.areas_px: {max(self.areas_px)} is not between min_px x min_px and max_px x max_px, "
                 f"{self.min_px**2} and {self.max_px**2}; change one of them"
+            )
+        if min(self.areas_px) < self.step_px**2:
+            raise ValueError(
+                f"task.buckets.areas_px: {min(self.areas_px)} has no room for a square of step_px, {self.step_px} px; "
+                "set a larger area or a smaller step"
             )
         return self
 
 
 def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarray:
-    """Return the default sizes (see `BucketConfig`), int64 [K, 2], sorted."""
+    """Return the default sizes of an area (see `BucketConfig`), int64 [K, 2], sorted."""
     square = math.isqrt(area_px) // step_px * step_px
     sizes = {(square, square)}
     for side in range(min_px, max_px + 1, step_px):
@@ -157,10 +205,10 @@ def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
 
 @dataclass(frozen=True)
 class Buckets:
-    """The buckets of a collection's rows.
+    """The buckets of a collection's rows, a sample for each row and bucket; with assign=all, a row has several.
 
-    rows: rows with a bucket, int64 [N], ascending. groups: the bucket of each, an index into `sizes_hw` [K, 2].
-    image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
+    rows: the row of each sample, int64 [N], ascending. groups: its bucket, an index into `sizes_hw` [K, 2]; ascending
+    within a row. image_hw [N, 2]: the image sizes. dropped: rows without a bucket, by reason.
     """
 
     rows: np.ndarray
@@ -171,33 +219,62 @@ class Buckets:
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
+        if len(self.rows) == 0:
+            return "no image has a bucket"
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
-        areas = self.sizes_hw.prod(axis=1)
+        areas, images = self.sizes_hw.prod(axis=1), len(np.unique(self.rows))
         enlarged = np.count_nonzero(zoom > 1)
+        several = f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
         return (
-            f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {len(self.rows):,} images; "
+            f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {images:,} images"
+            f"{several if images < len(self.rows) else ''}; "
             f"cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst; {enlarged:,} enlarged"
             + (f", up to {zoom.max():.1f} times" if enlarged else "")
             + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         )
 
-    def number_of(self, row: int) -> int:
-        """Return the index of a row in `rows`."""
-        return int(np.searchsorted(self.rows, row))
+    def number_of(self, row: int, group: int) -> int:
+        """Return the index of the sample of a row in a bucket."""
+        first, end = np.searchsorted(self.rows, (row, row + 1))
+        return int(first + np.searchsorted(self.groups[first:end], group))
 
 
 def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return the enlargement of each image, and the cropped share of its area, float64 [N]."""
-    zoom = (target_hw / image_hw).max(axis=1)
-    return zoom, 1 - (target_hw / (image_hw * zoom[:, None])).prod(axis=1)
+    """Return the enlargement of each image [..., 2], and the cropped share of its area, float64 [...]."""
+    zoom = (target_hw / image_hw).max(axis=-1)
+    return zoom, 1 - (target_hw / (image_hw * zoom[..., None])).prod(axis=-1)
+
+
+def _choose(image_hw: np.ndarray, areas: Sequence[np.ndarray], config: BucketConfig) -> np.ndarray:
+    """Return the bucket of each image [N, 2], int64 [1, N, 2], or with assign=all one of each area, [areas, N, 2].
+
+    The ratio decides within an area, and the image's size between areas; orientation decides nothing.
+    """
+    nearest = np.stack([sizes[assign(image_hw, sizes)] for sizes in areas])
+    if config.assign == "all" or len(areas) == 1:
+        return nearest
+    zoom, lost = _measure_fit(image_hw, nearest)
+    crops_more = (lost > config.max_crop) | (lost > lost.min(axis=0) + _MORE_CROP)
+    enlarges = (zoom > 1) & (config.assign == "no_upscale")
+    order = np.lexsort((np.abs(np.log(zoom)), enlarges, crops_more), axis=0)
+    return np.take_along_axis(nearest, order[:1, :, None], axis=0)
 
 
 def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
     """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one."""
+    buckets = _fill(rows, sizes_hw, config)
+    for reason, without in buckets.dropped.items():
+        names = show_some(collection.table["path"].take(without[:6]).to_pylist())
+        log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
+    return buckets
+
+
+def _fill(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
+    """Return the buckets of rows, as `make_buckets`."""
+    target = _choose(np.maximum(sizes_hw, 1), config.sizes(), config)
+    rows, sizes_hw, target = np.tile(rows, len(target)), np.tile(sizes_hw, (len(target), 1)), target.reshape(-1, 2)
     known = (sizes_hw > 0).all(axis=1)
     sizes_hw = np.maximum(sizes_hw, 1)
-    buckets = config.sizes()
-    target = buckets[assign(sizes_hw, buckets)]
     small = known & (_measure_fit(sizes_hw, target)[0] > config.max_upscale)
     too_small = small & (config.small == "drop")
     if config.small == "native":
@@ -211,12 +288,78 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
         f"of a shape too far from any bucket (task.buckets.max_crop={config.max_crop:g})": too_long,
     }
     kept = known & ~too_small & ~too_long
-    dropped = {reason: rows[chosen] for reason, chosen in reasons.items() if chosen.any()}
-    for reason, without in dropped.items():
-        names = show_some(collection.table["path"].take(without[:6]).to_pylist())
-        log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
-    sizes, groups = np.unique(target[kept], axis=0, return_inverse=True)
-    return Buckets(rows[kept], groups.reshape(-1), sizes, sizes_hw[kept], dropped)
+    buckets, groups = np.unique(target[kept], axis=0, return_inverse=True)
+    # Once in a bucket, even if two areas gave it.
+    _, firsts = np.unique(rows[kept] * len(buckets) + groups.reshape(-1), return_index=True)
+    left_out = {reason: np.setdiff1d(rows[chosen], rows[kept]) for reason, chosen in reasons.items()}
+    dropped = {reason: without for reason, without in left_out.items() if len(without)}
+    return Buckets(rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
+
+
+# ------------------------------------------------------------------------------------------- sizes for one collection
+
+
+def choose_sizes(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> BucketConfig:
+    """Return a config that states the sizes which `fit` and `min_images` choose for rows of sizes [N, 2] (0: unknown).
+
+    fit: of each area's sizes, keep the `fit` that crop least. min_images: while a bucket has fewer images, remove the
+    thinnest, and its images go to the next one. Sizes of small=native stay. The buckets before are logged.
+    """
+    areas, before = config.sizes(), _fill(rows, sizes_hw, config)
+    log.info("buckets, before task.buckets.fit and min_images: %s", before.describe())
+    target = before.sizes_hw[before.groups]
+    if config.fit is not None:
+        images = [before.image_hw[_is_one_of(target, sizes)] for sizes in areas]
+        areas = [fit_sizes(sizes, fitted, config.fit) for sizes, fitted in zip(areas, images)]
+    _, firsts = np.unique(before.rows, return_index=True)
+    image_hw = before.image_hw[firsts[_is_one_of(target[firsts], np.concatenate(config.sizes()))]]
+    while config.min_images > 1 and len(image_hw):
+        used, counts = np.unique(_choose(image_hw, areas, config).reshape(-1, 2), axis=0, return_counts=True)
+        is_last = len(used) == 1 or counts.min() >= config.min_images
+        used = used if is_last else np.delete(used, counts.argmin(), axis=0)
+        areas = [sizes[_is_one_of(sizes, used)] for sizes in areas if _is_one_of(sizes, used).any()]
+        if is_last:
+            break
+    chosen = [sizes.tolist() for sizes in areas]
+    log.info("buckets, after: %s", "; ".join(", ".join(f"{h} x {w}" for h, w in sizes) for sizes in chosen))
+    return config.model_copy(update={"sizes_hw": chosen, "fit": None, "min_images": 1})
+
+
+def _is_one_of(sizes_hw: np.ndarray, others_hw: np.ndarray) -> np.ndarray:
+    """Return whether each size [N, 2] is one of others [K, 2], bool [N]."""
+    return np.isin(sizes_hw @ (2**32, 1), others_hw @ (2**32, 1))
+
+
+def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndarray:
+    """Return the `count` sizes, of [K, 2], that crop least of images [N, 2], each in the size of the nearest ratio.
+
+    An image of log ratio x in a bucket of log ratio r loses 1 - exp(-|x - r|) of its area. A dynamic programme over the
+    sorted ratios adds sizes from the left; `between` [K, K] is the loss of images between two neighbours.
+    """
+    sizes_hw = sizes_hw[np.argsort(sizes_hw[:, 0] / sizes_hw[:, 1], kind="stable")]
+    ratios, shapes = (np.log(sizes[:, 0] / sizes[:, 1]) for sizes in (sizes_hw, image_hw))
+    shapes = np.sort(shapes)
+    falling, rising = (np.concatenate([[0], np.exp(sign * shapes).cumsum()]) for sign in (-1, 1))
+    own, middle = np.searchsorted(shapes, ratios), np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
+
+    def above(end: np.ndarray) -> np.ndarray:
+        """Return the loss of the images from the ratio of each size up to the image `end`."""
+        return (end.T - own - np.exp(ratios) * (falling[end.T] - falling[own])).T
+
+    def below(start: np.ndarray) -> np.ndarray:
+        """Return the loss of the images from the image `start` to the ratio of each size."""
+        return own - start - np.exp(-ratios) * (rising[own] - rising[start])
+
+    between = np.where(np.tri(len(ratios), dtype=bool), np.inf, above(middle) + below(middle))
+    lost, steps = below(np.zeros_like(own)), []
+    for _ in range(min(count, len(ratios)) - 1):
+        sums = lost[:, None] + between
+        steps.append(sums.argmin(axis=0))
+        lost = sums.min(axis=0)
+    chosen = [int((lost + above(np.full_like(own, len(shapes)))).argmin())]
+    for step in reversed(steps):
+        chosen.append(int(step[chosen[-1]]))
+    return sizes_hw[chosen[::-1]]
 
 
 def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:

@@ -46,10 +46,11 @@ def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[
 
 
 class LatentCache(Source):
-    """A source of latents for `buckets.rows`, and for their mirror images if `config.flip` is above 0.
+    """A source of latents for the samples of `buckets`, and for their mirror images if `config.flip` is above 0.
 
     inputs: what the latents depend on beside the images, such as a hash of the VAE. hashes: from `image_hashes`.
-    fits: [rows, variants, 2]; variant 1 is the mirror image. keys: record keys [rows, variants], 32 hexadecimal digits.
+    fits: [samples, variants, 2]; variant 1 is the mirror image. keys: record keys [samples, variants], 32 hexadecimal
+    digits.
     fingerprints: a hash of all keys, by configuration key.
     """
 
@@ -83,7 +84,7 @@ class LatentCache(Source):
         self.fingerprints = {store.config_key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
     def fit(self, number: int, variant: int) -> Fit:
-        """Return the fit of the image `buckets.rows[number]`."""
+        """Return the fit of a sample, by its index in `buckets`."""
         return Fit(*(part[number, variant] for part in self.fits))
 
     @torch.no_grad()
@@ -100,19 +101,20 @@ class LatentCache(Source):
             return
 
         def view(variant: int, image: Tensor, draw: Draw) -> Tensor:
-            return place(image, self.fit(buckets.number_of(draw.index), variant), flip=variant == 1)
+            return place(image, self.fit(buckets.number_of(draw.index, draw.group), variant), flip=variant == 1)
 
-        def size(example: Example) -> dict[str, Tensor]:
-            return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:])}
+        def size(example: Example) -> dict[str, Any]:
+            number = buckets.number_of(example.draw.index, example.draw.group)
+            return {"size_hw": torch.tensor(example.record[IMAGE].shape[-2:]), "number": number}
 
         views = {str(variant): functools.partial(view, variant) for variant in variants}
         loader = Loader(self.collection, images, views, size, machine, unreadable.add, training=False)
         stream = EvaluationStream(loader, buckets.rows[chosen], batch_size, buckets.groups[chosen])
         for batch in track(stream, len(stream), "encoding images"):
             latents = [[part.to(STORED) for part in encode(batch[name])] for name in views]
-            samples = zip(*(batch[name].tolist() for name in ("sample_id", "weight", "size_hw")))
-            for index, (row, weight, size_hw) in enumerate(samples):
-                number, path = buckets.number_of(row), self.collection.row(row).path
+            samples = zip(*(batch[name].tolist() for name in ("number", "weight", "size_hw")))
+            for index, (number, weight, size_hw) in enumerate(samples):
+                path = self.collection.row(buckets.rows[number]).path
                 if weight > 0 and size_hw != (expected := buckets.image_hw[number].tolist()):
                     unreadable.add([(path, f"size is {size_hw}, not {expected}; write the manifest again")])
                 elif weight > 0:
@@ -121,18 +123,18 @@ class LatentCache(Source):
                         self.store.put(self.keys[number, variant].decode(), path, record)
         self.store.finish()
 
-    def read(self, row: int, key: int = 0) -> Record:
-        """Return `latent_mean` and `latent_logvar` [4, h, w] of a row, and `fit` [6]: `Fit.conditions`.
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
+        """Return `latent_mean` and `latent_logvar` [4, h, w] of a row in a bucket, and `fit` [6]: `Fit.conditions`.
 
         key: the key of the draw, which decides between the image and its mirror image.
         Raises UnreadableImage if the record is missing.
         """
         variant = int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
-        return self.read_variant(row, variant)
+        return self.read_variant(row, group, variant)
 
-    def read_variant(self, row: int, variant: int) -> Record:
+    def read_variant(self, row: int, group: int, variant: int) -> Record:
         """Return the record of the image (variant 0) or of its mirror image (1)."""
-        number = self.buckets.number_of(row)
+        number = self.buckets.number_of(row, group)
         record = self.store.read(self.keys[number, variant].decode())
         if record is None:
             advice = "run the same command again to encode missing images"

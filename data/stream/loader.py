@@ -122,7 +122,7 @@ class Loader(Dataset):
         row = None if self.collection is None else self.collection.row(draw.index)
         weight = 1.0 if row is None else row.weight
         try:
-            record = self.source.read(draw.index, draw.key)
+            record = self.source.read(draw.index, draw.key, draw.group)
         except UnreadableImage as error:
             problems.append((error.path, error.reason))
             weight, record = 0.0, self.source.blank(draw.group)

@@ -48,10 +48,10 @@ def join_ranges(ranges: Iterable[FileRange | None]) -> list[FileRange]:
 class Source:
     """The records of rows, also in forked processes. `read` and `blank` are required; the rest is optional."""
 
-    def read(self, row: int, key: int = 0) -> Record:
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the record of a row. Raises UnreadableImage.
 
-        key: the key of the draw, for sources with several records per row.
+        key, group: of the draw, for sources with several records per row.
         """
         raise NotImplementedError
 

@@ -195,6 +195,7 @@ class DiffusionTask(Task):
         super().__init__()
         config, tags = setup.task, setup.facts.get("tag_weights")  # for training only; weight files do not have it
         self._config, self._model = config, setup.model
+        self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them

@@ -14,7 +14,7 @@ from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
-from data.latents.buckets import SIZES, Buckets, fitted_views, image_sizes, make_buckets
+from data.latents.buckets import SIZES, Buckets, choose_sizes, fitted_views, image_sizes, make_buckets
 from data.latents.latent_cache import LatentCache, image_hashes
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
@@ -81,6 +81,16 @@ class DiffusionKind(Kind):
             return {}
         rows = training_rows(collection, config.loop.train_paths)
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
+
+    def set_up(self, config: TrainingConfig, collection: Collection) -> Setup:
+        """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
+        setup, buckets = super().set_up(config, collection), config.task.buckets
+        if not buckets.depends_on_images:
+            return setup
+        rows = training_rows(collection, config.loop.train_paths)
+        buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
+        facts = {**setup.facts, "bucket_sizes_hw": buckets.sizes_hw}
+        return replace(setup, task=config.task.model_copy(update={"buckets": buckets}), facts=facts)
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
         """Return nothing: weight files do not describe images."""

@@ -22,7 +22,7 @@ SHORT = [
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 SHORT_SDXL = [
-    "vae_steps=2", "loop.total_steps=2", "runtime.threads=1", "task.buckets.area_px=4096", "task.buckets.min_px=32",
+    "vae_steps=2", "loop.total_steps=2", "runtime.threads=1", "task.buckets.areas_px=[4096]", "task.buckets.min_px=32",
     "task.samples.prompts=[black,white]", "task.samples.steps=3", "task.samples.image_size_hw=[64,64]",
 ]  # fmt: skip
 needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="make install-sdxl")

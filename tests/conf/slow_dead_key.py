@@ -96,7 +96,7 @@ def run_sdxl(go, data):
     go("finetune_sdxl", *tiny, *ON_DISK, "task.lora=null", "run_dir=sdxl_whole")
     go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
        f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
-    rule = {"sizes_hw": "null", "area_px": 4096, "step_px": 32, "min_px": 32, "max_px": 128}
+    rule = {"sizes_hw": "null", "areas_px": "[4096]", "step_px": 32, "min_px": 32, "max_px": 128}
     go("finetune_sdxl", *tiny, *(f"task.buckets.{key}={value}" for key, value in rule.items()), "run_dir=sdxl_rule")
 
 

@@ -17,6 +17,7 @@ from models.sdxl.sampling import Prompt, encode_prompt, scheduler_config
 from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
+from utils.io.weights import read_weights
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
 SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
@@ -179,14 +180,18 @@ RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samp
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
-    """In three buckets, from latents and texts of caches."""
+    """In three buckets of two areas, chosen for the images, from latents and texts of caches."""
     own = [*SHORT, *RESUMED, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
-    own += ["task.text_variants=2"]
+    own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[64,96],[96,64]]]"]
+    own += ["task.buckets.assign=all", "task.buckets.fit=2"]
     run("finetune_sdxl", [*own, "run_dir=straight"], place)
     run_until_killed("finetune_sdxl", [*own, "run_dir=killed"], place, step=4)
     run("finetune_sdxl", [*own, "run_dir=killed"], place)
     assert_equal_runs(place / "straight", place / "killed", 6)
-    assert "3 buckets" in (place / "killed/log.txt").read_text()
+    text = (place / "killed/log.txt").read_text()
+    assert "3 buckets" in text and "47 images, each in several areas: 84 samples" in text
+    stated = read_weights(place / "killed/weights/last_weights.safetensors")[1]["task"]["buckets"]
+    assert (stated["fit"], *map(len, stated["sizes_hw"])) == (None, 1, 2)
 
 
 # -------------------------------------------------------------------------------------------------------- the pictures

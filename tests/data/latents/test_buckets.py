@@ -1,5 +1,7 @@
 """Buckets: the rule, the nearest ratio, fits whose coordinates an index image gives back, images that fit nowhere."""
 
+import itertools
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -12,7 +14,9 @@ from data.latents.buckets import (
     BucketConfig,
     Fit,
     assign,
+    choose_sizes,
     fit_into,
+    fit_sizes,
     fitted_views,
     image_sizes,
     letterbox_sizes,
@@ -23,8 +27,17 @@ from data.latents.buckets import (
 from data.stream.order import Draw
 from tests.data.collection.test_collection import load
 
-RULE = {"area_px": 1024**2, "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
-POLICY = {"crop": "centre", "small": "keep", "max_upscale": 1.5, "max_crop": 0.5, "flip": 0.0}
+RULE = {"areas_px": [1024**2], "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
+POLICY = {
+    "assign": "no_upscale",
+    "fit": None,
+    "min_images": 1,
+    "crop": "centre",
+    "small": "keep",
+    "max_upscale": 1.5,
+    "max_crop": 0.5,
+    "flip": 0.0,
+}
 
 
 def config(**changes):
@@ -136,7 +149,7 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     sizes = [(512, 512), (4000, 1), (600, 400), (100, 70), (1000, 1050), (40, 20), (0, 0)]
     folder = make_folder(tmp_path, [(9, 9)] * len(sizes))
     rows, sizes_hw = np.arange(len(sizes)), np.array(sizes)[:, ::-1]
-    settings = {"area_px": 512**2, "min_px": 256, "max_px": 1024}
+    settings = {"areas_px": [512**2], "min_px": 256, "max_px": 1024}
 
     def buckets(small):
         made = make_buckets(folder, rows, sizes_hw, config(small=small, **settings))
@@ -150,11 +163,65 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     assert set(size_of) == {0, 2, 4} and "3 dropped: too small" in dropped.describe()
     _, size_of = buckets("native")
     assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
-    assert [kept.number_of(row) for row in (0, 2, 3, 4, 5)] == [0, 1, 2, 3, 4]
+    assert [kept.number_of(*pair) for pair in zip(kept.rows, kept.groups)] == [0, 1, 2, 3, 4]
     assert len(make_buckets(folder, rows, np.zeros_like(sizes_hw), config()).rows) == 0
 
 
+SQUARES = [[512, 512], [768, 768], [1024, 1024]]
+
+
+@pytest.mark.parametrize(
+    ("how", "sizes_hw", "image_hw", "wanted"),
+    [
+        ("no_upscale", SQUARES, [(1999, 2000), (2000, 1999), (767, 768), (300, 310)], [1024, 1024, 512, 512]),
+        ("nearest", SQUARES, [(1999, 2000), (2000, 1999), (767, 768), (890, 890)], [1024, 1024, 768, 1024]),
+        ("all", SQUARES, [(700, 700)], [512, 768, 1024]),
+        ("nearest", [*SQUARES, [832, 1216]], [(500, 740), (3000, 2900)], [832, 1024]),  # a square would crop a third
+        ("nearest", [[960, 960], [832, 1216], [1024, 1024]], [(2432, 3648), (1000, 1010)], [832, 1024]),
+        ("nearest", [[512, 512], [512, 768], [768, 512]], [(3000, 2600), (90, 120)], [512, 512]),  # one area
+        ("no_upscale", None, [(512, 512), (1200, 800), (900, 600), (2000, 3000)], [512, 896, 640, 832]),
+    ],
+)
+def test_size_decides_between_areas_and_the_ratio_within_one(tmp_path, how, sizes_hw, image_hw, wanted):
+    folder = make_folder(tmp_path, [(9, 9)] * len(image_hw))
+    settings = config(areas_px=[1024**2, 512**2, 768**2], sizes_hw=sizes_hw, assign=how)
+    made = make_buckets(folder, np.arange(len(image_hw)), np.array(image_hw), settings)
+    assert made.sizes_hw[made.groups][:, 0].tolist() == wanted
+    assert [made.number_of(*pair) for pair in zip(made.rows, made.groups)] == list(range(len(wanted)))
+    assert ("3 samples an epoch" in made.describe()) == (how == "all")
+
+
+def test_fitted_sizes_crop_least_of_all_choices():
+    candidates, image_hw = sdxl_sizes(1024**2, 128, 512, 2048), np.random.default_rng(0).integers(300, 2000, (60, 2))
+
+    def lost(sizes_hw):
+        target = sizes_hw[assign(image_hw, sizes_hw)]
+        return (1 - (target / (image_hw * (target / image_hw).max(axis=1, keepdims=True))).prod(axis=1)).sum()
+
+    for count in (1, 2, 4):
+        best = min(lost(np.array(chosen)) for chosen in itertools.combinations(candidates.tolist(), count))
+        fitted = fit_sizes(candidates, image_hw, count)
+        assert len(fitted) == count and lost(fitted) == pytest.approx(best, rel=1e-9)
+        assert fit_sizes(candidates, image_hw[::-1], count).tolist() == fitted.tolist()
+
+
+def test_thin_buckets_are_joined_and_a_config_states_what_was_chosen(log):
+    sizes = np.array([(1024, 1024)] * 9 + [(1216, 832)] * 2 + [(1152, 896)] * 3 + [(500, 500)] * 2 + [(0, 0)])
+    chosen = choose_sizes(np.arange(17), sizes, config(areas_px=[512**2, 1024**2], min_images=4))
+    assert chosen.sizes_hw == [[[1024, 1024], [1152, 896]]] and not chosen.depends_on_images
+    assert "before" in log.text and "1152 x 896" in log.text
+    fitted = choose_sizes(np.arange(17), sizes, config(fit=2))
+    assert fitted.sizes_hw == [[[1024, 1024], [1152, 896]]]
+    assert BucketConfig.model_validate(fitted.model_dump(mode="json")) == fitted
+
+
 def test_sizes_that_the_network_cannot_take_are_refused():
-    for key, value in (("step_px", 48), ("min_px", 500), ("area_px", 400**2), ("sizes_hw", [[512, 500]])):
+    for key, value in (
+        ("step_px", 48),
+        ("min_px", 500),
+        ("areas_px", [400**2]),
+        ("areas_px", [1024**2, 50**2]),
+        ("sizes_hw", [[512, 500]]),
+    ):
         with pytest.raises(ValidationError, match=key):
             config(**{key: value})

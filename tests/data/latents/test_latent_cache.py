@@ -22,8 +22,8 @@ from tests.data.collection.test_collection import load
 from utils.errors import UserError
 
 CONFIG = BucketConfig(
-    area_px=96**2, step_px=32, min_px=64, max_px=128, sizes_hw=None, crop="centre", small="keep", max_upscale=8.0,
-    max_crop=0.9, flip=0.0,
+    areas_px=[96**2], step_px=32, min_px=64, max_px=128, sizes_hw=None, assign="no_upscale", fit=None, min_images=1,
+    crop="centre", small="keep", max_upscale=8.0, max_crop=0.9, flip=0.0,
 )  # fmt: skip
 RECIPE = ("0" * 64, "white", False)
 MACHINE = SimpleNamespace(device=torch.device("cpu"), channels_last=False, workers=0, prefetch_batches=2)
@@ -80,9 +80,9 @@ def fill(folder, config=CONFIG, recipe=RECIPE):
 def assert_right(cache):
     """Every record is what encoding its image gives."""
     files = Images(cache.collection, Decoder(3, 10**6))
-    for number, row in enumerate(cache.buckets.rows.tolist()):
+    for number, (row, group) in enumerate(zip(cache.buckets.rows.tolist(), cache.buckets.groups.tolist())):
         for variant in range(cache.variants):
-            record, fit = cache.read_variant(row, variant), cache.fit(number, variant)
+            record, fit = cache.read_variant(row, group, variant), cache.fit(number, variant)
             mean, _ = Encoder()(place(files.read(row)["image"], fit, flip=variant == 1)[None])
             assert torch.equal(record["latent_mean"], mean[0].half())
             assert torch.equal(record["latent_logvar"], -mean[0].half())
@@ -108,7 +108,7 @@ def test_what_changed_is_encoded_again_and_nothing_else(images):
         (CONFIG, ("1" * 64, "white", False)),
         (CONFIG, ("0" * 64, "black", False)),
         (CONFIG.model_copy(update={"flip": 0.5}), RECIPE),  # the mirror images
-        (CONFIG.model_copy(update={"area_px": 128**2}), RECIPE),
+        (CONFIG.model_copy(update={"areas_px": [128**2]}), RECIPE),
     ):
         other, encoded = fill(images, config, recipe)
         assert encoded == 14 and fill(images, config, recipe)[1] == 0
@@ -133,7 +133,7 @@ def test_training_and_evaluation_read_the_cache(images):
     for _ in range(12):
         (batch,) = next(steps)
         for number, row in enumerate(batch["sample_id"].tolist()):
-            variants = [cache.read_variant(row, variant)["latent_mean"] for variant in range(2)]
+            variants = [cache.read_variant(row, groups[row], variant)["latent_mean"] for variant in range(2)]
             mirrored.append(next(v for v in range(2) if torch.equal(variants[v], batch["latent_mean"][number])))
         assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as in an evaluation
