@@ -44,13 +44,14 @@ from data.tools.predictions import (
 )
 from engine.config import MachineConfig
 from engine.exports.weights import load_predictor
-from engine.runtime import choose_device, choose_runtime
+from engine.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
+from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weights import find_weights

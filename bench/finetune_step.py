@@ -29,10 +29,10 @@ from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
 from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import Comparison, build_bench_run, read_group, run_bench
-from engine.runtime import missing_for_compile
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ModelConfig
+from utils.hardware import missing_for_compile
 
 CLASSES, SMOOTHING, CLIP, EMA_DECAY = 1000, 0.1, 1.0, 0.9998
 MEAN, STD = [0.485, 0.456, 0.406], [0.229, 0.224, 0.225]

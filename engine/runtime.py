@@ -2,19 +2,14 @@
 
 import math
 import os
-import shutil
-import sysconfig
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from importlib.util import find_spec
-from pathlib import Path
 
 import torch
 
 from engine.config import MachineConfig, RuntimeConfig
 from utils.contracts import Machine
-from utils.errors import UserError
-from utils.hardware import has_fast_bf16
+from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.record.logging import setup_logging
@@ -53,52 +48,13 @@ class Runtime(Machine):
         )
 
 
-def choose_device(requested: str, key: str = "runtime.device") -> str:
-    """Return cpu or cuda. Raises UserError (`key`) for cuda if neither this machine nor a planned job has a GPU."""
-    if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
-        raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
-    if requested == "cpu":
-        return requested
-    return "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _choose_precision(requested: str, device: str) -> str:
-    """Return bf16 if the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU."""
-    if requested == "fp16" and device == "cpu" and not distributed.plans_gpus():
-        raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
-    if requested != "auto":
-        return requested
-    if has_fast_bf16(device):
-        return "bf16"
-    return "fp16" if device == "cuda" else "fp32"
-
-
-def missing_for_compile(device: str) -> list[str]:
-    """Return what torch.compile needs but cannot find; searched as inductor (CPU) and Triton (GPU) do."""
-    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
-    compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
-    # The default scheme of Debian's Python names a folder in /usr/local without the headers.
-    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
-    needed = {
-        f"a compiler on the PATH ({' or '.join(compilers)}; {variable} sets it)": any(map(shutil.which, compilers)),
-        "Python's headers (Python.h, in the package python3-dev or python3-devel)": any(
-            Path(folder, "Python.h").is_file() for folder in folders
-        ),
-        "the package triton": device != "cuda" or find_spec("triton") is not None,
-    }
-    return [name for name, is_there in needed.items() if not is_there]
-
-
 def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool:
     """Return whether to compile; `auto` does on a GPU, if possible and if the run is long enough to benefit.
 
     Raises UserError if compilation was requested and is not possible.
     """
-    if config.compile is True and (missing := missing_for_compile(device)):
-        raise UserError(
-            f"runtime.compile: true needs {' and '.join(missing)}, not found here; install that or set "
-            "runtime.compile=auto"
-        )
+    if config.compile is True:
+        check_compile(device)
     if config.compile != "auto":
         return config.compile
     pays = total_steps >= COMPILE_PAYS_AFTER_STEPS.get(device, math.inf)
@@ -152,7 +108,7 @@ def choose_runtime(config: MachineConfig) -> Runtime:
     _set_backends(config, device)
     return Runtime(
         device=torch.device("cuda", distributed.local_device_index()) if device == "cuda" else torch.device("cpu"),
-        precision=_choose_precision(config.precision, device),
+        precision=choose_precision(config.precision, device),
         channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
         workers=choose_workers(config.workers, device),
         prefetch_batches=config.prefetch_batches if isinstance(config, RuntimeConfig) else _EVALUATION_PREFETCH,

@@ -1,8 +1,23 @@
-"""The capabilities of this machine's processors, and the free memory."""
+"""The capabilities of this machine: its processors, their speed, torch.compile, and the free memory."""
 
+import os
+import shutil
+import sysconfig
+import time
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
+
+from utils.errors import UserError
+from utils.ranks import distributed
+
+_SPEED_SEC = 0.5
+# {precision: (dtype, float32_matmul_precision)}
+_PRECISIONS = {
+    "fp32": (torch.float32, "highest"), "tf32": (torch.float32, "high"),
+    "bf16": (torch.bfloat16, "high"), "fp16": (torch.float16, "high"),
+}  # fmt: skip
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -15,6 +30,72 @@ def has_fast_bf16(device: str) -> bool:
         return torch.cuda.get_device_capability()[0] >= 8
     found = torch.cpu.get_capabilities()
     return found.get("amx_bf16", False) or (found.get("avx512_bf16", False) and not found.get("avx512_fp16", False))
+
+
+def choose_device(requested: str, key: str = "runtime.device") -> str:
+    """Return cpu or cuda. Raises UserError (`key`) for cuda if neither this machine nor a planned job has a GPU."""
+    if requested == "cuda" and not torch.cuda.is_available() and not distributed.plans_gpus():
+        raise UserError(f"{key}: cuda was requested, but torch sees no GPU; set {key}=auto or cpu")
+    if requested == "cpu":
+        return requested
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def choose_precision(requested: str, device: str) -> str:
+    """Return the precision; auto: bf16 if the hardware multiplies it faster, else fp16 on a GPU and fp32 on a CPU.
+
+    Raises UserError (`runtime.precision`) for fp16 on a CPU.
+    """
+    if requested == "fp16" and device == "cpu" and not distributed.plans_gpus():
+        raise UserError("runtime.precision: fp16 is for GPUs; on a CPU set runtime.precision=bf16, fp32 or auto")
+    if requested != "auto":
+        return requested
+    if has_fast_bf16(device):
+        return "bf16"
+    return "fp16" if device == "cuda" else "fp32"
+
+
+def missing_for_compile(device: str) -> list[str]:
+    """Return what torch.compile needs but cannot find; searched as inductor (CPU) and Triton (GPU) do."""
+    variable, known = ("CC", ("gcc", "clang")) if device == "cuda" else ("CXX", ("g++",))
+    compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
+    # The default scheme of Debian's Python names a folder in /usr/local without the headers.
+    folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
+    needed = {
+        f"a compiler on the PATH ({' or '.join(compilers)}; {variable} sets it)": any(map(shutil.which, compilers)),
+        "Python's headers (Python.h, in the package python3-dev or python3-devel)": any(
+            Path(folder, "Python.h").is_file() for folder in folders
+        ),
+        "the package triton": device != "cuda" or find_spec("triton") is not None,
+    }
+    return [name for name, is_there in needed.items() if not is_there]
+
+
+def check_compile(device: str) -> None:
+    """Raise UserError (`runtime.compile`) if torch.compile is not possible here."""
+    if missing := missing_for_compile(device):
+        raise UserError(
+            f"runtime.compile: true needs {' and '.join(missing)}, not found here; install that or set "
+            "runtime.compile=auto"
+        )
+
+
+def measure_speeds(device: torch.device) -> dict[str, float]:
+    """Return the speed of matrix products in TFLOPS by precision, each measured for half a second."""
+    side, before, speeds = 8192 if device.type == "cuda" else 512, torch.get_float32_matmul_precision(), {}
+    for name, (dtype, precision) in _PRECISIONS.items():
+        if name == "tf32" and device.type == "cpu":
+            continue
+        torch.set_float32_matmul_precision(precision)
+        matrix, count = torch.randn(side, side, device=device).to(dtype), 0
+        (matrix @ matrix).sum().item()  # a warm-up
+        started = time.perf_counter()
+        while (seconds := time.perf_counter() - started) < _SPEED_SEC:
+            (matrix @ matrix)[0, 0].item()  # waits for the device
+            count += 1
+        speeds[name] = 2 * side**3 * count / seconds / 1e12
+    torch.set_float32_matmul_precision(before)
+    return speeds
 
 
 def free_memory() -> int:

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.runtime import missing_for_compile
 from tests.engine import test_exactness as exactness
 from tests.engine import test_fsdp as fsdp
 from tests.engine import test_golden as golden
@@ -28,6 +27,7 @@ from tests.support import (
     samples_by_step,
     start,
 )
+from utils.hardware import missing_for_compile
 
 needs_compiler = pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
 FAST = ["runtime.compile=true", "runtime.channels_last=true", "runtime.precision=bf16", "runtime.deterministic=false"]

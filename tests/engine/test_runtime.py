@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from engine.config import RuntimeConfig
-from engine.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime, missing_for_compile
+from engine.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
 from utils.errors import UserError
+from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
 
 CONFIG = RuntimeConfig(
@@ -38,8 +39,8 @@ def machine(tmp_path, monkeypatch):
             (tmp_path / headers).mkdir()
             (tmp_path / headers / "Python.h").touch()
         schemes = {"default": str(tmp_path / "include"), "posix_prefix": str(tmp_path / "prefix")}
-        monkeypatch.setattr("engine.runtime.sysconfig.get_path", lambda _, scheme="default": schemes[scheme])
-        monkeypatch.setattr("engine.runtime.find_spec", lambda name: object() if triton else None)
+        monkeypatch.setattr("utils.hardware.sysconfig.get_path", lambda _, scheme="default": schemes[scheme])
+        monkeypatch.setattr("utils.hardware.find_spec", lambda name: object() if triton else None)
 
     return make
 
