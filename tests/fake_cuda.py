@@ -76,6 +76,8 @@ from utils.errors import UserError
 from utils.vocabulary import Vocabulary
 
 DEVICE = torch.device("cuda", 0)
+OF_DIFFUSERS = ("diffusion", "autoencoder")
+PLAYER = {"weight": 0.5, "start_step": 1, "width": 8, "layers": 2}
 SIZE, BATCH, STEPS, NAMES = 64, 4, 2, [f"name {index}" for index in range(7)]
 _VALUE_SHAPED = {"aten::nonzero", "aten::masked_select", "aten::_unique2", "aten::bincount", "aten::equal"}
 _FUSED = {"aten::_fused_sgd_", "aten::_fused_adamw_"}
@@ -242,7 +244,7 @@ def make_setup(task):
         small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
         model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
     kind = KINDS[task]
-    if task == "diffusion":
+    if task in OF_DIFFUSERS:
         model = read_group(kind.model, "model", "sdxl_tiny")
         patch_configs()
     config = {
@@ -251,6 +253,7 @@ def make_setup(task):
         "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
         "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both", label_share=0.5),
         "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
+        "autoencoder": lambda: read_group(kind.config, "task", task, discriminator=PLAYER),
     }[task]()
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)

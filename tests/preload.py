@@ -18,6 +18,7 @@ import evaluate
 import export
 import finetune
 import finetune_sdxl
+import finetune_vae
 import predict
 import prepare
 import pretrain_fcmae

@@ -45,6 +45,7 @@ SCRIPTS = {
     "classification": "finetune.py",
     "tagging": "finetune.py",
     "diffusion": "finetune_sdxl.py",
+    "autoencoder": "finetune_vae.py",
     "flow": "tests/tasks/flow.py",
     "multicrop": "tests/tasks/multicrop.py",
 }
@@ -65,9 +66,19 @@ TINY = {
         "task.samples.image_size_hw=[64,64]",
         "task.samples.steps=3",
     ],
+    "autoencoder": [
+        "model=sdxl_tiny",
+        "task.crop_px=32",
+        "task.buckets.sizes_hw=[[64,64],[64,96],[96,64]]",
+        "task.discriminator.weight=0.05",
+        "task.discriminator.start_step=3",
+        "task.discriminator.width=8",
+        "task.discriminator.layers=2",
+    ],
     "flow": [],
     "multicrop": [],
 }
+OF_DIFFUSERS = ("diffusion", "autoencoder")
 
 
 def draw_shape(letter, draw):
@@ -130,12 +141,12 @@ def pack_collection(collection, output, shard_mib=1):
 
 def common(task, data, run_dir, *more):
     """Return the overrides of a tiny run of a task; skip the test where the packages of the task are missing."""
-    if task == "diffusion":
+    if task in OF_DIFFUSERS:
         pytest.importorskip("diffusers")
     return [
         *TINY[task],
         *(["data=image_folder", "augment=glyphs"] if task in ("fcmae", "classification") else []),
-        *(["augment.image_size_hw=[32,32]"] if task != "diffusion" else []),
+        *(["augment.image_size_hw=[32,32]"] if task not in OF_DIFFUSERS else []),
         f"data.root={data}",
         f"run_dir={run_dir}",
         "runtime=reference",

@@ -20,10 +20,12 @@ from engine.exports.weights import MovedBase, Weights
 from models.export import tag_forms
 from models.export.model_card import licence_entry, write_card
 from models.export.onnx_file import export_onnx
+from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.names import PARTS, part_state
-from models.sdxl.networks import load_networks, open_networks
+from models.sdxl.networks import describe, load_networks, load_vae, open_networks
+from models.sdxl.step import decode_latents
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
@@ -51,14 +53,16 @@ class ExportConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
     `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
-    `licence` replaces the known licence of the source weights. dynamic_size: the ONNX file accepts images of any size
-    from the network's stride up. tolerance: the largest accepted difference from PyTorch, for ONNX relative to the
-    largest output; None: the default of the precision.
+    `licence` replaces the known licence of the source weights. latent_statistics: state the latents' mean and standard
+    deviation in the VAE's config, for new U-Nets, with a scaling factor of 1. dynamic_size: the ONNX file accepts
+    images of any size from the network's stride up. tolerance: the largest accepted difference from PyTorch, for ONNX
+    relative to the largest output; None: the default of the precision.
     """
 
     format: Literal[
         "onnx", "timm", "transformers", "safetensors", "pth", "wd14", "imgutils", "cl_tagger",
         "wd_repository", "kohya", "lora_diffusers", "single_file", "diffusers",
+        "vae", "vae_diffusers", "vae_single_file",
     ]  # fmt: skip
     run_dir: PathText | None
     weights: PathText
@@ -68,6 +72,7 @@ class ExportConfig(Strict):
     tolerance: Positive | None
     backbone_only: bool
     thresholds: PathText | None
+    latent_statistics: bool
     licence: str | None
     model: MovedBase
     dry_run: bool
@@ -87,6 +92,10 @@ class ExportConfig(Strict):
             raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
         if self.dynamic_size and self.format != "onnx":
             raise ValueError(f"dynamic_size: format={self.format} ignores it; remove it, or set format=onnx")
+        if self.latent_statistics and self.format != "vae_diffusers":
+            raise ValueError(
+                f"latent_statistics: format={self.format} cannot state them; remove it, or set format=vae_diffusers"
+            )
         return self
 
 
@@ -174,12 +183,15 @@ def _facts(weights: Weights) -> dict[str, str]:
     """Return ModelSpec's title, date, resolution, prediction type and license."""
     height, width = weights.setup.task.samples.image_size_hw
     return {
-        "title": weights.title,
-        "date": date.today().isoformat(),
+        **_stated(weights),
         "resolution": f"{width}x{height}",
         "prediction_type": weights.setup.task.noise.prediction_type,
-        **licence_entry("license", weights.metadata),
     }
+
+
+def _stated(weights: Weights) -> dict[str, str]:
+    licence = licence_entry("license", weights.metadata)
+    return {"title": weights.title, "date": date.today().isoformat(), **licence}
 
 
 def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -213,6 +225,42 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
     return {"file": path.name}
 
 
+def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write a VAE: alone, for ComfyUI or diffusers, or with the base model's other networks in a single file.
+
+    It is read back, and its pictures are compared with those of the run's VAE. A frozen encoder is the base model's.
+    """
+    model, vae, dtype = weights.setup.model, weights.task.vae, _DTYPES[config.precision]
+    if config.latent_statistics:
+        measured, channels = _read_figures(weights, config), range(vae.config.latent_channels)
+        if "latent_mean_0" not in measured:
+            raise UserError(
+                "latent_statistics: run evaluate.py with these run_dir and weights first, which measures them"
+            )
+        mean, std = ([measured[f"latent_{name}_{channel}"] for channel in channels] for name in ("mean", "std"))
+        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
+    file = {"vae": "vae.safetensors", "vae_diffusers": "config.json", "vae_single_file": "model.safetensors"}[
+        config.format
+    ]
+    if config.format == "vae_diffusers":
+        checkpoint_files.write_vae_folder(folder, vae, dtype)
+    elif config.format == "vae":
+        checkpoint_files.write_vae_file(folder / file, vae, dtype, _stated(weights))
+    else:
+        if model.path is None:
+            raise UserError("format: vae_single_file needs the other networks of a base model; set format=vae")
+        base = describe(model.path)
+        networks = open_networks(model, [part for part in PARTS if part != "vae"]) | {"vae": vae}
+        noise = {name: base[name] for name in ("prediction_type", "zero_terminal_snr")}
+        checkpoint_files.write_single_file(folder / file, networks, dtype=dtype, facts=_stated(weights), **noise)
+    read = load_vae(folder if config.format == "vae_diffusers" else folder / file)
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    wanted, found = (decode_latents(network.float(), latents).float() / 127.5 for network in (vae, read))
+    difference = float((found - wanted).abs().max())
+    refuse_difference(difference, config.accepted, file)
+    return {"file": file, "vae_max_abs_diff": difference}
+
+
 # ---------------------------------------------------------------------------------------------------------- the table
 
 FORMATS: dict[str, Format] = {
@@ -222,6 +270,7 @@ FORMATS: dict[str, Format] = {
     _REPOSITORY: write_repository,
     **dict.fromkeys(_LORA_FILES, write_lora),
     **dict.fromkeys(("single_file", "diffusers"), write_whole),
+    **dict.fromkeys(("vae", "vae_diffusers", "vae_single_file"), write_vae),
 }
 
 
@@ -233,14 +282,19 @@ def find_format(name: str, weights: Weights) -> Format:
     return FORMATS[name]
 
 
-def _describe(weights: Weights, folder: Path, file: str, config: ExportConfig) -> None:
-    """Write README.md, with the figures of evaluate.py on `val` if they are of these weights, and the thresholds."""
+def _read_figures(weights: Weights, config: ExportConfig) -> dict[str, Any]:
+    """Return the figures of evaluate.py in run_dir if they are of these weights on `val`, or nothing."""
     try:
         measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
     except (OSError, ValueError, TypeError):
-        measured = {}
-    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
-        measured = {}
+        return {}
+    is_ours = (measured.get("weights_hash"), measured.get("split")) == (weights.metadata.get("weights_hash"), "val")
+    return measured if is_ours else {}
+
+
+def _describe(weights: Weights, folder: Path, file: str, config: ExportConfig) -> None:
+    """Write README.md, with the figures of evaluate.py on `val` if they are of these weights, and the thresholds."""
+    measured = _read_figures(weights, config)
     figures = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
     if not figures and config.format == _REPOSITORY:
         log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")

@@ -46,7 +46,25 @@ _TEXTS_AT_ONCE = 16
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 
 
-class DiffusionKind(Kind):
+class BucketedKind(Kind):
+    """Images in the buckets of `task.buckets`."""
+
+    def set_up(self, config: TrainingConfig, collection: Collection) -> Setup:
+        """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
+        setup, buckets = super().set_up(config, collection), config.task.buckets
+        if not buckets.depends_on_images:
+            return setup
+        rows = training_rows(collection, config.loop.train_paths)
+        buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
+        facts = {**setup.facts, "bucket_sizes_hw": buckets.sizes_hw}
+        return replace(setup, task=config.task.model_copy(update={"buckets": buckets}), facts=facts)
+
+    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
+        """Return nothing: weight files do not describe images."""
+        return {}
+
+
+class DiffusionKind(BucketedKind):
     """SDXL: a LoRA, or the whole network."""
 
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
@@ -81,20 +99,6 @@ class DiffusionKind(Kind):
             return {}
         rows = training_rows(collection, config.loop.train_paths)
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
-
-    def set_up(self, config: TrainingConfig, collection: Collection) -> Setup:
-        """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
-        setup, buckets = super().set_up(config, collection), config.task.buckets
-        if not buckets.depends_on_images:
-            return setup
-        rows = training_rows(collection, config.loop.train_paths)
-        buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
-        facts = {**setup.facts, "bucket_sizes_hw": buckets.sizes_hw}
-        return replace(setup, task=config.task.model_copy(update={"buckets": buckets}), facts=facts)
-
-    def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
-        """Return nothing: weight files do not describe images."""
-        return {}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
         """Return the images. With a latent cache they are read once, so they are not cached."""

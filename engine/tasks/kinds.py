@@ -7,6 +7,7 @@
 | distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags, tags_shown | none |
+| autoencoder | finetune_vae.py | all images | none | none |
 """
 
 import shlex
@@ -20,6 +21,7 @@ from data.open import Data, load_collection
 from engine.checkpoint import will_resume
 from engine.config import TrainingConfig
 from engine.start import build_task, describe_run, open_run, start_ranks
+from engine.tasks.autoencoder import AutoencoderKind
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
@@ -40,6 +42,7 @@ KINDS: dict[str, Kind] = {
     "distillation": DistillationKind(),
     "fcmae": FCMAEKind(),
     "diffusion": DiffusionKind(),
+    "autoencoder": AutoencoderKind(),
 }
 
 

@@ -17,10 +17,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models.sdxl.folders import weight_name
-from models.sdxl.names import PARTS, part_state, to_single_file
+from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
 from models.sdxl.networks import Networks
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
@@ -81,8 +81,7 @@ def write_single_file(
         "implementation": GENERATIVE_MODELS,
         "prediction_type": prediction_type,
     }
-    own = {name: networks["vae"].config[name] for name in ("padding_mode",) if name in networks["vae"].config}
-    write_modelspec(path, tensors, facts, {"format": "pt", **weight_metadata({"vae": own} if own else {}, tensors)})
+    write_modelspec(path, tensors, facts, _stated_padding(networks["vae"], tensors))
 
 
 def write_diffusers(
@@ -104,14 +103,8 @@ def write_diffusers(
 
     states, classes = _cast(networks, dtype), {}
     for part in PARTS:
-        network, part_folder = networks[part], folder / part
-        part_folder.mkdir(parents=True, exist_ok=True)
-        if part.startswith("text"):
-            network.config.save_pretrained(part_folder)
-        else:
-            network.save_config(part_folder)
-        write_tensors(part_folder / f"{weight_name(part)}.safetensors", states[part], {"format": "pt"})
-        classes[part] = [type(network).__module__.partition(".")[0], type(network).__name__]
+        _write_part(folder / part, part, networks[part], states[part])
+        classes[part] = [type(networks[part]).__module__.partition(".")[0], type(networks[part]).__name__]
     second = copy.deepcopy(tokenizer)
     second.pad_token = "!"
     for name, written in (("tokenizer", tokenizer), ("tokenizer_2", second)):
@@ -128,6 +121,33 @@ def write_diffusers(
         "scheduler": ["diffusers", "DDIMScheduler"],
     }
     write_json(folder / "model_index.json", index)
+
+
+def write_vae_folder(folder: Path, vae: nn.Module, dtype: torch.dtype) -> None:
+    """Write the VAE as diffusers' AutoencoderKL.from_pretrained(FOLDER) reads it."""
+    _write_part(folder, "vae", vae, _cast({"vae": vae}, dtype)["vae"])
+
+
+def write_vae_file(path: Path, vae: nn.Module, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
+    """Write the VAE alone, for ComfyUI: the names in a single file, without its prefix. Else as `write_single_file`."""
+    tensors = to_single_file("vae", _cast({"vae": vae}, dtype, folds=True)["vae"])
+    tensors = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in tensors.items()}
+    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/vae", "implementation": GENERATIVE_MODELS}
+    write_modelspec(path, tensors, facts, _stated_padding(vae, tensors))
+
+
+def _stated_padding(vae: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+    own = {name: vae.config[name] for name in ("padding_mode",) if name in vae.config}
+    return {"format": "pt", **weight_metadata({"vae": own} if own else {}, tensors)}
+
+
+def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    if part.startswith("text"):
+        network.config.save_pretrained(folder)
+    else:
+        network.save_config(folder)
+    write_tensors(folder / f"{weight_name(part)}.safetensors", state, {"format": "pt"})
 
 
 def _cast(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:

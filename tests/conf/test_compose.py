@@ -19,6 +19,7 @@ MANDATORY = {
     "evaluate": ["run_dir=RUN"],
     "export": ["run_dir=RUN"],
     "finetune_sdxl": ["model.path=FOLDER", "data.root=PATH"],
+    "finetune_vae": ["model.path=FOLDER", "data.root=PATH"],
 }
 # What jobs of prepare.py must be given.
 TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
@@ -98,7 +99,7 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
         configure(script, [*overrides, *MANDATORY.get(script, []), *given])
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
-    if script == "finetune_sdxl":
+    if script in ("finetune_sdxl", "finetune_vae"):
         pytest.importorskip("diffusers")
         overrides += ["model.path=null"] if name == "sdxl" else ["model=sdxl_tiny"]
     if name == "wandb":

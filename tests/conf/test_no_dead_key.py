@@ -29,6 +29,7 @@ CONFIGURATIONS = [
     ("train", []),
     ("train", ["data=image_folder", "data.root=IMAGES"]),
     ("finetune_sdxl", ["model.path=FOLDER", "data.root=IMAGES", f"task.tag_weights={TAG_WEIGHTS}"]),
+    ("finetune_vae", ["model.path=FOLDER", "data.root=IMAGES"]),
     *(("prepare", [f"job={path.stem}", *TO.get(path.stem, [])]) for path in sorted((CONF / "job").glob("*.yaml"))),
     ("prepare", ["data=image_folder", "data.root=IMAGES"]),
     ("evaluate", ["run_dir=RUN"]),

@@ -10,6 +10,7 @@ import torch
 from tests.in_process import run as run_here
 from tests.in_process import run_until_killed
 from tests.support import (
+    OF_DIFFUSERS,
     SCRIPTS,
     assert_same_rows,
     checkpoint_tensors,
@@ -22,13 +23,14 @@ from tests.support import (
 )
 
 TASKS = sorted(SCRIPTS)
-CHEAP = [task for task in TASKS if task != "diffusion"]  # test_diffusion.py resumes it on two ranks
+CHEAP = [task for task in TASKS if task not in OF_DIFFUSERS]  # their own tests resume them
 # What draws inside the forward pass, so that resume has to bring it back; per task, where it has such a setting.
 NOISY = {
     "fcmae": ["model.drop_path_rate=0.3"],
     "classification": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "tagging": ["model.drop_path_rate=0.3", "task.mixup_alpha=0.8", "task.cutmix_alpha=1.0"],
     "diffusion": [],
+    "autoencoder": [],
     "flow": [],
     "multicrop": ["model.drop_path_rate=0.3"],
 }

@@ -105,18 +105,3 @@ def test_a_weight_file_without_a_fact_of_its_kind_is_refused(place, tmp_path):
     write_weights(tmp_path / "without.safetensors", tensors, metadata)
     with pytest.raises(UserError, match=r"without\.safetensors has wrong metadata \(class_names: none\)"):
         open_weights(tmp_path / "without.safetensors")
-
-
-def test_half_of_a_network_is_trained(place):
-    """The VAE's decoder, by dotted names: its encoder is frozen, in no file, and the same in a run that is resumed."""
-    pytest.importorskip("diffusers")
-    settings = [*SHORT, "data.root=images", "run_dir=vae", "loop.ema_decay=0.9"]
-    run("tests.tasks.vae", [*settings, "loop.total_steps=3"], place)
-    run("tests.tasks.vae", [*settings, "loop.total_steps=4"], place)
-    losses = [row["loss"] for row in rows(place / "vae/metrics.jsonl", "train")]
-    assert len(losses) == 4 and losses[-1] < losses[0]
-    saved = load_file(place / "vae/weights/last_weights.safetensors")
-    assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv"}
-    run("evaluate", ["run_dir=vae", "output=vae.json", *ON_CPU], place)
-    best = max(row["ema/psnr"] for row in rows(place / "vae/metrics.jsonl", "evaluate"))
-    assert json.loads((place / "vae.json").read_text())["psnr"] == pytest.approx(best, rel=1e-5)

@@ -1,0 +1,338 @@
+"""An autoencoder: the decoder of SDXL's VAE learns the images of a collection, while the encoder stays as it is.
+
+Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
+image in its bucket, in evaluation the whole bucket. The loss is pixels + weight x perceptual distance + weight x KL;
+with a discriminator, also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
+
+Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
+Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import torch
+from pydantic import Field, model_validator
+from torch import Tensor
+from torch.func import functional_call
+
+from data.collection.collection import Collection
+from data.collection.rows import training_rows
+from data.latents.buckets import SIZES, BucketConfig, Buckets, fitted_views, image_sizes, make_buckets
+from data.open import Data, describe_collection
+from data.stream.loader import no_fields
+from data.stream.order import Draw, GroupedSampler, View
+from engine.config import TrainingConfig
+from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
+from engine.measures.means import Means
+from engine.measures.top_samples import TopSamples
+from engine.task import Report, StepOutput, Streams, Task, Use, log_mean
+from engine.tasks.diffusion_kind import BucketedKind
+from engine.tasks.kind import Setup, TaskConfig
+from models.perceptual import PatchDiscriminator, PerceptualConfig, PerceptualNetwork, hinge, pyramid_distance
+from models.sdxl.networks import SDXLConfig, describe, open_networks
+from models.sdxl.step import LATENT_DRAW
+from utils import rng
+from utils.config.bounds import BatchSize, CountOrZero, Depth, Factor, Side, Width
+from utils.config.schema import Strict
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.weights import InitFrom
+from utils.ranks import distributed
+from utils.record import pictures
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_DECODER, _ENCODER = ("vae.decoder", "vae.post_quant_conv"), ("vae.encoder", "vae.quant_conv")
+_STRIDE_PX = 8  # pixels of a latent's side
+_WORST, _AMPLIFIED = 4, 4  # pictures of an evaluation; of the difference
+_MOST_ADAPTIVE, _LEAST_NORM = 1e4, 1e-4  # as published
+
+_Px = Annotated[Side, Field(multiple_of=_STRIDE_PX)]
+
+
+class DiscriminatorConfig(Strict):
+    """A discriminator of patches. weight: against the other losses' pull; 0: none. start_step: the first with it."""
+
+    weight: Factor
+    start_step: CountOrZero | None
+    width: Annotated[Width, Field(multiple_of=8)]
+    layers: Depth
+
+
+class AutoencoderTaskConfig(TaskConfig):
+    """The VAE's decoder, or all of it. crop_px: of training. tile_px: evaluation decodes larger images by tiles."""
+
+    name: Literal["autoencoder"]
+    pixel_loss: Literal["l1", "l2"]
+    perceptual: PerceptualConfig
+    kl_weight: Factor
+    discriminator: DiscriminatorConfig
+    crop_px: _Px
+    chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
+    buckets: BucketConfig
+    tile_px: _Px | None
+    train_encoder: bool
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Self:
+        if self.kl_weight and not self.train_encoder:
+            raise ValueError("task.kl_weight: the KL divergence is of the encoder, which is frozen; set it to 0.0")
+        player = self.discriminator
+        if player.weight and player.start_step is None:
+            raise ValueError(
+                "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
+                "good without it, such as 2000, or task.discriminator.weight=0.0"
+            )
+        if player.weight and self.crop_px < 3 * 2**player.layers:
+            raise ValueError(
+                f"task.crop_px: {self.crop_px} is too small for task.discriminator.layers={player.layers}; set at "
+                f"least {-(-3 * 2**player.layers // _STRIDE_PX) * _STRIDE_PX}, or fewer layers"
+            )
+        return self
+
+    def complete(self, config: TrainingConfig) -> TrainingConfig:
+        """Return the configuration with the values of the VAE."""
+        return config.model_copy(update={"model": config.model.settled()})
+
+    def check_run(self, config: TrainingConfig) -> None:
+        """Raise ValueError if two settings exclude each other."""
+        if config.loop.sampling != "shuffled":
+            raise ValueError(f"loop.sampling: {config.loop.sampling} is not for task=autoencoder; set shuffled")
+        if config.init_from is not None:
+            raise ValueError("init_from: the VAE begins as model.path has it; set init_from=null")
+        if self.discriminator.weight and config.runtime.parallel == "fsdp":
+            raise ValueError("runtime.parallel: fsdp cannot shard two players; set ddp, or task.discriminator.weight=0")
+
+
+class AutoencoderTask(Task):
+    """Own the VAE, the perceptual network and the discriminator, as far as the configuration has them."""
+
+    def __init__(self, setup: Setup) -> None:
+        super().__init__()
+        config = setup.task
+        self._config, self._model = config, setup.model
+        self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
+        self.vae = open_networks(setup.model, ("vae",))["vae"]
+        self.trained = self.exported = _DECODER
+        if config.train_encoder:
+            self.trained = self.exported = _DECODER + _ENCODER
+        else:
+            self.helpers = _ENCODER
+            self.vae.encoder = self.vae.quant_conv = None
+        self.averaged = dict.fromkeys(self.exported, "device")
+        self.perceptual = None
+        if config.perceptual.network is not None:
+            self.helpers = (*self.helpers, "perceptual")
+        self.discriminator = None
+        if (player := config.discriminator).weight:
+            self.discriminator = PatchDiscriminator(player.width, player.layers)
+            self.trained = (*self.trained, "discriminator")
+            last = self.vae.decoder.conv_out.weight
+            self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("balance", torch.zeros(()))
+            # Of this step: the last layer's gradients of both losses, summed over samples, and the samples' weights.
+            self.register_buffer("pull", torch.zeros(2 * last.numel() + 1))
+
+    def load_helpers(self, use: Use) -> None:
+        """Load the frozen encoder, and the perceptual network unless for an export."""
+        if not self._config.train_encoder:
+            whole = open_networks(self._model, ("vae",), frozen=True)["vae"]
+            self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
+        if self._config.perceptual.network is not None and use != "export":
+            self.perceptual = PerceptualNetwork(self._config.perceptual)
+            self.perceptual.load()
+            self.perceptual.eval().requires_grad_(False)
+
+    def initialise(self, source: InitFrom | None) -> None:
+        """Keep the VAE of the base model, and set `origin` to its description."""
+        if self._config.train_encoder:
+            log.warning(
+                "task.train_encoder: true changes the latents: U-Nets, LoRAs and caches of latents made with this VAE "
+                "do not fit the new one"
+            )
+        if self._model.vae is not None:
+            self.origin = {"source": self._model.vae, "layout": "VAE", "licence": None}
+        elif (path := self._model.path) is not None:
+            known = describe(path)
+            self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
+
+    # ------------------------------------------------------------------------------------------------------ training
+
+    def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
+        """Return each sample's loss, the discriminator's included."""
+        images = _to_levels(batch["images"])
+        mean, logvar = self._encode(images)
+        noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
+        decoded = self._decode(mean + torch.exp(0.5 * logvar) * noise)
+        loss, parts = self._compare(images, decoded)
+        if self._config.train_encoder:
+            parts["kl"] = (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
+            loss = loss + self._config.kl_weight * parts["kl"]
+        if self.discriminator is not None and torch.is_grad_enabled():
+            theirs, judged = self._play(images, decoded)
+            self._note_gradients(loss, theirs, batch["weight"])
+            parts |= {"fooled": theirs, "discriminator": judged}
+            begun = self.updates >= self._config.discriminator.start_step
+            loss = loss + torch.where(begun, self._config.discriminator.weight * self.balance * theirs + judged, 0.0)
+        return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
+
+    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Return mean and log variance of the latents, float32, as the caches of latents have them."""
+        wants_grad = self._config.train_encoder and torch.is_grad_enabled()
+        with torch.set_grad_enabled(wants_grad), torch.autocast(images.device.type, enabled=False):
+            latents = self.vae.encode(images).latent_dist
+        return latents.mean, latents.logvar
+
+    def _decode(self, latents: Tensor) -> Tensor:
+        """Return images, float32; a VAE that overflows in float16 (`force_upcast`) decodes in float32."""
+        device = latents.device.type
+        overflows = torch.get_autocast_dtype(device) == torch.float16 and self.vae.config.force_upcast
+        with torch.autocast(device, enabled=torch.is_autocast_enabled(device) and not overflows):
+            return self.vae.decode(latents).sample.float()
+
+    def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        """Return the loss of each image [B] without the players', and its parts."""
+        config, error = self._config, decoded - images
+        pixel = (error.abs() if config.pixel_loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+        with torch.autocast(images.device.type, enabled=False):
+            distance = pyramid_distance if self.perceptual is None else self.perceptual
+            perceptual = distance(images, decoded)
+        return pixel + config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
+
+    def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the decoder's loss against the discriminator, and the discriminator's, each with its own gradients."""
+        still = {name: parameter.detach() for name, parameter in self.discriminator.named_parameters()}
+        theirs = -functional_call(self.discriminator, still, decoded).float().mean(dim=(1, 2, 3))
+        return theirs, hinge(self.discriminator(images).float(), self.discriminator(decoded.detach()).float())
+
+    @torch.compiler.disable
+    def _note_gradients(self, ours: Tensor, theirs: Tensor, weight: Tensor) -> None:
+        """Add the last layer's gradients of both losses of a micro-batch."""
+        last = self.vae.decoder.conv_out.weight
+        sums = [torch.where(weight > 0, loss * weight, 0.0).sum() for loss in (ours, theirs)]
+        pulls = [torch.autograd.grad(total, last, retain_graph=True)[0].flatten() for total in sums]
+        self.pull += torch.cat([*pulls, weight.sum()[None]]).float()
+
+    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
+        """Compute the next step's adaptive weight."""
+        if self.discriminator is None:
+            return
+        self.updates.fill_(step + 1)
+        pull = distributed.all_reduce_sum(self.pull)
+        ours, theirs = (pull[:-1] / pull[-1].clamp_min(1e-6)).chunk(2)
+        balance = (ours.norm() / (theirs.norm() + _LEAST_NORM)).clamp(0, _MOST_ADAPTIVE)
+        self.balance.copy_(torch.where(pull[-1] > 0, balance, self.balance))  # 0: the step was skipped
+        self.pull.zero_()
+
+    # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
+        """Measure the images of `val`, each decoded from its latents' mean, and the latents; draw the worst images."""
+        means, worst, latents = Means(), TopSamples(_WORST), ChannelStatistics()
+        for batch in loaders["val"]:
+            figures, mean, decoded = self._measure(batch)
+            valid = batch["weight"] > 0
+            means.add(figures, valid)
+            latents.add(mean, valid)
+            kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
+            worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
+        scalars, rows = means.reduce(), latents.rows()
+        scalars |= {f"latent_{name}_{row['channel']}": row[name] for name in ("mean", "std") for row in rows}
+        return Report(scalars, {"latents": rows}, {"worst": _draw_worst(worst.reduce())})
+
+    def describe_images(self, batch: Batch) -> pa.Table:
+        """Return the figures of each image."""
+        return pa.table({name: values.float().cpu().numpy() for name, values in self._measure(batch)[0].items()})
+
+    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
+        """Return the figures of each image [B], the latents' means, and the decoded images."""
+        images, tile_px = _to_levels(batch["images"]), self._config.tile_px
+        if tile_px is not None:
+            self.vae.enable_tiling()
+            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile_px, tile_px // _STRIDE_PX
+        mean, _ = self._encode(images)
+        decoded = self._decode(mean)
+        self.vae.disable_tiling()
+        loss, parts = self._compare(images, decoded)
+        shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
+        return {"loss": loss, **parts, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown)}, mean, decoded
+
+
+def _to_levels(images: Tensor) -> Tensor:
+    return images.float() / 127.5 - 1.0
+
+
+def _to_bytes(images: Tensor) -> Tensor:
+    return ((images + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:
+    """Draw the worst images: as they are, decoded, and the difference, amplified."""
+    images, decoded = (kept[name].transpose(0, 2, 3, 1) for name in ("images", "decoded"))
+    difference = np.abs(images.astype(int) - decoded) * _AMPLIFIED
+    rows = np.concatenate([images, decoded, difference.clip(0, 255).astype(np.uint8)])
+    captions = [[(f"{psnr:.1f} dB", pictures.WRONG)] for psnr in kept["psnr"]]
+    title = f"Lowest PSNR; from the top: images, decoded, {_AMPLIFIED} x difference"
+    return pictures.image_grid(rows, captions * 3, title, columns=len(images), tile_px=226)
+
+
+class AutoencoderKind(BucketedKind):
+    """SDXL's VAE on the images of a collection."""
+
+    config, model, task = AutoencoderTaskConfig, SDXLConfig, AutoencoderTask
+    scripts = ("finetune_vae",)
+    formats = ("vae", "vae_diffusers", "vae_single_file")
+    next_commands = ("python export.py format=vae run_dir={run}", *BucketedKind.next_commands)
+
+    def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
+        """Check the perceptual network and its files. There are no facts."""
+        if (perceptual := config.task.perceptual).network is not None:
+            with torch.device("meta"):
+                network = PerceptualNetwork(perceptual)
+                if perceptual.path is not None:
+                    network.load()
+        return {}
+
+    def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the data of a run. Raises UserError (`task.crop_px`, `task.buckets`)."""
+        collection, crop_px = data.collection, setup.task.crop_px
+        buckets = _assign(data, setup, training_rows(collection, config.loop.train_paths))
+        if len(buckets.rows) == 0:
+            raise UserError("task.buckets: no training image has a bucket (see the warnings above); set other limits")
+        if (least := buckets.sizes_hw.min()) < crop_px:
+            raise UserError(f"task.crop_px: {crop_px} is larger than a bucket's side of {least} px; set at most that")
+        sampler = GroupedSampler(buckets.rows, buckets.groups, setup.task.chunk, config.seed)
+        views = {"images": _crops(fitted_views(buckets.sizes_hw, setup.task.buckets)["images"], crop_px)}
+        described = {"collection": describe_collection(collection), "images": buckets.describe()}
+        return Streams(
+            data.train(buckets.rows, no_fields, views, sampler=sampler),
+            self.evaluation(data, setup, collection.rows("val"), training=True),
+            {**data.fingerprints, **setup.fingerprints()},
+            described=described,
+        )
+
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return `val`: whole images in their buckets, cropped in the centre."""
+        buckets = _assign(data, setup, rows)
+        still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
+        views = {"images": fitted_views(buckets.sizes_hw, still)["images"]}
+        return {"val": data.evaluation(buckets.rows, no_fields, views, groups=buckets.groups)}
+
+
+def _assign(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
+    return make_buckets(data.collection, rows, image_sizes(data.collection, rows, SIZES), setup.task.buckets)
+
+
+def _crops(fitted: View, crop_px: int) -> View:
+    """Return a view: a random square of an image in its bucket, drawn from the sample's key."""
+
+    def crop(image: Tensor, draw: Draw) -> Tensor:
+        whole = fitted(image, draw)
+        top, left = (int(torch.randint(side - crop_px + 1, ())) for side in whole.shape[-2:])
+        return whole[:, top : top + crop_px, left : left + crop_px]
+
+    return crop

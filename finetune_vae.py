@@ -1,0 +1,42 @@
+r"""Fine-tune the decoder of SDXL's VAE on images; latents, caches of them and U-Nets stay valid.
+
+    python finetune_vae.py model.path=sd_xl_base_1.0.safetensors data.root=PATH
+    python finetune_vae.py model.path=FOLDER data.root=PATH task.perceptual.network=vgg16.tv_in1k
+    python finetune_vae.py model.path=FOLDER data.root=PATH task.discriminator.weight=0.5 \
+        task.discriminator.start_step=2000
+    python finetune_vae.py model.path=FOLDER data.root=PATH dry_run=true                check and print the plan
+
+Training sees random crops of the images in their buckets, evaluation whole images. The same command resumes a run.
+`make install-sdxl` installs the requirements. docs/sdxl.md describes the losses and the exports.
+"""
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
+from typing import Self
+
+from pydantic import model_validator
+
+from data.config import DataConfig
+from engine.config import TrainingConfig
+from engine.tasks.kinds import task_schema, train
+from models.sdxl.networks import SDXLConfig
+from utils.config.entry_point import entry_point
+
+
+class FinetuneVAEConfig(TrainingConfig):
+    """conf/finetune_vae.yaml, checked."""
+
+    model: SDXLConfig
+    data: DataConfig
+    task: task_schema("finetune_vae")
+
+    @model_validator(mode="after")
+    def _suits_the_task(self) -> Self:
+        self.task.check_run(self)
+        return self
+
+
+main = entry_point("finetune_vae", FinetuneVAEConfig)(train)
+
+if __name__ == "__main__":
+    main()

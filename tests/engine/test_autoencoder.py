@@ -1,0 +1,192 @@
+"""finetune_vae.py: both players resume exactly, the encoder stays, diffusers loads exports, figures are right."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from diffusers import AutoencoderKL
+from safetensors.torch import load_file
+from torch import nn
+
+from engine.exports.weights import MovedBase, open_weights
+from engine.learner import Learner
+from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
+from engine.plan import Plan
+from engine.runtime import choose_runtime
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from models.perceptual import PatchDiscriminator, pyramid_distance
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.names import from_single_file, part_state
+from models.sdxl.networks import draw_networks
+from models.sdxl.step import LATENT_DRAW
+from models.sdxl.tokenizer import build_tokenizer
+from tests.in_process import configure, run, run_command, run_until_killed
+from tests.support import TINY, checkpoint_tensors, make_collection, rows
+from utils import rng
+from utils.errors import UserError
+
+SHORT = [
+    *TINY["autoencoder"], "model.path=base", "data.root=images", "runtime=reference", "runtime.device=cpu",
+    "runtime.threads=1", "loop.total_steps=6", "loop.global_batch_size=4", "loop.batch_size=2", "optim.lr=1e-3",
+    "loop.ema_decay=0.9", "loop.checkpoint_every_steps=2", "loop.log_every_steps=1", "loop.keep_checkpoints=9",
+]  # fmt: skip
+
+
+VAE = "base/vae/diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with images, a base model, and a run."""
+    folder = tmp_path_factory.mktemp("vae")
+    make_collection(folder / "images", per_class=4, validation=2)
+    write_diffusers(
+        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        dtype=torch.float32, zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    run("finetune_vae", [*SHORT, "run_dir=run"], folder)
+    return folder
+
+
+def test_both_players_resume_exactly_and_the_encoder_stays(place):
+    run_until_killed("finetune_vae", [*SHORT, "run_dir=killed"], place, step=5)
+    run("finetune_vae", [*SHORT, "run_dir=killed"], place)
+    straight, killed = (checkpoint_tensors(place / name, 6) for name in ("run", "killed"))
+    assert straight.keys() == killed.keys() and all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert any("discriminator" in name for name in straight) and not any("encoder." in name for name in straight)
+    assert rows(place / "run/metrics.jsonl") == rows(place / "killed/metrics.jsonl")
+    saved = load_file(place / "run/weights/last_weights.safetensors")
+    assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv"}
+    evaluated = rows(place / "run/metrics.jsonl", "evaluate")
+    assert evaluated[-1]["ema/loss"] < evaluated[0]["ema/loss"] and {"ema/psnr", "ema/ssim"} < evaluated[0].keys()
+    begun = [row["discriminator"] for row in rows(place / "run/metrics.jsonl", "train")]
+    assert len({round(value, 4) for value in begun}) == 6
+
+
+def test_exports_are_what_diffusers_and_comfyui_load(place):
+    base = MovedBase(path=str(place / "base"), vae=None)
+    task = open_weights(place / "run/weights/best_weights.safetensors", "export", base).task
+    latents = torch.randn(1, 4, 8, 8)
+    for form in ("vae", "vae_diffusers", "vae_single_file"):
+        run("export", ["run_dir=run", f"format={form}", "precision=fp16"], place)
+    read = AutoencoderKL.from_pretrained(place / "run/export/vae_diffusers")
+    with torch.no_grad():
+        assert torch.equal(read.decode(latents).sample, task.vae.decode(latents).sample)
+    base = part_state("vae", draw_networks()["vae"])
+    assert all(torch.equal(read.get_parameter(name), base[name]) for name in base if name.startswith("encoder."))
+    alone = load_file(place / "run/export/vae/vae.safetensors")
+    whole = load_file(place / "run/export/vae_single_file/model.safetensors")
+    assert "decoder.up.3.block.0.norm1.weight" in alone and alone["decoder.mid.attn_1.q.weight"].ndim == 4
+    for state in ({f"first_stage_model.{name}": tensor for name, tensor in alone.items()}, whole):
+        state = from_single_file("vae", state)
+        assert all(torch.equal(state[name], tensor) for name, tensor in part_state("vae", task.vae).items())
+    assert "v_pred" in whole and whole["model.diffusion_model.out.2.bias"].dtype == torch.float16
+
+
+def test_latents_are_measured_and_stated_where_they_are_asked_for(place):
+    words = ["run_dir=run", "format=vae_diffusers", "latent_statistics=true", "output=stated"]
+    with pytest.raises(UserError, match="^latent_statistics: .*evaluate.py"):
+        run("export", words, place)
+    run("evaluate", ["run_dir=run", "runtime.device=cpu", "runtime.threads=1"], place)
+    run("export", words, place)
+    measured = json.loads((place / "run/metrics.json").read_text())
+    stated = AutoencoderKL.from_pretrained(place / "stated").config
+    assert stated.scaling_factor == 1 and (place / "run/tables/evaluate_latents.csv").exists()
+    assert stated.latents_std == pytest.approx([measured[f"latent_std_{channel}"] for channel in range(4)])
+
+
+def test_figures_equal_numpys():
+    images, other = torch.rand(2, 3, 24, 16), torch.rand(2, 3, 24, 16)
+    psnr = 10 * np.log10(1 / ((images - other).numpy().astype(float) ** 2).mean(axis=(1, 2, 3)))
+    np.testing.assert_allclose(measure_psnr(images, other), psnr, rtol=1e-5)
+    gauss = np.exp(-((np.arange(11) - 5) ** 2) / 4.5)
+    window = np.outer(gauss, gauss) / gauss.sum() ** 2
+    found = []
+    for first, second in zip(images.reshape(6, 24, 16).numpy().astype(float), other.reshape(6, 24, 16).numpy()):
+        for top, left in np.ndindex(14, 6):
+            x, y = (part[top : top + 11, left : left + 11] for part in (first, second))
+            mx, my = (window * x).sum(), (window * y).sum()
+            vx, vy, both = (
+                (window * a * b).sum() - m for a, b, m in ((x, x, mx * mx), (y, y, my * my), (x, y, mx * my))
+            )
+            found.append((2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
+    np.testing.assert_allclose(measure_ssim(images, other), np.reshape(found, (2, -1)).mean(axis=1), rtol=1e-4)
+    statistics, maps = ChannelStatistics(), torch.randn(5, 4, 3, 2) + 2
+    statistics.add(maps[:3], torch.tensor([True, False, True]))
+    statistics.add(maps[3:], torch.tensor([True, True]))
+    sites = maps[[0, 2, 3, 4]].double().transpose(0, 1).flatten(1).numpy()
+    table = statistics.rows()
+    np.testing.assert_allclose([row["std"] for row in table], sites.std(axis=1), rtol=1e-12)
+    np.testing.assert_allclose([row["correlation_2"] for row in table], np.corrcoef(sites)[2], rtol=1e-10)
+
+
+def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batches():
+    config, _ = configure("finetune_vae", [*SHORT, "model.path=null", "task.discriminator.start_step=0"])
+    balances = []
+    for size in (4, 2):
+        torch.manual_seed(0)
+        task = KINDS["autoencoder"].build(Setup(config.model, config.task))
+        task.load_helpers("training")
+        learner = Learner(task, config, Plan(1, 4, size, 1, 40, 10, 0, 1e-3), choose_runtime(config.runtime))
+        images = torch.randint(0, 256, (4, 3, 32, 32), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+        batch = {"images": images, "key": torch.arange(4), "weight": torch.ones(4), "sample_id": torch.arange(4)}
+        last, discriminator = task.vae.decoder.conv_out.weight, task.discriminator
+        if size == 4:
+            mean, logvar = task._encode(images / 127.5 - 1)
+            noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
+            decoded = task._decode(mean + torch.exp(0.5 * logvar) * noise)
+            ours = task._compare(images / 127.5 - 1, decoded)[0].mean()
+            theirs = -discriminator(decoded).mean()
+            norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (ours, theirs)]
+            balances.append(float(norms[0] / (norms[1] + 1e-4)))
+        learner.update(
+            [{name: value[part : part + size] for name, value in batch.items()} for part in range(0, 4, size)]
+        )
+        balances.append(float(task.balance))
+    assert balances[0] > 0 and balances == pytest.approx([balances[0]] * 3, rel=1e-4)
+
+
+def test_the_distance_without_weights_sees_blur_and_the_discriminator_sees_patches():
+    first = torch.rand(2, 3, 32, 32) * 2 - 1
+    blurred = nn.functional.avg_pool2d(first, 3, 1, 1)
+    assert pyramid_distance(first, first).eq(0).all() and (pyramid_distance(first, blurred) > 0.1).all()
+    assert PatchDiscriminator(8, 2)(first).shape == (2, 1, 6, 6)
+
+
+REFUSED = {
+    "task.discriminator.start_step": ["task.discriminator.start_step=null"],
+    "task.crop_px: 8": ["task.crop_px=8"],
+    "task.crop_px: 128": ["task.crop_px=128"],
+    "task.kl_weight": ["task.kl_weight=1e-6"],
+    "task.perceptual.network: must": ["task.perceptual.path=FILE"],
+    "task.perceptual.network": ["task.perceptual.network=vgg17"],
+    "task.perceptual.path": ["task.perceptual.network=resnet18", f"task.perceptual.path={VAE}"],
+    "init_from": ["init_from=run"],
+    "model.path": ["model.path=images"],
+    "runtime.parallel": ["runtime.parallel=fsdp"],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("said", REFUSED)
+def test_what_does_not_fit_is_refused(said, place, monkeypatch, capfd):
+    assert run_command("finetune_vae", [*SHORT, "dry_run=true", *REFUSED[said]], place, monkeypatch) == 2
+    assert said in capfd.readouterr().err
+
+
+def test_a_trained_encoder_is_warned_of_and_exported(place, capfd):
+    words = [
+        "task.train_encoder=true",
+        "task.kl_weight=1e-6",
+        "task.tile_px=32",
+        "task.pixel_loss=l2",
+        "loop.total_steps=2",
+    ]
+    run("finetune_vae", [*SHORT, *words, "run_dir=encoder"], place)
+    assert "task.train_encoder" in capfd.readouterr().err
+    saved = load_file(place / "encoder/weights/last_weights.safetensors")
+    assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv", "encoder", "quant_conv"}
