@@ -188,6 +188,7 @@ class Saver:
             "task": self.folder.config["task"],
             "model": self.folder.config["model"],
             "step": learner.step,
+            "lr": learner.schedule.lr,
             "average": averaged,
             "precision": learner.runtime.precision,
             **self._facts,

@@ -63,7 +63,7 @@ class Run:
             "runtime.precision": runtime.precision,
         }
         trained_on = {"images": plan.epoch_length, "validation_images": streams.evaluation_samples}
-        trained_on["fingerprint"] = streams.fingerprints.get("data.root")
+        trained_on |= {"fingerprint": streams.fingerprints.get("data.root"), **streams.trained_on}
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})

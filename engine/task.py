@@ -33,6 +33,7 @@ class Streams:
     every_epochs: the epochs between two uses of an evaluation loader that not every evaluation needs (a probe). The
         first evaluation at or after each multiple uses it, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
+    trained_on: more about the training images for weight files, JSON values.
     """
 
     train: TrainStream
@@ -40,6 +41,7 @@ class Streams:
     fingerprints: Mapping[str, str]
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
+    trained_on: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def evaluation_samples(self) -> int:

@@ -233,6 +233,11 @@ class Buckets:
             + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         )
 
+    def count(self) -> list[list[int]]:
+        """Return height, width and number of images of each bucket."""
+        counts = np.bincount(self.groups, minlength=len(self.sizes_hw))
+        return np.column_stack([self.sizes_hw, counts]).tolist()
+
     def number_of(self, row: int, group: int) -> int:
         """Return the index of the sample of a row in a bucket."""
         first, end = np.searchsorted(self.rows, (row, row + 1))

@@ -4,7 +4,9 @@ texts = config.read(collection.row(row))    # the texts in the collection, one o
 caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of this sample
 """
 
+from collections import Counter
 from collections.abc import Callable
+from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
 import numpy as np
@@ -24,6 +26,8 @@ from utils.vocabulary import RATING
 log = get_logger(__name__)
 
 Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
+_LONGEST_TAG = 100  # characters; longer pieces are sentences
+_STATED, _HELD = 2_000, 200_000  # tags in the header of a file, and in memory while they are counted
 
 
 class CaptionConfig(Strict):
@@ -121,6 +125,24 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     lines = pc.match_substring(table["caption"], "\n").fill_null(False).to_numpy()[rows] & counts.get("caption", False)
     several = f"; {lines.sum():,} have several lines (task.captions.lines={config.lines})" if lines.any() else ""
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any()) + several
+
+
+def count_tags(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> dict[str, dict[str, int]]:
+    """Return how many of `rows` have a tag in their captions, by folder and tag; the most frequent tags of large ones.
+
+    A short caption without a separator counts as a tag, as in sd-scripts, whose files hold these counts.
+    """
+    counts = Counter[tuple[str, str]]()
+    for row in map(collection.row, rows.tolist()):
+        folder = PurePosixPath(row.path).parent.as_posix()
+        tags = {tag.lower() for text in config.read(row) for tag in config.split(text) if len(tag) <= _LONGEST_TAG}
+        counts.update((folder, tag) for tag in tags)
+        if len(counts) > _HELD:
+            counts = Counter(dict(counts.most_common(_HELD // 2)))
+    found: dict[str, dict[str, int]] = {}
+    for (folder, tag), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_STATED]:
+        found.setdefault(collection.root.name if folder == "." else folder, {})[tag] = count
+    return found
 
 
 def spell(text: str) -> str:

@@ -8,24 +8,25 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import date
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Literal, Self
 
 import torch
 from pydantic import model_validator
+from torch import nn
 
+from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import MovedBase, Weights
 from models.export import tag_forms
-from models.export.model_card import licence_entry, write_card
+from models.export.model_card import write_card
 from models.export.onnx_file import export_onnx
 from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.names import PARTS, part_state
-from models.sdxl.networks import describe, load_networks, load_vae, open_networks
-from models.sdxl.step import decode_latents
+from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
+from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
@@ -53,10 +54,11 @@ class ExportConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
     `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
-    `licence` replaces the known licence of the source weights. latent_statistics: state the latents' mean and standard
-    deviation in the VAE's config, for new U-Nets, with a scaling factor of 1. dynamic_size: the ONNX file accepts
-    images of any size from the network's stride up. tolerance: the largest accepted difference from PyTorch, for ONNX
-    relative to the largest output; None: the default of the precision.
+    `licence` replaces the known licence of the source weights. author, description, trigger: for the headers of SDXL's
+    files; None: no author, a description from the run, `task.captions.prefix`. latent_statistics: state the latents'
+    mean and standard deviation in the VAE's config, for new U-Nets, with a scaling factor of 1. dynamic_size: the ONNX
+    file accepts images of any size from the network's stride up. tolerance: the largest accepted difference from
+    PyTorch, for ONNX relative to the largest output; None: the default of the precision.
     """
 
     format: Literal[
@@ -74,6 +76,9 @@ class ExportConfig(Strict):
     thresholds: PathText | None
     latent_statistics: bool
     licence: str | None
+    author: str | None
+    description: str | None
+    trigger: str | None
     model: MovedBase
     dry_run: bool
 
@@ -175,27 +180,16 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
             f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
     file, write = _LORA_FILES[config.format]
-    write(folder / file, weights.task.adapter, _DTYPES[config.precision], _facts(weights))
+    write(folder / file, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
     return {"file": file}
 
 
-def _facts(weights: Weights) -> dict[str, str]:
-    """Return ModelSpec's title, date, resolution, prediction type and license."""
-    height, width = weights.setup.task.samples.image_size_hw
-    return {
-        **_stated(weights),
-        "resolution": f"{width}x{height}",
-        "prediction_type": weights.setup.task.noise.prediction_type,
-    }
-
-
-def _stated(weights: Weights) -> dict[str, str]:
-    licence = licence_entry("license", weights.metadata)
-    return {"title": weights.title, "date": date.today().isoformat(), **licence}
+def _facts(weights: Weights, config: ExportConfig) -> dict[str, str]:
+    return modelspec_facts(weights, config.model_dump(include={"author", "description", "trigger"}))
 
 
 def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the whole model: a diffusers folder, or a single file, which is read back and compared. A LoRA is merged.
+    """Write the whole model, a diffusers folder or a single file, and compare it. A LoRA is merged.
 
     Raises UserError if the base model is not the one of the run.
     """
@@ -214,15 +208,35 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
         checkpoint_files.write_diffusers(
             folder, networks, build_tokenizer(), dtype=dtype, zeros_for_empty_prompt=zeros, **noise
         )
-        return {"file": "model_index.json"}
+        return {"file": "model_index.json", **_compare_whole(folder, networks, noise, config)}
     path = folder / "model.safetensors"
-    checkpoint_files.write_single_file(path, networks, dtype=dtype, facts=_facts(weights), **noise)
-    read = load_networks(path)
-    for part, network in networks.items():
+    checkpoint_files.write_single_file(path, networks, dtype=dtype, facts=_facts(weights, config), **noise)
+    return {"file": path.name, **_compare_whole(path, networks, noise, config)}
+
+
+def _compare_whole(path: Path, networks: Networks, noise: dict[str, Any], config: ExportConfig) -> dict[str, float]:
+    """Read a file or folder again, and compare its tensors, its noise schedule and what its VAE decodes.
+
+    Raises UserError (`output`, `tolerance`) if something differs.
+    """
+    folds, said, read = config.format == "single_file", describe(path), load_networks(path)
+    wrong = [name for name, value in noise.items() if (said[name] or False) != value]
+    for part, state in checkpoint_files.cast_states(networks, _DTYPES[config.precision], folds=folds).items():
         found = part_state(part, read[part])
-        for name, tensor in part_state(part, network).items():
-            assert torch.equal(found[name], tensor.to(dtype).float()) or part == "vae", (part, name)
-    return {"file": path.name}
+        wrong += [f"{part}.{name}" for name, one in state.items() if not torch.equal(found[name], one.float())]
+    if wrong:
+        raise UserError(f"output: {len(wrong)} values were not written as they are, such as {wrong[0]}; check the disk")
+    return _compare_vae(networks["vae"], read["vae"], config)
+
+
+def _compare_vae(vae: nn.Module, read: nn.Module, config: ExportConfig) -> dict[str, float]:
+    """Compare what both VAEs decode, each with its own values. Raises UserError (`tolerance`)."""
+    latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        wanted, found = (decode_to_levels(network.float(), latents) for network in (vae, read))
+    difference = float((found - wanted).abs().max() / wanted.abs().max())
+    refuse_difference(difference, config.accepted, "the VAE in the file")
+    return {"vae_max_abs_diff": difference}
 
 
 def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -245,20 +259,16 @@ def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str,
     if config.format == "vae_diffusers":
         checkpoint_files.write_vae_folder(folder, vae, dtype)
     elif config.format == "vae":
-        checkpoint_files.write_vae_file(folder / file, vae, dtype, _stated(weights))
+        checkpoint_files.write_vae_file(folder / file, vae, dtype, _facts(weights, config))
     else:
         if model.path is None:
             raise UserError("format: vae_single_file needs the other networks of a base model; set format=vae")
         base = describe(model.path)
         networks = open_networks(model, [part for part in PARTS if part != "vae"]) | {"vae": vae}
         noise = {name: base[name] for name in ("prediction_type", "zero_terminal_snr")}
-        checkpoint_files.write_single_file(folder / file, networks, dtype=dtype, facts=_stated(weights), **noise)
+        checkpoint_files.write_single_file(folder / file, networks, dtype=dtype, facts=_facts(weights, config), **noise)
     read = load_vae(folder if config.format == "vae_diffusers" else folder / file)
-    latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
-    wanted, found = (decode_latents(network.float(), latents).float() / 127.5 for network in (vae, read))
-    difference = float((found - wanted).abs().max())
-    refuse_difference(difference, config.accepted, file)
-    return {"file": file, "vae_max_abs_diff": difference}
+    return {"file": file, **_compare_vae(vae, read, config)}
 
 
 # ---------------------------------------------------------------------------------------------------------- the table

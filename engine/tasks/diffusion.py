@@ -26,7 +26,7 @@ from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import Report, StepOutput, Task, Use, log_mean
+from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, log_mean
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
@@ -39,6 +39,8 @@ from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
+from utils.io.files import sha256_text
+from utils.io.memo import hash_once
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -246,8 +248,10 @@ class DiffusionTask(Task):
         if self._config.lora is not None:
             self.adapter.warn_of_rank()
         if (path := self._model.path) is not None:
-            known = describe(path)
+            known, files = describe(path), [] if self.alphas.is_meta else base_files(self._model, ("unet",))
+            hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
+            self.origin["sha256"] = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
 
     # ------------------------------------------------------------------------------------------------------ training
 

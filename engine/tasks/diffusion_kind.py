@@ -22,7 +22,7 @@ from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import GroupedSampler, Views
 from data.stream.source import Source
-from data.tags.captions import CaptionConfig, Vary, describe_captions
+from data.tags.captions import CaptionConfig, Vary, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
@@ -122,11 +122,14 @@ class DiffusionKind(BucketedKind):
         captions = describe_captions(collection, rows, task.captions)
         described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
+        images = np.unique(buckets.rows)
+        frequency = count_tags(collection, images, task.captions)
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
             self.evaluation(data, setup, collection.rows("val"), training=True),
             {**read.fingerprints, **setup.fingerprints()},
             described=described,
+            trained_on={"images": len(images), "buckets": buckets.count(), "tag_frequency": frequency},
         )
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:

@@ -41,12 +41,14 @@ def write_modelspec(
     """Write a file with facts for ModelSpec, and replace each NO_HASH by the SHA-256 of everything after the header.
 
     facts: `title`, `architecture` and `implementation`, which are required, `prediction_type` as diffusers names it,
-    and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix. metadata: of other programs.
+    and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix; those of sd-scripts have `ss_`.
+    metadata: of other programs.
     """
     facts = {**facts, "sai_model_spec": "1.0.1", "hash_sha256": f"0x{NO_HASH}"}
     if facts.get("prediction_type") == "v_prediction":
         facts["prediction_type"] = "v"
-    texts = {**metadata, **{f"modelspec.{name}": text for name, text in facts.items()}}
+    own = {name if name.startswith("ss_") else f"modelspec.{name}": text for name, text in facts.items()}
+    texts = {**metadata, **own}
     write_tensors(path, tensors, texts)
     with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
         start = 8 + int.from_bytes(content[:8], "little")
@@ -65,12 +67,12 @@ def write_single_file(
     dtype: torch.dtype,
     facts: Mapping[str, str],
 ) -> None:
-    """Write a single file in `dtype` (for the VAE, see `_cast`). facts: for `write_modelspec`, with a `title`.
+    """Write a single file in `dtype` (for the VAE, see `cast_states`). facts: for `write_modelspec`, with a `title`.
 
     The VAE's values are folded into its tensors; the header keeps its padding, which other programs do not read.
     """
     tensors: dict[str, Tensor] = {}
-    for part, state in _cast(networks, dtype, folds=True).items():
+    for part, state in cast_states(networks, dtype, folds=True).items():
         tensors |= to_single_file(part, state)
     is_v = prediction_type == "v_prediction"
     marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
@@ -101,7 +103,7 @@ def write_diffusers(
     """
     import diffusers
 
-    states, classes = _cast(networks, dtype), {}
+    states, classes = cast_states(networks, dtype), {}
     for part in PARTS:
         _write_part(folder / part, part, networks[part], states[part])
         classes[part] = [type(networks[part]).__module__.partition(".")[0], type(networks[part]).__name__]
@@ -125,12 +127,12 @@ def write_diffusers(
 
 def write_vae_folder(folder: Path, vae: nn.Module, dtype: torch.dtype) -> None:
     """Write the VAE as diffusers' AutoencoderKL.from_pretrained(FOLDER) reads it."""
-    _write_part(folder, "vae", vae, _cast({"vae": vae}, dtype)["vae"])
+    _write_part(folder, "vae", vae, cast_states({"vae": vae}, dtype)["vae"])
 
 
 def write_vae_file(path: Path, vae: nn.Module, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write the VAE alone, for ComfyUI: the names in a single file, without its prefix. Else as `write_single_file`."""
-    tensors = to_single_file("vae", _cast({"vae": vae}, dtype, folds=True)["vae"])
+    tensors = to_single_file("vae", cast_states({"vae": vae}, dtype, folds=True)["vae"])
     tensors = {name.removeprefix(PREFIXES["vae"]): tensor for name, tensor in tensors.items()}
     facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/vae", "implementation": GENERATIVE_MODELS}
     write_modelspec(path, tensors, facts, _stated_padding(vae, tensors))
@@ -150,7 +152,7 @@ def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str,
     write_tensors(folder / f"{weight_name(part)}.safetensors", state, {"format": "pt"})
 
 
-def _cast(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:
+def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:
     """Return the states in a dtype. A VAE that overflows in float16, such as SDXL's own, stays in float32.
 
     folds: with the VAE's values in its tensors.

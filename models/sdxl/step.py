@@ -44,10 +44,14 @@ def encode_images(vae: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
 @torch.no_grad()
 def decode_latents(vae: nn.Module, latents: Tensor) -> Tensor:
     """Decode scaled latents [B, 4, h, w] to images, uint8 [B, 3, H, W], in the VAE's own dtype."""
+    return ((decode_to_levels(vae, latents) + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+
+
+def decode_to_levels(vae: nn.Module, latents: Tensor) -> Tensor:
+    """Decode scaled latents [B, 4, h, w] to images from about -1 to 1, float32 [B, 3, H, W]."""
     mean, factor = (part.to(latents.device) for part in latent_scale(vae))
     with torch.autocast(latents.device.type, enabled=False):
-        images = vae.decode((latents.float() / factor + mean).to(vae.dtype)).sample
-    return ((images.float() + 1.0) * 127.5).round().clamp(0, 255).to(torch.uint8)
+        return vae.decode((latents.float() / factor + mean).to(vae.dtype)).sample.float()
 
 
 def encode_text(text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:

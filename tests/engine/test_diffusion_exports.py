@@ -1,5 +1,6 @@
 """The exports of a run of task=diffusion: diffusers loads each and makes the pictures of the run."""
 
+import hashlib
 import json
 import shutil
 from pathlib import Path
@@ -11,7 +12,6 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
-from safetensors import safe_open
 
 from engine.exports.weights import open_weights
 from models.sdxl.checkpoint_files import write_diffusers
@@ -20,6 +20,7 @@ from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
 from tests.support import TINY, make_collection
 from utils.errors import UserError
+from utils.io.weights import read_header, read_weights
 
 PROMPTS = ["tag 1, tag 2", "black"]
 SHORT = [
@@ -57,7 +58,7 @@ def wanted(place):
 
 def export(place, name, form):
     folder = place / f"{name}_{form}"
-    run("export", [f"run_dir={name}", f"format={form}", f"output={folder}"], place)
+    run("export", [f"run_dir={name}", f"format={form}", f"output={folder}", "author=Ann", "trigger=sks"], place)
     return folder
 
 
@@ -100,8 +101,18 @@ def compare_whole(name, form, place, wanted):
 def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     """And it states the licence of the base. tests/engine/slow_diffusion_exports.py has the other formats."""
     compare_lora("kohya", place, wanted)
-    with safe_open(place / "lora_kohya/lora.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.license"] == "openrail++"
+    header = read_header(place / "lora_kohya/lora.safetensors")[1]
+    step, base = read_weights(place / "lora/weights/best_weights.safetensors")[1]["step"], place / "base/unet"
+    base = hashlib.sha256((base / "diffusion_pytorch_model.safetensors").read_bytes()).hexdigest()
+    wanted = {
+        "modelspec.license": "openrail++", "modelspec.title": "lora", "modelspec.resolution": "96x64",
+        "modelspec.prediction_type": "v", "modelspec.author": "Ann", "modelspec.trigger_phrase": "sks",
+        "modelspec.description": f"LoRA of rank 16 of base, after {step} steps on 12 images", "ss_steps": str(step),
+        "ss_num_train_images": "12", "ss_learning_rate": "0.03", "ss_new_sd_model_hash": base,
+    }  # fmt: skip
+    assert wanted.items() <= header.items() and str(place) not in str(header)
+    assert json.loads(header["ss_tag_frequency"])["train/C"]["tag 37"] == 2
+    assert not any("None" in text for text in header.values())
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])

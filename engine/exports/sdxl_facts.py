@@ -1,0 +1,59 @@
+"""The facts in the headers of SDXL's exports: ModelSpec's, and those that sd-scripts writes (`ss_`).
+
+Only what is known is written. A stranger may have made the weight file, so all values become texts.
+"""
+
+import json
+from collections.abc import Mapping
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from engine.exports.weights import Weights
+from engine.tasks.diffusion import DiffusionTaskConfig
+from models.export.model_card import licence_entry
+
+
+def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
+    """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
+    task, metadata = weights.setup.task, weights.metadata
+    images, what = _part(metadata, "trained_on").get("images"), "VAE"
+    source = Path(str(_part(metadata, "origin").get("source") or "SDXL")).name
+    facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
+    facts |= licence_entry("license", metadata)
+    if isinstance(task, DiffusionTaskConfig):
+        what = "U-Net" if task.lora is None else f"LoRA of rank {task.lora.rank}"
+        facts |= {"trigger_phrase": given["trigger"] or task.captions.prefix, "ss_sd_model_name": source}
+        facts |= _describe_training(task, metadata)
+    described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
+    facts |= {"description": given["description"] or described, "ss_output_name": weights.title}
+    known = {name: value for name, value in facts.items() if value not in (None, "", {})}
+    return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
+
+
+def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
+    trained_on = _part(metadata, "trained_on")
+    facts = {
+        "prediction_type": task.noise.prediction_type,
+        "ss_new_sd_model_hash": _part(metadata, "origin").get("sha256"),
+        "ss_num_train_images": trained_on.get("images"),
+        "ss_learning_rate": metadata.get("lr"),
+        "ss_steps": metadata["step"],
+        "ss_tag_frequency": trained_on.get("tag_frequency"),
+        "ss_zero_terminal_snr": task.noise.zero_terminal_snr,
+        "ss_noise_offset": task.noise.offset,
+        "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
+        "ss_caption_dropout_rate": task.captions.caption_dropout,
+        "ss_mixed_precision": metadata.get("precision"),
+    }
+    if buckets := [(count, width, height) for height, width, count in trained_on.get("buckets") or ()]:
+        _, width, height = max(buckets, key=lambda one: (one[0], one[1] * one[2], -abs(one[1] - one[2])))
+        numbered = {str(number): {"resolution": one[1:], "count": one[0]} for number, one in enumerate(buckets)}
+        facts |= {"resolution": f"{width}x{height}", "ss_resolution": f"({width}, {height})"}
+        facts |= {"ss_enable_bucket": True, "ss_bucket_info": {"buckets": numbered}}
+    return facts
+
+
+def _part(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
+    value = metadata.get(key)
+    return value if isinstance(value, dict) else {}
