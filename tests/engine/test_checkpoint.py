@@ -120,9 +120,8 @@ def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_
     saver, go = Saver(folder, SimpleNamespace(loop=SimpleNamespace(keep_checkpoints=2)), {}), threading.Event()
     weight = torch.ones(4, 3)
     task = SimpleNamespace(origin=None, metadata={})
-    learner = SimpleNamespace(
-        step=1, task=task, model=task, exports_average=False, runtime=SimpleNamespace(precision="fp32")
-    )
+    runtime, schedule = SimpleNamespace(precision="fp32"), SimpleNamespace(lr=0.1)
+    learner = SimpleNamespace(step=1, task=task, model=task, exports_average=False, runtime=runtime, schedule=schedule)
 
     def save(last):
         groups = {"weights": {"w": weight}, "optimizer": {}}
