@@ -133,7 +133,7 @@ class DiffusersScript:
         schedule = get_scheduler("constant", optimizer=optimizer, num_warmup_steps=500, num_training_steps=10**6)
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
         self.noise = DDPMScheduler.from_config(scheduler_config("v_prediction", zero_terminal_snr=True))
-        self.latents = batch["latent_mean"].float() * task.latent_scale
+        self.latents = (batch["latent_mean"].float() - task.latent_mean) * task.latent_factor
         self.prompts, self.pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         self.fits = batch["fit"].tolist()
 
