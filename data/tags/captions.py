@@ -5,7 +5,7 @@ caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of th
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import PurePosixPath
 from typing import Annotated, Literal
 
@@ -19,6 +19,7 @@ from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_space
 from data.layouts.table import show_some
 from utils.config.bounds import CountOrZero, Fraction
 from utils.config.schema import Strict
+from utils.emphasis import MARK, escape, read_emphasis
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.vocabulary import RATING
@@ -38,7 +39,7 @@ class CaptionConfig(Strict):
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
     The text is split into tags at separators, unless it is a sentence (`is_sentence`). The first `keep_first` tags
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. prefix: text before
-    every caption that is kept.
+    every caption that is kept. emphasis: brackets and BREAK are emphasis (utils/emphasis.py); brackets of tags are not.
     """
 
     source: Literal["caption", "tags"]
@@ -50,6 +51,7 @@ class CaptionConfig(Strict):
     caption_dropout: Fraction
     dropout_to: Literal["empty", "zeros"]
     prefix: str
+    emphasis: bool
 
     @property
     def varies_tags(self) -> bool:
@@ -60,7 +62,7 @@ class CaptionConfig(Strict):
         """Return the texts of a row, at least one, which may be empty. Only `lines=one_of` returns several."""
         lines = [line.strip() for line in (row.caption or "").split("\n") if line.strip()]
         if not lines or self.source == "tags":
-            tags = self.separator.join(filter(None, map(spell, row.tags or ())))
+            tags = self.separator.join(filter(None, map(self.spell, row.tags or ())))
             lines = [tags] if tags or not lines else lines
         if self.lines == "join":
             return [self.separator.join(lines)]
@@ -80,7 +82,7 @@ class CaptionConfig(Strict):
         """Return a random caption for the text of a row; the whole caption is never dropped."""
         if not self.varies_tags:
             return self.complete(text)
-        tags = self.split(text)
+        tags = self._split_marked(text)
         if tags and is_sentence(tags):
             return self.complete(text)
         first, others = tags[: self.keep_first], tags[self.keep_first :]
@@ -91,8 +93,34 @@ class CaptionConfig(Strict):
         return self.complete(self.separator.join([*first, *(others[index] for index in kept.tolist())]))
 
     def split(self, text: str) -> list[str]:
-        """Split a text into tags."""
-        return split_tags(text, self.separator.strip() or self.separator)
+        """Split a text into tags, without emphasis."""
+        return split_tags(read_emphasis(text).plain if self.emphasis else text, self._separator)
+
+    def spell(self, tag: str) -> str:
+        """Return a tag in words, as part of a caption."""
+        return escape(spell(tag)) if self.emphasis else spell(tag)
+
+    def describe_emphasis(self, texts: Iterable[str]) -> str:
+        """Say how many texts have emphasis and how it is read; "" if none has."""
+        reads = [(text, read_emphasis(text)) for text in texts if MARK.search(text)]
+        found = [read for text, read in reads if read.plain != text]
+        if not self.emphasis:
+            return f"{len(found):,} have emphasis, which is text (task.captions.emphasis=false)" if found else ""
+        weights = [weight for read in found for chunk in read.chunks for _, weight in chunk] or [1.0]
+        unmatched = sum(read.unmatched > 0 for _, read in reads)
+        how = f"weights from {min(weights):.2g} to {max(weights):.2g}; brackets without a partner, which are text"
+        return f"{len(found):,} have emphasis, with {how}, are in {unmatched:,}"
+
+    @property
+    def _separator(self) -> str:
+        return self.separator.strip() or self.separator
+
+    def _split_marked(self, text: str) -> list[str]:
+        """Split a text into tags, but not within the brackets of emphasis."""
+        separator, hidden = self._separator, "\0" * len(self._separator)
+        for start, end in read_emphasis(text).spans if self.emphasis else ():
+            text = text[:start] + text[start:end].replace(separator, hidden) + text[end:]
+        return [piece.replace(hidden, separator) for piece in split_tags(text, separator)]
 
     def complete(self, text: str) -> str:
         """Return the prefix and a text, as for evaluation."""

@@ -59,7 +59,7 @@ class ImageTags(TagRows):
         """Return for each tag of a row whether its caption has it, in any spelling."""
         pieces = set(map(spell, captions.split(caption)))
         tags = [self.names[tag] for tag in self.of_row(row)]
-        return [pieces.issuperset(map(spell, captions.split(spell(tag)))) for tag in tags]
+        return [pieces.issuperset(map(spell, captions.split(captions.spell(tag)))) for tag in tags]
 
 
 def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:

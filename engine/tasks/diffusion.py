@@ -4,7 +4,8 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
 
     latent_mean, latent_logvar [B, 4, h, w] from the cache, or images [B, 3, H, W] without a cache
     fit [B, 6] int64: image size, top left corner of the crop, and crop size, which are SDXL's time_ids
-    token_ids [B, chunks, 77], or prompt_embeds [B, L, D] and pooled_prompt_embeds [B, P] from the cache
+    token_ids [B, chunks, 77], and token_weights with task.captions.emphasis; from the cache prompt_embeds [B, L, D] and
+        pooled_prompt_embeds [B, P]
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
     ragged tags and tags_shown (bool), with task.tag_weights: `TagBalance` computes the sample's weight from them
 
@@ -320,7 +321,9 @@ class DiffusionTask(Task):
             prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         else:
             with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.trains_text):
-                prompts, pooled = sdxl.encode_text(self.text_encoder, self.text_encoder_2, batch["token_ids"])
+                prompts, pooled = sdxl.encode_text(
+                    self.text_encoder, self.text_encoder_2, batch["token_ids"], batch.get("token_weights")
+                )
         if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
             dropped = batch["is_dropped"][:, None]
             prompts, pooled = prompts.masked_fill(dropped[..., None], 0), pooled.masked_fill(dropped, 0)
@@ -362,4 +365,5 @@ class DiffusionTask(Task):
         """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
         encoders, zeros = (self.text_encoder, self.text_encoder_2), self._config.captions.dropout_to == "zeros"
         prompts = self._config.samples.complete_all()
-        return [encode_prompt(encoders, prompt, zeros_for_empty_prompt=zeros) for prompt in prompts]
+        emphasis = self._config.captions.emphasis
+        return [encode_prompt(encoders, each, zeros_for_empty_prompt=zeros, emphasis=emphasis) for each in prompts]

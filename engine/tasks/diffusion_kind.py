@@ -30,8 +30,8 @@ from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConf
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.names import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
-from models.sdxl.step import encode_images, encode_text
-from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
+from models.sdxl.step import encode_captions, encode_images
+from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize_weighted
 from models.sdxl.vae import AS_STATED
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -194,15 +194,23 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     task, captions = setup.task, setup.task.captions
     read = (captions.read(data.collection.row(int(row))) for row in rows)
     texts = [text for texts in read for text in (texts if training else texts[:1])]
-    needed = np.array([count_chunks(captions.complete(text)) for text in texts] or [1])
+    texts_of = "training" if training else "validation"
+    if summary := captions.describe_emphasis(texts):
+        log.info("captions: of %s %s captions %s", f"{len(texts):,}", texts_of, summary)
+    needed = np.array([count_chunks(captions.complete(text), emphasis=captions.emphasis) for text in texts] or [1])
     chunks = min(needed.max(), task.caption_chunks)
     if cut := np.count_nonzero(needed > chunks):
         log.warning(
             "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
-            f"{cut:,}", f"{len(texts):,}", "training" if training else "validation", chunks, needed.max(),
+            f"{cut:,}", f"{len(texts):,}", texts_of, chunks, needed.max(),
         )  # fmt: skip
     if task.text_cache is None:
-        return lambda caption: {"token_ids": tokenize([caption], chunks)[0]}, captions.vary_tags
+
+        def add_tokens(caption: str) -> dict[str, Tensor]:
+            ids, weights = tokenize_weighted([caption], chunks, emphasis=captions.emphasis)
+            return {"token_ids": ids[0], **({} if weights is None else {"token_weights": weights[0]})}
+
+        return add_tokens, captions.vary_tags
     variants = task.text_variants if training and captions.varies_tags else 1
     make = captions.vary_tags if training else lambda text, generator: captions.complete(text)
     to_encode = [vary_caption(text, number, make) for text in texts for number in range(variants)]
@@ -216,9 +224,10 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return [networks[name].to(data.machine.device) for name in ENCODERS]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-        return encode_text(*encoders(), tokenize(texts, chunks).to(data.machine.device))
+        return encode_captions(encoders(), texts, chunks, emphasis=captions.emphasis)
 
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
+    inputs |= {"emphasis": True} if captions.emphasis else {}
     records = TensorStore(Path(task.text_cache), "task.text_cache", root=data.collection.root, recipe=inputs)
     store = TextCache(records, inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)

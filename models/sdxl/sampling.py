@@ -12,8 +12,8 @@ import torch
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, encode_text
-from models.sdxl.tokenizer import count_chunks, tokenize
+from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, encode_captions
+from models.sdxl.tokenizer import count_chunks
 from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict
 from utils.ranks.signals import check_stop
@@ -92,13 +92,16 @@ def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -
 
 
 @torch.no_grad()
-def encode_prompt(encoders: Sequence[nn.Module], prompt: Prompt, *, zeros_for_empty_prompt: bool) -> EncodedPrompt:
+def encode_prompt(
+    encoders: Sequence[nn.Module], prompt: Prompt, *, zeros_for_empty_prompt: bool, emphasis: bool
+) -> EncodedPrompt:
     """Encode a prompt and its negative, each with the chunks that it needs, repeated to the same length.
 
+    emphasis: as for `tokenize_weighted`.
     To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.
     """
     (embeds, pooled), (negative, negative_pooled) = (
-        encode_text(*encoders, tokenize([text], count_chunks(text)).to(encoders[0].device))
+        encode_captions(encoders, [text], count_chunks(text, emphasis=emphasis), emphasis=emphasis)
         for text in (prompt.text, prompt.negative)
     )
     if zeros_for_empty_prompt and not prompt.negative:

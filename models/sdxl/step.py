@@ -5,12 +5,13 @@ Everything is computed from alpha and sigma, so that nothing is infinite if alph
 sample's key, so they do not depend on how a batch is split.
 """
 
+from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.tokenizer import EOT, pad_second
+from models.sdxl.tokenizer import BOS, EOT, pad_second, tokenize_weighted
 from models.sdxl.vae import latent_scale
 from utils import rng
 
@@ -54,21 +55,43 @@ def decode_to_levels(vae: nn.Module, latents: Tensor) -> Tensor:
         return vae.decode((latents.float() / factor + mean).to(vae.dtype)).sample.float()
 
 
-def encode_text(text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor) -> tuple[Tensor, Tensor]:
-    """Encode the ids of `tokenize`, int64 [B, chunks, 77].
+def encode_text(
+    text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor, weights: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Encode the ids of `tokenize`, int64 [B, chunks, 77], with weights of `tokenize_weighted`.
 
     Return prompt_embeds [B, 77 * chunks, 768 + 1280], the outputs of the penultimate layers without the final norm,
     chunk after chunk, and pooled_prompt_embeds [B, 1280], the second encoder's projected EOT of the first chunk.
     Chunks without a token are zero, except for the first one; `find_text` finds the others.
-    Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1.
+    A weight w moves a token's output z to z0 + w (z - z0), where z0 is the output at its place in the empty text; the
+    pooled output has no weights. Source: Podell et al. 2023 (arXiv 2307.01952), section 2.1, and, for weights,
+    comfyanonymous/ComfyUI:comfy/sd1_clip.py, ClipTokenWeightEncoder.
     """
-    first = text_encoder(ids.flatten(0, 1), output_hidden_states=True)
-    second = text_encoder_2(pad_second(ids).flatten(0, 1), output_hidden_states=True)
+    flat = ids.flatten(0, 1)
+    if weights is not None:
+        empty_ids = torch.full_like(flat[:1], EOT)
+        empty_ids[:, 0] = BOS
+        flat = torch.cat([flat, empty_ids])
+    first = text_encoder(flat, output_hidden_states=True)
+    second = text_encoder_2(pad_second(flat), output_hidden_states=True)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
+    if weights is not None:
+        embeds, empty, weights = embeds[:-1], embeds[-1], weights.flatten(0, 1)[..., None]
+        moved = (empty + weights * (embeds - empty)).to(embeds.dtype)
+        embeds = torch.where(weights == 1, embeds, moved)
     is_empty = ids[..., 1] == EOT
     is_empty[:, 0] = False
     embeds = embeds.masked_fill(is_empty.flatten()[:, None, None], 0)
-    return embeds.reshape(len(ids), -1, embeds.shape[-1]), second.text_embeds[:: ids.shape[1]]
+    return embeds.reshape(len(ids), -1, embeds.shape[-1]), second.text_embeds[: ids.shape[:2].numel() : ids.shape[1]]
+
+
+def encode_captions(
+    encoders: Sequence[nn.Module], captions: Sequence[str], chunks: int, *, emphasis: bool
+) -> tuple[Tensor, Tensor]:
+    """Encode captions on the encoders' device, as `encode_text`. emphasis: as for `tokenize_weighted`."""
+    ids, weights = tokenize_weighted(captions, chunks, emphasis=emphasis)
+    device = encoders[0].device
+    return encode_text(*encoders, ids.to(device), None if weights is None else weights.to(device))
 
 
 def find_text(prompt_embeds: Tensor) -> Tensor:

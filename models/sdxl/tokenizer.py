@@ -1,6 +1,7 @@
 """CLIP's tokenizer without a hub. Its vocabulary comes from the package open_clip_torch.
 
 ids = tokenize(["a cat, outdoors"], chunks=3)    # int64 [1, 3, 77] for the first encoder
+ids, weights = tokenize_weighted(["a (cat:1.2)"], chunks=3, emphasis=True)    # or text as it is, and None
 pad_second(ids)                                  # for the second
 
 Differs: the ids equal open_clip's, except that its control words `<start_of_text>` and `<end_of_text>` are plain text
@@ -20,6 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from utils.emphasis import read_emphasis
 from utils.errors import UserError
 
 if TYPE_CHECKING:
@@ -60,33 +62,49 @@ def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
 
     Tokens beyond the last chunk are dropped.
     """
+    return tokenize_weighted(captions, chunks, emphasis=False)[0]
+
+
+def tokenize_weighted(captions: Sequence[str], chunks: int, *, emphasis: bool) -> tuple[Tensor, Tensor | None]:
+    """Return the ids of captions and the weights of their tokens, float32 [B, chunks, 77], for `encode_text`.
+
+    emphasis: read brackets and BREAK (utils/emphasis.py); otherwise they are text, and the weights are None.
+    """
     ids = torch.full((len(captions), chunks, LENGTH), EOT)
     ids[..., 0] = BOS
-    for rows, caption in zip(ids, captions):
-        for row, tokens in zip(rows, _fill_chunks(caption)):
-            row[1 : len(tokens) + 1] = torch.tensor(tokens)
-    return ids
+    weights = torch.ones(ids.shape)
+    for number, caption in enumerate(captions):
+        for chunk, tokens in enumerate(_fill_chunks(caption, emphasis)[:chunks]):
+            if tokens:
+                values = torch.tensor(tokens, dtype=torch.float64)  # exact for ids
+                ids[number, chunk, 1 : len(tokens) + 1] = values[:, 0].long()
+                weights[number, chunk, 1 : len(tokens) + 1] = values[:, 1].float()
+    return ids, weights if emphasis else None
 
 
-def count_chunks(caption: str) -> int:
+def count_chunks(caption: str, *, emphasis: bool = False) -> int:
     """Return how many chunks hold a caption, at least 1."""
-    return len(_fill_chunks(caption))
+    return len(_fill_chunks(caption, emphasis))
 
 
-def _fill_chunks(caption: str) -> list[list[int]]:
-    """Return the tokens of each chunk of a caption, without BOS and EOT.
+def _fill_chunks(caption: str, emphasis: bool) -> list[list[tuple[int, float]]]:
+    """Return the tokens and weights of each chunk of a caption, without BOS and EOT; only the first may be empty.
 
     A word that does not fit begins the next chunk; a long one is cut. Source: comfyanonymous/ComfyUI:comfy/sd1_clip.py.
     """
-    chunks: list[list[int]] = [[]]
-    for tokens in map(_tokens_of, _clean(caption).split()):
-        while len(chunks[-1]) + len(tokens) > _ROOM:
-            room = _ROOM - len(chunks[-1]) if len(tokens) >= _LONG else 0
-            chunks[-1] += tokens[:room]
-            tokens = tokens[room:]
-            chunks.append([])
-        chunks[-1] += tokens
-    return chunks
+    chunks: list[list[tuple[int, float]]] = []
+    for parts in read_emphasis(caption).chunks if emphasis else [[(caption, 1.0)]]:
+        chunks.append([])
+        for text, weight in parts:
+            for word in _clean(text).split():
+                tokens = [(token, weight) for token in _tokens_of(word)]
+                while len(chunks[-1]) + len(tokens) > _ROOM:
+                    room = _ROOM - len(chunks[-1]) if len(tokens) >= _LONG else 0
+                    chunks[-1] += tokens[:room]
+                    tokens = tokens[room:]
+                    chunks.append([])
+                chunks[-1] += tokens
+    return [chunk for chunk in chunks if chunk] or [[]]
 
 
 @lru_cache(2**20)

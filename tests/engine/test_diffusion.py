@@ -113,7 +113,9 @@ def test_a_prompt_and_its_negative_of_other_lengths_change_nothing_by_their_padd
     task = build()
     encoders, prompt = (task.text_encoder, task.text_encoder_2), task._config.samples.complete("a cat", 0)
     long = Prompt.model_construct(**{**dict(prompt), "negative": "a dog " * 60})
-    plain, padded = (encode_prompt(encoders, each, zeros_for_empty_prompt=False) for each in (prompt, long))
+    plain, padded = (
+        encode_prompt(encoders, each, zeros_for_empty_prompt=False, emphasis=False) for each in (prompt, long)
+    )
     assert padded.embeds.shape == padded.negative_embeds.shape == (1, 154, 80)
     added = {"text_embeds": plain.pooled, "time_ids": torch.full((1, 6), 64.0)}
     one, two = (
@@ -183,7 +185,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     """In three buckets of two areas, chosen for the images, from latents and texts of caches."""
     own = [*SHORT, *RESUMED, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
     own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[64,96],[96,64]]]"]
-    own += ["task.buckets.assign=all", "task.buckets.fit=2"]
+    own += ["task.buckets.assign=all", "task.buckets.fit=2", "task.captions.emphasis=true"]
     run("finetune_sdxl", [*own, "run_dir=straight"], place)
     run_until_killed("finetune_sdxl", [*own, "run_dir=killed"], place, step=4)
     run("finetune_sdxl", [*own, "run_dir=killed"], place)

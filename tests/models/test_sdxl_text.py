@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from models.sdxl import tokenizer
 from models.sdxl.step import encode_text, find_text
-from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize
+from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize, tokenize_weighted
 from utils.errors import UserError
 
 WRITTEN = [
@@ -104,3 +104,25 @@ def test_embeddings_equal_those_of_open_clip():
         torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
         if chunk == 0:
             torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)
+
+
+@torch.no_grad()
+def test_emphasis_moves_a_tokens_output_away_from_the_empty_text():
+    """As ComfyUI does it; a caption without emphasis is encoded as before."""
+    encoders = make_encoder(CLIPTextModel, 32), make_encoder(CLIPTextModelWithProjection, 48)
+    captions = ["a (cat:1.5), [on] BREAK BREAK ({mat})", "a dog", "(word:0.5) " * 100]
+    ids, weights = tokenize_weighted(captions, 2, emphasis=True)
+    assert [count_chunks(text, emphasis=True) for text in captions] == [2, 1, 2]
+    words = [["a cat, on", "mat"], ["a dog"], ["word " * 75, "word " * 25]]
+    for number, chunks in enumerate(words):
+        assert ids[number, : len(chunks)].equal(tokenize(chunks, 1)[:, 0])
+    values = {(0, 0, 2): 1.5, (0, 0, 4): 1 / 1.1, (0, 1, 1): 1.32}
+    values |= {(2, chunk, place): 0.5 for chunk, count in enumerate((75, 25)) for place in range(1, count + 1)}
+    (plain, pooled), empty = encode_text(*encoders, ids), encode_text(*encoders, tokenize([""], 1))[0][0]
+    wanted = plain.clone()
+    for (number, chunk, place), value in values.items():
+        wanted[number, 77 * chunk + place] = empty[place] + value * (plain[number, 77 * chunk + place] - empty[place])
+    embeds, same = encode_text(*encoders, ids, weights)
+    torch.testing.assert_close(embeds, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(same, pooled, rtol=1e-5, atol=1e-5)
+    assert tokenize_weighted(captions, 2, emphasis=False)[1] is None and count_chunks(captions[2]) == 10

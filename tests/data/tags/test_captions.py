@@ -13,7 +13,7 @@ from utils.errors import UserError
 
 PLAIN = {
     "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
-    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "", "lines": "one_of",
+    "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "", "lines": "one_of", "emphasis": False,
 }  # fmt: skip
 
 
@@ -47,6 +47,18 @@ def test_captions_of_sidecars_and_tags_in_words(tmp_path):
     assert texts(collection) == ["A cat, sleeping.", "1girl, long hair, rating:g", ""]
     assert texts(collection, source="tags")[0] == "hatsune miku, hat (x), ^_^"
     assert texts(collection, source="tags", separator=" | ")[1] == "1girl | long hair | rating:g"
+
+
+def test_emphasis_stays_whole_and_brackets_of_tags_are_escaped(tmp_path):
+    marked = config(emphasis=True, shuffle=True, keep_first=1)
+    text, generator = r"a, (b, c:1.2), d \(e\), :(", torch.Generator().manual_seed(1)
+    drawn = {marked.vary_tags(text, generator) for _ in range(50)}
+    assert len(drawn) == 6 and all(each.startswith("a, ") and "(b, c:1.2)" in each for each in drawn)
+    assert marked.split(text) == ["a", "b", "c", "d (e)", ":("] != config().split(text)
+    assert texts(collection_of(tmp_path, SIDECARS), source="tags", emphasis=True)[0] == r"hatsune miku, hat \(x\), ^_^"
+    assert config().describe_emphasis(["a cat", "a :("]) == "" and "1 have" in config().describe_emphasis([text, "a"])
+    described = marked.describe_emphasis([text, "[e]", "a cat"])
+    assert "2 have" in described and "0.91 to 1.2" in described and described.endswith("in 1")
 
 
 def test_lines_of_a_caption_are_alternatives(tmp_path):

@@ -1,0 +1,77 @@
+"""Emphasis in captions and prompts: brackets as the web UIs read them.
+
+    (text) x 1.1    [text] / 1.1    {text} x 1.2    (text:1.3) x 1.3    BREAK begins another chunk
+
+Brackets nest, and their weights multiply; `\\(` is a bracket of the text. A weight has one digit before its point, so
+that `(1920)` and `(taken: 2020)` have none.
+Source: AUTOMATIC1111/stable-diffusion-webui:modules/prompt_parser.py, parse_prompt_attention. Differs: brackets without
+a partner are text, as in ComfyUI (there, an open one weighs all that follows); curly brackets are those of NovelAI.
+"""
+
+import re
+from typing import NamedTuple
+
+_FACTORS = {"(": 1.1, "[": 1 / 1.1, "{": 1.2}
+_OPENING = {")": "(", "]": "[", "}": "{"}
+MARK = re.compile(
+    r"\\(?P<escaped>[()\[\]{}\\])|\s*\b(?P<break>BREAK)\b\s*|[(\[{]"
+    r"|(?<=[^\s(])\s*:\s*(?P<weight>[+-]?(?:\d(?:\.\d*)?|\.\d+))\s*\)|[)\]}]"
+)
+
+
+class Emphasis(NamedTuple):
+    """A text without its marks.
+
+    chunks: (text, weight) of each part, between BREAKs. spans: the first and last bracket of pairs. unmatched: how many
+    brackets have no partner.
+    """
+
+    chunks: list[list[tuple[str, float]]]
+    spans: list[tuple[int, int]]
+    unmatched: int
+
+    @property
+    def plain(self) -> str:
+        """The text alone."""
+        return " ".join("".join(text for text, _ in chunk) for chunk in self.chunks)
+
+
+def read_emphasis(text: str) -> Emphasis:
+    """Read the emphasis of a text."""
+    pieces: list[list] = []  # text and weight; None for BREAK
+    opened: list[tuple[str, int, int]] = []  # bracket, its piece, and its place in the text
+    end, spans, unmatched = 0, [], 0
+    for found in MARK.finditer(text):
+        mark = found[0]
+        pieces += [[text[end : found.start()], 1.0], [found["escaped"] or mark, 1.0]]
+        end = found.end()
+        if found["break"]:
+            pieces[-1][0] = None
+        elif mark in _FACTORS:
+            opened.append((mark, len(pieces) - 1, found.start()))
+        elif not found["escaped"]:
+            partners = [number for number, (bracket, *_) in enumerate(opened) if bracket == _OPENING[mark[-1]]]
+            if not partners:
+                unmatched += 1
+                continue
+            bracket, first, place = opened[partners[-1]]
+            unmatched += len(opened) - partners[-1] - 1  # another kind of bracket between the two
+            del opened[partners[-1] :]
+            pieces[first][0] = pieces[-1][0] = ""
+            for piece in pieces[first:]:
+                piece[1] *= float(found["weight"] or _FACTORS[bracket])
+            spans.append((place, end))
+    chunks: list[list[tuple[str, float]]] = [[]]
+    for part, weight in [*pieces, [text[end:], 1.0]]:
+        if part is None:
+            chunks.append([])
+        elif part and chunks[-1] and chunks[-1][-1][1] == weight:
+            chunks[-1][-1] = (chunks[-1][-1][0] + part, weight)
+        elif part:
+            chunks[-1].append((part, weight))
+    return Emphasis(chunks, spans, unmatched + len(opened))
+
+
+def escape(text: str) -> str:
+    """Return a text whose brackets are no emphasis."""
+    return re.sub(r"([()\[\]{}\\])", r"\\\1", text)
