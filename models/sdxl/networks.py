@@ -22,6 +22,7 @@ from models.sdxl.vae import (
     VAE_SCALING_FACTOR,
     VAEValues,
     read_vae,
+    refuse_other_encoder,
     set_values,
     settle_values,
     stated_config,
@@ -121,7 +122,10 @@ def load_networks(
 @about("model.vae")
 def load_vae(path: str | Path, values: VAEValues = AS_STATED, dtype: torch.dtype = torch.float32) -> nn.Module:
     """Read a VAE from what `vae_files` accepts, as `load_networks` does. Raises UserError (`model.vae`)."""
-    return _load(Path(path), ("vae",), {"vae": dtype}, values)["vae"]
+    vae = _load(Path(path), ("vae",), {"vae": dtype}, values)["vae"]
+    if vae.device.type != "meta":
+        refuse_other_encoder(Path(path), vae)
+    return vae
 
 
 def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype], values: VAEValues) -> Networks:

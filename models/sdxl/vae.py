@@ -19,7 +19,7 @@ from utils.config.bounds import Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import readable
-from utils.io.weights import find_weights, read_header
+from utils.io.weights import find_weights, hash_tensors, read_header
 
 VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
 CHANNELS = 4  # of latents
@@ -108,7 +108,23 @@ def _began_with(file: Path) -> str | None:
     began = model.get("vae") or model.get("path")
     if not isinstance(began, str) or metadata.get("script") != "finetune_vae":
         raise UserError(f"{file} holds no VAE: name a run of finetune_vae.py that began with a file or folder")
+    if not Path(began).exists():
+        raise UserError(
+            f"{file} began with {began}, which does not exist; restore it, or name the VAE that export.py writes: "
+            "format=vae run_dir=RUN model.path=NEW"
+        )
     return began
+
+
+def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
+    """Raise UserError if the encoder is not that with which finetune_vae.py trained a run's decoder."""
+    if path.suffix != ".safetensors" and not (path / "weights").is_dir():
+        return
+    frozen = _header(find_weights(str(path), "best")).get("frozen")
+    for name in ("encoder", "quant_conv") if isinstance(frozen, dict) else ():
+        found = hash_tensors(vae.get_submodule(name).state_dict())[:16]
+        if frozen.get(_OWN + name, found) != found:
+            raise UserError(f"{path} was trained with another frozen {name}; restore the VAE that it began with")
 
 
 # ----------------------------------------------------------------------------------------------------------- values

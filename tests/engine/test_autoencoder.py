@@ -9,7 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderKL
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.exports.weights import MovedBase, open_weights
@@ -22,7 +22,7 @@ from engine.tasks.kinds import KINDS
 from models.perceptual import PatchDiscriminator, pyramid_distance
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.names import from_single_file, part_state
-from models.sdxl.networks import draw_networks
+from models.sdxl.networks import draw_networks, load_vae
 from models.sdxl.step import LATENT_DRAW
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import configure, run, run_command, run_until_killed
@@ -190,3 +190,22 @@ def test_a_trained_encoder_is_warned_of_and_exported(place, capfd):
     assert "task.train_encoder" in capfd.readouterr().err
     saved = load_file(place / "encoder/weights/last_weights.safetensors")
     assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv", "encoder", "quant_conv"}
+
+
+def test_a_run_is_a_vae_while_its_encoder_is_the_one_of_the_base(place, monkeypatch):
+    monkeypatch.chdir(place)
+    found = load_vae("run").state_dict()
+    trained = load_file("run/weights/best_weights.safetensors")
+    assert all(torch.equal(found[name.removeprefix("vae.")], one) for name, one in trained.items())
+    content = (place / VAE).read_bytes()
+    try:
+        tensors = load_file(VAE)
+        save_file({**tensors, "encoder.conv_in.bias": tensors["encoder.conv_in.bias"] + 1}, VAE)
+        with pytest.raises(UserError, match=r"^model\.vae: .*another frozen encoder"):
+            load_vae("run")
+        (place / "base").rename("moved")
+        with pytest.raises(UserError, match=r"^model\.vae: .*began with base"):
+            load_vae("run")
+    finally:
+        (place / "moved").rename(place / "base")
+        (place / VAE).write_bytes(content)
