@@ -31,8 +31,9 @@ from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, log_mean
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
+from models.sdxl.lora_files import continue_lora
 from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
+from models.sdxl.networks import Networks, base_files, describe, freeze_unused, load_parts, open_networks
 from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
@@ -40,9 +41,10 @@ from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
+from utils.errors import UserError, about
 from utils.io.files import sha256_text
 from utils.io.memo import hash_once
-from utils.io.weights import InitFrom
+from utils.io.weights import InitFrom, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -127,8 +129,6 @@ class DiffusionTaskConfig(TaskConfig):
                 f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
                 "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
             )
-        if config.init_from is not None:
-            raise ValueError("init_from: SDXL takes its networks from model.path; set init_from=null")
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
@@ -245,7 +245,7 @@ class DiffusionTask(Task):
         return {name: base_files(self._model, (name,)) for name in self.helpers}
 
     def initialise(self, source: InitFrom | None) -> None:
-        """Keep the networks of the base model (`model.path`), and set `origin` to its description."""
+        """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
         if self._config.lora is not None:
             self.adapter.warn_of_rank()
         if (path := self._model.path) is not None:
@@ -253,6 +253,24 @@ class DiffusionTask(Task):
             hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
             self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
             self.origin["sha256"] = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
+        if source is not None:
+            with about("init_from"):
+                self._continue(source.find(), source.weights)
+
+    def _continue(self, path: Path, which: Literal["model", "ema"]) -> None:
+        """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
+        _, metadata = read_weights(path, which, shapes_only=True)
+        task, ours = metadata.get("task"), self._config.noise
+        theirs = task.get("noise") if isinstance(task, dict) else None
+        for name in ("prediction_type", "zero_terminal_snr") if isinstance(theirs, dict) and not ours.convert else ():
+            if theirs.get(name) != (value := getattr(ours, name)):
+                raise UserError(f"task.noise.{name}: {value}, but {path} was trained with {theirs.get(name)}; set that")
+        if self._config.lora is not None:
+            with torch.device("meta"):
+                shapes = open_networks(self._model, ("unet", *ENCODERS))
+            continue_lora(self.adapter, path, shapes)
+        else:
+            load_parts(path, which, {name: getattr(self, name) for name in self.trained})
 
     # ------------------------------------------------------------------------------------------------------ training
 

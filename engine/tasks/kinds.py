@@ -68,18 +68,19 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
     data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
 
-    # ------------------------------------------------------- 3. The task, before its streams, which may fill caches
+    # ------------------------------- 3. The task and its initial weights, before its streams, which may fill caches
     task = build_task(lambda: kind.build(setup), config)
+    if not resumes:
+        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
     streams = kind.streams(data, setup, config)
     plan = describe_run(task, streams, config, job, runtime)
 
-    # ------------------------------------------------------------- 4. Initial weights, and layers fitted to the data
-    if not resumes:
-        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
-        if not config.dry_run:
-            kind.prepare(task, data, setup, config, runtime)
     if config.dry_run:
         return f"dry run: {plan.total_steps} steps, nothing is written"
+
+    # -------------------------------------------------------------------------------- 4. Layers fitted to the data
+    if not resumes:
+        kind.prepare(task, data, setup, config, runtime)
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])

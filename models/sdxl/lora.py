@@ -34,7 +34,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
+PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
 
 
 class LoRAConfig(Strict):
@@ -87,7 +87,7 @@ class LoRA(nn.Module):
         """
         super().__init__()
         self.config = config
-        layers = _find_layers(networks, config)
+        layers = find_layers(networks, config)
         self.names = _choose(layers, config)
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
@@ -110,7 +110,7 @@ class LoRA(nn.Module):
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
-        targets = _find_layers(networks, self.config)
+        targets = find_layers(networks, self.config)
         self._hooks = [
             targets[name].register_forward_hook(lambda _, inputs, output, layer=layer: output + layer(inputs[0]))
             for name, layer in self.layers().items()
@@ -126,13 +126,13 @@ class LoRA(nn.Module):
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the networks' own weights, in their dtype, and detach."""
         self.detach()
-        targets = _find_layers(networks, self.config)
+        targets = find_layers(networks, self.config)
         for name, layer in self.layers().items():
             weight = targets[name].weight
             weight.copy_(weight.float() + layer.update().to(weight.device).view_as(weight))
 
 
-def _find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:
+def find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be targets, by network and name."""
     kinds = (nn.Linear, nn.Conv2d) if config.conv else nn.Linear
     layers, unused = {}, unused_layer(networks["text_encoder"]) if config.text_encoders else None
@@ -175,13 +175,18 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+def kohya_name(name: str) -> str:
+    """Return kohya's name of a layer."""
+    network, _, inside = name.partition(".")
+    original = rename("unet", inside, to_single=True) if network == "unet" else inside
+    return f"{PREFIXES[network]}_{original}".replace(".", "_")
+
+
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write a LoRA in kohya's layout, with alpha in float32. facts: for `write_modelspec`, with a `title`."""
     config, tensors = lora.config, {}
     for name, layer in lora.layers().items():
-        network, _, path_in = name.partition(".")
-        original = rename("unet", path_in, to_single=True) if network == "unet" else path_in
-        stem = f"{_PREFIXES[network]}_{original}".replace(".", "_")
+        stem = kohya_name(name)
         tensors[f"{stem}.lora_down.weight"] = layer.lora_A.weight
         tensors[f"{stem}.lora_up.weight"] = layer.lora_B.weight
         tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)

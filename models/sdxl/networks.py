@@ -51,6 +51,7 @@ _OTHERS = {
     "conditioner.embedders.0.model.": "SDXL's refiner",
     "edm_vpred.sigma_max": "an SDXL with EDM's noise levels",
     "edm_mean": "Playground 2.5",
+    "lora_": "a LoRA (which init_from and predict.py lora=[FILE] take)",
 }
 
 
@@ -143,6 +144,33 @@ def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype],
     if "vae" in networks:
         set_values(networks["vae"], settle_values(values, path))
     return networks
+
+
+def load_parts(path: Path, which: Literal["model", "ema"], networks: Mapping[str, nn.Module]) -> None:
+    """Load weights of these networks alone: from a run of ours, a single file, or a U-Net's file of diffusers.
+
+    which: see `read_weights`. On the meta device, only names and shapes are checked. Raises UserError if the file has
+    other networks.
+    """
+    whole, states = read_weights(path, which)[0], dict[str, State]()
+    if any(".lora" in name or name.startswith("lora_") for name in whole):
+        raise UserError(f"{path} is a LoRA, but this run trains {', '.join(networks)}; set task.lora to its rank")
+    if any(name.startswith(PREFIXES["unet"]) for name in whole):
+        states = {part: from_single_file(part, whole) for part in networks}
+    else:
+        for name, tensor in whole.items():
+            part, _, inside = name.partition(".") if name.startswith(PARTS) else ("unet", "", name)
+            states.setdefault(part, {})[inside] = tensor
+        states = {part: from_folder(part, state) for part, state in states.items()}
+    if states.keys() != networks.keys():
+        raise UserError(
+            f"{path} has {', '.join(states)}, but this run trains {', '.join(networks)}; set task.train_text_encoders "
+            "as in its run, or export it (format=single_file) and name it as model.path"
+        )
+    for part, network in networks.items():
+        refuse_misfits(states[part], part_state(part, network), f"{part} in {path}", "Name another file.")
+        if next(network.parameters()).device.type != "meta":
+            load_part(part, network, {name: tensor.float() for name, tensor in states[part].items()})
 
 
 def draw_networks(*, tiny: bool = True) -> Networks:
@@ -272,7 +300,8 @@ def describe(path: str | Path) -> dict[str, Any]:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
     `layout`, `licence`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `other_noise` (how its
-    noise schedule differs from SDXL's, or None) and `unread` (names of tensors that belong to no network).
+    noise schedule differs from SDXL's, or None), `unread` (names of tensors that belong to no network), and
+    `zeros_for_empty_prompt` (see `write_diffusers`; a single file's is encoded, as in ComfyUI and the web UIs).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
@@ -313,6 +342,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         "other_noise": other,
         "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
         "unread": drop_unused("", outside),
+        "zeros_for_empty_prompt": False,
     }
 
 
@@ -329,7 +359,8 @@ def _recognise_table(path: Path, name: str) -> tuple[bool | None, str | None]:
 
 
 def _describe_folder(path: Path) -> dict[str, Any]:
-    kind = str(read_config(path / "model_index.json").get("_class_name"))[:_MAX_TEXT]
+    index = read_config(path / "model_index.json")
+    kind = str(index.get("_class_name"))[:_MAX_TEXT]
     if not kind.startswith("StableDiffusionXL"):
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
     scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
@@ -342,7 +373,9 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
     other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
     noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
-    return {"layout": "diffusers", **noise, "licence": _stated_licence(path / "README.md"), "unread": []}
+    zeros = index.get("force_zeros_for_empty_prompt", True) is True
+    licence = _stated_licence(path / "README.md")
+    return {"layout": "diffusers", **noise, "licence": licence, "unread": [], "zeros_for_empty_prompt": zeros}
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
