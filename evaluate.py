@@ -24,7 +24,7 @@ from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
@@ -36,7 +36,7 @@ from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import PathText, Strict
+from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.safe_text import Lines, hide_secrets
@@ -56,11 +56,6 @@ IMAGES = Path("tables/images.parquet")
 _DRY_RUN = "dry run: nothing is evaluated"
 
 
-def _as_list(value: Any) -> Any:
-    """Return a single path as a list: the command line parses `[PATH]` without a comma as text."""
-    return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
-
-
 class _Targets(Strict):
     """The precision and recall that the profiles high_precision and high_recall reach."""
 
@@ -71,7 +66,7 @@ class _Targets(Strict):
 class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked."""
 
-    models: Annotated[list[PathText] | None, BeforeValidator(_as_list)]  # taggers to compare on `data`, or None
+    models: PathList | None  # taggers to compare on `data`, or None
     run_dir: PathText | None
     weights: PathText  # best, last or ema of `run_dir`, or a weight file
     output: PathText | None  # a JSON file

@@ -1,10 +1,11 @@
-"""Predict classes, tags or features of images with a run, a weight file or an ONNX file.
+"""Predict classes, tags or features of images with a run, a weight file or an ONNX file; draw pictures with SDXL.
 
     python predict.py weights=RUN input=PATH output=predictions.jsonl
     python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
     python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
+    python predict.py weights=RUN_OR_BASE prompts=FILE output=FOLDER lora=[FILE:0.8]     SDXL: a picture of each prompt
 
 `input` is an image, a folder with its subfolders, a pattern, a list of these, or `-` (paths from standard input). An
 image that cannot be read gets a row with the reason.
@@ -43,13 +44,14 @@ from data.tools.predictions import (
     stack_rows,
 )
 from engine.config import MachineConfig
-from engine.exports.weights import load_predictor
+from engine.exports.drawing import DrawConfig, draw, open_painter, read_prompts
+from engine.exports.weights import MovedBase, load_predictor
 from engine.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
-from utils.config.schema import PathText, Strict
+from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
@@ -72,7 +74,8 @@ class PredictConfig(Strict):
     """conf/predict.yaml, checked."""
 
     weights: PathText  # a run folder or a file
-    input: PathText | Annotated[list[PathText], Field(min_length=1)]
+    input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
+    prompts: PathText | None
     output: PathText  # a file, FOLDER/ or `beside`
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     like: PathText | None
@@ -84,6 +87,9 @@ class PredictConfig(Strict):
     ]
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
     text: TextConfig
+    pictures: DrawConfig
+    lora: PathList  # FILE or FILE:STRENGTH
+    model: MovedBase
     batch_size: BatchSize
     max_pixels: Pixels
     device: Literal["auto", "cpu", "cuda"]
@@ -92,6 +98,12 @@ class PredictConfig(Strict):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
+        if (self.input is None) == (self.prompts is None):
+            raise ValueError("input: must be given, or prompts for pictures of SDXL, and not both; add input=PATH")
+        if self.prompts is not None and self.existing == "append":
+            raise ValueError("existing: append is for .txt files; set skip or overwrite")
+        if self.prompts is None and self.lora:
+            raise ValueError("lora: is for pictures of SDXL; add prompts=FILE")
         if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):
             raise ValueError(
                 f"threshold: {self.threshold:g} applies to every tag; remove it, or thresholds=FILE and profile"
@@ -228,11 +240,23 @@ def join_texts(
         yield rows
 
 
+def draw_prompts(config: PredictConfig, device: str) -> str:
+    """Draw the pictures of `prompts`. Return the line of the result."""
+    prompts = config.pictures.complete_all(read_prompts(Path(config.prompts)))
+    painter = open_painter(config.weights, config.model, config.lora, torch.device(device))
+    if config.dry_run:
+        return f"dry run: {len(prompts)} pictures, nothing is drawn"
+    drawn = draw(painter, prompts, Path(config.output), config.existing)
+    return f"wrote {config.output}: {drawn} pictures, {len(prompts) - drawn} there already"
+
+
 @entry_point("predict", PredictConfig)
 def main(config: PredictConfig, job: Job) -> str:
     """Predict."""
     # -------------------------------------------------------------------------------------------------- 1. The model
     device = choose_device(config.device, "device")
+    if config.prompts is not None:
+        return draw_prompts(config, device)
     with about("weights"):
         weights = find_weights(config.weights, "best")
         predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))

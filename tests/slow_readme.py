@@ -61,7 +61,10 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             arguments.append("task.min_count=1")  # of few images
         if script == "pretrain_fcmae.py" and "data.root=PATH" in arguments:
             arguments.append("run_dir=RUN")
-        if script == "predict.py":
+        if "prompts=PROMPTS" in arguments:
+            (folder / "PROMPTS").write_text("a cat")
+            arguments += ["pictures.image_size_hw=[64,64]", "pictures.steps=2"]
+        elif script == "predict.py":
             few = folder / "few"
             if not few.exists():
                 shutil.copytree(folder / "PATH/train/A", few, ignore=shutil.ignore_patterns("*.txt"))
@@ -73,7 +76,7 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
     assert (folder / "outputs/first/finetune/export/transformers/preprocessor_config.json").exists()
     assert len((folder / "outputs/first/predictions.csv").read_text().splitlines()) > 10
     assert (folder / "PATH/manifest.parquet").exists()
-    assert find_spec("diffusers") is None or (folder / "outputs/sdxl/export/kohya/lora.safetensors").exists()
+    assert find_spec("diffusers") is None or (folder / "outputs/sdxl/pictures/00000-0.png").exists()
     assert len(list((folder / "outputs/sweeps/rates").iterdir())) == 2
 
 

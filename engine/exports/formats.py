@@ -188,20 +188,21 @@ def _facts(weights: Weights, config: ExportConfig) -> dict[str, str]:
     return modelspec_facts(weights, config.model_dump(include={"author", "description", "trigger"}))
 
 
-def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write the whole model, a diffusers folder or a single file, and compare it. A LoRA is merged.
-
-    Raises UserError if the base model is not the one of the run.
-    """
-    task, settings, dtype = weights.task, weights.setup.task, _DTYPES[config.precision]
+def whole_networks(weights: Weights) -> Networks:
+    """Return all of a run's networks, with its LoRA merged. Raises UserError if the base model is not the run's."""
+    task = weights.task
     networks = open_networks(weights.setup.model, [part for part in PARTS if part not in task.exported])
     task.take(networks)
     weights.check_helpers()
-    if settings.lora is None:
-        for name in task.exported:
-            networks[name] = task.get_submodule(name)
-    else:
-        task.adapter.merge(networks)
+    if weights.setup.task.lora is None:
+        return networks | {name: task.get_submodule(name) for name in task.exported}
+    task.adapter.merge(networks)
+    return networks
+
+
+def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
+    """Write the whole model: a diffusers folder, or a single file, which is read back and compared."""
+    settings, dtype, networks = weights.setup.task, _DTYPES[config.precision], whole_networks(weights)
     noise = settings.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
     if config.format == "diffusers":
         zeros = settings.captions.dropout_to == "zeros"

@@ -27,16 +27,17 @@ from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, log_mean
+from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRA, LoRAConfig
-from models.sdxl.lora_files import continue_lora
-from models.sdxl.names import ENCODERS, PARTS
-from models.sdxl.networks import Networks, base_files, describe, freeze_unused, load_parts, open_networks
+from models.sdxl.lora_files import read_lora
+from models.sdxl.names import ENCODERS, PARTS, PREFIXES, from_single_file
+from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
+from models.weights.fit import is_meta, refuse_misfits
 from utils import rng
 from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
@@ -259,18 +260,30 @@ class DiffusionTask(Task):
 
     def _continue(self, path: Path, which: Literal["model", "ema"]) -> None:
         """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
-        _, metadata = read_weights(path, which, shapes_only=True)
-        task, ours = metadata.get("task"), self._config.noise
+        tensors, metadata = read_weights(path, which)
+        task, ours, lora = metadata.get("task"), self._config.noise, self._config.lora
         theirs = task.get("noise") if isinstance(task, dict) else None
         for name in ("prediction_type", "zero_terminal_snr") if isinstance(theirs, dict) and not ours.convert else ():
             if theirs.get(name) != (value := getattr(ours, name)):
                 raise UserError(f"task.noise.{name}: {value}, but {path} was trained with {theirs.get(name)}; set that")
-        if self._config.lora is not None:
+        advice = "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora."
+        if lora is not None:
             with torch.device("meta"):
-                shapes = open_networks(self._model, ("unet", *ENCODERS))
-            continue_lora(self.adapter, path, shapes)
-        else:
-            load_parts(path, which, {name: getattr(self, name) for name in self.trained})
+                updates = read_lora(path, open_networks(self._model, ("unet", *ENCODERS)))
+            ranks, tensors = sorted({len(down) for down, _, _ in updates.values()}), {}
+            for name, (down, up, scale) in updates.items():  # scaled, so that another alpha changes nothing
+                own = {"A": down, "B": up * (scale * lora.rank / lora.alpha)}
+                tensors |= {f"{name}.lora_{matrix}.weight": tensor for matrix, tensor in own.items()}
+            advice = (
+                f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
+                f"{len(updates)}: set task.lora.rank, targets, conv and text_encoders to those of the file."
+            )
+        elif any(name.startswith(PREFIXES["unet"]) for name in tensors):
+            tensors = from_single_file("unet", tensors)
+        refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
+        if not is_meta(self):
+            self.load_state_dict(join_exported(self, tensors, {}), strict=False)
+        log.info("init_from: %s, %d tensors", path, len(tensors))
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -146,33 +146,6 @@ def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype],
     return networks
 
 
-def load_parts(path: Path, which: Literal["model", "ema"], networks: Mapping[str, nn.Module]) -> None:
-    """Load weights of these networks alone: from a run of ours, a single file, or a U-Net's file of diffusers.
-
-    which: see `read_weights`. On the meta device, only names and shapes are checked. Raises UserError if the file has
-    other networks.
-    """
-    whole, states = read_weights(path, which)[0], dict[str, State]()
-    if any(".lora" in name or name.startswith("lora_") for name in whole):
-        raise UserError(f"{path} is a LoRA, but this run trains {', '.join(networks)}; set task.lora to its rank")
-    if any(name.startswith(PREFIXES["unet"]) for name in whole):
-        states = {part: from_single_file(part, whole) for part in networks}
-    else:
-        for name, tensor in whole.items():
-            part, _, inside = name.partition(".") if name.startswith(PARTS) else ("unet", "", name)
-            states.setdefault(part, {})[inside] = tensor
-        states = {part: from_folder(part, state) for part, state in states.items()}
-    if states.keys() != networks.keys():
-        raise UserError(
-            f"{path} has {', '.join(states)}, but this run trains {', '.join(networks)}; set task.train_text_encoders "
-            "as in its run, or export it (format=single_file) and name it as model.path"
-        )
-    for part, network in networks.items():
-        refuse_misfits(states[part], part_state(part, network), f"{part} in {path}", "Name another file.")
-        if next(network.parameters()).device.type != "meta":
-            load_part(part, network, {name: tensor.float() for name, tensor in states[part].items()})
-
-
 def draw_networks(*, tiny: bool = True) -> Networks:
     """Return SDXL with random weights, which are the same in each call."""
     with torch.random.fork_rng(devices=[]):

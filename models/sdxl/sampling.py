@@ -55,7 +55,7 @@ class PictureConfig(Strict):
     def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
         """Return a prompt with all settings. seed: if it has none."""
         own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_none=True)
-        shared = self.model_dump(include=Prompt.model_fields.keys())
+        shared = {name: getattr(self, name) for name in PictureConfig.model_fields}
         return Prompt.model_construct(**{**shared, "seed": seed, **own})
 
 

@@ -142,6 +142,8 @@ def run_all(recorder, folder, monkeypatch):
         go(script, *SHORT, *folders, *own[name], *overrides, f"run_dir={name}")
     if find_spec("diffusers"):
         run_sdxl(go, f"data.root={images}")
+        (folder / "prompts.txt").write_text("a")
+        go("predict", "weights=sdxl", "prompts=prompts.txt", "output=pictures", "pictures.image_size_hw=[64,64]")
     tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae"]
     go("finetune", *tuned)
     go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
@@ -185,6 +187,7 @@ PROVED = {
     "TrainingConfig.run_dir",
     "_LoopConfig.on_out_of_memory",  # after such an error: tests/engine/test_batch_size.py
     *(f"CategoryThresholds.{name}" for name in CATEGORIES),  # tests/test_predict_tags.py
+    *(f"MovedBase.{name}" for name in ("path", "vae")),  # of every evaluation: tests/engine/test_diffusion_exports.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py

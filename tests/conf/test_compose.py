@@ -87,7 +87,7 @@ def test_a_primary_file_validates_and_refuses_what_is_not_given(script):
         if keys == ["run_dir"]:  # or a weight file
             assert refused.value.args[0].startswith("run_dir: must be given")
             return
-        assert list(refused.value.args) == [f"{key}: must be given; add {key}=VALUE" for key in keys]
+        assert {text.partition(": must be given")[0] for text in refused.value.args} == {*keys}
 
 
 @pytest.mark.parametrize(("group", "name"), OPTIONS)

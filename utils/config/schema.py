@@ -8,7 +8,7 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
 _NAME_BYTES, _PATH_BYTES = 255, 4095
@@ -34,6 +34,14 @@ def check_path(text: str) -> str:
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
 _IS_PATH = AfterValidator(check_path)
 PathText = Annotated[str, _IS_PATH]
+
+
+def _as_list(value: Any) -> Any:
+    """Return a single path as a list: the command line parses `[PATH]` without a comma as text."""
+    return [value.removeprefix("[").removesuffix("]")] if isinstance(value, str) else value
+
+
+PathList = Annotated[list[PathText], BeforeValidator(_as_list)]
 
 
 def walk_keys(schema: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:

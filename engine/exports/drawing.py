@@ -1,0 +1,217 @@
+"""Draw pictures of prompts with SDXL, a run's or a base model: predict.py prompts=FILE.
+
+    prompts = config.complete_all(read_prompts(Path("prompts.txt")))
+    painter = open_painter("outputs/sdxl", moved, ["style.safetensors:0.8"], device)
+    draw(painter, prompts, Path("pictures"), existing=None)
+
+Source: AUTOMATIC1111/stable-diffusion-webui:modules/processing.py, create_infotext.
+"""
+
+import hashlib
+import io
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Literal
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from pydantic import Field
+from torch import nn
+
+from engine.exports.formats import whole_networks
+from engine.exports.weights import MovedBase, open_weights
+from engine.task import FILE_HASHES
+from engine.tasks.diffusion import DiffusionTask
+from models.sdxl.lora_files import merge_lora
+from models.sdxl.names import ENCODERS
+from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
+from models.sdxl.sampling import PictureConfig, Prompt, PromptText, encode_prompt, sample_pictures, scheduler_config
+from models.sdxl.vae import AS_STATED
+from utils.config.bounds import Seed
+from utils.config.messages import validate
+from utils.config.schema import Strict
+from utils.errors import UserError, about
+from utils.io.files import readable, refuse_links_out, sha256_file, write_atomically
+from utils.io.journal import open_journal
+from utils.io.memo import hash_once
+from utils.io.weights import find_weights, read_weights
+from utils.record.pictures import image_grid, legible, shorten
+from utils.record.plots import INK
+from utils.record.progress import track
+
+_ON_A_SHEET, _CAPTION = 64, 30  # pictures, and characters of a prompt below one
+
+
+class DrawConfig(PictureConfig):
+    """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own."""
+
+    seeds: Annotated[list[Seed], Field(min_length=1)]
+
+    def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
+        """Return a complete prompt for each picture."""
+        own = [None if isinstance(prompt, str) else prompt.seed for prompt in prompts]
+        seeds = [self.seeds if seed is None else [seed] for seed in own]
+        return [self.complete(prompt, seed) for prompt, each in zip(prompts, seeds) for seed in each]
+
+
+class _Prompts(Strict):
+    prompts: Annotated[list[PromptText], Field(min_length=1)]
+
+
+def read_prompts(file: Path) -> list[str | Prompt]:
+    """Return the prompts of a .txt file, one on each line, or of a .yaml or .json list of texts and mappings.
+
+    Raises UserError (`prompts`) for a wrong entry, by its number from 0.
+    """
+    with about("prompts"), readable(file, ".txt, .yaml or .json"):
+        text = file.read_text("utf-8-sig")
+        if file.suffix in (".yaml", ".yml", ".json"):
+            prompts = yaml.safe_load(text)
+        else:
+            prompts = [line.strip() for line in text.split("\n") if line.strip()]
+    return validate({"prompts": prompts}, _Prompts).prompts
+
+
+@dataclass(frozen=True)
+class Painter:
+    """SDXL's networks with all LoRAs merged, and how to sample them.
+
+    encoding: options of `encode_prompt`. hashes: of all files. loras: name, strength and hash of each.
+    """
+
+    name: str
+    networks: Networks
+    scheduler: dict[str, object]
+    encoding: dict[str, bool]
+    hashes: list[str]
+    loras: list[tuple[str, float, str]]
+
+    def describe(self, prompt: Prompt) -> str:
+        """Return a picture's `parameters` as the web UIs write them."""
+        height, width = prompt.image_size_hw
+        added = "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)
+        hashes = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
+        settings = {
+            "Steps": prompt.steps, "Sampler": "DDIM", "CFG scale": f"{prompt.guidance:g}", "Seed": prompt.seed,
+            "Size": f"{width}x{height}", "Model hash": self.hashes[0][:10], "Model": self.name,
+            "CFG Rescale": f"{prompt.guidance_rescale:g}", **({"Lora hashes": hashes} if hashes else {}),
+            "Version": "Atelier",
+        }  # fmt: skip
+        negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
+        return f"{prompt.text}{added}{negative}\n" + ", ".join(f"{k}: {_quote(str(v))}" for k, v in settings.items())
+
+    def paint(self, prompts: Sequence[Prompt]) -> Iterator[np.ndarray]:
+        """Yield a picture per complete prompt, uint8 [H, W, 3]."""
+        encoders = [self.networks[part] for part in ENCODERS]
+        encoded = (encode_prompt(encoders, prompt, **self.encoding) for prompt in prompts)
+        return sample_pictures(self.networks["unet"], self.networks["vae"], self.scheduler, prompts, encoded)
+
+
+def _quote(text: str) -> str:
+    return json.dumps(text, ensure_ascii=False) if {*text} & {*",:\n"} else text
+
+
+def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: torch.device) -> Painter:
+    """Open a run, a weight file, or a base model (a folder of diffusers or a single file), and merge LoRAs.
+
+    moved: the base model of the run and its VAE, if they were moved; or another VAE of a base model. loras: FILE or
+    FILE:STRENGTH. On a GPU, all but the VAE is in bfloat16. Raises UserError (`weights`, `model.path`, `lora`).
+    """
+    with about("weights"):
+        path = Path(weights) if Path(weights, "model_index.json").is_file() else find_weights(weights, "best")
+        if path.is_dir() or (path.suffix == ".safetensors" and "task" not in read_weights(path, shapes_only=True)[1]):
+            facts = describe(path)
+            if wrong := facts["other_noise"] or (moved.path and "model.path is only for runs"):
+                raise UserError(f"{path} is a base model that cannot be sampled so: {wrong}")
+            model = SDXLConfig.model_construct(
+                name="sdxl", path=str(path), vae=moved.vae, vae_values=AS_STATED, frozen_dtype="float32"
+            )
+            networks, files = open_networks(model), base_files(model)
+            scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]))
+            zeros, emphasis = facts["zeros_for_empty_prompt"], False
+        else:
+            opened = open_weights(path, base=moved)
+            if not isinstance(opened.task, DiffusionTask):
+                raise UserError(f"{path} draws no pictures: prompts is for SDXL; set input for this one")
+            networks, files, task = whole_networks(opened), [path], opened.setup.task
+            scheduler = scheduler_config(task.noise.prediction_type, task.noise.zero_terminal_snr)
+            zeros, emphasis = task.captions.dropout_to == "zeros", task.captions.emphasis
+    merged = []
+    for text in loras:
+        with about("lora"):
+            name, strength = _read_strength(text)
+            file = find_weights(name, "best")
+            merge_lora(file, strength, networks)
+            merged.append((Path(name).stem, strength, hash_once(file, FILE_HASHES)))
+    for part, network in networks.items():
+        dtype = torch.float32 if device.type == "cpu" or part == "vae" else torch.bfloat16
+        nn.Module.to(network, device, dtype)  # because diffusers' own `to` warns
+    hashes = [hash_once(file, FILE_HASHES) for file in files]
+    encoding = {"zeros_for_empty_prompt": zeros, "emphasis": emphasis}
+    return Painter(Path(weights).name, networks, scheduler, encoding, hashes, merged)
+
+
+def _read_strength(text: str) -> tuple[str, float]:
+    name, _, number = text.rpartition(":")
+    if not name or Path(text).exists():
+        return text, 1.0
+    if not re.fullmatch(r"-?\d+(\.\d+)?", number):
+        raise UserError(f"{text} is no file, and no FILE:0.8 with a number after the colon; write one of them")
+    return name, float(number)
+
+
+def draw(
+    painter: Painter, prompts: Sequence[Prompt], folder: Path, existing: Literal["skip", "overwrite"] | None
+) -> int:
+    """Write NUMBER-SEED.png for each prompt, and sheets of all. Return the number of pictures that were drawn now.
+
+    A killed call of the same command goes on. Raises UserError (`existing`) for pictures of other commands.
+    """
+    files = {folder / f"{number:05}-{prompt.seed}.png": prompt for number, prompt in enumerate(prompts)}
+    texts = {file: painter.describe(prompt) for file, prompt in files.items()}
+    refuse_links_out("output", folder)
+    with open_journal("output", folder, [painter.hashes, existing, *texts.values()], is_folder=True) as journal:
+        known = {folder / name: digest for name, digest in journal.parts()}
+        others = {file for file in files if file not in known and file.exists()}
+        if others and existing is None:
+            raise UserError(
+                f"existing: null, but {min(others)} is a picture of another command; set skip or overwrite, or name "
+                "another output"
+            )
+        done = {file for file, digest in known.items() if file.is_file() and sha256_file(file) == digest}
+        done |= others if existing == "skip" else set()
+        waiting = [file for file in files if file not in done]
+        drawn = zip(waiting, painter.paint([files[file] for file in waiting]))
+        for file, pixels in track(drawn, len(waiting), "drawing"):
+            content = _to_png(pixels, texts[file])
+            # Before the file, which would otherwise count as another command's.
+            journal.add([file.name, hashlib.sha256(content).hexdigest()])
+            write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content), flush=False)
+        for start in range(0, len(files), _ON_A_SHEET):
+            sheet = _draw_sheet([*files.items()][start : start + _ON_A_SHEET], painter.name)
+            write_atomically(folder / f"sheet-{start:05}.png", lambda file, sheet=sheet: file.write_bytes(sheet))
+    return len(waiting)
+
+
+def _draw_sheet(drawn: Sequence[tuple[Path, Prompt]], title: str) -> bytes:
+    """Return a PNG of pictures with their prompts and seeds."""
+    images, captions = [], []
+    for file, prompt in drawn:
+        with readable(file, "PNG"), Image.open(file) as image:
+            images.append(np.asarray(image.convert("RGB")))
+        captions.append([(legible(shorten(prompt.text, _CAPTION)), INK), (f"seed {prompt.seed}", INK)])
+    return _to_png(image_grid(images, captions, legible(title), columns=4, tile_px=256))
+
+
+def _to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
+    content, info = io.BytesIO(), PngInfo()
+    if parameters is not None:
+        info.add_text("parameters", parameters)
+    Image.fromarray(pixels).save(content, "PNG", pnginfo=info)
+    return content.getvalue()
