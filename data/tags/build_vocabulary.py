@@ -1,4 +1,4 @@
-"""Build a vocabulary from the tags of a collection."""
+"""Build a vocabulary from the tags of a collection, or read the one of another tagger."""
 
 from collections import Counter
 from dataclasses import replace
@@ -9,18 +9,29 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import VocabularyConfig
-from data.layouts.spelling import Tag, parse_tag
+from data.layouts.spelling import PREFIXES, Tag, parse_tag
 from data.layouts.table import count_values
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import map_tags
 from utils.errors import UserError
+from utils.io.files import read_json, readable
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, category_name
+from utils.vocabulary import (
+    CATEGORIES,
+    CHARACTER,
+    GENERAL,
+    RATING,
+    RATINGS,
+    Vocabulary,
+    category_name,
+    read_vocabulary,
+)
 
 log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
+_PADDING = ("<PAD>", "<UNK>")
 
 
 def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:
@@ -55,9 +66,45 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
         chosen = found[: len(RATINGS)] + chosen
     counts = Counter(category_name(tag.category) for tag, _ in chosen)
     log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in counts.items()))
+    return _complete(chosen)
+
+
+def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
+    """Return the vocabulary of tags and their counts, with ids."""
     ids = [RATINGS[tag.name] if tag.category == RATING else row for row, (tag, _) in enumerate(chosen)]
     vocabulary = Vocabulary.of(tag for tag, _ in chosen)
     return replace(vocabulary, counts=tuple(count for _, count in chosen), tag_ids=tuple(ids))
+
+
+def read_any_vocabulary(path: Path) -> Vocabulary:
+    """Read the vocabulary of a run, selected_tags.csv, or the tags of another tagger in a .json or .txt file.
+
+    Text: a tag on each line. JSON: {"0": {"tag": ..., "category": ...}} (tag_mapping.json), or index_to_tag or
+    idx_to_tag, perhaps with tag_frequencies and tag_to_category (vocabulary.json). The order is kept, without padding;
+    if one tag is a rating, the four ratings come first. Tags without a category are general. Raises UserError.
+    """
+    if path.suffix not in (".json", ".txt"):
+        return read_vocabulary(path)
+    with readable(path, "vocabulary"):
+        lines = path.read_text(encoding="utf-8-sig").split("\n") if path.suffix == ".txt" else ()
+        table = read_json(path) if path.suffix == ".json" else dict(enumerate(lines))
+        tags = table.get("index_to_tag") or table.get("idx_to_tag") or table
+        tags = [tags[index] for index in sorted(tags, key=int)]
+        tags = [tag if isinstance(tag, dict) else {"tag": tag} for tag in tags]
+        named, counts = table.get("tag_to_category", {}), table.get("tag_frequencies", {})
+        has_bare = RATINGS.keys() <= {tag["tag"] for tag in tags}  # ratings without a prefix
+        found, is_rated = list[tuple[Tag, int]](), False
+        for text, category in ((tag["tag"].strip(), tag.get("category") or named.get(tag["tag"])) for tag in tags):
+            tag = parse_tag(text)
+            number = tag.category or GENERAL
+            if category is not None or (has_bare and text in RATINGS):
+                number = PREFIXES.get((category or "rating").lower(), CATEGORIES["meta"])
+            if number == RATING:
+                is_rated = True
+            elif tag.name and text not in _PADDING:
+                found.append((Tag(number, tag.name), int(counts.get(text, 0))))
+        found = [(Tag(RATING, name), 1) for name in RATINGS if is_rated] + found
+        return _complete(found)
 
 
 def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:

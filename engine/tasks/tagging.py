@@ -19,7 +19,7 @@ from data.layouts.table import TAG_LISTS
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import Example, Fields
-from data.tags.build_vocabulary import make_vocabulary
+from data.tags.build_vocabulary import make_vocabulary, read_any_vocabulary
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import read_rules
 from data.tags.tag_index import TagIndex, index_tags
@@ -45,7 +45,7 @@ from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable, find_thresholds
-from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, read_vocabulary, vocabulary_of
+from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_of
 
 log = get_logger(__name__)
 
@@ -367,7 +367,7 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
     """Read `task.vocabulary`, or build the vocabulary from the training split."""
     if config.vocabulary is not None:
         with about("task.vocabulary"):
-            return read_vocabulary(Path(config.vocabulary))
+            return read_any_vocabulary(Path(config.vocabulary))
     rules = VocabularyConfig(
         min_count=config.min_count, categories=["general", "character"], ignore=None, keep=None,
         **config.model_dump(include=set(TagRulesConfig.model_fields)),
