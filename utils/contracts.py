@@ -20,6 +20,14 @@ class Machine:
     prefetch_batches: int  # batches that each worker loads ahead
 
 
+class TrainChoice(Protocol):
+    """Which training images a run reads (`loop`); None: all."""
+
+    train_paths: list[str] | None
+    train_per_class: int | None
+    train_count: int | None
+
+
 class TrainStream(Protocol):
     """The endless training stream (data/stream/loader.py)."""
 

@@ -5,16 +5,20 @@ import fnmatch
 import numpy as np
 
 from data.collection.collection import Collection
+from data.collection.split import hash_paths
+from utils.contracts import TrainChoice
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndarray:
-    """Return the training rows whose path matches one of `patterns` (`loop.train_paths`), ascending; None: all rows.
+def training_rows(collection: Collection, choice: TrainChoice, is_usable: np.ndarray | None = None) -> np.ndarray:
+    """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
-    Raises UserError if every training image has weight 0, or if a pattern matches no training image.
+    `train_per_class` and `train_count` choose the paths with the lowest hashes, so an added image moves at most one
+    other. Images without a label are one class. Raises UserError if every training image has weight 0, or if a pattern
+    of `train_paths` matches no training image.
     """
     rows = collection.rows("train")
     if len(rows) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
@@ -22,11 +26,23 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
             f"data.root: no training image of {str(collection.root)!r} has a weight above 0: {unused:,} have weight "
             "0, as unreadable images do; replace them and write the manifest again (prepare.py job=manifest)"
         )
-    if patterns is None or len(rows) == 0:
-        return rows
+    count = len(rows)
+    rows = rows if choice.train_paths is None else _match_paths(collection, rows, choice.train_paths)
+    rows = rows if is_usable is None else rows[is_usable[rows]]
+    if choice.train_per_class is not None:
+        rows = _lowest(collection, rows, choice.train_per_class, collection.class_ids(collection.class_names("train")))
+    if choice.train_count is not None:
+        rows = _lowest(collection, rows, choice.train_count, np.zeros(len(collection), int))
+    if (choice.train_paths, choice.train_per_class, choice.train_count) != (None,) * 3:
+        log.info("loop.train_*: %s of %s training images", f"{len(rows):,}", f"{count:,}")
+    return rows
+
+
+def _match_paths(collection: Collection, rows: np.ndarray, patterns: list[str]) -> np.ndarray:
+    """Return the rows whose path matches one of `patterns`. Raises UserError (`loop.train_paths`)."""
     paths = collection.table["path"].take(rows).to_pylist()
     chosen = np.zeros(len(rows), dtype=bool)
-    for pattern in patterns:
+    for pattern in patterns if paths else ():
         matches = np.array([fnmatch.fnmatchcase(path, pattern) for path in paths])
         if not matches.any():
             raise UserError(
@@ -34,8 +50,14 @@ def training_rows(collection: Collection, patterns: list[str] | None) -> np.ndar
                 f"{paths[0]!r} (* also matches /)"
             )
         chosen |= matches
-    log.info("loop.train_paths: %s of %s training images", f"{chosen.sum():,}", f"{len(rows):,}")
     return rows[chosen]
+
+
+def _lowest(collection: Collection, rows: np.ndarray, limit: int, classes: np.ndarray) -> np.ndarray:
+    """Return the `limit` rows of each class, int [N], whose paths have the lowest hashes, ascending."""
+    order = rows[np.lexsort((hash_paths(collection.table["path"].take(rows)), classes[rows]))]
+    rank = np.arange(len(order)) - np.searchsorted(classes[order], classes[order])
+    return np.sort(order[rank < limit])
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:

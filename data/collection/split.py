@@ -55,8 +55,7 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     """
     names = pc.unique(table["label"]).drop_null()
     labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
-    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in table["path"].to_pylist())
-    hashes = np.frombuffer(digests, ">u8").astype(np.uint64)
+    hashes = hash_paths(table["path"])
     chosen = hashes < np.uint64(fraction * 2**64)
     if "id" in table.column_names and pa.types.is_integer(table["id"].type):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
@@ -79,6 +78,12 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
             len(single), show_some(single),
         )  # fmt: skip
     return chosen[leads]
+
+
+def hash_paths(paths: pa.ChunkedArray) -> np.ndarray:
+    """Return a hash of each path, uint64 [N]."""
+    digests = b"".join(hashlib.sha256(path.encode()).digest()[:8] for path in paths.to_pylist())
+    return np.frombuffer(digests, ">u8").astype(np.uint64)
 
 
 def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray:

@@ -300,7 +300,7 @@ class AutoencoderKind(BucketedKind):
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. Raises UserError (`task.crop_px`, `task.buckets`)."""
         collection, crop_px = data.collection, setup.task.crop_px
-        buckets = _assign(data, setup, training_rows(collection, config.loop.train_paths))
+        buckets = _assign(data, setup, training_rows(collection, config.loop))
         if len(buckets.rows) == 0:
             raise UserError("task.buckets: no training image has a bucket (see the warnings above); set other limits")
         if (least := buckets.sizes_hw.min()) < crop_px:

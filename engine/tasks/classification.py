@@ -158,8 +158,7 @@ class ClassificationKind(Kind):
         if task.head not in ("standardised", "fitted"):
             return
         is_usable, fields = self.samples(data.collection, setup)
-        rows = training_rows(data.collection, config.loop.train_paths)
-        rows = spread(rows[is_usable[rows]], HEAD_IMAGES)
+        rows = spread(training_rows(data.collection, config.loop, is_usable), HEAD_IMAGES)
         # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
         views, groups = self.views(setup, config.augment), letterbox_groups(data.collection, rows, setup.preprocessing)
         loader = data.evaluation(rows, fields, views, groups=groups)

@@ -54,7 +54,7 @@ class BucketedKind(Kind):
         setup, buckets = super().set_up(config, collection), config.task.buckets
         if not buckets.depends_on_images:
             return setup
-        rows = training_rows(collection, config.loop.train_paths)
+        rows = training_rows(collection, config.loop)
         buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
         facts = {**setup.facts, "bucket_sizes_hw": buckets.sizes_hw}
         return replace(setup, task=config.task.model_copy(update={"buckets": buckets}), facts=facts)
@@ -97,7 +97,7 @@ class DiffusionKind(BucketedKind):
                 )
         if task.tag_weights is None:
             return {}
-        rows = training_rows(collection, config.loop.train_paths)
+        rows = training_rows(collection, config.loop)
         return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
@@ -112,7 +112,7 @@ class DiffusionKind(BucketedKind):
         task, collection = setup.task, data.collection
         if config.dry_run:
             setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
-        rows = training_rows(collection, config.loop.train_paths)
+        rows = training_rows(collection, config.loop)
         tags = None if task.tag_weights is None else read_tags(collection, task.captions)
         parts = config.loop.global_batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)

@@ -216,8 +216,7 @@ class Kind:
         """Return the data of a run."""
         collection, views = data.collection, self.views(setup, config.augment)
         is_usable, fields = self.samples(collection, setup)
-        rows = training_rows(collection, config.loop.train_paths)
-        rows = rows[is_usable[rows]]
+        rows = training_rows(collection, config.loop, is_usable)
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))
         described = {
             "collection": describe_collection(collection),

@@ -389,7 +389,6 @@ class TaggingKind(Kind):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
-        rows = training_rows(collection, config.loop.train_paths)
         vocabulary, known = choose_vocabulary(config.task, collection), None
         if config.task.append_to is not None:
             known = vocabulary_of(read_tagger(config.init_from).facts)
@@ -397,6 +396,7 @@ class TaggingKind(Kind):
         facts = vocabulary.facts() | ({} if known is None else {"known_tags": len(known)})
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
+        rows = training_rows(collection, config.loop, index.tagged)
         facts["tag_priors"] = measure_priors(index, rows, vocabulary)
         if config.task.orientation is not None:
             facts["orientation"] = build_orientation(vocabulary, config.task.orientation, "task.orientation")
@@ -413,8 +413,9 @@ class TaggingKind(Kind):
     ) -> None:
         """Fit the new tags of `task.append_to`."""
         if "known_tags" in setup.facts:
-            index, rows = index_of(data.collection, setup), training_rows(data.collection, config.loop.train_paths)
-            fit_new_tags(task, data, rows[index.tagged[rows]], index, setup)
+            index = index_of(data.collection, setup)
+            rows = training_rows(data.collection, config.loop, index.tagged)
+            fit_new_tags(task, data, rows, index, setup)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows with at least one tag other than a rating, and a function that adds the tags."""

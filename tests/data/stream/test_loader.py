@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import random
 import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -33,6 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 CPU = torch.device("cpu")
 GLOBAL = 32
 ALWAYS = ("sample_id", "key", "weight")
+ALL = {"train_paths": None, "train_per_class": None, "train_count": None}
 SIZE = [24, 16]
 
 
@@ -225,7 +227,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
 
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"^data\.root: no training image .* 2 have weight"):
-        training_rows(weighted(tmp_path, [0, 0]), None)
+        training_rows(weighted(tmp_path, [0, 0]), SimpleNamespace(**ALL))
 
 
 def test_torn_rows_are_passed_over_and_stay_apart_from_those_that_follow(tmp_path):
@@ -333,8 +335,9 @@ def test_train_paths_choose_the_training_images(tmp_path):
     write_image(tmp_path / "images" / "val" / "cats" / "three.png", seed=9)
     collection = load(tmp_path / "images", tmp_path / "cache")
 
-    def chosen(*patterns):
-        return [collection.row(int(row)).path for row in training_rows(collection, list(patterns) or None)]
+    def chosen(*patterns, is_usable=None, **limits):
+        choice = SimpleNamespace(**ALL | {"train_paths": list(patterns) or None} | limits)
+        return [collection.row(int(row)).path for row in training_rows(collection, choice, is_usable)]
 
     assert chosen() == chosen("*") and len(chosen()) == 4
     assert chosen("train/cats/*") == ["train/cats/one.png", "train/cats/two.png"]
@@ -343,6 +346,11 @@ def test_train_paths_choose_the_training_images(tmp_path):
     message = r"loop\.train_paths: 'fish/\*' matches none of the 4 training images; paths look like 'train/birds/one"
     with pytest.raises(UserError, match=message):
         chosen("train/cats/*", "fish/*")
+    assert chosen(train_per_class=1, train_count=9) == [path for path in chosen() if path != "train/cats/one.png"]
+    assert chosen("*cats*", train_count=1) == ["train/cats/two.png"]  # of the lower hash
+    others = np.array(["birds" not in collection.row(row).path for row in range(len(collection))])
+    assert set(chosen(train_count=3)) > set(chosen(train_count=2)) and len(chosen(train_count=3)) == 3
+    assert chosen(train_count=3, is_usable=others) == [path for path in chosen() if "birds" not in path]
 
 
 # --- views, fields, sources, hooks
