@@ -76,6 +76,7 @@ class _LRFinderConfig(Strict):
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
     max_share: Share  # the test is skipped if its steps are a larger share of the run's
+    only: bool  # end after the test
 
 
 class TrainingConfig(Strict):
@@ -103,6 +104,8 @@ class TrainingConfig(Strict):
                 f"init_weights: ema, but init_from={self.init_from} has no averaged weights; set "
                 "init_from=RUN_OR_FILE, or init_weights=model"
             )
+        if self.lr_finder.only and not self.lr_finder.enabled:
+            raise ValueError("lr_finder.only: true needs lr_finder.enabled=true; set it, or lr_finder.only=false")
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "

@@ -94,7 +94,7 @@ def make_plan(
         share = evaluation_samples / epoch_length
         every = min(max(1.0, share / AUTO_EVALUATION_SHARE), total / per_epoch / AUTO_EVALUATIONS or 1.0)
     lr = optim.base_lr * size / 256 if optim.lr is None else optim.lr
-    is_tested = finder.enabled and finder.steps <= finder.max_share * total
+    is_tested = finder.enabled and (finder.only or finder.steps <= finder.max_share * total)
     if finder.enabled and not is_tested:
         log.warning(
             "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",

@@ -331,11 +331,13 @@ class Recorder:
         skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
         if self._metrics is None or skipped:
             return
-        from utils.record.plots import plot_curves  # imports matplotlib
+        from utils.record.plots import plot_curves, plot_singly  # imports matplotlib
 
         path = self.folder / "plots" / "curves.png"
         with ignore_write_errors(path):
             plot_curves(self._metrics.rows, path, self.folder.resolve().name)
+            if self._tracking.single_plots:
+                plot_singly(self._metrics.rows, path.parent, self.folder.resolve().name)
         ended = time.perf_counter()
         self._next_plot = ended + _PLOT_PAUSE * (ended - started)
 

@@ -120,6 +120,9 @@ class Run:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
+        if self.config.lr_finder.only:
+            log.info("lr_finder.only: ends at step %d; without it, the same command trains", self.step)
+            return
         if plan.total_steps == 0:
             self.evaluate()
             self.save(last=True)
@@ -310,7 +313,7 @@ class Run:
         metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
         if self.best_step is not None:
             metadata |= {metric: self.best_value, "best_step": self.best_step}
-        self.recorder.close(completed_step=self.step if finished else None, metadata=metadata)
+        self.recorder.close(completed_step=self.step if finished and self.is_complete else None, metadata=metadata)
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""

@@ -32,6 +32,7 @@ FREE_KEYS = (
     "loop.keep_checkpoints",
     "loop.max_skipped_steps",
     "task.probe.*",
+    "lr_finder.only",
 )
 
 

@@ -13,6 +13,7 @@ class FileTrackingConfig(Strict):
 
     name: Literal["jsonl", "tensorboard"]
     samples: bool  # also record the samples of each step
+    single_plots: bool  # also draw each figure in a picture of its own
 
 
 class WandbTrackingConfig(Strict):
@@ -20,6 +21,7 @@ class WandbTrackingConfig(Strict):
 
     name: Literal["wandb"]
     samples: bool
+    single_plots: bool
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
     entity: str | None  # null: the account's default
     mode: Literal["auto", "online", "offline", "disabled"]  # auto: WANDB_MODE, else online if there is an API key

@@ -73,12 +73,20 @@ def plot_range_test(
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-@style()
 def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Plot every figure of a run over its epochs and steps."""
-    panels = _panels(rows)
-    if not panels:  # an epoch ended before the first log
-        return
+    if panels := _panels(rows):  # none if an epoch ended before the first log
+        _plot_panels(rows, panels, path, title)
+
+
+def plot_singly(rows: Sequence[Row], folder: Path, title: str) -> None:
+    """Plot each figure of a run into a file of its own, such as loss.png, top1.png and lr.png."""
+    for panel in _panels(rows):
+        _plot_panels(rows, [panel], folder / f"{panel[1].replace('/', '_')}.png", title)
+
+
+@style()
+def _plot_panels(rows: Sequence[Row], panels: Sequence[tuple[str, str]], path: Path, title: str) -> None:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines + _HEAD_INCHES
