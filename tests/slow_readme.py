@@ -53,9 +53,11 @@ def test_every_python_command_runs_in_the_order_of_the_readme(folder):
             arguments += ["augment.image_size_hw=[32,32]", "runtime.threads=1"]
         elif script in ("train.py", "pretrain_fcmae.py", "finetune.py"):
             arguments += SHORT
-        if "sdxl" in line and find_spec("diffusers") is None:
+        if re.search("sdxl|vae", line) and find_spec("diffusers") is None:
             continue
-        if script == "finetune_sdxl.py":
+        if script == "finetune_vae.py":
+            arguments.append("task.crop_px=32")
+        if script in ("finetune_sdxl.py", "finetune_vae.py"):
             arguments = [text for text in arguments if text != "model.path=BASE"] + SHORT_SDXL
         if "task=tagging" in arguments:
             arguments.append("task.min_count=1")  # of few images
