@@ -39,6 +39,7 @@ class _LoopConfig(Strict):
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None
     ema_warmup: bool
+    ema_start_step: CountOrZero
     log_every_steps: Count
     evaluate_every_epochs: Literal["auto"] | Duration
     checkpoint_every_steps: Count

@@ -110,7 +110,8 @@ class Learner:
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
-            self.averages.update(ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup), result.applied)
+            when = {"warmup": loop.ema_warmup, "start_step": loop.ema_start_step}
+            self.averages.update(ema_decay_at(self.step, loop.ema_decay, **when), result.applied)
         self.step += 1
         return result
 

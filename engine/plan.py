@@ -89,6 +89,11 @@ def make_plan(
         if epochs == "auto":
             epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / per_epoch)), AUTO_MOST_EPOCHS)
         total = max(1, math.ceil(epochs * per_epoch - 1e-9))
+    if loop.ema_start_step and (loop.ema_decay is None or loop.ema_start_step >= total > 0):
+        raise UserError(
+            f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
+            f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
+        )
     every = loop.evaluate_every_epochs
     if every == "auto":
         share = evaluation_samples / epoch_length

@@ -182,3 +182,10 @@ def test_evaluations_read_a_fifth_of_what_training_reads_and_come_five_times(tra
     assert made.evaluate_every_epochs == pytest.approx(epochs, rel=0.01)
     due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
     assert len(due) >= 5
+
+
+@pytest.mark.parametrize("loop", [{"ema_decay": 0.9, "total_steps": 20}, {"ema_decay": None, "total_steps": 99}])
+def test_an_average_that_never_starts_is_refused(loop):
+    with pytest.raises(UserError, match=r"^loop\.ema_start_step: 20 "):
+        plan(epoch_length=1000, ema_start_step=20, **loop)
+    assert plan(epoch_length=1000, ema_start_step=20, ema_decay=0.9, total_steps=21)
