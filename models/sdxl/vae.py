@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from models.sdxl.folders import read_config, weight_files
@@ -86,7 +86,7 @@ def stated_config(path: str | Path) -> dict[str, Any]:
         return read_config(beside)
     metadata = _header(file)
     own = metadata["model"].get("vae_values") if _began_with(file) is not None else metadata.get("vae")
-    return {name: value for name, value in dict(own or {}).items() if name in VAEValues.model_fields}
+    return own if isinstance(own, dict) else {}
 
 
 def _folder(path: Path) -> Path:
@@ -136,39 +136,24 @@ def settle_values(values: VAEValues, path: str | Path | None, *, is_replaced: bo
     is_replaced: another VAE than the base model's. Raises UserError if it states statistics of its latents that are not
     given: SDXL's U-Net has not been trained with any.
     """
-    given = values.model_dump(exclude_none=True)
-    source = {} if path is None else stated_config(path)
-    try:
-        stated = _without_shift_twice({name: source.get(name) for name in VAEValues.model_fields})
-        stated = VAEValues.model_validate(stated).model_dump()
-    except ValidationError as error:
-        wrong = "; ".join(f"{'.'.join(map(str, one['loc']))} {one['msg']}".strip() for one in error.errors())
+    given, stated = values.model_dump(exclude_none=True), {} if path is None else stated_config(path)
+    stated = {name: stated.get(name) for name in VAEValues.model_fields}
+    if stated["shift_factor"] and stated["latents_mean"] == [stated["shift_factor"]] * CHANNELS:
+        stated["latents_mean"] = [0.0] * CHANNELS  # `set_values` states a shift twice
+    with readable(Path(path or ""), "VAE"):
+        known = VAEValues.model_validate(stated).model_dump(exclude_none=True)
+    plain = {"latents_mean": [0.0] * CHANNELS, "latents_std": [1.0] * CHANNELS}
+    statistics = {name: known[name] for name in plain if name in known}
+    if is_replaced and "latents_mean" not in given and statistics not in ({}, plain):
+        words = " ".join(f"'model.vae_values.{name}={value}'" for name, value in plain.items())
         raise UserError(
-            f"{path} states unusable values of a VAE ({wrong}); set model.vae_values, or correct it"
-        ) from None
-    mean, std = stated["latents_mean"], stated["latents_std"]
-    if is_replaced and "latents_mean" not in given and mean is not None and (any(mean) or set(std) != {1.0}):
-        plain = f"'model.vae_values.latents_mean={[0.0] * CHANNELS}' 'model.vae_values.latents_std={[1.0] * CHANNELS}'"
-        raise UserError(
-            f"{path} states latents_mean {mean} and latents_std {std}, with which SDXL's U-Net was not trained; set "
-            f"{plain} to keep the U-Net's latents, or both keys to these numbers, which takes a long run"
+            f"{path} states {statistics}, with which SDXL's U-Net was not trained; set {words} to keep the U-Net's "
+            "latents, or both keys to the stated numbers, which takes a long run"
         )
-    known = {name: value for name, value in stated.items() if value is not None}
     if given.get("shift_factor") or any(given.get("latents_mean", ())):  # one replaces the other
         known = {name: value for name, value in known.items() if name not in ("shift_factor", "latents_mean")}
-    default = {
-        "scaling_factor": VAE_SCALING_FACTOR, "shift_factor": 0.0, "latents_mean": [0.0] * CHANNELS,
-        "latents_std": [1.0] * CHANNELS, "padding_mode": "zeros",
-    }  # fmt: skip
+    default = {"scaling_factor": VAE_SCALING_FACTOR, "shift_factor": 0.0, "padding_mode": "zeros", **plain}
     return VAEValues(**{**default, **known, **given})
-
-
-def _without_shift_twice(stated: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the values of a configuration without a shift that is stated as `latents_mean`, too."""
-    shift = stated.get("shift_factor")
-    if shift and stated.get("latents_mean") == [shift] * CHANNELS:
-        return {**stated, "latents_mean": [0.0] * CHANNELS}
-    return dict(stated)
 
 
 def set_values(vae: nn.Module, values: VAEValues) -> None:

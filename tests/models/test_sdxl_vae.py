@@ -91,7 +91,7 @@ def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place)
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        (STATISTICS, "latents_mean .*with which SDXL's U-Net was not trained"),
+        (STATISTICS, "latents_mean.*with which SDXL's U-Net was not trained"),
         ({"latents_mean": MEAN}, "latents_mean and latents_std belong together"),
         ({"shift_factor": 0.1, **STATISTICS}, "shift_factor and latents_mean"),
         ({"scaling_factor": -1.0}, "scaling_factor"),
