@@ -24,7 +24,8 @@ from models.export.onnx_file import export_onnx
 from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
 from models.sdxl import checkpoint_files, lora
-from models.sdxl.names import PARTS, part_state
+from models.sdxl.lora_files import read_lora
+from models.sdxl.names import ENCODERS, PARTS, part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
@@ -174,14 +175,28 @@ def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> di
 
 
 def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write only the LoRA: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers."""
+    """Write only the LoRA: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers.
+
+    It is read again, and the updates of all layers are compared.
+    """
     if weights.setup.task.lora is None:
         raise UserError(
             f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
     file, write = _LORA_FILES[config.format]
     write(folder / file, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
-    return {"file": file}
+    with torch.device("meta"):
+        shapes = open_networks(weights.setup.model, ("unet", *ENCODERS))
+    read, layers = read_lora(folder / file, shapes), weights.task.adapter.layers()
+    wanted = {name: layer.update().detach().cpu() for name, layer in layers.items()}
+    found = {name: scale * up.flatten(1) @ down.flatten(1) for name, (down, up, scale) in read.items()}
+    if wanted.keys() != found.keys():
+        raise UserError(f"output: {file} has other layers than the run; check the disk, and export again")
+    errors = [float((found[name] - update).abs().max()) for name, update in wanted.items()]
+    largest = max(float(update.abs().max()) for update in wanted.values())
+    difference = max(errors) / (largest or 1.0)
+    refuse_difference(difference, config.accepted, file)
+    return {"file": file, "update_max_abs_diff": difference}
 
 
 def _facts(weights: Weights, config: ExportConfig) -> dict[str, str]:

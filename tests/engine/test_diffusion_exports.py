@@ -20,7 +20,7 @@ from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
 from tests.support import TINY, make_collection
 from utils.errors import UserError
-from utils.io.weights import read_header, read_weights
+from utils.io.weights import read_header, read_weights, write_tensors
 
 PROMPTS = ["tag 1, tag 2", "black"]
 SHORT = [
@@ -171,3 +171,17 @@ def test_a_base_model_that_predicts_something_else_and_a_lora_of_a_whole_unet_ar
     with pytest.raises(UserError, match="^format: kohya is for a LoRA"):
         run("export", ["run_dir=whole", "format=kohya", "output=refused"], place)
     assert not (place / "refused").exists()
+
+
+@pytest.mark.parametrize(("name", "form"), [("lora", "kohya"), ("lora", "lora_diffusers"), ("whole", "diffusers")])
+def test_a_file_that_differs_from_the_network_is_not_kept(name, form, place, monkeypatch):
+    """Here a writer that changes one value of each file."""
+
+    def write(path, tensors, metadata=None):
+        last = list(tensors)[-1] if form != "kohya" else next(name for name in tensors if "up" in name)
+        write_tensors(path, {**tensors, last: tensors[last] + 1}, metadata)
+
+    monkeypatch.setattr("models.sdxl.checkpoint_files.write_tensors", write)
+    with pytest.raises(UserError, match="tolerance|output: .*not written"):
+        run("export", [f"run_dir={name}", f"format={form}", "output=differs"], place)
+    assert not list((place / "differs").glob("*.safetensors")) and not (place / "differs/unet").exists()
