@@ -5,6 +5,7 @@
     python export.py format=timm run_dir=RUN                          or transformers, safetensors, pth
     python export.py format=wd14 run_dir=RUN                          for a tagger; or imgutils, cl_tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
+    python export.py format=wd_repository run_dir=RUN hub=OWNER/NAME  uploads it, private, as one commit
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...
 
 docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
@@ -16,12 +17,17 @@ from pathlib import Path
 
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
-from models.export.model_card import add_report, licence_entry
+from models.export.model_card import REPORT, add_report, licence_entry, refuse_licence
 from utils.config.entry_point import Job, entry_point
 from utils.errors import about
 from utils.io.files import refuse_links_out
+from utils.io.hub import upload
 from utils.io.journal import open_journal
+from utils.io.safe_text import Lines
 from utils.io.weights import choose_weights
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 @entry_point("export", ExportConfig)
@@ -32,6 +38,8 @@ def main(config: ExportConfig, job: Job) -> str:
         weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model)
     weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
     find_format(config.format, weights)
+    if config.hub.name is not None:
+        refuse_licence(weights.metadata)
     if config.dry_run:
         return "dry run: nothing is written"
 
@@ -48,7 +56,18 @@ def main(config: ExportConfig, job: Job) -> str:
         add_report(folder, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
-    return f"wrote {folder / report['file']}{licence}  {line}"
+    wrote = f"wrote {folder / report['file']}{licence}  {line}"
+
+    # ---------------------------------------------------------------------------------------------------- 3. The hub
+    if config.hub.name is None:
+        return wrote
+    files = {name: folder / name for name in (*report["files"], REPORT)}
+    sizes = {name: path.stat().st_size for name, path in files.items()}
+    shown = "".join(f"\n  {name}  {size:,} bytes" for name, size in sizes.items())
+    log.info("hub: %s, %d files, %s bytes%s", config.hub.name, len(files), f"{sum(sizes.values()):,}", Lines(shown))
+    if config.hub.dry_run:
+        return f"{wrote}; hub.dry_run: nothing is uploaded"
+    return f"{wrote}; {config.hub.name} has commit {upload(files, config.hub.name, private=config.hub.private)}"
 
 
 if __name__ == "__main__":

@@ -44,6 +44,7 @@ class Output(NamedTuple):
     columns: tuple[str, ...] | None = None  # of a CSV file, or None if a row does not fit a CSV file
     has_tags: bool = False  # rows have `tags`, which thresholds choose and .txt files can hold
     formats: tuple[str, ...] = _FORMATS  # of export.py
+    pipeline: str = "image-classification"  # the hub's name of the task
 
 
 def _row_of_classes(values: np.ndarray, options: RowOptions) -> Row:
@@ -83,6 +84,10 @@ _TAG_FORMATS = (*_FORMATS, "wd14", "imgutils", "cl_tagger", "wd_repository")
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
     "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True, _TAG_FORMATS),
-    "features": Output(("features",), lambda values, options: {"features": values.astype(float).tolist()}),
+    "features": Output(
+        ("features",),
+        lambda values, options: {"features": values.astype(float).tolist()},
+        pipeline="image-feature-extraction",
+    ),
 }
 NAME_KEYS = frozenset(output.names_key for output in OUTPUTS.values() if output.names_key is not None)

@@ -357,7 +357,14 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     from engine.exports.weights import Weights
 
     values = dict.fromkeys(ExportConfig.model_fields) | {"weights": "w", "output": "o", "precision": "fp32"}
-    values |= {"backbone_only": False, "dynamic_size": False, "dry_run": False, "model": {"path": None}}
+    values |= {
+        "backbone_only": False,
+        "dynamic_size": False,
+        "latent_statistics": False,
+        "dry_run": False,
+        "model": {"path": None, "vae": None},
+        "hub": {"name": None, "private": True, "dry_run": False},
+    }
     values |= {"format": form, **settings}
     with tempfile.TemporaryDirectory() as scratch:
         if thresholds is not None:

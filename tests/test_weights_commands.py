@@ -1,8 +1,12 @@
 """Weights through the commands: weights of others as a run of no steps, timm's weights, licences, exports, refusals."""
 
+import logging
+import re
+
 import pytest
 import timm
 import torch
+import yaml
 from huggingface_hub import constants
 from safetensors.torch import save_file
 
@@ -11,6 +15,7 @@ from models.config import ConvNeXtV2Config
 from models.export.parity import vary_weights
 from tests.in_process import SHORT, make_images, run
 from tests.support import rows as rows_of
+from tests.utils.io.test_hub import COMMIT, server  # noqa: F401 (a fixture)
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights, write_weights
@@ -62,6 +67,39 @@ def test_results_without_a_run_lie_below_outputs_by_file_and_collection(place):
     assert [values["step"] for values in found] == [99, metadata["step"]]
     wanted = metrics(place, "run_dir=run", "weights=best", *ON_CPU)
     assert found[1].items() >= wanted.items() and wanted["samples"] == 4
+
+
+def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_path(place):
+    """Figures with their interval come from the run if evaluate.py has not measured these weights."""
+    (place / "more.md").write_text("## Thanks\n\nto all, with hf_abcdefghijklmnopqrstuvwxyz")
+    words = ["format=pth", "run_dir=run", "weights=best", "output=carded"]
+    with pytest.raises(UserError, match=r"^card: none\.md .*Markdown"):
+        run("export", [*words, "card=none.md"], place)
+    run("export", [*words, "card=more.md"], place)
+    text = (place / "carded/README.md").read_text()
+    front = yaml.safe_load(text.split("---\n")[1])
+    assert (front["license"], front["pipeline_tag"]) == ("cc-by-nc-4.0", "image-classification")
+    (result,) = front["model-index"][0]["results"]
+    assert result["dataset"]["split"] == "validation" and {"top1", "loss"} <= {m["type"] for m in result["metrics"]}
+    assert "- images: `8`\n- validation images: `4`" in text and "- optimiser: `adamw`" in text
+    assert "95 % interval" in text and 'optim.name="adamw"' in text and "data.root" not in text
+    assert str(place) not in text and "N/A" not in text and text.endswith("## Thanks\n\nto all, with ***\n")
+
+
+def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, caplog, monkeypatch):  # noqa: F811
+    words = ["format=pth", "run_dir=run", "weights=best", "output=shared", "hub=me/net"]
+    for licence in ("unknown", "cc-by-nc-nd-4.0"):
+        with pytest.raises(UserError, match="^licence: "):
+            run("export", [*words, f"licence={licence}"], place)
+    assert not (place / "shared").exists()
+    with monkeypatch.context() as patch:
+        patch.setattr(logging.getLogger("atelier"), "propagate", True)
+        assert run("export", [*words, "hub.dry_run=true"], place).endswith("nothing is uploaded")
+    assert re.search(r"model\.pth  [\d,]+ bytes", caplog.text) and not server.puts and not server.commits
+    assert run("export", words, place).endswith(f"me/net has commit {COMMIT}")
+    assert server.files.keys() >= {"model.pth", "README.md", "export.json"}
+    run("finetune", [*SMALL, "init_from=hf:me/net/model.pth@main", "loop.total_steps=0", "run_dir=fetched"], place)
+    assert weights_of(place, "fetched")[1]["origin"]["source"] == "hf:me/net/model.pth@main"
 
 
 def test_an_export_comes_back_as_a_run_of_no_steps(place):

@@ -7,15 +7,15 @@ Libraries are imported where they are used.
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import torch
-from pydantic import model_validator
+from pydantic import Field, model_validator
 from torch import nn
 
+from engine.exports.card import collect_facts, read_figures
 from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import MovedBase, Weights
 from models.export import tag_forms
@@ -23,6 +23,7 @@ from models.export.model_card import write_card
 from models.export.onnx_file import export_onnx
 from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
+from models.outputs import OUTPUTS
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import ENCODERS, PARTS, part_state
@@ -32,7 +33,6 @@ from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-from utils.io.files import read_json
 from utils.io.weights import WEIGHT_NAMES
 from utils.record.logging import get_logger
 from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
@@ -51,15 +51,24 @@ _LORA_FILES = {
 }
 
 
+class HubConfig(Strict):
+    """An upload to the hub; name: OWNER/NAME."""
+
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*$")] | None
+    private: bool
+    dry_run: bool
+
+
 class ExportConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
     `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
     `licence` replaces the known licence of the source weights. author, description, trigger: for the headers of SDXL's
-    files; None: no author, a description from the run, `task.captions.prefix`. latent_statistics: state the latents'
-    mean and standard deviation in the VAE's config, for new U-Nets, with a scaling factor of 1. dynamic_size: the ONNX
-    file accepts images of any size from the network's stride up. tolerance: the largest accepted difference from
-    PyTorch, for ONNX relative to the largest output; None: the default of the precision.
+    files; None: no author, a description from the run, `task.captions.prefix`. card: a file to append to README.md.
+    latent_statistics: state the latents' mean and standard deviation in the VAE's config, for new U-Nets, with a
+    scaling factor of 1. dynamic_size: the ONNX file accepts images of any size from the network's stride up. tolerance:
+    the largest accepted difference from PyTorch, for ONNX relative to the largest output; None: the default of the
+    precision.
     """
 
     format: Literal[
@@ -80,6 +89,8 @@ class ExportConfig(Strict):
     author: str | None
     description: str | None
     trigger: str | None
+    card: PathText | None
+    hub: HubConfig
     model: MovedBase
     dry_run: bool
 
@@ -262,7 +273,7 @@ def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str,
     """
     model, vae, dtype = weights.setup.model, weights.task.vae, _DTYPES[config.precision]
     if config.latent_statistics:
-        measured, channels = _read_figures(weights, config), range(vae.config.latent_channels)
+        measured, channels = read_figures(weights, config.run_dir), range(vae.config.latent_channels)
         if "latent_mean_0" not in measured:
             raise UserError(
                 "latent_statistics: run evaluate.py with these run_dir and weights first, which measures them"
@@ -308,42 +319,26 @@ def find_format(name: str, weights: Weights) -> Format:
     return FORMATS[name]
 
 
-def _read_figures(weights: Weights, config: ExportConfig) -> dict[str, Any]:
-    """Return the figures of evaluate.py in run_dir if they are of these weights on `val`, or nothing."""
-    try:
-        measured = dict(read_json(Path(config.run_dir or "") / "metrics.json"))
-    except (OSError, ValueError, TypeError):
-        return {}
-    is_ours = (measured.get("weights_hash"), measured.get("split")) == (weights.metadata.get("weights_hash"), "val")
-    return measured if is_ours else {}
-
-
-def _describe(weights: Weights, folder: Path, file: str, config: ExportConfig) -> None:
-    """Write README.md, with the figures of evaluate.py on `val` if they are of these weights, and the thresholds."""
-    measured = _read_figures(weights, config)
-    figures = {name: value for name, value in measured.items() if isinstance(value, int | float) and name != "seconds"}
-    if not figures and config.format == _REPOSITORY:
-        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
-    thresholds = _thresholds(weights, config) if weights.model.output.has_tags else None
-    profiles = [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]
-    images = "other images than the run's" if measured.get("data") else "the validation images"
-    write_card(folder, config.format, file, weights.metadata, {images: figures} if figures else {}, profiles)
-
-
 def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the files of `config.format` into a folder, and return the report.
 
     Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.
     """
-    write = find_format(config.format, weights)
+    write, thresholds = find_format(config.format, weights), None
+    if weights.metadata["output"] and OUTPUTS[weights.metadata["output"]].has_tags:
+        thresholds = _thresholds(weights, config)
+    facts = collect_facts(weights, config.run_dir, thresholds, config.card)
+    if not facts.figures and config.format == _REPOSITORY:
+        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     for leftover in folder.glob(f"{_SCRATCH}*"):  # of a killed export
         shutil.rmtree(leftover)
     with TemporaryDirectory(dir=parent, prefix=_SCRATCH) as scratch:
         report = write(weights, Path(scratch), config)
-        if weights.model is not None:
-            _describe(weights, Path(scratch), report["file"], config)
-        for path in sorted(path for path in Path(scratch).rglob("*") if path.is_file()):
+        write_card(Path(scratch), config.format, report["file"], weights.metadata, facts)
+        paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
+        report["files"] = [path.relative_to(scratch).as_posix() for path in paths]
+        for path in paths:
             target = folder / path.relative_to(scratch)
             target.parent.mkdir(parents=True, exist_ok=True)
             os.replace(path, target)

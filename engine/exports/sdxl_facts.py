@@ -11,14 +11,14 @@ from typing import Any
 
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
-from models.export.model_card import licence_entry
+from models.export.model_card import dict_of, licence_entry
 
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
     task, metadata = weights.setup.task, weights.metadata
-    images, what = _part(metadata, "trained_on").get("images"), "VAE"
-    source = Path(str(_part(metadata, "origin").get("source") or "SDXL")).name
+    images, what = dict_of(metadata, "trained_on").get("images"), "VAE"
+    source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
     facts |= licence_entry("license", metadata)
     if isinstance(task, DiffusionTaskConfig):
@@ -32,10 +32,10 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
 
 
 def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
-    trained_on = _part(metadata, "trained_on")
+    trained_on = dict_of(metadata, "trained_on")
     facts = {
         "prediction_type": task.noise.prediction_type,
-        "ss_new_sd_model_hash": _part(metadata, "origin").get("sha256"),
+        "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
         "ss_num_train_images": trained_on.get("images"),
         "ss_learning_rate": metadata.get("lr"),
         "ss_steps": metadata["step"],
@@ -52,8 +52,3 @@ def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -
         facts |= {"resolution": f"{width}x{height}", "ss_resolution": f"({width}, {height})"}
         facts |= {"ss_enable_bucket": True, "ss_bucket_info": {"buckets": numbered}}
     return facts
-
-
-def _part(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
-    value = metadata.get(key)
-    return value if isinstance(value, dict) else {}

@@ -1,10 +1,13 @@
 """The weight files and configurations in folders of diffusers."""
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from models.sdxl.names import PARTS
 from utils.errors import UserError
 from utils.io.files import read_json, readable
+from utils.io.hub import fetch, is_reference
 
 
 def unusable(reason: str) -> UserError:
@@ -37,6 +40,20 @@ def weight_files(place: Path, part: str) -> list[Path]:
                 raise unusable(f"{index} names no files of its folder as weight_map")
             return [place / file for file in shards]
     raise unusable(f"{place} has no {name}.safetensors")
+
+
+@cache
+def local_base(path: str | Path) -> Path:
+    """Return the file or folder of a base model; of a name on the hub, after its files are fetched."""
+    if not is_reference(reference := str(path)):
+        return Path(path)
+    folder = fetch(reference, ["model_index.json"], ["scheduler/scheduler_config.json"], beside=["README.md"])
+    for part in PARTS if folder.is_dir() else ():
+        name, inside = weight_name(part), (f"{part}/config.json",)
+        variants = [(f"{name}{v}.safetensors", f"{name}.safetensors.index{v}.json") for v in ("", ".fp16", ".bf16")]
+        fetch(reference, inside, [f"{part}/{file}" for files in variants for file in files])
+        fetch(reference, *([f"{part}/{file.name}"] for file in weight_files(folder / part, part)))
+    return folder
 
 
 def read_config(file: Path) -> dict[str, Any]:

@@ -13,7 +13,7 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from models.sdxl.folders import read_config, unusable, weight_files
+from models.sdxl.folders import local_base, read_config, unusable, weight_files
 from models.sdxl.names import PARTS, PREFIXES, drop_unused, from_folder, from_single_file, load_part, part_state
 from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, build_noise_table
 from models.sdxl.vae import (
@@ -72,7 +72,9 @@ class SDXLConfig(Strict):
     def settled(self) -> "SDXLConfig":
         """Return the config with all values of its VAE, so that files that change later change nothing."""
         with about("model.vae" if self.vae else "model.path"):
-            values = settle_values(self.vae_values, self.vae or self.path, is_replaced=self.vae is not None)
+            values = settle_values(
+                self.vae_values, self.vae or (self.path and local_base(self.path)), is_replaced=self.vae is not None
+            )
         return self.model_copy(update={"vae_values": values})
 
 
@@ -116,8 +118,9 @@ def load_networks(
     If torch's default device is meta, only shapes are read. values: of the VAE. Raises UserError (`model.path`) for
     another kind of checkpoint, missing or unexpected tensors, wrong shapes, or a damaged file.
     """
+    path = local_base(path)
     describe(path)  # refuses other kinds of checkpoints
-    return _load(Path(path), PARTS, dtypes, values) if dtypes else {}
+    return _load(path, PARTS, dtypes, values) if dtypes else {}
 
 
 @about("model.vae")
@@ -264,7 +267,7 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
         return own + base_files(model, [part for part in parts if part != "vae"])
     if model.path is None:
         return []
-    path = Path(model.path)
+    path = local_base(model.path)
     return [file for part in parts for file in weight_files(path / part, part)] if path.is_dir() else [path]
 
 
@@ -278,7 +281,7 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
-    path = Path(path)
+    path = local_base(path)
     if not path.exists():
         raise unusable(f"{path} does not exist")
     facts = _describe_folder(path) if path.is_dir() else _describe_file(path)

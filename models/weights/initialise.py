@@ -13,6 +13,7 @@ from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError, about
 from utils.io.files import read_json
+from utils.io.hub import is_reference
 from utils.io.weights import FOLDER_FILES, InitFrom, read_weights
 from utils.record.logging import get_logger
 
@@ -45,6 +46,7 @@ def initialise_from(
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert(network, tensors)
         origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
+        origin |= {"source": source.source} if is_reference(source.source) else {}
         origin |= {"weights_hash": metadata["weights_hash"]} if "weights_hash" in metadata else {}
         known = read_class_names(path, metadata)
     fit = fit_state(network, state, keep_head=keep_head)

@@ -2,16 +2,20 @@
 
 import hashlib
 import json
+import re
+import runpy
 import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import yaml
 
 pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from PIL import Image
 
 from engine.exports.weights import open_weights
 from models.sdxl.checkpoint_files import write_diffusers
@@ -80,12 +84,22 @@ def differ(first, second):
     return np.abs(np.float64(first) - second).max()
 
 
+def run_program(folder, base):
+    """Run the program in the README.md of an export; returns the picture that it draws."""
+    (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
+    (folder / "program.py").write_text(program.replace("PATH OF THE BASE MODEL", str(base)))
+    with working_in(folder):
+        runpy.run_path("program.py")
+    return np.asarray(Image.open(folder / "picture.png"))
+
+
 def compare_lora(form, place, wanted):
     folder = export(place, "lora", form)
     pipeline = StableDiffusionXLPipeline.from_pretrained(place / "base", local_files_only=True)
     assert differ(make_pictures(pipeline), wanted["lora"]) > 20
     pipeline.load_lora_weights(folder / "lora.safetensors" if form == "kohya" else folder)
     assert differ(make_pictures(pipeline), wanted["lora"]) <= 2
+    assert differ(run_program(folder, place / "base"), wanted["lora"][0]) <= 2
 
 
 def compare_whole(name, form, place, wanted):
@@ -96,10 +110,12 @@ def compare_whole(name, form, place, wanted):
         file, base = str(folder / "model.safetensors"), str(place / "base")
         pipeline = StableDiffusionXLPipeline.from_single_file(file, config=base, local_files_only=True)
     assert differ(make_pictures(pipeline), wanted[name]) <= 2
+    assert differ(run_program(folder, place / "base"), wanted[name][0]) <= 2
 
 
 def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     """And it states the licence of the base. tests/engine/slow_diffusion_exports.py has the other formats."""
+    run("evaluate", ["run_dir=lora", "runtime.device=cpu"], place)
     compare_lora("kohya", place, wanted)
     header = read_header(place / "lora_kohya/lora.safetensors")[1]
     step, base = read_weights(place / "lora/weights/best_weights.safetensors")[1]["step"], place / "base/unet"
@@ -113,6 +129,14 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     assert wanted.items() <= header.items() and str(place) not in str(header)
     assert json.loads(header["ss_tag_frequency"])["train/C"]["tag 37"] == 2
     assert not any("None" in text for text in header.values())
+    card = (place / "lora_kohya/README.md").read_text()
+    front = yaml.safe_load(card.split("---\n")[1])
+    assert front["license"] == "openrail++" and front["pipeline_tag"] == "text-to-image"
+    assert front["widget"] == [{"text": prompt} for prompt in PROMPTS] and "pictures/evaluate_samples.png" in card
+    assert (
+        (place / "lora_kohya/pictures/evaluate_samples.png").is_file() and str(place) not in card and "N/A" not in card
+    )
+    assert "- images: `12`\n- validation images: `3`\n- fingerprint: `" in card and "data.root" not in card
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])

@@ -141,7 +141,11 @@ def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_an
     shutil.copytree(place / "repo", tmp_path, dirs_exist_ok=True)
     shutil.copy(place / "0.png", tmp_path / "image.png")
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
-    assert readme.startswith("---\nlibrary_name: timm\n") and "- mAP: 0.71\n" in readme and "high_recall" in readme
+    assert (
+        readme.startswith("---\nlibrary_name: timm\npipeline_tag")
+        and "- mAP: 0.71\n" in readme
+        and "high_recall" in readme
+    )
     assert "/home/me" not in readme and "seconds" not in readme and "Measured on other images than the run's:" in readme
     found = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)

@@ -162,7 +162,7 @@ class Command(Generic[Schema]):
 
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
-        words = quote_paths(words, path_keys(self.schema))
+        words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
         search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, [*words, *search], return_hydra_config=True)
@@ -170,6 +170,13 @@ class Command(Generic[Schema]):
         with open_dict(values):
             del values["hydra"]
         return values, Job(self.script, choices, words)
+
+    def _spell_name(self, word: str) -> str:
+        """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name."""
+        key, _, value = word.partition("=")
+        field = self.schema.model_fields.get(key)
+        has_name = "name" in getattr(field and field.annotation, "model_fields", ())
+        return f"{key}.name={value}" if has_name and not (self.config_dir / key).is_dir() else word
 
     def _run_sweep(self, arguments: list[str]) -> int:
         """Run the jobs of a --multirun and log a table of all jobs in the sweep's folder."""

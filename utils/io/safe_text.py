@@ -38,7 +38,7 @@ _PATTERNS = (
         r"|xox[a-z]-[\w-]{10,}|sk-[\w-]{20,}|AIza[\w-]{35}|ya29\.[\w-]{20,}|A[KS]IA[A-Z0-9]{16}\b"
         r"|eyJ[\w-]{5,}\.eyJ[\w-]{5,}\.[\w-]*)"
     ), HIDDEN),
-    (re.compile(r"\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
+    (re.compile(r"(?<!commit )(?<!@)\b[0-9a-f]{40}\b"), HIDDEN),  # W&B's older keys; commits look the same
 )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from utils.errors import UserError, about
 from utils.io.files import fsync_path, readable, write_atomically
+from utils.io.hub import fetch, is_reference
 from utils.ranks import distributed
 from utils.record.run_reader import RunReader
 
@@ -192,8 +193,14 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 def find_weights(run_or_file: str, which: str) -> Path:
     """Return a weight file: the file itself, the file in a folder of timm or transformers, or `which` of a run.
 
+    A name on the hub (utils/io/hub.py) is such a file or folder.
+
     Raises UserError, which lists the run's weight files.
     """
+    if is_reference(run_or_file):
+        names = (*FOLDER_FILES, "model.onnx")
+        path = fetch(run_or_file, names, beside=("config.json", "selected_tags.csv"))
+        return next(path / name for name in names if (path / name).is_file()) if path.is_dir() else path
     path = Path(run_or_file)
     if not path.is_dir():
         if not path.exists():

@@ -4,6 +4,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
+
 
 def show_name(name: str) -> str:
     """Return a figure's name for people: `top-5` for top5, `average top-1` for ema/top1."""
@@ -41,3 +43,13 @@ def show_cell(value: Any) -> str:
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     """Return rows with equal keys, at least one, as an aligned table with a header."""
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
+
+
+def show_interval(name: str, share: float, images: float | None) -> str:
+    """Return Wilson's interval, 95 %, of a share of independent images: top1, top5, ...; of other figures nothing."""
+    if not images or not re.fullmatch(r"top\d+", name):
+        return ""
+    from scipy.stats import binomtest
+
+    interval = binomtest(round(share * images), round(images)).proportion_ci(method="wilson")
+    return f" (95 % interval: {interval.low:.4g} to {interval.high:.4g})"

@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter1d
 
 from utils.io.files import write_atomically
-from utils.record.figures import show_name
+from utils.record.figures import COUNTS, show_name
 from utils.record.metrics_log import Row, series
 
 INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
@@ -31,7 +31,6 @@ _STYLE = {
 }  # fmt: skip
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # a panel with its labels (width, height); the title (height)
 _SCHEDULED = ("lr", "momentum")
-_COUNTS = ("samples", "support", "tags", "tags_without_positives")
 _LAST = (*_SCHEDULED, "images_per_sec")
 _TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
@@ -125,7 +124,7 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
         if row["kind"] in names:
             names[row["kind"]] += [name.removeprefix("ema/") for name in row if isinstance(row[name], float)]
     # Numbers of samples, tags or epochs make no useful curve; skipped steps only if there are any.
-    hidden = {"epoch", *_COUNTS, *_LAST, *(_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS)}
+    hidden = {"epoch", *COUNTS, *_LAST, *(_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS)}
     if not any(series(rows, "skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
     shown = [name for name in dict.fromkeys(names["evaluate"] + names["train"]) if name not in hidden]

@@ -12,7 +12,13 @@ from typing import Any
 from models.outputs import OUTPUTS
 from utils.canvas import background_levels, background_of, background_rgb
 
-FORMATS = ("timm", "transformers", "onnx", "wd14", "imgutils", "cl_tagger", "wd_repository")
+FORMATS = ("timm", "transformers", "onnx", "pth", "wd14", "imgutils", "cl_tagger", "wd_repository")
+_SDXL = {  # the line that loads a format
+    **dict.fromkeys(("kohya", "lora_diffusers"), """from_pretrained($base)
+pipeline.load_lora_weights(".", weight_name="$file")"""),
+    "single_file": 'from_single_file("$file", config=$base)',
+    "diffusers": 'from_pretrained(".")',
+}  # fmt: skip
 _RESIZED = {
     "squash": "image = image.resize(($width, $height), $resample)",
     "crop": """factor = max($resized_width / image.width, $resized_height / image.height)
@@ -25,6 +31,7 @@ _CALLS = {  # with a head, and for a backbone
     "timm": ("model(batch)[0]", "model.forward_features(batch).mean((-2, -1))[0]"),
     "transformers": ("model(**batch).logits[0]", "model(**batch).last_hidden_state.mean((-2, -1))[0]"),
 }
+_ENCODER = '{name.removeprefix("encoder."): tensor for name, tensor in state.items()}, strict=False'
 _NAMES = {
     "timm": 'json.load(open("config.json")).get("label_names") or range(len(outputs))',
     "transformers": "model.config.id2label.values()",
@@ -37,6 +44,38 @@ def takes_bgr(form: str, metadata: Mapping[str, Any]) -> bool:
     return form == "timm" and OUTPUTS[metadata["output"]].has_tags
 
 
+def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None) -> str | None:
+    """Return the program for a format as Markdown, None without one. base: the hub's name of SDXL's base model."""
+    if form in FORMATS:
+        return f"```python\n{snippet(form, metadata, file).rstrip()}\n```"
+    if form in _SDXL:
+        return f"```python\n{_sdxl_snippet(form, metadata['task'], file, base).rstrip()}\n```"
+    if form != "safetensors":
+        return None
+    verb = (
+        "predict.py weights={} input=image.png output=predictions.jsonl"
+        if metadata.get("task")
+        else ("finetune.py init_from={} data=image_folder data.root=PATH")
+    )
+    return f"    python {verb.format(file)}"
+
+
+def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | None) -> str:
+    """Return the program that draws the first prompt of a task, as its evaluation does."""
+    from models.sdxl.sampling import SamplesConfig
+
+    samples, noise = SamplesConfig.model_validate(task["samples"]), task["noise"]
+    values = samples.complete(samples.prompts[0] if samples.prompts else "...", samples.seed).model_dump()
+    values |= {name: ascii(values[name]) for name in ("text", "negative")}
+    values["height"], values["width"] = values["image_size_hw"]
+    values["scheduler"] = {
+        "prediction_type": noise["prediction_type"], "rescale_betas_zero_snr": noise["zero_terminal_snr"],
+        "timestep_spacing": "trailing",
+    }  # fmt: skip
+    values["load"] = Template(_SDXL[form]).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
+    return Template((Path(__file__).parent / "sdxl.txt").read_text(encoding="utf-8")).substitute(values)
+
+
 def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
     """Return the program for a format of FORMATS. file: the exported file."""
     preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
@@ -45,7 +84,9 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
     is_bgr, interpolation = takes_bgr(form, metadata), preprocessing["interpolation"]
     has_head, is_white = output.activate is not None, form in ("wd14", "cl_tagger")
     values = {
-        "image": _read_image(preprocessing, white_square=is_white or is_bgr, padded=form in ("onnx", "imgutils")),
+        "image": _read_image(
+            preprocessing, white_square=is_white or is_bgr, padded=form in ("onnx", "pth", "imgutils")
+        ),
         "file": file,
         "width": width,
         "height": height,
@@ -59,11 +100,15 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         "network": "ConvNextV2ForImageClassification" if has_head else "ConvNextV2Model",
         "call": _CALLS.get(form, ("", ""))[0 if has_head else 1],
         "names_key": output.names_key,
+        "model": metadata["model"],
+        "classes": len(metadata.get(output.names_key, ())),
+        "state": "state" if has_head else _ENCODER,
+        "activation": "" if not has_head else ".sigmoid()" if output.has_tags else ".softmax(-1)",
     }
     values["resize"] = Template(_RESIZED[preprocessing.get("eval_resize", "crop")]).substitute(values)
     values["result"] = "print(outputs)"
     if has_head and form in _NAMES:
-        activation = "" if form == "onnx" else ".sigmoid()" if output.has_tags else ".softmax(-1)"
+        activation = "" if form == "onnx" else values["activation"]
         shown = f"print(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
         values["result"] = f"names = {_NAMES[form]}\n{shown}"
     values["result"] = Template(values["result"]).substitute(values)

@@ -1,0 +1,102 @@
+"""The Hugging Face hub: the files of `hf:OWNER/NAME@REVISION`, and uploads as one commit.
+
+Both go on where a killed command has stopped. The token is huggingface_hub's (HF_TOKEN, or `hf auth login`).
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+
+from utils.errors import DiskFull, UserError
+from utils.io.safe_text import hide_secrets
+
+_PREFIX = "hf:"
+_REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file
+_STALLED_SEC = 60.0  # without an answer; huggingface_hub then tries again, five times
+_FULL = (413, 507)
+
+
+def is_reference(source: str) -> bool:
+    """Return whether a source is on the hub."""
+    return source.startswith(_PREFIX)
+
+
+@contextmanager
+def _hub_errors(name: str, advice: str) -> Iterator[None]:
+    """Turn an error of the hub or of the way to it into a UserError, DiskFull for lack of room."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:  # the libraries raise errors of many classes
+        while error.__cause__ is not None and getattr(error, "response", None) is None:
+            error = error.__cause__
+        status = getattr(getattr(error, "response", None), "status_code", None)
+        reason = hide_secrets(" ".join((str(error) or type(error).__name__).split()))
+        raise (DiskFull if status in _FULL else UserError)(f"{name}: {reason}; {advice}") from None
+
+
+def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:
+    """Return the folder with a repository's files in the hub's cache, or the file that the reference names.
+
+    wanted: of each, the first name that exists is fetched. beside: names that may be missing. Raises UserError, offline
+    with the file to fetch.
+    """
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UserError(
+            f"{reference} is no name on the hub; write hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE@REVISION, with a "
+            "commit, tag or branch"
+        )
+    repository, file, revision = match.groups()
+    inside = str(PurePosixPath(file).parent) if file else "."
+    paths = [_fetch_first(repository, revision, names) for names in ([[file]] if file else wanted)]
+    for name in beside:
+        _fetch_first(repository, revision, [str(PurePosixPath(inside, name))], is_needed=False)
+    name, path = paths[0]
+    return path if file else path.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def _fetch_first(
+    repository: str, revision: str, names: Sequence[str], *, is_needed: bool = True
+) -> tuple[str, Path] | None:
+    """Return the first of a repository's files that exists, and its path in the cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
+
+    is_offline = False
+    for name in names:
+        with _hub_errors(f"hf:{repository}@{revision}", "check the name, the revision, your token and the network"):
+            try:
+                return name, Path(hf_hub_download(repository, name, revision=revision))
+            except LocalEntryNotFoundError:
+                is_offline = True
+            except EntryNotFoundError:
+                continue
+    if not is_needed:
+        return None
+    if is_offline:
+        raise UserError(
+            f"hf:{repository}@{revision}: the hub cannot be reached, and {names[0]} is not in its cache; where there "
+            f"is a network: hf download {repository} {names[0]} --revision {revision}, then copy the cache (HF_HOME)"
+        )
+    raise UserError(f"hf:{repository}@{revision} has no {' or '.join(names)}; name another repository or a file of it")
+
+
+def upload(files: Mapping[str, Path], name: str, *, private: bool) -> str:
+    """Upload files, by their names in a model repository, as one commit; return its hash.
+
+    What an interrupted upload has stored is not sent again. Raises UserError (`hub`).
+    """
+    from huggingface_hub import CommitOperationAdd, HfApi
+    from huggingface_hub.utils import get_session
+
+    get_session().timeout = _STALLED_SEC
+    api = HfApi(library_name="atelier")
+    with _hub_errors(f"hub: {name}", "the export is kept; the same command continues (a token: HF_TOKEN)"):
+        api.create_repo(name, private=private, exist_ok=True)
+        if private and not api.repo_info(name).private:
+            raise UserError(f"hub.private: true, but {name} is public; set hub.private=false, or another name")
+        additions = [CommitOperationAdd(inside, str(path)) for inside, path in files.items()]
+        return api.create_commit(name, additions, commit_message="Export of Atelier").oid
