@@ -1,8 +1,10 @@
 """The schema of `loop`, `runtime` and the keys of every training script. Defaults are in conf/."""
 
+import math
+from functools import reduce
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, ValidationError, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
@@ -11,16 +13,46 @@ from utils.config.bounds import (
     Count,
     CountOrZero,
     Duration,
+    Fraction,
     Patience,
+    Pixels,
     Positive,
     Processes,
     Seed,
     Share,
+    Side,
     Workers,
 )
 from utils.config.schema import PathText, Strict
 from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
+
+
+class PhaseConfig(Strict):
+    """A phase of a run: `fraction` of its updates, and values that replace the run's.
+
+    frozen: name patterns of the parameters that do not change in this phase.
+    """
+
+    fraction: Share
+    batch_size: BatchSize | None = None
+    image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
+    min_px: Side | None = None
+    crop_px: Side | None = None
+    random_erasing: Fraction | None = None
+    mix_probability: Fraction | None = None
+    frozen: list[str] = []
+
+    def describe(self) -> str:
+        """Describe what differs from the run's values."""
+        changes = self.model_dump(exclude_defaults=True, exclude={"fraction"})
+        return ", ".join(f"{name}={value}" for name, value in changes.items()) or "the values of the run"
+
+
+# The groups whose keys a phase replaces. The last phase has the sizes of the run, because evaluation has them.
+_SIZES = {"image_size_hw": "augment", "areas_px": "task.buckets", "min_px": "task.buckets"}
+_REPLACED = _SIZES | {"batch_size": "loop", "random_erasing": "augment", "mix_probability": "task", "crop_px": "task"}
 
 
 class _LoopConfig(Strict):
@@ -46,6 +78,12 @@ class _LoopConfig(Strict):
     checkpoint_every_minutes: Duration | None
     keep_checkpoints: Count
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
+    phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
+
+    @property
+    def frozen(self) -> list[list[str]]:
+        """The patterns of frozen parameters in each phase."""
+        return [phase.frozen for phase in self.phases or ()]
 
 
 class MachineConfig(Strict):
@@ -97,6 +135,39 @@ class TrainingConfig(Strict):
     runtime: RuntimeConfig
     tracking: TrackingConfig
     sweep: SweepConfig
+
+    def by_phase(self) -> list[Self]:
+        """Return the configuration of each phase (`loop.phases`), or of the run if it has no phases.
+
+        Raises ValueError if a value does not suit the run.
+        """
+        configs = []
+        for number, phase in enumerate(self.loop.phases or ()):
+            values = self.model_dump()
+            values["loop"]["phases"] = None
+            for name, value in phase.model_dump(include=_REPLACED.keys(), exclude_none=True).items():
+                key, group = f"loop.phases.{number}.{name}", _REPLACED[name]
+                into = reduce(lambda part, key: part.get(key) or {}, group.split("."), values)
+                if name not in into or into.get("sizes_hw"):  # which replaces the areas
+                    raise ValueError(f"{key}: this run does not read {group}.{name}; remove it")
+                if name in _SIZES and phase is self.loop.phases[-1] and value != into[name]:
+                    own = f"evaluation is at {into[name]} ({group}.{name})"
+                    raise ValueError(f"{key}: the run ends at {value}, but {own}; set both to the same")
+                into[name] = value
+            try:
+                configs.append(type(self).model_validate(values))
+            except ValidationError as error:
+                problem = error.errors()[0]["msg"].removeprefix("Value error, ")
+                raise ValueError(f"loop.phases.{number}: {problem}") from error
+        return configs or [self]
+
+    @model_validator(mode="after")
+    def _phases_are_complete(self) -> Self:
+        total = math.fsum(phase.fraction for phase in self.loop.phases or ())
+        if self.loop.phases and abs(total - 1) > 1e-6:
+            raise ValueError(f"loop.phases: the fractions add up to {total:g}, not to 1; change them")
+        self.by_phase()
+        return self
 
     @model_validator(mode="after")
     def _every_key_is_read(self) -> Self:

@@ -16,7 +16,7 @@ from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
 from engine.parallel import no_sync, take_gradients, wrap_task
 from engine.plan import Plan, largest_divisor
-from engine.runtime import Runtime
+from engine.runtime import Runtime, choose_compile
 from engine.step import (
     MicroStep,
     StepResult,
@@ -60,8 +60,10 @@ class Learner:
         if getattr(config.optim, "bf16_weights", False):
             _store_in_bf16(task, runtime)
         self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
+        self._compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
         self._buffers = _Buffers(task)
-        groups = build_groups(task, networks_of(task, task.trained), config.optim)
+        self.phase: int | None = None  # of `loop.phases`
+        groups = build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
         for group in groups:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
@@ -77,6 +79,23 @@ class Learner:
         )  # fmt: skip
         self.micro_batch_size = plan.micro_batch_size
         self.batch_size_file: Path | None = None  # keeps the halved size for later starts
+
+    def enter_phase(self, number: int) -> None:
+        """Take over the settings of a phase of `loop.phases`, before an update of it.
+
+        A compiled task is compiled anew, as in a run that is resumed here: other sizes would count as dynamic.
+        """
+        if number == self.phase:
+            return
+        phases, config, compiles = self.config.loop.phases, self.config.by_phase()[number], ""
+        if self._compiles and self.phase is not None:
+            torch.compiler.reset()
+            compiles = "; the task is compiled again"
+        self.phase = number
+        for module in self.task.modules():
+            if hasattr(module, "enter_phase"):
+                module.enter_phase(config.task)
+        log.info("phase %d of %d: %s%s", number + 1, len(phases), phases[number].describe(), compiles)
 
     def update(self, batches: Sequence[Batch]) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
@@ -120,7 +139,7 @@ class Learner:
         optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        drop_frozen_gradients(optimizer, self.step)
+        drop_frozen_gradients(optimizer, self.step, self.phase)
         grads = take_gradients(parameters)
         norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
         inverse_scale = 1.0 / self.scale["scale"] if self.runtime.precision == "fp16" else None

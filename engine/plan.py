@@ -1,6 +1,7 @@
 """The values derived from the configuration: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
+from bisect import bisect_right
 from dataclasses import dataclass
 
 from engine.config import TrainingConfig
@@ -19,7 +20,10 @@ AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
 
 @dataclass(frozen=True)
 class Plan:
-    """The derived values of a run. Only micro_batch_size and accum_steps depend on the number of ranks."""
+    """The derived values of a run. Only the micro-batches and accum_steps depend on the number of ranks.
+
+    micro_batch_size: the largest of all phases. phases: first step and micro-batch of each phase (`loop.phases`).
+    """
 
     world_size: int
     global_batch_size: int
@@ -31,6 +35,15 @@ class Plan:
     lr: float
     evaluate_every_epochs: float = 1.0
     range_test_steps: int = 0  # updates before the first one (engine/lr_finder.py)
+    phases: tuple[tuple[int, int], ...] = ()
+
+    def phase_of(self, step: int) -> int:
+        """Return the phase of the update that follows `step` updates."""
+        return max(bisect_right([first for first, _ in self.phases], step) - 1, 0)
+
+    def may_be_best(self, step: int) -> bool:
+        """Return whether weights after `step` updates may be the best ones: from the last phase on."""
+        return self.phase_of(max(step - 1, 0)) >= len(self.phases) - 1
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -82,7 +95,10 @@ def make_plan(
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
     loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.global_batch_size
-    micro, accum = split_batch(size, world_size, size if loop.batch_size == "auto" else loop.batch_size, chunk)
+    parts = loop.phases or ()
+    caps = [phase.batch_size or loop.batch_size for phase in parts] or [loop.batch_size]
+    micros = [split_batch(size, world_size, size if cap == "auto" else cap, chunk)[0] for cap in caps]
+    micro = max(micros)
     per_epoch = epoch_length / size
     total, epochs = loop.total_steps, loop.total_epochs
     if total is None:
@@ -94,6 +110,7 @@ def make_plan(
             f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
             f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
         )
+    starts = [round(total * math.fsum(phase.fraction for phase in parts[:number])) for number in range(len(parts))]
     every = loop.evaluate_every_epochs
     if every == "auto":
         share = evaluation_samples / epoch_length
@@ -115,11 +132,12 @@ def make_plan(
         world_size=world_size,
         global_batch_size=size,
         micro_batch_size=micro,
-        accum_steps=accum,
+        accum_steps=size // world_size // micro,
         epoch_length=epoch_length,
         total_steps=total,
         warmup_steps=min(warmup, total),
         lr=lr,
         evaluate_every_epochs=every,
         range_test_steps=finder.steps if is_tested else 0,
+        phases=tuple(zip(starts, micros)) if parts else (),
     )

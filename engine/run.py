@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing, nullcontext
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -116,7 +117,7 @@ class Run:
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
         if self.step == 0 and plan.range_test_steps:
-            with closing(self._steps(plan.total_steps)) as batches:
+            with closing(self._phase_steps(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
@@ -186,8 +187,22 @@ class Run:
         if stops and not last:
             raise Stopped
 
-    def _steps(self, start_step: int) -> Iterator[list[Batch]]:
-        return self.streams.train.steps(start_step, self.plan.global_batch_size, self.plan.micro_batch_size)
+    def _steps(self, step: int) -> Iterator[list[Batch]]:
+        """Yield this rank's micro-batches of each update from `step` on, phase after phase."""
+        ends = [first for first, _ in self.plan.phases[1:]]
+        for number, end in list(enumerate([*ends, None]))[self.plan.phase_of(step) :]:
+            with closing(self._phase_steps(number, step)) as batches:
+                yield from batches if end is None else islice(batches, end - step)
+            step = end
+
+    def _phase_steps(self, number: int, step: int) -> Iterator[list[Batch]]:
+        """Enter a phase at its first update, and yield the endless micro-batches of its stream."""
+        plan, streams = self.plan, self.streams
+        micro = plan.micro_batch_size
+        if plan.phases:
+            self.learner.enter_phase(number)
+            micro = plan.phases[number][1]
+        yield from [*streams.earlier, streams.train][number].steps(step, plan.global_batch_size, micro)
 
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""
@@ -207,6 +222,7 @@ class Run:
             report = self.measure(only_draws=not self.streams.has_validation)
             value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
+            is_best = is_best and plan.may_be_best(step)
             if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
                 self.best_value, self.best_step = value, step
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
@@ -254,7 +270,7 @@ class Run:
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
                 if self.config.loop.batch_size == "auto" or size < self.plan.micro_batch_size:
-                    loader.batch_size = size
+                    loader.batch_size = size if self.config.loop.batch_size == "auto" else min(size, loader.batch_size)
                 total = len(loader) if isinstance(loader, Sized) else None
                 due[name] = track(watched(name, loader), total, f"evaluating {name}")
         return due

@@ -71,7 +71,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
-    build_groups(task, networks_of(task, task.trained), config.optim)
+    build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
     if not config.dry_run:
         task.load_helpers("training")
     return task.train()
@@ -87,8 +87,10 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
         chunk=train.chunk,
         evaluation_samples=streams.evaluation_samples,
     )
+    if len(streams.earlier) + 1 < len(plan.phases):
+        raise UserError(f"loop.phases: task={config.task.name} has one stream for the whole run; set it to null")
     networks = networks_of(task, task.trained)
-    groups = build_groups(task, networks, config.optim)
+    groups = build_groups(task, networks, config.optim, config.loop.frozen)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     screen = _start_screen(config, plan, runtime, networks, streams)
@@ -123,12 +125,15 @@ def _start_screen(
     if not streams.has_validation:
         stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
         evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
+    phases = zip(plan.phases, config.loop.phases or ())
+    shown = [f"from step {first + 1}: {phase.describe()}" for (first, _), phase in phases]
     machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
     return show_lines(
         f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
         [
             *streams.described.items(),
             ("training", f"{length}; {evaluation}"),
+            *([("phases", "; ".join(shown))] if shown else []),
             ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
             ("machine", f"{ranks}{device}, {machine}"),
         ],
@@ -150,7 +155,8 @@ def open_run(
         learner.batch_size_file = file = folder.path / "batch_size.json"
         learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, plan.micro_batch_size))
         if config.loop.batch_size == "auto" and distributed.is_distributed():
-            learner.rehearse(train.trial_batches(plan.micro_batch_size))
+            for each in (*streams.earlier, train):
+                learner.rehearse(each.trial_batches(plan.micro_batch_size))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:
             run.restore(checkpoint)

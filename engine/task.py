@@ -34,6 +34,7 @@ class Streams:
         first evaluation at or after each multiple uses it, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.
+    earlier: the training streams of the phases before the last one (`loop.phases`).
     """
 
     train: TrainStream
@@ -42,6 +43,7 @@ class Streams:
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Mapping[str, Any] = field(default_factory=dict)
+    earlier: Sequence[TrainStream] = ()
 
     @property
     def evaluation_samples(self) -> int:
@@ -85,6 +87,7 @@ class Task(nn.Module):
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
         are several networks.
     metadata: JSON values for weight files.
+    A module may have `enter_phase(config)`, which takes over the task's configuration of a phase (`loop.phases`).
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """

@@ -13,7 +13,7 @@ from utils.ranks.sharded import Part
 
 # Keys of a group that optim/groups.py sets from the configuration.
 _GROUP_SETTINGS = {
-    *("params", "names", "lr_scale", "decays", "fixed_decay", "freeze_steps"),
+    *("params", "names", "lr_scale", "decays", "fixed_decay", "freeze_steps", "frozen_phases"),
     *("weight_decay", "lr"),
 }
 

@@ -297,8 +297,8 @@ class AutoencoderKind(BucketedKind):
                     network.load()
         return {}
 
-    def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the data of a run. Raises UserError (`task.crop_px`, `task.buckets`)."""
+    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the training stream. Raises UserError (`task.crop_px`, `task.buckets`)."""
         collection, crop_px = data.collection, setup.task.crop_px
         buckets = _assign(data, setup, training_rows(collection, config.loop))
         if len(buckets.rows) == 0:
@@ -308,12 +308,8 @@ class AutoencoderKind(BucketedKind):
         sampler = GroupedSampler(buckets.rows, buckets.groups, setup.task.chunk, config.seed)
         views = {"images": _crops(fitted_views(buckets.sizes_hw, setup.task.buckets)["images"], crop_px)}
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        return Streams(
-            data.train(buckets.rows, no_fields, views, sampler=sampler),
-            self.evaluation(data, setup, collection.rows("val"), training=True),
-            {**data.fingerprints, **setup.fingerprints()},
-            described=described,
-        )
+        train = data.train(buckets.rows, no_fields, views, sampler=sampler)
+        return Streams(train, {}, data.fingerprints, described=described)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: whole images in their buckets, cropped in the centre."""

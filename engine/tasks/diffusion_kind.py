@@ -109,9 +109,15 @@ class DiffusionKind(BucketedKind):
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. This fills the caches first, except in a dry run, which reads no image."""
-        task, collection = setup.task, data.collection
         if config.dry_run:
-            setup = replace(setup, task=task.model_copy(update={"latent_cache": None, "text_cache": None}))
+            off = {"latent_cache": None, "text_cache": None}
+            setup = replace(setup, task=setup.task.model_copy(update=off))
+            config = config.model_copy(update={"task": config.task.model_copy(update=off)})
+        return super().streams(data, setup, config)
+
+    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the training stream, in buckets."""
+        task, collection = setup.task, data.collection
         rows = training_rows(collection, config.loop)
         tags = None if task.tag_weights is None else read_tags(collection, task.captions)
         parts = config.loop.global_batch_size
@@ -126,8 +132,8 @@ class DiffusionKind(BucketedKind):
         frequency = count_tags(collection, images, task.captions)
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
-            self.evaluation(data, setup, collection.rows("val"), training=True),
-            {**read.fingerprints, **setup.fingerprints()},
+            {},
+            read.fingerprints,
             described=described,
             trained_on={"images": len(images), "buckets": buckets.count(), "tag_frequency": frequency},
         )

@@ -10,7 +10,7 @@ A kind's config, task and Kind are in one file; kinds.py has an entry for each.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -100,6 +100,9 @@ class ImageTrainingConfig(TrainingConfig):
                 f"augment.pad: buckets needs augment.on_device=false (it is {str(self.augment.on_device).lower()}) and "
                 f"loop.sampling=shuffled (it is {self.loop.sampling}); set them, or augment.pad=square"
             )
+        needed = [each.augment.shortest_px() or 0 for each in (*self.by_phase(), self)]
+        if max(needed) > needed[-1]:
+            raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
         self.task.check_run(self)
         return self
 
@@ -213,7 +216,26 @@ class Kind:
     # ----------------------------------------------------------------------------------------------------- streams
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the data of a run."""
+        """Return the data of a run: the training streams of its phases, and the evaluation of the last one."""
+        *phases, last = config.by_phase()
+        earlier, fingerprints = [], setup.fingerprints()
+        for number, each in enumerate(phases):
+            own = self.set_up(each, data.collection)
+            if self.model is ModelConfig:
+                check_image_size(own.model, tuple(each.augment.image_size_hw))
+            earlier.append(self.training(data, own, each))
+            values = {**earlier[-1].fingerprints, **own.fingerprints()}
+            fingerprints |= {f"loop.phases.{number}.{name}": value for name, value in values.items()}
+        streams = self.training(data, setup, last)
+        return replace(
+            streams,
+            evaluation=self.evaluation(data, setup, data.collection.rows("val"), training=True),
+            fingerprints={**streams.fingerprints, **fingerprints},
+            earlier=[each.train for each in earlier],
+        )
+
+    def training(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
+        """Return the training stream of a phase or run, with its fingerprints and descriptions."""
         collection, views = data.collection, self.views(setup, config.augment)
         is_usable, fields = self.samples(collection, setup)
         rows = training_rows(collection, config.loop, is_usable)
@@ -222,9 +244,7 @@ class Kind:
             "collection": describe_collection(collection),
             "images": config.augment.describe("orientation" in setup.facts),
         }
-        fingerprints = {**data.fingerprints, **setup.fingerprints()}
-        val = self.evaluation(data, setup, collection.rows("val"), training=True)
-        return Streams(train, val, fingerprints, described=described)
+        return Streams(train, {}, data.fingerprints, described=described)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: the images of `rows` that the task can use."""
