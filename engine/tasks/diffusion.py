@@ -34,6 +34,7 @@ from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import ENCODERS, PARTS, PREFIXES, from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
+from models.sdxl.perceptual import PerceptualConfig, perceptual_loss
 from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
@@ -79,11 +80,15 @@ class NoiseConfig(Strict):
 
 
 class LossConfig(Strict):
-    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py."""
+    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py.
+
+    perceptual: adds a loss of the VAE's decoder at low noise (models/sdxl/perceptual.py).
+    """
 
     weighting: sdxl.Weighting
     gamma: Positive
     floor: Factor
+    perceptual: PerceptualConfig | None
 
 
 class TimestepsConfig(Strict):
@@ -289,12 +294,14 @@ class DiffusionTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's weighted error of the prediction."""
-        error, timesteps, weight = self._errors(batch)
-        logs = {"error": log_mean(error, batch["weight"])}
+        error, timesteps, weight, more = self._errors(batch)
+        logs = {name: log_mean(values, batch["weight"]) for name, values in {"error": error, **more}.items()}
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
             logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
         loss = error * weight
+        if "perceptual" in more:
+            loss = loss + self._config.loss.perceptual.weight * more["perceptual"]
         if self.tag_balance is not None:
             tag_weight = self.tag_balance(batch)
             loss = loss * tag_weight
@@ -307,8 +314,11 @@ class DiffusionTask(Task):
         if self.tag_balance is not None:
             self.tag_balance.after_step(step)
 
-    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the mean squared error of each sample [B], its timestep, and the weight of its noise level."""
+    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
+        """Return the mean squared error of each sample [B], its timestep, and the weight of its noise level.
+
+        The dictionary has the latent perceptual loss, `perceptual` [B], if it is on.
+        """
         noise_config, times = self._config.noise, self._config.timesteps
         keys = batch["key"]
         latents = self._latents(batch)
@@ -317,11 +327,26 @@ class DiffusionTask(Task):
         shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
         level = sdxl.NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
         noise = sdxl.draw_noise(keys, latents, noise_config.offset)
-        pred = self._predict(sdxl.add_noise(latents, noise, level), timesteps, prompts, pooled, batch["fit"].float())
+        noisy = sdxl.add_noise(latents, noise, level)
+        pred = self._predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
         target = sdxl.target(noise_config.prediction_type, latents, noise, level)
         error, loss = (pred - target).square().mean(dim=(1, 2, 3)), self._config.loss
         weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
-        return error, timesteps, weight
+        if loss.perceptual is None:
+            return error, timesteps, weight, {}
+        predicted = sdxl.denoise(noise_config.prediction_type, noisy, pred, level)
+        return error, timesteps, weight, {"perceptual": self._perceptual(predicted, latents, level.snr)}
+
+    def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
+        """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
+
+        It waits for the device, so that only the samples below this level pass through the decoder.
+        """
+        low, losses = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0], torch.zeros_like(snr)
+        if len(low) == 0:
+            return losses
+        outputs = (part[low] / self.latent_factor + self.latent_mean for part in (predicted, latents))
+        return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
         """Return the U-Net's output, float32 [B, 4, h, w].
@@ -369,8 +394,8 @@ class DiffusionTask(Task):
         """
 
         def measure(batch: Batch) -> dict[str, Tensor]:
-            error, _, weight = self._errors(batch)
-            return {"loss": error * weight, "error": error}
+            error, _, weight, more = self._errors(batch)
+            return {"loss": error * weight, "error": error, **more}
 
         measured, drawn = measure_means(loaders["val"], measure), self.draw()
         return Report({**measured, **drawn.scalars}, images=drawn.images)
