@@ -44,9 +44,9 @@ from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
-from utils.io.files import sha256_text
+from utils.io.files import readable, sha256_text
 from utils.io.memo import hash_once
-from utils.io.weights import InitFrom, read_weights
+from utils.io.weights import InitFrom, read_header, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -274,7 +274,8 @@ class DiffusionTask(Task):
         advice = "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora."
         if lora is not None:
             with torch.device("meta"):
-                updates = read_lora(path, open_networks(self._model, ("unet", *ENCODERS)))
+                shapes = open_networks(self._model, ("unet", *ENCODERS))
+            updates = read_lora(path, shapes)
             ranks, tensors = sorted({len(down) for down, _, _ in updates.values()}), {}
             for name, (down, up, scale) in updates.items():  # scaled, so that another alpha changes nothing
                 own = {"A": down, "B": up * (scale * lora.rank / lora.alpha)}
@@ -288,7 +289,12 @@ class DiffusionTask(Task):
         refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
         if not is_meta(self):
             self.load_state_dict(join_exported(self, tensors, {}), strict=False)
-        log.info("init_from: %s, %d tensors", path, len(tensors))
+        stated = metadata.get("origin") or (read_header(path)[1] if path.suffix == ".safetensors" else {})
+        with readable(path, "weight"):
+            found = {stated.get("licence"), stated.get("modelspec.license"), (self.origin or {}).get("licence")}
+            joined = " and ".join(sorted(found - {None})) or None
+        self.origin = {"source": str(path), "layout": "init_from", **(self.origin or {}), "licence": joined}
+        log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -13,6 +13,7 @@ from models.sdxl.networks import draw_networks
 from tests.in_process import run
 from tests.support import TINY, make_collection
 from utils.errors import UserError
+from utils.io.weights import read_weights
 
 SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.global_batch_size=4",
@@ -31,7 +32,7 @@ def place(tmp_path_factory):
     run("finetune_sdxl", [*SHORT, *LORA, "loop.total_steps=2", "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "loop.total_steps=2", "run_dir=unet"], folder)
     for name, form in (("lora", "kohya"), ("lora", "lora_diffusers"), ("unet", "single_file")):
-        run("export", [f"run_dir={name}", "weights=last", f"format={form}"], folder)
+        run("export", [f"run_dir={name}", "weights=last", f"format={form}", "licence=cc-by-nc-4.0"], folder)
     return folder
 
 
@@ -56,6 +57,8 @@ def test_a_run_of_no_steps_has_the_weights_of_its_source(source, place, tmp_path
     found, wanted = last(tmp_path / "run"), last(place / name)
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     assert all(tensor.abs().max() > 0 for tensor in found.values())
+    origin = read_weights(tmp_path / "run/weights/last_weights.safetensors")[1]["origin"]
+    assert origin["licence"] == (None if FILES[source] == source or source == "ours" else "cc-by-nc-4.0")
 
 
 def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):
