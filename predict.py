@@ -26,6 +26,7 @@ from torch import Tensor
 from data.config import TextConfig
 from data.layouts.spelling import join_tags
 from data.open import load_files
+from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRules, read_text_rules
 from data.tools.predictions import (
     Destination,
@@ -86,6 +87,7 @@ class PredictConfig(Strict):
         Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
     ]
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
+    mirror: PathText | None  # a map of left and right, or `plain`; None: images are not mirrored
     text: TextConfig
     pictures: DrawConfig
     lora: PathList  # FILE or FILE:STRENGTH
@@ -139,6 +141,21 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path
         )
     log.info("thresholds: %s", f"from {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
     return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
+
+
+def choose_mirror(config: PredictConfig, predictor: Predictor, is_search: bool) -> np.ndarray | None:
+    """Return `Predictor.mirror`. Outputs that the mirror image loses, or that forbid it, such as texts, have none."""
+    if config.mirror is None:
+        return None
+    if is_search or not predictor.names:
+        raise UserError(f"mirror: {config.mirror} is for classes and tags, not for embeddings and features; remove it")
+    if config.mirror == "plain":
+        return np.arange(len(predictor.names))
+    vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
+    orientation = build_orientation(vocabulary, config.mirror, "mirror")
+    outputs = Mirror(orientation, len(vocabulary)).permutation.numpy()
+    outputs[[*orientation["dropped"], *orientation["no_flip"]]] = -1
+    return outputs
 
 
 def choose_destination(config: PredictConfig, predictor: Predictor, images: Images, weights: str) -> Destination:
@@ -265,6 +282,7 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
+    predictor.mirror = choose_mirror(config, predictor, is_search)
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version, output, rules = sha256_file(weights), Path(config.output), read_text_rules(config.text)
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
@@ -279,7 +297,8 @@ def main(config: PredictConfig, job: Job) -> str:
         return f"wrote {output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    folder, command = destination.folder, describe(config, options, version, rules)
+    map_of = None if predictor.mirror is None else predictor.mirror.tolist()
+    folder, command = destination.folder, [*describe(config, options, version, rules), map_of]
     with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
         paths = choose_paths(config, images, destination, predicted.known)
