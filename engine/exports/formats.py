@@ -229,6 +229,8 @@ def whole_networks(weights: Weights) -> Networks:
 def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write the whole model: a diffusers folder, or a single file, which is read back and compared."""
     settings, dtype, networks = weights.setup.task, _DTYPES[config.precision], whole_networks(weights)
+    if padding := networks["vae"].config.get("padding_mode"):
+        log.warning("format: other programs ignore padding_mode=%s of the VAE: pictures differ at borders", padding)
     noise = settings.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
     if config.format == "diffusers":
         zeros = settings.captions.dropout_to == "zeros"

@@ -24,7 +24,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"LoRA of rank {task.lora.rank}"
         facts |= {"trigger_phrase": given["trigger"] or task.captions.prefix, "ss_sd_model_name": source}
-        facts |= _describe_training(task, metadata)
+        facts |= {"ss_vae_name": Path(weights.setup.model.vae or "").name, **_describe_training(task, metadata)}
     described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
     facts |= {"description": given["description"] or described, "ss_output_name": weights.title}
     known = {name: value for name, value in facts.items() if value not in (None, "", {})}
