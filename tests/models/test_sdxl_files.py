@@ -29,6 +29,7 @@ from models.sdxl.networks import (
 from models.sdxl.step import build_noise_table
 from models.sdxl.tokenizer import build_tokenizer
 from models.sdxl.vae import AS_STATED
+from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.errors import UserError
 from utils.io.weights import read_header
 
@@ -288,3 +289,22 @@ def test_single_files_are_refused(named, file, tmp_path):
     save_file(FILES[named](load_file(file)), tmp_path / "other.safetensors")
     with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"):
         load_networks(tmp_path / "other.safetensors")
+
+
+def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # noqa: F811
+    """Without what is not read, such as other variants. Offline, the file to fetch is named."""
+    write_diffusers(
+        tmp_path / "base", draw_networks(), build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
+        dtype=torch.float32, zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]
+    content = {path.relative_to(tmp_path / "base").as_posix(): path.read_bytes() for path in files}
+    server.commits = [
+        {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other", "README.md": b"---\nlicense: mit\n---\n"}
+    ]
+    found, wanted = load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict()
+    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert describe("hf:me/net@main")["licence"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
+    server.commits = [{}]
+    with pytest.raises(UserError, match=r"^model\.path: hf:me/net@v2 has no model_index\.json"):
+        describe("hf:me/net@v2")
