@@ -98,10 +98,15 @@ def run_sdxl(go, data):
        f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
     rule = {"sizes_hw": "null", "areas_px": "[4096]", "step_px": 32, "min_px": 32, "max_px": 128}
     go("finetune_sdxl", *tiny, *(f"task.buckets.{key}={value}" for key, value in rule.items()), "run_dir=sdxl_rule")
+    short = (text for text in SHORT if not text.startswith("augment"))
+    go("finetune_vae", *TINY["autoencoder"], *short, data, "task.chunk=2", "task.train_encoder=true", "run_dir=vae")
+
+
+OF_SDXL = ("finetune_sdxl", "finetune_vae")
 
 
 def group_of(script):
-    return "training" if script in ON_IMAGES else script
+    return "training" if script in ON_IMAGES else "sdxl" if script in OF_SDXL else script
 
 
 def run_all(recorder, folder, monkeypatch):
@@ -212,6 +217,7 @@ PROVED = {
 # Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
+    "finetune_vae": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
 }
@@ -220,7 +226,7 @@ REFUSED = {
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_every_leaf_is_read(script, runs):
     fields, reads = list_fields(load_command(script).schema), runs[group_of(script)]
-    if script == "finetune_sdxl":  # the loop is that of all trainings
+    if script in OF_SDXL:  # the loop is that of all trainings
         fields = {
             name: room for name, room in fields.items() if not room.startswith(("engine.config", "optim.", "utils."))
         }

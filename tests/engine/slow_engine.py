@@ -48,7 +48,9 @@ def test_killed_and_resumed(task, collection, tmp_path):
 
 @pytest.mark.parametrize("task", OF_DIFFUSERS)
 def test_two_ranks_equal_one(task, collection, tmp_path):
-    exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task)
+    # Two players amplify rounding; biases of keys have no gradient but rounding, which Adam scales up.
+    more, tolerance = {"autoencoder": (["task.discriminator.start_step=10"], 1e-4)}.get(task, ([], 2e-5))
+    exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task, more, tolerance)
 
 
 @pytest.mark.parametrize(
