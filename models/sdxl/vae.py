@@ -13,7 +13,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from models.sdxl.folders import read_config, weight_files
+from models.sdxl.folders import local_base, read_config, weight_files
 from models.sdxl.names import PREFIXES
 from utils.config.bounds import Positive
 from utils.config.schema import Strict
@@ -108,12 +108,12 @@ def _began_with(file: Path) -> str | None:
     began = model.get("vae") or model.get("path")
     if not isinstance(began, str) or metadata.get("script") != "finetune_vae":
         raise UserError(f"{file} holds no VAE: name a run of finetune_vae.py that began with a file or folder")
-    if not Path(began).exists():
+    if not (place := local_base(began)).exists():
         raise UserError(
             f"{file} began with {began}, which does not exist; restore it, or name the VAE that export.py writes: "
             "format=vae run_dir=RUN model.path=NEW"
         )
-    return began
+    return str(place)
 
 
 def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
