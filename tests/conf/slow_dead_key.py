@@ -173,6 +173,8 @@ def run_all(recorder, folder, monkeypatch):
         go("prepare", f"job={job}", *folders)
     go("prepare", "job=filter", "job.min_tags=1", *folders)
     go("prepare", "job=split", *folders)
+    go("prepare", "job=cache", "job.compare=[webp]", *folders)
+    go("prepare", "job=machine", *folders)
     go("prepare", "job=copy", "job.to=part", *folders)
     go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
     without_a_cluster(monkeypatch)
