@@ -15,7 +15,6 @@ from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixtur
 from tests.engine.test_survival import HERE, SMALL, TROUBLED, assert_equal_runs, straight  # noqa: F401 (a fixture)
 from tests.in_process import run as run_here
 from tests.support import (
-    OF_DIFFUSERS,
     ROOT,
     SCRIPTS,
     assert_same_rows,
@@ -46,11 +45,8 @@ def test_killed_and_resumed(task, collection, tmp_path):
     exactness.test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task)
 
 
-@pytest.mark.parametrize("task", OF_DIFFUSERS)
-def test_two_ranks_equal_one(task, collection, tmp_path):
-    # Two players amplify rounding; biases of keys have no gradient but rounding, which Adam scales up.
-    more, tolerance = {"autoencoder": (["task.discriminator.start_step=10"], 1e-4)}.get(task, ([], 2e-5))
-    exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task, more, tolerance)
+def test_two_ranks_equal_one(collection, tmp_path):
+    exactness.test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, "diffusion")
 
 
 @pytest.mark.parametrize(

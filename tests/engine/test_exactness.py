@@ -40,8 +40,7 @@ def assert_same_tensors(first, second, tolerance=0.0):
     assert first.keys() == second.keys()
     for name, tensor in first.items():
         difference = (tensor.double() - second[name].double()).abs().max() if tensor.numel() else torch.tensor(0.0)
-        scale = tensor.double().abs().max().clamp_min(1.0) if tensor.numel() else 1.0
-        assert difference <= tolerance * scale, f"{name} differs by {difference:.3e}"
+        assert difference <= tolerance, f"{name} differs by {difference:.3e}"
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
@@ -97,7 +96,7 @@ def test_two_ranks_equal_one_at_the_same_global_batch(
     one = checkpoint_tensors(tmp_path / "one", 12)
     for name in ("accumulated", "two"):
         # Adam divides by the root of tiny second moments, so a parameter may move by 1e-4 of a learning rate more.
-        assert_same_tensors(one, checkpoint_tensors(tmp_path / name, 12), tolerance)
+        assert_same_tensors(one, checkpoint_tensors(tmp_path / name, 12), tolerance=2e-5)
         assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "one")
         assert_same_rows(tmp_path / name, tmp_path / "one")
 
