@@ -15,11 +15,14 @@ from engine.tasks.kinds import KINDS
 from models.export.model_card import CardFacts
 from utils.config.recipe import flatten, is_free
 from utils.config.schema import path_keys
-from utils.errors import about
+from utils.errors import UserError, about
 from utils.io.files import read_json, readable
 from utils.record.figures import show_name
+from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader
 from utils.thresholds import PER_TAG, ThresholdTable
+
+log = get_logger(__name__)
 
 _RECIPE = {  # ten lines of a recipe, with `peak learning rate` and `precision`
     "script": "script",
@@ -51,7 +54,11 @@ def collect_facts(
 
 def _add_run(facts: CardFacts, run: RunReader, metadata: Mapping[str, Any], prefix: str | None) -> CardFacts:
     """Add recipe, configuration and pictures. prefix: of the pictures of these weights, or None without them."""
-    config = flatten(run.config)
+    try:
+        config = flatten(run.config)
+    except UserError as error:  # the weights are whole
+        log.warning("README.md: without recipe and pictures: %s", error)
+        return facts
     rates = [row["lr"] for row in run.rows if isinstance(row.get("lr"), float)]
     recipe = {name: config.get(key) for name, key in _RECIPE.items()}
     recipe |= {"peak learning rate": max(rates, default=None), "precision": metadata.get("precision")}
