@@ -5,7 +5,7 @@
     python export.py format=timm run_dir=RUN                          or transformers, safetensors, pth
     python export.py format=wd14 run_dir=RUN                          for a tagger; or imgutils, cl_tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
-    python export.py format=wd_repository run_dir=RUN hub=OWNER/NAME  uploads it, private, as one commit
+    python export.py format=timm run_dir=RUN hub=OWNER/NAME           uploads them, private, as one commit
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...
 
 docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
