@@ -99,6 +99,10 @@ class BucketConfig(Strict):
         """Whether the sizes depend on the training images; see `choose_sizes`."""
         return self.fit is not None or self.min_images > 1
 
+    def for_evaluation(self) -> "BucketConfig":
+        """Return the same buckets without chance: no flip, and crops from the centre."""
+        return self.model_copy(update={"flip": 0.0, "crop": "centre"})
+
     def sizes(self) -> list[np.ndarray]:
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:
@@ -232,6 +236,12 @@ class Buckets:
             + (f", up to {zoom.max():.1f} times" if enlarged else "")
             + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         )
+
+    def refuse_none(self, count: int) -> None:
+        """Raise UserError if none of `count` images has a bucket."""
+        if len(self.rows) == 0:
+            counts = ", ".join(f"{len(dropped):,} {reason}" for reason, dropped in self.dropped.items())
+            raise UserError(f"task.buckets: none of {count:,} images has a bucket ({counts}); set other limits")
 
     def count(self) -> list[list[int]]:
         """Return height, width and number of images of each bucket."""

@@ -300,9 +300,9 @@ class AutoencoderKind(BucketedKind):
     def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the training stream. Raises UserError (`task.crop_px`, `task.buckets`)."""
         collection, crop_px = data.collection, setup.task.crop_px
-        buckets = _assign(data, setup, training_rows(collection, config.loop))
-        if len(buckets.rows) == 0:
-            raise UserError("task.buckets: no training image has a bucket (see the warnings above); set other limits")
+        rows = training_rows(collection, config.loop)
+        buckets = _assign(data, setup, rows)
+        buckets.refuse_none(len(rows))
         if (least := buckets.sizes_hw.min()) < crop_px:
             raise UserError(f"task.crop_px: {crop_px} is larger than a bucket's side of {least} px; set at most that")
         sampler = GroupedSampler(buckets.rows, buckets.groups, setup.task.chunk, config.seed)
@@ -314,8 +314,7 @@ class AutoencoderKind(BucketedKind):
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: whole images in their buckets, cropped in the centre."""
         buckets = _assign(data, setup, rows)
-        still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
-        views = {"images": fitted_views(buckets.sizes_hw, still)["images"]}
+        views = {"images": fitted_views(buckets.sizes_hw, setup.task.buckets.for_evaluation())["images"]}
         return {"val": data.evaluation(buckets.rows, no_fields, views, groups=buckets.groups)}
 
 

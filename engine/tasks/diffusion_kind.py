@@ -122,14 +122,12 @@ class DiffusionKind(BucketedKind):
         tags = None if task.tag_weights is None else read_tags(collection, task.captions)
         parts = config.loop.global_batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
-        if len(buckets.rows) == 0:
-            counts = ", ".join(f"{len(dropped):,} {reason}" for reason, dropped in buckets.dropped.items())
-            raise UserError(f"task.buckets: none of {len(rows):,} images has a bucket ({counts}); set other limits")
+        buckets.refuse_none(len(rows))
         captions = describe_captions(collection, rows, task.captions)
         described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
         images = np.unique(buckets.rows)
-        frequency = count_tags(collection, images, task.captions)
+        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, task.captions))
         return Streams(
             read.train(buckets.rows, fields, views, sampler=sampler),
             {},
@@ -140,8 +138,8 @@ class DiffusionKind(BucketedKind):
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""
-        still = setup.task.buckets.model_copy(update={"flip": 0.0, "crop": "centre"})
-        setup = replace(setup, task=setup.task.model_copy(update={"buckets": still}))
+        still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
+        setup = replace(setup, task=still)
         buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
         return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
 
