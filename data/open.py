@@ -27,7 +27,7 @@ import numpy as np
 from data.augment.transforms import evaluation_views
 from data.collection.collection import Collection, index_collection
 from data.config import DataConfig
-from data.images.caches import DiskCached, keep_in_memory
+from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
 from data.images.image_formats import warn_of_missing_libraries
 from data.images.image_source import Images
@@ -119,11 +119,11 @@ def open_images(
     """Return the source of a collection's images, behind the caches of `data.cache`. All ranks must call it together.
 
     preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
-    helps. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `DiskCached` does.
+    helps. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
     decoder = _decoder_of(preprocessing, config.max_pixels, config.background, config.icc)
-    source: Source = Images(collection, decoder)
-    source = DiskCached(source, config.cache) if config.cache.disk_gib > 0 else source
+    images = Images(collection, decoder)
+    source: Source = keep_on_disk(images, config.cache) if config.cache.disk_gib > 0 else images
     return keep_in_memory(source, collection, config.cache) if repeats else source
 
 

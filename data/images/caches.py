@@ -1,10 +1,11 @@
-"""Caches of decoded images, each a source in front of another. Hits, misses and a full cache give the same pixels.
+"""Caches of decoded images, sources in front of another one. Hits, misses and a full cache give the same pixels.
 
-source = DiskCached(Images(collection, decoder), config.cache)    in a folder, which runs share
-source = keep_in_memory(source, collection, config.cache)         one copy for all processes of a node
+source = keep_on_disk(Images(collection, decoder), config.cache)    in a folder, which runs share
+source = keep_in_memory(source, collection, config.cache)           one copy for all processes of a node
 """
 
 import fcntl
+import functools
 import mmap
 import os
 import socket
@@ -13,7 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -25,6 +26,7 @@ from data.config import CacheConfig
 from data.images.image_source import Files, Images
 from data.images.record_store import LimitedStore, record_key
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
+from utils.errors import UserError
 from utils.hardware import free_memory
 from utils.io.memo import file_version
 from utils.ranks import distributed
@@ -40,66 +42,111 @@ _WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, th
 _ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
-_SIZES_BYTES, _ALIGNED = 24, 8
-HEAD = struct.Struct("<3I")  # height, width, channels; the pixels follow
+_WORD_BYTES = 8
+HEAD = struct.Struct("<3I")  # the beginning of a record: height, width, channels; the pixels follow
 
 
-def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
-    """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
+class Cached(Source):
+    """The images of a source, kept as records when they are decoded.
 
-    All ranks must call it.
+    key_of: from a row to the key of its record, or None if it cannot be kept. name: begins the names of the metrics.
     """
-    gib = config.memory_gib
-    if gib == 0:
-        return source
-    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
-    return source if pool is None else _MemoryCached(source, pool)
 
-
-class _Cached(Source):
-    """A source that caches records of its inner source and counts hits and misses, loader workers included."""
-
-    def __init__(self, inner: Source) -> None:
+    def __init__(self, inner: Source, records: "LimitedStore | Pool", key_of: Callable[[int], Any], name: str) -> None:
         self.inner, self.blank = inner, inner.blank
-        # Each process has its own row, so no lock is needed.
+        self.records, self.key_of, self._name = records, key_of, name
+        # Each process, loader workers included, has its own row, so no lock is needed.
         self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_()
 
-    def count(self, name: str) -> None:
-        """Add 1 to a count."""
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
+        """Return the image of a row; hits and misses have equal pixels and strides. Raises UnreadableImage."""
+        place = self.key_of(row)  # before reading the file, so that a change in between invalidates the record
+        record = None if place is None else self.records.get(place)
+        self._count("misses" if record is None else "hits")
+        if record is not None:
+            pixels = torch.from_numpy(record[HEAD.size :].reshape(HEAD.unpack(record[: HEAD.size])))
+        else:
+            pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
+            if place is not None:
+                self._keep(place, pixels)
+        return {IMAGE: pixels.permute(2, 0, 1)}
+
+    def _keep(self, place: Any, pixels: Tensor) -> None:
+        """Write the record of pixels [H, W, C]. After a failed write, warn once and write no more records."""
+        if self.counts()["refused"]:
+            return
+        try:
+            self.records.add(place, HEAD.pack(*pixels.shape) + pixels.numpy().tobytes())
+        except UserError as error:
+            self._count("refused")
+            log.warning("%s. The run continues and decodes uncached images", error)
+
+    def _has(self, row: int) -> bool:
+        place = self.key_of(row)
+        return place is not None and self.records.has(place)
+
+    def file_of(self, row: int) -> FileRange | None:
+        """Return the file of the inner source, unless the row is cached."""
+        file = self.inner.file_of(row)
+        return None if file is None or self._has(row) else file
+
+    def prefetch(self, rows: Iterable[int]) -> None:
+        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
+        self.inner.prefetch(row for row in rows if not self._has(row))
+
+    def _count(self, name: str) -> None:
         self._counts.numpy()[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts over all processes."""
         return dict(zip(_COUNTED, self._counts.sum(dim=0).tolist()))
 
-    def has(self, row: int) -> bool:
-        """Return whether the record of a row is cached."""
-        raise NotImplementedError
-
-    def file_of(self, row: int) -> FileRange | None:
-        """Return the file of the inner source, unless the row is cached."""
-        file = self.inner.file_of(row)
-        return None if file is None or self.has(row) else file
-
-    def prefetch(self, rows: Iterable[int]) -> None:
-        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
-        self.inner.prefetch(row for row in rows if not self.has(row))
-
-    def hit_rate(self) -> float:
-        """Return the share of reads that were hits."""
+    def readings(self) -> dict[str, float]:
+        """Return the hit rate and the size in GiB, and the metrics of the inner source."""
         counts = self.counts()
-        return counts["hits"] / max(1, counts["hits"] + counts["misses"])
+        rate = counts["hits"] / max(1, counts["hits"] + counts["misses"])
+        size = self.records.used_bytes() / GIB
+        return {f"{self._name}_hit_rate": rate, f"{self._name}_gib": size, **self.inner.readings()}
 
 
-class _Pool:
-    """Images by row in an anonymous file (memfd_create): int64 numbers, then the images.
+# ------------------------------------------------------------------------------------------------------------- on disk
 
-    The numbers are the offset of the next image, the end of the space, and the offset of each row's image (0: missing).
-    An image is its height, width and channels as int64, then uint8 [H, W, C].
+
+def image_key(contents: Files, row: int, inputs: str) -> str | None:
+    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
+    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
+        digest = contents.collection.row(row).sha256
+        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
+    version = file_version(file.path)
+    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
+
+
+def keep_on_disk(images: Images, config: CacheConfig) -> Cached:
+    """Return the source behind a folder of records, by the file's state and the decoder's identity.
+
+    The state is path, range, size, times and inode, so an edited file or another decoder never gets old records.
+    Raises UserError (`data.cache.folder`) if the folder cannot be used.
+    """
+    recipe, store = images.decoder.identity(), LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
+    if isinstance(collection := images.listing, Collection) and distributed.is_main():
+        about = {"root": collection.root, "recipe": recipe, "index": collection.arrow}
+        store.note_use(about, np.array([]))
+    return Cached(images, store, functools.partial(image_key, images.contents, inputs=recipe), "l2")
+
+
+# ----------------------------------------------------------------------------------------------------------- in memory
+
+
+class Pool:
+    """Records by row in an anonymous file (memfd_create): int64 numbers, then the records.
+
+    The numbers are the offset of the next record, the end of the space, and the offset of each row's record (0:
+    missing). A record is its length as int64, then its bytes. Nothing is evicted: an epoch reads every image once, so
+    eviction would not increase hits.
 
     An anonymous file leaves nothing behind after a kill, does not count against the size of /dev/shm, and ends with its
-    last process. The offset of a row is written after its image is complete, so a killed process leaves unused space
-    but no broken image.
+    last process. The offset of a row is written after its record is complete, so a killed process leaves unused space
+    but no broken record.
 
     path: lets another process open the file.
     """
@@ -109,37 +156,39 @@ class _Pool:
         self._descriptor = descriptor
         weakref.finalize(self, os.close, descriptor)
         self._bytes = mmap.mmap(descriptor, os.fstat(descriptor).st_size)
-        self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // 8)
-        self._levels = self._words.view(np.uint8)
+        self._words = np.frombuffer(self._bytes, np.int64, len(self._bytes) // _WORD_BYTES)
+        self._content = self._words.view(np.uint8)
         self._next, self._end, self._starts = self._words[0:1], self._words[1:2], self._words[2 : 2 + rows]
         self._reserve = int(_LEFT_SHARE * free_memory())
 
     @classmethod
     def create(cls, rows: int, budget: int) -> Self:
-        """Return an empty pool for `budget` bytes of images; memory is only used when images are stored."""
-        first = 8 * (2 + rows)
+        """Return an empty pool for `budget` bytes of records; memory is only used when records are added."""
+        first = _WORD_BYTES * (2 + rows)
         descriptor = os.memfd_create("atelier-images")
         os.ftruncate(descriptor, first + budget)
         pool = cls(descriptor, rows)
         pool._next[0], pool._end[0] = first, first + budget
         return pool
 
-    @property
     def used_bytes(self) -> int:
-        """Return the bytes used by images."""
-        return int(self._next[0]) - 8 * (2 + len(self._starts))
+        """Return the bytes used by records."""
+        return int(self._next[0]) - _WORD_BYTES * (2 + len(self._starts))
 
-    def __contains__(self, row: int) -> bool:
+    def has(self, row: int) -> bool:
+        """Return whether a row has a record."""
         return self._starts[row] != 0
 
-    def get(self, row: int) -> Tensor | None:
-        """Return the image of a row, uint8 [C, H, W], which must not be modified; or None."""
-        start = int(self._starts[row])
-        return None if start == 0 else torch.from_numpy(self._pixels(start).transpose(2, 0, 1))
+    def get(self, row: int) -> np.ndarray | None:
+        """Return the record of a row, uint8 [N], which must not be modified; or None."""
+        if (start := int(self._starts[row])) == 0:
+            return None
+        first = start + _WORD_BYTES
+        return self._content[first : first + int(self._words[start // _WORD_BYTES])]
 
-    def put(self, row: int, pixels: Tensor) -> None:
-        """Store the image of a row, uint8 [H, W, C], if there is room and no other process has stored it."""
-        bytes_taken = -(-(_SIZES_BYTES + pixels.numel()) // _ALIGNED) * _ALIGNED
+    def add(self, row: int, content: bytes) -> None:
+        """Store the record of a row if there is room and no other process has stored it."""
+        bytes_taken = _WORD_BYTES + -(-len(content) // _WORD_BYTES) * _WORD_BYTES
         if self._next[0] + bytes_taken > self._end[0]:
             return
         with self._locked():
@@ -147,18 +196,14 @@ class _Pool:
             end = start + bytes_taken
             if end // _CHECKED_BYTES > start // _CHECKED_BYTES and free_memory() < self._reserve:
                 self._end[0] = start
-            if end > self._end[0] or row in self:
+            if end > self._end[0] or self.has(row):
                 return
             self._next[0] = end
-        self._words[start // 8 : start // 8 + 3] = pixels.shape
-        self._pixels(start)[:] = pixels.numpy()
+        self._words[start // _WORD_BYTES] = len(content)
+        first = start + _WORD_BYTES
+        self._content[first : first + len(content)] = np.frombuffer(content, np.uint8)
         with self._locked():  # a barrier for the writes before it, on any processor
             self._starts[row] = start
-
-    def _pixels(self, start: int) -> np.ndarray:
-        height, width, channels = self._words[start // 8 : start // 8 + 3].tolist()
-        first = start + _SIZES_BYTES
-        return self._levels[first : first + height * width * channels].reshape(height, width, channels)
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -170,48 +215,30 @@ class _Pool:
             fcntl.lockf(self._descriptor, fcntl.LOCK_UN)
 
 
-class _MemoryCached(_Cached):
-    """The images of a source, stored in a pool when decoded. Hits and misses have equal pixels and strides.
+def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) -> Source:
+    """Return the source behind a memory cache, or the source itself if `data.cache.memory_gib` gives no cache.
 
-    Nothing is evicted: an epoch reads every image once, so eviction would not increase hits.
+    All ranks must call it.
     """
-
-    def __init__(self, source: Source, pool: _Pool) -> None:
-        super().__init__(source)
-        self.pool = pool
-
-    def has(self, row: int) -> bool:
-        """Return whether a row's image is in memory."""
-        return row in self.pool
-
-    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
-        """Return the image of a row, from memory or from the source."""
-        image = self.pool.get(row)
-        self.count("misses" if image is None else "hits")
-        if image is None:
-            pixels = self.inner.read(row)[IMAGE].permute(1, 2, 0).contiguous()
-            self.pool.put(row, pixels)
-            image = pixels.permute(2, 0, 1)
-        return {IMAGE: image}
-
-    def readings(self) -> dict[str, float]:
-        """Return the hit rate and the size in GiB, and the metrics of the inner source."""
-        own = {"l1_hit_rate": self.hit_rate(), "l1_gib": self.pool.used_bytes / GIB}
-        return {**own, **self.inner.readings()}
+    gib = config.memory_gib
+    if gib == 0:
+        return source
+    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
+    return source if pool is None else Cached(source, pool, lambda row: row, "l1")
 
 
-def _share_pool(rows: int, choose: Callable[[], int]) -> _Pool | None:
+def _share_pool(rows: int, choose: Callable[[], int]) -> Pool | None:
     """Return one pool for all ranks of a node, with the size that its first rank chooses; None for 0."""
     hosts = distributed.gather_objects(socket.gethostname())
     first = hosts.index(hosts[distributed.rank()])
     pool = None
     if distributed.rank() == first and (budget := choose()):
         log.debug("data.cache.memory_gib: caching decoded images in up to %.3g GiB", budget / GIB)
-        pool = _Pool.create(rows, budget)
+        pool = Pool.create(rows, budget)
     path = distributed.gather_objects(None if pool is None else pool.path)[first]
     if pool is None and path is not None:
         try:
-            pool = _Pool(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
+            pool = Pool(os.open(path, os.O_RDWR | os.O_CLOEXEC), rows)
         except OSError as error:
             log.warning("data.cache.memory_gib: this rank cannot share memory with rank %d (%s)", first, error.strerror)
     distributed.barrier()  # the first rank must not end before all have opened it
@@ -241,68 +268,3 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
         )  # fmt: skip
         return 0
     return int(min(room, _ESTIMATE_SLACK * whole + _CHECKED_BYTES))
-
-
-def image_key(contents: Files, row: int, inputs: str) -> str | None:
-    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
-    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
-        digest = contents.collection.row(row).sha256
-        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
-    version = file_version(file.path)
-    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
-
-
-class DiskCached(_Cached):
-    """Images in a folder, by the file's state (path, range, size, times, inode) and the decoder's identity.
-
-    So an edited file or another decoder never gets old records.
-    Raises UserError (`data.cache.folder`) if the folder cannot be used.
-    """
-
-    def __init__(self, images: Images, config: CacheConfig) -> None:
-        super().__init__(images)
-        self._inputs = images.decoder.identity()
-        self._store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
-        if isinstance(collection := images.listing, Collection) and distributed.is_main():
-            about = {"root": collection.root, "recipe": self._inputs, "index": collection.arrow}
-            self._store.note_use(about, np.array([]))
-
-    def readings(self) -> dict[str, float]:
-        """Return the hit rate and the size in GiB."""
-        return {"l2_hit_rate": self.hit_rate(), "l2_gib": self._store.used_bytes() / GIB}
-
-    def has(self, row: int) -> bool:
-        """Return whether a row's image is in the cache."""
-        key = self._key(row)
-        return key is not None and self._store.has(key)
-
-    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
-        """Return the image of a row. Raises UnreadableImage."""
-        cache_key = self._key(row)  # before reading the file, so that a change in between invalidates the record
-        record = None if cache_key is None else self._store.get(cache_key)
-        self.count("misses" if record is None else "hits")
-        if record is not None:
-            shape = HEAD.unpack(record[: HEAD.size])
-            return {IMAGE: torch.from_numpy(record[HEAD.size :].reshape(shape)).permute(2, 0, 1)}
-        image = self.inner.read(row)[IMAGE]
-        if cache_key is not None:
-            self._keep(cache_key, image)
-        return {IMAGE: image}
-
-    def _key(self, row: int) -> str | None:
-        """Return the key of a row's image; None if the file is missing or was changed just now."""
-        return image_key(self.inner.contents, row, self._inputs)
-
-    def _keep(self, key: str, image: Tensor) -> None:
-        """Write the record of an image, uint8 [C, H, W]. After a failed write, warn once and write no more records."""
-        if self.counts()["refused"]:
-            return
-        pixels = image.permute(1, 2, 0).contiguous().numpy()
-        try:
-            self._store.add(key, HEAD.pack(*pixels.shape) + pixels.tobytes())
-        except OSError as error:
-            self.count("refused")
-            log.warning(
-                "data.cache.folder: %s cannot be written (%s); the run continues and decodes uncached images",
-                self._store.folder, error.strerror,
-            )  # fmt: skip

@@ -122,10 +122,11 @@ class LimitedStore(Store):
         return int(self._used.read_text() or 0) if self._used.exists() else 0
 
     def add(self, key: str, content: bytes) -> None:
-        """Write a record, unless it would take nearly the whole store. Raises OSError."""
+        """Write a record, unless it would take nearly the whole store. Raises UserError (`data.cache.folder`)."""
         if (size := _SUM_BYTES + len(content)) <= _FULL * self._limit:
-            self._take(size)
-            self.put(key, content)
+            with output_errors("data.cache.folder", self.folder):
+                self._take(size)
+                self.put(key, content)
 
     def _take(self, size: int) -> None:
         """Reserve `size` bytes, evicting the oldest records if needed."""

@@ -1,5 +1,6 @@
 """The cache on disk: hits equal misses, nothing stale is served, and no full disk matters."""
 
+import functools
 import os
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import pytest
 import torch
 from PIL import Image
 
-from data.images.caches import DiskCached
+from data.images.caches import image_key, keep_on_disk
 from data.images.decode import Decoder
 from data.images.image_source import Images
 from data.stream.loader import EvaluationStream, Loader, no_fields
@@ -37,7 +38,7 @@ def photos(tmp_path):
 
 def cached(photos, folder, decoder=RGB, **changes):
     config = cache_config(folder=str(folder), **{"disk_gib": 0.05} | changes)
-    return DiskCached(Images(photos, decoder), config)
+    return keep_on_disk(Images(photos, decoder), config)
 
 
 def read_all(source):
@@ -105,7 +106,7 @@ def test_a_full_disk_is_one_warning(photos, small_disk, log):
     shutil.copytree(photos.root, small_disk / "more")  # half of the disk
     source = cached(photos, small_disk / "cache")
     for number in range(80):
-        source._inputs = str(number)
+        source.key_of = functools.partial(image_key, source.inner.contents, inputs=str(number))
         assert_equal(read_all(source), read_all(source.inner))
     warned = [record for record in log.records if record.getMessage().startswith("data.cache.folder")]
     assert len(warned) == 1 and source.counts()["refused"] > 0

@@ -15,7 +15,7 @@ from PIL import Image
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.config import AugmentConfig
 from data.images import caches
-from data.images.caches import GIB, _choose_budget, _MemoryCached, _Pool, _share_pool, keep_in_memory
+from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory
 from data.images.decode import Decoder
 from data.images.image_source import Images
 from data.stream.loader import Loader, no_fields
@@ -46,7 +46,7 @@ def images(collection, shortest_px=None, channels=3):
 
 
 def cached(collection, **changes):
-    return _MemoryCached(images(collection, **changes), _Pool.create(len(collection), 2**22))
+    return Cached(images(collection, **changes), Pool.create(len(collection), 2**22), int, "l1")
 
 
 @pytest.mark.parametrize("channels", [1, 3])
@@ -58,7 +58,7 @@ def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, s
         assert torch.equal(direct, miss) and torch.equal(miss, hit)
         first = 1 if channels == 1 else 0  # the stride of one channel means nothing
         assert direct.stride()[first:] == miss.stride()[first:] == hit.stride()[first:]
-    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.pool.used_bytes / GIB}
+    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.records.used_bytes() / GIB}
 
 
 def test_an_unreadable_image_is_refused_each_time(collection):
@@ -66,7 +66,7 @@ def test_an_unreadable_image_is_refused_each_time(collection):
     for _ in range(2):
         with pytest.raises(UnreadableImage):
             kept.read(12)
-    assert 12 not in kept.pool
+    assert not kept.records.has(12)
 
 
 def test_no_transform_changes_what_is_kept(collection):
@@ -91,37 +91,37 @@ def test_no_transform_changes_what_is_kept(collection):
 # ------------------------------------------------------------------------------------------------------------ the pool
 
 
-def pixels_of(row):
-    return torch.full((40, 50, 3), row, dtype=torch.uint8)
+def record_of(row):
+    return bytes([row]) * 6000
 
 
 def test_a_full_pool_keeps_the_first_images():
-    pool = _Pool.create(100, 5 * (40 * 50 * 3 + 24))
+    pool = Pool.create(100, 5 * (6000 + 8))
     for row in range(100):
-        pool.put(row, pixels_of(row))
-    assert [row for row in range(100) if row in pool] == [0, 1, 2, 3, 4]
-    assert torch.equal(pool.get(4), pixels_of(4).permute(2, 0, 1)) and pool.get(5) is None
+        pool.add(row, record_of(row))
+    assert [row for row in range(100) if pool.has(row)] == [0, 1, 2, 3, 4]
+    assert pool.get(4).tobytes() == record_of(4) and pool.get(5) is None
 
 
 def test_no_image_is_added_where_memory_runs_out(monkeypatch):
-    pool = _Pool.create(9, 2**20)
+    pool = Pool.create(9, 2**20)
     monkeypatch.setattr(caches, "_CHECKED_BYTES", 10_000)
     monkeypatch.setattr(caches, "free_memory", lambda: 0)
     for row in range(9):
-        pool.put(row, pixels_of(row))
-    assert [row for row in range(9) if row in pool] == [0]
+        pool.add(row, record_of(row))
+    assert [row for row in range(9) if pool.has(row)] == [0]
 
 
 def fill(pool, first):
     for number in range(2000):
         row = (first + number) % 2000
-        if (image := pool.get(row)) is not None:
-            assert torch.equal(image, pixels_of(row % 251).permute(2, 0, 1))
-        pool.put(row, pixels_of(row % 251))
+        if (record := pool.get(row)) is not None:
+            assert record.tobytes() == record_of(row % 251)
+        pool.add(row, record_of(row % 251))
 
 
 def test_killed_writers_leave_no_bad_image():
-    pool = _Pool.create(2000, 2000 * (40 * 50 * 3 + 24) * 2)
+    pool = Pool.create(2000, 2000 * (6000 + 8) * 2)
     for number in range(12):
         writers = [FORK.Process(target=fill, args=(pool, 150 * number + 700 * place)) for place in range(2)]
         for writer in writers:
@@ -130,10 +130,10 @@ def test_killed_writers_leave_no_bad_image():
         for writer in writers:
             os.kill(writer.pid, signal.SIGKILL)
             writer.join()
-    kept = [row for row in range(2000) if row in pool]
+    kept = [row for row in range(2000) if pool.has(row)]
     assert len(kept) > 100
     fill(pool, 0)  # which checks each image that it finds
-    assert all(row in pool for row in range(2000))
+    assert all(map(pool.has, range(2000)))
 
 
 def rank_of_two(rank, pipe, found):
@@ -146,9 +146,9 @@ def rank_of_two(rank, pipe, found):
 
     distributed.gather_objects, distributed.rank = gather, lambda: rank
     pool = _share_pool(4, lambda: 2**20)
-    pool.put(rank, pixels_of(rank))
+    pool.add(rank, record_of(rank))
     gather(None)
-    found.put([int(pool.get(row)[0, 0, 0]) for row in (0, 1)])
+    found.put([int(pool.get(row)[0]) for row in (0, 1)])
 
 
 def test_two_ranks_share_one_pool():
@@ -167,7 +167,7 @@ def test_two_ranks_share_one_pool():
 @pytest.mark.parametrize(("gib", "kept"), [(0, False), ("auto", True), (1.0, True)])
 def test_images_are_kept_as_configured(collection, gib, kept):
     source = keep_in_memory(images(collection), collection, cache_config(memory_gib=gib))
-    assert isinstance(source, _MemoryCached) is kept
+    assert isinstance(source, Cached) is kept
 
 
 @pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])

@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from data.config import CacheConfig
-from data.images.caches import DiskCached
+from data.images.caches import keep_on_disk
 from data.images.decode import Decoder
 from data.images.image_source import Images
 from data.images.record_store import TensorStore
@@ -40,7 +40,7 @@ def stores(tmp_path, monkeypatch):
     for number in range(4):
         Image.fromarray((levels // (number + 16)).astype(np.uint8)).save(f"photos/{number}.png")
     collection = load(Path("photos"), tmp_path / "outputs/cache/collections")
-    cached = DiskCached(
+    cached = keep_on_disk(
         Images(collection, Decoder(3, 10**6)), CacheConfig(memory_gib=0.0, folder="outputs/cache/images", disk_gib=0.1)
     )
     for row in range(4):
