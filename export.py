@@ -36,7 +36,7 @@ def main(config: ExportConfig, job: Job) -> str:
     # ------------------------------------------------------------------------------------------------ 1. The weights
     with about("weights"):
         weights = open_weights(choose_weights(config.run_dir or "", config.weights), base=config.model)
-    weights = (weights.without_head() if config.backbone_only else weights).for_export(config.licence)
+    weights = (weights.without_head() if config.backbone_only else weights).for_export(config.license)
     find_format(config.format, weights)
     if config.hub.name is not None:
         refuse_licence(weights.metadata)
@@ -52,10 +52,10 @@ def main(config: ExportConfig, job: Job) -> str:
     with open_journal("output", folder, is_folder=True):
         report = write_export(weights, folder, config)
         report |= {"format": config.format, "step": weights.metadata["step"]}
-        report |= licence_entry("licence", weights.metadata)
+        report |= licence_entry("license", weights.metadata)
         add_report(folder, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
-    licence = f" (licence of the source weights: {report['licence']})" if "licence" in report else ""
+    licence = f" (licence of the source weights: {report['license']})" if "license" in report else ""
     wrote = f"wrote {folder / report['file']}{licence}  {line}"
 
     # ---------------------------------------------------------------------------------------------------- 3. The hub

@@ -89,8 +89,8 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
 def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, caplog, monkeypatch):  # noqa: F811
     words = ["format=pth", "run_dir=run", "weights=best", "output=shared", "hub=me/net"]
     for licence in ("unknown", "cc-by-nc-nd-4.0"):
-        with pytest.raises(UserError, match="^licence: "):
-            run("export", [*words, f"licence={licence}"], place)
+        with pytest.raises(UserError, match="^license: "):
+            run("export", [*words, f"license={licence}"], place)
     assert not (place / "shared").exists()
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("atelier"), "propagate", True)
@@ -110,7 +110,7 @@ def test_an_export_comes_back_as_a_run_of_no_steps(place):
     run("finetune", [*SMALL, *words], place)
     found = metrics(place, "run_dir=back", *ON_CPU)
     assert found == pytest.approx(wanted, abs=1e-5) and found["samples"] == 4
-    assert weights_of(place, "back")[1]["origin"]["licence"] == "cc-by-nc-4.0"
+    assert weights_of(place, "back")[1]["origin"]["license"] == "cc-by-nc-4.0"
 
 
 def test_weights_of_others_become_a_run_of_no_steps(place):
@@ -120,7 +120,7 @@ def test_weights_of_others_become_a_run_of_no_steps(place):
     run("finetune", [*words, "loop.total_steps=0"], place)
     given, (saved, metadata) = torch.load(place / "two.pt")["model"], weights_of(place, "taken", "best")
     assert saved.keys() == given.keys() and all(torch.equal(saved[name], given[name]) for name in given)
-    assert metadata["step"] == 0 and metadata["origin"]["licence"] == "cc-by-nc-4.0"
+    assert metadata["step"] == 0 and metadata["origin"]["license"] == "cc-by-nc-4.0"
     (row,) = rows_of(place / "taken/metrics.jsonl")
     found = metrics(place, "run_dir=taken", "weights=best", "runtime.precision=fp32", *ON_CPU)
     assert row["ema/top1"] == found["top1"] and row["ema/loss"] == pytest.approx(found["loss"], rel=1e-5)
@@ -134,17 +134,17 @@ def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
         assert weights_of(place, "run", name)[1]["origin"] == {
             "source": "fcmae.pt",
             "layout": "official",
-            "licence": "cc-by-nc-4.0",
+            "license": "cc-by-nc-4.0",
         }
     run("export", ["format=timm", "run_dir=run"], place)
     assert read_json(place / "run/export/timm/config.json")["pretrained_cfg"]["license"] == "cc-by-nc-4.0"
-    assert read_json(place / "run/export/timm/export.json")["model.safetensors"]["licence"] == "cc-by-nc-4.0"
+    assert read_json(place / "run/export/timm/export.json")["model.safetensors"]["license"] == "cc-by-nc-4.0"
     # A run from that export: the file beside the weights states it.
     run("finetune", [*SMALL, "init_from=run/export/timm", "run_dir=second", "loop.total_steps=3"], place)
     _, metadata = weights_of(place, "second")
-    assert metadata["origin"]["licence"] == "cc-by-nc-4.0" and metadata["origin"]["layout"] == "timm"
-    run("export", ["format=safetensors", "run_dir=second", "licence=mine", "output=mine"], place)
-    assert read_json(place / "mine/export.json")["model.safetensors"]["licence"] == "mine"
+    assert metadata["origin"]["license"] == "cc-by-nc-4.0" and metadata["origin"]["layout"] == "timm"
+    run("export", ["format=safetensors", "run_dir=second", "license=mine", "output=mine"], place)
+    assert read_json(place / "mine/export.json")["model.safetensors"]["license"] == "mine"
 
 
 def test_a_file_of_features_only_is_for_init_from(place):
@@ -189,7 +189,7 @@ def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monke
     used = metadata["preprocessing"]
     assert used["mean"] == list(config.mean) and used["eval_crop"] == config.crop_pct
     assert used["interpolation"] == config.interpolation and used["image_size_hw"] == [64, 64]
-    assert metadata["origin"] == {"source": f"timm {RESNET}", "layout": "timm", "licence": config.license}
+    assert metadata["origin"] == {"source": f"timm {RESNET}", "layout": "timm", "license": config.license}
     run("evaluate", ["run_dir=timm", *ON_CPU], place)  # rebuilds the network without the hub
     # A kept head has the classes of its pretraining: another number is refused.
     with pytest.raises(UserError, match=rf"^task\.head: kept, but timm {RESNET} has no head of these 2"):

@@ -63,7 +63,7 @@ class ExportConfig(Strict):
     """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
 
     `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
-    `licence` replaces the known licence of the source weights. author, description, trigger: for the headers of SDXL's
+    `license` replaces the known licence of the source weights. author, description, trigger: for the headers of SDXL's
     files; None: no author, a description from the run, `task.captions.prefix`. card: a file to append to README.md.
     latent_statistics: state the latents' mean and standard deviation in the VAE's config, for new U-Nets, with a
     scaling factor of 1. dynamic_size: the ONNX file accepts images of any size from the network's stride up. tolerance:
@@ -85,7 +85,7 @@ class ExportConfig(Strict):
     backbone_only: bool
     thresholds: PathText | None
     latent_statistics: bool
-    licence: str | None
+    license: str | None
     author: str | None
     description: str | None
     trigger: str | None

@@ -55,7 +55,7 @@ class Weights:
         """
         metadata = dict(self.metadata)
         if licence is not None:
-            metadata["origin"] = {**(metadata.get("origin") or {}), "licence": licence}
+            metadata["origin"] = {**(metadata.get("origin") or {}), "license": licence}
         preprocessing = dict(metadata.get("preprocessing", {}))
         if preprocessing.pop("buckets_hw", None) is None:
             return replace(self, metadata=metadata)

@@ -39,6 +39,7 @@ from utils.config.bounds import BatchSize, CountOrZero, Depth, Factor, Side, Wid
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
+from utils.io.hub import stated_license
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
 from utils.record import pictures
@@ -155,10 +156,10 @@ class AutoencoderTask(Task):
                 "do not fit the new one"
             )
         if self._model.vae is not None:
-            self.origin = {"source": self._model.vae, "layout": "VAE", "licence": None}
+            self.origin = {"source": self._model.vae, "layout": "VAE", "license": stated_license(self._model.vae)}
         elif (path := self._model.path) is not None:
             known = describe(path)
-            self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
+            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
 
     # ------------------------------------------------------------------------------------------------------ training
 

@@ -45,6 +45,7 @@ from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.io.files import readable, sha256_text
+from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, read_header, read_weights
 from utils.ranks import distributed
@@ -257,15 +258,16 @@ class DiffusionTask(Task):
         if (path := self._model.path) is not None:
             known, files = describe(path), [] if self.alphas.is_meta else base_files(self._model, ("unet",))
             hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
-            self.origin = {"source": path, "layout": known["layout"], "licence": known["licence"]}
+            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
             self.origin["sha256"] = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
         if source is not None:
             with about("init_from"):
-                self._continue(source.find(), source.weights)
+                self._continue(source)
 
-    def _continue(self, path: Path, which: Literal["model", "ema"]) -> None:
+    def _continue(self, source: InitFrom) -> None:
         """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
-        tensors, metadata = read_weights(path, which)
+        path = source.find()
+        tensors, metadata = read_weights(path, source.weights)
         task, ours, lora = metadata.get("task"), self._config.noise, self._config.lora
         theirs = task.get("noise") if isinstance(task, dict) else None
         for name in ("prediction_type", "zero_terminal_snr") if isinstance(theirs, dict) and not ours.convert else ():
@@ -290,10 +292,12 @@ class DiffusionTask(Task):
         if not is_meta(self):
             self.load_state_dict(join_exported(self, tensors, {}), strict=False)
         stated = metadata.get("origin") or (read_header(path)[1] if path.suffix == ".safetensors" else {})
+        card = stated_license(source.source)
         with readable(path, "weight"):
-            found = {stated.get("licence"), stated.get("modelspec.license"), (self.origin or {}).get("licence")}
+            own = stated.get("license") or stated.get("modelspec.license") or card
+            found = {own, (self.origin or {}).get("license")}
             joined = " and ".join(sorted(found - {None})) or None
-        self.origin = {"source": str(path), "layout": "init_from", **(self.origin or {}), "licence": joined}
+        self.origin = {"source": str(path), "layout": "init_from", **(self.origin or {}), "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
 
     # ------------------------------------------------------------------------------------------------------ training

@@ -63,7 +63,7 @@ def licence_of(metadata: Mapping[str, Any]) -> str | None:
     Return None if training began with random weights, because then no other licence applies.
     """
     origin = dict_of(metadata, "origin")
-    return str(origin["licence"] or "unknown") if "licence" in origin else None
+    return str(origin["license"] or "unknown") if "license" in origin else None
 
 
 def dict_of(metadata: Mapping[str, Any], key: str) -> Mapping[str, Any]:
@@ -79,7 +79,7 @@ def licence_entry(key: str, metadata: Mapping[str, Any]) -> dict[str, str]:
 
 
 def refuse_licence(metadata: Mapping[str, Any]) -> None:
-    """Raise UserError (`licence`) if the licence of the source weights is unknown, or forbids to share changed ones."""
+    """Raise UserError (`license`) if the licence of the source weights is unknown, or forbids to share changed ones."""
     licence = licence_of(metadata) or ""
     if licence == "unknown":
         reason = "is unknown, and the hub shows one"
@@ -87,7 +87,7 @@ def refuse_licence(metadata: Mapping[str, Any]) -> None:
         reason = f"is {licence}, which forbids to share changed weights"
     else:
         return
-    raise UserError(f"licence: the licence of the source weights {reason}; set licence=NAME if you know another one")
+    raise UserError(f"license: the licence of the source weights {reason}; set license=NAME if you know another one")
 
 
 def label_names(metadata: Mapping[str, Any]) -> list[str]:

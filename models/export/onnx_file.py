@@ -136,7 +136,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     keys = ("output", model.output.names_key, "preprocessing", "step", "form", "weights_hash", "thresholds", *FACTS)
     kept = {key: metadata[key] for key in keys if key in metadata}
-    onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, **licence_entry("licence", metadata)})})
+    onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, **licence_entry("license", metadata)})})
 
 
 @torch.inference_mode()

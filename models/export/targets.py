@@ -34,11 +34,11 @@ def write_safetensors(network: nn.Module, metadata: Metadata, folder: Path) -> N
 def write_pth(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     """Write the network's state dict: `network.load_state_dict(torch.load(FILE)["model"])`.
 
-    The entry `licence` is always written, because a file with only `model` is presumed to be one of Meta's.
+    The entry `license` is always written, because a file with only `model` is presumed to be one of Meta's.
     """
     state = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in network.state_dict().items()}
     content = io.BytesIO()  # because torch.save's error for a full disk is misleading
-    torch.save({"model": state, "licence": licence_of(metadata)}, content)  # noqa: TID251 (tensors and one text)
+    torch.save({"model": state, "license": licence_of(metadata)}, content)  # noqa: TID251 (tensors and one text)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model.pth").write_bytes(content.getbuffer())
 

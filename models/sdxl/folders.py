@@ -47,7 +47,7 @@ def local_base(path: str | Path) -> Path:
     """Return the file or folder of a base model; of a name on the hub, after its files are fetched."""
     if not is_reference(reference := str(path)):
         return Path(path)
-    folder = fetch(reference, ["model_index.json"], ["scheduler/scheduler_config.json"], beside=["README.md"])
+    folder = fetch(reference, ["model_index.json"], ["scheduler/scheduler_config.json"])
     for part in PARTS if folder.is_dir() else ():
         name, inside = weight_name(part), (f"{part}/config.json",)
         variants = [(f"{name}{v}.safetensors", f"{name}.safetensors.index{v}.json") for v in ("", ".fp16", ".bf16")]

@@ -3,7 +3,6 @@
 Attention heads are 64 wide, as in SDXL; a network narrower than 128 has one head.
 """
 
-import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -32,13 +31,13 @@ from models.weights.fit import refuse_misfits
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.io.files import readable
+from utils.io.hub import stated_license
 from utils.io.weights import read_header, read_weights
 
 State = dict[str, Tensor]
 Networks = dict[str, nn.Module]  # by the names of PARTS
 _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
-_MAX_CARD = 10_000  # characters of a model card to search for its front matter
 # Configuration that is read, or that does not change the networks.
 _FREE = (*VAEValues.model_fields, "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
@@ -275,16 +274,17 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
-    `layout`, `licence`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `other_noise` (how its
+    `layout`, `license`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `other_noise` (how its
     noise schedule differs from SDXL's, or None), `unread` (names of tensors that belong to no network), and
     `zeros_for_empty_prompt` (see `write_diffusers`; a single file's is encoded, as in ComfyUI and the web UIs).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
-    path = local_base(path)
+    source, path = path, local_base(path)
     if not path.exists():
         raise unusable(f"{path} does not exist")
     facts = _describe_folder(path) if path.is_dir() else _describe_file(path)
+    facts["license"] = facts["license"] or stated_license(source)
     if facts["prediction_type"] == "epsilon":  # nobody states that it has no zero terminal SNR
         if facts["zero_terminal_snr"]:
             facts["other_noise"] = facts["other_noise"] or "zero terminal SNR with epsilon"
@@ -316,7 +316,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         "prediction_type": prediction,
         "zero_terminal_snr": rescaled,
         "other_noise": other,
-        "licence": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
+        "license": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
         "unread": drop_unused("", outside),
         "zeros_for_empty_prompt": False,
     }
@@ -350,8 +350,7 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
     noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
     zeros = index.get("force_zeros_for_empty_prompt", True) is True
-    licence = _stated_licence(path / "README.md")
-    return {"layout": "diffusers", **noise, "licence": licence, "unread": [], "zeros_for_empty_prompt": zeros}
+    return {"layout": "diffusers", **noise, "license": None, "unread": [], "zeros_for_empty_prompt": zeros}
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:
@@ -365,12 +364,3 @@ def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]
         part: from_folder(part, {k: v for file in weight_files(path / part, part) for k, v in read(file).items()})
         for part in only
     }
-
-
-def _stated_licence(card: Path) -> str | None:
-    """Return the licence in the front matter of a model card, or None."""
-    if not card.is_file():
-        return None
-    with open(card, encoding="utf-8", errors="replace") as stream:
-        match = re.match(r"---\n(?:(?!---).*\n)*?license: *(\S+)", stream.read(_MAX_CARD))
-    return match and match[1][:_MAX_TEXT]

@@ -13,7 +13,7 @@ from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError, about
 from utils.io.files import read_json
-from utils.io.hub import is_reference
+from utils.io.hub import is_reference, stated_license
 from utils.io.weights import FOLDER_FILES, InitFrom, read_weights
 from utils.record.logging import get_logger
 
@@ -45,8 +45,7 @@ def initialise_from(
         path = source.find()
         tensors, metadata = read_weights(path, which=source.weights, shapes_only=is_meta(network))
         layout, state = convert(network, tensors)
-        origin = _find_origin(path, "atelier" if "task" in metadata else layout, metadata)
-        origin |= {"source": source.source} if is_reference(source.source) else {}
+        origin = _find_origin(source.source, path, "atelier" if "task" in metadata else layout, metadata)
         origin |= {"weights_hash": metadata["weights_hash"]} if "weights_hash" in metadata else {}
         known = read_class_names(path, metadata)
     fit = fit_state(network, state, keep_head=keep_head)
@@ -132,23 +131,27 @@ def _shorten(names: Sequence[Any]) -> str:
     return (shown + (", ..." if len(names) > 3 else "")) or "none"
 
 
-def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, Any]:
+def _find_origin(source: str, path: Path, layout: str, metadata: dict[str, Any]) -> dict[str, Any]:
     """Return the origin of a file's weights, and log their licence, which also applies to weights trained from them.
 
-    An origin has JSON values: `source` (file, or name in timm), `layout`, `licence` (an identifier, or None: unknown).
-    It has no `licence` if the source is a run that began with random weights. The licence comes from the file's
-    metadata, or from config.json in the folders of timm and transformers. A torch file with the layout and the single
-    entry of Meta's released files is presumed to be one of them.
+    An origin has JSON values: `source` (file, or name in timm), `layout`, `license` (an identifier, or None: unknown).
+    It has no `license` if the source is a run that began with random weights. The licence comes from the file's
+    metadata, from config.json in the folders of timm and transformers, or from the model card of a folder or of a
+    repository on the hub. A torch file with the layout and the single entry of Meta's released files is presumed to be
+    one of them.
     """
     earlier, is_run = metadata.get("origin"), "task" in metadata
     earlier = earlier if isinstance(earlier, dict) else {}
-    if is_run and "licence" not in earlier:
-        return {"source": str(path), "layout": layout}
-    licence, reason = earlier.get("licence"), "the file states it"
+    origin = {"source": source if is_reference(source) else str(path), "layout": layout}
+    if is_run and "license" not in earlier:
+        return origin
+    licence, reason = earlier.get("license"), "the file states it"
     if licence is None and not is_run:
         config, reason = _read_config_beside(path), "its config.json states it"
         pretrained = config.get("pretrained_cfg")  # timm's entry
         licence = config.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
+        if licence is None:
+            licence, reason = stated_license(source), "its model card states it"
         if licence is None and layout == "official" and metadata.get("entries") == ["model"]:
             licence, reason = RELEASED_LICENCE, "presumed: the file has the layout of the weights that Meta released"
     if isinstance(licence, str) and licence != "unknown":
@@ -157,4 +160,4 @@ def _find_origin(path: Path, layout: str, metadata: dict[str, Any]) -> dict[str,
     elif not is_run:
         log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
         licence = None
-    return {"source": str(path), "layout": layout, "licence": licence}
+    return {**origin, "license": licence}

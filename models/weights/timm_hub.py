@@ -48,7 +48,7 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         head = optional_prefixes(network)[0]
         state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
     log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
-    return state, {"source": f"timm {name}", "layout": "timm", "licence": licence}
+    return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

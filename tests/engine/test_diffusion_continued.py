@@ -32,7 +32,7 @@ def place(tmp_path_factory):
     run("finetune_sdxl", [*SHORT, *LORA, "loop.total_steps=2", "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "loop.total_steps=2", "run_dir=unet"], folder)
     for name, form in (("lora", "kohya"), ("lora", "lora_diffusers"), ("unet", "single_file")):
-        run("export", [f"run_dir={name}", "weights=last", f"format={form}", "licence=cc-by-nc-4.0"], folder)
+        run("export", [f"run_dir={name}", "weights=last", f"format={form}", "license=cc-by-nc-4.0"], folder)
     return folder
 
 
@@ -58,7 +58,7 @@ def test_a_run_of_no_steps_has_the_weights_of_its_source(source, place, tmp_path
     torch.testing.assert_close(found, wanted, rtol=1e-6, atol=1e-7)
     assert all(tensor.abs().max() > 0 for tensor in found.values())
     origin = read_weights(tmp_path / "run/weights/last_weights.safetensors")[1]["origin"]
-    assert origin["licence"] == (None if FILES[source] == source or source == "ours" else "cc-by-nc-4.0")
+    assert origin["license"] == (None if FILES[source] == source or source == "ours" else "cc-by-nc-4.0")
 
 
 def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):

@@ -76,7 +76,7 @@ def test_the_onnx_file_says_what_it_takes_and_gives(exported):
     shape = proto.graph.input[0].type.tensor_type.shape.dim
     assert shape[0].dim_param and [size.dim_value for size in shape[1:]] == [3, 24, 32]
     found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
-    assert found["class_names"] == ["ä", "b,c", "d"] and found["step"] == 3 and "licence" not in found
+    assert found["class_names"] == ["ä", "b,c", "d"] and found["step"] == 3 and "license" not in found
     assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", 18)] and proto.ir_version <= 9
     text = str(proto)
     assert ".py" not in text and "metadata_props" not in text.replace('metadata_props {\n  key: "atelier"', "")

@@ -67,7 +67,7 @@ def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
     network = vary_weights(build_network(config, num_classes))
     output = "classes" if num_classes else "features"
     model = ImageModel(network, Normalise(values["mean"], values["std"], config.in_channels), output).eval()
-    origin = {"source": "a.pt", "layout": "official", "licence": "cc-by-nc-4.0"}
+    origin = {"source": "a.pt", "layout": "official", "license": "cc-by-nc-4.0"}
     metadata = {"task": {"name": "classification"}, "model": config.model_dump(), "preprocessing": values, "step": 7,
                 "output": output, "origin": origin}  # fmt: skip
     return model, metadata | ({"class_names": NAMES} if num_classes else {})
@@ -109,14 +109,14 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
 
 
 def test_texts_of_strangers_are_text_in_the_card(tmp_path):
-    texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "licence": 'mit"\ntags: [forged]'}
+    texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "license": 'mit"\ntags: [forged]'}
     for origin in (texts, "no object"):
         _, metadata = make(geometry())
         write_card(tmp_path, "safetensors", "model.safetensors", {**metadata, "origin": origin})
         lines = (tmp_path / "README.md").read_text().splitlines()
         if origin == texts:
             front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-            assert (front["license"], front["license_name"]) == ("other", texts["licence"])
+            assert (front["license"], front["license_name"]) == ("other", texts["license"])
             assert (
                 lines.count("---") == 2
                 and r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
@@ -230,7 +230,7 @@ def test_files_with_the_networks_own_names(tmp_path):
     export("safetensors", model, metadata, tmp_path)
     content = torch.load(tmp_path / "model.pth", weights_only=True)
     tensors, found = read_weights(tmp_path / "model.safetensors")
-    assert found["class_names"] == NAMES and found["origin"]["licence"] == content["licence"] == "cc-by-nc-4.0"
+    assert found["class_names"] == NAMES and found["origin"]["license"] == content["license"] == "cc-by-nc-4.0"
     fresh = build_network(config, len(NAMES))
     for state in (content["model"], tensors):
         fresh.load_state_dict(state)

@@ -96,7 +96,7 @@ def test_our_files_are_read_bit_exactly(networks, folder, file):
         for part, state in states(networks).items():
             assert_equal_states(states(found)[part], state)
         assert found["vae"].config.scaling_factor == 0.13025
-        assert {"licence": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
+        assert {"license": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
         ids = torch.randint(999, (1, 77))
         assert torch.equal(found["text_encoder"](ids)[0], networks["text_encoder"](ids)[0])
 
@@ -304,7 +304,7 @@ def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # no
     ]
     found, wanted = load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict()
     assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
-    assert describe("hf:me/net@main")["licence"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
+    assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
     server.commits = [{}]
     with pytest.raises(UserError, match=r"^model\.path: hf:me/net@v2 has no model_index\.json"):
         describe("hf:me/net@v2")

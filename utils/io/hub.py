@@ -8,13 +8,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 
+import yaml
+
 from utils.errors import DiskFull, UserError
 from utils.io.safe_text import hide_secrets
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 _PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file
 _STALLED_SEC = 60.0  # without an answer; huggingface_hub then tries again, five times
 _FULL = (413, 507)
+_MAX_LICENCE = 200  # characters
 
 
 def is_reference(source: str) -> bool:
@@ -43,19 +49,41 @@ def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) ->
     wanted: of each, the first name that exists is fetched. beside: names that may be missing. Raises UserError, offline
     with the file to fetch.
     """
-    match = _REFERENCE.fullmatch(reference)
-    if match is None:
-        raise UserError(
-            f"{reference} is no name on the hub; write hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE@REVISION, with a "
-            "commit, tag or branch"
-        )
-    repository, file, revision = match.groups()
+    repository, file, revision = _split(reference)
     inside = str(PurePosixPath(file).parent) if file else "."
     paths = [_fetch_first(repository, revision, names) for names in ([[file]] if file else wanted)]
     for name in beside:
         _fetch_first(repository, revision, [str(PurePosixPath(inside, name))], is_needed=False)
     name, path = paths[0]
     return path if file else path.parents[len(PurePosixPath(name).parts) - 1]
+
+
+def _split(reference: str) -> tuple[str, str | None, str]:
+    """Return the repository, the file and the revision of a reference."""
+    match = _REFERENCE.fullmatch(reference)
+    if match is None:
+        raise UserError(
+            f"{reference} is no name on the hub; write hf:OWNER/NAME@REVISION or hf:OWNER/NAME/FILE@REVISION, with a "
+            "commit, tag or branch"
+        )
+    return match[1], match[2], match[3]
+
+
+def stated_license(source: str | Path) -> str | None:
+    """Return the licence in the model card of a repository on the hub or of a folder, or None."""
+    from huggingface_hub import metadata_load
+
+    card = Path(source, "README.md")
+    if is_reference(str(source)):
+        repository, _, revision = _split(str(source))
+        _, card = _fetch_first(repository, revision, ["README.md"], is_needed=False) or ("", card)
+    try:
+        front = (metadata_load(card) if card.is_file() else None) or {}
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        log.warning("%s is ignored (%s); a licence in it is unknown", card, error)
+        return None
+    licence = front.get("license_name") if front.get("license") == "other" else front.get("license")
+    return licence[:_MAX_LICENCE] if isinstance(licence, str) else None
 
 
 def _fetch_first(

@@ -145,8 +145,8 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
         states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
         if states:
             metadata["entries"] = [str(name)[:_SHOWN_CHARACTERS] for name in content]
-            if isinstance(licence := content.get("licence"), str):
-                metadata["origin"] = {"licence": licence[:_SHOWN_CHARACTERS]}
+            if isinstance(licence := content.get("license"), str):
+                metadata["origin"] = {"license": licence[:_SHOWN_CHARACTERS]}
             chosen = next((name for name in ENTRIES[which] if name in states), states[0])
             metadata["average"] = chosen in ENTRIES["ema"]
             content = content[chosen]

@@ -182,3 +182,17 @@ def test_a_reference_is_read_from_the_hub_and_then_from_its_cache(server, monkey
         hub.fetch("hf:me/net@main", ["other.bin"])
     with pytest.raises(UserError, match="hf:OWNER/NAME@REVISION"):
         hub.fetch("hf:me/net", ["other.bin"])
+
+
+@pytest.mark.parametrize(
+    ("front", "licence"),
+    [
+        ("license: mit", "mit"), ("license: other\nlicense_name: fair-ai", "fair-ai"), ("tags: [a]", None),
+        ("license: [mit", None), ("license: [mit]", None),
+    ],
+)  # fmt: skip
+def test_the_licence_stands_in_the_card_of_the_repository(front, licence, server):
+    server.commits = [{"sub/model.safetensors": b"weights", "README.md": f"---\n{front}\n---\n".encode()}]
+    assert hub.stated_license("hf:me/net/sub/model.safetensors@main") == licence
+    server.commits = [{"a": b""}]
+    assert hub.stated_license("hf:me/net@main") is None
