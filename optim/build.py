@@ -4,13 +4,13 @@ import torch
 from torch import nn
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
-from optim.vectors import Adan, StochasticAdamW, VectorOptimizer
+from optim.vectors import StochasticAdamW
 from utils.errors import UserError, close_names
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimiser skips a step by itself if `found_inf` is 1, without a host synchronisation."""
-    return isinstance(optimizer, VectorOptimizer) or any(group.get("fused") for group in optimizer.param_groups)
+    return isinstance(optimizer, StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
@@ -30,7 +30,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
                 ) from error
             return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case "adan":
-            return Adan(groups, lr, tuple(config.betas), config.eps)
+            return _timm_class("adan")(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case "sgd":
             optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
             # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.

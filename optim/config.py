@@ -50,7 +50,7 @@ class AdamW8bitConfig(_AdamW):
 
 
 class AdanConfig(_Optim):
-    """Adan (optim/vectors.py)."""
+    """timm's Adan (arXiv 2208.06677), with the betas of its authors' code, not 1 - beta as in the paper."""
 
     name: Literal["adan"]
     betas: Annotated[list[BelowOne], Field(min_length=3, max_length=3)]

@@ -61,7 +61,7 @@ def load_optimizer_state(
             value = sharded.take_part(value, parameter.whole)
         if skips_on_device(optimizer):
             # A file stores neither memory layout nor device, and the kernels check neither. load_state_dict restores
-            # the device only in groups with `fused`, which Adan does not have, and never the layout.
+            # the device only in groups with `fused`, which StochasticAdamW does not have, and never the layout.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -25,7 +25,7 @@ def config(file, **changes):
     return TypeAdapter(OptimConfig).validate_python(values)
 
 
-SKIPPING = ("adamw", "adan", "sgd", "bf16")  # on the device
+SKIPPING = ("adamw", "sgd", "bf16")  # on the device
 
 
 def network(name=""):
