@@ -5,6 +5,7 @@ precedence.
 """
 
 import fnmatch
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -21,8 +22,7 @@ class _Settings(NamedTuple):
     """The settings of a group."""
 
     lr_scale: float
-    decays: bool
-    fixed_decay: float | None  # from a rule; None: scheduled
+    fixed_decay: float | None  # from a rule, or 0 for vectors; None: scheduled
     freeze_steps: int
     fixed_betas: tuple[float, ...] | None  # from a rule; None: the optimiser's, and beta1 may be scheduled
     frozen_phases: tuple[int, ...]  # of `loop.phases`
@@ -61,11 +61,9 @@ def build_groups(
     groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
         rule = rules[name]
-        fixed = rule.get("weight_decay")
         settings = _Settings(
             lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
-            decays=fixed is None and not is_vector(parameter),
-            fixed_decay=fixed,
+            fixed_decay=rule.get("weight_decay", 0.0 if is_vector(parameter) else None),
             freeze_steps=rule.get("freeze_steps", 0),
             fixed_betas=tuple(rule["betas"]) if "betas" in rule else None,
             frozen_phases=frozen_phases[name],
@@ -75,8 +73,8 @@ def build_groups(
             group["betas"] = settings.fixed_betas
         group["params"].append(parameter)
         group["names"].append(name)
-    ordered = sorted(groups, key=lambda key: [value or 0.0 for value in key[:4]] + list(key.fixed_betas or ()))
-    return [groups[settings] for settings in ordered]
+    ranks = {key: [math.inf if value is None else value for value in key[:3]] for key in groups}  # scheduled decay last
+    return [groups[key] for key in sorted(groups, key=lambda key: (ranks[key], key.fixed_betas or ()))]
 
 
 def _find_frozen(names: Sequence[str], frozen: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
@@ -154,7 +152,7 @@ def groups_table(groups: list[dict]) -> str:
     rows = [("lr scale", "decay", "frozen", "betas", "tensors", "parameters", "first")]
     for group in groups:
         count, fixed, betas = sum(each.numel() for each in group["params"]), group["fixed_decay"], group["fixed_betas"]
-        decay = f"{fixed:g}" if fixed is not None else "yes" if group["decays"] else "no"
+        decay = "yes" if fixed is None else f"{fixed:g}"
         frozen = ", ".join(f"phase {number + 1}" for number in group["frozen_phases"]) or group["freeze_steps"]
         row = (f"{group['lr_scale']:.5f}", decay, frozen, ", ".join(map(str, betas or ())))
         rows.append(tuple(map(str, (*row, len(group["names"]), f"{count:,}", group["names"][0]))))
@@ -166,7 +164,7 @@ def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> N
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
         fixed = group["fixed_decay"]
-        group["weight_decay"] = fixed if fixed is not None else values.weight_decay if group["decays"] else 0.0
+        group["weight_decay"] = values.weight_decay if fixed is None else fixed
         if values.momentum is None:
             continue
         if "betas" in group and group["fixed_betas"] is None:

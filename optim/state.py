@@ -12,10 +12,7 @@ from utils.ranks import sharded
 from utils.ranks.sharded import Part
 
 # Keys of a group that optim/groups.py sets from the configuration.
-_GROUP_SETTINGS = {
-    *("params", "names", "lr_scale", "decays", "fixed_decay", "freeze_steps", "frozen_phases"),
-    *("weight_decay", "lr"),
-}
+_GROUP_SETTINGS = {"params", "names", "lr_scale", "fixed_decay", "freeze_steps", "frozen_phases", "weight_decay", "lr"}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -23,6 +23,7 @@ from pydantic import TypeAdapter
 
 from utils.config.bounds import Fraction
 from utils.errors import UserError, about
+from utils.io.files import readable
 from utils.record.logging import get_logger
 from utils.record.report import write_table
 from utils.vocabulary import Vocabulary
@@ -103,18 +104,12 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
     if named is None and not path.is_file():
         return None
     log.info("thresholds: %s", path)
-    try:
+    with readable(path, "thresholds", "evaluate.py calibrate=true writes one"):
         with open(path, encoding="utf-8", newline="") as stream:
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
         rows = TypeAdapter(tuple[Threshold, ...]).validate_python(read)
         table, source = ThresholdTable(read[0]["vocabulary"], rows), read[0]["weights"]
         tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; evaluate.py calibrate=true writes one") from None
-    except (LookupError, ValueError, OSError, csv.Error) as error:
-        raise UserError(
-            f"{path} is no table of thresholds ({error}); it needs the columns that evaluate.py calibrate=true writes"
-        ) from None
     if weights_hash is None or source != weights_hash:
         raise UserError(f"{path} was fitted to other weights than {weights} has now; fit it again: {_command(weights)}")
     missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]

@@ -19,7 +19,6 @@ from typing import Annotated, Any, Self
 import numpy as np
 from pydantic import Field, TypeAdapter
 
-from utils.errors import UserError
 from utils.io.files import readable, sha256_text
 from utils.record.report import write_table
 
@@ -106,16 +105,9 @@ def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read selected_tags.csv; for a run folder, the file in it. Raises UserError, which names the first wrong value."""
     path = path / FILE if path.is_dir() else path
-    try:
+    with readable(path, "vocabulary", "prepare.py job=vocabulary writes one"):
         with open(path, encoding="utf-8-sig", newline="") as stream:
             rows = [[row[column] for column in _COLUMNS] for row in csv.DictReader(stream)]
-    except FileNotFoundError:
-        raise UserError(f"{path} does not exist; prepare.py job=vocabulary writes one") from None
-    except (KeyError, ValueError, OSError, csv.Error) as error:
-        raise UserError(
-            f"{path} is no vocabulary ({error}); it needs the columns {', '.join(_COLUMNS)}, as prepare.py "
-            "job=vocabulary writes them"
-        ) from None
     return read_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 

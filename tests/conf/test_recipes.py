@@ -124,7 +124,7 @@ def check_decay(made, weight_decay, betas):
     optim = made.config.optim
     assert (optim.name, optim.betas, optim.eps) == ("adamw", betas, 1e-8)
     decays = {
-        name.removeprefix("network."): optim.weight_decay if group["decays"] else group["fixed_decay"] or 0.0
+        name.removeprefix("network."): optim.weight_decay if group["fixed_decay"] is None else group["fixed_decay"]
         for group in made.groups
         for name in group["names"]
     }

@@ -76,7 +76,7 @@ def test_groups_partition_the_trainable_parameters(make, decay):
     assert set(by_name(groups)) == set(named)
     for group in groups:
         assert all(named[name] is parameter for name, parameter in zip(group["names"], group["params"]))
-    keys = [(group["lr_scale"], group["decays"]) for group in groups]
+    keys = [(group["lr_scale"], group["fixed_decay"] is None) for group in groups]
     assert keys == sorted(set(keys)) and keys[-1] == (1.0, True)
 
 
@@ -94,15 +94,15 @@ def test_rules_set_what_they_state_and_nothing_else():
     ]
     usual = by_name(build_groups(classifier(), config(layer_decay=0.5)))
     found = by_name(build_groups(classifier(), config(layer_decay=0.5, rules=rules)))
-    keys = ("lr_scale", "freeze_steps", "decays", "fixed_decay")
+    keys = ("lr_scale", "freeze_steps", "fixed_decay")
     values = {name: tuple(group[key] for key in keys) for name, group in found.items()}
     kernels = {name for name in usual if name.endswith(".dwconv.weight")}
     changed = {name for name in usual if values[name] != tuple(usual[name][key] for key in keys)}
     assert changed == {"network.head.weight", "network.head.bias", *kernels}
     for name in kernels:
         assert found[name]["fixed_decay"] == 0.0 and found[name]["lr_scale"] == usual[name]["lr_scale"] < 1
-    assert values["network.head.weight"] == (10.0, 3, True, None)
-    assert values["network.head.bias"] == (10.0, 3, False, 0.3)
+    assert values["network.head.weight"] == (10.0, 3, None)
+    assert values["network.head.bias"] == (10.0, 3, 0.3)
 
 
 def test_frozen_groups_do_not_change_and_nor_does_their_state():
@@ -145,7 +145,7 @@ def test_every_group_gets_its_share_of_the_rate_and_its_decay():
     for group in optimizer.param_groups:
         head = any(name.startswith("network.head.") for name in group["names"])
         assert group["lr"] == 0.2 * group["lr_scale"]
-        assert group["weight_decay"] == (0.3 if head else 0.05 if group["decays"] else 0.0)
+        assert group["weight_decay"] == (0.3 if head else 0.05 if group["fixed_decay"] is None else 0.0)
         assert group["betas"] == (0.9, 0.999)
     exponents = {2, *range(8)}
     assert {group["lr"] for group in optimizer.param_groups} == {0.2 * 0.5**exponent for exponent in exponents}

@@ -90,7 +90,7 @@ def output_errors(key: str, path: Path) -> Iterator[None]:
 
 
 @contextmanager
-def readable(path: Path, kind: str) -> Iterator[None]:
+def readable(path: Path, kind: str, advice: str = "get it again, or name another") -> Iterator[None]:
     """Turn any error of a library that reads a file, or checks its content, into a UserError that names the file."""
     try:
         yield
@@ -102,7 +102,7 @@ def readable(path: Path, kind: str) -> Iterator[None]:
             key, text = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
             reason = f"{key}: {text}" if key else text.removeprefix("Value error, ")
         reason = ascii(reason)[1:-1][:_SHOWN_CHARACTERS]
-        raise UserError(f"{path} is not a readable {kind} file ({reason}); get it again, or name another") from None
+        raise UserError(f"{path} is not a readable {kind} file ({reason}); {advice}") from None
 
 
 @contextmanager

@@ -197,20 +197,15 @@ def find_weights(run_or_file: str, which: str) -> Path:
 
     Raises UserError, which lists the run's weight files.
     """
+    path, names = Path(run_or_file), (*FOLDER_FILES, "model.onnx")
     if is_reference(run_or_file):
-        names = (*FOLDER_FILES, "model.onnx")
         path = fetch(run_or_file, names, beside=("config.json", "selected_tags.csv"))
-        return next(path / name for name in names if (path / name).is_file()) if path.is_dir() else path
-    path = Path(run_or_file)
+    if not path.exists():
+        raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if not path.is_dir():
-        if not path.exists():
-            raise UserError(f"{path} does not exist; name a run folder or a weight file")
         return path
-    if not (path / "weights").is_dir() and (path / "config.json").is_file():
-        for name in FOLDER_FILES:
-            if (path / name).is_file():
-                return path / name
-    return RunReader(path).weights(which)
+    files = [path / name for name in names if (path / name).is_file()]
+    return files[0] if files and not (path / "weights").is_dir() else RunReader(path).weights(which)
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:

@@ -18,9 +18,6 @@ import torch
 import torch.distributed as dist
 
 from utils.errors import UserError
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
