@@ -105,9 +105,9 @@ def read_facts(path: Path, metadata: Mapping[str, Any]) -> Vocabulary:
 def read_vocabulary(path: Path) -> Vocabulary:
     """Read selected_tags.csv; for a run folder, the file in it. Raises UserError, which names the first wrong value."""
     path = path / FILE if path.is_dir() else path
-    with readable(path, "vocabulary", "prepare.py job=vocabulary writes one"):
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            rows = [[row[column] for column in _COLUMNS] for row in csv.DictReader(stream)]
+    advice = "prepare.py job=vocabulary writes one"
+    with readable(path, "vocabulary", advice), open(path, encoding="utf-8-sig", newline="") as stream:
+        rows = [[row[column] for column in _COLUMNS] for row in csv.DictReader(stream)]
     return read_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 
