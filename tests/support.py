@@ -21,6 +21,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import yaml
 from PIL import Image
@@ -131,7 +132,8 @@ def data_config(**changes):
 def write_manifest(root, *, verify=False, **changes):
     """Write the manifest of a folder by job=manifest and return it; changes: of `data_config`."""
     data = data_config(**{"root": str(root), "validation_fraction": 0.0, **changes})
-    return Manifest(name="manifest", verify=verify, duplicates=False).write(data)
+    Manifest(name="manifest", verify=verify, duplicates=False).run(data)
+    return pq.read_table(Path(root, "manifest.parquet"))
 
 
 def pack_collection(collection, output, shard_mib=1):

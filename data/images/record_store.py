@@ -11,6 +11,8 @@ import fcntl
 import hashlib
 import json
 import os
+import time
+import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from data.stream.source import Record
 from utils.errors import UserError
-from utils.io.files import canonical_json, output_errors, sha256_text, write_atomically
+from utils.io.files import canonical_json, is_locked, output_errors, sha256_text, write_atomically
 from utils.ranks import distributed
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
@@ -36,7 +38,10 @@ def record_key(*parts: Any) -> str:
 
 
 class Use(NamedTuple):
-    """What a run reads in a store: about (`root`, `recipe`), the keys of its records, and when it started (seconds)."""
+    """What a run reads in a store: about (`root`, `recipe`), the keys of its records, and when it started (seconds).
+
+    While a run goes on, it uses them now.
+    """
 
     about: dict[str, Any]
     keys: np.ndarray
@@ -79,19 +84,27 @@ class Store:
         write_atomically(self._file(key), lambda temporary: temporary.write_bytes(record), flush=False)
 
     def note_use(self, about: Mapping[str, Any], keys: np.ndarray) -> None:
-        """Note in the folder `uses` what a run reads, for job=cache; paths in `about` become absolute."""
+        """Note in the folder `uses` what a run reads, for job=cache; paths in `about` become absolute.
+
+        A shared lock on the file lasts as long as this store, also in loader workers.
+        """
         about = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in about.items()}
         content = canonical_json(about).encode() + b"\n" + np.unique(keys.astype(_KEY)).tobytes()
         with suppress(OSError):  # a read-only disk
             file = self.folder / USES / hashlib.sha256(content).hexdigest()[:32]
-            write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
+            if not file.exists():  # another run may hold its lock
+                write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
+            os.utime(file)
+            weakref.finalize(self, os.close, descriptor := os.open(file, os.O_RDONLY))
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
 
     def uses(self) -> dict[Path, Use]:
         """Return the uses by file, the newest first."""
         found = {}
         for file in sorted(self.folder.glob(f"{USES}/[!.]*"), key=lambda file: -file.stat().st_mtime):
             about, _, keys = file.read_bytes().partition(b"\n")
-            found[file] = Use(json.loads(about), np.frombuffer(keys, _KEY), file.stat().st_mtime)
+            at = time.time() if is_locked(file, is_shared=True) else file.stat().st_mtime
+            found[file] = Use(json.loads(about), np.frombuffer(keys, _KEY), at)
         return found
 
 

@@ -349,29 +349,20 @@ def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndar
     """Return the `count` sizes, of [K, 2], that crop least of images [N, 2], each in the size of the nearest ratio.
 
     An image of log ratio x in a bucket of log ratio r loses 1 - exp(-|x - r|) of its area. A dynamic programme over the
-    sorted ratios adds sizes from the left; `between` [K, K] is the loss of images between two neighbours.
+    sorted ratios: after size i, size j takes over the images of larger ratios from the middle of both on.
     """
     sizes_hw = sizes_hw[np.argsort(sizes_hw[:, 0] / sizes_hw[:, 1], kind="stable")]
     ratios, shapes = (np.log(sizes[:, 0] / sizes[:, 1]) for sizes in (sizes_hw, image_hw))
-    shapes = np.sort(shapes)
-    falling, rising = (np.concatenate([[0], np.exp(sign * shapes).cumsum()]) for sign in (-1, 1))
-    own, middle = np.searchsorted(shapes, ratios), np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
-
-    def above(end: np.ndarray) -> np.ndarray:
-        """Return the loss of the images from the ratio of each size up to the image `end`."""
-        return (end.T - own - np.exp(ratios) * (falling[end.T] - falling[own])).T
-
-    def below(start: np.ndarray) -> np.ndarray:
-        """Return the loss of the images from the image `start` to the ratio of each size."""
-        return own - start - np.exp(-ratios) * (rising[own] - rising[start])
-
-    between = np.where(np.tri(len(ratios), dtype=bool), np.inf, above(middle) + below(middle))
-    lost, steps = below(np.zeros_like(own)), []
+    shapes, images = np.unique(shapes, return_counts=True)
+    lost = np.zeros((len(shapes) + 1, len(ratios)))  # of the images up to each shape, in each size
+    lost[1:] = np.cumsum(images[:, None] * -np.expm1(-np.abs(shapes[:, None] - ratios)), axis=0)
+    sizes, middle = np.arange(len(ratios)), np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
+    change = np.where(np.tri(len(ratios), dtype=bool), np.inf, lost[middle, sizes[:, None]] - lost[middle, sizes])
+    total, steps = np.zeros(len(ratios)), []
     for _ in range(min(count, len(ratios)) - 1):
-        sums = lost[:, None] + between
-        steps.append(sums.argmin(axis=0))
-        lost = sums.min(axis=0)
-    chosen = [int((lost + above(np.full_like(own, len(shapes)))).argmin())]
+        steps.append((total[:, None] + change).argmin(axis=0))
+        total = (total[:, None] + change).min(axis=0)
+    chosen = [int((total + lost[-1]).argmin())]
     for step in reversed(steps):
         chosen.append(int(step[chosen[-1]]))
     return sizes_hw[chosen[::-1]]

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
-from data.layouts.manifest import find_one
+from data.layouts.manifest import PARQUET, find_one
 from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import SUFFIXES, list_orphans, list_sidecars, read_lines, read_sidecars, refuse_link_out
 from data.layouts.table import SPLIT_NAMES, build_table, show_some
@@ -120,7 +120,7 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, s
         others[folder] = names - here
         unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
-        unused.add("shards beside images", *(path for path in shards if path not in POSTS))
+        unused.add("shards beside images", *(path for path in shards if path not in (*POSTS, PARQUET)))
         unused.add(ORPHANS, *list_orphans(folder, here, names))
     return images, others
 

@@ -10,7 +10,6 @@ from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
@@ -18,16 +17,18 @@ from pydantic import Field
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
 from data.images.pixels import convert
-from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, list_folder
+from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, is_mask_name, list_folder
 from data.layouts.huggingface import TABLES
-from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table
+from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table, save_manifest, scanned_at
+from data.layouts.records import FIELDS
 from data.layouts.sidecars import list_sidecars
 from data.layouts.spelling import parse_tag
+from data.layouts.table import replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
 from data.stream.source import UnreadableImage
 from data.tools.exclude import Rules, find_failing
-from data.tools.tool import Tool
+from data.tools.tool import Tool, refuse_shards
 from utils.config.bounds import Side
 from utils.config.schema import PathText
 from utils.errors import UserError
@@ -40,8 +41,10 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _WARNED = 20  # warnings about images that are copied unchanged
-_PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
+_DONE = _PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
+_MEASURED = ("size", "sha256", "width", "height", "mode", "orientation", "transparent")  # of the file itself
 _WRITTEN = ("JPEG", "PNG", "WEBP")
+_WEBP_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
 _SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
 
@@ -52,14 +55,17 @@ class Shrink(NamedTuple):
     longest_px: int
     quality: int
     max_pixels: int
+    is_webp: bool
 
     def reduce(self, image: Image.Image) -> bytes | None:
-        """Return the file of a smaller image with the same metadata; None if no side is too long."""
-        if max(image.size) <= self.longest_px:
+        """Return the file of a smaller image, or of a WebP, with the same metadata; None for the file as it is."""
+        name = "WEBP" if self.is_webp else image.format
+        if max(image.size) <= self.longest_px and name == image.format:
             return None
-        name = image.format
         if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
-            raise Unsupported(f"{name}; only {', '.join(_WRITTEN)} of one frame are reduced")
+            raise Unsupported(f"{image.format}; only one frame of {', '.join(_WRITTEN)} is reduced, or any to WebP")
+        if self.is_webp and image.mode not in _WEBP_MODES:
+            raise Unsupported(f"{image.format} of the mode {image.mode}; WebP has grey levels or RGB of 8 bits")
         options = {key: image.info[key] for key in _METADATA if key in image.info}
         if name == "PNG":
             options["pnginfo"] = PngInfo()
@@ -84,14 +90,15 @@ class Copy(Tool, Rules):
     """Copy the images that have all the tags and break no rule, and what belongs to them; nothing is overwritten.
 
     to: the target folder. Files that exist there with the same size and modification time are skipped, so a killed job
-    continues. longest_px: reduce images with a longer side to it, which no manifest then describes; None: copy all as
-    they are. quality: for JPEG and WebP.
+    continues. longest_px: reduce images with a longer side to it. format: webp writes all images as WebP, under new
+    names; a manifest then has all that the collection says about them. quality: for JPEG and WebP.
     """
 
     name: Literal["copy", "downsample"]
     to: PathText
     tags: list[str]
     longest_px: Side | None
+    format: Literal["keep", "webp"]
     quality: Annotated[int, Field(ge=1, le=100)]
 
     def run(self, data: DataConfig) -> str:
@@ -100,6 +107,7 @@ class Copy(Tool, Rules):
         if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
             raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
         collection = load_collection(data)
+        refuse_shards(data.root, collection.table)
         paths = collection.table["path"].to_pylist()
         chosen = set(paths).difference(find_failing(collection, self, data))
         if needed := {parse_tag(tag).name for tag in self.tags}:
@@ -107,63 +115,83 @@ class Copy(Tool, Rules):
         for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
             if not needed <= {parse_tag(tag).name for tag in tags}:
                 chosen.discard(path)
-        images, shrunk = sorted(chosen), ""
-        others = list(dict.fromkeys(_sidecars_of(root, images)))
+        images, manifest, is_webp = sorted(chosen), find_manifest(root), self.format == "webp"
+        others, table, shrink = list(dict.fromkeys(_sidecars_of(root, images))), None, None
+        if self.longest_px or is_webp:
+            shrink = Shrink(self.longest_px or data.max_pixels, self.quality, data.max_pixels, is_webp)
+        if is_webp:
+            collection.refuse_faults(*FIELDS)
+            _refuse_twins(images)
+            others, table = list(filter(is_mask_name, others)), collection.table
+        elif manifest is not None:
+            table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
         with open_journal("job.to", target, is_folder=True):
-            shrink = self.longest_px and Shrink(self.longest_px, self.quality, data.max_pixels)
-            done = copy_files(root, target, images, shrink) + copy_files(root, target, others)
-            if (manifest := find_manifest(root)) is not None and not shrink:
-                table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
-                rows = table.filter(pa.array([path in chosen for path in table["path"].to_pylist()]))
-                write_atomically(target / PARQUET, lambda file: pq.write_table(rows, file, compression="zstd"))
+            copies = dict(zip(images, copy_files(root, target, images, shrink)))
+            done = [what for _, what in (*copies.values(), *copy_files(root, target, others))]
+            if table is not None:
+                table = table.filter(pa.array([path in copies for path in table["path"].to_pylist()]))
+                changed = _MEASURED if shrink else ()
+                table = table.drop_columns([name for name in changed if name in table.column_names])
+                names = pa.array([copies[path][0] for path in table["path"].to_pylist()], pa.string())
+                save_manifest(target, replace_column(table, "path", names), None if is_webp else scanned_at(manifest))
+                if not is_webp:
+                    shutil.copystat(manifest, target / PARQUET)  # so no copied sidecar is newer
+        shrunk, kept = "", [(path, what) for path, (_, what) in copies.items() if what not in _DONE]
+        for path, why in kept[:_WARNED]:
+            log.warning("%s is copied unchanged: %s", path, why)
         if shrink:
-            unfit = [(path, what) for path, what in zip(images, done) if what not in (_PRESENT, _COPIED, _SHRUNK)]
-            for path, why in unfit[:_WARNED]:
-                log.warning("%s is copied unchanged: %s", path, why)
-            longer = f"images longer than {self.longest_px} pixels, {len(unfit):,} could not be"
-            shrunk = f"downsampled {done.count(_SHRUNK):,} {longer}; "
+            how = "images as WebP" if is_webp else f"images longer than {self.longest_px} pixels"
+            shrunk = f"downsampled {done.count(_SHRUNK):,} {how}, {len(kept):,} could not be; "
+        new = len(done) - done.count(_PRESENT)
         return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}; {shrunk}copied {done.count(_COPIED):,} of "
-            f"{len(done):,} files"
+            f"{len(chosen):,} of {len(paths):,} images are in {target}; {shrunk}copied {new:,} of {len(done):,} files"
         )
 
 
-def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[str]:
-    """Copy files of a collection to the same paths below `target`, which is locked; return the result for each."""
+def _refuse_twins(images: Sequence[str]) -> None:
+    """Raise UserError (`job.format`) for two images that would have the same name as WebP."""
+    stems: dict[str, str] = {}
+    for path in images:
+        if (other := stems.setdefault(os.path.splitext(path)[0], path)) != path:
+            raise UserError(f"job.format: webp, but {other!r} and {path!r} would become one file; rename one of them")
+
+
+def copy_files(root: Path, target: Path, files: Sequence[str], shrink: Shrink | None = None) -> list[tuple[str, str]]:
+    """Copy files of a collection below `target`, which is locked; return the path of each copy and what was done."""
     remove_temporary({(target / file).parent for file in files})
     copy = functools.partial(_copy_file, root, target, shrink)
     done = map_items(copy, files, functools.partial(_copy_file, root, target, None))
     return list(track(done, len(files), "copying files"))
 
 
-def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> str:
-    """Copy a file, reduced if it is too long; return the result, or the reason for an unchanged copy.
+def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> tuple[str, str]:
+    """Copy a file, reduced if it is too long; return the copy's path and the result, or why it is unchanged.
 
     Raises UserError (`job.to`) if the copy exists and differs.
     """
-    source, copy, done = root / path, target / path, _COPIED
-    if copy.exists():
-        ours, theirs = source.stat(), copy.stat()
+    source, content, done = root / path, None, _COPIED
+    webp = f"{os.path.splitext(path)[0]}.webp" if shrink is not None and shrink.is_webp else path
+    for name in filter(lambda name: (target / name).exists(), dict.fromkeys((path, webp))):
+        ours, theirs = source.stat(), (target / name).stat()
         if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
-            raise UserError(f"job.to: {str(copy)!r} differs from {str(source)!r}; set an empty folder")
+            raise UserError(f"job.to: {str(target / name)!r} differs from {str(source)!r}; set an empty folder")
         if ours.st_ctime_ns < theirs.st_ctime_ns:  # else the original was changed, with its old time and size
-            return _PRESENT
-    reduced = None
+            return name, _PRESENT
     try:
         if shrink is not None:
-            reduced = open_image(read_file(source), path, shrink.max_pixels, shrink.reduce)
+            content = open_image(read_file(source), path, shrink.max_pixels, shrink.reduce)
     except UnreadableImage as error:
         done = error.reason
-    if reduced is None:
-        write_atomically(copy, functools.partial(shutil.copy2, source), flush=False)
-        return done
+    if content is None:
+        write_atomically(target / path, functools.partial(shutil.copy2, source), flush=False)
+        return path, done
 
     def write(temporary: Path) -> None:
-        temporary.write_bytes(reduced)
+        temporary.write_bytes(content)
         shutil.copystat(source, temporary)
 
-    write_atomically(copy, write)
-    return _SHRUNK
+    write_atomically(target / webp, write)
+    return webp, _SHRUNK
 
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:

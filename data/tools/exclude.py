@@ -36,7 +36,7 @@ from data.layouts.table import TYPES, replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
 from data.tools.facts import Facts, measure_files
-from data.tools.tool import Tool, list_files, save_report
+from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.bounds import Count, Factor, Side
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -164,6 +164,7 @@ def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict
             raise UserError("job.min_score: the column score of the manifest has no numbers; write numbers")
         fail(~(scores >= rules.min_score), "too low a score: {:g}", scores)
     if rules.min_side_px or rules.max_aspect or rules.min_sharpness:
+        refuse_shards(data.root, table)
         facts = measure_files(Path(data.root), paths, data.max_pixels)
         width, height, sharpness = (  # None becomes NaN, which never breaks a rule
             np.array([getattr(fact, name) for fact in facts], float) for name in ("width", "height", "sharpness")
@@ -190,6 +191,7 @@ class Duplicates(Finder):
     def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root, table = check_root(data.root), load_collection(data).table
+        refuse_shards(root, table)
         rows = table.select(["path", "size", "weight", *_TEXTS]).to_pylist()
         found = {  # without images that other jobs exclude: a group must not keep one of those
             row["path"]: row for row, why in zip(rows, _read_reasons(table))

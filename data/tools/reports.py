@@ -18,7 +18,7 @@ from data.layouts.unused import ORPHANS, Unused
 from data.open import describe_collection, load_collection
 from data.tags.build_vocabulary import make_vocabulary
 from data.tools.facts import Facts, measure_files
-from data.tools.tool import Tool, list_files, save_report
+from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.schema import PathText
 from utils.io.files import output_errors
 from utils.record.logging import get_logger
@@ -163,7 +163,8 @@ def _find_faults(
     one are named. A manifest replaces sidecars, so bad ones do not matter.
     """
     if (manifest := find_manifest(root)) is not None:
-        rows = set(read_table(manifest, Unused())["path"].to_pylist())
+        refuse_shards(root, table := read_table(manifest, Unused()))
+        rows = set(table["path"].to_pylist())
         yield from ((path, "an image without a row in the manifest") for path in images if path not in rows)
         gone = (path for path in sorted(rows.difference(images)) if not (root / path).is_file())
         yield from ((path, "a row of the manifest without a file") for path in gone)

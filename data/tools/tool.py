@@ -13,10 +13,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 
 from data.config import DataConfig
 from data.layouts.folders import check_root
+from data.layouts.table import PLACES
 from utils.config.schema import Strict
+from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text
 from utils.record.logging import get_logger
 from utils.record.report import PAGE, TableRow, write_page, write_report
@@ -37,6 +40,15 @@ class Tool(Strict):
     def run(self, data: DataConfig) -> str:
         """Run the job; return a line for the log. Raises UserError."""
         raise NotImplementedError
+
+
+def refuse_shards(root: str | Path, table: pa.Table) -> None:
+    """Raise UserError (`data.root`) for images in shards, for a job that needs a file of each."""
+    if PLACES.keys() <= set(table.column_names):
+        raise UserError(
+            f"data.root: {str(root)!r} has its images in shards, and this job reads files; run it on the folder that "
+            "was packed, and pack the result"
+        )
 
 
 def list_files(report: str, job: str, reasons: Mapping[str, str]) -> Path:

@@ -1,16 +1,19 @@
 """Sidecars that change after job=manifest are said at the start, and data.manifest=refresh reads them again."""
 
 import os
+import threading
 
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
+from data.layouts.manifest import save_manifest
 from data.layouts.refresh import find_newer
 from data.open import load_collection
 from tests.in_process import run
 from tests.support import data_config, write_manifest
 from utils.errors import UserError
+from utils.io.journal import open_journal
 
 
 @pytest.fixture
@@ -61,3 +64,24 @@ def test_a_copy_of_a_collection_is_not_newer_and_other_manifests_are_not_asked(r
     manifest.unlink()
     with pytest.raises(UserError, match=r"^data\.manifest: refresh"):
         load_collection(data_config(root=str(root), manifest="refresh"))
+
+
+def test_a_refresh_waits_for_a_job_that_writes_the_manifest_and_loses_none_of_its_changes(root, monkeypatch):
+    refresh = data_config(root=str(root), validation_fraction=0.0, manifest="refresh")
+    (root / "sub/a.txt").write_text("new")
+    with open_journal("data.root", root / "manifest.parquet"):
+        table = pq.read_table(root / "manifest.parquet")
+        together = [threading.Thread(target=load_collection, args=[refresh]) for _ in range(2)]
+        for thread in together:
+            thread.start()
+        number = table.column_names.index("split")
+        save_manifest(root, table.set_column(number, "split", [["val", "train", "train"]]))
+        assert all(thread.is_alive() for thread in together)
+        with monkeypatch.context() as patch, pytest.raises(UserError, match=r"^data.root: another command is writing"):
+            patch.setattr("data.layouts.refresh._PATIENCE_SEC", 0)
+            load_collection(refresh)
+    for thread in together:
+        thread.join()
+    found = pq.read_table(root / "manifest.parquet")
+    assert found["split"].to_pylist() == ["val", "train", "train"] and found["caption"].to_pylist()[0] == "new"
+    assert [file.name for file in root.iterdir() if file.is_file()] == ["manifest.parquet"] and newer(root) == []

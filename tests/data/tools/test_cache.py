@@ -82,3 +82,19 @@ def test_only_old_records_that_nothing_uses_are_removed(stores, tmp_path):
     age(stores.glob("*/uses/*"))
     run("prepare", [*JOB, "job.apply=true"], tmp_path)
     assert not any(file.exists() for file in records) and not [*stores.glob("*/uses/*")] and foreign.exists()
+
+
+def test_what_a_running_run_reads_is_not_removed_however_long_it_runs(stores, tmp_path):
+    """Nor what a second one reads that shares the note of its use, after the first has ended."""
+    about = {"root": Path("elsewhere"), "recipe": {"vae": "1"}}
+    runs = [TensorStore(stores / "latents", "key", **about) for _ in range(2)]
+    for running in runs:
+        running.is_missing(KEYS[1:])
+    del running, runs[0]
+    age(stores.glob("*/*/*"))
+    words = [*JOB, "job.apply=true", "job.unused_days=0"]
+    run("prepare", words, tmp_path)
+    assert sorted(file.name for file in stores.glob("latents/[0-9a-f][0-9a-f]/*")) == KEYS[1:3].tolist()
+    runs.clear()
+    run("prepare", words, tmp_path)
+    assert not [*stores.glob("latents/*/*")]

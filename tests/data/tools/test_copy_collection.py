@@ -9,9 +9,12 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
+from data.open import load_collection
 from data.tools.copy_collection import Shrink, copy_files
+from tests.data.collection.test_collection import load
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run, run_command
+from tests.support import data_config
 from utils.errors import UserError
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
@@ -56,6 +59,9 @@ def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
     run("prepare", ["job=manifest", *COPY[1:-1]], tmp_path)
     run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
     assert pq.read_table(tmp_path / "part/manifest.parquet")["path"].to_pylist() == ["x/a.png", "x/b.png"]
+    run("prepare", [*COPY, "job.longest_px=6", "job.to=less"], tmp_path)
+    less = pq.read_table(tmp_path / "less/manifest.parquet")
+    assert less["tags"].to_pylist()[1] == ["hat"] and not {"sha256", "width"} & set(less.column_names)
     (tmp_path / "part/x/a.png").write_text("another")
     for to, word in (("part", "differs from"), ("images/part", "inside data.root")):
         with pytest.raises(UserError, match=rf"^job.to: .*{word}"):
@@ -94,6 +100,45 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
             assert name == "a.jpg" or image.text["parameters"] == "a prompt, ü"
 
 
+def test_webp_has_new_names_and_a_manifest_that_says_all(root, tmp_path):
+    """Text beside `x.jpg`, tables, splits and labels name files: the manifest has them, and no file is left behind."""
+    picture(1, (120, 60)).save(root / "x/d.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", icc_profile=PROFILE)
+    (root / "x/d.jpg.txt").write_text("red\nlong, hat")
+    (root / "x/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a caption"}\n')
+    picture(2, (90, 60)).convert("CMYK").save(root / "x/e.jpg")
+    picture(3, (90, 60)).save(root / "y/f.webp")
+    (root / "x/a-masklabel.png").write_bytes(b"a mask")
+    words = ["job=downsample", *COPY[1:3], "data.validation_fraction=0.4", "job.format=webp", "job.longest_px=90"]
+    for count in (4, 0):  # the second finds all there
+        assert f"downsampled {count} images as WebP, {min(count, 1)} could not be" in run(
+            "prepare", [*words, "job.to=w"], tmp_path
+        )
+    names = ["x/a-masklabel.png", "x/a.webp", "x/b.webp", "x/d.webp", "x/e.jpg", "y/c.webp", "y/f.webp"]
+    assert sorted(str(file.relative_to(tmp_path / "w")) for file in (tmp_path / "w").rglob("*.*")) == [
+        "manifest.parquet", *names
+    ]  # fmt: skip
+    assert (tmp_path / "w/y/f.webp").read_bytes() == (root / "y/f.webp").read_bytes()
+    before, after = (
+        load_collection(data_config(root=str(root), validation_fraction=0.4)),
+        load(tmp_path / "w", tmp_path),
+    )
+    for name in ("split", "label", "tags", "caption", "rating", "weight"):
+        assert after.table[name].equals(before.table[name])
+    with Image.open(tmp_path / "w/x/d.webp") as image:
+        assert image.format == "WEBP" and image.size == (90, 45) and image.info["icc_profile"] == PROFILE
+    Image.new("RGB", (5, 5)).save(root / "x/a.bmp")
+    with pytest.raises(UserError, match=r"^job.format: .*'x/a.bmp' and 'x/a.png'"):
+        run("prepare", [*words, "job.to=v"], tmp_path)
+
+
+def test_jobs_that_read_files_refuse_shards(root, tmp_path):
+    run("prepare", ["job=pack", "job.output=shards", *COPY[1:-1]], tmp_path)
+    jobs = (["copy", "job.to=v"], ["duplicates"], ["verify"], ["filter", "job.min_side_px=5"])
+    for job, *more in jobs:
+        with pytest.raises(UserError, match=r"^data.root: .*shards"):
+            run("prepare", [f"job={job}", *more, COPY[1], "data.root=shards"], tmp_path)
+
+
 def test_a_full_disk_ends_a_job_with_whole_files(small_disk, tmp_path, monkeypatch, capsys):
     (tmp_path / "images").mkdir()
     for number in range(6):
@@ -117,7 +162,7 @@ def test_every_mode_is_resized_smoothly(mode, tmp_path):
     wide = np.linspace(0, 65535, 90 * 60).reshape(60, 90).astype(np.uint16)
     image = Image.fromarray(wide) if "16" in mode else picture(7, (90, 60)).convert("P" if mode == "clear" else mode)
     image.save(tmp_path / "x.png", **({"transparency": 3} if "clear" in mode else {}))
-    assert copy_files(tmp_path, tmp_path / "small", ["x.png"], Shrink(40, 95, 10**8)) == ["shrunk"]
+    assert copy_files(tmp_path, tmp_path / "small", ["x.png"], Shrink(40, 95, 10**8, False)) == [("x.png", "shrunk")]
     with Image.open(tmp_path / "small/x.png") as small:
         assert small.size == (40, 27) and small.mode == MODES[mode]
         if mode == "clear 16":
