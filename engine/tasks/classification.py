@@ -68,7 +68,8 @@ class ClassificationTask(ImageTask):
         logits = self.network(images).float()
         correct = (logits.argmax(dim=1) == batch["labels"]).float()
         logs = {"accuracy": log_mean(correct, batch["weight"])}
-        return StepOutput(self.label_losses(logits, targets, progress), logs)
+        loss = F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
+        return StepOutput(loss, logs)
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B], or targets [B, K] if images are mixed."""
@@ -77,10 +78,6 @@ class ClassificationTask(ImageTask):
             return images, labels
         targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
         return self.mixing(images, targets, batch["weight"])
-
-    def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
-        """Return the cross-entropy of each sample [B]; `progress` is not read."""
-        return F.cross_entropy(logits, targets, reduction="none", label_smoothing=self.label_smoothing)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.

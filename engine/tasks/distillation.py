@@ -1,9 +1,8 @@
 """Distillation: a student learns the outputs of a frozen teacher for the same views, mixed views included.
 
-The loss is (1 - label_share) * logits + label_share * labels + feature_weight * features; `task.targets` selects the
-terms. Logits are divided by the temperature. Their term is the cross-entropy summed over tags, or the KL divergence of
-classes. The features term compares a linear map of the student's features (the head's input) with the teacher's,
-standardised per image.
+The loss is logits + feature_weight * features; `task.targets` selects the terms. Logits are divided by the temperature.
+Their term is the cross-entropy summed over tags, or the KL divergence of classes. The features term compares a linear
+map of the student's features (the head's input) with the teacher's, standardised per image. Labels only measure it.
 
 A student of logits is a tagger or classifier with the teacher's tags or classes. It writes the weight files of
 task=tagging or task=classification, which need no teacher. A student of features alone has no head.
@@ -27,8 +26,7 @@ from torch.nn import functional as F
 from data.collection.collection import Collection
 from data.config import TagRulesConfig
 from data.open import Data
-from data.stream.loader import Fields, no_fields
-from data.tags.orientation import build_orientation
+from data.stream.loader import no_fields
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, Use, log_mean
@@ -42,39 +40,34 @@ from models.config import ModelConfig, TimmConfig
 from models.image_model import Normalise
 from models.weights.fit import load_into
 from models.weights.timm_hub import read_timm
-from utils.config.bounds import BelowOne, Positive
+from utils.config.bounds import Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError, about, close_names
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.record.logging import get_logger
-from utils.vocabulary import RATING, vocabulary_of
+from utils.vocabulary import RATING
 
 log = get_logger(__name__)
 
 _BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
-_UNUSED = {"vocabulary": None, "append_to": None}  # the tags are the teacher's
+_UNUSED = {"vocabulary": None, "append_to": None, "orientation": None}  # the tags are the teacher's
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
-    """The teacher and the terms of the loss. Tag rules and orientation apply to labels, as in task=tagging.
+    """The teacher and the terms of the loss. Tag rules apply to the labels of validation images, as in task=tagging.
 
     teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
-    label_share: the weight of the labels' loss relative to the logits' loss; with 0, images need no labels.
     """
 
     name: Literal["distillation"]
     teacher: PathText
     targets: Literal["logits", "features", "both"]
     temperature: Positive
-    label_share: BelowOne
     feature_weight: Positive
-    orientation: PathText | None
 
     def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for buckets, because a teacher takes one image size, and for labels without a head."""
-        if self.label_share > 0 and self.targets == "features":
-            raise ValueError(f"task.label_share: {self.label_share:g}, but a student of features has no head; set 0")
+        """Raise ValueError for buckets, because a teacher takes one image size."""
         if config.augment.pad == "buckets":
             raise ValueError(
                 "augment.pad: buckets gives images of many shapes, but a teacher takes images of one; set "
@@ -153,9 +146,10 @@ class DistillationTask(Task):
         self.origin = self.student.origin
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
-        """Return each sample's loss. In evaluation, it excludes the labels' loss."""
+        """Return each sample's loss."""
         config, losses = self._config, {}
-        images, targets = self.views(batch)
+        images = self.student.normalise(batch["images"])
+        images, _ = self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])
         logits, features = _run(self.student.network, images, config.targets)
         teacher_logits, teacher_features = self._teach(images)
         if logits is not None:
@@ -164,19 +158,9 @@ class DistillationTask(Task):
             projected = self.projection(features).float()
             target = F.layer_norm(teacher_features, teacher_features.shape[1:])
             losses["feature_loss"] = F.smooth_l1_loss(projected, target, beta=2.0, reduction="none").mean(dim=1)
-        share = config.label_share
-        if share > 0 and self.training:
-            losses["label_loss"] = self.student.label_losses(logits, targets, progress)
-        weights = {"teacher_loss": 1 - share, "label_loss": share, "feature_loss": config.feature_weight}
+        weights = {"teacher_loss": 1.0, "feature_loss": config.feature_weight}
         total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(dim=0)
         return StepOutput(total, {name: log_mean(loss, batch["weight"]) for name, loss in losses.items()})
-
-    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Return images for the student, and targets, which are [B, 0] if no label is needed."""
-        if self._config.label_share > 0 and self.training:
-            return self.student.views(batch)
-        images = self.student.normalise(batch["images"])
-        return self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
@@ -254,7 +238,7 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
 class DistillationKind(Kind):
     """A student and its teacher. Outside its run, a student of logits is a tagger or a classifier.
 
-    Training uses labels if `task.label_share` is above 0, and evaluation if `val` has any.
+    Training uses no labels; evaluation does, if `val` has any.
     """
 
     config, task = DistillationTaskConfig, DistillationTask
@@ -274,21 +258,12 @@ class DistillationKind(Kind):
             # The number of images: each has one rating. Without ratings, take the most frequent tag's count.
             facts["tag_priors"] = (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
         kind, student = find_student(Setup(config.model, task, facts=facts))
-        if task.label_share > 0:
-            student.task.check_run(config)
-            if "tag_names" in names and task.orientation:
-                facts["orientation"] = build_orientation(vocabulary_of(names), task.orientation, "task.orientation")
         try:
             labelled = bool(names) and bool(kind.samples(collection, student)[0][collection.rows("val")].any())
         except NoKnownTag as error:
             log.warning("evaluation measures the loss, because there are no labels: %s", error)
             labelled = False
         return {**facts, "labelled": labelled}
-
-    def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
-        """Return the labelled rows and their labels if training uses labels, else all rows."""
-        kind, student = find_student(setup)
-        return kind.samples(collection, student) if setup.task.label_share > 0 else super().samples(collection, setup)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: the labelled images of `rows`, or all if no validation image has a label."""

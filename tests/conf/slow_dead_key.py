@@ -154,8 +154,7 @@ def run_all(recorder, folder, monkeypatch):
     go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     tagging = [*small, *folders, "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
     go("train", *tagging, "task=tagging", "task.min_count=1", "task.loss.name=asl", "run_dir=asl")
-    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.label_share=0.5", "task.targets=both",
-       "run_dir=distilled")  # fmt: skip
+    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.targets=both", "run_dir=distilled")
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)

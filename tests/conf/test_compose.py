@@ -25,7 +25,7 @@ MANDATORY = {
 TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
 SHARED = {"common"}  # files that primaries include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
-SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18", "task.label_share=0.0"]}
+SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}
 
 
 def list_yaml(folder):
