@@ -26,7 +26,7 @@ from engine.step import (
     next_scale,
     reduce_figures,
 )
-from engine.task import Task, checkpointed_state, join_exported, networks_of, split_exported
+from engine.task import Task, checkpointed_state, networks_of, split_exported
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, set_group_values
@@ -248,7 +248,8 @@ class Learner:
 
         Raises UserError unless the tensors have this learner's names, shapes and dtypes.
         """
-        for group, current in {**self._task_groups(), "scale": self.scale}.items():
+        groups = {**self._task_groups(), "scale": self.scale}
+        for group, current in groups.items():
             expected, saved = (
                 {(name, tensor.shape, tensor.dtype) for name, tensor in part.items()}
                 for part in (current, tensors.get(group, {}))
@@ -260,12 +261,9 @@ class Learner:
                 )
         if others is not None:
             load_optimizer_state(self.optimizer, tensors["optimizer"], others, source)
-        saved = join_exported(self.task, tensors["weights"], tensors["task"])
-        for name, tensor in checkpointed_state(self.task).items():
-            sharded.own_part(tensor).copy_(sharded.take_part(saved[name], tensor))
-        self.scale = {name: tensor.to(self.runtime.device) for name, tensor in tensors["scale"].items()}
-        if self.averages is not None:
-            self.averages.load(join_exported(self.task, tensors["average_weights"], tensors["averages"]))
+        for group, current in groups.items():
+            for name, tensor in current.items():
+                sharded.own_part(tensor).copy_(sharded.take_part(tensors[group][name], tensor))
 
 
 class _Buffers:

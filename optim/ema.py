@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from utils.ranks.sharded import is_shared, own_part, take_part
+from utils.ranks.sharded import is_shared, own_part
 
 
 def ema_decay_at(step: int, decay: float, *, warmup: bool, start_step: int) -> float:
@@ -98,14 +98,6 @@ class Averages:
             tensor.copy_(tensors[name])
 
     def tensors(self) -> dict[str, Tensor]:
-        """Return the averages by name; sharded if the weights are."""
+        """Return the averages by name, not copied; sharded if the weights are."""
         self.flush()
         return dict(self._averages)
-
-    @torch.no_grad()
-    def load(self, tensors: Mapping[str, Tensor]) -> None:
-        """Load averages from whole tensors."""
-        assert tensors.keys() == self._averages.keys(), "the averages are of other networks"
-        self._pending = None
-        for name, tensor in tensors.items():
-            self._own[name].copy_(take_part(tensor, self._averages[name]))

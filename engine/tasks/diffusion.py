@@ -7,7 +7,7 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     token_ids [B, chunks, 77], and token_weights with task.captions.emphasis; from the cache prompt_embeds [B, L, D] and
         pooled_prompt_embeds [B, P]
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
-    ragged tags and tags_shown (bool), with task.tag_weights: `TagBalance` computes the sample's weight from them
+    ragged tags, and shown_tags of the caption, with task.tag_weights: `TagBalance` computes the sample's weight
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
 """
@@ -20,9 +20,9 @@ import numpy as np
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from data.latents.buckets import BucketConfig
+from data.stream.batch import multi_hot
 from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
@@ -171,14 +171,11 @@ class TagBalance(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean weight of each sample's tags, float32 [B], or 1 without tags; count the shown tags."""
-        tags, offsets = batch["tags"], batch["tags_offsets"]
-        # Samples count from 1; 0 and B + 1 own tags of other micro-batches (data/stream/batch.py).
-        owners = torch.bucketize(torch.arange(len(tags), device=tags.device), offsets, right=True)
-        shown = batch["tags_shown"] & F.pad(batch["weight"] > 0, (1, 1))[owners]
-        self.pending.index_add_(0, tags, shown.long())
-        weights, zeros = self.weights[tags], torch.zeros(len(offsets) + 1, device=tags.device)
-        sums, sizes = zeros.index_add(0, owners, weights), zeros.index_add(0, owners, (weights > 0).float())
-        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)[1:-1]
+        names, width = ("tags", "shown_tags"), len(self.weights)
+        has, shown = (multi_hot(batch[name], batch[f"{name}_offsets"], width) for name in names)
+        self.pending += (shown * (batch["weight"] > 0)[:, None]).sum(dim=0).long()
+        sums, sizes = (has * self.weights).sum(dim=1), (has * (self.weights > 0)).sum(dim=1)
+        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)
 
     def after_step(self, step: int) -> None:
         """Add the step's counts; every `reestimate_steps`, update the weights, which waits for the device."""

@@ -183,8 +183,8 @@ def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
         if tags is None:
             return fields
-        shown = torch.tensor(tags.find_shown(row, text, config), dtype=torch.bool)
-        return {**fields, "tags": Ragged(torch.tensor(tags.of_row(row)).long()), "tags_shown": Ragged(shown)}
+        ids, shown = torch.tensor(tags.of_row(row)).long(), tags.find_shown(row, text, config)
+        return {**fields, "tags": Ragged(ids), "shown_tags": Ragged(ids[torch.tensor(shown, dtype=torch.bool)])}
 
     return add
 

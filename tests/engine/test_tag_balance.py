@@ -26,7 +26,8 @@ def test_tags_weigh_anew_by_what_was_shown():
     batch = {
         "tags": torch.tensor([0, 3, 1, 2, 2]),
         "tags_offsets": torch.tensor([0, 2, 4, 5, 5]),
-        "tags_shown": torch.tensor([True, False, True, True, True]),
+        "shown_tags": torch.tensor([0, 1, 2, 2]),
+        "shown_tags_offsets": torch.tensor([0, 1, 3, 4, 4]),
         "weight": torch.tensor([1.0, 1.0, 0.0, 1.0]),
     }
     assert balance.weights.tolist() == [1.0, 1.0, 1.0, 0.0] and balance(batch).tolist() == [1.0] * 4
@@ -34,7 +35,7 @@ def test_tags_weigh_anew_by_what_was_shown():
     assert balance.shown.tolist() == [1, 1, 1, 0] and balance.weights[0] == 1
     again = copy.deepcopy(balance)
     assert count(lambda: (again(batch), again.after_step(2))) == []  # not due, so the host does not wait
-    balance({**batch, "tags_shown": torch.tensor([True, False, False, False, True])})
+    balance({**batch, "shown_tags": torch.tensor([0, 2]), "shown_tags_offsets": torch.tensor([0, 1, 1, 2, 2])})
     balance.after_step(1)
     assert balance.shown.tolist() == [2, 1, 1, 0] and balance.pending.tolist() == [0] * 4
     # The median is 1: weights 1/2, 1, 1; their mean over the images 0.25 * 0.5 + 0.25 + 0.5 = 0.875.
