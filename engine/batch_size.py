@@ -2,7 +2,7 @@
 
 A run begins with `loop.batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory changes
 nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order, global batch
-and learning rate stay. batch_size.json in the run folder keeps the size.
+and learning rate stay. batch_size.json in the run folder keeps the size; another device begins anew.
 
 A rank that runs out of memory would leave the others waiting in a collective. With several ranks, `auto` therefore
 tries every shape before training, and all ranks halve together (`Learner.rehearse`). A rank that runs out of memory
@@ -50,9 +50,10 @@ def _cut(batch: Batch, first: int, size: int) -> Batch:
     return part
 
 
-def read_size(file: Path, begin: int) -> int:
-    """Return the size that an earlier start of the run found, or `begin`."""
+def read_size(file: Path, begin: int, device: str) -> int:
+    """Return the size that an earlier start of the run found on an equal device, or `begin`."""
     try:
-        return min(begin, read_json(file).get("size", begin)) if file.exists() else begin
-    except (ValueError, TypeError, AttributeError) as error:
+        found = read_json(file) if file.exists() else {}
+        return min(begin, found["size"]) if found.get("device") == device else begin
+    except (ValueError, TypeError, AttributeError, KeyError) as error:
         raise UserError(f"loop.batch_size: {file} is damaged; remove it to search again") from error

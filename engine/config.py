@@ -104,7 +104,6 @@ class RuntimeConfig(MachineConfig):
     parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     prefetch_batches: Processes
-    sync_batchnorm: bool
     grad_checkpointing: bool
     explain: bool
 

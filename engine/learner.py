@@ -59,8 +59,8 @@ class Learner:
         self.seed, self.clip_grad_norm, self.step = config.seed, config.loop.clip_grad_norm, 0
         if getattr(config.optim, "bf16_weights", False):
             _store_in_bf16(task, runtime)
-        self.model = wrap_task(task, config.runtime, plan.total_steps, runtime)
         self._compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+        self.model = wrap_task(task, config.runtime, runtime, compiles=self._compiles)
         self._buffers = _Buffers(task)
         self.phase: int | None = None  # of `loop.phases`
         groups = build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
@@ -122,7 +122,8 @@ class Learner:
             self._halve(part)
             if self.batch_size_file is not None:
                 with ignore_write_errors(self.batch_size_file):
-                    write_json(self.batch_size_file, {"size": self.micro_batch_size})
+                    found = {"size": self.micro_batch_size, "device": self.runtime.device_name}
+                    write_json(self.batch_size_file, found)
             if distributed.is_distributed():  # the others wait in a collective
                 raise out_of_memory("training", show_samples(part))
         result = self._apply_gradients(passes, weight, before)

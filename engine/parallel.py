@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from engine.config import RuntimeConfig
-from engine.runtime import Runtime, choose_compile
+from engine.runtime import Runtime
 from engine.task import StepOutput, Task, networks_of
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
@@ -33,22 +33,14 @@ _STACKS = (nn.Sequential, nn.ModuleList)
 _pytree.register_dataclass(StepOutput)  # torch before 2.15 needs this to find the loss
 
 
-def wrap_task(task: Task, config: RuntimeConfig, total_steps: int, runtime: Runtime) -> nn.Module:
+def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: bool) -> nn.Module:
     """Move the task to the device, wrap it for the ranks and compile it. Return the module that the learner calls."""
-    if config.sync_batchnorm and distributed.is_distributed():
-        if runtime.device.type != "cuda":
-            raise UserError("runtime.sync_batchnorm: true needs GPUs (torch has no CPU form); set it to false")
-        from timm.layers import convert_sync_batchnorm  # torch's own drops the activation of timm's BatchNormAct2d
-
-        for name, network in networks_of(task, task.trained).items():
-            task.set_submodule(name, convert_sync_batchnorm(network))
     # Else helpers, such as a LoRA's U-Net: gradients pass through them.
     if config.grad_checkpointing and not (_recompute(task, task.trained) or _recompute(task, task.helpers)):
         raise UserError(
             f"runtime.grad_checkpointing: true, but {', '.join(task.trained)} cannot recompute its blocks; set it to "
             "false"
         )
-    compiles = choose_compile(config, runtime.device.type, total_steps)
     if compiles:
         log.info("compiling the task (the first steps take longer)")
         torch.compiler.reset()  # shapes of an earlier run in this process would count as dynamic

@@ -40,6 +40,11 @@ class Runtime(Machine):
         precision = "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
         return replace(self, precision=precision) if precision in _DTYPES else self
 
+    @property
+    def device_name(self) -> str:
+        """The name of the device, such as `NVIDIA H200`."""
+        return "CPU" if self.device.type == "cpu" else torch.cuda.get_device_name(self.device)
+
     def describe(self) -> str:
         """Return the settings in one line."""
         return (

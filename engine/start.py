@@ -50,12 +50,8 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
-    shares_layers = config.runtime.parallel == "fsdp" or config.runtime.sync_batchnorm
-    if config.loop.batch_size == "auto" and shares_layers and distributed.is_distributed():
-        raise UserError(
-            "loop.batch_size: auto does not work with runtime.parallel=fsdp or sync_batchnorm on several ranks; set a "
-            "number"
-        )
+    if config.loop.batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
+        raise UserError("loop.batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number")
     if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
@@ -115,7 +111,6 @@ def _start_screen(
     elif config.optim.lr is not None:
         rate = f"{plan.lr:.3g} (optim.lr)"
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
-    device = "CPU" if runtime.device.type == "cpu" else torch.cuda.get_device_name(runtime.device)
     batches = ""
     if config.loop.batch_size == "auto":
         batches = ", micro-batches as large as memory allows"
@@ -135,7 +130,7 @@ def _start_screen(
             ("training", f"{length}; {evaluation}"),
             *([("phases", "; ".join(shown))] if shown else []),
             ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
-            ("machine", f"{ranks}{device}, {machine}"),
+            ("machine", f"{ranks}{runtime.device_name}, {machine}"),
         ],
     )
 
@@ -153,10 +148,11 @@ def open_run(
         run = Run(task, streams, plan, config, runtime, folder)
         learner, recorder, train = run.learner, run.recorder, streams.train
         learner.batch_size_file = file = folder.path / "batch_size.json"
-        learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, plan.micro_batch_size))
+        begin = plan.micro_batch_size
+        learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, begin, runtime.device_name))
         if config.loop.batch_size == "auto" and distributed.is_distributed():
             for each in (*streams.earlier, train):
-                learner.rehearse(each.trial_batches(plan.micro_batch_size))
+                learner.rehearse(each.trial_batches(begin))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:
             run.restore(checkpoint)

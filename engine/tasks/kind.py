@@ -30,6 +30,7 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import GroupedSampler, Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
+from engine.plan import largest_divisor
 from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported
 from models.build import build_network, check_image_size
@@ -211,7 +212,7 @@ class Kind:
         log.info("augment.pad=buckets: %s px", ", ".join(used))
         for height, width in sizes_hw:
             check_image_size(setup.model, (height, width))
-        return GroupedSampler(rows, groups, max(n for n in range(1, _CHUNK + 1) if batch % n == 0), config.seed)
+        return GroupedSampler(rows, groups, largest_divisor(batch, _CHUNK), config.seed)
 
     # ----------------------------------------------------------------------------------------------------- streams
 

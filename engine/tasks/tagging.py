@@ -210,9 +210,8 @@ class TaggingTask(ImageTask):
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
         for batch in loaders["val"]:
-            logits, targets, valid = self._predict(batch)
-            # Always the cross-entropy, so that runs with different training losses can be compared.
-            loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
+            logits, targets, loss = self._predict(batch)
+            valid = batch["weight"] > 0
             means.add({"loss": loss}, valid)
             counts.add(logits, targets, valid)
             shown, probs = {name: batch[name] for name in ("sample_id", "images")}, logits.sigmoid()
@@ -232,8 +231,7 @@ class TaggingTask(ImageTask):
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other."""
-        logits, targets, _ = self._predict(batch)
-        loss = bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1).cpu().numpy()
+        logits, targets, loss = self._predict(batch)
         probs, targets = logits.sigmoid().cpu().numpy(), targets.cpu().numpy()
         has, lacks, found = targets == 1, targets == 0, probs >= self.thresholds
         margin = np.where(has, probs, np.inf).min(axis=1) - np.where(lacks, probs, -np.inf).max(axis=1)
@@ -241,7 +239,7 @@ class TaggingTask(ImageTask):
         names = np.array(self.vocabulary.names, object)
         columns = {name: pa.array([names[row] for row in mask], pa.list_(pa.string())) for name, mask in tags.items()}
         columns["probability"] = pa.array([row[kept] for row, kept in zip(probs, found)], pa.list_(pa.float32()))
-        return pa.table({**columns, "loss": loss, "margin": margin})
+        return pa.table({**columns, "loss": loss.cpu().numpy(), "margin": margin})
 
     def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:
         """Fit thresholds on one half of the samples, and measure them on the other.
@@ -252,8 +250,8 @@ class TaggingTask(ImageTask):
         leads = torch.from_numpy(leads)
         fit_counts, test_counts = (TagHistograms(len(self.vocabulary)) for _ in range(2))
         for batch in loader:
-            logits, targets, valid = self._predict(batch)
-            half = to_fit(leads[batch["sample_id"].cpu()]).to(valid.device)
+            logits, targets, _ = self._predict(batch)
+            valid, half = batch["weight"] > 0, to_fit(leads[batch["sample_id"].cpu()]).to(logits.device)
             fit_counts.add(logits, targets, valid & half)
             test_counts.add(logits, targets, valid & ~half)
         halves = [counts.reduce() for counts in (fit_counts, test_counts)]
@@ -271,9 +269,10 @@ class TaggingTask(ImageTask):
         return table.keep(unlabelled, earlier)
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return logits and targets [B, T], and which samples are valid [B]."""
+        """Return logits and targets [B, T], and the cross-entropy [B], by which runs of all losses are compared."""
         images, targets = self.views(batch)
-        return self.network(images).float(), targets, batch["weight"] > 0
+        logits = self.network(images).float()
+        return logits, targets, bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
 
 
 @torch.compiler.disable  # the number of tags changes with each batch

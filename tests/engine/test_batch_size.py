@@ -22,12 +22,14 @@ def test_batches_are_split_to_divisors():
     assert show_samples(batch) == "12 samples of 3x8x8"
 
 
-@pytest.mark.parametrize("content", ["{}x", "3", '{"size": "3"}'])
-def test_a_damaged_file_is_refused(tmp_path, content):
+@pytest.mark.parametrize("content", ["{}x", "3", '{"device": "CPU"}', '{"size": "3", "device": "CPU"}'])
+def test_a_damaged_file_is_refused_and_one_of_another_device_is_not_used(tmp_path, content):
     file = tmp_path / "batch_size.json"
     file.write_text(content)
     with pytest.raises(UserError, match="^loop.batch_size: .*batch_size.json is damaged"):
-        read_size(file, 8)
+        read_size(file, 8, "CPU")
+    file.write_text('{"size": 2, "device": "NVIDIA T4"}')
+    assert read_size(file, 8, "CPU") == 8 and read_size(file, 8, "NVIDIA T4") == 2
 
 
 @pytest.fixture
@@ -48,7 +50,7 @@ def test_a_run_that_runs_out_equals_one_of_the_size_found_and_keeps_it(tmp_path,
     run("finetune", [*base, "run_dir=two", "loop.batch_size=2"], tmp_path)
     assert_same_tensors(checkpoint_tensors(tmp_path / "auto", 3), checkpoint_tensors(tmp_path / "two", 3))
     assert rows(tmp_path / "auto/metrics.jsonl") == rows(tmp_path / "two/metrics.jsonl")
-    assert json.loads((tmp_path / "auto/batch_size.json").read_text()) == {"size": 2}
+    assert json.loads((tmp_path / "auto/batch_size.json").read_text()) == {"size": 2, "device": "CPU"}
     said = (tmp_path / "auto/log.txt").read_text()
     assert said.count("out of memory") == 2 and "memory at the first step: weights" in said
     run("finetune", [*base, "run_dir=auto", "loop.total_steps=4"], tmp_path)
