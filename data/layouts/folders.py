@@ -21,7 +21,7 @@ from data.layouts.huggingface import TABLES, read_tables
 from data.layouts.kohya import read_metadata
 from data.layouts.manifest import PARQUET, find_one
 from data.layouts.records import Sidecar, is_field, parse_record
-from data.layouts.sidecars import SUFFIXES, list_orphans, list_sidecars, read_lines, read_sidecars, refuse_link_out
+from data.layouts.sidecars import SUFFIXES, pair_sidecars, read_lines, read_sidecars, refuse_link_out
 from data.layouts.table import SPLIT_NAMES, build_table, show_some
 from data.layouts.unused import ORPHANS, Unused
 from utils.errors import UserError, about
@@ -72,19 +72,17 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
     or another image path that is not a file; a circle of links. Unreadable sidecars are in the column `sidecar_fault`.
     """
-    images, others = scan_folder(root, unused)
+    images, sidecars, tables = scan_folder(root, unused)
     if not images:
         raise UserError(
             f"data.root: {str(root)!r} holds no image; allowed are the endings "
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
-    sidecars = {path: files for path in images if (files := list_sidecars(path, others))}
     if (file := find_one(root, POSTS)) is not None:
         unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
         return _read_posts(root, file, images, unused)
     splits, labels = _place_images(root, list(images))
     _refuse_repeats(root, sorted({path.rpartition("/")[0] for path in images}), unused)
-    tables = sorted(folder + name for folder, names in others.items() for name in names if name in TABLES)
     known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
     known = dict(zip(sidecars, known))
     try:
@@ -107,22 +105,24 @@ def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Seque
     return build_table({"path": list(images), "size": list(images.values()), "split": splits, **fields})
 
 
-def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, set[str]]]:
-    """Return the size in bytes of each image below a folder, by path, and the other file names by folder.
+def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, list[str]], list[str]]:
+    """Return the size in bytes and the sidecars of each image below a folder, by path, and its tables of metadata.
 
     Raises UserError as `read_folder` does.
     """
     images: dict[str, int] = {}
-    others: dict[str, set[str]] = {}
+    sidecars: dict[str, list[str]] = {}
+    tables: list[str] = []
     for folder, entries, names in walk_folders(root, unused):
         images |= _read_images(folder, entries)
-        here = set(filter(is_image_name, names))
-        others[folder] = names - here
+        paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
+        sidecars |= paired
+        tables += sorted(folder + name for name in names.intersection(TABLES))
         unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
         unused.add("shards beside images", *(path for path in shards if path not in (*POSTS, PARQUET)))
-        unused.add(ORPHANS, *list_orphans(folder, here, names))
-    return images, others
+        unused.add(ORPHANS, *orphans)
+    return images, sidecars, tables
 
 
 def is_image_name(name: str) -> bool:

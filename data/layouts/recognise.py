@@ -22,7 +22,7 @@ from data.layouts.huggingface import read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, read_manifest, scanned_at
 from data.layouts.refresh import find_newer
 from data.layouts.remote import fetch_manifest, is_remote
-from data.layouts.sidecars import FAULT, SUFFIXES, list_orphans
+from data.layouts.sidecars import FAULT, SUFFIXES, pair_sidecars
 from data.layouts.table import PLACES, SPLIT_NAMES, TYPES, build_table, show_some
 from data.layouts.unused import Unused
 from data.layouts.webdataset import read_tar
@@ -85,7 +85,7 @@ def _find_shards(root: Path, unused: Unused) -> list[str]:
         if any(map(is_image_name, files)):
             return []
         names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
-        others.add("texts beside shards", *list_orphans(folder, set(), files - {PLAN}))
+        others.add("texts beside shards", *pair_sidecars(folder, (), files - {PLAN})[1])
     tables = [name for name in names if not name.endswith(_TAR)]
     if 0 < len(tables) < len(names):
         others.add("tables beside tar files", *tables)

@@ -10,7 +10,7 @@ import pyarrow.compute as pc
 from data.layouts.folders import POSTS, is_image_name, read_folder, walk_folders
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, refuse_foreign, save_manifest, scanned_at
-from data.layouts.sidecars import SUFFIXES, list_faults, list_orphans
+from data.layouts.sidecars import SUFFIXES, list_faults, pair_sidecars
 from data.layouts.table import TAG_LISTS, replace_column, show_some, take_rows
 from data.layouts.unused import Unused
 from utils.errors import UserError
@@ -39,7 +39,8 @@ def find_newer(root: Path, manifest: Path) -> list[str]:
                     if max(times.st_mtime_ns, 0 if was_copied else times.st_ctime_ns) > scanned:
                         changed.add(folder + entry.name)
         if changed:
-            newer += sorted(changed.difference(list_orphans(folder, set(filter(is_image_name, names)), names)))
+            _, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
+            newer += sorted(changed.difference(orphans))
     if newer:
         log.warning(
             "data.root: %s sidecars are newer than %s and are not read: %s; data.manifest=refresh reads them again",

@@ -20,7 +20,6 @@ FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
 SUFFIXES = (".caption", ".txt", ".json")
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
-_SPELLINGS = [(suffix, suffix.upper(), f".{suffix[1:].title()}") for suffix in SUFFIXES]
 _MAX_BYTES = 16 * 2**20
 
 
@@ -65,21 +64,25 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
     return sidecar
 
 
-def list_sidecars(image: str, others: Mapping[str, set[str]]) -> list[str]:
-    """Return the sidecars of an image, `x.jpg.txt` before `x.txt`; others: file names by folder, as paths begin."""
-    folder, slash, name = image.rpartition("/")
-    names = others[folder + slash]
-    stems = dict.fromkeys((name, os.path.splitext(name)[0])) if names else ()
-    files = (stem + suffix for spellings in _SPELLINGS for stem in stems for suffix in spellings)
-    return [folder + slash + file for file in files if file in names]
+def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> tuple[dict[str, list[str]], list[str]]:
+    """Return the sidecars of each image of a folder, `x.jpg.txt` before `x.txt`, and those of none of them, by path.
 
-
-def list_orphans(folder: str, images: set[str], names: set[str]) -> list[str]:
-    """Return the sidecars of none of the `images` of a folder (with a final slash), among its file names, by path."""
-    files = [name for name in names - images if name.lower().endswith(SUFFIXES)]
-    files = [name for name in files if folder or not name.startswith("meta_")]
-    owners = images | {os.path.splitext(name)[0] for name in images} if files else images
-    return sorted(folder + name for name in files if os.path.splitext(name)[0] not in owners)
+    folder: its path with a final slash. images, names: the names of its images, and of all its files.
+    """
+    pairs: dict[str, list[str]] = {}
+    orphans: list[str] = []
+    files = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=lambda name: (-len(name), name))
+    owners: dict[str, list[str]] = {}
+    for image in images if files else ():
+        for owner in (image, os.path.splitext(image)[0]):
+            owners.setdefault(owner, []).append(image)
+    for name in files:
+        found = owners.get(os.path.splitext(name)[0], ())
+        for image in found:
+            pairs.setdefault(folder + image, []).append(folder + name)
+        if not found and (folder or not name.startswith("meta_")):
+            orphans.append(folder + name)
+    return pairs, sorted(orphans)
 
 
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:

@@ -7,6 +7,7 @@ A label is positive, negative or unknown. All are known, but ratings of an image
 `unknown_tags` say: `hat`, the tags of a category (`character:*`) or all (`*`), but not `-hat` or `-general:*`.
 """
 
+from array import array
 from collections import Counter
 from contextlib import suppress
 from dataclasses import dataclass
@@ -15,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from data.collection.collection import Collection
@@ -150,21 +150,28 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used
     Raises UserError (`<key>rating_s`) if images are rated `s` or `safe` and the rules do not define it.
     """
     mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
+    ids, lengths, unknown, tagged = array("i"), [], [], []
     names = [name for name in (*TAG_LISTS, "rating") if name in table.column_names]
-    parts = [(nothing,) * 4, *map(mapper.map_rows, table.select(names).to_batches(_CHUNK_ROWS))]
-    ids, lengths, unknown, tagged = map(np.concatenate, zip(*parts))
+    for batch in table.select(names).to_batches(_CHUNK_ROWS):
+        for row in batch.to_pylist():
+            outputs, number, is_tagged = mapper.map_row(row["tags"], row["rating"], row.get("unknown_tags"))
+            ids.extend(outputs)
+            lengths.append(len(outputs))
+            unknown.append(number)
+            tagged.append(is_tagged)
     if mapper.foreign:
         texts = ", ".join(repr(text) for text, _ in mapper.foreign.most_common(_SHOWN))
         log.info("%s tags are not in the vocabulary, such as %s", f"{mapper.foreign.total():,}", texts)
+    ids = np.array(ids, np.int32)
     never = np.flatnonzero(np.bincount(ids, minlength=len(vocabulary)) == 0) if only_used else nothing
     sets = [np.union1d(members, never) for members in mapper.sets]
     offsets, set_offsets = (np.cumsum([0, *sizes]) for sizes in (lengths, map(len, sets)))
     set_ids = np.concatenate([nothing, *sets]).astype(np.int32)
-    return TagIndex(ids.astype(np.int32), offsets, tagged.astype(bool), unknown.astype(np.int32), set_ids, set_offsets)
+    return TagIndex(ids, offsets, np.array(tagged, bool), np.array(unknown, np.int32), set_ids, set_offsets)
 
 
 class _Mapper:
-    """Map rows to outputs of a vocabulary, each distinct text once, and count texts that it lacks.
+    """Map rows to outputs of a vocabulary, and count texts that it lacks.
 
     sets: the distinct sets of unknown outputs, ascending.
     """
@@ -176,41 +183,23 @@ class _Mapper:
         self._categories = {name: category for category, name in reversed(named)}
         self._categories |= {name: category for category, name in named if category == GENERAL}
         self._category = np.asarray(vocabulary.categories)
-        self._is_rating = self._category == RATING
+        self._is_rating = (self._category == RATING).tolist()
+        self._rating_of = cache(lambda text: self._find(Tag(RATING, text)))
         self._outputs_of = cache(lambda text: [n for tag in rules.read(text) if (n := self._find(tag)) >= 0])
         self._number_of = cache(self._add_set)
         self.foreign: Counter[str] = Counter()
         self.sets: list[np.ndarray] = []
 
-    def map_rows(self, batch: pa.RecordBatch) -> tuple[np.ndarray, ...]:
-        """Return ids [n], and for each row the number of ids, the number of its set, and whether it is tagged."""
-        tags, ratings = batch["tags"], batch["rating"]
-        width, count = len(self._is_rating), len(batch)
-        texts = tags.flatten().dictionary_encode()
-        outputs_of_text = list(map(self._outputs_of, texts.dictionary.to_pylist()))
-        uses = np.bincount(texts.indices.to_numpy(), minlength=len(outputs_of_text)).tolist()
-        for text, outputs, used in zip(texts.dictionary.to_pylist(), outputs_of_text, uses):
-            if not outputs and text.strip():
-                self.foreign[text] += used
-        outputs = pa.array(outputs_of_text, pa.list_(pa.int64())).take(texts.indices)
-        rows = np.repeat(pc.list_parent_indices(tags).to_numpy(), outputs.value_lengths().to_numpy())
-        pairs = np.unique(rows * width + outputs.flatten().to_numpy())
-
-        # The rating column counts; without it, the rating among the tags, if there is exactly one.
-        names = ratings.fill_null("").dictionary_encode()
-        by_column = np.array([self._find(Tag(RATING, name)) for name in names.dictionary.to_pylist()], np.int64)
-        by_column = by_column[names.indices.to_numpy()]
-        rows, ids = np.divmod(pairs, width)
-        is_rating, with_rating = self._is_rating[ids], np.flatnonzero(by_column >= 0)
-        by_tag = (np.bincount(rows[is_rating], minlength=count) == 1) & (by_column < 0)
-        pairs = np.concatenate([pairs[~is_rating | by_tag[rows]], with_rating * width + by_column[with_rating]])
-
-        rows, ids = np.divmod(np.sort(pairs), width)
-        rated = np.bincount(rows, self._is_rating[ids], count)
-        lengths = np.bincount(rows, minlength=count)
-        texts = [None] * count if "unknown_tags" not in batch.schema.names else batch["unknown_tags"].to_pylist()
-        sets = [self._number_of(tuple(row or ()), is_rated) for row, is_rated in zip(texts, (rated > 0).tolist())]
-        return ids, lengths, np.array(sets, np.int64), lengths > rated
+    def map_row(self, tags: list[str], rating: str | None, unknown: list[str] | None) -> tuple[list[int], int, bool]:
+        """Return the outputs of a row, ascending, the number of its set, and whether it has a tag beside a rating."""
+        found = {text: self._outputs_of(text) for text in tags}
+        self.foreign.update(text for text in tags if not found[text] and text.strip())
+        outputs = set().union(*found.values())
+        rated = {output for output in outputs if self._is_rating[output]}
+        by_column = self._rating_of(rating or "")  # the column counts; without it, a single rating among the tags
+        ratings = {by_column} if by_column >= 0 else rated if len(rated) == 1 else set()
+        number = self._number_of(tuple(unknown or ()), bool(ratings))
+        return sorted(outputs - rated | ratings), number, len(outputs) > len(rated)
 
     def _add_set(self, texts: tuple[str, ...], is_rated: bool) -> int:
         """Return the number of a new set: what the texts, and an unknown rating, leave unknown."""
@@ -229,7 +218,7 @@ class _Mapper:
     def _find(self, tag: Tag) -> int:
         """Return the output of a tag, or -1. A tag without a category gets the category of its name."""
         if tag.category == RATING:
-            name = self._rules.read_rating(tag.name) if self._is_rating.any() else None
+            name = self._rules.read_rating(tag.name) if any(self._is_rating) else None
             return self._columns.get((RATING, name), -1)
         category = self._categories.get(tag.name, GENERAL) if tag.category is None else tag.category
         return self._columns.get((category, tag.name), -1)

@@ -2,6 +2,7 @@
 
 import functools
 import io
+import itertools
 import os
 import shutil
 from collections.abc import Iterator, Sequence
@@ -21,7 +22,7 @@ from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, is_mask_name, 
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table, save_manifest, scanned_at
 from data.layouts.records import FIELDS
-from data.layouts.sidecars import list_sidecars
+from data.layouts.sidecars import pair_sidecars
 from data.layouts.spelling import parse_tag
 from data.layouts.table import replace_column
 from data.layouts.unused import Unused
@@ -196,15 +197,15 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> tu
 
 def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
     """Yield the sidecars and the mask of each image, and tables that describe it; a file of two images comes twice."""
-    names: dict[str, set[str]] = {}
     parents = {parent for folder in {os.path.dirname(path) for path in paths} for parent in Path(folder, "x").parents}
     for parent in sorted(parents):
         patterns = (*TABLES, *POSTS, "meta_*.json", "meta_*.jsonl") if parent == Path() else TABLES
         yield from (str(file.relative_to(root)) for name in patterns for file in sorted((root / parent).glob(name)))
+    images: dict[str, list[str]] = {}
     for path in paths:
-        folder, stem = path[: path.rfind("/") + 1], os.path.splitext(path)[0]
-        if folder not in names:
-            names[folder] = {entry.name for entry in list_folder(root / folder)}
-        yield from list_sidecars(path, names)
-        masks = (f"{stem}{ending}.png" for ending in MASK_ENDINGS)
-        yield from (mask for mask in masks if os.path.basename(mask) in names[folder])
+        images.setdefault(path[: path.rfind("/") + 1], []).append(os.path.basename(path))
+    for folder, here in images.items():
+        names = {entry.name for entry in list_folder(root / folder)}
+        yield from itertools.chain(*pair_sidecars(folder, here, names)[0].values())
+        masks = (os.path.splitext(image)[0] + f"{ending}.png" for image in here for ending in MASK_ENDINGS)
+        yield from (folder + mask for mask in masks if mask in names)

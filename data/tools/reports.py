@@ -1,7 +1,7 @@
 """Jobs that only read a collection: count, vocabulary, statistics (an HTML page) and verify (all kinds of faults)."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from data.config import DataConfig, VocabularyConfig
 from data.layouts.folders import check_root, read_folder, scan_folder
 from data.layouts.manifest import find_manifest, read_table
-from data.layouts.sidecars import FAULT, list_sidecars
+from data.layouts.sidecars import FAULT
 from data.layouts.table import SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
 from data.open import describe_collection, load_collection
@@ -140,11 +140,11 @@ class Verify(Tool):
     def run(self, data: DataConfig) -> str:
         """List the faults. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
-        sizes, others = scan_folder(root, unused := Unused())
+        sizes, sidecars, _ = scan_folder(root, unused := Unused())
         images = sorted(sizes)
         facts = measure_files(root, images, data.max_pixels)
         found = [(path, fact.kind, fact.reason) for path, fact in zip(images, facts) if fact.kind is not None]
-        faults = _find_faults(root, images, others, unused.get(ORPHANS, []))
+        faults = _find_faults(root, images, sidecars, unused.get(ORPHANS, []))
         found += (fault if len(fault) == 3 else (*fault, fault[1]) for fault in faults)
         kinds, faults = Counter(kind for _, kind, _ in found), {}
         for path, _, fault in found:
@@ -155,12 +155,12 @@ class Verify(Tool):
 
 
 def _find_faults(
-    root: Path, images: list[str], others: Mapping[str, set[str]], orphans: list[str]
+    root: Path, images: list[str], sidecars: Container[str], orphans: list[str]
 ) -> Iterator[tuple[str, ...]]:
     """Yield the path, the kind and, if it says more, the reason of faults of the manifest and the sidecars.
 
-    images, others: see `scan_folder`. orphans: sidecars without an image. If any image has a sidecar, images without
-    one are named. A manifest replaces sidecars, so bad ones do not matter.
+    sidecars: the images with one. orphans: sidecars without an image. If any image has a sidecar, images without one
+    are named. A manifest replaces sidecars, so bad ones do not matter.
     """
     if (manifest := find_manifest(root)) is not None:
         refuse_shards(root, table := read_table(manifest, Unused()))
@@ -172,6 +172,6 @@ def _find_faults(
         bad = table.filter(pc.is_valid(table[FAULT]))
         yield from ((path, "a bad sidecar", why) for path, why in zip(bad["path"].to_pylist(), bad[FAULT].to_pylist()))
     yield from ((path, "a sidecar without an image") for path in orphans)
-    bare = [path for path in images if not list_sidecars(path, others)]
+    bare = [path for path in images if path not in sidecars]
     if len(bare) < len(images):
         yield from ((path, "an image without a sidecar") for path in bare)
