@@ -4,7 +4,7 @@ import math
 from functools import reduce
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, model_validator
 
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
@@ -23,6 +23,7 @@ from utils.config.bounds import (
     Side,
     Workers,
 )
+from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict
 from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
@@ -154,10 +155,9 @@ class TrainingConfig(Strict):
                     raise ValueError(f"{key}: the run ends at {value}, but {own}; set both to the same")
                 into[name] = value
             try:
-                configs.append(type(self).model_validate(values))
-            except ValidationError as error:
-                problem = error.errors()[0]["msg"].removeprefix("Value error, ")
-                raise ValueError(f"loop.phases.{number}: {problem}") from error
+                configs.append(validate(values, type(self)))
+            except ConfigError as error:
+                raise ValueError(f"loop.phases.{number}: {'; '.join(error.args)}") from error
         return configs or [self]
 
     @model_validator(mode="after")

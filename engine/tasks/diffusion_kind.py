@@ -113,7 +113,14 @@ class DiffusionKind(BucketedKind):
             off = {"latent_cache": None, "text_cache": None}
             setup = replace(setup, task=setup.task.model_copy(update=off))
             config = config.model_copy(update={"task": config.task.model_copy(update=off)})
-        return super().streams(data, setup, config)
+        collection, captions = data.collection, setup.task.captions
+        sources = describe_captions(collection, training_rows(collection, config.loop), captions)
+        streams = super().streams(data, setup, config)
+        images = np.unique(streams.train.sampler.rows)
+        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, captions))
+        described = {**streams.described, "collection": f"{streams.described['collection']}; {sources}"}
+        trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
+        return replace(streams, described=described, trained_on=trained_on)
 
     def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the training stream, in buckets."""
@@ -123,18 +130,10 @@ class DiffusionKind(BucketedKind):
         parts = config.loop.global_batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
         buckets.refuse_none(len(rows))
-        captions = describe_captions(collection, rows, task.captions)
-        described = {"collection": f"{describe_collection(collection)}; {captions}", "images": buckets.describe()}
+        described = {"collection": describe_collection(collection), "images": buckets.describe()}
         sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
-        images = np.unique(buckets.rows)
-        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, task.captions))
-        return Streams(
-            read.train(buckets.rows, fields, views, sampler=sampler),
-            {},
-            read.fingerprints,
-            described=described,
-            trained_on={"images": len(images), "buckets": buckets.count(), "tag_frequency": frequency},
-        )
+        train, counts = read.train(buckets.rows, fields, views, sampler=sampler), {"buckets": buckets.count()}
+        return Streams(train, {}, read.fingerprints, described=described, trained_on=counts)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions."""

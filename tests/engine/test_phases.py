@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from engine.learner import Learner
 from engine.plan import Plan
-from tests.in_process import TINY, run, run_until_killed
+from tests.in_process import TINY, configure, make_images, run, run_until_killed
 from tests.support import assert_same_rows, checkpoint_tensors, common, rows, samples_by_step
 from tests.support import run as run_as_process
 from utils.config.messages import ConfigError
@@ -105,33 +106,46 @@ WRONG = {
 def test_phases_that_cannot_be(phases, collection, tmp_path):
     value, _, more = phases.partition("] aug")
     words = [f"loop.phases={value}" + ("]" if more else ""), *([f"aug{more}"] if more else [])]
-    with pytest.raises((ConfigError, UserError)) as refused:
+    with pytest.raises(UserError) as refused:
         run("finetune", [*TINY, f"data.root={collection}", "run_dir=refused", "dry_run=true", *words], tmp_path)
     for part in WRONG[phases].split(" ... "):
         assert part in str(refused.value)
 
 
-def test_a_bucket_area_is_a_phase_of_sdxl(collection, tmp_path):
+def test_a_value_that_its_group_refuses_is_named():
+    words = ["model=sdxl_tiny", "data.root=images", "loop.phases=[{fraction: 0.5, crop_px: 36}, {fraction: 0.5}]"]
+    with pytest.raises(ConfigError, match="loop.phases.0: task.crop_px: must be a multiple of 8, found 36"):
+        configure("finetune_vae", words)
+
+
+BUCKETED = {  # script, task and first phase; the latents' or crops' areas in it and afterwards
+    "finetune_sdxl": ("diffusion", "areas_px: [4096]", 64, ["task.latent_cache=latents"]),
+    "finetune_vae": ("autoencoder", "areas_px: [4096], crop_px: 32", 1024, ["task.crop_px=64"]),
+}
+
+
+@pytest.mark.parametrize("script", BUCKETED)
+def test_bucket_areas_are_phases_and_a_run_killed_between_them_resumes_exactly(script, tmp_path, monkeypatch):
     pytest.importorskip("diffusers")
-    phases = "loop.phases=[{fraction: 0.5, areas_px: [4096]}, {fraction: 0.5}]"
+    task, phase, least, words = BUCKETED[script]
     words = [
-        f"task.latent_cache={tmp_path}/latents", "task.buckets.sizes_hw=null", "task.buckets.min_px=32",
-        "task.buckets.step_px=32", "task.buckets.areas_px=[9216]", "task.buckets.max_crop=1.0",
-        "task.buckets.max_upscale=9", "task.chunk=2", "loop.total_steps=4", "loop.global_batch_size=2",
-        "loop.batch_size=2", phases,
+        *words,
+        "task.buckets.sizes_hw=null", "task.buckets.min_px=32", "task.buckets.step_px=32",
+        "task.buckets.areas_px=[9216]", "task.buckets.max_crop=1.0", "task.buckets.max_upscale=9", "task.chunk=2",
+        "loop.total_steps=4", "loop.global_batch_size=2", "loop.batch_size=2", "loop.checkpoint_every_steps=2",
+        f"loop.phases=[{{fraction: 0.5, {phase}}}, {{fraction: 0.5}}]",
     ]  # fmt: skip
-    ours = common("diffusion", collection, tmp_path / "run", *words)
-    shapes = []
-    from engine.tasks.diffusion import DiffusionTask
+    images, areas, update = make_images(tmp_path / "images"), [], Learner.update
 
-    original = DiffusionTask._latents
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(DiffusionTask, "_latents", lambda task, batch: record(shapes, task, original(task, batch)))
-        run("finetune_sdxl", ours, tmp_path)
-    assert all(area <= 64 for area in shapes[:2]) and any(area > 64 for area in shapes[2:4])
+    def see(learner, batches):
+        areas.append(batches[0]["images" if "images" in batches[0] else "latent_mean"][0, 0].numel())
+        return update(learner, batches)
 
-
-def record(shapes, task, latents):
-    if task.training:
-        shapes.append(latents.shape[-1] * latents.shape[-2])
-    return latents
+    monkeypatch.setattr(Learner, "update", see)
+    run(script, common(task, images, tmp_path / "whole", *words), tmp_path)
+    run_until_killed(script, common(task, images, tmp_path / "killed", *words), tmp_path, step=2)
+    run(script, common(task, images, tmp_path / "killed", *words), tmp_path)
+    assert areas[:4] == areas[4:] and max(areas[:2]) <= least < min(areas[2:4])
+    whole, killed = (checkpoint_tensors(tmp_path / name, 4) for name in ("whole", "killed"))
+    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
+    assert rows(tmp_path / "whole/metrics.jsonl") == rows(tmp_path / "killed/metrics.jsonl")
