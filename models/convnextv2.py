@@ -8,7 +8,7 @@ GRN uses visible sites only, so nothing under the mask can reach a visible outpu
 """
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.depthwise import DepthwiseConv2d
-from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, select_visible
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, Sites, select_visible
 
 _GROUP_LAST = 12  # the last layer for layer decay of kind `group`
 
@@ -53,22 +53,22 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(
-        self, x: Tensor, visible: Tensor | None = None, execute: Callable[["Block", Tensor], Tensor] | None = None
-    ) -> Tensor:
-        """Return [B, C, H, W], 0 at masked sites.
+    def forward(self, x: Tensor, visible: Tensor | None = None, sites: Sites | None = None) -> Tensor:
+        """Return [B, C, H, W], 0 at masked sites; with `sites`, tokens [B, V, r, r, C] from such tokens.
 
-        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. `execute(self, x)`
-        replaces the dense computation (models/sparse.py). It is passed to the block's call, because FSDP all-gathers
-        the block's weights there (engine/parallel.py).
+        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. sites: only these are
+        computed (models/sparse.py).
         """
-        if execute is not None:
-            return execute(self, x)
-        branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
+        if sites is None:
+            branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
+        else:  # GRN takes its norm over dimensions 1 and 2, which have only the visible sites
+            branch = sites.from_map(self.dwconv(sites.to_map(x))).view(sites.batch, -1, 1, x.shape[-1])
         branch = F.gelu(self.pwconv1(self.norm(branch)))
-        branch = self.pwconv2(self.grn(branch, visible)).permute(0, 3, 1, 2)
+        branch = self.drop_path(self.pwconv2(self.grn(branch, visible)))
+        if sites is not None:
+            return x + branch.view(x.shape)
         # Select again, because the biases have filled the masked sites.
-        return select_visible(x + self.drop_path(branch), visible)
+        return select_visible(x + branch.permute(0, 3, 1, 2), visible)
 
 
 class ConvNeXtV2(nn.Module):
@@ -150,9 +150,9 @@ class ConvNeXtV2(nn.Module):
             images = select_visible(images, repeat_sites(visible, self.total_stride))
         x = images
         for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            sites = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
-            x = downsample(x)  # its biases fill masked sites; the block zeroes them in its input and output
-            x = self.run_stage(stage, lambda block, x, sites=sites: block(x, sites), x)
+            kept = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
+            # The biases of downsampling fill masked sites; the block zeroes them in its input and output.
+            x = self.run_stage(stage, downsample(x), kept)
         return x
 
     def last_layer(self, kind: str) -> int:
@@ -186,11 +186,11 @@ class ConvNeXtV2(nn.Module):
         """Let blocks keep only their input and recompute the rest in the backward pass (timm's name)."""
         self.grad_checkpointing = enable
 
-    def run_stage(self, stage: nn.Sequential, run: Callable[[Block, Tensor], Tensor], x: Tensor) -> Tensor:
-        """Apply `run(block, x)` for each block of a stage, with gradient checkpointing if it is set."""
+    def run_stage(self, stage: nn.Sequential, x: Tensor, *masks: Tensor | Sites | None) -> Tensor:
+        """Apply the blocks of a stage to `x` and the masks of `Block`, with gradient checkpointing if it is set."""
         for block in stage:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(run, block, x, use_reentrant=False)
+                x = checkpoint(block, x, *masks, use_reentrant=False)
             else:
-                x = run(block, x)
+                x = block(x, *masks)
         return x

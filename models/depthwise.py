@@ -1,9 +1,9 @@
 """A depthwise convolution with a backward pass that is fast on CPUs too.
 
-On a CPU, torch computes the weight gradient of a depthwise 7x7 ten to forty times slower than the convolution itself,
-which was a quarter of a ConvNeXt V2's training step. That gradient can be computed as a depthwise convolution: each
-channel of each sample is a separate channel, and the output's gradient is the kernel. The input's gradient is a
-convolution with the flipped kernel. Both then run at the speed of the forward pass. GPUs use torch's own gradients.
+On a CPU, torch is slow at the weight gradient of a depthwise 7x7: with it, a training step of a ConvNeXt V2 takes 1.1
+to 1.9 times as long (torch 2.14). That gradient can be computed as a depthwise convolution: each channel of each sample
+is a separate channel, and the output's gradient is the kernel. The input's gradient is a convolution with the flipped
+kernel. Both then run at the speed of the forward pass. GPUs use torch's own gradients.
 """
 
 from typing import Any
@@ -12,37 +12,20 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-# A kernel with more sites per side is not fast, so larger maps are cut into tiles.
-_TILE = 16
-
-
-def _tiles(side: int) -> tuple[int, int]:
-    """Return the number of tiles of a side, and the length of a tile."""
-    count = -(-side // _TILE)
-    return count, -(-side // count)
-
 
 def depthwise_weight_grad(x: Tensor, grad: Tensor, kernel: int) -> Tensor:
     """Return the weight gradient of a depthwise convolution with stride 1 and padding kernel // 2.
 
     x: [B, C, H, W], the convolution's input; grad: [B, C, H, W], the gradient of its output. Returns float32 or wider
-    [C, 1, k, k]: the terms of samples and tiles have the dtype of `x` and are summed in float32.
+    [C, 1, k, k]: the terms of samples have the dtype of `x` and are summed in float32.
     """
     batch, channels, height, width = x.shape
     halo = kernel // 2
-    (rows, tile_h), (columns, tile_w) = _tiles(height), _tiles(width)
-    more_h, more_w = rows * tile_h - height, columns * tile_w - width
-    x, grad = x.permute(0, 2, 3, 1), grad.permute(0, 2, 3, 1)  # channels last
-    x = F.pad(x, (0, 0, halo, halo + more_w, halo, halo + more_h))
-    grad = F.pad(grad, (0, 0, 0, more_w, 0, more_h))
-    # Each channel of each tile of each sample, with its halo, is a channel: [1, B * tiles * C, tile + 2 halo, ...].
-    x = x.unfold(1, tile_h + 2 * halo, tile_h).unfold(2, tile_w + 2 * halo, tile_w)  # [B, rows, columns, C, h, w]
-    x = x.permute(4, 5, 0, 1, 2, 3).reshape(1, tile_h + 2 * halo, tile_w + 2 * halo, -1).permute(0, 3, 1, 2)
-    grad = grad.reshape(batch, rows, tile_h, columns, tile_w, channels).permute(0, 1, 3, 5, 2, 4)
-    grad = grad.reshape(-1, 1, tile_h, tile_w)
-    shares = F.conv2d(x, grad, groups=grad.shape[0])  # [1, B * tiles * C, k, k]
+    # Each channel of each sample, with its halo, is a channel: [1, B * C, H, W], in the channels_last memory format.
+    rows = F.pad(x.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo)).permute(1, 2, 0, 3).flatten(2)
+    shares = F.conv2d(rows[None].permute(0, 3, 1, 2), grad.reshape(-1, 1, height, width), groups=batch * channels)
     wide = torch.promote_types(x.dtype, torch.float32)
-    return shares.reshape(-1, channels, 1, kernel, kernel).sum(dim=0, dtype=wide)
+    return shares.view(batch, channels, 1, kernel, kernel).sum(dim=0, dtype=wide)
 
 
 class _DepthwiseOnCPU(torch.autograd.Function):

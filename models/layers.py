@@ -4,6 +4,7 @@ A layer with an argument `visible` (bool, True = kept) treats masked sites as ab
 never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
 """
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -18,6 +19,48 @@ def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
     if visible is None:
         return x
     return torch.where(visible[:, None], x, 0.0)
+
+
+class _Gather(torch.autograd.Function):
+    """Select the rows at `indices`, which has no repeats.
+
+    The gradient of `index_select` in torch accumulates, slowly and on GPUs in any order.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
+        ctx.save_for_backward(indices)
+        ctx.size = rows.shape[0]
+        return rows.index_select(0, indices)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (indices,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, indices, grad), None
+
+
+@dataclass(frozen=True)
+class Sites:
+    """The positions of one stage's tokens in the dense map: row numbers, int64 [B * V * r * r]."""
+
+    indices: Tensor
+    batch: int
+    height: int
+    width: int
+
+    def to_map(self, tokens: Tensor) -> Tensor:
+        """Copy tokens [B, V, r, r, C] to a map of zeros [B, C, H, W] (channels_last in memory)."""
+        channels = tokens.shape[-1]
+        rows = tokens.new_zeros(self.batch * self.height * self.width, channels)
+        return (
+            rows.index_copy_(0, self.indices, tokens.reshape(-1, channels))
+            .view(self.batch, self.height, self.width, channels)
+            .permute(0, 3, 1, 2)
+        )
+
+    def from_map(self, x: Tensor) -> Tensor:
+        """Gather a map [B, C, H, W] at these sites: rows [B * V * r * r, C]."""
+        return _Gather.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.indices)
 
 
 class _Response(torch.autograd.Function):

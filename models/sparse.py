@@ -14,58 +14,12 @@ Masked pixels are never read, so they may be NaN. `ConvNeXtV2.forward_features(i
 on dense tensors; it is the reference for the tests and bench/pretrain_step.py.
 """
 
-from dataclasses import dataclass
-from functools import partial
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convnextv2 import Block, ConvNeXtV2, repeat_sites
-from models.layers import patchify, select_visible
-
-
-class _Gather(torch.autograd.Function):
-    """Select the rows at `indices`, which has no repeats.
-
-    The gradient of `index_select` in torch accumulates, slowly and on GPUs in any order.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, rows: Tensor, indices: Tensor) -> Tensor:
-        ctx.save_for_backward(indices)
-        ctx.size = rows.shape[0]
-        return rows.index_select(0, indices)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        (indices,) = ctx.saved_tensors
-        return grad.new_zeros(ctx.size, grad.shape[1]).index_copy_(0, indices, grad), None
-
-
-@dataclass(frozen=True)
-class Sites:
-    """The positions of one stage's tokens in the dense map: row numbers, int64 [B * V * r * r]."""
-
-    indices: Tensor
-    batch: int
-    height: int
-    width: int
-
-    def to_map(self, tokens: Tensor) -> Tensor:
-        """Copy tokens [B, V, r, r, C] to a map of zeros [B, C, H, W] (channels_last in memory)."""
-        channels = tokens.shape[-1]
-        rows = tokens.new_zeros(self.batch * self.height * self.width, channels)
-        return (
-            rows.index_copy_(0, self.indices, tokens.reshape(-1, channels))
-            .view(self.batch, self.height, self.width, channels)
-            .permute(0, 3, 1, 2)
-        )
-
-    def from_map(self, x: Tensor) -> Tensor:
-        """Gather a map [B, C, H, W] at these sites: rows [B * V * r * r, C]."""
-        return _Gather.apply(x.permute(0, 2, 3, 1).reshape(-1, x.shape[1]), self.indices)
+from models.convnextv2 import ConvNeXtV2, repeat_sites
+from models.layers import Sites, patchify, select_visible
 
 
 def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
@@ -80,15 +34,6 @@ def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
     columns = (patches % grid_w * side)[..., None, None] + steps  # [B, V, 1, r]
     samples = torch.arange(batch, device=patches.device)[:, None, None, None]
     return Sites(((samples * height + rows) * width + columns).flatten(), batch, height, width)
-
-
-def block_on_tokens(block: Block, tokens: Tensor, sites: Sites) -> Tensor:
-    """Run a block on the visible tokens [B, V, r, r, C] only; returns the same shape."""
-    spread = block.dwconv(sites.to_map(tokens))
-    branch = sites.from_map(spread).view(sites.batch, -1, 1, tokens.shape[-1])
-    # GRN takes its norm over dimensions 1 and 2, which have only the visible sites.
-    branch = block.pwconv2(block.grn(F.gelu(block.pwconv1(block.norm(branch)))))
-    return tokens + block.drop_path(branch).view(tokens.shape)
 
 
 def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
@@ -132,6 +77,5 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
             norm, convolution = encoder.downsample_layers[index]
             tokens = _strided_convolution(convolution, nn.LayerNorm.forward(norm, tokens))  # channels are last
         sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
-        execute = partial(block_on_tokens, sites=sites)
-        tokens = encoder.run_stage(stage, lambda block, x, execute=execute: block(x, execute=execute), tokens)
+        tokens = encoder.run_stage(stage, tokens, None, sites)
     return tokens
