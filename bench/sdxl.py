@@ -41,7 +41,7 @@ from engine.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import draw_networks
+from models.sdxl.family import draw_networks
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.entry_point import CONF, validate

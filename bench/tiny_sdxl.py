@@ -22,9 +22,8 @@ from torch.nn import functional
 from torchvision.transforms import RandomCrop
 
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import draw_networks
+from models.sdxl.family import VAE_SCALING_FACTOR, draw_networks
 from models.sdxl.tokenizer import build_tokenizer
-from models.sdxl.vae import VAE_SCALING_FACTOR
 
 Colour = tuple[int, int, int]
 

@@ -71,7 +71,7 @@ from engine.tasks.fcmae import patch_count
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import ModelConfig
-from models.sdxl import networks as sdxl_networks
+from models.sdxl import family as sdxl_family
 from utils.errors import UserError
 from utils.vocabulary import Vocabulary
 
@@ -268,8 +268,8 @@ def make_setup(task):
 
 def patch_configs():
     """Give the tiny SDXL one layer in place of equal ones in a row: each takes seconds of fake tensors."""
-    list_configs, one = sdxl_networks.list_configs, {"transformer_layers_per_block": [1] * 3, "layers_per_block": 1}
-    sdxl_networks.list_configs = lambda **size: (found := list_configs(**size)) | {"unet": found["unet"] | one}
+    list_configs, one = sdxl_family.list_configs, {"transformer_layers_per_block": [1] * 3, "layers_per_block": 1}
+    sdxl_family.list_configs = lambda **size: (found := list_configs(**size)) | {"unet": found["unet"] | one}
 
 
 def make_batch(task, setup):

@@ -28,8 +28,8 @@ from engine.exports.formats import whole_networks
 from engine.exports.weights import MovedBase, open_weights
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion import DiffusionTask
+from models.sdxl.family import ENCODERS
 from models.sdxl.lora_files import merge_lora
-from models.sdxl.names import ENCODERS
 from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
 from models.sdxl.sampling import PictureConfig, Prompt, PromptText, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.vae import AS_STATED

@@ -25,8 +25,9 @@ from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
 from models.outputs import OUTPUTS
 from models.sdxl import checkpoint_files, lora
+from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.lora_files import read_lora
-from models.sdxl.names import ENCODERS, PARTS, part_state
+from models.sdxl.names import part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer

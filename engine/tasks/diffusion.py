@@ -30,9 +30,10 @@ from engine.measures.means import measure_means
 from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
+from models.sdxl.family import ENCODERS, PARTS, PREFIXES
 from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
-from models.sdxl.names import ENCODERS, PARTS, PREFIXES, from_single_file
+from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.perceptual import PerceptualConfig, perceptual_loss
 from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config

@@ -28,7 +28,7 @@ from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
 from engine.tasks.kind import Kind, Setup
-from models.sdxl.names import ENCODERS
+from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
 from models.sdxl.step import encode_captions, encode_images
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize_weighted

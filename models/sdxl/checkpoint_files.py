@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.folders import weight_name
-from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
-from models.sdxl.networks import Networks
+from models.sdxl.family import PARTS, PREFIXES, Networks
+from models.sdxl.names import part_state, to_single_file
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
 from models.sdxl.vae import fold_values
@@ -149,7 +148,7 @@ def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str,
         network.config.save_pretrained(folder)
     else:
         network.save_config(folder)
-    write_tensors(folder / f"{weight_name(part)}.safetensors", state, {"format": "pt"})
+    write_tensors(folder / f"{PARTS[part].file}.safetensors", state, {"format": "pt"})
 
 
 def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) -> dict[str, dict[str, Tensor]]:

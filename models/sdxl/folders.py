@@ -4,7 +4,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
-from models.sdxl.names import PARTS
+from models.sdxl.family import PARTS
 from utils.errors import UserError
 from utils.io.files import read_json, readable
 from utils.io.hub import fetch, is_reference
@@ -15,17 +15,12 @@ def unusable(reason: str) -> UserError:
     return UserError(f"{reason}; name a diffusers folder or a single .safetensors file of SDXL")
 
 
-def weight_name(part: str) -> str:
-    """Return the name of a part's weight file in diffusers and transformers, without its suffix."""
-    return "model" if part.startswith("text") else "diffusion_pytorch_model"
-
-
 def weight_files(place: Path, part: str) -> list[Path]:
     """Return the files of a part in its folder: one file or its shards; a half-precision variant if there is no other.
 
     Only the index says which shards belong together: others may be left from earlier.
     """
-    name = weight_name(part)
+    name = PARTS[part].file
     for variant in ("", ".fp16", ".bf16"):
         whole = place / f"{name}{variant}.safetensors"
         index = place / f"{name}.safetensors.index{variant}.json"
@@ -49,7 +44,7 @@ def local_base(path: str | Path) -> Path:
         return Path(path)
     folder = fetch(reference, ["model_index.json"], ["scheduler/scheduler_config.json"])
     for part in PARTS if folder.is_dir() else ():
-        name, inside = weight_name(part), (f"{part}/config.json",)
+        name, inside = PARTS[part].file, (f"{part}/config.json",)
         variants = [(f"{name}{v}.safetensors", f"{name}.safetensors.index{v}.json") for v in ("", ".fp16", ".bf16")]
         fetch(reference, inside, [f"{part}/{file}" for files in variants for file in files])
         fetch(reference, *([f"{part}/{file.name}"] for file in weight_files(folder / part, part)))

@@ -15,7 +15,7 @@ huggingface/diffusers:loaders/lora_pipeline.py.
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -25,7 +25,8 @@ from torch.nn import functional
 from torch.utils.hooks import RemovableHandle
 
 from models.sdxl.checkpoint_files import GENERATIVE_MODELS, NO_HASH, write_modelspec
-from models.sdxl.names import ENCODERS, rename
+from models.sdxl.family import ENCODERS, PARTS
+from models.sdxl.names import rename, text_prefix
 from models.sdxl.networks import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
@@ -33,8 +34,6 @@ from utils.errors import UserError, close_names
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-PREFIXES = {"unet": "lora_unet", "text_encoder": "lora_te1", "text_encoder_2": "lora_te2"}  # kohya's layer names
 
 
 class LoRAConfig(Strict):
@@ -87,7 +86,7 @@ class LoRA(nn.Module):
         """
         super().__init__()
         self.config = config
-        layers = find_layers(networks, config)
+        layers = find_layers(networks, conv=config.conv, texts=config.text_encoders)
         self.names = _choose(layers, config)
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
@@ -110,7 +109,7 @@ class LoRA(nn.Module):
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
-        targets = find_layers(networks, self.config)
+        targets = find_layers(networks, texts=self.config.text_encoders)
         self._hooks = [
             targets[name].register_forward_hook(lambda _, inputs, output, layer=layer: output + layer(inputs[0]))
             for name, layer in self.layers().items()
@@ -124,25 +123,31 @@ class LoRA(nn.Module):
 
     @torch.no_grad()
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
-        """Add the updates to the networks' own weights, in their dtype, and detach."""
+        """Add the updates to the networks' own weights, and detach."""
         self.detach()
-        targets = find_layers(networks, self.config)
-        for name, layer in self.layers().items():
-            weight = targets[name].weight
-            weight.copy_(weight.float() + layer.update().to(weight.device).view_as(weight))
+        add_updates(networks, ((name, layer.update()) for name, layer in self.layers().items()))
 
 
-def find_layers(networks: Mapping[str, nn.Module], config: LoRAConfig) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the layers that can be targets, by network and name."""
-    kinds = (nn.Linear, nn.Conv2d) if config.conv else nn.Linear
-    layers, unused = {}, unused_layer(networks["text_encoder"]) if config.text_encoders else None
-    for network in ("unet", *ENCODERS) if config.text_encoders else ("unet",):
+def find_layers(
+    networks: Mapping[str, nn.Module], *, conv: bool = True, texts: bool = True
+) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that can be targets, by network and name. texts: also those of the text encoders."""
+    kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
+    layers, unused = {}, unused_layer(networks["text_encoder"]) if texts else None
+    for network in ("unet", *ENCODERS) if texts else ("unet",):
+        prefix = text_prefix(network, networks[network])
         for name, layer in networks[network].named_modules():
-            # From 5.6 on, transformers has no `text_model` in CLIPTextModel, but LoRA files do.
-            inner = network != "unet" and not name.startswith(("text_model.", "text_projection"))
             if isinstance(layer, kinds) and not (network == "text_encoder" and unused in name):
-                layers[f"{network}.text_model.{name}" if inner else f"{network}.{name}"] = layer
+                layers[f"{network}.{prefix}{name}"] = layer
     return layers
+
+
+def add_updates(networks: Mapping[str, nn.Module], updates: Iterable[tuple[str, Tensor]]) -> None:
+    """Add matrices to the weights of layers by name, in the weights' dtype."""
+    layers = find_layers(networks)
+    for name, update in updates:
+        weight = layers[name].weight
+        weight.copy_(weight.float() + update.to(weight.device).view_as(weight))
 
 
 def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
@@ -179,7 +184,7 @@ def kohya_name(name: str) -> str:
     """Return kohya's name of a layer."""
     network, _, inside = name.partition(".")
     original = rename("unet", inside, to_single=True) if network == "unet" else inside
-    return f"{PREFIXES[network]}_{original}".replace(".", "_")
+    return f"{PARTS[network].lora}_{original}".replace(".", "_")
 
 
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:

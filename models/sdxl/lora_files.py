@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.lora import PREFIXES, LoRAConfig, find_layers, kohya_name
+from models.sdxl.family import ENCODERS, PARTS
+from models.sdxl.lora import LoRAConfig, add_updates, find_layers, kohya_name
 from models.sdxl.networks import unused_layer
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import read_header, read_weights
 
-_ALL = LoRAConfig(rank=1, alpha=1.0, targets=["*"], conv=True, text_encoders=True)
+_ADAPTED = ("unet", *ENCODERS)
 _ENDINGS = {
     ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha", ".lora_A.weight": "down",
     ".lora_B.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
@@ -31,10 +32,10 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, tuple[
     files. Updates of the first text encoder's last layer, whose output SDXL does not use, are ignored.
     """
     texts, (tensors, metadata) = read_header(path)[1], read_weights(path)
-    layers, names = find_layers(networks, _ALL), dict[str, str]()
+    layers, names = find_layers(networks), dict[str, str]()
     for name in layers:
         network, _, inside = name.partition(".")
-        names |= dict.fromkeys([_flat(name), _flat(f"{PREFIXES[network]}_{inside}"), kohya_name(name)], name)
+        names |= dict.fromkeys([_flat(name), _flat(f"{PARTS[network].lora}_{inside}"), kohya_name(name)], name)
     unused, found, updates = _flat(unused_layer(networks["text_encoder"])), dict[str, dict[str, Tensor]](), {}
     stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture") or "not stated"
     other = f"{path} is no LoRA of SDXL's linear layers and convolutions (base model: {stated[:99]}): "
@@ -66,18 +67,17 @@ def _flat(name: str) -> str:
 def _stated_alphas(texts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, float]:
     """Return the alpha of each network for layers without one: of a run of ours, or of a newer file of diffusers."""
     if isinstance(task := metadata.get("task"), dict) and task.get("lora") is not None:
-        return dict.fromkeys(PREFIXES, LoRAConfig.model_validate(task["lora"]).alpha)
+        return dict.fromkeys(_ADAPTED, LoRAConfig.model_validate(task["lora"]).alpha)
     stated = json.loads(texts.get("lora_adapter_metadata", "{}"))
     for option in ("alpha_pattern", "use_rslora", "use_dora"):
-        if any(stated.get(f"{network}.{option}") for network in PREFIXES):
+        if any(stated.get(f"{network}.{option}") for network in _ADAPTED):
             raise ValueError(f"lora_adapter_metadata has {option}, which is not supported")
-    return {network: float(stated[key]) for network in PREFIXES if (key := f"{network}.lora_alpha") in stated}
+    return {network: float(stated[key]) for network in _ADAPTED if (key := f"{network}.lora_alpha") in stated}
 
 
 @torch.no_grad()
 def merge_lora(path: Path, strength: float, networks: Mapping[str, nn.Module]) -> None:
     """Add a file's updates, times a strength, to the weights of SDXL's networks."""
-    layers = find_layers(networks, _ALL)
-    for name, (down, up, scale) in read_lora(path, networks).items():
-        weight = layers[name].weight
-        weight += (strength * scale * up.flatten(1) @ down.flatten(1)).view_as(weight)
+    updates = read_lora(path, networks).items()
+    matrices = ((name, strength * scale * up.flatten(1) @ down.flatten(1)) for name, (down, up, scale) in updates)
+    add_updates(networks, matrices)

@@ -14,34 +14,15 @@ Source: huggingface/diffusers:scripts/convert_diffusers_to_original_sdxl.py, Sta
 """
 
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-PREFIXES = {
-    "unet": "model.diffusion_model.",
-    "vae": "first_stage_model.",
-    "text_encoder": "conditioner.embedders.0.transformer.",
-    "text_encoder_2": "conditioner.embedders.1.model.",
-}
-PARTS = tuple(PREFIXES)
-ENCODERS = ("text_encoder", "text_encoder_2")
+from models.sdxl.family import PARTS, PREFIXES
+
 _TEXT = "text_model."
-# Tensors that carry nothing for SDXL, by part and elsewhere in a single file: constants, counters, and what only the
-# training of CLIP or of the VAE uses. ComfyUI, Forge, sd-scripts, OneTrainer and old transformers write them.
-_UNUSED = {
-    "unet": (),
-    "vae": ("loss.*", "model_ema.*"),
-    "text_encoder": ("*position_ids", "*logit_scale", "*text_projection", "*text_projection.weight"),
-    "text_encoder_2": ("*position_ids", "*logit_scale", "attn_mask"),
-    "": (
-        "conditioner.embedders.?.logit_scale", "conditioner.embedders.0.text_projection*", "v_pred", "ztsnr",
-        "model_ema.decay", "model_ema.num_updates", "denoiser.*", "betas", "*alphas_cumprod*", "posterior_*", "logvar",
-        "global_step",
-    ),
-}  # fmt: skip
 
 _UNET_LAYERS = (
     ("time_embedding.linear_1", "time_embed.0"), ("time_embedding.linear_2", "time_embed.2"),
@@ -129,9 +110,9 @@ def rename(part: str, name: str, *, to_single: bool) -> str | None:
     return None
 
 
-def drop_unused(part: str, names: Iterable[str]) -> list[str]:
-    """Return the tensor names of a part, or outside all parts (""), without unused tensors."""
-    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in _UNUSED[part])]
+def drop_unused(names: Iterable[str], patterns: Collection[str]) -> list[str]:
+    """Return names without those that match a pattern."""
+    return [name for name in names if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns)]
 
 
 def to_single_file(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -192,7 +173,7 @@ def _split_qkv(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 def from_folder(part: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors of a part, from a folder or a network, under the names of published folders."""
     prefix = "" if part != "text_encoder" or any(name.startswith(_TEXT) for name in state) else _TEXT
-    return {prefix + name: state[name] for name in drop_unused(part, state)}
+    return {prefix + name: state[name] for name in drop_unused(state, PARTS[part].unused)}
 
 
 def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:
@@ -200,8 +181,12 @@ def part_state(part: str, network: nn.Module) -> dict[str, Tensor]:
     return from_folder(part, network.state_dict())
 
 
+def text_prefix(part: str, network: nn.Module) -> str:
+    """Return what precedes a network's names in files: transformers' CLIPTextModel has no `text_model.` from 5.6 on."""
+    return _TEXT if part == "text_encoder" and not hasattr(network, "text_model") else ""
+
+
 def load_part(part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
     """Assign a state, under the names of `part_state`, to a network. Names and shapes must fit."""
-    if part == "text_encoder" and not hasattr(network, "text_model"):
-        state = {name.removeprefix(_TEXT): tensor for name, tensor in state.items()}
-    network.load_state_dict(state, assign=True)
+    prefix = text_prefix(part, network)
+    network.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, assign=True)

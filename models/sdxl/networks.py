@@ -1,7 +1,4 @@
-"""SDXL's four networks, from a diffusers folder or a single file, or tiny ones with random weights.
-
-Attention heads are 64 wide, as in SDXL; a network narrower than 128 has one head.
-"""
+"""SDXL's four networks, from a diffusers folder or a single file, or tiny ones with random weights."""
 
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
@@ -12,13 +9,13 @@ from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
 
+from models.sdxl import family
+from models.sdxl.family import PARTS, PREFIXES, Networks
 from models.sdxl.folders import local_base, read_config, unusable, weight_files
-from models.sdxl.names import PARTS, PREFIXES, drop_unused, from_folder, from_single_file, load_part, part_state
-from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, build_noise_table
+from models.sdxl.names import drop_unused, from_folder, from_single_file, load_part, part_state
+from models.sdxl.step import PredictionType, build_noise_table
 from models.sdxl.vae import (
     AS_STATED,
-    CHANNELS,
-    VAE_SCALING_FACTOR,
     VAEValues,
     read_vae,
     refuse_other_encoder,
@@ -35,13 +32,12 @@ from utils.io.hub import stated_license
 from utils.io.weights import read_header, read_weights
 
 State = dict[str, Tensor]
-Networks = dict[str, nn.Module]  # by the names of PARTS
 _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
 _FREE = (*VAEValues.model_fields, "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
-_SCHEDULE_DEFAULTS = {"num_train_timesteps": TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
+_SCHEDULE_DEFAULTS = {"num_train_timesteps": family.TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
 _PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
 # Tensors that identify other kinds of checkpoints.
@@ -89,7 +85,7 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     if model.path is not None and (Path(model.path).exists() or not is_meta):
         networks |= load_networks(model.path, dtypes, model.vae_values)
     else:
-        drawn = draw_networks(tiny=model.path is None or model.name == "sdxl_tiny")
+        drawn = family.draw_networks(tiny=model.path is None or model.name == "sdxl_tiny")
         set_values(drawn["vae"], settle_values(model.vae_values, None))
         # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
         networks |= {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
@@ -148,70 +144,6 @@ def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype],
     return networks
 
 
-def draw_networks(*, tiny: bool = True) -> Networks:
-    """Return SDXL with random weights, which are the same in each call."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        return {part: build_part(part, config) for part, config in list_configs(tiny=tiny).items()}
-
-
-def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
-    """Return the configs of the networks: the published ones, or tiny ones (a U-Net of 0.8 million parameters)."""
-    widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
-    text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
-    unet = {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": widths,
-        "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
-        "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
-        "norm_num_groups": min(32, widths[0] // 4),
-        "cross_attention_dim": sum(text_widths),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": time_width,
-        "projection_class_embeddings_input_dim": 6 * time_width + text_widths[1],
-    }
-    vae = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": vae_widths,
-        "layers_per_block": 2,
-        "norm_num_groups": min(32, vae_widths[0] // 4),
-        "scaling_factor": VAE_SCALING_FACTOR,
-        "force_upcast": True,  # its maps exceed float16
-    }
-    texts = [
-        {
-            "vocab_size": 49_408,
-            "hidden_size": width,
-            "intermediate_size": (2 if tiny else 4) * width,
-            "projection_dim": width,
-            "num_hidden_layers": depth,
-            "num_attention_heads": max(1, width // 64),
-            "max_position_embeddings": 77,
-            "hidden_act": activation,
-            "layer_norm_eps": 1e-5,
-        }
-        for width, depth, activation in zip(text_widths, layers, ("quick_gelu", "gelu"))
-    ]
-    return dict(zip(PARTS, (unet, vae, *texts)))
-
-
-def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
-    """Return a network with random weights, in eval mode. config: all that determines its tensors and their meaning."""
-    from diffusers import AutoencoderKL, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
-
-    if part == "unet":
-        return UNet2DConditionModel(sample_size=128, **config).eval()
-    if part == "vae":
-        return AutoencoderKL(sample_size=1024, **config).eval()
-    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
-    # Ids of the published config. With eos_token_id 2, transformers uses the largest id as the end of the text.
-    return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
-
-
 def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     """Build networks of a file or folder on the meta device."""
     shapes = _read_parts(path, parts, lambda file: read_header(file)[0])
@@ -219,17 +151,17 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
     configs = {}
     for part in parts:
         first = shapes["vae"].get("encoder.conv_in.bias") if part == "vae" else shapes["unet"].get("conv_in.bias")
-        configs[part] = list_configs(tiny=first is not None and _TINY_WIDTH in first.shape)[part]
+        configs[part] = family.list_configs(tiny=first is not None and _TINY_WIDTH in first.shape)[part]
     if "vae" in parts:
         inner, stated["vae"] = shapes["vae"].get("decoder.conv_in.weight"), stated_config(path)
-        if inner is None or inner.ndim != 4 or inner.shape[1] != CHANNELS:
+        if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:
             found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
-            raise UserError(f"{path} has {found}; SDXL needs one with latents of {CHANNELS} channels")
+            raise UserError(f"{path} has {found}; SDXL needs one with latents of {family.CHANNELS} channels")
         if not isinstance(upcast := stated["vae"].get("force_upcast", True), bool):
             raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")
         configs["vae"] |= {"force_upcast": upcast}
     with torch.device("meta"):
-        networks = {part: build_part(part, configs[part]) for part in parts}
+        networks = {part: family.build_part(part, configs[part]) for part in parts}
     for part, network in networks.items():
         refuse_misfits(shapes[part], part_state(part, network), f"SDXL's {part} in {path}", "Name another file.")
         # All of diffusers' configuration counts; transformers' also describes other things than the network.
@@ -317,7 +249,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         "zero_terminal_snr": rescaled,
         "other_noise": other,
         "license": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
-        "unread": drop_unused("", outside),
+        "unread": drop_unused(outside, family.UNUSED),
         "zeros_for_empty_prompt": False,
     }
 
@@ -341,7 +273,7 @@ def _describe_folder(path: Path) -> dict[str, Any]:
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
     scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
     prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
-    wanted = SCHEDULE | _SCHEDULE_DEFAULTS
+    wanted = family.SCHEDULE | _SCHEDULE_DEFAULTS
     wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool | None):
         wrong |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescaled}

@@ -12,7 +12,8 @@ import torch
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from models.sdxl.step import SCHEDULE, TIMESTEP_COUNT, PredictionType, decode_latents, encode_captions
+from models.sdxl.family import SCHEDULE, TIMESTEP_COUNT
+from models.sdxl.step import PredictionType, decode_latents, encode_captions
 from models.sdxl.tokenizer import count_chunks
 from utils.config.bounds import Factor, Fraction, Seed, Side
 from utils.config.schema import Strict

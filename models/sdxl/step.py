@@ -11,6 +11,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from models.sdxl.family import SCHEDULE, TIMESTEP_COUNT
 from models.sdxl.tokenizer import BOS, EOT, pad_second, tokenize_weighted
 from models.sdxl.vae import latent_scale
 from utils import rng
@@ -19,13 +20,6 @@ PredictionType = Literal["epsilon", "v_prediction"]  # as diffusers names them
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
-TIMESTEP_COUNT = 1000
-SCHEDULE = {  # Stable Diffusion's, as diffusers' schedulers name it
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",  # the square roots of beta are evenly spaced
-    "num_train_timesteps": TIMESTEP_COUNT,
-}
 TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW, LATENT_DRAW = 0, 1, 2, 3  # numbers of utils/rng.py for one sample
 
 # ----------------------------------------------------------------------------------------------------- images and texts

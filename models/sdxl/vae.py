@@ -13,16 +13,14 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from models.sdxl.family import CHANNELS, PREFIXES, VAE_SCALING_FACTOR
 from models.sdxl.folders import local_base, read_config, weight_files
-from models.sdxl.names import PREFIXES
 from utils.config.bounds import Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import find_weights, hash_tensors, read_header
 
-VAE_SCALING_FACTOR = 0.13025  # SDXL's; single files do not state it
-CHANNELS = 4  # of latents
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
 _Number = Annotated[float, Field(ge=-1e6, le=1e6)]
 _Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANNELS)]

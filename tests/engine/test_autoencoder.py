@@ -21,8 +21,9 @@ from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.perceptual import PatchDiscriminator, pyramid_distance
 from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.family import draw_networks
 from models.sdxl.names import from_single_file, part_state
-from models.sdxl.networks import draw_networks, load_vae
+from models.sdxl.networks import load_vae
 from models.sdxl.step import LATENT_DRAW
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import configure, run, run_command, run_until_killed

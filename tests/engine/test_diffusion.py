@@ -12,7 +12,7 @@ pytest.importorskip("diffusers")
 
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
-from models.sdxl.names import ENCODERS
+from models.sdxl.family import ENCODERS
 from models.sdxl.sampling import Prompt, encode_prompt, scheduler_config
 from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed

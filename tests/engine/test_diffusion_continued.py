@@ -8,8 +8,8 @@ from safetensors.torch import load_file, save_file
 
 pytest.importorskip("diffusers")
 
+from models.sdxl.family import draw_networks
 from models.sdxl.lora_files import read_lora
-from models.sdxl.networks import draw_networks
 from tests.in_process import run
 from tests.support import TINY, make_collection
 from utils.errors import UserError

@@ -19,7 +19,7 @@ from PIL import Image
 
 from engine.exports.weights import open_weights
 from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.networks import draw_networks
+from models.sdxl.family import draw_networks
 from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
 from tests.support import TINY, make_collection

@@ -16,16 +16,9 @@ from diffusers import StableDiffusionXLPipeline
 from engine.tasks.diffusion import NoiseConfig
 from engine.tasks.diffusion_kind import check_noise
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
-from models.sdxl.names import PARTS, PREFIXES, part_state, to_single_file
-from models.sdxl.networks import (
-    SDXLConfig,
-    build_part,
-    describe,
-    draw_networks,
-    list_configs,
-    load_networks,
-    open_networks,
-)
+from models.sdxl.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
+from models.sdxl.names import part_state, to_single_file
+from models.sdxl.networks import SDXLConfig, describe, load_networks, open_networks
 from models.sdxl.step import build_noise_table
 from models.sdxl.tokenizer import build_tokenizer
 from models.sdxl.vae import AS_STATED

@@ -11,8 +11,8 @@ pytest.importorskip("diffusers")
 
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
+from models.sdxl.family import draw_networks
 from models.sdxl.lora import LoRA, LoRAConfig, write_diffusers, write_kohya
-from models.sdxl.networks import draw_networks
 from utils.errors import UserError
 
 ATTENTION = ["unet.*.attn?.to_*"]

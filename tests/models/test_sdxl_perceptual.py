@@ -11,7 +11,7 @@ pytest.importorskip("diffusers")
 
 @pytest.fixture(scope="module")
 def vae():
-    from models.sdxl.networks import draw_networks
+    from models.sdxl.family import draw_networks
 
     torch.manual_seed(0)
     return draw_networks()["vae"].eval().requires_grad_(False)

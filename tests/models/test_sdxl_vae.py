@@ -12,8 +12,9 @@ pytest.importorskip("diffusers")
 from diffusers import StableDiffusionXLPipeline
 
 from models.sdxl.checkpoint_files import write_diffusers, write_single_file
-from models.sdxl.names import PREFIXES, part_state, to_single_file
-from models.sdxl.networks import SDXLConfig, draw_networks, list_configs, load_networks, load_vae
+from models.sdxl.family import PREFIXES, draw_networks, list_configs
+from models.sdxl.names import part_state, to_single_file
+from models.sdxl.networks import SDXLConfig, load_networks, load_vae
 from models.sdxl.step import decode_latents, encode_images
 from models.sdxl.tokenizer import build_tokenizer
 from models.sdxl.vae import AS_STATED, VAEValues, latent_scale

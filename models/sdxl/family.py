@@ -1,0 +1,118 @@
+"""SDXL in one table: its networks and their files, its latents, and its noise."""
+
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+
+class Part(NamedTuple):
+    """A network and its names in files.
+
+    unused: patterns of tensors that carry nothing for SDXL: constants, counters, and what only the training of CLIP or
+    of the VAE uses. ComfyUI, Forge, sd-scripts, OneTrainer and old transformers write them.
+    """
+
+    prefix: str  # of its tensors in a single file
+    file: str  # of its weights in a folder of diffusers, without suffix
+    lora: str | None  # kohya's prefix of its layers
+    unused: tuple[str, ...]
+
+
+_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+_CLIP = ("*position_ids", "*logit_scale")
+PARTS = {
+    "unet": Part("model.diffusion_model.", _DIFFUSERS, "lora_unet", ()),
+    "vae": Part("first_stage_model.", _DIFFUSERS, None, ("loss.*", "model_ema.*")),
+    "text_encoder": Part(
+        "conditioner.embedders.0.transformer.", _TRANSFORMERS, "lora_te1",
+        (*_CLIP, "*text_projection", "*text_projection.weight"),
+    ),
+    "text_encoder_2": Part("conditioner.embedders.1.model.", _TRANSFORMERS, "lora_te2", (*_CLIP, "attn_mask")),
+}  # fmt: skip
+ENCODERS = ("text_encoder", "text_encoder_2")
+PREFIXES = {name: part.prefix for name, part in PARTS.items()}
+Networks = dict[str, nn.Module]  # by the names of PARTS
+UNUSED = (  # in a single file, outside of its networks
+    "conditioner.embedders.?.logit_scale", "conditioner.embedders.0.text_projection*", "v_pred", "ztsnr",
+    "model_ema.decay", "model_ema.num_updates", "denoiser.*", "betas", "*alphas_cumprod*", "posterior_*", "logvar",
+    "global_step",
+)  # fmt: skip
+
+VAE_SCALING_FACTOR = 0.13025  # single files do not state it
+CHANNELS = 4  # of latents
+TIMESTEP_COUNT = 1000
+SCHEDULE = {  # Stable Diffusion's, as diffusers' schedulers name it
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",  # the square roots of beta are evenly spaced
+    "num_train_timesteps": TIMESTEP_COUNT,
+}
+
+
+def draw_networks(*, tiny: bool = True) -> Networks:
+    """Return SDXL with random weights, which are the same in each call."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        return {part: build_part(part, config) for part, config in list_configs(tiny=tiny).items()}
+
+
+def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
+    """Return the configs of the networks: the published ones, or tiny ones (a U-Net of 0.8 million parameters).
+
+    Attention heads are 64 wide; a network narrower than 128 has one head.
+    """
+    widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
+    text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
+    unet = {
+        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+        "block_out_channels": widths,
+        "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
+        "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
+        "norm_num_groups": min(32, widths[0] // 4),
+        "cross_attention_dim": sum(text_widths),
+        "use_linear_projection": True,
+        "addition_embed_type": "text_time",
+        "addition_time_embed_dim": time_width,
+        "projection_class_embeddings_input_dim": 6 * time_width + text_widths[1],
+    }
+    vae = {
+        "down_block_types": ["DownEncoderBlock2D"] * 4,
+        "up_block_types": ["UpDecoderBlock2D"] * 4,
+        "block_out_channels": vae_widths,
+        "layers_per_block": 2,
+        "norm_num_groups": min(32, vae_widths[0] // 4),
+        "scaling_factor": VAE_SCALING_FACTOR,
+        "force_upcast": True,  # its maps exceed float16
+    }
+    texts = [
+        {
+            "vocab_size": 49_408,
+            "hidden_size": width,
+            "intermediate_size": (2 if tiny else 4) * width,
+            "projection_dim": width,
+            "num_hidden_layers": depth,
+            "num_attention_heads": max(1, width // 64),
+            "max_position_embeddings": 77,
+            "hidden_act": activation,
+            "layer_norm_eps": 1e-5,
+        }
+        for width, depth, activation in zip(text_widths, layers, ("quick_gelu", "gelu"))
+    ]
+    return dict(zip(PARTS, (unet, vae, *texts)))
+
+
+def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:
+    """Return a network with random weights, in eval mode. config: all that determines its tensors and their meaning."""
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
+
+    if part == "unet":
+        return UNet2DConditionModel(sample_size=128, **config).eval()
+    if part == "vae":
+        return AutoencoderKL(sample_size=1024, **config).eval()
+    kind = CLIPTextModel if part == "text_encoder" else CLIPTextModelWithProjection
+    # Ids of the published config. With eos_token_id 2, transformers uses the largest id as the end of the text.
+    return kind(CLIPTextConfig(bos_token_id=0, eos_token_id=2, pad_token_id=1, **config)).eval()
