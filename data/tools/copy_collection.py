@@ -5,19 +5,19 @@ import io
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
-import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
+from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
-from data.images.pixels import convert
 from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, is_mask_name, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table, save_manifest, scanned_at
@@ -53,20 +53,21 @@ _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
 class Shrink(NamedTuple):
     """Settings for smaller copies. quality: for JPEG and WebP. max_pixels: larger images are not decoded."""
 
-    longest_px: int
+    longest_px: int | None
     quality: int
     max_pixels: int
     is_webp: bool
 
     def reduce(self, image: Image.Image) -> bytes | None:
         """Return the file of a smaller image, or of a WebP, with the same metadata; None for the file as it is."""
-        name = "WEBP" if self.is_webp else image.format
-        if max(image.size) <= self.longest_px and name == image.format:
+        name, longest_px = "WEBP" if self.is_webp else image.format, self.longest_px or max(image.size)
+        if max(image.size) <= longest_px and name == image.format:
             return None
         if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
             raise Unsupported(f"{image.format}; only one frame of {', '.join(_WRITTEN)} is reduced, or any to WebP")
-        if self.is_webp and image.mode not in _WEBP_MODES:
-            raise Unsupported(f"{image.format} of the mode {image.mode}; WebP has grey levels or RGB of 8 bits")
+        is_wide = image.mode.startswith("I")  # grey of 16 bits
+        if (is_wide and "transparency" in image.info) or (self.is_webp and image.mode not in _WEBP_MODES):
+            raise Unsupported(f"{image.format} of the mode {image.mode}, which a reduced {name} cannot have")
         options = {key: image.info[key] for key in _METADATA if key in image.info}
         if name == "PNG":
             options["pnginfo"] = PngInfo()
@@ -74,14 +75,10 @@ class Shrink(NamedTuple):
                 options["pnginfo"].add_text(key, text)
         else:
             options["quality"] = self.quality
-        if image.mode.startswith("I") and "transparency" in image.info:  # 16 bits; Pillow has none with alpha
-            grey, clear = convert(image, 1, None), np.asarray(image) == image.info["transparency"]
-            image = Image.fromarray(np.dstack([grey, np.where(clear, 0, 255).astype(np.uint8)]))
-        is_wide = image.mode.startswith("I")  # grey of 16 bits
         mode = "RGBA" if "transparency" in image.info else "I" if is_wide else _SMOOTH.get(image.mode, image.mode)
         if mode != image.mode:  # otherwise a JPEG would be decoded at full size
             image = image.convert(mode)
-        image.thumbnail((self.longest_px, self.longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
+        image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
         image, content = image.convert("I;16") if is_wide else image, io.BytesIO()
         image.save(content, format=name, **options)
         return content.getvalue()
@@ -107,46 +104,52 @@ class Copy(Tool, Rules):
         root, target = check_root(data.root), Path(self.to).expanduser().resolve()
         if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
             raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
-        collection = load_collection(data)
+        collection, is_webp, shrink = load_collection(data), self.format == "webp", None
         refuse_shards(data.root, collection.table)
-        paths = collection.table["path"].to_pylist()
-        chosen = set(paths).difference(find_failing(collection, self, data))
-        if needed := {parse_tag(tag).name for tag in self.tags}:
-            collection.refuse_faults("tags")
-        for path, tags in zip(paths, collection.table["tags"].to_pylist() if needed else ()):
-            if not needed <= {parse_tag(tag).name for tag in tags}:
-                chosen.discard(path)
-        images, manifest, is_webp = sorted(chosen), find_manifest(root), self.format == "webp"
-        others, table, shrink = list(dict.fromkeys(_sidecars_of(root, images))), None, None
+        images, manifest = sorted(self._choose(collection, data)), find_manifest(root)
+        others, table = dict.fromkeys(_sidecars_of(root, images)), None
         if self.longest_px or is_webp:
-            shrink = Shrink(self.longest_px or data.max_pixels, self.quality, data.max_pixels, is_webp)
+            shrink = Shrink(self.longest_px, self.quality, data.max_pixels, is_webp)
         if is_webp:
             collection.refuse_faults(*FIELDS)
             _refuse_twins(images)
-            others, table = list(filter(is_mask_name, others)), collection.table
+            others, table = filter(is_mask_name, others), collection.table
         elif manifest is not None:
             table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
         with open_journal("job.to", target, is_folder=True):
             copies = dict(zip(images, copy_files(root, target, images, shrink)))
-            done = [what for _, what in (*copies.values(), *copy_files(root, target, others))]
+            done = [what for _, what in (*copies.values(), *copy_files(root, target, list(others)))]
             if table is not None:
-                table = table.filter(pa.array([path in copies for path in table["path"].to_pylist()]))
-                changed = _MEASURED if shrink else ()
-                table = table.drop_columns([name for name in changed if name in table.column_names])
-                names = pa.array([copies[path][0] for path in table["path"].to_pylist()], pa.string())
-                save_manifest(target, replace_column(table, "path", names), None if is_webp else scanned_at(manifest))
+                names = {path: name for path, (name, _) in copies.items()}
+                save_manifest(target, _rename(table, names, shrink), None if is_webp else scanned_at(manifest))
                 if not is_webp:
-                    shutil.copystat(manifest, target / PARQUET)  # so no copied sidecar is newer
+                    shutil.copystat(manifest, target / PARQUET)  # so that no copied sidecar is newer
         shrunk, kept = "", [(path, what) for path, (_, what) in copies.items() if what not in _DONE]
         for path, why in kept[:_WARNED]:
             log.warning("%s is copied unchanged: %s", path, why)
         if shrink:
             how = "images as WebP" if is_webp else f"images longer than {self.longest_px} pixels"
             shrunk = f"downsampled {done.count(_SHRUNK):,} {how}, {len(kept):,} could not be; "
-        new = len(done) - done.count(_PRESENT)
-        return (
-            f"{len(chosen):,} of {len(paths):,} images are in {target}; {shrunk}copied {new:,} of {len(done):,} files"
-        )
+        count, new = f"{len(images):,} of {len(collection):,}", len(done) - done.count(_PRESENT)
+        return f"{count} images are in {target}; {shrunk}copied {new:,} of {len(done):,} files"
+
+    def _choose(self, collection: Collection, data: DataConfig) -> set[str]:
+        """Return the images that have all the tags and break no rule. Raises UserError (`data.root`)."""
+        paths, needed = collection.table["path"].to_pylist(), {parse_tag(tag).name for tag in self.tags}
+        chosen = set(paths).difference(find_failing(collection, self, data))
+        if needed:
+            collection.refuse_faults("tags")
+            tags = zip(paths, collection.table["tags"].to_pylist())
+            chosen &= {path for path, names in tags if needed <= {parse_tag(name).name for name in names}}
+        return chosen
+
+
+def _rename(table: pa.Table, names: Mapping[str, str], shrink: Shrink | None) -> pa.Table:
+    """Return the rows of the copied images, with the paths of the copies, and without what changed files have not."""
+    table = table.filter(pc.is_in(table["path"], pa.array(names, pa.string())))
+    changed = _MEASURED if shrink else ()
+    table = table.drop_columns([name for name in changed if name in table.column_names])
+    return replace_column(table, "path", pa.array([names[path] for path in table["path"].to_pylist()], pa.string()))
 
 
 def _refuse_twins(images: Sequence[str]) -> None:

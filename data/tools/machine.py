@@ -82,13 +82,14 @@ class Machine(Tool):
             about = torch.cuda.get_device_properties(number)
             devices[f"cuda:{number}"] = f"{about.name}, {about.total_memory / _GIB:.1f} GiB"
         speeds = {f"{name} {kind}": v for name in devices for kind, v in measure_speeds(torch.device(name)).items()}
-        found = devices | {name: f"{speed:.3g} TFLOPS" for name, speed in speeds.items()} | {
-            "precision=auto": choose_precision("auto", device),
-            "torch.compile": f"lacks {', '.join(lacks)}" if (lacks := missing_for_compile(device)) else "possible",
-            "decoders": f"{decoder_versions()}; lacks {', '.join(_missing_formats()) or 'none'}",
+        lacks, formats = missing_for_compile(device), ", ".join(_missing_formats())
+        found = devices | {f"matrices, {name}": f"{1000 * speed:,.0f} GFLOPS" for name, speed in speeds.items()} | {
+            "runtime.precision=auto": f"trains in {choose_precision('auto', device)}",
+            "torch.compile": f"not possible without {', '.join(lacks)}" if lacks else "possible",
+            "decoders": f"{decoder_versions()}; {f'cannot read {formats}' if formats else 'all formats'}",
             **{name: _compare_packages(ROOT / name) for name in _PACKAGES},
         }  # fmt: skip
-        for name, folder in {"shared memory": "/dev/shm", "disk of run_dir": self.run_dir}.items():
+        for name, folder in {"shared memory": "/dev/shm", "disk of job.run_dir": self.run_dir}.items():
             if Path(folder).is_dir():
                 usage = shutil.disk_usage(folder)
                 found[name] = f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free"
@@ -123,4 +124,4 @@ def _compare_packages(file: Path) -> str:
                 has = "none"
             if has == "none" or not wanted.specifier.contains(has, prereleases=True):
                 others.append(f"{wanted.name}{wanted.specifier} (here: {has})")
-    return f"lacks {', '.join(others)}" if others else "all here"
+    return f"missing or of another version: {', '.join(others)}" if others else "all packages are here"

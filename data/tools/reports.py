@@ -103,18 +103,20 @@ class Statistics(Tool):
 def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
     """Return tables of counts by name, the most frequent first."""
     splits = {split: count_values(table["label"].filter(pc.equal(table["split"], split))) for split in SPLITS}
-    formats, faults = (Counter(filter(None, (getattr(fact, name) for fact in facts))) for name in ("format", "kind"))
-    counted = {
-        "tags": ("tag", count_values(table["tags"])), "ratings": ("rating", count_values(table["rating"])),
-        "formats": ("format", dict(formats.most_common())), "unreadable": ("fault", dict(faults.most_common())),
+    formats, faults = (
+        pa.chunked_array([[getattr(fact, name) for fact in facts]], pa.string()) for name in ("format", "kind")
+    )
+    columns = {
+        ("tags", "tag"): table["tags"], ("ratings", "rating"): table["rating"],
+        ("formats", "format"): formats, ("unreadable", "fault"): faults,
     }  # fmt: skip
     classes = [
         {"class": name, **{split: counts.get(name, 0) for split, counts in splits.items()}}
         for name in count_values(table["label"])
     ]
     return {"classes": classes} | {
-        name: [{what: value, "images": count} for value, count in counts.items()]
-        for name, (what, counts) in counted.items()
+        name: [{what: value, "images": count} for value, count in count_values(column).items()]
+        for (name, what), column in columns.items()
     }
 
 
