@@ -9,12 +9,10 @@
 Sizes are (height, width) in pixels, after EXIF rotation.
 """
 
-import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction as Ratio
-from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
@@ -23,16 +21,14 @@ from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, Validatio
 from torch import Tensor
 
 from data.collection.collection import Collection
-from data.images.pixels import read_upright_size, resize
+from data.images.pixels import resize
+from data.latents.measures import SIZES, image_sizes
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
-from data.stream.source import UnreadableImage
 from utils import rng
 from utils.config.bounds import Count, Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.io.memo import in_threads, measure_once
-from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -44,7 +40,6 @@ _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
 _SAME_AREA = 1.25  # sizes_hw whose areas differ by less count as one area, if a ratio occurs twice
 _MORE_CROP = 0.1  # no image goes to an area that crops this share more of it than another area does
 _FLAT = TypeAdapter(list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]])
-SIZES = Path("outputs/cache/upright_sizes.jsonl")
 
 
 def _group_by_area(value: Any) -> Any:
@@ -366,48 +361,6 @@ def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndar
     for step in reversed(steps):
         chosen.append(int(step[chosen[-1]]))
     return sizes_hw[chosen[::-1]]
-
-
-def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
-    """Return the sizes of rows, int64 [N, 2], from the manifest's width and height, else from the files' headers.
-
-    0 for unreadable images. cache: a file in which rank 0 keeps measured sizes.
-    Raises UserError (`data.root`) if the index of shards has no sizes; shards are not read.
-    """
-    from_manifest = collection.stated_sizes()
-    sizes = np.zeros((len(rows), 2), dtype=np.int64) if from_manifest is None else from_manifest[rows]
-
-    is_final = from_manifest is not None and collection.is_packed
-    unknown = np.flatnonzero((sizes == 0).any(axis=1) & (not is_final))
-    measured = measure_rows(collection, rows[unknown], cache, read_upright_size, "image sizes")
-    for index, size in zip(unknown, measured):
-        sizes[index] = size or 0
-    return sizes
-
-
-def measure_rows(
-    collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
-) -> list[Any]:
-    """Return the results of `measure` for the rows' files, on all ranks; rank 0 reads new and changed files.
-
-    None for an unreadable file. Raises UserError (`data.root`) if the rows are in shards.
-    """
-    if len(rows) and collection.is_packed:
-        raise UserError(
-            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks {what}; run "
-            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and use NEW"
-        )
-
-    def measure_one(path: Path) -> Any:
-        try:
-            return measure(path)
-        except (OSError, UnreadableImage) as error:
-            log.warning("%s", error)
-            return None
-
-    paths = [collection.absolute_path(int(row)) for row in rows]
-    every = functools.partial(in_threads, measure_one)
-    return distributed.rank_zero_call(lambda: measure_once(paths, every, cache, f"reading {what}"))
 
 
 def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:

@@ -10,7 +10,6 @@ again. With random crops, each image has one fixed crop, derived from its bytes.
 
 import functools
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,13 +18,12 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.images.record_store import TensorStore, record_key
-from data.latents.buckets import BucketConfig, Buckets, Fit, fit_into, measure_rows, place
+from data.latents.buckets import BucketConfig, Buckets, Fit, fit_into, place
 from data.stream.loader import EvaluationStream, Example, Loader, UnreadableLog
 from data.stream.order import Draw
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
 from utils.contracts import Machine
-from utils.io.files import sha256_file
 from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
@@ -35,14 +33,6 @@ _FLIP_DRAW = 4  # counter for a sample's key; the loader uses 1 and 2, buckets 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
 EncodeImages = Callable[[Tensor], tuple[Tensor, Tensor]]
-
-
-def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
-    """Return the SHA-256 of the rows' files, "" if a file cannot be opened; for shards, from the manifest."""
-    if collection.is_packed and collection.table["sha256"].null_count == 0:
-        return collection.table["sha256"].take(rows).to_pylist()
-    digests = measure_rows(collection, rows, cache, sha256_file, "image hashes")
-    return [digest or "" for digest in digests]
 
 
 class LatentCache(Source):

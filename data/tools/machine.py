@@ -4,7 +4,6 @@ import io
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Literal
@@ -55,28 +54,19 @@ class Machine(Tool):
 
     def run(self, data: DataConfig) -> str:
         """List and measure. Raises UserError with all that a training would refuse."""
-        refused, device = [], "cuda" if torch.cuda.is_available() else "cpu"
-
-        @contextmanager
-        def asked() -> Iterator[None]:
+        refused, device = [], choose_device("cpu" if self.device == "cpu" else "auto")
+        needs_folder = data.name != "glyphs" and not is_remote(data.root)
+        for check in (
+            lambda: choose_device(self.device),
+            lambda: choose_precision(self.precision, device),
+            lambda: check_compile(device) if self.compile is True else None,
+            lambda: check_root(data.root) if needs_folder else None,
+            lambda: _check_writable(Path(self.run_dir)),
+        ):
             try:
-                yield
+                check()
             except UserError as error:
                 refused.append(str(error))
-
-        with asked():
-            device = choose_device(self.device)
-        with asked():
-            choose_precision(self.precision, device)
-        with asked():
-            if self.compile is True:
-                check_compile(device)
-        with asked():
-            if data.name != "glyphs" and not is_remote(data.root):
-                check_root(data.root)
-        with asked(), output_errors("run_dir", Path(self.run_dir)):
-            Path(self.run_dir).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=self.run_dir).close()
         devices = {"cpu": f"{count_cores()} cores, {free_memory() / _GIB:.1f} GiB of memory free"}
         for number in range(torch.cuda.device_count()):
             about = torch.cuda.get_device_properties(number)
@@ -95,11 +85,17 @@ class Machine(Tool):
                 found[name] = f"{usage.free / _GIB:.1f} of {usage.total / _GIB:.1f} GiB free"
         rows = [{"what": name, "found": text} for name, text in found.items()]
         log.info("%s", Lines(show_rows(rows)))
-        with asked():
-            page = save_report(Path(self.report) / self.name, device, speeds, {"machine": rows}, {})
+        page = save_report(Path(self.report) / self.name, device, speeds, {"machine": rows}, {})
         if refused:
             raise UserError("a training would be refused here:\n  " + "\n  ".join(refused))
         return f"nothing that a training would refuse; {page}"
+
+
+def _check_writable(folder: Path) -> None:
+    """Raise UserError (`run_dir`) if a run cannot write there."""
+    with output_errors("run_dir", folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
 
 
 def _missing_formats() -> Iterator[str]:

@@ -146,10 +146,9 @@ class Verify(Tool):
         images = sorted(sizes)
         facts = measure_files(root, images, data.max_pixels)
         found = [(path, fact.kind, fact.reason) for path, fact in zip(images, facts) if fact.kind is not None]
-        faults = _find_faults(root, images, sidecars, unused.get(ORPHANS, []))
-        found += (fault if len(fault) == 3 else (*fault, fault[1]) for fault in faults)
-        kinds, faults = Counter(kind for _, kind, _ in found), {}
-        for path, _, fault in found:
+        found += _find_faults(root, images, sidecars, unused.get(ORPHANS, []))
+        kinds, faults = Counter(kind for _, kind, *_ in found), {}
+        for path, *_, fault in found:  # the reason, or the kind
             faults[path] = f"{faults[path]}; {fault}" if path in faults else fault
         listing = list_files(self.report, self.name, faults)
         counts = ", ".join(f"{kind}: {count:,}" for kind, count in kinds.most_common())

@@ -14,8 +14,9 @@ from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
-from data.latents.buckets import SIZES, Buckets, choose_sizes, fitted_views, image_sizes, make_buckets
-from data.latents.latent_cache import LatentCache, image_hashes
+from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets
+from data.latents.latent_cache import LatentCache
+from data.latents.measures import SIZES, image_hashes, image_sizes
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
 from data.stream.batch import Ragged, Sample

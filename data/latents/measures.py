@@ -1,0 +1,71 @@
+"""What is measured of the files of a collection, once: the sizes of images and hashes of files."""
+
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.collection.collection import Collection
+from data.images.pixels import read_upright_size
+from data.stream.source import UnreadableImage
+from utils.errors import UserError
+from utils.io.files import sha256_file
+from utils.io.memo import in_threads, measure_once
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+SIZES = Path("outputs/cache/upright_sizes.jsonl")
+
+
+def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:
+    """Return the sizes of rows, int64 [N, 2], from the manifest's width and height, else from the files' headers.
+
+    0 for unreadable images. cache: a file in which rank 0 keeps measured sizes.
+    Raises UserError (`data.root`) if the index of shards has no sizes; shards are not read.
+    """
+    from_manifest = collection.stated_sizes()
+    sizes = np.zeros((len(rows), 2), dtype=np.int64) if from_manifest is None else from_manifest[rows]
+
+    is_final = from_manifest is not None and collection.is_packed
+    unknown = np.flatnonzero((sizes == 0).any(axis=1) & (not is_final))
+    measured = _measure(collection, rows[unknown], cache, read_upright_size, "image sizes")
+    for index, size in zip(unknown, measured):
+        sizes[index] = size or 0
+    return sizes
+
+
+def image_hashes(collection: Collection, rows: np.ndarray, cache: Path) -> list[str]:
+    """Return the SHA-256 of the rows' files, "" if a file cannot be opened; for shards, from the manifest."""
+    if collection.is_packed and collection.table["sha256"].null_count == 0:
+        return collection.table["sha256"].take(rows).to_pylist()
+    digests = _measure(collection, rows, cache, sha256_file, "image hashes")
+    return [digest or "" for digest in digests]
+
+
+def _measure(
+    collection: Collection, rows: np.ndarray, cache: Path, measure: Callable[[Path], Any], what: str
+) -> list[Any]:
+    """Return the results of `measure` for the rows' files, on all ranks; rank 0 reads new and changed files.
+
+    None for an unreadable file. Raises UserError (`data.root`) if the rows are in shards.
+    """
+    if len(rows) and collection.is_packed:
+        raise UserError(
+            f"data.root: the manifest of the shards in {str(collection.root)!r} lacks {what}; run "
+            f"prepare.py job=pack data=image_folder data.root={collection.root} job.output=NEW, and use NEW"
+        )
+
+    def measure_one(path: Path) -> Any:
+        try:
+            return measure(path)
+        except (OSError, UnreadableImage) as error:
+            log.warning("%s", error)
+            return None
+
+    paths = [collection.absolute_path(int(row)) for row in rows]
+    every = functools.partial(in_threads, measure_one)
+    return distributed.rank_zero_call(lambda: measure_once(paths, every, cache, f"reading {what}"))
