@@ -13,7 +13,7 @@ from data.layouts.spelling import PREFIXES, Tag, parse_tag
 from data.layouts.table import count_values
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import map_tags
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.io.files import read_json, readable
 from utils.record.logging import get_logger
 from utils.vocabulary import (
@@ -133,8 +133,6 @@ def _read_names(path: str | None, key: str) -> frozenset[Tag]:
     """
     if path is None:
         return frozenset()
-    try:
+    with about(key), readable(Path(path), "tag list"):
         lines = Path(path).read_text(encoding="utf-8-sig").split("\n")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{key}: {path} cannot be read ({error}); give a UTF-8 file with one tag per line") from None
     return frozenset(parse_tag(line) for line in lines if line.strip() and not line.startswith("#"))

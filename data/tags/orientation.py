@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from utils import rng
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
+from utils.io.files import readable
 from utils.record.logging import get_logger
 from utils.vocabulary import CATEGORIES, GENERAL, Vocabulary
 
@@ -113,14 +114,10 @@ def _any_of(names: Iterable[str]) -> re.Pattern[str]:
 
 def _read(path: Path, key: str) -> OrientationMap:
     """Read a map. Raises UserError (`key`)."""
-    try:
+    with about(key), readable(path, "orientation map"):
         values = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    try:
         return validate(values, OrientationMap)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise UserError(
-            f"{key}: {path} cannot be read as an orientation map ({' '.join(str(error).split())}); set booru, glyphs "
-            "or the path of a YAML file"
-        ) from None
     except ConfigError as error:
         raise UserError(f"{key}: {path}: " + "; ".join(error.args)) from None
 

@@ -4,11 +4,12 @@ import csv
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 
 from data.config import TagRulesConfig, TextConfig
 from data.layouts.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
-from utils.errors import UserError
-from utils.io.files import canonical_json, sha256_text
+from utils.errors import UserError, about
+from utils.io.files import canonical_json, readable, sha256_text
 
 # Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.
 _HEADERS = (
@@ -107,12 +108,9 @@ def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
     """
     if path is None:
         return []
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as stream:
-            reader = csv.reader(stream)
-            rows = [(reader.line_num, row) for row in reader if row]
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise UserError(f"{key}: {path} cannot be read ({error}); give a CSV file with two columns, in UTF-8") from None
+    with about(key), readable(Path(path), "CSV"), open(path, encoding="utf-8-sig", newline="") as stream:
+        reader = csv.reader(stream)
+        rows = [(reader.line_num, row) for row in reader if row]
     header = [name.strip().lower() for name in rows[0][1]] if rows else []
     first, second, status = (next((header.index(name) for name in names if name in header), None) for names in _HEADERS)
     has_header, pairs = first not in (None, second) and second is not None, []

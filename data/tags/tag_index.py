@@ -31,7 +31,6 @@ from utils.vocabulary import GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 
-_ARRAYS = ("ids", "offsets", "tagged", "unknown", "set_ids", "set_offsets")
 _VERSION = 6  # increment it when texts become other tags: every index is rebuilt
 _SHOWN = 5  # examples in a message
 _CHUNK_ROWS = 2**17
@@ -76,8 +75,7 @@ class TagIndex(TagRows):
     def open(cls, file: Path) -> "TagIndex":
         """Memory-map the arrays of a file. Raises UserError (`data.root`) if it is damaged."""
         with about("data.root"):
-            tensors = read_tensors(file)
-        return cls(*(tensors[name].numpy() for name in _ARRAYS))
+            return cls(**{name: tensor.numpy() for name, tensor in read_tensors(file).items()})
 
     def unknown_of(self, row: int) -> np.ndarray:
         """Return the outputs with an unknown label in a row, int32 [n]. Those that the row has too are known."""
@@ -124,7 +122,7 @@ def index_tags(
     def make() -> Path:
         name = f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}{'-used' * only_used}.safetensors"
         file = cache / name
-        with suppress(UserError, KeyError):  # missing or damaged
+        with suppress(UserError, TypeError):  # missing or damaged
             TagIndex.open(file)
             return file
         index = map_tags(collection.table, vocabulary, rules, only_used)
@@ -135,7 +133,7 @@ def index_tags(
                 f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                 "sidecars or a manifest (docs/collections.md), or choose another vocabulary"
             )
-        tensors = {name: torch.from_numpy(getattr(index, name)) for name in _ARRAYS}
+        tensors = {name: torch.from_numpy(array) for name, array in vars(index).items()}
         write_atomically(file, lambda path: write_tensors(path, tensors))
         return file
 

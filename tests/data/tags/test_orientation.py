@@ -72,7 +72,7 @@ def test_words_of_glyphs_swap_and_letters_stay(log):
         ("pattern: []", "pattern: "),
         ("patterns: [{match: '(left', swap: [left, right]}]", "patterns.0.match: "),
         ("pairs: [[a, b], [b, c]]", "'a' becomes 'b', then 'c'"),
-        ("pairs: [", "cannot be read"),
+        ("pairs: [", "is not a readable orientation map"),
         ("pairz: []", "pairz: unknown key; close: pairs"),
     ],
 )  # fmt: skip
@@ -81,7 +81,7 @@ def test_a_bad_map_is_refused_with_file_and_entry(text, entry, tmp_path):
     with pytest.raises(UserError) as refused:
         build({"left": 0, "a": 0}, path)
     assert str(refused.value).startswith(f"task.orientation: {path}") and entry in str(refused.value)
-    with pytest.raises(UserError, match=r"^task.orientation: nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"^task.orientation: nowhere is not a readable"):
         build({"left": 0}, "nowhere")
 
 

@@ -136,7 +136,7 @@ def test_bad_rules_are_refused_by_line(tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             rules_of(tmp_path, aliases, implications)
-    with pytest.raises(UserError, match=r"^task\.aliases: nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"^task\.aliases: nowhere is not a readable"):
         read(tmp_path, aliases="nowhere")
 
 
@@ -238,7 +238,7 @@ def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
         UserError, match=r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"
     ):
         make_vocabulary(collection, wanted(min_count=4), "vocabulary.")
-    with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere cannot be read"):
+    with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere is not a readable"):
         make_vocabulary(collection, wanted(ignore="nowhere"), "vocabulary.")
 
 
