@@ -15,9 +15,10 @@ import utils.config.help  # noqa: F401, I001 (answers --help before the slow imp
 
 from pathlib import Path
 
+from engine.exports.card import REPORT, add_report
 from engine.exports.formats import ExportConfig, find_format, write_export
 from engine.exports.weights import open_weights
-from models.export.model_card import REPORT, add_report, licence_entry, refuse_licence
+from models.export.metadata import licence_entry, refuse_licence
 from utils.config.entry_point import Job, entry_point
 from utils.errors import about
 from utils.io.files import refuse_links_out
@@ -51,8 +52,7 @@ def main(config: ExportConfig, job: Job) -> str:
         refuse_links_out("output", place)
     with open_journal("output", folder, is_folder=True):
         report = write_export(weights, folder, config)
-        report |= {"format": config.format, "step": weights.metadata["step"]}
-        report |= licence_entry("license", weights.metadata)
+        report |= {"format": config.format, "step": weights.metadata["step"], **licence_entry(weights.metadata)}
         add_report(folder, report)
     line = "  ".join(f"{key}={value:.2g}" for key, value in report.items() if isinstance(value, float))
     licence = f" (licence of the source weights: {report['license']})" if "license" in report else ""

@@ -15,11 +15,11 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from engine.exports.card import collect_facts, read_figures
+from engine.exports.card import read_figures, write_card
 from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import MovedBase, Weights
 from models.export import tag_forms
-from models.export.model_card import write_card
+from models.export.metadata import dict_of
 from models.export.onnx_file import export_onnx
 from models.export.parity import refuse_difference
 from models.export.targets import TARGETS, export_folder
@@ -33,7 +33,8 @@ from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
+from utils.errors import UserError, about
+from utils.io.files import readable
 from utils.io.weights import WEIGHT_NAMES
 from utils.record.logging import get_logger
 from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
@@ -61,16 +62,7 @@ class HubConfig(Strict):
 
 
 class ExportConfig(Strict):
-    """`weights` is best, last or ema of `run_dir`, or a weight file of Atelier.
-
-    `output` is a folder. Its default is export/ in the run folder for onnx, and export/FORMAT/ for other formats.
-    `license` replaces the known licence of the source weights. author, description, trigger: for the headers of SDXL's
-    files; None: no author, a description from the run, `task.captions.prefix`. card: a file to append to README.md.
-    latent_statistics: state the latents' mean and standard deviation in the VAE's config, for new U-Nets, with a
-    scaling factor of 1. dynamic_size: the ONNX file accepts images of any size from the network's stride up. tolerance:
-    the largest accepted difference from PyTorch, for ONNX relative to the largest output; None: the default of the
-    precision.
-    """
+    """conf/export.yaml, checked. `weights`: best, last or ema of `run_dir`, or a weight file of Atelier."""
 
     format: Literal[
         "onnx", "timm", "transformers", "safetensors", "pth", "wd14", "imgutils", "cl_tagger",
@@ -211,8 +203,14 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
     return {"file": file, "update_max_abs_diff": difference}
 
 
+def _given(weights: Weights, config: ExportConfig) -> dict[str, str | None]:
+    """Return the user's facts. Without `trigger`, it is the prefix of all captions."""
+    prefix = dict_of(dict_of(weights.metadata, "task"), "captions").get("prefix")
+    return {"author": config.author, "description": config.description, "trigger": config.trigger or prefix or None}
+
+
 def _facts(weights: Weights, config: ExportConfig) -> dict[str, str]:
-    return modelspec_facts(weights, config.model_dump(include={"author", "description", "trigger"}))
+    return modelspec_facts(weights, _given(weights, config))
 
 
 def whole_networks(weights: Weights) -> Networks:
@@ -330,15 +328,19 @@ def write_export(weights: Weights, folder: Path, config: ExportConfig) -> dict[s
     write, thresholds = find_format(config.format, weights), None
     if weights.metadata["output"] and OUTPUTS[weights.metadata["output"]].has_tags:
         thresholds = _thresholds(weights, config)
-    facts = collect_facts(weights, config.run_dir, thresholds, config.card)
-    if not facts.figures and config.format == _REPOSITORY:
-        log.warning("format: README.md has no figures, because evaluate.py has not measured these weights in run_dir")
+    more = ""
+    if config.card is not None:
+        with about("card"), readable(Path(config.card), "Markdown"):
+            more = Path(config.card).read_text(encoding="utf-8")
     parent = next(path for path in (folder, *folder.parents) if path.exists())
     for leftover in folder.glob(f"{_SCRATCH}*"):  # of a killed export
         shutil.rmtree(leftover)
     with TemporaryDirectory(dir=parent, prefix=_SCRATCH) as scratch:
         report = write(weights, Path(scratch), config)
-        write_card(Path(scratch), config.format, report["file"], weights.metadata, facts)
+        write_card(
+            weights, Path(scratch), config.format, report["file"],
+            run_dir=config.run_dir, thresholds=thresholds, about=_given(weights, config), more=more,
+        )  # fmt: skip
         paths = sorted(path for path in Path(scratch).rglob("*") if path.is_file())
         report["files"] = [path.relative_to(scratch).as_posix() for path in paths]
         for path in paths:

@@ -11,7 +11,7 @@ from typing import Any
 
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
-from models.export.model_card import dict_of, licence_entry
+from models.export.metadata import dict_of, licence_entry
 
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
@@ -20,10 +20,10 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     images, what = dict_of(metadata, "trained_on").get("images"), "VAE"
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
-    facts |= licence_entry("license", metadata)
+    facts |= licence_entry(metadata)
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"LoRA of rank {task.lora.rank}"
-        facts |= {"trigger_phrase": given["trigger"] or task.captions.prefix, "ss_sd_model_name": source}
+        facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source}
         facts |= {"ss_vae_name": Path(weights.setup.model.vae or "").name, **_describe_training(task, metadata)}
     described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
     facts |= {"description": given["description"] or described, "ss_output_name": weights.title}

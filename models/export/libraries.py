@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.export.model_card import label_names, licence_entry
+from models.export.metadata import label_names, licence_entry
 from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
@@ -58,7 +58,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
         "interpolation": "box" if interpolation == "area" else interpolation,
         "crop_pct": 1.0 if squashes else preprocessing["eval_crop"], "crop_mode": "squash" if squashes else "center",
         **{key: target.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
-        **licence_entry("license", metadata), "num_classes": target.num_classes, "custom_load": False,
+        **licence_entry(metadata), "num_classes": target.num_classes, "custom_load": False,
         "fixed_input_size": False,
     }  # fmt: skip
     folder.mkdir(parents=True, exist_ok=True)
@@ -108,7 +108,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
         image_size=metadata["preprocessing"]["image_size_hw"][0],
         **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
     )
-    config.update(licence_entry("license", metadata))
+    config.update(licence_entry(metadata))
     if OUTPUTS[metadata["output"]].has_tags:
         config.problem_type = "multi_label_classification"
     with torch.random.fork_rng(devices=[]):

@@ -20,7 +20,7 @@ import onnx
 import torch
 
 from models.export.inference_form import to_inference_form
-from models.export.model_card import licence_entry
+from models.export.metadata import licence_entry
 from models.export.onnx_precision import to_fp16
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
@@ -136,7 +136,7 @@ def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageMode
     proto.ir_version = min(proto.ir_version, IR_VERSION)
     keys = ("output", model.output.names_key, "preprocessing", "step", "form", "weights_hash", "thresholds", *FACTS)
     kept = {key: metadata[key] for key in keys if key in metadata}
-    onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, **licence_entry("license", metadata)})})
+    onnx.helper.set_model_props(proto, {"atelier": json.dumps({**kept, **licence_entry(metadata)})})
 
 
 @torch.inference_mode()

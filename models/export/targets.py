@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from models.export.libraries import Metadata, Outputs, load_timm, load_transformers, write_timm, write_transformers
-from models.export.model_card import licence_of
+from models.export.metadata import licence_of
 from models.export.parity import refuse_difference, vary_weights
 from models.fcmae import FCMAE
 from models.weights.fit import load_into

@@ -9,6 +9,7 @@ import torch
 pytest.importorskip("diffusers")
 
 from diffusers import AutoencoderKL
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -26,6 +27,7 @@ from models.sdxl.names import from_single_file, part_state
 from models.sdxl.networks import load_vae
 from models.sdxl.step import LATENT_DRAW
 from models.sdxl.tokenizer import build_tokenizer
+from tests.engine.test_diffusion_exports import run_program
 from tests.in_process import configure, run, run_command, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows
 from utils import rng
@@ -87,6 +89,19 @@ def test_exports_are_what_diffusers_and_comfyui_load(place):
         state = from_single_file("vae", state)
         assert all(torch.equal(state[name], tensor) for name, tensor in part_state("vae", task.vae).items())
     assert "v_pred" in whole and whole["model.diffusion_model.out.2.bias"].dtype == torch.float16
+
+
+@pytest.mark.parametrize("form", ["vae", "vae_diffusers", "vae_single_file"])
+def test_the_program_in_the_card_decodes_an_image_again(form, place):
+    folder = place / f"run/export/{form}"
+    image = np.random.default_rng(0).integers(0, 256, (43, 70, 3), dtype=np.uint8)
+    Image.fromarray(image).save(folder / "image.png")
+    base = MovedBase(path=str(place / "base"), vae=None)
+    vae = open_weights(place / "run/weights/best_weights.safetensors", "export", base).task.vae
+    with torch.no_grad():
+        batch = torch.tensor(image[:40, :64]).permute(2, 0, 1)[None] / 127.5 - 1
+        wanted = vae.decode(vae.encode(batch).latent_dist.mode()).sample[0].permute(1, 2, 0)
+    assert np.abs(run_program(folder, place / "base", "decoded.png") - ((wanted + 1) * 127.5).numpy()).max() < 1
 
 
 def test_latents_are_measured_and_stated_where_they_are_asked_for(place):

@@ -84,13 +84,13 @@ def differ(first, second):
     return np.abs(np.float64(first) - second).max()
 
 
-def run_program(folder, base):
-    """Run the program in the README.md of an export; returns the picture that it draws."""
+def run_program(folder, base, picture="picture.png"):
+    """Run the program in the README.md of an export; returns the picture that it writes."""
     (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     (folder / "program.py").write_text(program.replace("PATH OF THE BASE MODEL", str(base)))
     with working_in(folder):
         runpy.run_path("program.py")
-    return np.asarray(Image.open(folder / "picture.png"))
+    return np.asarray(Image.open(folder / picture))
 
 
 def compare_lora(form, place, wanted):
@@ -133,6 +133,7 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
     front = yaml.safe_load(card.split("---\n")[1])
     assert front["license"] == "openrail++" and front["pipeline_tag"] == "text-to-image"
     assert front["widget"] == [{"text": prompt} for prompt in PROMPTS] and "pictures/evaluate_samples.png" in card
+    assert "- author: `Ann`\n- trigger: `sks`\n" in card
     assert (
         (place / "lora_kohya/pictures/evaluate_samples.png").is_file() and str(place) not in card and "N/A" not in card
     )

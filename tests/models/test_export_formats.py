@@ -17,12 +17,12 @@ import yaml
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
+from engine.exports.card import write_card
 from engine.exports.weights import Weights
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
 from models.export import libraries
 from models.export.inference_form import to_inference_form
-from models.export.model_card import write_card
 from models.export.onnx_file import export_onnx
 from models.export.parity import vary_weights
 from models.image_model import ImageModel, Normalise
@@ -111,8 +111,9 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
 def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "license": 'mit"\ntags: [forged]'}
     for origin in (texts, "no object"):
-        _, metadata = make(geometry())
-        write_card(tmp_path, "safetensors", "model.safetensors", {**metadata, "origin": origin})
+        model, metadata = make(geometry())
+        weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin})
+        write_card(weights, tmp_path, "safetensors", "model.safetensors")
         lines = (tmp_path / "README.md").read_text().splitlines()
         if origin == texts:
             front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))

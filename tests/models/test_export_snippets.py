@@ -6,6 +6,7 @@ import runpy
 import shutil
 from ast import literal_eval
 from contextlib import chdir, redirect_stdout
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -13,7 +14,8 @@ import torch
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
-from models.export.model_card import write_card
+from engine.exports.card import write_card
+from engine.exports.weights import Weights
 from models.fcmae import FCMAE
 from tests.models.test_export_formats import NAMES, geometry, make
 from tests.support import export, read_image
@@ -52,7 +54,7 @@ def test_a_snippet_predicts_as_we_do(form, preprocessing, background, onnx_file,
     model, metadata = make(geometry(stages=4 if form == "timm" else 2), background=background, **preprocessing)
     if form == "onnx":  # the file is the same for every preprocessing
         shutil.copy(onnx_file, tmp_path)
-        write_card(tmp_path, "onnx", "model.onnx", metadata)
+        write_card(Weights(Path("w"), model, model.network, metadata), tmp_path, "onnx", "model.onnx")
     else:
         export(form, model, metadata, tmp_path)
     draw_picture(tmp_path)

@@ -12,12 +12,12 @@ from typing import Any
 from models.outputs import OUTPUTS
 from utils.canvas import background_levels, background_of, background_rgb
 
-FORMATS = ("timm", "transformers", "onnx", "pth", "wd14", "imgutils", "cl_tagger", "wd_repository")
-_SDXL = {  # the line that loads a format
+SDXL = {  # the line that loads a format
     **dict.fromkeys(("kohya", "lora_diffusers"), """from_pretrained($base)
 pipeline.load_lora_weights(".", weight_name="$file")"""),
     "single_file": 'from_single_file("$file", config=$base)',
-    "diffusers": 'from_pretrained(".")',
+    **dict.fromkeys(("vae", "vae_single_file"), 'from_single_file("$file", config=$base, subfolder="vae")'),
+    **dict.fromkeys(("diffusers", "vae_diffusers"), 'from_pretrained(".")'),
 }  # fmt: skip
 _RESIZED = {
     "squash": "image = image.resize(($width, $height), $resample)",
@@ -39,29 +39,24 @@ _NAMES = {
 }
 
 
-def takes_bgr(form: str, metadata: Mapping[str, Any]) -> bool:
-    """Return whether the network of an export takes BGR: a tagger in timm's format (engine/exports/formats.py)."""
-    return form == "timm" and OUTPUTS[metadata["output"]].has_tags
+def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None) -> str:
+    """Return the program for a format as Markdown. file: the exported file. base: the hub's name of SDXL's base model.
 
-
-def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None) -> str | None:
-    """Return the program for a format as Markdown, None without one. base: the hub's name of SDXL's base model."""
-    if form in FORMATS:
-        return f"```python\n{snippet(form, metadata, file).rstrip()}\n```"
-    if form in _SDXL:
-        return f"```python\n{_sdxl_snippet(form, metadata['task'], file, base).rstrip()}\n```"
+    Our own format has a command.
+    """
     if form != "safetensors":
-        return None
-    verb = (
-        "predict.py weights={} input=image.png output=predictions.jsonl"
-        if metadata.get("task")
-        else ("finetune.py init_from={} data=image_folder data.root=PATH")
-    )
-    return f"    python {verb.format(file)}"
+        text = _sdxl_snippet(form, metadata["task"], file, base) if form in SDXL else _snippet(form, metadata, file)
+        return f"```python\n{text.rstrip()}\n```"
+    if metadata.get("task"):
+        return f"    python predict.py weights={file} input=image.png output=predictions.jsonl"
+    return f"    python finetune.py init_from={file} data=image_folder data.root=PATH"
 
 
 def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | None) -> str:
-    """Return the program that draws the first prompt of a task, as its evaluation does."""
+    """Return the program that draws the first prompt of a task, as its evaluation does, or decodes an image again."""
+    load = Template(SDXL[form]).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
+    if form.startswith("vae"):
+        return _read_template("vae").substitute(load=load)
     from models.sdxl.sampling import SamplesConfig
 
     samples, noise = SamplesConfig.model_validate(task["samples"]), task["noise"]
@@ -72,16 +67,20 @@ def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | Non
         "prediction_type": noise["prediction_type"], "rescale_betas_zero_snr": noise["zero_terminal_snr"],
         "timestep_spacing": "trailing",
     }  # fmt: skip
-    values["load"] = Template(_SDXL[form]).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
-    return Template((Path(__file__).parent / "sdxl.txt").read_text(encoding="utf-8")).substitute(values)
+    return _read_template("sdxl").substitute(values, load=load)
 
 
-def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
-    """Return the program for a format of FORMATS. file: the exported file."""
+def _read_template(name: str) -> Template:
+    return Template((Path(__file__).parent / f"{name}.txt").read_text(encoding="utf-8"))
+
+
+def _snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
+    """Return the program that predicts with an image network."""
     preprocessing, output = metadata["preprocessing"], OUTPUTS[metadata["output"]]
     height, width = preprocessing["image_size_hw"]
     form = "wd14" if form == "wd_repository" else form
-    is_bgr, interpolation = takes_bgr(form, metadata), preprocessing["interpolation"]
+    # A tagger in timm's format takes BGR (engine/exports/formats.py).
+    is_bgr, interpolation = form == "timm" and output.has_tags, preprocessing["interpolation"]
     has_head, is_white = output.activate is not None, form in ("wd14", "cl_tagger")
     values = {
         "image": _read_image(
@@ -112,7 +111,7 @@ def snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         shown = f"print(sorted(zip(outputs{activation}.tolist(), names), reverse=True)[:5])"
         values["result"] = f"names = {_NAMES[form]}\n{shown}"
     values["result"] = Template(values["result"]).substitute(values)
-    return Template((Path(__file__).parent / f"{form}.txt").read_text(encoding="utf-8")).substitute(values)
+    return _read_template(form).substitute(values)
 
 
 def _read_image(preprocessing: Mapping[str, Any], *, white_square: bool, padded: bool) -> str:
