@@ -12,22 +12,13 @@ from importlib.util import find_spec
 from types import SimpleNamespace
 
 import pytest
-from pydantic import BaseModel
 
 from engine.runtime import Runtime
-from tests.conf.test_no_dead_key import TAG_WEIGHTS
+from tests.conf.test_no_dead_key import list_models
 from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, draw_few_glyphs, load_command, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
 from utils.vocabulary import CATEGORIES
-
-
-def list_models(annotation):
-    """Return the models that a schema reaches."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        inner = [list_models(field.annotation) for field in annotation.model_fields.values()]
-        return {annotation}.union(*inner)
-    return set().union(*map(list_models, typing.get_args(annotation)))
 
 
 def owner_of(model, name):
@@ -83,10 +74,10 @@ def without_a_cluster(monkeypatch):
     jobs, which = [SimpleNamespace(job_id="7")], shutil.which
     monkeypatch.setattr(shutil, "which", lambda name, *more: name if name == "sbatch" else which(name, *more))
     monkeypatch.setattr("submit.slurm._Executor.submit_array", lambda executor, calls: jobs)
-    monkeypatch.setattr("submit.slurm.wait_for", lambda ids, folder, follow: 0)
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
 
+TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, factors: {}, reestimate_steps: 1}"
 ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache"]
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow.parquet as pq
 import pytest
 
-from tests.support import checkpoint_tensors, common, free_port, rows, run, start
+from tests.support import common, rows, run, start
 
 
 def wait_for(condition, seconds=90):
@@ -42,16 +42,6 @@ def has_ended(*pids):
     return lambda: all(processes().get(pid, (0, "Z"))[1] == "Z" for pid in pids)
 
 
-def test_a_batch_that_does_not_divide_by_the_ranks_is_refused(collection, tmp_path):
-    overrides = common("classification", collection, tmp_path / "run", "loop.global_batch_size=8")
-    printed = run("finetune.py", overrides, tmp_path, ranks=3, expect=2)
-    refused = "loop.global_batch_size: 8 does not divide by the 3 ranks; set it to 6, 9"
-    lines = [line for line in printed.splitlines() if refused in line]
-    assert sorted(line.split("finetune.py")[0] for line in lines) == ["", "[rank 1] ", "[rank 2] "]
-    assert "Traceback" not in printed
-    assert not (tmp_path / "run").exists()
-
-
 def endless(collection, run_dir, *more):
     settings = ["loop.total_steps=100000", "loop.global_batch_size=8", "loop.checkpoint_every_steps=5"]
     return common("classification", collection, run_dir, *settings, *more)
@@ -73,26 +63,6 @@ def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collectio
     assert "rank 0 hangs in 'step 3: loading': no progress for 6 s" in started.output
     worker = int(re.search(r"process (\d+) reads for ever", started.output).group(1))
     wait_for(has_ended(worker), 10)
-
-
-def test_slurm_variables_start_the_same_job(collection, tmp_path):
-    """Two tasks of one step, told so by SLURM's variables alone."""
-    port = free_port()
-    started = []
-    for rank in range(2):
-        variables = {
-            "SLURM_PROCID": rank, "SLURM_LOCALID": rank, "SLURM_STEP_NUM_TASKS": 2, "SLURM_JOB_ID": 77,
-            "SLURM_STEP_NODELIST": "127.0.0.1", "SLURM_JOB_NODELIST": "127.0.0.1", "MASTER_PORT": port,
-        }  # fmt: skip
-        overrides = common(
-            "classification", collection, tmp_path / "run", "loop.total_steps=3", "loop.global_batch_size=8"
-        )
-        started.append(
-            start("finetune.py", overrides, tmp_path, variables={name: str(value) for name, value in variables.items()})
-        )
-    assert [job.wait() for job in started] == [[0], [0]]
-    assert "2 ranks, each CPU" in started[0].output
-    assert checkpoint_tensors(tmp_path / "run", 3)
 
 
 def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collection, tmp_path):

@@ -108,21 +108,6 @@ def test_only_training_sweeps(start_command, capsys):
     assert "  --multirun: " in capsys.readouterr().err
 
 
-def test_a_multirun_of_a_real_script(tmp_path, monkeypatch, capfd):
-    """Each job is a process with a run folder of its own; one that is refused is in the table, and ends no other."""
-    make_images(tmp_path / "images")
-    words = [*TINY, "data.root=images", "--multirun", "optim.lr=0.1,-1", "sweep.name=rates", "sweep.at_once=2"]
-    assert run_in_process("finetune", words, tmp_path, monkeypatch) == 2
-    said = capfd.readouterr().err
-    assert (tmp_path / "outputs/sweeps/rates/lr=0.1/complete.json").exists()
-    assert "optim.lr: must be greater" in (tmp_path / "outputs/sweeps/rates/lr=-1.log").read_text()
-    table = said[said.index("\nsettings ") :].splitlines()[2:]
-    assert [(row.split()[0], row.split()[-1]) for row in table] == [
-        ("optim.lr=0.1", "complete"),
-        ("optim.lr=-1", "(2)"),
-    ]
-
-
 # --------------------------------------------------------------------------------------------------------- real scripts
 
 

@@ -92,15 +92,6 @@ def test_bars_have_lines_of_their_own_and_log_lines_stand_whole_above_them(termi
     assert terminal.text.index("\x1b[?25h") < terminal.text.index("41/1200")  # the cursor is not hidden
 
 
-def test_an_error_gives_the_terminal_back(terminal):
-    with terminal:
-        with pytest.raises(RuntimeError), Bar("training", 10).opened():
-            raise RuntimeError
-        get_logger("test").info("after")
-        assert not progress._console._live_stack and sys.stderr is terminal.stream
-    assert "\n\rafter\r\n" in terminal.drawn
-
-
 def write_from_worker():
     sys.stderr.write("from the worker\n")
     get_logger("test").warning("logged by the worker")
