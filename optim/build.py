@@ -47,9 +47,6 @@ def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
     """Return a class of timm with its defaults. Raises UserError (`optim.opt`) if it cannot be used here."""
     import timm.optim  # takes 0.8 s
 
-    known = timm.optim.list_optimizers()
-    if opt not in known:
-        raise UserError(f"optim.opt: unknown timm optimiser {opt!r}; {close_names(opt, known)}")
     if opt.startswith(("kron", "adahessian")):
         raise UserError(
             f"optim.opt: {opt} is not supported: it needs second derivatives, or random state that checkpoints do not "
@@ -57,8 +54,9 @@ def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
         )
     try:
         return timm.optim.get_optimizer_class(opt)
-    except (AssertionError, ImportError) as error:  # apex or bitsandbytes without a GPU, or not installed
-        raise UserError(f"optim.opt: {opt} cannot be used here ({error}); choose another") from error
+    except (ValueError, AssertionError, ImportError) as error:  # unknown; apex or bitsandbytes without a GPU
+        advice = close_names(opt, timm.optim.list_optimizers())
+        raise UserError(f"optim.opt: {opt!r} cannot be used here ({error}); {advice}") from error
 
 
 def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:

@@ -50,7 +50,10 @@ class AdamW8bitConfig(_AdamW):
 
 
 class AdanConfig(_Optim):
-    """timm's Adan (arXiv 2208.06677), with the betas of its authors' code, not 1 - beta as in the paper."""
+    """timm's Adan (arXiv 2208.06677), with the betas of its authors' code, not 1 - beta as in the paper.
+
+    Its bias correction also counts the steps for which a rule freezes the parameters.
+    """
 
     name: Literal["adan"]
     betas: Annotated[list[BelowOne], Field(min_length=3, max_length=3)]

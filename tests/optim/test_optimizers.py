@@ -109,7 +109,7 @@ def test_sgd_without_momentum_takes_one_from_a_schedule_even_after_a_first_skipp
 @pytest.mark.parametrize(
     "opt, extra, schedule, message",
     [
-        ("nadamv", {}, CONSTANT, "optim.opt: unknown timm optimiser 'nadamv'; close: .*nadamw"),
+        ("nadamv", {}, CONSTANT, "optim.opt: 'nadamv' .*; close: .*nadamw"),
         ("kron", {}, CONSTANT, "optim.opt: kron"),
         ("nadamw", {"betas": [1.5, 0.9]}, CONSTANT, "optim.extra: "),
         ("sgdw", {}, CONSTANT, "optim.extra: .*momentum"),  # timm's own default
