@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import yaml
 
-from tests.in_process import SCRIPTS, TASKS, TRAINING, compose, configure, draw_few_glyphs, run
+from tests.in_process import SCRIPTS, TASKS, TRAINING, configure, draw_few_glyphs, run
 from utils.config.help import CONF, list_options
 from utils.config.messages import ConfigError
 from utils.errors import UserError
@@ -121,13 +121,3 @@ def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs
     if "tagger" in name:
         overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]
     assert run(script_of(name), overrides, tmp_path).startswith("dry run: ")
-
-
-def test_the_command_line_beats_the_experiment_the_experiment_the_file_and_the_file_its_group():
-    def read(*overrides):
-        values = compose("pretrain_fcmae", overrides)[0]
-        return values.optim.lr, values.task.decoder_dim, values.optim.base_lr, values.optim.betas[1]
-
-    assert read() == (None, 512, 1.5e-4, 0.95)  # adamw_fcmae's over adamw's
-    assert read("experiment=glyphs/best_pretrain") == (3e-3, 128, 1.5e-4, 0.95)
-    assert read("experiment=glyphs/best_pretrain", "optim.lr=2e-3", "task.decoder_dim=64")[:2] == (2e-3, 64)

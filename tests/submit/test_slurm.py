@@ -57,6 +57,8 @@ def test_the_script_of_the_default_job(tmp_path):
     assert command.endswith(f"{sys.executable} -u -m submitit.core._submit {tmp_path}/logs")
     assert f"--output {tmp_path}/logs/%j_%t_log.out --kill-on-bad-exit=1" in command
     assert lines[-1] == f"{sys.executable} -m submit.job {tmp_path} $?"
+    options, _ = script_of(tmp_path, "gpus_per_node=0", "ranks_per_node=4")
+    assert options["ntasks-per-node"] == "4" and not {"gpus-per-node", "cpus-per-task"} & options.keys()
 
 
 def test_every_field_reaches_sbatch(tmp_path):
@@ -74,11 +76,6 @@ def test_every_field_reaches_sbatch(tmp_path):
     assert {name: options[name] for name in wanted} == wanted
     assert any(line.startswith("srun ") and " --cpus-per-task=12 " in line for line in lines)
     assert "module load cuda" in lines and any(" /env/bin/python -u -m submitit" in line for line in lines)
-
-
-def test_ranks_without_gpus(tmp_path):
-    options, _ = script_of(tmp_path, "gpus_per_node=0", "ranks_per_node=4")
-    assert options["ntasks-per-node"] == "4" and not {"gpus-per-node", "cpus-per-task"} & options.keys()
 
 
 def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):

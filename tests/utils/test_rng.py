@@ -98,14 +98,6 @@ def test_a_keyed_permutation_takes_each_member_once(count):
     assert sorted(found) == list(range(count)) and (count < 3 or found != list(range(count)))
 
 
-def test_a_keyed_permutation_spreads_neighbours():
-    """Positions and members are uncorrelated, and so are neighbouring members."""
-    count = 100_000
-    found = np.array([rng.Permutation(0, 0, count)(index) for index in range(20_000)], dtype=np.float64)
-    assert abs(np.corrcoef(found, np.arange(20_000))[0, 1]) < 0.03  # 4 standard deviations
-    assert abs(np.corrcoef(found[:-1], found[1:])[0, 1]) < 0.03
-
-
 # --- numbers from keys, on the keys' device
 
 KEYS = torch.tensor([rng.sample_key(0, position) for position in range(2000)])
