@@ -90,13 +90,10 @@ def find_student(setup: Setup) -> tuple[Kind, Setup]:
     return kind, replace(setup, task=kind.config(**{**shared, **more, "label_smoothing": 0.0}))
 
 
-def _run(network: nn.Module, images: Tensor, targets: str) -> tuple[Tensor | None, Tensor | None]:
-    """Return logits [B, K] and features [B, C], float32; None for those that `targets` does not select."""
-    if targets == "logits":
-        return network(images).float(), None
+def _run(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
+    """Return logits [B, K] (of a network without a head, its features) and features [B, C], float32."""
     maps = network.forward_features(images)
-    features = network.forward_head(maps, pre_logits=True).float()
-    return (network.forward_head(maps).float() if targets == "both" else None), features
+    return network.forward_head(maps).float(), network.forward_head(maps, pre_logits=True).float()
 
 
 class DistillationTask(Task):
@@ -150,11 +147,11 @@ class DistillationTask(Task):
         config, losses = self._config, {}
         images = self.student.normalise(batch["images"])
         images, _ = self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])
-        logits, features = _run(self.student.network, images, config.targets)
+        logits, features = _run(self.student.network, images)
         teacher_logits, teacher_features = self._teach(images)
-        if logits is not None:
+        if config.targets != "features":
             losses["teacher_loss"] = config.temperature**2 * self._differ(logits, teacher_logits)
-        if features is not None:
+        if config.targets != "logits":
             projected = self.projection(features).float()
             target = F.layer_norm(teacher_features, teacher_features.shape[1:])
             losses["feature_loss"] = F.smooth_l1_loss(projected, target, beta=2.0, reduction="none").mean(dim=1)
@@ -163,12 +160,12 @@ class DistillationTask(Task):
         return StepOutput(total, {name: log_mean(loss, batch["weight"]) for name, loss in losses.items()})
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def _teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """Return the teacher's logits and features; images: normalised for the student."""
         images = self.renormalise(images)
         if images.shape[-2:] != self._teacher_hw:
             images = F.interpolate(images, self._teacher_hw, mode="bicubic", antialias=True)
-        return _run(self.teacher, images, self._config.targets)
+        return _run(self.teacher, images)
 
     def _differ(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy summed over tags, or the KL divergence of classes, of each sample [B]."""
