@@ -219,7 +219,7 @@ class Run:
         learner.sync_buffers()
         averaged = learner.exports_average
         with learner.averages.swapped() if averaged else nullcontext():
-            report = self.measure(only_draws=not self.streams.has_validation)
+            report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
             is_best = is_best and plan.may_be_best(step)

@@ -117,7 +117,7 @@ def _start_screen(
     elif plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
     evaluation = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
-    if not streams.has_validation:
+    if streams.evaluation_samples == 0:
         stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
         evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
     phases = zip(plan.phases, config.loop.phases or ())

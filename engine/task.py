@@ -47,14 +47,9 @@ class Streams:
 
     @property
     def evaluation_samples(self) -> int:
-        """The number of samples that every evaluation reads, from the loaders that have `samples`."""
+        """The number of samples that every evaluation reads; 0: there is no validation image."""
         every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
         return sum(getattr(loader, "samples", 0) for loader in every)
-
-    @property
-    def has_validation(self) -> bool:
-        """Whether there is a validation image."""
-        return any(getattr(self.evaluation[name], "samples", 1) for name in self.evaluation.keys() - self.every_epochs)
 
 
 @dataclass

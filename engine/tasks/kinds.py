@@ -89,5 +89,5 @@ def train(config: TrainingConfig, job: Job) -> str | None:
             with output_errors("run_dir", path):
                 write_vocabulary(path / FILE, vocabulary_of(setup.facts))
         commands = [line.format(run=path, data=words) for line in kind.commands(setup)]
-        run.fit([line for line in commands if streams.has_validation or "evaluate.py" not in line])
+        run.fit([line for line in commands if streams.evaluation_samples or "evaluate.py" not in line])
     return None
