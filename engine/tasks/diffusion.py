@@ -302,14 +302,14 @@ class DiffusionTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's weighted error of the prediction."""
-        error, timesteps, weight, more = self._errors(batch)
-        logs = {name: log_mean(values, batch["weight"]) for name, values in {"error": error, **more}.items()}
+        figures, timesteps = self._measure(batch)
+        loss = figures.pop("loss")
+        logs = {name: log_mean(values, batch["weight"]) for name, values in figures.items()}
         bins = timesteps * _BINS // len(self.alphas)
         for number in range(_BINS):
-            logs[f"error_{number}"] = log_mean(error, batch["weight"] * (bins == number))
-        loss = error * weight
-        if "perceptual" in more:
-            loss = loss + self._config.loss.perceptual.weight * more["perceptual"]
+            logs[f"error_{number}"] = log_mean(figures["error"], batch["weight"] * (bins == number))
+        if "perceptual" in figures:
+            loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
         if self.tag_balance is not None:
             tag_weight = self.tag_balance(batch)
             loss = loss * tag_weight
@@ -322,10 +322,10 @@ class DiffusionTask(Task):
         if self.tag_balance is not None:
             self.tag_balance.after_step(step)
 
-    def _errors(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
-        """Return the mean squared error of each sample [B], its timestep, and the weight of its noise level.
+    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the figures of each sample [B], and its timestep.
 
-        The dictionary has the latent perceptual loss, `perceptual` [B], if it is on.
+        error: the mean squared error; loss: weighted by noise level; perceptual: the latent perceptual loss, if on.
         """
         noise_config, times = self._config.noise, self._config.timesteps
         keys = batch["key"]
@@ -340,10 +340,11 @@ class DiffusionTask(Task):
         target = sdxl.target(noise_config.prediction_type, latents, noise, level)
         error, loss = (pred - target).square().mean(dim=(1, 2, 3)), self._config.loss
         weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
-        if loss.perceptual is None:
-            return error, timesteps, weight, {}
-        predicted = sdxl.denoise(noise_config.prediction_type, noisy, pred, level)
-        return error, timesteps, weight, {"perceptual": self._perceptual(predicted, latents, level.snr)}
+        figures = {"loss": error * weight, "error": error}
+        if loss.perceptual is not None:
+            predicted = sdxl.denoise(noise_config.prediction_type, noisy, pred, level)
+            figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
+        return figures, timesteps
 
     def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
         """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
@@ -400,12 +401,7 @@ class DiffusionTask(Task):
 
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
-
-        def measure(batch: Batch) -> dict[str, Tensor]:
-            error, _, weight, more = self._errors(batch)
-            return {"loss": error * weight, "error": error, **more}
-
-        measured, drawn = measure_means(loaders["val"], measure), self.draw()
+        measured, drawn = measure_means(loaders["val"], lambda batch: self._measure(batch)[0]), self.draw()
         return Report({**measured, **drawn.scalars}, images=drawn.images)
 
     def draw(self) -> Report:
