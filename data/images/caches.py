@@ -220,10 +220,7 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
 
     All ranks must call it.
     """
-    gib = config.memory_gib
-    if gib == 0:
-        return source
-    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, gib))
+    pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, config.memory_gib))
     return source if pool is None else Cached(source, pool, lambda row: row, "l1")
 
 

@@ -84,7 +84,7 @@ def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.
     except UnreadableImage as error:
         if error.kind not in (DAMAGED, CUT_OFF, UNKNOWN):
             raise
-        if missing := [library for library, begins in _missing_libraries().items() if begins.match(content)]:
+        if missing := [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]:
             raise UnreadableImage(name, NO_DECODER, f"it needs {missing[0]}; install another Pillow") from error
         for kept in _KEPT_CHUNKS if content.startswith(_PNG) else ():
             with suppress(UnreadableImage):
@@ -105,10 +105,9 @@ def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
 
 
 @functools.cache
-def _missing_libraries() -> dict[str, re.Pattern[bytes]]:
-    """Return the libraries that this Pillow lacks, with the first bytes of files that need them."""
-    missing = {library: begins for library, (name, begins) in _LIBRARIES.items() if not features.check(name)}
-    return {library: re.compile(begins, re.DOTALL) for library, begins in missing.items()}
+def _missing_libraries() -> dict[str, bytes]:
+    """Return the libraries that this Pillow lacks, with a pattern of the first bytes of files that need them."""
+    return {library: begins for library, (name, begins) in _LIBRARIES.items() if not features.check(name)}
 
 
 @functools.cache

@@ -203,11 +203,16 @@ class GroupedSampler(Sampler):
         return int(self.rows[member]), int(self._groups[group])
 
 
-def build_sampler(name: str, rows: Sequence[int], collection: Collection, seed: int) -> Sampler:
-    """Return the sampler for `loop.sampling`: shuffled, blocks, or balanced over the classes of the training split.
+def build_sampler(
+    name: str, rows: Sequence[int], collection: Collection, seed: int, groups: np.ndarray | None = None, chunk: int = 1
+) -> Sampler:
+    """Return the sampler for `loop.sampling`, which alone decides how often a position names a row.
 
-    Balanced sampling raises UserError if an image has no label.
+    name: shuffled, blocks, or balanced over the classes of the training split; with groups, shuffled. groups, chunk: as
+    in `GroupedSampler`. Balanced sampling raises UserError if an image has no label.
     """
+    if groups is not None:
+        return GroupedSampler(rows, groups, chunk, seed)
     if name == "shuffled":
         return Sampler(rows, seed)
     if name == "blocks":

@@ -68,11 +68,14 @@ class CaptionConfig(Strict):
             return [self.separator.join(lines)]
         return lines[:1] if self.lines == "first" else lines
 
-    def draw(self, texts: list[str], generator: torch.Generator, vary: Vary) -> tuple[str, bool]:
-        """Return a random caption for a training sample from the texts of its row, and whether it is dropped ("").
+    def draw(self, texts: list[str], generator: torch.Generator | None, vary: Vary) -> tuple[str, bool]:
+        """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
 
-        vary: `vary_tags`, or a function that draws one of the variants in a cache.
+        generator: None in evaluation, where the whole first text is the caption. vary: `vary_tags`, or a function that
+        draws one of the variants in a cache.
         """
+        if generator is None:
+            return self.complete(texts[0]), False
         if torch.rand((), generator=generator) < self.caption_dropout:
             return "", True
         text = texts[int(torch.randint(len(texts), (), generator=generator))] if len(texts) > 1 else texts[0]

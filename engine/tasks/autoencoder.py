@@ -24,7 +24,7 @@ from data.latents.buckets import BucketConfig, Buckets, fitted_views, make_bucke
 from data.latents.measures import SIZES, image_sizes
 from data.open import Data, describe_collection
 from data.stream.loader import no_fields
-from data.stream.order import Draw, GroupedSampler, View
+from data.stream.order import Draw, View, build_sampler
 from engine.config import TrainingConfig
 from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
 from engine.measures.means import Means
@@ -307,7 +307,7 @@ class AutoencoderKind(BucketedKind):
         buckets.refuse_none(len(rows))
         if (least := buckets.sizes_hw.min()) < crop_px:
             raise UserError(f"task.crop_px: {crop_px} is larger than a bucket's side of {least} px; set at most that")
-        sampler = GroupedSampler(buckets.rows, buckets.groups, setup.task.chunk, config.seed)
+        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
         views = {"images": _crops(fitted_views(buckets.sizes_hw, setup.task.buckets)["images"], crop_px)}
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
         train = data.train(buckets.rows, no_fields, views, sampler=sampler)

@@ -21,7 +21,7 @@ from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
-from data.stream.order import GroupedSampler, Views
+from data.stream.order import Views, build_sampler
 from data.stream.source import Source
 from data.tags.captions import CaptionConfig, Vary, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
@@ -132,7 +132,7 @@ class DiffusionKind(BucketedKind):
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
         buckets.refuse_none(len(rows))
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        sampler = GroupedSampler(buckets.rows, buckets.groups, task.chunk, config.seed)
+        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, task.chunk)
         train, counts = read.train(buckets.rows, fields, views, sampler=sampler), {"buckets": buckets.count()}
         return Streams(train, {}, read.fingerprints, described=described, trained_on=counts)
 
@@ -176,9 +176,7 @@ def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int
 
     def add(example: Example) -> Sample:
         texts, row = config.read(example.row), example.draw.index
-        text, is_dropped = config.complete(texts[0]), False
-        if example.training:
-            text, is_dropped = config.draw(texts, example.generator, vary)
+        text, is_dropped = config.draw(texts, example.generator if example.training else None, vary)
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
         if tags is None:

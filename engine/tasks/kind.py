@@ -27,7 +27,7 @@ from data.config import AugmentConfig, DataConfig
 from data.latents.buckets import letterbox_groups, letterbox_sizes
 from data.open import Data, describe_collection, open_images
 from data.stream.loader import Fields, no_fields
-from data.stream.order import GroupedSampler, Sampler, Views, build_sampler
+from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
 from engine.plan import largest_divisor
@@ -212,7 +212,7 @@ class Kind:
         log.info("augment.pad=buckets: %s px", ", ".join(used))
         for height, width in sizes_hw:
             check_image_size(setup.model, (height, width))
-        return GroupedSampler(rows, groups, largest_divisor(batch, _CHUNK), config.seed)
+        return build_sampler("shuffled", rows, collection, config.seed, groups, largest_divisor(batch, _CHUNK))
 
     # ----------------------------------------------------------------------------------------------------- streams
 
