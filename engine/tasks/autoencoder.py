@@ -32,7 +32,14 @@ from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, Streams, Task, Use, log_mean
 from engine.tasks.diffusion_kind import BucketedKind
 from engine.tasks.kind import Setup, TaskConfig
-from models.perceptual import PatchDiscriminator, PerceptualConfig, PerceptualNetwork, hinge, pyramid_distance
+from models.perceptual import (
+    PatchDiscriminator,
+    PerceptualConfig,
+    PerceptualNetwork,
+    absolute_error,
+    hinge,
+    pyramid_distance,
+)
 from models.sdxl.networks import SDXLConfig, describe, open_networks
 from models.sdxl.step import LATENT_DRAW
 from utils import rng
@@ -125,6 +132,9 @@ class AutoencoderTask(Task):
         else:
             self.helpers = _ENCODER
             self.vae.encoder = self.vae.quant_conv = None
+        for name, parameter in self.vae.named_parameters():
+            if name.endswith("to_k.bias"):  # softmax cancels it: Adam would make steps of the gradient's rounding
+                parameter.requires_grad_(False)
         self.averaged = dict.fromkeys(self.exported, "device")
         self.perceptual = None
         if config.perceptual.network is not None:
@@ -199,7 +209,7 @@ class AutoencoderTask(Task):
     def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each image [B] without the players', and its parts."""
         config, error = self._config, decoded - images
-        pixel = (error.abs() if config.pixel_loss == "l1" else error.square()).mean(dim=(1, 2, 3))
+        pixel = absolute_error(error) if config.pixel_loss == "l1" else error.square().mean(dim=(1, 2, 3))
         with torch.autocast(images.device.type, enabled=False):
             distance = pyramid_distance if self.perceptual is None else self.perceptual
             perceptual = distance(images, decoded)

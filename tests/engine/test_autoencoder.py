@@ -20,7 +20,7 @@ from engine.plan import Plan
 from engine.runtime import choose_runtime
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
-from models.perceptual import PatchDiscriminator, pyramid_distance
+from models.perceptual import PatchDiscriminator, absolute_error, pyramid_distance
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import draw_networks
 from models.sdxl.names import from_single_file, part_state
@@ -170,6 +170,8 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
 def test_the_distance_without_weights_sees_blur_and_the_discriminator_sees_patches():
     first = torch.rand(2, 3, 32, 32) * 2 - 1
     blurred = nn.functional.avg_pool2d(first, 3, 1, 1)
+    error = torch.full((1, 1, 1, 2), 1e-7).copysign(torch.tensor([1.0, -1.0])).requires_grad_()
+    assert torch.autograd.grad(absolute_error(error).sum(), error)[0].abs().max() < 1e-4  # rounding is no direction
     assert pyramid_distance(first, first).eq(0).all() and (pyramid_distance(first, blurred) > 0.1).all()
     assert PatchDiscriminator(8, 2)(first).shape == (2, 1, 6, 6)
 

@@ -78,9 +78,7 @@ def test_on_a_gpu(task, precision, collection, tmp_path):
     test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task, more)
 
 
-def test_two_ranks_equal_one_at_the_same_global_batch(
-    collection, tmp_path, task="classification", more=(), tolerance=2e-5
-):
+def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification", more=()):
     """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
     settings = [
         "loop.total_steps=12",
