@@ -10,6 +10,9 @@ import time
 import pytest
 import torch
 
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.family import draw_networks
+from models.sdxl.tokenizer import build_tokenizer
 from tests import support
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils.io.weights import read_weights, write_weights
@@ -38,16 +41,23 @@ def place(tmp_path_factory):
             (folder / "new").mkdir(exist_ok=True)
             shutil.copy(image, folder / f"new/{number:02}{copy:02}{chr(10) * (copy == 7)}.png")
     (folder / "new/0102.png").write_bytes(b"no image")
+    write_diffusers(
+        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
+        dtype=torch.float32, zeros_for_empty_prompt=False,
+    )  # fmt: skip
+    (folder / "prompts.txt").write_text("a cat\na dog\na cow\n")
     return folder
 
 
 TAGS = ["weights=../run", "input=new", "device=cpu", "batch_size=2", "workers=0"]
 JOB = ["data=image_folder", "data.root=new", "data.validation_fraction=0.0"]
+PICTURES = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "pictures.seeds=[0,1]"]
 COMMANDS = [  # script, words, the longest time until a kill in seconds
     *(("predict", [*TAGS, f"output={name}"], 0.6) for name in ("x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside")),
     ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20"], 0.6),
     ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.05),
     ("export", ["format=wd14", "run_dir=../run", "output=made"], 2.0),
+    ("predict", ["weights=../base", "prompts=../prompts.txt", *PICTURES, "device=cpu", "output=drawn"], 1.5),
 ]
 
 

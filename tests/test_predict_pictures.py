@@ -61,7 +61,7 @@ def test_pictures_equal_those_of_diffusers_on_the_exported_folder_and_carry_thei
     assert Image.open(prompts / "drawn/sheet-00000.png").width > 3 * 256 and not (prompts / "drawn/.journal").exists()
 
 
-def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts):
+def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, caplog):
     words = ["prompts=cats.txt"]
     run_drawn, base = (draw(prompts, f"by_{name}", f"weights={name}", *words) for name in ("lora", "base"))
     kohya = export(prompts, "lora", "kohya") / "lora.safetensors"
@@ -70,6 +70,7 @@ def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts):
         for strength in (0.0, 0.5, 1.0)
     }
     assert differ(by_strength[0.0], base) == 0 and differ(by_strength[1.0], run_drawn) <= 1
+    assert "brackets are text" in caplog.text
     assert differ(by_strength[0.5], base) > 5 and differ(by_strength[0.5], run_drawn) > 5
     said = Image.open(prompts / "at_0.5/00000-0.png").text["parameters"]
     assert said.startswith("a cat, outdoors <lora:lora:0.5>\nSteps: 3") and 'Lora hashes: "lora: ' in said

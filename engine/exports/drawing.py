@@ -41,9 +41,12 @@ from utils.io.files import readable, refuse_links_out, sha256_file, write_atomic
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weights import find_weights, read_weights
+from utils.record.logging import get_logger
 from utils.record.pictures import image_grid, legible, shorten
 from utils.record.plots import INK
 from utils.record.progress import track
+
+log = get_logger(__name__)
 
 _ON_A_SHEET, _CAPTION = 64, 30  # pictures, and characters of a prompt below one
 
@@ -135,6 +138,7 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
             networks, files = open_networks(model), base_files(model)
             scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]))
             zeros, emphasis = facts["zeros_for_empty_prompt"], False
+            log.info("prompts: brackets are text; only a run with task.captions.emphasis=true reads them as emphasis")
         else:
             opened = open_weights(path, base=moved)
             if not isinstance(opened.task, DiffusionTask):
