@@ -50,7 +50,6 @@ def fill(root, layout, count):
         ("tagging", "flat", 2, [], True),
         ("fcmae", "flat", 1, [], False),
         ("sdxl", "flat", 1, ["task.samples.prompts=[a]"], False),
-        ("sdxl", "flat", 15, [], True),
     ],
 )
 def test_a_few_images_train_by_every_script(script, layout, count, words, is_validated, tmp_path, capsys):
@@ -101,7 +100,7 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
     name, settings = SCRIPTS["train"]
     run(name, settings, tmp_path)
     words = ["run_dir=run", *ON_CPU, "runtime.precision=fp32", "batch_size=5", "per_image=true"]
-    for split, count in (("val", 2), ("train", 10), ("all", 12)):
+    for split, count in (("val", 2), ("all", 12)):
         run("evaluate", [*words, f"split={split}"], tmp_path)
         rows = images_of(tmp_path)
         file = "metrics.json" if split == "val" else f"metrics_{split}.json"
