@@ -18,8 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convnextv2 import ConvNeXtV2, repeat_sites
-from models.layers import Sites, patchify, select_visible
+from models.convnextv2 import ConvNeXtV2
+from models.layers import Sites, patchify
 
 
 def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
@@ -49,17 +49,14 @@ def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
 def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:
     """Return the tokens of the first stage from the pixels of the visible patches."""
     convolution, norm = encoder.downsample_layers[0]
-    batch, _, height, width = images.shape
-    grid_hw = (height // patch_px, width // patch_px)
+    pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
+    tokens = pixels.take_along_dim(patches[:, :, None, None, None], dim=1)
     if encoder.stem_stride == 1:  # a 3x3 kernel reads beyond its patch, so it runs on the map
-        visible = torch.zeros(batch, grid_hw[0] * grid_hw[1], dtype=torch.bool, device=images.device)
-        visible = visible.scatter(1, patches, True).view(batch, *grid_hw)
-        x = convolution(select_visible(images, repeat_sites(visible, patch_px)))
-        rows = place_sites(patches, grid_hw, patch_px).from_map(x)
-        tokens = rows.view(batch, -1, patch_px, patch_px, rows.shape[1])
+        height, width = images.shape[-2:]
+        sites = place_sites(patches, (height // patch_px, width // patch_px), patch_px)
+        tokens = sites.from_map(convolution(sites.to_map(tokens))).view(*tokens.shape[:-1], -1)
     else:
-        pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
-        tokens = _strided_convolution(convolution, pixels.take_along_dim(patches[:, :, None, None, None], dim=1))
+        tokens = _strided_convolution(convolution, tokens)
     return nn.LayerNorm.forward(norm, tokens)
 
 

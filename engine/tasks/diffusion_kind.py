@@ -32,7 +32,7 @@ from engine.tasks.kind import Kind, Setup
 from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
 from models.sdxl.step import encode_captions, encode_images
-from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize_weighted
+from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from models.sdxl.vae import AS_STATED
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -209,7 +209,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     if task.text_cache is None:
 
         def add_tokens(caption: str) -> dict[str, Tensor]:
-            ids, weights = tokenize_weighted([caption], chunks, emphasis=captions.emphasis)
+            ids, weights = tokenize([caption], chunks, emphasis=captions.emphasis)
             return {"token_ids": ids[0], **({} if weights is None else {"token_weights": weights[0]})}
 
         return add_tokens, captions.vary_tags

@@ -98,7 +98,7 @@ def encode_prompt(
 ) -> EncodedPrompt:
     """Encode a prompt and its negative, each with the chunks that it needs, repeated to the same length.
 
-    emphasis: as for `tokenize_weighted`.
+    emphasis: as for `tokenize`.
     To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.
     """
     (embeds, pooled), (negative, negative_pooled) = (

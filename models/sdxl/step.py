@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from models.sdxl.family import SCHEDULE, TIMESTEP_COUNT
-from models.sdxl.tokenizer import BOS, EOT, pad_second, tokenize_weighted
+from models.sdxl.tokenizer import BOS, EOT, pad_second, tokenize
 from models.sdxl.vae import latent_scale
 from utils import rng
 
@@ -52,7 +52,7 @@ def decode_to_levels(vae: nn.Module, latents: Tensor) -> Tensor:
 def encode_text(
     text_encoder: nn.Module, text_encoder_2: nn.Module, ids: Tensor, weights: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Encode the ids of `tokenize`, int64 [B, chunks, 77], with weights of `tokenize_weighted`.
+    """Encode the ids of `tokenize`, int64 [B, chunks, 77], with weights of `tokenize`.
 
     Return prompt_embeds [B, 77 * chunks, 768 + 1280], the outputs of the penultimate layers without the final norm,
     chunk after chunk, and pooled_prompt_embeds [B, 1280], the second encoder's projected EOT of the first chunk.
@@ -82,8 +82,8 @@ def encode_text(
 def encode_captions(
     encoders: Sequence[nn.Module], captions: Sequence[str], chunks: int, *, emphasis: bool
 ) -> tuple[Tensor, Tensor]:
-    """Encode captions on the encoders' device, as `encode_text`. emphasis: as for `tokenize_weighted`."""
-    ids, weights = tokenize_weighted(captions, chunks, emphasis=emphasis)
+    """Encode captions on the encoders' device, as `encode_text`. emphasis: as for `tokenize`."""
+    ids, weights = tokenize(captions, chunks, emphasis=emphasis)
     device = encoders[0].device
     return encode_text(*encoders, ids.to(device), None if weights is None else weights.to(device))
 

@@ -1,7 +1,7 @@
 """CLIP's tokenizer without a hub. Its vocabulary comes from the package open_clip_torch.
 
-ids = tokenize(["a cat, outdoors"], chunks=3)    # int64 [1, 3, 77] for the first encoder
-ids, weights = tokenize_weighted(["a (cat:1.2)"], chunks=3, emphasis=True)    # or text as it is, and None
+ids, weights = tokenize(["a (cat:1.2)"], chunks=3, emphasis=True)    # int64 [1, 3, 77] for the first encoder
+ids, _ = tokenize(["a cat, outdoors"], chunks=3)    # text as it is
 pad_second(ids)                                  # for the second
 
 Differs: the ids equal open_clip's, except that its control words `<start_of_text>` and `<end_of_text>` are plain text
@@ -57,17 +57,10 @@ def build_tokenizer() -> "CLIPTokenizer":
     return CLIPTokenizer(vocab=vocab, merges=merges, model_max_length=LENGTH)
 
 
-def tokenize(captions: Sequence[str], chunks: int) -> Tensor:
-    """Return the ids of captions, int64 [B, chunks, 77]: each chunk has BOS, up to 75 tokens, then EOT to the end.
+def tokenize(captions: Sequence[str], chunks: int, *, emphasis: bool = False) -> tuple[Tensor, Tensor | None]:
+    """Return the ids of captions, int64 [B, chunks, 77], and the weights of their tokens, float32, for `encode_text`.
 
-    Tokens beyond the last chunk are dropped.
-    """
-    return tokenize_weighted(captions, chunks, emphasis=False)[0]
-
-
-def tokenize_weighted(captions: Sequence[str], chunks: int, *, emphasis: bool) -> tuple[Tensor, Tensor | None]:
-    """Return the ids of captions and the weights of their tokens, float32 [B, chunks, 77], for `encode_text`.
-
+    Each chunk has BOS, up to 75 tokens, then EOT to the end. Tokens beyond the last chunk are dropped.
     emphasis: read brackets and BREAK (utils/emphasis.py); otherwise they are text, and the weights are None.
     """
     ids = torch.full((len(captions), chunks, LENGTH), EOT)

@@ -42,7 +42,7 @@ def make_batch(count=4, caption="a cat"):
         "weight": torch.ones(count),
         "images": torch.randint(256, (count, 3, 64, 64), dtype=torch.uint8, generator=draw),
         "fit": torch.tensor([[80, 64, 8, 0, 64, 64]]).repeat(count, 1),
-        "token_ids": tokenize([caption] * count, 1),
+        "token_ids": tokenize([caption] * count, 1)[0],
         "is_dropped": torch.zeros(count, dtype=torch.bool),
         "strata": torch.stack([torch.arange(count), torch.full((count,), count)], dim=1),
     }
@@ -77,9 +77,9 @@ def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
 def test_a_caption_is_trained_as_if_no_other_were_longer(precision):
     task, long, near = build(), "a cat " * 60, {"rtol": 1e-2 if precision == "bf16" else 1e-5, "atol": 0}
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16, enabled=precision == "bf16"):
-        alone, wide = (losses(task, make_batch() | {"token_ids": tokenize(["a cat"] * 4, size)}) for size in (1, 3))
+        alone, wide = (losses(task, make_batch() | {"token_ids": tokenize(["a cat"] * 4, size)[0]}) for size in (1, 3))
         torch.testing.assert_close(alone, wide, **near)
-        two, three = (losses(task, make_batch() | {"token_ids": tokenize([long] * 4, size)}) for size in (2, 3))
+        two, three = (losses(task, make_batch() | {"token_ids": tokenize([long] * 4, size)[0]}) for size in (2, 3))
         torch.testing.assert_close(two, three, **near)
         assert not torch.allclose(alone, two) and not torch.allclose(two, losses(task, make_batch(caption=long)))
 

@@ -11,7 +11,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 from models.sdxl import tokenizer
 from models.sdxl.step import encode_text, find_text
-from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize, tokenize_weighted
+from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize
 from utils.errors import UserError
 
 WRITTEN = [
@@ -23,26 +23,26 @@ WRITTEN = [
 
 
 def test_ids_equal_those_of_open_clip():
-    assert pad_second(tokenize(WRITTEN, 1)[:, 0]).equal(open_clip.tokenize(WRITTEN))
+    assert pad_second(tokenize(WRITTEN, 1)[0][:, 0]).equal(open_clip.tokenize(WRITTEN))
 
 
 def test_chunks_go_on_where_the_last_ends():
     long = " ".join(f"{number % 7}" for number in range(160))
-    ids = tokenize([long, "a"], 3)
+    ids = tokenize([long, "a"], 3)[0]
     assert ids.shape == (2, 3, 77) and ids.dtype == torch.int64
     assert (ids[..., 0] == BOS).all() and (ids[..., -1] == EOT).all()
-    words = tokenize([long], 4)[0, :, 1:-1].flatten()
+    words = tokenize([long], 4)[0][0, :, 1:-1].flatten()
     assert ids[0, :, 1:-1].flatten().equal(words[:225]) and (words[160:] == EOT).all() and (words[:160] != EOT).all()
     assert (ids[1, 1:, 1:] == EOT).all()
-    assert tokenize([long], 1)[0].equal(ids[0, :1])
+    assert tokenize([long], 1)[0][0].equal(ids[0, :1])
     assert [count_chunks(text) for text in ("", "1 " * 75, "1 " * 76, long, "x" * 1000)] == [1, 1, 2, 3, 4]
 
 
 def test_a_word_is_not_divided_between_chunks_unless_it_is_long():
     """As ComfyUI fills them."""
-    ids = tokenize(["1 " * 73 + "12345 1"], 2)[0]
+    ids = tokenize(["1 " * 73 + "12345 1"], 2)[0][0]
     assert (ids[0] != EOT).sum() == 74 and (ids[1] != EOT).sum() == 7
-    ids = tokenize(["1 " * 73 + "123456789"], 2)[0]
+    ids = tokenize(["1 " * 73 + "123456789"], 2)[0][0]
     assert (ids[0] != EOT).sum() == 76 and (ids[1] != EOT).sum() == 8
 
 
@@ -90,7 +90,7 @@ def to_open_clip(model, width):
 @torch.no_grad()
 def test_embeddings_equal_those_of_open_clip():
     first, second = make_encoder(CLIPTextModel, 32), make_encoder(CLIPTextModelWithProjection, 48)
-    ids = tokenize(["a cat, outdoors, " * 30, "", "1girl"], 2)
+    ids = tokenize(["a cat, outdoors, " * 30, "", "1girl"], 2)[0]
     embeds, pooled = encode_text(first, second, ids)
     assert embeds.shape == (3, 154, 80) and pooled.shape == (3, 24)
     assert find_text(embeds).sum(dim=1).tolist() == [154, 77, 77]
@@ -111,18 +111,18 @@ def test_emphasis_moves_a_tokens_output_away_from_the_empty_text():
     """As ComfyUI does it; a caption without emphasis is encoded as before."""
     encoders = make_encoder(CLIPTextModel, 32), make_encoder(CLIPTextModelWithProjection, 48)
     captions = ["a (cat:1.5), [on] BREAK BREAK ({mat})", "a dog", "(word:0.5) " * 100]
-    ids, weights = tokenize_weighted(captions, 2, emphasis=True)
+    ids, weights = tokenize(captions, 2, emphasis=True)
     assert [count_chunks(text, emphasis=True) for text in captions] == [2, 1, 2]
     words = [["a cat, on", "mat"], ["a dog"], ["word " * 75, "word " * 25]]
     for number, chunks in enumerate(words):
-        assert ids[number, : len(chunks)].equal(tokenize(chunks, 1)[:, 0])
+        assert ids[number, : len(chunks)].equal(tokenize(chunks, 1)[0][:, 0])
     values = {(0, 0, 2): 1.5, (0, 0, 4): 1 / 1.1, (0, 1, 1): 1.32}
     values |= {(2, chunk, place): 0.5 for chunk, count in enumerate((75, 25)) for place in range(1, count + 1)}
-    (plain, pooled), empty = encode_text(*encoders, ids), encode_text(*encoders, tokenize([""], 1))[0][0]
+    (plain, pooled), empty = encode_text(*encoders, ids), encode_text(*encoders, tokenize([""], 1)[0])[0][0]
     wanted = plain.clone()
     for (number, chunk, place), value in values.items():
         wanted[number, 77 * chunk + place] = empty[place] + value * (plain[number, 77 * chunk + place] - empty[place])
     embeds, same = encode_text(*encoders, ids, weights)
     torch.testing.assert_close(embeds, wanted, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(same, pooled, rtol=1e-5, atol=1e-5)
-    assert tokenize_weighted(captions, 2, emphasis=False)[1] is None and count_chunks(captions[2]) == 10
+    assert tokenize(captions, 2, emphasis=False)[1] is None and count_chunks(captions[2]) == 10
