@@ -242,8 +242,7 @@ class DiffusionTask(Task):
             self._prompts = self._encode_prompts()
             self.text_encoder = self.text_encoder_2 = None
         if config.lora is not None:
-            adapted = ("unet", *ENCODERS) if config.lora.text_encoders else ("unet",)
-            self.adapter.attach({name: getattr(self, name) for name in adapted})
+            self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
