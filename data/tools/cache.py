@@ -12,6 +12,7 @@ from typing import Annotated, Literal
 import numpy as np
 from PIL import Image
 from pydantic import Field
+from safetensors import deserialize
 
 from data.collection.collection import Collection
 from data.collection.rows import spread
@@ -137,8 +138,7 @@ def _describe(content: np.ndarray) -> str:
     shape = HEAD.unpack(content[: HEAD.size].tobytes())
     if HEAD.size + np.prod(shape, dtype=np.float64) == len(content):
         return f"{list(shape)} uint8"
-    tensors = json.loads(content[8 : 8 + int.from_bytes(content[:8].tobytes(), "little")].tobytes())
-    return ", ".join(f"{name} {entry['shape']} {entry['dtype']}" for name, entry in tensors.items())
+    return ", ".join(f"{name} {entry['shape']} {entry['dtype']}" for name, entry in deserialize(content.tobytes()))
 
 
 def _date(seconds: float) -> str:

@@ -73,7 +73,8 @@ class Machine(Tool):
             devices[f"cuda:{number}"] = f"{about.name}, {about.total_memory / _GIB:.1f} GiB"
         speeds = {f"{name} {kind}": v for name in devices for kind, v in measure_speeds(torch.device(name)).items()}
         lacks, formats = missing_for_compile(device), ", ".join(_missing_formats())
-        found = devices | {f"matrices, {name}": f"{1000 * speed:,.0f} GFLOPS" for name, speed in speeds.items()} | {
+        products = {f"matrix products, {name}": f"{1000 * speed:,.0f} GFLOPS" for name, speed in speeds.items()}
+        found = devices | products | {
             "runtime.precision=auto": f"trains in {choose_precision('auto', device)}",
             "torch.compile": f"not possible without {', '.join(lacks)}" if lacks else "possible",
             "decoders": f"{decoder_versions()}; {f'cannot read {formats}' if formats else 'all formats'}",

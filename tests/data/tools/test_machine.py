@@ -23,7 +23,7 @@ def test_a_machine_is_described(tmp_path, monkeypatch):
     assert found["decoders"].endswith("cannot read NONE") and "torch<" in found["requirements.txt"]
     assert "diffusers<0.45,>=0.38 (here: 1.5.0)" in found["requirements-sdxl.txt"]
     assert found["runtime.precision=auto"].split()[-1] in ("bf16", "fp32")
-    assert "GiB free" in found["disk of job.run_dir"] and found["matrices, cpu fp32"].endswith(" GFLOPS")
+    assert "GiB free" in found["disk of job.run_dir"] and found["matrix products, cpu fp32"].endswith(" GFLOPS")
 
 
 def test_all_that_a_training_would_refuse_is_named_at_once(tmp_path, monkeypatch):

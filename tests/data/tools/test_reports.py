@@ -62,7 +62,7 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
     run("prepare", words, tmp_path)
     assert reasons(root) == unreadable
     with open_journal("data.root", root / "manifest.parquet"):
-        for job in (words, ["job=split", *FOLDER, "job.apply=true"]):
+        for job in (words, ["job=split", *FOLDER, "job.apply=true"], ["job=manifest", *FOLDER]):
             with pytest.raises(UserError, match="data.root: another command is writing"):
                 run("prepare", job, tmp_path)
 
