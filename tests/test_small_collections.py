@@ -20,6 +20,7 @@ SCRIPTS = {
     "train": ("train", [*TINY["classification"], *SMALL]),
     "tagging": ("finetune", [*TINY["tagging"], *SMALL]),
     "fcmae": ("pretrain_fcmae", [*TINY["fcmae"], *SMALL]),
+    "vae": ("finetune_vae", [*TINY["autoencoder"], *SHORT]),
     "sdxl": ("finetune_sdxl", [*TINY["diffusion"], *SHORT]),
 }
 NONE = ["data.validation_fraction=0"]
@@ -50,6 +51,8 @@ def fill(root, layout, count):
         ("tagging", "flat", 2, [], True),
         ("fcmae", "flat", 1, [], False),
         ("sdxl", "flat", 1, ["task.samples.prompts=[a]"], False),
+        ("vae", "flat", 1, [], False),
+        ("vae", "flat", 2, [], True),
     ],
 )
 def test_a_few_images_train_by_every_script(script, layout, count, words, is_validated, tmp_path, capsys):

@@ -31,6 +31,7 @@ from models.sdxl.names import part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
+from models.sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
@@ -187,6 +188,8 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
         raise UserError(
             f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
+    if values := unlike_sdxls(weights.setup.model.vae_values):
+        log.warning("format: the LoRA learnt latents of a VAE with %s, unlike SDXL's; use it with this VAE", values)
     file, write = _LORA_FILES[config.format]
     write(folder / file, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
     with torch.device("meta"):

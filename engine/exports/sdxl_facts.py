@@ -12,6 +12,7 @@ from typing import Any
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
 from models.export.metadata import dict_of, licence_entry
+from models.sdxl.vae import unlike_sdxls
 
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
@@ -24,7 +25,9 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"LoRA of rank {task.lora.rank}"
         facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source}
-        facts |= {"ss_vae_name": Path(weights.setup.model.vae or "").name, **_describe_training(task, metadata)}
+        model = weights.setup.model
+        facts |= {"ss_vae_name": Path(model.vae or "").name, "ss_vae_values": unlike_sdxls(model.vae_values)}
+        facts |= _describe_training(task, metadata)
     described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
     facts |= {"description": given["description"] or described, "ss_output_name": weights.title}
     known = {name: value for name, value in facts.items() if value not in (None, "", {})}

@@ -1,8 +1,9 @@
 """An autoencoder: the decoder of SDXL's VAE learns the images of a collection, while the encoder stays as it is.
 
 Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
-image in its bucket, in evaluation the whole bucket. The loss is pixels + weight x perceptual distance + weight x KL;
-with a discriminator, also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
+image in its bucket, in evaluation the whole bucket. A frozen encoder gives the latents' mean, as the variance of one
+that has not been trained hides the images. The loss is pixels + weight x perceptual distance + weight x KL; with a
+discriminator, also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
 
 Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
@@ -178,8 +179,10 @@ class AutoencoderTask(Task):
         """Return each sample's loss, the discriminator's included."""
         images = _to_levels(batch["images"])
         mean, logvar = self._encode(images)
-        noise = rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
-        decoded = self._decode(mean + torch.exp(0.5 * logvar) * noise)
+        latents = mean
+        if self._config.train_encoder:
+            latents = mean + torch.exp(0.5 * logvar) * rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
+        decoded = self._decode(latents)
         loss, parts = self._compare(images, decoded)
         if self._config.train_encoder:
             parts["kl"] = (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
@@ -271,7 +274,7 @@ class AutoencoderTask(Task):
         self.vae.disable_tiling()
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
-        return {"loss": loss, **parts, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown)}, mean, decoded
+        return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, mean, decoded
 
 
 def _to_levels(images: Tensor) -> Tensor:

@@ -154,6 +154,12 @@ def settle_values(values: VAEValues, path: str | Path | None, *, is_replaced: bo
     return VAEValues(**{**default, **known, **given})
 
 
+def unlike_sdxls(values: VAEValues) -> dict[str, Any]:
+    """Return the settled values that are not SDXL's."""
+    usual = settle_values(AS_STATED, None)
+    return {name: value for name, value in values if value not in (None, getattr(usual, name))}
+
+
 def set_values(vae: nn.Module, values: VAEValues) -> None:
     """Write settled values into a VAE's configuration, and set the padding of its convolutions."""
     mean = [values.shift_factor + number for number in values.latents_mean]

@@ -17,7 +17,7 @@ from models.sdxl.names import part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, load_networks, load_vae
 from models.sdxl.step import decode_latents, encode_images
 from models.sdxl.tokenizer import build_tokenizer
-from models.sdxl.vae import AS_STATED, VAEValues, latent_scale
+from models.sdxl.vae import AS_STATED, VAEValues, latent_scale, unlike_sdxls
 from utils.errors import UserError
 
 NOISE = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "dtype": torch.float32}
@@ -82,6 +82,7 @@ def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place)
     try:
         settled = configure(folder, **given).settled()
         assert settled.settled() == settled  # and later changes of the file change nothing
+        assert bool(unlike_sdxls(settled.vae_values)) == (mean != [0.0] * 4 or factor != [0.13025] * 4)
         found = latent_scale(load_vae(folder, settled.vae_values))
         for part, wanted in zip(found, (mean, factor)):
             torch.testing.assert_close(part.flatten(), torch.tensor(wanted))
