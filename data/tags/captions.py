@@ -4,15 +4,17 @@ texts = config.read(collection.row(row))    # the texts in the collection, one o
 caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of this sample
 """
 
+import itertools
+import re
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from data.collection.collection import Collection, Row
 from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_spaces
@@ -22,13 +24,39 @@ from utils.config.schema import Strict
 from utils.emphasis import MARK, escape, read_emphasis
 from utils.errors import UserError
 from utils.record.logging import get_logger
-from utils.vocabulary import RATING
+from utils.vocabulary import GENERAL, RATING, category_name
 
 log = get_logger(__name__)
 
 Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED, _HELD = 2_000, 200_000  # tags in the header of a file, and in memory while they are counted
+
+Category = Literal["artist", "character", "copyright", "general", "meta", "rating", "quality", "year"]
+# Tags that published SDXL models were trained with. Collections state them as general or meta, if at all.
+_KNOWN = {
+    "quality": re.compile(
+        r"masterpiece|(amazing|best|great|good|high|normal|average|medium|low|bad|worst)_quality"
+        r"|(very_)?(aesthetic|displeasing)|score_\d(_up)?"
+    ),
+    "year": re.compile(r"year_\d{4}|newest|recent|late|mid|early|old|oldest"),
+}
+
+
+class Text(str):
+    """A text of a row. tags: the row's tags, which state the categories of the tags in it."""
+
+    def __new__(cls, text: str, tags: Sequence[str] | None) -> Self:
+        """Return a text with the tags of its row."""
+        made = super().__new__(cls, text)
+        made.tags = tags or ()
+        return made
+
+
+def _is_unique(names: list[Category]) -> list[Category]:
+    if len(names) > len(set(names)):
+        raise ValueError(f"{names} has a category twice; name each once")
+    return names
 
 
 class CaptionConfig(Strict):
@@ -38,8 +66,11 @@ class CaptionConfig(Strict):
     a caption at random (the first in evaluation), always the first, or all as one text. caption_dropout: probability
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
     The text is split into tags at separators, unless it is a sentence (`is_sentence`). The first `keep_first` tags
-    stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. prefix: text before
-    every caption that is kept. emphasis: brackets and BREAK are emphasis (utils/emphasis.py); brackets of tags are not.
+    stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
+    these categories come first, in this order; those of other categories follow. dropout: by category, in place of
+    `tag_dropout`. keep_tokens_separator: what is before it stays in front, in place of `keep_first`, and what is after
+    a second one stays at the end; it is removed. prefix, suffix: texts around every caption that is kept. emphasis:
+    brackets and BREAK are emphasis (utils/emphasis.py); brackets of tags are not.
     """
 
     source: Literal["caption", "tags"]
@@ -48,15 +79,19 @@ class CaptionConfig(Strict):
     keep_first: CountOrZero
     shuffle: bool
     tag_dropout: Fraction
+    order: Annotated[list[Category], AfterValidator(_is_unique)] | None
+    dropout: dict[Category, Fraction] | None
+    keep_tokens_separator: Annotated[str, Field(min_length=1)] | None
     caption_dropout: Fraction
     dropout_to: Literal["empty", "zeros"]
     prefix: str
+    suffix: str
     emphasis: bool
 
     @property
     def varies_tags(self) -> bool:
         """Whether captions vary from sample to sample."""
-        return self.shuffle or self.tag_dropout > 0
+        return self.shuffle or self.tag_dropout > 0 or any((self.dropout or {}).values())
 
     def read(self, row: Row) -> list[str]:
         """Return the texts of a row, at least one, which may be empty. Only `lines=one_of` returns several."""
@@ -65,8 +100,9 @@ class CaptionConfig(Strict):
             tags = self.separator.join(filter(None, map(self.spell, row.tags or ())))
             lines = [tags] if tags or not lines else lines
         if self.lines == "join":
-            return [self.separator.join(lines)]
-        return lines[:1] if self.lines == "first" else lines
+            lines = [self.separator.join(lines)]
+        lines = lines[:1] if self.lines == "first" else lines
+        return [Text(line, row.tags) for line in lines] if self.order or self.dropout else lines
 
     def draw(self, texts: list[str], generator: torch.Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
@@ -83,20 +119,48 @@ class CaptionConfig(Strict):
 
     def vary_tags(self, text: str, generator: torch.Generator) -> str:
         """Return a random caption for the text of a row; the whole caption is never dropped."""
-        if not self.varies_tags:
-            return self.complete(text)
-        tags = self._split_marked(text)
-        if tags and is_sentence(tags):
-            return self.complete(text)
-        first, others = tags[: self.keep_first], tags[self.keep_first :]
-        is_kept = torch.rand(len(others), generator=generator) >= self.tag_dropout
-        kept = torch.arange(len(others))[is_kept]
-        if self.shuffle:
-            kept = kept[torch.randperm(len(kept), generator=generator)]
-        return self.complete(self.separator.join([*first, *(others[index] for index in kept.tolist())]))
+        return self._arrange(text, generator if self.varies_tags else None)
+
+    def complete(self, text: str) -> str:
+        """Return the caption of a text without chance, as for evaluation."""
+        return self._arrange(text, None)
+
+    def _arrange(self, text: str, generator: torch.Generator | None) -> str:
+        """Return the caption of a text: its tags in their order, and varied if there is a generator."""
+        parts = text.split(self.keep_tokens_separator, 2) if self.keep_tokens_separator else [text]
+        split = [self._split_marked(part) for part in parts]
+        tags = [*itertools.chain(*split)]
+        if (generator is None and not self.order) or (tags and is_sentence(tags)):
+            tags = [text] if len(parts) == 1 else tags
+            return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
+        keep = self.keep_first if len(parts) == 1 else len(split[0])
+        others = tags[keep : len(tags) - len(split[2])] if len(parts) == 3 else tags[keep:]
+        categories, kept = self._find_categories(others, text), torch.arange(len(others))
+        if generator is not None:
+            dropout = self.dropout or {}
+            rates = torch.tensor([dropout.get(category, self.tag_dropout) for category in categories])
+            kept = kept[torch.rand(len(others), generator=generator) >= rates]
+            if self.shuffle:
+                kept = kept[torch.randperm(len(kept), generator=generator)]
+        ranks = {category: rank for rank, category in enumerate(self.order or ())}
+        chosen = sorted(kept.tolist(), key=lambda index: ranks.get(categories[index], len(ranks)))
+        tags[keep : keep + len(others)] = [others[index] for index in chosen]
+        return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
+
+    def _find_categories(self, pieces: Sequence[str], text: str) -> list[str]:
+        """Return the category of each tag of a text: of the row's tag, its own, or by _KNOWN; else general."""
+        stated = {tag.name: tag.category for tag in map(parse_tag, getattr(text, "tags", ()))}
+        found = []
+        for piece in pieces:
+            own, name = parse_tag(next(iter(self.split(piece)), piece))
+            category = category_name(stated.get(name) or own or GENERAL)
+            known = [kind for kind, names in _KNOWN.items() if names.fullmatch(name)]
+            found.append(known[0] if known and category in ("general", "meta") else category)
+        return found
 
     def split(self, text: str) -> list[str]:
         """Split a text into tags, without emphasis."""
+        text = text.replace(self.keep_tokens_separator, self.separator) if self.keep_tokens_separator else text
         return split_tags(read_emphasis(text).plain if self.emphasis else text, self._separator)
 
     def spell(self, tag: str) -> str:
@@ -124,10 +188,6 @@ class CaptionConfig(Strict):
         for start, end in read_emphasis(text).spans if self.emphasis else ():
             text = text[:start] + text[start:end].replace(separator, hidden) + text[end:]
         return [piece.replace(hidden, separator) for piece in split_tags(text, separator)]
-
-    def complete(self, text: str) -> str:
-        """Return the prefix and a text, as for evaluation."""
-        return self.separator.join(part for part in (self.prefix, text) if part)
 
 
 def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:

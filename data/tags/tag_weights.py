@@ -66,7 +66,9 @@ def read_tags(collection: Collection, captions: CaptionConfig) -> ImageTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
     views, parse, first = map(collection.row, range(len(collection))), functools.cache(parse_tag), {}
     texts = (view.tags or _find_tags(captions.read(view), captions) for view in views)
-    tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in texts]
+    fixed = captions.keep_tokens_separator or "\0"
+    parts = ([part for tag in row for part in tag.split(fixed) if part.strip()] for row in texts)
+    tags = [list(dict.fromkeys(first.setdefault(parse(tag), tag) for tag in row)) for row in parts]
     encoded = pa.array([tag for row in tags for tag in row], pa.string()).dictionary_encode()
     return ImageTags(encoded.indices.to_numpy(), np.cumsum([0, *map(len, tags)]), encoded.dictionary.to_pylist())
 

@@ -187,6 +187,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     own = [*SHORT, *RESUMED, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
     own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[64,96],[96,64]]]"]
     own += ["task.buckets.assign=all", "task.buckets.fit=2", "task.captions.emphasis=true"]
+    own += ["task.captions.order=[year,general]", "task.captions.dropout={general: 0.5}"]
     run("finetune_sdxl", [*own, "run_dir=straight"], place)
     run_until_killed("finetune_sdxl", [*own, "run_dir=killed"], place, step=4)
     run("finetune_sdxl", [*own, "run_dir=killed"], place)

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from pydantic import ValidationError
 
 from data.tags.captions import CaptionConfig, describe_captions
 from tests.data.collection.test_collection import load
@@ -14,6 +15,7 @@ from utils.errors import UserError
 PLAIN = {
     "source": "caption", "separator": ", ", "keep_first": 0, "shuffle": False, "tag_dropout": 0.0,
     "caption_dropout": 0.0, "dropout_to": "empty", "prefix": "", "lines": "one_of", "emphasis": False,
+    "order": None, "dropout": None, "keep_tokens_separator": None, "suffix": "",
 }  # fmt: skip
 
 
@@ -117,6 +119,55 @@ def test_captions_are_dropped_with_the_probability_stated():
     assert abs(np.mean([dropped for _, dropped in found]) - 0.2) < 0.04
     assert all((caption == "") == dropped for caption, dropped in found)
     assert config(caption_dropout=1.0).vary_tags("a", torch.Generator()) == "a"
+
+
+CATEGORIES = ["artist", "character", "copyright", "general", "quality", "year"]
+BY_CATEGORY = {
+    "a.txt": "Year 2023, solo, best quality, (miku:1.1), kantoku, highres, artist:x",
+    "a.json": json.dumps({"tags": {"artist": ["Kantoku"], "character": ["miku"], "general": ["solo"]}}),
+    "b.json": json.dumps({"tags": ["character:mid", "meta:highres", "1girl", "copyright:vocaloid", "masterpiece"]}),
+    "c.txt": "miku, 1girl, |||, late, kantoku, solo, ||| a b, c",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("row", "changed", "wanted"),
+    [
+        (0, {}, "(miku:1.1), kantoku, artist:x, solo, highres, best quality, Year 2023"),
+        (0, {"keep_first": 2}, "Year 2023, solo, (miku:1.1), kantoku, artist:x, highres, best quality"),
+        (0, {"order": None, "prefix": "p", "suffix": "s"}, f"p, {BY_CATEGORY['a.txt']}, s"),
+        (1, {"source": "tags"}, "mid, vocaloid, 1girl, masterpiece, highres"),
+        (2, {"keep_tokens_separator": "|||", "suffix": "s"}, "miku, 1girl, kantoku, solo, late, a b, c, s"),
+        (2, {"keep_tokens_separator": "|||", "order": None}, "miku, 1girl, late, kantoku, solo, a b, c"),
+    ],
+)
+def test_tags_are_ordered_by_the_category_that_the_row_states(tmp_path, row, changed, wanted):
+    order = ["character", "artist", "copyright", "meta", "general", "quality", "year"]
+    order = order if row != 1 else CATEGORIES
+    captions = config(**{"order": order, "emphasis": row == 0, **changed})
+    read = captions.read(collection_of(tmp_path, BY_CATEGORY).row(row))
+    assert captions.draw(read, None, captions.vary_tags) == (wanted, False)
+    assert captions.vary_tags(read[0], torch.Generator()) == wanted
+
+
+def test_tags_are_dropped_by_category_and_shuffled_within_one(tmp_path):
+    captions = config(
+        order=CATEGORIES, dropout={"artist": 0.2, "general": 1.0, "meta": 0.0}, tag_dropout=0.5, shuffle=True
+    )
+    general, artists = [f"g{n}" for n in range(5)], [f"artist:a{n}" for n in range(50)]
+    files = {"a.json": json.dumps({"tags": [*general, "meta:m", "best quality", *artists]})}
+    text = captions.read(collection_of(tmp_path, files, ["a.png"]).row(0))[0]
+    drawn = [captions.vary_tags(text, torch.Generator().manual_seed(key)).split(", ") for key in range(60)]
+    kept = [[tag for tag in tags if tag[0] == "a"] for tags in drawn]
+    assert abs(np.mean([len(tags) for tags in kept]) / 50 - 0.8) < 0.03 and kept[0] != sorted(kept[0])
+    assert all(
+        tags == [*artists, *["best quality"] * (len(tags) - len(artists) - 1), "m"]
+        for tags, artists in zip(drawn, kept)
+    )
+    assert 15 < sum("best quality" in tags for tags in drawn) < 45
+    for wrong in ({"order": ["artists"]}, {"order": ["artist", "artist"]}, {"dropout": {"artists": 0.1}}):
+        with pytest.raises(ValidationError, match="artist"):
+            config(**wrong)
 
 
 # What is said of them.
