@@ -112,10 +112,8 @@ def compare_taggers(config: EvaluateConfig, runtime: Runtime) -> str:
     """Evaluate `models` on the tags that all of them know. Return the line of the best one."""
     models = {}
     for name in config.models:
-        path = Path(name) / "model.onnx"
         with about("models"):
-            path = path if path.is_file() else find_weights(name, "best")
-            models[name] = load_predictor(path, runtime.device)
+            models[name] = load_predictor(find_weights(name, "best", onnx_first=True), runtime.device)
     arena = Arena(models, config.data, config.arena, runtime, config.batch_size)
     if config.dry_run:
         return _DRY_RUN

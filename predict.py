@@ -275,7 +275,7 @@ def main(config: PredictConfig, job: Job) -> str:
     if config.prompts is not None:
         return draw_prompts(config, device)
     with about("weights"):
-        weights = find_weights(config.weights, "best")
+        weights = find_weights(config.weights, "best", onnx_first=True)
         predictor = load_predictor(weights, torch.device("cpu" if config.dry_run else device))
     is_search = config.like is not None or config.output.endswith(".npz")
     if config.dry_run and is_search:

@@ -39,7 +39,7 @@ _KNOWN = {
         r"masterpiece|(amazing|best|great|good|high|normal|average|medium|low|bad|worst)_quality"
         r"|(very_)?(aesthetic|displeasing)|score_\d(_up)?"
     ),
-    "year": re.compile(r"year_\d{4}|newest|recent|late|mid|early|old|oldest"),
+    "year": re.compile(r"year_\d{4}|newest|recent|late|mid|early|oldest"),
 }
 
 

@@ -190,14 +190,15 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         return load_file(path)
 
 
-def find_weights(run_or_file: str, which: str) -> Path:
+def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> Path:
     """Return a weight file: the file itself, the file in a folder of timm or transformers, or `which` of a run.
 
-    A name on the hub (utils/io/hub.py) is such a file or folder.
+    A name on the hub (utils/io/hub.py) is such a file or folder. onnx_first: for predictions, of a folder with both,
+    such as published taggers, whose other file states no tags.
 
     Raises UserError, which lists the run's weight files.
     """
-    path, names = Path(run_or_file), (*FOLDER_FILES, "model.onnx")
+    path, names = Path(run_or_file), ("model.onnx", *FOLDER_FILES) if onnx_first else (*FOLDER_FILES, "model.onnx")
     if is_reference(run_or_file):
         path = fetch(run_or_file, names, beside=("config.json", "selected_tags.csv"))
     if not path.exists():

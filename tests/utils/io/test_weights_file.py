@@ -147,6 +147,13 @@ def test_a_run_s_weights_are_found_by_name(tmp_path):
         find_weights(str(tmp_path), "ema")
 
 
+def test_of_a_published_tagger_predictions_take_the_onnx_file_and_training_the_other(tmp_path):
+    for name in ("model.onnx", "model.safetensors"):
+        (tmp_path / name).touch()
+    assert find_weights(str(tmp_path), "best").suffix == ".safetensors"
+    assert find_weights(str(tmp_path), "best", onnx_first=True).suffix == ".onnx"
+
+
 def test_weights_have_the_mode_that_umask_gives_and_float8_its_values(tmp_path):
     before = os.umask(0o022)
     try:
