@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
@@ -27,9 +27,10 @@ from engine.step import (
     reduce_figures,
 )
 from engine.task import Task, checkpointed_state, networks_of, split_exported
+from optim.alone import step_alone, step_each
 from optim.build import build_optimizer, skips_on_device
 from optim.ema import Averages, ema_decay_at
-from optim.groups import build_groups, drop_frozen_gradients, set_group_values
+from optim.groups import build_groups, drop_frozen_gradients, is_frozen, set_group_values
 from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from optim.vectors import flat_view
@@ -69,6 +70,7 @@ class Learner:
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
+        self.fused = _FusedBackward(self) if getattr(config.optim, "fused_backward", False) else None
         self.scale = first_scale(runtime)
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
@@ -104,17 +106,21 @@ class Learner:
         """
         progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
         set_group_values(self.optimizer, self.schedule.at(self.step))
+        self.optimizer.update = self.step
         before = self._buffers.copy()
         while True:
             parts, passes = split(batches, self.micro_batch_size), []
+            if self.fused is not None and len(parts) > 1:  # a size that an earlier start found
+                raise out_of_memory("training", show_samples(batches[0]))
             weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
             # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
             factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
+            begin = None if self.fused is None else self.fused.begin
             try:
                 for number, part in enumerate(parts):
                     rng.seed_micro_step(self.seed, self.step, number, distributed.rank(), self.runtime.device)
                     with no_sync(self.model, last=number == len(parts) - 1):
-                        passes.append(forward_backward(self.model, part, progress, factor, self.runtime))
+                        passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
                 break
             except torch.OutOfMemoryError:
                 pass  # the error holds the activations
@@ -142,7 +148,8 @@ class Learner:
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
         drop_frozen_gradients(optimizer, self.step, self.phase)
         grads = take_gradients(parameters)
-        norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(grads)))
+        norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
+        norm = torch.linalg.vector_norm(torch.stack(norms))
         inverse_scale = 1.0 / self.scale["scale"] if self.runtime.precision == "fp16" else None
         if inverse_scale is not None:
             norm = norm * inverse_scale
@@ -151,11 +158,11 @@ class Learner:
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
         found_inf = bad.float()
         applied = 1.0 - found_inf
-        if skips_on_device(optimizer):
-            optimizer.found_inf, optimizer.update = found_inf, self.step
+        if self.fused is None and skips_on_device(optimizer):
+            optimizer.found_inf = found_inf
             optimizer.step()
-        elif not bad:  # a host synchronisation
-            optimizer.step()
+        elif self.fused is None and not bad:  # a host synchronisation
+            step_each(optimizer) if parameters[0].dtype == torch.bfloat16 else optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         self._buffers.put_back(before, bad)
         if inverse_scale is not None:
@@ -173,10 +180,10 @@ class Learner:
     def _halve(self, part: Batch) -> None:
         """Halve the micro-batch size after `part` ran out of memory.
 
-        Raises UserError if it has one sample, or with `loop.on_out_of_memory=stop`.
+        Raises UserError if it has one sample, with `loop.on_out_of_memory=stop`, or if parameters have been updated.
         """
         size = len(part["weight"])
-        if self.config.loop.on_out_of_memory == "stop" or size == 1:
+        if self.config.loop.on_out_of_memory == "stop" or size == 1 or self.fused is not None:
             raise out_of_memory("training", show_samples(part))
         self.micro_batch_size = largest_divisor(size, size // 2)
         log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.micro_batch_size)
@@ -286,6 +293,48 @@ class _Buffers:
         for flat, before in zip(self._flat.values(), values):
             chosen = before if where is None else torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
+
+
+class _FusedBackward:
+    """Update each parameter once its gradient is complete, and free the gradient (`optim.fused_backward`).
+
+    The updates equal those after a whole backward pass, bit for bit. A loss that is not finite, or no weight, skips the
+    update; a gradient that is not finite skips its own parameter, and the step counts as skipped.
+    """
+
+    def __init__(self, learner: Learner) -> None:
+        self._learner, self._norms, self._skip = learner, dict[nn.Parameter, Tensor](), None
+        groups = enumerate(learner.optimizer.param_groups)  # `load_state_dict` replaces them, but keeps their order
+        pairs = [(index, parameter) for index, group in groups for parameter in group["params"]]
+        self._places = {parameter: (index, number) for number, (index, parameter) in enumerate(pairs)}
+        for parameter in self._places:
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def begin(self, loss: Tensor, weight: Tensor) -> None:
+        """Update parameters from now on. loss: the weighted sum."""
+        self._skip, self._norms = (~torch.isfinite(loss) | (weight == 0)).float(), {}
+        # An optimiser that counts its steps on the host waits for the loss.
+        self._is_off = not skips_on_device(self._learner.optimizer) and bool(self._skip)
+
+    def end(self) -> list[Tensor]:
+        """Return the norms of the gradients, in the optimiser's order."""
+        self._skip = None
+        return [self._norms[parameter] for parameter in self._places if parameter in self._norms]
+
+    def _update(self, parameter: nn.Parameter) -> None:
+        if self._skip is None:
+            return
+        assert parameter not in self._norms, "the backward pass computes a gradient in two parts"
+        learner, (index, number) = self._learner, self._places[parameter]
+        group = learner.optimizer.param_groups[index]
+        if not is_frozen(group, learner.step, learner.phase):
+            (norm,) = torch._foreach_norm([parameter.grad])
+            self._norms[parameter] = norm
+            if not self._is_off:
+                step_alone(
+                    learner.optimizer, group, parameter, torch.where(torch.isfinite(norm), self._skip, 1.0), number
+                )
+        parameter.grad = None
 
 
 def _store_in_bf16(task: Task, runtime: Runtime) -> None:

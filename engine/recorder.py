@@ -81,7 +81,8 @@ class _Meter:
 def show_memory(learner: Learner) -> str:
     """Return the memory by part as one line: `weights 9.56 GiB, gradients 812.0 MiB`.
 
-    Gradients count as in the backward pass. On a GPU, `activations` is the peak without the other parts.
+    Gradients count as in the backward pass; a fused one has one at a time. On a GPU, `activations` is the peak without
+    the other parts.
     """
     task, device = learner.task, learner.runtime.device
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
@@ -95,6 +96,8 @@ def show_memory(learner: Learner) -> str:
         "frozen networks": [tensor for network in helpers for tensor in network.state_dict().values()],
     }
     sizes = {name: sum(own_part(tensor).nbytes for tensor in tensors) for name, tensors in parts.items()}
+    if learner.fused is not None:
+        sizes["gradients"] = max(parameter.nbytes for parameter in parts["gradients"])
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         sizes |= {"activations": peak - sum(sizes.values()), "peak": peak}

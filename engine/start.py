@@ -47,6 +47,8 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     world_size = distributed.planned_world_size()
     split_batch(config.loop.global_batch_size, world_size, 1, None)
     check_optimizer(config.optim, config.schedule)
+    if getattr(config.optim, "fused_backward", False):
+        _check_fused(config, runtime.precision, world_size)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
@@ -57,6 +59,26 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     return runtime
+
+
+def _check_fused(config: TrainingConfig, precision: str, world_size: int) -> None:
+    """Raise UserError if the run needs all gradients before an update."""
+    size, chunk, reason = config.loop.global_batch_size, getattr(config.task, "chunk", None), None
+    caps = [size if each.loop.batch_size == "auto" else each.loop.batch_size for each in config.by_phase()]
+    micro = min(split_batch(size, 1, cap, chunk)[0] for cap in caps)
+    if world_size > 1:
+        reason = f"{world_size} ranks sum their gradients first: run one process"
+    elif size > micro:
+        reason = (
+            f"{size // micro} micro-batches of {micro} add up their gradients first: set "
+            f"loop.global_batch_size={micro}, or loop.batch_size{' and task.chunk' if chunk else ''} to {size}"
+        )
+    elif config.loop.clip_grad_norm is not None:
+        reason = "loop.clip_grad_norm needs the norm of all gradients: set it to null"
+    elif precision == "fp16":
+        reason = "the loss scale of runtime.precision=fp16 needs all gradients: set bf16"
+    if reason is not None:
+        raise UserError(f"optim.fused_backward: true, but {reason}; or set optim.fused_backward=false")
 
 
 def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:

@@ -5,7 +5,7 @@ before the first backward pass, so accumulation and uneven weights are exact. Al
 not finite or has no weight; this is decided on the device, and a skipped update leaves every tensor unchanged.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,6 +20,7 @@ GROWTH_STEPS = 2000  # finite updates before the loss scale is doubled
 
 # Of one micro-batch, detached: (sum, count) pairs float64 [2 N], the loss first; their names; losses [B].
 MicroStep = tuple[Tensor, tuple[str, ...], Tensor]
+Begin = Callable[[Tensor, Tensor], None]  # takes the weighted loss and the sum of weights
 
 
 @dataclass
@@ -38,14 +39,18 @@ class StepResult:
         return dict(zip(self.names, self.figures))
 
 
-def forward_backward(model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime) -> MicroStep:
-    """Run one micro-batch with its gradient times `factor`."""
+def forward_backward(
+    model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime, begin: Begin | None = None
+) -> MicroStep:
+    """Run one micro-batch with its gradient times `factor`. begin: called before the backward pass."""
     with runtime.autocast():
         output = model(batch, progress)
     weight = batch["weight"]
     assert output.loss.shape == weight.shape, f"loss {tuple(output.loss.shape)}, weights {tuple(weight.shape)}"
     # Select, do not multiply: the loss of a blank sample may be NaN.
     weighted = torch.where(weight > 0, output.loss.float() * weight, 0.0).sum()
+    if begin is not None:
+        begin(weighted.detach(), weight.sum())
     (weighted * factor).backward()
     names = sorted(output.logs)
     parts = [weighted.detach(), weight.sum(), *(part for name in names for part in output.logs[name])]

@@ -7,6 +7,8 @@ from pydantic import Field, JsonValue, model_validator
 from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Positive, Rate, Share
 from utils.config.schema import Strict
 
+_JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradients or steps together, or not tried
+
 
 class RuleConfig(Strict):
     """Settings of the parameters whose names match the pattern `match`, such as `network.head.*`."""
@@ -40,6 +42,7 @@ class AdamWConfig(_AdamW):
 
     name: Literal["adamw"]
     bf16_weights: bool
+    fused_backward: bool
 
 
 class AdamW8bitConfig(_AdamW):
@@ -66,14 +69,29 @@ class SGDConfig(_Optim):
     name: Literal["sgd"]
     momentum: BelowOne
     nesterov: bool
+    fused_backward: bool
 
 
 class TimmOptimConfig(_Optim):
-    """Any optimiser of timm. extra: its arguments, checked by `check_optimizer`."""
+    """Any optimiser of timm. extra: its arguments, checked by `check_optimizer`.
+
+    bf16_weights: for Adafactor, which computes in float32 and keeps its state so (optim/alone.py).
+    """
 
     name: Literal["timm"]
     opt: str
     extra: dict[str, JsonValue]
+    bf16_weights: bool
+    fused_backward: bool
+
+    @model_validator(mode="after")
+    def _suits_the_optimiser(self) -> "TimmOptimConfig":
+        usual = "set optim=adafactor or adamw, or false"
+        if self.bf16_weights and not self.opt.endswith("adafactor"):
+            raise ValueError(f"optim.bf16_weights: true, but {self.opt} would keep its state in bfloat16, too; {usual}")
+        if self.fused_backward and any(name in self.opt for name in _JOINT):
+            raise ValueError(f"optim.fused_backward: true, but {self.opt} updates no parameter alone; {usual}")
+        return self
 
 
 OptimConfig = Annotated[

@@ -180,10 +180,15 @@ def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["max_lr_snapshot"] = lr
 
 
+def is_frozen(group: Mapping[str, Any], step: int, phase: int | None) -> bool:
+    """Return whether a group is frozen in update number `step` (from 0)."""
+    return step < group.get("freeze_steps", 0) or phase in group.get("frozen_phases", ())
+
+
 def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int, phase: int | None = None) -> None:
     """Drop the gradients of groups frozen in update number `step` (from 0), so that the optimiser skips them."""
     for group in optimizer.param_groups:
-        if step < group.get("freeze_steps", 0) or phase in group.get("frozen_phases", ()):
+        if is_frozen(group, step, phase):
             for parameter in group["params"]:
                 parameter.grad = None
                 if hasattr(parameter, "whole"):

@@ -1,6 +1,6 @@
 """AdamW on bfloat16 weights, which steps on vectors of many parameters and can skip a step on the device."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -16,8 +16,8 @@ PART_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 24}
 class StochasticAdamW(torch.optim.Optimizer):
     """AdamW on bfloat16 weights: 8 bytes per parameter with its gradient, instead of 16.
 
-    It computes in float32 and rounds stochastically, seeded by the update's and part's numbers: rounding to nearest
-    would lose updates below 1/512 of a weight, which are most. A part joins the memory of several parameters.
+    It computes in float32 and rounds stochastically, seeded by the update's and parameter's numbers: rounding to
+    nearest would lose updates below 1/512 of a weight, which are most. A part joins the memory of several parameters.
     Source: Zamirai et al. 2020 (arXiv 2010.06192), section 3; Loshchilov, Hutter 2017 (arXiv 1711.05101), algorithm 2.
 
     State of a parameter: `exp_avg` and `exp_avg_sq`, with its dtype and layout, and `step`, a float32 scalar on its
@@ -33,6 +33,8 @@ class StochasticAdamW(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.found_inf: Tensor | None = None
         self.update = 0
+        every = [parameter for group in self.param_groups for parameter in group["params"]]
+        self._numbers = {parameter: number for number, parameter in enumerate(every)}
 
     @torch.no_grad()
     def step(self) -> None:
@@ -45,13 +47,13 @@ class StochasticAdamW(torch.optim.Optimizer):
         keep = steps[0][0].new_ones(()) if self.found_inf is None else 1.0 - self.found_inf
         # torch._foreach_add_ would read the scalar on the host.
         torch.ops.aten._foreach_add_.Tensor([step for group in steps for step in group], keep)
-        number = 0
         for (group, parameters), (count, *_) in zip(members, steps):
             count = count.clamp(min=1).double()  # float32 would lose digits of 1 - beta**count
             shares = [((1.0 - beta) * keep.double()).float() for beta in group["betas"]]
             corrections = [(1.0 - beta**count).float() for beta in group["betas"]]
             for part in _parts(map(self._vectors, parameters), PART_ELEMENTS[keep.device.type]):
-                columns = list(zip(*part))
+                *columns, noise = zip(*part)
+                noise = torch.cat(noise, dim=1)
                 vectors = [torch.cat(pieces).float() for pieces in columns]
                 grads, weights, average, square = vectors
                 grads.mul_(keep).nan_to_num_(0.0, 0.0, 0.0)  # all 0 in a skipped step
@@ -59,11 +61,10 @@ class StochasticAdamW(torch.optim.Optimizer):
                 square.lerp_(grads.square(), shares[1])
                 change = (average / corrections[0]) / ((square / corrections[1]).sqrt() + group["eps"])
                 weights.sub_((change + group["weight_decay"] * weights) * (group["lr"] * keep))
-                generator = torch.Generator(keep.device).manual_seed(rng.hash_counters(self.update, number))
-                for pieces, values in zip(columns[1:], vectors[1:]):  # the values of a skipped step are not rounded
-                    rounded = round_stochastically(values, generator)
+                # The values of a skipped step are not rounded.
+                for pieces, values, own in zip(columns[1:], vectors[1:], noise):
+                    rounded = round_stochastically(values, own)
                     torch._foreach_copy_(list(pieces), rounded.split([len(piece) for piece in pieces]))
-                number += 1
 
     def _state_of(self, parameter: Tensor) -> dict[str, Tensor]:
         state = self.state[parameter]
@@ -73,11 +74,12 @@ class StochasticAdamW(torch.optim.Optimizer):
         return state
 
     def _vectors(self, parameter: Tensor) -> list[Tensor]:
-        """Return a parameter's gradient, weights and averages as vectors, in the order of its memory."""
+        """Return a parameter's gradient, weights and averages as vectors in its memory's order, and noise [3, N]."""
         grad, state = parameter.grad, self.state[parameter]
         if grad.stride() != parameter.stride():
             grad = torch.empty_like(parameter).copy_(grad)
-        return [flat_view(tensor) for tensor in (grad, parameter, state["exp_avg"], state["exp_avg_sq"])]
+        vectors = [flat_view(tensor) for tensor in (grad, parameter, state["exp_avg"], state["exp_avg_sq"])]
+        return [*vectors, draw_noise((3, len(vectors[0])), grad.device, self.update, self._numbers[parameter])]
 
 
 def flat_view(tensor: Tensor) -> Tensor:
@@ -90,7 +92,7 @@ def _parts(rows: Iterable[list[Tensor]], limit: int) -> Iterator[list[tuple[Tens
     part: list[tuple[Tensor, ...]] = []
     size = 0
     for row in rows:
-        for pieces in zip(*(vector.split(limit) for vector in row)):
+        for pieces in zip(*(vector.split(limit, dim=-1) for vector in row)):
             if part and size + len(pieces[0]) > limit:
                 yield part
                 part, size = [], 0
@@ -100,10 +102,15 @@ def _parts(rows: Iterable[list[Tensor]], limit: int) -> Iterator[list[tuple[Tens
         yield part
 
 
-def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
-    """Round float32 values up or down to bfloat16 at random, so that the expected value is exact.
+def draw_noise(shape: Sequence[int], device: torch.device, update: int, number: int) -> Tensor:
+    """Return noise for `round_stochastically`, seeded by the numbers of an update and of a parameter."""
+    generator = torch.Generator(device).manual_seed(rng.hash_counters(update, number))
+    return torch.empty(shape, dtype=torch.int32, device=device).random_(1 << 16, generator=generator)
+
+
+def round_stochastically(values: Tensor, noise: Tensor) -> Tensor:
+    """Round float32 values up or down to bfloat16 by random `noise`, so that the expected value is exact.
 
     A bfloat16 is the upper half of a float32. Adding a random lower half carries into it with the right probability.
     """
-    noise = torch.empty_like(values, dtype=torch.int32).random_(1 << 16, generator=generator)
     return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -13,6 +13,7 @@ from torch.nn import functional as F
 from engine.learner import Learner
 from engine.plan import Plan
 from engine.runtime import choose_runtime
+from engine.start import start_ranks
 from engine.step import first_scale
 from engine.task import StepOutput, Task, checkpointed_state
 from engine.tasks.kind import Setup
@@ -21,6 +22,7 @@ from tests.in_process import SHORT, SMALL_MODEL, configure
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import write_tensors
+from utils.ranks import distributed
 
 BATCH, SIZE, CLASSES = 8, 16, 4
 
@@ -68,6 +70,7 @@ STATES = {
     "sgd": ["optim=sgd", "runtime.channels_last=true"],
     "lamb": ["optim=timm", "optim.opt=lamb"],
     "adafactor": ["optim=timm", "optim.opt=adafactor"],
+    "adafactor in bf16": ["optim=adafactor", "optim.bf16_weights=true", "runtime.precision=bf16", "optim.lr=5e-3"],
 }
 DTYPES = {"bf16 weights": {torch.bfloat16}, "averages of 8 bits": {torch.uint8, torch.float32}}
 
@@ -188,3 +191,61 @@ def test_the_state_of_another_network_is_refused():
     tensors, others = other.state()
     with pytest.raises(UserError, match=r"^resume: here is a checkpoint of another model: \d+ tensors of weights"):
         learner.load_state(tensors, others, "here")
+
+
+FUSED = {
+    "adamw": [],
+    "sgd": ["optim=sgd"],
+    "adafactor": ["optim=adafactor"],
+    "adafactor in bf16": ["optim=adafactor", "optim.bf16_weights=true", "runtime.precision=bf16"],
+    "lion": ["optim=timm", "optim.opt=lion"],
+    "bf16 weights": ["optim.bf16_weights=true", "runtime.precision=bf16"],
+}
+
+
+@pytest.mark.parametrize("case", FUSED)
+def test_a_fused_backward_pass_makes_the_ordinary_update_bit_for_bit_and_frees_gradients(case):
+    """Also with a frozen group, a step without weight and one with a loss that is not finite."""
+    rule = "optim.rules=[{match: network.head.*, freeze_steps: 2}]"
+    plain, fused = (make_learner(*FUSED[case], rule, f"optim.fused_backward={on}") for on in ("false", "true"))
+    for step, spoil in enumerate(("", "", "weight", "loss", "", "")):
+        batch = make_batch(step)
+        batch["weight"] = batch["weight"] * (spoil != "weight")
+        results = []
+        for learner in (plain, fused):
+            bias = learner.task.network.head.bias.data
+            before = bias.clone()
+            bias += float("nan") if spoil == "loss" else 0.0
+            results.append(learner.update([batch]))
+            bias.copy_(before if spoil == "loss" else bias)
+            assert all(parameter.grad is None for parameter in learner.task.parameters())
+        assert results[0].names == results[1].names and torch.equal(results[0].figures, results[1].figures)
+        assert results[1].applied == (not spoil)
+        left, right = tensors_of(plain), tensors_of(fused)
+        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left), step
+
+
+def test_a_gradient_that_is_not_finite_skips_its_own_parameter_in_a_fused_pass():
+    learner, batch = make_learner("optim.fused_backward=true"), make_batch()
+    learner.update([batch])
+    parameters = dict(learner.task.named_parameters())
+    parameters["network.head.weight"].register_hook(lambda grad: grad * float("nan"))
+    before = {name: parameter.detach().clone() for name, parameter in parameters.items()}
+    assert learner.update([batch]).applied == 0
+    unchanged = {name for name, parameter in parameters.items() if torch.equal(parameter, before[name])}
+    assert unchanged == {"network.head.weight"}
+
+
+@pytest.mark.parametrize(
+    "ranks, words, said",
+    [
+        (2, [], "2 ranks"),
+        (1, ["loop.global_batch_size=8", "loop.batch_size=4"], "2 micro-batches of 4.*loop.global_batch_size=4"),
+        (1, ["loop.clip_grad_norm=1.0"], "loop.clip_grad_norm"),
+    ],
+)
+def test_what_needs_all_gradients_refuses_a_fused_pass(ranks, words, said, monkeypatch):
+    config, _ = configure("finetune", [*OURS, *SHORT, "loop.batch_size=auto", "optim.fused_backward=true", *words])
+    monkeypatch.setattr(distributed, "planned_world_size", lambda: ranks)
+    with pytest.raises(UserError, match=rf"optim\.fused_backward.*{said}"):
+        start_ranks(config)

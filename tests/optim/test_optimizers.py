@@ -1,11 +1,13 @@
 """build_optimizer. Bit equality of skipped steps, reference equality (unfused torch), timm's, refusals."""
 
 import pytest
+import timm.optim
 import torch
 import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
+from optim.alone import step_each
 from optim.build import build_optimizer, check_optimizer
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
@@ -126,3 +128,26 @@ def test_a_rule_needs_as_many_betas_as_the_optimiser_has(file, count):
     rules = [{"match": "*", "betas": [0.5] * (2 if count != 2 else 3)}]
     with pytest.raises(UserError, match=rf"^optim\.rules\.0\.betas: .*={file} takes {count};"):
         check_optimizer(config(file, rules=rules), CONSTANT)
+
+
+def test_the_optimisers_of_timm_that_a_fused_pass_takes_update_each_parameter_alone():
+    """All that run on a CPU: three steps of all parameters, together and one after another."""
+    refused, wrong = [], []
+    for opt in timm.optim.list_optimizers():
+        if opt.startswith(("kron", "adahessian", "bnb", "fused")):  # refused, or not for CPUs
+            continue
+        extra = {"momentum": 0.9} if opt.startswith(("csgd", "n", "sgd")) and "adam" not in opt else {}
+        try:
+            settings = config("timm", opt=opt, fused_backward=True, extra=extra if "novo" not in opt else {})
+        except ValueError as error:
+            assert "optim.fused_backward: true" in str(error)
+            refused.append(opt)
+            continue
+        models = [network(), network()]
+        for model, step in zip(models, (lambda optimizer: optimizer.step(), step_each)):
+            optimizer = build_optimizer(settings, build_groups(model, {}, settings), 0.05)
+            for number in range(3):
+                set_gradients(model, number)
+                step(optimizer)
+        wrong += [opt] * (not all(map(torch.equal, *(model.parameters() for model in models))))
+    assert wrong == [] and {"lamb", "adan"} <= set(refused) < {*refused, "adamw"}

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import optim.vectors
-from optim.vectors import StochasticAdamW, round_stochastically
+from optim.vectors import StochasticAdamW, draw_noise, round_stochastically
 
 SETTINGS = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
@@ -25,7 +25,8 @@ def take_steps(optimizer, parameters, steps):
 
 def test_rounding_is_unbiased_and_goes_to_a_neighbour():
     values = torch.tensor([1.001, -1.001, 3e-5, -7.77, 1.9999, 1e-40, 0.0, 1.5])  # a carry, a subnormal, exact ones
-    found = round_stochastically(values.expand(200_000, 8).contiguous(), torch.Generator().manual_seed(0))
+    values_of = values.expand(200_000, 8).contiguous()
+    found = round_stochastically(values_of, draw_noise(values_of.shape, values.device, 0, 0))
     step = values.abs().clamp(min=2.0**-126) * 2.0**-7  # at least the distance of the neighbours
     assert found.dtype == torch.bfloat16 and ((found.float() - values).abs() < step).all()
     error = (found.double().mean(dim=0) - values.double()).abs()
