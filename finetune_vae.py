@@ -16,7 +16,7 @@ from typing import Self
 
 from pydantic import model_validator
 
-from data.config import DataConfig
+from data.config import WholeData
 from engine.config import TrainingConfig
 from engine.tasks.kinds import task_schema, train
 from models.sdxl.networks import SDXLConfig
@@ -27,7 +27,7 @@ class FinetuneVAEConfig(TrainingConfig):
     """conf/finetune_vae.yaml, checked."""
 
     model: SDXLConfig
-    data: DataConfig
+    data: WholeData
     task: task_schema("finetune_vae")
 
     @model_validator(mode="after")

@@ -20,7 +20,7 @@ from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
 from data.tools.machine import Machine
 from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
-from data.config import DataConfig
+from data.config import WholeData
 from data.tools.write_manifest import Manifest
 from data.tools.pack import Pack
 from utils.config.entry_point import Job, entry_point
@@ -37,7 +37,7 @@ class PrepareConfig(Strict):
     """The job and the collection. dry_run: only check the configuration."""
 
     job: AnyJob
-    data: DataConfig
+    data: WholeData
     dry_run: bool
 
 

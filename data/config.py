@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
+from data.collection.concepts import ConceptConfig
 from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
@@ -44,6 +45,7 @@ class DataConfig(Strict):
     manifest: refresh reads the sidecars of the images in the manifest of job=manifest again.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
+    concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -55,6 +57,16 @@ class DataConfig(Strict):
     background: Background | None
     icc: bool
     cache: CacheConfig
+    concepts: list[ConceptConfig] | None = None  # a run from before this key has none
+
+
+def _refuse_concepts(data: DataConfig) -> DataConfig:
+    if data.concepts:
+        raise ValueError("data.concepts: are for finetune_sdxl.py; set it to null, and data.root to one folder")
+    return data
+
+
+WholeData = Annotated[DataConfig, AfterValidator(_refuse_concepts)]  # of the scripts that read no concepts
 
 
 class TextConfig(Strict):

@@ -26,6 +26,7 @@ import numpy as np
 
 from data.augment.transforms import evaluation_views
 from data.collection.collection import Collection, index_collection
+from data.collection.concepts import find_folders
 from data.config import DataConfig
 from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
@@ -56,10 +57,15 @@ def load_collection(config: DataConfig) -> Collection:
         warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
-        if config.manifest == "refresh":
-            refresh_manifest(check_root(config.root), CACHE, config.on_bad_sidecar)
+        concepts = config.concepts or ()
+        for root in (find_folders(config.root, concepts) or [config.root]) if config.manifest == "refresh" else ():
+            refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
         fraction, on_bad = config.validation_fraction, config.on_bad_sidecar
-        return str(index_collection(config.root, validation_fraction=fraction, cache=CACHE, on_bad_sidecar=on_bad))
+        return str(
+            index_collection(
+                config.root, validation_fraction=fraction, cache=CACHE, on_bad_sidecar=on_bad, concepts=concepts
+            )
+        )
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())

@@ -15,21 +15,24 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow.feather import write_feather
+from pydantic import TypeAdapter
 
-from data.collection.split import FINGERPRINTS, assign_validation, count_twins, lead_rows
-from data.layouts.recognise import recognise
+from data.collection.concepts import CONCEPT, ConceptConfig, count_positions, recognise_concepts
+from data.collection.split import FINGERPRINTS, count_twins, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, list_faults, refuse_faults
 from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
 from data.layouts.unused import Unused, warn_unused
 from utils.errors import UserError
-from utils.io.files import write_atomically
+from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import files_key
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_FINGERPRINT, _UNUSED, _TWINS = b"fingerprint", b"unused", b"twins"
+_FINGERPRINT, _UNUSED, _TWINS, _CONCEPTS = b"fingerprint", b"unused", b"twins", b"concepts"
+_CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
+_MARGIN = " " * 14  # of a table on the start screen
 _INDEX = 11  # format version; increment it to rebuild every index
 
 
@@ -56,7 +59,7 @@ class Collection:
 
     fingerprint: a hash of the columns, stored in the index. twins: validation
     images that have a near-duplicate in training (`count_twins`). is_packed: whether rows are byte ranges of shards, in
-    the columns `data.layouts.table.PLACES`.
+    the columns `data.layouts.table.PLACES`. concepts: `data.concepts`; empty without.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
@@ -66,6 +69,7 @@ class Collection:
         assert self.table is not None, arrow
         self.fingerprint: str = self.table.schema.metadata[_FINGERPRINT].decode()
         self.twins = int(self.table.schema.metadata.get(_TWINS, 0))
+        self.concepts = _CONCEPT_LIST.validate_json(self.table.schema.metadata.get(_CONCEPTS, b"[]"))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
@@ -99,6 +103,10 @@ class Collection:
         """Return the weight of each row, float32 [N]; 0 excludes it from both splits."""
         return self.table["weight"].to_numpy()
 
+    def concept_ids(self) -> np.ndarray:
+        """Return the index of each row's concept, int64 [N]; 0 without concepts."""
+        return self._columns[CONCEPT].to_numpy() if self.concepts else np.zeros(len(self), np.int64)
+
     def leads(self, rows: np.ndarray) -> np.ndarray:
         """Return the first of `rows` with an equal or similar image, or the row itself, int64 [N], for all rows."""
         leads, known = np.arange(len(self)), [name for name in FINGERPRINTS if name in self._columns]
@@ -131,33 +139,61 @@ class Collection:
 
 
 def index_collection(
-    root: str, *, validation_fraction: float, cache: Path, on_bad_sidecar: Literal["stop", "skip"] = "stop"
+    root: str,
+    *,
+    validation_fraction: float,
+    cache: Path,
+    on_bad_sidecar: Literal["stop", "skip"] = "stop",
+    concepts: Sequence[ConceptConfig] = (),
 ) -> Path:
-    """Read a collection in any layout and return its index: an uncompressed Arrow IPC file in `cache`.
+    """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
     and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
     Raises UserError (`data.root`).
     """
-    files, read = recognise(root, cache, unused := Unused())
-    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar)
+    files, read = recognise_concepts(root, concepts, validation_fraction, cache, unused := Unused())
+    stated = {_CONCEPTS: _CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
+    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := _map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
         warn_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
-    table = assign_validation(read(), validation_fraction)
-    table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
+    table = list_faults(read(), cache, unused, on_bad_sidecar, fields=())
     warn_unused(unused.describe())
     fingerprint = hash_table(table)
+    if concepts:
+        fingerprint = sha256_text(f"{fingerprint} {stated[_CONCEPTS]}")[:16]
     target = target or cache / f"{fingerprint}.arrow"
     if _map_index(target) is None:
         metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
-        table = table.replace_schema_metadata(metadata)
+        table = table.replace_schema_metadata({**metadata, **stated})
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
     return target
+
+
+def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
+    """Return the table of a collection's concepts, for its training samples; warn of unused triggers."""
+    ids, concepts = collection.concept_ids()[rows], collection.concepts
+    counts = np.bincount(ids, minlength=len(concepts))
+    positions = count_positions(concepts, counts)
+    lines = [f"{'images':>8} {'repeats':>8} {'of a step':>9}  folder"]
+    for number, (concept, count, each) in enumerate(zip(concepts, counts, positions)):
+        notes = [concept.path, "" if concept.share is None else f"share {concept.share:g}", "prior" * concept.is_prior]
+        notes += [f"weight {concept.weight:g}" * (concept.weight != 1)]
+        if concept.trigger:
+            captions = collection.table["caption"].take(rows[ids == number])
+            named = pc.sum(pc.match_substring(captions, concept.trigger)).as_py() or 0
+            notes.append(f"trigger {concept.trigger!r} in {named:,} captions")
+            if named == 0 < count:
+                why = "no caption has %r, so it is not trained; captions.prefix puts it before each"
+                log.warning(f"data.concepts.%d.trigger: {why}", number, concept.trigger)
+        repeats, share = each / max(count, 1), each / positions.sum()
+        lines.append(f"{count:>8,} {repeats:>8.4g} {share:>9.1%}  {', '.join(filter(None, notes))}")
+    return f"\n{_MARGIN}".join(lines)
 
 
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:

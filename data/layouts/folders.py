@@ -22,7 +22,7 @@ from data.layouts.kohya import read_metadata
 from data.layouts.manifest import PARQUET, find_one
 from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import SUFFIXES, pair_sidecars, read_lines, read_sidecars, refuse_link_out
-from data.layouts.table import SPLIT_NAMES, build_table, show_some
+from data.layouts.table import SPLIT_NAMES, build_table
 from data.layouts.unused import ORPHANS, Unused
 from utils.errors import UserError, about
 from utils.io.files import readable
@@ -45,7 +45,7 @@ SYSTEM_NAMES = frozenset(
     + ("temporary items", "__pycache__")
 )
 _BY_ID, _BY_HASH = re.compile(r"(\d{2,4})/(\d{1,18})"), re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
-_REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts
+REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
 def check_root(root: str) -> Path:
@@ -82,7 +82,9 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
         return _read_posts(root, file, images, unused)
     splits, labels = _place_images(root, list(images))
-    _refuse_repeats(root, sorted({path.rpartition("/")[0] for path in images}), unused)
+    folders = {path.rpartition("/")[0] for path in images}
+    numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
+    unused.add("numbers of folders as repeats: finetune_sdxl.py alone reads them, if all folders have one", *numbered)
     known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
     known = dict(zip(sidecars, known))
     try:
@@ -229,22 +231,6 @@ def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidec
         return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
     return [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
-
-
-def _refuse_repeats(root: Path, folders: list[str], unused: Unused) -> None:
-    """Raise UserError (`data.root`) for the folders `10_name class` of sd-scripts: 10 repeats, and a caption.
-
-    Numbers from 1 on are a part of names.
-    """
-    found = {folder: match for folder in folders if (match := _REPEATS.fullmatch(os.path.basename(folder)))}
-    numbers = {int(match[1]) for match in found.values()}
-    names = [f"{folder!r} ({match[1]} repeats)" for folder, match in found.items()]
-    if len(found) == len(folders) and numbers != {*range(1, len(numbers) + 1)}:
-        raise UserError(
-            f"data.root: {str(root)!r} has the folders of sd-scripts: {show_some(names)}. Repeats, and captions from "
-            "names, are not read: remove the numbers, or list the images and captions in a manifest.jsonl"
-        )
-    unused.add("numbers of folders, which are repeats in sd-scripts, and here a part of a name", *names)
 
 
 def _read_posts(root: Path, file: Path, images: Mapping[str, int], unused: Unused) -> pa.Table:

@@ -20,6 +20,7 @@ import pyarrow.compute as pc
 from torch import Tensor
 
 from data.collection.collection import Collection
+from data.collection.concepts import count_positions, share_out
 from utils import rng
 from utils.errors import UserError
 from utils.hardware import free_memory
@@ -47,23 +48,52 @@ View = Callable[[Tensor, Draw], Tensor]
 Views = Mapping[str, View]
 
 
+class Turns:
+    """The samples of an epoch's slots, where concepts occur more or less often than once (`count_positions`).
+
+    The slots of a concept are divided over its groups by their samples. The samples of a concept in a group take turns:
+    an epoch goes on where the one before ended. groups: of each slot, [slots].
+    """
+
+    def __init__(self, concepts: np.ndarray, groups: np.ndarray, positions: np.ndarray, seed: int) -> None:
+        """Plan the turns. concepts, groups: of each sample, [N]; positions: of each concept in an epoch."""
+        shuffled = rng.mix64(np.arange(len(concepts), dtype=np.uint64) + np.uint64(seed))
+        self._samples = np.lexsort((shuffled, groups, concepts))
+        cells, sizes = np.unique(np.stack([concepts, groups]), axis=1, return_counts=True)
+        slots = sum(share_out(sizes * (cells[0] == concept), count) for concept, count in enumerate(positions))
+        cell = np.repeat(np.arange(len(slots)), slots)
+        self.groups, self._size, self._slots = cells[1][cell], sizes[cell], slots[cell]
+        self._first, self._turn = (np.cumsum(each)[cell] - each[cell] for each in (sizes, slots))
+        self._turn = np.arange(len(cell)) - self._turn
+
+    def __call__(self, slot: int, lap: int) -> int:
+        """Return the sample of a slot in a lap over all slots."""
+        turn = (lap * int(self._slots[slot]) + int(self._turn[slot])) % int(self._size[slot])
+        return int(self._samples[self._first[slot] + turn])
+
+
 class Sampler:
     """An order of rows: every row once per epoch, in another order each epoch. Subclasses have others.
 
-    chunk: number of consecutive positions with one shape; None: no groups.
+    chunk: number of consecutive positions with one shape; None: no groups. turns: rows occur as they say.
     """
 
     chunk: int | None = None
 
-    def __init__(self, rows: Sequence[int], seed: int) -> None:
+    def __init__(self, rows: Sequence[int], seed: int, turns: Turns | None = None) -> None:
         if len(rows) == 0:
             raise UserError("data.root: there is no sample to train on; check the splits and labels of the collection")
-        self.rows, self.seed, self.epoch_length = rows, seed, len(rows)
+        self.rows, self.seed, self.turns = rows, seed, turns
+        self.epoch_length = len(rows) if turns is None else len(turns.groups)
+
+    def row_of(self, slot: int, lap: int) -> int:
+        """Return the row of a slot; without turns, its index in `rows`."""
+        return int(self.rows[slot if self.turns is None else self.turns(slot, lap)])
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group) at a position."""
         epoch, offset = divmod(position, self.epoch_length)
-        return int(self.rows[_order(self.seed, epoch, self.epoch_length)(offset)]), 0
+        return self.row_of(_order(self.seed, epoch, self.epoch_length)(offset), epoch), 0
 
     def draw(self, position: int) -> Draw:
         """Return the draw of a position."""
@@ -164,12 +194,14 @@ class GroupedSampler(Sampler):
 
     The samples of a group come in laps, each in another order. Its chunks are cut from the laps without gaps: samples
     that do not fill a chunk move to a later epoch. So all samples occur equally often: `chunk` times in a cycle of
-    `chunk` epochs. groups: [len(rows)].
+    `chunk` epochs. groups: [len(rows)]; with turns, those of the slots count.
     """
 
-    def __init__(self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int) -> None:
-        super().__init__(rows, seed)
-        self.chunk = chunk
+    def __init__(
+        self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int, turns: Turns | None = None
+    ) -> None:
+        super().__init__(rows, seed, turns)
+        self.chunk, groups = chunk, groups if turns is None else turns.groups
         self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
         # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread the chunks of small
@@ -186,7 +218,7 @@ class GroupedSampler(Sampler):
 
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of one sample for each group."""
-        return [(int(self.rows[members[0]]), int(group)) for members, group in zip(self._members, self._groups)]
+        return [(self.row_of(members[0], 0), int(group)) for members, group in zip(self._members, self._groups)]
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""
@@ -200,7 +232,7 @@ class GroupedSampler(Sampler):
         turn = cycle * len(members) + int(self._turn[index])
         lap, lap_index = divmod(turn * self.chunk + offset, len(members))
         member = members[_order(self.seed, rng.hash_counters(lap, group), len(members))(lap_index)]
-        return int(self.rows[member]), int(self._groups[group])
+        return self.row_of(member, lap), int(self._groups[group])
 
 
 def build_sampler(
@@ -208,13 +240,18 @@ def build_sampler(
 ) -> Sampler:
     """Return the sampler for `loop.sampling`, which alone decides how often a position names a row.
 
-    name: shuffled, blocks, or balanced over the classes of the training split; with groups, shuffled. groups, chunk: as
-    in `GroupedSampler`. Balanced sampling raises UserError if an image has no label.
+    name: shuffled, blocks, or balanced over the classes of the training split; with groups, and of concepts, shuffled.
+    groups, chunk: as in `GroupedSampler`. Balanced sampling raises UserError if an image has no label.
     """
+    turns = None
+    if collection.concepts:
+        ids = collection.concept_ids()[rows]
+        positions = count_positions(collection.concepts, np.bincount(ids, minlength=len(collection.concepts)))
+        turns = Turns(ids, np.zeros(len(ids), int) if groups is None else groups, positions, seed)
     if groups is not None:
-        return GroupedSampler(rows, groups, chunk, seed)
-    if name == "shuffled":
-        return Sampler(rows, seed)
+        return GroupedSampler(rows, groups, chunk, seed, turns)
+    if name == "shuffled" or turns is not None:
+        return Sampler(rows, seed, turns)
     if name == "blocks":
         sampler = _BlockSampler(_as_stored(rows, collection), seed)
         sampler.reads_blocks = _has_room_for(sampler.window, collection)

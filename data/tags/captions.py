@@ -2,14 +2,15 @@
 
 texts = config.read(collection.row(row))    # the texts in the collection, one or several
 caption, is_dropped = config.draw(texts, generator, config.vary_tags)    # of this sample
+Captions(config, collection).of(row)    # the config of a row, where concepts have captions of their own
 """
 
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import PurePosixPath
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import pyarrow.compute as pc
@@ -20,6 +21,7 @@ from data.collection.collection import Collection, Row
 from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_spaces
 from data.layouts.table import show_some
 from utils.config.bounds import CountOrZero, Fraction
+from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.emphasis import MARK, escape, read_emphasis
 from utils.errors import UserError
@@ -87,6 +89,16 @@ class CaptionConfig(Strict):
     prefix: str
     suffix: str
     emphasis: bool
+
+    def changed(self, key: str, values: Mapping[str, Any]) -> Self:
+        """Return the config with the values of a concept. Raises ValueError; key: where the values are."""
+        for name in ("dropout_to", "emphasis"):
+            if name in values:
+                raise ValueError(f"{key}.{name}: all concepts have the same; set task.captions.{name}")
+        try:
+            return validate({**self.model_dump(), **values}, type(self)) if values else self
+        except ConfigError as error:
+            raise ValueError("; ".join(f"{key}.{line}" for line in error.args)) from None
 
     @property
     def varies_tags(self) -> bool:
@@ -190,6 +202,27 @@ class CaptionConfig(Strict):
         return [piece.replace(hidden, separator) for piece in split_tags(text, separator)]
 
 
+class Captions:
+    """The caption rules of a collection's rows: those of the task, with the values of each concept."""
+
+    def __init__(self, config: CaptionConfig, collection: Collection) -> None:
+        keyed = ((f"data.concepts.{number}.captions", each) for number, each in enumerate(collection.concepts))
+        self._configs = [config.changed(key, concept.captions) for key, concept in keyed] or [config]
+        self._ids = collection.concept_ids()
+
+    def of(self, row: int) -> CaptionConfig:
+        """Return the rules of a row."""
+        return self._configs[self._ids[row]]
+
+    def by_source(self, rows: np.ndarray) -> Iterator[tuple[CaptionConfig, np.ndarray]]:
+        """Yield rules of each source, and the rows that have it."""
+        sources = np.array([config.source for config in self._configs])
+        for source in dict.fromkeys(sources.tolist()):
+            chosen = rows[sources[self._ids[rows]] == source]
+            if len(chosen):
+                yield self.of(chosen[0]), chosen
+
+
 def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:
     """Describe in one line where the captions of `rows` come from; warn of images without one.
 
@@ -218,14 +251,15 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any()) + several
 
 
-def count_tags(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> dict[str, dict[str, int]]:
+def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> dict[str, dict[str, int]]:
     """Return how many of `rows` have a tag in their captions, by folder and tag; the most frequent tags of large ones.
 
     A short caption without a separator counts as a tag, as in sd-scripts, whose files hold these counts.
     """
     counts = Counter[tuple[str, str]]()
-    for row in map(collection.row, rows.tolist()):
-        folder = PurePosixPath(row.path).parent.as_posix()
+    for row, config in ((collection.row(row), captions.of(row)) for row in rows.tolist()):
+        folder = PurePosixPath(row.path).parent
+        folder = folder.name if folder.is_absolute() else folder.as_posix()  # a file names no place of this machine
         tags = {tag.lower() for text in config.read(row) for tag in config.split(text) if len(tag) <= _LONGEST_TAG}
         counts.update((folder, tag) for tag in tags)
         if len(counts) > _HELD:

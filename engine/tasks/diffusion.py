@@ -7,6 +7,7 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     token_ids [B, chunks, 77], and token_weights with task.captions.emphasis; from the cache prompt_embeds [B, L, D] and
         pooled_prompt_embeds [B, P]
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
+    concept_weight [B], and is_prior [B] bool, if `data.concepts` has one
     ragged tags, and shown_tags of the caption, with task.tag_weights: `TagBalance` computes the sample's weight
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
@@ -21,6 +22,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 
+from data.collection.concepts import find_repeats
 from data.latents.buckets import BucketConfig
 from data.stream.batch import multi_hot
 from data.tags.captions import CaptionConfig
@@ -127,8 +129,15 @@ class DiffusionTaskConfig(TaskConfig):
         return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration with the values of the VAE: they are recorded, and compared on resume."""
-        return config.model_copy(update={"model": config.model.settled()})
+        """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
+
+        They are recorded, and compared on resume.
+        """
+        data = config.data
+        if data.concepts is None and data.name == "image_folder":
+            concepts = find_repeats(data.root)
+            data = data.model_copy(update={"concepts": concepts or None})
+        return config.model_copy(update={"model": config.model.settled(), "data": data})
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""
@@ -146,7 +155,9 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError(
                 "task.text_cache: the cache needs frozen text encoders, but they are trained; set it to null"
             )
-        if self.text_cache is not None and self.captions.varies_tags and self.text_variants == 1:
+        keyed = ((f"data.concepts.{n}.captions", each.captions) for n, each in enumerate(config.data.concepts or ()))
+        captions = [self.captions, *(self.captions.changed(key, values) for key, values in keyed)]
+        if self.text_cache is not None and any(own.varies_tags for own in captions) and self.text_variants == 1:
             raise ValueError(
                 "task.text_cache: the cache holds one text per caption, but task.captions shuffles or drops tags; set "
                 "task.text_variants=8, for example, or task.text_cache=null"
@@ -309,6 +320,10 @@ class DiffusionTask(Task):
             logs[f"error_{number}"] = log_mean(figures["error"], batch["weight"] * (bins == number))
         if "perceptual" in figures:
             loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
+        if "is_prior" in batch:
+            logs["prior_loss"] = log_mean(loss, batch["weight"] * batch["is_prior"])
+        if "concept_weight" in batch:
+            loss = loss * batch["concept_weight"]
         if self.tag_balance is not None:
             tag_weight = self.tag_balance(batch)
             loss = loss * tag_weight

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.collection.collection import Collection
+from data.collection.collection import Collection, describe_concepts
 from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
@@ -23,7 +23,7 @@ from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler
 from data.stream.source import Source
-from data.tags.captions import CaptionConfig, Vary, count_tags, describe_captions
+from data.tags.captions import CaptionConfig, Captions, Vary, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
@@ -45,6 +45,7 @@ log = get_logger(__name__)
 _TEXTS_AT_ONCE = 16
 
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
+VaryBy = Callable[[CaptionConfig], Vary]
 
 
 class BucketedKind(Kind):
@@ -99,7 +100,7 @@ class DiffusionKind(BucketedKind):
         if task.tag_weights is None:
             return {}
         rows = training_rows(collection, config.loop)
-        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, task.captions)}
+        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, Captions(task.captions, collection))}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
         """Return the images. With a latent cache they are read once, so they are not cached."""
@@ -114,12 +115,15 @@ class DiffusionKind(BucketedKind):
             off = {"latent_cache": None, "text_cache": None}
             setup = replace(setup, task=setup.task.model_copy(update=off))
             config = config.model_copy(update={"task": config.task.model_copy(update=off)})
-        collection, captions = data.collection, setup.task.captions
-        sources = describe_captions(collection, training_rows(collection, config.loop), captions)
+        collection, captions = data.collection, Captions(setup.task.captions, data.collection)
+        parts = captions.by_source(training_rows(collection, config.loop))
+        sources = "; ".join(describe_captions(collection, rows, own) for own, rows in parts)
         streams = super().streams(data, setup, config)
         images = np.unique(streams.train.sampler.rows)
         frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, captions))
         described = {**streams.described, "collection": f"{streams.described['collection']}; {sources}"}
+        if collection.concepts:
+            described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)
         trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
         return replace(streams, described=described, trained_on=trained_on)
 
@@ -127,7 +131,7 @@ class DiffusionKind(BucketedKind):
         """Return the training stream, in buckets."""
         task, collection = setup.task, data.collection
         rows = training_rows(collection, config.loop)
-        tags = None if task.tag_weights is None else read_tags(collection, task.captions)
+        tags = None if task.tag_weights is None else read_tags(collection, Captions(task.captions, collection))
         parts = config.loop.global_batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
         buckets.refuse_none(len(rows))
@@ -168,17 +172,27 @@ def check_noise(path: str, noise: NoiseConfig) -> None:
 # ----------------------------------------------------------------------------------------------------------- captions
 
 
-def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int, tags: ImageTags | None) -> Fields:
-    """Return a function that adds a sample's caption, its position in the step, and its tags, if they weigh.
+def caption_fields(
+    data: Data, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, tags: ImageTags | None
+) -> Fields:
+    """Return a function that adds a sample's caption, position in the step, concept, and tags, if they weigh.
 
-    vary: see `CaptionConfig.draw`. parts: samples of a step, over all ranks.
+    vary: see `CaptionConfig.draw`, for the rules of a row. parts: samples of a step, over all ranks.
     """
+    rules, concepts = Captions(captions, data.collection), data.collection.concepts
+    concept_of = data.collection.concept_ids()
+    has_priors = any(concept.is_prior for concept in concepts)
 
     def add(example: Example) -> Sample:
-        texts, row = config.read(example.row), example.draw.index
-        text, is_dropped = config.draw(texts, example.generator if example.training else None, vary)
+        row, config = example.draw.index, rules.of(example.draw.index)
+        generator = example.generator if example.training else None
+        text, is_dropped = config.draw(config.read(example.row), generator, vary(config))
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
+        if concepts:
+            fields["concept_weight"] = concepts[concept_of[row]].weight
+        if has_priors:
+            fields["is_prior"] = concepts[concept_of[row]].is_prior
         if tags is None:
             return fields
         ids, shown = torch.tensor(tags.of_row(row)).long(), tags.find_shown(row, text, config)
@@ -187,19 +201,21 @@ def caption_fields(config: CaptionConfig, encode: Encode, vary: Vary, parts: int
     return add
 
 
-def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, Vary]:
-    """Return a function from a caption to its tokens or its record in the text cache, and one from a text to a caption.
+def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, VaryBy]:
+    """Return a function from a caption to its tokens or its record in the text cache, and one that varies texts.
 
     Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
     cache.
     """
-    task, captions = setup.task, setup.task.captions
-    read = (captions.read(data.collection.row(int(row))) for row in rows)
-    texts = [text for texts in read for text in (texts if training else texts[:1])]
+    task, captions, rules = setup.task, setup.task.captions, Captions(setup.task.captions, data.collection)
+    read = ((rules.of(row), rules.of(row).read(data.collection.row(row))) for row in rows.tolist())
+    pairs = [(text, own) for own, texts in read for text in (texts if training else texts[:1])]
+    texts = [text for text, _ in pairs]
     texts_of = "training" if training else "validation"
     if summary := captions.describe_emphasis(texts):
         log.info("captions: of %s %s captions %s", f"{len(texts):,}", texts_of, summary)
-    needed = np.array([count_chunks(captions.complete(text), emphasis=captions.emphasis) for text in texts] or [1])
+    needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs]
+    needed = np.array(needed or [1])
     chunks = min(needed.max(), task.caption_chunks)
     if cut := np.count_nonzero(needed > chunks):
         log.warning(
@@ -212,13 +228,19 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
             ids, weights = tokenize([caption], chunks, emphasis=captions.emphasis)
             return {"token_ids": ids[0], **({} if weights is None else {"token_weights": weights[0]})}
 
-        return add_tokens, captions.vary_tags
-    variants = task.text_variants if training and captions.varies_tags else 1
-    make = captions.vary_tags if training else lambda text, generator: captions.complete(text)
-    to_encode = [vary_caption(text, number, make) for text in texts for number in range(variants)]
+        return add_tokens, lambda own: own.vary_tags
 
-    def vary(text: str, generator: torch.Generator) -> str:
-        return vary_caption(text, int(torch.randint(variants, (), generator=generator)), make)
+    def make(own: CaptionConfig) -> tuple[int, Vary]:
+        """Return the number of variants, and how to make one."""
+        variants = task.text_variants if training and own.varies_tags else 1
+        return variants, own.vary_tags if training else lambda text, generator: own.complete(text)
+
+    made = ((text, *make(own)) for text, own in pairs)
+    to_encode = [vary_caption(text, number, one) for text, variants, one in made for number in range(variants)]
+
+    def vary(own: CaptionConfig) -> Vary:
+        variants, one = make(own)
+        return lambda text, generator: vary_caption(text, int(torch.randint(variants, (), generator=generator)), one)
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -245,7 +267,7 @@ def _read(
     """
     task, collection = setup.task, data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
-    fields = caption_fields(task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
+    fields = caption_fields(data, task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
     if task.latent_cache is None:
         return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)

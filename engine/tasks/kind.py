@@ -23,7 +23,7 @@ from data.augment.on_device import IMAGES, training_views
 from data.augment.transforms import TrainTransform, by_group
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
-from data.config import AugmentConfig, DataConfig
+from data.config import AugmentConfig, DataConfig, WholeData
 from data.latents.buckets import letterbox_groups, letterbox_sizes
 from data.open import Data, describe_collection, open_images
 from data.stream.loader import Fields, no_fields
@@ -90,7 +90,7 @@ class ImageTrainingConfig(TrainingConfig):
     """The schema of a training script on images."""
 
     model: ModelConfig
-    data: DataConfig
+    data: WholeData
     augment: AugmentConfig
     task: TaskConfig
 

@@ -12,6 +12,7 @@ import pytest
 from data.stream.order import (
     GroupedSampler,
     Sampler,
+    Turns,
     _BalancedSampler,
     _BlockSampler,
     build_sampler,
@@ -28,11 +29,16 @@ CLASS_SIZES = [1, 3, 20, 13]
 CLASS_IDS = np.random.default_rng(0).permutation(np.repeat(range(len(CLASS_SIZES)), CLASS_SIZES))
 GROUPS = np.random.default_rng(1).permutation(np.repeat([0, 2, 5, 9], [1, 8, 13, 15]))
 CHUNK = 4
+CONCEPTS, POSITIONS = np.repeat([0, 1, 3], [5, 30, 2]), np.array([15, 12, 0, 3])  # three times, a share, none, a share
 SAMPLERS = {
     "shuffled": lambda seed: Sampler(ROWS, seed),
     "blocks": lambda seed: _BlockSampler(ROWS, seed, block=5, window=3),
     "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
+    "concepts": lambda seed: Sampler(ROWS, seed, Turns(CONCEPTS, GROUPS * 0, POSITIONS, seed)),
+    "concepts in groups": lambda seed: GroupedSampler(
+        ROWS, GROUPS, CHUNK, seed, Turns(CONCEPTS, GROUPS, POSITIONS, seed)
+    ),
 }
 
 
@@ -113,6 +119,27 @@ def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
     assert jumps < 60, "neighbours but for the ends of blocks"
     sampler.reads_blocks = False
     assert sampler.rows_ahead(0, 5, True) == []
+
+
+# --- concepts
+
+
+@pytest.mark.parametrize("name", ["concepts", "concepts in groups"])
+def test_concepts_have_their_positions_and_their_samples_take_turns(name):
+    """In chunks, what fills none moves to a later epoch, so the counts are those of a cycle."""
+    sampler, total, cycle = SAMPLERS[name](7), Counter(), CHUNK if name.endswith("groups") else 1
+    rows = [sampler.at(position) for position in range(10 * cycle * sampler.epoch_length)]
+    every = dict(zip(ROWS.tolist(), zip(CONCEPTS.tolist(), GROUPS.tolist())))
+    for start in range(0, len(rows), cycle * sampler.epoch_length):
+        part = rows[start : start + cycle * sampler.epoch_length]
+        assert Counter(every[row][0] for row, _ in part) == {0: 15 * cycle, 1: 12 * cycle, 3: 3 * cycle}
+        assert cycle == 1 or all(every[row][1] == group for row, group in part)
+        total.update(row for row, _ in part)
+    assert {total[row] for row in ROWS[:5]} == {3 * 10 * cycle}, "whole repeats are exact"
+    counts = Counter(every[row] if cycle > 1 else every[row][0] for row in ROWS.tolist())
+    for cell in counts:
+        shown = [total[row] for row in ROWS.tolist() if cell == (every[row] if cycle > 1 else every[row][0])]
+        assert max(shown) - min(shown) <= 1, (cell, shown)
 
 
 # --- balanced
@@ -256,7 +283,7 @@ def labelled(labels):
     """What `build_sampler` reads of a collection."""
     names = sorted({label for label in labels if label is not None})
     ids = np.array([-1 if label is None else names.index(label) for label in labels])
-    return SimpleNamespace(class_names=lambda split: names, class_ids=lambda names: ids)
+    return SimpleNamespace(class_names=lambda split: names, class_ids=lambda names: ids, concepts=[])
 
 
 def test_balanced_needs_labels():

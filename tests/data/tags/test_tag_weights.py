@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from data.tags.captions import Captions
 from data.tags.tag_weights import ImageTags, TagWeightsConfig, find_tag_facts, read_tags
 from tests.data.tags.test_captions import collection_of, config
 
@@ -36,9 +37,9 @@ def test_shares_give_the_mean_weight_of_images_as_a_slow_reference_does(tmp_path
     manifest = [{"path": name, "tags": tags} for name, tags in zip(names, rows)]
     collection, some = collection_of(tmp_path, {"manifest.jsonl": manifest}, names), np.arange(1, 14, 2)
     factors = rule(factors={"meta": 0.0})
-    facts = find_tag_facts(collection, some, factors, config())
+    facts = find_tag_facts(collection, some, factors, Captions(config(), collection))
     weights = factors.weigh(np.array(facts["counts"]), np.array(facts["factors"]))
-    named = dict(zip(read_tags(collection, config()).names, weights))
+    named = dict(zip(read_tags(collection, Captions(config(), collection)).names, weights))
     kept = [[named[tag] for tag in rows[row] if named[tag]] for row in some]
     assert weights @ facts["shares"] == pytest.approx(np.mean([np.mean(row) for row in kept if row]))
 
@@ -46,5 +47,6 @@ def test_shares_give_the_mean_weight_of_images_as_a_slow_reference_does(tmp_path
 def test_tags_come_from_captions_where_there_are_none_but_not_from_sentences(tmp_path):
     lines = [{"tags": ["x"], "caption": "y"}, {"caption": "A cat, grey and old, sleeps on the mat.\nhat, Long Hair"}]
     manifest = [{"path": f"{name}.png", **line} for name, line in zip("ab", lines)]
-    tags = read_tags(collection_of(tmp_path, {"manifest.jsonl": manifest}, ("a.png", "b.png")), config())
+    collection = collection_of(tmp_path, {"manifest.jsonl": manifest}, ("a.png", "b.png"))
+    tags = read_tags(collection, Captions(config(), collection))
     assert [[tags.names[tag] for tag in tags.of_row(row)] for row in (0, 1)] == [["x"], ["hat", "Long Hair"]]

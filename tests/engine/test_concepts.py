@@ -1,0 +1,95 @@
+"""finetune_sdxl.py on concepts: exact resume, losses of priors, weights, captions of their own, and refusals."""
+
+import pytest
+import torch
+
+pytest.importorskip("diffusers")
+
+from data.collection.collection import Collection, index_collection
+from data.collection.concepts import ConceptConfig
+from data.tags.captions import Captions
+from tests.data.collection.test_collection import put
+from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch
+from tests.engine.test_diffusion_refusals import refused
+from tests.in_process import configure, run, run_until_killed
+from tests.support import rows
+from utils.errors import UserError
+
+CONCEPTS = "data.concepts=[{path: dog, repeats: 3, trigger: sks}, {path: reg, share: 0.4, is_prior: true, weight: 0.5}]"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("concepts")
+    put(folder / "images", *(f"dog/{number}.png" for number in range(5)), text="a dog")
+    put(folder / "images", *(f"reg/{number}.png" for number in range(9)), "dog/9.png")
+    put(folder / "kohya", "img/3_sks dog/a.png", "img/3_sks dog/b.png", "reg/1_dog/c.png")
+    return folder
+
+
+def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refused(place):
+    """From caches, whose keys do not depend on concepts: another table of them encodes nothing again."""
+    own = [*SHORT, *RESUMED, *FIVES, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
+    own += ["task.text_variants=2", "task.tag_weights={power: 0.5, low: 0.1, high: 3.0, factors: {}, "]
+    own[-1] += "reestimate_steps: null}"
+    run("finetune_sdxl", [*own, CONCEPTS, "run_dir=straight"], place)
+    files = sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
+    run_until_killed("finetune_sdxl", [*own, CONCEPTS, "run_dir=killed"], place, step=4)
+    run("finetune_sdxl", [*own, CONCEPTS, "run_dir=killed"], place)
+    assert_equal_runs(place / "straight", place / "killed", 6)
+    train = rows(place / "straight/metrics.jsonl", "train")
+    assert any(row["prior_loss"] is not None for row in train)
+    with pytest.raises(UserError, match="data.concepts"):
+        run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=killed"], place)
+    run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=other"], place)
+    assert files == sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
+
+
+def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(place, capsys):
+    run("finetune_sdxl", [*SHORT, "data.root=kohya", "dry_run=true"], place)
+    said = capsys.readouterr().err
+    assert "1        3     50.0%  img/3_sks dog, trigger 'sks dog' in 1 captions" in said
+    assert "1        3     50.0%  reg/1_dog, share 0.5, prior, trigger 'dog' in 1 captions" in said
+    with pytest.raises(UserError, match="none of the 2 images"):
+        run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "dry_run=true"], place)
+
+
+def test_the_weight_of_a_concept_scales_its_loss_and_priors_are_logged_without_it():
+    task, batch = build(), make_batch()
+    plain = losses(task, batch).detach()
+    own = {"concept_weight": torch.tensor([1.0, 0.5, 2.0, 1.0]), "is_prior": torch.tensor([False, True, True, False])}
+    output = task(batch | own, torch.zeros(()))
+    torch.testing.assert_close(output.loss, plain * own["concept_weight"])
+    total, count = output.logs["prior_loss"]
+    torch.testing.assert_close(total / count, plain[1:3].mean())
+
+
+def test_a_concept_changes_the_captions_of_its_rows(place, tmp_path):
+    config, _ = configure("finetune_sdxl", [*SHORT, "data.root=images"])
+    concepts = [ConceptConfig(path="dog", captions={"prefix": "sks"}), ConceptConfig(path="reg", trigger="thing")]
+    index = index_collection(str(place / "images"), validation_fraction=0.0, cache=tmp_path, concepts=concepts)
+    rules = Captions(config.task.captions, collection := Collection(str(place / "images"), index))
+    texts = [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in (0, 5, 6)]
+    assert texts == ["sks, a dog", "sks", "thing"]
+
+
+@pytest.mark.parametrize(
+    "concept, key",
+    [
+        ("{path: dog, captions: {shufle: true}}", "data.concepts.0.captions.shufle: unknown key; close: shuffle"),
+        ("{path: dog, captions: {shuffle: 3}}", "data.concepts.0.captions.shuffle: must be"),
+        ("{path: dog, captions: {emphasis: true}}", "data.concepts.0.captions.emphasis: all concepts"),
+        ("{path: dog, repeats: 2, share: 0.5}", "data.concepts.0: 'dog' has repeats (2) and a share (0.5)"),
+        ("{path: dog, repeat: 2}", "data.concepts.0.repeat: unknown key"),
+        ("{path: cat}", "data.concepts.0.path: "),
+        ("{path: dog, share: 0}", "data.concepts: the shares sum to 0"),
+    ],
+)
+def test_wrong_concepts_are_refused_by_key(concept, key, place, monkeypatch, capsys):
+    assert key in refused(place, monkeypatch, capsys, f"data.concepts=[{concept}]")
+
+
+@pytest.mark.parametrize("script", ["train", "finetune_vae", "prepare"])
+def test_other_scripts_refuse_concepts(script):
+    with pytest.raises(UserError, match="data.concepts: are for finetune_sdxl.py"):
+        configure(script, ["data=image_folder", "data.root=x", "data.concepts=[{path: y}]"])
