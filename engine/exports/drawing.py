@@ -28,7 +28,7 @@ from engine.exports.formats import whole_networks
 from engine.exports.weights import MovedBase, open_weights
 from engine.task import FILE_HASHES
 from engine.tasks.diffusion import DiffusionTask
-from models.sdxl.family import ENCODERS
+from models.sdxl.family import ENCODERS, SAMPLERS
 from models.sdxl.lora_files import merge_lora
 from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
 from models.sdxl.sampling import PictureConfig, Prompt, PromptText, encode_prompt, sample_pictures, scheduler_config
@@ -101,7 +101,8 @@ class Painter:
         added = "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)
         hashes = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
         settings = {
-            "Steps": prompt.steps, "Sampler": "DDIM", "CFG scale": f"{prompt.guidance:g}", "Seed": prompt.seed,
+            "Steps": prompt.steps, "Sampler": SAMPLERS[self.scheduler["_class_name"]],
+            "CFG scale": f"{prompt.guidance:g}", "Seed": prompt.seed,
             "Size": f"{width}x{height}", "Model hash": self.hashes[0][:10], "Model": self.name,
             "CFG Rescale": f"{prompt.guidance_rescale:g}", **({"Lora hashes": hashes} if hashes else {}),
             "Version": "Atelier",
@@ -136,7 +137,7 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
                 name="sdxl", path=str(path), vae=moved.vae, vae_values=AS_STATED, frozen_dtype="float32"
             )
             networks, files = open_networks(model), base_files(model)
-            scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]))
+            scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]), facts["shift"])
             zeros, emphasis = facts["zeros_for_empty_prompt"], False
             log.info("prompts: brackets are text; only a run with task.captions.emphasis=true reads them as emphasis")
         else:
@@ -144,7 +145,7 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
             if not isinstance(opened.task, DiffusionTask):
                 raise UserError(f"{path} draws no pictures: prompts is for SDXL; set input for this one")
             networks, files, task = whole_networks(opened), [path], opened.setup.task
-            scheduler = scheduler_config(task.noise.prediction_type, task.noise.zero_terminal_snr)
+            scheduler = scheduler_config(**task.stated_noise)
             zeros, emphasis = task.captions.dropout_to == "zeros", task.captions.emphasis
     merged = []
     for text in loras:

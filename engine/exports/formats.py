@@ -233,7 +233,7 @@ def write_whole(weights: Weights, folder: Path, config: ExportConfig) -> dict[st
     settings, dtype, networks = weights.setup.task, _DTYPES[config.precision], whole_networks(weights)
     if padding := networks["vae"].config.get("padding_mode"):
         log.warning("format: other programs ignore padding_mode=%s of the VAE: pictures differ at borders", padding)
-    noise = settings.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
+    noise = settings.stated_noise
     if config.format == "diffusers":
         zeros = settings.captions.dropout_to == "zeros"
         checkpoint_files.write_diffusers(
@@ -296,7 +296,7 @@ def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str,
             raise UserError("format: vae_single_file needs the other networks of a base model; set format=vae")
         base = describe(model.path)
         networks = open_networks(model, [part for part in PARTS if part != "vae"]) | {"vae": vae}
-        noise = {name: base[name] for name in ("prediction_type", "zero_terminal_snr")}
+        noise = {name: base[name] for name in ("prediction_type", "zero_terminal_snr", "shift")}
         checkpoint_files.write_single_file(folder / file, networks, dtype=dtype, facts=_facts(weights, config), **noise)
     read = load_vae(folder if config.format == "vae_diffusers" else folder / file)
     return {"file": file, **_compare_vae(vae, read, config)}

@@ -44,6 +44,7 @@ def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -
         "ss_steps": metadata["step"],
         "ss_tag_frequency": trained_on.get("tag_frequency"),
         "ss_zero_terminal_snr": task.noise.zero_terminal_snr,
+        "ss_discrete_flow_shift": task.stated_noise.get("shift"),
         "ss_noise_offset": task.noise.offset,
         "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
         "ss_caption_dropout_rate": task.captions.caption_dropout,

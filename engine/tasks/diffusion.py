@@ -15,7 +15,7 @@ Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 import numpy as np
 import torch
@@ -80,6 +80,11 @@ class NoiseConfig(Strict):
                 "task.noise.prediction_type: epsilon has nothing to predict at the last timestep, which is pure noise "
                 "with task.noise.zero_terminal_snr=true; set v_prediction, or zero_terminal_snr=false"
             )
+        if self.zero_terminal_snr and self.prediction_type == "flow":
+            raise ValueError(
+                "task.noise.zero_terminal_snr: true changes the noise table of v_prediction, but flow has no table and "
+                "always ends in pure noise; set task.noise.zero_terminal_snr=false"
+            )
         return self
 
 
@@ -96,11 +101,12 @@ class LossConfig(Strict):
 
 
 class TimestepsConfig(Strict):
-    """How to draw timesteps. mean and std belong to logit_normal."""
+    """How to draw timesteps. mean and std belong to logit_normal. shift: see `shift_times` in models/sdxl/step.py."""
 
     sampling: sdxl.TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
     std: Positive
+    shift: Annotated[float, Field(ge=0.01, le=100)]
 
 
 class DiffusionTaskConfig(TaskConfig):
@@ -128,6 +134,12 @@ class DiffusionTaskConfig(TaskConfig):
         """Whether the text encoders change in training."""
         return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
 
+    @property
+    def stated_noise(self) -> dict[str, Any]:
+        """Return the noise as exports state it and as pictures are sampled: arguments of `scheduler_config`."""
+        noise = self.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
+        return noise | ({"shift": self.timesteps.shift} if self.noise.prediction_type == "flow" else {})
+
     def complete(self, config: TrainingConfig) -> TrainingConfig:
         """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
 
@@ -145,6 +157,11 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError(
                 f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
                 "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
+            )
+        if self.noise.prediction_type == "flow" and (weighting := self.loss.weighting) != "none":
+            raise ValueError(
+                f"task.loss.weighting: {weighting} is for epsilon and v; flow is trained on its plain error, and "
+                "task.timesteps says how often each noise level comes; set task.loss.weighting=none"
             )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
@@ -345,9 +362,11 @@ class DiffusionTask(Task):
         keys = batch["key"]
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
-        timesteps = sdxl.draw_timesteps(times.sampling, keys, batch["strata"], mean=times.mean, std=times.std)
+        options = {"mean": times.mean, "std": times.std, "shift": times.shift}
+        drawn = sdxl.draw_times(times.sampling, keys, batch["strata"], **options)
         shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        level = sdxl.NoiseLevel(self.alphas, self.sigmas).at(timesteps, shift)
+        table = sdxl.NoiseLevel(self.alphas, self.sigmas)
+        level, timesteps = sdxl.find_levels(noise_config.prediction_type, drawn, table, shift)
         noise = sdxl.draw_noise(keys, latents, noise_config.offset)
         noisy = sdxl.add_noise(latents, noise, level)
         pred = self._predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
@@ -430,9 +449,8 @@ class DiffusionTask(Task):
 
     def sample(self) -> list[np.ndarray]:
         """Return the pictures of `task.samples`, each uint8 [H, W, 3], the same on all ranks."""
-        noise = self._config.noise
         encoded = self._encode_prompts() if self._config.text_cache is None else self._prompts
-        scheduler = scheduler_config(noise.prediction_type, noise.zero_terminal_snr)
+        scheduler = scheduler_config(**self._config.stated_noise)
         return list(sample_pictures(self.unet, self.vae, scheduler, self._config.samples.complete_all(), encoded))
 
     def _encode_prompts(self) -> list[EncodedPrompt]:

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from models.sdxl.family import PARTS, PREFIXES, Networks
+from models.sdxl.family import PARTS, PREDICTIONS, PREFIXES, Networks
 from models.sdxl.names import part_state, to_single_file
 from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import PredictionType
@@ -44,8 +44,8 @@ def write_modelspec(
     metadata: of other programs.
     """
     facts = {**facts, "sai_model_spec": "1.0.1", "hash_sha256": f"0x{NO_HASH}"}
-    if facts.get("prediction_type") == "v_prediction":
-        facts["prediction_type"] = "v"
+    if facts.get("prediction_type"):
+        facts["prediction_type"] = PREDICTIONS[facts["prediction_type"]].names[0]
     own = {name if name.startswith("ss_") else f"modelspec.{name}": text for name, text in facts.items()}
     texts = {**metadata, **own}
     write_tensors(path, tensors, texts)
@@ -63,6 +63,7 @@ def write_single_file(
     *,
     prediction_type: PredictionType,
     zero_terminal_snr: bool,
+    shift: float = 1.0,
     dtype: torch.dtype,
     facts: Mapping[str, str],
 ) -> None:
@@ -81,6 +82,7 @@ def write_single_file(
         "architecture": "stable-diffusion-xl-v1-base",
         "implementation": GENERATIVE_MODELS,
         "prediction_type": prediction_type,
+        **({"ss_discrete_flow_shift": str(shift)} if prediction_type == "flow" else {}),
     }
     write_modelspec(path, tensors, facts, _stated_padding(networks["vae"], tensors))
 
@@ -92,6 +94,7 @@ def write_diffusers(
     *,
     prediction_type: PredictionType,
     zero_terminal_snr: bool,
+    shift: float = 1.0,
     dtype: torch.dtype,
     zeros_for_empty_prompt: bool,
 ) -> None:
@@ -111,7 +114,7 @@ def write_diffusers(
     for name, written in (("tokenizer", tokenizer), ("tokenizer_2", second)):
         written.save_pretrained(folder / name)
         classes[name] = ["transformers", "CLIPTokenizer"]
-    scheduler = {"_class_name": "DDIMScheduler", **scheduler_config(prediction_type, zero_terminal_snr)}
+    scheduler = scheduler_config(prediction_type, zero_terminal_snr, shift)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "StableDiffusionXLPipeline",
@@ -119,7 +122,7 @@ def write_diffusers(
         "add_watermarker": False,
         "force_zeros_for_empty_prompt": zeros_for_empty_prompt,
         **classes,
-        "scheduler": ["diffusers", "DDIMScheduler"],
+        "scheduler": ["diffusers", scheduler["_class_name"]],
     }
     write_json(folder / "model_index.json", index)
 

@@ -51,6 +51,35 @@ SCHEDULE = {  # Stable Diffusion's, as diffusers' schedulers name it
 }
 
 
+class Prediction(NamedTuple):
+    """What a U-Net predicts: its names in files, and what samples it. models/sdxl/step.py has the equations.
+
+    names: ModelSpec's first, then those of other programs. schedule: what the scheduler of a base model has.
+    scheduler: diffusers' class and settings for our pictures and exports. sampler: the web UIs' name for it.
+    """
+
+    names: tuple[str, ...]
+    schedule: Mapping[str, Any]
+    scheduler: Mapping[str, Any]
+    sampler: str
+
+
+_TABLE = {**SCHEDULE, "trained_betas": None, "use_flow_sigmas": False}
+_DDIM = {
+    "_class_name": "DDIMScheduler", **SCHEDULE, "timestep_spacing": "trailing", "clip_sample": False,
+    "set_alpha_to_one": False,
+}  # fmt: skip
+_FLOW = {"num_train_timesteps": TIMESTEP_COUNT, "prediction_type": "flow_prediction", "use_flow_sigmas": True}
+# Its first order is Euler's method. diffusers' pipeline of SDXL does not run with FlowMatchEulerDiscreteScheduler.
+_EULER = {"_class_name": "DPMSolverMultistepScheduler", **_FLOW, "solver_order": 1}
+PREDICTIONS = {  # by the names of `task.noise.prediction_type`
+    "epsilon": Prediction(("epsilon", "eps"), _TABLE, _DDIM, "DDIM"),
+    "v_prediction": Prediction(("v", "v_prediction"), _TABLE, _DDIM, "DDIM"),
+    "flow": Prediction(("flow", "flow_prediction", "flow_matching", "rectified_flow"), _FLOW, _EULER, "Euler"),
+}
+SAMPLERS = {row.scheduler["_class_name"]: row.sampler for row in PREDICTIONS.values()}
+
+
 def draw_networks(*, tiny: bool = True) -> Networks:
     """Return SDXL with random weights, which are the same in each call."""
     with torch.random.fork_rng(devices=[]):

@@ -1,8 +1,9 @@
 """SDXL's four networks, from a diffusers folder or a single file, or tiny ones with random weights."""
 
+import re
 from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from pydantic import Field
@@ -13,7 +14,7 @@ from models.sdxl import family
 from models.sdxl.family import PARTS, PREFIXES, Networks
 from models.sdxl.folders import local_base, read_config, unusable, weight_files
 from models.sdxl.names import drop_unused, from_folder, from_single_file, load_part, part_state
-from models.sdxl.step import PredictionType, build_noise_table
+from models.sdxl.step import build_noise_table
 from models.sdxl.vae import (
     AS_STATED,
     VAEValues,
@@ -37,9 +38,12 @@ _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
 _FREE = (*VAEValues.model_fields, "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
-_SCHEDULE_DEFAULTS = {"num_train_timesteps": family.TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False}
+_SCHEDULE_DEFAULTS = {
+    "num_train_timesteps": family.TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,
+    "prediction_type": "epsilon",
+}  # fmt: skip
 _TABLE_TOLERANCE = 0.004  # of alphas: twice the rounding of bfloat16
-_PREDICTIONS = {"v": "v_prediction", "v_prediction": "v_prediction", "epsilon": "epsilon", "eps": "epsilon"}
+_PREDICTIONS = {name: prediction for prediction, row in family.PREDICTIONS.items() for name in row.names}
 # Tensors that identify other kinds of checkpoints.
 _OTHERS = {
     "cond_stage_model.": "Stable Diffusion 1 or 2",
@@ -206,9 +210,10 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
 def describe(path: str | Path) -> dict[str, Any]:
     """Return what a folder or file says of itself, JSON values; None is unknown.
 
-    `layout`, `license`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `other_noise` (how its
-    noise schedule differs from SDXL's, or None), `unread` (names of tensors that belong to no network), and
-    `zeros_for_empty_prompt` (see `write_diffusers`; a single file's is encoded, as in ComfyUI and the web UIs).
+    `layout`, `license`, `prediction_type` (epsilon if a file does not say), `zero_terminal_snr`, `shift` (of flow's
+    sampling, 1 if a file does not say), `other_noise` (how its noise schedule differs from SDXL's, or None), `unread`
+    (names of tensors that belong to no network), and `zeros_for_empty_prompt` (see `write_diffusers`; a single file's
+    is encoded, as in ComfyUI and the web UIs).
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
@@ -217,9 +222,9 @@ def describe(path: str | Path) -> dict[str, Any]:
         raise unusable(f"{path} does not exist")
     facts = _describe_folder(path) if path.is_dir() else _describe_file(path)
     facts["license"] = facts["license"] or stated_license(source)
-    if facts["prediction_type"] == "epsilon":  # nobody states that it has no zero terminal SNR
+    if (prediction := facts["prediction_type"]) != "v_prediction":  # nobody states that it has no zero terminal SNR
         if facts["zero_terminal_snr"]:
-            facts["other_noise"] = facts["other_noise"] or "zero terminal SNR with epsilon"
+            facts["other_noise"] = facts["other_noise"] or f"zero terminal SNR with {prediction}"
         facts["zero_terminal_snr"] = bool(facts["zero_terminal_snr"])
     return facts
 
@@ -237,7 +242,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key") or "epsilon"
     prediction, rescaled = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower()), None
     if prediction is None:
-        raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon or v")
+        raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon, v or flow")
     other = None
     if table := next((name for name in ("alphas_cumprod", "denoiser.sigmas") if name in names), None):
         rescaled, other = _recognise_table(path, table)
@@ -248,6 +253,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         "prediction_type": prediction,
         "zero_terminal_snr": rescaled,
         "other_noise": other,
+        "shift": _read_shift(texts.get("ss_discrete_flow_shift")),
         "license": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
         "unread": drop_unused(outside, family.UNUSED),
         "zeros_for_empty_prompt": False,
@@ -272,17 +278,26 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     if not kind.startswith("StableDiffusionXL"):
         raise unusable(f"{path} is a {kind}, not a StableDiffusionXLPipeline")
     scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
-    prediction, rescaled = scheduler.get("prediction_type", "epsilon"), scheduler.get("rescale_betas_zero_snr")
-    wanted = family.SCHEDULE | _SCHEDULE_DEFAULTS
-    wrong = {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
-    if prediction not in get_args(PredictionType) or not isinstance(rescaled, bool | None):
-        wrong |= {"prediction_type": prediction, "rescale_betas_zero_snr": rescaled}
+    if str(scheduler.get("_class_name")).startswith("FlowMatch"):
+        scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
+    prediction, rescaled = _PREDICTIONS.get(str(scheduler["prediction_type"])), scheduler.get("rescale_betas_zero_snr")
+    wrong = {}
+    if prediction is None or not isinstance(rescaled, bool | None):
+        wrong |= {"prediction_type": scheduler["prediction_type"], "rescale_betas_zero_snr": rescaled}
         prediction, rescaled = "epsilon", False
+    wanted = family.PREDICTIONS[prediction].schedule
+    wrong |= {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
     other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
     noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
+    noise["shift"] = _read_shift(scheduler.get("shift", scheduler.get("flow_shift")))
     zeros = index.get("force_zeros_for_empty_prompt", True) is True
     return {"layout": "diffusers", **noise, "license": None, "unread": [], "zeros_for_empty_prompt": zeros}
+
+
+def _read_shift(stated: object) -> float:
+    text = str(stated)
+    return float(text) or 1.0 if re.fullmatch(r"\d+(\.\d+)?", text) else 1.0
 
 
 def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]) -> dict[str, State]:

@@ -1,4 +1,4 @@
-"""Generate pictures with diffusers' pipeline: trailing timesteps and rescaled guidance.
+"""Generate pictures with diffusers' pipeline: trailing timesteps or Euler's method, and rescaled guidance.
 
 Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 """
@@ -12,7 +12,7 @@ import torch
 from pydantic import Discriminator, Field, Tag
 from torch import Tensor, nn
 
-from models.sdxl.family import SCHEDULE, TIMESTEP_COUNT
+from models.sdxl.family import PREDICTIONS, TIMESTEP_COUNT
 from models.sdxl.step import PredictionType, decode_latents, encode_captions
 from models.sdxl.tokenizer import count_chunks
 from utils.config.bounds import Factor, Fraction, Seed, Side
@@ -80,16 +80,12 @@ class EncodedPrompt(NamedTuple):
     negative_pooled: Tensor
 
 
-def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool) -> dict[str, object]:
-    """Return the configuration of a diffusers scheduler that matches the training."""
-    return {
-        **SCHEDULE,
-        "prediction_type": prediction_type,
-        "rescale_betas_zero_snr": zero_terminal_snr,
-        "timestep_spacing": "trailing",
-        "clip_sample": False,
-        "set_alpha_to_one": False,
-    }
+def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool, shift: float = 1.0) -> dict[str, object]:
+    """Return the configuration of a diffusers scheduler that matches the training. shift: of the times of flow."""
+    config = {**PREDICTIONS[prediction_type].scheduler}
+    if prediction_type == "flow":
+        return {**config, "flow_shift": shift}
+    return {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}
 
 
 @torch.no_grad()
@@ -120,11 +116,11 @@ def sample_pictures(
     encoded: Sequence[EncodedPrompt],
 ) -> Iterator[np.ndarray]:
     """Yield a picture per complete prompt, uint8 [H, W, 3]. It depends on its prompt only."""
-    from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+    import diffusers
 
-    pipeline = StableDiffusionXLPipeline(
-        vae=vae, unet=unet, scheduler=DDIMScheduler(**scheduler), text_encoder=None, text_encoder_2=None,
-        tokenizer=None, tokenizer_2=None, add_watermarker=False,
+    pipeline = diffusers.StableDiffusionXLPipeline(
+        vae=vae, unet=unet, scheduler=getattr(diffusers, scheduler["_class_name"]).from_config(scheduler),
+        text_encoder=None, text_encoder_2=None, tokenizer=None, tokenizer_2=None, add_watermarker=False,
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     for prompt, tensors in zip(prompts, encoded):

@@ -1,8 +1,8 @@
 """The parts of SDXL's training step: latents, texts, noise and its levels, targets, and weights of the loss.
 
-Variance preserving: noisy = alpha * latents + sigma * noise with alpha**2 + sigma**2 = 1, and SNR = (alpha / sigma)**2.
-Everything is computed from alpha and sigma, so that nothing is infinite if alpha is 0. Random numbers come from each
-sample's key, so they do not depend on how a batch is split.
+noisy = alpha * latents + sigma * noise, and SNR = (alpha / sigma)**2. With epsilon and v, alpha**2 + sigma**2 = 1; with
+flow, alpha + sigma = 1, and sigma is the time. Everything is computed from alpha and sigma, so that nothing is infinite
+if alpha is 0. Random numbers come from each sample's key, so they do not depend on how a batch is split.
 """
 
 from collections.abc import Sequence
@@ -16,7 +16,7 @@ from models.sdxl.tokenizer import BOS, EOT, pad_second, tokenize
 from models.sdxl.vae import latent_scale
 from utils import rng
 
-PredictionType = Literal["epsilon", "v_prediction"]  # as diffusers names them
+PredictionType = Literal["epsilon", "v_prediction", "flow"]  # rows of family.PREDICTIONS
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
@@ -159,19 +159,21 @@ def draw_noise(keys: Tensor, latents: Tensor, offset: float) -> Tensor:
     return noise
 
 
-def draw_timesteps(
+def draw_times(
     kind: TimestepSampling,
     keys: Tensor,
     strata: Tensor | None = None,
     *,
     mean: float = 0.0,
     std: float = 1.0,
+    shift: float = 1.0,
 ) -> Tensor:
-    """Return timesteps in 0..999, int64 [B], from keys [B] (a batch's `key`) on their device.
+    """Return times from 0, the image, to below 1, noise, float32 [B], from keys [B] (a batch's `key`) on their device.
 
     logit_normal: the sigmoid of a normal number of `mean` and `std`; a positive mean prefers noise.
     stratified: uniform within one of n equal parts of the range, so that a step with one sample per part covers all of
     it. strata: int64 [B, 2], the part 0..n-1 and n, such as a sample's position in the global batch and its size.
+    shift: see `shift_times`; 1 is off.
     Source: Esser et al. 2024 (arXiv 2403.03206), section 3.1, for logit_normal; Kingma et al. 2021 (arXiv 2107.00630),
     "low-discrepancy sampler", for strata. Differs: they shift evenly spaced times by one random number.
     """
@@ -182,7 +184,30 @@ def draw_timesteps(
     if kind == "stratified":
         part, parts = strata.unbind(dim=1)
         time = (part + time) / parts
-    return (time * TIMESTEP_COUNT).long().clamp(max=TIMESTEP_COUNT - 1)  # a time may round up to 1
+    return shift_times(time, shift).clamp(max=1 - 2**-24)  # a time may round up to 1
+
+
+def shift_times(times: Tensor, shift: Tensor | float) -> Tensor:
+    """Return times in 0..1 moved towards noise: as levels of flow, sigma / alpha is multiplied by `shift`.
+
+    Source: Esser et al. 2024 (arXiv 2403.03206), equation 23.
+    """
+    return shift * times / (1 + (shift - 1) * times)
+
+
+def find_levels(
+    prediction_type: PredictionType, times: Tensor, table: NoiseLevel, shift: Tensor | None = None
+) -> tuple[NoiseLevel, Tensor]:
+    """Return the noise levels at times [B] of `draw_times`, and the U-Net's timesteps [B], from 0 to below 1000.
+
+    table: of epsilon and v; `shift` [B] leaves their timesteps. With flow, a timestep is the noise level x 1000, as for
+    diffusers' flow schedulers and comfyanonymous/ComfyUI:comfy/model_sampling.py, ModelSamplingDiscreteFlow.
+    """
+    if prediction_type != "flow":
+        timesteps = (times * TIMESTEP_COUNT).long()
+        return table.at(timesteps, shift), timesteps
+    sigma = times if shift is None else shift_times(times, shift)
+    return NoiseLevel(1 - sigma, sigma), sigma * TIMESTEP_COUNT
 
 
 def add_noise(latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
@@ -194,10 +219,13 @@ def add_noise(latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
 def target(prediction_type: PredictionType, latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:
     """Return what the network is to predict, [B, C, H, W].
 
-    Source: Salimans, Ho 2022 (arXiv 2202.00512), section 4 and appendix D: v = alpha * noise - sigma * latents.
+    Source: Salimans, Ho 2022 (arXiv 2202.00512), section 4 and appendix D: v = alpha * noise - sigma * latents;
+    Liu et al. 2022 (arXiv 2209.03003), equation 1: flow, the velocity from the latents to the noise.
     """
     if prediction_type == "epsilon":
         return noise
+    if prediction_type == "flow":
+        return noise - latents
     alpha, sigma = level.over(latents)
     return alpha * noise - sigma * latents
 
@@ -207,6 +235,8 @@ def denoise(prediction_type: PredictionType, noisy: Tensor, pred: Tensor, level:
     alpha, sigma = level.over(noisy)
     if prediction_type == "epsilon":
         return (noisy - sigma * pred) / alpha
+    if prediction_type == "flow":
+        return noisy - sigma * pred
     return alpha * noisy - sigma * pred
 
 
@@ -214,7 +244,7 @@ def loss_weight(kind: Weighting, prediction_type: PredictionType, snr: Tensor, g
     """Return the weight [B] of each sample's mean squared error from its SNR [B] (above 0 for epsilon).
 
     Each kind weights the error in the latents. It is converted to a weight for the prediction's error, so the loss does
-    not depend on the prediction type. Only `none` weights the prediction's own error, by 1.
+    not depend on the prediction type. Only `none` weights the prediction's own error, by 1; flow has no other kind.
 
     min_snr: min(SNR, gamma). Source: Hang et al. 2023 (arXiv 2303.09556), section 3.4.
     soft_min_snr: its smooth form, SNR * gamma / (SNR + gamma). Source: Crowson et al. 2024 (arXiv 2401.11605).

@@ -12,11 +12,14 @@ pytest.importorskip("diffusers")
 
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.kind import Setup
+from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS
 from models.sdxl.sampling import Prompt, encode_prompt, scheduler_config
 from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed
 from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
+from utils import rng
+from utils.errors import UserError
 from utils.io.weights import read_weights
 
 REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
@@ -63,6 +66,39 @@ def gradients(task, *batches):
 # ------------------------------------------------------------------------------------------------------------- the loss
 
 
+FLOW = ["task.noise.prediction_type=flow", "task.noise.zero_terminal_snr=false", "task.loss.weighting=none"]
+
+
+def test_the_loss_of_flow_is_that_of_its_definition():
+    task, batch = build(*FLOW, "task.timesteps.shift=3.0", "task.noise.offset=0.1"), make_batch()
+    with torch.no_grad():
+        latents, (prompts, pooled) = task._latents(batch), task._texts(batch)
+        time = rng.uniform(batch["key"], (), sdxl.TIMESTEP_DRAW)
+        time = (3 * time / (1 + 2 * time))[:, None, None, None]
+        noise = rng.normal(batch["key"], (4, 8, 8), sdxl.NOISE_DRAW)
+        noise += 0.1 * rng.normal(batch["key"], (4, 1, 1), sdxl.OFFSET_DRAW)
+        added = {"text_embeds": pooled, "time_ids": batch["fit"].float()}
+        noisy, steps = (1 - time) * latents + time * noise, 1000 * time.flatten()
+        found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=added).sample
+        wanted = (found - (noise - latents)).square().mean(dim=(1, 2, 3))
+        torch.testing.assert_close(losses(task, batch), wanted)
+        large = build(*FLOW, "task.timesteps.shift=3.0", "task.noise.offset=0.1", "task.noise.shift_by_resolution=true")
+        batch["fit"][:, 4:] = 1024  # nothing is shifted
+        torch.testing.assert_close(losses(large, batch), losses(task, batch))
+
+
+@pytest.mark.parametrize(
+    ("words", "key"),
+    [
+        (["task.noise.zero_terminal_snr=true"], "task.noise.zero_terminal_snr: .*zero_terminal_snr=false"),
+        (["task.loss.weighting=min_snr"], "task.loss.weighting: min_snr .*weighting=none"),
+    ],
+)
+def test_what_flow_does_not_have_is_refused(words, key):
+    with pytest.raises(UserError, match=key):
+        build(*FLOW, *words)
+
+
 def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
     task, batch = build(), make_batch()
     parts = [{name: column[place : place + 1] for name, column in batch.items()} for place in range(4)]
@@ -96,7 +132,7 @@ def test_pictures_equal_those_of_diffusers():
         pipeline = StableDiffusionXLPipeline(
             vae=task.vae, unet=task.unet, text_encoder=task.text_encoder, text_encoder_2=task.text_encoder_2,
             tokenizer=tokenizer, tokenizer_2=second, add_watermarker=False, force_zeros_for_empty_prompt=False,
-            scheduler=DDIMScheduler(**scheduler_config(noise.prediction_type, noise.zero_terminal_snr)),
+            scheduler=DDIMScheduler.from_config(scheduler_config(noise.prediction_type, noise.zero_terminal_snr)),
         )  # fmt: skip
         wanted = [("a cat, outdoors", "", 64, 3, 5.0, 0), ("a dog", "grey, low quality", 96, 4, 3.0, 7)]
         for picture, (prompt, negative, height, steps, guidance, seed) in zip(ours, wanted, strict=True):

@@ -198,12 +198,12 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
         ({"num_train_timesteps": 500}, "500"),
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"use_flow_sigmas": True}, "use_flow_sigmas"),
-        ({"prediction_type": "flow_prediction"}, "flow_prediction"),
+        ({"prediction_type": "flow_prediction"}, "use_flow_sigmas False"),
+        ({"prediction_type": "flow_prediction", "use_flow_sigmas": True}, "zero terminal SNR with flow"),
         ({"prediction_type": "sample"}, "sample"),
         ({"prediction_type": "epsilon"}, "zero terminal SNR with epsilon"),
         ({"rescale_betas_zero_snr": "yes"}, "yes"),
         ("EDMEulerScheduler", "EDMEulerScheduler has beta_start None"),
-        ("FlowMatchEulerDiscreteScheduler", "FlowMatch"),
     ],
 )
 def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
@@ -214,6 +214,31 @@ def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
     with pytest.raises(UserError, match="^task.noise: .*other"):
         check_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
     check_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
+
+
+FLOW = {"prediction_type": "flow", "zero_terminal_snr": False}
+
+
+@pytest.mark.parametrize(
+    "stated",
+    [
+        {"_class_name": "FlowMatchEulerDiscreteScheduler", "shift": 2.5},
+        {"_class_name": "UniPCMultistepScheduler", "use_flow_sigmas": True, "prediction_type": "flow_prediction",
+         "flow_shift": 2.5},
+        "modelspec.prediction_type",
+    ],
+)  # fmt: skip
+def test_a_base_model_that_says_flow_is_one(stated, folder, file, tmp_path):
+    if isinstance(stated, str):
+        tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
+        save_file(tensors, path := tmp_path / "x.safetensors", {stated: "flow", "ss_discrete_flow_shift": "2.5"})
+    else:
+        path = shutil.copytree(folder, tmp_path / "other")
+        (path / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
+    assert (describe(path)["other_noise"], describe(path)["shift"]) == (None, 2.5)
+    check_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
+    with pytest.raises(UserError, match="prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
+        check_noise(str(path), NoiseConfig(**NOISE))
 
 
 def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):

@@ -6,8 +6,10 @@ import torch
 from models.sdxl.step import (
     add_noise,
     build_noise_table,
+    denoise,
     draw_noise,
-    draw_timesteps,
+    draw_times,
+    find_levels,
     loss_weight,
     resolution_shift,
     target,
@@ -77,20 +79,38 @@ def strata_of(keys):
 @pytest.mark.parametrize("kind", ["logit_normal", "stratified"])
 def test_draws_do_not_depend_on_how_a_batch_is_split(kind):
     strata = strata_of(KEYS)
-    whole = draw_timesteps(kind, KEYS, strata)
-    parts = [draw_timesteps(kind, *pair) for pair in zip(KEYS.split(1000), strata.split(1000))]
-    assert torch.equal(whole, torch.cat(parts)) and whole.dtype == torch.int64
-    assert whole.min() >= 0 and whole.max() <= 999 and not torch.equal(whole, draw_timesteps(kind, KEYS + 1, strata))
+    whole = draw_times(kind, KEYS, strata)
+    parts = [draw_times(kind, *pair) for pair in zip(KEYS.split(1000), strata.split(1000))]
+    torch.testing.assert_close(whole, torch.cat(parts), rtol=1e-6, atol=0)  # vectorised sigmoids may differ in a bit
+    assert whole.dtype == torch.float32
+    assert whole.min() >= 0 and whole.max() < 1 and not torch.equal(whole, draw_times(kind, KEYS + 1, strata))
     noise = draw_noise(KEYS[:8], LATENTS[:1].expand(8, -1, -1, -1), 0.1)
     halves = [draw_noise(keys, LATENTS[:4], 0.1) for keys in KEYS[:8].split(4)]
     assert torch.equal(noise, torch.cat(halves))
 
 
 def test_strata_have_a_timestep_each():
-    found = draw_timesteps("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
+    times = draw_times("stratified", KEYS[:1000], strata_of(KEYS[:1000]))
+    found = find_levels("v_prediction", times, build_noise_table(True))[1]
     assert torch.equal(found.sort().values, torch.arange(1000))
-    few = draw_timesteps("stratified", KEYS[:4], strata_of(KEYS[:4]))
-    assert (few // 250).tolist() == [0, 1, 2, 3]
+    few = draw_times("stratified", KEYS[:4], strata_of(KEYS[:4]))
+    assert (few * 4).long().tolist() == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0])
+def test_flow_goes_from_the_latents_to_the_noise(shift):
+    """As diffusers' FlowMatchEulerDiscreteScheduler scales noise and names timesteps; a shift of 1 changes nothing."""
+    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    times = 1 - torch.arange(0, 1000, 167) / 1000
+    level, timesteps = find_levels("flow", times, build_noise_table(False), torch.full((6,), shift))
+    torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
+    noisy = add_noise(LATENTS, NOISE, level)
+    torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))
+    velocity = target("flow", LATENTS, NOISE, level)
+    torch.testing.assert_close(velocity, NOISE - LATENTS)
+    torch.testing.assert_close(denoise("flow", noisy, velocity, level), LATENTS)
+    plain, shifted = (draw_times("uniform", KEYS, shift=each) for each in (1.0, shift))
+    torch.testing.assert_close(shifted / (1 - shifted), shift * plain / (1 - plain), rtol=0.01, atol=0)
 
 
 def test_offset_noise_shifts_channels_as_a_whole():

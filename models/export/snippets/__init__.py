@@ -57,16 +57,16 @@ def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | Non
     load = Template(SDXL[form]).substitute(file=file, base=repr(base or "PATH OF THE BASE MODEL"))
     if form.startswith("vae"):
         return _read_template("vae").substitute(load=load)
-    from models.sdxl.sampling import SamplesConfig
+    from models.sdxl.family import SCHEDULE
+    from models.sdxl.sampling import SamplesConfig, scheduler_config
 
     samples, noise = SamplesConfig.model_validate(task["samples"]), task["noise"]
     values = samples.complete(samples.prompts[0] if samples.prompts else "...", samples.seed).model_dump()
     values |= {name: ascii(values[name]) for name in ("text", "negative")}
     values["height"], values["width"] = values["image_size_hw"]
-    values["scheduler"] = {
-        "prediction_type": noise["prediction_type"], "rescale_betas_zero_snr": noise["zero_terminal_snr"],
-        "timestep_spacing": "trailing",
-    }  # fmt: skip
+    scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])
+    values["class"] = scheduler.pop("_class_name")
+    values["scheduler"] = {name: value for name, value in scheduler.items() if name not in SCHEDULE}
     return _read_template("sdxl").substitute(values, load=load)
 
 
