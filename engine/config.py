@@ -182,6 +182,13 @@ class TrainingConfig(Strict):
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "
                 "lr_finder.enabled=false to train at this rate, or optim.base_lr as the fallback"
             )
+        if self.optim.name == "schedulefree":
+            wrong = {"schedule.name": self.schedule.name != "constant", "loop.ema_decay": self.loop.ema_decay}
+            for key in (key for key, is_wrong in {**wrong, "loop.phases": any(self.loop.frozen)}.items() if is_wrong):
+                raise ValueError(
+                    f"{key}: optim=schedulefree averages the weights itself, over all steps; set schedule=constant "
+                    "(its warm-up counts), loop.ema_decay=null and no frozen parameters in loop.phases"
+                )
         if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "

@@ -4,7 +4,8 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from engine.step import (
 )
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from optim.alone import step_alone, step_each
-from optim.build import build_optimizer, skips_on_device
+from optim.build import at_average, build_optimizer, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, is_frozen, set_group_values
 from optim.schedules import Schedule
@@ -68,6 +69,7 @@ class Learner:
         for group in groups:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
+        to_training_point(self.optimizer)
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.fused = _FusedBackward(self) if getattr(config.optim, "fused_backward", False) else None
@@ -215,6 +217,12 @@ class Learner:
         finally:
             self._undo_passes(before)
 
+    @contextmanager
+    def evaluated(self) -> Iterator[None]:
+        """Hold the weights that are evaluated and exported inside the context: averages, if they are exported."""
+        with at_average(self.optimizer), self.averages.swapped() if self.exports_average else nullcontext():
+            yield
+
     def sync_buffers(self) -> None:
         """Broadcast the buffers (batch statistics) and their averages from rank 0, before they are read."""
         if not distributed.is_distributed():
@@ -247,7 +255,7 @@ class Learner:
         return groups
 
     def exported_tensors(self) -> dict[str, Tensor]:
-        """Return the current tensors of a weight file, gathered on rank 0."""
+        """Return the current tensors of a weight file, gathered on rank 0; inside `evaluated`."""
         return sharded.gather_parts(self._task_groups()["weights"])
 
     @torch.no_grad()
@@ -272,6 +280,7 @@ class Learner:
         for group, current in groups.items():
             for name, tensor in current.items():
                 sharded.own_part(tensor).copy_(sharded.take_part(tensors[group][name], tensor))
+        to_training_point(self.optimizer)
 
 
 class _Buffers:

@@ -298,7 +298,8 @@ class Recorder:
         row |= {"images_per_sec": rate, "peak_memory_gib": self._peak_gib()}
         readings = {"wait_sec": (self.waited - waited) / max(1, step - first), **self._readings()}
         self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
-        figures = f"train loss {means['loss']:.4g}  lr {scheduled['lr']:.3g}"
+        rates = [f"  {name} {scheduled[name]:.3g}" for name in ("lr", "d") if name in scheduled]
+        figures = f"train loss {means['loss']:.4g}{''.join(rates)}"
         log.info(
             "step %d/%d (epoch %.4g)  %s  %s images/s  %s left",
             step, plan.total_steps, plan.shown_epoch(step), figures,
@@ -313,9 +314,10 @@ class Recorder:
             self.skips.check(step, last=step == plan.total_steps)
 
     def _scheduled(self, step: int) -> dict[str, float]:
-        """Return the learning rate of update number `step` (from 1), and the momentum if it is scheduled."""
-        values = self._learner.schedule.at(step - 1)
-        return {"lr": values.lr} | ({} if values.momentum is None else {"momentum": values.momentum})
+        """Return the rate of update number `step` (from 1), the momentum if it is scheduled, and Prodigy's d."""
+        values, group = self._learner.schedule.at(step - 1), self._learner.optimizer.param_groups[0]
+        figures = {"lr": values.lr, "momentum": values.momentum, "d": group.get("d")}
+        return {name: value for name, value in figures.items() if value is not None}
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
         """Write the epoch's row. A partial last epoch keeps its sums, so that a longer run can complete the row."""

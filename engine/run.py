@@ -6,7 +6,7 @@ Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/step.py
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
-from contextlib import closing, nullcontext
+from contextlib import closing
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -22,6 +22,7 @@ from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.runtime import Runtime
 from engine.task import Report, Streams, Task, fingerprint_helpers
+from optim.build import at_average
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable
 from utils.contracts import Batch
@@ -218,7 +219,7 @@ class Run:
         recorder.phase(step, "evaluating")
         learner.sync_buffers()
         averaged = learner.exports_average
-        with learner.averages.swapped() if averaged else nullcontext():
+        with learner.evaluated():
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
             value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
@@ -283,7 +284,6 @@ class Run:
         recorder.phase(self.step, "saving")
         learner.sync_buffers()
         recorder.skips.read(self.step)
-        tensors, optimizer = learner.state()
         state = {
             "config": self.folder.config,
             "fingerprints": self.fingerprints,
@@ -293,9 +293,10 @@ class Run:
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
-            "optimizer": optimizer,  # its state without tensors
         }
-        self.saver.save(learner, tensors, state, recorder.sync, last=last)
+        with at_average(learner.optimizer):  # last_weights.safetensors is a file of the checkpoint
+            tensors, optimizer = learner.state()  # its state without tensors
+            self.saver.save(learner, tensors, {**state, "optimizer": optimizer}, recorder.sync, last=last)
 
     def restore(self, path: Path) -> None:
         """Resume from a checkpoint. Raises UserError if it does not fit this run."""

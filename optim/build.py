@@ -1,11 +1,21 @@
 """Build optimisers from the configuration."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import import_module
+
 import torch
 from torch import nn
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
 from optim.vectors import StochasticAdamW
 from utils.errors import UserError, close_names
+
+_PACKAGES = {  # with the module and the class
+    "adamw8bit": ("bitsandbytes", "bitsandbytes.optim", "AdamW8bit"),
+    "prodigy": ("prodigyopt", "prodigyopt", "Prodigy"),
+    "schedulefree": ("schedulefree", "schedulefree", "AdamWScheduleFree"),
+}
 
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
@@ -20,15 +30,17 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
             return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
-        case "adamw8bit":
+        case "adamw8bit" | "prodigy" | "schedulefree":
+            package, module, name = _PACKAGES[config.name]
             try:
-                from bitsandbytes.optim import AdamW8bit
+                chosen = getattr(import_module(module), name)
             except ImportError as error:
                 raise UserError(
-                    f"optim.name: adamw8bit needs the package bitsandbytes, which cannot be imported ({error}); run "
-                    "`pip install bitsandbytes`, or set optim=adamw"
+                    f"optim.name: {config.name} needs the package {package}, which cannot be imported ({error}); run "
+                    f"`pip install {package}`, or set optim=adamw"
                 ) from error
-            return AdamW8bit(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
+            extra = getattr(config, "extra", {})
+            return chosen(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, **extra)
         case "adan":
             return _timm_class("adan")(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case "sgd":
@@ -65,13 +77,16 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
     parameter.grad = torch.ones(2, 2)
     try:
         optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
-        runs_on_cpu = config.name == "timm" and not config.opt.startswith(("bnb", "fused"))
+        runs_on_cpu = hasattr(config, "extra") and not getattr(config, "opt", "").startswith(("bnb", "fused"))
         if runs_on_cpu:
+            to_training_point(optimizer)
             optimizer.step()
+            with at_average(optimizer):
+                pass
     except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AssertionError) as error:
         if isinstance(error, UserError):
             raise
-        key = "extra" if config.name == "timm" else "name"
+        key = "extra" if hasattr(config, "extra") else "name"
         raise UserError(
             f"optim.{key}: {getattr(config, 'opt', config.name)} does not accept its keys: {error}"
         ) from error
@@ -90,9 +105,32 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
         )
 
 
+@contextmanager
+def at_average(optimizer: torch.optim.Optimizer) -> Iterator[None]:
+    """Hold a schedule-free optimiser's average in the weights; its state then has `y`, the weights of training."""
+    if hasattr(optimizer, "eval"):
+        for parameter, state in optimizer.state.items():
+            state["y"] = parameter.detach().clone()
+        optimizer.eval()
+    try:
+        yield
+    finally:
+        to_training_point(optimizer)
+
+
+@torch.no_grad()
+def to_training_point(optimizer: torch.optim.Optimizer) -> None:
+    """Put the weights that a schedule-free optimiser trains back; also after loading its state."""
+    if hasattr(optimizer, "train"):
+        optimizer.train()
+        for parameter, state in optimizer.state.items():
+            if "y" in state:
+                parameter.copy_(state.pop("y"))
+
+
 def check_shardable(config: OptimConfig) -> None:
     """Raise UserError if the optimiser may need whole parameters, which `runtime.parallel=fsdp` does not have."""
-    if config.name in ("adamw8bit", "timm"):
+    if config.name in ("adamw8bit", "timm", "prodigy"):
         raise UserError(
             f"runtime.parallel: fsdp gives each rank some rows of every parameter, but optim.name={config.name} may "
             "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"

@@ -11,6 +11,8 @@ from utils.errors import UserError
 from utils.ranks import sharded
 from utils.ranks.sharded import Part
 
+# What Prodigy and schedule-free AdamW count in their groups.
+_COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
 # Keys of a group that optim/groups.py sets from the configuration.
 _GROUP_SETTINGS = {"params", "names", "lr_scale", "fixed_decay", "freeze_steps", "frozen_phases", "weight_decay", "lr"}
 
@@ -24,7 +26,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for group in optimizer.param_groups:
-        for key in group.keys() - optimizer.defaults.keys() - _GROUP_SETTINGS:
+        for key in group.keys() - (optimizer.defaults.keys() - _COUNTS) - _GROUP_SETTINGS:
             (tensors if isinstance(group[key], Tensor) else others)[f"{group['names'][0]}//{key}"] = group[key]
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():

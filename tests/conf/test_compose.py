@@ -26,6 +26,7 @@ TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to
 SHARED = {"common"}  # files that primaries include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}
+SMALL["schedulefree"] = ["schedule=constant"]
 
 
 def list_yaml(folder):

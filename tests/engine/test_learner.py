@@ -71,6 +71,8 @@ STATES = {
     "lamb": ["optim=timm", "optim.opt=lamb"],
     "adafactor": ["optim=timm", "optim.opt=adafactor"],
     "adafactor in bf16": ["optim=adafactor", "optim.bf16_weights=true", "runtime.precision=bf16", "optim.lr=5e-3"],
+    "prodigy": ["optim=prodigy", "+optim.extra.d0=1.0"],
+    "schedulefree": ["optim=schedulefree", "schedule=constant"],
 }
 DTYPES = {"bf16 weights": {torch.bfloat16}, "averages of 8 bits": {torch.uint8, torch.float32}}
 
@@ -99,6 +101,14 @@ def test_a_state_saved_in_files_continues_bit_for_bit(case, tmp_path):
         learner.update([batch])
     left, right = tensors_of(first), tensors_of(second)
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+@pytest.mark.parametrize(
+    ("key", "more"), [("schedule.name", ["schedule=cosine"]), ("loop.ema_decay", ["loop.ema_decay=0.9"])]
+)
+def test_schedule_free_is_its_own_average(key, more):
+    with pytest.raises(ConfigError, match=rf"{key}: .*optim=schedulefree averages"):
+        make_learner("optim=schedulefree", "schedule=constant", *more)
 
 
 @pytest.mark.parametrize("more", ["runtime.precision=fp32", "loop.ema_decay=0.9"])

@@ -30,9 +30,9 @@ _STYLE = {
     "grid.color": "#dee2e6", "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
 }  # fmt: skip
 _PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # a panel with its labels (width, height); the title (height)
-_SCHEDULED = ("lr", "momentum")
+_SCHEDULED = ("lr", "d", "momentum")
 _LAST = (*_SCHEDULED, "images_per_sec")
-_TITLES = {"lr": "learning rate", "images_per_sec": "images per second"}
+_TITLES = {"lr": "learning rate", "d": "d of Prodigy", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
