@@ -248,6 +248,10 @@ class Buckets:
         first, end = np.searchsorted(self.rows, (row, row + 1))
         return int(first + np.searchsorted(self.groups[first:end], group))
 
+    def draw_fit(self, row: int, key: int, group: int, config: BucketConfig) -> tuple[Fit, bool]:
+        """Return `draw_fit` of a row's image."""
+        return draw_fit(self.image_hw[self.number_of(row, group)], self.sizes_hw[group], key, config)
+
 
 def _measure_fit(image_hw: np.ndarray, target_hw: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return the enlargement of each image [..., 2], and the cropped share of its area, float64 [...]."""
@@ -363,19 +367,22 @@ def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndar
     return sizes_hw[chosen[::-1]]
 
 
+def draw_fit(image_hw: np.ndarray, bucket_hw: np.ndarray, key: int, config: BucketConfig) -> tuple[Fit, bool]:
+    """Return how the image of a sample fills its bucket, and whether it is mirrored, from the sample's key."""
+    generator = torch.Generator().manual_seed(rng.hash_counters(key, _FIT_DRAW))
+    flip = bool(torch.rand((), generator=generator) < config.flip)
+
+    def draw_corner(slack: np.ndarray) -> np.ndarray:
+        return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
+
+    return fit_into(image_hw, bucket_hw, draw_corner if config.crop == "random" else None), flip
+
+
 def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
-    """Return the views of an image in its bucket: `images`, and `fit` (`Fit.conditions`)."""
+    """Return the views of an image in its bucket: `images`, and `fit` (`Fit.conditions`), which are of one fit."""
 
     def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
-        """Return the same random fit for both views, from the sample's key."""
-        generator = torch.Generator().manual_seed(rng.hash_counters(draw.key, _FIT_DRAW))
-        flip = bool(torch.rand((), generator=generator) < config.flip)
-
-        def draw_corner(slack: np.ndarray) -> np.ndarray:
-            return np.array([int(torch.randint(length + 1, (), generator=generator)) for length in slack.tolist()])
-
-        choose_corner = draw_corner if config.crop == "random" else None
-        return fit_into(np.array(image.shape[-2:]), sizes_hw[draw.group], choose_corner), flip
+        return draw_fit(np.array(image.shape[-2:]), sizes_hw[draw.group], draw.key, config)
 
     return {
         "images": lambda image, draw: place(image, *fit(image, draw)),

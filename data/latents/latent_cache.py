@@ -28,7 +28,7 @@ from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
 _VERSION = 1  # version of decoding and `place`; increment it to encode everything again
-_CHANNELS, _SHRINK = 4, 8  # SDXL latents
+_CHANNELS, SHRINK = 4, 8  # SDXL latents
 _FLIP_DRAW = 4  # counter for a sample's key; the loader uses 1 and 2, buckets 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
@@ -119,8 +119,15 @@ class LatentCache(Source):
         key: the key of the draw, which decides between the image and its mirror image.
         Raises UnreadableImage if the record is missing.
         """
-        variant = int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
-        return self.read_variant(row, group, variant)
+        return self.read_variant(row, group, self._variant_of(key))
+
+    def find_fit(self, row: int, key: int, group: int) -> tuple[Fit, bool]:
+        """Return the fit of a record, and whether it is of the mirror image; as for `read`."""
+        variant = self._variant_of(key)
+        return self.fit(self.buckets.number_of(row, group), variant), variant == 1
+
+    def _variant_of(self, key: int) -> int:
+        return int(self.variants > 1 and rng.hash_counters(key, _FLIP_DRAW) < self._flip * 2**63)
 
     def read_variant(self, row: int, group: int, variant: int) -> Record:
         """Return the record of the image (variant 0) or of its mirror image (1)."""
@@ -134,7 +141,7 @@ class LatentCache(Source):
     def blank(self, group: int) -> Record:
         """Return zero latents in the shape of a bucket."""
         size = torch.from_numpy(self.buckets.sizes_hw[group])
-        latents = torch.zeros(_CHANNELS, *(size // _SHRINK).tolist(), dtype=STORED)
+        latents = torch.zeros(_CHANNELS, *(size // SHRINK).tolist(), dtype=STORED)
         return {
             "latent_mean": latents,
             "latent_logvar": latents,

@@ -37,7 +37,7 @@ IMAGE_SUFFIXES = (
 )
 POSTS = ("posts.parquet", "posts.jsonl")  # tables of posts as Danbooru gives them
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
-MASK_ENDINGS = ("-masklabel", "-condlabel")  # of OneTrainer's `x-masklabel.png`, which belongs to the image `x`
+MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
 SYSTEM_NAMES = frozenset(
     ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")

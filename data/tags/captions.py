@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, Self
 import numpy as np
 import pyarrow.compute as pc
 import torch
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from data.collection.collection import Collection, Row
 from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_spaces
@@ -48,17 +48,7 @@ _KNOWN = {
 class Text(str):
     """A text of a row. tags: the row's tags, which state the categories of the tags in it."""
 
-    def __new__(cls, text: str, tags: Sequence[str] | None) -> Self:
-        """Return a text with the tags of its row."""
-        made = super().__new__(cls, text)
-        made.tags = tags or ()
-        return made
-
-
-def _is_unique(names: list[Category]) -> list[Category]:
-    if len(names) > len(set(names)):
-        raise ValueError(f"{names} has a category twice; name each once")
-    return names
+    tags: Sequence[str] = ()
 
 
 class CaptionConfig(Strict):
@@ -81,7 +71,7 @@ class CaptionConfig(Strict):
     keep_first: CountOrZero
     shuffle: bool
     tag_dropout: Fraction
-    order: Annotated[list[Category], AfterValidator(_is_unique)] | None
+    order: list[Category] | None
     dropout: dict[Category, Fraction] | None
     keep_tokens_separator: Annotated[str, Field(min_length=1)] | None
     caption_dropout: Fraction
@@ -114,7 +104,11 @@ class CaptionConfig(Strict):
         if self.lines == "join":
             lines = [self.separator.join(lines)]
         lines = lines[:1] if self.lines == "first" else lines
-        return [Text(line, row.tags) for line in lines] if self.order or self.dropout else lines
+        if self.order or self.dropout:
+            lines = list(map(Text, lines))
+            for line in lines:
+                line.tags = row.tags or ()
+        return lines
 
     def draw(self, texts: list[str], generator: torch.Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").

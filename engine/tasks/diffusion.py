@@ -8,6 +8,7 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
         pooled_prompt_embeds [B, P]
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
     concept_weight [B], and is_prior [B] bool, if `data.concepts` has one
+    mask [B, 1, h, w] float16, with task.mask: where the loss counts
     ragged tags, and shown_tags of the caption, with task.tag_weights: `TagBalance` computes the sample's weight
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from data.collection.concepts import find_repeats
 from data.latents.buckets import BucketConfig
+from data.latents.masks import MASK, MaskConfig
 from data.stream.batch import multi_hot
 from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
@@ -57,6 +59,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _BINS = 5  # ranges of timesteps with a logged error each
+_LEAST_AREA = 1e-6  # of a mask that is divided by, so that an empty one trains nothing
 
 
 class NoiseConfig(Strict):
@@ -120,6 +123,7 @@ class DiffusionTaskConfig(TaskConfig):
     chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
     caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
+    mask: MaskConfig | None  # null: the loss counts everywhere
     tag_weights: TagWeightsConfig | None  # null: all images have the same weight
     lora: LoRAConfig | None  # null: train the whole U-Net
     train_text_encoders: bool  # the whole encoders, together with the whole U-Net
@@ -356,7 +360,8 @@ class DiffusionTask(Task):
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
-        error: the mean squared error; loss: weighted by noise level; perceptual: the latent perceptual loss, if on.
+        error: the mean squared error; loss: weighted by noise level; perceptual: the latent perceptual loss, if on;
+        mask_share: the mean of the mask, with `task.mask`, which weighs every error.
         """
         noise_config, times = self._config.noise, self._config.timesteps
         keys = batch["key"]
@@ -371,11 +376,19 @@ class DiffusionTask(Task):
         noisy = sdxl.add_noise(latents, noise, level)
         pred = self._predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
         target = sdxl.target(noise_config.prediction_type, latents, noise, level)
-        error, loss = (pred - target).square().mean(dim=(1, 2, 3)), self._config.loss
+        squared, loss, mask = (pred - target).square(), self._config.loss, self._config.mask
+        if mask is not None:
+            counts = batch[MASK].float().clamp(min=mask.floor)
+            mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
+            squared = squared * (counts / mean)
+        error = squared.mean(dim=(1, 2, 3))
         weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
+        if mask is not None:
+            figures["mask_share"] = batch[MASK].float().mean(dim=(1, 2, 3))
         if loss.perceptual is not None:
             predicted = sdxl.denoise(noise_config.prediction_type, noisy, pred, level)
+            predicted = predicted if mask is None else torch.lerp(latents, predicted, counts)
             figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
         return figures, timesteps
 

@@ -16,13 +16,14 @@ from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets
 from data.latents.latent_cache import LatentCache
+from data.latents.masks import Masked, find_masks
 from data.latents.measures import SIZES, image_hashes, image_sizes
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
 from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler
-from data.stream.source import Source
+from data.stream.source import IMAGE, Source
 from data.tags.captions import CaptionConfig, Captions, Vary, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
@@ -269,19 +270,29 @@ def _read(
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
     fields = caption_fields(data, task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
     if task.latent_cache is None:
-        return buckets, data, fitted_views(buckets.sizes_hw, task.buckets), fields
-    hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-    inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
-    if (padding := setup.model.settled().vae_values.padding_mode) != "zeros":
-        inputs = (*inputs, padding)
-    recipe = {"made by": inputs, "buckets": task.buckets.model_dump(mode="json")}
-    store = TensorStore(Path(task.latent_cache), "task.latent_cache", root=collection.root, recipe=recipe)
-    latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
-    if store.is_missing(latents.keys).any():
-        vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
-        latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
-    read = data.read_from(latents, latents.fingerprints)
-    return buckets, read, {}, lambda example: {**example.record, **fields(example)}
+        read, views, store = data, fitted_views(buckets.sizes_hw, task.buckets), None
+        find_fit = partial(buckets.draw_fit, config=task.buckets)
+    else:
+        hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
+        inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
+        if (padding := setup.model.settled().vae_values.padding_mode) != "zeros":
+            inputs = (*inputs, padding)
+        recipe = {"made by": inputs, "buckets": task.buckets.model_dump(mode="json")}
+        store = TensorStore(Path(task.latent_cache), "task.latent_cache", root=collection.root, recipe=recipe)
+        latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
+        if store.is_missing(latents.keys).any():
+            vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
+            latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
+        read, views, find_fit = data.read_from(latents, latents.fingerprints), {}, latents.find_fit
+    if task.mask is not None:
+        masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask, training=training)
+        digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
+        read = read.read_from(Masked(read.source, masks, buckets, find_fit, store), {"task.mask": digest})
+
+    def add(example: Example) -> Sample:
+        return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
+
+    return buckets, read, views, add
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:

@@ -109,6 +109,26 @@ def test_micro_batches_have_the_losses_and_the_gradient_of_the_whole():
     torch.testing.assert_close(losses(task, batch), plain * task.tag_balance(batch))
 
 
+@pytest.mark.parametrize(("normalise", "outside", "inside"), [(False, 0.25, 1.0), (True, 0.4, 1.6)])
+def test_the_loss_counts_inside_the_mask_and_by_the_floor_outside(normalise, outside, inside):
+    task, masked = build(), build(f"task.mask={{source: alpha, floor: 0.25, normalise: {normalise}}}".lower())
+    mask, added = torch.ones(4, 1, 8, 8), torch.zeros(4, 4, 8, 8)
+    mask[0, :, :, 4:], mask[1] = 0.0, 0.0
+    task._predict = masked._predict = lambda noisy, *_: torch.zeros_like(noisy) + added
+
+    def measure():
+        return losses(task, make_batch()), masked(make_batch() | {"mask": mask}, SimpleNamespace())
+
+    plain, first = measure()
+    torch.testing.assert_close(first.loss[1:], plain[1:] * torch.tensor([1.0 if normalise else 0.25, 1.0, 1.0]))
+    assert [part.item() for part in first.logs["mask_share"]] == [2.5, 4.0]
+    for column, factor in ((7, outside), (0, inside)):
+        added[0, :, :, column] = 1000.0
+        changed, found = measure()
+        torch.testing.assert_close(found.loss[0] - first.loss[0], factor * (changed[0] - plain[0]), rtol=1e-3, atol=0)
+        added.zero_()
+
+
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_caption_is_trained_as_if_no_other_were_longer(precision):
     task, long, near = build(), "a cat " * 60, {"rtol": 1e-2 if precision == "bf16" else 1e-5, "atol": 0}
@@ -224,12 +244,21 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[64,96],[96,64]]]"]
     own += ["task.buckets.assign=all", "task.buckets.fit=2", "task.captions.emphasis=true"]
     own += ["task.captions.order=[year,general]", "task.captions.dropout={general: 0.5}"]
+    own += ["task.mask={source: masks, floor: 0.1, normalise: true}"]
+    for number in range(4):
+        image = Image.open(place / f"images/train/A/00{number}.png")
+        (place / "masks/train/A").mkdir(parents=True, exist_ok=True)
+        image.point(lambda level: 255 * (level < 128)).save(place / f"masks/train/A/00{number}.png")
     run("finetune_sdxl", [*own, "run_dir=straight"], place)
     run_until_killed("finetune_sdxl", [*own, "run_dir=killed"], place, step=4)
     run("finetune_sdxl", [*own, "run_dir=killed"], place)
     assert_equal_runs(place / "straight", place / "killed", 6)
     text = (place / "killed/log.txt").read_text()
-    assert "3 buckets" in text and "47 images, each in several areas: 84 samples" in text
+    assert (
+        "task.mask: 3 of 47 images" in text
+        and "3 buckets" in text
+        and "47 images, each in several areas: 84 samples" in text
+    )
     stated = read_weights(place / "killed/weights/last_weights.safetensors")[1]["task"]["buckets"]
     assert (stated["fit"], *map(len, stated["sizes_hw"])) == (None, 1, 2)
 

@@ -88,10 +88,17 @@ def test_class_folders_without_splits_and_flat_folders(opened, root, tmp_path):
 
 
 def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, log):
-    others = ["cat/a-masklabel.png", "cat/A-CondLabel.PNG", "cat/@eaDir/a.png/T.jpg", "#recycle/a.png", "cat/._a.png"]
+    others = [
+        "cat/a-masklabel.png",
+        "cat/A-CondLabel.PNG",
+        "cat/a.mask.png",
+        "cat/@eaDir/a.png/T.jpg",
+        "#recycle/a.png",
+        "cat/._a.png",
+    ]
     put(root, "cat/a.png", "dog/b.png", *others, "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
     assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/b.png", "dog")]
-    assert "2 masks, which belong to an image: cat/A-CondLabel.PNG" in log.text
+    assert "3 masks, which belong to an image: cat/A-CondLabel.PNG" in log.text
     assert "5 hidden names, thumbnails, bins and indexes of systems: " in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
     assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant

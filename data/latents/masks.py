@@ -1,0 +1,159 @@
+"""Masks: where in an image the loss counts, from alpha channels or from pictures beside the images.
+
+    masks = find_masks(collection, rows, sizes_hw, config, training=True)
+    source = Masked(images or latents, masks, buckets, find_fit, store)
+    source.read(row, key, group)["mask"]      float16 [1, h / 8, w / 8], from 0 to 1
+
+A mask is resized, mirrored and cropped as its image is, and averaged over the pixels of each latent.
+"""
+
+import os
+from collections.abc import Callable, Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from PIL import Image
+from torch.nn import functional
+
+from data.collection.collection import Collection
+from data.images.image_formats import DEFAULT_MAX_PIXELS, open_image, read_file
+from data.images.pixels import convert, is_transparent, load_upright, upright_size
+from data.images.record_store import TensorStore, record_key
+from data.latents.buckets import Buckets, Fit, place
+from data.latents.latent_cache import SHRINK, STORED
+from data.layouts.table import show_some
+from data.stream.source import Record, Source, UnreadableImage
+from utils.config.bounds import Fraction
+from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+from utils.io.files import sha256_file
+from utils.io.memo import in_threads, measure_once
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+MASK = "mask"
+_VERSION = 1  # of decoding and averaging; increment it to make cached masks again
+_MEASURED = Path("outputs/cache/masks.jsonl")
+_BESIDE = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
+
+Masks = Mapping[int, tuple[str, str, bool]]  # by row: a file, its SHA-256, and whether the mask is its alpha channel
+FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
+
+
+class MaskConfig(Strict):
+    """Where masks are, and how they count.
+
+    source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`; or a
+    folder with `a/x.png` (or `a/x.jpg`) for `a/x.jpg` of `data.root`. The loss counts where a mask is white or opaque,
+    and by `floor` where it is darker. An image without a mask counts as a whole.
+    normalise: divide an image's loss by the mean of its mask, so that small masks count as much as large ones.
+    """
+
+    source: Literal["alpha", "beside"] | PathText
+    floor: Fraction
+    normalise: bool
+
+
+def find_masks(
+    collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: MaskConfig, *, training: bool
+) -> Masks:
+    """Return the masks of rows; sizes_hw: of their images [N, 2].
+
+    Raises UserError (`task.mask.source`): a mask that is unreadable, of another size than its image, or an image of the
+    collection itself; in training, no mask at all.
+    """
+    where, sizes = config.source, dict(zip(rows.tolist(), sizes_hw.tolist()))
+    paths = () if where == "alpha" else map(collection.absolute_path, range(len(collection)))
+    images = set(map(os.path.abspath, paths))
+
+    def list_files(row: int) -> list[Path]:
+        path = collection.absolute_path(row)
+        if where in ("alpha", "beside"):
+            return [path] if where == "alpha" else [path.with_name(path.stem + ending) for ending in _BESIDE]
+        other = Path(where, collection.row(row).path.lstrip("/")).expanduser()
+        return [other.with_suffix(".png"), other]
+
+    def find() -> Masks:
+        has_none = np.array([concept.mask is False for concept in collection.concepts] or [False])
+        chosen = rows[~has_none[collection.concept_ids()[rows]]].tolist()
+        files = {row: next(filter(os.path.isfile, list_files(row)), None) for row in chosen}
+        files = {row: file for row, file in files.items() if file is not None}
+        values = measure_once(list(files.values()), partial(in_threads, _measure), _MEASURED, "reading masks")
+        masks, wrong = {}, []
+        for (row, file), (size_hw, sha256, has_alpha) in zip(files.items(), values):
+            if (is_image := os.path.abspath(file) in images) or (size_hw != sizes[row] and where != "alpha"):
+                what = "an image of data.root, too" if is_image else size_hw or "unreadable"
+                wrong.append(f"{file} is {what}, its image {sizes[row]}")
+            elif has_alpha or where != "alpha":
+                masks[row] = os.fspath(file), sha256, where == "alpha"
+        if wrong:
+            raise UserError(
+                f"task.mask.source: {len(wrong):,} masks do not fit their images (height and width): {show_some(wrong)}"
+                "; a mask has the size of its image, and is named x.mask.png or is not below data.root"
+            )
+        if training and sizes and not masks:
+            raise UserError(
+                f"task.mask.source: {where}, but none of {len(sizes):,} images has a mask, such as "
+                f"{str(list_files(next(iter(sizes)))[0])!r}; set alpha, beside or a folder, or task.mask=null"
+            )
+        return masks
+
+    masks = distributed.rank_zero_call(find)
+    log.info("task.mask: %s of %s images have a mask; others count as a whole", f"{len(masks):,}", f"{len(sizes):,}")
+    return masks
+
+
+def _measure(path: Path) -> list[Any]:
+    """Return height and width (None for an unreadable file), the SHA-256, and whether there is an alpha channel."""
+    try:
+        content, name = read_file(path), os.fspath(path)
+        has_alpha = open_image(content, name, DEFAULT_MAX_PIXELS, is_transparent)
+        return [list(upright_size(content, name)), sha256_file(path), has_alpha]
+    except UnreadableImage:
+        return [None, "", False]
+
+
+class Masked(Source):
+    """The records of another source with the mask of their image: ones for an image without a mask.
+
+    store: keeps masks, by the content of their file and their fit; None: they are made for each sample.
+    """
+
+    def __init__(
+        self, inner: Source, masks: Masks, buckets: Buckets, find_fit: FindFit, store: TensorStore | None
+    ) -> None:
+        self.inner, self._masks, self._buckets, self._find_fit, self._store = inner, masks, buckets, find_fit, store
+        self.file_of, self.prefetch, self.readings = inner.file_of, inner.prefetch, inner.readings
+
+    def read(self, row: int, key: int = 0, group: int = 0) -> Record:
+        """Return a record with its mask. Raises UnreadableImage for either, and UserError as `TensorStore.put` does."""
+        record = self.inner.read(row, key, group)
+        return record | (self._read_mask(row, key, group) if row in self._masks else self._whole(group))
+
+    def blank(self, group: int) -> Record:
+        """Return the blank record with ones."""
+        return self.inner.blank(group) | self._whole(group)
+
+    def _whole(self, group: int) -> Record:
+        return {MASK: torch.ones(1, *(self._buckets.sizes_hw[group] // SHRINK).tolist(), dtype=STORED)}
+
+    def _read_mask(self, row: int, key: int, group: int) -> Record:
+        (path, sha256, is_alpha), (fit, flip) = self._masks[row], self._find_fit(row, key, group)
+        name = record_key(MASK, _VERSION, sha256, is_alpha, [part.tolist() for part in fit], flip)
+        if self._store is not None and (record := self._store.read(name)) is not None:
+            return record
+
+        def decode(image: Image.Image) -> np.ndarray:
+            image = load_upright(image)
+            return convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
+
+        pixels = torch.from_numpy(open_image(read_file(path), path, DEFAULT_MAX_PIXELS, decode)).permute(2, 0, 1)
+        record = {MASK: functional.avg_pool2d(place(pixels, fit, flip).float() / 255, SHRINK).to(STORED)}
+        if self._store is not None:
+            self._store.put(name, path, record)
+        return record

@@ -1,0 +1,118 @@
+"""Masks: each follows its image through resize, mirror and crop, is kept by content, and must fit its image."""
+
+from functools import partial
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.nn.functional import avg_pool2d
+
+from data.images.decode import Decoder
+from data.images.image_source import Images
+from data.images.record_store import TensorStore
+from data.latents.buckets import fitted_views, make_buckets
+from data.latents.latent_cache import LatentCache
+from data.latents.masks import MaskConfig, Masked, find_masks
+from data.latents.measures import image_hashes
+from data.stream.order import Draw
+from data.stream.source import IMAGE, UnreadableImage
+from tests.data.collection.test_collection import load
+from tests.data.latents.test_latent_cache import CONFIG
+from utils.errors import UserError
+
+SIZE_HW = (90, 70)
+RANDOM = CONFIG.model_copy(update={"crop": "random", "flip": 0.5})
+
+
+def write(folder, source, count=3):
+    """Write images of smooth noise whose levels are their masks; the last image has none."""
+    (folder / "images").mkdir()
+    (folder / "masks").mkdir()
+    for number in range(count):
+        draw = np.random.default_rng(number).integers(0, 256, (9, 7), dtype=np.uint8)
+        mask = Image.fromarray(draw).resize(SIZE_HW[::-1])
+        image = Image.merge("RGB", [mask] * 3)
+        if source == "alpha" and number < count - 1:
+            image = Image.merge("RGBA", [Image.new("L", mask.size, 255)] * 3 + [mask])  # on black: the mask
+        image.save(folder / f"images/{number}.png")
+        name = {"beside": f"images/{number}{('.mask', '-masklabel')[number % 2]}.png"}.get(
+            source, f"masks/{number}.png"
+        )
+        if source != "alpha" and number < count - 1:
+            mask.save(folder / name)
+    return load(folder / "images", folder / "index")
+
+
+@pytest.fixture(params=["alpha", "beside", "folder"])
+def opened(request, tmp_path, monkeypatch):
+    """Return a function that opens images and the masks of their rows."""
+    monkeypatch.chdir(tmp_path)
+    collection = write(tmp_path, request.param)
+    rows, source = np.arange(len(collection)), {"folder": str(tmp_path / "masks")}.get(request.param, request.param)
+    buckets = make_buckets(collection, rows, np.array([SIZE_HW] * len(rows)), RANDOM)
+    config = MaskConfig(source=source, floor=0.0, normalise=True)
+    find = partial(find_masks, collection, rows, buckets.image_hw, config, training=True)
+    return Images(collection, Decoder(3, 10**6, "black")), buckets, find
+
+
+def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
+    images, buckets, find = opened
+    masked = Masked(images, find(), buckets, partial(buckets.draw_fit, config=RANDOM), None)
+    seen, view = set(), fitted_views(buckets.sizes_hw, RANDOM)["images"]
+    for key in range(12):
+        record = masked.read(key % 2, key, 0)
+        shown = view(record[IMAGE], Draw(key, key % 2, key, 0))[:1]
+        expected = avg_pool2d(shown.float() / 255, 8)
+        torch.testing.assert_close(record["mask"].float(), expected, rtol=0, atol=1.5 / 255)
+        seen.add(record["mask"].numpy().tobytes())
+    assert len(seen) == 12 and masked.read(2, 0, 0)["mask"].eq(1).all() and masked.blank(0)["mask"].eq(1).all()
+
+
+def test_masks_are_kept_beside_the_latents_whose_keys_stay(opened, tmp_path, monkeypatch):
+    images, buckets, find = opened
+    hashes = image_hashes(images.listing, buckets.rows, tmp_path / "hashes.json")
+    store = TensorStore(tmp_path / "store", "cache.latents")
+    latents = LatentCache(store, images.listing, buckets, RANDOM, ("vae",), hashes)
+    for key in latents.keys.flatten().tolist():
+        store.put(key.decode(), "x", {"latent_mean": torch.zeros(4, 12, 8)})
+    first, second = (Masked(latents, find(), buckets, latents.find_fit, kept) for kept in (store, None))
+    records = [(first.read(row, key, 0), second.read(row, key, 0)) for row in (0, 1, 2) for key in range(4)]
+    assert all(torch.equal(one["mask"], other["mask"]) and "latent_mean" in one for one, other in records)
+    monkeypatch.setattr("data.latents.masks.open_image", None)  # all are kept
+    assert torch.equal(first.read(1, 3, 0)["mask"], records[7][0]["mask"])
+    assert len(list((tmp_path / "store").glob("??/*"))) == 3 * 2 + 2 * 2
+
+
+def test_a_mask_that_is_damaged_later_is_an_unreadable_image(opened):
+    images, buckets, find = opened
+    masks = find()
+    masked = Masked(images, masks, buckets, partial(buckets.draw_fit, config=RANDOM), None)
+    with open(masks[1][0], "r+b") as file:
+        file.truncate(150)
+    with pytest.raises(UnreadableImage):
+        masked.read(1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "size", "word"),
+    [
+        ("beside", "images/0.mask.png", (35, 45), "[45, 35]"),
+        ("beside", "images/0.mask.png", None, "unreadable"),
+        ("masks", "masks/0.png", (70, 91), "[90, 70]"),
+        ("images", None, None, "an image of data.root"),
+        ("besides", None, None, "none of 3 images"),
+        ("alpha", None, None, "none of 3 images"),
+    ],
+)
+def test_a_mask_that_does_not_fit_is_refused_by_name(tmp_path, monkeypatch, source, name, size, word):
+    monkeypatch.chdir(tmp_path)
+    collection = write(tmp_path, "beside")
+    if name is not None:
+        (tmp_path / name).write_bytes(b"no image")
+    if size is not None:
+        Image.new("L", size).save(tmp_path / name)
+    config = MaskConfig(source=source, floor=0.0, normalise=True)
+    with pytest.raises(UserError, match=r"^task\.mask\.source: ") as error:
+        find_masks(collection, np.arange(3), np.array([SIZE_HW] * 3), config, training=True)
+    assert word in str(error.value) and (name or "").rpartition("/")[2] in str(error.value)
