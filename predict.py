@@ -60,7 +60,7 @@ from utils.io.journal import open_journal
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
+from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG
 from utils.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
@@ -130,10 +130,8 @@ def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path
     if config.threshold is not None or config.profile == MCUT:
         return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
     file = config.thresholds if isinstance(config.thresholds, str) else None
-    table = find_thresholds(file, weights, predictor.weights_hash)
-    if table is not None:
-        vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
-        return np.array(table.of_tags(vocabulary, config.profile), dtype=np.float32)
+    if (calibrated := predictor.calibrated(weights, file, config.profile)) is not None:
+        return calibrated
     if config.profile != PER_TAG:
         raise UserError(
             f"profile: {config.profile} needs calibrated thresholds, and {config.weights} has none; fit them with "

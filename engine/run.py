@@ -310,7 +310,8 @@ class Run:
             optimizer = None
         learner.load_state(read_groups(path, state), optimizer, str(path))
         learner.step, learner.task.origin = state["step"], state["origin"]
-        self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
+        if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose
+            self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
         self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)

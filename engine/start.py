@@ -84,12 +84,13 @@ def _check_fused(config: TrainingConfig, precision: str, world_size: int) -> Non
 def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     """Build the task from the seed, equal on all ranks; on the meta device for a dry run.
 
-    Raises UserError (`optim.rules`) for a wrong rule.
+    Raises UserError (`optim.rules`, `loop.best`).
     """
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
     build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
+    task.choose_best(config.loop.best)
     if not config.dry_run:
         task.load_helpers("training")
     return task.train()

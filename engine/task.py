@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.contracts import Batch, TrainStream
-from utils.errors import UserError
+from utils.errors import UserError, close_names
 from utils.io.files import sha256_text
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, hash_tensors
@@ -84,6 +84,7 @@ class Task(nn.Module):
     metadata: JSON values for weight files.
     A module may have `enter_phase(config)`, which takes over the task's configuration of a phase (`loop.phases`).
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
+    choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """
 
@@ -94,7 +95,16 @@ class Task(nn.Module):
     metadata: Mapping[str, Any] = {}
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
+    choices: Mapping[str, bool] = {}
     origin: dict[str, Any] | None = None
+
+    def choose_best(self, metric: str | None) -> None:
+        """Let a scalar select the best weights (`loop.best`); None: `best_metric`. Raises UserError (`loop.best`)."""
+        known = {self.best_metric: self.best_is_lowest, **self.choices}
+        if metric is not None and metric not in known:
+            raise UserError(f"loop.best: {metric} is no figure of this run; {close_names(metric, known)}")
+        self.best_metric = metric or self.best_metric
+        self.best_is_lowest = known[self.best_metric]
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return one loss per sample.

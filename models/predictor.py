@@ -21,7 +21,8 @@ from utils.config.bounds import Side
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.vocabulary import FILE, GENERAL, RATING, read_facts, read_vocabulary
+from utils.thresholds import PER_TAG, find_thresholds
+from utils.vocabulary import FILE, GENERAL, RATING, Vocabulary, read_facts, read_vocabulary
 
 log = get_logger(__name__)
 
@@ -91,6 +92,7 @@ class Predictor:
     """
 
     mirror: np.ndarray | None = None
+    embeds: bool = True  # False: an ONNX file without an embedding
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
         self.metadata, self._run = dict(metadata), run
@@ -114,6 +116,13 @@ class Predictor:
     def embed(self, images: Tensor) -> np.ndarray:
         """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
         return self._run(images, "embedding")
+
+    def calibrated(self, weights: Path, file: str | None = None, profile: str = PER_TAG) -> np.ndarray | None:
+        """Return each tag's threshold [T] from `file`, or from the table beside the weights; None: there is none."""
+        if (table := find_thresholds(file, weights, self.weights_hash)) is None:
+            return None
+        vocabulary = Vocabulary.of(zip(self.categories.tolist(), self.names))
+        return np.array(table.of_tags(vocabulary, profile), dtype=np.float32)
 
     def options(self, top: int, thresholds: np.ndarray, **further: Any) -> RowOptions:
         """Return the user's options for `rows`, with the columns of this predictor."""
@@ -162,7 +171,9 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
         parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
         return np.concatenate([session.run([names[what]], {form.input: part})[0] for part in parts])
 
-    return Predictor(metadata, run)
+    predictor = Predictor(metadata, run)
+    predictor.embeds = names.get("embedding") in outputs
+    return predictor
 
 
 def open_session(path: Path, device: torch.device) -> Any:

@@ -24,7 +24,7 @@ from engine.task import Report
 from engine.tasks.tagging import CACHE, read_targets, tag_fields
 from models.predictor import Predictor
 from utils.config.bounds import Count
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabulary_of
@@ -52,7 +52,8 @@ class Arena:
     ) -> None:
         self._models, self._data, self._min_support = models, data, config.min_support
         self._runtime, self._batch_size = runtime, batch_size
-        self._outputs = {name: known_outputs(name, predictor) for name, predictor in models.items()}
+        with about("models"):
+            self._outputs = {name: known_outputs(name, predictor) for name, predictor in models.items()}
         self._shared = share_tags(self._outputs)
         self._collection = load_collection(data)
         self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
@@ -118,11 +119,11 @@ class Arena:
 def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
     """Return the output of each tag that a model was trained on, by (category, name in our spelling).
 
-    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError (`models`)
-    if the model is no tagger.
+    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError if the
+    model is no tagger.
     """
     if not set(FACTS) <= predictor.metadata.keys():
-        raise UserError(f"models: {name} is no tagger: its metadata have no tags; name only taggers")
+        raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
     vocabulary = vocabulary_of(predictor.metadata)
     keys = [(category, parse_tag(tag).name) for category, tag in vocabulary.columns]
     return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}

@@ -32,6 +32,7 @@ from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported
+from engine.tasks.judge import Judge, JudgeConfig, gather
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
@@ -40,7 +41,14 @@ from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.perceptual import PerceptualConfig, perceptual_loss
-from models.sdxl.sampling import EncodedPrompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
+from models.sdxl.sampling import (
+    EncodedPrompt,
+    Prompt,
+    SamplesConfig,
+    encode_prompt,
+    sample_pictures,
+    scheduler_config,
+)
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
 from models.weights.fit import is_meta, refuse_misfits
@@ -132,6 +140,7 @@ class DiffusionTaskConfig(TaskConfig):
     text_cache: PathText | None  # a folder; null: encode captions at every step
     text_variants: Count  # per caption in the text cache
     samples: SamplesConfig
+    judge: JudgeConfig | None  # null: off
 
     @property
     def trains_text(self) -> bool:
@@ -240,7 +249,7 @@ class DiffusionTask(Task):
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
-        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = None
+        self.unet = self.vae = self.text_encoder = self.text_encoder_2 = self.judge = None
         whole = ("unet", *ENCODERS)
         if config.lora is None:
             trained = whole if config.train_text_encoders else ("unet",)
@@ -256,29 +265,34 @@ class DiffusionTask(Task):
         self.trained = self.exported = trained
         self.averaged = dict.fromkeys(trained, config.average_on)
         self.helpers = tuple(name for name in needed if name not in trained)
+        self._encoded: dict[tuple[str, str], EncodedPrompt] = {}  # with a text cache
+        self._prior: list[np.ndarray] = []  # the base model's pictures of task.judge.prior
+        if config.judge is not None:
+            self.helpers += ("judge",)
+            drift = {"judge.drift": True} if config.judge.prior else {}
+            self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False, **drift}
 
     def take(self, networks: Networks) -> None:
         for name, network in networks.items():
             setattr(self, name, network)
 
     def load_helpers(self, use: Use) -> None:
-        """Load the frozen networks; no export needs them. If the text encoders are not kept, encode the prompts."""
+        """Load the frozen networks; no export needs them."""
         if use == "export":
             return
         config = self._config
-        encodes_once = config.text_cache is not None and bool(config.samples.prompts)
-        self.take(open_networks(self._model, (*self.helpers, *(ENCODERS if encodes_once else ())), frozen=True))
+        self.take(open_networks(self._model, [name for name in self.helpers if name in PARTS], frozen=True))
+        if config.judge is not None:
+            self.judge = Judge(config.judge)
         for name, values in zip(("latent_mean", "latent_factor"), latent_scale(self.vae)):  # on the device
             self.register_buffer(name, values, persistent=False)
-        if encodes_once:
-            self._prompts = self._encode_prompts()
-            self.text_encoder = self.text_encoder_2 = None
         if config.lora is not None:
-            self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})
+            self._attach()
 
     def helper_files(self) -> Mapping[str, Sequence[Path]]:
         """Return the files of the base model. Networks without files, the tiny ones, are always the same."""
-        return {name: base_files(self._model, (name,)) for name in self.helpers}
+        files = {name: base_files(self._model, (name,)) for name in self.helpers if name in PARTS}
+        return files if self.judge is None else {**files, "judge": self.judge.files()}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
@@ -448,7 +462,9 @@ class DiffusionTask(Task):
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
         measured, drawn = measure_means(loaders["val"], lambda batch: self._measure(batch)[0]), self.draw()
-        return Report({**measured, **drawn.scalars}, images=drawn.images)
+        judged = self._judge(loaders["judge"]) if "judge" in loaders else Report()
+        scalars = {**measured, **judged.scalars, **drawn.scalars}
+        return Report(scalars, judged.tables, {**drawn.images, **judged.images})
 
     def draw(self) -> Report:
         """Return a picture of each prompt, and its brightness."""
@@ -460,15 +476,52 @@ class DiffusionTask(Task):
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
         return Report(tones, images={"samples": np.concatenate(columns, axis=1)})
 
-    def sample(self) -> list[np.ndarray]:
-        """Return the pictures of `task.samples`, each uint8 [H, W, 3], the same on all ranks."""
-        encoded = self._encode_prompts() if self._config.text_cache is None else self._prompts
+    def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
+        """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
+        prompts = self._config.samples.complete_all() if prompts is None else prompts
         scheduler = scheduler_config(**self._config.stated_noise)
-        return list(sample_pictures(self.unet, self.vae, scheduler, self._config.samples.complete_all(), encoded))
+        return list(sample_pictures(self.unet, self.vae, scheduler, prompts, self._encode(prompts)))
 
-    def _encode_prompts(self) -> list[EncodedPrompt]:
-        """Encode the prompts of `task.samples`, and the empty prompt in the same way as training."""
-        encoders, zeros = (self.text_encoder, self.text_encoder_2), self._config.captions.dropout_to == "zeros"
-        prompts = self._config.samples.complete_all()
-        emphasis = self._config.captions.emphasis
-        return [encode_prompt(encoders, each, zeros_for_empty_prompt=zeros, emphasis=emphasis) for each in prompts]
+    def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
+        """Encode prompts, and the empty prompt in the same way as training.
+
+        With a text cache, the text encoders are loaded for new prompts, and then leave the memory.
+        """
+        captions, encoders = self._config.captions, (self.text_encoder, self.text_encoder_2)
+        options = {"zeros_for_empty_prompt": captions.dropout_to == "zeros", "emphasis": captions.emphasis}
+        if self._config.text_cache is None:
+            return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
+        keyed = {(prompt.text, prompt.negative): prompt for prompt in prompts}
+        if new := {key: prompt for key, prompt in keyed.items() if key not in self._encoded}:
+            loaded = open_networks(self._model, ENCODERS, frozen=True)
+            encoders = [loaded[name].to(self.vae.device) for name in ENCODERS]
+            self._encoded |= {key: encode_prompt(encoders, prompt, **options) for key, prompt in new.items()}
+        return [self._encoded[prompt.text, prompt.negative] for prompt in prompts]
+
+    def _judge(self, stream: Iterable[Batch]) -> Report:
+        """Return the judge's report on pictures of held-out captions and `task.judge.prior`, always at one noise."""
+        config, held = self._config.judge, gather(stream, len(self.judge.names))
+        texts = enumerate([*(each.caption for each in held), *config.prior], self._config.samples.seed)
+        prompts = [self._config.samples.complete(Prompt(text=text, steps=config.steps), seed) for seed, text in texts]
+        pictures, prior = self.sample(prompts), prompts[len(held) :]
+        if prior and not self._prior:
+            self._prior = self._sample_base(prior)
+        pairs, device = list(zip(pictures[len(held) :], self._prior)), self.vae.device
+        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures[: len(held)], pairs, device))
+
+    def _sample_base(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
+        """Return pictures of the base model, from which the trained one may have moved far in a resumed run."""
+        if self._config.lora is not None:
+            self.adapter.detach()
+            pictures = self.sample(prompts)
+            self._attach()
+            return pictures
+        trained, base = {name: getattr(self, name) for name in self.trained}, open_networks(self._model, self.trained)
+        device, dtype = self.vae.device, self.unet.dtype
+        self.take({name: nn.Module.to(network, device, dtype).eval() for name, network in base.items()})
+        pictures = self.sample(prompts)
+        self.take(trained)
+        return pictures
+
+    def _attach(self) -> None:
+        self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})

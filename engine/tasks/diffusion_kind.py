@@ -29,6 +29,7 @@ from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
+from engine.tasks.judge import Judge, judged_stream
 from engine.tasks.kind import Kind, Setup
 from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
@@ -142,11 +143,15 @@ class DiffusionKind(BucketedKind):
         return Streams(train, {}, read.fingerprints, described=described, trained_on=counts)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`, in buckets, with centred crops and whole captions."""
+        """Return `val`, in buckets, with centred crops and whole captions, and the pictures of `judge`, if it is on."""
+        judge = setup.task.judge
         still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
         setup = replace(setup, task=still)
         buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
-        return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+        loaders = {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+        if judge is not None:
+            loaders["judge"] = judged_stream(Judge(judge), judge, data, setup.task.captions, rows)
+        return loaders
 
 
 def check_noise(path: str, noise: NoiseConfig) -> None:

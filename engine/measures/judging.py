@@ -1,0 +1,58 @@
+"""How well drawn pictures show what was asked: a tagger's view of them beside its view of real pictures."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Seen(NamedTuple):
+    """What a tagger sees in N pictures: `tags` bool [N, T], and its embeddings `vectors` float [N, D]."""
+
+    tags: np.ndarray
+    vectors: np.ndarray
+
+
+def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: Seen) -> dict[str, float]:
+    """Return the figures of N pictures that were drawn for the captions of N real ones.
+
+    prompted: bool [N, T], the tags in each caption. others: bool [N, T], the trained tags that are not in it.
+    recall, real_recall: the share of prompted tags that are seen, in drawn and in real pictures.
+    leakage: unprompted tags that are seen in a drawn picture, less those in a real one, on average.
+    similarity: how near drawn pictures are to the real ones of the same captions (`compare_pairs`).
+    """
+    leaked, real_leaked = ((seen.tags & others).sum() / len(others) for seen in (drawn, real))
+    return {
+        "recall": float(drawn.tags[prompted].mean()),
+        "real_recall": float(real.tags[prompted].mean()),
+        "leakage": float(leaked - real_leaked),
+        "similarity": compare_pairs(drawn.vectors, real.vectors),
+    }
+
+
+def compare_pairs(drawn: np.ndarray, real: np.ndarray) -> float:
+    """Return the mean cosine of paired vectors [N, D], each less the mean of `real`.
+
+    It is 1 for equal pictures, and about 0 for pictures that are not nearer to their partner than to the others.
+    """
+    centre = real.mean(axis=0, dtype=np.float64)
+    return float(cosines(drawn - centre, real - centre).mean())
+
+
+def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """Return the cosine of each pair of vectors [N, D], float64 [N]; 0 for a zero vector."""
+    first, second = first.astype(np.float64), second.astype(np.float64)
+    norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
+    return (first * second).sum(axis=1) / np.maximum(norms, 1e-12)
+
+
+def tag_rows(
+    names: Sequence[str], prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: Seen
+) -> list[dict[str, Any]]:
+    """Return a row for each tag that was prompted or is seen unprompted, the most prompted ones first."""
+    counts = {"prompted": prompted, "seen": prompted & drawn.tags, "seen_in_real": prompted & real.tags}
+    counts |= {"leaked": others & drawn.tags, "leaked_in_real": others & real.tags}
+    sums = {name: each.sum(axis=0) for name, each in counts.items()}
+    shown = np.flatnonzero(sums["prompted"] + sums["leaked"] + sums["leaked_in_real"])
+    order = shown[np.argsort(-sums["prompted"][shown], kind="stable")]
+    return [{"tag": names[tag], **{name: int(each[tag]) for name, each in sums.items()}} for tag in order.tolist()]

@@ -1,0 +1,214 @@
+"""A judge for SDXL: a tagger looks at pictures that are drawn for held-out captions (`task.judge`).
+
+    stream = judged_stream(Judge(config), data, captions, rows)     # held-out pictures with their captions and tags
+    report = judge.report(gather(stream), drawn, prior, device)
+
+The figures are exact on any number of ranks: pictures are drawn on all of them, and looked at one by one on rank 0.
+"""
+
+from collections.abc import Iterable, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from data.augment.transforms import evaluation_views
+from data.images.pixels import convert
+from data.latents.buckets import assign, letterbox_groups
+from data.layouts.spelling import parse_tag
+from data.open import Data
+from data.stream.batch import Ragged, Sample, multi_hot
+from data.stream.loader import EvaluationStream, Example
+from data.stream.order import Draw
+from data.tags.captions import CaptionConfig, Captions
+from data.tags.tag_weights import read_tags
+from engine.measures.judging import Seen, cosines, judge_pictures, tag_rows
+from engine.task import Report, join_exported
+from engine.tasks.arena import known_outputs
+from engine.tasks.kind import check_weights
+from engine.tasks.tagging import TaggingKind
+from models.image_model import ImageModel
+from models.predictor import onnx_predictor, torch_predictor
+from utils.config.bounds import Count
+from utils.config.schema import PathText, Strict
+from utils.contracts import Batch
+from utils.errors import UserError, about
+from utils.io.weights import find_weights, read_weights
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
+from utils.record.plots import INK
+from utils.thresholds import DEFAULT, thresholds_path
+from utils.vocabulary import FILE, RATING
+
+log = get_logger(__name__)
+
+_SHOWN = 5  # unknown tags in a message
+_Pair = tuple[np.ndarray, np.ndarray]
+_CAPTION, _LINES = 26, 3  # characters of a line below a picture, and lines of missing or leaked tags
+
+
+class JudgeConfig(Strict):
+    """weights: a run or weight file of a tagger, or a folder in the WD form.
+
+    prompts: the number of held-out captions to draw. steps: of the sampler; None: those of `task.samples`.
+    prior: texts whose pictures should stay those of the base model.
+    """
+
+    weights: PathText
+    prompts: Count
+    steps: Count | None = None
+    prior: list[str] = []
+
+
+class Held(NamedTuple):
+    """A held-out picture as the tagger takes it, its caption, and tags bool [T]: prompted, and other trained ones."""
+
+    row: int
+    caption: str
+    prompted: np.ndarray
+    others: np.ndarray
+    image: Tensor
+
+
+class Judge(nn.Module):
+    """A tagger with its thresholds. It is no network of the task, and on the device only while it looks.
+
+    outputs: the output of each tag that it knows. Raises UserError (`task.judge.weights`).
+    """
+
+    @about("task.judge.weights")
+    def __init__(self, config: JudgeConfig) -> None:
+        super().__init__()
+        self.path, self._model = find_weights(config.weights, "best", onnx_first=True), []
+        if self.path.suffix == ".onnx":
+            self._predictor = onnx_predictor(self.path, torch.device("cpu"))
+        else:
+            shapes, metadata = read_weights(self.path, shapes_only=True)
+            kind, setup = check_weights(self.path, shapes, metadata, {"tagging": TaggingKind()})
+            task = kind.build(setup)
+            task.load_state_dict(join_exported(task, read_weights(self.path)[0], {}), strict=False)
+            self._model = [ImageModel(task.network, setup.normalise(), kind.output).eval()]  # a list hides the module
+            self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))
+        predictor, known = self._predictor, known_outputs(str(self.path), self._predictor)
+        self.names, self.preprocessing = predictor.names, predictor.preprocessing
+        self.outputs = {name: output for (category, name), output in known.items() if category != RATING}
+        calibrated = predictor.calibrated(self.path)
+        self._thresholds = np.float32(predictor.thresholds or DEFAULT) if calibrated is None else calibrated
+
+    def files(self) -> list[Path]:
+        """Return the files that decide the figures."""
+        beside = (thresholds_path(self.path), self.path.with_name(FILE))
+        return [self.path, *(file for file in beside if file.is_file())]
+
+    def prepare(self, picture: Tensor, draw: Draw | None = None) -> Tensor:
+        """Return a picture, uint8 [3, H, W], as the tagger takes it, [C, h, w], in the bucket of its size."""
+        sizes = np.array(self.preprocessing.get("buckets_hw") or [[1, 1]])
+        draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[1:]]), sizes)[0]))
+        pixels = convert(Image.fromarray(picture.permute(1, 2, 0).numpy()), self.preprocessing["channels"], None)
+        return evaluation_views(self.preprocessing)["images"](torch.from_numpy(pixels).permute(2, 0, 1), draw)
+
+    def look_at(self, pictures: Iterable[np.ndarray], device: torch.device) -> Seen:
+        """Return what the tagger sees in pictures, uint8 [H, W, 3]."""
+        return self.look([self.prepare(torch.from_numpy(each).permute(2, 0, 1)) for each in pictures], device)
+
+    def look(self, images: Sequence[Tensor], device: torch.device) -> Seen:
+        """Return what the tagger sees, image by image: other batches would change the last digits."""
+        predictor = self._predictor
+        for model in self._model:
+            predictor = torch_predictor(model, predictor.metadata, device)
+        with torch.autocast(device.type, enabled=False):
+            probs = np.concatenate([predictor.predict(image[None]) for image in images])
+            embed = predictor.embed if predictor.embeds else predictor.predict
+            vectors = np.concatenate([embed(image[None]) for image in images])
+        for model in self._model:
+            model.cpu()
+        return Seen(probs >= self._thresholds, vectors)
+
+    def report(
+        self, held: Sequence[Held], drawn: Sequence[np.ndarray], prior: Sequence[_Pair], device: torch.device
+    ) -> Report:
+        """Judge the pictures of the captions of `held`. prior: pictures of now and of the base model.
+
+        Scalars `judge.*`: those of `judge_pictures`, and `drift`: 1 less the mean cosine of the pairs of `prior`.
+        """
+        prompted, others = (np.stack([getattr(each, name) for each in held]) for name in ("prompted", "others"))
+        seen, real = self.look_at(drawn, device), self.look([each.image for each in held], device)
+        figures = judge_pictures(prompted, others, seen, real)
+        if prior:
+            now, before = (self.look_at(each, device).vectors for each in zip(*prior))
+            figures["drift"] = float(1 - cosines(now, before).mean())
+        captions = [[(each.caption, INK)] for each in held]
+        for sign, color, tags in (("-", RIGHT, prompted & ~seen.tags), ("+", WRONG, others & seen.tags)):
+            for lines, row in zip(captions, tags):
+                lines += [(f"{sign} {self.names[tag]}", color) for tag in np.flatnonzero(row)[:_LINES]]
+        captions = [[(legible(shorten(text, _CAPTION)), color) for text, color in lines] for lines in captions]
+        title = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
+        title += "\n- prompted and not seen, in blue; + seen and not prompted, in red"
+        grid = image_grid(drawn, captions, title, columns=4, tile_px=226)
+        scalars = {f"judge.{name}": value for name, value in figures.items()}
+        return Report(scalars, {"judge": tag_rows(self.names, prompted, others, seen, real)}, {"judge": grid})
+
+
+def judged_stream(
+    judge: Judge, config: JudgeConfig, data: Data, captions: CaptionConfig, rows: np.ndarray
+) -> EvaluationStream:
+    """Return `config.prompts` of `rows`, evenly spread, whose captions have a tag that the judge knows.
+
+    Fields beside `images`: `caption`, in UTF-8; `prompted`, the outputs of the tags in the caption; `others`, those of
+    the other tags of the training split. Raises UserError (`task.judge.weights`) if the judge knows no tag.
+    """
+    collection, rules = data.collection, Captions(captions, data.collection)
+    tags = read_tags(collection, rules)
+    outputs = np.array([judge.outputs.get(parse_tag(name).name, -1) for name in tags.names], dtype=np.int64)
+    texts = {row: (own := rules.of(row)).complete(own.read(collection.row(row))[0]) for row in rows.tolist()}
+    has = {row: np.array(tags.find_shown(row, text, rules.of(row)), bool) for row, text in texts.items()}
+    shown = {row: tags.of_row(row)[each] for row, each in has.items()}
+    wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *shown.values()]))
+    unknown = [tags.names[tag] for tag in wanted[outputs[wanted] < 0]]
+    prompted = {row: np.unique(outputs[ids][outputs[ids] >= 0]) for row, ids in shown.items()}
+    usable = [row for row, ids in prompted.items() if len(ids)]
+    named = f"{len(unknown):,} of the {len(wanted):,} tags of the validation captions, such as {unknown[:_SHOWN]}"
+    if not usable:
+        raise UserError(
+            f"task.judge.weights: {judge.path} does not know {named}; it knows {len(judge.names):,} tags, such as "
+            f"{judge.names[:_SHOWN]}. Name a tagger of these tags; without validation images whose captions have tags, "
+            "set task.judge=null"
+        )
+    chosen = np.array(usable)[np.linspace(0, len(usable) - 1, min(config.prompts, len(usable))).round().astype(int)]
+    asked = np.concatenate([prompted[row] for row in chosen.tolist()])
+    log.info("judge: %s, %d prompts with %d tags", judge.path, len(chosen), len(asked))
+    if unknown:
+        log.warning("task.judge.weights: %s does not know %s; they are not judged", judge.path, named)
+    trained = outputs[tags.count(collection.rows("train"), len(outputs)) > 0]
+
+    def add(example: Example) -> Sample:
+        row = example.draw.index
+        others = np.setdiff1d(trained[trained >= 0], prompted[row])
+        values = {"caption": np.frombuffer(texts[row].encode(), np.uint8), "prompted": prompted[row], "others": others}
+        return {name: Ragged(torch.from_numpy(each.astype(np.int64))) for name, each in values.items()}
+
+    groups = letterbox_groups(collection, chosen, judge.preprocessing)
+    stream = data.evaluation(chosen, add, {"images": judge.prepare}, groups=groups)
+    stream.samples = 0  # `val` has them already
+    return stream
+
+
+def gather(stream: Iterable[Batch], width: int) -> list[Held]:
+    """Return the readable pictures of all ranks, in the collection's order. width: the judge's outputs."""
+    held = []
+    for batch in stream:
+        names = ("prompted", "others")
+        masks = (multi_hot(batch[name], batch[f"{name}_offsets"], width).bool().cpu().numpy() for name in names)
+        letters, ends = bytes(batch["caption"].tolist()), batch["caption_offsets"].tolist()
+        texts = [letters[start:end].decode() for start, end in zip(ends, ends[1:])]
+        each = zip(batch["sample_id"].tolist(), texts, *masks, batch["images"].cpu())
+        held += [Held(*one) for one, weight in zip(each, batch["weight"].tolist()) if weight > 0]
+    held = sorted(chain.from_iterable(distributed.gather_objects(held)), key=lambda each: each.row)
+    if not held:
+        raise UserError("data.root: the judge can read no validation image; see the warnings above")
+    return held

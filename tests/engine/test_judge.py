@@ -1,0 +1,113 @@
+"""task.judge: what a tagger sees in pictures of held-out captions; loop.best; evaluate.py; refusals."""
+
+import csv
+
+import numpy as np
+import pytest
+from PIL import Image
+
+pytest.importorskip("diffusers")
+
+from engine.measures.judging import Seen, compare_pairs, judge_pictures, tag_rows
+from tests.in_process import run, run_command, run_until_killed
+from tests.support import TINY, rows
+from tests.test_arena import COLOURS, write_wd
+from utils.io.files import read_json
+
+SHORT = [
+    *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "optim.lr=0.05",
+    "loop.total_steps=3", "loop.global_batch_size=4", "loop.batch_size=4", "loop.evaluate_every_epochs=0.5",
+    "loop.checkpoint_every_steps=1", "data.root=images", "task.captions.caption_dropout=0",
+    "loop.best=judge.similarity",
+]  # fmt: skip
+JUDGE = "task.judge={{weights: {}, prompts: 3, prior: [a house]}}"
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """A folder with 15 tagged images of three colours, a tagger of the WD form, and a judged run in `run`."""
+    folder, draw = tmp_path_factory.mktemp("judge"), np.random.default_rng(0)
+    for split, count in (("train", 3), ("val", 2)):
+        for colour, level in COLOURS.items():
+            (folder / "images" / split / colour).mkdir(parents=True)
+            for number in range(count):
+                pixels = np.clip(np.array(level) + draw.integers(-10, 10, (64, 64 + 8 * number, 3)), 0, 255)
+                path = folder / "images" / split / colour / f"{number}.png"
+                Image.fromarray(pixels.astype(np.uint8)).save(path)
+                path.with_suffix(".txt").write_text(f"{colour}, extra")
+    write_wd(folder / "wd", scale=80.0)
+    run("finetune_sdxl", [*SHORT, JUDGE.format("wd"), "run_dir=run"], folder)
+    return folder
+
+
+def judged(folder):
+    found = rows(folder / "metrics.jsonl", "evaluate")
+    return [{name: value for name, value in row.items() if name.startswith("judge")} for row in found]
+
+
+def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
+    figures, log = judged(place / "run"), (place / "run/log.txt").read_text()
+    assert {f"judge.{name}" for name in ("recall", "real_recall", "leakage", "similarity", "drift")} == figures[
+        0
+    ].keys()
+    assert all(row["judge.real_recall"] == 1 for row in figures) and figures[0] != figures[-1]
+    assert "3 prompts with 3 tags" in log and "1 of the 4 tags" in log and "'extra'" in log
+    best = read_json(place / "run/result.json")
+    assert best["metric"] == "judge.similarity" and not best["is_lowest_best"]
+    assert best["value"] == max(row["judge.similarity"] for row in figures)
+    with open(place / "run/tables/judge.csv", newline="") as stream:
+        table = {row["tag"]: row for row in csv.DictReader(stream)}
+    assert {tag: (row["prompted"], row["seen_in_real"]) for tag, row in table.items()} == dict.fromkeys(
+        ("red", "Green", "blue"), ("1", "1")
+    )
+    assert (place / "run/plots/judge.png").is_file()
+
+
+def test_a_killed_run_and_evaluate_give_the_same_figures(place):
+    whole, words = judged(place / "run")[-1], [*SHORT, JUDGE.format("wd"), "run_dir=killed"]
+    run_until_killed("finetune_sdxl", words, place, 2)
+    run("finetune_sdxl", words, place)
+    assert judged(place / "killed")[-1] == whole
+    run("evaluate", ["run_dir=killed", "weights=last", "runtime.device=cpu", "runtime.threads=1"], place)
+    measured = read_json(place / "killed/metrics.json")
+    assert {name: measured[name] for name in whole} == whole
+
+
+@pytest.mark.parametrize("more", [["task.text_cache=texts", "task.text_variants=2"], ["task.lora=null"]])
+def test_the_drift_of_the_base_model_is_zero(place, more):
+    words = [*SHORT, JUDGE.format("wd"), "loop.total_steps=0", f"run_dir={more[0]}", *more]
+    run("finetune_sdxl", words, place)
+    assert abs(judged(place / more[0])[0]["judge.drift"]) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ([JUDGE.format("cats")], "task.judge.weights: wd"),
+        ([JUDGE.format("images")], "task.judge.weights: "),
+        (
+            [JUDGE.format("wd"), "loop.best=judge.recal"],
+            "loop.best: judge.recal is no figure of this run; close: judge",
+        ),
+        (["loop.best=judge.recall"], "loop.best: judge.recall"),
+    ],
+)
+def test_what_is_refused(place, words, said, monkeypatch, capsys):
+    write_wd(place / "cats", [(9, "general"), (0, "cat")], (0, 0))
+    assert run_command("finetune_sdxl", [*SHORT, *words, "run_dir=refused", "dry_run=true"], place, monkeypatch) == 2
+    error = capsys.readouterr().err
+    assert said.replace("wd", "cats") in error
+    assert "cats" not in words[0] or "'blue', 'extra'" in error or "'red'" in error
+
+
+def test_the_figures_of_four_pictures():
+    """Tags a, b, c: recall 2 of 3; c is seen unprompted once in drawn pictures, b once in real ones."""
+    prompted, others = np.eye(3, dtype=bool), ~np.eye(3, dtype=bool)
+    drawn = Seen(np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool), np.array([[3.0, 0], [0, 3], [0, 3]]))
+    real = Seen(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], bool), np.array([[3.0, 0], [0, 3], [3, 3]]))
+    figures = judge_pictures(prompted, others, drawn, real)
+    assert figures["recall"] == 2 / 3 and figures["real_recall"] == 1 and figures["leakage"] == 0
+    assert compare_pairs(real.vectors, real.vectors) == pytest.approx(1) and figures["similarity"] < 1
+    assert tag_rows("abc", prompted, others, drawn, real)[2] == {
+        "tag": "c", "prompted": 1, "seen": 0, "seen_in_real": 1, "leaked": 1, "leaked_in_real": 0,
+    }  # fmt: skip
