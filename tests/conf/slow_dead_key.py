@@ -190,6 +190,7 @@ PROVED = {
     ),  # tests/engine/test_diffusion_exports.py
     "HubConfig.dry_run",
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
+    *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps", "prior")),  # tests/engine/test_judge.py
     "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "SweepConfig.name",
