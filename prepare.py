@@ -6,7 +6,7 @@
     python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=statistics data=image_folder data.root=PATH        an HTML page about the collection
 
-Other jobs: count, verify, duplicates, filter, downsample, split, copy, cache, machine. No job changes an image.
+Other jobs: count, verify, duplicates, filter, downsample, split, copy, cache, machine, import. No job changes an image.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -18,6 +18,7 @@ from pydantic import Field
 from data.tools.cache import Cache
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
+from data.tools.import_config import Import
 from data.tools.machine import Machine
 from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
 from data.config import WholeData
@@ -28,7 +29,7 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Manifest | CollectVocabulary | Pack
-    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache | Machine,
+    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache | Machine | Import,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -8,7 +8,7 @@ Captions(config, collection).of(row)    # the config of a row, where concepts ha
 import itertools
 import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import PurePosixPath
 from typing import Annotated, Any, Literal, Self
 
@@ -207,14 +207,6 @@ class Captions:
     def of(self, row: int) -> CaptionConfig:
         """Return the rules of a row."""
         return self._configs[self._ids[row]]
-
-    def by_source(self, rows: np.ndarray) -> Iterator[tuple[CaptionConfig, np.ndarray]]:
-        """Yield rules of each source, and the rows that have it."""
-        sources = np.array([config.source for config in self._configs])
-        for source in dict.fromkeys(sources.tolist()):
-            chosen = rows[sources[self._ids[rows]] == source]
-            if len(chosen):
-                yield self.of(chosen[0]), chosen
 
 
 def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionConfig) -> str:

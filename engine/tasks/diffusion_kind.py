@@ -117,12 +117,11 @@ class DiffusionKind(BucketedKind):
             off = {"latent_cache": None, "text_cache": None}
             setup = replace(setup, task=setup.task.model_copy(update=off))
             config = config.model_copy(update={"task": config.task.model_copy(update=off)})
-        collection, captions = data.collection, Captions(setup.task.captions, data.collection)
-        parts = captions.by_source(training_rows(collection, config.loop))
-        sources = "; ".join(describe_captions(collection, rows, own) for own, rows in parts)
+        collection, captions = data.collection, setup.task.captions
+        sources = describe_captions(collection, training_rows(collection, config.loop), captions)
         streams = super().streams(data, setup, config)
         images = np.unique(streams.train.sampler.rows)
-        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, captions))
+        frequency = distributed.rank_zero_call(lambda: count_tags(collection, images, Captions(captions, collection)))
         described = {**streams.described, "collection": f"{streams.described['collection']}; {sources}"}
         if collection.concepts:
             described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)

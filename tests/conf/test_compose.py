@@ -22,7 +22,13 @@ MANDATORY = {
     "finetune_vae": ["model.path=FOLDER", "data.root=PATH"],
 }
 # What jobs of prepare.py must be given.
-TO = {"vocabulary": ["job.output=X"], "pack": ["job.output=X"], "copy": ["job.to=X"], "downsample": ["job.to=X"]}
+TO = {
+    "import": ["job.source=IN", "job.output=OUT"],
+    "vocabulary": ["job.output=X"],
+    "pack": ["job.output=X"],
+    "copy": ["job.to=X"],
+    "downsample": ["job.to=X"],
+}
 SHARED = {"common"}  # files that primaries include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}

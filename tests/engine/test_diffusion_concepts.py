@@ -11,9 +11,10 @@ from data.tags.captions import Captions
 from tests.data.collection.test_collection import put
 from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch
 from tests.engine.test_diffusion_refusals import refused
-from tests.in_process import configure, run, run_until_killed
+from tests.in_process import configure, run, run_command, run_until_killed
 from tests.support import rows
 from utils.errors import UserError
+from utils.record.run_reader import RunReader
 
 CONCEPTS = "data.concepts=[{path: dog, repeats: 3, trigger: sks}, {path: reg, share: 0.4, is_prior: true, weight: 0.5}]"
 
@@ -93,3 +94,24 @@ def test_wrong_concepts_are_refused_by_key(concept, key, place, monkeypatch, cap
 def test_other_scripts_refuse_concepts(script):
     with pytest.raises(UserError, match="data.concepts: are for finetune_sdxl.py"):
         configure(script, ["data=image_folder", "data.root=x", "data.concepts=[{path: y}]"])
+
+
+def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monkeypatch):
+    """The command line goes before the file; without the file, or in one with a wrong key, it is named."""
+    subsets = [
+        "image_dir = 'images/dog'\nnum_repeats = 4",
+        "image_dir = 'images/reg'\nis_reg = true\nclass_tokens = 'x'",
+    ]
+    text = "[[datasets]]\nresolution = 64\n" + "".join(f"[[datasets.subsets]]\n{each}\n" for each in subsets)
+    (place / "d.toml").write_text(text)
+    assert run_command("prepare", ["job=import", "source=d.toml", "output=my file.yaml"], place, monkeypatch) == 0
+    own = [word for word in SHORT if "sizes_hw" not in word]
+    words = [*own, "experiment=my file.yaml", "loop.batch_size=2", "loop.total_steps=1", "run_dir=imported"]
+    assert run_command("finetune_sdxl", words, place, monkeypatch) == 0
+    said = capsys.readouterr().err
+    assert "6        4     50.0%  dog" in said and "share 0.5, prior" in said
+    saved = RunReader(place / "imported").config
+    assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["batch_size"] == 2
+    (place / "wrong.yaml").write_text("data:\n  concept: []\n")
+    for name, key in (("none.yaml", "experiment: none.yaml"), ("wrong.yaml", "data.concept: unknown key")):
+        assert key in refused(place, monkeypatch, capsys, f"experiment={name}")

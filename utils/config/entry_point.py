@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Generic
 
 import hydra
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.types import Quote, QuotedString
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
@@ -40,8 +41,10 @@ from utils.errors import (
     EXIT_USER_ERROR,
     DiskFull,
     UserError,
+    about,
     lost_worker,
 )
+from utils.io.files import readable
 from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
@@ -107,6 +110,16 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     return replace(job, choices={**job.choices, "model": str(model["name"])})
 
 
+def _store_file(word: str) -> str:
+    """Let Hydra know the file of `experiment=FILE.yaml`, which is anywhere; return the word that chooses it."""
+    key, _, file = word.partition("=")
+    if key != "experiment" or not file.endswith((".yaml", ".yml")):
+        return word
+    with about("experiment"), readable(Path(file), "YAML"):
+        ConfigStore.instance().store(name="of_file", node=OmegaConf.load(file), group="experiment", package="_global_")
+    return "experiment=of_file"
+
+
 @dataclass(frozen=True)
 class Command(Generic[Schema]):
     """A script as a command. Tests and notebooks can call its parts in their own process."""
@@ -165,16 +178,22 @@ class Command(Generic[Schema]):
         words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
         search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
-            values = hydra.compose(self.script, [*words, *search], return_hydra_config=True)
+            values = hydra.compose(self.script, [*map(_store_file, words), *search], return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
         with open_dict(values):
             del values["hydra"]
         return values, Job(self.script, choices, words)
 
     def _spell_name(self, word: str) -> str:
-        """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name."""
+        """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name.
+
+        A key of prepare.py that is none of its groups is the job's: `output=X` is `job.output=X`.
+        """
         key, _, value = word.partition("=")
-        field = self.schema.model_fields.get(key)
+        fields = self.schema.model_fields
+        if "job" in fields and re.fullmatch("[a-z_]+", key) and key not in fields:
+            return f"job.{word}"
+        field = fields.get(key)
         has_name = "name" in getattr(field and field.annotation, "model_fields", ())
         return f"{key}.name={value}" if has_name and not (self.config_dir / key).is_dir() else word
 
