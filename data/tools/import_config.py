@@ -32,6 +32,7 @@ _WITHOUT = {
     "token_warmup_step", "color_aug", "face_crop_aug_range", "resize_interpolation", "cache_info", "validation_seed",
     "network_multiplier", "custom_attributes", "conditioning_data_dir",
 }  # fmt: skip
+_ALPHA = {"source": "alpha", "floor": 0.0, "normalise": False}  # task.mask
 _INSTEAD = {
     "caption_extension": "x.caption, x.txt and x.json are read; the first one with a caption counts",
     "metadata_file": "meta_*.json in image_dir is read; copy another file there",
@@ -164,12 +165,12 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
     root, sizes = os.path.commonpath(places), sorted({subset.size_hw() for subset in subsets})
     captions, priors = [subset.captions() for subset in places.values()], sum(each.is_reg for each in places.values())
     common = {key: value for key, value in captions[0].items() if all(own[key] == value for own in captions)}
-    concepts = []
+    concepts, has_masks = [], any(subset.alpha_mask for subset in subsets)
     for (folder, subset), own in zip(places.items(), captions):
         how = {"share": 0.5 / priors, "is_prior": True} if subset.is_reg else {"repeats": subset.num_repeats}
         concept = {"path": os.path.relpath(folder, root), **how, "trigger": subset.class_tokens}
         concept["captions"] = {key: value for key, value in own.items() if key not in common}
-        concepts.append({**concept, "mask": subset.alpha_mask or None})
+        concepts.append({**concept, "mask": subset.alpha_mask if has_masks else None})
         if subset.shuffle_caption and (own["prefix"] or own["suffix"]):
             notes.append("caption_prefix, caption_suffix: stay at their ends; sd-scripts shuffles what is not kept")
     if priors > 1:
@@ -194,6 +195,6 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
     fraction = one("validation_split", lambda subset: subset.validation_split)
     return {
         "data": {"root": root, "validation_fraction": fraction, "concepts": concepts},
-        "task": {"chunk": batch_size, "buckets": buckets, "captions": common},
+        "task": {"chunk": batch_size, "buckets": buckets, "captions": common, "mask": _ALPHA if has_masks else None},
         "loop": {"global_batch_size": batch_size, "batch_size": batch_size},
     }

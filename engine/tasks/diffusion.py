@@ -185,6 +185,9 @@ class DiffusionTaskConfig(TaskConfig):
             raise ValueError(
                 "task.text_cache: the cache needs frozen text encoders, but they are trained; set it to null"
             )
+        for n, concept in enumerate(config.data.concepts or () if self.mask is None else ()):
+            if concept.mask:
+                raise ValueError(f"data.concepts.{n}.mask: true, but task.mask is null; set task.mask to their source")
         keyed = ((f"data.concepts.{n}.captions", each.captions) for n, each in enumerate(config.data.concepts or ()))
         captions = [self.captions, *(self.captions.changed(key, values) for key, values in keyed)]
         if self.text_cache is not None and any(own.varies_tags for own in captions) and self.text_variants == 1:

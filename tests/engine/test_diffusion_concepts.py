@@ -82,6 +82,7 @@ def test_a_concept_changes_the_captions_of_its_rows(place, tmp_path):
         ("{path: dog, captions: {emphasis: true}}", "data.concepts.0.captions.emphasis: all concepts"),
         ("{path: dog, repeats: 2, share: 0.5}", "data.concepts.0: 'dog' has repeats (2) and a share (0.5)"),
         ("{path: dog, repeat: 2}", "data.concepts.0.repeat: unknown key"),
+        ("{path: dog, mask: true}", "data.concepts.0.mask: true, but task.mask is null"),
         ("{path: cat}", "data.concepts.0.path: "),
         ("{path: dog, share: 0}", "data.concepts: the shares sum to 0"),
     ],

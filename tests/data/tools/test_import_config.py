@@ -45,8 +45,9 @@ def test_a_subset_goes_before_its_dataset_and_that_before_general(tmp_path):
     first, second, prior = values["data"]["concepts"]
     assert values["data"]["root"] == str(tmp_path) and values["data"]["validation_fraction"] == 0 and notes == []
     own = {"keep_first": 2, "caption_dropout": 0.0}
-    assert first == {"path": "x/10_sks", "repeats": 10, "trigger": "sks dog", "captions": own, "mask": None}
+    assert first == {"path": "x/10_sks", "repeats": 10, "trigger": "sks dog", "captions": own, "mask": False}
     assert second["captions"] == {"keep_first": 3, "caption_dropout": 0.1} and second["mask"] is True
+    assert values["task"]["mask"] == {"source": "alpha", "floor": 0.0, "normalise": False}
     assert prior["share"] == 0.5 and prior["is_prior"] and values["task"]["captions"]["shuffle"] is True
     limits = {"areas_px": [1024 * 832], "step_px": 64, "min_px": 256, "max_px": 1024}
     assert values["task"]["buckets"] == {
