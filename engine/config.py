@@ -107,6 +107,7 @@ class RuntimeConfig(MachineConfig):
     compile: Literal["auto"] | bool
     prefetch_batches: Processes
     grad_checkpointing: bool
+    offload: bool
     explain: bool
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
-from engine.parallel import no_sync, take_gradients, wrap_task
+from engine.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.plan import Plan, largest_divisor
 from engine.runtime import Runtime, choose_compile
 from engine.step import (
@@ -63,6 +63,8 @@ class Learner:
             _store_in_bf16(task, runtime)
         self._compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
         self.model = wrap_task(task, config.runtime, runtime, compiles=self._compiles)
+        if config.runtime.offload:
+            _offload(task, self.model)
         self._buffers = _Buffers(task)
         self.phase: int | None = None  # of `loop.phases`
         groups = build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
@@ -344,6 +346,15 @@ class _FusedBackward:
                     learner.optimizer, group, parameter, torch.where(torch.isfinite(norm), self._skip, 1.0), number
                 )
         parameter.grad = None
+
+
+def _offload(task: Task, model: nn.Module) -> None:
+    """Keep networks on the host that the task brings to the device itself."""
+    if is_sharded(model) or not task.offloaded:
+        why = "runtime.parallel=fsdp shards them" if is_sharded(model) else "a step needs all networks of this task"
+        raise UserError(f"runtime.offload: true, but {why}; set it to false")
+    for network in networks_of(task, task.offloaded).values():
+        network.to("cpu")
 
 
 def _store_in_bf16(task: Task, runtime: Runtime) -> None:

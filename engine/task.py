@@ -4,7 +4,8 @@ A task is an nn.Module that owns its networks and all other state (a teacher, fr
 and FSDP therefore wrap the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, Self
@@ -79,6 +80,7 @@ class Task(nn.Module):
     averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
     helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
         creates them; their fingerprints must not change during a run.
+    offloaded: helpers that `runtime.offload` keeps on the host; the task brings them to the device (`visiting`).
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
         are several networks.
     metadata: JSON values for weight files.
@@ -91,6 +93,7 @@ class Task(nn.Module):
     trained: tuple[str, ...] = ("network",)
     averaged: Mapping[str, Literal["device", "cpu"]] = {"network": "device"}
     helpers: tuple[str, ...] = ()
+    offloaded: tuple[str, ...] = ()
     exported: tuple[str, ...] = ("network",)
     metadata: Mapping[str, Any] = {}
     best_metric: ClassVar[str] = "loss"
@@ -164,6 +167,20 @@ def networks_of(task: Task, names: Iterable[str]) -> dict[str, nn.Module]:
         if (network := getattr(task.get_submodule(owner), last)) is not None:
             networks[name] = network
     return networks
+
+
+@contextmanager
+def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
+    """Bring networks without gradients to a device for a while, if they are elsewhere."""
+    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
+    kept = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
+    for tensor, values in kept:
+        tensor.data = values.to(device)
+    try:
+        yield
+    finally:
+        for tensor, values in kept:
+            tensor.data = values
 
 
 def checkpointed_state(task: Task) -> dict[str, Tensor]:

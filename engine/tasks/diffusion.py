@@ -31,7 +31,7 @@ from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported
+from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported, visiting
 from engine.tasks.judge import Judge, JudgeConfig, gather
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
@@ -181,6 +181,10 @@ class DiffusionTaskConfig(TaskConfig):
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
                 "task.lora.text_encoders=true to train them by LoRA, or task.lora=null"
             )
+        fsdp = config.runtime.parallel == "fsdp"
+        if config.model.frozen_dtype == "float8" and (self.lora is None or fsdp):
+            other = "runtime.parallel=fsdp would shard it" if fsdp else "task.lora=null trains all of it"
+            raise ValueError(f"model.frozen_dtype: float8 stores a LoRA's base, but {other}; set bfloat16")
         if self.text_cache is not None and self.trains_text:
             raise ValueError(
                 "task.text_cache: the cache needs frozen text encoders, but they are trained; set it to null"
@@ -268,6 +272,8 @@ class DiffusionTask(Task):
         self.trained = self.exported = trained
         self.averaged = dict.fromkeys(trained, config.average_on)
         self.helpers = tuple(name for name in needed if name not in trained)
+        used = (*(ENCODERS if config.trains_text else ()), *(("vae",) if config.loss.perceptual else ()))
+        self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - {*used})
         self._encoded: dict[tuple[str, str], EncodedPrompt] = {}  # with a text cache
         self._prior: list[np.ndarray] = []  # the base model's pictures of task.judge.prior
         if config.judge is not None:
@@ -437,7 +443,8 @@ class DiffusionTask(Task):
     def _latents(self, batch: Batch) -> Tensor:
         """Return scaled latents, float32 [B, 4, h, w], sampled from the VAE's distribution for each image."""
         if "images" in batch:
-            mean, logvar = sdxl.encode_images(self.vae, batch["images"])
+            with visiting(self.alphas.device, self.vae):
+                mean, logvar = sdxl.encode_images(self.vae, batch["images"])
         else:
             mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
         noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
@@ -448,10 +455,9 @@ class DiffusionTask(Task):
         if "prompt_embeds" in batch:
             prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         else:
-            with torch.set_grad_enabled(torch.is_grad_enabled() and self._config.trains_text):
-                prompts, pooled = sdxl.encode_text(
-                    self.text_encoder, self.text_encoder_2, batch["token_ids"], batch.get("token_weights")
-                )
+            encoders, learns = (self.text_encoder, self.text_encoder_2), self._config.trains_text
+            with torch.set_grad_enabled(torch.is_grad_enabled() and learns), visiting(self.alphas.device, *encoders):
+                prompts, pooled = sdxl.encode_text(*encoders, batch["token_ids"], batch.get("token_weights"))
         if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
             dropped = batch["is_dropped"][:, None]
             prompts, pooled = prompts.masked_fill(dropped[..., None], 0), pooled.masked_fill(dropped, 0)
@@ -483,7 +489,9 @@ class DiffusionTask(Task):
         """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
         prompts = self._config.samples.complete_all() if prompts is None else prompts
         scheduler = scheduler_config(**self._config.stated_noise)
-        return list(sample_pictures(self.unet, self.vae, scheduler, prompts, self._encode(prompts)))
+        encoded = self._encode(prompts)
+        with visiting(self.alphas.device, self.vae):
+            return list(sample_pictures(self.unet, self.vae, scheduler, prompts, encoded))
 
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Encode prompts, and the empty prompt in the same way as training.
@@ -493,11 +501,12 @@ class DiffusionTask(Task):
         captions, encoders = self._config.captions, (self.text_encoder, self.text_encoder_2)
         options = {"zeros_for_empty_prompt": captions.dropout_to == "zeros", "emphasis": captions.emphasis}
         if self._config.text_cache is None:
-            return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
+            with visiting(self.alphas.device, *encoders):
+                return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
         keyed = {(prompt.text, prompt.negative): prompt for prompt in prompts}
         if new := {key: prompt for key, prompt in keyed.items() if key not in self._encoded}:
             loaded = open_networks(self._model, ENCODERS, frozen=True)
-            encoders = [loaded[name].to(self.vae.device) for name in ENCODERS]
+            encoders = [loaded[name].to(self.alphas.device) for name in ENCODERS]
             self._encoded |= {key: encode_prompt(encoders, prompt, **options) for key, prompt in new.items()}
         return [self._encoded[prompt.text, prompt.negative] for prompt in prompts]
 
@@ -509,7 +518,7 @@ class DiffusionTask(Task):
         pictures, prior = self.sample(prompts), prompts[len(held) :]
         if prior and not self._prior:
             self._prior = self._sample_base(prior)
-        pairs, device = list(zip(pictures[len(held) :], self._prior)), self.vae.device
+        pairs, device = list(zip(pictures[len(held) :], self._prior)), self.alphas.device
         return distributed.rank_zero_call(lambda: self.judge.report(held, pictures[: len(held)], pairs, device))
 
     def _sample_base(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
@@ -520,7 +529,7 @@ class DiffusionTask(Task):
             self._attach()
             return pictures
         trained, base = {name: getattr(self, name) for name in self.trained}, open_networks(self._model, self.trained)
-        device, dtype = self.vae.device, self.unet.dtype
+        device, dtype = self.alphas.device, self.unet.dtype
         self.take({name: nn.Module.to(network, device, dtype).eval() for name, network in base.items()})
         pictures = self.sample(prompts)
         self.take(trained)

@@ -9,6 +9,7 @@ import torch
 from pydantic import Field
 from safetensors import safe_open
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import register_parametrization
 
 from models.sdxl import family
 from models.sdxl.family import PARTS, PREFIXES, Networks
@@ -65,7 +66,7 @@ class SDXLConfig(Strict):
     path: PathText | None
     vae: PathText | None
     vae_values: VAEValues
-    frozen_dtype: Literal["float32", "bfloat16"]  # of the networks that are not trained
+    frozen_dtype: Literal["float32", "bfloat16", "float8"]  # of the networks that are not trained
     in_channels: Literal[3]  # of the images
 
     def settled(self) -> "SDXLConfig":
@@ -78,7 +79,7 @@ class SDXLConfig(Strict):
 
 
 def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: bool = False) -> Networks:
-    """Return the networks `only` of a config; frozen: without gradients, in `frozen_dtype`.
+    """Return the networks `only` of a config; frozen: without gradients, in `frozen_dtype`, float8 for the U-Net alone.
 
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
@@ -95,15 +96,41 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
         networks |= {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
     for network in networks.values() if frozen else ():
         network.requires_grad_(False)
+    if frozen and model.frozen_dtype == "float8" and "unet" in networks:
+        store_in_float8(networks["unet"])
     return networks
 
 
+class _Float8(nn.Module):
+    """Store a weight as float8 and a scale for each row, which brings its largest number to float8's largest.
+
+    The bytes are uint8, which any backend can broadcast.
+    """
+
+    def right_inverse(self, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the stored tensors of a weight."""
+        rows = weight.float().abs().amax(dim=tuple(range(1, weight.ndim)), keepdim=True).clamp_min(1e-12)
+        scale = (rows / torch.finfo(torch.float8_e4m3fn).max).to(weight.dtype)
+        return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
+
+    def forward(self, values: Tensor, scale: Tensor) -> Tensor:
+        """Return the weight, in the scale's dtype."""
+        return values.view(torch.float8_e4m3fn).to(scale.dtype) * scale
+
+
+def store_in_float8(unet: nn.Module) -> None:
+    """Store the weights of a frozen U-Net's linear layers and convolutions in float8, but of its first and last one."""
+    for name, layer in list(unet.named_modules()):
+        if isinstance(layer, nn.Linear | nn.Conv2d) and name not in ("conv_in", "conv_out"):
+            register_parametrization(layer, "weight", _Float8())
+
+
 def frozen_dtype(model: SDXLConfig, part: str) -> torch.dtype:
-    """Return the dtype of a part that is not trained.
+    """Return the dtype of a part that is not trained; bfloat16 is the one that float8 is cast to.
 
     The VAE is always in float32: bfloat16 changes latents 20 times as much as the cache's rounding, for all epochs.
     """
-    return torch.float32 if part == "vae" else getattr(torch, model.frozen_dtype)
+    return torch.float32 if part == "vae" else getattr(torch, model.frozen_dtype.replace("float8", "bfloat16"))
 
 
 @about("model.path")
