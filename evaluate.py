@@ -4,6 +4,7 @@
     python evaluate.py run_dir=RUN weights=last data=image_folder data.root=PATH   its last weights, on other data
     python evaluate.py weights=FILE data=image_folder data.root=PATH               a weight file of ours
     python evaluate.py run_dir=RUN split=train per_image=true                      a row for each training image
+    python evaluate.py run_dir=RUN grid=true                                       all its kept weights, side by side
     python evaluate.py models=[RUN,FILE,FOLDER] data=image_folder data.root=PATH
                                                                                    taggers, ours and others', compared
 
@@ -11,13 +12,15 @@ Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.h
 
 Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder, or for a file into
 a folder in outputs/evaluate/; with another split, metrics_SPLIT.json and so on. per_image=true adds
-tables/images.parquet. A comparison of taggers writes arena.json, report.html, tables and plots.
+tables/images.parquet. A comparison of taggers writes arena.json, report.html, tables and plots, one of kept weights
+grid.json, report.html, tables/grid.csv and for SDXL plots/grid.png.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 import time
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
@@ -29,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
+from engine.exports.grid import list_weights, to_part, to_report
 from engine.exports.weights import MovedBase, load_predictor, open_weights
 from engine.per_image import write_images
 from engine.runtime import Runtime, start_machine
@@ -39,8 +43,9 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
+from utils.io.journal import open_journal
 from utils.io.safe_text import Lines, hide_secrets
-from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights
+from utils.io.weights import WEIGHT_NAMES, choose_weights, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.figures import show_cell, show_rows
 from utils.record.logging import get_logger
@@ -67,8 +72,9 @@ class EvaluateConfig(Strict):
     """conf/evaluate.yaml, checked."""
 
     models: PathList | None  # taggers to compare on `data`, or None
-    run_dir: PathText | None
+    run_dir: PathText | Annotated[list[PathText], Field(min_length=1)] | None  # with grid, also several
     weights: PathText  # best, last or ema of `run_dir`, or a weight file
+    grid: bool  # measure all kept weights
     output: PathText | None  # a JSON file
     model: MovedBase
     data: DataConfig | None  # None: the data of the run
@@ -83,7 +89,14 @@ class EvaluateConfig(Strict):
 
     @model_validator(mode="after")
     def _says_what_to_measure(self) -> Self:
-        if self.models is not None:
+        if self.grid:
+            single = {"models": self.models, "calibrate": self.calibrate, "per_image": self.per_image}
+            single |= {"weights": self.weights != "best", "run_dir": self.run_dir is None}
+            if wrong := next((key for key, value in single.items() if value), None):
+                raise ValueError(f"{wrong}: grid=true measures all kept weights of run_dir=RUN; change one of the two")
+        elif isinstance(self.run_dir, list):
+            raise ValueError("run_dir: several runs are for grid=true; add it, or name one run")
+        elif self.models is not None:
             if self.data is None:
                 raise ValueError("data: must be given with models; add data=image_folder data.root=PATH")
             if self.run_dir or self.calibrate or self.per_image:
@@ -148,18 +161,10 @@ def write_results(
             log.info("wrote %s", folder / PAGE)
 
 
-@entry_point("evaluate", EvaluateConfig)
-def main(config: EvaluateConfig, job: Job) -> str:
-    """Evaluate."""
-    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
-    runtime = start_machine(config.runtime)
-    if config.models is not None:
-        return compare_taggers(config, runtime)
-
-    # -------------------------------------------------------------------------------------- 2. The task and the data
-    saved = None if config.run_dir is None else RunReader(Path(config.run_dir)).part(_RunData)
+def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Path, folder: Path) -> Report | None:
+    """Evaluate weights on `data`, or that of their run, and write the results. Return None for a dry run."""
+    saved = None if run is None else RunReader(Path(run)).part(_RunData)
     with about("weights"):
-        path = choose_weights(config.run_dir or "", config.weights)
         weights = open_weights(path, "evaluation", config.model)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
     if config.calibrate and not hasattr(task, "calibrate"):
@@ -174,14 +179,12 @@ def main(config: EvaluateConfig, job: Job) -> str:
     data = Data(collection, images, runtime, seed=seed, batch_size=config.batch_size, run_path=None)
     log.info("%s", describe_collection(collection))
     if config.dry_run:
-        return _DRY_RUN
+        return None
     if config.runtime.precision == "auto":
         runtime = runtime.as_trained(weights.metadata.get("precision"))
     task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
-
-    # ------------------------------------------------------------------------------------------------- 3. The result
     rows = np.flatnonzero(collection.weights()) if config.split == "all" else collection.rows(config.split)
     loaders, started = kind.evaluation(data, setup, rows, training=False), time.perf_counter()
     if loaders["val"].samples == 0:
@@ -189,10 +192,6 @@ def main(config: EvaluateConfig, job: Job) -> str:
             f"split: {collection.root} has no image of split={config.split} that the task can use; set split=train, or "
             "name other data"
         )
-    folder, other = Path(config.run_dir or ""), "" if config.split == "val" else f"_{config.split}"
-    if config.run_dir is None:
-        folder = result_folder(path.stem, weights=str(path.resolve()), data=config.data.model_dump(mode="json"))
-    refuse_links_out("run_dir", folder)
     with torch.inference_mode(), runtime.autocast():
         tracked = {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
         report = task.evaluate(tracked, step)
@@ -208,11 +207,12 @@ def main(config: EvaluateConfig, job: Job) -> str:
             loader = track(loaders["val"], len(loaders["val"]), "describing images")
             with output_errors("run_dir", folder):
                 write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"])
-    if distributed.is_main():
+    if distributed.is_main() and not config.grid:
         source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash"), "split": config.split}
         if saved is None or data_config != saved.data:
             source["data"] = hide_secrets(str(collection.root))
         figures = {**source, "step": step, "seconds": round(seconds, 3), **report.scalars}
+        other = "" if config.split == "val" else f"_{config.split}"
         output = Path(config.output or folder / f"metrics{other}.json")
         title = f"{path}, step {step}, on {config.split} of {collection.root}"
         write_results(folder, output, title, figures, report, prefix=f"evaluate{other}_")
@@ -223,7 +223,53 @@ def main(config: EvaluateConfig, job: Job) -> str:
             with output_errors("weights", beside):
                 write_thresholds(beside, thresholds, weights.metadata["weights_hash"])
             log.info("wrote %s, which predict.py and export.py read", beside)
+    return report
+
+
+def evaluate_grid(config: EvaluateConfig, runtime: Runtime) -> str:
+    """Evaluate the kept weights of runs, and write a row for each, and what each draws. A killed call goes on."""
+    runs = [config.run_dir] if isinstance(config.run_dir, str) else config.run_dir
+    files = list_weights(runs)
+    folder = Path(runs[0]) if len(runs) == 1 else result_folder("grid", runs=runs)
+    refuse_links_out("run_dir", folder)
+    made_of = [config.model_dump(mode="json", exclude={"runtime", "batch_size", "output"})]
+    made_of += [read_weights(path, shapes_only=True)[1]["weights_hash"] for _, _, path in files]
+    made_of += [load_collection(config.data or RunReader(Path(run)).part(_RunData).data).fingerprint for run in runs]
+    with open_journal("run_dir", folder / "grid", made_of) if distributed.is_main() else nullcontext() as journal:
+        for run, step, path in files[distributed.rank_zero_call(lambda: len([*journal.parts()])) :]:
+            report = evaluate(config, runtime, run, path, folder)
+            if report is None:
+                return _DRY_RUN
+            if distributed.is_main():
+                log.info("%s: %s", path, _show(report))
+                journal.add(to_part(run, step, report))
+        if distributed.is_main():
+            report = to_report(journal.parts())
+            title, figures = f"The kept weights of {', '.join(runs)}", {"weights": report.tables["grid"]}
+            write_results(folder, Path(config.output or folder / "grid.json"), title, figures, report)
+    return f"evaluated {len(files)} weight files"
+
+
+def _show(report: Report) -> str:
     return "  ".join(f"{name}={show_cell(value)}" for name, value in report.scalars.items())
+
+
+@entry_point("evaluate", EvaluateConfig)
+def main(config: EvaluateConfig, job: Job) -> str:
+    """Evaluate."""
+    runtime = start_machine(config.runtime)
+    if config.models is not None:
+        return compare_taggers(config, runtime)
+    if config.grid:
+        return evaluate_grid(config, runtime)
+    with about("weights"):
+        path = choose_weights(config.run_dir or "", config.weights)
+    folder = Path(config.run_dir or "")
+    if config.run_dir is None:
+        folder = result_folder(path.stem, weights=str(path.resolve()), data=config.data.model_dump(mode="json"))
+    refuse_links_out("run_dir", folder)
+    report = evaluate(config, runtime, config.run_dir, path, folder)
+    return _DRY_RUN if report is None else _show(report)
 
 
 if __name__ == "__main__":

@@ -49,6 +49,7 @@ from utils.io.weights import read_tensors, refuse_not_finite, weight_metadata, w
 from utils.ranks import distributed
 from utils.record.logging import get_logger, restart_count
 from utils.record.run_folder import RunFolder
+from utils.record.run_reader import RunReader
 
 log = get_logger(__name__)
 
@@ -136,6 +137,9 @@ class Saver:
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
+        for kept, file in RunReader(folder).kept.items():
+            if kept > step:  # of a continuation that this one replaces
+                file.unlink(missing_ok=True)
         path = folder / f"checkpoints/step_{step:08d}"
         log.debug("saving %s", path)
         # Gathering sharded tensors has already copied them.
@@ -165,16 +169,16 @@ class Saver:
             trace = None if isinstance(error, UserError) else error
             log.error("%s\nThe next save tries again", error, exc_info=trace)
 
-    def write_best(self, learner: Learner) -> bool:
-        """Write the current weights as the best ones; on all ranks. Return False if the disk refuses them."""
+    def write_alone(self, learner: Learner, name: str) -> bool:
+        """Write the weights that are judged as weights/<name>; on all ranks. Return False if the disk refuses them."""
         tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
-        path = self.folder.path / "weights/best_weights.safetensors"
+        path = self.folder.path / "weights" / name
 
         def write() -> bool:
             try:
                 write_weights(path, tensors, metadata)
             except (OSError, SafetensorError) as error:
-                log.error("%s cannot be written (%s); the next better evaluation tries again", path, error)
+                log.error("%s cannot be written (%s); make room there: the run goes on without it", path, error)
                 return False
             return True
 

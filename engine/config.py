@@ -79,6 +79,7 @@ class _LoopConfig(Strict):
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
     keep_checkpoints: Count
+    keep_weights_every: Count | None
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 

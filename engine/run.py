@@ -180,7 +180,11 @@ class Run:
                 self.evaluate()
             except Stopped:
                 stops = True
-        last = self.is_complete
+        last, every = self.is_complete, self.config.loop.keep_weights_every
+        if every is not None and (last or step % every == 0):
+            self.learner.sync_buffers()
+            with self.learner.evaluated():
+                self.saver.write_alone(self.learner, f"step_{step:06d}.safetensors")
         if not self.owes_evaluation and (step == self.plan.epoch_end(epoch) or last):
             self.recorder.end_epoch(step, epoch, self.last_report)
         if stops or saves or last:
@@ -224,7 +228,7 @@ class Run:
             value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
             is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
             is_best = is_best and plan.may_be_best(step)
-            if math.isfinite(value) and is_best and self.saver.write_best(learner):  # before the swap ends
+            if math.isfinite(value) and is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
                 self.best_value, self.best_step = value, step
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step

@@ -63,11 +63,12 @@ class StepOutput:
 
 @dataclass
 class Report:
-    """The result of an evaluation. Only rank 0 needs tables and images."""
+    """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts."""
 
     scalars: dict[str, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
     images: dict[str, np.ndarray] = field(default_factory=dict)  # [H, W, 3] uint8
+    samples: list[tuple[str, np.ndarray]] = field(default_factory=list)
 
 
 class Task(nn.Module):

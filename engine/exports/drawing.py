@@ -194,7 +194,7 @@ def draw(
         waiting = [file for file in files if file not in done]
         drawn = zip(waiting, painter.paint([files[file] for file in waiting]))
         for file, pixels in track(drawn, len(waiting), "drawing"):
-            content = _to_png(pixels, texts[file])
+            content = to_png(pixels, texts[file])
             # Before the file, which would otherwise count as another command's.
             journal.add([file.name, hashlib.sha256(content).hexdigest()])
             write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content), flush=False)
@@ -211,10 +211,11 @@ def _draw_sheet(drawn: Sequence[tuple[Path, Prompt]], title: str) -> bytes:
         with readable(file, "PNG"), Image.open(file) as image:
             images.append(np.asarray(image.convert("RGB")))
         captions.append([(legible(shorten(prompt.text, _CAPTION)), INK), (f"seed {prompt.seed}", INK)])
-    return _to_png(image_grid(images, captions, legible(title), columns=4, tile_px=256))
+    return to_png(image_grid(images, captions, legible(title), columns=4, tile_px=256))
 
 
-def _to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
+def to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
+    """Return a PNG, with the `parameters` of a picture."""
     content, info = io.BytesIO(), PngInfo()
     if parameters is not None:
         info.add_text("parameters", parameters)

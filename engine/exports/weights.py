@@ -20,7 +20,7 @@ from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.weights import read_weights
-from utils.record.run_reader import CONFIG_FILE, RunReader
+from utils.record.run_reader import RunReader, run_of
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class Weights:
     @property
     def run(self) -> RunReader | None:
         """The run whose folder the file is in; None for a file elsewhere."""
-        folder = self.path.absolute().parent.parent
-        is_inside = self.path.parent.name == "weights" and (folder / CONFIG_FILE).is_file()
-        return RunReader(folder) if is_inside else None
+        return run_of(self.path)
 
     @property
     def title(self) -> str:

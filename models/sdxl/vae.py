@@ -19,7 +19,7 @@ from utils.config.bounds import Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import readable
-from utils.io.weights import find_weights, hash_tensors, read_header
+from utils.io.weights import find_weights, hash_tensors, is_run, read_header
 
 _OWN = "vae."  # what precedes tensors in the weights of finetune_vae.py
 _Number = Annotated[float, Field(ge=-1e6, le=1e6)]
@@ -57,7 +57,7 @@ def vae_files(path: str | Path) -> list[Path]:
     Weights of finetune_vae.py come last, after the files of the VAE that they were trained from.
     """
     path = Path(path)
-    if path.is_dir() and not (path / "weights").is_dir():
+    if path.is_dir() and not is_run(path):
         return weight_files(_folder(path), "vae")
     file = find_weights(str(path), "best")
     began = _began_with(file)
@@ -77,7 +77,7 @@ def read_vae(path: str | Path, read: Callable[[Path], Mapping[str, Tensor]]) -> 
 def stated_config(path: str | Path) -> dict[str, Any]:
     """Return what a VAE says of itself: config.json of its folder, or `vae` in the header that Atelier writes."""
     path = Path(path)
-    if path.is_dir() and not (path / "weights").is_dir():
+    if path.is_dir() and not is_run(path):
         return read_config(_folder(path) / "config.json")
     file = find_weights(str(path), "best")
     if (beside := file.with_name("config.json")).is_file() and file.stem.startswith("diffusion_pytorch_model"):
@@ -116,7 +116,7 @@ def _began_with(file: Path) -> str | None:
 
 def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
     """Raise UserError if the encoder is not that with which finetune_vae.py trained a run's decoder."""
-    if path.suffix != ".safetensors" and not (path / "weights").is_dir():
+    if path.suffix != ".safetensors" and not is_run(path):
         return
     frozen = _header(find_weights(str(path), "best")).get("frozen")
     for name in ("encoder", "quant_conv") if isinstance(frozen, dict) else ():

@@ -49,7 +49,7 @@ from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
-from utils.record.run_reader import CONFIG_FILE, RunReader, settings_of
+from utils.record.run_reader import run_of, settings_of
 from utils.record.sweep_table import read_jobs, sweep_table
 
 log = get_logger(__name__)
@@ -97,9 +97,9 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
     keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides]
     is_chosen = "model" in keys or job.choices.get("experiment", "None") != "None"
-    if "model" not in values or not source or is_chosen or not (Path(source) / CONFIG_FILE).is_file():
+    if "model" not in values or not source or is_chosen or (run := run_of(Path(source))) is None:
         return job
-    model = RunReader(Path(source)).config.get("model")
+    model = run.config.get("model")
     if not isinstance(model, dict) or "name" not in model:
         return job
     kept = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}

@@ -28,7 +28,7 @@ FREE_KEYS = (
     "loop.early_stop_epochs",
     "loop.batch_size",
     "loop.on_out_of_memory",
-    "loop.*_every_*",
+    "loop.*_every*",
     "loop.keep_checkpoints",
     "loop.max_skipped_steps",
     "task.probe.*",

@@ -191,7 +191,7 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> Path:
-    """Return a weight file: the file itself, the file in a folder of timm or transformers, or `which` of a run.
+    """Return a weight file: the file itself, that of a folder of timm or transformers, `which` of a run or checkpoint.
 
     A name on the hub (utils/io/hub.py) is such a file or folder. onnx_first: for predictions, of a folder with both,
     such as published taggers, whose other file states no tags.
@@ -205,13 +205,27 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if not path.is_dir():
         return path
+    if is_run(path) and not (path / "weights").is_dir():
+        names = {"last": ("weights",), "ema": ("average_weights",)}.get(which, ("average_weights", "weights"))
+        found = [file for name in names if (file := path / f"{name}.safetensors").is_file()]
+        if not found:
+            raise UserError(
+                f"the checkpoint {path} has no {names[0]}.safetensors; name another, or other weights of it"
+            )
+        return found[0]
     files = [path / name for name in names if (path / name).is_file()]
-    return files[0] if files and not (path / "weights").is_dir() else RunReader(path).weights(which)
+    return files[0] if files and not is_run(path) else RunReader(path).weights(which)
+
+
+def is_run(path: Path) -> bool:
+    """Return whether a folder is a run's, or one of its checkpoints."""
+    return (path / "weights").is_dir() or (path / "state.json").is_file()
 
 
 def choose_weights(run_dir: str, weights: str) -> Path:
-    """Return a run's weights by name (WEIGHT_NAMES), or the file or run that `weights` names."""
-    if weights not in WEIGHT_NAMES:
+    """Return a run's weights by name (best, step_000500), or the file, run or checkpoint that `weights` names."""
+    is_path = not run_dir or Path(weights).exists() or is_reference(weights)
+    if weights not in WEIGHT_NAMES and is_path:
         return find_weights(weights, "best")
     with about("weights" if Path(run_dir).is_dir() else "run_dir"):
         return find_weights(run_dir, weights)

@@ -4,7 +4,7 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     config.json  overrides.txt  environment.json       what ran, and where
     log.txt  metrics.jsonl  training_log.txt           messages and figures
     checkpoints/step_00001200/                         what resumes
-    weights/{last,best,ema}_weights.safetensors        the weights to use
+    weights/{last,best,ema}_weights.safetensors        the weights to use; step_000500.safetensors: kept ones
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
@@ -28,6 +28,7 @@ from utils.io.files import (
     output_errors,
     read_json,
     refuse_links_out,
+    remove_temporary,
     write_json,
     write_text,
 )
@@ -121,6 +122,7 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
             (folder.path / name).mkdir(parents=True, exist_ok=True)
         refusal = f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
         stack.enter_context(file_lock(folder.path / LOCK_FILE, refusal, patience_sec))
+        remove_temporary([folder.path / "weights"])
         stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
 

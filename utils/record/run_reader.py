@@ -65,8 +65,14 @@ class RunReader:
             return None
         return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
 
+    @property
+    def kept(self) -> dict[int, Path]:
+        """The weights of `loop.keep_weights_every` by step, in order."""
+        files = self.path.glob("weights/step_*.safetensors")
+        return dict(sorted((int(file.stem[5:]), file) for file in files if file.stem[5:].isdecimal()))
+
     def weights(self, which: str) -> Path:
-        """Return the `best`, `last` or `ema` weight file. Raises UserError, which lists the files of the run.
+        """Return the `best`, `last` or `ema` weight file, or that of a name. Raises UserError, which lists all files.
 
         A run that was not evaluated has no `best`; `best` is then its average, or else its last weights.
         """
@@ -75,8 +81,10 @@ class RunReader:
             if (instead := file.with_name(f"{other}_weights.safetensors")).is_file():
                 log.warning("%s has no best weights, because it was not evaluated; using %s", self.path, instead.name)
                 return instead
+        for name in (which, f"{which}.safetensors"):  # such as step_000500
+            file = file if file.is_file() else self.path / "weights" / name
         if not file.is_file():
-            names = sorted(other.name.removesuffix("_weights.safetensors") for other in file.parent.glob("*_weights.*"))
+            names = sorted(other.stem.removesuffix("_weights") for other in self.path.glob("weights/*.safetensors"))
             raise UserError(
                 f"the run {self.path} has no {which} weights; "
                 + (f"it has {', '.join(names)}" if names else "is it a run folder that has saved a checkpoint?")
@@ -92,6 +100,13 @@ class RunReader:
     def is_alive(self) -> bool:
         """Whether a process holds the folder's lock."""
         return is_locked(self.path / LOCK_FILE)
+
+
+def run_of(path: Path) -> RunReader | None:
+    """Return the run that a folder is, or that a weight file or a checkpoint belongs to."""
+    whole = path.absolute()
+    inside = [whole, *(child.parent for child in (whole, *whole.parents) if child.name in ("weights", "checkpoints"))]
+    return next((RunReader(folder) for folder in inside if (folder / CONFIG_FILE).is_file()), None)
 
 
 def settings_of(overrides: Iterable[str]) -> frozenset[str]:

@@ -1,0 +1,109 @@
+"""Weights of any step: kept by `loop.keep_weights_every`, or in a checkpoint; named, exported, side by side."""
+
+import csv
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import evaluate
+from tests.in_process import TINY, make_images, run, run_command, run_until_killed
+from tests.support import TINY as TINY_TASKS
+from utils.io.weights import choose_weights, find_weights, read_weights
+
+RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
+RUN += ["loop.evaluate_every_epochs=50"]  # at the end
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with a run that was killed before its fifth update, and one that was not."""
+    folder = tmp_path_factory.mktemp("kept")
+    make_images(folder / "images")
+    run("train", [*RUN, "run_dir=whole"], folder)
+    run_until_killed("train", [*RUN, "run_dir=killed", "loop.checkpoint_every_steps=3"], folder, 4)
+    for left in (".step_000004.safetensors.7.tmp", "step_000900.safetensors"):
+        (folder / "killed/weights" / left).touch()
+    run("train", [*RUN, "run_dir=killed"], folder)
+    return folder
+
+
+def table_of(folder):
+    with open(folder / "tables/grid.csv", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_averages_are_kept_at_every_multiple_and_the_end_and_a_killed_run_leaves_the_same(place):
+    names = [f"step_00000{step}.safetensors" for step in (2, 4, 5)]
+    for name in ("whole", "killed"):
+        assert sorted(file.name for file in (place / name / "weights").iterdir() if "step" in file.name) == names
+    for name in names:
+        (ours, facts), (theirs, _) = (read_weights(place / each / "weights" / name) for each in ("whole", "killed"))
+        assert facts["average"] and all(torch.equal(tensor, theirs[key]) for key, tensor in ours.items())
+    last, _ = read_weights(place / "whole/weights/ema_weights.safetensors")
+    assert all(torch.equal(tensor, last[key]) for key, tensor in ours.items())
+
+
+def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, capsys):
+    whole, checkpoint = str(place / "whole"), place / "whole/checkpoints/step_00000005"
+    kept = place / "whole/weights/step_000002.safetensors"
+    for name in ("step_000002", kept.name, str(kept)):
+        assert choose_weights(whole, name) == kept
+    assert [find_weights(str(checkpoint), which).stem for which in ("best", "last", "ema")] == [
+        "average_weights", "weights", "average_weights",
+    ]  # fmt: skip
+    with monkeypatch.context() as patch:
+        patch.chdir(place)
+        for weights in ("step_000002", "whole/checkpoints/step_00000005"):
+            assert "top1" in run("evaluate", ["run_dir=whole", f"weights={weights}", *ON_CPU], place)
+        run("export", ["format=pth", "run_dir=whole", "weights=step_000002"], place)
+        run("predict", [f"weights={checkpoint}", "input=images", "output=found.csv", "device=cpu"], place)
+        tuned = [word for word in RUN if not word.startswith("model")]  # the network follows the file's run
+        for number, source in enumerate((kept, checkpoint)):
+            words = [*tuned, f"init_from={source}", f"run_dir=tuned{number}", "loop.total_steps=1"]
+            assert run_command("finetune", words, place, monkeypatch) == 0
+    assert run_command("evaluate", ["run_dir=whole", "weights=step_000003"], place, monkeypatch) == 2
+    assert "step_000002, step_000004, step_000005" in capsys.readouterr().err
+
+
+def test_a_grid_has_a_row_for_each_kept_file_and_a_killed_one_goes_on(place, monkeypatch, capsys):
+    whole, seen = evaluate.evaluate, []
+
+    def die_at_the_third(config, runtime, run, path, folder):
+        seen.append(path.name)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+        return whole(config, runtime, run, path, folder)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(evaluate, "evaluate", die_at_the_third)
+        run("evaluate", ["run_dir=killed", "grid=true", *ON_CPU], place)
+    monkeypatch.setattr(evaluate, "evaluate", die_at_the_third)
+    run("evaluate", ["run_dir=killed", "grid=true", *ON_CPU], place)
+    assert seen == [f"step_00000{step}.safetensors" for step in (2, 4, 5, 5)]
+    run("evaluate", ["run_dir=[whole,killed]", "grid=true", "output=both.json", *ON_CPU], place)
+    (folder,) = (place / "outputs/evaluate").glob("grid-*")
+    rows = table_of(folder)
+    assert [row["step"] for row in rows] == ["2", "4", "5"] * 2 and rows[3:] == table_of(place / "killed")
+    assert [row["loss"] for row in rows[:3]] == [row["loss"] for row in rows[3:]]
+    for words, key in ((["run_dir=whole", "calibrate=true"], "calibrate"), (["data=glyphs"], "run_dir")):
+        assert run_command("evaluate", [*words, "grid=true"], place, monkeypatch) == 2
+        assert f"{key}: " in capsys.readouterr().err
+    run("train", [*RUN, "run_dir=none", "loop.total_steps=1", "loop.keep_weights_every=null"], place)
+    assert run_command("evaluate", ["run_dir=none", "grid=true"], place, monkeypatch) == 2
+    assert "loop.keep_weights_every=500" in capsys.readouterr().err
+
+
+def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
+    pytest.importorskip("diffusers")
+    sizes = ["loop.global_batch_size=2", "loop.batch_size=2", "task.chunk=2", "loop.total_steps=2"]
+    words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images"]
+    run("finetune_sdxl", [*words, "task.samples.prompts=['red circle',blue]", "run_dir=sdxl"], place)
+    run("evaluate", ["run_dir=sdxl", "grid=true", *ON_CPU], place)
+    height, width, _ = np.asarray(Image.open(place / "sdxl/plots/grid.png")).shape
+    assert height > 2 * 256 and width > 2 * 256 and len(table_of(place / "sdxl")) == 2
+    lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]
+    (place / "p.txt").write_text("red")
+    assert "1 pictures" in run("predict", [*lora, "output=drawn", "device=cpu", "dry_run=true"], place)
