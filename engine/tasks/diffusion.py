@@ -86,15 +86,14 @@ class NoiseConfig(Strict):
 
     @model_validator(mode="after")
     def _has_a_target_everywhere(self) -> Self:
-        if self.zero_terminal_snr and self.prediction_type == "epsilon":
+        why = {
+            "epsilon": "epsilon has nothing to predict at the last timestep, which is then pure noise",
+            "flow": "flow has no noise table, and its last time is always pure noise",
+        }
+        if self.zero_terminal_snr and self.prediction_type in why:
             raise ValueError(
-                "task.noise.prediction_type: epsilon has nothing to predict at the last timestep, which is pure noise "
-                "with task.noise.zero_terminal_snr=true; set v_prediction, or zero_terminal_snr=false"
-            )
-        if self.zero_terminal_snr and self.prediction_type == "flow":
-            raise ValueError(
-                "task.noise.zero_terminal_snr: true changes the noise table of v_prediction, but flow has no table and "
-                "always ends in pure noise; set task.noise.zero_terminal_snr=false"
+                f"task.noise.zero_terminal_snr: true is for v_prediction: {why[self.prediction_type]}; set "
+                "task.noise.zero_terminal_snr=false, or task.noise.prediction_type=v_prediction"
             )
         return self
 

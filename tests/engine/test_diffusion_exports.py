@@ -14,7 +14,7 @@ import yaml
 
 pytest.importorskip("diffusers")
 
-from diffusers import DDIMScheduler, StableDiffusionXLPipeline
+from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from engine.exports.weights import open_weights
@@ -67,7 +67,6 @@ def export(place, name, form):
 
 
 def make_pictures(pipeline):
-    pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
     pipeline.set_progress_bar_config(disable=True)
     made = [
         pipeline(
@@ -143,6 +142,27 @@ def test_a_lora_beside_the_base_gives_the_pictures_of_the_run(place, wanted):
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_whole_models_give_the_pictures_of_the_run(name, place, wanted):
     compare_whole(name, "single_file", place, wanted)
+
+
+def test_a_flow_is_drawn_as_diffusers_draws_its_folder(place):
+    """By Euler's method. Its exports are bases of flow, and predict.py draws the same pictures of them."""
+    words = ["task.noise.prediction_type=flow", "task.noise.zero_terminal_snr=false", "task.timesteps.shift=2.5"]
+    words += ["task.loss.weighting=none", "task.lora=null", "model.vae=vae", "run_dir=flow"]
+    run("finetune_sdxl", [*SHORT, *words, "task.noise.convert=true"], place)
+    with working_in(place):
+        wanted = open_weights(Path("flow/weights/best_weights.safetensors"), "evaluation").task.sample()
+    folder, file = export(place, "flow", "diffusers"), export(place, "flow", "single_file") / "model.safetensors"
+    pipeline = StableDiffusionXLPipeline.from_pretrained(folder, local_files_only=True)
+    assert differ(make_pictures(pipeline), wanted) <= 1 and differ(run_program(folder, None), wanted[0]) <= 1
+    names, header = read_header(file)
+    assert (header["modelspec.prediction_type"], header["ss_discrete_flow_shift"]) == ("flow", "2.5")
+    assert not {"v_pred", "ztsnr"} & names.keys()
+    (place / "prompts.json").write_text(json.dumps([{"text": text, "seed": n} for n, text in enumerate(PROMPTS)]))
+    words = ["prompts=prompts.json", "pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]
+    for number, base in enumerate((folder, file)):
+        run("predict", [*words, f"weights={base}", f"output=drawn_{number}"], place)
+        drawn = [Image.open(place / f"drawn_{number}/0000{seed}-{seed}.png") for seed in range(2)]
+        assert differ(np.stack(drawn), wanted) <= 1 and "Sampler: Euler" in drawn[0].text["parameters"]
 
 
 def test_a_lora_needs_no_base_but_a_whole_model_needs_that_of_the_run(place):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from models.sdxl.sampling import scheduler_config
 from models.sdxl.step import (
     add_noise,
     build_noise_table,
@@ -111,6 +112,18 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
     torch.testing.assert_close(denoise("flow", noisy, velocity, level), LATENTS)
     plain, shifted = (draw_times("uniform", KEYS, shift=each) for each in (1.0, shift))
     torch.testing.assert_close(shifted / (1 - shifted), shift * plain / (1 - plain), rtol=0.01, atol=0)
+
+
+def test_flow_is_sampled_by_eulers_method():
+    config = scheduler_config("flow", False, 3.0)
+    scheduler = getattr(pytest.importorskip("diffusers"), config["_class_name"]).from_config(config)
+    scheduler.set_timesteps(5)
+    found = wanted = NOISE
+    for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:]):
+        assert 0 <= 1000 * now - timestep < 1  # diffusers rounds it down
+        found, wanted = scheduler.step(found.sin(), timestep, found).prev_sample, wanted + (then - now) * wanted.sin()
+    torch.testing.assert_close(found, wanted)
+    torch.testing.assert_close(scheduler.sigmas[[0, -1]], torch.tensor([1.0, 0.0]), rtol=0, atol=1e-3)
 
 
 def test_offset_noise_shifts_channels_as_a_whole():
