@@ -31,6 +31,7 @@ from models.sdxl.names import part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
+from models.sdxl.updates import Update
 from models.sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
@@ -182,12 +183,14 @@ def write_repository(weights: Weights, folder: Path, config: ExportConfig) -> di
 def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write only the LoRA: for ComfyUI, the web UIs and sd-scripts (kohya), or for diffusers.
 
-    It is read again, and the updates of all layers are compared.
+    It is read again, and the updates of all layers are compared, as are a DoRA's magnitudes.
     """
     if weights.setup.task.lora is None:
         raise UserError(
             f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
         )
+    if (kind := weights.setup.task.lora.kind) != "lora" and config.format == "lora_diffusers":
+        raise UserError(f"format: lora_diffusers is for kind=lora, not {kind}; set format=kohya, or diffusers (merged)")
     if values := unlike_sdxls(weights.setup.model.vae_values):
         log.warning("format: the LoRA learnt latents of a VAE with %s, unlike SDXL's; use it with this VAE", values)
     file, write = _LORA_FILES[config.format]
@@ -195,13 +198,14 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
     with torch.device("meta"):
         shapes = open_networks(weights.setup.model, ("unet", *ENCODERS))
     read, layers = read_lora(folder / file, shapes), weights.task.adapter.layers()
-    wanted = {name: layer.update().detach().cpu() for name, layer in layers.items()}
-    found = {name: scale * up.flatten(1) @ down.flatten(1) for name, (down, up, scale) in read.items()}
-    if wanted.keys() != found.keys():
+    if layers.keys() != read.keys():
         raise UserError(f"output: {file} has other layers than the run; check the disk, and export again")
-    errors = [float((found[name] - update).abs().max()) for name, update in wanted.items()]
-    largest = max(float(update.abs().max()) for update in wanted.values())
-    difference = max(errors) / (largest or 1.0)
+    differences = []
+    for values in (Update.matrix, Update.magnitude):
+        pairs = [(values(layer.update()).detach().cpu(), values(read[name])) for name, layer in layers.items()]
+        largest = max(float(wanted.abs().max()) for wanted, _ in pairs)
+        differences += [float((found - wanted).abs().max()) / (largest or 1.0) for wanted, found in pairs]
+    difference = max(differences)
     refuse_difference(difference, config.accepted, file)
     return {"file": file, "update_max_abs_diff": difference}
 

@@ -12,6 +12,7 @@ from typing import Any
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
 from models.export.metadata import dict_of, licence_entry
+from models.sdxl.updates import SHOWN
 from models.sdxl.vae import unlike_sdxls
 
 
@@ -23,7 +24,7 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
     facts |= licence_entry(metadata)
     if isinstance(task, DiffusionTaskConfig):
-        what = "U-Net" if task.lora is None else f"LoRA of rank {task.lora.rank}"
+        what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
         facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source}
         model = weights.setup.model
         facts |= {"ss_vae_name": Path(model.vae or "").name, "ss_vae_values": unlike_sdxls(model.vae_values)}

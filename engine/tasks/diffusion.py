@@ -329,10 +329,11 @@ class DiffusionTask(Task):
             with torch.device("meta"):
                 shapes = open_networks(self._model, ("unet", *ENCODERS))
             updates = read_lora(path, shapes)
-            ranks, tensors = sorted({len(down) for down, _, _ in updates.values()}), {}
-            for name, (down, up, scale) in updates.items():  # scaled, so that another alpha changes nothing
-                own = {"A": down, "B": up * (scale * lora.rank / lora.alpha)}
-                tensors |= {f"{name}.lora_{matrix}.weight": tensor for matrix, tensor in own.items()}
+            if (kinds := " and ".join(sorted({update.kind for update in updates.values()}))) != lora.kind:
+                raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
+            ranks, tensors = sorted({update.rank or lora.rank for update in updates.values()}), {}
+            for name, update in updates.items():  # scaled, so that another alpha changes nothing
+                tensors |= {f"{name}.{key}": tensor for key, tensor in update.rescaled(lora.alpha).tensors.items()}
             advice = (
                 f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
                 f"{len(updates)}: set task.lora.rank, targets, conv and text_encoders to those of the file."

@@ -1,11 +1,11 @@
-"""LoRA: low-rank updates of layers of SDXL's frozen networks, in a module of their own.
+"""LoRA: low-rank updates of layers of SDXL's frozen networks, in a module of their own (models/sdxl/updates.py: kinds).
 
-A layer's weight W becomes W + (alpha / rank) B A, and only A and B are trained. The frozen networks are not modified:
-forward hooks add the update to a layer's output, so a checkpoint has only the matrices.
+Only the tensors of the updates are trained. The frozen networks are not modified: forward hooks add the update to a
+layer's output, so a checkpoint has only these tensors.
 
 There are two file layouts for other tools (`StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)`).
 kohya: one .safetensors file for ComfyUI, the web UIs, sd-scripts and diffusers. Layers have the names of SDXL's
-original U-Net, with underscores; alpha is a separate tensor.
+original U-Net, with underscores; alpha is a separate tensor. Other kinds have the names of LyCORIS.
 diffusers: a folder with pytorch_lora_weights.safetensors. Layers have the names of diffusers' networks; B contains
 alpha / rank, because older releases do not read alpha from these files.
 
@@ -15,19 +15,22 @@ huggingface/diffusers:loaders/lora_pipeline.py.
 
 import fnmatch
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Annotated
 
 import torch
 from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from models.sdxl.checkpoint_files import GENERATIVE_MODELS, NO_HASH, write_modelspec
 from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.names import rename, text_prefix
 from models.sdxl.networks import unused_layer
+from models.sdxl.updates import Kind, Update, draw_tensors, norm_like
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
@@ -37,8 +40,10 @@ log = get_logger(__name__)
 
 
 class LoRAConfig(Strict):
-    """Describe a LoRA. The update is B A of the given rank, times alpha / rank."""
+    """Describe a LoRA, or another kind of adapter. Its update has the given rank, and is scaled by alpha / rank."""
 
+    kind: Kind = "lora"  # weight files of before say none
+    factor: Annotated[int, Field(ge=-1)] = -1  # of a LoKr: the size of its smaller matrix; -1: near the root
     rank: Width
     alpha: Positive
     targets: list[str] = Field(min_length=1)  # patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`
@@ -47,37 +52,57 @@ class LoRAConfig(Strict):
 
 
 class LoRALayer(nn.Module):
-    """The update of one layer. The matrices are float32 and are cast to the dtype of the layer's input."""
+    """The update of one layer. The tensors are float32; what they make is cast to the dtype of the layer's input."""
 
-    def __init__(self, layer: nn.Linear | nn.Conv2d, rank: int, alpha: float) -> None:
+    def __init__(self, layer: nn.Linear | nn.Conv2d, config: LoRAConfig) -> None:
         super().__init__()
-        self.scale = alpha / rank
+        rank, self.kind, self.alpha = config.rank, config.kind, config.alpha
+        if config.kind in ("loha", "lokr"):
+            for name, tensor in draw_tensors(config.kind, layer.weight, rank, config.factor).items():
+                self.register_parameter(name, nn.Parameter(tensor))
+            return
+        if config.kind == "dora":
+            self.dora_scale = nn.Parameter(torch.zeros(1, *layer.weight.shape[1:2], *[1] * (layer.weight.ndim - 2)))
         if isinstance(layer, nn.Conv2d):
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            self.lora_A: nn.Module = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False)
+            self.lora_A: nn.Module = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False)
             self.lora_B: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
             self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
         nn.init.zeros_(self.lora_B.weight)  # A keeps torch's Kaiming initialisation
 
-    def forward(self, inputs: Tensor) -> Tensor:
-        """Return the update of the layer's output for the same inputs."""
-        down, up = self.lora_A.weight.to(inputs.dtype), (self.scale * self.lora_B.weight).to(inputs.dtype)
-        if isinstance(self.lora_A, nn.Conv2d):
-            conv = self.lora_A
-            return functional.conv2d(
-                functional.conv2d(inputs, down, None, conv.stride, conv.padding, conv.dilation), up
-            )
-        return functional.linear(functional.linear(inputs, down), up)
+    @torch.no_grad()
+    def begin(self, layer: nn.Module) -> None:
+        """Give a DoRA that has no magnitude yet that of the layer's weight."""
+        if self.kind == "dora" and not self.dora_scale.any():
+            self.dora_scale.copy_(norm_like(self.dora_scale, layer.weight))
 
-    def update(self) -> Tensor:
-        """Return the update of the layer's weight as a matrix [out, in x kernel area]."""
-        return self.scale * self.lora_B.weight.flatten(1) @ self.lora_A.weight.flatten(1)
+    def forward(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """Return the update of the layer's output for the same inputs."""
+        if self.kind != "lora":  # computed again in the backward pass: it is as large as the weight
+            return checkpoint(self._add_change, layer, inputs, use_reentrant=False, preserve_rng_state=False)
+        down, up = self.lora_A.weight, self.update().scale * self.lora_B.weight
+        hidden = _apply(layer, inputs, down.to(inputs.dtype))
+        return (functional.linear if up.ndim == 2 else functional.conv2d)(hidden, up.to(inputs.dtype))
+
+    def _add_change(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        with torch.autocast(inputs.device.type, enabled=False):
+            change = self.update().change(layer.weight).to(inputs.dtype)
+        return _apply(layer, inputs, change)
+
+    def update(self) -> Update:
+        """Return the update of the layer's weight."""
+        return Update(dict(self.named_parameters()), self.alpha)
+
+
+def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
+    if isinstance(layer, nn.Conv2d):
+        return functional.conv2d(inputs, weight, None, layer.stride, layer.padding, layer.dilation)
+    return functional.linear(inputs, weight)
 
 
 class LoRA(nn.Module):
-    """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and `...lora_B.weight`."""
+    """The updates of all target layers; tensors are named `<network>.<layer>.lora_A.weight` and so on."""
 
     def __init__(self, networks: Mapping[str, nn.Module], config: LoRAConfig) -> None:
         """Make the matrices for `networks` (unet, text_encoder, text_encoder_2). Only their shapes are used.
@@ -89,14 +114,14 @@ class LoRA(nn.Module):
         layers = find_layers(networks, conv=config.conv, texts=config.text_encoders)
         self.names = _choose(layers, config)
         for name in self.names:
-            _place(self, name, LoRALayer(layers[name], config.rank, config.alpha))
+            _place(self, name, LoRALayer(layers[name], config))
         self._hooks: list[RemovableHandle] = []
 
     def warn_of_rank(self) -> None:
         """Say if the rank is above the full rank of layers, where more adds nothing."""
-        rank, layers = self.config.rank, self.layers()
+        rank, layers = self.config.rank, self.layers() if self.config.kind in ("lora", "dora") else {}
         full = {name: min(layers[name].lora_A.weight[0].numel(), len(layers[name].lora_B.weight)) for name in layers}
-        if narrow := [name for name in self.names if rank > full[name]]:
+        if narrow := [name for name in full if rank > full[name]]:
             log.warning(
                 "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
                 rank, len(narrow), len(full), narrow[0], full[narrow[0]],
@@ -110,10 +135,12 @@ class LoRA(nn.Module):
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
         targets = find_layers(networks, texts=self.config.text_encoders)
-        self._hooks = [
-            targets[name].register_forward_hook(lambda _, inputs, output, layer=layer: output + layer(inputs[0]))
-            for name, layer in self.layers().items()
-        ]
+        for name, update in self.layers().items():
+            update.begin(targets[name])
+            hook = targets[name].register_forward_hook(
+                lambda layer, inputs, output, update=update: output + update(layer, inputs[0])
+            )
+            self._hooks.append(hook)
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""
@@ -125,7 +152,7 @@ class LoRA(nn.Module):
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the networks' own weights, and detach."""
         self.detach()
-        add_updates(networks, ((name, layer.update()) for name, layer in self.layers().items()))
+        add_updates(networks, {name: layer.update() for name, layer in self.layers().items()})
 
 
 def find_layers(
@@ -142,12 +169,12 @@ def find_layers(
     return layers
 
 
-def add_updates(networks: Mapping[str, nn.Module], updates: Iterable[tuple[str, Tensor]]) -> None:
-    """Add matrices to the weights of layers by name, in the weights' dtype."""
+def add_updates(networks: Mapping[str, nn.Module], updates: Mapping[str, Update], strength: float = 1.0) -> None:
+    """Change the weights of layers by name, in the weights' dtype."""
     layers = find_layers(networks)
-    for name, update in updates:
+    for name, update in updates.items():
         weight = layers[name].weight
-        weight.copy_(weight.float() + update.to(weight.device).view_as(weight))
+        weight.copy_(weight.float() + strength * update.change(weight))
 
 
 def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
@@ -180,6 +207,9 @@ def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
 # ------------------------------------------------------------------------------------------------------------- files
 
 
+_KOHYA = {"lora_A.weight": "lora_down.weight", "lora_B.weight": "lora_up.weight"}
+
+
 def kohya_name(name: str) -> str:
     """Return kohya's name of a layer."""
     network, _, inside = name.partition(".")
@@ -191,17 +221,19 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, 
     """Write a LoRA in kohya's layout, with alpha in float32. facts: for `write_modelspec`, with a `title`."""
     config, tensors = lora.config, {}
     for name, layer in lora.layers().items():
-        stem = kohya_name(name)
-        tensors[f"{stem}.lora_down.weight"] = layer.lora_A.weight
-        tensors[f"{stem}.lora_up.weight"] = layer.lora_B.weight
+        stem, own = kohya_name(name), layer.update().tensors
+        tensors |= {f"{stem}.{_KOHYA.get(key, key)}": tensor for key, tensor in own.items()}
         tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
+    arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}
+    if config.kind != "lora":
+        arguments |= {"algo": config.kind.replace("dora", "lora"), "dora_wd": config.kind == "dora"}
     metadata = {
         "ss_base_model_version": "sdxl_base_v1-0",
         "ss_v2": "False",
-        "ss_network_module": "networks.lora",
+        "ss_network_module": "networks.lora" if config.kind == "lora" else "lycoris.kohya",
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha),
-        "ss_network_args": json.dumps({"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}),
+        "ss_network_args": json.dumps(arguments),
     }
     _write(path, tensors, dtype, {**facts, "implementation": GENERATIVE_MODELS}, metadata)
 
@@ -211,7 +243,7 @@ def write_diffusers(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[s
     tensors = {}
     for name, layer in lora.layers().items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
-        tensors[f"{name}.lora_B.weight"] = layer.scale * layer.lora_B.weight
+        tensors[f"{name}.lora_B.weight"] = layer.update().scale * layer.lora_B.weight
     _write(path, tensors, dtype, {**facts, "implementation": "diffusers"}, {"format": "pt"})
 
 

@@ -1,4 +1,4 @@
-"""Read LoRAs: kohya's files (sd-scripts, ComfyUI, the web UIs), diffusers', and those of our runs.
+"""Read LoRAs of all kinds: files of kohya and LyCORIS (sd-scripts, ComfyUI, the web UIs), diffusers', and our runs'.
 
 Layers of kohya's files have the names of SDXL's original U-Net or of diffusers', with underscores.
 """
@@ -14,19 +14,22 @@ from torch import Tensor, nn
 from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.lora import LoRAConfig, add_updates, find_layers, kohya_name
 from models.sdxl.networks import unused_layer
+from models.sdxl.updates import Update
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import read_header, read_weights
 
 _ADAPTED = ("unet", *ENCODERS)
 _ENDINGS = {
-    ".lora_down.weight": "down", ".lora_up.weight": "up", ".alpha": "alpha", ".lora_A.weight": "down",
-    ".lora_B.weight": "up", ".lora.down.weight": "down", ".lora.up.weight": "up",
-}  # fmt: skip
+    **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "lora_A.weight"),
+    **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "lora_B.weight"),
+    **{f".{name}": name for name in ("alpha", "dora_scale", "lokr_w1", "lokr_w2")},
+    **{f".{name}_{end}": f"{name}_{end}" for name in ("hada_w1", "hada_w2", "lokr_w1", "lokr_w2") for end in "ab"},
+}
 
 
-def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, tuple[Tensor, Tensor, float]]:
-    """Return the updates in a file by the layers' names in `LoRA`: down, up and scale, in the shapes of a `LoRALayer`.
+def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Update]:
+    """Return the updates in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
 
     networks: SDXL's; only their shapes are used. Raises UserError for a LoRA of another base model or kind, or other
     files. Updates of the first text encoder's last layer, whose output SDXL does not use, are ignored.
@@ -50,14 +53,24 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, tuple[
     with readable(path, "LoRA"):
         alphas = _stated_alphas(texts, metadata)
         for name, parts in found.items():
-            down, up, shape = parts["down"], parts["up"], layers[name].weight.shape
-            rank = len(down)
-            if (down[0].numel(), tuple(up.flatten(1).shape)) != (shape[1:].numel(), (shape[0], rank)):
-                shapes = f"{tuple(down.shape)} and {tuple(up.shape)}"
-                raise UserError(f"{other}{name} has {shapes}, but SDXL's layer is {tuple(shape)}; name another file")
-            alpha = float(parts.get("alpha", alphas.get(name.partition(".")[0], rank)))
-            updates[name] = down.view(rank, *shape[1:]), up.view(shape[0], rank, *[1] * len(shape[2:])), alpha / rank
+            weight, alpha = layers[name].weight, parts.pop("alpha", alphas.get(name.partition(".")[0]))
+            updates[name] = Update(parts, None if alpha is None else float(alpha))
+            if not _fits(updates[name], weight.to("meta")):
+                shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
+                raise UserError(f"{other}{name} has {shapes}, but SDXL's layer is {tuple(weight.shape)}; name another")
+            if "lora_A.weight" in parts:
+                parts["lora_A.weight"] = parts["lora_A.weight"].view(-1, *weight.shape[1:])
+                parts["lora_B.weight"] = parts["lora_B.weight"].view(len(weight), -1, *[1] * (weight.ndim - 2))
     return updates
+
+
+def _fits(update: Update, weight: Tensor) -> bool:
+    """Return whether an update is for a layer of this weight, on the meta device."""
+    update = Update({name: tensor.to("meta") for name, tensor in update.tensors.items()}, None)
+    try:
+        return update.matrix().shape == weight.flatten(1).shape == update.change(weight).flatten(1).shape
+    except (RuntimeError, IndexError):  # of shapes
+        return False
 
 
 def _flat(name: str) -> str:
@@ -78,6 +91,4 @@ def _stated_alphas(texts: Mapping[str, str], metadata: Mapping[str, Any]) -> dic
 @torch.no_grad()
 def merge_lora(path: Path, strength: float, networks: Mapping[str, nn.Module]) -> None:
     """Add a file's updates, times a strength, to the weights of SDXL's networks."""
-    updates = read_lora(path, networks).items()
-    matrices = ((name, strength * scale * up.flatten(1) @ down.flatten(1)) for name, (down, up, scale) in updates)
-    add_updates(networks, matrices)
+    add_updates(networks, read_lora(path, networks), strength)

@@ -1,9 +1,21 @@
 """The exports of task=diffusion that diffusers alone reads: they give the pictures of the run."""
 
+import numpy as np
 import pytest
+from PIL import Image
 from safetensors import safe_open
 
-from tests.engine.test_diffusion_exports import compare_lora, compare_whole, place, wanted  # noqa: F401 (fixtures)
+from tests.engine.test_diffusion_exports import (  # noqa: F401 (fixtures)
+    LORA,
+    SHORT,
+    compare_lora,
+    compare_whole,
+    differ,
+    place,
+    wanted,
+)
+from tests.in_process import run
+from utils.errors import UserError
 
 
 def test_a_lora_of_diffusers_beside_the_base_gives_the_pictures_of_the_run(place, wanted):  # noqa: F811
@@ -15,3 +27,28 @@ def test_a_lora_of_diffusers_beside_the_base_gives_the_pictures_of_the_run(place
 @pytest.mark.parametrize("name", ["lora", "whole"])
 def test_a_folder_of_diffusers_gives_the_pictures_of_the_run(name, place, wanted):  # noqa: F811
     compare_whole(name, "diffusers", place, wanted)
+
+
+@pytest.mark.parametrize("kind", ["dora", "loha", "lokr"])
+def test_other_kinds_of_lora_give_the_pictures_of_the_run(kind, place):  # noqa: F811
+    """The file beside the base, the merged file, and a run that continues the file with another alpha."""
+    words, lora = [*SHORT, *LORA, f"task.lora.kind={kind}"], f"{kind}/export/kohya/lora.safetensors"
+    run("finetune_sdxl", [*words, f"run_dir={kind}"], place)
+    for form in ("kohya", "single_file"):
+        run("export", [f"run_dir={kind}", f"format={form}"], place)
+    with pytest.raises(UserError, match=rf"^format: lora_diffusers is for kind=lora, not {kind}"):
+        run("export", [f"run_dir={kind}", "format=lora_diffusers"], place)
+    more = ["task.lora.alpha=2.0", "loop.total_steps=0", f"run_dir={kind}-2"]
+    run("finetune_sdxl", [*words, *more, f"init_from={lora}"], place)
+    (place / "prompts.txt").write_text("tag 1, tag 2\n")
+    drawn = {}
+    for name, more in {
+        kind: [], f"{kind}/export/single_file/model.safetensors": [], f"{kind}-2": [],
+        "base": [f"lora=[{lora}]"], str(place / "base"): [],
+    }.items():  # fmt: skip
+        output = f"{kind}-{len(drawn)}"
+        size = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]
+        run("predict", [f"weights={name}", "prompts=prompts.txt", f"output={output}", *size, *more], place)
+        drawn[name] = np.float64(Image.open(place / output / "00000-0.png"))
+    first, *same, base = drawn.values()
+    assert max(differ(first, other) for other in same) <= 2 and differ(first, base) > 20

@@ -68,9 +68,9 @@ def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):
     found, wanted = (
         read_lora(folder / "weights/last_weights.safetensors", shapes) for folder in (tmp_path / "run", place / "lora")
     )
-    for name, (down, up, scale) in wanted.items():
-        assert torch.equal(found[name][0], down)
-        torch.testing.assert_close(found[name][2] * found[name][1], scale * up)
+    for name, update in wanted.items():
+        assert torch.equal(found[name].tensors["lora_A.weight"], update.tensors["lora_A.weight"])
+        torch.testing.assert_close(found[name].matrix(), update.matrix())
 
 
 @pytest.mark.parametrize(
@@ -82,6 +82,7 @@ def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):
         ),
         ([*LORA, *FEW, "init_from=lora"], r"(?s)^init_from: .*rank 4 on 17 layers, the file \[4\] on 148"),
         ([*LORA, "init_from=unet"], r"^init_from: .*unet.*is no LoRA"),
+        ([*LORA, "task.lora.kind=loha", "init_from=lora"], r"^task\.lora\.kind: loha, but .*lora.* is a lora"),
         (["task.lora=null", "init_from=lora"], "(?s)^init_from: .*a LoRA needs task.lora"),
         (
             ["task.lora=null", "task.train_text_encoders=true", "init_from=unet"],
@@ -114,7 +115,8 @@ def write_lora(path, changes, metadata=None):
     [
         ({"{}.lora_down.weight": torch.ones(2, 20)}, {"ss_base_model_version": "sd_v1"}, r"sd_v1.*\(32, 32\)"),
         ({"lora_te_text_model_q.lora_down.weight": torch.ones(2, 2)}, {}, "lora_te_text_model_q"),
-        ({"{}.dora_scale": torch.ones(32, 1)}, {}, "dora_scale"),
+        ({"{}.dora_scale": torch.ones(31, 1)}, {}, r"dora_scale \(31, 1\)"),
+        ({"{}.lora_mid.weight": torch.ones(2, 2)}, {}, "lora_mid"),
         ({"{}.lora_up.weight": None}, {}, "not a readable LoRA"),
         ({"{}.alpha": torch.ones(3)}, {}, "not a readable LoRA"),
         ({}, {"lora_adapter_metadata": '{"unet.use_rslora": true}'}, "use_rslora"),
@@ -129,9 +131,9 @@ def test_the_scale_of_each_layout_and_layers_that_sdxl_does_not_use(tmp_path):
     """sd-scripts also trains the first encoder's last layer; diffusers' newer files have alpha in the header."""
     name, networks = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q", draw_networks()
     unused = {"lora_te1_text_model_encoder_layers_1_mlp_fc1.lora_up.weight": torch.ones(64, 2)}
-    assert read_lora(write_lora(tmp_path / "kohya.safetensors", unused), networks)[name][2] == 2.0
-    assert read_lora(write_lora(tmp_path / "plain.safetensors", {"{}.alpha": None}), networks)[name][2] == 1.0
+    assert read_lora(write_lora(tmp_path / "kohya.safetensors", unused), networks)[name].scale == 2.0
+    assert read_lora(write_lora(tmp_path / "plain.safetensors", {"{}.alpha": None}), networks)[name].scale == 1.0
     other = {f"{name}.lora.down.weight": torch.ones(2, 32), f"{name}.lora.up.weight": torch.ones(32, 2)}
     for number, (texts, scale) in enumerate([({}, 1.0), ({"unet.r": 2, "unet.lora_alpha": 6}, 3.0)]):
         save_file(other, path := tmp_path / f"{number}.safetensors", {"lora_adapter_metadata": json.dumps(texts)})
-        assert read_lora(path, networks)[name][2] == scale
+        assert read_lora(path, networks)[name].scale == scale

@@ -1,22 +1,35 @@
 """LoRA of SDXL's networks: training, merging, and both file layouts, which diffusers reads as its own."""
 
+import copy
 import hashlib
 import json
 
 import pytest
 import torch
+import yaml
 from safetensors import safe_open
 
 pytest.importorskip("diffusers")
 
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
+from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
+from pydantic import TypeAdapter
+from torch import nn
 
 from models.sdxl.family import draw_networks
-from models.sdxl.lora import LoRA, LoRAConfig, write_diffusers, write_kohya
+from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_diffusers, write_kohya
+from models.sdxl.lora_files import merge_lora
+from models.sdxl.updates import Update
+from optim.config import OptimConfig
+from optim.groups import build_groups
+from utils.config.help import CONF
 from utils.errors import UserError
 
 ATTENTION = ["unet.*.attn?.to_*"]
 ALL = {"targets": ["*"], "conv": True, "text_encoders": True}
+KINDS = ["lora", "dora", "loha", "lokr"]
+NAMES = {"lora": ["lora_A.weight", "lora_B.weight"], "dora": ["lora_A.weight", "lora_B.weight", "dora_scale"]}
+NAMES |= {"loha": ["hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"], "lokr": ["lokr_w1", "lokr_w2"]}
 FACTS = {"title": "toy", "prediction_type": "v_prediction"}
 
 
@@ -63,16 +76,19 @@ def gradients(networks, lora):
     return {name: parameter.grad.clone() for name, parameter in lora.named_parameters()}
 
 
-def test_begins_without_effect_and_trains_the_matrices_alone():
+@pytest.mark.parametrize("kind", KINDS)
+def test_begins_without_effect_and_trains_the_matrices_alone(kind):
     networks = build_networks()
     before, names = run_unet(networks), set(networks["unet"].state_dict())
-    lora = build_lora(networks)
+    lora = build_lora(networks, kind=kind)
     lora.attach(networks)
-    assert torch.equal(run_unet(networks), before) and set(networks["unet"].state_dict()) == names
+    torch.testing.assert_close(run_unet(networks), before, rtol=0, atol=1e-5 if kind == "dora" else 0)
+    assert set(networks["unet"].state_dict()) == names
     found = gradients(networks, vary(lora))
     assert all(gradient.abs().max() > 0 for gradient in found.values())
     assert all(parameter.grad is None for parameter in networks["unet"].parameters())
-    assert {"unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q.lora_A.weight"} <= set(lora.state_dict())
+    layer = "unet.down_blocks.1.attentions.0.transformer_blocks.0.attn1.to_q"
+    assert {name.removeprefix(f"{layer}.") for name in lora.state_dict() if layer in name} == set(NAMES[kind])
     networks["unet"].enable_gradient_checkpointing()
     networks["unet"].train()  # some releases of diffusers recompute in this mode only
     for name, gradient in gradients(networks, lora).items():
@@ -80,14 +96,66 @@ def test_begins_without_effect_and_trains_the_matrices_alone():
 
 
 @torch.no_grad()
-def test_merged_networks_give_the_same_outputs():
+@pytest.mark.parametrize("kind", KINDS)
+def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_path):
+    """LyCORIS' files of the other kinds, with alpha as ComfyUI reads it."""
     networks = build_networks()
-    lora, plain = vary(build_lora(networks, **ALL)), run(networks)
+    lora, plain = vary(build_lora(networks, kind=kind, **ALL)), run(networks)
     lora.attach(networks)
     wanted = run(networks)
     assert (wanted - plain).abs().max() > 0.1
+    write_kohya(tmp_path / "lora.safetensors", lora, torch.float32, FACTS)
+    others = build_networks()
+    merge_lora(tmp_path / "lora.safetensors", 1.0, others)
     lora.merge(networks)
-    torch.testing.assert_close(run(networks), wanted, rtol=1e-4, atol=1e-4)
+    for merged in (networks, others):
+        torch.testing.assert_close(run(merged), wanted, rtol=1e-4, atol=2e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("layer", [nn.Linear(12, 18), nn.Conv2d(12, 18, 3, padding=1)], ids=["linear", "conv"])
+@pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
+def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
+    """The same tensors in both. PEFT has a magnitude of each output, which files may have, too."""
+    config = LoRAConfig(kind=kind, rank=rank, alpha=2.0, targets=["*"], conv=True, text_encoders=False)
+    ours = vary(LoRALayer(layer, config))
+    tensors = dict(ours.named_parameters())
+    if kind == "dora":
+        tensors["dora_scale"] = torch.rand(18, *[1] * (layer.weight.ndim - 1)) + 0.5
+    settings = {"dora": {"use_dora": True}, "lora": {}}.get(kind, {"alpha": 2.0})
+    settings |= {"lora_alpha": 2.0} if "use_dora" in settings or kind == "lora" else {}
+    made = {"loha": LoHaConfig, "lokr": LoKrConfig}.get(kind, LoraConfig)(r=rank, target_modules=["0"], **settings)
+    theirs = get_peft_model(nn.Sequential(copy.deepcopy(layer)), made).base_model.model[0]
+    for name, parameter in theirs.named_parameters():
+        own = next((own for own in tensors if own.split(".")[0] in name), "dora_scale" if "magnitude" in name else None)
+        if own is not None:
+            parameter.copy_(tensors[own].view(parameter.shape))
+    factor = 2.0 / rank if rank == 9 else 1.0  # PEFT scales whole matrices, too; ComfyUI and LyCORIS do not
+    wanted = layer.weight + factor * Update(tensors, 2.0).change(layer.weight)
+    inputs = torch.randn(2, 12, *[5] * (layer.weight.ndim - 2))
+    operation = torch.nn.functional.linear if layer.weight.ndim == 2 else layer._conv_forward
+    torch.testing.assert_close(operation(inputs, wanted, layer.bias), theirs(inputs), rtol=1e-4, atol=1e-5)
+
+
+def test_the_magnitude_of_a_file_is_as_comfyui_reads_it():
+    """comfyanonymous/ComfyUI:comfy/weight_adapter/base.py, weight_decompose, for a magnitude of each input."""
+    layer = nn.Conv2d(6, 8, 3)
+    config = LoRAConfig(kind="dora", rank=2, alpha=2.0, targets=["*"], conv=True, text_encoders=False)
+    update = vary(LoRALayer(layer, config)).update()
+    whole = layer.weight + update.matrix().view(layer.weight.shape)
+    norm = whole.transpose(0, 1).reshape(6, -1).norm(dim=1).view(1, 6, 1, 1)
+    torch.testing.assert_close(layer.weight + update.change(layer.weight), whole * update.tensors["dora_scale"] / norm)
+
+
+def test_a_rule_of_lora_plus_meets_the_b_matrices_alone():
+    task = nn.Module()
+    task.adapter = build_lora(build_networks())
+    values = yaml.safe_load((CONF / "optim/adamw.yaml").read_text())
+    rules = [{"match": "*.lora_B.weight", "lr_scale": 16.0}]
+    groups = build_groups(task, {}, TypeAdapter(OptimConfig).validate_python({**values, "rules": rules}))
+    named = {scale: [n for g in groups if g["lr_scale"] == scale for n in g["names"]] for scale in (1.0, 16.0)}
+    assert all(name.endswith("lora_B.weight") for name in named[16.0])
+    assert all(name.endswith("lora_A.weight") for name in named[1.0]) and len(named[1.0]) == len(named[16.0])
 
 
 @pytest.mark.parametrize(

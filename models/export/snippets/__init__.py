@@ -39,11 +39,13 @@ _NAMES = {
 }
 
 
-def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None) -> str:
+def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None) -> str | None:
     """Return the program for a format as Markdown. file: the exported file. base: the hub's name of SDXL's base model.
 
-    Our own format has a command.
+    Our own format has a command. Diffusers reads no adapter of another kind than LoRA.
     """
+    if form == "kohya" and metadata["task"]["lora"].get("kind", "lora") != "lora":
+        return None
     if form != "safetensors":
         text = _sdxl_snippet(form, metadata["task"], file, base) if form in SDXL else _snippet(form, metadata, file)
         return f"```python\n{text.rstrip()}\n```"
