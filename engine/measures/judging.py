@@ -19,24 +19,16 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     prompted: bool [N, T], the tags in each caption. others: bool [N, T], the trained tags that are not in it.
     recall, real_recall: the share of prompted tags that are seen, in drawn and in real pictures.
     leakage: unprompted tags that are seen in a drawn picture, less those in a real one, on average.
-    similarity: how near drawn pictures are to the real ones of the same captions (`compare_pairs`).
+    similarity: the mean cosine with the real picture of the caption, each vector less the mean of the real ones: 1 for
+    equal pictures, about 0 for pictures that are not nearer to their partner than to the others.
     """
-    leaked, real_leaked = ((seen.tags & others).sum() / len(others) for seen in (drawn, real))
+    leaked, centre = (drawn.tags & others).sum() - (real.tags & others).sum(), real.vectors.mean(axis=0)
     return {
         "recall": float(drawn.tags[prompted].mean()),
         "real_recall": float(real.tags[prompted].mean()),
-        "leakage": float(leaked - real_leaked),
-        "similarity": compare_pairs(drawn.vectors, real.vectors),
+        "leakage": float(leaked / len(others)),
+        "similarity": float(cosines(drawn.vectors - centre, real.vectors - centre).mean()),
     }
-
-
-def compare_pairs(drawn: np.ndarray, real: np.ndarray) -> float:
-    """Return the mean cosine of paired vectors [N, D], each less the mean of `real`.
-
-    It is 1 for equal pictures, and about 0 for pictures that are not nearer to their partner than to the others.
-    """
-    centre = real.mean(axis=0, dtype=np.float64)
-    return float(cosines(drawn - centre, real - centre).mean())
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

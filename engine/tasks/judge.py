@@ -105,16 +105,12 @@ class Judge(nn.Module):
         beside = (thresholds_path(self.path), self.path.with_name(FILE))
         return [self.path, *(file for file in beside if file.is_file())]
 
-    def prepare(self, picture: Tensor, draw: Draw | None = None) -> Tensor:
-        """Return a picture, uint8 [3, H, W], as the tagger takes it, [C, h, w], in the bucket of its size."""
+    def prepare(self, picture: np.ndarray) -> Tensor:
+        """Return a picture, uint8 [H, W, 3], as the tagger takes it, uint8 [C, h, w], in the bucket of its size."""
         sizes = np.array(self.preprocessing.get("buckets_hw") or [[1, 1]])
-        draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[1:]]), sizes)[0]))
-        pixels = convert(Image.fromarray(picture.permute(1, 2, 0).numpy()), self.preprocessing["channels"], None)
-        return evaluation_views(self.preprocessing)["images"](torch.from_numpy(pixels).permute(2, 0, 1), draw)
-
-    def look_at(self, pictures: Iterable[np.ndarray], device: torch.device) -> Seen:
-        """Return what the tagger sees in pictures, uint8 [H, W, 3]."""
-        return self.look([self.prepare(torch.from_numpy(each).permute(2, 0, 1)) for each in pictures], device)
+        draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[:2]]), sizes)[0]))
+        pixels = torch.from_numpy(convert(Image.fromarray(picture), self.preprocessing["channels"], None))
+        return evaluation_views(self.preprocessing)["images"](pixels.permute(2, 0, 1), draw)
 
     def look(self, images: Sequence[Tensor], device: torch.device) -> Seen:
         """Return what the tagger sees, image by image: other batches would change the last digits."""
@@ -137,11 +133,11 @@ class Judge(nn.Module):
         Scalars `judge.*`: those of `judge_pictures`, and `drift`: 1 less the mean cosine of the pairs of `prior`.
         """
         prompted, others = (np.stack([getattr(each, name) for each in held]) for name in ("prompted", "others"))
-        seen, real = self.look_at(drawn, device), self.look([each.image for each in held], device)
+        prepared = [list(map(self.prepare, pictures)) for pictures in (drawn, *zip(*prior))]
+        real, seen, *pair = (self.look(images, device) for images in ([each.image for each in held], *prepared))
         figures = judge_pictures(prompted, others, seen, real)
-        if prior:
-            now, before = (self.look_at(each, device).vectors for each in zip(*prior))
-            figures["drift"] = float(1 - cosines(now, before).mean())
+        if pair:
+            figures["drift"] = float(1 - cosines(*(each.vectors for each in pair)).mean())
         captions = [[(each.caption, INK)] for each in held]
         for sign, color, tags in (("-", RIGHT, prompted & ~seen.tags), ("+", WRONG, others & seen.tags)):
             for lines, row in zip(captions, tags):
@@ -193,7 +189,8 @@ def judged_stream(
         return {name: Ragged(torch.from_numpy(each.astype(np.int64))) for name, each in values.items()}
 
     groups = letterbox_groups(collection, chosen, judge.preprocessing)
-    stream = data.evaluation(chosen, add, {"images": judge.prepare}, groups=groups)
+    views = {"images": lambda image, draw: judge.prepare(image.permute(1, 2, 0).numpy())}
+    stream = data.evaluation(chosen, add, views, groups=groups)
     stream.samples = 0  # `val` has them already
     return stream
 

@@ -8,7 +8,7 @@ from PIL import Image
 
 pytest.importorskip("diffusers")
 
-from engine.measures.judging import Seen, compare_pairs, judge_pictures, tag_rows
+from engine.measures.judging import Seen, judge_pictures, tag_rows
 from tests.in_process import run, run_command, run_until_killed
 from tests.support import TINY, rows
 from tests.test_arena import COLOURS, write_wd
@@ -107,7 +107,7 @@ def test_the_figures_of_four_pictures():
     real = Seen(np.array([[1, 0, 0], [0, 1, 0], [0, 1, 1]], bool), np.array([[3.0, 0], [0, 3], [3, 3]]))
     figures = judge_pictures(prompted, others, drawn, real)
     assert figures["recall"] == 2 / 3 and figures["real_recall"] == 1 and figures["leakage"] == 0
-    assert compare_pairs(real.vectors, real.vectors) == pytest.approx(1) and figures["similarity"] < 1
+    assert figures["similarity"] < 1 == pytest.approx(judge_pictures(prompted, others, real, real)["similarity"])
     assert tag_rows("abc", prompted, others, drawn, real)[2] == {
         "tag": "c", "prompted": 1, "seen": 0, "seen_in_real": 1, "leaked": 1, "leaked_in_real": 0,
     }  # fmt: skip
