@@ -6,10 +6,10 @@
 The figures are exact on any number of ranks: pictures are drawn on all of them, and looked at one by one on rank 0.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -75,6 +75,14 @@ class Held(NamedTuple):
     image: Tensor
 
 
+def prepare(picture: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
+    """Return a picture, uint8 [H, W, 3], as a tagger takes it, uint8 [C, h, w], in the bucket of its size."""
+    sizes = np.array(preprocessing.get("buckets_hw") or [[1, 1]])
+    draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[:2]]), sizes)[0]))
+    pixels = torch.from_numpy(convert(Image.fromarray(picture), preprocessing["channels"], None))
+    return evaluation_views(preprocessing)["images"](pixels.permute(2, 0, 1), draw)
+
+
 class Judge(nn.Module):
     """A tagger with its thresholds. It is no network of the task, and on the device only while it looks.
 
@@ -105,13 +113,6 @@ class Judge(nn.Module):
         beside = (thresholds_path(self.path), self.path.with_name(FILE))
         return [self.path, *(file for file in beside if file.is_file())]
 
-    def prepare(self, picture: np.ndarray) -> Tensor:
-        """Return a picture, uint8 [H, W, 3], as the tagger takes it, uint8 [C, h, w], in the bucket of its size."""
-        sizes = np.array(self.preprocessing.get("buckets_hw") or [[1, 1]])
-        draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[:2]]), sizes)[0]))
-        pixels = torch.from_numpy(convert(Image.fromarray(picture), self.preprocessing["channels"], None))
-        return evaluation_views(self.preprocessing)["images"](pixels.permute(2, 0, 1), draw)
-
     def look(self, images: Sequence[Tensor], device: torch.device) -> Seen:
         """Return what the tagger sees, image by image: other batches would change the last digits."""
         predictor = self._predictor
@@ -133,7 +134,8 @@ class Judge(nn.Module):
         Scalars `judge.*`: those of `judge_pictures`, and `drift`: 1 less the mean cosine of the pairs of `prior`.
         """
         prompted, others = (np.stack([getattr(each, name) for each in held]) for name in ("prompted", "others"))
-        prepared = [list(map(self.prepare, pictures)) for pictures in (drawn, *zip(*prior))]
+        pictures = (drawn, *zip(*prior))
+        prepared = [[prepare(picture, self.preprocessing) for picture in each] for each in pictures]
         real, seen, *pair = (self.look(images, device) for images in ([each.image for each in held], *prepared))
         figures = judge_pictures(prompted, others, seen, real)
         if pair:
@@ -188,8 +190,9 @@ def judged_stream(
         values = {"caption": np.frombuffer(texts[row].encode(), np.uint8), "prompted": prompted[row], "others": others}
         return {name: Ragged(torch.from_numpy(each.astype(np.int64))) for name, each in values.items()}
 
-    groups = letterbox_groups(collection, chosen, judge.preprocessing)
-    views = {"images": lambda image, draw: judge.prepare(image.permute(1, 2, 0).numpy())}
+    preprocessing = judge.preprocessing
+    groups = letterbox_groups(collection, chosen, preprocessing)
+    views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), preprocessing)}
     stream = data.evaluation(chosen, add, views, groups=groups)
     stream.samples = 0  # `val` has them already
     return stream

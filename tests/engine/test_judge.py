@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from engine.measures.judging import Seen, judge_pictures, tag_rows
 from tests.in_process import run, run_command, run_until_killed
-from tests.support import TINY, rows
+from tests.support import TINY, rows, start
 from tests.test_arena import COLOURS, write_wd
 from utils.io.files import read_json
 
@@ -74,10 +74,13 @@ def test_a_killed_run_and_evaluate_give_the_same_figures(place):
 
 
 @pytest.mark.parametrize("more", [["task.text_cache=texts", "task.text_variants=2"], ["task.lora=null"]])
-def test_the_drift_of_the_base_model_is_zero(place, more):
+def test_the_drift_of_the_base_model_is_zero_and_two_ranks_judge_as_one(place, more):
     words = [*SHORT, JUDGE.format("wd"), "loop.total_steps=0", f"run_dir={more[0]}", *more]
     run("finetune_sdxl", words, place)
     assert abs(judged(place / more[0])[0]["judge.drift"]) < 1e-9
+    if more == ["task.lora=null"]:
+        start("finetune_sdxl.py", [*words, "run_dir=two"], place, ranks=2).wait()
+        assert judged(place / "two") == judged(place / more[0])
 
 
 @pytest.mark.parametrize(
