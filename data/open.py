@@ -137,6 +137,7 @@ class Data:
     """A collection as streams of batches, read from a source.
 
     batch_size: for evaluation. run_path: the folder for unreadable.jsonl, the list of unreadable samples; or None.
+    dry_run: samples are images and captions, even where a run reads what encoders made of them.
     fingerprints: values by configuration key that must not change when a run is resumed.
     """
 
@@ -149,11 +150,12 @@ class Data:
         seed: int,
         batch_size: int,
         run_path: Path | None,
+        dry_run: bool = False,
     ) -> None:
-        self.collection, self.source = collection, source
+        self.collection, self.source, self.dry_run = collection, source, dry_run
         self.fingerprints = {"data.root": collection.fingerprint}
         self.machine, self.batch_size, self._seed = machine, batch_size, seed
-        self.unreadable = UnreadableLog(None if run_path is None else run_path / "unreadable.jsonl")
+        self.unreadable = UnreadableLog(None if dry_run or run_path is None else run_path / "unreadable.jsonl")
 
     def read_from(self, source: Source, fingerprints: Mapping[str, str]) -> "Data":
         """Return a copy that reads from another source, such as a cache of latents."""

@@ -148,6 +148,10 @@ class Task(nn.Module):
         """Return a row for each sample of a batch, with its `loss`, for evaluate.py per_image=true."""
         return pa.table({"loss": self.forward(batch, torch.ones(())).loss.float().cpu().numpy()})
 
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return a batch's images as the networks see them, [B, C, H, W] from 0 to 255, and a text for each sample."""
+        return batch["images"], [""] * len(batch["weight"])
+
     def draw(self) -> Report:
         """Return what an evaluation measures without validation images, such as pictures of prompts."""
         return Report()

@@ -89,9 +89,9 @@ class Normalise(nn.Module):
                     f"augment.{name}: {len(values)} numbers for a network with {channels} input channels "
                     "(model.in_channels); give one per channel"
                 )
-        shape = (1, channels, 1, 1)
-        self.register_buffer("mean", torch.tensor(mean).view(shape), persistent=False)
-        self.register_buffer("std", torch.tensor(std).view(shape), persistent=False)
+        shape = (1, channels, 1, 1)  # and values in a dry run, too
+        self.register_buffer("mean", torch.tensor(mean, device="cpu").view(shape), persistent=False)
+        self.register_buffer("std", torch.tensor(std, device="cpu").view(shape), persistent=False)
         # In units of bytes, so that bytes need no division by 255.
         self.register_buffer("_byte_mean", 255.0 * self.mean, persistent=False)
         self.register_buffer("_byte_std", 255.0 * self.std, persistent=False)

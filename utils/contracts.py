@@ -38,6 +38,9 @@ class TrainStream(Protocol):
     def trial_batches(self, size: int) -> Iterator[Batch]:
         """Yield a batch of one repeated sample for each shape, on the device; does not advance the stream."""
 
+    def show(self, batch_size: int, micro_batch_size: int, ranks: int) -> Iterator[Batch]:
+        """Yield the micro-batches of the first rank of a run, read in this process."""
+
     def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
         """Yield the list of this rank's micro-batches for each step, from `start_step` on.
 

@@ -384,6 +384,11 @@ def fitted_views(sizes_hw: np.ndarray, config: BucketConfig) -> Views:
     def fit(image: Tensor, draw: Draw) -> tuple[Fit, bool]:
         return draw_fit(np.array(image.shape[-2:]), sizes_hw[draw.group], draw.key, config)
 
+    return views_of(fit)
+
+
+def views_of(fit: Callable[[Tensor, Draw], tuple[Fit, bool]]) -> Views:
+    """Return the views of an image by a function that gives its fit, and whether it is mirrored."""
     return {
         "images": lambda image, draw: place(image, *fit(image, draw)),
         "fit": lambda image, draw: torch.tensor(fit(image, draw)[0].conditions()),

@@ -41,12 +41,12 @@ class LatentCache(Source):
     inputs: what the latents depend on beside the images, such as a hash of the VAE. hashes: from `image_hashes`.
     fits: [samples, variants, 2]; variant 1 is the mirror image. keys: record keys [samples, variants], 32 hexadecimal
     digits.
-    fingerprints: a hash of all keys, by configuration key.
+    store: None for the fits alone.
     """
 
     def __init__(
         self,
-        store: TensorStore,
+        store: TensorStore | None,
         collection: Collection,
         buckets: Buckets,
         config: BucketConfig,
@@ -71,7 +71,11 @@ class LatentCache(Source):
         for number in (made_by, variant, *np.split(done, done.shape[-1], axis=-1)):
             words = rng.mix64(words + number)
         self.keys = np.frombuffer(words.astype(">u8").tobytes().hex().encode(), "S32").reshape(shape[:2])
-        self.fingerprints = {store.config_key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
+
+    @property
+    def fingerprints(self) -> dict[str, str]:
+        """A hash of all keys, by configuration key."""
+        return {self.store.config_key: record_key(np.sort(self.keys, axis=None).tobytes().decode())}
 
     def fit(self, number: int, variant: int) -> Fit:
         """Return the fit of a sample, by its index in `buckets`."""

@@ -155,7 +155,7 @@ class Loader(Dataset):
         try:
             for loaded, problems in loader:
                 self._report(problems)
-                yield self._to_device(loaded)
+                yield self.to_device(loaded)
         except RuntimeError as error:
             if (match := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
                 raise
@@ -168,9 +168,10 @@ class Loader(Dataset):
     def repeat(self, draw: Draw, size: int) -> Batch:
         """Return a batch that repeats one sample `size` times, on the device, with weight 1."""
         batch = collate([self.read(draw, [])] * size, size, channels_last=self.machine.channels_last)
-        return self._to_device({**batch, "weight": torch.ones(size)})
+        return self.to_device({**batch, "weight": torch.ones(size)})
 
-    def _to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch) -> Batch:
+        """Return a batch on the device, after the hooks of the views."""
         batch = to_device(batch, self.machine.device)
         for hook in self._hooks:
             batch = hook(batch)
@@ -232,6 +233,13 @@ class TrainStream:
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample, for messages."""
         return self.loader.collection.row(sample_id).path
+
+    def show(self, batch_size: int, micro_batch_size: int, ranks: int) -> Iterator[Batch]:
+        """Yield the micro-batches of the first rank of a run, read in this process."""
+        for draws in train_batches(self.sampler, batch_size, micro_batch_size, 0, 0, ranks):
+            batch, problems = self.loader.__getitems__(draws)
+            self.unreadable.add(problems)
+            yield self.loader.to_device(batch)
 
     def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step, from `start_step` on; batch_size: over all ranks."""

@@ -130,12 +130,13 @@ class Mirror(nn.Module):
 
     def __init__(self, orientation: Mapping[str, Any], width: int) -> None:
         super().__init__()
-        permutation = torch.arange(width)
-        pairs = torch.tensor(orientation["pairs"], dtype=torch.long).view(-1, 2)
-        permutation[pairs] = pairs.flip(1)
-        dropped = torch.zeros(width, dtype=torch.bool)
-        dropped[orientation["dropped"]] = True
-        no_flip = torch.tensor(orientation["no_flip"], dtype=torch.long)
+        with torch.device("cpu"):  # with values in a dry run, too
+            permutation = torch.arange(width)
+            pairs = torch.tensor(orientation["pairs"], dtype=torch.long).view(-1, 2)
+            permutation[pairs] = pairs.flip(1)
+            dropped = torch.zeros(width, dtype=torch.bool)
+            dropped[orientation["dropped"]] = True
+            no_flip = torch.tensor(orientation["no_flip"], dtype=torch.long)
         for name, tensor in (("permutation", permutation), ("dropped", dropped), ("no_flip", no_flip)):
             self.register_buffer(name, tensor, persistent=False)
 

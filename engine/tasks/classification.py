@@ -22,7 +22,7 @@ from engine.runtime import Runtime
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
-from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
 from utils.ranks import distributed
@@ -78,6 +78,12 @@ class ClassificationTask(ImageTask):
             return images, labels
         targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
         return self.mixing(images, targets, batch["weight"])
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return mixed images, and the classes of each."""
+        images, targets = self.views(batch)
+        targets = targets if targets.dim() == 2 else F.one_hot(targets, len(self.class_names))
+        return self.normalise.undo(images), name_targets(targets, self.class_names)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.

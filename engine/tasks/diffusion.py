@@ -219,9 +219,13 @@ class TagBalance(nn.Module):
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
         """Return the mean weight of each sample's tags, float32 [B], or 1 without tags; count the shown tags."""
-        names, width = ("tags", "shown_tags"), len(self.weights)
-        has, shown = (multi_hot(batch[name], batch[f"{name}_offsets"], width) for name in names)
+        shown = multi_hot(batch["shown_tags"], batch["shown_tags_offsets"], len(self.weights))
         self.pending += (shown * (batch["weight"] > 0)[:, None]).sum(dim=0).long()
+        return self.weigh(batch)
+
+    def weigh(self, batch: Batch) -> Tensor:
+        """Return the weights, float32 [B]."""
+        has = multi_hot(batch["tags"], batch["tags_offsets"], len(self.weights))
         sums, sizes = (has * self.weights).sum(dim=1), (has * (self.weights > 0)).sum(dim=1)
         return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)
 
@@ -464,6 +468,23 @@ class DiffusionTask(Task):
         return prompts, pooled
 
     # ---------------------------------------------------------------------------------------------------- evaluation
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return images, darker where a mask lets the loss count less, and size, crop, weight and caption of each."""
+        images, weights, texts = batch["images"].float(), batch.get("concept_weight", torch.ones(())), []
+        if MASK in batch:
+            counts = batch[MASK].float().clamp(min=self._config.mask.floor)
+            images = images * nn.functional.interpolate(counts, images.shape[-2:])
+        weights = weights * (1.0 if self.tag_balance is None else self.tag_balance.weigh(batch))
+        offsets, text = batch["caption_offsets"].tolist(), bytes(batch["caption"].tolist())
+        for index, weight in enumerate(weights.expand(len(images)).tolist()):
+            height, width, top, left, *_ = batch["fit"][index].tolist()
+            caption = text[offsets[index] : offsets[index + 1]].decode(errors="replace") or "(empty caption)"
+            texts.append(f"of {height} x {width}, crop {top}, {left}")
+            texts[-1] += "" if weight == 1 else f"\nweight {weight:.3g}"
+            texts[-1] += "\nprior" if "is_prior" in batch and batch["is_prior"][index] else ""
+            texts[-1] += "\n(caption dropped)" if batch["is_dropped"][index] else f"\n{caption}"
+        return images, texts
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure the loss of `val` at fixed noise and timesteps, and generate a picture per `task.samples.prompts`.

@@ -14,7 +14,7 @@ from data.collection.collection import Collection, describe_concepts
 from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
-from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets
+from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets, views_of
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.latents.measures import SIZES, image_hashes, image_sizes
@@ -112,11 +112,7 @@ class DiffusionKind(BucketedKind):
         return super().source(collection, config, setup, repeats=repeats)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the data of a run. This fills the caches first, except in a dry run, which reads no image."""
-        if config.dry_run:
-            off = {"latent_cache": None, "text_cache": None}
-            setup = replace(setup, task=setup.task.model_copy(update=off))
-            config = config.model_copy(update={"task": config.task.model_copy(update=off)})
+        """Return the data of a run. This fills the caches first, except in a dry run."""
         collection, captions = data.collection, setup.task.captions
         sources = describe_captions(collection, training_rows(collection, config.loop), captions)
         streams = super().streams(data, setup, config)
@@ -233,19 +229,21 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
             ids, weights = tokenize([caption], chunks, emphasis=captions.emphasis)
             return {"token_ids": ids[0], **({} if weights is None else {"token_weights": weights[0]})}
 
-        return add_tokens, lambda own: own.vary_tags
+        return _encode_bytes if data.dry_run else add_tokens, lambda own: own.vary_tags
 
     def make(own: CaptionConfig) -> tuple[int, Vary]:
         """Return the number of variants, and how to make one."""
         variants = task.text_variants if training and own.varies_tags else 1
         return variants, own.vary_tags if training else lambda text, generator: own.complete(text)
 
-    made = ((text, *make(own)) for text, own in pairs)
-    to_encode = [vary_caption(text, number, one) for text, variants, one in made for number in range(variants)]
-
     def vary(own: CaptionConfig) -> Vary:
         variants, one = make(own)
         return lambda text, generator: vary_caption(text, int(torch.randint(variants, (), generator=generator)), one)
+
+    if data.dry_run:
+        return _encode_bytes, vary
+    made = ((text, *make(own)) for text, own in pairs)
+    to_encode = [vary_caption(text, number, one) for text, variants, one in made for number in range(variants)]
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -263,6 +261,11 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     return store.read, vary
 
 
+def _encode_bytes(caption: str) -> dict[str, Ragged]:
+    """Return the caption of a sample of a dry run."""
+    return {"caption": Ragged(torch.tensor([*caption.encode()], dtype=torch.uint8))}
+
+
 def _read(
     data: Data, setup: Setup, rows: np.ndarray, parts: int, tags: ImageTags | None, *, training: bool
 ) -> tuple[Buckets, Data, Views, Fields]:
@@ -276,6 +279,11 @@ def _read(
     if task.latent_cache is None:
         read, views, store = data, fitted_views(buckets.sizes_hw, task.buckets), None
         find_fit = partial(buckets.draw_fit, config=task.buckets)
+    elif data.dry_run:
+        is_random = task.buckets.crop == "random"  # only then a crop depends on the image's bytes
+        hashes = image_hashes(collection, buckets.rows, IMAGE_HASHES) if is_random else [""] * len(buckets.rows)
+        find_fit, store = LatentCache(None, collection, buckets, task.buckets, (), hashes).find_fit, None
+        read, views = data, views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
     else:
         hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
         inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)

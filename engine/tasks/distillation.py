@@ -142,11 +142,18 @@ class DistillationTask(Task):
         self.student.initialise(source)
         self.origin = self.student.origin
 
+    def _mix(self, batch: Batch) -> Tensor:
+        images = self.student.normalise(batch["images"])
+        return self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])[0]
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return mixed images."""
+        return self.student.normalise.undo(self._mix(batch)), [""] * len(batch["weight"])
+
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         config, losses = self._config, {}
-        images = self.student.normalise(batch["images"])
-        images, _ = self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])
+        images = self._mix(batch)
         logits, features = _run(self.student.network, images)
         teacher_logits, teacher_features = self._teach(images)
         if config.targets != "features":

@@ -110,6 +110,15 @@ class FCMAETask(ImageTask):
         """Return each sample's mean squared error over its masked patches."""
         return StepOutput(self._reconstruct(batch)[2])
 
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return images with grey masked patches."""
+        images, text = super().show_inputs(batch)
+        return torch.where(self._removed(images, batch["mask"])[:, None], _MASK_GREY, images.float()), text
+
+    def _removed(self, images: Tensor, mask: Tensor) -> Tensor:
+        """Return which pixels are masked, bool [B, H, W]."""
+        return repeat_sites(mask.reshape(-1, *self.network.grid_of(images.shape[-2:])), self.network.patch_px)
+
     def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return the normalised images, the predicted patches and the loss per sample [B]."""
         images = self.normalise(batch["images"])
@@ -140,8 +149,7 @@ class FCMAETask(ImageTask):
         few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
         images, mask = images[few], batch["mask"][few]
         painted = self.network.reconstruct(images, pred[few].float(), mask)
-        grid_hw = self.network.grid_of(images.shape[-2:])
-        removed = repeat_sites(mask.reshape(-1, *grid_hw), self.network.patch_px)
+        removed = self._removed(images, mask)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         masked = torch.where(removed[..., None], _MASK_GREY, original)
         images = torch.cat([original, masked, painted]).cpu().numpy()

@@ -20,6 +20,7 @@ from pydantic import Field
 from data.open import Data, load_collection
 from engine.checkpoint import will_resume
 from engine.config import TrainingConfig
+from engine.seen import draw_seen
 from engine.start import build_task, describe_run, open_run, start_ranks
 from engine.tasks.autoencoder import AutoencoderKind
 from engine.tasks.classification import ClassificationKind
@@ -30,9 +31,10 @@ from engine.tasks.kind import Kind
 from engine.tasks.pretrained import use_pretrained
 from engine.tasks.tagging import TaggingKind
 from utils.config.entry_point import Job
-from utils.io.files import output_errors
+from utils.io.files import output_errors, refuse_links_out
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
+from utils.record.report import write_report
 from utils.record.run_folder import default_run_dir
 from utils.vocabulary import FACTS, FILE, vocabulary_of, write_vocabulary
 
@@ -66,7 +68,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     source = kind.source(collection, config.data, setup, repeats=True)
     # For reading before training, such as to fill a cache.
     batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
-    data = Data(collection, source, runtime, seed=config.seed, batch_size=batch_size, run_path=path)
+    more = {"seed": config.seed, "batch_size": batch_size, "run_path": path, "dry_run": config.dry_run}
+    data = Data(collection, source, runtime, **more)
 
     # ------------------------------- 3. The task and its initial weights, before its streams, which may fill caches
     task = build_task(lambda: kind.build(setup), config)
@@ -76,7 +79,11 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     plan = describe_run(task, streams, config, job, runtime)
 
     if config.dry_run:
-        return f"dry run: {plan.total_steps} steps, nothing is written"
+        if distributed.is_main():
+            refuse_links_out("run_dir", path)
+            with output_errors("run_dir", path):
+                write_report(path, {}, {"samples_seen": draw_seen(task, streams, plan, config)})
+        return f"dry run: {plan.total_steps} steps; wrote {path}/plots/samples_seen.png and nothing else"
 
     # -------------------------------------------------------------------------------- 4. Layers fitted to the data
     if not resumes:

@@ -6,6 +6,7 @@ Differs: a sample whose partner could not be read is not mixed.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,14 @@ class MixingConfig(TaskConfig):
     cutmix_alpha: Alpha
     mix_probability: Fraction  # of mixing a batch
     mix_switch_probability: Fraction  # of cutmix, if both are on
+
+
+def name_targets(targets: Tensor, names: Sequence[str]) -> list[str]:
+    """Return the names of each sample's targets [B, K]; a part of one with its share, an unknown one with `?`."""
+    found = [[(names[index], row[index].item()) for index in row.nonzero()[:, 0]] for row in targets]
+    return [
+        ", ".join(f"{name} {f'{p:.0%}' if p == p else '?'}" if p != 1 else name for name, p in row) for row in found
+    ]
 
 
 class Mixing(nn.Module):

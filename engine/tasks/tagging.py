@@ -31,7 +31,7 @@ from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
-from engine.tasks.mixing import Mixing, MixingConfig
+from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.tasks.new_tags import fit_new_tags
 from models.image_model import output_layers
 from models.weights.fit import is_meta
@@ -185,6 +185,11 @@ class TaggingTask(ImageTask):
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return mirrored and mixed images, and the tags of each."""
+        images, targets = self.views(batch)
+        return self.normalise.undo(images), name_targets(targets, self.vocabulary.names)
 
     def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
         """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""

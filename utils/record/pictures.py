@@ -6,6 +6,7 @@ matplotlib takes 0.3 s to import, so functions import it.
 
 import functools
 import re
+import textwrap
 import unicodedata
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
@@ -46,7 +47,7 @@ def _style(texts: Iterable[str]) -> AbstractContextManager[None]:
     return style(list(dict.fromkeys(["DejaVu Sans", *fonts])))
 
 
-def legible(name: str) -> str:
+def legible(name: str, longest: int = _LONGEST) -> str:
     """Return a class's name for a picture.
 
     A code point (`U+0041`, as in the glyphs) becomes its character, a combining one on a dotted circle, unless the
@@ -59,13 +60,21 @@ def legible(name: str) -> str:
         if kind in "ZC" or _font_of(char) is None:  # separators and controls are blank
             return name
         return f"◌{char}" if kind == "M" else char
-    flat = " ".join(name[:_LONGEST].split())
+    flat = " ".join(name[:longest].split())
     return "".join(char if _font_of(char) is not None else f"U+{ord(char):04X}" for char in flat)
 
 
 def shorten(text: str, most: int) -> str:
     """Shorten a text to `most` characters by an ellipsis in the middle: names often differ at their ends."""
     return text if len(text) <= most else f"{text[: most // 2].rstrip()}…{text[len(text) - (most - 1) // 2 :].lstrip()}"
+
+
+def wrap(text: str, most_lines: int, width: int = 28) -> list[str]:
+    """Return a text as legible lines of `width` characters, of which a wide one counts twice; the last may end in …."""
+    text = legible(text, width * most_lines)
+    spaced = "".join(f"{char}\0" if unicodedata.east_asian_width(char) in "WF" else char for char in text)
+    lines = textwrap.wrap(spaced, width, max_lines=most_lines, placeholder="…")
+    return [line.replace("\0", "") for line in lines]
 
 
 def _to_tile(image: np.ndarray, tile_px: int) -> torch.Tensor:
