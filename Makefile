@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-sdxl install-cloud install-interop demo demo-full demo-tagger demo-sdxl test test-slow test-slurm lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-full demo-tagger demo-sdxl test test-slow test-slurm test-view lint bench bench-gpu simd clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
@@ -34,6 +34,13 @@ $(CLOUD): requirements-cloud.txt $(STAMP)
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-cloud.txt
 	touch $(CLOUD)
 
+VIEW := $(VENV)/.installed-view
+install-view: $(VIEW)  ## add requirements-view.txt, which view.py needs, to .venv
+
+$(VIEW): requirements-view.txt $(STAMP)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-view.txt
+	touch $(VIEW)
+
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/slow_wd14_tools.py
 	test -x $(INTEROP)/bin/python || $(PY) -m venv $(INTEROP)
@@ -53,10 +60,10 @@ demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a Lo
 	PYTHON=$(PY) bash bench/demo_sdxl.sh
 
 # Idle threads sleep: on two cores, processes with spinning threads slow each other down.
-test test-slow test-slurm: export OMP_WAIT_POLICY := PASSIVE
+test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE
 
 test: install lint  ## lint, then all tests but the slow ones
-	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm
+	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer
 
 test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
 	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' $(MORE) tests
@@ -66,6 +73,11 @@ test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs 
 	@command -v sbatch >/dev/null || test "$$(id -u)" != 0 || \
 		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
 	$(PY) -m pytest -n 2 --dist loadfile -rs tests/slurm
+
+test-view: install-view  ## the page of view.py in a browser: installs Debian's chromium, as root, where it is missing
+	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+	$(PY) -m pytest -rs tests/viewer
 
 lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
 	$(PY) -m ruff check .

@@ -6,7 +6,7 @@ import tomllib
 from fnmatch import fnmatch
 from pathlib import Path
 
-PROGRAM = ("root", "engine", "engine/tasks, exports", "models", "optim", "data", "utils", "submit")
+PROGRAM = ("root", "engine", "engine/tasks, exports", "models", "optim", "data", "utils", "submit", "viewer")
 
 
 def belongs(path: str, pattern: str) -> bool:

@@ -192,6 +192,8 @@ PROVED = {
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
     *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps", "prior")),  # tests/engine/test_judge.py
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
+    *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
+    "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py
     "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "SweepConfig.name",

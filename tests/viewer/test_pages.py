@@ -1,0 +1,194 @@
+"""The pages of view.py in a browser: nothing from elsewhere, no errors, hostile text as text, live."""
+
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from contextlib import suppress
+
+import numpy as np
+import pytest
+from PIL import Image
+from playwright.sync_api import sync_playwright
+
+from tests.support import ROOT
+from tests.utils.record.test_curves import line
+from tests.utils.record.test_run_index import STEP, make_run
+
+HOSTILE = "<img src=x onerror=alert(1)>"
+TABS = ("Curves", "Pictures", "Tables", "Settings", "Files", "Log", "Commands")
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("runs")
+    for number, name in enumerate(("a", HOSTILE.replace("/", ""), "c")):
+        rows = "".join(line(step, loss=1 / step, **{HOSTILE: 1.0}) for step in range(1, 30))
+        rows += line(10, "evaluate", loss=0.5, top1=0.25 * number)
+        run = make_run(folder / name, STEP.format(29) + f"WARNING {HOSTILE}\n", metrics_jsonl=rows)
+        (run / "tables").mkdir()
+        (run / "tables/tags.csv").write_text(f"tag,f1\n{HOSTILE},0.5\n" + "".join(f"t{i},{i}\n" for i in range(5_000)))
+        (run / "plots").mkdir()
+        Image.fromarray(np.zeros((40, 60, 3), np.uint8)).save(run / f"plots/{HOSTILE.replace('/', '')}.png")
+    return folder
+
+
+def serve(*words):
+    """Start view.py; return the process and the address that it prints."""
+    command = [sys.executable, "view.py", "view.open=false", *words]
+    # NiceGUI behaves otherwise in a test of pytest.
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
+    process = subprocess.Popen(command, cwd=ROOT, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    address = None
+    while address is None and (text := process.stderr.readline()):
+        address = re.search(r"http://\S+", text)
+    assert address, "view.py has ended"
+    port = int(re.search(r":(\d+)/", address[0])[1])
+    for _ in range(100):  # the address is printed a moment before the port is bound
+        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
+            break
+        time.sleep(0.1)
+    return process, address[0]
+
+
+@pytest.fixture(scope="module")
+def address(runs):
+    process, address = serve(f"runs={runs}", "view.port=18080")
+    yield address.rstrip("/")
+    process.terminate()
+    process.wait()
+
+
+@pytest.fixture(scope="module")
+def browser():
+    with sync_playwright() as playwright:
+        flags = ["--no-sandbox"] if os.getuid() == 0 else []
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=flags)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def page(browser, address):
+    """A page that fails the test for a message in its console, a dialog, or a request to another host."""
+    context, wrong = browser.new_context(viewport={"width": 1280, "height": 900}), []
+    page = context.new_page()
+    page.on("console", lambda message: wrong.append(message.text) if message.type in ("error", "warning") else None)
+    page.on("pageerror", lambda error: wrong.append(str(error)))
+    page.on("dialog", lambda dialog: wrong.append(f"dialog {dialog.message}") or dialog.dismiss())
+    local = (address, address.replace("http", "ws"), "data:", "blob:")
+    page.on("request", lambda request: None if request.url.startswith(local) else wrong.append(request.url))
+    yield page
+    context.close()
+    assert wrong == []
+
+
+def links_of(page):
+    return page.locator("td a").evaluate_all("links => links.map(link => link.getAttribute('href'))")
+
+
+def test_all_runs_are_listed_and_hostile_names_are_text(page, address):
+    page.goto(address)
+    page.get_by_text("dead").first.wait_for()
+    assert page.locator("tbody tr").count() == 3 and page.get_by_text("29 of 20").count() == 3
+    assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x", exact=False).count() >= 1
+    page.get_by_label("filter").fill("no such run")
+    page.get_by_text("No run yet").wait_for()
+
+
+def test_every_tab_of_a_hostile_run(page, address):
+    page.goto(address)
+    page.locator("td a", has_text="<img").click()
+    page.locator("canvas").first.wait_for()
+    for tab in TABS:
+        page.get_by_role("tab", name=tab).click()
+        page.wait_for_timeout(600)
+        assert page.locator("img[onerror]").count() == 0, tab
+    assert page.get_by_text("python evaluate.py", exact=False).count() == 1
+
+
+def test_curves_and_the_log_move_while_the_run_goes_on(page, address, runs):
+    page.goto(f"{address}/run/0/c")
+    read = "Array.from(document.querySelectorAll('canvas'), canvas => canvas.toDataURL().length).join()"
+    page.locator("canvas").first.wait_for()
+    page.wait_for_timeout(1_000)
+    before = page.evaluate(read)
+    with (runs / "c/metrics.jsonl").open("a") as metrics, (runs / "c/log.txt").open("a") as log:
+        metrics.write("".join(line(step, loss=float(step % 7)) for step in range(30, 90)) + '{"step": 91, "ki')
+        log.write("a line that is new\n")
+    page.wait_for_function(f"before => {read} != before", arg=before, timeout=10_000)
+    page.get_by_role("tab", name="Log").click()
+    page.get_by_text("a line that is new").wait_for()
+
+
+def test_two_runs_are_compared(page, address):
+    page.goto(address)
+    page.get_by_text("dead").first.wait_for()
+    boxes = page.locator("tbody .q-checkbox")
+    boxes.nth(0).click(), boxes.nth(1).click()
+    page.get_by_role("button", name="Compare").click()
+    page.wait_for_url("**/compare?run=*")
+    page.locator("canvas").first.wait_for()
+
+
+@pytest.mark.parametrize("width", [360, 1280, 1600])
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_nothing_overflows(browser, address, width, scheme, tmp_path):
+    context = browser.new_context(viewport={"width": width, "height": 900}, color_scheme=scheme)
+    page = context.new_page()
+    for path in ("/", "/run/0/a", "/compare?run=0/a&run=0/c", "/compare"):
+        page.goto(address + path)
+        page.wait_for_timeout(1_200)
+        assert page.evaluate("document.documentElement.scrollWidth") <= width, path
+        page.screenshot(path=tmp_path / f"{width}-{scheme}-{re.sub('[^a-z]', '', path)}.png")
+    context.close()
+
+
+def status_of(url, **headers):
+    try:
+        with urllib.request.urlopen(urllib.request.Request(url, headers=headers)) as answer:
+            return answer.status
+    except urllib.error.HTTPError as error:
+        return error.code
+
+
+@pytest.mark.parametrize("path", [
+    "/run/0/../../etc", "/run/0/%2e%2e/%2e%2e/etc", "/run/1/a", "/run/x", "/picture/0/a?file=../c/plots/x.png",
+    "/picture/0/a?file=config.json", "/picture/0/a?file=/etc/passwd", "/compare?run=0/nowhere",
+])  # fmt: skip
+def test_only_runs_below_the_roots_are_shown(address, path):
+    assert status_of(address + path) == 404
+
+
+def test_other_sites_and_other_machines_are_refused(address, runs, tmp_path):
+    assert status_of(address, Host="evil.example") == 403
+    token = "a-long-random-text"
+    process, known = serve(f"runs={runs}", "view.port=18080", "view.host=0.0.0.0", f"view.token={token}")
+    try:
+        assert "18081" in known, "the next free port"
+        bare = f"http://127.0.0.1:{re.search(r':([0-9]+)/', known)[1]}/"
+        assert [status_of(f"{bare}{word}") for word in ("", "?token=wrong", f"?token={token}")] == [403, 403, 200]
+        assert status_of(bare, Cookie=f"atelier_token={token}") == 200
+    finally:
+        process.terminate()
+    for words, reason in (
+        (["view.host=0.0.0.0"], "set view.token"),
+        ([f"runs={tmp_path}/none"], "is no folder"),
+    ):
+        command = [sys.executable, "view.py", f"runs={runs}", *words]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 2 and reason in done.stderr
+
+
+def test_a_run_that_is_deleted_leaves_the_table(page, address, runs):
+    extra = make_run(runs / "short", metrics_jsonl=json.dumps({"step": 1, "kind": "train", "loss": None}) + "\n")
+    page.goto(address)
+    page.get_by_role("link", name="short").wait_for()
+    for file in (extra / "config.json", extra / "log.txt"):
+        file.unlink()
+    page.get_by_role("link", name="short").wait_for(state="detached", timeout=10_000)

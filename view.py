@@ -1,0 +1,51 @@
+"""Open a local page over runs, also while they train (docs/viewer.md).
+
+    python view.py                                  the runs below outputs/
+    python view.py runs=[outputs,/other/outputs]    these folders; one: runs=FOLDER
+    python view.py view.port=9000 view.open=false   prints the address, for a browser elsewhere (through ssh -L)
+    python view.py view.host=0.0.0.0 view.token=TOKEN-OF-16-CHARACTERS      lets other machines in
+
+Without the last one it answers this machine alone.
+"""
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
+from typing import Annotated
+
+from pydantic import Field
+
+from utils.config.entry_point import Job, entry_point
+from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+
+
+class PageConfig(Strict):
+    """Where the page is served. open: in the browser. token: who knows it may read, from other machines, too."""
+
+    host: Annotated[str, Field(min_length=1)]
+    port: Annotated[int, Field(ge=0, le=65_535)]
+    open: bool
+    token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None
+
+
+class ViewConfig(Strict):
+    """The page, and the folders whose runs it shows."""
+
+    runs: PathText | Annotated[list[PathText], Field(min_length=1)]
+    view: PageConfig
+
+
+@entry_point("view", ViewConfig)
+def main(config: ViewConfig, job: Job) -> None:
+    """Serve the page."""
+    try:
+        from viewer.app import serve
+    except ModuleNotFoundError as error:
+        raise UserError(f"view.py needs {error.name}, which is not installed; run: make install-view") from None
+    page = config.view
+    runs = [config.runs] if isinstance(config.runs, str) else config.runs
+    serve(runs, page.host, page.port, page.token, opens=page.open)
+
+
+if __name__ == "__main__":
+    main()

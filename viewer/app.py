@@ -1,0 +1,101 @@
+"""The local page: its routes, and who may read it."""
+
+import secrets
+import socket
+from http.cookies import SimpleCookie
+from pathlib import Path
+from urllib.parse import parse_qs
+
+from nicegui import app, ui
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from utils.errors import UserError
+from utils.record.logging import get_logger
+from utils.record.run_index import RunIndex
+from viewer import curves, run, runs
+
+log = get_logger(__name__)
+
+_LOOPBACK = ("127.0.0.1", "localhost", "::1", "[::1]")
+_COOKIE = "atelier_token"
+_PORTS = 20  # tried, beginning with view.port
+
+
+class Guard:
+    """Refuse requests that do not know the token, and on this machine those that another site's page sends.
+
+    Without a token, only requests that name this machine as their host pass: a page of another site could let its own
+    name point to 127.0.0.1. Web sockets are checked alike.
+    """
+
+    def __init__(self, inner: ASGIApp, token: str | None) -> None:
+        self._inner, self._token = inner, token
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or answer 403."""
+        if scope["type"] not in ("http", "websocket"):
+            return await self._inner(scope, receive, send)
+        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
+        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
+        known = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
+        if self._token is None:
+            is_allowed = headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
+        else:
+            is_allowed = any(
+                secrets.compare_digest(word.encode(), self._token.encode())
+                for word in (given, known.value if known else "")
+            )
+        if not is_allowed:
+            if scope["type"] == "websocket":
+                return await send({"type": "websocket.close", "code": 1008})
+            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
+            return await send({"type": "http.response.body", "body": b"open the address that view.py prints"})
+
+        async def remember(message: dict) -> None:
+            if message["type"] == "http.response.start" and given:
+                cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/".encode()
+                message["headers"] = [*message["headers"], (b"set-cookie", cookie)]
+            await send(message)
+
+        return await self._inner(scope, receive, remember)
+
+
+def choose_port(host: str, first: int) -> int:
+    """Return the first free port. Raises UserError (`view.port`) if the next ones are used, too."""
+    for port in range(first, first + _PORTS):
+        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((host, port))
+            except PermissionError as error:
+                raise UserError(f"view.port: {port} cannot be used ({error}); set 1024 or more") from None
+            except OSError:
+                continue
+            if port != first:
+                log.info("port %d is in use; taking %d", first, port)
+            return port
+    raise UserError(f"view.port: {first} to {first + _PORTS - 1} are in use; set another")
+
+
+def serve(roots: list[str], host: str, port: int, token: str | None, *, opens: bool) -> None:
+    """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
+    if token is None and host not in _LOOPBACK:
+        raise UserError(
+            f"view.host: {host} lets other machines in; set view.token to a long random text, too, or "
+            "view.host=127.0.0.1"
+        )
+    for root in roots:
+        if not Path(root).is_dir():
+            raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
+    index, port = RunIndex([Path(root) for root in roots]), choose_port(host, port)
+    for page in (runs, run, curves):
+        page.add_page(index)
+    app.add_middleware(Guard, token=token)
+    shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
+    how = "" if token is None else "?token=, followed by the token,"
+    app.on_startup(lambda: log.info("open %s%s in a browser; Ctrl+C ends it", shown, how))
+    address = shown if token is None else f"{shown}?token={token}"
+    ui.run(
+        host=host, port=port, title="Atelier", reload=False, show=address if opens else False,
+        show_welcome_message=False, favicon="🖼", dark=None, uvicorn_logging_level="error",
+    )  # fmt: skip

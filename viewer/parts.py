@@ -1,0 +1,66 @@
+"""What all pages share: the frame, colours, and how values are shown."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from fastapi import HTTPException
+from nicegui import ui
+
+from utils.record.run_index import RunIndex, is_run
+
+REFRESH_SEC = 2.0
+ACCENT, GREY = "#1c6dd0", "#868e96"
+COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
+STATES = {"running": "primary", "finished": "positive", "stopped": "warning", "dead": "negative"}
+_STYLE = """
+body { font-size: 15px; font-variant-numeric: tabular-nums }
+.nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
+.muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
+.charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
+.chart { height: 240px; width: 100% }
+.q-table td, .q-table th { font-size: 14px } .q-table tbody tr { cursor: pointer }
+:focus-visible { outline: 2px solid #1c6dd0; outline-offset: 2px }
+"""
+
+
+@contextmanager
+def page(title: str) -> Iterator[None]:
+    """Frame a page: its header with the way back, and light or dark as the system has it."""
+    ui.colors(primary=ACCENT)
+    ui.add_css(_STYLE)
+    ui.page_title(f"{title} - Atelier")
+    dark = ui.dark_mode(None)
+    with ui.header().classes("items-center q-px-md q-py-sm").style("background: #212529"):
+        ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
+        ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
+        button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
+        button.props("color=white aria-label='light or dark'").tooltip("light or dark")
+    yield
+
+
+def ago(seconds: float) -> str:
+    """Return how long ago a time, in seconds since 1970, was."""
+    passed = max(0.0, time.time() - seconds)
+    if passed < 60:
+        return "now"
+    unit, length = next(each for each in (("d", 86_400), ("h", 3_600), ("min", 60)) if passed >= each[1])
+    return f"{passed / length:.0f} {unit} ago"
+
+
+def run_name(index: RunIndex, path: Path) -> str:
+    """Return a run's name on the pages: its path below its root, after the root's number."""
+    number = next(number for number, root in enumerate(index.roots) if path.is_relative_to(root))
+    return f"{number}/{path.relative_to(index.roots[number]).as_posix()}"
+
+
+def find_run(index: RunIndex, name: str) -> Path:
+    """Return a run's folder by its name. Raises HTTPException 404 for whatever is no run below the roots."""
+    number, _, relative = name.partition("/")
+    if number.isdecimal() and int(number) < len(index.roots):
+        root = index.roots[int(number)]
+        path = (root / relative).resolve()
+        if path.is_relative_to(root) and is_run(path):
+            return path
+    raise HTTPException(404, "no such run")
