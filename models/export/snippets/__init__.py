@@ -66,7 +66,9 @@ def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | Non
     values = samples.complete(samples.prompts[0] if samples.prompts else "...", samples.seed).model_dump()
     values |= {name: ascii(values[name]) for name in ("text", "negative")}
     values["height"], values["width"] = values["image_size_hw"]
-    scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])
+    scheduler = scheduler_config(
+        noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"].get("shift", 1.0)
+    )
     values["class"] = scheduler.pop("_class_name")
     values["scheduler"] = {name: value for name, value in scheduler.items() if name not in SCHEDULE}
     return _read_template("sdxl").substitute(values, load=load)
