@@ -471,19 +471,18 @@ class DiffusionTask(Task):
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Return images, darker where a mask lets the loss count less, and size, crop, weight and caption of each."""
-        images, weights, texts = batch["images"].float(), batch.get("concept_weight", torch.ones(())), []
+        images, texts, weights = batch["images"].float(), [], batch.get("concept_weight", torch.ones(len(batch["key"])))
         if MASK in batch:
             counts = batch[MASK].float().clamp(min=self._config.mask.floor)
             images = images * nn.functional.interpolate(counts, images.shape[-2:])
-        weights = weights * (1.0 if self.tag_balance is None else self.tag_balance.weigh(batch))
+        weights = weights if self.tag_balance is None else weights * self.tag_balance.weigh(batch)
         offsets, text = batch["caption_offsets"].tolist(), bytes(batch["caption"].tolist())
-        for index, weight in enumerate(weights.expand(len(images)).tolist()):
+        for index, weight in enumerate(weights.tolist()):
             height, width, top, left, *_ = batch["fit"][index].tolist()
             caption = text[offsets[index] : offsets[index + 1]].decode(errors="replace") or "(empty caption)"
-            texts.append(f"of {height} x {width}, crop {top}, {left}")
-            texts[-1] += "" if weight == 1 else f"\nweight {weight:.3g}"
-            texts[-1] += "\nprior" if "is_prior" in batch and batch["is_prior"][index] else ""
-            texts[-1] += "\n(caption dropped)" if batch["is_dropped"][index] else f"\n{caption}"
+            lines = [f"of {height} x {width}, crop {top}, {left}", *([] if weight == 1 else [f"weight {weight:.3g}"])]
+            lines += ["prior"] if "is_prior" in batch and batch["is_prior"][index] else []
+            texts.append("\n".join([*lines, "(caption dropped)" if batch["is_dropped"][index] else caption]))
         return images, texts
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:

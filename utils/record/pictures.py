@@ -69,7 +69,7 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2].rstrip()}…{text[len(text) - (most - 1) // 2 :].lstrip()}"
 
 
-def wrap(text: str, most_lines: int, width: int = 28) -> list[str]:
+def wrap(text: str, most_lines: int, width: int = 27) -> list[str]:
     """Return a text as legible lines of `width` characters, of which a wide one counts twice; the last may end in …."""
     text = legible(text, width * most_lines)
     spaced = "".join(f"{char}\0" if unicodedata.east_asian_width(char) in "WF" else char for char in text)
