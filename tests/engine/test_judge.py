@@ -4,12 +4,16 @@ import csv
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 pytest.importorskip("diffusers")
 
+from engine.exports.weights import load_predictor
 from engine.measures.judging import Seen, judge_pictures, tag_rows
-from tests.in_process import run, run_command, run_until_killed
+from engine.tasks.judge import Judge, JudgeConfig, prepare
+from tests.in_process import SHORT as SMALL_RUN
+from tests.in_process import SMALL_MODEL, run, run_command, run_until_killed
 from tests.support import TINY, rows, start
 from tests.test_arena import COLOURS, write_wd
 from utils.io.files import read_json
@@ -103,7 +107,18 @@ def test_what_is_refused(place, words, said, monkeypatch, capsys):
     assert "cats" not in words[0] or "'blue', 'extra'" in error or "'red'" in error
 
 
-def test_the_figures_of_four_pictures():
+def test_a_tagger_of_ours_sees_what_predict_sees(place):
+    words = ["data=image_folder", "data.root=images", "task=tagging", "task.min_count=1", "run_dir=ours"]
+    run("train", [*SMALL_MODEL, *SMALL_RUN, *words], place)
+    judge = Judge(JudgeConfig(weights=str(place / "ours"), prompts=1))
+    pictures = np.random.default_rng(0).integers(0, 255, (3, 20, 30, 3), np.uint8)
+    images = [prepare(picture, judge.preprocessing) for picture in pictures]
+    seen, predictor = judge.look(images, torch.device("cpu")), load_predictor(judge.path, torch.device("cpu"))
+    np.testing.assert_allclose(seen.vectors, predictor.embed(torch.stack(images)), rtol=1e-4, atol=1e-5)
+    assert (seen.tags == (predictor.predict(torch.stack(images)) >= 0.35)).all() and not judge.state_dict()
+
+
+def test_the_figures_of_three_pictures():
     """Tags a, b, c: recall 2 of 3; c is seen unprompted once in drawn pictures, b once in real ones."""
     prompted, others = np.eye(3, dtype=bool), ~np.eye(3, dtype=bool)
     drawn = Seen(np.array([[1, 0, 1], [0, 1, 0], [0, 0, 0]], bool), np.array([[3.0, 0], [0, 3], [0, 3]]))
