@@ -59,51 +59,49 @@ class MaskConfig(Strict):
     normalise: bool
 
 
-def find_masks(
-    collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: MaskConfig, *, training: bool
-) -> Masks:
-    """Return the masks of rows; sizes_hw: of their images [N, 2].
+def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, source: str, *, training: bool) -> Masks:
+    """Return the masks of rows, but not of concepts without; sizes_hw: of their images [N, 2].
 
     Raises UserError (`task.mask.source`): a mask that is unreadable, of another size than its image, or an image of the
     collection itself; in training, no mask at all.
     """
-    where, sizes = config.source, dict(zip(rows.tolist(), sizes_hw.tolist()))
-    paths = () if where == "alpha" else map(collection.absolute_path, range(len(collection)))
-    images = set(map(os.path.abspath, paths))
+    is_alpha, sizes = source == "alpha", dict(zip(rows.tolist(), sizes_hw.tolist()))
+    concepts, ids = collection.concepts, collection.concept_ids()
 
     def list_files(row: int) -> list[Path]:
         path = collection.absolute_path(row)
-        if where in ("alpha", "beside"):
-            return [path] if where == "alpha" else [path.with_name(path.stem + ending) for ending in _BESIDE]
-        other = Path(where, collection.row(row).path.lstrip("/")).expanduser()
+        if is_alpha or (concepts and concepts[ids[row]].mask is False):
+            return [path] * is_alpha
+        if source == "beside":
+            return [path.with_name(path.stem + ending) for ending in _BESIDE]
+        other = Path(source, collection.row(row).path.lstrip("/")).expanduser()
         return [other.with_suffix(".png"), other]
 
     def find() -> Masks:
-        has_none = np.array([concept.mask is False for concept in collection.concepts] or [False])
-        chosen = rows[~has_none[collection.concept_ids()[rows]]].tolist()
-        files = {row: next(filter(os.path.isfile, list_files(row)), None) for row in chosen}
-        files = {row: file for row, file in files.items() if file is not None}
+        files = {row: file for row in sizes if (file := next(filter(os.path.isfile, list_files(row)), None))}
         values = measure_once(list(files.values()), partial(in_threads, _measure), _MEASURED, "reading masks")
+        images = set() if is_alpha else {os.path.abspath(collection.absolute_path(row)) for row in range(len(ids))}
         masks, wrong = {}, []
         for (row, file), (size_hw, sha256, has_alpha) in zip(files.items(), values):
-            if (is_image := os.path.abspath(file) in images) or (size_hw != sizes[row] and where != "alpha"):
-                what = "an image of data.root, too" if is_image else size_hw or "unreadable"
-                wrong.append(f"{file} is {what}, its image {sizes[row]}")
-            elif has_alpha or where != "alpha":
-                masks[row] = os.fspath(file), sha256, where == "alpha"
+            if size_hw != sizes[row] and not is_alpha:
+                wrong.append(f"{file} is {size_hw or 'unreadable'}, its image {sizes[row]}")
+            elif os.path.abspath(file) in images:
+                wrong.append(f"{file} is an image of data.root, too")
+            elif has_alpha or not is_alpha:
+                masks[row] = os.fspath(file), sha256, is_alpha
         if wrong:
             raise UserError(
                 f"task.mask.source: {len(wrong):,} masks do not fit their images (height and width): {show_some(wrong)}"
                 "; a mask has the size of its image, and is named x.mask.png or is not below data.root"
             )
-        if training and sizes and not masks:
-            raise UserError(
-                f"task.mask.source: {where}, but none of {len(sizes):,} images has a mask, such as "
-                f"{str(list_files(next(iter(sizes)))[0])!r}; set alpha, beside or a folder, or task.mask=null"
-            )
         return masks
 
     masks = distributed.rank_zero_call(find)
+    if training and sizes and not masks:
+        raise UserError(
+            f"task.mask.source: {source}, but none of {len(sizes):,} images has a mask, such as "
+            f"{list(map(str, list_files(next(iter(sizes)))))}; set alpha, beside or a folder, or task.mask=null"
+        )
     log.info("task.mask: %s of %s images have a mask; others count as a whole", f"{len(masks):,}", f"{len(sizes):,}")
     return masks
 

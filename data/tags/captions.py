@@ -141,7 +141,7 @@ class CaptionConfig(Strict):
             return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
         keep = self.keep_first if len(parts) == 1 else len(split[0])
         others = tags[keep : len(tags) - len(split[2])] if len(parts) == 3 else tags[keep:]
-        categories, kept = self._find_categories(others, text), torch.arange(len(others))
+        categories, kept = self.find_categories(others, text), torch.arange(len(others))
         if generator is not None:
             dropout = self.dropout or {}
             rates = torch.tensor([dropout.get(category, self.tag_dropout) for category in categories])
@@ -153,7 +153,7 @@ class CaptionConfig(Strict):
         tags[keep : keep + len(others)] = [others[index] for index in chosen]
         return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
 
-    def _find_categories(self, pieces: Sequence[str], text: str) -> list[str]:
+    def find_categories(self, pieces: Sequence[str], text: str) -> list[str]:
         """Return the category of each tag of a text: of the row's tag, its own, or by _KNOWN; else general."""
         stated = {tag.name: tag.category for tag in map(parse_tag, getattr(text, "tags", ()))}
         found = []

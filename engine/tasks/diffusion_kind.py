@@ -1,5 +1,6 @@
 """SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -215,6 +216,9 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     texts_of = "training" if training else "validation"
     if summary := captions.describe_emphasis(texts):
         log.info("captions: of %s %s captions %s", f"{len(texts):,}", texts_of, summary)
+    by_category = ((text, own) for text, own in pairs if own.order or own.dropout)
+    if counts := Counter(name for text, own in by_category for name in own.find_categories(own.split(text), text)):
+        log.info("captions: tags of %s captions by category: %s", texts_of, dict(counts.most_common()))
     needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs]
     needed = np.array(needed or [1])
     chunks = min(needed.max(), task.caption_chunks)
@@ -297,7 +301,7 @@ def _read(
             latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
         read, views, find_fit = data.read_from(latents, latents.fingerprints), {}, latents.find_fit
     if task.mask is not None:
-        masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask, training=training)
+        masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
         digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
         read = read.read_from(Masked(read.source, masks, buckets, find_fit, store), {"task.mask": digest})
 

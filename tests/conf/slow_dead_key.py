@@ -194,6 +194,7 @@ PROVED = {
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py
+    *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
     "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "SweepConfig.name",

@@ -258,6 +258,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     text = (place / "killed/log.txt").read_text()
     assert (
         "task.mask: 3 of 47 images" in text
+        and "of validation captions by category: {'general': " in text
         and "3 buckets" in text
         and "47 images, each in several areas: 84 samples" in text
     )

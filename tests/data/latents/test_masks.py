@@ -13,7 +13,7 @@ from data.images.image_source import Images
 from data.images.record_store import TensorStore
 from data.latents.buckets import fitted_views, make_buckets
 from data.latents.latent_cache import LatentCache
-from data.latents.masks import MaskConfig, Masked, find_masks
+from data.latents.masks import Masked, find_masks
 from data.latents.measures import image_hashes
 from data.stream.order import Draw
 from data.stream.source import IMAGE, UnreadableImage
@@ -51,8 +51,7 @@ def opened(request, tmp_path, monkeypatch):
     collection = write(tmp_path, request.param)
     rows, source = np.arange(len(collection)), {"folder": str(tmp_path / "masks")}.get(request.param, request.param)
     buckets = make_buckets(collection, rows, np.array([SIZE_HW] * len(rows)), RANDOM)
-    config = MaskConfig(source=source, floor=0.0, normalise=True)
-    find = partial(find_masks, collection, rows, buckets.image_hw, config, training=True)
+    find = partial(find_masks, collection, rows, buckets.image_hw, source, training=True)
     return Images(collection, Decoder(3, 10**6, "black")), buckets, find
 
 
@@ -112,7 +111,6 @@ def test_a_mask_that_does_not_fit_is_refused_by_name(tmp_path, monkeypatch, sour
         (tmp_path / name).write_bytes(b"no image")
     if size is not None:
         Image.new("L", size).save(tmp_path / name)
-    config = MaskConfig(source=source, floor=0.0, normalise=True)
     with pytest.raises(UserError, match=r"^task\.mask\.source: ") as error:
-        find_masks(collection, np.arange(3), np.array([SIZE_HW] * 3), config, training=True)
+        find_masks(collection, np.arange(3), np.array([SIZE_HW] * 3), source, training=True)
     assert word in str(error.value) and (name or "").rpartition("/")[2] in str(error.value)
