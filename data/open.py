@@ -60,12 +60,8 @@ def load_collection(config: DataConfig) -> Collection:
         concepts = config.concepts or ()
         for root in (find_folders(config.root, concepts) or [config.root]) if config.manifest == "refresh" else ():
             refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
-        fraction, on_bad = config.validation_fraction, config.on_bad_sidecar
-        return str(
-            index_collection(
-                config.root, validation_fraction=fraction, cache=CACHE, on_bad_sidecar=on_bad, concepts=concepts
-            )
-        )
+        stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
+        return str(index_collection(config.root, cache=CACHE, concepts=concepts, **stated))
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())

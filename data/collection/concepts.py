@@ -49,9 +49,7 @@ class ConceptConfig(Strict):
     @model_validator(mode="after")
     def _is_of_one_kind(self) -> Self:
         if self.share is not None and self.repeats is not None:
-            raise ValueError(
-                f"{self.path!r} has repeats ({self.repeats}) and a share ({self.share:g}); give one of them"
-            )
+            raise ValueError(f"{self.path!r} has repeats={self.repeats} and share={self.share:g}; give one of them")
         return self
 
 
@@ -68,9 +66,7 @@ def recognise_concepts(
     base, folders, found = os.path.abspath(os.path.expanduser(root)), find_folders(root, concepts), []
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
-            raise UserError(
-                f"data.concepts.{number}.path: {folder!r} is there twice; join both, with twice the repeats"
-            )
+            raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
         with _naming(number):
             found.append(recognise(folder, cache, unused))
 
@@ -103,12 +99,10 @@ def find_repeats(root: str) -> list[ConceptConfig]:
     if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
         return []
     parts = [part for part in ("img", "reg") if (folder / part).is_dir()] if (folder / "img").is_dir() else [""]
-    entries = [
-        (part, entry) for part in parts for entry in list_folder(folder / part) if not is_passed_over(entry.name)
-    ]
-    names = [(part, entry.name) for part, entry in entries if entry.is_dir()]
+    found = [(part, each) for part in parts for each in list_folder(folder / part) if not is_passed_over(each.name)]
+    names = [(part, each.name) for part, each in found if each.is_dir()]
     matches = [REPEATS.fullmatch(name) for _, name in names]
-    if None in matches or any(is_image_name(entry.name) for _, entry in entries):
+    if None in matches or any(is_image_name(each.name) for _, each in found):
         return []
     priors, concepts = [part for part, _ in names].count("reg"), []
     for (part, name), match in sorted(zip(names, matches)):
@@ -175,10 +169,7 @@ def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np
         raise UserError(f"data.concepts.{without[0]}.share: no training image of {path!r} can have it; remove it")
     total, most = shares.sum(), 1.0 if fixed.any() else np.inf
     if total >= most or (total == 0 and not fixed.any()):
-        raise UserError(
-            f"data.concepts: the shares sum to {total:g}; they need a sum above 0, and below 1 if another concept has "
-            "repeats"
-        )
+        raise UserError(f"data.concepts: the shares sum to {total:g}; above 0 is allowed, beside repeats below 1")
     if fixed.any():
         return fixed + share_out(shares, round(fixed.sum() / (1 - total) * total))
     used = shares > 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 from data.config import DataConfig
 from data.layouts.spelling import split_tags
@@ -40,13 +40,6 @@ _INSTEAD = {
 }
 
 
-def _whole(side: int) -> int:
-    return max(side // _UNIT, 1) * _UNIT
-
-
-_Whole = Annotated[Side, AfterValidator(_whole)]
-
-
 class _Options(Strict):
     """The keys of a subset that have a counterpart, with the defaults of sd-scripts."""
 
@@ -69,9 +62,9 @@ class _Options(Strict):
     batch_size: Count = 1
     enable_bucket: bool = False
     bucket_no_upscale: bool = False
-    bucket_reso_steps: _Whole = 64
-    min_bucket_reso: _Whole = 256
-    max_bucket_reso: _Whole = 1024
+    bucket_reso_steps: Side = 64
+    min_bucket_reso: Side = 256
+    max_bucket_reso: Side = 1024
     validation_split: Fraction = 0.0
 
     def captions(self) -> dict[str, Any]:
@@ -88,11 +81,6 @@ class _Options(Strict):
             "prefix": ", ".join(prefix),
             "suffix": ", ".join(suffix),
         }
-
-    def size_hw(self) -> tuple[int, int]:
-        """Return the resolution, in sides that the network takes."""
-        width, height = self.resolution if isinstance(self.resolution, list) else [self.resolution] * 2
-        return _whole(height), _whole(width)
 
 
 class Import(Tool):
@@ -132,9 +120,7 @@ class Import(Tool):
                 for index, subset in enumerate(dataset.pop("subsets", []))
             ]
             if not levels or read:
-                raise UserError(
-                    f"{self.source} has {', '.join(read) or 'no subset'}; it needs general, and datasets with subsets"
-                )
+                raise UserError(f"job.source: {file} has {', '.join(read) or 'no subset'}; write datasets with subsets")
             for each in levels:
                 where = {key: level for level, given in each.items() for key in given}
                 values = {key: value for given in each.values() for key, value in given.items()}
@@ -159,10 +145,19 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
             notes.append(f"{key}: {read(subsets[0])!r} for all, although subsets differ")
         return read(subsets[0])
 
+    def whole(side: int) -> int:
+        if side % _UNIT:
+            notes.append(f"{side} px: {max(side // _UNIT, 1) * _UNIT} px here, a multiple of {_UNIT}")
+        return max(side // _UNIT, 1) * _UNIT
+
+    def size_hw(subset: _Options) -> tuple[int, ...]:
+        sides = subset.resolution if isinstance(subset.resolution, list) else [subset.resolution] * 2
+        return tuple(map(whole, reversed(sides)))
+
     places: dict[str, _Options] = {}
     for subset in subsets:
         places.setdefault(os.path.abspath(os.path.expanduser(subset.image_dir)), subset)
-    root, sizes = os.path.commonpath(places), sorted({subset.size_hw() for subset in subsets})
+    root, sizes = os.path.commonpath(places), sorted(set(map(size_hw, subsets)))
     captions, priors = [subset.captions() for subset in places.values()], sum(each.is_reg for each in places.values())
     common = {key: value for key, value in captions[0].items() if all(own[key] == value for own in captions)}
     concepts, has_masks = [], any(subset.alpha_mask for subset in subsets)
@@ -186,7 +181,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
     if one("enable_bucket", lambda subset: subset.enable_bucket):
         buckets["areas_px"] = [height * width for height, width in sizes]
         names = {"step_px": "bucket_reso_steps", "min_px": "min_bucket_reso", "max_px": "max_bucket_reso"}
-        buckets |= {ours: one(theirs, operator.attrgetter(theirs)) for ours, theirs in names.items()}
+        buckets |= {ours: whole(one(theirs, operator.attrgetter(theirs))) for ours, theirs in names.items()}
         if one("bucket_no_upscale", lambda subset: subset.bucket_no_upscale):
             buckets |= {"small": "native", "max_upscale": 1.0}
     else:

@@ -80,7 +80,7 @@ def test_a_concept_changes_the_captions_of_its_rows(place, tmp_path):
         ("{path: dog, captions: {shufle: true}}", "data.concepts.0.captions.shufle: unknown key; close: shuffle"),
         ("{path: dog, captions: {shuffle: 3}}", "data.concepts.0.captions.shuffle: must be"),
         ("{path: dog, captions: {emphasis: true}}", "data.concepts.0.captions.emphasis: all concepts"),
-        ("{path: dog, repeats: 2, share: 0.5}", "data.concepts.0: 'dog' has repeats (2) and a share (0.5)"),
+        ("{path: dog, repeats: 2, share: 0.5}", "data.concepts.0: 'dog' has repeats=2 and share=0.5"),
         ("{path: dog, repeat: 2}", "data.concepts.0.repeat: unknown key"),
         ("{path: dog, mask: true}", "data.concepts.0.mask: true, but task.mask is null"),
         ("{path: cat}", "data.concepts.0.path: "),

@@ -92,6 +92,7 @@ def test_what_a_key_becomes(line, key, value, tmp_path):
         (SUBSET + "metadata_file = 'm.json'", "datasets.0.subsets.0.metadata_file='m.json': meta_*.json"),
         (f"{SUBSET}flip_aug = true\n[[datasets.subsets]]\nimage_dir = 'b'", "flip_aug: True for all"),
         (f"{SUBSET}resolution = 512\n{SUBSET}", "image_dir: of a folder that is there several times"),
+        (SUBSET + "resolution = 500", "500 px: 480 px here, a multiple of 32"),
         (SUBSET + "shuffle_caption = true\ncaption_prefix = 'a'", "caption_prefix, caption_suffix: stay"),
     ],
 )
