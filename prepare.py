@@ -18,7 +18,7 @@ from pydantic import Field
 from data.tools.cache import Cache
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
-from data.tools.import_config import Import
+from data.tools.import_dataset import Import
 from data.tools.machine import Machine
 from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
 from data.config import WholeData

@@ -84,7 +84,8 @@ ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache"]
 def run_sdxl(go, data):
     """Run finetune_sdxl.py with every part of its task."""
     tiny = [*TINY["diffusion"], *(text for text in SHORT if not text.startswith("augment")), data, "task.chunk=2"]
-    go("finetune_sdxl", *tiny, *ON_DISK, "task.lora=null", "run_dir=sdxl_whole")
+    concepts = "{path: train/A, trigger: a, captions: {shuffle: true}}, {path: train/B, share: 0.5, is_prior: true}"
+    go("finetune_sdxl", *tiny, *ON_DISK, f"data.concepts=[{concepts}]", "task.lora=null", "run_dir=sdxl_whole")
     go("finetune_sdxl", *tiny, "task.latent_cache=latents", "task.text_cache=texts", "task.text_variants=2",
        f"task.tag_weights={TAG_WEIGHTS}", "task.samples.prompts=[a]", "run_dir=sdxl")  # fmt: skip
     rule = {"sizes_hw": "null", "areas_px": "[4096]", "step_px": 32, "min_px": 32, "max_px": 128}
@@ -165,6 +166,8 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=split", *folders)
     go("prepare", "job=cache", "job.compare=[webp]", *folders)
     go("prepare", "job=machine", *folders)
+    (folder / "d.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'")
+    go("prepare", "job=import", "job.source=d.toml", "job.output=d.yaml")
     go("prepare", "job=copy", "job.to=part", *folders)
     go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
     without_a_cluster(monkeypatch)
@@ -235,6 +238,7 @@ def test_every_leaf_is_read(script, runs):
         }
     # A kind of the tests is in the schema where another test of this process has imported it.
     elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
+    elsewhere += () if script == "finetune_sdxl" else ("ConceptConfig.",)  # others refuse them
     elsewhere += ("PhaseConfig.",)  # all by one call, TrainingConfig.by_phase: tests/engine/test_phases.py
     dead = {name for name in fields.keys() - reads - PROVED if not name.startswith(elsewhere)}
     assert dead == set()
