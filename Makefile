@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-full demo-tagger demo-sdxl test test-slow test-slurm test-view lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-full demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu simd clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
@@ -58,6 +58,11 @@ demo-tagger: install  ## a tagger, from pictures with words to a file that progr
 
 demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; four minutes on two cores
 	PYTHON=$(PY) bash bench/demo_sdxl.sh
+
+SHAPES := collections/shapes
+workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; eight minutes on two cores
+	test -d $(SHAPES) || $(PY) bench/tiny_sdxl.py pictures $(SHAPES)
+	$(PY) workshop.py data.root=$(SHAPES)
 
 # Idle threads sleep: on two cores, processes with spinning threads slow each other down.
 test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE

@@ -1,13 +1,18 @@
-"""What the demo of SDXL begins with: captioned pictures, and a tiny base model whose VAE has seen them.
+"""What the demo of SDXL and the workshop begin with: pictures, and a tiny base model whose VAE has seen such.
 
-python bench/tiny_sdxl.py FOLDER VAE_STEPS       (bench/demo_sdxl.sh): FOLDER gets shapes/, orange/ and base/
+python bench/tiny_sdxl.py FOLDER VAE_STEPS               (bench/demo_sdxl.sh): FOLDER gets shapes/, orange/ and base/
+python bench/tiny_sdxl.py pictures FOLDER                (make workshop): shapes, a tenth of them with tags
+python bench/tiny_sdxl.py base FOLDER VAE_STEPS IMAGES   (workshop.py): a base model whose VAE has seen the images
 
 The VAE alone is trained, by a plain loop. U-Net and text encoders stay as they are drawn: drawn encoders tell a few
 captions apart.
 """
 
+import itertools
 import random
+import shutil
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -15,12 +20,16 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import numpy as np
 import torch
 from diffusers.models.resnet import ResnetBlock2D
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from timm.optim import create_optimizer_v2
 from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import RandomCrop
 
+from data.images.decode import Decoder
+from data.images.image_source import Images
+from data.stream.source import UnreadableImage
+from data.tools.predictions import find_images
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import VAE_SCALING_FACTOR, draw_networks
 from models.sdxl.tokenizer import build_tokenizer
@@ -32,6 +41,8 @@ SHAPES = ("circle", "square", "triangle")
 TONES = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255), "orange": (250, 140, 20)}
 SIZES_HW = ((128, 128), (96, 160), (160, 96))
 CAPTIONS = ["black", "white", "red circle", "green square", "blue triangle", "yellow circle"]
+_EACH, _TAGGED_EVERY = 18, 10  # pictures of a combination of words, circles and squares twice; each tenth has tags
+_READ, _MAX_PIXELS = 256, 100_000_000  # pictures of a folder
 _CROP_PX, _BATCH = 64, 6  # parts of pictures that the VAE is trained on
 _LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for it
 
@@ -76,13 +87,48 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
             (folder / f"{name}.txt").write_text(caption)
 
 
-def write_base(folder: Path, captions: list[str], vae_steps: int) -> float:
-    """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255."""
-    networks, draw = draw_networks(), random.Random(1)
-    colours, size_hw = [*COLOURS.values(), *TONES.values()], SIZES_HW[0]
+def write_tagged(folder: Path) -> None:
+    """Write PNGs of coloured shapes on grounds of four tones; each tenth has its tags in a .txt file beside it."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
+    unfinished.mkdir(parents=True)
+    draw = random.Random(0)
+    combinations = list(itertools.product(COLOURS, SHAPES + SHAPES[:2], TONES)) * _EACH
+    draw.shuffle(combinations)
+    for number, (colour, shape, tone) in enumerate(combinations):
+        image = draw_shape(shape, COLOURS[colour], TONES[tone], draw.choice(SIZES_HW), draw)
+        image.save(unfinished / f"{number:04}.png")
+        if number % _TAGGED_EVERY == 0:
+            (unfinished / f"{number:04}.txt").write_text(f"{colour}, {shape}, {tone} ground")
+    unfinished.rename(folder)
+
+
+def read_pictures(folder: Path) -> list[Image.Image]:
+    """Return up to _READ images of a folder, evenly spaced, cropped to one size; without the unreadable ones."""
+    paths = find_images(str(folder), "images").paths
+    source, pictures = Images(paths, Decoder(3, _MAX_PIXELS)), []
+    for row in range(0, len(paths), -(-len(paths) // _READ)):
+        with suppress(UnreadableImage):
+            picture = Image.fromarray(source.read(row)["image"].permute(1, 2, 0).numpy())
+            pictures.append(ImageOps.fit(picture, SIZES_HW[0][::-1]))
+    return pictures
+
+
+def draw_pictures(captions: list[str]) -> tuple[list[Image.Image], list[Image.Image]]:
+    """Return what the demo's VAE is trained on, and pictures of the captions."""
+    draw, size_hw, colours = random.Random(1), SIZES_HW[0], [*COLOURS.values(), *TONES.values()]
     mixed = [draw_shape(draw.choice(SHAPES), *draw.choices(colours, k=2), size_hw, draw) for _ in range(256)]
+    return mixed, [draw_picture(caption, size_hw, draw) for caption in captions * 8]
+
+
+def write_base(folder: Path, vae_steps: int, mixed: list[Image.Image], typical: list[Image.Image]) -> float:
+    """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255.
+
+    mixed: what the VAE is trained on. typical: the pictures whose latents get mean 0 and deviation 1.
+    """
+    networks = draw_networks()
     error = train_vae(networks["vae"], to_tensor(mixed), vae_steps)
-    scale_latents(networks["vae"], to_tensor([draw_picture(caption, size_hw, draw) for caption in captions * 8]))
+    scale_latents(networks["vae"], to_tensor(typical))
     write_diffusers(
         folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
@@ -150,10 +196,18 @@ def scale_latents(vae: nn.Module, images: Tensor) -> None:
 
 
 def main():
-    out, vae_steps = Path(sys.argv[1]), int(sys.argv[2])
-    write_pictures(out / "shapes", CAPTIONS, 48)
-    write_pictures(out / "orange", ["orange", "black", "white"], 24)  # the LoRA learns orange
-    error = write_base(out / "base", CAPTIONS, vae_steps)
+    words = sys.argv[1:]
+    if words[0] == "pictures":
+        write_tagged(Path(words[1]))
+        return
+    if words[0] == "base":
+        pictures = read_pictures(Path(words[3]))
+        error = write_base(Path(words[1]), int(words[2]), pictures, pictures)
+    else:
+        out = Path(words[0])
+        write_pictures(out / "shapes", CAPTIONS, 48)
+        write_pictures(out / "orange", ["orange", "black", "white"], 24)  # the LoRA learns orange
+        error = write_base(out / "base", int(words[1]), *draw_pictures(CAPTIONS))
     sys.stdout.write(f"error of the VAE's pictures: {error:.1f} of 255\n")
 
 

@@ -4,12 +4,10 @@ A worker reads the record of a sample from the source, creates the views of its 
 the fields of the task. An unreadable sample becomes blank with weight 0 and is reported by name; it never stops a run.
 """
 
-import ctypes
 import functools
 import itertools
 import json
 import re
-import signal
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors
 from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
+from utils.ranks.processes import end_with_parent
 from utils.ranks.signals import leave_to_parent
 from utils.record.logging import get_logger
 
@@ -41,7 +40,6 @@ log = get_logger(__name__)
 _Problems = list[tuple[str, str]]  # the name of an image and why it is unreadable
 # Counters for keys derived from a sample's key.
 _FIELDS_KEY, _VIEW_KEY = 1, 2
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass
@@ -71,7 +69,7 @@ def no_fields(example: Example) -> dict[str, Tensor]:
 def _start_worker(worker: int) -> None:
     """Leave stop signals to the rank, which still needs the worker; kill it when the rank ends, even if it hangs."""
     leave_to_parent()
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    end_with_parent()
 
 
 class _WorkerContext(ForkContext):

@@ -21,6 +21,7 @@ MANDATORY = {
     "export": ["run_dir=RUN"],
     "finetune_sdxl": ["model.path=FOLDER", "data.root=PATH"],
     "finetune_vae": ["model.path=FOLDER", "data.root=PATH"],
+    "workshop": ["data.root=PATH"],
 }
 # What jobs of prepare.py must be given.
 TO = {

@@ -1,0 +1,165 @@
+"""Run the stages of a recipe on a folder of images, each as its own command, and show them on one page.
+
+    python workshop.py data.root=PATH                                  a tagger and a tiny SDXL of the images in PATH
+    python workshop.py data.root=PATH run_dir=outputs/mine             in another folder
+    python workshop.py data.root=PATH dry_run=true                     print the commands that are left
+    python workshop.py data.root=PATH ~stages.sdxl_export              without a stage
+
+Each stage writes a folder in `run_dir`, the last one report.html. conf/workshop.yaml is the recipe. Typed again after a
+kill, a full disk or an error, the command goes on.
+"""
+
+import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Mapping
+from itertools import chain
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+from PIL import Image
+from pydantic import AfterValidator, Field
+
+from data.config import DataConfig
+from data.open import describe_collection, load_collection
+from utils.config.entry_point import Job, entry_point
+from utils.config.help import ROOT
+from utils.config.schema import PathText, Strict
+from utils.errors import EXIT_OK, UserError
+from utils.io.files import file_lock, output_errors, read_json, readable, write_json
+from utils.io.safe_text import hide_secrets
+from utils.ranks.processes import end_with_parent
+from utils.record.logging import get_logger
+from utils.record.report import PAGE, write_page
+from utils.record.run_reader import LOCK_FILE
+
+log = get_logger(__name__)
+
+_STAGES = "stages.json"  # the finished stages: command, images, seconds
+Source = dict[str, str]  # command and images of a stage
+Done = dict[str, dict[str, Any]]  # the same of finished stages, with their seconds
+
+
+def _is_command(text: str) -> str:
+    if not shlex.split(text):
+        raise ValueError("must begin with a script, such as finetune.py")
+    return text
+
+
+class Stage(Strict):
+    """A command, in which $DATA is the images and $RUN is `run_dir`, and the files in `run_dir` that it leaves."""
+
+    command: Annotated[str, AfterValidator(_is_command)]
+    leaves: Annotated[list[PathText], Field(min_length=1)]
+
+
+class WorkshopConfig(Strict):
+    """conf/workshop.yaml, checked."""
+
+    data: DataConfig
+    run_dir: PathText
+    stages: Annotated[dict[str, Stage], Field(min_length=1)]
+    dry_run: bool
+
+
+def complete_command(command: str, config: WorkshopConfig, job: Job) -> list[str]:
+    """Return the words of a command. $DATA becomes what the command line says about the images."""
+    more = (word for word in job.overrides if word.startswith("data.") and not word.startswith("data.root="))
+    data = [f"data={config.data.name}", f"data.root={config.data.root}", *more]
+    words = (data if word == "$DATA" else [word.replace("$RUN", config.run_dir)] for word in shlex.split(command))
+    return list(chain.from_iterable(words))
+
+
+def run_stage(name: str, words: list[str]) -> float:
+    """Run a script as a process; returns its seconds. Raises SystemExit with its status if it fails.
+
+    A stop signal is passed on, so that the stage can save. A stage ends with a killed workshop.
+    """
+    started, script = time.monotonic(), [sys.executable, str(ROOT / words[0]), *words[1:]]
+    log.info("== %s: python %s", name, hide_secrets(shlex.join(words)))
+    process = subprocess.Popen(script, start_new_session=True, preexec_fn=end_with_parent)
+    try:
+        status = process.wait()
+    except KeyboardInterrupt:
+        process.send_signal(signal.SIGTERM)
+        process.wait()
+        raise
+    if status != EXIT_OK:
+        log.error("%s ended with status %d; its message is above. The same command goes on from there", name, status)
+        raise SystemExit(status if status > 0 else 128 - status)  # a signal's number as in a shell
+    return round(time.monotonic() - started, 1)
+
+
+def show_stages(config: WorkshopConfig, title: str, done: Done) -> None:
+    """Write the page: the seconds of the stages, their pictures, the figures in their JSON files, their commands."""
+    run_dir, figures, pictures = Path(config.run_dir), {}, {}
+    for name, stage in config.stages.items():
+        for file in (run_dir / file for file in stage.leaves):
+            with readable(file, file.suffix):
+                if file.suffix == ".png":
+                    pictures[f"{name}: {file.name}"] = np.array(Image.open(file).convert("RGB"))
+                elif file.suffix == ".json":
+                    values = read_json(file).items()
+                    rows = [{"figure": key, "value": value} for key, value in values if type(value) in (int, float)]
+                    figures[f"{name}: {file.name}"] = rows
+    seconds = {f"{name}, seconds": done[name]["seconds"] for name in config.stages}
+    commands = {"commands": [{"stage": name, "command": done[name]["command"]} for name in config.stages]}
+    seconds |= {"all stages, seconds": sum(seconds.values())}
+    write_page(run_dir / PAGE, title, seconds, {**figures, **commands}, pictures)
+
+
+def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done:
+    """Return the finished stages, up to the first whose command or images are others, or that lacks a file."""
+    path, done = Path(config.run_dir) / _STAGES, {}
+    with readable(path, "JSON", "remove it"):
+        earlier = read_json(path) if path.is_file() else {}
+        for name, source in sources.items():
+            files = [Path(config.run_dir) / file for file in config.stages[name].leaves]
+            if not source.items() <= earlier.get(name, {}).items() or not all(file.exists() for file in files):
+                break
+            done[name] = earlier[name]
+    return done
+
+
+@entry_point("workshop", WorkshopConfig)
+def main(config: WorkshopConfig, job: Job) -> str:
+    """Run the stages that are not finished, then write the page."""
+    # ------------------------------------------------------------------------------- 1. The images and what is left
+    collection, run_dir = load_collection(config.data), Path(config.run_dir)
+    log.info("%s", describe_collection(collection))
+    commands = {name: complete_command(stage.command, config, job) for name, stage in config.stages.items()}
+    sources = {
+        name: {"command": hide_secrets(shlex.join(words)), "images": collection.fingerprint}
+        for name, words in commands.items()
+    }
+    done = find_finished(sources, config)
+    left = list(commands)[len(done) :]
+    if config.dry_run:
+        for name in left:
+            log.info("%s: python %s", name, sources[name]["command"])
+        return f"dry run: {len(left)} of {len(commands)} stages are left"
+
+    # ---------------------------------------------------------------------------------------------- 2. The stages
+    refusal = f"run_dir: another workshop is writing to {run_dir}; wait for it or give another run_dir"
+    with output_errors("run_dir", run_dir), file_lock(run_dir / LOCK_FILE, refusal):
+        for name in left:
+            write_json(run_dir / _STAGES, done)  # without later stages, whose files are of other ones
+            seconds = run_stage(name, commands[name])
+            for file in config.stages[name].leaves:
+                if not (run_dir / file).exists():
+                    raise UserError(f"stages.{name}.leaves: {file} is not in {run_dir}; name what the command writes")
+            done[name] = {**sources[name], "seconds": seconds}
+            write_json(run_dir / _STAGES, done)
+
+        # ---------------------------------------------------------------------------------------------- 3. The page
+        show_stages(config, f"Workshop: {describe_collection(collection)}", done)
+    return f"{len(done)} stages, {sum(stage['seconds'] for stage in done.values()):.0f} s; {run_dir / PAGE}"
+
+
+if __name__ == "__main__":
+    main()
