@@ -114,15 +114,26 @@ def show_stages(config: WorkshopConfig, title: str, done: Done) -> None:
 
 
 def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done:
-    """Return the finished stages, up to the first whose command or images are others, or that lacks a file."""
-    path, done = Path(config.run_dir) / _STAGES, {}
+    """Return the finished stages: their command is the same, and their files are there.
+
+    Raises UserError (`run_dir`) if a stage was made of other images, or of what an earlier stage left before a change.
+    """
+    run_dir, changed, done = Path(config.run_dir), None, {}
+    path = run_dir / _STAGES
     with readable(path, "JSON", "remove it"):
         earlier = read_json(path) if path.is_file() else {}
-        for name, source in sources.items():
-            files = [Path(config.run_dir) / file for file in config.stages[name].leaves]
-            if not source.items() <= earlier.get(name, {}).items() or not all(file.exists() for file in files):
-                break
-            done[name] = earlier[name]
+    for name, source in sources.items():
+        known = {"images": source["images"], **earlier.get(name, {})}
+        if known["images"] != source["images"]:
+            raise UserError(
+                f"run_dir: {run_dir} was made of other images than {config.data.root} has; name another one"
+            )
+        if known.get("command") != source["command"]:
+            changed = changed or name
+        elif changed is not None:
+            raise UserError(f"run_dir: {run_dir} has {name} after another stages.{changed}.command; name another one")
+        elif all((run_dir / file).exists() for file in config.stages[name].leaves):
+            done[name] = known
     return done
 
 
@@ -138,7 +149,9 @@ def main(config: WorkshopConfig, job: Job) -> str:
         for name, words in commands.items()
     }
     done = find_finished(sources, config)
-    left = list(commands)[len(done) :]
+    left = [name for name in commands if name not in done]
+    if done:
+        log.info("finished already: %s", ", ".join(done))
     if config.dry_run:
         for name in left:
             log.info("%s: python %s", name, sources[name]["command"])
@@ -148,7 +161,7 @@ def main(config: WorkshopConfig, job: Job) -> str:
     refusal = f"run_dir: another workshop is writing to {run_dir}; wait for it or give another run_dir"
     with output_errors("run_dir", run_dir), file_lock(run_dir / LOCK_FILE, refusal):
         for name in left:
-            write_json(run_dir / _STAGES, done)  # without later stages, whose files are of other ones
+            write_json(run_dir / _STAGES, done)
             seconds = run_stage(name, commands[name])
             for file in config.stages[name].leaves:
                 if not (run_dir / file).exists():

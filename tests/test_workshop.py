@@ -79,7 +79,7 @@ def work(stages, folder, *words, run_dir="run"):
         return load_command("workshop").main(config.model_copy(update={"stages": stages}), job)
 
 
-def test_a_killed_workshop_goes_on_and_repeats_only_what_another_command_or_image_changes(recipe, tmp_path):
+def test_a_killed_workshop_goes_on_and_repeats_no_finished_stage_and_keeps_none_that_is_outdated(recipe, tmp_path):
     (tmp_path / "trouble_blue").write_text("killed")
     with pytest.raises(SystemExit) as ended:
         work(recipe, tmp_path)
@@ -93,11 +93,17 @@ def test_a_killed_workshop_goes_on_and_repeats_only_what_another_command_or_imag
     (tmp_path / "run/blue.png").unlink()
     work(recipe, tmp_path)
     assert order()[3:] == ["blue"]
-    work(recipe, tmp_path, "data.on_bad_sidecar=skip")  # reaches the commands
-    assert order()[4:] == ["red", "blue"]
+    recipe["blue"] = Stage(command=f"{recipe['blue'].command} more", leaves=recipe["blue"].leaves)
+    work(recipe, tmp_path)
+    assert order()[4:] == ["blue"]
+    recipe["red"] = Stage(command=f"{recipe['red'].command} more", leaves=recipe["red"].leaves)
+    with pytest.raises(UserError, match=r"^run_dir: .* blue after another stages\.red\.command"):
+        work(recipe, tmp_path)
+    work(recipe, tmp_path, "data.on_bad_sidecar=skip")  # reaches both commands
+    assert order()[5:] == ["red", "blue"]
     (tmp_path / "Anna's images/train/A/000.txt").write_text("another")
-    work(recipe, tmp_path, "data.on_bad_sidecar=skip")
-    assert order()[6:] == ["red", "blue"]
+    with pytest.raises(UserError, match="^run_dir: .* other images"):
+        work(recipe, tmp_path, "data.on_bad_sidecar=skip")
 
 
 def test_the_page_shows_the_seconds_pictures_figures_and_commands(recipe, tmp_path):
