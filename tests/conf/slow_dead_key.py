@@ -170,6 +170,7 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=import", "job.source=d.toml", "job.output=d.yaml")
     go("prepare", "job=copy", "job.to=part", *folders)
     go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
+    go("workshop", f"data.root={images}", "dry_run=true")
     without_a_cluster(monkeypatch)
     go("slurm", "launch.command=[apptainer]", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
     return reads
@@ -200,6 +201,7 @@ PROVED = {
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
     "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
+    "Stage.leaves",  # of finished stages: tests/test_workshop.py
     "SweepConfig.name",
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
@@ -220,12 +222,13 @@ PROVED = {
     "AugmentConfig.pad",
     "AugmentConfig.shrink",  # by its own method: tests/data/augment/test_shrink.py
 }
-# Refused where they are given, or of training: prepare.py decodes an image once, without a cache.
+# Refused where they are given, passed on, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "finetune_vae": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
+    "workshop": ("CacheConfig.", "DataConfig."),  # the words go to the stages: tests/test_workshop.py
 }
 
 
