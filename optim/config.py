@@ -21,29 +21,15 @@ class RuleConfig(Strict):
 
 
 class _Optim(Strict):
-    """The keys of every optimiser.
-
-    keeps_layout: it changes the values of parameters, never their memory. alike: fields of rules that it has for all
-    parameters only.
-    """
+    """The keys of every optimiser. keeps_layout: it changes the values of parameters, never their memory."""
 
     keeps_layout: ClassVar[bool] = True
-    alike: ClassVar[tuple[str, ...]] = ()
     lr: Rate | None  # takes precedence over base_lr
     base_lr: Rate  # for 256 samples per step
     weight_decay: Factor
     layer_decay: Share
     layer_decay_kind: Literal["single", "group", "timm"]
     rules: list[RuleConfig]
-
-    @model_validator(mode="after")
-    def _treats_parameters_alike(self) -> Self:
-        set_to = {f"rules.{n}.{name}": getattr(rule, name) for n, rule in enumerate(self.rules) for name in self.alike}
-        set_to |= {"layer_decay": self.layer_decay} if "lr_scale" in self.alike else {}
-        for key, value in set_to.items():
-            if value not in (None, 1.0):
-                raise ValueError(f"optim.{key}: {value}, but optim={self.name} has it for all parameters; remove it")
-        return self
 
 
 class _AdamW(_Optim):
@@ -66,20 +52,21 @@ class AdamW8bitConfig(_AdamW):
     name: Literal["adamw8bit"]
 
 
-class ProdigyConfig(_AdamW):
-    """Prodigy of prodigyopt (arXiv 2306.06101): it estimates d, by which it multiplies the rate of all parameters."""
+class LibraryConfig(_AdamW):
+    """Prodigy (arXiv 2306.06101), with one rate d for all parameters, or schedule-free AdamW (arXiv 2405.15682)."""
 
-    alike: ClassVar[tuple[str, ...]] = ("lr_scale", "betas")
-    name: Literal["prodigy"]
+    name: Literal["prodigy", "schedulefree"]
     extra: dict[str, JsonValue]
 
-
-class ScheduleFreeConfig(_AdamW):
-    """Schedule-free AdamW of schedulefree (arXiv 2405.15682). Its average counts the steps of all parameters."""
-
-    alike: ClassVar[tuple[str, ...]] = ("freeze_steps", "betas")
-    name: Literal["schedulefree"]
-    extra: dict[str, JsonValue]
+    @model_validator(mode="after")
+    def _treats_parameters_alike(self) -> Self:
+        fields = ("lr_scale" if self.name == "prodigy" else "freeze_steps", "betas")
+        values = {f"rules.{n}.{name}": getattr(rule, name) for n, rule in enumerate(self.rules) for name in fields}
+        values |= {"layer_decay": self.layer_decay} if self.name == "prodigy" else {}
+        for key, value in values.items():
+            if value not in (None, 1.0):
+                raise ValueError(f"optim.{key}: {value}, but optim={self.name} has it for all parameters; remove it")
+        return self
 
 
 class AdanConfig(_Optim):
@@ -125,7 +112,7 @@ class TimmOptimConfig(_Optim):
 
 
 OptimConfig = Annotated[
-    AdamWConfig | AdamW8bitConfig | ProdigyConfig | ScheduleFreeConfig | AdanConfig | SGDConfig | TimmOptimConfig,
+    AdamWConfig | AdamW8bitConfig | LibraryConfig | AdanConfig | SGDConfig | TimmOptimConfig,
     Field(discriminator="name"),
 ]
 

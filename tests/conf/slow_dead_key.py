@@ -195,6 +195,7 @@ PROVED = {
     "HubConfig.dry_run",
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
     *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps", "prior")),  # tests/engine/test_judge.py
+    *(f"LibraryConfig.{name}" for name in ("name", "extra")),  # tests/engine/test_resume.py
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py
