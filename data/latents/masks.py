@@ -70,10 +70,10 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
 
     def list_files(row: int) -> list[Path]:
         path = collection.absolute_path(row)
-        if is_alpha or (concepts and concepts[ids[row]].mask is False):
-            return [path] * is_alpha
-        if source == "beside":
-            return [path.with_name(path.stem + ending) for ending in _BESIDE]
+        if concepts and concepts[ids[row]].mask is False:
+            return []
+        if source in ("alpha", "beside"):
+            return [path] if is_alpha else [path.with_name(path.stem + ending) for ending in _BESIDE]
         other = Path(source, collection.row(row).path.lstrip("/")).expanduser()
         return [other.with_suffix(".png"), other]
 

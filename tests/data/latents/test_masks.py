@@ -1,6 +1,7 @@
 """Masks: each follows its image through resize, mirror and crop, is kept by content, and must fit its image."""
 
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -81,6 +82,13 @@ def test_masks_are_kept_beside_the_latents_whose_keys_stay(opened, tmp_path, mon
     monkeypatch.setattr("data.latents.masks.open_image", None)  # all are kept
     assert torch.equal(first.read(1, 3, 0)["mask"], records[7][0]["mask"])
     assert len(list((tmp_path / "store").glob("??/*"))) == 3 * 2 + 2 * 2
+
+
+def test_a_concept_without_masks_has_none(opened, monkeypatch):
+    images, _, find = opened
+    monkeypatch.setattr(images.listing, "concepts", [SimpleNamespace(mask=False), SimpleNamespace(mask=None)])
+    monkeypatch.setattr(images.listing, "concept_ids", lambda: np.array([0, 1, 1]))
+    assert list(find()) == [1]
 
 
 def test_a_mask_that_is_damaged_later_is_an_unreadable_image(opened):
