@@ -109,6 +109,7 @@ class RuntimeConfig(MachineConfig):
     prefetch_batches: Processes
     grad_checkpointing: bool
     offload: bool
+    memory_gib: Positive | None
     explain: bool
 
 

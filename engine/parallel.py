@@ -36,7 +36,7 @@ _pytree.register_dataclass(StepOutput)  # torch before 2.15 needs this to find t
 def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: bool) -> nn.Module:
     """Move the task to the device, wrap it for the ranks and compile it. Return the module that the learner calls."""
     # Else helpers, such as a LoRA's U-Net: gradients pass through them.
-    if config.grad_checkpointing and not (_recompute(task, task.trained) or _recompute(task, task.helpers)):
+    if config.grad_checkpointing and not (recompute_blocks(task, task.trained) or recompute_blocks(task, task.helpers)):
         raise UserError(
             f"runtime.grad_checkpointing: true, but {', '.join(task.trained)} cannot recompute its blocks; set it to "
             "false"
@@ -61,7 +61,7 @@ def wrap_task(task: Task, config: RuntimeConfig, runtime: Runtime, *, compiles: 
     return DistributedDataParallel(task, device_ids=ids, gradient_as_bucket_view=True, **{setting: False})
 
 
-def _recompute(task: Task, names: Sequence[str]) -> bool:
+def recompute_blocks(task: Task, names: Sequence[str]) -> bool:
     """Make networks recompute their blocks in the backward pass; return whether any can."""
     done = False
     for network in networks_of(task, names).values():

@@ -47,8 +47,7 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     world_size = distributed.planned_world_size()
     split_batch(config.loop.global_batch_size, world_size, 1, None)
     check_optimizer(config.optim, config.schedule)
-    if getattr(config.optim, "fused_backward", False):
-        _check_fused(config, runtime.precision, world_size)
+    check_fused(config, runtime.precision, world_size)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
@@ -61,8 +60,10 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     return runtime
 
 
-def _check_fused(config: TrainingConfig, precision: str, world_size: int) -> None:
-    """Raise UserError if the run needs all gradients before an update."""
+def check_fused(config: TrainingConfig, precision: str, world_size: int) -> None:
+    """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
+    if not getattr(config.optim, "fused_backward", False):
+        return
     size, chunk, reason = config.loop.global_batch_size, getattr(config.task, "chunk", None), None
     caps = [size if each.loop.batch_size == "auto" else each.loop.batch_size for each in config.by_phase()]
     micro = min(split_batch(size, 1, cap, chunk)[0] for cap in caps)

@@ -28,6 +28,7 @@ from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
 from engine.tasks.kind import Kind
+from engine.tasks.memory import fit_memory
 from engine.tasks.pretrained import use_pretrained
 from engine.tasks.tagging import TaggingKind
 from utils.config.entry_point import Job
@@ -59,6 +60,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime, kind = start_ranks(config), KINDS[config.task.name]
     config = config.task.complete(use_pretrained(config))
+    if config.runtime.memory_gib is not None:
+        config = fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
 

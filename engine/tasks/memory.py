@@ -1,0 +1,177 @@
+"""`runtime.memory_gib`: predict the memory of SDXL's training on meta tensors, and choose what makes it fit.
+
+The forward and backward pass of the U-Net runs on tensors without memory, whose bytes are counted while they live.
+Gradients, the copies of autocast and the optimiser's state are added as if they met that peak. Not counted: fragments,
+workspaces of kernels, the pass of trained text encoders, pictures and the filling of caches.
+"""
+
+import math
+import weakref
+from collections.abc import Iterable
+from typing import Any
+from unittest.mock import patch
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from engine.config import TrainingConfig
+from engine.parallel import recompute_blocks
+from engine.start import check_fused
+from engine.task import networks_of
+from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from engine.tasks.kind import Setup
+from models.sdxl.family import CHANNELS
+from models.sdxl.tokenizer import LENGTH
+from optim.alone import step_each
+from optim.build import build_optimizer
+from optim.config import OptimConfig
+from utils.config.messages import ConfigError, validate
+from utils.errors import UserError
+from utils.io.safe_text import Lines
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_LIBRARIES_GIB = 0.8  # CUDA's context and its libraries; an estimate
+# Settings in the order of what they cost: key, value, what for.
+_LADDER = (
+    ("runtime.grad_checkpointing", True, "a third more time"),
+    ("runtime.offload", True, "text encoders and VAE move to the GPU for each use"),
+    ("optim.fused_backward", True, "the same updates"),
+    ("model.frozen_dtype", "float8", "3 bits of mantissa in the base"),
+    ("optim.bf16_weights", True, "weights rounded stochastically"),
+)
+
+
+class LiveBytes(TorchDispatchMode):
+    """Count the bytes of tensors that operations create. peak: the most that lived at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.peak, self._live, self._known = 0, 0, set[int]()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        output = func(*args, **(kwargs or {}))
+        given, made = (
+            {(storage := one.untyped_storage())._cdata: storage for one in tree_leaves(tree) if isinstance(one, Tensor)}
+            for tree in ((args, kwargs), output)
+        )
+        for key in made.keys() - given.keys() - self._known:  # no views, such as of weights
+            self._known.add(key)
+            self._live += (size := made[key].nbytes())
+            self.peak = max(self.peak, self._live)
+            weakref.finalize(made[key], self._free, key, size)
+        return output
+
+    def _free(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self._live -= size
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+    """Replace the attention of meta tensors, which keeps whole matrices, by a kernel that does not, as on a GPU."""
+    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
+    """Return the bytes of a training step by part."""
+    samples = config.task.samples.model_copy(update={"prompts": []})
+    plain = config.task.model_copy(update={"samples": samples, "judge": None, "tag_weights": None})
+    with torch.device("meta"):
+        task = DiffusionTask(Setup(config.model, plain))
+        task.load_helpers("training")
+    task.train()
+    bf16, optim = getattr(config.optim, "bf16_weights", False), config.optim
+    parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
+    sizes = [parameter.nbytes // (2 if bf16 else 1) for parameter in parameters]
+    away = task.offloaded if config.runtime.offload else ()
+    helpers = networks_of(task, [name for name in task.helpers if name not in away]).values()
+    fused, averaged = getattr(optim, "fused_backward", False), config.loop.ema_decay is not None
+    compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
+    copies = task.unet.dtype == torch.float32 != compute
+    parts = {
+        "frozen networks": sum(tensor.nbytes for network in helpers for tensor in network.state_dict().values()),
+        "weights": sum(sizes),
+        "gradients": max(sizes) if fused else sum(sizes),
+        "optimiser state": _state_share(optim) * sum(sizes),
+        "averages": sum(sizes) if averaged and config.task.average_on == "device" else 0,
+        "copies of autocast": 2 * sum(one.numel() for one in task.unet.parameters()) if copies and not bf16 else 0,
+    }
+    if copies:
+        nn.Module.to(task.unet, compute)
+    if config.runtime.grad_checkpointing:
+        recompute_blocks(task, ("unet",))
+    for parameter in parameters:
+        parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
+    parts["activations"] = _count_pass(task, config)
+    return parts | {"libraries": _LIBRARIES_GIB * 2**30}
+
+
+def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
+    """Return the bytes of a pass over a micro-batch of the largest bucket, as a square unless sizes are listed."""
+    buckets, loop, unet = config.task.buckets, config.loop, task.unet.config
+    squares = [(side := int(area**0.5) // 32 * 32, side) for area in buckets.areas_px]
+    listed = [size for sizes in buckets.sizes_hw or () for size in sizes]
+    height, width = max(listed or squares, key=math.prod)
+    size = loop.global_batch_size if loop.batch_size == "auto" else min(loop.batch_size, loop.global_batch_size)
+    pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
+    shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
+    with LiveBytes() as live, patch.object(nn.functional, "scaled_dot_product_attention", _attend):
+        inputs = [torch.empty(size, *shape, device="meta") for shape in shapes]
+        task._predict(*inputs).square().mean().backward()
+    return live.peak
+
+
+def _state_share(config: OptimConfig) -> float:
+    """Return the size of the optimiser's state as a multiple of the weights'."""
+    if config.name == "adamw8bit":  # for GPUs alone
+        return 0.5
+    dtype = torch.bfloat16 if getattr(config, "bf16_weights", False) else torch.float32
+    parameter = nn.Parameter(torch.ones(256, 256, dtype=dtype))
+    parameter.grad = torch.ones_like(parameter)
+    optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
+    optimizer.update = 0
+    step_each(optimizer)
+    return sum(one.nbytes for one in optimizer.state[parameter].values() if isinstance(one, Tensor)) / parameter.nbytes
+
+
+def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str, world_size: int) -> TrainingConfig:
+    """Return the config with the settings that make it fit `runtime.memory_gib`, and log them with the prediction.
+
+    Keys among `overrides`, the words of the command, keep their values. Raises UserError if nothing suffices.
+    """
+    limit, given = config.runtime.memory_gib, {word.lstrip("+").partition("=")[0] for word in overrides}
+    if not isinstance(config.task, DiffusionTaskConfig):
+        raise UserError(f"runtime.memory_gib: {limit:g}, but only task=diffusion predicts its memory; set it to null")
+    parts, lines = predict_memory(config, precision), []
+    for key, value, cost in _LADDER:
+        group, name = key.split(".")
+        if (before := sum(parts.values()) / 2**30) <= limit:
+            break
+        values = config.model_dump()
+        if key in given or values[group].get(name, value) == value:
+            continue
+        values[group][name] = value
+        try:
+            changed = validate(values, type(config))
+            check_fused(changed, precision, world_size)
+        except (ConfigError, UserError) as error:  # such as a fused pass with accumulation: the error says what to set
+            lines += [f"not {key}: {error}"] * (name == "fused_backward")
+            continue
+        if name == "bf16_weights" and precision != "bf16":
+            continue
+        if (after := sum((found := predict_memory(changed, precision)).values()) / 2**30) < before:
+            config, parts = changed, found
+            lines.append(f"{key}={str(value).lower()}: {before:.1f} -> {after:.1f} GiB, for {cost}")
+    needed = sum(parts.values()) / 2**30
+    shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size >= 0.01 * 2**30)
+    title = f"runtime.memory_gib={limit:g}: a step takes about {needed:.2f} GiB: {shown}"
+    log.info("%s", Lines("\n  ".join([title, *lines])))
+    if needed > limit:
+        raise UserError(
+            f"runtime.memory_gib: {limit:g}, but the least is about {needed:.1f} GiB ({shown}); set smaller "
+            "loop.batch_size or task.buckets.areas_px, task.text_cache, task.lora, or optim=adafactor"
+        )
+    return config
