@@ -7,15 +7,13 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Streams, Task
 from utils import rng
-from utils.record.pictures import Line, image_grid, wrap
+from utils.record.pictures import INK, Line, image_grid, wrap
 
 _SAMPLES, _LINES = 24, 12  # lines of a text
 
 
 def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
     """Draw the first positions of the first rank: cropped, augmented, mixed, masked, with their texts."""
-    from utils.record.plots import INK  # imports matplotlib
-
     train, micro = [*streams.earlier, streams.train][0], plan.micro_batch_size
     if plan.phases:
         micro = plan.phases[0][1]

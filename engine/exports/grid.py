@@ -13,7 +13,7 @@ from engine.exports.drawing import to_png
 from engine.task import Report
 from utils.errors import UserError
 from utils.record.figures import show_cell
-from utils.record.pictures import image_grid, legible, shorten
+from utils.record.pictures import INK, image_grid, legible, shorten
 from utils.record.run_reader import RunReader
 
 
@@ -31,8 +31,6 @@ def list_weights(runs: Sequence[str]) -> list[tuple[str, int, Path]]:
 
 def to_part(run: str, step: int, report: Report) -> dict[str, Any]:
     """Return the figures and the pictures of a report as JSON values."""
-    from utils.record.plots import INK  # imports matplotlib
-
     part = {"row": {"run": run, "step": step, **report.scalars}}
     if report.samples:
         texts, images = zip(*report.samples)

@@ -19,8 +19,9 @@ from scipy.ndimage import uniform_filter1d
 from utils.io.files import write_atomically
 from utils.record.figures import COUNTS, show_name
 from utils.record.metrics_log import Row, series
+from utils.record.pictures import INK
 
-INK, BLUE, ORANGE, GREEN = "#212529", "#1c6dd0", "#d9480f", "#2b8a3e"
+BLUE, ORANGE, GREEN = "#1c6dd0", "#d9480f", "#2b8a3e"
 _STYLE = {
     "figure.dpi": 110, "savefig.dpi": 110, "font.size": 9, "text.color": INK, "text.parse_math": False,
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelcolor": INK, "axes.edgecolor": "#868e96",
