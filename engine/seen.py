@@ -7,7 +7,8 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Streams, Task
 from utils import rng
-from utils.record.pictures import INK, Line, image_grid, wrap
+from utils.record.figures import INK
+from utils.record.pictures import Line, image_grid, wrap
 
 _SAMPLES, _LINES = 24, 12  # lines of a text
 

@@ -41,8 +41,9 @@ from utils.io.files import readable, refuse_links_out, sha256_file, write_atomic
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weights import find_weights, read_weights
+from utils.record.figures import INK
 from utils.record.logging import get_logger
-from utils.record.pictures import INK, image_grid, legible, shorten
+from utils.record.pictures import image_grid, legible, shorten
 from utils.record.progress import track
 
 log = get_logger(__name__)

@@ -12,8 +12,8 @@ from PIL import Image
 from engine.exports.drawing import to_png
 from engine.task import Report
 from utils.errors import UserError
-from utils.record.figures import show_cell
-from utils.record.pictures import INK, image_grid, legible, shorten
+from utils.record.figures import INK, show_cell
+from utils.record.pictures import image_grid, legible, shorten
 from utils.record.run_reader import RunReader
 
 

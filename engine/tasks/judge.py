@@ -39,8 +39,9 @@ from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.io.weights import find_weights, read_weights
 from utils.ranks import distributed
+from utils.record.figures import INK
 from utils.record.logging import get_logger
-from utils.record.pictures import INK, RIGHT, WRONG, image_grid, legible, shorten
+from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.thresholds import DEFAULT, thresholds_path
 from utils.vocabulary import FILE, RATING
 

@@ -4,6 +4,7 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+INK = "#212529"  # the colour of texts in plots and pictures
 COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
 
 

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps
 from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
-INK, RIGHT, WRONG = "#212529", "#08519c", "#be181d"  # colours of text
+RIGHT, WRONG = "#08519c", "#be181d"
 Line = tuple[str, str]  # a caption's line: text and colour
 _FRAME = (206, 212, 218)
 _LINE_PX, _CHARACTER_PX, _PADDING_PX = 18, 8, 8  # a caption's line and character; the space between tiles

@@ -17,9 +17,8 @@ from PIL import Image
 from scipy.ndimage import uniform_filter1d
 
 from utils.io.files import write_atomically
-from utils.record.figures import COUNTS, show_name
+from utils.record.figures import COUNTS, INK, show_name
 from utils.record.metrics_log import Row, series
-from utils.record.pictures import INK
 
 BLUE, ORANGE, GREEN = "#1c6dd0", "#d9480f", "#2b8a3e"
 _STYLE = {
