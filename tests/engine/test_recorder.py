@@ -27,7 +27,10 @@ def make_recorder(folder, momentum=None, *overrides):
     config, _ = configure("finetune", [*SMALL_MODEL, *SHORT, *overrides])
     plan = Plan(1, 8, 8, 1, 80, 100, 0, 1e-3)
     schedule = SimpleNamespace(at=lambda step: GroupValues(0.5, 0.0, momentum))
-    return Recorder(config, plan, SimpleNamespace(schedule=schedule, runtime=choose_runtime(config.runtime)), folder)
+    learner = SimpleNamespace(
+        schedule=schedule, runtime=choose_runtime(config.runtime), optimizer=SimpleNamespace(param_groups=[{}])
+    )
+    return Recorder(config, plan, learner, folder)
 
 
 @pytest.fixture

@@ -215,7 +215,7 @@ def test_what_is_wrong_is_named_by_its_key(place):
     with pytest.raises(ConfigError, match="augment.horizontal_flip: 0.5 would mirror images without their tags"):
         configure("finetune", [*RUN, "augment.horizontal_flip=0.5"])
     with pytest.raises(UserError, match="^task.rating_s: null"):
-        run("finetune", [*RUN, "task.rating_s=null", "run_dir=x"], place)
+        run("finetune", [*RUN, "task.rating_s=null", "run_dir=unwritten"], place)
     with pytest.raises(UserError, match="^task.vocabulary: "):
-        run("finetune", [*RUN, "task.vocabulary=absent.csv", "run_dir=x"], place)
-    assert not (place / "x").exists()
+        run("finetune", [*RUN, "task.vocabulary=absent.csv", "run_dir=unwritten"], place)
+    assert not (place / "unwritten").exists()
