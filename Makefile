@@ -60,7 +60,7 @@ demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a Lo
 	PYTHON=$(PY) bash bench/demo_sdxl.sh
 
 SHAPES := collections/shapes
-workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; eight minutes on two cores
+workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; nine minutes on two cores
 	test -d $(SHAPES) || $(PY) bench/tiny_sdxl.py pictures $(SHAPES)
 	$(PY) workshop.py data.root=$(SHAPES)
 
