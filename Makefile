@@ -81,7 +81,7 @@ test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs 
 
 test-view: install-view  ## the page of view.py in a browser: installs Debian's chromium, as root, where it is missing
 	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium; }
+		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
 	$(PY) -m pytest -rs tests/viewer
 
 lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
