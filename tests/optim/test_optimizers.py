@@ -181,6 +181,7 @@ def test_a_warm_up_of_the_schedule_is_that_of_schedule_free_and_its_average_is_l
     ("file", "changes", "key"),
     [
         ("prodigy", {"layer_decay": 0.9}, "optim.layer_decay: 0.9"),
+        ("prodigy", {"lr": 1e-4}, "optim.lr: 0.0001"),
         ("prodigy", {"rules": [{"match": "2.*", "lr_scale": 0.1}]}, r"optim.rules.0.lr_scale: 0.1"),
         ("prodigy", {"rules": [{"match": "2.*", "betas": [0.5, 0.9]}]}, r"optim.rules.0.betas"),
         ("schedulefree", {"rules": [{"match": "2.*", "freeze_steps": 9}]}, "optim.rules.0.freeze_steps: 9"),
