@@ -8,6 +8,7 @@ steps, values = thin(steps, values, 2_000)    for a plot
 
 import io
 import json
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -22,10 +23,10 @@ _BLOCK = 16 * 2**20  # bytes that pyarrow parses at once, more than the longest 
 
 
 class Curves:
-    """The numbers in metrics.jsonl. Damaged rows, and an unfinished last one, are left out."""
+    """The numbers in metrics.jsonl. Damaged rows, and an unfinished last one, are left out. Threads may share it."""
 
     def __init__(self, path: Path) -> None:
-        self._path = path
+        self._path, self._lock = path, threading.Lock()
         self._forget()
 
     def _forget(self) -> None:
@@ -36,6 +37,10 @@ class Curves:
 
         Return whether there are any. A folder that is being deleted has none.
         """
+        with self._lock:
+            return self._read()
+
+    def _read(self) -> bool:
         try:
             with self._path.open("rb") as file:
                 head, size = file.read(len(self._first)), file.seek(0, io.SEEK_END)
@@ -70,14 +75,16 @@ class Curves:
 
     def names(self, kind: str) -> list[str]:
         """Return the figures of one kind of rows, sorted."""
-        return sorted(name for its_kind, name in self._parts if its_kind == kind)
+        with self._lock:
+            return sorted(name for its_kind, name in self._parts if its_kind == kind)
 
     def series(self, kind: str, name: str) -> Series:
         """Return the steps and values of a figure. A null, which was not finite, is NaN."""
-        parts = self._parts.get((kind, name), [])
-        if len(parts) > 1:
-            parts[:] = [tuple(map(np.concatenate, zip(*parts)))]
-        return parts[0] if parts else (np.zeros(0, np.int64), np.zeros(0))
+        with self._lock:
+            parts = self._parts.get((kind, name), [])
+            if len(parts) > 1:
+                parts[:] = [tuple(map(np.concatenate, zip(*parts)))]
+            return parts[0] if parts else (np.zeros(0, np.int64), np.zeros(0))
 
 
 def _is_number(kind: pa.DataType) -> bool:
