@@ -32,6 +32,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
+from engine.exports.grid import list_weights, to_part, to_report
 from engine.exports.weights import MovedBase, load_predictor, open_weights
 from engine.per_image import write_images
 from engine.runtime import Runtime, start_machine
@@ -227,8 +228,6 @@ def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Pa
 
 def evaluate_grid(config: EvaluateConfig, runtime: Runtime) -> str:
     """Evaluate the kept weights of runs, and write a row for each, and what each draws. A killed call goes on."""
-    from engine.exports.grid import list_weights, to_part, to_report  # imports matplotlib
-
     runs = [config.run_dir] if isinstance(config.run_dir, str) else config.run_dir
     files = list_weights(runs)
     folder = Path(runs[0]) if len(runs) == 1 else result_folder("grid", runs=runs)

@@ -23,7 +23,7 @@ class PageConfig(Strict):
     """Where the page is served. open: in the browser. token: who knows it may read, from other machines, too."""
 
     host: Annotated[str, Field(min_length=1)]
-    port: Annotated[int, Field(ge=0, le=65_535)]
+    port: Annotated[int, Field(ge=1, le=65_535)]
     open: bool
     token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None
 

@@ -39,12 +39,10 @@ class Guard:
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         known = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
         if self._token is None:
-            is_allowed = headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
+            is_new, is_allowed = False, headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
         else:
-            is_allowed = any(
-                secrets.compare_digest(word.encode(), self._token.encode())
-                for word in (given, known.value if known else "")
-            )
+            is_new = self._is_token(given)
+            is_allowed = is_new or (known is not None and self._is_token(known.value))
         if not is_allowed:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1008})
@@ -52,12 +50,15 @@ class Guard:
             return await send({"type": "http.response.body", "body": b"open the address that view.py prints"})
 
         async def remember(message: dict) -> None:
-            if message["type"] == "http.response.start" and given:
+            if message["type"] == "http.response.start" and is_new:  # whatever else is given stays out of headers
                 cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/".encode()
                 message["headers"] = [*message["headers"], (b"set-cookie", cookie)]
             await send(message)
 
         return await self._inner(scope, receive, remember)
+
+    def _is_token(self, word: str) -> bool:
+        return secrets.compare_digest(word.encode(), self._token.encode())
 
 
 def choose_port(host: str, first: int) -> int:

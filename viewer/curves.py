@@ -64,7 +64,7 @@ def list_figures(curves: dict[str, Curves]) -> list[str]:
 
 async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> None:
     """Show a chart of each figure, and draw them anew as the runs go on. read: the figures of runs, by name."""
-    charts = dict[str, ui.echart]()
+    charts, drawn = dict[str, ui.echart](), []
     with ui.row().classes("items-center w-full"):
         smoothing = ui.slider(min=0, max=0.99, step=0.01, value=0.6).props("label aria-label=smoothing").classes("w-40")
         ui.label("smoothing").classes("muted")
@@ -74,6 +74,10 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
 
     async def draw() -> None:
         curves = await background.io_bound(read)
+        state = [*(its.size for its in curves.values()), smoothing.value, logarithmic.value]
+        if state == drawn:
+            return
+        drawn[:] = state
         figures = list_figures(curves)
         empty.set_visibility(not figures)
         for figure in figures:

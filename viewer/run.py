@@ -5,17 +5,16 @@ import html
 import itertools
 import math
 import shlex
-from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import quote
 
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
 from nicegui import app, ui
 
+from utils.config.recipe import flatten
 from utils.io.safe_text import escape_controls
-from utils.record.run_index import RunIndex, is_inside
+from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
 from viewer.parts import REFRESH_SEC, find_run, page, run_name
@@ -113,18 +112,14 @@ def _to_cell(text: str) -> float | str:
     return round(value, 6) if math.isfinite(value) else text
 
 
-def flatten(config: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
-    """Yield the dotted keys of a configuration, and their values as text."""
-    for key, value in config.items():
-        if isinstance(value, dict) and value:
-            yield from flatten(value, f"{prefix}{key}.")
-        else:
-            yield escape_controls(f"{prefix}{key}"), escape_controls(str(value))
+def _read_settings(path: Path) -> dict[str, str]:
+    values = flatten(RunReader(path).config)
+    return {escape_controls(key): escape_controls(str(value)) for key, value in values.items()}
 
 
 def _show_settings(index: RunIndex, path: Path) -> None:
-    settings, alone = dict(flatten(RunReader(path).config)), "compare with"
-    others = {run_name(index, state.path): state.path for state in index.states() if state.path != path}
+    settings, alone = _read_settings(path), "compare with"
+    others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
     with ui.row().classes("items-center w-full"):
         chosen = ui.select([alone, *others], value=alone).props(
             "dense outlined options-dense aria-label='compare with'"
@@ -138,7 +133,7 @@ def _show_settings(index: RunIndex, path: Path) -> None:
         columns = [("key", "Key"), ("value", "This run")]
         rows = [{"key": key, "value": value} for key, value in settings.items()]
         if chosen.value != alone:
-            other = dict(flatten(RunReader(others[chosen.value]).config))
+            other = _read_settings(others[chosen.value])
             columns.append(("other", chosen.value))
             keys = (key for key in {**settings, **other} if settings.get(key) != other.get(key))
             rows = [{"key": key, "value": settings.get(key, ""), "other": other.get(key, "")} for key in keys]

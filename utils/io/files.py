@@ -67,12 +67,18 @@ def remove_temporary(folders: Iterable[Path], name: str | None = None) -> None:
                 entry.unlink()
 
 
-def refuse_links_out(key: str, folder: Path) -> None:
-    """Raise UserError (`key`) for a link in a folder that leads out of it: writing would change files elsewhere."""
+def links_out(folder: Path) -> Iterator[tuple[Path, Path]]:
+    """Yield the links in a folder that lead out of it, and their targets."""
     inside = folder.resolve()
     for entry in folder.iterdir() if folder.is_dir() else ():
-        target = entry.resolve()
-        if entry.is_symlink() and not target.is_relative_to(inside) and not target.is_char_device():
+        if entry.is_symlink() and not (target := entry.resolve()).is_relative_to(inside):
+            yield entry, target
+
+
+def refuse_links_out(key: str, folder: Path) -> None:
+    """Raise UserError (`key`) for a link in a folder that leads out of it: writing would change files elsewhere."""
+    for entry, target in links_out(folder):
+        if not target.is_char_device():
             raise UserError(
                 f"{key}: {entry} is a link out of the folder, to {target}; remove it, or name another folder"
             )

@@ -66,12 +66,18 @@ class Curves:
         steps = pc.cast(table["step"], pa.float64(), safe=False).to_numpy()
         names = [name for name in table.column_names if name not in _FIXED and _is_number(table[name].type)]
         codes = kinds.indices.fill_null(-1).to_numpy(zero_copy_only=False)
+        columns = {name: pc.cast(table[name], pa.float64(), safe=False).to_numpy() for name in names}
         for number, kind in enumerate(kinds.dictionary.to_pylist()):
             rows = np.flatnonzero((codes == number) & np.isfinite(steps))
-            for name in names:
-                values = pc.cast(table[name], pa.float64(), safe=False).to_numpy()[rows]
+            for name, column in columns.items():
+                values = column[rows]
                 if not np.isnan(values).all():
                     self._parts.setdefault((kind, name), []).append((steps[rows].astype(np.int64), values))
+
+    @property
+    def size(self) -> int:
+        """The bytes that have been read; another number tells that the figures have changed."""
+        return self._end
 
     def names(self, kind: str) -> list[str]:
         """Return the figures of one kind of rows, sorted."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from utils.errors import UserError
+from utils.io.files import links_out
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, thin
 from utils.record.metrics_log import METRICS_FILE
-from utils.record.run_reader import CONFIG_FILE, OVERRIDES_FILE, RunReader
+from utils.record.run_reader import CONFIG_FILE, RunReader
 
 _DEEPEST = 6  # folders below a root
 _TAIL = 16_384  # bytes at the end of log.txt
@@ -47,18 +48,7 @@ def is_inside(path: Path, folder: Path) -> bool:
 
 def is_run(path: Path) -> bool:
     """Return whether a folder is a run whose files lie in it: a link to another file would show that file."""
-    names = (
-        CONFIG_FILE,
-        OVERRIDES_FILE,
-        METRICS_FILE,
-        "log.txt",
-        "weights",
-        "checkpoints",
-        "tables",
-        "plots",
-        "samples",
-    )
-    return (path / CONFIG_FILE).is_file() and all(is_inside(path / name, path) for name in names)
+    return (path / CONFIG_FILE).is_file() and not any(links_out(path))
 
 
 def find_runs(roots: Sequence[Path]) -> Iterator[Path]:
@@ -76,7 +66,7 @@ def find_runs(roots: Sequence[Path]) -> Iterator[Path]:
 
 
 class RunIndex:
-    """The runs below some folders. Each call of `states` reads only what has changed."""
+    """The runs below some folders. Figures are read on from where the last call ended."""
 
     def __init__(self, roots: Sequence[Path]) -> None:
         self.roots = [root.resolve() for root in roots]
