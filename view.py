@@ -2,6 +2,7 @@
 
     python view.py                                  the runs below outputs/
     python view.py runs=[outputs,/other/outputs]    these folders; one: runs=FOLDER
+    python view.py data.root=PATH                   and the images of this collection
     python view.py view.port=9000 view.open=false   prints the address, for a browser elsewhere (through ssh -L)
     python view.py view.host=0.0.0.0 view.token=TOKEN-OF-16-CHARACTERS      lets other machines in
 
@@ -14,6 +15,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data.config import DataConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -28,11 +30,18 @@ class PageConfig(Strict):
     token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None
 
 
+class ShownData(DataConfig):
+    """A collection to show; without a root, those of the runs alone."""
+
+    root: PathText | None
+
+
 class ViewConfig(Strict):
-    """The page, and the folders whose runs it shows."""
+    """The page, the folders whose runs it shows, and one more collection."""
 
     runs: PathText | Annotated[list[PathText], Field(min_length=1)]
     view: PageConfig
+    data: ShownData
 
 
 @entry_point("view", ViewConfig)
@@ -44,7 +53,7 @@ def main(config: ViewConfig, job: Job) -> None:
         raise UserError(f"view.py needs {error.name}, which is not installed; run: make install-view") from None
     page = config.view
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    serve(runs, page.host, page.port, page.token, opens=page.open)
+    serve(runs, config.data, page.host, page.port, page.token, opens=page.open)
 
 
 if __name__ == "__main__":

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.augment.transforms import evaluation_views
-from data.collection.collection import Collection, index_collection
+from data.collection.collection import CACHE, Collection, index_collection
 from data.collection.concepts import find_folders
 from data.config import DataConfig
 from data.images.caches import keep_in_memory, keep_on_disk
@@ -46,8 +46,6 @@ from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
-
-CACHE = Path("outputs/cache/collections")
 
 
 def load_collection(config: DataConfig) -> Collection:

@@ -9,10 +9,11 @@ from urllib.parse import parse_qs
 from nicegui import app, ui
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from data.config import DataConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import curves, run, runs
+from viewer import curves, images, run, runs
 
 log = get_logger(__name__)
 
@@ -78,7 +79,7 @@ def choose_port(host: str, first: int) -> int:
     raise UserError(f"view.port: {first} to {first + _PORTS - 1} are in use; set another")
 
 
-def serve(roots: list[str], host: str, port: int, token: str | None, *, opens: bool) -> None:
+def serve(roots: list[str], data: DataConfig, host: str, port: int, token: str | None, *, opens: bool) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     if token is None and host not in _LOOPBACK:
         raise UserError(
@@ -89,6 +90,8 @@ def serve(roots: list[str], host: str, port: int, token: str | None, *, opens: b
         if not Path(root).is_dir():
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
     index, port = RunIndex([Path(root) for root in roots]), choose_port(host, port)
+    shelf = images.Shelf(index, data if data.root else None)
+    images.add_route(shelf)
     for page in (runs, run, curves):
         page.add_page(index)
     app.add_middleware(Guard, token=token)

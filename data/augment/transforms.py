@@ -17,7 +17,7 @@ from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
-from data.images.pixels import resize
+from data.images.decode import resize
 from data.stream.order import Draw, View, Views
 from utils import rng
 from utils.canvas import DEFAULT, background_levels, background_of

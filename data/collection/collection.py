@@ -30,6 +30,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 _FINGERPRINT, _UNUSED, _TWINS, _CONCEPTS = b"fingerprint", b"unused", b"twins", b"concepts"
 _CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
 _MARGIN = " " * 14  # of a table on the start screen

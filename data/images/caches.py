@@ -23,12 +23,11 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.collection.rows import spread
 from data.config import CacheConfig
-from data.images.image_source import Files, Images
-from data.images.record_store import LimitedStore, record_key
+from data.images.image_source import Images, image_key
+from data.images.record_store import LimitedStore
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
 from utils.errors import UserError
 from utils.hardware import free_memory
-from utils.io.memo import file_version
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -110,15 +109,6 @@ class Cached(Source):
 
 
 # ------------------------------------------------------------------------------------------------------------- on disk
-
-
-def image_key(contents: Files, row: int, inputs: str) -> str | None:
-    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
-    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
-        digest = contents.collection.row(row).sha256
-        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
-    version = file_version(file.path)
-    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
 
 
 def keep_on_disk(images: Images, config: CacheConfig) -> Cached:

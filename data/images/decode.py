@@ -5,6 +5,7 @@ grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
 import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any
@@ -15,12 +16,15 @@ import simplejpeg
 import torch
 from PIL import Image
 from torch import Tensor
+from torch.nn import functional as F
+from torchvision.transforms import InterpolationMode, v2
 
 from data.images.image_formats import open_image
-from data.images.pixels import UPRIGHT, convert, load_upright, read_orientation, resize, to_srgb
+from data.images.pixels import UPRIGHT, convert, load_upright, read_orientation, to_srgb
 from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
 
+_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 _RULES = 2  # version of conversion and resizing; increment it to invalidate cached images
 
 
@@ -104,3 +108,21 @@ class Decoder:
             return pixels
         picture = Image.fromarray(pixels[..., 0] if grey else pixels)
         return convert(picture if turn is None else picture.transpose(turn), self.channels, None)
+
+
+def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
+    """Resize an image, uint8 [C, H, W].
+
+    lanczos and area (a box filter) use Pillow, because not every torchvision has them for tensors. The others use
+    torch, whose kernel is fastest for channels-last memory, as decoders return it.
+    """
+    if interpolation in _PILLOWS:
+        picture = v2.functional.to_pil_image(image)
+        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
+    if tuple(size_hw) == tuple(image.shape[1:]):
+        return image
+    if image.stride(0) == 1:  # also for crops, whose rows have gaps
+        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    # Not `image[None]`: with its first stride, the kernel would not detect the memory format.
+    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
+    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]

@@ -11,15 +11,19 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import torch
 from fsspec.spec import AbstractFileSystem
 
 from data.collection.collection import Collection
-from data.images.decode import Decoder
 from data.images.image_formats import CUT_OFF, NOT_OPENED, read_file
+from data.images.record_store import record_key
 from data.layouts.remote import is_remote, open_store
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage, join_ranges
+from utils.io.memo import file_version
+
+if TYPE_CHECKING:
+    from data.images.decode import Decoder
 
 TAR = ".tar"
 DAMAGED_SHARD = "the shard has other bytes there"
@@ -152,10 +156,19 @@ def open_contents(images: Collection | Sequence[Path]) -> Files:
     return _Shards(images) if images.is_packed else Files(os.fspath(images.root), lambda row: images.row(row).path)
 
 
+def image_key(contents: Files, row: int, inputs: str) -> str | None:
+    """Return the key of a row's image for the decoder `inputs`; None if its file is missing or was changed just now."""
+    if (file := contents.file_of(row)) is None:  # remote shards are only replaced together with their index
+        digest = contents.collection.row(row).sha256
+        return None if digest is None else record_key(inputs, digest, contents.name_of(row))
+    version = file_version(file.path)
+    return version and record_key(inputs, os.path.abspath(file.path), file.offset, file.length, version)
+
+
 class Images(Source):
     """Decoded images of a collection or of a list of files, as `image`, uint8 [channels, H, W]."""
 
-    def __init__(self, images: Collection | Sequence[Path], decoder: Decoder) -> None:
+    def __init__(self, images: Collection | Sequence[Path], decoder: "Decoder") -> None:
         self.listing, self.contents, self.decoder = images, open_contents(images), decoder
         self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
 
@@ -165,4 +178,6 @@ class Images(Source):
 
     def blank(self, group: int) -> Record:
         """Return a black image."""
+        import torch  # not above: who reads the bytes of images needs no torch
+
         return {IMAGE: torch.zeros(self.decoder.channels, _BLANK_PX, _BLANK_PX, dtype=torch.uint8)}

@@ -1,15 +1,11 @@
-"""Convert the pixels of any image mode to 8 bits, upright, on a background; resize them; read headers."""
+"""Convert the pixels of any image mode to 8 bits, upright, on a background; read headers."""
 
 import functools
 import io
 import os
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageCms
-from torch import Tensor
-from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode, v2
 
 from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
 
@@ -24,7 +20,6 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
-_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 _TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
 
@@ -100,24 +95,6 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
         coloured[pixels == clear] = colour
         return Image.fromarray(coloured)
     return Image.fromarray(grey)
-
-
-def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
-    """Resize an image, uint8 [C, H, W].
-
-    lanczos and area (a box filter) use Pillow, because not every torchvision has them for tensors. The others use
-    torch, whose kernel is fastest for channels-last memory, as decoders return it.
-    """
-    if interpolation in _PILLOWS:
-        picture = v2.functional.to_pil_image(image)
-        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
-    if tuple(size_hw) == tuple(image.shape[1:]):
-        return image
-    if image.stride(0) == 1:  # also for crops, whose rows have gaps
-        image = image.permute(1, 2, 0).contiguous().permute(2, 0, 1)
-    # Not `image[None]`: with its first stride, the kernel would not detect the memory format.
-    batch = image.as_strided((1, *image.shape), (image.numel(), *image.stride()))
-    return F.interpolate(batch, list(size_hw), mode=interpolation, antialias=True)[0]
 
 
 def to_srgb(image: Image.Image) -> Image.Image:

@@ -16,16 +16,17 @@ import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from safetensors.torch import load, save
-from torch import Tensor
 
 from data.stream.source import Record
 from utils.errors import UserError
 from utils.io.files import canonical_json, is_locked, output_errors, sha256_text, write_atomically
 from utils.ranks import distributed
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
 USES, _KEY = "uses", "S32"
@@ -183,11 +184,15 @@ class TensorStore:
 
     def read(self, key: str) -> Record | None:
         """Return a record, or None if it is missing or damaged."""
+        from safetensors.torch import load
+
         content = self._store.get(key)
         return None if content is None else load(content.tobytes())
 
-    def put(self, key: str, name: str, record: Mapping[str, Tensor]) -> None:
+    def put(self, key: str, name: str, record: Mapping[str, "Tensor"]) -> None:
         """Write a record; name: for messages. Raises UserError if a value is not finite or the disk is full."""
+        from safetensors.torch import save
+
         record = {part: tensor.detach().cpu().contiguous() for part, tensor in record.items()}
         if not all(tensor.isfinite().all() for tensor in record.values()):
             raise UserError(

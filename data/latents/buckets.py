@@ -21,7 +21,7 @@ from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, Validatio
 from torch import Tensor
 
 from data.collection.collection import Collection
-from data.images.pixels import resize
+from data.images.decode import resize
 from data.latents.measures import SIZES, image_sizes
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views

@@ -4,16 +4,18 @@ Images and latents are sources, and so is a cache of images.
 """
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from fsspec.utils import merge_offset_ranges
-from torch import Tensor
+
+if TYPE_CHECKING:  # who only reads bytes or headers needs no torch
+    from torch import Tensor
 
 IMAGE = "image"  # the name of the image in a record
 
 _GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges closer than this are joined, up to a size
 
-Record = dict[str, Tensor]
+Record = dict[str, "Tensor"]
 
 
 class UnreadableImage(Exception):

@@ -7,6 +7,7 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.collection.collection import CACHE
 from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
@@ -15,7 +16,6 @@ from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_for
 from data.layouts.sidecars import list_faults
 from data.layouts.table import MEASURED, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
-from data.open import CACHE
 from data.tools.facts import measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal

@@ -1,23 +1,29 @@
 """Ranks and collectives.
 
 torchrun, SLURM or plain `python` start the processes. Without a process group, the world has one rank.
+torch is imported when there is something to do between ranks: commands that need no network start a second earlier.
 """
+
+from __future__ import annotations
 
 import gc
 import os
 import re
+import sys
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
-
-import torch
-import torch.distributed as dist
+from types import ModuleType
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from utils.errors import UserError
+
+if TYPE_CHECKING:
+    import torch
+    import torch.distributed as dist
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
@@ -88,8 +94,11 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
 
 def init_process_group(device_type: str, timeout_sec: float) -> None:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing."""
+    import torch
+    import torch.distributed as dist
+
     world = detect_world()
-    if world.size == 1 or dist.is_initialized():
+    if world.size == 1 or _has_group():
         return
     os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
     timeout, backend, device = timedelta(seconds=timeout_sec), "gloo", None
@@ -110,6 +119,8 @@ def local_device_index(world: World | None = None) -> int:
 
     Raises UserError if the node has fewer GPUs than processes.
     """
+    import torch
+
     world, count = world or detect_world(), torch.cuda.device_count()
     if count == 1 and world.launcher == "slurm":  # srun --gpus-per-task=1
         return 0
@@ -121,9 +132,19 @@ def local_device_index(world: World | None = None) -> int:
     return world.local_rank
 
 
+def _dist() -> ModuleType:
+    import torch.distributed as dist
+
+    return dist
+
+
+def _has_group() -> bool:
+    return "torch" in sys.modules and _dist().is_available() and _dist().is_initialized()
+
+
 def is_distributed() -> bool:
     """Return whether there is a process group of more than one rank."""
-    return not _is_alone and dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1
+    return not _is_alone and _has_group() and _dist().get_world_size() > 1
 
 
 @contextmanager
@@ -139,12 +160,12 @@ def alone() -> Iterator[None]:
 
 def rank() -> int:
     """Return this process's rank."""
-    return dist.get_rank() if is_distributed() else 0
+    return _dist().get_rank() if is_distributed() else 0
 
 
 def world_size() -> int:
     """Return the number of ranks."""
-    return dist.get_world_size() if is_distributed() else 1
+    return _dist().get_world_size() if is_distributed() else 1
 
 
 def is_main() -> bool:
@@ -165,18 +186,20 @@ def plans_gpus() -> bool:
 def barrier() -> None:
     """Wait for all ranks."""
     if is_distributed():
-        dist.barrier()
+        _dist().barrier()
 
 
 def all_reduce_sum(tensor: torch.Tensor) -> torch.Tensor:
     """Sum a tensor over the ranks, in place, and return it."""
     if is_distributed():
-        dist.all_reduce(tensor)
+        _dist().all_reduce(tensor)
     return tensor
 
 
 def any_rank(*asks: bool) -> list[bool]:
     """Return for each request whether a rank makes it. All ranks call it together; no device is waited for."""
+    import torch
+
     return [count > 0 for count in all_reduce_sum(torch.tensor(asks, dtype=torch.int32)).tolist()]
 
 
@@ -209,7 +232,7 @@ def gather_objects(value: T) -> list[T]:
     """Return the values of all ranks, ordered by rank, on every rank."""
     values = [value] * world_size()
     if is_distributed():
-        dist.all_gather_object(values, value)
+        _dist().all_gather_object(values, value)
     return values
 
 
@@ -218,7 +241,7 @@ def gather_rows(tensor: torch.Tensor) -> torch.Tensor:
     if not is_distributed():
         return tensor
     rows = tensor.new_empty(world_size() * len(tensor), *tensor.shape[1:])
-    dist.all_gather_into_tensor(rows, tensor.contiguous())
+    _dist().all_gather_into_tensor(rows, tensor.contiguous())
     return rows
 
 
@@ -231,7 +254,7 @@ def rank_zero_call(call: Callable[[], T]) -> T:
         except Exception as error:
             outcome[1] = error
     if is_distributed():
-        dist.broadcast_object_list(outcome, src=0)
+        _dist().broadcast_object_list(outcome, src=0)
     if outcome[1] is not None:
         raise outcome[1]
     return outcome[0]
@@ -254,9 +277,9 @@ def shutdown(*, failed: bool = False) -> bool:
     2.13 to 2.15). Callers drop their references, and this function collects the garbage. A failed rank with NCCL does
     not leave the group: leaving waits for peers, which may wait for this rank in a collective.
     """
-    if not (dist.is_available() and dist.is_initialized()):
+    if not _has_group():
         return False
     gc.collect()
-    if not (failed and "nccl" in str(dist.get_backend_config())):
-        dist.destroy_process_group()
+    if not (failed and "nccl" in str(_dist().get_backend_config())):
+        _dist().destroy_process_group()
     return True

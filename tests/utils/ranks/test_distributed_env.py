@@ -102,9 +102,9 @@ def test_a_rank_takes_the_gpu_of_its_local_rank(world, gpus, expected, monkeypat
 ])  # fmt: skip
 def test_a_failed_rank_does_not_wait_for_its_peers_in_nccl(backends, failed, leaves, monkeypatch):
     left = []
-    monkeypatch.setattr(distributed.dist, "is_initialized", lambda: True)
-    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: backends)
-    monkeypatch.setattr(distributed.dist, "destroy_process_group", lambda: left.append(True))
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
+    monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     assert distributed.shutdown(failed=failed) and bool(left) == leaves
 
 

@@ -1,0 +1,65 @@
+"""The collections that the page knows, and the route of their images."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from fastapi import FastAPI
+from fastapi.testclient import TestClient
+from PIL import Image
+
+from tests.support import ROOT, data_config
+from tests.utils.record.test_run_index import make_run
+from utils.record.run_index import RunIndex
+from viewer import images
+
+
+@pytest.fixture
+def shelf(tmp_path, monkeypatch):
+    """A run, and its collection: a wide image, a broken one, one whose file vanishes, a link out of the collection."""
+    monkeypatch.chdir(tmp_path)
+    images._thumbnails.cache_clear()
+    (tmp_path / "photos").mkdir()
+    for name in ("photos/a.png", "photos/b.png", "photos/c.jpg", "secret.png"):
+        Image.fromarray(np.full((100, 400, 3), 90, np.uint8)).save(tmp_path / name)
+    (tmp_path / "photos/b.png").write_bytes(b"<script>")
+    (tmp_path / "photos/d.png").symlink_to(tmp_path / "secret.png")
+    run = make_run(tmp_path / "runs/a")
+    config = data_config(root="photos").model_dump(mode="json")
+    (run / "config.json").write_text(json.dumps({"data": config}))
+    return images.Shelf(RunIndex([tmp_path / "runs"]), None)
+
+
+def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeypatch):
+    monkeypatch.setattr(images, "app", app := FastAPI())
+    images.add_route(shelf)
+    client, (name,) = TestClient(app), shelf.configs()
+    assert name == shelf.of_run(tmp_path / "runs/a")
+    collection = shelf.open(name)
+    (tmp_path / "photos/c.jpg").unlink()
+    answers = [client.get(images.image_address(name, collection, row, px=64)) for row in range(4)]
+    kinds = [answer.headers["content-type"] for answer in answers]
+    assert kinds == ["image/jpeg"] + 3 * ["image/svg+xml"] and all(answer.status_code == 200 for answer in answers)
+    (tmp_path / "thumbnail").write_bytes(answers[0].content)
+    assert Image.open(tmp_path / "thumbnail").size == (64, 16)
+    for path in (
+        f"/image/{name}/x/0",
+        f"/image/{name}/{collection.fingerprint}/4",
+        f"/image/x/{collection.fingerprint}/0",
+    ):
+        assert client.get(path).status_code == 404
+    assert images.find_rows(collection, ["c.jpg", "x"]).tolist() == [2, -1]
+
+
+def test_a_changed_collection_has_another_address(shelf, tmp_path):
+    (name,) = shelf.configs()
+    before = shelf.open(name)
+    (tmp_path / "photos/a.png").unlink()
+    assert shelf.open(name) is before and shelf.open(name, again=True).fingerprint != before.fingerprint
+
+
+def test_neither_the_page_nor_its_images_import_torch():
+    code = "import sys, view, viewer.app; assert 'torch' not in sys.modules and 'torchvision' not in sys.modules"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

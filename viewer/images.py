@@ -1,0 +1,191 @@
+"""The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`.
+
+shelf.configs()                        the collections by name: those of the runs, and the user's
+shelf.of_run(run)                      the name of the collection that a run folder was trained on, or None
+collection = shelf.open(name)          slow at first: through background.io_bound
+image_address(name, collection, row)   row: of the collection, as in its index
+find_rows(collection, paths)           rows by path
+"""
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Annotated
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from fastapi import HTTPException, Query, Response
+from nicegui import app
+from PIL import Image
+from pydantic import ValidationError
+
+from data.collection.collection import CACHE, Collection, index_collection
+from data.collection.concepts import find_folders
+from data.config import DataConfig
+from data.images.image_formats import open_image
+from data.images.image_source import image_key, open_contents
+from data.images.pixels import convert, load_upright
+from data.images.record_store import LimitedStore
+from data.layouts.remote import is_remote
+from data.stream.source import UnreadableImage
+from utils.canvas import DEFAULT, background_rgb
+from utils.errors import UserError
+from utils.io.files import canonical_json, sha256_text
+from utils.record.logging import get_logger
+from utils.record.run_index import RunIndex, find_runs
+from utils.record.run_reader import RunReader
+
+log = get_logger(__name__)
+
+_LIMIT_BYTES, _KEPT_PX = 2**30, 512  # of thumbnails on disk: all together, and the largest side that is kept
+_LARGEST_PX, _QUALITY = 2048, 88
+_adding = Lock()
+OUTSIDE = "a link out of the collection"
+# Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
+_UNREADABLE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><rect width="96" height="96" fill="#868e96" '
+    'opacity=".2"/><text x="48" y="52" text-anchor="middle" font-family="sans-serif" font-size="13" fill="#868e96">'
+    "unreadable</text></svg>"
+)
+
+
+class Shelf:
+    """The collections that runs were trained on, and the one that the user names; opened when they are asked for."""
+
+    def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
+        self._runs, self._data = runs, data
+        self._configs: dict[str, DataConfig] = {}
+        self._open: dict[str, Collection] = {}
+        self._lock = Lock()
+
+    def configs(self) -> dict[str, DataConfig]:
+        """Return the settings of all collections by name, the user's first; roots are absolute."""
+        found = [] if self._data is None else [self._data]
+        found += filter(None, map(_read_config, find_runs(self._runs.roots)))
+        self._configs = {name_of(config): _absolute(config) for config in found}
+        return self._configs
+
+    def of_run(self, run: Path) -> str | None:
+        """Return the name of the collection that a run was trained on; None if its settings say none."""
+        config = _read_config(run)
+        return None if config is None else name_of(config)
+
+    def config(self, name: str) -> DataConfig:
+        """Return the settings of a collection. Raises HTTPException 404 for an unknown name."""
+        config = self._configs.get(name) or self.configs().get(name)
+        if config is None:
+            raise HTTPException(404, "no such collection")
+        return config
+
+    def open(self, name: str, *, again: bool = False) -> Collection:
+        """Return a collection; again: look for changes. Raises UserError (`data.root`), HTTPException 404."""
+        config = self.config(name)
+        with self._lock:
+            if again or name not in self._open:
+                stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
+                arrow = index_collection(config.root, cache=CACHE, concepts=config.concepts or (), **stated)
+                if name not in self._open or self._open[name].arrow != arrow:
+                    self._open[name] = Collection(config.root, arrow)
+            return self._open[name]
+
+    def read(self, name: str, collection: Collection, row: int) -> bytes:
+        """Return the bytes of an image's file. Raises UnreadableImage, also for links out of the collection."""
+        contents = open_contents(collection)
+        if (file := contents.file_of(row)) is not None:
+            config = self.config(name)
+            roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
+            if not any(Path(file.path).resolve().is_relative_to(Path(root).resolve()) for root in roots):
+                raise UnreadableImage(contents.name_of(row), OUTSIDE, file.path)
+        return contents.read(row)
+
+
+def _absolute(config: DataConfig) -> DataConfig:
+    root = config.root
+    return config.model_copy(update={"root": root if is_remote(root) else str(Path(root).expanduser().resolve())})
+
+
+def name_of(config: DataConfig) -> str:
+    """Return the name of a collection in addresses: a hash of what its index depends on."""
+    keys = ("root", "validation_fraction", "on_bad_sidecar", "concepts")
+    return sha256_text(canonical_json(_absolute(config).model_dump(mode="json", include={*keys})))[:12]
+
+
+def _read_config(run: Path) -> DataConfig | None:
+    try:
+        return DataConfig.model_validate(RunReader(run).config.get("data"))
+    except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
+        return None
+
+
+def image_address(name: str, collection: Collection, row: int, px: int = 256) -> str:
+    """Return the address of an image, reduced to `px`; it ends to be valid when the collection changes."""
+    return f"/image/{name}/{collection.fingerprint}/{row}?px={px}"
+
+
+def find_rows(collection: Collection, paths: Sequence[str]) -> np.ndarray:
+    """Return the row of each path, int64 [n]; -1 for others."""
+    found = pc.index_in(pa.array(paths, pa.string()), value_set=collection.table["path"].combine_chunks())
+    return found.fill_null(-1).to_numpy(zero_copy_only=False).astype(np.int64)
+
+
+def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:
+    """Return an image as a JPEG with a longer side of at most `px`. Raises UnreadableImage."""
+
+    def draw(image: Image.Image) -> bytes:
+        image.draft(None, (px, px))  # a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices
+        picture = Image.fromarray(convert(load_upright(image), 3, background_rgb(DEFAULT)))
+        picture.thumbnail((px, px))
+        picture.save(file := io.BytesIO(), "JPEG", quality=_QUALITY, subsampling=0)
+        return file.getvalue()
+
+    return open_image(content, name, max_pixels, draw)
+
+
+@functools.cache
+def _thumbnails() -> LimitedStore:
+    return LimitedStore(Path("outputs/cache/thumbnails"), _LIMIT_BYTES)  # job=cache removes old ones
+
+
+@functools.cache
+def _warn_once(text: str) -> None:
+    log.warning("%s. Thumbnails are made anew each time", text)
+
+
+def _keep(key: str, make: Callable[[], bytes]) -> bytes:
+    """Return a thumbnail from the store, or make and keep it; on a disk that cannot be written, only make it."""
+    try:
+        if (known := _thumbnails().get(key)) is not None:
+            return known.tobytes()
+        content = make()
+        with _adding:  # the store's own lock is between processes
+            _thumbnails().add(key, content)
+    except UserError as error:
+        _warn_once(str(error))
+        content = make()
+    return content
+
+
+def add_route(shelf: Shelf) -> None:
+    """Add the route of images. Thumbnails are kept by the state of the file, in a folder of bounded size."""
+
+    @app.get("/image/{name}/{fingerprint}/{row}")
+    def image(
+        name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
+    ) -> Response:
+        try:
+            collection = shelf.open(name)
+        except UserError as error:
+            raise HTTPException(404, "the collection cannot be opened") from error
+        if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
+            raise HTTPException(404, "no such image; the collection may have changed: load the page again")
+        limit, contents = shelf.config(name).max_pixels, open_contents(collection)
+        key = image_key(contents, row, f"jpeg {px} {limit}") if px <= _KEPT_PX else None
+        make = lambda: reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)  # noqa: E731
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}
+        try:
+            return Response(make() if key is None else _keep(key, make), media_type="image/jpeg", headers=headers)
+        except UnreadableImage:
+            return Response(_UNREADABLE, media_type="image/svg+xml", headers=headers)
