@@ -29,7 +29,7 @@ from utils.record.figures import show_duration
 from utils.record.logging import get_logger
 from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
-from utils.record.report import write_report
+from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
 from utils.record.trackers import Tracker, start_tracker
 
@@ -281,6 +281,7 @@ class Recorder:
         if distributed.is_main():
             with ignore_write_errors(self.folder / "tables"):
                 write_report(self.folder, report.tables, report.images)
+                keep_pictures(self.folder, step, report.images)
         if self._tracker is not None:
             values: dict[str, Any] = {f"images/{name}": image for name, image in report.images.items()}
             self._tracker.add(step, values | {f"tables/{name}": rows for name, rows in report.tables.items() if rows})
@@ -295,7 +296,7 @@ class Recorder:
         rate, scheduled = self._rate_since(first, seconds, step), self._scheduled(step)
         self._logged = (step, self.seconds, self.waited)
         row = {"epoch": plan.epoch_at(step), **means, **scheduled}
-        row |= {"images_per_sec": rate, "peak_memory_gib": self._peak_gib()}
+        row |= {"images_per_sec": rate, "peak_memory_gib": self._peak_gib(), "seconds": self.seconds}
         readings = {"wait_sec": (self.waited - waited) / max(1, step - first), **self._readings()}
         self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
         rates = [f"  {name} {scheduled[name]:.3g}" for name in ("lr", "d") if name in scheduled]

@@ -6,12 +6,15 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 
 import math
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
+from scipy.special import logit
 from torch import Tensor
 
+from engine.measures.decisions import LEVELS, decision_rows
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils import rng
 from utils.errors import UserError
@@ -23,6 +26,7 @@ log = get_logger(__name__)
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _FIXED = int(edge_below(DEFAULT_LOGIT))
+_LEVELS = edge_below(logit(LEVELS))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
 _Z, _KNOWN = 1.645, 0.1  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
@@ -136,7 +140,9 @@ class TagScores:
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Return `tag_groups`, `tags` (in the vocabulary's order; None without positives), and `hardest_tags` by AP."""
+        """Return `tag_groups`, `tags` (in the vocabulary's order; None without positives), `hardest_tags` by AP, and
+        `decisions` of each group at each of 100 thresholds.
+        """
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
@@ -148,8 +154,17 @@ class TagScores:
                 words.names, words.categories, words.counts, self.support.tolist(), figures.tolist())
         ]  # fmt: skip
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
-        groups = [{"group": name, **group.row()} for name, group in self.groups.items() if group.num_tags]
-        return {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
+        held = {name: group for name, group in self.groups.items() if group.num_tags}
+        decisions = [
+            decision_rows(name, PROBS[_LEVELS], group.predicted[_LEVELS], group.tp[_LEVELS], group.support)
+            for name, group in held.items()
+        ]
+        return {
+            "tag_groups": [{"group": name, **group.row()} for name, group in held.items()],
+            "tags": tags,
+            "hardest_tags": hardest[:_HARDEST],
+            "decisions": list(chain(*decisions)),
+        }
 
 
 def to_fit(leads: Tensor) -> Tensor:

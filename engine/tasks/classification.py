@@ -15,6 +15,7 @@ from data.latents.buckets import letterbox_groups
 from data.open import Data
 from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
+from engine.measures.decisions import FirstClasses
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
@@ -89,10 +90,10 @@ class ClassificationTask(ImageTask):
         """Measure all samples of `val`.
 
         Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
-        samples. Tables: `classes`, `confusions`. Images: `confusion`, `mistakes`, `predictions`.
+        samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`, `predictions`.
         """
         names, most = self.class_names, min(5, len(self.class_names))
-        means, counts = Means(), ConfusionCounts(len(names))
+        means, counts, decisions = Means(), ConfusionCounts(len(names)), FirstClasses()
         mistakes, shown = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
             labels, valid = batch["labels"], batch["weight"] > 0
@@ -105,14 +106,16 @@ class ClassificationTask(ImageTask):
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
             fields |= {"predicted": predicted, "prob": prob}
+            decisions.add(prob, hits[:, 0], valid)
             mistakes.add(prob, valid & ~hits[:, 0], fields)
             shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
         scalars, confusion = means.reduce(), counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
-        wrong, some = mistakes.reduce(), shown.reduce()
+        wrong, some, decided = mistakes.reduce(), shown.reduce(), decisions.rows()
         if distributed.is_main():
             images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
             report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
+            report.tables["decisions"] = decided
             report.images = {
                 "confusion": draw_confusion(confusion, names),
                 "mistakes": draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),

@@ -145,12 +145,22 @@ def test_a_table_is_written_and_an_empty_one_leaves_no_older_one(tmp_path):
     assert not path.exists()
 
 
+def test_decisions_at_each_threshold():
+    probs = torch.tensor([0.92, 0.555, 0.8, 0.6, 0.7])
+    logits = torch.stack([probs, 1 - probs], dim=1).log()
+    batches = [make_batch([0, 1, 2], [0, 0, 1]), make_batch([3, 4], [0, 0], weight=[1.0, 0.0])]
+    rows = make_task(logits, ["a", "b"]).evaluate({"val": batches}, 0).tables["decisions"]
+    found = [(rows[level]["predicted"], rows[level]["correct"]) for level in (0, 55, 56, 70, 92, 93)]
+    assert found == [(4, 3), (4, 3), (3, 2), (2, 1), (1, 1), (0, 0)]
+    assert len(rows) == 100 and all(row["positives"] == 4 for row in rows)
+
+
 def test_training_and_evaluate_write_the_same_tables(tmp_path):
     data = make_collection(tmp_path / "images", per_class=4, validation=3)
     one_channel = ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"]
     run("finetune", [*TINY, *one_channel, f"data.root={data}", "run_dir=run"], tmp_path)
     run("evaluate", ["run_dir=run", "weights=last", "runtime.threads=1", "runtime.precision=fp32"], tmp_path)
-    for name in ("classes", "confusions"):
+    for name in ("classes", "confusions", "decisions"):
         files = [tmp_path / f"run/tables/{prefix}{name}.csv" for prefix in ("", "evaluate_")]
         assert files[0].read_text() == files[1].read_text()
     for name in ("confusion", "mistakes", "predictions"):

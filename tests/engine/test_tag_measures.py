@@ -123,6 +123,13 @@ def test_tables(scores):
     assert row["best_f1"] == pytest.approx(2 / (1 / row["precision"] + 1 / row["recall"]))
     ap = [row["ap"] for row in tables["hardest_tags"]]
     assert ap == sorted(ap) and all(row["support"] >= 10 for row in tables["hardest_tags"])
+    truth, logits = map(np.concatenate, zip(*[*columns()][4:]))
+    rows = [row for row in tables["decisions"] if row["group"] == "all" and row["threshold"] in (0, 0.35, 0.65)]
+    for row in rows:
+        above = 1 / (1 + np.exp(-logits)) >= row["threshold"]
+        counts = above.sum(), truth[above].sum(), truth.sum()
+        assert (row["predicted"], row["correct"], row["positives"]) == counts
+    assert len(rows) == 3
 
 
 def test_two_ranks_equal_one(monkeypatch):

@@ -124,7 +124,8 @@ def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
         if row["kind"] in names:
             names[row["kind"]] += [name.removeprefix("ema/") for name in row if isinstance(row[name], float)]
     # Numbers of samples, tags or epochs make no useful curve; skipped steps only if there are any.
-    hidden = {"epoch", *COUNTS, *_LAST, *(_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS)}
+    hidden = {"epoch", "seconds", *COUNTS, *_LAST}
+    hidden |= {_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS}
     if not any(series(rows, "skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
     shown = [name for name in dict.fromkeys(names["evaluate"] + names["train"]) if name not in hidden]

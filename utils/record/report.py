@@ -7,7 +7,9 @@ nothing.
 import base64
 import csv
 import io
-from collections.abc import Mapping, Sequence
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from html import escape
 from pathlib import Path
 from typing import Any
@@ -19,9 +21,10 @@ from utils.io.files import write_atomically, write_text
 from utils.io.safe_text import hide_secrets
 from utils.record.figures import show_cell, show_name
 
-PAGE = "report.html"
+PAGE, STEPS = "report.html", "plots/steps"
 TableRow = Mapping[str, Any]
 _SHOWN_ROWS = 30  # of a table on the page
+_KEPT_STEPS = 24  # with pictures
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
 h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
@@ -58,6 +61,19 @@ def write_report(
         write_atomically(
             folder / "plots" / f"{prefix}{name}.png", lambda file, image=image: Image.fromarray(image).save(file, "PNG")
         )
+
+
+def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:
+    """Copy plots/NAME.png into plots/steps/STEP/, to be seen through time. Raises OSError.
+
+    Beyond _KEPT_STEPS, every second step is removed.
+    """
+    for name in names:
+        source, target = folder / "plots" / f"{name}.png", folder / STEPS / f"{step:08}"
+        write_atomically(target / f"{name.removesuffix('_before')}.png", partial(shutil.copyfile, source), flush=False)
+    steps = sorted((folder / STEPS).glob("[0-9]*"))
+    for path in steps[1::2] if len(steps) > _KEPT_STEPS else ():
+        shutil.rmtree(path)
 
 
 def write_page(

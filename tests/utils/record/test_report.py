@@ -8,7 +8,7 @@ from html.parser import HTMLParser
 import numpy as np
 from PIL import Image
 
-from utils.record.report import write_page
+from utils.record.report import keep_pictures, write_page, write_report
 
 EVIL = '<script>alert("x")</script>&'
 
@@ -43,3 +43,15 @@ def test_a_page_is_complete_and_escaped(tmp_path):
     assert (np.asarray(Image.open(io.BytesIO(content))) == image).all()
     anchors = set(re.findall(r'id="(\w+)"', page))
     assert {link[1:] for link in reader.links if link.startswith("#")} == anchors
+
+
+def test_pictures_are_kept_by_step_and_of_many_every_second(tmp_path):
+    for step in range(0, 310, 10):
+        name = "samples" if step else "samples_before"
+        write_report(tmp_path, {}, {name: np.full((2, 2, 3), step % 256, np.uint8)})
+        keep_pictures(tmp_path, step, [name])
+    files = sorted((tmp_path / "plots/steps").rglob("*.png"))
+    steps = [int(file.parent.name) for file in files]
+    assert steps[0] == 0 and steps[-1] == 300 and steps[:3] == [0, 20, 40] and 12 < len(steps) <= 24
+    assert all(np.asarray(Image.open(file)).max() == step % 256 for file, step in zip(files, steps))
+    assert all(file.name == "samples.png" for file in files)
