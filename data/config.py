@@ -46,6 +46,7 @@ class DataConfig(Strict):
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
+    corrections: take what reviewers decided, if the collection has a `corrections.jsonl`.
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -58,6 +59,7 @@ class DataConfig(Strict):
     icc: bool
     cache: CacheConfig
     concepts: list[ConceptConfig] | None = None  # a run from before this key has none
+    corrections: bool = True  # a run from before this key has no such file
 
 
 def _refuse_concepts(data: DataConfig) -> DataConfig:

@@ -59,6 +59,7 @@ def load_collection(config: DataConfig) -> Collection:
         for root in (find_folders(config.root, concepts) or [config.root]) if config.manifest == "refresh" else ():
             refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
         stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
+        stated["corrections"] = config.corrections
         return str(index_collection(config.root, cache=CACHE, concepts=concepts, **stated))
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))

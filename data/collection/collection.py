@@ -146,15 +146,16 @@ def index_collection(
     cache: Path,
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
+    corrections: bool = True,
 ) -> Path:
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
     and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
-    Raises UserError (`data.root`).
+    corrections: take those of the collection, if it has any. Raises UserError (`data.root`, `data.corrections`).
     """
-    files, read = recognise_concepts(root, concepts, validation_fraction, cache, unused := Unused())
+    files, read = recognise_concepts(root, concepts, validation_fraction, cache, unused := Unused(), corrections)
     stated = {_CONCEPTS: _CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
     key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
     target = cache / f"{key}.arrow" if files else None

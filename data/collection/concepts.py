@@ -15,6 +15,7 @@ import pyarrow.compute as pc
 from pydantic import model_validator
 
 from data.collection.split import assign_validation
+from data.layouts.corrections import CORRECTIONS, correct, read_corrections
 from data.layouts.folders import POSTS, REPEATS, check_root, is_image_name, is_passed_over, list_folder
 from data.layouts.manifest import CSV, JSONL, PARQUET, find_one
 from data.layouts.recognise import recognise
@@ -24,6 +25,9 @@ from data.layouts.unused import Unused
 from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 CONCEPT = "concept"  # a column: the index of a row's concept
 
@@ -53,28 +57,43 @@ class ConceptConfig(Strict):
         return self
 
 
+Split = Callable[[pa.Table, float], pa.Table]  # `assign_validation`, and then the corrections
+
+
 def recognise_concepts(
-    root: str, concepts: Sequence[ConceptConfig], fraction: float, cache: Path, unused: Unused
+    root: str, concepts: Sequence[ConceptConfig], fraction: float, cache: Path, unused: Unused, corrections: bool
 ) -> tuple[list[Path], Callable[[], pa.Table]]:
     """Return the files of `recognise` for `root`, or for its concepts, and how to read one table with splits.
 
-    Each concept is split as a collection of its own. Raises UserError (`data.root`, or `data.concepts.N.path`).
+    Each concept is split as a collection of its own. corrections: take those of each.
+    Raises UserError (`data.root`, or `data.concepts.N.path`, or `data.corrections`).
     """
+
+    def find(folder: str) -> tuple[list[Path], Callable[[], pa.Table], Split]:
+        files, read = recognise(folder, cache, unused)
+        decisions = {} if not corrections or is_remote(folder) else read_corrections(base := check_root(folder))
+        if not decisions:
+            return files, read, assign_validation
+        file = base / CORRECTIONS
+        log.info("data.corrections: %s has decisions on %s labels and lists of tags", file, f"{len(decisions):,}")
+        split = lambda table, fraction: correct(assign_validation(table, fraction), decisions, unused)  # noqa: E731
+        return files and [*files, file], read, split
+
     if not concepts:
-        files, read = recognise(root, cache, unused)
-        return files, lambda: assign_validation(read(), fraction)
+        files, read, split = find(root)
+        return files, lambda: split(read(), fraction)
     base, folders, found = os.path.abspath(os.path.expanduser(root)), find_folders(root, concepts), []
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
         with _naming(number):
-            found.append(recognise(folder, cache, unused))
+            found.append(find(folder))
 
     def read_all() -> pa.Table:
         tables = []
-        for number, (concept, (_, read)) in enumerate(zip(concepts, found)):
+        for number, (concept, (_, read, split)) in enumerate(zip(concepts, found)):
             with _naming(number):
-                table = _read_one(concept, read, fraction)
+                table = _read_one(concept, read, fraction, split)
             inner = [each for each in folders if each.startswith(os.path.join(folders[number], ""))]
             tables.append(_place(table, number, base, folders[number], inner))
         packed = [PLACES.keys() <= set(table.column_names) for table in tables]
@@ -87,7 +106,7 @@ def recognise_concepts(
             raise UserError(f"data.concepts: the manifests have a column of several types ({error})") from error
         return build_table(dict(zip(joined.column_names, joined.columns)))
 
-    files = [own for own, _ in found]
+    files = [own for own, _, _ in found]
     return sum(files, []) if all(files) else [], read_all
 
 
@@ -117,16 +136,17 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
     return [os.path.abspath(os.path.join(base, os.path.expanduser(concept.path))) for concept in concepts]
 
 
-def _read_one(concept: ConceptConfig, read: Callable[[], pa.Table], fraction: float) -> pa.Table:
+def _read_one(concept: ConceptConfig, read: Callable[[], pa.Table], fraction: float, split: Split) -> pa.Table:
     """Return the table of a concept, with its splits, and with the trigger as the caption of rows without a text."""
     table = read()
     if concept.is_prior:
         table, fraction = replace_column(table, "split", pa.array(["train"] * len(table))), 0.0
+    table = split(table, fraction)
     if concept.trigger is not None:
         has_caption = pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False)
         has_text = pc.or_(has_caption, pc.greater(pc.list_value_length(table["tags"]), 0))
         table = replace_column(table, "caption", pc.if_else(has_text, table["caption"], concept.trigger))
-    return assign_validation(table, fraction)
+    return table
 
 
 def _place(table: pa.Table, number: int, base: str, folder: str, inner: Sequence[str]) -> pa.Table:

@@ -18,6 +18,7 @@ from pydantic import Field
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.image_formats import Unsupported, open_image, read_file
+from data.layouts.corrections import CORRECTIONS
 from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, is_mask_name, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table, save_manifest, scanned_at
@@ -202,7 +203,7 @@ def _sidecars_of(root: Path, paths: Sequence[str]) -> Iterator[str]:
     """Yield the sidecars and the mask of each image, and tables that describe it; a file of two images comes twice."""
     parents = {parent for folder in {os.path.dirname(path) for path in paths} for parent in Path(folder, "x").parents}
     for parent in sorted(parents):
-        patterns = (*TABLES, *POSTS, "meta_*.json", "meta_*.jsonl") if parent == Path() else TABLES
+        patterns = (*TABLES, *POSTS, "meta_*.json", "meta_*.jsonl", CORRECTIONS) if parent == Path() else TABLES
         yield from (str(file.relative_to(root)) for name in patterns for file in sorted((root / parent).glob(name)))
     images: dict[str, list[str]] = {}
     for path in paths:

@@ -11,6 +11,7 @@ from data.collection.collection import CACHE
 from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
+from data.layouts.corrections import CORRECTIONS, correct, read_corrections
 from data.layouts.folders import check_root, read_folder
 from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.sidecars import list_faults
@@ -69,6 +70,10 @@ class Manifest(Tool):
                 groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
                 table = replace_column(table, "group", pc.replace_with_mask(hashes, hashes.is_valid(), groups))
             table = assign_validation(table, data.validation_fraction)
+            if data.corrections and (decisions := read_corrections(folder)):
+                log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
+                table = correct(table, decisions, left := Unused())
+                warn_unused(left.describe())
             save_manifest(folder, table, scanned_ns=scanned_ns)
         if damaged:
             for path in list(damaged)[:_NAMED]:

@@ -22,6 +22,7 @@ FREE_KEYS = (
     "resume*",
     "dry_run",
     "data.manifest",
+    "data.corrections",  # what they change is in the collection's fingerprint
     "data.cache.*_gib",
     "data.cache.folder",
     "loop.total_*",

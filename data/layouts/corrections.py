@@ -1,0 +1,141 @@
+"""What reviewers decided about labels and tags: `corrections.jsonl` at the root of a collection.
+
+    {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
+
+Lines are only appended, by any number of processes. The last decision about an image counts, if what the collection
+says was seen by one of its reviewers. A line with the verdict `undone` takes back those of the same reviewer and time.
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pydantic import ValidationError, model_validator
+
+from data.layouts.sidecars import refuse_link_out
+from data.layouts.spelling import join_tags, split_tags
+from data.layouts.table import show_some, take_rows
+from data.layouts.unused import Unused
+from utils.config.schema import Strict
+from utils.errors import UserError
+from utils.io.files import file_lock, output_errors
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+CORRECTIONS = "corrections.jsonl"
+_PATIENCE_SEC = 10  # for another process that appends a line
+
+
+class Decision(Strict):
+    """A decision about an image. was: what it had without decisions. at: the time; undoes: that of what it undoes."""
+
+    path: str
+    field: Literal["label", "tags"]
+    was: str | list[str] | None
+    now: str | list[str] | None
+    verdict: Literal["accepted", "rejected", "edited", "undone"]
+    by: str
+    at: str
+    undoes: str | None = None
+
+    @model_validator(mode="after")
+    def _fits(self) -> Self:
+        if any(isinstance(value, list) != (self.field == "tags") for value in (self.was, self.now)):
+            raise ValueError("was, now: tags are lists, and a label is a text or null")
+        return self
+
+
+Decisions = Mapping[tuple[str, str], Sequence[Decision]]  # by path and field, the latest last
+
+
+def read_corrections(root: Path) -> Decisions:
+    """Return the decisions that stand. Warns of lines that are cut off. Raises UserError (`data.corrections`)."""
+    file, found, cut = root / CORRECTIONS, dict[tuple[str, str], list[Decision]](), []
+    refuse_link_out(root, file)
+    for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), start=1):
+        try:
+            decision = Decision.model_validate_json(line or b" ")
+        except ValidationError as error:
+            first = error.errors()[0]
+            if first["type"] != "json_invalid":
+                fault = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+                raise UserError(f"data.corrections: {str(file)!r}, line {number}: {fault}; fix the line") from None
+            cut += [str(number)] if line.strip() else []
+            continue
+        stack = found.setdefault((decision.path, decision.field), [])
+        if decision.verdict == "undone":
+            stack[:] = [each for each in stack if (each.by, each.at) != (decision.by, decision.undoes)]
+        else:
+            stack.append(decision)
+    if cut:
+        log.warning("data.corrections: %s: what is left of line %s is not read", file, show_some(cut))
+    return {key: stack for key, stack in found.items() if stack}
+
+
+def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
+    """Append decisions: all of them, or none. Raises UserError (`data.corrections`), DiskFull for lack of room."""
+    file, text = root / CORRECTIONS, "".join(f"{each.model_dump_json()}\n" for each in decisions)
+    refuse_link_out(root, file)
+    refusal = f"data.corrections: another process is writing {file}; try again"
+    with ExitStack() as stack:
+        stack.enter_context(output_errors("data.corrections", file))
+        stack.enter_context(file_lock(file, refusal, _PATIENCE_SEC))
+        lines = stack.enter_context(open(file, "r+b", buffering=0))
+        size = lines.seek(0, os.SEEK_END)
+        lines.seek(max(size - 1, 0))
+        cut = b"" if lines.read(1) in (b"", b"\n") else b"\n"  # a killed process has left a part of a line
+        rest = memoryview(cut + text.encode())
+        try:
+            while rest:
+                rest = rest[lines.write(rest) :]
+            os.fsync(lines.fileno())
+        except OSError:
+            lines.truncate(size)
+            raise
+
+
+def settle(value: Any, stack: Sequence[Decision]) -> tuple[Any, bool]:
+    """Return what counts after some decisions, and whether they apply: `value` is one that a reviewer had or chose."""
+    is_known = any(value in (each.was, each.now) for each in stack)
+    return (stack[-1].now, True) if is_known else (value, False)
+
+
+def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
+    """Return the lines of a text with other tags; lines that are no tags, such as sentences, stay."""
+    added = [tag for tag in now if tag not in before]
+    lines = [(line, split_tags(line)) for line in text.split("\n")]
+    return "\n".join(
+        join_tags([*(tag for tag in tags if tag in now), *added], ", ") if {*tags} and {*tags} <= {*before} else line
+        for line, tags in lines
+    )
+
+
+def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
+    """Return a collection's table with the decisions; a caption that has the tags follows them.
+
+    Those about other images, or about images with another label or other tags now, are added to `unused`.
+    """
+    paths = list(dict.fromkeys(path for path, _ in decisions))
+    rows = pc.index_in(pa.array(paths, pa.string()), value_set=table["path"].combine_chunks())
+    absent = {path for path, row in zip(paths, rows.to_pylist()) if row is None}
+    unused.add("corrections of images that the collection has not", *absent)
+    rows = rows.drop_null().to_numpy()
+    changed = table.take(rows).to_pylist()
+    for row in changed:
+        for field in ("label", "tags"):
+            before, stack = row[field], decisions.get((row["path"], field), ())
+            row[field], applies = settle(before, stack)
+            if stack and not applies and stack[-1].verdict != "rejected":
+                unused.add("corrections of images whose label or tags were changed since", row["path"])
+            if field == "tags" and row["tags"] != before and row["caption"]:
+                row["caption"] = retag(row["caption"], before, row["tags"])
+    order = np.arange(len(table))
+    order[rows] = len(table) + np.arange(len(rows))
+    joined = pa.concat_tables([table, pa.Table.from_pylist(changed, table.schema)])
+    return take_rows(joined, pa.array(order)) if changed else table

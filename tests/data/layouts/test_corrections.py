@@ -1,0 +1,124 @@
+"""Corrections: what changes a collection, what is reported, and what a full disk or a kill leaves of their file."""
+
+import json
+import resource
+import signal
+import threading
+
+import pytest
+
+from data.config import DataConfig
+from data.layouts.corrections import CORRECTIONS, Decision, append_corrections, read_corrections, retag
+from data.tools.write_manifest import Manifest
+from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
+from utils.errors import UserError
+
+
+def decide(path, was, now, verdict="edited", by="a", at="1", **more):
+    field = "tags" if isinstance(was, list) else "label"
+    return Decision(path=path, field=field, was=was, now=now, verdict=verdict, by=by, at=at, **more)
+
+
+@pytest.fixture
+def animals(root):  # noqa: F811
+    return put(root, "cat/1.png", "cat/2.png", "cat/3.png", "dog/1.png", "dog/2.png")
+
+
+def labels(collection):
+    return [label for (label,) in columns(collection, "label")]
+
+
+def test_decisions_change_the_labels_and_the_fingerprint_and_not_the_split(animals, opened):  # noqa: F811
+    plain = opened(animals, 0.3)
+    append_corrections(animals, [decide("cat/1.png", "cat", "cat", "rejected")])
+    assert opened(animals, 0.3).fingerprint == plain.fingerprint
+    append_corrections(animals, [decide("cat/3.png", "cat", "dog")])
+    corrected = opened(animals, 0.3)
+    assert labels(corrected) == ["cat", "cat", "dog", "dog", "dog"] and corrected.fingerprint != plain.fingerprint
+    assert columns(corrected, "path", "split") == columns(plain, "path", "split")
+
+
+@pytest.mark.parametrize(("lines", "label"), [
+    ([("cat", "dog", "a"), ("cat", "bird", "b")], "bird"),  # two reviewers: the later one counts
+    ([("cat", "dog", "a"), ("cat", "bird", "b"), ("undo", "2", "b")], "dog"),
+    ([("cat", "dog", "a"), ("cat", "bird", "b"), ("undo", "1", "a")], "bird"),
+    ([("cat", "dog", "a"), ("undo", "1", "a")], "cat"),
+    ([("dog", "cat", "a")], "cat"),  # the manifest of job=manifest has it already
+    ([("fox", "dog", "a")], "cat"),  # another label now: reported
+])  # fmt: skip
+def test_which_decision_counts(animals, opened, caplog, lines, label):  # noqa: F811
+    for number, (was, now, by) in enumerate(lines, start=1):
+        undone = {"verdict": "undone", "undoes": now} if was == "undo" else {}
+        line = decide("cat/1.png", "cat" if undone else was, "cat" if undone else now, by=by, at=str(number), **undone)
+        append_corrections(animals, [line])
+    assert labels(opened(animals))[0] == label
+    assert ("changed since: cat/1.png" in caplog.text) == (lines[0][0] == "fox")
+
+
+def test_tags_and_their_caption(root, opened, caplog):  # noqa: F811
+    put(root, "1.png", "2.png", text="1girl, blue hair\n")
+    had = ["1girl", "blue hair"]
+    append_corrections(root, [decide("1.png", had, ["1girl", "hat"]), decide("gone.png", had, [])])
+    assert columns(opened(root), "tags", "caption") == [(["1girl", "hat"], "1girl, hat"), (had, "1girl, blue hair")]
+    assert "1 corrections of images that the collection has not: gone.png" in caplog.text
+    assert retag("A girl in a hat. She smiles.\n1girl, hat", ["1girl", "hat"], ["1girl"]).endswith("smiles.\n1girl")
+
+
+def test_the_manifest_takes_them_and_agrees_with_them(animals, opened, tmp_path, monkeypatch, caplog):  # noqa: F811
+    monkeypatch.chdir(tmp_path)
+    append_corrections(animals, [decide("cat/1.png", "cat", "dog"), decide("cat/2.png", "fox", "dog")])
+    cache = {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}
+    data = DataConfig(name="image_folder", root=str(animals), validation_fraction=0.0, on_bad_sidecar="stop",
+                      manifest="keep", max_pixels=10**6, background=None, icc=False, cache=cache)  # fmt: skip
+    for corrections, label in ((True, "dog"), (False, "cat")):
+        taken = data.model_copy(update={"corrections": corrections})
+        Manifest(name="manifest", verify=False, duplicates=False).run(taken)
+        assert ("changed since: cat/2.png" in caplog.text) == corrections
+        (held := animals / CORRECTIONS).rename(tmp_path / "held")
+        assert labels(opened(animals))[0] == label
+        (tmp_path / "held").rename(held)
+        assert labels(opened(animals))[0] == "dog"
+        caplog.clear()
+
+
+def test_a_cut_line_is_said_and_appended_after(animals, caplog):
+    append_corrections(animals, [decide("cat/1.png", "cat", "dog")])
+    with (animals / CORRECTIONS).open("ab") as file:
+        file.write('{"path": "cat/2.png", "was": "é'.encode()[:-1])
+    assert len(read_corrections(animals)) == 1 and "line 2" in caplog.text
+    append_corrections(animals, [decide("cat/3.png", "cat", "dog")])
+    assert [path for path, _ in read_corrections(animals)] == ["cat/1.png", "cat/3.png"]
+    (animals / CORRECTIONS).write_text('{"path": "cat/1.png", "field": "tags", "was": "a"}\n')
+    with pytest.raises(UserError, match=r"^data\.corrections: .*line 1: "):
+        read_corrections(animals)
+
+
+def test_a_full_disk_takes_no_part_of_a_decision(animals):
+    append_corrections(animals, [decide("cat/1.png", "cat", "dog")])
+    before = (animals / CORRECTIONS).read_bytes()
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 20, hard))
+        with pytest.raises(UserError, match=r"^data\.corrections: .*corrections\.jsonl cannot be written"):
+            append_corrections(animals, [decide("cat/2.png", "cat", "dog")])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (animals / CORRECTIONS).read_bytes() == before
+
+
+def test_many_reviewers_append_whole_lines(animals):
+    lines = [[decide("cat/1.png", "cat", "dog", by=str(by), at=str(at)) for at in range(20)] for by in range(4)]
+    threads = [threading.Thread(target=lambda own=own: [append_corrections(animals, [line]) for line in own])
+               for own in lines]  # fmt: skip
+    [thread.start() for thread in threads], [thread.join() for thread in threads]
+    assert len(list(map(json.loads, (animals / CORRECTIONS).read_text().splitlines()))) == 80
+
+
+def test_a_link_out_of_the_collection_is_refused(animals, tmp_path):
+    (animals / CORRECTIONS).symlink_to(tmp_path / "elsewhere")
+    for use in (lambda: read_corrections(animals), lambda: append_corrections(animals, [])):
+        with pytest.raises(UserError, match="link out of the collection"):
+            use()
+    assert not (tmp_path / "elsewhere").exists()
