@@ -31,12 +31,14 @@ from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
+from utils.record.run_state import write_progress
 from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
 MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the bar and the summary report it
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
+_TELL_SEC = 5.0  # between two writes of the progress
 _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
 
 
@@ -163,6 +165,7 @@ class Recorder:
         # Step, seconds and waited at the last log; step and seconds at the epoch's start.
         self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
+        self._step, self._told = 0, -math.inf
         self.stage, self.samples = "the start", "a batch"  # for error messages
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
@@ -178,12 +181,13 @@ class Recorder:
         the row of its last, partial epoch.
         """
         self._count_time()
-        self._logged = (step, self.seconds, self.waited)
+        self._step, self._logged = step, (step, self.seconds, self.waited)
         self._readings = train.readings
         if distributed.is_main():
             if run_config is not None:  # first, because W&B reads the rows dropped below
                 self._tracker = start_tracker(self._tracking, self.folder, run_config, step)
             mark_complete(self.folder, None)
+            self._tell("running")
             is_whole = self._plan.epoch_of(step) > self._plan.epoch_of(step - 1)
             limits = {} if run_config is None or is_whole else {"epoch": step - 1}
             if owes_evaluation:  # a kill after the evaluation may have left its rows
@@ -211,8 +215,10 @@ class Recorder:
         completed_step: the last step of a complete run; None if the run will be resumed. metadata: for the weights that
         W&B uploads if `tracking.model_artifact` is set.
         """
-        if distributed.is_main() and completed_step is not None:
-            mark_complete(self.folder, completed_step)
+        if distributed.is_main():
+            if completed_step is not None:
+                mark_complete(self.folder, completed_step)
+            self._tell("failed" if failed else "stopped" if completed_step is None else "finished")
         for rows in self._rows:
             rows.close()
         if self._tracker is not None:
@@ -228,7 +234,9 @@ class Recorder:
         if batch is not None:
             self.samples = show_samples(batch)
         self._count_time()
-        self._phase = name
+        self._phase, self._step = name, step
+        if self._metrics is not None and self._since - self._told >= _TELL_SEC:
+            self._tell("running")
 
     def _count_time(self) -> None:
         """Add the time since the last call to `seconds` and `waited`."""
@@ -267,6 +275,12 @@ class Recorder:
         if not self._has_stepped:
             self._has_stepped = True
             log.info("memory at the first step: %s", show_memory(self._learner))
+
+    def _tell(self, state: str) -> None:
+        """Write what the run is doing, for who watches it."""
+        self._told = time.perf_counter()
+        left = self.bar.left_sec if state == "running" else None
+        write_progress(self.folder, state, step=self._step, total_steps=self._plan.total_steps, left_sec=left)
 
     def add_row(self, step: int, kind: str, figures: dict[str, Any]) -> None:
         """Write a row of metrics, on rank 0."""

@@ -13,7 +13,7 @@ from utils.record.run_index import RunIndex, is_run
 REFRESH_SEC = 2.0
 ACCENT, GREY = "#1c6dd0", "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
-STATES = {"running": "primary", "finished": "positive", "stopped": "warning", "dead": "negative"}
+STATE_COLOURS = {"running": "primary", "finished": "positive", "failed": "negative", "dead": "negative"}
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }

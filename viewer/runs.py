@@ -6,9 +6,9 @@ from urllib.parse import quote, urlencode
 from nicegui import run as background
 from nicegui import ui
 
-from utils.record.figures import show_cell, show_name
+from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
-from viewer.parts import ACCENT, REFRESH_SEC, STATES, ago, page, run_name
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, ago, page, run_name
 
 _SPARK_PX = (96, 24)
 _COLUMNS = [
@@ -47,13 +47,13 @@ def make_row(index: RunIndex, state: RunState) -> dict[str, Any]:
         "run": name.partition("/")[2] or state.path.name,
         "link": f"/run/{quote(name)}",
         "state": state.state,
-        "colour": STATES[state.state],
+        "colour": STATE_COLOURS.get(state.state, "warning"),
         "task": state.task,
         "model": state.model,
         "share": state.step / total if total else 0,
         "steps": f"{state.step:,}"
         + (f" of {total:,}" if total else "")
-        + (f", {state.left} left" if state.left else ""),
+        + (f", {show_duration(state.left_sec)} left" if state.left_sec else ""),
         "best": state.best,
         "shown": shown,
         "spark": spark_points(state.spark),

@@ -16,6 +16,7 @@ DAMAGE = {
 FILES = (
     "config.json", "metrics.jsonl", "skipped_steps.jsonl", "unreadable.jsonl", "log.txt", "training_log.txt",
     "overrides.txt", "environment.json", "result.json", "complete.json",
+    "progress.json",
 )  # fmt: skip
 COMMANDS = {
     "evaluate": ["run_dir=run", "runtime.device=cpu"],

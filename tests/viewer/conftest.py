@@ -15,7 +15,7 @@ from playwright.sync_api import sync_playwright
 
 from tests.support import ROOT
 from tests.utils.record.test_curves import line
-from tests.utils.record.test_run_index import STEP, make_run
+from tests.utils.record.test_run_index import make_run, said
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -26,7 +26,7 @@ def runs(tmp_path_factory):
     for number, name in enumerate(("a", HOSTILE.replace("/", ""), "c")):
         rows = "".join(line(step, loss=1 / step, **{HOSTILE: 1.0}) for step in range(1, 30))
         rows += line(10, "evaluate", loss=0.5, top1=0.25 * number)
-        run = make_run(folder / name, STEP.format(29) + f"WARNING {HOSTILE}\n", metrics_jsonl=rows)
+        run = make_run(folder / name, f"WARNING {HOSTILE}\n", metrics_jsonl=rows, progress_json=said("running", 29))
         (run / "tables").mkdir()
         (run / "tables/tags.csv").write_text(f"tag,f1\n{HOSTILE},0.5\n" + "".join(f"t{i},{i}\n" for i in range(5_000)))
         (run / "plots").mkdir()

@@ -2,7 +2,7 @@
 
 outputs/<script>/<model>-<data>-<recipe hash>/
     config.json  overrides.txt  environment.json       what ran, and where
-    log.txt  metrics.jsonl  training_log.txt           messages and figures
+    log.txt  metrics.jsonl  training_log.txt           messages and figures; progress.json, complete.json: its state
     checkpoints/step_00001200/                         what resumes
     weights/{last,best,ema}_weights.safetensors        the weights to use; step_000500.safetensors: kept ones
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
@@ -36,6 +36,7 @@ from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_copied_to, restart_count
 from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE
+from utils.record.run_state import note_run
 
 log = get_logger(__name__)
 
@@ -122,7 +123,8 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
             (folder.path / name).mkdir(parents=True, exist_ok=True)
         refusal = f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
         stack.enter_context(file_lock(folder.path / LOCK_FILE, refusal, patience_sec))
-        remove_temporary([folder.path / "weights"])
+        remove_temporary([folder.path, folder.path / "weights"])
+        note_run(folder.path)
         stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
 

@@ -1,7 +1,6 @@
 """Runs below some folders, and what one line says of each, also while they train."""
 
 import os
-import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,30 +14,32 @@ from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, thin
 from utils.record.metrics_log import METRICS_FILE
 from utils.record.run_reader import CONFIG_FILE, RunReader
+from utils.record.run_state import PROGRESS_FILE, read_progress
+from utils.record.sweep_table import SweptRun, is_job
 
 _DEEPEST = 6  # folders below a root
-_TAIL = 16_384  # bytes at the end of log.txt
-_STEP = re.compile(r" INFO step (\d+)/(\d+) .* (\S+) left$", re.MULTILINE)  # as engine/recorder.py writes it
-_STOPPED = re.compile(r" WARNING stopped at step ")
 _SPARK_POINTS = 60
+_MOST = 2**53  # of a number in progress.json: a damaged file may have any
 
 
 @dataclass(frozen=True)
 class RunState:
-    """One run. step and total: of updates; left: time as the log has it; spark: training losses for a small curve."""
+    """One run. step and total: of updates; spark: training losses for a small curve; job: if it belongs to a sweep."""
 
     path: Path
-    state: str  # running, finished, stopped, or dead
+    state: str  # one of STATES
     script: str
     task: str
     model: str
     step: int
     total: int | None
-    left: str | None
+    left_sec: float | None
     metric: str | None
     best: float | None
     changed: float  # seconds since 1970
+    told: float  # when it has written its progress
     spark: tuple[float, ...]
+    job: SweptRun | None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -89,37 +90,35 @@ class RunIndex:
         return sorted(states, key=lambda state: -state.changed)
 
     def _read(self, path: Path) -> RunState:
-        run, log = RunReader(path), _read_tail(path / "log.txt")
-        config, result = run.config, run.result or {}
-        lines = [*_STEP.finditer(log)]
-        step, total, left = lines[-1].groups() if lines else (0, None, None)
-        curves = self.curves(path)
-        steps, losses = curves.series("train", "loss")
-        is_stopped = _STOPPED.search(log, lines[-1].end() if lines else 0) is not None
-        state = "finished" if run.is_complete else "running" if run.is_alive else "stopped" if is_stopped else "dead"
-        value = result.get("value")
+        run, said = RunReader(path), read_progress(path)
+        config, result, state = run.config, run.result or {}, run.state
+        step, total, left = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
+        steps, losses = self.curves(path).series("train", "loss")
+        times = [_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt")]
         return RunState(
             path=path,
             state=state,
             script=_name(config.get("script")),
             task=_name(config.get("task")),
             model=_name(config.get("model")),
-            step=max(int(step), int(steps[-1]) if len(steps) else 0),
+            step=max(int(step or 0), int(steps[-1]) if len(steps) else 0),
             total=None if total is None else int(total),
-            left=left if state == "running" else None,
+            left_sec=left if state == "running" else None,
             metric=escape_controls(str(result["metric"])) if result else None,
-            best=float(value) if isinstance(value, int | float) else None,
-            changed=max(file.stat().st_mtime for file in (path / CONFIG_FILE, path / "log.txt") if file.exists()),
+            best=None if result.get("value") is None else float(result["value"]),
+            changed=max(times),
+            told=times[0],
             spark=_spark(steps, losses),
+            job=SweptRun(run.settings, state, run.result, path) if is_job(path) else None,
         )
 
 
-def _read_tail(path: Path) -> str:
-    if not path.is_file():
-        return ""
-    with path.open("rb") as file:
-        file.seek(max(0, path.stat().st_size - _TAIL))
-        return file.read().decode("utf-8", errors="replace")
+def _changed(path: Path) -> float:
+    return path.stat().st_mtime if path.exists() else 0.0
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, int | float) and abs(value) < _MOST else None
 
 
 def _name(part: Any) -> str:

@@ -12,9 +12,11 @@ from utils.io.files import canonical_json, is_locked, read_json, readable
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
+from utils.record.run_state import STATES, read_progress
 
 CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
 RESULT_FILE, COMPLETE_FILE = "result.json", "complete.json"
+_MOST = 1e300  # of a value: a damaged file may have any
 log = get_logger(__name__)
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -58,12 +60,15 @@ class RunReader:
 
     @property
     def result(self) -> dict[str, Any] | None:
-        """The run's best value: `metric`, `value`, `step`, `is_lowest_best`; None if it is missing or unreadable."""
+        """The best `value` of a `metric`, its `step` and `is_lowest_best`; None if it is missing or unreadable."""
         try:
             found = read_json(self.path / RESULT_FILE)
         except (OSError, ValueError):
             return None
-        return found if isinstance(found, dict) and {"metric", "value", "is_lowest_best"} <= found.keys() else None
+        if not isinstance(found, dict) or not {"metric", "value", "is_lowest_best"} <= found.keys():
+            return None
+        value = found["value"]
+        return found if value is None or (isinstance(value, int | float) and abs(value) < _MOST) else None
 
     @property
     def kept(self) -> dict[int, Path]:
@@ -100,6 +105,14 @@ class RunReader:
     def is_alive(self) -> bool:
         """Whether a process holds the folder's lock."""
         return is_locked(self.path / LOCK_FILE)
+
+    @property
+    def state(self) -> str:
+        """What the run is, one of STATES. A run of an older release that is neither finished nor alive is `stopped`."""
+        if self.is_complete or self.is_alive:
+            return "finished" if self.is_complete else "running"
+        said = read_progress(self.path).get("state", "stopped")
+        return said if said in STATES and said != "running" else "dead"
 
 
 def run_of(path: Path) -> RunReader | None:

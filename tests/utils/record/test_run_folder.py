@@ -33,13 +33,15 @@ def fresh_logging(tmp_path):
         yield
 
 
-def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path):
+def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch):
+    monkeypatch.setenv("ATELIER_RUN_NOTE", str(tmp_path / "job/run_dir"))
     get_logger("before").info("said before")
     with open_run_folder(config_for(tmp_path / "a/run", seed=1), JOB) as folder:
         write_config(folder, {"torch": "x"})
         get_logger("during").warning("said during")
         assert all((folder.path / name).is_dir() for name in ("checkpoints", "weights", "plots"))
         assert RunReader(folder.path).is_alive
+    assert (tmp_path / "job/run_dir").read_text() == str(folder.path.absolute())
     get_logger("after").info("said after")
     run = RunReader(folder.path)
     assert run.config == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)} and not run.is_alive

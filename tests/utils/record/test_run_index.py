@@ -8,7 +8,9 @@ from tests.utils.record.test_curves import line
 from utils.io.files import file_lock
 from utils.record.run_index import RunIndex
 
-STEP = "2026-01-01 00:00:00,000 INFO step {}/20 (epoch 1)  train loss 1.5  lr 0.1  9 images/s  0:42 left\n"
+
+def said(state, step=4, **more):
+    return json.dumps({"state": state, "step": step, "total_steps": 20, "left_sec": 42.0, **more})
 
 
 def make_run(path, log="", **files):
@@ -22,22 +24,30 @@ def make_run(path, log="", **files):
 
 
 def test_states_steps_and_results(tmp_path):
-    stopped = STEP.format(4) + "2026-01-01 00:00:00,000 WARNING stopped at step 5; saved in x\n"
-    make_run(tmp_path / "sweep/a", STEP.format(20), complete_json="{}", metrics_jsonl=line(20, loss=1.5))
-    make_run(tmp_path / "b", stopped)
-    make_run(tmp_path / "c", stopped + STEP.format(6))
-    running = make_run(tmp_path / "d", STEP.format(7), result_json=json.dumps(
+    finished = {"complete_json": "{}", "metrics_jsonl": line(20, loss=1.5)}
+    make_run(tmp_path / "sweep/a=1", progress_json=said("finished", 20), **finished)
+    make_run(tmp_path / "b", progress_json=said("stopped"))
+    make_run(tmp_path / "c", progress_json=said("running"))
+    running = make_run(tmp_path / "d", progress_json=said("running", 7), result_json=json.dumps(
         {"metric": "mAP", "value": 0.5, "step": 4, "is_lowest_best": False}
     ))  # fmt: skip
+    make_run(tmp_path / "requeued", progress_json=said("requeued"))
+    make_run(tmp_path / "failed", progress_json=said("failed"))
+    make_run(tmp_path / "older/finished", **finished)
+    make_run(tmp_path / "older/other", metrics_jsonl=line(3, loss=1.5))
+    make_run(tmp_path / "damaged", progress_json=said([], float("nan"), left_sec=10**400, total_steps="x"))
     (tmp_path / "e/weights").mkdir(parents=True)  # no configuration
     make_run(tmp_path / "f").joinpath("config.json").write_text("[")
     with file_lock(running / ".lock", "busy"):
         states = {state.path.name: state for state in RunIndex([tmp_path]).states()}
     assert {name: state.state for name, state in states.items()} == {
-        "a": "finished", "b": "stopped", "c": "dead", "d": "running",
+        "a=1": "finished", "b": "stopped", "c": "dead", "d": "running", "requeued": "requeued", "failed": "failed",
+        "finished": "finished", "other": "stopped", "damaged": "dead",
     }  # fmt: skip
-    assert (states["d"].step, states["d"].total, states["d"].left, states["d"].best) == (7, 20, "0:42", 0.5)
-    assert states["a"].spark == (1.5,) and states["a"].task == "tagging" and states["b"].left is None
+    assert (states["d"].step, states["d"].total, states["d"].left_sec, states["d"].best) == (7, 20, 42.0, 0.5)
+    assert (states["other"].step, states["other"].total, states["damaged"].step) == (3, None, 0)
+    assert states["a=1"].spark == (1.5,) and states["a=1"].task == "tagging" and states["b"].left_sec is None
+    assert states["a=1"].job.state == "finished" and states["b"].job is None
 
 
 @pytest.mark.parametrize("name", ["config.json", "log.txt", "metrics.jsonl", "plots"])

@@ -23,8 +23,8 @@ def test_the_table_of_a_sweep(tmp_path, capsys):
     assert main(str(tmp_path)) == 0
     assert capsys.readouterr().out.splitlines() == [
         "settings      runs  top1    least to greatest  state",
-        "optim.lr=0.2  2     0.6500  -                  complete, not complete",
-        "optim.lr=0.1  2     0.6000  0.5000 to 0.7000   complete",
+        "optim.lr=0.2  2     0.6500  -                  finished, stopped",
+        "optim.lr=0.1  2     0.6000  0.5000 to 0.7000   finished",
     ]
 
 
@@ -32,7 +32,7 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
     for lowest, order in ((False, ["3", "2", "1", "4"]), (True, ["1", "2", "3", "4"])):
         values = {"1": 0.1, "4": None, "3": 0.3, "2": 0.2}
         runs = [
-            SweptRun(frozenset([rate]), "complete", {"metric": "m", "value": value, "is_lowest_best": lowest})
+            SweptRun(frozenset([rate]), "finished", {"metric": "m", "value": value, "is_lowest_best": lowest})
             for rate, value in values.items()
         ]
         assert [line.split()[0][-1] for line in sweep_table(runs).splitlines()[1:]] == order
@@ -46,7 +46,7 @@ def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
     assert [line.split(maxsplit=2) for line in lines] == [
         ["settings", "top1", "state"],
         ["optim.lr=2", "0.5000", "failed (1)"],
-        ["optim.lr=1", "0.2500", "complete"],
+        ["optim.lr=1", "0.2500", "finished"],
         ["optim.lr=0", "-", "failed (2)"],
     ]
 
