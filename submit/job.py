@@ -22,7 +22,7 @@ from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.io.files import ignore_write_errors, read_json, write_json, write_text
 from utils.record.logging import restart_count
-from utils.record.run_state import NOTE_VARIABLE, mark_requeued
+from utils.record.run_state import NOTE_VARIABLE, write_progress
 
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
@@ -119,7 +119,8 @@ def _requeue(job: str, note: Path) -> None:
     while time.monotonic() < until:
         with suppress(NoAnswer):
             if job_state(job) == "RUNNING":
-                mark_requeued(note)  # first: SLURM ends this script
+                with suppress(OSError):  # the job has not come to its run
+                    write_progress(Path(note.read_text()), "requeued")
                 ask("scontrol", "requeue", job)
             return
         time.sleep(_AGAIN_SEC)

@@ -8,6 +8,7 @@ outputs/<script>/<model>-<data>-<recipe hash>/
     plots/  tables/  unreadable.jsonl  samples/        pictures, tables, unreadable images, audits
 """
 
+import os
 import platform
 import subprocess
 import sys
@@ -36,7 +37,7 @@ from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_copied_to, restart_count
 from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE
-from utils.record.run_state import note_run
+from utils.record.run_state import NOTE_VARIABLE
 
 log = get_logger(__name__)
 
@@ -124,7 +125,8 @@ def _open(folder: RunFolder, stack: ExitStack) -> None:
         refusal = f"run_dir: another run is writing to {folder.path}; wait for it or give another run_dir"
         stack.enter_context(file_lock(folder.path / LOCK_FILE, refusal, patience_sec))
         remove_temporary([folder.path, folder.path / "weights"])
-        note_run(folder.path)
+        if note := os.environ.get(NOTE_VARIABLE):
+            write_text(Path(note), str(folder.path.absolute()))
         stack.enter_context(log_copied_to(AppendFile(folder.path / "log.txt")))
 
 

@@ -15,7 +15,7 @@ from utils.record.curves import Curves, thin
 from utils.record.metrics_log import METRICS_FILE
 from utils.record.run_reader import CONFIG_FILE, RunReader
 from utils.record.run_state import PROGRESS_FILE, read_progress
-from utils.record.sweep_table import SweptRun, is_job
+from utils.record.sweep_table import SweptRun
 
 _DEEPEST = 6  # folders below a root
 _SPARK_POINTS = 60
@@ -109,7 +109,8 @@ class RunIndex:
             changed=max(times),
             told=times[0],
             spark=_spark(steps, losses),
-            job=SweptRun(run.settings, state, run.result, path) if is_job(path) else None,
+            # The folder of a sweep's job has the name of its values, such as lr=0.001,seed=0.
+            job=SweptRun(run.settings, state, run.result) if "=" in path.name else None,
         )
 
 

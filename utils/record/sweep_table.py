@@ -5,10 +5,9 @@
 Each job is a run folder, whether it ran here or on a cluster. Jobs may still be running.
 """
 
-import math
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,75 +21,45 @@ _SEED = "seed="
 
 @dataclass(frozen=True)
 class SweptRun:
-    """A job: its overrides, its state (of STATES, or `failed` with a status), `RunReader.result` and its folder."""
+    """A job: its overrides, its state (one of STATES, or `failed` with a status) and `RunReader.result`."""
 
     overrides: frozenset[str]
     state: str
     result: dict[str, Any] | None = None
-    path: Path | None = None
-
-    @property
-    def value(self) -> float | None:
-        """Its best value."""
-        return self.result and self.result["value"]
-
-
-@dataclass(frozen=True)
-class Ranked:
-    """All jobs that differ only by their seed. settings: the overrides that are not common to the whole sweep."""
-
-    settings: str
-    jobs: list[SweptRun]
-
-    @property
-    def values(self) -> list[float]:
-        """The best values of the jobs that have one."""
-        return [job.value for job in self.jobs if job.value is not None]
-
-
-def is_job(path: Path) -> bool:
-    """Return whether a run is a job of a sweep: its folder has the name of its values, such as `lr=0.001,seed=0`."""
-    return "=" in path.name
 
 
 def read_jobs(folder: Path, failed: Mapping[frozenset[str], int] | None = None) -> list[SweptRun]:
     """Return the jobs in a sweep's folder. failed: exit statuses by overrides, also of jobs without a run folder."""
-    runs = [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
-    jobs = {run.settings: SweptRun(run.settings, run.state, run.result, run.path) for run in runs}
-    for overrides, status in (failed or {}).items():
-        jobs[overrides] = replace(jobs.get(overrides, SweptRun(overrides, "")), state=f"failed ({status})")
-    return list(jobs.values())
-
-
-def rank_jobs(jobs: Sequence[SweptRun]) -> list[Ranked]:
-    """Return the jobs of a sweep, at least one, with the best mean first and those without a value last."""
-    shared = frozenset.intersection(*(job.overrides for job in jobs))
-    sign = 1 if any(job.result["is_lowest_best"] for job in jobs if job.result) else -1
-    groups: dict[str, list[SweptRun]] = {}
-    for job in jobs:
-        settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
-        groups.setdefault(" ".join(settings) or "-", []).append(job)
-    ranked = [Ranked(settings, group) for settings, group in groups.items()]
-    return sorted(ranked, key=lambda group: sign * mean(group.values) if group.values else math.inf)
-
-
-def metric_of(jobs: Sequence[SweptRun]) -> str:
-    """Return the name of the value by which jobs are ranked."""
-    return next((str(job.result["metric"]) for job in jobs if job.result), "value")
+    states, results = {}, {}
+    for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
+        states[run.settings], results[run.settings] = run.state, run.result
+    states |= {overrides: f"failed ({status})" for overrides, status in (failed or {}).items()}
+    return [SweptRun(overrides, state, results.get(overrides)) for overrides, state in states.items()]
 
 
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
     """Return a table of mean and spread of the metric, a row for all jobs that differ only by their seed.
 
-    Columns without information are omitted.
+    The best mean comes first, jobs without a value last. Columns without information are omitted.
     """
-    table = [("settings", "runs", metric_of(jobs), "least to greatest", "state")]
-    for group in rank_jobs(jobs):
-        values = group.values
+    shared = frozenset.intersection(*(job.overrides for job in jobs))
+    results = [job.result for job in jobs if job.result is not None]
+    metric = results[0]["metric"] if results else "value"
+    sign = 1 if any(result["is_lowest_best"] for result in results) else -1
+    groups: dict[str, list[SweptRun]] = {}
+    for job in jobs:
+        settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
+        groups.setdefault(" ".join(settings) or "-", []).append(job)
+    rows = []
+    for settings, group in groups.items():
+        values = [job.result["value"] for job in group if job.result and job.result["value"] is not None]
+        states = ", ".join(dict.fromkeys(job.state for job in group))
         spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
         value = f"{mean(values):.4f}" if values else "-"
-        states = ", ".join(dict.fromkeys(job.state for job in group.jobs))
-        table.append((group.settings, str(len(group.jobs)), value, spread, states))
+        rank = sign * mean(values) if values else float("inf")
+        rows.append((rank, (settings, str(len(group)), value, spread, states)))
+    ranked = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
+    table = [("settings", "runs", metric, "least to greatest", "state"), *ranked]
     columns = [column for column in zip(*table) if set(column[1:]) - {"-", "1"}]
     return align_columns(list(zip(*columns)))
 
