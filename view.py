@@ -19,15 +19,7 @@ from data.config import DataConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-
-
-class PageConfig(Strict):
-    """Where the page is served. open: in the browser. token: who knows it may read, from other machines, too."""
-
-    host: Annotated[str, Field(min_length=1)]
-    port: Annotated[int, Field(ge=1, le=65_535)]
-    open: bool
-    token: Annotated[str, Field(min_length=16, pattern=r"^[\w.~-]+$")] | None
+from viewer.config import PageConfig
 
 
 class ShownData(DataConfig):
@@ -51,9 +43,8 @@ def main(config: ViewConfig, job: Job) -> None:
         from viewer.app import serve
     except ModuleNotFoundError as error:
         raise UserError(f"view.py needs {error.name}, which is not installed; run: make install-view") from None
-    page = config.view
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    serve(runs, config.data, page.host, page.port, page.token, opens=page.open)
+    serve(runs, config.data, config.view)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
 from viewer import curves, images, run, runs
+from viewer.config import PageConfig
 
 log = get_logger(__name__)
 
@@ -79,8 +80,9 @@ def choose_port(host: str, first: int) -> int:
     raise UserError(f"view.port: {first} to {first + _PORTS - 1} are in use; set another")
 
 
-def serve(roots: list[str], data: DataConfig, host: str, port: int, token: str | None, *, opens: bool) -> None:
+def serve(roots: list[str], data: DataConfig, view: PageConfig) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
+    host, token = view.host, view.token
     if token is None and host not in _LOOPBACK:
         raise UserError(
             f"view.host: {host} lets other machines in; set view.token to a long random text, too, or "
@@ -89,7 +91,7 @@ def serve(roots: list[str], data: DataConfig, host: str, port: int, token: str |
     for root in roots:
         if not Path(root).is_dir():
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
-    index, port = RunIndex([Path(root) for root in roots]), choose_port(host, port)
+    index, port = RunIndex([Path(root) for root in roots]), choose_port(host, view.port)
     shelf = images.Shelf(index, data if data.root else None)
     images.add_route(shelf)
     for page in (runs, run, curves):
@@ -100,6 +102,6 @@ def serve(roots: list[str], data: DataConfig, host: str, port: int, token: str |
     app.on_startup(lambda: log.info("open %s%s in a browser; Ctrl+C ends it", shown, how))
     address = shown if token is None else f"{shown}?token={token}"
     ui.run(
-        host=host, port=port, title="Atelier", reload=False, show=address if opens else False,
+        host=host, port=port, title="Atelier", reload=False, show=address if view.open else False,
         show_welcome_message=False, favicon="🖼", dark=None, uvicorn_logging_level="error",
     )  # fmt: skip
