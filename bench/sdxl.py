@@ -36,6 +36,7 @@ from torch.nn import functional as F
 
 from bench.measure import OUT, Comparison, build_bench_run, run_bench
 from data.open import Data, load_collection
+from data.stream.batch import to_device
 from engine.runtime import choose_runtime
 from engine.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
@@ -192,6 +193,7 @@ def comparisons(device, quick):
     config = configure(*words, *CACHED, *([] if trained == "LoRA" else ["task.lora=null"]))
     setup, stream = start(config)
     (batch,), task = next(stream), make_task(config, setup)
+    batch, task = to_device(batch, device), task.to(device)
     theirs = {
         "diffusers": DiffusersScript(config, task, batch, steps, fused=False),
         "diffusers fused": DiffusersScript(config, task, batch, steps, fused=True),

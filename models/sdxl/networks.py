@@ -161,7 +161,7 @@ def load_vae(path: str | Path, values: VAEValues = AS_STATED, dtype: torch.dtype
 def _load(path: Path, parts: Collection[str], dtypes: Mapping[str, torch.dtype], values: VAEValues) -> Networks:
     """Read the networks in `dtypes`, after a comparison of all `parts` of a file or folder with SDXL."""
     built = _build_to_fit(path, parts)
-    networks = {part: built[part] for part in dtypes}
+    networks = {part: nn.Module.to(built[part], dtype) for part, dtype in dtypes.items()}
     if torch.get_default_device().type != "meta":
         states = _read_parts(path, dtypes, lambda file: read_weights(file)[0])
         for part, network in networks.items():

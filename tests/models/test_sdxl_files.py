@@ -82,6 +82,13 @@ def test_names_and_shapes_are_those_of_the_real_sdxl():
     assert lines == golden and len(golden) == 2513 + len(PARTS)
 
 
+def test_shapes_of_a_base_have_its_dtypes(folder):
+    """The prediction of memory counts them."""
+    with torch.device("meta"):
+        found = load_networks(folder, {"unet": torch.bfloat16})
+    assert found["unet"].dtype == torch.bfloat16 and found["unet"].device.type == "meta"
+
+
 def test_our_files_are_read_bit_exactly(networks, folder, file):
     (folder / "README.md").write_text("---\ntags: [a]\nlicense: openrail++\n---\n# SDXL\n")
     for path in (folder, file):
