@@ -17,7 +17,7 @@ import subprocess
 import sys
 import tempfile
 import threading
-from contextlib import contextmanager
+from contextlib import chdir, contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -268,7 +268,8 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, ou
             }  # fmt: skip
         arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step)
         process = FORKS.Process(target=_run_rank, args=arguments)
-        process.start()
+        with chdir(ROOT):  # from elsewhere, the server would start without tests/preload.py
+            process.start()
         processes.append(process)
     return Started(processes, outputs[1])
 
