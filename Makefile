@@ -67,21 +67,22 @@ workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that
 # Idle threads sleep: on two cores, processes with spinning threads slow each other down.
 test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE
 
-test: install lint  ## lint, then all tests but the slow ones
-	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer
+test: install lint  ## lint, then all tests but the slow ones; MORE: arguments for pytest
+	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer $(MORE)
 
-test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' $(MORE) tests
+test-slow: install  ## the slow tests, files named slow_*.py
+	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' tests
 
-SLURM := slurm-wlm munge
+# Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
+APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \
+	sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends $(2)'
+
 test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing
-	@command -v sbatch >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends $(SLURM); }
+	$(call APT,sbatch,slurm-wlm munge)
 	$(PY) -m pytest -n 2 --dist loadfile -rs tests/slurm
 
 test-view: install-view  ## the page of view.py in a browser: installs Debian's chromium, as root, where it is missing
-	@command -v chromium >/dev/null || test "$$(id -u)" != 0 || \
-		{ apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium fonts-dejavu-core; }
+	$(call APT,chromium,chromium fonts-dejavu-core)
 	$(PY) -m pytest -rs tests/viewer
 
 lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
