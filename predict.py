@@ -60,7 +60,7 @@ from utils.io.journal import open_journal
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.thresholds import DEFAULT, MCUT, MCUT_FLOOR, PER_TAG
+from utils.thresholds import MCUT, PER_TAG
 from utils.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
@@ -117,28 +117,14 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
     """Return the options for rows. An excluded tag has an infinite threshold."""
     text, least = config.text, np.float32(0.0)
     if predictor.output.has_tags:
-        least = np.broadcast_to(choose_thresholds(config, predictor, weights), len(predictor.names))
+        file = config.thresholds if isinstance(config.thresholds, str) else None
+        least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
+        least = np.broadcast_to(least, len(predictor.names))
         for name, value in () if isinstance(config.thresholds, str) else config.thresholds:
             least = least if value is None else np.where(predictor.categories == CATEGORIES[name], value, least)
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
     return predictor.options(config.top, least, mcut=config.profile == MCUT, max_tags=text.max_tags, order=text.order)
-
-
-def choose_thresholds(config: PredictConfig, predictor: Predictor, weights: Path) -> np.ndarray:
-    """Return the threshold of each tag [T], or one for all. Raises UserError if `thresholds` or `profile` has none."""
-    if config.threshold is not None or config.profile == MCUT:
-        return np.float32(MCUT_FLOOR if config.threshold is None else config.threshold)
-    file = config.thresholds if isinstance(config.thresholds, str) else None
-    if (calibrated := predictor.calibrated(weights, file, config.profile)) is not None:
-        return calibrated
-    if config.profile != PER_TAG:
-        raise UserError(
-            f"profile: {config.profile} needs calibrated thresholds, and {config.weights} has none; fit them with "
-            "evaluate.py calibrate=true, or give thresholds=FILE"
-        )
-    log.info("thresholds: %s", f"from {config.weights}" if predictor.thresholds else f"{DEFAULT}, not calibrated")
-    return np.array(predictor.thresholds or DEFAULT, dtype=np.float32)
 
 
 def choose_mirror(config: PredictConfig, predictor: Predictor, is_search: bool) -> np.ndarray | None:

@@ -11,11 +11,12 @@ Without the last one it answers this machine alone.
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Any
 
 from pydantic import Field
 
-from data.config import DataConfig
+from data.config import DataConfig, TextConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
@@ -34,6 +35,16 @@ class ViewConfig(Strict):
     runs: PathText | Annotated[list[PathText], Field(min_length=1)]
     view: PageConfig
     data: ShownData
+    text: TextConfig
+
+
+def load_network(path: Path) -> Any:
+    """Return the predictor of a weight file as predict.py does, on the CPU: a GPU may be training; imports torch."""
+    import torch
+
+    from engine.exports.weights import load_predictor
+
+    return load_predictor(path, torch.device("cpu"))
 
 
 @entry_point("view", ViewConfig)
@@ -41,10 +52,11 @@ def main(config: ViewConfig, job: Job) -> None:
     """Serve the page."""
     try:
         from viewer.app import serve
+        from viewer.playground import Networks
     except ModuleNotFoundError as error:
         raise UserError(f"view.py needs {error.name}, which is not installed; run: make install-view") from None
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
-    serve(runs, config.data, config.view)
+    serve(runs, config.data, config.view, Networks(runs, load_network, config.text))
 
 
 if __name__ == "__main__":

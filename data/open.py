@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from torch import Tensor
 
 from data.augment.transforms import evaluation_views
 from data.collection.collection import CACHE, Collection, index_collection
@@ -32,13 +33,13 @@ from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
 from data.images.image_formats import warn_of_missing_libraries
 from data.images.image_source import Images
-from data.images.pixels import read_upright_size
+from data.images.pixels import read_upright_size, upright_size
 from data.latents.buckets import assign, letterbox_groups
 from data.layouts.folders import check_root
 from data.layouts.glyphs import draw_glyphs
 from data.layouts.refresh import refresh_manifest
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
-from data.stream.order import Sampler, Views, build_sampler
+from data.stream.order import Draw, Sampler, Views, build_sampler
 from data.stream.source import Source, UnreadableImage
 from utils.canvas import background_of
 from utils.contracts import Machine
@@ -103,6 +104,14 @@ def load_files(
     views = evaluation_views(preprocessing)
     loader = Loader(None, source, views, no_fields, machine, reasons.update, training=False)
     return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
+
+
+def prepare_image(content: bytes, name: str, preprocessing: Mapping[str, Any], *, max_pixels: int) -> Tensor:
+    """Return an encoded image as `load_files` returns that of a file, uint8 [1, C, H, W]. Raises UnreadableImage."""
+    image, group = _decoder_of(preprocessing, max_pixels)(content, name), 0
+    if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
+        group = int(assign(np.array([upright_size(content, name)]), np.array(buckets_hw))[0])
+    return evaluation_views(preprocessing)["images"](image, Draw(0, 0, 0, group))[None]
 
 
 def _decoder_of(

@@ -21,7 +21,8 @@ from utils.config.bounds import Side
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.thresholds import PER_TAG, find_thresholds
+from utils.thresholds import DEFAULT as DEFAULT_THRESHOLD
+from utils.thresholds import MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
 from utils.vocabulary import FILE, GENERAL, RATING, Vocabulary, read_facts, read_vocabulary
 
 log = get_logger(__name__)
@@ -117,12 +118,27 @@ class Predictor:
         """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""
         return self._run(images, "embedding")
 
-    def calibrated(self, weights: Path, file: str | None = None, profile: str = PER_TAG) -> np.ndarray | None:
-        """Return each tag's threshold [T] from `file`, or from the table beside the weights; None: there is none."""
-        if (table := find_thresholds(file, weights, self.weights_hash)) is None:
-            return None
-        vocabulary = Vocabulary.of(zip(self.categories.tolist(), self.names))
-        return np.array(table.of_tags(vocabulary, profile), dtype=np.float32)
+    def choose_thresholds(
+        self, weights: Path, profile: str = PER_TAG, threshold: float | None = None, file: str | None = None
+    ) -> np.ndarray:
+        """Return the threshold of each tag [T], or one for all.
+
+        It is `threshold`, or by `profile` from `file` or the table beside the weights, or that of the metadata, or the
+        default. Raises UserError (`thresholds`, `profile`).
+        """
+        if threshold is not None or profile == MCUT:
+            return np.float32(MCUT_FLOOR if threshold is None else threshold)
+        if (table := find_thresholds(file, weights, self.weights_hash)) is not None:
+            vocabulary = Vocabulary.of(zip(self.categories.tolist(), self.names))
+            return np.array(table.of_tags(vocabulary, profile), dtype=np.float32)
+        if profile != PER_TAG:
+            raise UserError(
+                f"profile: {profile} needs calibrated thresholds, and {weights} has none; fit them with "
+                "evaluate.py calibrate=true, or give thresholds=FILE"
+            )
+        least = self.thresholds or DEFAULT_THRESHOLD
+        log.info("thresholds: %s", f"from {weights}" if self.thresholds else f"{least}, not calibrated")
+        return np.array(least, dtype=np.float32)
 
     def options(self, top: int, thresholds: np.ndarray, **further: Any) -> RowOptions:
         """Return the user's options for `rows`, with the columns of this predictor."""

@@ -28,7 +28,7 @@ ALLOWED = {
     "engine": {"utils", "optim"},
     "engine/tasks": {"utils", "optim", "engine", "engine/measures", "models", "data", *DATA},
     "engine/exports": {"utils", "engine", "engine/tasks", "models"},
-    "viewer": {"utils", "models", "data", *DATA, "engine/measures"},
+    "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures"},
     SCRIPT: {
         "utils",
         "models",

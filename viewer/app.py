@@ -13,8 +13,9 @@ from data.config import DataConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import curves, images, run, runs
+from viewer import curves, images, playground, run, runs
 from viewer.config import PageConfig
+from viewer.playground import MAX_BYTES, Networks
 
 log = get_logger(__name__)
 
@@ -45,11 +46,15 @@ class Guard:
         else:
             is_new = self._is_token(given)
             is_allowed = is_new or (known is not None and self._is_token(known.value))
+        # Without a length, a body would have no bound.
+        is_allowed &= int(headers.get("content-length", 0)) <= MAX_BYTES and "transfer-encoding" not in headers
         if not is_allowed:
             if scope["type"] == "websocket":
                 return await send({"type": "websocket.close", "code": 1008})
             await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            return await send({"type": "http.response.body", "body": b"open the address that view.py prints"})
+            return await send(
+                {"type": "http.response.body", "body": b"open the address that view.py prints; uploads are bounded"}
+            )
 
         async def remember(message: dict) -> None:
             if message["type"] == "http.response.start" and is_new:  # whatever else is given stays out of headers
@@ -80,7 +85,7 @@ def choose_port(host: str, first: int) -> int:
     raise UserError(f"view.port: {first} to {first + _PORTS - 1} are in use; set another")
 
 
-def serve(roots: list[str], data: DataConfig, view: PageConfig) -> None:
+def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
     host, token = view.host, view.token
     if token is None and host not in _LOOPBACK:
@@ -96,6 +101,7 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig) -> None:
     images.add_route(shelf)
     for page in (runs, run, curves):
         page.add_page(index)
+    playground.add_page(networks, shelf)
     app.add_middleware(Guard, token=token)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     how = "" if token is None else "?token=, followed by the token,"

@@ -14,6 +14,7 @@ REFRESH_SEC = 2.0
 ACCENT, GREY = "#1c6dd0", "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
 STATE_COLOURS = {"running": "primary", "finished": "positive", "failed": "negative", "dead": "negative"}
+PAGES = {"Try": "/try"}  # in the header
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
@@ -21,6 +22,11 @@ body { font-size: 15px; font-variant-numeric: tabular-nums }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .chart { height: 240px; width: 100% }
 .q-table td, .q-table th { font-size: 14px } .q-table tbody tr { cursor: pointer }
+.bar { padding: 1px 6px; border-radius: 3px; background:
+  linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
+  linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
+.q-uploader__subtitle { display: none }
+.seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid #1c6dd0; outline-offset: 2px }
 """
 
@@ -35,6 +41,8 @@ def page(title: str) -> Iterator[None]:
     with ui.header().classes("items-center q-px-md q-py-sm").style("background: #212529"):
         ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
         ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
+        for name, address in PAGES.items():
+            ui.link(name, address).classes("text-white no-underline")
         button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
         button.props("color=white aria-label='light or dark'").tooltip("light or dark")
     yield

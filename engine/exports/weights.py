@@ -139,8 +139,9 @@ def load_predictor(path: Path, device: torch.device) -> Predictor:
     """Return the predictor of a weight file or, by its suffix, an ONNX file. Raises UserError."""
     if path.suffix == ".onnx":
         return onnx_predictor(path, device)
-    weights = open_weights(path)
-    if weights.model is None:
-        name = weights.metadata["task"]["name"]
+    kind, setup = check_weights(path, *read_weights(path, shapes_only=True), KINDS)
+    if kind.output is None:  # before SDXL's base model is read
+        name = setup.task.name
         raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
+    weights = open_weights(path)
     return torch_predictor(weights.model, weights.metadata, device)

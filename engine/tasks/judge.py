@@ -42,7 +42,7 @@ from utils.ranks import distributed
 from utils.record.figures import INK
 from utils.record.logging import get_logger
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
-from utils.thresholds import DEFAULT, thresholds_path
+from utils.thresholds import thresholds_path
 from utils.vocabulary import FILE, RATING
 
 log = get_logger(__name__)
@@ -105,8 +105,7 @@ class Judge(nn.Module):
         predictor, known = self._predictor, known_outputs(str(self.path), self._predictor)
         self.names, self.preprocessing = predictor.names, predictor.preprocessing
         self.outputs = {name: output for (category, name), output in known.items() if category != RATING}
-        calibrated = predictor.calibrated(self.path)
-        self._thresholds = np.float32(predictor.thresholds or DEFAULT) if calibrated is None else calibrated
+        self._thresholds = predictor.choose_thresholds(self.path)
 
     def files(self) -> list[Path]:
         """Return the files that decide the figures."""

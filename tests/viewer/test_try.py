@@ -1,0 +1,269 @@
+"""/try: what a network says of an image, as predict.py says it; bad images; files outside the roots; the page."""
+
+import asyncio
+import io
+import json
+import os
+import struct
+import zlib
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from data.open import load_files, prepare_image
+from data.stream.source import UnreadableImage
+from engine.exports.weights import load_predictor
+from engine.tasks.kind import Setup
+from engine.tasks.tagging import TaggingKind
+from tests.engine.test_tagging import CONFIG, MODEL
+from tests.in_process import configure, run
+from tests.support import data_config, make_collection, thresholds_of
+from tests.viewer.conftest import HOSTILE
+from utils.contracts import Machine
+from utils.errors import UserError
+from utils.io.weights import hash_tensors, write_weights
+from utils.record.run_index import RunIndex
+from utils.thresholds import write_thresholds
+from utils.vocabulary import Vocabulary
+from viewer.app import Guard
+from viewer.images import Shelf, image_address
+from viewer.playground import MAX_BYTES, Networks
+
+CPU = torch.device("cpu")
+VOCABULARY = Vocabulary(
+    ("general", "sensitive", "black_hair", "^_^", HOSTILE, "painter", "ann_(x)"), (9, 9, 0, 0, 0, 1, 4), (5,) * 7,
+    tuple(range(7)),
+)  # fmt: skip
+PREPROCESSING = {
+    "image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3, "eval_crop": 1.0, "interpolation": "bilinear",
+    "channels": 3, "pad": "square", "background": [9, 9, 9],
+}  # fmt: skip
+CAPTION = ["text.spaces=true", "text.escape=true", "text.rating=first"]
+
+
+def encode(image, form="PNG", **options):
+    image.save(file := io.BytesIO(), form, **options)
+    return file.getvalue()
+
+
+def noise(*shape):
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, shape, dtype=np.uint8))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """Return a folder with a run of a tagger with thresholds, and its collection."""
+    folder = tmp_path_factory.mktemp("try")
+    make_collection(folder / "images", per_class=4, classes="AB", validation=2)
+    weights = folder / "tagger/weights/best_weights.safetensors"
+    task = TaggingKind().build(Setup(MODEL, CONFIG, PREPROCESSING, {**VOCABULARY.facts(), "tag_priors": [0.5] * 7}))
+    torch.manual_seed(0)
+    torch.nn.init.normal_(task.network.head.weight, std=2.0)
+    metadata = {"task": CONFIG.model_dump(), "model": MODEL.model_dump(), "step": 1, **task.metadata}
+    write_weights(weights, task.network.state_dict(), metadata)
+    table = thresholds_of(VOCABULARY, {0: 0.5, 4: 0.1}, {(0, "black_hair"): 0.9, (0, HOSTILE): 0.01})
+    write_thresholds(weights.with_name("best_thresholds.csv"), table, hash_tensors(task.network.state_dict())[:16])
+    config = {"script": "finetune", "data": data_config(root=str(folder / "images")).model_dump(mode="json")}
+    (folder / "tagger/config.json").write_text(json.dumps(config))
+    return folder
+
+
+def open_networks(runs, *words):
+    return Networks([runs], lambda path: load_predictor(path, CPU), configure("view", words)[0].text)
+
+
+@pytest.mark.parametrize(("profile", "limit"), [("per_tag", 0.9), ("high_recall", 0.5), ("mcut", 0.15)])
+def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
+    content = encode(noise(40, 60, 3))
+    (tmp_path / "a.png").write_bytes(content)
+    bars, caption, seen, _ = open_networks(runs, *CAPTION).ask(str(runs / "tagger"), profile, content, "a.png")
+    words = [f"weights={runs / 'tagger'}", "input=a.png", f"profile={profile}", "device=cpu", "workers=0", *CAPTION]
+    for output in ("texts/", "rows.jsonl"):
+        run("predict", [*words, f"output={output}"], tmp_path)
+    assert caption == (tmp_path / "texts/a.txt").read_text().strip() and seen.size == (32, 32)
+    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    chosen = {category: {tag: prob for tag, prob, is_chosen, _ in tags if is_chosen} for category, tags in bars.items()}
+    assert chosen.pop("rating") == {row["rating"]: row["rating_prob"]}
+    assert {category: tags for category, tags in chosen.items() if tags} == row["probs"]
+    assert sum(map(len, bars.values())) == 6
+    assert [round(least, 2) for tag, _, _, least in bars["general"] if tag == "black_hair"] == [limit]
+
+
+def bomb(side):
+    """Return a PNG whose header promises side x side pixels."""
+    chunk = lambda kind, data: struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))  # noqa: E731
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", b"") + chunk(b"IEND", b"")
+
+
+BROKEN = {
+    "empty": (b"", "empty"),
+    "text": (b"these are words", "known format"),
+    "script": (b"<svg onload=alert(1)>", "known format"),
+    "cut": (encode(noise(40, 60, 3))[:2000], "cut off"),
+    "many": (bomb(11_000), "more than the 100,000,000 allowed"),
+    "bomb": (bomb(60_000), "more pixels than Pillow opens"),
+    "floats": (encode(Image.new("F", (9, 9)), "TIFF"), "8 or 16 bits"),
+}
+ODD = {
+    "cmyk": (encode(noise(40, 60, 4).convert("CMYK"), "JPEG"), "32 x 32 pixels"),
+    "animated": (
+        encode(noise(9, 9, 3), "GIF", save_all=True, append_images=[noise(9, 9), Image.new("RGB", (9, 9))]),
+        "the first of 3 frames",
+    ),
+    "one pixel": (encode(Image.new("LA", (1, 1))), "32 x 32 pixels"),
+    "16 bits": (encode(Image.fromarray(np.full((9, 9), 40_000, np.uint16))), "32 x 32 pixels"),
+}
+
+
+@pytest.mark.parametrize("name", [*BROKEN, *ODD])
+def test_odd_images_are_answered_and_broken_ones_say_why(runs, name):
+    content, word = {**BROKEN, **ODD}[name]
+    question = str(runs / "tagger"), "per_tag", content, f"{name}.png"
+    if name in ODD:
+        bars, _, _, facts = open_networks(runs).ask(*question)
+        assert bars and word in facts
+    else:
+        with pytest.raises(UnreadableImage, match=rf"^{name}\.png: .*{word}"):
+            open_networks(runs).ask(*question)
+
+
+@pytest.mark.parametrize("buckets", [None, [[24, 48], [32, 32], [48, 24]]])
+def test_an_upload_is_prepared_as_a_file_is(tmp_path, buckets):
+    preprocessing = {**PREPROCESSING, "buckets_hw": buckets}
+    machine = Machine(device=CPU, channels_last=False, workers=0, prefetch_batches=1)
+    for number, shape in enumerate([(30, 90, 3), (50, 50, 3), (90, 20, 3)]):
+        path = tmp_path / f"{number}.jpg"
+        exif = Image.Exif()
+        exif[0x0112] = 6  # lies on its side
+        path.write_bytes(encode(noise(*shape), "JPEG", exif=exif))
+        stream, _ = load_files([path], preprocessing, machine, max_pixels=10**6, batch_size=1)
+        mine = prepare_image(path.read_bytes(), "x.jpg", preprocessing, max_pixels=10**6)
+        assert torch.equal(mine, next(iter(stream))["images"])
+
+
+# --- paths
+
+
+@pytest.fixture
+def place(tmp_path):
+    """Return roots with a WD folder, and files outside that links, `..` or thresholds could lead to."""
+    for name in ("in/wd", "in/run/weights", "out"):
+        (tmp_path / name).mkdir(parents=True)
+    for name in ("in/wd/model.onnx", "in/wd/selected_tags.csv", "in/old.pth", "in/w.safetensors", "out/w.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "in/link.safetensors").symlink_to(tmp_path / "out/w.safetensors")
+    (tmp_path / "in/folder").symlink_to(tmp_path / "out")
+    (tmp_path / "in/run/weights/best_weights.safetensors").symlink_to(tmp_path / "out/w.safetensors")
+    (tmp_path / "in/loop").symlink_to(tmp_path / "in/loop")
+    (tmp_path / "in/tags.safetensors").write_bytes(b"")
+    (tmp_path / "in/tags_thresholds.csv").symlink_to("/etc/passwd")
+    return tmp_path
+
+
+@pytest.mark.parametrize(("text", "word"), [
+    ("in/wd", None), ("in/w.safetensors", None), ("in/wd/model.onnx", None), ("in/../in/wd", None),
+    ("out/w.safetensors", "file below"), ("in/../out/w.safetensors", "file below"), ("/etc/passwd", "file below"),
+    ("in/link.safetensors", "file below"), ("in/folder/w.safetensors", "file below"), ("in/run", "file below"),
+    ("in/tags.safetensors", "file below"), ("in/old.pth", "file below"), ("in", "weights"),
+    ("in/none", "does not exist"), ("hf:a/b@main", "file below"), ("in/\0", "null"), ("in/" + "x" * 5000, "long"),
+    ("in/loop", "loop|symbolic links|does not exist"), ("", "file below"),
+])  # fmt: skip
+def test_weights_are_found_below_the_roots_alone(place, text, word, monkeypatch):
+    monkeypatch.chdir(place)
+    networks = Networks([place / "in"], None, None)
+    if word is None:
+        assert networks.find(text).is_relative_to(place / "in")
+    else:
+        with pytest.raises(UserError, match=rf"(?s)^weights: .*({word})"):
+            networks.find(text)
+
+
+def test_few_networks_are_kept_and_a_changed_file_is_read_again(place):
+    read = []
+    networks = Networks([place], lambda path: read.append(path) or path, None)
+    files = [place / "in/w.safetensors", place / "in/tags.safetensors", place / "in/old.pth"]
+    for file in (*files[:2], *files[:2], files[2], files[0]):
+        networks.get(file)
+    assert read == [*files, files[0]]
+    os.utime(files[0], ns=(1, 1))
+    networks.get(files[0])
+    assert len(read) == 5
+
+
+@pytest.mark.parametrize("header", [(b"content-length", b"%d" % (MAX_BYTES + 1)), (b"transfer-encoding", b"chunked")])
+def test_a_request_without_a_bound_is_refused(header):
+    sent = []
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {"type": "http", "headers": [(b"host", b"localhost:1"), header], "query_string": b""}
+    asyncio.run(Guard(None, None)(scope, None, send))
+    assert sent[0]["status"] == 403
+
+
+# --- the nearest images
+
+
+def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    shelf, embedded = Shelf(RunIndex([runs]), None), []
+    networks = open_networks(runs)
+    name, predictor = shelf.of_run(runs / "tagger"), networks.get(runs / "tagger/weights/best_weights.safetensors")
+    embed = predictor.embed
+    monkeypatch.setattr(predictor, "embed", lambda images: embedded.append(len(images)) or embed(images))
+    files = sorted((runs / "images").rglob("*.png"))
+    for file in files:
+        os.utime(file)
+
+    def find(stop=False):
+        embedded.clear()
+        steps = networks.nearest(str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png")
+        shares = [next(steps)] if stop else [*steps]
+        steps.close()
+        return [share for share, _ in shares], shares[-1][1]
+
+    assert find(stop=True) == ([0.0], [])
+    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
+    shares, found = find()
+    assert shares == [0.0, 1.0] and len(embedded) == 13 and len(found) == 12
+    assert found[0] == (image_address(name, shelf.open(name), 3), pytest.approx(1, abs=1e-5))
+    assert find()[1] == found and len(embedded) == 1  # the query alone
+    Image.new("RGB", (9, 9)).save(files[5])
+    files[6].write_bytes(b"no image")
+    assert len(find()[1]) == 11 and len(embedded) == 2
+    (kept,) = tmp_path.glob("outputs/cache/embeddings/*.npz")
+    kept.write_bytes(b"cut")
+    assert len(find()[1]) == 11 and len(embedded) == 12
+
+
+# --- the page
+
+
+def test_an_image_is_answered_in_the_browser(page, address, runs):
+    page.context.grant_permissions(["clipboard-read", "clipboard-write"])
+    page.goto(f"{address}/try")
+    drop = page.locator("input[type=file]")
+    drop.set_input_files({"name": f"{HOSTILE}.png", "mimeType": "image/png", "buffer": b"no image"})
+    page.get_by_text("known format").wait_for(timeout=60_000)
+    page.evaluate(
+        """bytes => {
+          const files = new DataTransfer()
+          files.items.add(new File([new Uint8Array(bytes)], "pasted.png"))
+          document.dispatchEvent(new ClipboardEvent("paste", {clipboardData: files}))
+        }""",
+        list(encode(noise(40, 60, 3))),
+    )
+    page.get_by_text("pasted.png, as the network sees it").wait_for()
+    page.get_by_text(HOSTILE).first.wait_for()
+    assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 6
+    page.get_by_role("button", name="Copy caption").click()
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").inner_text() != ""
+    box = page.get_by_label("weights")
+    box.fill("/etc/passwd"), box.press("Enter")
+    page.get_by_text("file below").wait_for()
+    page.reload()
+    page.get_by_text("No image yet").wait_for()
