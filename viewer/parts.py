@@ -26,6 +26,8 @@ body { font-size: 15px; font-variant-numeric: tabular-nums }
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
 .q-uploader__subtitle { display: none }
+.alike .q-img { aspect-ratio: 1 }
+.alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
 .seen { width: 256px; max-width: 100%; image-rendering: pixelated }
 :focus-visible { outline: 2px solid #1c6dd0; outline-offset: 2px }
 """

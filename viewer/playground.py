@@ -44,7 +44,7 @@ if TYPE_CHECKING:  # torch is imported when the first network is asked
 MAX_BYTES = 64 * 2**20  # of an upload
 _MAX_PIXELS = 100_000_000  # as predict.py has it
 _KEPT = 2  # networks in memory
-_CLASSES, _TAGS, _NEAREST = 10, 60, 24  # shown
+_CLASSES, _TAGS, _NEAREST = 10, 30, 24  # shown
 _EMBEDDINGS, _AT_ONCE = Path("outputs/cache/embeddings"), 16
 _PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData.files)"
 
@@ -106,11 +106,12 @@ class Networks:
             how: dict[str, Any] = {"mcut": profile == MCUT, "order": text.order}
             row = make_row(values, predictor.options(1, least, max_tags=text.max_tags, **how))
             every = make_row(values, predictor.options(1, nothing, max_tags=max(_TAGS, len(row["tags"]))))["probs"]
-            limits = dict(zip(zip(map(category_name, predictor.categories.tolist()), predictor.names), least.tolist()))
+            pairs = zip(map(category_name, predictor.categories.tolist()), predictor.names)
+            limits = {} if profile == MCUT else dict(zip(pairs, least.tolist()))
             bars |= {"rating": [(row["rating"], row["rating_prob"], True, None)]} if "rating" in row else {}
             for kind, probs in every.items():
                 chosen = row["probs"].get(kind, ())
-                bars[kind] = [(tag, prob, tag in chosen, limits[kind, tag]) for tag, prob in probs.items()]
+                bars[kind] = [(tag, prob, tag in chosen, limits.get((kind, tag))) for tag, prob in probs.items()]
             caption = join_tags(spell_tags(row, text, read_text_rules(text)), text.separator)
         else:
             row = make_row(values, predictor.options(_CLASSES, nothing))
@@ -177,7 +178,9 @@ def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
                 with ui.row().classes(f"bar w-full no-wrap {'text-weight-medium' if is_chosen else 'muted'}") as row:
                     row.style(f"--prob: {prob:.1%}; --least: {-1 if threshold is None else min(threshold, 2):.1%}")
                     ui.label(escape_controls(name)).classes("col ellipsis")
-                    ui.label(f"{prob:.3f}" + ("" if threshold is None else f" of {threshold:.2f}")).classes("mono")
+                    ui.label(
+                        f"{prob:.3f}" + ("" if threshold is None else f" {'≥' if is_chosen else '<'} {threshold:.2f}")
+                    ).classes("mono")
 
 
 def add_page(networks: Networks, shelf: Shelf) -> None:
@@ -255,7 +258,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
     ui.run_javascript(_PASTE.format(upload.id))
     message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
     message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
-    result = ui.element("div").classes("w-full charts")
+    result = ui.element("div").classes("w-full charts items-start")
     with ui.row().classes("w-full items-center"):
         collection = (
             ui.select(collections, label="Collection", value=own.get(weights.value))
