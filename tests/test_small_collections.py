@@ -130,3 +130,6 @@ def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
         assert tags == {"blue", f"tag_{number % 2}"} and len(row["probability"]) == len(found)
         assert all(prob >= 0.35 for prob in row["probability"])
         assert set(row["wrong"]) == found - tags and set(row["missed"]) == tags - found
+        probs = dict(zip(row["prediction"], row["probability"]))
+        assert row["wrong_by"] == pytest.approx([probs[tag] - 0.35 for tag in row["wrong"]], abs=1e-6)
+        assert len(row["missed_by"]) == len(row["missed"]) and all(0 < by <= 0.35 for by in row["missed_by"])

@@ -58,7 +58,8 @@ class Shelf:
     def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
         self._runs, self._data = runs, data
         self._configs: dict[str, DataConfig] = {}
-        self._open: dict[str, Collection] = {}
+        self._open: dict[tuple[str, bool], Collection] = {}  # by name, and whether it is corrected
+        self._shown: dict[tuple[str, str], Collection] = {}  # by name and fingerprint
         self._lock = Lock()
 
     def configs(self) -> dict[str, DataConfig]:
@@ -80,16 +81,22 @@ class Shelf:
             raise HTTPException(404, "no such collection")
         return config
 
-    def open(self, name: str, *, again: bool = False) -> Collection:
+    def open(self, name: str, *, again: bool = False, corrected: bool = True) -> Collection:
         """Return a collection; again: look for changes. Raises UserError (`data.root`), HTTPException 404."""
         config = self.config(name)
         with self._lock:
-            if again or name not in self._open:
+            if again or (name, corrected) not in self._open:
                 stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
-                arrow = index_collection(config.root, cache=CACHE, concepts=config.concepts or (), **stated)
-                if name not in self._open or self._open[name].arrow != arrow:
-                    self._open[name] = Collection(config.root, arrow)
-            return self._open[name]
+                stated |= {"concepts": config.concepts or (), "corrections": corrected and config.corrections}
+                arrow = index_collection(config.root, cache=CACHE, **stated)
+                if (name, corrected) not in self._open or self._open[name, corrected].arrow != arrow:
+                    self._open[name, corrected] = collection = Collection(config.root, arrow)
+                    self._shown[name, collection.fingerprint] = collection
+            return self._open[name, corrected]
+
+    def find(self, name: str, fingerprint: str) -> Collection:
+        """Return a collection as it was when a page showed it; a correction since does not end its addresses."""
+        return self._shown.get((name, fingerprint)) or self.open(name)
 
     def read(self, name: str, collection: Collection, row: int) -> bytes:
         """Return the bytes of an image's file. Raises UnreadableImage, also for links out of the collection."""
@@ -176,7 +183,7 @@ def add_route(shelf: Shelf) -> None:
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
         try:
-            collection = shelf.open(name)
+            collection = shelf.find(name, fingerprint)
         except UserError as error:
             raise HTTPException(404, "the collection cannot be opened") from error
         if collection.fingerprint != fingerprint or not 0 <= row < len(collection):

@@ -48,6 +48,7 @@ def add_page(index: RunIndex) -> None:
             "Commands": lambda: _show_commands(path),
         }
         with page(escape_controls(path.name)):
+            ui.link("Review the labels", f"/review?run={quote(name)}")
             with ui.tabs().props("align=left dense no-caps").classes("w-full") as bar:
                 for title in ("Curves", *tabs):
                     ui.tab(title)

@@ -2,12 +2,12 @@
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
-Lines are only appended, by any number of processes. The last decision about an image counts, if what the collection
-says was seen by one of its reviewers. A line with the verdict `undone` takes back those of the same reviewer and time.
+Lines are only appended, by any number of processes. The last line about an image counts, if what the collection says is
+seen or chosen in one of its lines. The verdict `undone` goes back to what counted before.
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -33,7 +33,7 @@ _PATIENCE_SEC = 10  # for another process that appends a line
 
 
 class Decision(Strict):
-    """A decision about an image. was: what it had without decisions. at: the time; undoes: that of what it undoes."""
+    """A decision about an image. was: what the collection said; by: a tab of the page; at: the time."""
 
     path: str
     field: Literal["label", "tags"]
@@ -42,7 +42,6 @@ class Decision(Strict):
     verdict: Literal["accepted", "rejected", "edited", "undone"]
     by: str
     at: str
-    undoes: str | None = None
 
     @model_validator(mode="after")
     def _fits(self) -> Self:
@@ -51,12 +50,12 @@ class Decision(Strict):
         return self
 
 
-Decisions = Mapping[tuple[str, str], Sequence[Decision]]  # by path and field, the latest last
+Decisions = dict[tuple[str, str], list[Decision]]  # by path and field, the latest last
 
 
 def read_corrections(root: Path) -> Decisions:
-    """Return the decisions that stand. Warns of lines that are cut off. Raises UserError (`data.corrections`)."""
-    file, found, cut = root / CORRECTIONS, dict[tuple[str, str], list[Decision]](), []
+    """Return the decisions. Warns of lines that are cut off. Raises UserError (`data.corrections`)."""
+    file, found, cut = root / CORRECTIONS, Decisions(), []
     refuse_link_out(root, file)
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), start=1):
         try:
@@ -68,14 +67,10 @@ def read_corrections(root: Path) -> Decisions:
                 raise UserError(f"data.corrections: {str(file)!r}, line {number}: {fault}; fix the line") from None
             cut += [str(number)] if line.strip() else []
             continue
-        stack = found.setdefault((decision.path, decision.field), [])
-        if decision.verdict == "undone":
-            stack[:] = [each for each in stack if (each.by, each.at) != (decision.by, decision.undoes)]
-        else:
-            stack.append(decision)
+        found.setdefault((decision.path, decision.field), []).append(decision)
     if cut:
         log.warning("data.corrections: %s: what is left of line %s is not read", file, show_some(cut))
-    return {key: stack for key, stack in found.items() if stack}
+    return found
 
 
 def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:

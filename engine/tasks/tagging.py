@@ -235,7 +235,10 @@ class TaggingTask(ImageTask):
         return report
 
     def describe_images(self, batch: Batch) -> pa.Table:
-        """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other."""
+        """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other.
+
+        wrong_by, missed_by: how far the probability of each error is from the tag's threshold.
+        """
         logits, targets, loss = self._predict(batch)
         probs, targets = logits.sigmoid().cpu().numpy(), targets.cpu().numpy()
         has, lacks, found = targets == 1, targets == 0, probs >= self.thresholds
@@ -243,7 +246,10 @@ class TaggingTask(ImageTask):
         tags = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
         names = np.array(self.vocabulary.names, object)
         columns = {name: pa.array([names[row] for row in mask], pa.list_(pa.string())) for name, mask in tags.items()}
-        columns["probability"] = pa.array([row[kept] for row, kept in zip(probs, found)], pa.list_(pa.float32()))
+        distance = np.abs(probs - self.thresholds)
+        values = {"probability": (probs, found), "wrong_by": (distance, tags["wrong"])}
+        for name, (numbers, mask) in (values | {"missed_by": (distance, tags["missed"])}).items():
+            columns[name] = pa.array([row[kept] for row, kept in zip(numbers, mask)], pa.list_(pa.float32()))
         return pa.table({**columns, "loss": loss.cpu().numpy(), "margin": margin})
 
     def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:

@@ -1,0 +1,148 @@
+"""The review of labels: keys and what they save, two tabs, a file that cannot be written, a restart, and training."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from data.collection.collection import Collection, index_collection
+from data.layouts.corrections import CORRECTIONS, append_corrections, read_corrections
+from engine.measures.differences import Difference, read_differences
+from tests.utils.record.test_run_index import make_run
+from tests.viewer.conftest import HOSTILE, serve
+from utils.errors import UserError
+from viewer.review import Desk, Review
+
+CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
+
+
+def write_table(run, **columns):
+    (run / "tables").mkdir(exist_ok=True)
+    pq.write_table(pa.table(columns), run / "tables/images.parquet")
+    return run / "tables/images.parquet"
+
+
+@pytest.fixture(scope="module")
+def animals(tmp_path_factory):
+    root = tmp_path_factory.mktemp("animals")
+    for name in CLASSES:
+        (root / name).mkdir()
+        for number in range(3):
+            Image.fromarray(np.full((20, 30, 3), 80 * number, np.uint8)).save(root / name / f"{number}.png")
+    return root
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory, animals):
+    folder = tmp_path_factory.mktemp("runs")
+    for name in ("a", "bare"):
+        data = {"name": "image_folder", "root": str(animals), "validation_fraction": 0.34, "on_bad_sidecar": "stop",
+                "manifest": "keep", "max_pixels": 10**6, "background": None, "icc": False,
+                "cache": {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}}  # fmt: skip
+        (make_run(folder / name) / "config.json").write_text(json.dumps({"data": data}))
+    paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
+    write_table(folder / "a", path=[*paths, "gone.png"], label=[path.split("/")[0] for path in paths] + ["cat"],
+                prediction=["cat"] * 3 + ["dog"] * 3 + ["dog"] * 4, wrong=[True] * 6 + [False] * 3 + [True],
+                loss=[3.0, 2.9, 2.8, 0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 9.0])  # fmt: skip
+    return folder
+
+
+def test_differences_are_ranked(tmp_path):
+    file = write_table(tmp_path, path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
+                       wrong=[True, True, False], loss=[1.0, 2.0, 0.0])  # fmt: skip
+    assert [(each.path, each.label, round(each.by, 3)) for each in read_differences(file)] == [
+        ("b", "z", 0.865), ("a", "y", 0.632),
+    ]  # fmt: skip
+    file = write_table(tmp_path, path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
+                       wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
+    assert read_differences(file) == [
+        Difference("b", 0.4, tags=(("x", False, 0.4),)),
+        Difference("a", 0.3, tags=(("y", True, 0.3), ("z", False, 0.2), ("x", True, 0.1))),
+    ]
+    file.write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"images\.parquet is not a readable Parquet file"):
+        read_differences(file)
+
+
+def test_tags_are_toggled_and_undone():
+    had = ["blue hair", "character:miku", "hat"]
+    found = Difference("a.png", 0.5, tags=(("red_hair", True, 0.5), ("hat", False, 0.2)))
+    review = Review([found, found._replace(path="b.png")], [had, had], [])
+    review.by = "me"
+    with_both = ["blue hair", "character:miku", "red hair", "hat"]
+    (line,) = review.press("2")  # keeps the hat
+    assert (line.now, line.verdict, review.here) == (with_both, "edited", 0)
+    assert review.choices() == {"red_hair": True, "hat": True}
+    assert [(each.now, each.verdict) for each in review.press("1")] == [(had, "rejected")]
+    assert review.press("Enter") == [] and review.here == 1  # what is decided is not decided again
+    assert review.press("Enter")[0].now == ["blue hair", "character:miku", "red hair"]
+    assert review.press("u")[0].now == had and review.last(1) is None
+    assert review.press("u")[0].now == with_both and review.here == 0
+
+
+def test_the_page(page, address, browser, animals, runs):
+    def wait(text):
+        page.get_by_text(text, exact=False).first.wait_for()
+
+    def labels():
+        lines = map(json.loads, (animals / CORRECTIONS).read_text().splitlines())
+        return [(line["path"].split("/")[-1], line["now"], line["verdict"]) for line in lines]
+
+    page.goto(f"{address}/review?run=0/bare")
+    wait("python evaluate.py run_dir=")
+    page.goto(f"{address}/run/0/a")
+    page.get_by_role("link", name="Review").click()
+    wait("0 of 6 decided")
+    page.keyboard.press("Enter")
+    wait("1 of 6 decided")
+    page.keyboard.press("r"), wait("2 of 6 decided")
+    page.keyboard.press("u"), wait("1 of 6 decided")
+    page.keyboard.press("x"), page.keyboard.press("ArrowRight"), page.keyboard.press("x")
+    page.keyboard.press("3"), wait("3 of 6 decided")
+    hostile = CLASSES[0]
+    assert labels() == [("0.png", "cat", "accepted"), ("1.png", hostile, "rejected"), ("1.png", hostile, "undone"),
+                        ("1.png", "dog", "edited"), ("2.png", "dog", "edited")]  # fmt: skip
+    assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x").count() >= 1
+    other = browser.new_page()
+    other.goto(page.url)
+    other.get_by_text("3 of 6 decided").wait_for()
+    (animals / CORRECTIONS).rename(animals / "held")
+    (animals / CORRECTIONS).mkdir()  # cannot be written
+    page.keyboard.press("Enter"), wait("1 decisions wait here and are tried again: data.corrections")
+    page.reload()
+    wait("decided")
+    (animals / CORRECTIONS).rmdir()
+    (animals / "held").rename(animals / CORRECTIONS)
+    other.get_by_text("4 of 6 decided").wait_for()
+    page.wait_for_timeout(2_500)
+    assert labels()[-1] == ("0.png", "dog", "accepted")
+    other.close()
+    process, again = serve(f"runs={runs}", "view.port=18090")
+    try:
+        tab = browser.new_page()
+        tab.goto(f"{again}review?run=0/a")
+        tab.get_by_text("4 of 6 decided").wait_for()
+        tab.close()
+    finally:
+        process.terminate()
+
+
+def test_the_next_training_has_the_labels(animals, tmp_path):
+    for own in (False, True):
+        arrow = index_collection(str(animals), validation_fraction=0.34, cache=tmp_path, corrections=own)
+        collection = Collection(str(animals), arrow)
+        found = [collection.table["label"].to_pylist()[row] for row in range(4)]
+        assert found == (["cat", "dog", "dog", "dog"] if own else [CLASSES[0]] * 3 + ["cat"])
+
+
+def test_what_cannot_be_saved_waits(tmp_path):
+    review = Review([Difference("a.png", 1.0, "dog")], ["cat"], ["cat", "dog"])
+    (tmp_path / CORRECTIONS).mkdir()
+    desk, lines = Desk(tmp_path), review.press("Enter")
+    assert "1 decisions wait" in desk.save(lines) and list(desk.read().values()) == [lines]
+    (tmp_path / CORRECTIONS).rmdir()
+    append_corrections(tmp_path, [lines[0].model_copy(update={"now": "bird", "by": "other"})])
+    assert desk.save() == "" and [line.now for line in read_corrections(tmp_path)["a.png", "label"]] == ["bird", "dog"]

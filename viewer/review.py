@@ -1,0 +1,289 @@
+"""`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
+
+import shlex
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from threading import Lock
+from typing import Any
+
+from nicegui import run as background
+from nicegui import ui
+from nicegui.events import KeyEventArguments
+
+from data.layouts.corrections import Decision, Decisions, append_corrections, read_corrections, settle
+from data.layouts.spelling import Tag, parse_tag, write_tag
+from data.layouts.table import count_values
+from engine.measures.differences import Difference, read_differences
+from utils.errors import UserError
+from utils.io.safe_text import escape_controls
+from utils.record.run_index import RunIndex
+from utils.vocabulary import RATINGS
+from viewer.images import Shelf, find_rows, image_address
+from viewer.parts import REFRESH_SEC, find_run, page
+
+_CARDS = 24  # on a screen
+_HINT = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
+_CARD = """<div :class="props.row.kind" @click="() => $parent.$emit('pick', props.row.id)">
+<img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
+<div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
+_STYLE = """
+.review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100% }
+@media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
+.cards .q-table__grid-content { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
+  align-items: start }
+.card { border: 2px solid transparent; border-radius: 6px; padding: 4px; cursor: pointer; font-size: 13px }
+.card img { width: 100%; aspect-ratio: 1; object-fit: contain } .decided img { opacity: .35 }
+.marked { background: #1c6dd033 } .here { border-color: #1c6dd0 }
+.large { width: 100%; height: min(46vh, 420px) }
+"""
+
+
+_desks: dict[Path, "Desk"] = {}  # by collection: what could not be saved is lost by no reload of a tab
+
+
+class Desk:
+    """The decisions about a collection: those in its file, and those that the file could not take yet."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._waiting, self._lock = root, list[Decision](), Lock()
+
+    def save(self, decisions: Sequence[Decision] = ()) -> str:
+        """Append decisions, and those that wait; return why they wait on."""
+        with self._lock:
+            self._waiting += decisions
+            try:
+                if self._waiting:
+                    append_corrections(self._root, self._waiting)
+                self._waiting.clear()
+            except UserError as error:
+                return f"{len(self._waiting)} decisions wait here and are tried again: {error}"
+        return ""
+
+    def read(self) -> Decisions:
+        """Return all decisions."""
+        with self._lock:
+            decisions = read_corrections(self._root)
+            for each in self._waiting:
+                decisions.setdefault((each.path, each.field), []).append(each)
+        return decisions
+
+
+class Review:
+    """The differences in one tab. had: what each image has without decisions; here: the shown one; marked: others."""
+
+    def __init__(self, found: Sequence[Difference], had: Sequence[Any], classes: Sequence[str]) -> None:
+        self.found, self.had, self.classes = found, had, classes
+        self.field = "tags" if had and isinstance(had[0], list) else "label"
+        self.decisions, self.here, self.marked, self.by = Decisions(), 0, set[int](), ""
+
+    def last(self, number: int) -> Decision | None:
+        """Return the decision about an image that counts."""
+        stack = self.decisions.get((self.found[number].path, self.field), [])
+        value, applies = settle(self.had[number], stack)
+        return stack[-1] if applies and (stack[-1].verdict != "undone" or value != self.had[number]) else None
+
+    def suggestion(self, number: int) -> Any:
+        """Return what the network says of an image."""
+        found, value = self.found[number], self.had[number]
+        for tag, is_added, _ in found.tags:
+            value = _with_tag(value, tag, is_added)
+        return found.label or value
+
+    def choices(self) -> dict[str, bool]:
+        """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
+        found, last = self.found[self.here], self.last(self.here)
+        value = last.now if last else self.suggestion(self.here)
+        if self.field == "tags":
+            return {tag: _has_tag(value, tag) for tag, _, _ in found.tags[:9]}
+        names = dict.fromkeys(filter(None, (found.label, self.had[self.here], *self.classes)))
+        return {name: name == value for name in [*names][:9]}
+
+    def card(self, number: int, image: str) -> dict[str, Any]:
+        """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
+        found, last, had = self.found[number], self.last(number), self.had[number]
+        value = last.now if last else self.suggestion(number)
+        text = str(had) if value == had else f"{had} → {value}"
+        if self.field == "tags":
+            text = " ".join(f"+{tag}" for tag in value if tag not in had)
+            text = " ".join([text, *(f"−{tag}" for tag in had if tag not in value)])
+        kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last}
+        return {
+            "id": number, "image": image, "text": escape_controls(text), "verdict": f"{found.by:.3f}",
+            "kind": " ".join(["card", *(kind for kind, is_so in kinds.items() if is_so)]),
+        } | ({"verdict": escape_controls(f"{last.verdict} by {last.by}")} if last else {})  # fmt: skip
+
+    def press(self, key: str) -> list[Decision]:
+        """Do what a key means; return the decisions to save."""
+        shown, targets = self.here // _CARDS * _CARDS, sorted(self.marked) or [self.here]
+        if key in ("ArrowLeft", "ArrowRight"):
+            self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.found) - 1)
+        elif key == "x":
+            self.marked ^= {self.here}
+        elif key == "a":
+            self.marked |= {*range(shown, min(shown + _CARDS, len(self.found)))}
+        elif key == "Enter":
+            return self.decide({each: self.suggestion(each) for each in targets if self.last(each) is None})
+        elif key == "r":
+            return self.decide({each: self.had[each] for each in targets})
+        elif key == "u":
+            return self.undo()
+        elif key in [*map(str, range(1, len(self.choices()) + 1))]:
+            return self.choose([*self.choices()][int(key) - 1])
+        return []
+
+    def choose(self, name: str) -> list[Decision]:
+        """Give a class to the marked images, or to the shown one; or give the shown one a tag, or take it away."""
+        if self.field == "label":
+            return self.decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
+        last = self.last(self.here)
+        value = last.now if last else self.suggestion(self.here)
+        return self._write({self.here: _with_tag(value, name, not _has_tag(value, name))})
+
+    def decide(self, values: Mapping[int, Any]) -> list[Decision]:
+        """Return decisions, and show the next image without one."""
+        lines, order = self._write(values), [*range(self.here, len(self.found)), *range(self.here)]
+        self.here = next((each for each in order if self.last(each) is None), self.here)
+        return lines
+
+    def undo(self) -> list[Decision]:
+        """Return the lines that go back behind this tab's last decisions, and show their first image."""
+        last = {each: self.last(each) for each in range(len(self.found))}
+        own = {each: line.at for each, line in last.items() if line and line.by == self.by and line.verdict != "undone"}
+        numbers = [each for each, at in own.items() if at == max(own.values())]
+        stacks = {each: self.decisions[self.found[each].path, self.field] for each in numbers}
+        self.here = min(numbers, default=self.here)
+        values = {each: stack[-2].now if stack[1:] else self.had[each] for each, stack in stacks.items()}
+        return self._write(values, "undone")
+
+    def _write(self, values: Mapping[int, Any], verdict: str | None = None) -> list[Decision]:
+        at, lines = datetime.now(UTC).isoformat(timespec="microseconds"), []
+        for number, now in values.items():
+            path, was, field = self.found[number].path, self.had[number], self.field
+            kind = "rejected" if now == was else "accepted" if now == self.suggestion(number) else "edited"
+            line = Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at)
+            self.decisions.setdefault((path, field), []).append(line)
+            lines.append(line)
+        self.marked -= values.keys()
+        return lines
+
+
+def _has_tag(tags: Sequence[str], name: str) -> bool:
+    return any(parse_tag(tag).name == name for tag in tags)
+
+
+def _with_tag(tags: Sequence[str], name: str, is_added: bool) -> list[str]:
+    """Return the tags with another one, spelled like them, or without it."""
+    kept = [tag for tag in tags if parse_tag(tag).name != name]
+    return [*kept, write_tag(Tag(None, name), spaces=any(" " in tag for tag in tags))] if is_added else kept
+
+
+def open_review(shelf: Shelf, run: Path) -> tuple[Review, list[str], Desk]:
+    """Return the differences of a run whose images its collection has, their addresses, and the decisions.
+
+    Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
+    """
+    found, name = read_differences(run / "tables/images.parquet"), shelf.of_run(run)
+    if name is None or not found:
+        command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
+        raise UserError(f"No image where network and label differ is known. This looks for them: {command}")
+    collection = shelf.open(name, again=True, corrected=False)
+    if not isinstance(collection.root, Path):
+        raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
+    rows, field = find_rows(collection, [each.path for each in found]), "label" if found[0].label else "tags"
+    found, rows = [each for each, row in zip(found, rows) if row >= 0], rows[rows >= 0]
+    had = collection.table[field].take(rows).to_pylist()
+    if field == "tags":
+        found = [_of_tags(each, {parse_tag(tag).name for tag in tags}) for each, tags in zip(found, had)]
+    desk, review = _desks.setdefault(collection.root, Desk(collection.root)), Review(found, had, [])
+    review.decisions = desk.read()
+    kept = [each for each in range(len(found)) if review.last(each) or review.suggestion(each) != had[each]]
+    found, had, rows = ([values[each] for each in kept] for values in (found, had, rows.tolist()))
+    review = Review(found, had, list(count_values(collection.table["label"])))
+    review.decisions = desk.read()
+    return review, [image_address(name, collection, row) for row in rows], desk
+
+
+def _of_tags(found: Difference, names: set[str]) -> Difference:
+    """Return a difference without the tags that are no text of the image, such as ratings, and implied ones."""
+    return found._replace(
+        tags=tuple(each for each in found.tags if each[1] != (each[0] in names) and each[0] not in RATINGS)
+    )
+
+
+def add_page(index: RunIndex, shelf: Shelf) -> None:
+    """Add the page."""
+
+    @ui.page("/review")
+    async def show(run: str = "") -> None:
+        path = find_run(index, run)
+        with page(f"Review {escape_controls(path.name)}"):
+            try:
+                review, images, desk = await background.io_bound(open_review, shelf, path)
+            except UserError as error:
+                ui.label(escape_controls(str(error))).classes("mono").style("overflow-wrap: anywhere")
+                return
+            await _show(review, images, desk)
+
+
+async def _show(review: Review, images: list[str], desk: Desk) -> None:
+    ui.add_css(_STYLE)
+    drawn: list[Any] = []
+    with ui.row().classes("items-center w-full"):
+        for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
+            ui.button(title, on_click=lambda _, key=key: press(key)).props(
+                "no-caps unelevated dense padding='4px 12px'"
+            )
+        progress = ui.label()
+    waiting = ui.label().classes("text-negative")
+    ui.label(_HINT).classes("muted q-mb-md")
+    with ui.element("div").classes("review"):
+        with ui.column().classes("w-full"):
+            picture, title = ui.image().props("fit=contain no-spinner no-transition").classes("large"), ui.label()
+            title.classes("mono").style("overflow-wrap: anywhere")
+            chips = ui.row()
+            if review.field == "label":
+                other = ui.select(review.classes, label="another class", with_input=True).props("dense outlined")
+                other.classes("w-full").on_value_change(lambda event: save(review.choose(event.value)))
+        cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
+        cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
+
+    async def save(lines: Sequence[Decision] = ()) -> None:
+        waiting.text = escape_controls(await background.io_bound(desk.save, lines))
+        review.decisions = await background.io_bound(desk.read)
+        draw()
+
+    async def press(key: str) -> None:
+        ui.run_javascript("document.activeElement?.blur()")  # keys are not for the button that was clicked
+        await save(review.press(key))
+
+    async def on_key(event: KeyEventArguments) -> None:
+        if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
+            await press(event.key.name.lower() if len(event.key.name) == 1 else event.key.name)
+
+    def show(number: int) -> None:
+        review.here = number
+        draw()
+
+    def draw() -> None:
+        if drawn == (state := [review.here, {*review.marked}, review.decisions]):
+            return
+        drawn[:], first = state, review.here // _CARDS * _CARDS
+        cards.rows = [review.card(each, images[each]) for each in range(len(images))[first : first + _CARDS]]
+        progress.text = (
+            f"{sum(review.last(each) is not None for each in range(len(images))):,} of {len(images):,} decided"
+        )
+        picture.source = images[review.here].replace("px=256", "px=1024")
+        title.text = f"{escape_controls(review.found[review.here].path)}: {cards.rows[review.here - first]['text']}"
+        chips.clear()
+        with chips:
+            for number, (name, is_on) in enumerate(review.choices().items(), start=1):
+                chip = ui.button(f"{number} {escape_controls(name)}", on_click=lambda _, key=str(number): press(key))
+                chip.props("no-caps dense unelevated padding='2px 8px'" + ("" if is_on else " outline"))
+
+    cards.on("pick", lambda event: show(event.args))
+    ui.keyboard(on_key)
+    draw()
+    await ui.context.client.connected()
+    review.by = (ui.context.client.tab_id or "")[:8]
+    ui.timer(REFRESH_SEC, save)
