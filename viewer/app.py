@@ -13,7 +13,7 @@ from data.config import DataConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import curves, images, playground, review, run, runs
+from viewer import collection, curves, images, playground, review, run, runs
 from viewer.config import PageConfig
 from viewer.playground import MAX_BYTES, Networks
 
@@ -99,6 +99,7 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     index, port = RunIndex([Path(root) for root in roots]), choose_port(host, view.port)
     shelf = images.Shelf(index, data if data.root else None)
     images.add_route(shelf)
+    collection.add_page(shelf)
     for page in (runs, run, curves):
         page.add_page(index)
     playground.add_page(networks, shelf)

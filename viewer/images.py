@@ -1,6 +1,6 @@
 """The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`.
 
-shelf.configs()                        the collections by name: those of the runs, and the user's
+shelf.configs()                        the collections by name: the user's, and those of the runs
 shelf.of_run(run)                      the name of the collection that a run folder was trained on, or None
 collection = shelf.open(name)          slow at first: through background.io_bound
 image_address(name, collection, row)   row: of the collection, as in its index
@@ -9,7 +9,7 @@ find_rows(collection, paths)           rows by path
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Annotated
@@ -40,15 +40,12 @@ from utils.record.run_reader import RunReader
 
 log = get_logger(__name__)
 
-_LIMIT_BYTES, _KEPT_PX = 2**30, 512  # of thumbnails on disk: all together, and the largest side that is kept
-_LARGEST_PX, _QUALITY = 2048, 88
-_adding = Lock()
-OUTSIDE = "a link out of the collection"
+_INDEXED_BY = {"validation_fraction", "on_bad_sidecar", "corrections"}
+_LIMIT_BYTES, _LARGEST_PX, _QUALITY = 2**30, 2048, 92  # all thumbnails on disk; the side and the JPEG quality of each
 # Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
 _UNREADABLE = (
-    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><rect width="96" height="96" fill="#868e96" '
-    'opacity=".2"/><text x="48" y="52" text-anchor="middle" font-family="sans-serif" font-size="13" fill="#868e96">'
-    "unreadable</text></svg>"
+    '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><text x="48" y="52" text-anchor="middle" '
+    'font-family="sans-serif" font-size="13" fill="#868e96">unreadable</text></svg>'
 )
 
 
@@ -56,43 +53,52 @@ class Shelf:
     """The collections that runs were trained on, and the one that the user names; opened when they are asked for."""
 
     def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
-        self._runs, self._data = runs, data
-        self._configs: dict[str, DataConfig] = {}
-        self._open: dict[tuple[str, bool], Collection] = {}  # by name, and whether it is corrected
-        self._shown: dict[tuple[str, str], Collection] = {}  # by name and fingerprint
-        self._lock = Lock()
+        self._runs, self._lock, self._configs = runs, Lock(), dict[str, DataConfig]()
+        self._open = dict[tuple[str, bool], Collection]()  # by name, and whether it is corrected
+        self._shown = dict[tuple[str, str], Collection]()  # by name and fingerprint
+        if data is not None:
+            self._add(data)
 
-    def configs(self) -> dict[str, DataConfig]:
-        """Return the settings of all collections by name, the user's first; roots are absolute."""
-        found = [] if self._data is None else [self._data]
-        found += filter(None, map(_read_config, find_runs(self._runs.roots)))
-        self._configs = {name_of(config): _absolute(config) for config in found}
-        return self._configs
+    def _add(self, config: DataConfig) -> str:
+        if not is_remote(config.root):
+            config = config.model_copy(update={"root": str(Path(config.root).expanduser().resolve())})
+        keys = config.model_dump(mode="json", include={"root", "concepts", *_INDEXED_BY})
+        name = sha256_text(canonical_json(keys))[:12]
+        self._configs[name] = config
+        return name
 
     def of_run(self, run: Path) -> str | None:
         """Return the name of the collection that a run was trained on; None if its settings say none."""
-        config = _read_config(run)
-        return None if config is None else name_of(config)
+        try:
+            return self._add(DataConfig.model_validate(RunReader(run).config.get("data")))
+        except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
+            return None
+
+    def configs(self) -> dict[str, DataConfig]:
+        """Return the settings of all collections by name, the user's first; roots are absolute."""
+        for run in find_runs(self._runs.roots):
+            self.of_run(run)
+        return dict(self._configs)
 
     def config(self, name: str) -> DataConfig:
         """Return the settings of a collection. Raises HTTPException 404 for an unknown name."""
-        config = self._configs.get(name) or self.configs().get(name)
-        if config is None:
+        if name not in self._configs and name not in self.configs():
             raise HTTPException(404, "no such collection")
-        return config
+        return self._configs[name]
 
     def open(self, name: str, *, again: bool = False, corrected: bool = True) -> Collection:
         """Return a collection; again: look for changes. Raises UserError (`data.root`), HTTPException 404."""
         config = self.config(name)
         with self._lock:
-            if again or (name, corrected) not in self._open:
-                stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
-                stated |= {"concepts": config.concepts or (), "corrections": corrected and config.corrections}
+            opened = self._open.get((name, corrected))
+            if again or opened is None:
+                stated = {"concepts": config.concepts or (), **config.model_dump(include=_INDEXED_BY)}
+                stated["corrections"] &= corrected
                 arrow = index_collection(config.root, cache=CACHE, **stated)
-                if (name, corrected) not in self._open or self._open[name, corrected].arrow != arrow:
-                    self._open[name, corrected] = collection = Collection(config.root, arrow)
-                    self._shown[name, collection.fingerprint] = collection
-            return self._open[name, corrected]
+                if opened is None or opened.arrow != arrow:
+                    self._open[name, corrected] = opened = Collection(config.root, arrow)
+                    self._shown[name, opened.fingerprint] = opened
+            return opened
 
     def find(self, name: str, fingerprint: str) -> Collection:
         """Return a collection as it was when a page showed it; a correction since does not end its addresses."""
@@ -100,35 +106,17 @@ class Shelf:
 
     def read(self, name: str, collection: Collection, row: int) -> bytes:
         """Return the bytes of an image's file. Raises UnreadableImage, also for links out of the collection."""
-        contents = open_contents(collection)
+        contents, config = open_contents(collection), self.config(name)
+        roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
         if (file := contents.file_of(row)) is not None:
-            config = self.config(name)
-            roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
-            if not any(Path(file.path).resolve().is_relative_to(Path(root).resolve()) for root in roots):
-                raise UnreadableImage(contents.name_of(row), OUTSIDE, file.path)
+            target = Path(file.path).resolve()
+            if not any(target.is_relative_to(Path(root).resolve()) for root in roots):
+                raise UnreadableImage(contents.name_of(row), "a link out of the collection", str(target))
         return contents.read(row)
 
 
-def _absolute(config: DataConfig) -> DataConfig:
-    root = config.root
-    return config.model_copy(update={"root": root if is_remote(root) else str(Path(root).expanduser().resolve())})
-
-
-def name_of(config: DataConfig) -> str:
-    """Return the name of a collection in addresses: a hash of what its index depends on."""
-    keys = ("root", "validation_fraction", "on_bad_sidecar", "concepts")
-    return sha256_text(canonical_json(_absolute(config).model_dump(mode="json", include={*keys})))[:12]
-
-
-def _read_config(run: Path) -> DataConfig | None:
-    try:
-        return DataConfig.model_validate(RunReader(run).config.get("data"))
-    except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
-        return None
-
-
 def image_address(name: str, collection: Collection, row: int, px: int = 256) -> str:
-    """Return the address of an image, reduced to `px`; it ends to be valid when the collection changes."""
+    """Return the address of an image, reduced to `px`."""
     return f"/image/{name}/{collection.fingerprint}/{row}?px={px}"
 
 
@@ -151,48 +139,29 @@ def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:
     return open_image(content, name, max_pixels, draw)
 
 
-@functools.cache
-def _thumbnails() -> LimitedStore:
-    return LimitedStore(Path("outputs/cache/thumbnails"), _LIMIT_BYTES)  # job=cache removes old ones
-
-
-@functools.cache
-def _warn_once(text: str) -> None:
-    log.warning("%s. Thumbnails are made anew each time", text)
-
-
-def _keep(key: str, make: Callable[[], bytes]) -> bytes:
-    """Return a thumbnail from the store, or make and keep it; on a disk that cannot be written, only make it."""
-    try:
-        if (known := _thumbnails().get(key)) is not None:
-            return known.tobytes()
-        content = make()
-        with _adding:  # the store's own lock is between processes
-            _thumbnails().add(key, content)
-    except UserError as error:
-        _warn_once(str(error))
-        content = make()
-    return content
-
-
 def add_route(shelf: Shelf) -> None:
     """Add the route of images. Thumbnails are kept by the state of the file, in a folder of bounded size."""
+    thumbnails = functools.cache(lambda: LimitedStore(Path("outputs/cache/thumbnails"), _LIMIT_BYTES))
 
     @app.get("/image/{name}/{fingerprint}/{row}")
     def image(
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
-        try:
-            collection = shelf.find(name, fingerprint)
-        except UserError as error:
-            raise HTTPException(404, "the collection cannot be opened") from error
-        if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
-            raise HTTPException(404, "no such image; the collection may have changed: load the page again")
-        limit, contents = shelf.config(name).max_pixels, open_contents(collection)
-        key = image_key(contents, row, f"jpeg {px} {limit}") if px <= _KEPT_PX else None
-        make = lambda: reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)  # noqa: E731
         headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}
         try:
-            return Response(make() if key is None else _keep(key, make), media_type="image/jpeg", headers=headers)
+            collection = shelf.find(name, fingerprint)
+            if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
+                raise HTTPException(404, "no such image; the collection may have changed: load the page again")
+            limit, contents = shelf.config(name).max_pixels, open_contents(collection)
+            key = image_key(contents, row, f"jpeg {px} {limit}")
+            content = None if key is None else thumbnails().get(key)
+            if content is None:
+                content = reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)
+                if key is not None:
+                    thumbnails().add(key, content)
         except UnreadableImage:
             return Response(_UNREADABLE, media_type="image/svg+xml", headers=headers)
+        except UserError as error:  # of a collection that cannot be read, or of a full disk
+            log.warning("%s", error)
+            raise HTTPException(503, str(error)) from None
+        return Response(bytes(content), media_type="image/jpeg", headers=headers)

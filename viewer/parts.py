@@ -42,6 +42,7 @@ def page(title: str) -> Iterator[None]:
     dark = ui.dark_mode(None)
     with ui.header().classes("items-center q-px-md q-py-sm").style("background: #212529"):
         ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
+        ui.link("Collections", "/collection").classes("text-white no-underline")
         ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
         for name, address in PAGES.items():
             ui.link(name, address).classes("text-white no-underline")

@@ -20,7 +20,6 @@ from viewer import images
 def shelf(tmp_path, monkeypatch):
     """A run, and its collection: a wide image, a broken one, one whose file vanishes, a link out of the collection."""
     monkeypatch.chdir(tmp_path)
-    images._thumbnails.cache_clear()
     (tmp_path / "photos").mkdir()
     for name in ("photos/a.png", "photos/b.png", "photos/c.jpg", "secret.png"):
         Image.fromarray(np.full((100, 400, 3), 90, np.uint8)).save(tmp_path / name)

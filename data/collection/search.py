@@ -1,0 +1,111 @@
+"""Find rows of a collection by a text of terms. Columns are compared as a whole, so a million rows take a moment.
+
+    search = Search(collection)
+    search.find('1girl -hat character:* split=val caption:"red house" width>=512 copies>1')       rows, int64 [n]
+    search.count(rows, "tags")                                  [("1girl", 512), ...], the most frequent first
+
+A term is a tag, in which `*` stands for any text, or COLUMN OPERATOR VALUE; a `-` before it excludes. `:` finds a part
+of a text, `=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. Beside the columns of
+the manifest there are `aspect` (width / height) and `copies` (how many images are equal or similar, itself included).
+"""
+
+import operator
+import re
+from functools import cache
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.collection.collection import Collection
+from data.collection.split import FINGERPRINTS, lead_rows
+from data.layouts.spelling import parse_tag
+from data.layouts.table import TAG_LISTS
+from utils.errors import UserError
+
+_TERM = re.compile(r'(-?)(?:(\w+)(<=|>=|[:=<>]))?("(?:[^"\\]|\\.)*"|\S+)')
+_COMPARE = {
+    ":": operator.eq, "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
+}  # fmt: skip
+
+
+def quote_value(value: str) -> str:
+    """Return a value as it is written in a term."""
+    return '"' + re.sub(r'(["\\])', r"\\\1", value) + '"'
+
+
+def _unquote(value: str) -> str:
+    is_quoted = len(value) > 1 and value[0] == value[-1] == '"'
+    return re.sub(r"\\(.)", r"\1", value[1:-1]) if is_quoted else value
+
+
+class Search:
+    """The rows of a collection, found by terms. Parts that take long are kept."""
+
+    def __init__(self, collection: Collection) -> None:
+        self.collection, self._table = collection, collection.table
+        self._lists, self.leads = cache(self._read_lists), cache(lambda: lead_rows(self._table, FINGERPRINTS))
+        self.columns = [*self._table.column_names, "copies"]
+        self.columns += ["aspect"] if {"width", "height"} <= set(self.columns) else []
+
+    def find(self, text: str) -> np.ndarray:
+        """Return the rows that all terms of a text accept. Raises UserError with the term."""
+        chosen = np.ones(len(self.collection), bool)
+        for minus, name, sign, value in _TERM.findall(text):
+            chosen &= self._accepts(name, sign, _unquote(value)) != bool(minus)
+        return np.flatnonzero(chosen)
+
+    def count(self, rows: np.ndarray, name: str) -> list[tuple[str, int]]:
+        """Count the values, or tags, of a column of texts over some rows."""
+        if name in TAG_LISTS:
+            names, ids, offsets = self._lists(name)
+            chosen = np.zeros(len(self.collection), bool)
+            chosen[rows] = True
+            counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
+        else:
+            column = self._table[name].take(rows).drop_null().dictionary_encode().combine_chunks()
+            names, counts = column.dictionary.to_pylist(), np.bincount(column.indices.to_numpy())
+        return [(names[number], int(counts[number])) for number in np.argsort(-counts, kind="stable") if counts[number]]
+
+    def _accepts(self, name: str, sign: str, value: str) -> np.ndarray:
+        """Return whether each row has a tag, or a value in a column, bool [N]."""
+        if name not in self.columns or (name in TAG_LISTS and sign == ":"):
+            if sign not in ("", ":"):
+                raise UserError(f"{name}{sign}: no such column; there are {', '.join(self.columns)}")
+            return self._has_tag(*((name, value) if name in TAG_LISTS else ("tags", f"{name}{sign}{value}")))
+        if (numbers := self._numbers(name)) is not None:
+            try:
+                return _COMPARE[sign](numbers, float(value))
+            except ValueError:
+                raise UserError(f"{name}{sign}{value}: {name} has numbers; write one") from None
+        if sign not in (":", "="):
+            raise UserError(f"{name}{sign}{value}: {name} has texts; use {name}:{value} or {name}={value}")
+        column = self._table[name]
+        found = pc.equal(column, value) if sign == "=" else pc.match_substring(column, value, ignore_case=True)
+        return found.fill_null(False).to_numpy()
+
+    def _has_tag(self, name: str, value: str) -> np.ndarray:
+        names, ids, offsets = self._lists(name)
+        wanted, has = parse_tag(value), np.zeros(len(self.collection), bool)
+        is_name = re.compile(".*".join(map(re.escape, wanted.name.split("*")))).fullmatch
+        tags = map(parse_tag, names)
+        chosen = [wanted.category in (None, tag.category or 0) and bool(is_name(tag.name)) for tag in tags]
+        has[np.searchsorted(offsets, np.flatnonzero(np.array(chosen, bool)[ids]), "right") - 1] = True
+        return has
+
+    def _read_lists(self, name: str) -> tuple[list[str], np.ndarray, np.ndarray]:
+        """Return the tags of a column, the number of each tag of each row, row after row, and where rows begin."""
+        lists = self._table[name]
+        flat = pc.list_flatten(lists).dictionary_encode().unify_dictionaries().combine_chunks()
+        offsets = np.concatenate([[0], np.cumsum(pc.list_value_length(lists).fill_null(0).to_numpy())])
+        return flat.dictionary.to_pylist(), flat.indices.to_numpy(), offsets
+
+    def _numbers(self, name: str) -> np.ndarray | None:
+        """Return a column as numbers, [N], NaN if unknown; None for a column of texts."""
+        if name == "copies":
+            return np.bincount(self.leads(), minlength=len(self.collection))[self.leads()]
+        if name == "aspect":
+            return self.collection.column("width") / self.collection.column("height")
+        if name in TAG_LISTS:
+            return pc.list_value_length(self._table[name]).to_numpy()
+        return None if pa.types.is_string(self._table[name].type) else self.collection.column(name)

@@ -1,0 +1,82 @@
+"""The page of a collection in a browser, over hostile names and a broken image; collections that cannot be opened."""
+
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images.image_formats import EMPTY
+from tests.viewer.conftest import HOSTILE, serve
+
+NAME = HOSTILE.replace("/", "")
+
+
+@pytest.fixture(scope="module")
+def address(tmp_path_factory):
+    """A collection of 400 images; the last one is empty, and the file of the one before vanishes when it is indexed."""
+    root = tmp_path_factory.mktemp("collection") / NAME
+    (root / NAME).mkdir(parents=True)
+    rows = []
+    for number in range(400):
+        path = f"{NAME}/{number:03}{HOSTILE.replace('/', '')}.png"
+        rows.append({
+            "path": path, "label": f"{HOSTILE}{number % 2}", "tags": [HOSTILE, f"character:n{number}", '"'],
+            "caption": HOSTILE, HOSTILE: HOSTILE, "weight": float(number < 399),
+        })  # fmt: skip
+        Image.fromarray(np.full((30, 40, 3), number % 255, np.uint8)).save(root / path) if number < 399 else None
+    (root / rows[399]["path"]).touch()
+    (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    empty = tmp_path_factory.mktemp("nothing")
+    process, address = serve(f"runs={empty}", "view.port=18060", f"data.root={root}")
+    yield address.rstrip("/")
+    process.terminate()
+    process.wait()
+
+
+def test_a_collection_is_searched_and_shown(page, address):
+    page.goto(f"{address}/collection")
+    page.locator("a[href^='/collection/']").click()
+    page.get_by_text("400 of 400 images").wait_for()
+    assert 0 < page.locator(".tile").count() < 100, "only what is near the visible part"
+    page.locator(".tile").first.focus()
+    page.locator(".q-scrollarea__container").evaluate("area => area.scrollTop = area.scrollHeight")
+    page.locator(".tile[title*='399']").click()
+    page.get_by_text(EMPTY, exact=False).wait_for()
+    assert page.get_by_text(HOSTILE, exact=True).count() > 0 and page.locator("img[onerror]").count() == 0
+    page.keyboard.press("Escape")
+    find = page.get_by_label("find")
+    for text, count in (
+        ("-character:n7 character:*", 399),
+        ("weight=0", 1),
+        ("label:1 split=val", None),
+        ("size<1", 1),
+    ):
+        find.fill(text)
+        find.press("Enter")
+        page.get_by_text(f"{count} of 400" if count else " of 400 images").wait_for()
+    page.reload()
+    page.get_by_text("1 of 400 images").wait_for()
+    assert find.input_value() == "size<1"
+    find.fill("size>big")
+    find.press("Enter")
+    page.get_by_text("size has numbers", exact=False).wait_for()
+    find.fill("")
+    find.press("Enter")
+    page.locator(".q-table td", has_text=f"{HOSTILE}1").first.click()
+    page.get_by_text("200 of 400 images").wait_for()
+
+
+def test_nothing_overflows(page, address, tmp_path):
+    page.goto(f"{address}/collection")
+    page.locator("a[href^='/collection/']").click()
+    for opens in (False, True):
+        page.locator(".tile").first.click() if opens else None
+        page.get_by_text("40 x 30" if opens else "400 of 400", exact=False).wait_for()
+        for width in (360, 1280, 1600):
+            page.set_viewport_size({"width": width, "height": 900})
+            for scheme in ("light", "dark"):
+                page.emulate_media(color_scheme=scheme)
+                page.wait_for_timeout(200)
+                assert page.evaluate("document.documentElement.scrollWidth") <= width
+                page.screenshot(path=tmp_path / f"collection-{width}-{scheme}-{opens}.png")
