@@ -6,6 +6,7 @@ import subprocess
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
+os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"  # more are processes, each of which imports torch
 os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the fork server's question for a GPU bars its forks from it
 
 import pytest
