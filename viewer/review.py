@@ -1,7 +1,7 @@
 """`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
 
 import shlex
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -11,7 +11,14 @@ from nicegui import run as background
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
-from data.layouts.corrections import Decision, Decisions, append_corrections, read_corrections, settle
+from data.layouts.corrections import (
+    CORRECTIONS,
+    Decision,
+    Decisions,
+    append_corrections,
+    read_corrections,
+    settle,
+)
 from data.layouts.spelling import Tag, parse_tag, write_tag
 from data.layouts.table import count_values
 from engine.measures.differences import Difference, read_differences
@@ -39,34 +46,34 @@ _STYLE = """
 """
 
 
-_desks: dict[Path, "Desk"] = {}  # by collection: what could not be saved is lost by no reload of a tab
-
-
 class Desk:
     """The decisions about a collection: those in its file, and those that the file could not take yet."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._waiting, self._lock = root, list[Decision](), Lock()
+        self._root, self._lock, self._waiting = root, Lock(), list[Decision]()
+        self._saved, self._version = Decisions(), None
 
-    def save(self, decisions: Sequence[Decision] = ()) -> str:
-        """Append decisions, and those that wait; return why they wait on."""
+    def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
+        """Append decisions, and those that wait; return all of them, and why some wait on."""
+        file, fault = self._root / CORRECTIONS, ""
         with self._lock:
-            self._waiting += decisions
+            self._waiting += new
             try:
                 if self._waiting:
                     append_corrections(self._root, self._waiting)
-                self._waiting.clear()
-            except UserError as error:
-                return f"{len(self._waiting)} decisions wait here and are tried again: {error}"
-        return ""
-
-    def read(self) -> Decisions:
-        """Return all decisions."""
-        with self._lock:
-            decisions = read_corrections(self._root)
+                    self._waiting.clear()
+                version = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
+                if version != self._version:
+                    self._saved, self._version = read_corrections(self._root), version
+            except (OSError, UserError) as error:
+                fault = f"{len(self._waiting)} decisions wait here and are tried again: {error}"
+            decisions = {key: [*lines] for key, lines in self._saved.items()}
             for each in self._waiting:
                 decisions.setdefault((each.path, each.field), []).append(each)
-        return decisions
+        return decisions, fault
+
+
+_desks: dict[Path, Desk] = {}  # by collection: no reload of a tab loses what could not be saved
 
 
 class Review:
@@ -143,6 +150,7 @@ class Review:
     def decide(self, values: Mapping[int, Any]) -> list[Decision]:
         """Return decisions, and show the next image without one."""
         lines, order = self._write(values), [*range(self.here, len(self.found)), *range(self.here)]
+        self.marked.clear()
         self.here = next((each for each in order if self.last(each) is None), self.here)
         return lines
 
@@ -164,7 +172,6 @@ class Review:
             line = Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at)
             self.decisions.setdefault((path, field), []).append(line)
             lines.append(line)
-        self.marked -= values.keys()
         return lines
 
 
@@ -178,36 +185,38 @@ def _with_tag(tags: Sequence[str], name: str, is_added: bool) -> list[str]:
     return [*kept, write_tag(Tag(None, name), spaces=any(" " in tag for tag in tags))] if is_added else kept
 
 
-def open_review(shelf: Shelf, run: Path) -> tuple[Review, list[str], Desk]:
-    """Return the differences of a run whose images its collection has, their addresses, and the decisions.
+def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk]:
+    """Return the differences of a run in images of its collection, their addresses by number and px, and the decisions.
 
     Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
     """
     found, name = read_differences(run / "tables/images.parquet"), shelf.of_run(run)
+    command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
+    nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     if name is None or not found:
-        command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
-        raise UserError(f"No image where network and label differ is known. This looks for them: {command}")
+        raise nothing
     collection = shelf.open(name, again=True, corrected=False)
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     rows, field = find_rows(collection, [each.path for each in found]), "label" if found[0].label else "tags"
-    found, rows = [each for each, row in zip(found, rows) if row >= 0], rows[rows >= 0]
+    found, rows = [each for each, row in zip(found, rows) if row >= 0], rows[rows >= 0].tolist()
     had = collection.table[field].take(rows).to_pylist()
-    if field == "tags":
-        found = [_of_tags(each, {parse_tag(tag).name for tag in tags}) for each, tags in zip(found, had)]
-    desk, review = _desks.setdefault(collection.root, Desk(collection.root)), Review(found, had, [])
-    review.decisions = desk.read()
-    kept = [each for each in range(len(found)) if review.last(each) or review.suggestion(each) != had[each]]
-    found, had, rows = ([values[each] for each in kept] for values in (found, had, rows.tolist()))
+    found = [_of_texts(each, value) for each, value in zip(found, had)]
+    desk = _desks.setdefault(collection.root, Desk(collection.root))
     review = Review(found, had, list(count_values(collection.table["label"])))
-    review.decisions = desk.read()
-    return review, [image_address(name, collection, row) for row in rows], desk
+    review.decisions, _ = desk.sync()
+    kept = [each for each in range(len(found)) if review.last(each) or review.suggestion(each) != had[each]]
+    if not kept:
+        raise nothing
+    review.found, review.had, rows = ([values[each] for each in kept] for values in (found, had, rows))
+    return review, lambda number, px: image_address(name, collection, rows[number], px), desk
 
 
-def _of_tags(found: Difference, names: set[str]) -> Difference:
-    """Return a difference without the tags that are no text of the image, such as ratings, and implied ones."""
+def _of_texts(found: Difference, had: Any) -> Difference:
+    """Return a difference with the tags that an image's texts can have or lose: not ratings, nor implied ones."""
+    names = {parse_tag(tag).name for tag in had} if found.tags else ()
     return found._replace(
-        tags=tuple(each for each in found.tags if each[1] != (each[0] in names) and each[0] not in RATINGS)
+        tags=tuple(tag for tag in found.tags if tag[1] != (tag[0] in names) and tag[0] not in RATINGS)
     )
 
 
@@ -218,16 +227,20 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
     async def show(run: str = "") -> None:
         path = find_run(index, run)
         with page(f"Review {escape_controls(path.name)}"):
+            ui.add_css(_STYLE)
+            note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
+            await ui.context.client.connected()
             try:
-                review, images, desk = await background.io_bound(open_review, shelf, path)
+                review, address, desk = await background.io_bound(open_review, shelf, path)
             except UserError as error:
-                ui.label(escape_controls(str(error))).classes("mono").style("overflow-wrap: anywhere")
+                note.text = escape_controls(str(error))
                 return
-            await _show(review, images, desk)
+            note.delete()
+            review.by = (ui.context.client.tab_id or "")[:8]
+            _show(review, address, desk)
 
 
-async def _show(review: Review, images: list[str], desk: Desk) -> None:
-    ui.add_css(_STYLE)
+def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
     drawn: list[Any] = []
     with ui.row().classes("items-center w-full"):
         for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
@@ -244,18 +257,22 @@ async def _show(review: Review, images: list[str], desk: Desk) -> None:
             chips = ui.row()
             if review.field == "label":
                 other = ui.select(review.classes, label="another class", with_input=True).props("dense outlined")
-                other.classes("w-full").on_value_change(lambda event: save(review.choose(event.value)))
+                other.classes("w-full").on_value_change(lambda event: event.value and choose(event.value))
         cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
         cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
 
     async def save(lines: Sequence[Decision] = ()) -> None:
-        waiting.text = escape_controls(await background.io_bound(desk.save, lines))
-        review.decisions = await background.io_bound(desk.read)
+        review.decisions, fault = await background.io_bound(desk.sync, lines)
+        waiting.text = escape_controls(fault)
         draw()
 
     async def press(key: str) -> None:
         ui.run_javascript("document.activeElement?.blur()")  # keys are not for the button that was clicked
         await save(review.press(key))
+
+    async def choose(name: str) -> None:
+        other.value = None
+        await save(review.choose(name))
 
     async def on_key(event: KeyEventArguments) -> None:
         if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
@@ -268,12 +285,11 @@ async def _show(review: Review, images: list[str], desk: Desk) -> None:
     def draw() -> None:
         if drawn == (state := [review.here, {*review.marked}, review.decisions]):
             return
-        drawn[:], first = state, review.here // _CARDS * _CARDS
-        cards.rows = [review.card(each, images[each]) for each in range(len(images))[first : first + _CARDS]]
-        progress.text = (
-            f"{sum(review.last(each) is not None for each in range(len(images))):,} of {len(images):,} decided"
-        )
-        picture.source = images[review.here].replace("px=256", "px=1024")
+        drawn[:], first, numbers = state, review.here // _CARDS * _CARDS, range(len(review.found))
+        cards.rows = [review.card(each, address(each, 256)) for each in numbers[first : first + _CARDS]]
+        decided = sum(review.last(each) is not None for each in numbers)
+        progress.text = f"{decided:,} of {len(numbers):,} decided"
+        picture.source = address(review.here, 1024)
         title.text = f"{escape_controls(review.found[review.here].path)}: {cards.rows[review.here - first]['text']}"
         chips.clear()
         with chips:
@@ -284,6 +300,4 @@ async def _show(review: Review, images: list[str], desk: Desk) -> None:
     cards.on("pick", lambda event: show(event.args))
     ui.keyboard(on_key)
     draw()
-    await ui.context.client.connected()
-    review.by = (ui.context.client.tab_id or "")[:8]
     ui.timer(REFRESH_SEC, save)

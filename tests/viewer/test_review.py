@@ -142,7 +142,13 @@ def test_what_cannot_be_saved_waits(tmp_path):
     review = Review([Difference("a.png", 1.0, "dog")], ["cat"], ["cat", "dog"])
     (tmp_path / CORRECTIONS).mkdir()
     desk, lines = Desk(tmp_path), review.press("Enter")
-    assert "1 decisions wait" in desk.save(lines) and list(desk.read().values()) == [lines]
+    decisions, fault = desk.sync(lines)
+    assert "1 decisions wait" in fault and list(decisions.values()) == [lines]
     (tmp_path / CORRECTIONS).rmdir()
     append_corrections(tmp_path, [lines[0].model_copy(update={"now": "bird", "by": "other"})])
-    assert desk.save() == "" and [line.now for line in read_corrections(tmp_path)["a.png", "label"]] == ["bird", "dog"]
+    assert desk.sync()[1] == "" and [line.now for line in read_corrections(tmp_path)["a.png", "label"]] == [
+        "bird",
+        "dog",
+    ]
+    (tmp_path / CORRECTIONS).write_text("[]\n")
+    assert "line 1" in desk.sync()[1]
