@@ -6,7 +6,8 @@
     python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
     python prepare.py job=statistics data=image_folder data.root=PATH        an HTML page about the collection
 
-Other jobs: count, verify, duplicates, filter, downsample, split, copy, cache, machine, import. No job changes an image.
+Other jobs: count, verify, duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
+job changes an image.
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
@@ -15,6 +16,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from data.tools.apply_corrections import ApplyCorrections
 from data.tools.cache import Cache
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
@@ -29,7 +31,8 @@ from utils.config.schema import Strict
 
 AnyJob = Annotated[
     Manifest | CollectVocabulary | Pack
-    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache | Machine | Import,
+    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache | Machine | Import
+    | ApplyCorrections,
     Field(discriminator="name"),
 ]  # fmt: skip
 

@@ -168,6 +168,10 @@ class Review:
         at, lines = datetime.now(UTC).isoformat(timespec="microseconds"), []
         for number, now in values.items():
             path, was, field = self.found[number].path, self.had[number], self.field
+            if field == "tags":  # in the order and spelling that the image has
+                texts = {parse_tag(tag).name: tag for tag in was}
+                now = [texts.get(parse_tag(tag).name, tag) for tag in now]
+                now = [*(tag for tag in was if tag in now), *(tag for tag in now if tag not in was)]
             kind = "rejected" if now == was else "accepted" if now == self.suggestion(number) else "edited"
             line = Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at)
             self.decisions.setdefault((path, field), []).append(line)

@@ -164,6 +164,7 @@ def run_all(recorder, folder, monkeypatch):
         go("prepare", f"job={job}", *folders)
     go("prepare", "job=filter", "job.min_tags=1", *folders)
     go("prepare", "job=split", *folders)
+    go("prepare", "job=apply_corrections", *folders)
     go("prepare", "job=cache", "job.compare=[webp]", *folders)
     go("prepare", "job=machine", *folders)
     (folder / "d.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'")

@@ -1,0 +1,120 @@
+"""Write corrections into the sidecars of a folder, and take that back (prepare.py job=apply_corrections)."""
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from data.config import DataConfig
+from data.layouts.corrections import CORRECTIONS, Decisions, correct, read_corrections, retag
+from data.layouts.folders import POSTS, check_root, read_folder, scan_folder
+from data.layouts.manifest import find_manifest, find_one, scanned_at
+from data.layouts.records import decode, parse_record
+from data.layouts.sidecars import load_json
+from data.layouts.spelling import join_tags
+from data.layouts.table import show_some
+from data.layouts.unused import Unused, warn_unused
+from data.tools.tool import Tool
+from utils.errors import UserError
+from utils.io.files import AppendFile, write_atomically
+from utils.io.journal import open_journal
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+Row = dict[str, Any]
+UNDO = "corrections_undo.jsonl"  # a line for each sidecar: its bytes before (none: no file) and after
+
+
+class ApplyCorrections(Tool):
+    """Write what corrections.jsonl says into sidecars. undo: write back what they were.
+
+    A label becomes that of `x.jpg.json`, which goes before the folder's name; tags stay in the file that has them.
+    """
+
+    name: Literal["apply_corrections"]
+    undo: bool
+
+    def run(self, data: DataConfig) -> str:
+        """Write the sidecars. Raises UserError (`data.root`, `job.undo`)."""
+        root = check_root(data.root)
+        with open_journal("data.root", root / UNDO):
+            return _restore(root) if self.undo else _apply(root)
+
+
+def _apply(root: Path) -> str:
+    file, decisions = find_manifest(root), read_corrections(root)
+    if file is None or scanned_at(file) is not None:
+        file = find_one(root, POSTS)
+    if file is not None:
+        raise UserError(f"data.root: sidecars are not read beside {file}; {CORRECTIONS} is taken anyway, or edit it")
+    table, (images, sidecars, _) = _read_rows(root, decisions), scan_folder(root, Unused())
+    pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
+    changes = [
+        (row, field, now[field]) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]
+    ]
+    warn_unused(left.describe())
+    stems, undo = Counter(os.path.splitext(path)[0] for path in images), AppendFile(root / UNDO)
+    for row, field, value in changes:
+        path, own = row["path"], sidecars.get(row["path"], ())
+        texts = {os.path.splitext(name)[1].lower(): _read(root, name) for name in reversed(own)}
+        suffix, text = _rewrite(path, {key: decode(content) for key, content in texts.items()}, row, field, value)
+        stem = os.path.splitext(path)[0]
+        name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
+        name = name if stems[stem] == 1 else f"{path}{suffix}"  # not that of another image, too
+        line = {"file": name, "before": _read(root, name).decode("latin-1"), "after": text.encode().decode("latin-1")}
+        undo.write(f"\n{json.dumps(line)}\n")
+        undo.sync()
+        write_atomically(root / name, lambda file, text=text: file.write_bytes(text.encode()))
+    undo.close()
+    rows = {row["path"]: row for row in _read_rows(root, decisions).to_pylist()}
+    if kept := [row["path"] for row, field, value in changes if rows[row["path"]][field] != value]:
+        log.warning("data.root: a table of metadata goes before the sidecars of %s; edit it", show_some(kept))
+    return f"{len(changes) - len(kept):,} labels and lists of tags are in sidecars; job.undo=true takes them back"
+
+
+def _read_rows(root: Path, decisions: Decisions) -> pa.Table:
+    table = read_folder(root, Unused())
+    return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
+
+
+def _rewrite(path: str, texts: Mapping[str, str], row: Row, field: str, value: Any) -> tuple[str, str]:
+    """Return the suffix of the sidecar that gets a value, and its text. texts: of an image's sidecars, by suffix."""
+    record = load_json(texts.get(".json") or "{}", repr(f"{path}: .json"))
+    if not isinstance(record, dict):
+        raise UserError(f"data.root: the .json of {path!r} holds no object; remove it")
+    if field == "label" or parse_record("", record).tags is not None:
+        return ".json", json.dumps({**record, field: value}, ensure_ascii=False, indent=2) + "\n"
+    text = texts.get(".txt", "")
+    return ".txt", retag(text, row["tags"], value) if text.strip() else join_tags(value, ", ") + "\n"
+
+
+def _restore(root: Path) -> str:
+    lines, kept = _read(root, UNDO).decode().split("\n"), []
+    if not any(lines):
+        raise UserError(f"job.undo: true, but there is no {root / UNDO}: nothing was applied")
+    for text in filter(lambda text: text.endswith("}"), reversed(lines)):  # not one that a kill cut off
+        name, before, after = (json.loads(text)[key] for key in ("file", "before", "after"))
+        now = _read(root, name).decode("latin-1")
+        if now == after and before:
+            write_atomically(root / name, lambda file, old=before: file.write_bytes(old.encode("latin-1")))
+        elif now == after:
+            (root / name).unlink()
+        elif now != before:
+            kept.append(name)
+    (root / UNDO).unlink()
+    if kept:
+        log.warning("data.root: %s sidecars were edited since and stay: %s", f"{len(kept):,}", show_some(kept))
+    return "sidecars are as they were before job=apply_corrections"
+
+
+def _read(root: Path, name: str) -> bytes:
+    """Return the content of a file; none without it. Raises UserError (`data.root`) for one outside the collection."""
+    if not (root / name).resolve().is_relative_to(root.resolve()):
+        raise UserError(f"data.root: {str(root / name)!r} leads out of the collection; edit it where it is")
+    return (root / name).read_bytes() if (root / name).is_file() else b""

@@ -1,0 +1,56 @@
+"""Corrections become sidecars, of any kind that an image has, and the sidecars are taken back."""
+
+import json
+
+import pytest
+
+from data.layouts.corrections import append_corrections
+from data.tools.apply_corrections import UNDO, ApplyCorrections, _restore
+from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
+from tests.data.layouts.test_corrections import decide
+from tests.support import data_config
+from utils.errors import UserError
+
+
+def apply(root, undo=False):  # noqa: F811
+    return ApplyCorrections(name="apply_corrections", undo=undo).run(data_config(root=str(root)))
+
+
+def contents(root):  # noqa: F811
+    return {str(file.relative_to(root)): file.read_bytes() for file in root.rglob("*") if file.is_file()}
+
+
+def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa: F811
+    put(root, "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "cat/4.jpg", "dog/1.png")
+    (root / "cat/1.txt").write_bytes(b"1girl, hat\r\n")
+    (root / "cat/2.json").write_text('{"tag_string": "hat sky", "score": 3}')
+    (root / "cat/4.txt").write_text("hat")
+    append_corrections(root, [
+        decide("cat/1.png", "cat", "dog"), decide("cat/1.png", ["1girl", "hat"], ["1girl", "red hair"]),
+        decide("cat/2.png", ["hat", "sky"], ["sky"]), decide("cat/3.png", [], ["é\\, ü"]),
+        decide("cat/4.png", ["hat"], ["sky"]), decide("dog/1.png", "fox", "cat"),
+    ])  # fmt: skip
+    before, wanted = contents(root), columns(opened(root), "path", "label", "tags", "caption")
+    assert apply(root).startswith("5 labels and lists of tags")
+    assert "changed since: dog/1.png" in caplog.text
+    assert columns(opened(root), "path", "label", "tags") == [row[:3] for row in wanted]
+    assert (root / "cat/1.txt").read_text() == "1girl, red hair\n" and (root / "cat/4.txt").read_text() == "hat"
+    assert json.loads((root / "cat/2.json").read_text()) == {"tag_string": "hat sky", "score": 3, "tags": ["sky"]}
+    assert apply(root).startswith("0 labels")
+    (root / "cat/2.json").write_text("{}")
+    apply(root, undo=True)
+    assert "1 sidecars were edited since and stay: cat/2.json" in caplog.text
+    assert contents(root) == {**before, "cat/2.json": b"{}"}
+    with pytest.raises(UserError, match=r"^job\.undo: "):
+        apply(root, undo=True)
+
+
+def test_where_sidecars_do_not_count(root, tmp_path):  # noqa: F811
+    put(root, "1.png")
+    (root / UNDO).write_text(json.dumps({"file": "../x", "before": "a", "after": ""}) + "\n")
+    with pytest.raises(UserError, match=r"^data\.root: .*leads out of the collection"):
+        _restore(root)
+    (root / "manifest.csv").write_text("path,label\n1.png,cat\n")
+    with pytest.raises(UserError, match=r"^data\.root: .*manifest\.csv"):
+        apply(root)
+    assert not (tmp_path / "x").exists()
