@@ -8,7 +8,6 @@ from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from fastapi import HTTPException
 from nicegui import events, ui
 from nicegui import run as background
 from PIL import Image
@@ -20,15 +19,7 @@ from data.images.image_source import image_key, open_contents
 from data.layouts.spelling import join_tags
 from data.stream.source import UnreadableImage
 from data.tags.rules import read_text_rules
-from data.tools.predictions import (
-    Embeddings,
-    embedding_rows,
-    find_excluded,
-    rank,
-    read_embeddings,
-    spell_tags,
-    stack_rows,
-)
+from data.tools import predictions
 from utils.errors import UserError, about
 from utils.io.files import ignore_write_errors, readable, sha256_file
 from utils.io.safe_text import escape_controls
@@ -39,10 +30,11 @@ from viewer.images import Shelf, image_address
 from viewer.parts import page
 
 if TYPE_CHECKING:  # torch is imported when the first network is asked
+    from torch import Tensor
+
     from models.predictor import Predictor
 
-MAX_BYTES = 64 * 2**20  # of an upload
-_MAX_PIXELS = 100_000_000  # as predict.py has it
+MAX_BYTES, _MAX_PIXELS = 64 * 2**20, 100_000_000  # of an upload
 _KEPT = 2  # networks in memory
 _CLASSES, _TAGS, _NEAREST = 10, 30, 24  # shown
 _EMBEDDINGS, _AT_ONCE = Path("outputs/cache/embeddings"), 16
@@ -55,12 +47,8 @@ class Networks:
     """Networks below `roots`, asked as predict.py does. load: reads a predictor; text: how tags become a caption."""
 
     def __init__(self, roots: Sequence[str], load: Callable[[Path], "Predictor"], text: TextConfig) -> None:
-        self.roots, self._text, self._lock = (
-            [Path(root).resolve() for root in roots],
-            text,
-            Lock(),
-        )  # the lock: one image is decoded at a time
-        self._load = lru_cache(_KEPT)(lambda path, changed: load(path))
+        self.roots, self._text = [Path(root).resolve() for root in roots], text
+        self._load, self._lock = lru_cache(_KEPT)(lambda path, changed: load(path)), Lock()
 
     def find(self, name: str) -> Path:
         """Return the weight file that is named by its path, its run, or its folder with a WD tagger.
@@ -79,42 +67,46 @@ class Networks:
                 raise UserError(f"{path} is no .safetensors or .onnx file below {roots}; view.py runs=FOLDER adds more")
         return path
 
-    def get(self, path: Path) -> "Predictor":
-        """Return the predictor of a weight file as it is now. Raises UserError (`weights`)."""
+    def open(self, path: Path, content: bytes, name: str) -> tuple["Predictor", "Tensor"]:
+        """Return the predictor of a weight file as it is now, and an encoded image for it.
+
+        Raises UserError (`weights`), UnreadableImage.
+        """
+        from data.open import prepare_image
+
         with about("weights"):
-            return self._load(path, path.stat().st_mtime_ns)
+            predictor = self._load(path, path.stat().st_mtime_ns)
+        return predictor, prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
 
     def ask(self, weights: str, profile: str, content: bytes, name: str) -> tuple[Bars, str, Image.Image, str]:
         """Return what a network says of an encoded image, the caption, what it sees, and a line about both.
 
         Raises UnreadableImage, UserError (`weights`, `thresholds`, `profile`).
         """
-        from data.open import prepare_image
-
-        path, text, bars, nothing = self.find(weights), self._text, Bars(), np.float32(0.0)
-        with self._lock:
-            predictor = self.get(path)
-            images = prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
-            values, make_row = predictor.predict(images)[0], predictor.output.make_row
+        path, text, bars = self.find(weights), self._text, Bars()
+        with self._lock:  # one image is decoded at a time
+            predictor, images = self.open(path, content, name)
+            values = predictor.predict(images)[0]
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         frames = open_image(content, name, _MAX_PIXELS, lambda image: getattr(image, "n_frames", 1))
         facts += f", the first of {frames} frames" if frames > 1 else ""
+        rows_of = lambda *options, **more: predictor.output.make_row(values, predictor.options(*options, **more))  # noqa: E731
         if predictor.output.has_tags:
             least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
             if text.exclude:
-                least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
-            how: dict[str, Any] = {"mcut": profile == MCUT, "order": text.order}
-            row = make_row(values, predictor.options(1, least, max_tags=text.max_tags, **how))
-            every = make_row(values, predictor.options(1, nothing, max_tags=max(_TAGS, len(row["tags"]))))["probs"]
-            pairs = zip(map(category_name, predictor.categories.tolist()), predictor.names)
-            limits = {} if profile == MCUT else dict(zip(pairs, least.tolist()))
+                excluded = predictions.find_excluded(predictor.names, predictor.categories, text.exclude)
+                least = np.where(excluded, np.inf, least)
+            row = rows_of(1, least, mcut=profile == MCUT, max_tags=text.max_tags, order=text.order)
+            every = rows_of(1, np.float32(0), max_tags=max(_TAGS, len(row["tags"])))["probs"]
+            tags = zip(map(category_name, predictor.categories.tolist()), predictor.names)
+            limits = {} if profile == MCUT else dict(zip(tags, least.tolist()))
             bars |= {"rating": [(row["rating"], row["rating_prob"], True, None)]} if "rating" in row else {}
             for kind, probs in every.items():
                 chosen = row["probs"].get(kind, ())
                 bars[kind] = [(tag, prob, tag in chosen, limits.get((kind, tag))) for tag, prob in probs.items()]
-            caption = join_tags(spell_tags(row, text, read_text_rules(text)), text.separator)
+            caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
         else:
-            row = make_row(values, predictor.options(_CLASSES, nothing))
+            row = rows_of(_CLASSES, np.float32(0))
             caption, top = row.get("class", ""), row.get("top", ())
             bars["classes"] = [(each["class"], each["prob"], each["class"] == caption, None) for each in top]
             facts += "" if top else f"; {len(values)} features from {values.min():.3g} to {values.max():.3g}"
@@ -128,24 +120,20 @@ class Networks:
         A file for the network and the collection keeps embeddings, each by the state of its image's file, also if the
         iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
         """
-        from data.open import prepare_image
+
+        def embed(content: bytes, name: str) -> np.ndarray:
+            with self._lock:
+                predictor, images = self.open(path, content, name)
+                return predictor.embed(images)[0]
 
         path, opened = self.find(weights), shelf.open(collection, again=True)
         version, contents, vectors = sha256_file(path), open_contents(opened), dict[int, np.ndarray]()
         file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
-
-        def embed(content: bytes, name: str) -> np.ndarray:
-            with self._lock:
-                predictor = self.get(path)
-                images = prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
-                return predictor.embed(images)[0]
-
-        query = embed(content, name)
         keys = {row: image_key(contents, row, version) for row in np.flatnonzero(opened.weights()).tolist()}
         with suppress(UserError):  # there is none yet, or it is damaged
-            known = dict(zip(*stack_rows(read_embeddings(file, version), "input")))
+            known = dict(zip(*predictions.stack_rows(predictions.read_embeddings(file, version), "input")))
             vectors = {row: known[key] for row, key in keys.items() if key in known}
-        waiting = [row for row in keys if row not in vectors]
+        query, waiting = embed(content, name), [row for row in keys if row not in vectors]
         try:
             for number, row in enumerate(waiting):
                 if number % _AT_ONCE == 0:
@@ -153,14 +141,14 @@ class Networks:
                 with suppress(UnreadableImage):
                     vectors[row] = embed(shelf.read(collection, opened, row), contents.name_of(row))
         finally:
-            kept = [(keys[row], vector) for row, vector in vectors.items() if keys[row] is not None]
+            kept = {keys[row]: vector for row, vector in vectors.items() if keys[row] is not None}
             if waiting and kept:
-                names, rows = [key for key, _ in kept], embedding_rows(np.stack([vector for _, vector in kept]))
+                rows = zip(kept, predictions.embedding_rows(np.stack([*kept.values()])))
                 with ignore_write_errors(file), self._lock:
-                    Embeddings(file, version).write_all({"path": key, **row} for key, row in zip(names, rows))
+                    predictions.Embeddings(file, version).write_all({"path": key, **row} for key, row in rows)
         if not vectors:
             raise UserError(f"data.root: no image of {opened.root} could be read")
-        found = rank(list(vectors), np.stack(list(vectors.values())), query, _NEAREST)
+        found = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
         yield 1.0, [(image_address(collection, opened, row["path"]), row["similarity"]) for row in found]
 
 
@@ -174,28 +162,29 @@ def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
     for category, lines in bars.items():
         with ui.card().props("flat bordered").classes("q-pa-sm no-wrap").style("gap: 4px"):
             ui.label(escape_controls(category)).classes("text-weight-medium")
-            for name, prob, is_chosen, threshold in lines:
+            for name, prob, is_chosen, least in lines:
                 with ui.row().classes(f"bar w-full no-wrap {'text-weight-medium' if is_chosen else 'muted'}") as row:
-                    row.style(f"--prob: {prob:.1%}; --least: {-1 if threshold is None else min(threshold, 2):.1%}")
+                    row.style(f"--prob: {prob:.1%}; --least: {-1 if least is None else min(least, 2):.1%}")
                     ui.label(escape_controls(name)).classes("col ellipsis")
-                    ui.label(
-                        f"{prob:.3f}" + ("" if threshold is None else f" {'≥' if is_chosen else '<'} {threshold:.2f}")
-                    ).classes("mono")
+                    limit = "" if least is None else f" {'≥' if is_chosen else '<'} {least:.2f}"
+                    ui.label(f"{prob:.3f}{limit}").classes("mono")
 
 
 def add_page(networks: Networks, shelf: Shelf) -> None:
     """Add the page."""
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
 
-    def list_weights() -> dict[str, str | None]:
+    def list_all() -> tuple[dict[str, str | None], dict[str, str]]:
+        roots = {name: escape_controls(config.root) for name, config in shelf.configs().items()}
         files = lambda run: (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx"))  # noqa: E731
-        return {str(file): shelf.of_run(run) for run in find_runs(networks.roots) for file in files(run)}
+        own = {run: name for run in find_runs(networks.roots) if (name := shelf.of_run(run)) in (None, *roots)}
+        return {str(file): name for run, name in own.items() for file in files(run)}, roots
 
     @ui.page("/try")
     async def show() -> None:
-        names, collections = await background.io_bound(lambda: (list_weights(), shelf.configs()))
+        found = await background.io_bound(list_all)
         with page("Try an image"):
-            _build(networks, shelf, names, {name: escape_controls(config.root) for name, config in collections.items()})
+            _build(networks, shelf, *found)
 
 
 def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collections: dict[str, str]) -> None:
@@ -215,8 +204,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
             *answer, said = await background.io_bound(networks.ask, *question)
         except (UserError, UnreadableImage) as error:
             said = str(error)
-        finally:
-            # Not if another question was asked meanwhile, or the tab was closed.
+        finally:  # nothing if another question was asked meanwhile, or the tab was closed
             if question == (weights.value, profile.value, *image) and not result.is_deleted:
                 message.text = escape_controls(said)
                 result.clear(), alike.clear()
@@ -225,18 +213,18 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
                         _show_answer(*answer)
 
     async def find() -> None:
-        if not image or not weights.value or not collection.value:
+        if not image or not weights.value or not collection.value or stop.visible:
             return
         steps, found = networks.nearest(weights.value, shelf, collection.value, *image), []
-        stop.set_visibility(True)
+        stop.visible = True
         try:
             while stop.visible and not stop.is_deleted and (step := await background.io_bound(next, steps, None)):
                 progress.value, found = step
-        except (UserError, UnreadableImage, HTTPException) as error:
+        except (UserError, UnreadableImage) as error:
             message.text = escape_controls(str(error))
         finally:
+            stop.visible = False
             await background.io_bound(steps.close)
-            stop.set_visibility(False)
         alike.clear()
         with alike:
             for address, cosine in found:
@@ -249,24 +237,19 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
         ).props("dense outlined aria-label=weights").classes("col").style("min-width: 260px")  # fmt: skip
         profile = ui.select([PER_TAG, *CATEGORY_PROFILES, MCUT], label="Thresholds", value=PER_TAG, on_change=ask)
         profile.props("dense outlined").style("min-width: 160px")
-    upload = ui.upload(
-        label="Drop, paste or choose an image", auto_upload=True, max_file_size=MAX_BYTES, on_upload=take
-    )
+    upload = ui.upload(label="Drop, paste or choose an image", auto_upload=True, on_upload=take)
     refuse = lambda: message.set_text(f"not taken: choose a file of at most {MAX_BYTES >> 20} MiB")  # noqa: E731
     upload.on_rejected(refuse).on("failed", refuse, args=[]).on("uploaded", upload.reset, args=[])
-    upload.props("flat bordered").classes("w-full")
+    upload.props(f"flat bordered max-file-size={MAX_BYTES}").classes("w-full")
     ui.run_javascript(_PASTE.format(upload.id))
     message = ui.label("No image yet." if own else "No run yet: type the path of a weight file.")
     message.props("role=status").classes("muted").style("overflow-wrap: anywhere; min-height: 24px")
     result = ui.element("div").classes("w-full charts items-start")
     with ui.row().classes("w-full items-center"):
-        collection = (
-            ui.select(collections, label="Collection", value=own.get(weights.value))
-            .props("dense outlined")
-            .classes("col")
-        )
+        collection = ui.select(collections, label="Collection", value=own.get(weights.value))
+        collection.props("dense outlined").classes("col")
         ui.button("Find its nearest images", on_click=find).props("unelevated no-caps")
         progress = ui.linear_progress(0, show_value=False).style("width: 120px")
         stop = ui.button("Stop", on_click=lambda: stop.set_visibility(False)).props("flat no-caps")
-        stop.set_visibility(False)
+        stop.visible = False
     alike = ui.element("div").classes("w-full alike")

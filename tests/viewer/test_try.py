@@ -6,6 +6,7 @@ import json
 import os
 import struct
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -183,13 +184,13 @@ def test_weights_are_found_below_the_roots_alone(place, text, word, monkeypatch)
 
 def test_few_networks_are_kept_and_a_changed_file_is_read_again(place):
     read = []
-    networks = Networks([place], lambda path: read.append(path) or path, None)
+    networks = Networks([place], lambda path: read.append(path) or SimpleNamespace(preprocessing=PREPROCESSING), None)
     files = [place / "in/w.safetensors", place / "in/tags.safetensors", place / "in/old.pth"]
     for file in (*files[:2], *files[:2], files[2], files[0]):
-        networks.get(file)
+        networks.open(file, encode(noise(9, 9)), "x.png")
     assert read == [*files, files[0]]
     os.utime(files[0], ns=(1, 1))
-    networks.get(files[0])
+    networks.open(files[0], encode(noise(9, 9)), "x.png")
     assert len(read) == 5
 
 
@@ -212,7 +213,8 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
     monkeypatch.chdir(tmp_path)
     shelf, embedded = Shelf(RunIndex([runs]), None), []
     networks = open_networks(runs)
-    name, predictor = shelf.of_run(runs / "tagger"), networks.get(runs / "tagger/weights/best_weights.safetensors")
+    weights, name = runs / "tagger/weights/best_weights.safetensors", shelf.of_run(runs / "tagger")
+    predictor, _ = networks.open(weights, encode(noise(9, 9)), "x.png")
     embed = predictor.embed
     monkeypatch.setattr(predictor, "embed", lambda images: embedded.append(len(images)) or embed(images))
     files = sorted((runs / "images").rglob("*.png"))
@@ -262,6 +264,8 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 6
     page.get_by_role("button", name="Copy caption").click()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").inner_text() != ""
+    page.get_by_role("button", name="Find its nearest images").click()
+    page.wait_for_function("document.querySelectorAll('.alike img').length > 9")
     box = page.get_by_label("weights")
     box.fill("/etc/passwd"), box.press("Enter")
     page.get_by_text("file below").wait_for()
