@@ -14,7 +14,6 @@ REFRESH_SEC = 2.0
 ACCENT, GREY = "#1c6dd0", "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
 STATE_COLOURS = {"running": "primary", "finished": "positive", "failed": "negative", "dead": "negative"}
-PAGES = {"Try": "/try"}  # in the header
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
@@ -43,9 +42,8 @@ def page(title: str) -> Iterator[None]:
     with ui.header().classes("items-center q-px-md q-py-sm").style("background: #212529"):
         ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
         ui.link("Collections", "/collection").classes("text-white no-underline")
+        ui.link("Try", "/try").classes("text-white no-underline")
         ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
-        for name, address in PAGES.items():
-            ui.link(name, address).classes("text-white no-underline")
         button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
         button.props("color=white aria-label='light or dark'").tooltip("light or dark")
     yield

@@ -114,8 +114,8 @@ class Networks:
 
     def nearest(
         self, weights: str, shelf: Shelf, collection: str, content: bytes, name: str
-    ) -> Iterator[tuple[float, list[tuple[str, float]]]]:
-        """Yield the share of a collection that is embedded; at the end, addresses and cosines of the nearest images.
+    ) -> Iterator[tuple[float, list[tuple[str, str]]]]:
+        """Yield the share of a collection that is embedded; at the end, addresses and texts of the nearest images.
 
         A file for the network and the collection keeps embeddings, each by the state of its image's file, also if the
         iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
@@ -149,7 +149,8 @@ class Networks:
         if not vectors:
             raise UserError(f"data.root: no image of {opened.root} could be read")
         found = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
-        yield 1.0, [(image_address(collection, opened, row["path"]), row["similarity"]) for row in found]
+        texts = [f"{row['similarity']:.3f}  {contents.name_of(row['path'])}" for row in found]
+        yield 1.0, [(image_address(collection, opened, row["path"]), text) for row, text in zip(found, texts)]
 
 
 def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
@@ -178,7 +179,8 @@ def add_page(networks: Networks, shelf: Shelf) -> None:
         roots = {name: escape_controls(config.root) for name, config in shelf.configs().items()}
         files = lambda run: (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx"))  # noqa: E731
         own = {run: name for run in find_runs(networks.roots) if (name := shelf.of_run(run)) in (None, *roots)}
-        return {str(file): name for run, name in own.items() for file in files(run)}, roots
+        names = {str(file): name for run, name in own.items() for file in files(run)}
+        return {path: name for path, name in names.items() if path == escape_controls(path)}, roots
 
     @ui.page("/try")
     async def show() -> None:
@@ -227,8 +229,8 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
             await background.io_bound(steps.close)
         alike.clear()
         with alike:
-            for address, cosine in found:
-                ui.image(address).props(f"fit=contain no-spinner alt='cosine {cosine:.3f}'").tooltip(f"{cosine:.3f}")
+            for address, text in found:
+                ui.image(address).props("fit=contain no-spinner").tooltip(escape_controls(text))
 
     with ui.row().classes("w-full items-center"):
         weights = ui.select(

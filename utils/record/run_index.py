@@ -1,6 +1,7 @@
 """Runs below some folders, and what one line says of each, also while they train."""
 
 import os
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,7 +64,8 @@ def find_runs(roots: Sequence[Path]) -> Iterator[Path]:
                     yield path
             elif len(path.relative_to(root).parts) >= _DEEPEST:
                 folders.clear()
-            folders[:] = sorted(name for name in folders if name[0] != ".")
+            # Names that are not UTF-8 fit into no page and no address.
+            folders[:] = sorted(name for name in folders if name[0] != "." and not re.search("[\ud800-\udfff]", name))
 
 
 class RunIndex:

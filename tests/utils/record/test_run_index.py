@@ -1,6 +1,8 @@
 """Runs below a folder, each with its state."""
 
 import json
+import os
+from pathlib import Path
 
 import pytest
 
@@ -37,6 +39,7 @@ def test_states_steps_and_results(tmp_path):
     make_run(tmp_path / "older/other", metrics_jsonl=line(3, loss=1.5))
     make_run(tmp_path / "damaged", progress_json=said([], float("nan"), left_sec=10**400, total_steps="x"))
     (tmp_path / "e/weights").mkdir(parents=True)  # no configuration
+    make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
     make_run(tmp_path / "f").joinpath("config.json").write_text("[")
     with file_lock(running / ".lock", "busy"):
         states = {state.path.name: state for state in RunIndex([tmp_path]).states()}
