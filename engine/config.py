@@ -61,6 +61,7 @@ class _LoopConfig(Strict):
 
     total_epochs: Literal["auto"] | Duration  # auto: derived from the collection's size (engine/plan.py)
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
+    minutes: Positive | None  # in place of both (engine/minutes.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     global_batch_size: BatchSize

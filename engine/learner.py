@@ -80,11 +80,14 @@ class Learner:
         if config.loop.ema_decay is not None:
             self.averages = Averages(networks_of(task, task.averaged), task.averaged)
         self.exports_average = self.averages is not None and set(task.exported) <= task.averaged.keys()
-        self.schedule = Schedule(
-            config.schedule, plan.lr, config.optim.weight_decay, plan.total_steps, plan.warmup_steps,
-        )  # fmt: skip
+        self.use_length(plan)
         self.micro_batch_size = plan.micro_batch_size
         self.batch_size_file: Path | None = None  # keeps the halved size for later starts
+
+    def use_length(self, plan: Plan) -> None:
+        """Schedule the rate over the steps of a plan."""
+        config, decay = self.config.schedule, self.config.optim.weight_decay
+        self.schedule = Schedule(config, plan.lr, decay, plan.total_steps, plan.warmup_steps)
 
     def enter_phase(self, number: int) -> None:
         """Take over the settings of a phase of `loop.phases`, before an update of it.

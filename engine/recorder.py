@@ -151,11 +151,11 @@ class Recorder:
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
-        self.bar = Bar("training", plan.total_steps)
         self.skips = SkipWatch(config.loop.max_skipped_steps)
         self._device = learner.runtime.device
         self.log_meter, self.epoch_meter = _Meter(self._device), _Meter(self._device)
-        self._tracking, self._plan, self._learner = config.tracking, plan, learner
+        self._tracking, self._learner = config.tracking, learner
+        self.use_plan(plan)
         self._metrics: MetricsLog | None = None
         self._samples: _SampleLog | None = None
         self._tracker: Tracker | None = None
@@ -169,6 +169,10 @@ class Recorder:
         self.stage, self.samples = "the start", "a batch"  # for error messages
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
+
+    def use_plan(self, plan: Plan) -> None:
+        """Record a run of this plan."""
+        self._plan, self.bar = plan, Bar("training", plan.total_steps)
 
     # ------------------------------------------------------------------------------------------------- open and close
 

@@ -17,6 +17,8 @@ from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.lr_finder import find_lr
+from engine.minutes import FILE as MINUTES
+from engine.minutes import fit_minutes
 from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
@@ -117,8 +119,11 @@ class Run:
             return
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
+        if self.step == 0 and self.config.loop.minutes is not None and not (self.folder.path / MINUTES).exists():
+            fit_minutes(self)
+            plan = self.plan
         if self.step == 0 and plan.range_test_steps:
-            with closing(self._phase_steps(0, plan.total_steps)) as batches:
+            with closing(self.phase_steps(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
@@ -196,11 +201,11 @@ class Run:
         """Yield this rank's micro-batches of each update from `step` on, phase after phase."""
         ends = [first for first, _ in self.plan.phases[1:]]
         for number, end in list(enumerate([*ends, None]))[self.plan.phase_of(step) :]:
-            with closing(self._phase_steps(number, step)) as batches:
+            with closing(self.phase_steps(number, step)) as batches:
                 yield from batches if end is None else islice(batches, end - step)
             step = end
 
-    def _phase_steps(self, number: int, step: int) -> Iterator[list[Batch]]:
+    def phase_steps(self, number: int, step: int) -> Iterator[list[Batch]]:
         """Enter a phase at its first update, and yield the endless micro-batches of its stream."""
         plan, streams = self.plan, self.streams
         micro = plan.micro_batch_size
@@ -208,6 +213,12 @@ class Run:
             self.learner.enter_phase(number)
             micro = plan.phases[number][1]
         yield from [*streams.earlier, streams.train][number].steps(step, plan.global_batch_size, micro)
+
+    def use_plan(self, plan: Plan) -> None:
+        """Replace the plan, before the first update; only its length may differ (`loop.minutes`)."""
+        self.plan = plan
+        self.learner.use_length(plan)
+        self.recorder.use_plan(plan)
 
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""
@@ -248,24 +259,24 @@ class Run:
         self.recorder.add_report(0, Report(images={f"{name}_before": image for name, image in drawn.items()}))
 
     @torch.no_grad()
-    def measure(self, *, only_draws: bool) -> Report:
-        """Return the task's report on the due loaders, or only its pictures of prompts."""
+    def measure(self, *, only_draws: bool, most: int | None = None) -> Report:
+        """Return the task's report on the due loaders (`most` batches of each), or only its pictures of prompts."""
         learner = self.learner
         learner.task.eval()
         try:
             with learner.runtime.autocast():
                 if only_draws:
                     return learner.task.draw()
-                return learner.task.evaluate(self._due_loaders(), learner.step)
+                return learner.task.evaluate(self._due_loaders(most), learner.step)
         finally:
             learner.task.train()
             reshard(learner.model)
 
-    def _due_loaders(self) -> Mapping[str, Iterable[Batch]]:
+    def _due_loaders(self, most: int | None) -> Mapping[str, Iterable[Batch]]:
         """Return the loaders due at this step; each batch counts as progress."""
 
         def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
-            for batch in loader:
+            for batch in islice(loader, most):
                 check_stop()
                 self.recorder.phase(self.step, f"evaluating {name}", batch)
                 yield batch
@@ -277,7 +288,8 @@ class Run:
                 if self.config.loop.batch_size == "auto" or size < self.plan.micro_batch_size:
                     loader.batch_size = size if self.config.loop.batch_size == "auto" else min(size, loader.batch_size)
                 total = len(loader) if isinstance(loader, Sized) else None
-                due[name] = track(watched(name, loader), total, f"evaluating {name}")
+                batches = watched(name, loader)
+                due[name] = track(batches, total, f"evaluating {name}") if most is None else batches
         return due
 
     # ----------------------------------------------------------------------------------------------- save and restore

@@ -21,6 +21,7 @@ from torch import nn
 from engine.batch_size import out_of_memory, read_size
 from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
+from engine.minutes import use_minutes
 from engine.plan import Plan, make_plan, split_batch
 from engine.run import Run, show_lines
 from engine.runtime import Runtime, choose_compile, start_machine
@@ -100,6 +101,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
     """Return the run's plan, and log the start screen."""
     train, path = streams.train, default_run_dir(config.model_dump(mode="json"), job)
+    config = use_minutes(config, path, job.overrides)
     plan = make_plan(
         config,
         world_size=distributed.planned_world_size(),
@@ -127,8 +129,8 @@ def _start_screen(
     """Return the start screen. networks: the trained networks."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
-    steps = f"{plan.epoch_length / plan.global_batch_size:.4g} steps, {plan.total_steps:,} in all"
-    length = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}, of {plan.global_batch_size} images each"
+    epoch = f"{plan.epoch_length / plan.global_batch_size:.4g} steps"
+    steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.global_batch_size} images each"
     rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256)"
     if plan.range_test_steps:
         rate = "found by a range test before the first update"
@@ -144,6 +146,9 @@ def _start_screen(
     if streams.evaluation_samples == 0:
         stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
         evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
+    training = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
+    if config.loop.minutes is not None and config.loop.total_steps is None:
+        training = f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
     phases = zip(plan.phases, config.loop.phases or ())
     shown = [f"from step {first + 1}: {phase.describe()}" for (first, _), phase in phases]
     machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
@@ -151,7 +156,7 @@ def _start_screen(
         f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
         [
             *streams.described.items(),
-            ("training", f"{length}; {evaluation}"),
+            ("training", training),
             *([("phases", "; ".join(shown))] if shown else []),
             ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
             ("machine", f"{ranks}{runtime.device_name}, {machine}"),

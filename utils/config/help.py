@@ -6,11 +6,13 @@ process ends.
 
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
+STARTED = time.monotonic()  # of the script
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 _USAGE = """\

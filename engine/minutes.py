@@ -1,0 +1,157 @@
+"""`loop.minutes`: as many steps as fit into a time, measured once at the start of a run.
+
+Updates and parts of evaluations are timed on the run's own machine and data, and undone. The number of steps is written
+to minutes.json in the run folder; from then on the run is one of that many steps, also when it is resumed on a slower
+machine. The minutes include the start of the script, evaluations, and the files at the end.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import closing
+from pathlib import Path
+from time import monotonic
+from typing import TYPE_CHECKING
+
+import torch
+
+from engine.config import TrainingConfig
+from engine.lr_finder import undone
+from engine.plan import Plan, make_plan
+from utils.config.help import STARTED
+from utils.contracts import Batch
+from utils.errors import UserError
+from utils.io.files import output_errors, read_json, write_json
+from utils.ranks import distributed
+from utils.ranks.signals import check_stop
+from utils.record.figures import show_duration
+from utils.record.logging import get_logger
+
+if TYPE_CHECKING:
+    from engine.run import Run
+
+log = get_logger(__name__)
+
+FILE = "minutes.json"
+_WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
+_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
+_BATCHES = 8  # of an evaluation
+_END_SEC = 2.5  # the last curves and weights
+
+
+def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) -> TrainingConfig:
+    """Return the config with the number of steps that an earlier start of the run has found, if it has.
+
+    overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
+    minutes, or for a damaged file.
+    """
+    file, minutes, other = folder / FILE, config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
+    if minutes is None:
+        return config
+    if beside := [word for word in overrides if word.partition("=")[0] in other and not word.endswith("=null")]:
+        raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
+    try:
+        found = read_json(file) if file.exists() else {"minutes": minutes, "steps": None}
+        before, steps = float(found["minutes"]), found["steps"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
+    if before != minutes:
+        raise UserError(
+            f"loop.minutes: {minutes:g}, but {folder} was planned for {before:g}; set loop.minutes={before:g}, or give "
+            "another run_dir"
+        )
+    return _of_length(config, steps)
+
+
+def _of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
+    return config.model_copy(update={"loop": config.loop.model_copy(update={"total_steps": steps})})
+
+
+def fit_minutes(run: "Run") -> None:
+    """Measure, choose the number of steps, write it, and give the run its plan.
+
+    Raises UserError (`loop.minutes`) if no step fits; warns if no epoch does.
+    """
+    minutes, plan, streams = run.config.loop.minutes, run.plan, run.streams
+
+    def plan_of(steps: int) -> Plan:
+        return make_plan(
+            _of_length(run.config, steps), world_size=plan.world_size, epoch_length=plan.epoch_length,
+            chunk=streams.train.chunk, evaluation_samples=streams.evaluation_samples,
+        )  # fmt: skip
+
+    step_sec, evaluation_sec = _time_steps(run, _SHARE * 60 * minutes), _time_evaluation(run)
+    start_sec = monotonic() - STARTED
+    left = 60 * minutes - start_sec - _END_SEC
+    steps = distributed.rank_zero_call(lambda: _count_steps(left, step_sec, evaluation_sec, plan_of))
+    found = f"a step takes {step_sec:.3g} s, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
+    if steps < 1:
+        raise UserError(f"loop.minutes: {minutes:g} are too few: {found}; set more")
+    run.use_plan(plan_of(steps))
+    epochs = run.plan.epoch_at(steps)
+    log.info("loop.minutes=%g: %s steps, %.3g epochs; %s", minutes, f"{steps:,}", epochs, found)
+    if epochs < 1:
+        needed = show_duration(start_sec + left / epochs)
+        log.warning("loop.minutes: %g are too few for an epoch, which needs about %s", minutes, needed)
+    facts = {"minutes": minutes, "steps": steps, "step_sec": step_sec, "evaluation_sec": evaluation_sec}
+    if distributed.is_main():
+        with output_errors("run_dir", file := run.folder.path / FILE):
+            write_json(file, facts)
+
+
+def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
+    """Return the number of steps that leave time for their evaluations and for a range test."""
+    steps = int(left / step_sec)
+    while steps >= 1:  # fewer steps may have fewer evaluations
+        plan = plan_of(steps)
+        evaluations = math.ceil(plan.epoch_at(steps) / plan.evaluate_every_epochs - 1e-9)
+        fitting = int((left - evaluations * evaluation_sec) / step_sec) - plan.range_test_steps
+        if fitting >= steps:
+            break
+        steps = fitting
+    return steps
+
+
+def _time_steps(run: "Run", seconds: float) -> float:
+    """Return the mean seconds of an update, over all phases by their share; the updates are undone."""
+    learner, found = run.learner, []
+
+    def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
+        started = monotonic()
+        for number in range(count):
+            run.recorder.phase(0, f"loop.minutes, update {number + 1}")
+            check_stop()
+            learner.update(next(batches))
+        _wait(run)
+        return (monotonic() - started) / count
+
+    for number in range(max(1, len(run.plan.phases))):
+        with undone(learner), closing(run.phase_steps(number, run.plan.total_steps)) as batches:
+            time_updates(batches, _WARM_UP)
+            about = time_updates(batches, 1)
+            count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))  # noqa: B023
+            found.append(time_updates(batches, count))
+    shares = [phase.fraction for phase in run.config.loop.phases or ()] or [1.0]
+    return math.fsum(share * each for share, each in zip(shares, found))
+
+
+def _time_evaluation(run: "Run") -> float:
+    """Return the seconds of an evaluation, from its first batches."""
+    batches = max([len(loader) for loader in run.streams.evaluation.values()], default=0)
+    if run.streams.evaluation_samples == 0 or batches == 0:
+        return 0.0
+
+    def seconds(most: int) -> float:
+        started = monotonic()
+        run.measure(only_draws=False, most=most)
+        _wait(run)
+        return monotonic() - started
+
+    seconds(1)
+    first, most = seconds(1), min(batches, _BATCHES)
+    rest = (seconds(most) - first) / (most - 1) if most > 1 else 0.0
+    return first + max(0.0, rest) * (batches - 1)
+
+
+def _wait(run: "Run") -> None:
+    if run.learner.runtime.device.type == "cuda":
+        torch.cuda.synchronize(run.learner.runtime.device)

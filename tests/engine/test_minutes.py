@@ -1,0 +1,71 @@
+"""`loop.minutes`: the steps that fit into a time, kept by the run, and equal to a run of so many steps."""
+
+import json
+
+import pytest
+import torch
+
+from engine import minutes
+from tests.in_process import TINY, make_images, run, run_until_killed
+from tests.support import checkpoint_tensors, rows
+from utils.errors import UserError
+
+LENGTH = "loop.total_steps=2"  # of TINY
+MORE = ["loop.evaluate_every_epochs=2", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=3"]
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A command of 10 minutes on a machine where a step takes 40 s and an evaluation 15 s, and the start 20 s."""
+    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20)
+    monkeypatch.setattr(minutes, "_MOST_UPDATES", 1)
+    monkeypatch.setattr(minutes, "_time_steps", timed := timing(minutes._time_steps, 40.0))
+    monkeypatch.setattr(minutes, "_time_evaluation", timing(minutes._time_evaluation, 15.0))
+    root, given = make_images(tmp_path / "images"), [word for word in TINY if word != LENGTH]
+    return [*given, *MORE, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=10"], timed
+
+
+def timing(function, seconds):
+    """Return the function with its real work, timed by a clock that stands still, and then other seconds."""
+
+    def call(run, *arguments):
+        function(run, *arguments)
+        call.count += 1
+        return seconds
+
+    call.count = 0
+    return call
+
+
+def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp_path):
+    words, timed = words
+    run_until_killed("finetune", words, tmp_path, step=7)
+    run("finetune", words, tmp_path)
+    found = json.loads((tmp_path / "run/minutes.json").read_text())
+    assert timed.count == 1
+    assert found == {"minutes": 10, "steps": 12, "step_sec": 40.0, "evaluation_sec": 15.0}  # and 3 evaluations
+    plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
+    run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
+    first, second = (checkpoint_tensors(tmp_path / name, 12) for name in ("run", "plain"))
+    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert rows(tmp_path / "run/metrics.jsonl") == rows(tmp_path / "plain/metrics.jsonl")
+    with pytest.raises(UserError, match=r"loop\.minutes: 5, but .*run was planned for 10; set loop\.minutes=10"):
+        run("finetune", [*words, "loop.minutes=5", "resume_allow=[loop.minutes]"], tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["loop.total_epochs=3"], r"loop\.minutes: 10 sets the length, and so does loop\.total_epochs=3"),
+        (["loop.minutes=0.5"], r"loop\.minutes: 0\.5 are too few: a step takes 40 s, .*the start took 20 s"),
+    ],
+)
+def test_what_is_no_length_is_refused(more, said, words, tmp_path):
+    with pytest.raises(UserError, match=said):
+        run("finetune", [*words[0], *more], tmp_path)
+    assert not (tmp_path / "run/minutes.json").exists()
+
+
+def test_less_than_an_epoch_is_said(words, tmp_path, capsys):
+    run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)
+    assert "too few for an epoch, which needs about 2:35" in capsys.readouterr().err
