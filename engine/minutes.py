@@ -10,13 +10,13 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
-from typing import TYPE_CHECKING
 
 import torch
 
 from engine.config import TrainingConfig
 from engine.lr_finder import undone
 from engine.plan import Plan, make_plan
+from engine.run import Run
 from utils.config.help import STARTED
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -26,12 +26,9 @@ from utils.ranks.signals import check_stop
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
 
-if TYPE_CHECKING:
-    from engine.run import Run
-
 log = get_logger(__name__)
 
-FILE = "minutes.json"
+_FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
 _BATCHES = 8  # of an evaluation
@@ -44,7 +41,7 @@ def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) 
     overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
     minutes, or for a damaged file.
     """
-    file, minutes, other = folder / FILE, config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
+    file, minutes, other = folder / _FILE, config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
     if minutes is None:
         return config
     if beside := [word for word in overrides if word.partition("=")[0] in other and not word.endswith("=null")]:
@@ -66,12 +63,14 @@ def _of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
     return config.model_copy(update={"loop": config.loop.model_copy(update={"total_steps": steps})})
 
 
-def fit_minutes(run: "Run") -> None:
-    """Measure, choose the number of steps, write it, and give the run its plan.
+def fit_minutes(run: Run) -> None:
+    """Measure, choose the number of steps, write it, and give the run its plan, unless an earlier start did.
 
     Raises UserError (`loop.minutes`) if no step fits; warns if no epoch does.
     """
-    minutes, plan, streams = run.config.loop.minutes, run.plan, run.streams
+    minutes, plan, streams, file = run.config.loop.minutes, run.plan, run.streams, run.folder.path / _FILE
+    if minutes is None or file.exists():
+        return
 
     def plan_of(steps: int) -> Plan:
         return make_plan(
@@ -94,7 +93,7 @@ def fit_minutes(run: "Run") -> None:
         log.warning("loop.minutes: %g are too few for an epoch, which needs about %s", minutes, needed)
     facts = {"minutes": minutes, "steps": steps, "step_sec": step_sec, "evaluation_sec": evaluation_sec}
     if distributed.is_main():
-        with output_errors("run_dir", file := run.folder.path / FILE):
+        with output_errors("run_dir", file):
             write_json(file, facts)
 
 
@@ -111,7 +110,7 @@ def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: C
     return steps
 
 
-def _time_steps(run: "Run", seconds: float) -> float:
+def _time_steps(run: Run, seconds: float) -> float:
     """Return the mean seconds of an update, over all phases by their share; the updates are undone."""
     learner, found = run.learner, []
 
@@ -134,7 +133,7 @@ def _time_steps(run: "Run", seconds: float) -> float:
     return math.fsum(share * each for share, each in zip(shares, found))
 
 
-def _time_evaluation(run: "Run") -> float:
+def _time_evaluation(run: Run) -> float:
     """Return the seconds of an evaluation, from its first batches."""
     batches = max([len(loader) for loader in run.streams.evaluation.values()], default=0)
     if run.streams.evaluation_samples == 0 or batches == 0:
@@ -152,6 +151,6 @@ def _time_evaluation(run: "Run") -> float:
     return first + max(0.0, rest) * (batches - 1)
 
 
-def _wait(run: "Run") -> None:
+def _wait(run: Run) -> None:
     if run.learner.runtime.device.type == "cuda":
         torch.cuda.synchronize(run.learner.runtime.device)

@@ -17,8 +17,6 @@ from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
 from engine.learner import Learner
 from engine.lr_finder import find_lr
-from engine.minutes import FILE as MINUTES
-from engine.minutes import fit_minutes
 from engine.parallel import reshard
 from engine.plan import Plan
 from engine.recorder import MUCH_WAITING, Recorder, show_memory
@@ -119,9 +117,6 @@ class Run:
             return
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
-        if self.step == 0 and self.config.loop.minutes is not None and not (self.folder.path / MINUTES).exists():
-            fit_minutes(self)
-            plan = self.plan
         if self.step == 0 and plan.range_test_steps:
             with closing(self.phase_steps(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)

@@ -21,7 +21,7 @@ from torch import nn
 from engine.batch_size import out_of_memory, read_size
 from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
-from engine.minutes import use_minutes
+from engine.minutes import fit_minutes, use_minutes
 from engine.plan import Plan, make_plan, split_batch
 from engine.run import Run, show_lines
 from engine.runtime import Runtime, choose_compile, start_machine
@@ -192,6 +192,7 @@ def open_run(
             recorder.open(run.step, train, values, run.owes_evaluation)
             recorder.watchdog.start()
             try:
+                fit_minutes(run)
                 yield run
             except Stopped:
                 finished = False

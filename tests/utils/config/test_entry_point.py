@@ -97,7 +97,7 @@ def test_another_rank_shows_only_what_it_may_be_alone_with(start_command, capsys
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS[:1], "--cfg", "job", *PATHS[1:]) == 0
     printed = capsys.readouterr()
-    assert printed.out.startswith("weights: w\ninput: i\noutput: o\nexisting: null\n") and printed.err == ""
+    assert "\nweights: w\ninput: i\noutput: o\nexisting: null\n" in printed.out and printed.err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns
