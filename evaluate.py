@@ -52,12 +52,12 @@ from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
+from utils.record.tables import IMAGES
 from utils.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 
 log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
-IMAGES = Path("tables/images.parquet")
 _DRY_RUN = "dry run: nothing is evaluated"
 
 

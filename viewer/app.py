@@ -100,8 +100,9 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     shelf = images.Shelf(index, data if data.root else None)
     images.add_route(shelf)
     collection.add_page(shelf)
-    for page in (runs, run, curves):
+    for page in (runs, curves):
         page.add_page(index)
+    run.add_page(index, shelf)
     playground.add_page(networks, shelf)
     review.add_page(index, shelf)
     app.add_middleware(Guard, token=token)

@@ -1,27 +1,36 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
+import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
 import numpy as np
-from fastapi import Query
+from fastapi import HTTPException, Query
 from nicegui import run as background
 from nicegui import ui
 
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, smooth, thin
-from utils.record.figures import show_name
-from utils.record.run_index import RunIndex
-from viewer.parts import COLOURS, GREY, REFRESH_SEC, find_run, page
+from utils.record.figures import COUNTS, show_name
+from utils.record.run_index import RunIndex, find_runs
+from viewer.parts import COLOURS, GREY, REFRESH_SEC, page, run_name
 
 _POINTS = 2_000  # of a curve
-_HIDDEN = {"epoch", "samples", "support", "tags", "seconds"}
+_HIDDEN = {"epoch", "seconds", *COUNTS}
+_GROUPS = {  # of charts: what the names of their figures match
+    "Loss and metrics": "",
+    "Learning rate and steps": r"(lr|momentum|d|grad_norm|skipped_steps|loss_scale)$",
+    "Throughput, memory and data": r"(images_per_sec$|peak_memory_gib$|data/)",
+}
 
 
 def chart_options(
-    curves: dict[str, Curves], figure: str, smoothing: float, *, logarithmic: bool
+    curves: dict[str, Curves], figure: str, smoothing: float, *, logarithmic: bool, by_time: bool = False
 ) -> dict[str, Any] | None:
-    """Return the ECharts options of a figure: training and evaluation of each run; None if no run has it."""
+    """Return the ECharts options of a figure: training and evaluation of each run; None if no run has it.
+
+    by_time: over minutes of training, instead of steps.
+    """
     lines = []
     for number, (name, its) in enumerate(curves.items()):
         prefix = f"{name} " if len(curves) > 1 else ""
@@ -31,7 +40,7 @@ def chart_options(
                 continue
             values = smooth(values, smoothing if kind == "train" else 0.0)
             steps, values = thin(steps, values, _POINTS)
-            points = [[step, value if value == value else None] for step, value in zip(steps.tolist(), values.tolist())]
+            points = to_points(its.minutes(steps) if by_time else steps, values)
             is_alone = len(curves) == 1
             colour = COLOURS[(kind == "evaluate") if is_alone else number % len(COLOURS)]
             style = {"width": 2, "type": "solid" if is_alone or kind == "train" else "dashed"}
@@ -39,14 +48,24 @@ def chart_options(
                 "name": prefix + words, "type": "line", "data": points, "color": colour, "lineStyle": style,
                 "showSymbol": len(points) <= 40, "symbolSize": 5, "animation": False,
             })  # fmt: skip
-    if not lines:
-        return None
+    x_axis = {"min": "dataMin", "max": "dataMax"} | ({"name": "minutes of training"} if by_time else {})
+    return plot(lines, x_axis, logarithmic=logarithmic) if lines else None
+
+
+def to_points(across: np.ndarray, values: np.ndarray) -> list[list[float | None]]:
+    """Return points for ECharts. A value that is not known leaves a gap."""
+    return [[x, y if y == y else None] for x, y in zip(across.tolist(), values.tolist())]
+
+
+def plot(lines: list[dict[str, Any]], x_axis: dict[str, Any], *, logarithmic: bool = False) -> dict[str, Any]:
+    """Return the ECharts options of lines."""
     text, faint = {"color": GREY}, {"lineStyle": {"color": GREY, "opacity": 0.25}}
+    named = {"nameLocation": "middle", "nameGap": 24, "nameTextStyle": text}
     return {
-        "grid": {"left": 56, "right": 16, "top": 36, "bottom": 28},
+        "grid": {"left": 56, "right": 16, "top": 36, "bottom": 40 if "name" in x_axis else 28},
         "legend": {"top": 4, "right": 8, "textStyle": text, "itemHeight": 8, "type": "scroll"},
         "tooltip": {"trigger": "axis", "confine": True, "renderMode": "richText", "order": "valueDesc"},
-        "xAxis": {"type": "value", "min": "dataMin", "max": "dataMax", "axisLabel": text, "splitLine": {"show": False}},
+        "xAxis": {"type": "value", "axisLabel": text, "splitLine": {"show": False}, **named, **x_axis},
         "yAxis": {
             "type": "log" if logarithmic else "value", "scale": True, "axisLabel": text, "splitLine": faint,
         },
@@ -64,47 +83,65 @@ def list_figures(curves: dict[str, Curves]) -> list[str]:
 
 async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> None:
     """Show a chart of each figure, and draw them anew as the runs go on. read: the figures of runs, by name."""
-    charts, drawn = dict[str, ui.echart](), []
+    charts, titles, drawn = dict[str, ui.echart](), set(), []
     with ui.row().classes("items-center w-full"):
         smoothing = ui.slider(min=0, max=0.99, step=0.01, value=0.6).props("label aria-label=smoothing").classes("w-40")
         ui.label("smoothing").classes("muted")
-        logarithmic = ui.switch("logarithmic")
+        logarithmic, by_time = ui.switch("logarithmic"), ui.switch("by time")
         empty = ui.label(nothing).classes("muted")
     grid = ui.element("div").classes("w-full charts")
 
     async def draw() -> None:
         curves = await background.io_bound(read)
-        state = [*(its.size for its in curves.values()), smoothing.value, logarithmic.value]
+        state = [*(its.size for its in curves.values()), smoothing.value, logarithmic.value, by_time.value]
         if state == drawn:
             return
         drawn[:] = state
         figures = list_figures(curves)
         empty.set_visibility(not figures)
         for figure in figures:
-            options = chart_options(curves, figure, smoothing.value, logarithmic=logarithmic.value)
+            options = chart_options(
+                curves, figure, smoothing.value, logarithmic=logarithmic.value, by_time=by_time.value
+            )
             if options is None:
                 continue
             if figure not in charts:
-                with grid, ui.card().props("flat bordered").classes("q-pa-sm"):
-                    ui.label(escape_controls(show_name(figure))).classes("text-weight-medium")
-                    charts[figure] = ui.echart(options).classes("chart")
-            elif charts[figure].options != options:
-                charts[figure].options.clear()
-                charts[figure].options.update(options)
-                charts[figure].update()
+                group = max(number for number, names in enumerate(_GROUPS.values()) if re.match(names, figure))
+                with grid:
+                    if group not in titles:
+                        titles.add(group)
+                        heading = ui.label([*_GROUPS][group]).classes("text-subtitle1")
+                        heading.style(f"grid-column: 1 / -1; order: {2 * group}")
+                    with ui.card().props("flat bordered").classes("q-pa-sm").style(f"order: {2 * group + 1}"):
+                        ui.label(escape_controls(show_name(figure))).classes("text-weight-medium")
+                        charts[figure] = ui.echart(options).classes("chart")
+            else:
+                redraw(charts[figure], options)
 
     await draw()
-    smoothing.on_value_change(draw)
-    logarithmic.on_value_change(draw)
+    for control in (smoothing, logarithmic, by_time):
+        control.on_value_change(draw)
     ui.timer(REFRESH_SEC, draw)
 
 
+def redraw(chart: ui.echart, options: dict[str, Any]) -> None:
+    """Give a chart other options."""
+    if chart.options != options:
+        chart.options.clear()
+        chart.options.update(options)
+        chart.update()
+
+
 def add_page(index: RunIndex) -> None:
-    """Add the page that compares runs."""
+    """Add the page that compares runs: those that are named, and all in a folder of runs, such as a sweep."""
 
     @ui.page("/compare")
     async def show(run: Annotated[list[str], Query()] = ()) -> None:
-        paths = {escape_controls(name.partition("/")[2] or name): find_run(index, name) for name in run}
+        wanted = tuple(f"{name.rstrip('/')}/" for name in run)
+        named = ((run_name(index, path), path) for path in await background.io_bound(lambda: [*find_runs(index.roots)]))
+        paths = {escape_controls(name): path for name, path in named if f"{name}/".startswith(wanted)}
+        if wanted and not paths:
+            raise HTTPException(404, "no such run")
         with page("Compare runs"):
             await show_curves(
                 lambda: {name: index.curves(path) for name, path in paths.items()},

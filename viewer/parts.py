@@ -1,13 +1,15 @@
 """What all pages share: the frame, colours, and how values are shown."""
 
+import shlex
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from fastapi import HTTPException
 from nicegui import ui
 
+from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_run
 
 REFRESH_SEC = 2.0
@@ -20,7 +22,10 @@ body { font-size: 15px; font-variant-numeric: tabular-nums }
 .muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
 .charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
 .chart { height: 240px; width: 100% }
-.q-table td, .q-table th { font-size: 14px } .q-table tbody tr { cursor: pointer }
+.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px }
+.level-1 { color: #e67700 } .level-2 { color: #e03131 }
+.from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
+.q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap } .q-table tbody tr { cursor: pointer }
 .bar { padding: 1px 6px; border-radius: 3px; background:
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
@@ -47,6 +52,28 @@ def page(title: str) -> Iterator[None]:
         button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
         button.props("color=white aria-label='light or dark'").tooltip("light or dark")
     yield
+
+
+def show_command(title: str, words: Sequence[str]) -> None:
+    """Show a command, and a button that copies it."""
+    command = shlex.join(words)
+    with ui.row().classes("items-center no-wrap w-full"):
+        ui.label(escape_controls(command)).classes("mono col").style("overflow-wrap: anywhere")
+        copy = ui.button(icon="content_copy", on_click=lambda: ui.clipboard.write(command))
+        copy.props(f"flat round dense aria-label='copy the command: {title}'")
+
+
+async def filtered_table(names: list[str], label: str, key: str, fill: Callable[[ui.table, str], Awaitable]) -> None:
+    """Show a choice, a filter, and a table that `fill` gives columns and rows for what is chosen."""
+    with ui.row().classes("items-center w-full"):
+        chosen = ui.select({name: escape_controls(name) for name in names}, value=names[0])
+        chosen.props(f"dense outlined options-dense aria-label='{label}'")
+        find = ui.input(placeholder="filter").props("clearable dense outlined aria-label=filter")
+    table = ui.table(columns=[], rows=[], row_key=key).classes("w-full").style("height: 70vh")
+    table.props("flat bordered virtual-scroll dense wrap-cells :rows-per-page-options=[0]")
+    find.bind_value_to(table, "filter", forward=lambda text: text or "")
+    chosen.on_value_change(lambda event: fill(table, event.value))
+    await fill(table, names[0])
 
 
 def ago(seconds: float) -> str:

@@ -1,31 +1,35 @@
 """`/run/...`: one run: its curves, pictures, tables, settings, files and log, live."""
 
-import csv
 import html
-import itertools
-import math
-import shlex
+import re
+from contextlib import suppress
 from pathlib import Path
 from urllib.parse import quote
 
 from fastapi import HTTPException
 from fastapi.responses import FileResponse
 from nicegui import app, ui
+from nicegui import run as background
+from PIL import Image
 
 from utils.config.recipe import flatten
 from utils.io.safe_text import escape_controls
+from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, find_run, page, run_name
+from viewer.images import Shelf
+from viewer.parts import REFRESH_SEC, filtered_table, find_run, page, run_name, show_command
+from viewer.results import show_mistakes, show_tables, show_thresholds
 
 _LOG_LINES, _LOG_BYTES = 2_000, 200_000
-_LEVELS = {" WARNING ": "text-orange", " ERROR ": "text-negative"}  # colours of lines
-_TABLE_ROWS = 20_000
-_PICTURES = {".png", ".jpg", ".webp"}
+_LEVELS = {0: "all", 1: "warnings and errors", 2: "errors"}
+_LEVEL = re.compile(r"\d{4}-\d\d-\d\d \S+ ([A-Z]+) ")
+_PICTURES, _SEEN = {".png", ".jpg", ".webp"}, "plots/samples_seen.png"
+_NOTHING = "No figures yet: the first are written at the first log step."
 
 
-def add_page(index: RunIndex) -> None:
+def add_page(index: RunIndex, shelf: Shelf) -> None:
     """Add the page of a run, and the route of its pictures."""
 
     @app.get("/picture/{name:path}")
@@ -40,77 +44,89 @@ def add_page(index: RunIndex) -> None:
     async def show(name: str) -> None:
         path = find_run(index, name)
         tabs = {
+            "Curves": lambda: show_curves(lambda: {"": index.curves(path)}, _NOTHING),
             "Pictures": lambda: _show_pictures(name, path),
-            "Tables": lambda: _show_tables(path),
+            "Tables": lambda: show_tables(path),
+            "Thresholds": lambda: show_thresholds(path),
+            "Mistakes": lambda: show_mistakes(name, path, shelf),
             "Settings": lambda: _show_settings(index, path),
             "Files": lambda: _show_files(path),
             "Log": lambda: _show_log(path),
             "Commands": lambda: _show_commands(path),
         }
+        panels = {}
+
+        async def build(title: str) -> None:
+            """Fill a panel when it is first shown."""
+            if title in tabs:
+                with panels[title]:
+                    try:
+                        await tabs.pop(title)()
+                    except (OSError, ValueError) as error:  # deleted meanwhile, cut, or from another release
+                        ui.label(escape_controls(f"A file of this run cannot be read: {error}")).classes(
+                            "text-negative"
+                        )
+
         with page(escape_controls(path.name)):
-            ui.link("Review the labels", f"/review?run={quote(name)}")
-            with ui.tabs().props("align=left dense no-caps").classes("w-full") as bar:
-                for title in ("Curves", *tabs):
+            with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
+                for title in tabs:
                     ui.tab(title)
             with ui.tab_panels(bar, value="Curves", animated=False).classes("w-full"):
-                with ui.tab_panel("Curves").classes("q-px-none"):
-                    nothing = "No figures yet: the first are written at the first log step."
-                    await show_curves(lambda: {"": index.curves(path)}, nothing)
-                for title, build in tabs.items():
-                    with ui.tab_panel(title).classes("q-px-none"):
-                        build()
+                for title in tabs:
+                    panels[title] = ui.tab_panel(title).classes("q-px-none")
+            await build("Curves")
+            bar.on_value_change(lambda event: build(event.value))
 
 
-def _show_pictures(name: str, path: Path) -> None:
-    files = [file for folder in ("plots", "samples") for file in (path / folder).rglob("*")]
-    files = sorted(file for file in files if file.suffix in _PICTURES and is_inside(file, path))
-    if not files:
+def find_pictures(run: Path) -> dict[str, dict[int | None, tuple[str, float]]]:
+    """Return pictures in a run folder by name and, of evaluations, by step: the path below it, and width over height.
+
+    Damaged ones are left out.
+    """
+    found: dict[str, dict[int | None, tuple[str, float]]] = {}
+    for file in sorted(file for folder in ("plots", "samples") for file in (run / folder).rglob("*")):
+        if file.suffix in _PICTURES and is_inside(file, run) and file.name != "curves.png":  # they are live
+            inside = file.relative_to(run).as_posix()
+            with suppress(OSError, ValueError), Image.open(file) as picture:
+                shape = picture.width / picture.height
+                step = int(file.parent.name) if inside.startswith(f"{STEPS}/") else None
+                found.setdefault(inside if step is None else f"plots/{file.name}", {})[step] = inside, shape
+    for by_step in found.values():  # the newest is also among the kept ones
+        if len(by_step) > 1:
+            by_step.pop(None, None)
+    return found
+
+
+async def _show_pictures(name: str, path: Path) -> None:
+    pictures = await background.io_bound(find_pictures, path)
+    if _SEEN not in pictures:
+        ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
+        show_command("what the network sees", [*_command_of(path), "dry_run=true"])
+    if not pictures:
         ui.label("No pictures yet: evaluations make them.").classes("muted")
-    for file in files:
-        inside = file.relative_to(path).as_posix()
+    for title, by_step in sorted(pictures.items(), key=lambda item: (item[0] != _SEEN, None in item[1], item[0])):
         with ui.card().props("flat bordered").classes("q-pa-sm w-full"):
-            ui.label(escape_controls(inside)).classes("mono")
-            shown = ui.image(f"/picture/{quote(name)}?file={quote(inside)}&at={file.stat().st_mtime_ns}")
-            shown.props(f"fit=contain no-spinner alt='{html.escape(inside)}'").style("max-width: 1200px")
+            _show_picture(name, title, by_step)
 
 
-def _show_tables(path: Path) -> None:
-    names = sorted(file.name for file in (path / "tables").glob("*.csv") if is_inside(file, path))
-    if not names:
-        ui.label("No tables yet: evaluations write them.").classes("muted")
-        return
+def _show_picture(name: str, title: str, by_step: dict[int | None, tuple[str, float]]) -> None:
+    """Show a picture, and a slider over its steps."""
+    steps = [*by_step]
     with ui.row().classes("items-center w-full"):
-        chosen = ui.select(names, value=names[0]).props("dense outlined aria-label=table")
-        find = ui.input(placeholder="filter").props("clearable dense outlined aria-label=filter")
-    table = ui.table(columns=[], rows=[], row_key="id").classes("w-full").style("height: 70vh")
-    table.props("flat bordered virtual-scroll dense :rows-per-page-options=[0]")
-    find.bind_value_to(table, "filter", forward=lambda text: text or "")
+        said = ui.label().classes("mono")
+        if len(steps) > 1:
+            slider = ui.slider(min=0, max=len(steps) - 1, step=1, value=len(steps) - 1).props("aria-label=step")
+            slider.classes("col").style("min-width: 160px; max-width: 480px").on_value_change(
+                lambda event: draw(event.value)
+            )
+    shown = ui.image().style("max-width: 1200px").props(f"fit=contain no-spinner alt='{html.escape(title)}'")
 
-    def fill() -> None:
-        names, rows = read_table(path / "tables" / chosen.value)
-        table.columns = [
-            {"name": str(number), "label": name, "field": str(number), "sortable": True, "align": "left"}
-            for number, name in enumerate(names)
-        ]
-        table.rows = [{"id": number, **dict(zip(map(str, range(len(row))), row))} for number, row in enumerate(rows)]
+    def draw(number: int) -> None:
+        file, shape = by_step[steps[number]]
+        said.set_text(escape_controls(title) + ("" if steps[number] is None else f", step {steps[number]}"))
+        shown.props(f"ratio={shape:.4f}").set_source(f"/picture/{quote(name)}?file={quote(file)}")
 
-    chosen.on_value_change(fill)
-    fill()
-
-
-def read_table(path: Path) -> tuple[list[str], list[list[float | str]]]:
-    """Return the names of a CSV file's columns, and its first _TABLE_ROWS rows, numbers as numbers."""
-    with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        names, *rows = list(itertools.islice(csv.reader(file), _TABLE_ROWS + 1)) or [[]]
-    return [escape_controls(name) for name in names], [[_to_cell(cell) for cell in row] for row in rows]
-
-
-def _to_cell(text: str) -> float | str:
-    try:
-        value = float(text)
-    except ValueError:
-        return escape_controls(text)
-    return round(value, 6) if math.isfinite(value) else text
+    draw(len(steps) - 1)
 
 
 def _read_settings(path: Path) -> dict[str, str]:
@@ -118,24 +134,16 @@ def _read_settings(path: Path) -> dict[str, str]:
     return {escape_controls(key): escape_controls(str(value)) for key, value in values.items()}
 
 
-def _show_settings(index: RunIndex, path: Path) -> None:
-    settings, alone = _read_settings(path), "compare with"
+async def _show_settings(index: RunIndex, path: Path) -> None:
+    settings, alone = await background.io_bound(_read_settings, path), "compare with"
     others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
-    with ui.row().classes("items-center w-full"):
-        chosen = ui.select([alone, *others], value=alone).props(
-            "dense outlined options-dense aria-label='compare with'"
-        )
-        find = ui.input(placeholder="filter").props("clearable dense outlined aria-label=filter")
-    table = ui.table(columns=[], rows=[], row_key="key").classes("w-full").style("height: 70vh")
-    table.props("flat bordered virtual-scroll dense wrap-cells :rows-per-page-options=[0]")
-    find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
-    def fill() -> None:
+    async def fill(table: ui.table, name: str) -> None:
         columns = [("key", "Key"), ("value", "This run")]
         rows = [{"key": key, "value": value} for key, value in settings.items()]
-        if chosen.value != alone:
-            other = _read_settings(others[chosen.value])
-            columns.append(("other", chosen.value))
+        if name != alone:
+            other = await background.io_bound(_read_settings, others[name])
+            columns.append(("other", escape_controls(name)))
             keys = (key for key in {**settings, **other} if settings.get(key) != other.get(key))
             rows = [{"key": key, "value": settings.get(key, ""), "other": other.get(key, "")} for key in keys]
         table.columns = [
@@ -143,11 +151,10 @@ def _show_settings(index: RunIndex, path: Path) -> None:
         ]
         table.rows = rows
 
-    chosen.on_value_change(fill)
-    fill()
+    await filtered_table([alone, *others], alone, "key", fill)
 
 
-def _show_files(path: Path) -> None:
+async def _show_files(path: Path) -> None:
     folders = [file for file in (path / "checkpoints").glob("*") if file.is_dir()]
     rows = []
     for file in (*sorted((path / "weights").glob("*.safetensors")), *sorted(folders)):
@@ -161,24 +168,26 @@ def _show_files(path: Path) -> None:
     ui.table(columns=columns, rows=rows, row_key="file").props("flat bordered dense").classes("w-full")
 
 
-def _show_log(path: Path) -> None:
+async def _show_log(path: Path) -> None:
+    least = ui.toggle(_LEVELS, value=0).props("no-caps unelevated dense padding='2px 12px'")
     log, read = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh"), LogReader(path / "log.txt")
 
     def follow() -> None:
-        for line in read.new_lines():
-            log.push(line, classes=next((colour for word, colour in _LEVELS.items() if word in line), ""))
+        for level, line in read.new_lines():
+            log.push(line, classes=f"level-{level}")
 
     follow()
     ui.timer(REFRESH_SEC, follow)
+    least.on_value_change(lambda event: log.classes(remove="from-0 from-1 from-2", add=f"from-{event.value}"))
 
 
 class LogReader:
-    """The lines of a log, read as it grows."""
+    """The lines of a log with their levels (keys of _LEVELS), read as it grows."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._end = path, 0
+        self._path, self._end, self._level = path, 0, 0
 
-    def new_lines(self) -> list[str]:
+    def new_lines(self) -> list[tuple[int, str]]:
         """Return the lines since the last call; at first, the last _LOG_LINES. A log that is gone has none."""
         try:
             with self._path.open("rb") as file:
@@ -189,21 +198,26 @@ class LogReader:
             return []
         whole = text[: text.rfind(b"\n") + 1]
         self._end += len(whole)
-        return whole.decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:]
+        lines = []
+        for line in whole.decode("utf-8", errors="replace").splitlines()[-_LOG_LINES:]:
+            if found := _LEVEL.match(line):  # a traceback has the level of its first line
+                self._level = {"WARNING": 1, "ERROR": 2}.get(found[1], 0)
+            lines.append((self._level, line))
+        return lines
 
 
-def _show_commands(path: Path) -> None:
+def _command_of(path: Path) -> list[str]:
     reader = RunReader(path)
-    settings = sorted(reader.settings)
+    return ["python", f"{reader.config.get('script', 'finetune')}.py", *sorted(reader.settings), f"run_dir={path}"]
+
+
+async def _show_commands(path: Path) -> None:
     commands = {
-        "Go on": shlex.join(["python", f"{reader.config.get('script', 'finetune')}.py", *settings, f"run_dir={path}"]),
-        "Evaluate": shlex.join(["python", "evaluate.py", f"run_dir={path}"]),
-        "Predict": shlex.join(["python", "predict.py", f"weights={path}", "input=FOLDER", "output=predictions.jsonl"]),
-        "Export": shlex.join(["python", "export.py", "format=onnx", f"run_dir={path}"]),
+        "Go on": _command_of(path),
+        "Evaluate": ["python", "evaluate.py", f"run_dir={path}"],
+        "Predict": ["python", "predict.py", f"weights={path}", "input=FOLDER", "output=predictions.jsonl"],
+        "Export": ["python", "export.py", "format=onnx", f"run_dir={path}"],
     }
     for title, command in commands.items():
         ui.label(title).classes("text-weight-medium q-mt-sm")
-        with ui.row().classes("items-center no-wrap w-full"):
-            ui.label(escape_controls(command)).classes("mono col").style("overflow-wrap: anywhere")
-            copy = ui.button(icon="content_copy", on_click=lambda _, text=command: ui.clipboard.write(text))
-            copy.props(f"flat round dense aria-label='copy the command: {title}'")
+        show_command(title, command)

@@ -14,7 +14,6 @@ import torch
 from scipy.special import logit
 from torch import Tensor
 
-from engine.measures.decisions import LEVELS, decision_rows
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils import rng
 from utils.errors import UserError
@@ -26,7 +25,7 @@ log = get_logger(__name__)
 
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _FIXED = int(edge_below(DEFAULT_LOGIT))
-_LEVELS = edge_below(logit(LEVELS))
+_LEVELS = edge_below(logit(np.arange(100) / 100))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
 _Z, _KNOWN = 1.645, 0.1  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
@@ -37,6 +36,14 @@ def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple
     """Return precision, recall and F1, elementwise; 0 for a division by zero."""
     f1 = 2 * tp / np.maximum(predicted + positives, 1)
     return tp / np.maximum(predicted, 1), tp / np.maximum(positives, 1), f1
+
+
+def decision_rows(group: str, predicted: np.ndarray, correct: np.ndarray, positives: int) -> list[dict[str, Any]]:
+    """Return a row for each of 100 thresholds: decisions of at least this probability, and the correct ones, [BINS]."""
+    names = ("threshold", "predicted", "correct", "precision", "recall", "f1")
+    columns = (PROBS.round(4), predicted, correct, *rates(correct, predicted, positives))
+    rows = zip(*(column[_LEVELS].tolist() for column in columns))
+    return [{"group": group, "positives": positives, **dict(zip(names, row))} for row in rows]
 
 
 def equal_point(precision: np.ndarray, recall: np.ndarray) -> int:
@@ -140,9 +147,7 @@ class TagScores:
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:
-        """Return `tag_groups`, `tags` (in the vocabulary's order; None without positives), `hardest_tags` by AP, and
-        `decisions` of each group at each of 100 thresholds.
-        """
+        """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
@@ -155,16 +160,10 @@ class TagScores:
         ]  # fmt: skip
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
         held = {name: group for name, group in self.groups.items() if group.num_tags}
-        decisions = [
-            decision_rows(name, PROBS[_LEVELS], group.predicted[_LEVELS], group.tp[_LEVELS], group.support)
-            for name, group in held.items()
-        ]
-        return {
-            "tag_groups": [{"group": name, **group.row()} for name, group in held.items()],
-            "tags": tags,
-            "hardest_tags": hardest[:_HARDEST],
-            "decisions": list(chain(*decisions)),
-        }
+        decisions = (decision_rows(name, group.predicted, group.tp, group.support) for name, group in held.items())
+        groups = [{"group": name, **group.row()} for name, group in held.items()]
+        tables = {"tag_groups": groups, "tags": tags, "hardest_tags": hardest[:_HARDEST]}
+        return tables | {"decisions": [*chain.from_iterable(decisions)]}
 
 
 def to_fit(leads: Tensor) -> Tensor:

@@ -15,9 +15,10 @@ from data.latents.buckets import letterbox_groups
 from data.open import Data
 from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
-from engine.measures.decisions import FirstClasses
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
+from engine.measures.tag_scores import decision_rows
+from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput, log_mean
@@ -93,7 +94,7 @@ class ClassificationTask(ImageTask):
         samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`, `predictions`.
         """
         names, most = self.class_names, min(5, len(self.class_names))
-        means, counts, decisions = Means(), ConfusionCounts(len(names)), FirstClasses()
+        means, counts, decisions = Means(), ConfusionCounts(len(names)), TagHistograms(1)
         mistakes, shown = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
             labels, valid = batch["labels"], batch["weight"] > 0
@@ -106,16 +107,18 @@ class ClassificationTask(ImageTask):
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
             fields |= {"predicted": predicted, "prob": prob}
-            decisions.add(prob, hits[:, 0], valid)
+            decisions.add(prob.logit()[:, None], hits[:, :1], valid)
             mistakes.add(prob, valid & ~hits[:, 0], fields)
             shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
         scalars, confusion = means.reduce(), counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
-        wrong, some, decided = mistakes.reduce(), shown.reduce(), decisions.rows()
+        wrong, some, decided = mistakes.reduce(), shown.reduce(), decisions.reduce()
         if distributed.is_main():
             images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
             report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
-            report.tables["decisions"] = decided
+            ((_, correct, predicted),) = decided.tails()
+            rows = decision_rows("all", predicted[0].cpu().numpy(), correct[0].cpu().numpy(), int(scalars["samples"]))
+            report.tables["decisions"] = rows
             report.images = {
                 "confusion": draw_confusion(confusion, names),
                 "mistakes": draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),

@@ -150,8 +150,10 @@ def test_decisions_at_each_threshold():
     logits = torch.stack([probs, 1 - probs], dim=1).log()
     batches = [make_batch([0, 1, 2], [0, 0, 1]), make_batch([3, 4], [0, 0], weight=[1.0, 0.0])]
     rows = make_task(logits, ["a", "b"]).evaluate({"val": batches}, 0).tables["decisions"]
-    found = [(rows[level]["predicted"], rows[level]["correct"]) for level in (0, 55, 56, 70, 92, 93)]
-    assert found == [(4, 3), (4, 3), (3, 2), (2, 1), (1, 1), (0, 0)]
+    found = [(rows[level]["predicted"], rows[level]["correct"]) for level in (0, 55, 57, 70, 91, 94)]
+    assert found == [(4, 3), (4, 3), (3, 2), (2, 1), (1, 1), (0, 0)] and rows[70]["threshold"] == pytest.approx(
+        0.7, abs=0.005
+    )
     assert len(rows) == 100 and all(row["positives"] == 4 for row in rows)
 
 

@@ -14,7 +14,7 @@ from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import serve
 
-TABS = ("Curves", "Pictures", "Tables", "Settings", "Files", "Log", "Commands")
+TABS = ("Curves", "Pictures", "Tables", "Thresholds", "Mistakes", "Settings", "Files", "Log", "Commands")
 
 
 def test_all_runs_are_listed_and_hostile_names_are_text(page, address):

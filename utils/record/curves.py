@@ -92,6 +92,13 @@ class Curves:
                 parts[:] = [tuple(map(np.concatenate, zip(*parts)))]
             return parts[0] if parts else (np.zeros(0, np.int64), np.zeros(0))
 
+    def minutes(self, steps: np.ndarray) -> np.ndarray:
+        """Return the minutes of training at each step, float64 [N]; NaN if no row has them."""
+        known, seconds = max(
+            (self.series(kind, "seconds") for kind in ("train", "epoch")), key=lambda both: len(both[0])
+        )
+        return np.interp(steps, [0, *known], [0, *seconds]) / 60 if len(known) else np.full(len(steps), np.nan)
+
 
 def _is_number(kind: pa.DataType) -> bool:
     return pa.types.is_floating(kind) or pa.types.is_integer(kind)

@@ -64,13 +64,10 @@ def write_report(
 
 
 def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:
-    """Copy plots/NAME.png into plots/steps/STEP/, to be seen through time. Raises OSError.
-
-    Beyond _KEPT_STEPS, every second step is removed.
-    """
+    """Copy plots/NAME.png into plots/steps/STEP/. Of many steps, every second is removed. Raises OSError."""
     for name in names:
-        source, target = folder / "plots" / f"{name}.png", folder / STEPS / f"{step:08}"
-        write_atomically(target / f"{name.removesuffix('_before')}.png", partial(shutil.copyfile, source), flush=False)
+        target = folder / STEPS / f"{step:08}" / f"{name.removesuffix('_before')}.png"
+        write_atomically(target, partial(shutil.copyfile, folder / "plots" / f"{name}.png"), flush=False)
     steps = sorted((folder / STEPS).glob("[0-9]*"))
     for path in steps[1::2] if len(steps) > _KEPT_STEPS else ():
         shutil.rmtree(path)

@@ -1,0 +1,137 @@
+"""The page of a run: thresholds, mistakes with their images, pictures by step, the log by level; whole sweeps."""
+
+import json
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from PIL import Image
+
+from tests.support import data_config
+from tests.utils.record.test_curves import line
+from tests.utils.record.test_run_index import make_run
+from tests.viewer.conftest import HOSTILE
+from utils.record.curves import Curves
+from utils.record.run_index import RunIndex
+from utils.record.tables import read_decisions
+from viewer.curves import chart_options
+from viewer.images import Shelf
+from viewer.results import describe_image, draw_confused, draw_decisions, find_addresses
+from viewer.run import LogReader, find_pictures
+
+DECISIONS = "group,positives,threshold,predicted,correct,precision,recall,f1\n" + "".join(
+    f"{HOSTILE},90,{level / 100},{100 - level},{90 - level if level < 90 else 0},"
+    f"{(90 - level) / (100 - level) if level < 90 else 0},{max(0, 90 - level) / 90},0.5\n"
+    for level in range(100)
+)
+LOG = "".join(f"2026-01-01 00:00:00,000 {level} about {level}\n" for level in ("INFO", "WARNING", "ERROR"))
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A sweep of two runs; the first has all that an evaluation leaves, and a collection."""
+    root = tmp_path_factory.mktemp("run")
+    for name in ("a", "b"):
+        make_run(root / "runs/sweep" / name, LOG, metrics_jsonl=line(1, loss=1.0, lr=0.1) + line(2, loss=0.5, lr=0.2))
+    run = root / "runs/sweep/a"
+    for number in range(3):
+        (root / "images/train" / "xyz"[number]).mkdir(parents=True)
+        image = Image.fromarray(np.full((20, 30, 3), 80 * number, np.uint8))
+        image.save(root / f"images/train/{'xyz'[number]}/{number}.png")
+        (run / f"plots/steps/{number * 10:08}").mkdir(parents=True)
+        image.save(run / f"plots/steps/{number * 10:08}/predictions.png")
+    image.save(run / "plots/predictions.png")
+    (run / "plots/steps/00000010/predictions.png").write_bytes(b"cut")
+    config = json.loads((run / "config.json").read_text())
+    config["data"] = data_config(root=str(root / "images")).model_dump(mode="json")
+    (run / "config.json").write_text(json.dumps(config))
+    (run / "tables").mkdir()
+    (run / "tables/decisions.csv").write_text(DECISIONS)
+    (run / "tables/confusions.csv").write_text(f"true,predicted,count,share\n{HOSTILE},y,1,0.5\n")
+    rows = {"path": ["train/x/0.png", "train/y/1.png", "elsewhere.png"], "label": ["y", HOSTILE, "y"]}
+    rows |= {"prediction": ["x", "y", "x"], "probability": [0.5, 0.875, 0.25], "wrong": [True] * 3, "rank": [2, 1, 3]}
+    pq.write_table(pa.table(rows), run / "tables/images.parquet")
+    return root / "runs"
+
+
+def test_the_threshold_gives_its_figures_and_marks_the_curves(runs):
+    (decisions,) = read_decisions(runs / "sweep/a").values()
+    text, charts = draw_decisions(decisions, 0.4)
+    assert "Threshold 0.40: precision 0.833, recall 0.556" in text and "50 of 60 decisions" in text
+    _, (curve, chosen), (correct, _) = (chart["series"] for chart in charts)
+    assert chosen["data"] == [[50 / 90, 50 / 60]] == [curve["data"][40]]
+    assert correct["data"][0] == [0.05, 1.0] and correct["data"][-1] == [pytest.approx(0.95), 0.0]
+
+
+def test_confusions_and_images(runs):
+    rows = [{"true": "a", "predicted": "b", "share": "0.25"}, {"true": "b", "predicted": "z", "share": "1"}]
+    assert draw_confused(rows, ["a", "b"])["series"][0]["data"] == [[1, 0, 25.0]]
+    shelf, run = Shelf(RunIndex([runs]), None), runs / "sweep/a"
+    first, other = find_addresses(run, shelf, ["train/y/1.png", "elsewhere.png"])
+    assert first.startswith("/image/") and first.endswith("/1?px=256") and other is None
+    (run / "metrics.json").write_text('{"data": "of another collection"}')
+    assert find_addresses(run, shelf, ["train/y/1.png"]) == [None]
+    (run / "metrics.json").unlink()
+    assert find_addresses(runs / "sweep/b", shelf, ["train/y/1.png"]) == [None]
+    tags = {
+        "path": "",
+        "prediction": ["a", "b", "c"],
+        "probability": [0.4, 0.9, 0.5],
+        "wrong": ["a", "b"],
+        "missed": ["d"],
+    }
+    assert describe_image(tags) == ["+ b (0.90)", "+ a (0.40)", "− d"]
+    assert describe_image({"path": "p.png", "loss": 1.0})[0] == "p.png"
+
+
+def test_pictures_by_step_without_damaged_ones(runs):
+    assert find_pictures(runs / "sweep/a") == {
+        "plots/predictions.png": {step: (f"plots/steps/{step:08}/predictions.png", 1.5) for step in (0, 20)}
+    }
+
+
+def test_lines_of_the_log_have_levels(tmp_path):
+    (tmp_path / "log.txt").write_text(LOG + "Traceback\n" + LOG[:20])
+    reader = LogReader(tmp_path / "log.txt")
+    assert [level for level, _ in reader.new_lines()] == [0, 1, 2, 2] and reader.new_lines() == []
+
+
+def test_curves_by_time(tmp_path):
+    file = tmp_path / "metrics.jsonl"
+    file.write_text(
+        line(10, loss=2.0, seconds=60.0) + line(20, loss=1.0, seconds=90.0) + line(15, "evaluate", loss=3.0)
+    )
+    curves = Curves(file)
+    curves.read()
+    trained, evaluated = chart_options({"": curves}, "loss", 0, logarithmic=False, by_time=True)["series"]
+    assert trained["data"] == [[1.0, 2.0], [1.5, 1.0]] and evaluated["data"] == [[1.25, 3.0]]
+
+
+def test_one_visit(page, address, runs):
+    page.goto(f"{address}/run/0/sweep/a")
+    page.get_by_text("Learning rate and steps").wait_for()
+    page.get_by_role("tab", name="Thresholds").click()
+    said = page.get_by_text("Threshold 0.50")
+    assert "precision 0.800" in said.inner_text()
+    page.locator("[aria-label=threshold] [tabindex]").press("ArrowRight")
+    page.get_by_text("Threshold 0.51: precision 0.796").wait_for()
+    page.get_by_role("tab", name="Mistakes").click()
+    page.locator(".tiles img").nth(1).wait_for()
+    assert page.locator(".tiles > div").count() == 3
+    box = page.locator("canvas").last.bounding_box()
+    page.locator("canvas").last.click(position={"x": box["width"] * 0.8, "y": box["height"] * 0.2})
+    page.get_by_text("→ x (0.25)").wait_for(state="detached")
+    assert page.get_by_text("→ y (0.88)").count() == 1 and page.locator(".tiles > div").count() == 1
+    page.get_by_role("tab", name="Pictures").click()
+    page.get_by_text("step 20").wait_for()
+    page.locator("[aria-label=step] [tabindex]").press("ArrowLeft")
+    page.get_by_text("plots/predictions.png, step 0").wait_for()
+    assert page.get_by_text("dry_run=true").count() == 1
+    page.get_by_role("tab", name="Log").click()
+    page.get_by_text("about INFO").wait_for()
+    page.get_by_role("button", name="warnings and errors").click()
+    page.get_by_text("about INFO").wait_for(state="hidden")
+    assert page.get_by_text("about ERROR").is_visible() and page.locator("img[onerror]").count() == 0
+    page.goto(f"{address}/compare?run=0/sweep")
+    page.locator("canvas").first.wait_for()

@@ -1,0 +1,78 @@
+"""Read the tables that evaluations leave in a run folder: tables/NAME.csv, and tables/images.parquet."""
+
+import csv
+import itertools
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from utils.io.safe_text import escape_controls
+from utils.record.run_index import is_inside
+
+DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
+IMAGES = Path("tables/images.parquet")
+_TABLE_ROWS = 20_000
+_NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
+
+
+def find_tables(run: Path, *names: str) -> list[Path]:
+    """Return the CSV files of training and evaluate.py: first those of some names, and the newest of a name first."""
+    files = [file for folder in ("tables", "weights") for file in (run / folder).glob("*.csv") if is_inside(file, run)]
+    plain = {file: file.stem.removeprefix("evaluate_") for file in files}
+    return sorted(files, key=lambda file: (plain[file] not in names, plain[file], -file.stat().st_mtime))
+
+
+def read_rows(run: Path, name: str) -> list[dict[str, str]]:
+    """Return the rows of the newest table of a name; none without it."""
+    files = find_tables(run, name)
+    if not files or files[0].stem.removeprefix("evaluate_") != name:
+        return []
+    columns, rows = read_table(files[0])
+    return [dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+    """Return the names of a CSV file's columns, and its first _TABLE_ROWS rows."""
+    with path.open(newline="", encoding="utf-8", errors="replace") as file:
+        names, *rows = list(itertools.islice(csv.reader(file), _TABLE_ROWS + 1)) or [[]]
+    return names, rows
+
+
+def to_cell(text: str) -> int | float | str | None:
+    """Return a cell for a table that is sorted: a number of four digits if it is one, None if it is empty."""
+    if not _NUMBER.fullmatch(text):
+        return escape_controls(text) or None
+    return int(text) if text.lstrip("-").isdecimal() else float(f"{float(text):.4g}")
+
+
+def read_decisions(run: Path) -> dict[str, np.ndarray]:
+    """Return the columns DECISIONS of each group, [6, N], at rising thresholds. Raises ValueError."""
+    rows = read_rows(run, "decisions")
+    groups = {row["group"]: [] for row in rows}
+    for row in rows:
+        groups[row["group"]].append([row.get(name, "") for name in DECISIONS])
+    return {name: np.array(columns, float).T for name, columns in groups.items()}
+
+
+def reliability(decisions: np.ndarray) -> np.ndarray:
+    """Return the middle of tenths of probability that have decisions, and the share of correct ones, [2, N]."""
+    threshold, *counts = decisions[:3, ::10]
+    predicted, correct = -np.diff(counts, append=0)
+    return np.stack([threshold + 0.05, correct / np.maximum(predicted, 1)])[:, predicted > 0]
+
+
+def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[str, Any]] | None:
+    """Return rows of images.parquet, the highest loss first, of a classifier mistakes alone; None without the file.
+
+    pair: only those of this label and prediction. Raises OSError, ValueError.
+    """
+    path, wanted = run / IMAGES, [("rank", "<=", most)]
+    if not path.is_file() or not is_inside(path, run):
+        return None
+    if "label" in pq.read_schema(path).names:
+        wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
+    return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()

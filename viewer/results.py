@@ -1,0 +1,180 @@
+"""Parts of a run's page that show its evaluation: tables, thresholds, mistakes and their images."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+from fastapi import HTTPException
+from nicegui import run as background
+from nicegui import ui
+
+from utils.errors import UserError
+from utils.io.files import read_json
+from utils.io.safe_text import escape_controls
+from utils.record.figures import show_name
+from utils.record.tables import (
+    find_tables,
+    read_decisions,
+    read_rows,
+    read_table,
+    reliability,
+    to_cell,
+    worst_images,
+)  # fmt: skip
+from viewer.curves import plot, redraw, to_points
+from viewer.images import Shelf, find_rows, image_address
+from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, show_command
+
+_CLASSES, _IMAGES, _TAGS = 40, 48, 4  # in a matrix; shown at once; under an image
+
+
+async def show_tables(path: Path) -> None:
+    """Show a run's tables, first those with a row for each tag or class."""
+    files = {file.relative_to(path).as_posix(): file for file in find_tables(path, "tags", "classes")}
+    if not files:
+        ui.label("No tables yet: evaluations write them.").classes("muted")
+        return
+
+    async def fill(table: ui.table, name: str) -> None:
+        names, rows = await background.io_bound(read_table, files[name])
+        cells = [[to_cell(cell) for cell in row] for row in rows]
+        table.columns = [
+            {"name": str(number), "label": escape_controls(show_name(name)), "field": str(number), "sortable": True,
+             "align": "left" if isinstance(cell, str) else "right"}
+            for number, (name, cell) in enumerate(zip(names, [*cells, names][0]))
+        ]  # fmt: skip
+        table.rows = [{"id": number, **dict(zip(map(str, range(len(row))), row))} for number, row in enumerate(cells)]
+
+    await filtered_table([*files], "table", "id", fill)
+
+
+async def show_thresholds(path: Path) -> None:
+    """Show precision, recall and F1 at a threshold that the user moves, and the curves that they lie on."""
+    groups = await background.io_bound(read_decisions, path)
+    if not groups:
+        ui.label("No counts by threshold yet: evaluations of classifiers and taggers write them.").classes("muted")
+        return
+    with ui.row().classes("items-center w-full"):
+        chosen = ui.select({name: escape_controls(name) for name in groups}, value=next(iter(groups)))
+        chosen.props("dense outlined options-dense aria-label=group")
+        level = ui.slider(min=0, max=0.99, step=0.01, value=0.5).props("aria-label=threshold")
+        level.classes("col").style("min-width: 200px")
+    said = ui.label().classes("text-weight-medium").style("min-height: 3em")
+    with ui.element("div").classes("w-full charts"):
+        charts = [ui.echart({}).classes("chart") for _ in range(3)]
+
+    def draw() -> None:
+        text, options = draw_decisions(groups[chosen.value], level.value)
+        said.set_text(text)
+        for chart, its in zip(charts, options):
+            redraw(chart, its)
+
+    for control in (chosen, level):
+        control.on_value_change(draw)
+    draw()
+
+
+def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[dict[str, Any]]]:
+    """Return precision, recall and F1 at a threshold as text, and the options of charts: of both, and reliability."""
+    thresholds, predicted, correct, precision, recall, f1 = decisions
+    row, used = int(np.abs(thresholds - threshold).argmin()), predicted > 0
+    text = f"Threshold {threshold:.2f}: precision {precision[row]:.3f}, recall {recall[row]:.3f}, F1 {f1[row]:.3f}; "
+    text += f"{correct[row]:,.0f} of {predicted[row]:,.0f} decisions are correct"
+
+    def line(name: str, number: int, across: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        return {"type": "line", "name": name, "color": COLOURS[number], "data": to_points(across, values),
+                "showSymbol": len(across) < 11, "symbolSize": 8, "animation": False}  # fmt: skip
+
+    ends, here = np.array([0.0, 1.0]), slice(row, row + 1)
+    curves = zip(("precision", "recall", "F1"), range(3), (precision, recall, f1))
+    charts = {
+        "threshold": [*(line(name, colour, thresholds, rate) for name, colour, rate in curves),
+                      line("chosen", 7, np.full(2, threshold), ends)],
+        "recall": [line("precision", 0, recall[used], precision[used]),
+                   line("chosen", 1, recall[here], precision[here])],
+        "probability": [line("share correct", 0, *reliability(decisions)), line("ideal", 7, ends, ends)],
+    }  # fmt: skip
+    return text, [plot(lines, {"name": name, "min": 0, "max": 1}) for name, lines in charts.items()]
+
+
+async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
+    """Show which classes are confused, and the images of a confusion, or the worst of all."""
+    ui.link("Review the labels", f"/review?run={quote(name)}")
+    rows = await background.io_bound(read_rows, path, "confusions")
+    texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
+    pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
+    chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")
+    chosen.props("dense outlined options-dense aria-label=mistakes").style("max-width: 480px")
+    if rows:
+        names = list(dict.fromkeys(name for row in rows for name in (row["true"], row["predicted"])))[:_CLASSES]
+        ui.label(f"Per cent of a label's images (row); the {len(names)} most confused classes").classes("muted")
+        chart = ui.echart(draw_confused(rows, names), on_point_click=lambda event: choose(*event.data))
+        chart.classes("w-full").style(f"height: {140 + 18 * max(10, len(names))}px; max-width: 1000px")
+    part = ui.column().classes("w-full")
+
+    def choose(column: int, row: int, _: float) -> None:
+        chosen.set_value((names[row], names[column]))
+
+    async def draw() -> None:
+        images = await background.io_bound(worst_images, path, _IMAGES, chosen.value)
+        part.clear()
+        with part:
+            await _show_images(path, shelf, images)
+
+    chosen.on_value_change(draw)
+    await draw()
+
+
+def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any]:
+    """Return the ECharts options of the confusions between some classes."""
+    at = {name: number for number, name in enumerate(names)}
+    cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
+    text = {"color": GREY, "width": 110, "overflow": "truncate", "interval": 0}
+    axis = {"type": "category", "data": [*map(escape_controls, names)]}
+    return {
+        "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
+        "tooltip": {"confine": True, "renderMode": "richText"},
+        "xAxis": {**axis, "axisLabel": {**text, "rotate": 90}},
+        "yAxis": {**axis, "inverse": True, "axisLabel": text},
+        "visualMap": {"min": 0, "max": 100, "show": False, "inRange": {"color": [ACCENT], "opacity": [0.2, 1]}},
+        "series": [{"type": "heatmap", "data": [cell for cell in cells if None not in cell], "animation": False}],
+    }
+
+
+async def _show_images(path: Path, shelf: Shelf, rows: list[dict[str, Any]] | None) -> None:
+    if rows is None:
+        ui.label("No table of images yet. This command writes it:").classes("muted")
+        show_command("table of images", ["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
+        return
+    addresses = await background.io_bound(find_addresses, path, shelf, [row["path"] for row in rows])
+    with ui.element("div").classes("w-full tiles"):
+        for row, address in zip(rows, addresses):
+            with ui.column().classes("gap-1"):
+                if address:
+                    ui.image(address).props("fit=contain ratio=1 no-spinner").classes("w-full")
+                for text in describe_image(row):
+                    ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
+    if not rows:
+        ui.label("No image is wrong in this way.").classes("muted")
+
+
+def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | None]:
+    """Return the addresses of images of the run's collection; None for those that it does not have."""
+    with suppress(OSError, ValueError, UserError, HTTPException):
+        file, name = path / "metrics.json", shelf.of_run(path)
+        if not (file.is_file() and "data" in read_json(file)):  # evaluated on other data
+            collection = shelf.open(name)
+            rows = find_rows(collection, images).tolist()
+            return [image_address(name, collection, row) if row >= 0 else None for row in rows]
+    return [None] * len(images)
+
+
+def describe_image(row: dict[str, Any]) -> list[str]:
+    """Return the lines under an image: label, prediction and confidence, or wrong (+) and missed (-) tags."""
+    if "missed" not in row:
+        return [str(row.get("label", row["path"])), f"→ {row.get('prediction')} ({row.get('probability', 0):.2f})"]
+    probs = dict(zip(row["prediction"], row["probability"]))
+    wrong = sorted(row["wrong"], key=probs.get, reverse=True)[:_TAGS]
+    return [*(f"+ {name} ({probs[name]:.2f})" for name in wrong), *(f"− {name}" for name in row["missed"][:_TAGS])]
