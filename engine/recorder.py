@@ -31,7 +31,7 @@ from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
-from utils.record.run_state import write_progress
+from utils.record.run_reader import write_progress
 from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)

@@ -22,7 +22,7 @@ from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.io.files import ignore_write_errors, read_json, write_json, write_text
 from utils.record.logging import restart_count
-from utils.record.run_state import NOTE_VARIABLE, write_progress
+from utils.record.run_reader import NOTE_VARIABLE, write_progress
 
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
@@ -46,7 +46,7 @@ class ScriptJob:
         script = [str(self.folder / f"code/{self.script}.py"), *self.arguments]
         words = [*(self.command or [sys.executable]), "-u", *script]
         _say(shlex.join(words))
-        environment = {**os.environ, NOTE_VARIABLE: str(_status_folder(self.folder) / "run_dir")}
+        environment = {**os.environ, NOTE_VARIABLE: str(self.folder / f"run_{_index()}")}
         environment |= {} if self.sweep is None else {"WANDB_RUN_GROUP": self.sweep}
         process = subprocess.Popen(words, cwd=self.working_dir, env=environment)
 
@@ -68,14 +68,9 @@ def _index() -> int:
     return int(os.environ.get("SLURM_ARRAY_TASK_ID", "0"))
 
 
-def _status_folder(folder: Path) -> Path:
-    """Return the folder of what is noted in this start of the job."""
-    return folder / f"status_{_index()}_{restart_count()}"
-
-
 def _write_status(folder: Path, name: str, status: int) -> None:
-    """Write the status of a task or of the job. Write errors are logged."""
-    file = _status_folder(folder) / name
+    """Write the status of a task or of the job, for this start of the job. Write errors are logged."""
+    file = folder / f"status_{_index()}_{restart_count()}" / name
     with ignore_write_errors(file):
         write_text(file, f"{status}\n")
 
@@ -85,7 +80,7 @@ def finish(folder: Path, status: int) -> int:
     index, launch = _index(), read_json(folder / "job.json")["launch"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")  # one of the array's jobs has this number as its own
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
-    noted = [int(file.read_text()) for file in _status_folder(folder).glob("task_*")]
+    noted = [int(file.read_text()) for file in folder.glob(f"status_{index}_{restart_count()}/task_*")]
     if not noted:
         noted = [_meaning(128 - status if status > 128 else status)]  # a shell adds 128 to a signal's number
     elif len(noted) < int(os.environ["SLURM_NTASKS"]):  # a task was killed, or its node was lost
@@ -98,7 +93,7 @@ def finish(folder: Path, status: int) -> int:
         if often <= limit or not launch["trains"]:
             _say(f"ended with status {status}; the job continues in the queue")
             if launch["trains"]:
-                _requeue(job, _status_folder(folder) / "run_dir")
+                _requeue(job, folder / f"run_{index}")
             time.sleep(_PATIENCE_SEC)  # SLURM ends this script: the job was requeued or cancelled, or its time is over
         elif status == EXIT_LOST_RANK:
             ask("scontrol", "update", f"JobId={job}", "Requeue=0")  # else SLURM requeues it after a node failure

@@ -13,7 +13,7 @@ from data.config import DataConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import collection, curves, images, playground, review, run, runs
+from viewer import collection, curves, images, playground, review, run, runs, watch
 from viewer.config import PageConfig
 from viewer.playground import MAX_BYTES, Networks
 
@@ -105,6 +105,7 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     run.add_page(index, shelf)
     playground.add_page(networks, shelf)
     review.add_page(index, shelf)
+    watch.add_page(index, view.alerts)
     app.add_middleware(Guard, token=token)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     how = "" if token is None else "?token=, followed by the token,"

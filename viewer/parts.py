@@ -11,11 +11,13 @@ from nicegui import ui
 
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex, is_run
+from utils.record.run_reader import STATES
 
 REFRESH_SEC = 2.0
 ACCENT, GREY = "#1c6dd0", "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
-STATE_COLOURS = {"running": "primary", "finished": "positive", "failed": "negative", "dead": "negative"}
+STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", "warning", "positive")))
+PAGES = {"/collection": "Collections", "/try": "Try", "/watch": "Watch"}  # the last one's text has the number of alerts
 _STYLE = """
 body { font-size: 15px; font-variant-numeric: tabular-nums }
 .nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
@@ -26,6 +28,7 @@ body { font-size: 15px; font-variant-numeric: tabular-nums }
 .level-1 { color: #e67700 } .level-2 { color: #e03131 }
 .from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
 .q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap } .q-table tbody tr { cursor: pointer }
+summary { display: list-item; font-weight: 500 }
 .bar { padding: 1px 6px; border-radius: 3px; background:
   linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
   linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
@@ -44,10 +47,10 @@ def page(title: str) -> Iterator[None]:
     ui.add_css(_STYLE)
     ui.page_title(f"{title} - Atelier")
     dark = ui.dark_mode(None)
-    with ui.header().classes("items-center q-px-md q-py-sm").style("background: #212529"):
+    with ui.header().classes("items-center no-wrap gap-3 q-px-md q-py-sm").style("background: #212529"):
         ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
-        ui.link("Collections", "/collection").classes("text-white no-underline")
-        ui.link("Try", "/try").classes("text-white no-underline")
+        for address in PAGES:
+            ui.link("", address).bind_text_from(PAGES, address).classes("text-white no-underline text-no-wrap")
         ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
         button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
         button.props("color=white aria-label='light or dark'").tooltip("light or dark")

@@ -192,7 +192,9 @@ PROVED = {
     *(f"LibraryConfig.{name}" for name in ("name", "extra")),  # tests/engine/test_resume.py
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
-    "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py
+    "PageConfig.alerts",
+    *(f"AlertsConfig.{name}" for name in ("throughput_share", "disk_gib", "no_step_sec", "command", "webhook")),
+    "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py and test_watch.py
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
     "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml

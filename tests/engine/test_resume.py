@@ -21,7 +21,6 @@ from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 from utils.record.run_reader import RunReader
-from utils.record.run_state import read_progress
 
 # Two steps an epoch; the last step evaluates in any case.
 QUIET = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=100"]
@@ -105,7 +104,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_begins_with_it(place, monkeypatc
             with pytest.raises(SystemExit, match="75"):
                 finetune(place, *length)
             assert left(place)[-1] == step
-            assert RunReader(place / "run").state == "stopped" and read_progress(place / "run")["step"] == step
+            assert RunReader(place / "run").state == "stopped" and RunReader(place / "run").progress["step"] == step
             assert {row["step"] for row in rows(place / "run/metrics.jsonl", "evaluate")} == {2} - {step}
     with monkeypatch.context() as patch, pytest.raises(ZeroDivisionError):  # after the evaluation
         patch.setattr(Saver, "save", lambda *_, **__: 1 / 0)
@@ -113,7 +112,7 @@ def test_a_run_that_is_stopped_in_an_evaluation_begins_with_it(place, monkeypatc
     assert RunReader(place / "run").state == "failed"
     finetune(place, *length)
     told = {"state": "finished", "step": 4, "total_steps": 4, "left_sec": None}
-    assert RunReader(place / "run").state == "finished" and read_progress(place / "run") == told
+    assert RunReader(place / "run").state == "finished" and RunReader(place / "run").progress == told
     assert_same_rows(place / "straight", place / "run")
     assert_same_tensors(checkpoint_tensors(place / "straight", 4), checkpoint_tensors(place / "run", 4))
 

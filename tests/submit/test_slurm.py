@@ -20,7 +20,7 @@ from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.files import write_text
 from utils.record.logging import setup_logging
-from utils.record.run_state import read_progress, write_progress
+from utils.record.run_reader import RunReader, write_progress
 
 
 def launch(*words):
@@ -173,9 +173,8 @@ def test_a_task_ends_with_the_status_of_its_script_unless_it_was_stopped(status,
     monkeypatch.setattr("submit.job.signal.signal", lambda *_: None)
     (tmp_path / "code").mkdir()
     (tmp_path / "code/ends.py").write_text(
-        f"import os; open(os.environ['ATELIER_RUN_NOTE']); raise SystemExit({status})"
+        f"import os; open(os.environ['ATELIER_RUN_NOTE'], 'w'); raise SystemExit({status})"
     )
-    write_text(tmp_path / "status_0_0/run_dir", "a run's folder")
     with pytest.raises(SystemExit) as ended:
         ScriptJob("ends", [], tmp_path, tmp_path)()
     assert ended.value.code == code and (tmp_path / "status_0_0/task_1").read_text() == f"{status}\n"
@@ -212,11 +211,11 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
         write_text(tmp_path / f"status_0_{number}/job", "70")
     for task, status in enumerate(noted):
         write_text(tmp_path / f"status_0_5/task_{task}", f"{status}")
-    write_text(tmp_path / "status_0_5/run_dir", f"{tmp_path}/run")
+    write_text(tmp_path / "run_0", f"{tmp_path}/run")
     (tmp_path / "run").mkdir()
     write_progress(tmp_path / "run", "stopped", step=3)
     status = finish(tmp_path, srun)
-    assert read_progress(tmp_path / "run") == {"state": "requeued" if end is None else "stopped", "step": 3}
+    assert RunReader(tmp_path / "run").progress == {"state": "requeued" if end is None else "stopped", "step": 3}
     if end is None:
         assert asked == [("requeue", "7")] and slept
     else:

@@ -93,9 +93,10 @@ def test_only_runs_below_the_roots_are_shown(address, path):
 def test_other_sites_and_other_machines_are_refused(address, runs, tmp_path):
     assert status_of(address, Host="evil.example") == 403
     token = "a-long-random-text"
-    process, known = serve(f"runs={runs}", "view.port=18080", "view.host=0.0.0.0", f"view.token={token}")
+    used = address.rpartition(":")[2]
+    process, known = serve(f"runs={runs}", f"view.port={used}", "view.host=0.0.0.0", f"view.token={token}")
     try:
-        assert "18081" in known, "the next free port"
+        assert f":{used}/" not in known, "the next free port"
         bare = f"http://127.0.0.1:{re.search(r':([0-9]+)/', known)[1]}/"
         assert [status_of(f"{bare}{word}") for word in ("", "?token=wrong", f"?token={token}")] == [403, 403, 200]
         assert status_of(bare, Cookie=f"atelier_token={token}") == 200

@@ -36,8 +36,7 @@ from utils.io.files import (
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
 from utils.record.logging import get_logger, log_copied_to, restart_count
-from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, OVERRIDES_FILE
-from utils.record.run_state import NOTE_VARIABLE
+from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, NOTE_VARIABLE, OVERRIDES_FILE
 
 log = get_logger(__name__)
 

@@ -14,11 +14,11 @@ from utils.io.files import links_out
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, thin
 from utils.record.metrics_log import METRICS_FILE
-from utils.record.run_reader import CONFIG_FILE, RunReader
-from utils.record.run_state import PROGRESS_FILE, read_progress
+from utils.record.run_reader import CONFIG_FILE, PROGRESS_FILE, RunReader
 from utils.record.sweep_table import SweptRun
 
 _DEEPEST = 6  # folders below a root
+_JOB = re.compile(r"[\w.,+-]+=[\w.,=+-]*")  # the folder of a sweep's job, as utils/config/sweep.py names it
 _SPARK_POINTS = 60
 _MOST = 2**53  # of a number in progress.json: a damaged file may have any
 
@@ -87,13 +87,13 @@ class RunIndex:
         for path in find_runs(self.roots):
             try:
                 states.append(self._read(path))
-            except (OSError, UserError):
+            except (OSError, OverflowError, UserError):
                 continue
         return sorted(states, key=lambda state: -state.changed)
 
     def _read(self, path: Path) -> RunState:
-        run, said = RunReader(path), read_progress(path)
-        config, result, state = run.config, run.result or {}, run.state
+        run = RunReader(path)
+        config, said, result, state = run.config, run.progress, run.result or {}, run.state
         step, total, left = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
         steps, losses = self.curves(path).series("train", "loss")
         times = [_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt")]
@@ -109,10 +109,9 @@ class RunIndex:
             metric=escape_controls(str(result["metric"])) if result else None,
             best=None if result.get("value") is None else float(result["value"]),
             changed=max(times),
-            told=times[0],
+            told=times[0] or max(times),
             spark=_spark(steps, losses),
-            # The folder of a sweep's job has the name of its values, such as lr=0.001,seed=0.
-            job=SweptRun(run.settings, state, run.result) if "=" in path.name else None,
+            job=SweptRun(run.settings, state, run.result) if _JOB.fullmatch(path.name) else None,
         )
 
 

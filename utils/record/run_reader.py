@@ -1,5 +1,6 @@
-"""Read a run folder, also during the run."""
+"""Read a run folder, also during the run, and write what a run says of itself."""
 
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,16 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 
 from utils.errors import UserError, about
-from utils.io.files import canonical_json, is_locked, read_json, readable
+from utils.io.files import canonical_json, ignore_write_errors, is_locked, read_json, readable, write_atomically
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
-from utils.record.run_state import STATES, read_progress
 
 CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
-RESULT_FILE, COMPLETE_FILE = "result.json", "complete.json"
-_MOST = 1e300  # of a value: a damaged file may have any
+RESULT_FILE, COMPLETE_FILE, PROGRESS_FILE = "result.json", "complete.json", "progress.json"
+NOTE_VARIABLE = "ATELIER_RUN_NOTE"  # a file in which a run writes its folder, for the SLURM job that may requeue it
+# failed: it has ended with an error. dead: its process has vanished, by a kill or with its machine.
+STATES = ("running", "requeued", "failed", "dead", "stopped", "finished")
 log = get_logger(__name__)
 Part = TypeVar("Part", bound=BaseModel)
 
@@ -61,14 +63,21 @@ class RunReader:
     @property
     def result(self) -> dict[str, Any] | None:
         """The best `value` of a `metric`, its `step` and `is_lowest_best`; None if it is missing or unreadable."""
+        found = self._read(RESULT_FILE)
+        is_whole = {"metric", "value", "is_lowest_best"} <= found.keys()
+        return found if is_whole and isinstance(found["value"], int | float | None) else None
+
+    @property
+    def progress(self) -> dict[str, Any]:
+        """What `write_progress` wrote last; nothing for a run of an older release or a damaged file."""
+        return self._read(PROGRESS_FILE)
+
+    def _read(self, name: str) -> dict[str, Any]:
         try:
-            found = read_json(self.path / RESULT_FILE)
+            found = read_json(self.path / name)
         except (OSError, ValueError):
-            return None
-        if not isinstance(found, dict) or not {"metric", "value", "is_lowest_best"} <= found.keys():
-            return None
-        value = found["value"]
-        return found if value is None or (isinstance(value, int | float) and abs(value) < _MOST) else None
+            return {}
+        return found if isinstance(found, dict) else {}
 
     @property
     def kept(self) -> dict[int, Path]:
@@ -111,8 +120,15 @@ class RunReader:
         """What the run is, one of STATES. A run of an older release that is neither finished nor alive is `stopped`."""
         if self.is_complete or self.is_alive:
             return "finished" if self.is_complete else "running"
-        said = read_progress(self.path).get("state", "stopped")
+        said = self.progress.get("state", "stopped")
         return said if said in STATES and said != "running" else "dead"
+
+
+def write_progress(path: Path, state: str, **figures: float | None) -> None:
+    """Write a run's state, `step`, `total_steps` and `left_sec`; those not given stay. Write errors are logged."""
+    with ignore_write_errors(file := path / PROGRESS_FILE):
+        text = json.dumps({**RunReader(path).progress, **figures, "state": state})
+        write_atomically(file, lambda temporary: temporary.write_text(text, encoding="utf-8"), flush=False)
 
 
 def run_of(path: Path) -> RunReader | None:

@@ -1,0 +1,132 @@
+"""`/watch`: what is wrong with the runs, told to the user's command and webhook, too; and the load of this machine."""
+
+import re
+import subprocess
+import time
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import numpy as np
+import psutil
+from nicegui import app, ui
+from nicegui import run as background
+
+from utils.io.safe_text import escape_controls, hide_secrets, safe_lines
+from utils.record.curves import Curves
+from utils.record.logging import get_logger
+from utils.record.run_index import RunIndex
+from viewer.config import AlertsConfig
+from viewer.parts import PAGES, REFRESH_SEC, ago, page, run_name
+
+log = get_logger(__name__)
+_CHECK_SEC, _TELL_SEC = 10.0, 10.0  # between two checks; for the command, and for the webhook
+_RECENT = 3  # rows of training, whose median speed is compared with the median before
+_GPUS = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
+_COLUMNS = [{"name": name, "label": "", "field": name, "align": "left"} for name in ("share", "what")]
+_SLOTS = {
+    "share": '<q-td :props="props" style="width: 140px"><q-badge v-if="props.row.link" color="negative">alert</q-badge>'
+    '<q-linear-progress v-else :value="props.row.share" style="width: 110px" /></q-td>',
+    "what": '<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>'
+    '<span v-else>{{ props.row.what }}</span><div class="muted">{{ props.row.text }}</div></q-td>',
+}
+# What may be wrong with a run that trains.
+RULES = {
+    "the training loss is not finite": lambda run, curves, _: _last(curves, "epoch") > _last(curves, "loss"),
+    "the images per second have fallen": lambda run, curves, limits: _speed(curves) < limits.throughput_share,
+    "its disk is nearly full": lambda run, _, limits: psutil.disk_usage(str(run.path)).free < limits.disk_gib * 2**30,
+    "no step for long": lambda run, _, limits: time.time() - run.told > limits.no_step_sec,
+}
+
+
+def _last(curves: Curves, figure: str) -> int:
+    steps, values = curves.series("train", figure)
+    return int(steps[np.isfinite(values)].max(initial=-1))
+
+
+def _speed(curves: Curves) -> float:
+    """Return the images per second as a share of those before; 1 as long as little is known."""
+    rates = curves.series("train", "images_per_sec")[1]
+    before, now = np.split(rates[np.isfinite(rates)], [-_RECENT])
+    return float(np.median(now) / np.median(before)) if len(before) >= _RECENT else 1.0
+
+
+class Watch:
+    """The alerts of runs. raised: since when, by run and alert. failures: of the command and the webhook."""
+
+    def __init__(self, index: RunIndex, limits: AlertsConfig) -> None:
+        self._index, self._limits, self._started = index, limits, time.time()
+        self.raised, self.failures = dict[tuple[Path, str], float](), dict[str, str]()
+
+    def check(self) -> None:
+        """Look at all runs, and tell what is newly wrong. Runs that had ended before this start are no news."""
+        before, found = self.raised, dict[tuple[Path, str], float]()
+        for run in self._index.states():
+            wrong = ["ended without finishing"] if run.state in ("failed", "dead") and run.told > self._started else []
+            if run.state == "running" and run.path.is_dir():
+                curves = self._index.curves(run.path)
+                wrong = [alert for alert, is_wrong in RULES.items() if is_wrong(run, curves, self._limits)]
+            found |= {(run.path, alert): before.get((run.path, alert), time.time()) for alert in wrong}
+        self.raised = found
+        PAGES["/watch"] = f"Watch ⚠ {len(found)}" if found else "Watch"
+        for path, alert in found.keys() - before.keys():
+            self._tell(hide_secrets(escape_controls(f"{path.parent.name}/{path.name}: {alert}")))
+
+    def _tell(self, text: str) -> None:
+        command, webhook = self._limits.command, self._limits.webhook
+        log.warning("%s", text)
+        for key, tell in {
+            "command": lambda: command and subprocess.run(command, input=text.encode(), timeout=_TELL_SEC, check=True),
+            "webhook": lambda: (
+                webhook and httpx.post(webhook, json={"text": text}, timeout=_TELL_SEC).raise_for_status()
+            ),
+        }.items():
+            self.failures.pop(key, None)
+            try:
+                tell()
+            except Exception as error:  # a program and a server of the user's may do anything
+                self.failures[key] = safe_lines(f"view.alerts.{key}: {error}")
+                log.warning("%s", self.failures[key])
+
+    def rows(self) -> list[dict[str, Any]]:
+        """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
+        names = [
+            (run_name(self._index, path), f"{alert} ({ago(since)})") for (path, alert), since in self.raised.items()
+        ]
+        found = [(name, text, 1.0, f"/run/{quote(name)}") for name, text in names]
+        try:
+            gpus = subprocess.run(_GPUS, capture_output=True, text=True, timeout=_TELL_SEC, check=True).stdout
+        except (OSError, subprocess.SubprocessError):  # a machine without them
+            gpus = ""
+        for name, busy, text in (line.split(", ", 2) for line in gpus.splitlines()):
+            share = re.match(r"\d+", busy)  # [N/A] on a part of a GPU
+            found.append((f"GPU {name}", f"{busy} busy, memory {text}", int(share[0]) / 100 if share else 0.0, ""))
+        busy, roots = psutil.cpu_percent(), [root for root in self._index.roots if root.is_dir()]
+        disks = {f"disk of {root}": psutil.disk_usage(str(root)) for root in roots}
+        found.append(("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100, ""))
+        for name, part in {"memory": psutil.virtual_memory(), **disks}.items():
+            found.append((name, f"{part.used / 2**30:.1f} of {part.total / 2**30:.1f} GiB", part.percent / 100, ""))
+        keys = ("id", "what", "text", "share", "link")
+        return [dict(zip(keys, (number, escape_controls(row[0]), *row[1:]))) for number, row in enumerate(found)]
+
+
+def add_page(index: RunIndex, limits: AlertsConfig) -> None:
+    """Add the page. The runs are watched as long as the server runs, also while no page is open."""
+    watch = Watch(index, limits)
+    app.timer(_CHECK_SEC, lambda: background.io_bound(watch.check))
+
+    @ui.page("/watch")
+    async def show() -> None:
+        with page("Watch"):
+            said = ui.label().style("white-space: pre-wrap")
+            table = ui.table(columns=_COLUMNS, rows=[]).classes("w-full").props("flat bordered wrap-cells hide-header")
+            for name, template in _SLOTS.items():
+                table.add_slot(f"body-cell-{name}", template)
+
+            async def refresh() -> None:
+                table.rows = await background.io_bound(watch.rows)
+                said.text = "\n".join([f"{len(watch.raised) or 'No'} alerts", *watch.failures.values()])
+
+            await refresh()
+            ui.timer(REFRESH_SEC, refresh)
