@@ -2,7 +2,6 @@
 
     python tests/fake_cuda.py TASK:OPTIMISER:PRECISION ...      one line of JSON for each case
     python tests/fake_cuda.py faults                            planted faults that must be found
-    python tests/fake_cuda.py vote                              the vote of several ranks on stopping
 
 Tensors are those of torch's FakeTensorMode: they have shape, dtype, layout and the device cuda:0, but no memory. Every
 operation checks devices and dtypes as on a GPU, and autocast is that of CUDA. What runs is the loop of every entry

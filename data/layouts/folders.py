@@ -120,7 +120,7 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
-        unused.add("masks, which belong to an image", *(folder + name for name in filter(is_mask_name, names)))
+        unused.add("masks, except by task.mask", *(folder + name for name in filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
         unused.add("shards beside images", *(path for path in shards if path not in (*POSTS, PARQUET)))
         unused.add(ORPHANS, *orphans)

@@ -116,7 +116,7 @@ class TimestepsConfig(Strict):
     sampling: sdxl.TimestepSampling
     mean: Annotated[float, Field(ge=-10, le=10)]
     std: Positive
-    shift: Annotated[float, Field(ge=0.01, le=100)] = 1.0  # weight files of before say none
+    shift: Annotated[float, Field(ge=0.01, le=100)]
 
 
 class DiffusionTaskConfig(TaskConfig):

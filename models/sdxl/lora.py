@@ -42,8 +42,8 @@ log = get_logger(__name__)
 class LoRAConfig(Strict):
     """Describe a LoRA, or another kind of adapter. Its update has the given rank, and is scaled by alpha / rank."""
 
-    kind: Kind = "lora"  # weight files of before say none
-    factor: Annotated[int, Field(ge=-1)] = -1  # of a LoKr: the size of its smaller matrix; -1: near the root
+    kind: Kind
+    factor: Annotated[int, Field(ge=-1)]  # of a LoKr: the size of its smaller matrix; -1: near the root
     rank: Width
     alpha: Positive
     targets: list[str] = Field(min_length=1)  # patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`

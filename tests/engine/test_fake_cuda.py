@@ -33,5 +33,4 @@ def check(rows):
 
 
 def test_planted_faults_are_found_and_tasks_run():
-    """The vote on stopping is that of several ranks."""
     check(run_cases("faults", *[f"{task}:adamw:bf16" for task in ("classification", "fcmae", "tagging")]))

@@ -58,8 +58,8 @@ def run(networks):
 
 
 def build_lora(networks, **changes):
-    values = {"rank": 4, "alpha": 2.0, "targets": ATTENTION, "conv": False, "text_encoders": False}
-    return LoRA(networks, LoRAConfig(**(values | changes)))
+    values = {"kind": "lora", "rank": 4, "alpha": 2.0, "factor": -1, "targets": ATTENTION, "conv": False}
+    return LoRA(networks, LoRAConfig(**(values | {"text_encoders": False} | changes)))
 
 
 def vary(lora):
@@ -117,7 +117,7 @@ def test_merged_networks_and_those_of_the_file_give_the_same_outputs(kind, tmp_p
 @pytest.mark.parametrize(("kind", "rank"), [("lora", 3), ("dora", 3), ("loha", 3), ("lokr", 2), ("lokr", 9)])
 def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
     """The same tensors in both. PEFT has a magnitude of each output, which files may have, too."""
-    config = LoRAConfig(kind=kind, rank=rank, alpha=2.0, targets=["*"], conv=True, text_encoders=False)
+    config = LoRAConfig(kind=kind, rank=rank, alpha=2.0, factor=-1, targets=["*"], conv=True, text_encoders=False)
     ours = vary(LoRALayer(layer, config))
     tensors = dict(ours.named_parameters())
     if kind == "dora":
@@ -140,7 +140,7 @@ def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
 def test_the_magnitude_of_a_file_is_as_comfyui_reads_it():
     """comfyanonymous/ComfyUI:comfy/weight_adapter/base.py, weight_decompose, for a magnitude of each input."""
     layer = nn.Conv2d(6, 8, 3)
-    config = LoRAConfig(kind="dora", rank=2, alpha=2.0, targets=["*"], conv=True, text_encoders=False)
+    config = LoRAConfig(kind="dora", rank=2, alpha=2.0, factor=-1, targets=["*"], conv=True, text_encoders=False)
     update = vary(LoRALayer(layer, config)).update()
     whole = layer.weight + update.matrix().view(layer.weight.shape)
     norm = whole.transpose(0, 1).reshape(6, -1).norm(dim=1).view(1, 6, 1, 1)

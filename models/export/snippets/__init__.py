@@ -44,7 +44,7 @@ def program(form: str, metadata: Mapping[str, Any], file: str, base: str | None)
 
     Our own format has a command. Diffusers reads no adapter of another kind than LoRA.
     """
-    if form == "kohya" and metadata["task"]["lora"].get("kind", "lora") != "lora":
+    if form == "kohya" and metadata["task"]["lora"]["kind"] != "lora":
         return None
     if form != "safetensors":
         text = _sdxl_snippet(form, metadata["task"], file, base) if form in SDXL else _snippet(form, metadata, file)
@@ -66,9 +66,7 @@ def _sdxl_snippet(form: str, task: Mapping[str, Any], file: str, base: str | Non
     values = samples.complete(samples.prompts[0] if samples.prompts else "...", samples.seed).model_dump()
     values |= {name: ascii(values[name]) for name in ("text", "negative")}
     values["height"], values["width"] = values["image_size_hw"]
-    scheduler = scheduler_config(
-        noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"].get("shift", 1.0)
-    )
+    scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])
     values["class"] = scheduler.pop("_class_name")
     values["scheduler"] = {name: value for name, value in scheduler.items() if name not in SCHEDULE}
     return _read_template("sdxl").substitute(values, load=load)

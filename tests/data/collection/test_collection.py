@@ -98,7 +98,7 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
     ]
     put(root, "cat/a.png", "dog/b.png", *others, "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
     assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/b.png", "dog")]
-    assert "3 masks, which belong to an image: cat/A-CondLabel.PNG" in log.text
+    assert "3 masks, except by task.mask: cat/A-CondLabel.PNG" in log.text
     assert "5 hidden names, thumbnails, bins and indexes of systems: " in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
     assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant

@@ -7,10 +7,10 @@ import threading
 
 import pytest
 
-from data.config import DataConfig
 from data.layouts.corrections import CORRECTIONS, Decision, append_corrections, read_corrections, retag
 from data.tools.write_manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
+from tests.support import data_config
 from utils.errors import UserError
 
 
@@ -63,9 +63,7 @@ def test_tags_and_their_caption(root, opened, caplog):  # noqa: F811
 def test_the_manifest_takes_them_and_agrees_with_them(animals, opened, tmp_path, monkeypatch, caplog):  # noqa: F811
     monkeypatch.chdir(tmp_path)
     append_corrections(animals, [decide("cat/1.png", "cat", "dog"), decide("cat/2.png", "fox", "dog")])
-    cache = {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}
-    data = DataConfig(name="image_folder", root=str(animals), validation_fraction=0.0, on_bad_sidecar="stop",
-                      manifest="keep", max_pixels=10**6, background=None, icc=False, cache=cache)  # fmt: skip
+    data = data_config(root=str(animals), validation_fraction=0.0)
     for corrections, label in ((True, "dog"), (False, "cat")):
         taken = data.model_copy(update={"corrections": corrections})
         Manifest(name="manifest", verify=False, duplicates=False).run(taken)
