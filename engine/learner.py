@@ -18,15 +18,7 @@ from engine.config import TrainingConfig
 from engine.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.plan import Plan, largest_divisor
 from engine.runtime import Runtime, choose_compile
-from engine.step import (
-    MicroStep,
-    StepResult,
-    clip_gradients,
-    first_scale,
-    forward_backward,
-    next_scale,
-    reduce_figures,
-)
+from engine.step import MicroStep, StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from optim.alone import step_alone, step_each
 from optim.build import at_average, build_optimizer, skips_on_device, to_training_point

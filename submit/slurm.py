@@ -146,10 +146,7 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
         "mem": launch.memory_gib and f"{round(1024 * launch.memory_gib)}M",
         "time": launch.time_min,
         "signal_delay_s": launch.stop_before_end_sec,
-        "setup": [
-            *launch.setup,
-            "trap : TERM USR1 USR2  # the tasks save; this script continues after them",
-        ],
+        "setup": [*launch.setup, "trap : TERM USR1 USR2  # the tasks save; this script continues after them"],
         "teardown": [f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
         "stderr_to_stdout": True,
         # In SLURM 22.05 to 23.02, srun does not inherit the CPUs from sbatch.

@@ -16,16 +16,7 @@ from data.tags.tag_index import map_tags
 from utils.errors import UserError, about
 from utils.io.files import read_json, readable
 from utils.record.logging import get_logger
-from utils.vocabulary import (
-    CATEGORIES,
-    CHARACTER,
-    GENERAL,
-    RATING,
-    RATINGS,
-    Vocabulary,
-    category_name,
-    read_vocabulary,
-)
+from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, category_name, read_vocabulary
 
 log = get_logger(__name__)
 

@@ -12,11 +12,7 @@ from utils.errors import UserError, about
 from utils.io.files import canonical_json, readable, sha256_text
 
 # Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.
-_HEADERS = (
-    ("antecedent_name", "alias", "from", "tag"),
-    ("consequent_name", "implied_tag", "to", "tag"),
-    ("status",),
-)
+_HEADERS = (("antecedent_name", "alias", "from", "tag"), ("consequent_name", "implied_tag", "to", "tag"), ("status",))
 
 
 @dataclass(frozen=True)

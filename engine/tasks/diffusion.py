@@ -41,14 +41,7 @@ from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
 from models.sdxl.perceptual import PerceptualConfig, perceptual_loss
-from models.sdxl.sampling import (
-    EncodedPrompt,
-    Prompt,
-    SamplesConfig,
-    encode_prompt,
-    sample_pictures,
-    scheduler_config,
-)
+from models.sdxl.sampling import EncodedPrompt, Prompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
 from models.weights.fit import is_meta, refuse_misfits

@@ -95,11 +95,8 @@ class DiffusionKind(BucketedKind):
             base = model.model_copy(update={"vae": None, "vae_values": AS_STATED}).settled().vae_values
             if base != model.vae_values:
                 named = {name: value for name, value in model.vae_values if value != getattr(base, name)}
-                log.warning(
-                    "model.vae: %s has %s, unlike the base model's VAE: the U-Net learns other latents",
-                    model.vae,
-                    named,
-                )
+                unlike = "unlike the base model's VAE: the U-Net learns other latents"
+                log.warning("model.vae: %s has %s, %s", model.vae, named, unlike)
         if task.tag_weights is None:
             return {}
         rows = training_rows(collection, config.loop)
@@ -258,7 +255,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return encode_captions(encoders(), texts, chunks, emphasis=captions.emphasis)
 
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
-    inputs |= {"emphasis": True} if captions.emphasis else {}
+    inputs["emphasis"] = captions.emphasis
     records = TensorStore(Path(task.text_cache), "task.text_cache", root=data.collection.root, recipe=inputs)
     store = TextCache(records, inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
@@ -290,9 +287,8 @@ def _read(
         read, views = data, views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
     else:
         hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-        inputs = (_fingerprint(setup.model, ("vae",)), data.source.decoder.background, data.source.decoder.icc)
-        if (padding := setup.model.settled().vae_values.padding_mode) != "zeros":
-            inputs = (*inputs, padding)
+        decoder, padding = data.source.decoder, setup.model.settled().vae_values.padding_mode
+        inputs = _fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding
         recipe = {"made by": inputs, "buckets": task.buckets.model_dump(mode="json")}
         store = TensorStore(Path(task.latent_cache), "task.latent_cache", root=collection.root, recipe=recipe)
         latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)

@@ -156,10 +156,8 @@ class Kind:
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return how evaluation prepares an image. With buckets: in a square, and also `buckets_hw`, their sizes."""
         augment, background = config.augment, config.data.background
-        preprocessing = augment.preprocessing(config.model.in_channels)
+        preprocessing = augment.preprocessing(config.model.in_channels) | {"icc": config.data.icc}
         preprocessing["background"] = DEFAULT if background is None else background
-        if config.data.icc:
-            preprocessing["icc"] = True
         if augment.pad == "buckets":
             unit_px = getattr(config.task, "patch_px", None) or getattr(config.model, "total_stride", _STRIDE_PX)
             preprocessing["buckets_hw"] = letterbox_sizes(augment.image_size_hw, unit_px).tolist()
