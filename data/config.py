@@ -58,8 +58,8 @@ class DataConfig(Strict):
     background: Background | None
     icc: bool
     cache: CacheConfig
-    concepts: list[ConceptConfig] | None
-    corrections: bool
+    concepts: list[ConceptConfig] | None = None  # a run from before this key has none
+    corrections: bool = True  # a run from before this key has no such file
 
 
 def _refuse_concepts(data: DataConfig) -> DataConfig:
