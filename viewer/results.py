@@ -13,16 +13,8 @@ from nicegui import ui
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.safe_text import escape_controls
+from utils.record import tables
 from utils.record.figures import show_name
-from utils.record.tables import (
-    find_tables,
-    read_decisions,
-    read_rows,
-    read_table,
-    reliability,
-    to_cell,
-    worst_images,
-)  # fmt: skip
 from viewer.curves import plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, show_command
@@ -32,14 +24,14 @@ _CLASSES, _IMAGES, _TAGS = 40, 48, 4  # in a matrix; shown at once; under an ima
 
 async def show_tables(path: Path) -> None:
     """Show a run's tables, first those with a row for each tag or class."""
-    files = {file.relative_to(path).as_posix(): file for file in find_tables(path, "tags", "classes")}
+    files = {file.relative_to(path).as_posix(): file for file in tables.find_tables(path, "tags", "classes")}
     if not files:
         ui.label("No tables yet: evaluations write them.").classes("muted")
         return
 
     async def fill(table: ui.table, name: str) -> None:
-        names, rows = await background.io_bound(read_table, files[name])
-        cells = [[to_cell(cell) for cell in row] for row in rows]
+        names, rows = await background.io_bound(tables.read_table, files[name])
+        cells = [[tables.to_cell(cell) for cell in row] for row in rows]
         table.columns = [
             {"name": str(number), "label": escape_controls(show_name(name)), "field": str(number), "sortable": True,
              "align": "left" if isinstance(cell, str) else "right"}
@@ -52,7 +44,7 @@ async def show_tables(path: Path) -> None:
 
 async def show_thresholds(path: Path) -> None:
     """Show precision, recall and F1 at a threshold that the user moves, and the curves that they lie on."""
-    groups = await background.io_bound(read_decisions, path)
+    groups = await background.io_bound(tables.read_decisions, path)
     if not groups:
         ui.label("No counts by threshold yet: evaluations of classifiers and taggers write them.").classes("muted")
         return
@@ -71,30 +63,31 @@ async def show_thresholds(path: Path) -> None:
         for chart, its in zip(charts, options):
             redraw(chart, its)
 
-    for control in (chosen, level):
-        control.on_value_change(draw)
+    chosen.on_value_change(draw)
+    level.on_value_change(draw)
     draw()
 
 
 def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[dict[str, Any]]]:
     """Return precision, recall and F1 at a threshold as text, and the options of charts: of both, and reliability."""
     thresholds, predicted, correct, precision, recall, f1 = decisions
-    row, used = int(np.abs(thresholds - threshold).argmin()), predicted > 0
+    row = int(np.abs(thresholds - threshold).argmin())
     text = f"Threshold {threshold:.2f}: precision {precision[row]:.3f}, recall {recall[row]:.3f}, F1 {f1[row]:.3f}; "
     text += f"{correct[row]:,.0f} of {predicted[row]:,.0f} decisions are correct"
 
-    def line(name: str, number: int, across: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        return {"type": "line", "name": name, "color": COLOURS[number], "data": to_points(across, values),
+    def line(name: str, colour: str, across: np.ndarray, values: np.ndarray) -> dict[str, Any]:
+        return {"type": "line", "name": name, "color": colour, "data": to_points(across, values),
                 "showSymbol": len(across) < 11, "symbolSize": 8, "animation": False}  # fmt: skip
 
     ends, here = np.array([0.0, 1.0]), slice(row, row + 1)
-    curves = zip(("precision", "recall", "F1"), range(3), (precision, recall, f1))
+    precision = np.where(predicted > 0, precision, np.nan)
+    rates = zip(("precision", "recall", "F1"), COLOURS, (precision, recall, f1))
     charts = {
-        "threshold": [*(line(name, colour, thresholds, rate) for name, colour, rate in curves),
-                      line("chosen", 7, np.full(2, threshold), ends)],
-        "recall": [line("precision", 0, recall[used], precision[used]),
-                   line("chosen", 1, recall[here], precision[here])],
-        "probability": [line("share correct", 0, *reliability(decisions)), line("ideal", 7, ends, ends)],
+        "threshold": [*(line(name, colour, thresholds, rate) for name, colour, rate in rates),
+                      line("chosen", GREY, np.full(2, threshold), ends)],
+        "recall": [line("precision", ACCENT, recall, precision),
+                   line("chosen", COLOURS[1], recall[here], precision[here])],
+        "probability": [line("share correct", ACCENT, *tables.reliability(decisions)), line("ideal", GREY, ends, ends)],
     }  # fmt: skip
     return text, [plot(lines, {"name": name, "min": 0, "max": 1}) for name, lines in charts.items()]
 
@@ -102,7 +95,7 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[d
 async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     """Show which classes are confused, and the images of a confusion, or the worst of all."""
     ui.link("Review the labels", f"/review?run={quote(name)}")
-    rows = await background.io_bound(read_rows, path, "confusions")
+    rows = await background.io_bound(tables.read_rows, path, "confusions")
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
     chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")
@@ -118,7 +111,7 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
         chosen.set_value((names[row], names[column]))
 
     async def draw() -> None:
-        images = await background.io_bound(worst_images, path, _IMAGES, chosen.value)
+        images = await background.io_bound(tables.worst_images, path, _IMAGES, chosen.value)
         part.clear()
         with part:
             await _show_images(path, shelf, images)

@@ -62,10 +62,12 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
                 with panels[title]:
                     try:
                         await tabs.pop(title)()
-                    except (OSError, ValueError) as error:  # deleted meanwhile, cut, or from another release
-                        ui.label(escape_controls(f"A file of this run cannot be read: {error}")).classes(
-                            "text-negative"
-                        )
+                    except (
+                        OSError,
+                        ValueError,
+                        LookupError,
+                    ) as error:  # deleted meanwhile, cut, or older
+                        ui.label(escape_controls(f"A file of the run cannot be read: {error}"))
 
         with page(escape_controls(path.name)):
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
@@ -79,10 +81,7 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
 
 
 def find_pictures(run: Path) -> dict[str, dict[int | None, tuple[str, float]]]:
-    """Return pictures in a run folder by name and, of evaluations, by step: the path below it, and width over height.
-
-    Damaged ones are left out.
-    """
+    """Return the readable pictures of a run by name and, of evaluations, step: path below it, width over height."""
     found: dict[str, dict[int | None, tuple[str, float]]] = {}
     for file in sorted(file for folder in ("plots", "samples") for file in (run / folder).rglob("*")):
         if file.suffix in _PICTURES and is_inside(file, run) and file.name != "curves.png":  # they are live
@@ -107,6 +106,8 @@ async def _show_pictures(name: str, path: Path) -> None:
     for title, by_step in sorted(pictures.items(), key=lambda item: (item[0] != _SEEN, None in item[1], item[0])):
         with ui.card().props("flat bordered").classes("q-pa-sm w-full"):
             _show_picture(name, title, by_step)
+            if title == "plots/samples.png":
+                ui.label(_read_settings(path).get("task.samples.prompts", "")).classes("muted")
 
 
 def _show_picture(name: str, title: str, by_step: dict[int | None, tuple[str, float]]) -> None:
@@ -116,9 +117,8 @@ def _show_picture(name: str, title: str, by_step: dict[int | None, tuple[str, fl
         said = ui.label().classes("mono")
         if len(steps) > 1:
             slider = ui.slider(min=0, max=len(steps) - 1, step=1, value=len(steps) - 1).props("aria-label=step")
-            slider.classes("col").style("min-width: 160px; max-width: 480px").on_value_change(
-                lambda event: draw(event.value)
-            )
+            slider.classes("col").style("min-width: 160px; max-width: 480px")
+            slider.on_value_change(lambda event: draw(event.value))
     shown = ui.image().style("max-width: 1200px").props(f"fit=contain no-spinner alt='{html.escape(title)}'")
 
     def draw(number: int) -> None:
