@@ -30,13 +30,11 @@ from viewer.images import Shelf, image_address
 from viewer.parts import page
 
 if TYPE_CHECKING:  # torch is imported when the first network is asked
-    from torch import Tensor
-
     from models.predictor import Predictor
 
 MAX_BYTES, _MAX_PIXELS = 64 * 2**20, 100_000_000  # of an upload
 _KEPT = 2  # networks in memory
-_CLASSES, _TAGS, _NEAREST = 10, 30, 24  # shown
+_SHOWN, _NEAREST = 30, 24  # classes or tags; images
 _EMBEDDINGS, _AT_ONCE = Path("outputs/cache/embeddings"), 16
 _PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData.files)"
 
@@ -67,7 +65,7 @@ class Networks:
                 raise UserError(f"{path} is no .safetensors or .onnx file below {roots}; view.py runs=FOLDER adds more")
         return path
 
-    def open(self, path: Path, content: bytes, name: str) -> tuple["Predictor", "Tensor"]:
+    def open(self, path: Path, content: bytes, name: str) -> tuple["Predictor", Any]:
         """Return the predictor of a weight file as it is now, and an encoded image for it.
 
         Raises UserError (`weights`), UnreadableImage.
@@ -90,26 +88,24 @@ class Networks:
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         frames = open_image(content, name, _MAX_PIXELS, lambda image: getattr(image, "n_frames", 1))
         facts += f", the first of {frames} frames" if frames > 1 else ""
-        rows_of = lambda *options, **more: predictor.output.make_row(values, predictor.options(*options, **more))  # noqa: E731
-        if predictor.output.has_tags:
-            least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
-            if text.exclude:
-                excluded = predictions.find_excluded(predictor.names, predictor.categories, text.exclude)
-                least = np.where(excluded, np.inf, least)
-            row = rows_of(1, least, mcut=profile == MCUT, max_tags=text.max_tags, order=text.order)
-            every = rows_of(1, np.float32(0), max_tags=max(_TAGS, len(row["tags"])))["probs"]
-            tags = zip(map(category_name, predictor.categories.tolist()), predictor.names)
-            limits = {} if profile == MCUT else dict(zip(tags, least.tolist()))
-            bars |= {"rating": [(row["rating"], row["rating_prob"], True, None)]} if "rating" in row else {}
-            for kind, probs in every.items():
-                chosen = row["probs"].get(kind, ())
-                bars[kind] = [(tag, prob, tag in chosen, limits.get((kind, tag))) for tag, prob in probs.items()]
+        output, names, kinds = predictor.output, predictor.names, predictor.categories
+        least = np.broadcast_to(predictor.choose_thresholds(path, profile) if output.has_tags else 2.0, len(values))
+        if text.exclude and output.has_tags:
+            least = np.where(predictions.find_excluded(names, kinds, text.exclude), np.inf, least)
+        options = predictor.options(1, least, mcut=profile == MCUT, max_tags=text.max_tags, order=text.order)
+        row = output.make_row(values, options)
+        if output.has_tags:
             caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
         else:
-            row = rows_of(_CLASSES, np.float32(0))
-            caption, top = row.get("class", ""), row.get("top", ())
-            bars["classes"] = [(each["class"], each["prob"], each["class"] == caption, None) for each in top]
-            facts += "" if top else f"; {len(values)} features from {values.min():.3g} to {values.max():.3g}"
+            caption = row.get("class", "")
+            facts += "" if names else f"; {len(values)} features from {values.min():.3g} to {values.max():.3g}"
+        chosen = {"classes": [caption], "rating": [row.get("rating")], **row.get("probs", {})}
+        for place, index in enumerate(np.argsort(-values).tolist() if names else ()):
+            kind, tag = category_name(int(kinds[index])) if output.has_tags else "classes", names[index]
+            is_chosen, is_rating = tag in chosen.get(kind, ()), kind == "rating"
+            if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
+                limit = None if is_rating or options.mcut or not output.has_tags else float(least[index])
+                bars.setdefault(kind, []).append((tag, float(values[index]), is_chosen, limit))
         return bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts
 
     def nearest(
@@ -121,36 +117,37 @@ class Networks:
         iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
         """
 
-        def embed(content: bytes, name: str) -> np.ndarray:
+        def embed(content: bytes, name: str) -> predictions.Row:
             with self._lock:
                 predictor, images = self.open(path, content, name)
-                return predictor.embed(images)[0]
+                return predictions.embedding_rows(predictor.embed(images))[0]
 
         path, opened = self.find(weights), shelf.open(collection, again=True)
-        version, contents, vectors = sha256_file(path), open_contents(opened), dict[int, np.ndarray]()
+        version, contents, found = sha256_file(path), open_contents(opened), dict[int, predictions.Row]()
         file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
         keys = {row: image_key(contents, row, version) for row in np.flatnonzero(opened.weights()).tolist()}
         with suppress(UserError):  # there is none yet, or it is damaged
-            known = dict(zip(*predictions.stack_rows(predictions.read_embeddings(file, version), "input")))
-            vectors = {row: known[key] for row, key in keys.items() if key in known}
-        query, waiting = embed(content, name), [row for row in keys if row not in vectors]
+            known = {row["path"]: row for row in predictions.read_embeddings(file, version)}
+            found = {row: known[key] for row, key in keys.items() if key in known}
+        query, waiting = embed(content, name), [row for row in keys if row not in found]
         try:
             for number, row in enumerate(waiting):
                 if number % _AT_ONCE == 0:
                     yield 1 - (len(waiting) - number) / len(keys), []
-                with suppress(UnreadableImage):
-                    vectors[row] = embed(shelf.read(collection, opened, row), contents.name_of(row))
+                try:
+                    found[row] = embed(shelf.read(collection, opened, row), contents.name_of(row))
+                except UnreadableImage as error:
+                    found[row] = {"error": error.reason}
         finally:
-            kept = {keys[row]: vector for row, vector in vectors.items() if keys[row] is not None}
+            kept = [{**each, "path": keys[row]} for row, each in found.items() if keys[row] and "vector" in each]
             if waiting and kept:
-                rows = zip(kept, predictions.embedding_rows(np.stack([*kept.values()])))
                 with ignore_write_errors(file), self._lock:
-                    predictions.Embeddings(file, version).write_all({"path": key, **row} for key, row in rows)
-        if not vectors:
-            raise UserError(f"data.root: no image of {opened.root} could be read")
-        found = predictions.rank([*vectors], np.stack([*vectors.values()]), query, _NEAREST)
-        texts = [f"{row['similarity']:.3f}  {contents.name_of(row['path'])}" for row in found]
-        yield 1.0, [(image_address(collection, opened, row["path"]), text) for row, text in zip(found, texts)]
+                    predictions.Embeddings(file, version).write_all(kept)
+        rows, vectors = predictions.stack_rows(({**each, "path": row} for row, each in found.items()), "data.root")
+        _, (vector,) = predictions.stack_rows([{**query, "path": name}], "image")
+        best = predictions.rank(rows, vectors, vector, _NEAREST)
+        texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
+        yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
 
 
 def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
@@ -158,8 +155,7 @@ def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
         ui.image(seen).props("fit=contain no-spinner alt='the image'").classes("seen")
         if caption:
             ui.label(escape_controls(caption)).classes("mono").style("overflow-wrap: anywhere")
-            copy = ui.button("Copy caption", on_click=lambda: ui.clipboard.write(caption))
-            copy.props("flat dense no-caps icon=content_copy")
+            ui.button("Copy caption", on_click=lambda: ui.clipboard.write(caption)).props("flat no-caps")
     for category, lines in bars.items():
         with ui.card().props("flat bordered").classes("q-pa-sm no-wrap").style("gap: 4px"):
             ui.label(escape_controls(category)).classes("text-weight-medium")

@@ -90,7 +90,7 @@ def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
     assert {name: tags for name, tags in chosen.items() if tags} == {
         name: pytest.approx(tags, abs=2e-6) for name, tags in said.items()
     }
-    assert sum(map(len, bars.values())) == 6
+    assert sum(map(len, bars.values())) == 7
     assert [least for tag, _, _, least in bars["general"] if tag == "black_hair"] == [limit and pytest.approx(limit)]
 
 
@@ -263,7 +263,7 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     )
     page.get_by_text("pasted.png, as the network sees it").wait_for()
     page.get_by_text(HOSTILE).first.wait_for()
-    assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 6
+    assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 7
     page.get_by_role("button", name="Copy caption").click()
     assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").inner_text() != ""
     page.get_by_role("button", name="Find its nearest images").click()
