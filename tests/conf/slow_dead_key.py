@@ -225,7 +225,7 @@ REFUSED = {
     "finetune_vae": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
-    "view": ("CacheConfig.", "DataConfig."),  # tests/viewer/test_images.py; it trains nothing
+    "view": ("CacheConfig.", "DataConfig.", "TextConfig."),  # test_images.py and test_try.py in tests/viewer/
     "workshop": ("CacheConfig.", "DataConfig."),  # the words go to the stages: tests/test_workshop.py
 }
 
