@@ -16,6 +16,7 @@ from PIL import ExifTags, Image
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
 from data.images.image_formats import open_image
+from data.images.pixels import convert, load_upright
 from data.layouts.spelling import parse_tag
 from data.layouts.table import TAG_LISTS
 from data.stream.source import UnreadableImage
@@ -92,7 +93,9 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
 
     def read(image: Image.Image) -> dict[str, str]:
         exif = {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
-        return {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}", **exif}
+        found = {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}", **exif}
+        convert(load_upright(image), 3, None)  # whether it can be decoded
+        return found
 
     try:
         content, limit = shelf.read(name, collection, row), shelf.config(name).max_pixels
@@ -192,7 +195,8 @@ async def _browse(shelf: Shelf, name: str, search: Search, text: str) -> None:
         ui.button("Find", on_click=apply).props("no-caps unelevated")
     with ui.row().classes("items-center").style("gap: 4px"):
         said = ui.label().classes("muted")
-        for term in ("split=val", "copies>1", "weight=0"):
+        terms_of = {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
+        for term in (f"{column}{rest}" for column, rest in terms_of.items() if column in search.columns):
             ui.button(term, on_click=lambda _, term=term: add(term)).props("flat dense no-caps")
     with ui.element("div").classes("browse"):
         tiles = Tiles(tile, open_row)

@@ -19,11 +19,12 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
-from data.layouts.spelling import parse_tag
+from data.layouts.spelling import PREFIXES, parse_tag
 from data.layouts.table import TAG_LISTS
 from utils.errors import UserError
 
-_TERM = re.compile(r'(-?)(?:(\w+)(<=|>=|[:=<>]))?("(?:[^"\\]|\\.)*"|\S+)')
+_QUOTED = r'"(?:[^"\\]|\\.)*"'
+_TERM = re.compile(rf"(-?)(?:({_QUOTED}|\w[\w.-]*)(<=|>=|[:=<>]))?({_QUOTED}|\S+)")
 _COMPARE = {
     ":": operator.eq, "=": operator.eq, "<": operator.lt, "<=": operator.le, ">": operator.gt, ">=": operator.ge,
 }  # fmt: skip
@@ -45,14 +46,16 @@ class Search:
     def __init__(self, collection: Collection) -> None:
         self.collection, self._table = collection, collection.table
         self._lists, self.leads = cache(self._read_lists), cache(lambda: lead_rows(self._table, FINGERPRINTS))
-        self.columns = [*self._table.column_names, "copies"]
-        self.columns += ["aspect"] if {"width", "height"} <= set(self.columns) else []
+        self.columns = list(self._table.column_names)
+        filled = [name for name in self.columns if self._table[name].null_count < len(collection)]
+        self.columns += ["aspect"] if {"width", "height"} <= {*self.columns} else []
+        self.columns += ["copies"] if {*FINGERPRINTS} & {*filled} else []
 
     def find(self, text: str) -> np.ndarray:
         """Return the rows that all terms of a text accept. Raises UserError with the term."""
         chosen = np.ones(len(self.collection), bool)
         for minus, name, sign, value in _TERM.findall(text):
-            chosen &= self._accepts(name, sign, _unquote(value)) != bool(minus)
+            chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
         return np.flatnonzero(chosen)
 
     def count(self, rows: np.ndarray, name: str) -> list[tuple[str, int]]:
@@ -69,10 +72,15 @@ class Search:
 
     def _accepts(self, name: str, sign: str, value: str) -> np.ndarray:
         """Return whether each row has a tag, or a value in a column, bool [N]."""
-        if name not in self.columns or (name in TAG_LISTS and sign == ":"):
-            if sign not in ("", ":"):
-                raise UserError(f"{name}{sign}: no such column; there are {', '.join(self.columns)}")
-            return self._has_tag(*((name, value) if name in TAG_LISTS else ("tags", f"{name}{sign}{value}")))
+        if sign == ":" and name in {*TAG_LISTS} & {*self.columns}:
+            return self._has_tag(name, value)
+        if name not in self.columns:
+            if not sign or (sign == ":" and name in PREFIXES):
+                return self._has_tag("tags", f"{name}{sign}{value}")
+            raise UserError(
+                f"{name}{sign}{value}: no such column; there are {', '.join(self.columns)}. A tag with a colon needs "
+                "quotes. prepare.py job=manifest adds width, height, copies, and the reason why an image is unreadable"
+            )
         if (numbers := self._numbers(name)) is not None:
             try:
                 return _COMPARE[sign](numbers, float(value))
@@ -105,7 +113,8 @@ class Search:
         if name == "copies":
             return np.bincount(self.leads(), minlength=len(self.collection))[self.leads()]
         if name == "aspect":
-            return self.collection.column("width") / self.collection.column("height")
+            with np.errstate(all="ignore"):  # sides of 0
+                return self.collection.column("width") / self.collection.column("height")
         if name in TAG_LISTS:
             return pc.list_value_length(self._table[name]).to_numpy()
         return None if pa.types.is_string(self._table[name].type) else self.collection.column(name)

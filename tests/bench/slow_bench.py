@@ -16,7 +16,7 @@ import pytest
 from tests.in_process import draw_few_glyphs, make_images
 from tests.support import ROOT, fork_command, start
 
-TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl", "loader_rivals"]
+TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl", "loader_rivals", "view"]
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
     "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
@@ -30,8 +30,7 @@ needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="mak
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bench_prints_a_table_of_ratios(name):
-    if name == "sdxl":
-        pytest.importorskip("diffusers")
+    pytest.importorskip({"sdxl": "diffusers", "view": "nicegui"}.get(name, "torch"))
     done = fork_command(f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows, path = done.stdout.splitlines()

@@ -10,7 +10,7 @@ from utils.errors import UserError
 
 SIZES, WIDE = {"width": 100, "height": 50}, {"width": 300, "height": 300}
 ROWS = [
-    {"path": "a.png", "label": "cat", "tags": ["1girl", "character:Hatsune Miku", 'a "b" \\*'], "score": 0.5, **SIZES},
+    {"path": "a.png", "label": "cat", "tags": ["1girl", "character:Hatsune Miku", 'a "b" \\*'], "a b": 0.5, **SIZES},
     {"path": "b.png", "label": "o", "tags": ["hat", "red hat"], "phash": 1, "split": "val", **WIDE},
     {"path": "c.png", "phash": 2**60 - 1, "caption": "<script>", "weight": 0.0},
 ]  # fmt: skip
@@ -32,14 +32,14 @@ def search(tmp_path):
     ("character:*", "a"), ("hatsune_miku", "a"), ("general:*", "ab"), ("artist:*", ""), ("label=cat", "a"),
     (quote_value(ROWS[0]["tags"][2]), "a"), ("label=ca", ""), ("label:CA", "a"), ("-label=cat", "bc"), ("tags>1", "ab"),
     ('caption:"red house"', "a"), ("split=val", "b"), ("width>=300", "b"), ("width<300", "a"), ("-width<300", "bc"),
-    ("aspect>1", "a"), ("copies>1", "ab"), ("copies>1 split=train", "a"), ("weight=0", "c"), ("score=0.5", "a"),
+    ("aspect>1", "a"), ("copies>1", "ab"), ("copies>1 split=train", "a"), ("weight=0", "c"), ('"a b"<=0.5', "a"),
     ("path:c.p", "c"), ("(", ""), ('"', ""), ("caption:<script", "c"),
 ])  # fmt: skip
 def test_terms(search, text, rows):
     assert [search.collection.row(row).path[0] for row in search.find(text)] == list(rows)
 
 
-@pytest.mark.parametrize("term", ["nothing>3", "width>wide", "label<3"])
+@pytest.mark.parametrize("term", ["nothing>3", "lable:cat", "unknown_tags:x", "width>wide", "label<3"])
 def test_a_term_that_cannot_be_compared_is_named(search, term):
     with pytest.raises(UserError, match=term[:5]):
         search.find(term)
