@@ -24,7 +24,7 @@ from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.vocabulary import category_name
 from viewer.images import Shelf, image_address
-from viewer.parts import page
+from viewer.parts import filtered_table, page
 
 _TILE_PX, _LINE_PX = 158, 176  # the least width and the height of a tile, with its gap
 _HIGHEST_PX = 16_000_000  # of an element in every browser; beyond it a pixel of the scroll bar is several
@@ -32,12 +32,13 @@ _COUNTED = 500  # values in the table
 _STYLE = """
 .browse { display: grid; gap: 16px; width: 100%; grid-template-columns: minmax(0, 1fr) 340px }
 .nicegui-scroll-area .q-scrollarea__content { padding: 0 }
-.tiles { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 8px; padding: 2px }
+.thumbs { display: grid; grid-template-columns: repeat(var(--columns), minmax(0, 1fr)); gap: 8px; padding: 2px }
 .tile { height: 168px; padding: 4px; border: 0; border-radius: 6px; font: inherit; color: inherit;
   background: #868e9622 }
 .tile img { width: 100%; height: 134px; object-fit: contain; display: block }
 .tile span { font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
-.facts { display: grid; gap: 4px 12px; grid-template-columns: max-content minmax(0, 1fr); overflow-wrap: anywhere }
+.facts { display: grid; align-content: start; gap: 4px 12px;
+  grid-template-columns: fit-content(35%) minmax(0, 1fr); overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
 _TILE = """<button class="tile cursor-pointer" :title="props.row.path" @click="$parent.$emit('open', props.row.row)">
@@ -56,7 +57,7 @@ class Tiles:
         self._area = ui.scroll_area(on_scroll=self._scroll).style(f"height: {height}").props("tabindex=0")
         with self._area, ui.element("div").classes("w-full") as self._space:
             self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: choose(event.args))
-        self._table.props("grid hide-header hide-bottom card-container-class=tiles :rows-per-page-options=[0]")
+        self._table.props("grid hide-header hide-bottom card-container-class=thumbs :rows-per-page-options=[0]")
         self._table.add_slot("item", _TILE)
 
     def show(self, rows: np.ndarray) -> None:
@@ -83,7 +84,7 @@ class Tiles:
 
 def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) -> dict[str, str]:
     """Return what the collection and the file say of an image: columns, tags by category, EXIF, or why not."""
-    facts = {"file": str(collection.absolute_path(row))}
+    facts = {"file": f"{collection.root}/{collection.row(row).path}"}
     for column, value in collection.table.slice(row, 1).to_pylist()[0].items():
         for text in value or () if column in TAG_LISTS else ():
             key = f"{column}: {category_name(parse_tag(text).category or 0)}"
@@ -140,81 +141,82 @@ def add_page(shelf: Shelf) -> None:
             except UserError as error:
                 ui.label(escape_controls(str(error))).classes("text-negative")
             else:
-                await _browse(shelf, name, search_of(collection), find)
+                await _Browser(shelf, name, search_of(collection)).build(find)
             wait.delete()
 
 
-async def _browse(shelf: Shelf, name: str, search: Search, text: str) -> None:
-    collection, found = search.collection, np.empty(0, np.int64)
-    counted = "label" if collection.table["label"].null_count < len(collection) else "tags"
+class _Browser:
+    """The page of a collection: its images that some terms find, and what is counted in them."""
 
-    def tile(row: int) -> dict[str, Any]:
-        view = collection.row(row)
+    def __init__(self, shelf: Shelf, name: str, search: Search) -> None:
+        self._shelf, self._name, self._search, self._collection = shelf, name, search, search.collection
+        self._found, self._table = np.empty(0, np.int64), None
+
+    async def build(self, text: str) -> None:
+        """Build the page for some terms."""
+        with ui.row().classes("items-center no-wrap w-full"):
+            self._terms = ui.input(value=text, placeholder='1girl -hat character:* split=val caption:"red house"')
+            self._terms.props("clearable dense outlined aria-label=find").classes("col")
+            self._terms.on("keydown.enter", self._find)
+            ui.button("Find", on_click=self._find).props("no-caps unelevated")
+        with ui.row().classes("items-center").style("gap: 4px"):
+            self._said, rest = ui.label(), {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
+            for term in (name + rest[name] for name in rest if name in self._search.columns):
+                ui.button(term, on_click=functools.partial(self._add, term)).props("flat dense no-caps")
+        names = ["tags", "label", "split", "rating"]
+        if self._collection.table["label"].null_count < len(self._collection):
+            names.sort(key="label".__ne__)
+        with ui.element("div").classes("browse"):
+            self._tiles = Tiles(self._tile, self._open)
+            with ui.element("div"):
+                await filtered_table(names, "count", "value", self._count)
+        self._box = ui.dialog().props("full-width")
+        await self._find()
+
+    def _tile(self, row: int) -> dict[str, Any]:
+        view, src = self._collection.row(row), image_address(self._name, self._collection, row)
         path, text = escape_controls(view.path), escape_controls(view.label or view.path.rpartition("/")[2])
-        return {"row": row, "src": image_address(name, collection, row), "path": path, "text": text}
+        return {"row": row, "src": src, "path": path, "text": text}
 
-    async def apply() -> None:
-        nonlocal found
+    async def _add(self, term: str) -> None:
+        self._terms.set_value(f"{self._terms.value or ''} {term}".strip())
+        await self._find()
+
+    async def _find(self) -> None:
+        text = self._terms.value or ""
         try:
-            found = await background.io_bound(search.find, terms.value or "")
+            self._found = await background.io_bound(self._search.find, text)
         except UserError as error:
-            said.set_text(escape_controls(str(error)))
+            self._said.set_text(escape_controls(str(error)))
             return
-        said.set_text(f"{len(found):,} of {len(collection):,} images")
-        ui.navigate.history.replace(f"/collection/{name}?{urlencode({'find': terms.value or ''})}")
-        tiles.show(found)
-        await count()
+        self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images")
+        ui.navigate.history.replace(f"/collection/{self._name}?{urlencode({'find': text})}")
+        self._tiles.show(self._found)
+        await self._count(self._table, self._column)
 
-    async def count() -> None:
-        table.rows = await background.io_bound(count_values, search, found, column.value)
+    async def _count(self, table: ui.table, column: str) -> None:
+        if self._table is None:
+            table.on("rowClick", lambda event: self._add(self._sign + quote_value(event.args[1]["value"])))
+        self._table, self._column, self._sign = table, column, "" if column == "tags" else f"{column}="
+        names = {"shown": column, "images": "images", "share": "share", "lift": "x usual"}
+        shared = {"sortable": True, "align": "left"}
+        table.columns = [{"name": key, "label": names[key], "field": key, **shared} for key in names]
+        table.rows = await background.io_bound(count_values, self._search, self._found, column)
 
-    async def add(term: str) -> None:
-        terms.set_value(f"{terms.value or ''} {term}".strip())
-        await apply()
-
-    async def open_row(row: int) -> None:
-        facts = await background.io_bound(describe_image, shelf, name, collection, row)
-        box.clear()
-        with box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
-            shown = ui.image(image_address(name, collection, row, 1024)).props("fit=contain no-spinner")
+    async def _open(self, row: int) -> None:
+        facts = await background.io_bound(describe_image, self._shelf, self._name, self._collection, row)
+        self._box.clear()
+        with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
+            shown = ui.image(image_address(self._name, self._collection, row, 1024)).props("fit=contain no-spinner")
             shown.style("height: min(60vh, 90vw)")
-            with ui.element("div").classes("facts").style("align-content: start"):
+            with ui.element("div").classes("facts"):
                 for key, value in facts.items():
                     ui.label(escape_controls(key)).classes("muted")
                     ui.label(escape_controls(value))
-        box.open()
-        copies = await background.io_bound(lambda: np.flatnonzero(search.leads() == search.leads()[row]))
+        self._box.open()
+        leads = await background.io_bound(self._search.leads)
+        copies = np.flatnonzero(leads == leads[row])
         if len(copies) > 1 and not card.is_deleted:
             with card:
                 ui.label(f"{len(copies):,} equal or similar images").classes("text-weight-medium")
-                Tiles(tile, open_row, "184px").show(copies)
-
-    with ui.row().classes("items-center no-wrap w-full"):
-        terms = ui.input(value=text, placeholder='1girl -hat character:* split=val caption:"red house" width>=512')
-        terms.props("clearable dense outlined aria-label=find").classes("col").on("keydown.enter", apply)
-        ui.button("Find", on_click=apply).props("no-caps unelevated")
-    with ui.row().classes("items-center").style("gap: 4px"):
-        said = ui.label().classes("muted")
-        terms_of = {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
-        for term in (f"{column}{rest}" for column, rest in terms_of.items() if column in search.columns):
-            ui.button(term, on_click=lambda _, term=term: add(term)).props("flat dense no-caps")
-    with ui.element("div").classes("browse"):
-        tiles = Tiles(tile, open_row)
-        with ui.element("div"):
-            column = ui.select(["tags", "label", "split", "rating"], value=counted, on_change=count)
-            column.props("dense outlined aria-label=count")
-            names = {"shown": "Value", "images": "Images", "share": "Share", "lift": "x usual"}
-            columns = [
-                {"name": key, "label": label, "field": key, "sortable": True, "align": "left"}
-                for key, label in names.items()
-            ]
-            table = ui.table(columns=columns, rows=[], row_key="value").classes("w-full").style("height: 64vh")
-            table.props("flat bordered dense virtual-scroll :rows-per-page-options=[0]")
-            table.on(
-                "rowClick",
-                lambda event: add(
-                    ("" if column.value == "tags" else f"{column.value}=") + quote_value(event.args[1]["value"])
-                ),
-            )
-    box = ui.dialog().props("full-width")
-    await apply()
+                Tiles(self._tile, self._open, "184px").show(copies)

@@ -7,6 +7,8 @@ import pytest
 from PIL import Image
 
 from data.images.image_formats import EMPTY
+from tests.support import data_config
+from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
 
 NAME = HOSTILE.replace("/", "")
@@ -27,8 +29,10 @@ def address(tmp_path_factory):
         Image.fromarray(np.full((30, 40, 3), number % 255, np.uint8)).save(root / path) if number < 399 else None
     (root / rows[399]["path"]).touch()
     (root / "manifest.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    empty = tmp_path_factory.mktemp("nothing")
-    process, address = serve(f"runs={empty}", "view.port=18060", f"data.root={root}")
+    runs = tmp_path_factory.mktemp("runs")
+    gone = data_config(root=str(runs / "gone")).model_dump(mode="json")
+    make_run(runs / "run").joinpath("config.json").write_text(json.dumps({"data": gone}))
+    process, address = serve(f"runs={runs}", "view.port=18060", f"data.root={root}")
     yield address.rstrip("/")
     process.terminate()
     process.wait()
@@ -36,15 +40,20 @@ def address(tmp_path_factory):
 
 def test_a_collection_is_searched_and_shown(page, address):
     page.goto(f"{address}/collection")
-    page.locator("a[href^='/collection/']").click()
+    page.locator("a[href^='/collection/']").first.click()
     page.get_by_text("400 of 400 images").wait_for()
     assert 0 < page.locator(".tile").count() < 100, "only what is near the visible part"
     page.locator(".tile").first.focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("40 x 30", exact=False).wait_for()
+    page.keyboard.press("Escape")
+    page.locator(".q-dialog").wait_for(state="detached")
     page.locator(".q-scrollarea__container").evaluate("area => area.scrollTop = area.scrollHeight")
     page.locator(".tile[title*='399']").click()
     page.get_by_text(EMPTY, exact=False).wait_for()
     assert page.get_by_text(HOSTILE, exact=True).count() > 0 and page.locator("img[onerror]").count() == 0
     page.keyboard.press("Escape")
+    page.locator(".q-dialog").wait_for(state="detached")
     find = page.get_by_label("find")
     for text, count in (
         ("-character:n7 character:*", 399),
@@ -67,9 +76,15 @@ def test_a_collection_is_searched_and_shown(page, address):
     page.get_by_text("200 of 400 images").wait_for()
 
 
+def test_a_collection_that_is_gone_says_so(page, address):
+    page.goto(f"{address}/collection")
+    page.get_by_role("link", name="gone").click()
+    page.get_by_text("does not exist", exact=False).wait_for()
+
+
 def test_nothing_overflows(page, address, tmp_path):
     page.goto(f"{address}/collection")
-    page.locator("a[href^='/collection/']").click()
+    page.locator("a[href^='/collection/']").first.click()
     for opens in (False, True):
         page.locator(".tile").first.click() if opens else None
         page.get_by_text("40 x 30" if opens else "400 of 400", exact=False).wait_for()
