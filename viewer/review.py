@@ -1,7 +1,8 @@
 """`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
 
+import functools
 import shlex
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
@@ -29,20 +30,21 @@ from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
 
-_CARDS = 24  # on a screen
+_MOST, _CARDS = 10_000, 24  # differences, and those on a screen
 _HINT = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
+_BUTTON = "no-caps dense unelevated"
 _CARD = """<div :class="props.row.kind" @click="() => $parent.$emit('pick', props.row.id)">
 <img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
 <div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
 _STYLE = """
-.review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100% }
+.review { display: grid; gap: 16px; grid-template-columns: minmax(0, 1fr); width: 100%; align-items: start }
 @media (min-width: 900px) { .review { grid-template-columns: minmax(0, 2fr) minmax(0, 3fr) } }
 .cards .q-table__grid-content { display: grid; grid-template-columns: repeat(auto-fill, minmax(104px, 1fr)); gap: 8px;
-  align-items: start }
+  align-content: start }
 .card { border: 2px solid transparent; border-radius: 6px; padding: 4px; cursor: pointer; font-size: 13px }
 .card img { width: 100%; aspect-ratio: 1; object-fit: contain } .decided img { opacity: .35 }
 .marked { background: #1c6dd033 } .here { border-color: #1c6dd0 }
-.large { width: 100%; height: min(46vh, 420px) }
+.large { width: 100%; height: min(46vh, 90vw, 420px) }
 """
 
 
@@ -73,14 +75,18 @@ class Desk:
         return decisions, fault
 
 
-_desks: dict[Path, Desk] = {}  # by collection: no reload of a tab loses what could not be saved
+_desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 
 
 class Review:
-    """The differences in one tab. had: what each image has without decisions; here: the shown one; marked: others."""
+    """The differences in one tab. here: the shown image; marked: others that a key is for, too.
 
-    def __init__(self, found: Sequence[Difference], had: Sequence[Any], classes: Sequence[str]) -> None:
+    had: what each image has without decisions. changes: the tags that the network would add or take away.
+    """
+
+    def __init__(self, found: Sequence[Difference], had: Sequence[Any], classes: Sequence[str] = ()) -> None:
         self.found, self.had, self.classes = found, had, classes
+        self.changes = [_find_changes(each, value) for each, value in zip(found, had)]
         self.field = "tags" if had and isinstance(had[0], list) else "label"
         self.decisions, self.here, self.marked, self.by = Decisions(), 0, set[int](), ""
 
@@ -92,101 +98,101 @@ class Review:
 
     def suggestion(self, number: int) -> Any:
         """Return what the network says of an image."""
-        found, value = self.found[number], self.had[number]
-        for tag, is_added, _ in found.tags:
-            value = _with_tag(value, tag, is_added)
-        return found.label or value
+        return self.found[number].label or self._switch(number, self.had[number], self.changes[number])
+
+    def shown(self, number: int) -> Any:
+        """Return what was decided about an image, or else what the network says."""
+        last = self.last(number)
+        return last.now if last else self.suggestion(number)
+
+    def _switch(self, number: int, tags: Sequence[str], changed: Iterable[str]) -> list[str]:
+        """Return the tags with some added or taken away, in the image's order."""
+        texts = {*tags}.symmetric_difference(changed)
+        return [tag for tag in dict.fromkeys([*self.had[number], *tags, *changed]) if tag in texts]
 
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
-        found, last = self.found[self.here], self.last(self.here)
-        value = last.now if last else self.suggestion(self.here)
-        if self.field == "tags":
-            return {tag: _has_tag(value, tag) for tag, _, _ in found.tags[:9]}
-        names = dict.fromkeys(filter(None, (found.label, self.had[self.here], *self.classes)))
-        return {name: name == value for name in [*names][:9]}
+        value, names = self.shown(self.here), self.changes[self.here]
+        if self.field == "label":
+            value, names = [value], dict.fromkeys([self.found[self.here].label, self.had[self.here], *self.classes])
+        return {name: name in value for name in [*names][:9]}
 
     def card(self, number: int, image: str) -> dict[str, Any]:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
-        found, last, had = self.found[number], self.last(number), self.had[number]
-        value = last.now if last else self.suggestion(number)
-        text = str(had) if value == had else f"{had} → {value}"
+        last, had, value = self.last(number), self.had[number], self.shown(number)
+        text = f"{had} → {value}" if value != had else str(had)
         if self.field == "tags":
-            text = " ".join(f"+{tag}" for tag in value if tag not in had)
-            text = " ".join([text, *(f"−{tag}" for tag in had if tag not in value)])
-        kinds = {"here": number == self.here, "marked": number in self.marked, "decided": last}
-        return {
-            "id": number, "image": image, "text": escape_controls(text), "verdict": f"{found.by:.3f}",
-            "kind": " ".join(["card", *(kind for kind, is_so in kinds.items() if is_so)]),
-        } | ({"verdict": escape_controls(f"{last.verdict} by {last.by}")} if last else {})  # fmt: skip
+            signs = {**{tag: "−" for tag in had if tag not in value}, **{tag: "+" for tag in value if tag not in had}}
+            text = " ".join(f"{sign}{tag}" for tag, sign in signs.items())
+        verdict = f"{last.verdict} by {last.by}" if last else f"{self.found[number].by:.3f}"
+        kinds = {"card": True, "here": number == self.here, "marked": number in self.marked, "decided": last}
+        texts = {"text": escape_controls(text), "verdict": escape_controls(verdict)}
+        return {"id": number, "image": image, **texts, "kind": " ".join(kind for kind in kinds if kinds[kind])}
 
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
-        shown, targets = self.here // _CARDS * _CARDS, sorted(self.marked) or [self.here]
+        first, targets, choices = self.here // _CARDS * _CARDS, sorted(self.marked) or [self.here], [*self.choices()]
         if key in ("ArrowLeft", "ArrowRight"):
             self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.found) - 1)
         elif key == "x":
             self.marked ^= {self.here}
         elif key == "a":
-            self.marked |= {*range(shown, min(shown + _CARDS, len(self.found)))}
+            self.marked |= {*range(len(self.found))[first : first + _CARDS]}
         elif key == "Enter":
-            return self.decide({each: self.suggestion(each) for each in targets if self.last(each) is None})
+            return self._decide({each: self.suggestion(each) for each in targets if self.last(each) is None})
         elif key == "r":
-            return self.decide({each: self.had[each] for each in targets})
+            return self._decide({each: self.had[each] for each in targets})
         elif key == "u":
-            return self.undo()
-        elif key in [*map(str, range(1, len(self.choices()) + 1))]:
-            return self.choose([*self.choices()][int(key) - 1])
+            return self._undo()
+        elif key.isdecimal() and 0 < int(key) <= len(choices):
+            return self.choose(choices[int(key) - 1])
         return []
 
     def choose(self, name: str) -> list[Decision]:
         """Give a class to the marked images, or to the shown one; or give the shown one a tag, or take it away."""
         if self.field == "label":
-            return self.decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
-        last = self.last(self.here)
-        value = last.now if last else self.suggestion(self.here)
-        return self._write({self.here: _with_tag(value, name, not _has_tag(value, name))})
+            return self._decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
+        return self._write({self.here: self._switch(self.here, self.shown(self.here), [name])})
 
-    def decide(self, values: Mapping[int, Any]) -> list[Decision]:
+    def _decide(self, values: Mapping[int, Any]) -> list[Decision]:
         """Return decisions, and show the next image without one."""
         lines, order = self._write(values), [*range(self.here, len(self.found)), *range(self.here)]
         self.marked.clear()
         self.here = next((each for each in order if self.last(each) is None), self.here)
         return lines
 
-    def undo(self) -> list[Decision]:
+    def _undo(self) -> list[Decision]:
         """Return the lines that go back behind this tab's last decisions, and show their first image."""
         last = {each: self.last(each) for each in range(len(self.found))}
         own = {each: line.at for each, line in last.items() if line and line.by == self.by and line.verdict != "undone"}
-        numbers = [each for each, at in own.items() if at == max(own.values())]
-        stacks = {each: self.decisions[self.found[each].path, self.field] for each in numbers}
-        self.here = min(numbers, default=self.here)
-        values = {each: stack[-2].now if stack[1:] else self.had[each] for each, stack in stacks.items()}
+        values = {}
+        for number in (each for each, at in own.items() if at == max(own.values())):
+            before = self.decisions[self.found[number].path, self.field][:-1]
+            values[number] = before[-1].now if before else self.had[number]
+        self.here = min(values, default=self.here)
         return self._write(values, "undone")
 
     def _write(self, values: Mapping[int, Any], verdict: str | None = None) -> list[Decision]:
         at, lines = datetime.now(UTC).isoformat(timespec="microseconds"), []
         for number, now in values.items():
             path, was, field = self.found[number].path, self.had[number], self.field
-            if field == "tags":  # in the order and spelling that the image has
-                texts = {parse_tag(tag).name: tag for tag in was}
-                now = [texts.get(parse_tag(tag).name, tag) for tag in now]
-                now = [*(tag for tag in was if tag in now), *(tag for tag in now if tag not in was)]
             kind = "rejected" if now == was else "accepted" if now == self.suggestion(number) else "edited"
-            line = Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at)
-            self.decisions.setdefault((path, field), []).append(line)
-            lines.append(line)
+            lines.append(Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at))
+            self.decisions.setdefault((path, field), []).append(lines[-1])
         return lines
 
 
-def _has_tag(tags: Sequence[str], name: str) -> bool:
-    return any(parse_tag(tag).name == name for tag in tags)
+def _find_changes(found: Difference, had: Any) -> dict[str, None]:
+    """Return the texts of the tags that the network would add, spelled like the others, and of those to take away.
 
-
-def _with_tag(tags: Sequence[str], name: str, is_added: bool) -> list[str]:
-    """Return the tags with another one, spelled like them, or without it."""
-    kept = [tag for tag in tags if parse_tag(tag).name != name]
-    return [*kept, write_tag(Tag(None, name), spaces=any(" " in tag for tag in tags))] if is_added else kept
+    Ratings are no tags, and implied tags have no text.
+    """
+    texts = {parse_tag(tag).name: tag for tag in had} if found.tags else {}
+    spaces, changes = any(" " in tag for tag in texts.values()), {}
+    for name, is_added, _ in found.tags:
+        if is_added != (name in texts) and name not in RATINGS:
+            changes[texts.get(name) or write_tag(Tag(None, name), spaces=spaces)] = None
+    return changes
 
 
 def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk]:
@@ -194,7 +200,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
 
     Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
     """
-    found, name = read_differences(run / "tables/images.parquet"), shelf.of_run(run)
+    found, name = read_differences(run / "tables/images.parquet")[:_MOST], shelf.of_run(run)
     command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     if name is None or not found:
@@ -202,26 +208,19 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     collection = shelf.open(name, again=True, corrected=False)
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
-    rows, field = find_rows(collection, [each.path for each in found]), "label" if found[0].label else "tags"
-    found, rows = [each for each, row in zip(found, rows) if row >= 0], rows[rows >= 0].tolist()
-    had = collection.table[field].take(rows).to_pylist()
-    found = [_of_texts(each, value) for each, value in zip(found, had)]
-    desk = _desks.setdefault(collection.root, Desk(collection.root))
-    review = Review(found, had, list(count_values(collection.table["label"])))
-    review.decisions, _ = desk.sync()
-    kept = [each for each in range(len(found)) if review.last(each) or review.suggestion(each) != had[each]]
+    desk, field = _desk_of(collection.root), "label" if found[0].label else "tags"
+    (decisions, _), column, kept = desk.sync(), collection.table[field], []
+    for each, row in zip(found, find_rows(collection, [each.path for each in found]).tolist()):
+        had = column[row].as_py() if row >= 0 else None
+        if row >= 0 and ((each.path, field) in decisions or each.label not in (None, had) or _find_changes(each, had)):
+            kept.append((each, had, row))
     if not kept:
         raise nothing
-    review.found, review.had, rows = ([values[each] for each in kept] for values in (found, had, rows))
+    found, had, rows = zip(*kept)
+    review = Review(found, had, list(count_values(collection.table["label"])))
+    review.decisions = decisions
+    review.here = next((each for each in range(len(found)) if review.last(each) is None), 0)
     return review, lambda number, px: image_address(name, collection, rows[number], px), desk
-
-
-def _of_texts(found: Difference, had: Any) -> Difference:
-    """Return a difference with the tags that an image's texts can have or lose: not ratings, nor implied ones."""
-    names = {parse_tag(tag).name for tag in had} if found.tags else ()
-    return found._replace(
-        tags=tuple(tag for tag in found.tags if tag[1] != (tag[0] in names) and tag[0] not in RATINGS)
-    )
 
 
 def add_page(index: RunIndex, shelf: Shelf) -> None:
@@ -248,12 +247,10 @@ def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> Non
     drawn: list[Any] = []
     with ui.row().classes("items-center w-full"):
         for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
-            ui.button(title, on_click=lambda _, key=key: press(key)).props(
-                "no-caps unelevated dense padding='4px 12px'"
-            )
+            ui.button(title, on_click=lambda _, key=key: press(key)).props(f"{_BUTTON} padding='4px 12px'")
         progress = ui.label()
     waiting = ui.label().classes("text-negative")
-    ui.label(_HINT).classes("muted q-mb-md")
+    ui.label(_HINT).classes("muted")
     with ui.element("div").classes("review"):
         with ui.column().classes("w-full"):
             picture, title = ui.image().props("fit=contain no-spinner no-transition").classes("large"), ui.label()
@@ -299,7 +296,7 @@ def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> Non
         with chips:
             for number, (name, is_on) in enumerate(review.choices().items(), start=1):
                 chip = ui.button(f"{number} {escape_controls(name)}", on_click=lambda _, key=str(number): press(key))
-                chip.props("no-caps dense unelevated padding='2px 8px'" + ("" if is_on else " outline"))
+                chip.props(f"{_BUTTON} padding='2px 8px'" + ("" if is_on else " outline"))
 
     cards.on("pick", lambda event: show(event.args))
     ui.keyboard(on_key)

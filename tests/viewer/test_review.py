@@ -70,12 +70,12 @@ def test_differences_are_ranked(tmp_path):
 def test_tags_are_toggled_and_undone():
     had = ["blue hair", "character:miku", "hat"]
     found = Difference("a.png", 0.5, tags=(("red_hair", True, 0.5), ("hat", False, 0.2)))
-    review = Review([found, found._replace(path="b.png")], [had, had], [])
+    review = Review([found, found._replace(path="b.png")], [had, had])
     review.by = "me"
     with_both = ["blue hair", "character:miku", "hat", "red hair"]
     (line,) = review.press("2")  # keeps the hat
     assert (line.now, line.verdict, review.here) == (with_both, "edited", 0)
-    assert review.choices() == {"red_hair": True, "hat": True}
+    assert review.choices() == {"red hair": True, "hat": True}
     assert [(each.now, each.verdict) for each in review.press("1")] == [(had, "rejected")]
     assert review.press("Enter") == [] and review.here == 1  # what is decided is not decided again
     assert review.press("Enter")[0].now == ["blue hair", "character:miku", "red hair"]
