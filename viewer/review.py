@@ -167,8 +167,8 @@ class Review:
         own = {each: line.at for each, line in last.items() if line and line.by == self.by and line.verdict != "undone"}
         values = {}
         for number in (each for each, at in own.items() if at == max(own.values())):
-            before = self.decisions[self.found[number].path, self.field][:-1]
-            values[number] = before[-1].now if before else self.had[number]
+            *before, line = self.decisions[self.found[number].path, self.field]
+            values[number] = before[-1].now if before else line.was
         self.here = min(values, default=self.here)
         return self._write(values, "undone")
 

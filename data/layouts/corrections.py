@@ -126,7 +126,7 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
         for field in ("label", "tags"):
             before, stack = row[field], decisions.get((row["path"], field), ())
             row[field], applies = settle(before, stack)
-            if stack and not applies and stack[-1].verdict != "rejected":
+            if stack and not applies and stack[-1].now != stack[-1].was:
                 unused.add("corrections of images whose label or tags were changed since", row["path"])
             if field == "tags" and row["tags"] != before and row["caption"]:
                 row["caption"] = retag(row["caption"], before, row["tags"])

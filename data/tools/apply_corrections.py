@@ -34,7 +34,7 @@ UNDO = "corrections_undo.jsonl"  # a line for each sidecar: its bytes before (no
 class ApplyCorrections(Tool):
     """Write what corrections.jsonl says into sidecars. undo: write back what they were.
 
-    A label becomes that of `x.jpg.json`, which goes before the folder's name; tags stay in the file that has them.
+    A label becomes that of `x.json`, which goes before the folder's name; tags stay in the file that has them.
     """
 
     name: Literal["apply_corrections"]

@@ -13,7 +13,7 @@ from utils.io.files import readable
 
 
 class Difference(NamedTuple):
-    """An image. by: how far network and label are apart, 0 to 1. classes: what the network sees, or None for tags.
+    """An image. by: how far network and label are apart, 0 to 1. label: what the network sees, or None for tags.
 
     tags: those that the network would add (True) or remove, and how far each is from its threshold, the farthest first.
     """

@@ -84,7 +84,7 @@ def status_of(url, **headers):
 
 @pytest.mark.parametrize("path", [
     "/run/0/../../etc", "/run/0/%2e%2e/%2e%2e/etc", "/run/1/a", "/run/x", "/picture/0/a?file=../c/plots/x.png",
-    "/picture/0/a?file=config.json", "/picture/0/a?file=/etc/passwd", "/compare?run=0/nowhere",
+    "/picture/0/a?file=config.json", "/picture/0/a?file=/etc/passwd", "/compare?run=0/nowhere", "/review?run=0/nowhere",
 ])  # fmt: skip
 def test_only_runs_below_the_roots_are_shown(address, path):
     assert status_of(address + path) == 404

@@ -83,6 +83,16 @@ def test_tags_are_toggled_and_undone():
     assert review.press("u")[0].now == with_both and review.here == 0
 
 
+def test_undo_goes_behind_a_manifest_that_has_the_correction():
+    first, review = (
+        Review([Difference("a.png", 1.0, label)], [had]) for label, had in (("dog", "cat"), ("fox", "dog"))
+    )
+    first.press("Enter")
+    review.decisions = first.decisions
+    assert [(line.now, line.verdict) for line in review.press("u")] == [("cat", "undone")]
+    assert review.press("u") == [] and review.shown(0) == "cat"
+
+
 def test_the_page(page, address, browser, animals, runs, tmp_path):
     def wait(text):
         page.get_by_text(text, exact=False).first.wait_for()
@@ -105,6 +115,9 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     hostile = CLASSES[0]
     assert saved() == [("0.png", "cat", "accepted"), ("1.png", hostile, "rejected"), ("1.png", hostile, "undone"),
                         ("1.png", "dog", "edited"), ("2.png", "dog", "edited")]  # fmt: skip
+    for width in (360, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        assert page.evaluate("document.documentElement.scrollWidth") <= width
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x").count() >= 1
     other = browser.new_page()
     other.goto(page.url)
