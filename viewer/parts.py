@@ -51,7 +51,7 @@ def page(title: str) -> Iterator[None]:
         ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
         for address in PAGES:
             ui.link("", address).bind_text_from(PAGES, address).classes("text-white no-underline text-no-wrap")
-        ui.label(title).classes("text-white ellipsis col").style("opacity: .8")
+        ui.label(title).classes("text-white ellipsis col text-right").style("opacity: .8")
         button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
         button.props("color=white aria-label='light or dark'").tooltip("light or dark")
     yield

@@ -18,7 +18,7 @@ from utils.record.curves import Curves
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
 from viewer.config import AlertsConfig
-from viewer.parts import PAGES, REFRESH_SEC, ago, page, run_name
+from viewer.parts import PAGES, REFRESH_SEC, page, run_name
 
 log = get_logger(__name__)
 _CHECK_SEC, _TELL_SEC = 10.0, 10.0  # between two checks; for the command, and for the webhook
@@ -53,34 +53,32 @@ def _speed(curves: Curves) -> float:
 
 
 class Watch:
-    """The alerts of runs. raised: since when, by run and alert. failures: of the command and the webhook."""
+    """raised: the alerts of now, with their runs. failures: of the command and the webhook at the last alert."""
 
     def __init__(self, index: RunIndex, limits: AlertsConfig) -> None:
         self._index, self._limits, self._started = index, limits, time.time()
-        self.raised, self.failures = dict[tuple[Path, str], float](), dict[str, str]()
+        self.raised, self.failures = set[tuple[Path, str]](), dict[str, str]()
 
     def check(self) -> None:
         """Look at all runs, and tell what is newly wrong. Runs that had ended before this start are no news."""
-        before, found = self.raised, dict[tuple[Path, str], float]()
+        found = set[tuple[Path, str]]()
         for run in self._index.states():
-            wrong = ["ended without finishing"] if run.state in ("failed", "dead") and run.told > self._started else []
             if run.state == "running" and run.path.is_dir():
                 curves = self._index.curves(run.path)
-                wrong = [alert for alert, is_wrong in RULES.items() if is_wrong(run, curves, self._limits)]
-            found |= {(run.path, alert): before.get((run.path, alert), time.time()) for alert in wrong}
-        self.raised = found
+                found |= {(run.path, alert) for alert, is_wrong in RULES.items() if is_wrong(run, curves, self._limits)}
+            elif run.state in ("failed", "dead") and run.told > self._started:
+                found.add((run.path, "ended without finishing"))
+        new, self.raised = found - self.raised, found
         PAGES["/watch"] = f"Watch ⚠ {len(found)}" if found else "Watch"
-        for path, alert in found.keys() - before.keys():
+        for path, alert in sorted(new):
             self._tell(hide_secrets(escape_controls(f"{path.parent.name}/{path.name}: {alert}")))
 
     def _tell(self, text: str) -> None:
-        command, webhook = self._limits.command, self._limits.webhook
+        command, webhook, body = self._limits.command, self._limits.webhook, {"text": text}
         log.warning("%s", text)
         for key, tell in {
             "command": lambda: command and subprocess.run(command, input=text.encode(), timeout=_TELL_SEC, check=True),
-            "webhook": lambda: (
-                webhook and httpx.post(webhook, json={"text": text}, timeout=_TELL_SEC).raise_for_status()
-            ),
+            "webhook": lambda: webhook and httpx.post(webhook, json=body, timeout=_TELL_SEC).raise_for_status(),
         }.items():
             self.failures.pop(key, None)
             try:
@@ -91,10 +89,8 @@ class Watch:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
-        names = [
-            (run_name(self._index, path), f"{alert} ({ago(since)})") for (path, alert), since in self.raised.items()
-        ]
-        found = [(name, text, 1.0, f"/run/{quote(name)}") for name, text in names]
+        names = sorted((run_name(self._index, path), alert) for path, alert in self.raised)
+        found = [(name, alert, 1.0, f"/run/{quote(name)}") for name, alert in names]
         try:
             gpus = subprocess.run(_GPUS, capture_output=True, text=True, timeout=_TELL_SEC, check=True).stdout
         except (OSError, subprocess.SubprocessError):  # a machine without them
@@ -126,7 +122,7 @@ def add_page(index: RunIndex, limits: AlertsConfig) -> None:
 
             async def refresh() -> None:
                 table.rows = await background.io_bound(watch.rows)
-                said.text = "\n".join([f"{len(watch.raised) or 'No'} alerts", *watch.failures.values()])
+                said.text = "\n".join([f"Alerts: {len(watch.raised)}", *watch.failures.values()])
 
             await refresh()
             ui.timer(REFRESH_SEC, refresh)
