@@ -156,9 +156,9 @@ async def _show_images(path: Path, shelf: Shelf, rows: list[dict[str, Any]] | No
 def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | None]:
     """Return the addresses of images of the run's collection; None for those that it does not have."""
     with suppress(OSError, ValueError, UserError, HTTPException):
-        file, name = path / "metrics.json", shelf.of_run(path)
-        if not (file.is_file() and "data" in read_json(file)):  # evaluated on other data
-            collection = shelf.open(name)
+        measured = sorted(path.glob("metrics*.json"), key=lambda file: file.stat().st_mtime)  # of each split
+        if not (measured and "data" in read_json(measured[-1])):  # the last evaluation was on other data
+            collection = shelf.open(name := shelf.of_run(path))
             rows = find_rows(collection, images).tolist()
             return [image_address(name, collection, row) if row >= 0 else None for row in rows]
     return [None] * len(images)

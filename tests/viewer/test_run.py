@@ -1,6 +1,7 @@
 """The page of a run: thresholds, mistakes with their images, pictures by step, the log by level; whole sweeps."""
 
 import json
+import os
 
 import numpy as np
 import pyarrow as pa
@@ -70,9 +71,12 @@ def test_confusions_and_images(runs):
     shelf, run = Shelf(RunIndex([runs]), None), runs / "sweep/a"
     first, other = find_addresses(run, shelf, ["train/y/1.png", "elsewhere.png"])
     assert first.startswith("/image/") and first.endswith("/1?px=256") and other is None
-    (run / "metrics.json").write_text('{"data": "of another collection"}')
+    for name, text in (("metrics.json", "{}"), ("metrics_train.json", '{"data": "of another collection"}')):
+        (run / name).write_text(text)
+    os.utime(run / "metrics.json", (1, 1))
     assert find_addresses(run, shelf, ["train/y/1.png"]) == [None]
-    (run / "metrics.json").unlink()
+    (run / "metrics_train.json").unlink()
+    assert find_addresses(run, shelf, ["train/y/1.png"]) == [first]
     assert find_addresses(runs / "sweep/b", shelf, ["train/y/1.png"]) == [None]
     tags = {
         "path": "",
