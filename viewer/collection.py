@@ -189,7 +189,8 @@ class _Browser:
         except UserError as error:
             self._said.set_text(escape_controls(str(error)))
             return
-        self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images")
+        advice = "" if len(self._found) else ": remove a term, or write -TERM for images without it"
+        self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images{advice}")
         ui.navigate.history.replace(f"/collection/{self._name}?{urlencode({'find': text})}")
         self._tiles.show(self._found)
         await self._count(self._table, self._column)

@@ -147,21 +147,21 @@ def add_route(shelf: Shelf) -> None:
     def image(
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}
+        headers, content = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}, None
         try:
             collection = shelf.find(name, fingerprint)
             if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
                 raise HTTPException(404, "no such image; the collection may have changed: load the page again")
             limit, contents = shelf.config(name).max_pixels, open_contents(collection)
             key = image_key(contents, row, f"jpeg {px} {limit}")
-            content = None if key is None else thumbnails().get(key)
-            if content is None:
+            if key is None or (content := thumbnails().get(key)) is None:
                 content = reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)
                 if key is not None:
                     thumbnails().add(key, content)
         except UnreadableImage:
             return Response(_UNREADABLE, media_type="image/svg+xml", headers=headers)
-        except UserError as error:  # of a collection that cannot be read, or of a full disk
+        except UserError as error:  # a collection that cannot be read; or a full disk, which only costs time
             log.warning("%s", error)
-            raise HTTPException(503, str(error)) from None
+            if content is None:
+                raise HTTPException(503, str(error)) from None
         return Response(bytes(content), media_type="image/jpeg", headers=headers)

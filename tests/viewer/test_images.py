@@ -1,6 +1,7 @@
 """The collections that the page knows, and the route of their images."""
 
 import json
+import os
 import subprocess
 import sys
 
@@ -52,6 +53,23 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
     assert images.find_rows(collection, ["c.jpg", "x"]).tolist() == [2, -1]
 
 
+@pytest.mark.parametrize("is_full", [False, True])
+def test_a_thumbnail_is_kept_and_a_full_disk_costs_only_time(shelf, tmp_path, monkeypatch, is_full):
+    def refuse(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(images, "app", app := FastAPI())
+    monkeypatch.setattr(images, "image_key", lambda *_: "a" * 32)
+    monkeypatch.setattr(images.LimitedStore, "put", refuse) if is_full else None
+    images.add_route(shelf)
+    (name,) = shelf.configs()
+    address = images.image_address(name, shelf.open(name), 0)
+    first = TestClient(app).get(address)
+    (tmp_path / "photos/a.png").unlink()
+    again = TestClient(app).get(address)
+    assert first.status_code == 200 and (again.content == first.content) != is_full
+
+
 def test_a_changed_collection_has_another_address(shelf, tmp_path):
     (name,) = shelf.configs()
     before = shelf.open(name)
@@ -59,6 +77,27 @@ def test_a_changed_collection_has_another_address(shelf, tmp_path):
     assert shelf.open(name) is before and shelf.open(name, again=True).fingerprint != before.fingerprint
 
 
-def test_neither_the_page_nor_its_images_import_torch():
-    code = "import sys, view, viewer.app; assert 'torch' not in sys.modules and 'torchvision' not in sys.modules"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+WITHOUT_TORCH = """
+import sys
+import yaml
+import view, viewer.app
+from data.config import DataConfig
+from utils.config.help import CONF
+from utils.record.run_index import RunIndex
+from viewer.collection import describe_image, search_of
+from viewer.images import Shelf, reduce_image
+values = yaml.safe_load((CONF / "data/image_folder.yaml").read_text())
+shelf = Shelf(RunIndex([]), DataConfig(**values | {"root": "photos"}))
+(name,) = shelf.configs()
+collection = shelf.open(name)
+assert len(search_of(collection).find("path:a.png")) == 1 and "EXIF" not in describe_image(shelf, name, collection, 0)
+assert reduce_image(shelf.read(name, collection, 0), "a.png", 10**6, 64)
+assert not {"torch", "torchvision"} & sys.modules.keys()
+"""
+
+
+def test_neither_the_page_nor_its_images_import_torch(shelf, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-c", WITHOUT_TORCH], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)}
+    )
+    assert done.returncode == 0
