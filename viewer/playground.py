@@ -4,10 +4,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
-from threading import Lock
+from threading import RLock
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from fastapi import HTTPException
 from nicegui import events, ui
 from nicegui import run as background
 from PIL import Image
@@ -36,7 +37,7 @@ MAX_BYTES, _MAX_PIXELS = 64 * 2**20, 100_000_000  # of an upload
 _KEPT = 2  # networks in memory
 _SHOWN, _NEAREST = 30, 24  # classes or tags; images
 _EMBEDDINGS, _AT_ONCE = Path("outputs/cache/embeddings"), 16
-_PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData.files)"
+_PASTE = "document.onpaste = event => getElement({}).$refs.qRef.addFiles(event.clipboardData?.files)"
 
 Bars = dict[str, list[tuple[str, float, bool, float | None]]]  # by category: name, probability, is chosen, threshold
 
@@ -46,7 +47,7 @@ class Networks:
 
     def __init__(self, roots: Sequence[str], load: Callable[[Path], "Predictor"], text: TextConfig) -> None:
         self.roots, self._text = [Path(root).resolve() for root in roots], text
-        self._load, self._lock = lru_cache(_KEPT)(lambda path, changed: load(path)), Lock()
+        self._load, self._lock = lru_cache(_KEPT)(lambda path, changed: load(path)), RLock()
 
     def find(self, name: str) -> Path:
         """Return the weight file that is named by its path, its run, or its folder with a WD tagger.
@@ -65,16 +66,10 @@ class Networks:
                 raise UserError(f"{path} is no .safetensors or .onnx file below {roots}; view.py runs=FOLDER adds more")
         return path
 
-    def open(self, path: Path, content: bytes, name: str) -> tuple["Predictor", Any]:
-        """Return the predictor of a weight file as it is now, and an encoded image for it.
-
-        Raises UserError (`weights`), UnreadableImage.
-        """
-        from data.open import prepare_image
-
-        with about("weights"):
-            predictor = self._load(path, path.stat().st_mtime_ns)
-        return predictor, prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
+    def get(self, path: Path) -> "Predictor":
+        """Return the predictor of a weight file as it is now. Raises UserError (`weights`)."""
+        with about("weights"), self._lock:
+            return self._load(path, path.stat().st_mtime_ns)
 
     def ask(self, weights: str, profile: str, content: bytes, name: str) -> tuple[Bars, str, Image.Image, str]:
         """Return what a network says of an encoded image, the caption, what it sees, and a line about both.
@@ -82,8 +77,9 @@ class Networks:
         Raises UnreadableImage, UserError (`weights`, `thresholds`, `profile`).
         """
         path, text, bars = self.find(weights), self._text, Bars()
+        predictor = self.get(path)
         with self._lock:  # one image is decoded at a time
-            predictor, images = self.open(path, content, name)
+            images = _prepare(predictor, content, name)
             values = predictor.predict(images)[0]
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         frames = open_image(content, name, _MAX_PIXELS, lambda image: getattr(image, "n_frames", 1))
@@ -119,11 +115,13 @@ class Networks:
 
         def embed(content: bytes, name: str) -> predictions.Row:
             with self._lock:
-                predictor, images = self.open(path, content, name)
-                return predictions.embedding_rows(predictor.embed(images))[0]
+                return predictions.embedding_rows(predictor.embed(_prepare(predictor, content, name)))[0]
 
         path, opened = self.find(weights), shelf.open(collection, again=True)
-        version, contents, found = sha256_file(path), open_contents(opened), dict[int, predictions.Row]()
+        changed, version, predictor = path.stat().st_mtime_ns, sha256_file(path), self.get(path)
+        if path.stat().st_mtime_ns != changed:
+            raise UserError(f"weights: {path} was written meanwhile; find again")
+        contents, found = open_contents(opened), dict[int, predictions.Row]()
         file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
         keys = {row: image_key(contents, row, version) for row in np.flatnonzero(opened.weights()).tolist()}
         with suppress(UserError):  # there is none yet, or it is damaged
@@ -148,6 +146,12 @@ class Networks:
         best = predictions.rank(rows, vectors, vector, _NEAREST)
         texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
         yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
+
+
+def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
+    from data.open import prepare_image
+
+    return prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
 
 
 def _show_answer(bars: Bars, caption: str, seen: Image.Image) -> None:
@@ -218,7 +222,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
         try:
             while stop.visible and not stop.is_deleted and (step := await background.io_bound(next, steps, None)):
                 progress.value, found = step
-        except (UserError, UnreadableImage) as error:
+        except (UserError, UnreadableImage, HTTPException) as error:
             message.text = escape_controls(str(error))
         finally:
             stop.visible = False

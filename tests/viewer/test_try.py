@@ -6,7 +6,6 @@ import json
 import os
 import struct
 import zlib
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -186,13 +185,13 @@ def test_weights_are_found_below_the_roots_alone(place, text, word, monkeypatch)
 
 def test_few_networks_are_kept_and_a_changed_file_is_read_again(place):
     read = []
-    networks = Networks([place], lambda path: read.append(path) or SimpleNamespace(preprocessing=PREPROCESSING), None)
+    networks = Networks([place], lambda path: read.append(path) or path, None)
     files = [place / "in/w.safetensors", place / "in/tags.safetensors", place / "in/old.pth"]
     for file in (*files[:2], *files[:2], files[2], files[0]):
-        networks.open(file, encode(noise(9, 9)), "x.png")
+        networks.get(file)
     assert read == [*files, files[0]]
     os.utime(files[0], ns=(1, 1))
-    networks.open(files[0], encode(noise(9, 9)), "x.png")
+    networks.get(files[0])
     assert len(read) == 5
 
 
@@ -213,35 +212,41 @@ def test_a_request_without_a_bound_is_refused(header):
 
 def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    shelf, embedded = Shelf(RunIndex([runs]), None), []
-    networks = open_networks(runs)
-    weights, name = runs / "tagger/weights/best_weights.safetensors", shelf.of_run(runs / "tagger")
-    predictor, _ = networks.open(weights, encode(noise(9, 9)), "x.png")
-    embed = predictor.embed
-    monkeypatch.setattr(predictor, "embed", lambda images: embedded.append(len(images)) or embed(images))
+    weights, shelf, used = runs / "tagger/weights/best_weights.safetensors", Shelf(RunIndex([runs]), None), []
+
+    def load(path):
+        predictor = load_predictor(path, CPU)
+        embed = predictor.embed
+        predictor.embed = lambda images: used.append(predictor) or embed(images)
+        return predictor
+
+    networks, name = Networks([runs], load, None), shelf.of_run(runs / "tagger")
     files = sorted((runs / "images").rglob("*.png"))
     for file in files:
         os.utime(file)
 
     def find(stop=False):
-        embedded.clear()
+        used.clear()
         steps = networks.nearest(str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png")
-        shares = [next(steps)] if stop else [*steps]
+        shares = [next(steps)]
+        os.utime(weights)  # a run writes better ones meanwhile
+        shares += [] if stop else steps
         steps.close()
+        assert len({*map(id, used)}) == 1
         return [share for share, _ in shares], shares[-1][1]
 
     assert find(stop=True) == ([0.0], [])
     monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
     shares, found = find()
-    assert shares == [0.0, 1.0] and len(embedded) == 13 and len(found) == 12
+    assert shares == [0.0, 1.0] and len(used) == 13 and len(found) == 12
     assert found[0] == (image_address(name, shelf.open(name), 3), f"1.000  {files[3].relative_to(runs / 'images')}")
-    assert find()[1] == found and len(embedded) == 1  # the query alone
+    assert find()[1] == found and len(used) == 1  # the query alone
     Image.new("RGB", (9, 9)).save(files[5])
     files[6].write_bytes(b"no image")
-    assert len(find()[1]) == 11 and len(embedded) == 2
+    assert len(find()[1]) == 11 and len(used) == 2
     (kept,) = tmp_path.glob("outputs/cache/embeddings/*.npz")
     kept.write_bytes(b"cut")
-    assert len(find()[1]) == 11 and len(embedded) == 12
+    assert len(find()[1]) == 11 and len(used) == 12
 
 
 # --- the page
