@@ -205,8 +205,9 @@ def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Pa
             if thresholds is not None:
                 task.thresholds = np.float32(thresholds.of_tags(task.vocabulary, PER_TAG))
             loader = track(loaders["val"], len(loaders["val"]), "describing images")
+            root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
             with output_errors("run_dir", folder):
-                write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"])
+                write_images(folder / IMAGES, loader, task.describe_images, collection.table["path"], str(root))
     if distributed.is_main() and not config.grid:
         source = {"weights": str(path), "weights_hash": weights.metadata.get("weights_hash"), "split": config.split}
         if saved is None or data_config != saved.data:

@@ -13,11 +13,14 @@ from utils.io.files import write_atomically
 from utils.ranks import distributed
 
 
-def write_images(file: Path, batches: Iterable[Batch], describe: Callable[[Batch], pa.Table], paths: pa.Array) -> None:
+def write_images(
+    file: Path, batches: Iterable[Batch], describe: Callable[[Batch], pa.Table], paths: pa.Array, root: str
+) -> None:
     """Write `path`, the columns of `describe` and `rank` of all readable images, as the batches arrive.
 
     describe: returns a row for each sample of a batch, with a column `loss`. rank: from 1, the highest loss, where
-    network and label disagree most. paths: of all rows of the collection. All ranks call it together; rank 0 writes.
+    network and label disagree most. paths: of all rows of the collection. root: its folder, kept as metadata. All ranks
+    call it together; rank 0 writes.
     """
 
     def rows() -> Iterable[pa.Table]:
@@ -36,7 +39,7 @@ def write_images(file: Path, batches: Iterable[Batch], describe: Callable[[Batch
         writer.close()
         ranks = np.empty(sum(map(len, losses)), np.int64)
         ranks[np.argsort(-np.concatenate(losses), kind="stable")] = np.arange(1, len(ranks) + 1)
-        schema = table.schema.append(pa.field("rank", pa.int64()))
+        schema = table.schema.append(pa.field("rank", pa.int64())).with_metadata({"root": root})
         with pq.ParquetFile(unranked) as source, pq.ParquetWriter(target, schema) as writer:
             for part in source.iter_batches():
                 writer.write_batch(part.append_column("rank", pa.array(ranks[: len(part)])))

@@ -22,10 +22,10 @@ from data.layouts.corrections import (
 )
 from data.layouts.spelling import Tag, parse_tag, write_tag
 from data.layouts.table import count_values
-from engine.measures.differences import Difference, read_differences
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex
+from utils.record.tables import Difference, find_differences
 from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
@@ -200,7 +200,7 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
 
     Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
     """
-    found, name = read_differences(run / "tables/images.parquet")[:_MOST], shelf.of_run(run)
+    (root, found), name = find_differences(run), shelf.of_run(run)
     command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     if name is None or not found:
@@ -208,8 +208,11 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     collection = shelf.open(name, again=True, corrected=False)
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
+    if root != str(collection.root):
+        raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
     desk, field = _desk_of(collection.root), "label" if found[0].label else "tags"
     (decisions, _), column, kept = desk.sync(), collection.table[field], []
+    found = found[:_MOST]
     for each, row in zip(found, find_rows(collection, [each.path for each in found]).tolist()):
         had = column[row].as_py() if row >= 0 else None
         if row >= 0 and ((each.path, field) in decisions or each.label not in (None, had) or _find_changes(each, had)):
@@ -235,7 +238,7 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
             await ui.context.client.connected()
             try:
                 review, address, desk = await background.io_bound(open_review, shelf, path)
-            except UserError as error:
+            except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return
             note.delete()

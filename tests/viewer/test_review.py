@@ -10,19 +10,18 @@ from PIL import Image
 
 from data.collection.collection import Collection, index_collection
 from data.layouts.corrections import CORRECTIONS, append_corrections, read_corrections
-from engine.measures.differences import Difference, read_differences
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
-from utils.errors import UserError
+from utils.record.tables import Difference, find_differences
 from viewer.review import Desk, Review
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
 
 
-def write_table(run, **columns):
+def write_table(run, root, **columns):
     (run / "tables").mkdir(exist_ok=True)
-    pq.write_table(pa.table(columns), run / "tables/images.parquet")
-    return run / "tables/images.parquet"
+    table = pa.table({**columns, "rank": range(len(columns["path"]))})
+    pq.write_table(table.replace_schema_metadata({"root": str(root)}), run / "tables/images.parquet")
 
 
 @pytest.fixture(scope="module")
@@ -38,33 +37,39 @@ def animals(tmp_path_factory):
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, animals):
     folder = tmp_path_factory.mktemp("runs")
-    for name in ("a", "bare"):
+    for name in ("a", "bare", "other"):
         data = {"name": "image_folder", "root": str(animals), "validation_fraction": 0.34, "on_bad_sidecar": "stop",
                 "manifest": "keep", "max_pixels": 10**6, "background": None, "icc": False,
                 "cache": {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}}  # fmt: skip
         (make_run(folder / name) / "config.json").write_text(json.dumps({"data": data}))
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
-    write_table(folder / "a", path=[*paths, "gone.png"], label=[path.split("/")[0] for path in paths] + ["cat"],
+    one = {"path": ["cat/0.png"], "label": ["cat"], "prediction": ["dog"], "wrong": [True], "loss": [1.0]}
+    write_table(folder / "other", "/elsewhere", **one)
+    given = [path.split("/")[0] for path in paths]
+    write_table(folder / "a", animals, path=[*paths, "gone.png"], label=[*given, "cat"],
                 prediction=["cat"] * 3 + ["dog"] * 3 + ["dog"] * 4, wrong=[True] * 6 + [False] * 3 + [True],
                 loss=[3.0, 2.9, 2.8, 0.9, 0.8, 0.7, 0.1, 0.1, 0.1, 9.0])  # fmt: skip
     return folder
 
 
 def test_differences_are_ranked(tmp_path):
-    file = write_table(tmp_path, path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
+    write_table(tmp_path, "there", path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
                        wrong=[True, True, False], loss=[1.0, 2.0, 0.0])  # fmt: skip
-    assert [(each.path, each.label, round(each.by, 3)) for each in read_differences(file)] == [
+    assert [(each.path, each.label, round(each.by, 3)) for each in find_differences(tmp_path)[1]] == [
         ("b", "z", 0.865), ("a", "y", 0.632),
     ]  # fmt: skip
-    file = write_table(tmp_path, path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
+    write_table(tmp_path, "there", path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
                        wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
-    assert read_differences(file) == [
-        Difference("b", 0.4, tags=(("x", False, 0.4),)),
-        Difference("a", 0.3, tags=(("y", True, 0.3), ("z", False, 0.2), ("x", True, 0.1))),
-    ]
-    file.write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"images\.parquet is not a readable Parquet file"):
-        read_differences(file)
+    assert find_differences(tmp_path) == (
+        "there",
+        [
+            Difference("b", 0.4, tags=(("x", False, 0.4),)),
+            Difference("a", 0.3, tags=(("y", True, 0.3), ("z", False, 0.2), ("x", True, 0.1))),
+        ],
+    )
+    (tmp_path / "tables/images.parquet").write_bytes(b"PAR1")
+    with pytest.raises(ValueError):
+        find_differences(tmp_path)
 
 
 def test_tags_are_toggled_and_undone():
@@ -103,7 +108,10 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
 
     page.goto(f"{address}/review?run=0/bare")
     wait("python evaluate.py run_dir=")
+    page.goto(f"{address}/review?run=0/other")
+    wait("is about /elsewhere, not")
     page.goto(f"{address}/run/0/a")
+    page.get_by_role("tab", name="Mistakes").click()
     page.get_by_role("link", name="Review").click()
     wait("0 of 6 decided")
     page.keyboard.press("Enter")

@@ -2,10 +2,11 @@
 
 import csv
 import itertools
+import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -15,7 +16,7 @@ from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
 IMAGES = Path("tables/images.parquet")
-_TABLE_ROWS = 20_000
+_TABLE_ROWS, _ALL_ROWS = 20_000, 2**62
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
 
 
@@ -76,3 +77,34 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
     if "label" in pq.read_schema(path).names:
         wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
     return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+
+
+class Difference(NamedTuple):
+    """An image. by: how far network and label are apart, 0 to 1. label: what the network sees, or None for tags.
+
+    tags: those that the network would add (True) or remove, and how far each is from its threshold, the farthest first.
+    """
+
+    path: str
+    by: float
+    label: str | None = None
+    tags: tuple[tuple[str, bool, float], ...] = ()
+
+
+def find_differences(run: Path) -> tuple[str, list[Difference]]:
+    """Return the root of the collection that images.parquet is about, and where network and label differ most, first.
+
+    Classes are ranked by the probability of the label (cleanlab's self-confidence), tags by their distance from the
+    threshold. Both are empty without the file. Raises OSError, ValueError.
+    """
+    found = []
+    for row in worst_images(run, _ALL_ROWS) or ():
+        if "wrong_by" in row:
+            added = zip(row["wrong"], itertools.repeat(True), row["wrong_by"])
+            removed = zip(row["missed"], itertools.repeat(False), row["missed_by"])
+            if tags := sorted([*added, *removed], key=lambda tag: -tag[2]):
+                found.append(Difference(row["path"], tags[0][2], tags=tuple(tags)))
+        elif "label" in row:
+            found.append(Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]))
+    root = (pq.read_schema(run / IMAGES).metadata or {}).get(b"root", b"") if found else b""
+    return root.decode(errors="replace"), sorted(found, key=lambda each: -each.by)
