@@ -60,14 +60,12 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
             """Fill a panel when it is first shown."""
             if title in tabs:
                 with panels[title]:
+                    waits = ui.spinner(size="lg")
                     try:
                         await tabs.pop(title)()
-                    except (
-                        OSError,
-                        ValueError,
-                        LookupError,
-                    ) as error:  # deleted meanwhile, cut, or older
+                    except (OSError, ValueError, LookupError) as error:  # deleted, cut, or older
                         ui.label(escape_controls(f"A file of the run cannot be read: {error}"))
+                    waits.delete()
 
         with page(escape_controls(path.name)):
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
