@@ -1,5 +1,6 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
+import os
 import re
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -138,10 +139,12 @@ def add_page(index: RunIndex) -> None:
     @ui.page("/compare")
     async def show(run: Annotated[list[str], Query()] = ()) -> None:
         wanted = tuple(f"{name.rstrip('/')}/" for name in run)
-        named = ((run_name(index, path), path) for path in await background.io_bound(lambda: [*find_runs(index.roots)]))
-        paths = {escape_controls(name): path for name, path in named if f"{name}/".startswith(wanted)}
-        if wanted and not paths:
+        every = await background.io_bound(lambda: {run_name(index, path): path for path in find_runs(index.roots)})
+        named = {name: path for name, path in every.items() if f"{name}/".startswith(wanted)}
+        if wanted and not named:
             raise HTTPException(404, "no such run")
+        shared = os.path.commonpath([os.path.dirname(name) for name in named] or ["."])
+        paths = {escape_controls(os.path.relpath(name, shared)): path for name, path in named.items()}
         with page("Compare runs"):
             await show_curves(
                 lambda: {name: index.curves(path) for name, path in paths.items()},
