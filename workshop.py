@@ -125,9 +125,7 @@ def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done
     for name, source in sources.items():
         known = {"images": source["images"], **earlier.get(name, {})}
         if known["images"] != source["images"]:
-            raise UserError(
-                f"run_dir: {run_dir} was made of other images than {config.data.root} has; name another one"
-            )
+            raise UserError(f"run_dir: {run_dir} was made of other images than {config.data.root} has; name another")
         if known.get("command") != source["command"]:
             changed = changed or name
         elif changed is not None:

@@ -337,9 +337,8 @@ class _FusedBackward:
             (norm,) = torch._foreach_norm([parameter.grad])
             self._norms[parameter] = norm
             if not self._is_off:
-                step_alone(
-                    learner.optimizer, group, parameter, torch.where(torch.isfinite(norm), self._skip, 1.0), number
-                )
+                skip = torch.where(torch.isfinite(norm), self._skip, 1.0)
+                step_alone(learner.optimizer, group, parameter, skip, number)
         parameter.grad = None
 
 

@@ -68,9 +68,7 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
 
     # Names such as hf-hub:... are not registered, and timm would look them up on the internet.
     if not timm.is_model(config.name):
-        raise UserError(
-            f"model.name: unknown timm model {config.name!r}; {close_names(config.name, timm.list_models())}"
-        )
+        raise UserError(f"model.name: timm has no {config.name!r}; {close_names(config.name, timm.list_models())}")
     options = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
     extra = {name: value for name, value in options.items() if value is not None}
     try:

@@ -39,9 +39,7 @@ class PerceptualConfig(Strict):
     @model_validator(mode="after")
     def _names_a_network(self) -> Self:
         if self.network is None and (self.path or self.lpips):
-            raise ValueError(
-                "task.perceptual.network: must be given with path or lpips; set vgg16.tv_in1k, for example"
-            )
+            raise ValueError("task.perceptual.network: must be given with path or lpips, such as vgg16.tv_in1k")
         return self
 
 

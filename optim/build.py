@@ -87,9 +87,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
         if isinstance(error, UserError):
             raise
         key = "extra" if hasattr(config, "extra") else "name"
-        raise UserError(
-            f"optim.{key}: {getattr(config, 'opt', config.name)} does not accept its keys: {error}"
-        ) from error
+        raise UserError(f"optim.{key}: {getattr(config, 'opt', config.name)} refuses its keys: {error}") from error
     moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
     betas = optimizer.param_groups[0].get("betas", ())
     for index, rule in enumerate(config.rules):

@@ -49,6 +49,7 @@ _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _SCRATCH = ".export-"
 _REPOSITORY = "wd_repository"
 _TAG_FILES = {"wd14": "model.onnx", "imgutils": "model.onnx", "cl_tagger": "model_optimized.onnx"}
+_VAE_FILES = {"vae": "vae.safetensors", "vae_diffusers": "config.json", "vae_single_file": "model.safetensors"}
 _LORA_FILES = {
     "kohya": ("lora.safetensors", lora.write_kohya),
     "lora_diffusers": ("pytorch_lora_weights.safetensors", lora.write_diffusers),
@@ -143,10 +144,8 @@ def _thresholds(weights: Weights, config: ExportConfig) -> ThresholdTable | None
 def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
     """Write an ONNX file."""
     path = folder / _ONNX_FILES[config.precision]
-    difference = export_onnx(
-        weights.model, weights.metadata, path, config.precision, config.accepted, config.dynamic_size
-    )
-    return {"file": path.name, "onnx_max_abs_diff": difference}
+    settings = config.precision, config.accepted, config.dynamic_size
+    return {"file": path.name, "onnx_max_abs_diff": export_onnx(weights.model, weights.metadata, path, *settings)}
 
 
 def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
@@ -186,9 +185,7 @@ def write_lora(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
     It is read again, and the updates of all layers are compared, as are a DoRA's magnitudes.
     """
     if weights.setup.task.lora is None:
-        raise UserError(
-            f"format: {config.format} is for a LoRA, but this run trained the whole U-Net; set format=single_file"
-        )
+        raise UserError(f"format: {config.format} is for a LoRA, but this run trained the U-Net; set single_file")
     if (kind := weights.setup.task.lora.kind) != "lora" and config.format == "lora_diffusers":
         raise UserError(f"format: lora_diffusers is for kind=lora, not {kind}; set format=kohya, or diffusers (merged)")
     if values := unlike_sdxls(weights.setup.model.vae_values):
@@ -283,14 +280,10 @@ def write_vae(weights: Weights, folder: Path, config: ExportConfig) -> dict[str,
     if config.latent_statistics:
         measured, channels = read_figures(weights, config.run_dir), range(vae.config.latent_channels)
         if "latent_mean_0" not in measured:
-            raise UserError(
-                "latent_statistics: run evaluate.py with these run_dir and weights first, which measures them"
-            )
+            raise UserError("latent_statistics: first run evaluate.py with these run_dir and weights; it measures them")
         mean, std = ([measured[f"latent_{name}_{channel}"] for channel in channels] for name in ("mean", "std"))
         vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
-    file = {"vae": "vae.safetensors", "vae_diffusers": "config.json", "vae_single_file": "model.safetensors"}[
-        config.format
-    ]
+    file = _VAE_FILES[config.format]
     if config.format == "vae_diffusers":
         checkpoint_files.write_vae_folder(folder, vae, dtype)
     elif config.format == "vae":
@@ -315,7 +308,7 @@ FORMATS: dict[str, Format] = {
     _REPOSITORY: write_repository,
     **dict.fromkeys(_LORA_FILES, write_lora),
     **dict.fromkeys(("single_file", "diffusers"), write_whole),
-    **dict.fromkeys(("vae", "vae_diffusers", "vae_single_file"), write_vae),
+    **dict.fromkeys(_VAE_FILES, write_vae),
 }
 
 

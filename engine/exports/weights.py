@@ -82,9 +82,7 @@ class Weights:
         because a backbone file is only for `init_from`.
         """
         if self.model is None:
-            raise UserError(
-                "backbone_only: true, but this task has no network for single images; set backbone_only=false"
-            )
+            raise UserError("backbone_only: true, but this task has no network for images; set backbone_only=false")
         network = self.model.network
         if hasattr(network, "reset_classifier"):
             from timm.layers import NormMlpClassifierHead

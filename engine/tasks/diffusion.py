@@ -178,9 +178,7 @@ class DiffusionTaskConfig(TaskConfig):
             other = "runtime.parallel=fsdp would shard it" if fsdp else "task.lora=null trains all of it"
             raise ValueError(f"model.frozen_dtype: float8 stores a LoRA's base, but {other}; set bfloat16")
         if self.text_cache is not None and self.trains_text:
-            raise ValueError(
-                "task.text_cache: the cache needs frozen text encoders, but they are trained; set it to null"
-            )
+            raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
         for n, concept in enumerate(config.data.concepts or () if self.mask is None else ()):
             if concept.mask:
                 raise ValueError(f"data.concepts.{n}.mask: true, but task.mask is null; set task.mask to their source")

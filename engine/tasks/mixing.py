@@ -27,9 +27,7 @@ class MixingConfig(TaskConfig):
 def name_targets(targets: Tensor, names: Sequence[str]) -> list[str]:
     """Return the names of each sample's targets [B, K]; a part of one with its share, an unknown one with `?`."""
     found = [[(names[index], row[index].item()) for index in row.nonzero()[:, 0]] for row in targets]
-    return [
-        ", ".join(f"{name} {f'{p:.0%}' if p == p else '?'}" if p != 1 else name for name, p in row) for row in found
-    ]
+    return [", ".join(f"{n} {f'{p:.0%}' if p == p else '?'}" if p != 1 else n for n, p in row) for row in found]
 
 
 class Mixing(nn.Module):

@@ -267,9 +267,7 @@ class TaggingTask(ImageTask):
             test_counts.add(logits, targets, valid & ~half)
         halves = [counts.reduce() for counts in (fit_counts, test_counts)]
         if not all(counts.histograms[:, 1].any() for counts in halves):
-            raise UserError(
-                "calibrate: the images are too few: one half of them has no tag; name more images (data.root)"
-            )
+            raise UserError("calibrate: the images are too few: one half has no tag; name more images (data.root)")
         table = calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
         labels = sum(counts.histograms.sum((1, 2)) for counts in halves).tolist()
         unlabelled = {key for key, count in zip(self.vocabulary.columns, labels) if not count}

@@ -79,9 +79,7 @@ def refuse_links_out(key: str, folder: Path) -> None:
     """Raise UserError (`key`) for a link in a folder that leads out of it: writing would change files elsewhere."""
     for entry, target in links_out(folder):
         if not target.is_char_device():
-            raise UserError(
-                f"{key}: {entry} is a link out of the folder, to {target}; remove it, or name another folder"
-            )
+            raise UserError(f"{key}: {entry} is a link out of the folder, to {target}; remove it, or name another")
 
 
 @contextmanager

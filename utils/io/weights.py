@@ -209,9 +209,7 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
         names = {"last": ("weights",), "ema": ("average_weights",)}.get(which, ("average_weights", "weights"))
         found = [file for name in names if (file := path / f"{name}.safetensors").is_file()]
         if not found:
-            raise UserError(
-                f"the checkpoint {path} has no {names[0]}.safetensors; name another, or other weights of it"
-            )
+            raise UserError(f"the checkpoint {path} has no {names[0]}.safetensors; name another, or other weights")
         return found[0]
     files = [path / name for name in names if (path / name).is_file()]
     return files[0] if files and not is_run(path) else RunReader(path).weights(which)
