@@ -216,6 +216,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
 
     async def find() -> None:
         if not image or not weights.value or not collection.value or stop.visible:
+            ui.notify("choose a network, an image and a collection" if not stop.visible else "already searching")
             return
         steps, found = networks.nearest(weights.value, shelf, collection.value, *image), []
         stop.visible = True

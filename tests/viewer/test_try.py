@@ -255,6 +255,8 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
 def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.context.grant_permissions(["clipboard-read", "clipboard-write"])
     page.goto(f"{address}/try")
+    page.get_by_role("button", name="Find its nearest images").click()
+    page.get_by_text("choose a network, an image and a collection").wait_for()
     drop = page.locator("input[type=file]")
     drop.set_input_files({"name": f"{HOSTILE}.png", "mimeType": "image/png", "buffer": b"no image"})
     page.get_by_text("known format").wait_for(timeout=60_000)
