@@ -4,6 +4,7 @@ Only the thumbnails near the visible part exist, so a collection may have millio
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlencode
@@ -106,15 +107,15 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
     return facts
 
 
-def count_values(search: Search, rows: np.ndarray, column: str) -> list[dict[str, Any]]:
+def value_rows(search: Search, rows: np.ndarray, column: str) -> list[dict[str, Any]]:
     """Return the rows of the table of values: images, share, and how many times as frequent as in all images."""
-    usual = dict(search.count(np.arange(len(search.collection)), column))
+    usual, here = search.count(np.arange(len(search.collection)), column), search.count(rows, column)
     return [
         {
             "value": value, "shown": escape_controls(value), "images": images, "share": f"{images / len(rows):.1%}",
             "lift": round(images / len(rows) * len(search.collection) / usual[value], 2),
         }
-        for value, images in search.count(rows, column)[:_COUNTED]
+        for value, images in itertools.islice(here.items(), _COUNTED)
     ]  # fmt: skip
 
 
@@ -199,10 +200,10 @@ class _Browser:
         if self._table is None:
             table.on("rowClick", lambda event: self._add(self._sign + quote_value(event.args[1]["value"])))
         self._table, self._column, self._sign = table, column, "" if column == "tags" else f"{column}="
-        names = {"shown": column, "images": "images", "share": "share", "lift": "x usual"}
+        names = {"shown": column, "images": "count", "share": "share", "lift": "x usual"}
         shared = {"sortable": True, "align": "left"}
         table.columns = [{"name": key, "label": names[key], "field": key, **shared} for key in names]
-        table.rows = await background.io_bound(count_values, self._search, self._found, column)
+        table.rows = await background.io_bound(value_rows, self._search, self._found, column)
 
     async def _open(self, row: int) -> None:
         facts = await background.io_bound(describe_image, self._shelf, self._name, self._collection, row)

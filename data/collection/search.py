@@ -2,7 +2,7 @@
 
     search = Search(collection)
     search.find('1girl -hat character:* split=val caption:"red house" width>=512 copies>1')       rows, int64 [n]
-    search.count(rows, "tags")                                  [("1girl", 512), ...], the most frequent first
+    search.count(rows, "tags")                                  {"1girl": 512, ...}, the most frequent first
 
 A term is a tag, in which `*` stands for any text, or COLUMN OPERATOR VALUE; a `-` before it excludes. `:` finds a part
 of a text, `=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. Beside the columns of
@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.spelling import PREFIXES, parse_tag
-from data.layouts.table import TAG_LISTS
+from data.layouts.table import TAG_LISTS, count_values
 from utils.errors import UserError
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -58,17 +58,14 @@ class Search:
             chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
         return np.flatnonzero(chosen)
 
-    def count(self, rows: np.ndarray, name: str) -> list[tuple[str, int]]:
-        """Count the values, or tags, of a column of texts over some rows."""
-        if name in TAG_LISTS:
-            names, ids, offsets = self._lists(name)
-            chosen = np.zeros(len(self.collection), bool)
-            chosen[rows] = True
-            counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
-        else:
-            column = self._table[name].take(rows).drop_null().dictionary_encode().combine_chunks()
-            names, counts = column.dictionary.to_pylist(), np.bincount(column.indices.to_numpy())
-        return [(names[number], int(counts[number])) for number in np.argsort(-counts, kind="stable") if counts[number]]
+    def count(self, rows: np.ndarray, name: str) -> dict[str, int]:
+        """Count the values, or tags, of a column of texts over some rows, the most frequent first."""
+        if name not in TAG_LISTS:
+            return count_values(self._table[name].take(rows))
+        (names, ids, offsets), chosen = self._lists(name), np.zeros(len(self.collection), bool)
+        chosen[rows] = True
+        counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
+        return {names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
 
     def _accepts(self, name: str, sign: str, value: str) -> np.ndarray:
         """Return whether each row has a tag, or a value in a column, bool [N]."""
