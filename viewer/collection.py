@@ -166,7 +166,7 @@ class _Browser:
                 ui.button(term, on_click=functools.partial(self._add, term)).props("flat dense no-caps")
         names = ["tags", "label", "split", "rating"]
         if self._collection.table["label"].null_count < len(self._collection):
-            names.sort(key="label".__ne__)
+            names.sort(key="label".__ne__)  # it comes first
         with ui.element("div").classes("browse"):
             self._tiles = Tiles(self._tile, self._open)
             with ui.element("div"):

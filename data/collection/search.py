@@ -52,11 +52,12 @@ class Search:
         self.columns += ["copies"] if {*FINGERPRINTS} & {*filled} else []
 
     def find(self, text: str) -> np.ndarray:
-        """Return the rows that all terms of a text accept. Raises UserError with the term."""
-        chosen = np.ones(len(self.collection), bool)
-        for minus, name, sign, value in _TERM.findall(text):
+        """Return the rows that all terms accept; a term of copies puts them side by side. Raises UserError."""
+        chosen, terms = np.ones(len(self.collection), bool), _TERM.findall(text)
+        for minus, name, sign, value in terms:
             chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
-        return np.flatnonzero(chosen)
+        rows, names = np.flatnonzero(chosen), [name for _, name, *_ in terms]
+        return rows[np.argsort(self.leads()[rows], kind="stable")] if "copies" in names else rows
 
     def count(self, rows: np.ndarray, name: str) -> dict[str, int]:
         """Count the values, or tags, of a column of texts over some rows, the most frequent first."""

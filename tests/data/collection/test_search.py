@@ -11,8 +11,8 @@ from utils.errors import UserError
 SIZES, WIDE = {"width": 100, "height": 50}, {"width": 300, "height": 300}
 ROWS = [
     {"path": "a.png", "label": "cat", "tags": ["1girl", "character:Hatsune Miku", 'a "b" \\*'], "a b": 0.5, **SIZES},
-    {"path": "b.png", "label": "o", "tags": ["hat", "red hat"], "phash": 1, "split": "val", **WIDE},
-    {"path": "c.png", "phash": 2**60 - 1, "caption": "<script>", "weight": 0.0},
+    {"path": "b.png", "label": "o", "tags": ["hat", "red hat"], "phash": 2**60 - 1, "split": "val", **WIDE},
+    {"path": "c.png", "phash": 1, "caption": "<script>", "weight": 0.0},
 ]  # fmt: skip
 ROWS[0] |= {"caption": "A Red house", "phash": 1}
 
@@ -32,7 +32,7 @@ def search(tmp_path):
     ("character:*", "a"), ("hatsune_miku", "a"), ("general:*", "ab"), ("artist:*", ""), ("label=cat", "a"),
     (quote_value(ROWS[0]["tags"][2]), "a"), ("label=ca", ""), ("label:CA", "a"), ("-label=cat", "bc"), ("tags>1", "ab"),
     ('caption:"red house"', "a"), ("split=val", "b"), ("width>=300", "b"), ("width<300", "a"), ("-width<300", "bc"),
-    ("aspect>1", "a"), ("copies>1", "ab"), ("copies>1 split=train", "a"), ("weight=0", "c"), ('"a b"<=0.5', "a"),
+    ("aspect>1", "a"), ("copies>1", "ac"), ("copies>0", "acb"), ("weight=0", "c"), ('"a b"<=0.5', "a"),
     ("path:c.p", "c"), ("(", ""), ('"', ""), ("caption:<script", "c"),
 ])  # fmt: skip
 def test_terms(search, text, rows):
