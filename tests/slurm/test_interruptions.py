@@ -9,6 +9,7 @@ from tests.engine.test_exactness import assert_same_tensors
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit
 from tests.support import checkpoint_tensors, rows, run
+from utils.record.run_reader import RunReader
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
 
@@ -45,6 +46,7 @@ def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(c
 
     # A site may send no other signal before a preemption.
     ask(cluster, "scancel", "--signal=TERM", submission.job)
+    submission.wait_until(lambda: RunReader(tmp_path / "run").progress["state"] == "requeued", "its mark")
     resumed = wait_for_resumption(1)
     assert resumed == int(re.search(r"stopped at step (\d+)", submission.log()).group(1))
     for task, node in enumerate(cluster.names):
