@@ -10,8 +10,6 @@ from fastapi import HTTPException
 from nicegui import run as background
 from nicegui import ui
 
-from utils.errors import UserError
-from utils.io.files import read_json
 from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
@@ -23,8 +21,8 @@ _CLASSES, _IMAGES, _TAGS = 40, 48, 4  # in a matrix; shown at once; under an ima
 
 
 async def show_tables(path: Path) -> None:
-    """Show a run's tables, first those with a row for each tag or class."""
-    files = {file.relative_to(path).as_posix(): file for file in tables.find_tables(path, "tags", "classes")}
+    """Show a run's tables."""
+    files = await background.io_bound(tables.find_tables, path)
     if not files:
         ui.label("No tables yet: evaluations write them.").classes("muted")
         return
@@ -149,16 +147,15 @@ async def _show_images(path: Path, shelf: Shelf, rows: list[dict[str, Any]] | No
                     ui.image(address).props("fit=contain ratio=1 no-spinner").classes("w-full")
                 for text in describe_image(row):
                     ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
-    if not rows:
-        ui.label("No image is wrong in this way.").classes("muted")
+    if not any(addresses):
+        ui.label("These are no images of the run's collection." if rows else "No image is wrong.").classes("muted")
 
 
 def find_addresses(path: Path, shelf: Shelf, images: list[str]) -> list[str | None]:
     """Return the addresses of images of the run's collection; None for those that it does not have."""
-    with suppress(OSError, ValueError, UserError, HTTPException):
-        measured = sorted(path.glob("metrics*.json"), key=lambda file: file.stat().st_mtime)  # of each split
-        if not (measured and "data" in read_json(measured[-1])):  # the last evaluation was on other data
-            collection = shelf.open(name := shelf.of_run(path))
+    with suppress(OSError, ValueError, HTTPException):
+        collection = shelf.open(name := shelf.of_run(path))
+        if str(collection.root) == tables.images_root(path):  # else evaluate.py measured other data
             rows = find_rows(collection, images).tolist()
             return [image_address(name, collection, row) if row >= 0 else None for row in rows]
     return [None] * len(images)

@@ -20,19 +20,18 @@ _TABLE_ROWS, _ALL_ROWS = 20_000, 2**62
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
 
 
-def find_tables(run: Path, *names: str) -> list[Path]:
-    """Return the CSV files of training and evaluate.py: first those of some names, and the newest of a name first."""
+def find_tables(run: Path) -> dict[str, Path]:
+    """Return the CSV files of training or evaluate.py, the newest of each name; rows of tags or classes come first."""
     files = [file for folder in ("tables", "weights") for file in (run / folder).glob("*.csv") if is_inside(file, run)]
-    plain = {file: file.stem.removeprefix("evaluate_") for file in files}
-    return sorted(files, key=lambda file: (plain[file] not in names, plain[file], -file.stat().st_mtime))
+    files.sort(key=lambda file: file.stat().st_mtime)
+    newest = {file.stem.removeprefix("evaluate_"): file for file in files}
+    return {name: newest[name] for name in sorted(newest, key=lambda name: (name not in ("tags", "classes"), name))}
 
 
 def read_rows(run: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of the newest table of a name; none without it."""
-    files = find_tables(run, name)
-    if not files or files[0].stem.removeprefix("evaluate_") != name:
-        return []
-    columns, rows = read_table(files[0])
+    file = find_tables(run).get(name)
+    columns, rows = read_table(file) if file else ([], [])
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
@@ -79,6 +78,11 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
     return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
 
 
+def images_root(run: Path) -> str:
+    """Return the root of the collection that images.parquet is about; empty if an older release wrote it."""
+    return (pq.read_schema(run / IMAGES).metadata or {}).get(b"root", b"").decode(errors="replace")
+
+
 class Difference(NamedTuple):
     """An image. by: how far network and label are apart, 0 to 1. label: what the network sees, or None for tags.
 
@@ -106,5 +110,4 @@ def find_differences(run: Path) -> tuple[str, list[Difference]]:
                 found.append(Difference(row["path"], tags[0][2], tags=tuple(tags)))
         elif "label" in row:
             found.append(Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]))
-    root = (pq.read_schema(run / IMAGES).metadata or {}).get(b"root", b"") if found else b""
-    return root.decode(errors="replace"), sorted(found, key=lambda each: -each.by)
+    return images_root(run) if found else "", sorted(found, key=lambda each: -each.by)
