@@ -4,6 +4,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,7 +28,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-Row = dict[str, Any]
 UNDO = "corrections_undo.jsonl"  # a line for each sidecar: its bytes before (none: no file) and after
 
 
@@ -55,25 +55,23 @@ def _apply(root: Path) -> str:
         raise UserError(f"data.root: sidecars are not read beside {file}; {CORRECTIONS} is taken anyway, or edit it")
     table, (images, sidecars, _) = _read_rows(root, decisions), scan_folder(root, Unused())
     pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
-    changes = [
-        (row, field, now[field]) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]
-    ]
+    changes = [(row, now, field) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]]
     warn_unused(left.describe())
     stems, undo = Counter(os.path.splitext(path)[0] for path in images), AppendFile(root / UNDO)
-    for row, field, value in changes:
-        path, own = row["path"], sidecars.get(row["path"], ())
-        texts = {os.path.splitext(name)[1].lower(): _read(root, name) for name in reversed(own)}
-        suffix, text = _rewrite(path, {key: decode(content) for key, content in texts.items()}, row, field, value)
-        stem = os.path.splitext(path)[0]
-        name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
-        name = name if stems[stem] == 1 else f"{path}{suffix}"  # not that of another image, too
-        line = {"file": name, "before": _read(root, name).decode("latin-1"), "after": text.encode().decode("latin-1")}
-        undo.write(f"\n{json.dumps(line)}\n")
-        undo.sync()
-        write_atomically(root / name, lambda file, text=text: file.write_bytes(text.encode()))
+    for row, now, field in changes:
+        path, own, stem = row["path"], sidecars.get(row["path"], ()), os.path.splitext(row["path"])[0]
+        texts = {os.path.splitext(name)[1].lower(): decode(_read(root, name)) for name in reversed(own)}
+        for suffix, text in _rewrite(path, texts, row["tags"], field, now[field]).items():
+            name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
+            name = name if stems[stem] == 1 else f"{path}{suffix}"  # not that of another image, too
+            before, after = _read(root, name), text.encode()
+            line = {"file": name, "before": before.decode("latin-1"), "after": after.decode("latin-1")}
+            undo.write(f"\n{json.dumps(line)}\n")
+            undo.sync()
+            write_atomically(root / name, lambda file, after=after: file.write_bytes(after))
     undo.close()
     rows = {row["path"]: row for row in _read_rows(root, decisions).to_pylist()}
-    if kept := [row["path"] for row, field, value in changes if rows[row["path"]][field] != value]:
+    if kept := [row["path"] for row, now, field in changes if rows[row["path"]][field] != now[field]]:
         log.warning("data.root: a table of metadata goes before the sidecars of %s; edit it", show_some(kept))
     return f"{len(changes) - len(kept):,} labels and lists of tags are in sidecars; job.undo=true takes them back"
 
@@ -83,30 +81,33 @@ def _read_rows(root: Path, decisions: Decisions) -> pa.Table:
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 
 
-def _rewrite(path: str, texts: Mapping[str, str], row: Row, field: str, value: Any) -> tuple[str, str]:
-    """Return the suffix of the sidecar that gets a value, and its text. texts: of an image's sidecars, by suffix."""
+def _rewrite(path: str, texts: Mapping[str, str], tags: list[str], field: str, value: Any) -> dict[str, str]:
+    """Return the texts of the sidecars that change, by suffix. texts: of all of an image; tags: that it has."""
     record = load_json(texts.get(".json") or "{}", repr(f"{path}: .json"))
     if not isinstance(record, dict):
         raise UserError(f"data.root: the .json of {path!r} holds no object; remove it")
-    if field == "label" or parse_record("", record).tags is not None:
-        return ".json", json.dumps({**record, field: value}, ensure_ascii=False, indent=2) + "\n"
-    text = texts.get(".txt", "")
-    return ".txt", retag(text, row["tags"], value) if text.strip() else join_tags(value, ", ") + "\n"
+    of_tags = (".caption", ".txt") if field == "tags" else ()
+    new = {suffix: retag(texts[suffix], tags, value) for suffix in of_tags if suffix in texts}
+    new = {suffix: text for suffix, text in new.items() if text != texts[suffix]}
+    if field == "label" or parse_record("", record).tags is not None or (texts and not new):
+        new[".json"] = json.dumps({**record, field: value}, ensure_ascii=False, indent=2) + "\n"
+    return new or {".txt": join_tags(value, ", ") + "\n"}
 
 
 def _restore(root: Path) -> str:
     lines, kept = _read(root, UNDO).decode().split("\n"), []
     if not any(lines):
         raise UserError(f"job.undo: true, but there is no {root / UNDO}: nothing was applied")
-    for text in filter(lambda text: text.endswith("}"), reversed(lines)):  # not one that a kill cut off
-        name, before, after = (json.loads(text)[key] for key in ("file", "before", "after"))
-        now = _read(root, name).decode("latin-1")
-        if now == after and before:
-            write_atomically(root / name, lambda file, old=before: file.write_bytes(old.encode("latin-1")))
-        elif now == after:
-            (root / name).unlink()
-        elif now != before:
-            kept.append(name)
+    for text in reversed(lines):
+        with suppress(json.JSONDecodeError):  # blank, or cut off by a kill
+            name, before, after = (json.loads(text)[key] for key in ("file", "before", "after"))
+            now = _read(root, name).decode("latin-1")
+            if now == after and before:
+                write_atomically(root / name, lambda file, old=before: file.write_bytes(old.encode("latin-1")))
+            elif now == after:
+                (root / name).unlink()
+            elif now != before:
+                kept.append(name)
     (root / UNDO).unlink()
     if kept:
         log.warning("data.root: %s sidecars were edited since and stay: %s", f"{len(kept):,}", show_some(kept))

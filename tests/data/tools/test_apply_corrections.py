@@ -11,6 +11,8 @@ from tests.data.layouts.test_corrections import decide
 from tests.support import data_config
 from utils.errors import UserError
 
+HAD = ("path", "label", "tags", "caption")
+
 
 def apply(root, undo=False):  # noqa: F811
     return ApplyCorrections(name="apply_corrections", undo=undo).run(data_config(root=str(root)))
@@ -25,15 +27,20 @@ def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa:
     (root / "cat/1.txt").write_bytes(b"1girl, hat\r\n")
     (root / "cat/2.json").write_text('{"tag_string": "hat sky", "score": 3}')
     (root / "cat/4.txt").write_text("hat")
+    (root / "dog/1.caption").write_text("A dog sits there.\nhat, dog")
     append_corrections(root, [
         decide("cat/1.png", "cat", "dog"), decide("cat/1.png", ["1girl", "hat"], ["1girl", "red hair"]),
         decide("cat/2.png", ["hat", "sky"], ["sky"]), decide("cat/3.png", [], ["é\\, ü"]),
         decide("cat/4.png", ["hat"], ["sky"]), decide("dog/1.png", "fox", "cat"),
+        decide("dog/1.png", ["hat", "dog"], ["dog", "big"]),
     ])  # fmt: skip
-    before, wanted = contents(root), columns(opened(root), "path", "label", "tags", "caption")
-    assert apply(root).startswith("5 labels and lists of tags")
+    before, wanted = contents(root), columns(opened(root), *HAD)
+    assert apply(root).startswith("6 labels and lists of tags")
     assert "changed since: dog/1.png" in caplog.text
-    assert columns(opened(root), "path", "label", "tags") == [row[:3] for row in wanted]
+    new = {"cat/3.png", "cat/4.png"}  # get a text, which is a caption, too
+    assert [row[: 3 if row[0] in new else 4] for row in columns(opened(root), *HAD)] == [
+        row[: 3 if row[0] in new else 4] for row in wanted
+    ]
     assert (root / "cat/1.txt").read_text() == "1girl, red hair\n" and (root / "cat/4.txt").read_text() == "hat"
     assert json.loads((root / "cat/2.json").read_text()) == {"tag_string": "hat sky", "score": 3, "tags": ["sky"]}
     assert apply(root).startswith("0 labels")
