@@ -112,7 +112,7 @@ def runs(tmp_path_factory):
     for rate, value in ((1, 0.25), (2, 0.75), (3, None)):
         run = make_run(folder / f"rates/lr={rate}", complete_json="{}", overrides_txt=f"optim.lr={rate}\n{HOSTILE}=1\n")
         if value is not None:
-            write_json(run / "result.json", {"metric": "top1", "value": value, "step": 4, "is_lowest_best": False})
+            write_json(run / "result.json", {"metric": 1, "value": value, "step": 4, "is_lowest_best": False})
     rows = train_rows([9.0] * 9, last_loss=None)
     run = make_run(folder / name, progress_json=said("running"), metrics_jsonl=rows)
     make_run(folder / "other")

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from utils.errors import UserError
 from utils.io.files import links_out
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, thin
@@ -87,7 +86,7 @@ class RunIndex:
         for path in find_runs(self.roots):
             try:
                 states.append(self._read(path))
-            except (OSError, OverflowError, UserError):
+            except (OSError, OverflowError, ValueError):
                 continue
         return sorted(states, key=lambda state: -state.changed)
 

@@ -44,7 +44,7 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
     results = [job.result for job in jobs if job.result is not None]
-    metric = results[0]["metric"] if results else "value"
+    metric = str(results[0]["metric"]) if results else "value"
     sign = 1 if any(result["is_lowest_best"] for result in results) else -1
     groups: dict[str, list[SweptRun]] = {}
     for job in jobs:

@@ -41,6 +41,7 @@ def test_states_steps_and_results(tmp_path):
     (tmp_path / "e/weights").mkdir(parents=True)  # no configuration
     make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
     make_run(tmp_path / "f").joinpath("config.json").write_text("[")
+    make_run(tmp_path / "damaged=1").joinpath("overrides.txt").write_bytes(b"\xff=1")
     with file_lock(running / ".lock", "busy"):
         states = {state.path.name: state for state in RunIndex([tmp_path]).states()}
     assert {name: state.state for name, state in states.items()} == {
