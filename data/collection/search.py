@@ -108,11 +108,11 @@ class Search:
 
     def _numbers(self, name: str) -> np.ndarray | None:
         """Return a column as numbers, [N], NaN if unknown; None for a column of texts."""
-        if name == "copies":
-            return np.bincount(self.leads(), minlength=len(self.collection))[self.leads()]
-        if name == "aspect":
-            with np.errstate(all="ignore"):  # sides of 0
-                return self.collection.column("width") / self.collection.column("height")
         if name in TAG_LISTS:
             return pc.list_value_length(self._table[name]).to_numpy()
-        return None if pa.types.is_string(self._table[name].type) else self.collection.column(name)
+        if name in self._table.column_names:  # also if a manifest has a column aspect or copies
+            return None if pa.types.is_string(self._table[name].type) else self.collection.column(name)
+        if name == "copies":
+            return np.bincount(self.leads(), minlength=len(self.collection))[self.leads()]
+        with np.errstate(all="ignore"):  # sides of 0
+            return self.collection.column("width") / self.collection.column("height")
