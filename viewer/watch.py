@@ -102,7 +102,8 @@ class Watch:
         disks = {f"disk of {root}": psutil.disk_usage(str(root)) for root in roots}
         found.append(("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100, ""))
         for name, part in {"memory": psutil.virtual_memory(), **disks}.items():
-            found.append((name, f"{part.used / 2**30:.1f} of {part.total / 2**30:.1f} GiB", part.percent / 100, ""))
+            free = part.total * (1 - part.percent / 100) if name == "memory" else part.free  # a quota may be smaller
+            found.append((name, f"{free / 2**30:.1f} of {part.total / 2**30:.1f} GiB free", part.percent / 100, ""))
         keys = ("id", "what", "text", "share", "link")
         return [dict(zip(keys, (number, escape_controls(row[0]), *row[1:]))) for number, row in enumerate(found)]
 
