@@ -122,7 +122,7 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any
     """Return the ECharts options of the confusions between some classes."""
     at = {name: number for number, name in enumerate(names)}
     cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
-    text = {"color": GREY, "width": 110, "overflow": "truncate", "interval": 0}
+    text = {"color": GREY, "width": 110, "overflow": "truncate", "interval": 0, "hideOverlap": True}
     axis = {"type": "category", "data": [*map(escape_controls, names)]}
     return {
         "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
