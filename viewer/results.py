@@ -122,13 +122,13 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any
     """Return the ECharts options of the confusions between some classes."""
     at = {name: number for number, name in enumerate(names)}
     cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
-    text = {"color": GREY, "width": 110, "overflow": "truncate", "interval": 0, "hideOverlap": True}
+    text = {"color": GREY, "width": 110, "overflow": "truncate"}
     axis = {"type": "category", "data": [*map(escape_controls, names)]}
     return {
         "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
         "tooltip": {"confine": True, "renderMode": "richText"},
         "xAxis": {**axis, "axisLabel": {**text, "rotate": 90}},
-        "yAxis": {**axis, "inverse": True, "axisLabel": text},
+        "yAxis": {**axis, "inverse": True, "axisLabel": {**text, "interval": 0}},
         "visualMap": {"min": 0, "max": 100, "show": False, "inRange": {"color": [ACCENT], "opacity": [0.2, 1]}},
         "series": [{"type": "heatmap", "data": [cell for cell in cells if None not in cell], "animation": False}],
     }
