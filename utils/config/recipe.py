@@ -70,8 +70,11 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
     Raises UserError if other keys of the recipe differ.
     """
     old, new = flatten(saved), flatten(now)
-    pairs = {key: (old.get(key, "(absent)"), new.get(key, "(absent)")) for key in sorted(old.keys() | new.keys())}
-    lines = {key: f"{key}: {a!r} in the run, {b!r} now" for key, (a, b) in pairs.items() if a != b}
+    lines = {}
+    for key in sorted(old.keys() | new.keys()):
+        if old.get(key) != new.get(key):  # a key that a run of before did not have is null
+            before, after = (values.get(key, "(absent)") for values in (old, new))
+            lines[key] = f"{key}: {before!r} in the run, {after!r} now"
     if refused := [key for key in lines if not is_free(key, allowed)]:
         differences = "\n  ".join(lines[key] for key in refused)
         raise UserError(

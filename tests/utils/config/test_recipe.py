@@ -52,6 +52,7 @@ def test_allowed_differences_are_returned_and_the_others_still_refused():
         "optim.lr: 0.1 in the run, 0.2 now",
         "seed: 0 in the run, 1 now",
     ]
+    assert check_resumable(CONFIG, {**CONFIG, "new": None}, [], "RUN") == []  # a run of before the key
     with pytest.raises(UserError, match=r"another recipe:\n  seed: 0 in the run, 1 now\nStart"):
         check_resumable(CONFIG, now, ["optim.*"], "RUN")
 
