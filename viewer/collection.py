@@ -5,9 +5,9 @@ Only the thumbnails near the visible part exist, so a collection may have millio
 
 import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
-from urllib.parse import urlencode
+from urllib.parse import quote, urlencode
 
 import numpy as np
 from nicegui import run as background
@@ -24,8 +24,8 @@ from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.vocabulary import category_name
-from viewer.images import Shelf, image_address
-from viewer.parts import filtered_table, page
+from viewer.images import Shelf, image_address, index_settings
+from viewer.parts import filtered_table, page, run_name
 
 _TILE_PX, _LINE_PX = 158, 176  # the least width and the height of a tile, with its gap
 _HIGHEST_PX = 16_000_000  # of an element in every browser; beyond it a pixel of the scroll bar is several
@@ -40,6 +40,8 @@ _STYLE = """
 .tile span { font-size: 13px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; display: block }
 .facts { display: grid; align-content: start; gap: 4px 12px;
   grid-template-columns: fit-content(35%) minmax(0, 1fr); overflow-wrap: anywhere }
+.trained { gap: 4px 16px; max-height: 96px; overflow: auto }
+.muted.mono { overflow-wrap: anywhere }
 @media (max-width: 900px) { .browse { grid-template-columns: minmax(0, 1fr) } }
 """
 _TILE = """<button class="tile cursor-pointer" :title="props.row.path" @click="$parent.$emit('open', props.row.row)">
@@ -119,22 +121,46 @@ def value_rows(search: Search, rows: np.ndarray, column: str) -> list[dict[str, 
     ]  # fmt: skip
 
 
+def show_folder(root: str) -> str:
+    """Return the name of a collection's folder."""
+    return escape_controls(root.rstrip("/").rpartition("/")[2] or root)
+
+
+def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
+    """Yield names of collections, their folders', their roots with what tells them from others there, and runs."""
+    runs, configs = shelf.of_runs(), shelf.configs()
+    for name, config in configs.items():
+        same = [index_settings(other) for other in configs.values() if other.root == config.root]
+        own = [f"{key}={each}" for key, each in index_settings(config).items() if any(it[key] != each for it in same)]
+        trained = [run_name(shelf.runs, run) for run, its in runs.items() if its == name]
+        yield name, show_folder(config.root), escape_controls("  ".join([config.root, *own])), trained
+
+
 def add_page(shelf: Shelf) -> None:
     """Add the page of a collection, and the list of all."""
 
     @ui.page("/collection")
     async def show_all() -> None:
         with page("Collections"):
-            configs = await background.io_bound(shelf.configs)
-            for name, config in configs.items():
-                ui.link(escape_controls(config.root), f"/collection/{name}").classes("mono")
-            if not configs:
+            ui.add_css(_STYLE)
+            rows = await background.io_bound(lambda: list(list_collections(shelf)))
+            for name, title, about, runs in rows:
+                with ui.column().classes("gap-1 w-full"):
+                    ui.link(title, f"/collection/{name}").classes("text-weight-medium")
+                    ui.label(about).classes("mono muted")
+                    with ui.row().classes("trained"):
+                        ui.label(f"runs: {len(runs)}").classes("muted")
+                        for run in runs:
+                            ui.link(escape_controls(run.partition("/")[2]), f"/run/{quote(run)}")
+            if not rows:
                 ui.label("No collection yet: python view.py data.root=PATH shows one, and so does a run.")
 
     @ui.page("/collection/{name}")
     async def show(name: str, find: str = "") -> None:
-        with page(escape_controls(shelf.config(name).root)):
+        root = shelf.config(name).root
+        with page(show_folder(root)):
             ui.add_css(_STYLE)
+            ui.label(escape_controls(root)).classes("mono muted")
             wait = ui.spinner(size="lg")
             await ui.context.client.connected()
             try:

@@ -1,7 +1,7 @@
 """The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`.
 
+shelf.of_runs()                        all runs, each with the name of the collection that it was trained on, or None
 shelf.configs()                        the collections by name: the user's, and those of the runs
-shelf.of_run(run)                      the name of the collection that a run folder was trained on, or None
 collection = shelf.open(name)          slow at first: through background.io_bound
 image_address(name, collection, row)   row: of the collection, as in its index
 find_rows(collection, paths)           rows by path
@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Annotated
+from typing import Annotated, Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,11 +49,16 @@ _UNREADABLE = (
 )
 
 
+def index_settings(config: DataConfig) -> dict[str, Any]:
+    """Return the settings that tell a collection from others."""
+    return config.model_dump(mode="json", include={"root", "concepts", *_INDEXED_BY})
+
+
 class Shelf:
     """The collections that runs were trained on, and the one that the user names; opened when they are asked for."""
 
     def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
-        self._runs, self._lock, self._configs = runs, Lock(), dict[str, DataConfig]()
+        self.runs, self._lock, self._configs = runs, Lock(), dict[str, DataConfig]()
         self._open = dict[tuple[str, bool], Collection]()  # by name, and whether it is corrected
         self._shown = dict[tuple[str, str], Collection]()  # by name and fingerprint
         if data is not None:
@@ -62,8 +67,7 @@ class Shelf:
     def _add(self, config: DataConfig) -> str:
         if not is_remote(config.root):
             config = config.model_copy(update={"root": str(Path(config.root).expanduser().resolve())})
-        keys = config.model_dump(mode="json", include={"root", "concepts", *_INDEXED_BY})
-        name = sha256_text(canonical_json(keys))[:12]
+        name = sha256_text(canonical_json(index_settings(config)))[:12]
         self._configs[name] = config
         return name
 
@@ -74,10 +78,13 @@ class Shelf:
         except (OSError, UserError, ValidationError):  # deleted meanwhile, damaged, or without a collection
             return None
 
+    def of_runs(self) -> dict[Path, str | None]:
+        """Return all runs, each with the name of its collection, as `of_run` does."""
+        return {run: self.of_run(run) for run in find_runs(self.runs.roots)}
+
     def configs(self) -> dict[str, DataConfig]:
         """Return the settings of all collections by name, the user's first; roots are absolute."""
-        for run in find_runs(self._runs.roots):
-            self.of_run(run)
+        self.of_runs()
         return dict(self._configs)
 
     def config(self, name: str) -> DataConfig:

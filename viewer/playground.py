@@ -24,7 +24,7 @@ from data.tools import predictions
 from utils.errors import UserError, about
 from utils.io.files import ignore_write_errors, readable, sha256_file
 from utils.io.safe_text import escape_controls
-from utils.record.run_index import find_runs, is_inside
+from utils.record.run_index import is_inside
 from utils.thresholds import CATEGORY_PROFILES, MCUT, PER_TAG, thresholds_path
 from utils.vocabulary import FILE, category_name
 from viewer.images import Shelf, image_address
@@ -176,10 +176,9 @@ def add_page(networks: Networks, shelf: Shelf) -> None:
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
 
     def list_all() -> tuple[dict[str, str | None], dict[str, str]]:
-        roots = {name: escape_controls(config.root) for name, config in shelf.configs().items()}
         files = lambda run: (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx"))  # noqa: E731
-        own = {run: name for run in find_runs(networks.roots) if (name := shelf.of_run(run)) in (None, *roots)}
-        names = {str(file): name for run, name in own.items() for file in files(run)}
+        names = {str(file): name for run, name in shelf.of_runs().items() for file in files(run)}
+        roots = {name: escape_controls(config.root) for name, config in shelf.configs().items()}
         return {path: name for path, name in names.items() if path == escape_controls(path)}, roots
 
     @ui.page("/try")

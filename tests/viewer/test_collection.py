@@ -64,6 +64,7 @@ def test_a_collection_is_searched_and_shown(page, address):
         find.fill(text)
         find.press("Enter")
         page.get_by_text(f"{count} of 400" if count else " of 400 images").wait_for()
+    page.wait_for_url("**find=size*")
     page.reload()
     page.get_by_text("1 of 400 images").wait_for()
     assert find.input_value() == "size<1"

@@ -15,6 +15,7 @@ from tests.support import ROOT, data_config
 from tests.utils.record.test_run_index import make_run
 from utils.record.run_index import RunIndex
 from viewer import images
+from viewer.collection import list_collections
 
 
 @pytest.fixture
@@ -68,6 +69,15 @@ def test_a_thumbnail_is_kept_and_a_full_disk_costs_only_time(shelf, tmp_path, mo
     (tmp_path / "photos/a.png").unlink()
     again = TestClient(app).get(address)
     assert first.status_code == 200 and (again.content == first.content) != is_full
+
+
+def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
+    config = data_config(root="photos", validation_fraction=0.25).model_dump(mode="json")
+    (make_run(tmp_path / "runs/b") / "config.json").write_text(json.dumps({"data": config}))
+    (_, *first), (_, *second) = list_collections(shelf)
+    root = tmp_path / "photos"
+    assert first == ["photos", f"{root}  validation_fraction=0.1", ["0/a"]]
+    assert second == ["photos", f"{root}  validation_fraction=0.25", ["0/b"]]
 
 
 def test_a_changed_collection_has_another_address(shelf, tmp_path):
