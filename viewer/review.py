@@ -1,12 +1,13 @@
 """`/review?run=...`: the images where network and label differ most; decisions go to corrections.jsonl."""
 
 import functools
+import itertools
 import shlex
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from threading import Lock
-from typing import Any
+from typing import Any, NamedTuple
 
 from nicegui import run as background
 from nicegui import ui
@@ -17,6 +18,7 @@ from data.layouts.corrections import (
     Decision,
     Decisions,
     append_corrections,
+    drop_undone,
     read_corrections,
     settle,
 )
@@ -25,7 +27,7 @@ from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex
-from utils.record.tables import Difference, find_differences
+from utils.record.tables import Difference, find_differences, images_root
 from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
@@ -78,53 +80,76 @@ class Desk:
 _desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 
 
-class Review:
-    """The differences in one tab. here: the shown image; marked: others that a key is for, too.
+class Question(NamedTuple):
+    """An image of a review. had: its label or tags without decisions; says: what they are for the network.
 
-    had: what each image has without decisions. changes: the tags that the network would add or take away.
+    by: how far these are apart, 0 to 1; names: the classes, or the tags that differ, for the first keys.
     """
 
-    def __init__(self, found: Sequence[Difference], had: Sequence[Any], classes: Sequence[str] = ()) -> None:
-        self.found, self.had, self.classes = found, had, classes
-        self.changes = [_find_changes(each, value) for each, value in zip(found, had)]
-        self.field = "tags" if had and isinstance(had[0], list) else "label"
+    path: str
+    by: float
+    had: Any
+    says: Any
+    names: Sequence[str]
+
+
+def ask(found: Difference, had: Any) -> Question:
+    """Return the question about an image. Ratings are no tags; the network's tags are spelled like the others."""
+    if not isinstance(had, list):
+        return Question(found.path, found.by, had, found.label, [name for name in (found.label, had) if name])
+    texts, spaces = {parse_tag(tag).name: tag for tag in had}, any(" " in tag for tag in had)
+    names = [texts.get(name) or write_tag(Tag(None, name), spaces=spaces) for name, is_added in found.tags.items()
+             if is_added != (name in texts) and name not in RATINGS]  # fmt: skip
+    return Question(found.path, found.by, had, switch_tags(had, had, names), names)
+
+
+def switch_tags(had: Sequence[str], tags: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Return the tags with some added or taken away; those that the image had stay in its order."""
+    kept = {*tags}.symmetric_difference(names)
+    return [tag for tag in dict.fromkeys([*had, *tags, *names]) if tag in kept]
+
+
+class Review:
+    """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab."""
+
+    def __init__(self, questions: Sequence[Question], classes: Sequence[str] = ()) -> None:
+        self.questions, self.classes = questions, classes
+        self.field = "tags" if isinstance(questions[0].had, list) else "label"
         self.decisions, self.here, self.marked, self.by = Decisions(), 0, set[int](), ""
+
+    def _stack(self, number: int) -> list[Decision]:
+        return self.decisions.get((self.questions[number].path, self.field), [])
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
-        stack = self.decisions.get((self.found[number].path, self.field), [])
-        value, applies = settle(self.had[number], stack)
-        return stack[-1] if applies and (stack[-1].verdict != "undone" or value != self.had[number]) else None
+        stack, had = self._stack(number), self.questions[number].had
+        value, applies = settle(had, stack)
+        return stack[-1] if applies and (stack[-1].verdict != "undone" or value != had) else None
 
-    def suggestion(self, number: int) -> Any:
-        """Return what the network says of an image."""
-        return self.found[number].label or self._switch(number, self.had[number], self.changes[number])
+    def next(self) -> int:
+        """Return the next image without a decision, or the shown one if there is none."""
+        order = itertools.chain(range(self.here, len(self.questions)), range(self.here))
+        return next((each for each in order if self.last(each) is None), self.here)
 
     def shown(self, number: int) -> Any:
         """Return what was decided about an image, or else what the network says."""
         last = self.last(number)
-        return last.now if last else self.suggestion(number)
-
-    def _switch(self, number: int, tags: Sequence[str], changed: Iterable[str]) -> list[str]:
-        """Return the tags with some added or taken away, in the image's order."""
-        texts = {*tags}.symmetric_difference(changed)
-        return [tag for tag in dict.fromkeys([*self.had[number], *tags, *changed]) if tag in texts]
+        return last.now if last else self.questions[number].says
 
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
-        value, names = self.shown(self.here), self.changes[self.here]
-        if self.field == "label":
-            value, names = [value], dict.fromkeys([self.found[self.here].label, self.had[self.here], *self.classes])
-        return {name: name in value for name in [*names][:9]}
+        value = self.shown(self.here)
+        names = dict.fromkeys([*self.questions[self.here].names, *self.classes])
+        return {name: name in value if self.field == "tags" else name == value for name in [*names][:9]}
 
     def card(self, number: int, image: str) -> dict[str, Any]:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
-        last, had, value = self.last(number), self.had[number], self.shown(number)
+        last, had, value = self.last(number), self.questions[number].had, self.shown(number)
         text = f"{had} → {value}" if value != had else str(had)
         if self.field == "tags":
-            signs = {**{tag: "−" for tag in had if tag not in value}, **{tag: "+" for tag in value if tag not in had}}
-            text = " ".join(f"{sign}{tag}" for tag, sign in signs.items())
-        verdict = f"{last.verdict} by {last.by}" if last else f"{self.found[number].by:.3f}"
+            changed = {*had}.symmetric_difference(value)
+            text = " ".join(f"{'−' if tag in had else '+'}{tag}" for tag in [*had, *value] if tag in changed)
+        verdict = f"{last.verdict} by {last.by}" if last else f"{self.questions[number].by:.3f}"
         kinds = {"card": True, "here": number == self.here, "marked": number in self.marked, "decided": last}
         texts = {"text": escape_controls(text), "verdict": escape_controls(verdict)}
         return {"id": number, "image": image, **texts, "kind": " ".join(kind for kind in kinds if kinds[kind])}
@@ -133,15 +158,15 @@ class Review:
         """Do what a key means; return the decisions to save."""
         first, targets, choices = self.here // _CARDS * _CARDS, sorted(self.marked) or [self.here], [*self.choices()]
         if key in ("ArrowLeft", "ArrowRight"):
-            self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.found) - 1)
+            self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.questions) - 1)
         elif key == "x":
             self.marked ^= {self.here}
         elif key == "a":
-            self.marked |= {*range(len(self.found))[first : first + _CARDS]}
+            self.marked |= {*range(len(self.questions))[first : first + _CARDS]}
         elif key == "Enter":
-            return self._decide({each: self.suggestion(each) for each in targets if self.last(each) is None})
+            return self._decide({each: self.questions[each].says for each in targets if self.last(each) is None})
         elif key == "r":
-            return self._decide({each: self.had[each] for each in targets})
+            return self._decide({each: self.questions[each].had for each in targets})
         elif key == "u":
             return self._undo()
         elif key.isdecimal() and 0 < int(key) <= len(choices):
@@ -152,47 +177,33 @@ class Review:
         """Give a class to the marked images, or to the shown one; or give the shown one a tag, or take it away."""
         if self.field == "label":
             return self._decide(dict.fromkeys(sorted(self.marked) or [self.here], name))
-        return self._write({self.here: self._switch(self.here, self.shown(self.here), [name])})
+        return self._write({self.here: switch_tags(self.questions[self.here].had, self.shown(self.here), [name])})
 
     def _decide(self, values: Mapping[int, Any]) -> list[Decision]:
         """Return decisions, and show the next image without one."""
-        lines, order = self._write(values), [*range(self.here, len(self.found)), *range(self.here)]
+        lines = self._write(values)
         self.marked.clear()
-        self.here = next((each for each in order if self.last(each) is None), self.here)
+        self.here = self.next()
         return lines
 
     def _undo(self) -> list[Decision]:
         """Return the lines that go back behind this tab's last decisions, and show their first image."""
-        last = {each: self.last(each) for each in range(len(self.found))}
-        own = {each: line.at for each, line in last.items() if line and line.by == self.by and line.verdict != "undone"}
-        values = {}
-        for number in (each for each, at in own.items() if at == max(own.values())):
-            *before, line = self.decisions[self.found[number].path, self.field]
-            values[number] = before[-1].now if before else line.was
+        stacks = {each: drop_undone(self._stack(each)) for each in range(len(self.questions)) if self.last(each)}
+        own = {each: stack for each, stack in stacks.items() if stack and stack[-1].by == self.by}
+        newest = max((stack[-1].at for stack in own.values()), default="")
+        values = {each: (stack[-2].now if stack[1:] else stack[-1].was)
+                  for each, stack in own.items() if stack[-1].at == newest}  # fmt: skip
         self.here = min(values, default=self.here)
         return self._write(values, "undone")
 
     def _write(self, values: Mapping[int, Any], verdict: str | None = None) -> list[Decision]:
         at, lines = datetime.now(UTC).isoformat(timespec="microseconds"), []
         for number, now in values.items():
-            path, was, field = self.found[number].path, self.had[number], self.field
-            kind = "rejected" if now == was else "accepted" if now == self.suggestion(number) else "edited"
-            lines.append(Decision(path=path, field=field, was=was, now=now, verdict=verdict or kind, by=self.by, at=at))
-            self.decisions.setdefault((path, field), []).append(lines[-1])
+            path, _, was, says, _ = self.questions[number]
+            kind = verdict or ("rejected" if now == was else "accepted" if now == says else "edited")
+            lines.append(Decision(path=path, field=self.field, was=was, now=now, verdict=kind, by=self.by, at=at))
+            self.decisions.setdefault((path, self.field), []).append(lines[-1])
         return lines
-
-
-def _find_changes(found: Difference, had: Any) -> dict[str, None]:
-    """Return the texts of the tags that the network would add, spelled like the others, and of those to take away.
-
-    Ratings are no tags, and implied tags have no text.
-    """
-    texts = {parse_tag(tag).name: tag for tag in had} if found.tags else {}
-    spaces, changes = any(" " in tag for tag in texts.values()), {}
-    for name, is_added, _ in found.tags:
-        if is_added != (name in texts) and name not in RATINGS:
-            changes[texts.get(name) or write_tag(Tag(None, name), spaces=spaces)] = None
-    return changes
 
 
 def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], str], Desk]:
@@ -200,30 +211,27 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
 
     Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
     """
-    (root, found), name = find_differences(run), shelf.of_run(run)
+    name, found = shelf.of_run(run), find_differences(run, _MOST)
     command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     if name is None or not found:
         raise nothing
-    collection = shelf.open(name, again=True, corrected=False)
+    collection, root = shelf.open(name, again=True, corrected=False), images_root(run)
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    desk, field = _desk_of(collection.root), "label" if found[0].label else "tags"
-    (decisions, _), column, kept = desk.sync(), collection.table[field], []
-    found = found[:_MOST]
-    for each, row in zip(found, find_rows(collection, [each.path for each in found]).tolist()):
-        had = column[row].as_py() if row >= 0 else None
-        if row >= 0 and ((each.path, field) in decisions or each.label not in (None, had) or _find_changes(each, had)):
-            kept.append((each, had, row))
-    if not kept:
+    desk, field = _desk_of(collection.root), "tags" if found[0].label is None else "label"
+    (decisions, _), column = desk.sync(), collection.table[field]
+    rows = zip(found, find_rows(collection, [each.path for each in found]).tolist())
+    asked = [(ask(each, column[row].as_py()), row) for each, row in rows if row >= 0]
+    asked = [(each, row) for each, row in asked if each.says != each.had or (each.path, field) in decisions]
+    if not asked:
         raise nothing
-    found, had, rows = zip(*kept)
-    review = Review(found, had, list(count_values(collection.table["label"])))
+    review = Review([each for each, _ in asked], [*count_values(collection.table["label"])] if field == "label" else [])
     review.decisions = decisions
-    review.here = next((each for each in range(len(found)) if review.last(each) is None), 0)
-    return review, lambda number, px: image_address(name, collection, rows[number], px), desk
+    review.here = review.next()
+    return review, lambda number, px: image_address(name, collection, asked[number][1], px), desk
 
 
 def add_page(index: RunIndex, shelf: Shelf) -> None:
@@ -247,7 +255,6 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
 
 
 def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
-    drawn: list[Any] = []
     with ui.row().classes("items-center w-full"):
         for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
             ui.button(title, on_click=lambda _, key=key: press(key)).props(f"{_BUTTON} padding='4px 12px'")
@@ -266,17 +273,23 @@ def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> Non
         cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
 
     async def save(lines: Sequence[Decision] = ()) -> None:
-        review.decisions, fault = await background.io_bound(desk.sync, lines)
+        decisions, fault = await background.io_bound(desk.sync, lines)
         waiting.text = escape_controls(fault)
+        if decisions != review.decisions:
+            review.decisions = decisions
+            draw()
+
+    async def take(lines: Sequence[Decision]) -> None:
         draw()
+        await save(lines)
 
     async def press(key: str) -> None:
         ui.run_javascript("document.activeElement?.blur()")  # keys are not for the button that was clicked
-        await save(review.press(key))
+        await take(review.press(key))
 
     async def choose(name: str) -> None:
         other.value = None
-        await save(review.choose(name))
+        await take(review.choose(name))
 
     async def on_key(event: KeyEventArguments) -> None:
         if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
@@ -287,14 +300,12 @@ def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> Non
         draw()
 
     def draw() -> None:
-        if drawn == (state := [review.here, {*review.marked}, review.decisions]):
-            return
-        drawn[:], first, numbers = state, review.here // _CARDS * _CARDS, range(len(review.found))
+        first, numbers = review.here // _CARDS * _CARDS, range(len(review.questions))
         cards.rows = [review.card(each, address(each, 256)) for each in numbers[first : first + _CARDS]]
         decided = sum(review.last(each) is not None for each in numbers)
         progress.text = f"{decided:,} of {len(numbers):,} decided"
         picture.source = address(review.here, 1024)
-        title.text = f"{escape_controls(review.found[review.here].path)}: {cards.rows[review.here - first]['text']}"
+        title.text = f"{escape_controls(review.questions[review.here].path)}: {cards.rows[review.here - first]['text']}"
         chips.clear()
         with chips:
             for number, (name, is_on) in enumerate(review.choices().items(), start=1):

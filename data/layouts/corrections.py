@@ -101,6 +101,14 @@ def settle(value: Any, stack: Sequence[Decision]) -> tuple[Any, bool]:
     return (stack[-1].now, True) if is_known else (value, False)
 
 
+def drop_undone(stack: Sequence[Decision]) -> list[Decision]:
+    """Return the decisions that were not taken back."""
+    kept: list[Decision] = []
+    for each in stack:
+        kept = kept[:-1] if each.verdict == "undone" else [*kept, each]
+    return kept
+
+
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
     """Return the lines of a text with other tags; lines that are no tags, such as sentences, stay."""
     added = [tag for tag in now if tag not in before]

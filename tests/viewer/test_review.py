@@ -12,15 +12,16 @@ from data.collection.collection import Collection, index_collection
 from data.layouts.corrections import CORRECTIONS, append_corrections, read_corrections
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
-from utils.record.tables import Difference, find_differences
-from viewer.review import Desk, Review
+from utils.record.tables import Difference, find_differences, images_root
+from viewer.review import Desk, Review, ask
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
 
 
 def write_table(run, root, **columns):
     (run / "tables").mkdir(exist_ok=True)
-    table = pa.table({**columns, "rank": range(len(columns["path"]))})
+    loss = np.array(columns.get("loss", range(len(columns["path"]))))
+    table = pa.table({**columns, "rank": (-loss).argsort().argsort()})
     pq.write_table(table.replace_schema_metadata({"root": str(root)}), run / "tables/images.parquet")
 
 
@@ -55,27 +56,24 @@ def runs(tmp_path_factory, animals):
 def test_differences_are_ranked(tmp_path):
     write_table(tmp_path, "there", path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
                        wrong=[True, True, False], loss=[1.0, 2.0, 0.0])  # fmt: skip
-    assert [(each.path, each.label, round(each.by, 3)) for each in find_differences(tmp_path)[1]] == [
+    assert [(each.path, each.label, round(each.by, 3)) for each in find_differences(tmp_path, 9)] == [
         ("b", "z", 0.865), ("a", "y", 0.632),
     ]  # fmt: skip
     write_table(tmp_path, "there", path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
                        wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
-    assert find_differences(tmp_path) == (
-        "there",
-        [
-            Difference("b", 0.4, tags=(("x", False, 0.4),)),
-            Difference("a", 0.3, tags=(("y", True, 0.3), ("z", False, 0.2), ("x", True, 0.1))),
-        ],
-    )
+    assert images_root(tmp_path) == "there" and find_differences(tmp_path, 9) == [
+        Difference("b", 0.4, tags={"x": False}),
+        Difference("a", 0.3, tags={"y": True, "z": False, "x": True}),
+    ]
     (tmp_path / "tables/images.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError):
-        find_differences(tmp_path)
+        find_differences(tmp_path, 9)
 
 
 def test_tags_are_toggled_and_undone():
     had = ["blue hair", "character:miku", "hat"]
-    found = Difference("a.png", 0.5, tags=(("red_hair", True, 0.5), ("hat", False, 0.2)))
-    review = Review([found, found._replace(path="b.png")], [had, had])
+    found = Difference("a.png", 0.5, tags={"red_hair": True, "hat": False})
+    review = Review([ask(found, had), ask(found._replace(path="b.png"), had)])
     review.by = "me"
     with_both = ["blue hair", "character:miku", "hat", "red hair"]
     (line,) = review.press("2")  # keeps the hat
@@ -86,11 +84,12 @@ def test_tags_are_toggled_and_undone():
     assert review.press("Enter")[0].now == ["blue hair", "character:miku", "red hair"]
     assert review.press("u")[0].now == had and review.last(1) is None
     assert review.press("u")[0].now == with_both and review.here == 0
+    assert [line.now for line in review.press("u")] == [had] and review.press("u") == []
 
 
 def test_undo_goes_behind_a_manifest_that_has_the_correction():
     first, review = (
-        Review([Difference("a.png", 1.0, label)], [had]) for label, had in (("dog", "cat"), ("fox", "dog"))
+        Review([ask(Difference("a.png", 1.0, label), had)]) for label, had in (("dog", "cat"), ("fox", "dog"))
     )
     first.press("Enter")
     review.decisions = first.decisions
@@ -155,7 +154,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
 
 
 def test_what_cannot_be_saved_waits(tmp_path):
-    review = Review([Difference("a.png", 1.0, "dog")], ["cat"], ["cat", "dog"])
+    review = Review([ask(Difference("a.png", 1.0, "dog"), "cat")])
     (tmp_path / CORRECTIONS).mkdir()
     desk, lines = Desk(tmp_path), review.press("Enter")
     decisions, fault = desk.sync(lines)

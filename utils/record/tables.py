@@ -1,14 +1,17 @@
 """Read the tables that evaluations leave in a run folder: tables/NAME.csv, and tables/images.parquet."""
 
 import csv
-import itertools
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from itertools import islice, repeat
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from utils.io.safe_text import escape_controls
@@ -16,7 +19,7 @@ from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
 IMAGES = Path("tables/images.parquet")
-_TABLE_ROWS, _ALL_ROWS = 20_000, 2**62
+_TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
 
 
@@ -38,7 +41,7 @@ def read_rows(run: Path, name: str) -> list[dict[str, str]]:
 def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the names of a CSV file's columns, and its first _TABLE_ROWS rows."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
-        names, *rows = list(itertools.islice(csv.reader(file), _TABLE_ROWS + 1)) or [[]]
+        names, *rows = list(islice(csv.reader(file), _TABLE_ROWS + 1)) or [[]]
     return names, rows
 
 
@@ -70,44 +73,57 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
 
     pair: only those of this label and prediction. Raises OSError, ValueError.
     """
-    path, wanted = run / IMAGES, [("rank", "<=", most)]
-    if not path.is_file() or not is_inside(path, run):
+    columns, wanted = _read_schema(run).names, [("rank", "<=", most)]
+    if not columns:
         return None
-    if "label" in pq.read_schema(path).names:
+    if "label" in columns:
         wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
-    return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+    return pq.read_table(run / IMAGES, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+
+
+def _read_schema(run: Path) -> pa.Schema:
+    """Return the columns of images.parquet; none without the file, or for a link out of the run."""
+    path = run / IMAGES
+    return pq.read_schema(path) if path.is_file() and is_inside(path, run) else pa.schema([])
 
 
 def images_root(run: Path) -> str:
     """Return the root of the collection that images.parquet is about; empty if an older release wrote it."""
-    return (pq.read_schema(run / IMAGES).metadata or {}).get(b"root", b"").decode(errors="replace")
+    return (_read_schema(run).metadata or {}).get(b"root", b"").decode(errors="replace")
 
 
 class Difference(NamedTuple):
     """An image. by: how far network and label are apart, 0 to 1. label: what the network sees, or None for tags.
 
-    tags: those that the network would add (True) or remove, and how far each is from its threshold, the farthest first.
+    tags: those that the network would add (True) or take away, the farthest from its threshold first.
     """
 
     path: str
     by: float
     label: str | None = None
-    tags: tuple[tuple[str, bool, float], ...] = ()
+    tags: Mapping[str, bool] = MappingProxyType({})
 
 
-def find_differences(run: Path) -> tuple[str, list[Difference]]:
-    """Return the root of the collection that images.parquet is about, and where network and label differ most, first.
+def find_differences(run: Path, most: int) -> list[Difference]:
+    """Return the images of images.parquet where network and label differ most, first; none without the file.
 
     Classes are ranked by the probability of the label (cleanlab's self-confidence), tags by their distance from the
-    threshold. Both are empty without the file. Raises OSError, ValueError.
+    threshold. Raises OSError, ValueError.
     """
+    columns = _read_schema(run).names
+    if "label" in columns:
+        rows = worst_images(run, most) or ()
+        return [Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]) for row in rows]
+    if "wrong_by" not in columns:
+        return []
+    table = pq.read_table(run / IMAGES, columns=["path", "wrong", "wrong_by", "missed", "missed_by"]).combine_chunks()
+    by = np.full(len(table), -1.0)
+    for lists in (table["wrong_by"], table["missed_by"]):
+        np.maximum.at(by, pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists).to_numpy())
+    rows = np.argsort(-by, kind="stable")[:most]
     found = []
-    for row in worst_images(run, _ALL_ROWS) or ():
-        if "wrong_by" in row:
-            added = zip(row["wrong"], itertools.repeat(True), row["wrong_by"])
-            removed = zip(row["missed"], itertools.repeat(False), row["missed_by"])
-            if tags := sorted([*added, *removed], key=lambda tag: -tag[2]):
-                found.append(Difference(row["path"], tags[0][2], tags=tuple(tags)))
-        elif "label" in row:
-            found.append(Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]))
-    return images_root(run) if found else "", sorted(found, key=lambda each: -each.by)
+    for row in table.take(rows[by[rows] >= 0]).to_pylist():
+        tags = [*zip(row["wrong_by"], row["wrong"], repeat(True)), *zip(row["missed_by"], row["missed"], repeat(False))]
+        tags.sort(key=lambda tag: -tag[0])
+        found.append(Difference(row["path"], tags[0][0], tags={name: is_added for _, name, is_added in tags}))
+    return found
