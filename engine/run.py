@@ -30,7 +30,7 @@ from utils.io.files import ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, check_stop, is_stop_requested
-from utils.record.figures import show_duration, show_evaluated
+from utils.record.figures import interval, show_duration, show_evaluated, show_interval
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.run_folder import RunFolder
@@ -336,6 +336,8 @@ class Run:
         """Write the run's result for its sweep, and close the recorder."""
         metric = self.learner.task.best_metric
         result = {"metric": metric, "value": self.best_value, "step": self.best_step}
+        if self.best_value is not None:
+            result["interval"] = interval(metric, self.best_value, self.streams.evaluation_samples)
         if distributed.is_main():
             with ignore_write_errors(file := self.folder.path / RESULT_FILE):
                 write_json(file, result | {"is_lowest_best": self.learner.task.best_is_lowest})
@@ -375,7 +377,8 @@ class Run:
         ]
         if self.best_step is not None:
             last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-            at = f"{self.best_value:.4g} at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
+            sure = show_interval(metric, self.best_value, self.streams.evaluation_samples)
+            at = f"{self.best_value:.4g}{sure} at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
             rows.insert(0, ("best", f"{show_evaluated(metric)} {at}"))
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))

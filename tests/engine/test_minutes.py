@@ -66,6 +66,10 @@ def test_what_is_no_length_is_refused(more, said, words, tmp_path):
     assert not (tmp_path / "run/minutes.json").exists()
 
 
-def test_less_than_an_epoch_is_said(words, tmp_path, capsys):
+def test_less_than_an_epoch_and_how_sure_the_best_figure_is_are_said(words, tmp_path, capsys):
     run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)
-    assert "too few for an epoch, which needs about 2:35" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "too few for an epoch, which needs about 2:35" in said
+    found = json.loads((tmp_path / "run/result.json").read_text())
+    (low, high), value = found["interval"], found["value"]
+    assert low < value < high and f"top-1 {value:.4g} (95 % interval: {low:.4g} to {high:.4g})" in said

@@ -46,11 +46,17 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 
 
-def show_interval(name: str, share: float, images: float | None) -> str:
-    """Return Wilson's interval, 95 %, of a share of independent images: top1, top5, ...; of other figures nothing."""
+def interval(name: str, share: float, images: float | None) -> tuple[float, float] | None:
+    """Return Wilson's interval, 95 %, of a share of independent images: top1, top5, ...; None for other figures."""
     if not images or not re.fullmatch(r"top\d+", name):
-        return ""
+        return None
     from scipy.stats import binomtest
 
-    interval = binomtest(round(share * images), round(images)).proportion_ci(method="wilson")
-    return f" (95 % interval: {interval.low:.4g} to {interval.high:.4g})"
+    found = binomtest(round(share * images), round(images)).proportion_ci(method="wilson")
+    return float(found.low), float(found.high)
+
+
+def show_interval(name: str, share: float, images: float | None) -> str:
+    """Return the interval of a figure as text, or nothing."""
+    ends = interval(name, share, images)
+    return "" if ends is None else f" (95 % interval: {ends[0]:.4g} to {ends[1]:.4g})"
