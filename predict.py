@@ -270,14 +270,15 @@ def main(config: PredictConfig, job: Job) -> str:
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version, output, rules = sha256_file(weights), Path(config.output), read_text_rules(config.text)
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
-    stored = read_embeddings(Path(config.input), version) if is_stored else []
+    stored = read_embeddings(Path(config.input), version) if is_stored else {}
     images = Images("", []) if is_stored else find_images(config.input, "input")
     destination = choose_destination(config, predictor, images, version)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
     if is_stored:
         with output_errors("output", output):
-            destination.write_all(stored)
+            rows = zip(stored, embedding_rows(stored.values()))
+            destination.write_all({"path": path, **row} for path, row in rows)
         return f"wrote {output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions

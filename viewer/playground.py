@@ -113,37 +113,36 @@ class Networks:
         iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
         """
 
-        def embed(content: bytes, name: str) -> predictions.Row:
+        def embed(content: bytes, name: str) -> np.ndarray:
             with self._lock:
-                return predictions.embedding_rows(predictor.embed(_prepare(predictor, content, name)))[0]
+                return predictor.embed(_prepare(predictor, content, name))[0]
 
         path, opened = self.find(weights), shelf.open(collection, again=True)
         changed, version, predictor = path.stat().st_mtime_ns, sha256_file(path), self.get(path)
         if path.stat().st_mtime_ns != changed:
             raise UserError(f"weights: {path} was written meanwhile; find again")
-        contents, found = open_contents(opened), dict[int, predictions.Row]()
+        contents, vectors = open_contents(opened), dict[str | int, np.ndarray]()
         file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
-        keys = {row: image_key(contents, row, version) for row in np.flatnonzero(opened.weights()).tolist()}
         with suppress(UserError):  # there is none yet, or it is damaged
-            known = {row["path"]: row for row in predictions.read_embeddings(file, version)}
-            found = {row: known[key] for row, key in keys.items() if key in known}
-        query, waiting = embed(content, name), [row for row in keys if row not in found]
+            vectors |= predictions.read_embeddings(file, version)
+        rows, query = np.flatnonzero(opened.weights()).tolist(), embed(content, name)
+        keys = {row: image_key(contents, row, version) or row for row in rows}  # a row: not to be kept
+        waiting = [row for row in rows if keys[row] not in vectors]
         try:
             for number, row in enumerate(waiting):
                 if number % _AT_ONCE == 0:
-                    yield 1 - (len(waiting) - number) / len(keys), []
-                try:
-                    found[row] = embed(shelf.read(collection, opened, row), contents.name_of(row))
-                except UnreadableImage as error:
-                    found[row] = {"error": error.reason}
+                    yield 1 - (len(waiting) - number) / len(rows), []
+                with suppress(UnreadableImage):
+                    vectors[keys[row]] = embed(shelf.read(collection, opened, row), contents.name_of(row))
         finally:
-            kept = [{**each, "path": keys[row]} for row, each in found.items() if keys[row] and "vector" in each]
+            kept = {key: vectors[key] for row, key in keys.items() if key in vectors and key != row}
             if waiting and kept:
+                lines = zip(kept, predictions.embedding_rows(kept.values()))
                 with ignore_write_errors(file), self._lock:
-                    predictions.Embeddings(file, version).write_all(kept)
-        rows, vectors = predictions.stack_rows(({**each, "path": row} for row, each in found.items()), "data.root")
-        _, (vector,) = predictions.stack_rows([{**query, "path": name}], "image")
-        best = predictions.rank(rows, vectors, vector, _NEAREST)
+                    predictions.Embeddings(file, version).write_all({"path": key, **line} for key, line in lines)
+        if not (found := [row for row in rows if keys[row] in vectors]):
+            raise UserError(f"data.root: {opened.root} has no image that can be read")
+        best = predictions.rank(found, np.stack([vectors[keys[row]] for row in found]), query, _NEAREST)
         texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
         yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
 

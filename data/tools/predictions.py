@@ -274,8 +274,8 @@ def spell_tags(row: Row, config: TextConfig, rules: TagRules) -> list[str]:
 # ------------------------------------------------------------------------------------------------------- embeddings
 
 
-def embedding_rows(vectors: np.ndarray) -> list[Row]:
-    """Return a row for each embedding [B, D]."""
+def embedding_rows(vectors: Iterable[np.ndarray]) -> list[Row]:
+    """Return a row for each embedding [D]."""
     return [{"vector": base64.b64encode(vector.astype("<f4").tobytes()).decode("ascii")} for vector in vectors]
 
 
@@ -306,19 +306,19 @@ class Embeddings(Destination):
         write_atomically(self._file, write)
 
 
-def read_embeddings(file: Path, weights: str) -> list[Row]:
-    """Return the rows of a file of embeddings. Raises UserError (`input`) if it has none, or is from other weights."""
+def read_embeddings(file: Path, weights: str) -> dict[str, np.ndarray]:
+    """Return embeddings by path. Raises UserError (`input`) if the file has none, or is from other weights."""
     try:
         with np.load(file) as arrays:
-            paths, vectors, source = arrays["paths"].tolist(), arrays["vectors"], arrays["weights"].item()
+            vectors, source = dict(zip(arrays["paths"].tolist(), arrays["vectors"])), arrays["weights"].item()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"input: {file} has no embeddings ({error}); predict.py output=x.npz writes them") from None
     if source != weights:
         raise UserError(f"input: {file} has embeddings from other weights; write it again with these")
-    return [{"path": path, **row} for path, row in zip(paths, embedding_rows(vectors))]
+    return vectors
 
 
-def rank(paths: Sequence[str], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
+def rank(paths: Sequence[Any], vectors: np.ndarray, query: np.ndarray, top: int) -> list[Row]:
     """Return rows for the `top` images whose vectors [N, D] have the highest cosine with `query` [D]."""
     norms = np.linalg.norm(vectors, axis=1) * np.linalg.norm(query)
     cosine = vectors @ query / np.maximum(norms, np.finfo(np.float32).tiny)
