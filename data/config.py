@@ -61,6 +61,11 @@ class DataConfig(Strict):
     concepts: list[ConceptConfig] | None = None  # a run from before this key has none
     corrections: bool = True  # a run from before this key has no such file
 
+    def index_settings(self) -> dict[str, Any]:
+        """Return what an index depends on beside the files, as `index_collection` takes it."""
+        names = ("validation_fraction", "on_bad_sidecar", "corrections")
+        return {"concepts": self.concepts or (), **{name: getattr(self, name) for name in names}}
+
 
 def _refuse_concepts(data: DataConfig) -> DataConfig:
     if data.concepts:

@@ -56,12 +56,10 @@ def load_collection(config: DataConfig) -> Collection:
         warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
-        concepts = config.concepts or ()
-        for root in (find_folders(config.root, concepts) or [config.root]) if config.manifest == "refresh" else ():
-            refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
-        stated = {"validation_fraction": config.validation_fraction, "on_bad_sidecar": config.on_bad_sidecar}
-        stated["corrections"] = config.corrections
-        return str(index_collection(config.root, cache=CACHE, concepts=concepts, **stated))
+        if config.manifest == "refresh":
+            for root in find_folders(config.root, config.concepts or ()) or [config.root]:
+                refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
+        return str(index_collection(config.root, cache=CACHE, **config.index_settings()))
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())

@@ -24,7 +24,7 @@ from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.vocabulary import category_name
-from viewer.images import Shelf, image_address, index_settings
+from viewer.images import Shelf, image_address
 from viewer.parts import filtered_table, page, run_name
 
 _TILE_PX, _LINE_PX = 158, 176  # the least width and the height of a tile, with its gap
@@ -130,8 +130,8 @@ def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
     """Yield names of collections, their folders', their roots with what tells them from others there, and runs."""
     runs, configs = shelf.of_runs(), shelf.configs()
     for name, config in configs.items():
-        same = [index_settings(other) for other in configs.values() if other.root == config.root]
-        own = [f"{key}={each}" for key, each in index_settings(config).items() if any(it[key] != each for it in same)]
+        same = [other.index_settings() for other in configs.values() if other.root == config.root]
+        own = [f"{key}={each}" for key, each in config.index_settings().items() if any(it[key] != each for it in same)]
         trained = [run_name(shelf.runs, run) for run, its in runs.items() if its == name]
         yield name, show_folder(config.root), escape_controls("  ".join([config.root, *own])), trained
 

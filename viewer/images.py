@@ -12,7 +12,7 @@ import io
 from collections.abc import Sequence
 from pathlib import Path
 from threading import Lock
-from typing import Annotated, Any
+from typing import Annotated
 
 import numpy as np
 import pyarrow as pa
@@ -35,23 +35,17 @@ from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
 from utils.io.files import canonical_json, sha256_text
 from utils.record.logging import get_logger
-from utils.record.run_index import RunIndex, find_runs
+from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 
 log = get_logger(__name__)
 
-_INDEXED_BY = {"validation_fraction", "on_bad_sidecar", "corrections"}
 _LIMIT_BYTES, _LARGEST_PX, _QUALITY = 2**30, 2048, 92  # all thumbnails on disk; the side and the JPEG quality of each
 # Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
 _UNREADABLE = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><text x="48" y="52" text-anchor="middle" '
     'font-family="sans-serif" font-size="13" fill="#868e96">unreadable</text></svg>'
 )
-
-
-def index_settings(config: DataConfig) -> dict[str, Any]:
-    """Return the settings that tell a collection from others."""
-    return config.model_dump(mode="json", include={"root", "concepts", *_INDEXED_BY})
 
 
 class Shelf:
@@ -67,7 +61,8 @@ class Shelf:
     def _add(self, config: DataConfig) -> str:
         if not is_remote(config.root):
             config = config.model_copy(update={"root": str(Path(config.root).expanduser().resolve())})
-        name = sha256_text(canonical_json(index_settings(config)))[:12]
+        keys = config.model_dump(mode="json", include={"root", *config.index_settings()})
+        name = sha256_text(canonical_json(keys))[:12]
         self._configs[name] = config
         return name
 
@@ -99,9 +94,8 @@ class Shelf:
         with self._lock:
             opened = self._open.get((name, corrected))
             if again or opened is None:
-                stated = {"concepts": config.concepts or (), **config.model_dump(include=_INDEXED_BY)}
-                stated["corrections"] &= corrected
-                arrow = index_collection(config.root, cache=CACHE, **stated)
+                settings = config.index_settings() | {"corrections": config.corrections and corrected}
+                arrow = index_collection(config.root, cache=CACHE, **settings)
                 if opened is None or opened.arrow != arrow:
                     self._open[name, corrected] = opened = Collection(config.root, arrow)
                     self._shown[name, opened.fingerprint] = opened
@@ -114,11 +108,10 @@ class Shelf:
     def read(self, name: str, collection: Collection, row: int) -> bytes:
         """Return the bytes of an image's file. Raises UnreadableImage, also for links out of the collection."""
         contents, config = open_contents(collection), self.config(name)
-        roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
         if (file := contents.file_of(row)) is not None:
-            target = Path(file.path).resolve()
-            if not any(target.is_relative_to(Path(root).resolve()) for root in roots):
-                raise UnreadableImage(contents.name_of(row), "a link out of the collection", str(target))
+            roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
+            if not any(is_inside(Path(file.path), Path(root).resolve()) for root in roots):
+                raise UnreadableImage(contents.name_of(row), "a link out of the collection", file.path)
         return contents.read(row)
 
 
