@@ -27,7 +27,7 @@ from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex
-from utils.record.tables import Difference, find_differences, images_root
+from utils.record.tables import find_differences, images_root
 from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
@@ -93,14 +93,14 @@ class Question(NamedTuple):
     names: Sequence[str]
 
 
-def ask(found: Difference, had: Any) -> Question:
-    """Return the question about an image. Ratings are no tags; the network's tags are spelled like the others."""
-    if not isinstance(had, list):
-        return Question(found.path, found.by, had, found.label, [name for name in (found.label, had) if name])
+def ask(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Question:
+    """Return the question about a difference. Ratings are no tags; the network's tags are spelled like the others."""
+    if isinstance(says, str):
+        return Question(path, by, had, says, [name for name in (says, had) if name])
     texts, spaces = {parse_tag(tag).name: tag for tag in had}, any(" " in tag for tag in had)
-    names = [texts.get(name) or write_tag(Tag(None, name), spaces=spaces) for name, is_added in found.tags.items()
+    names = [texts.get(name) or write_tag(Tag(None, name), spaces=spaces) for name, is_added in says.items()
              if is_added != (name in texts) and name not in RATINGS]  # fmt: skip
-    return Question(found.path, found.by, had, switch_tags(had, had, names), names)
+    return Question(path, by, had, switch_tags(had, had, names), names)
 
 
 def switch_tags(had: Sequence[str], tags: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -122,9 +122,9 @@ class Review:
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
-        stack, had = self._stack(number), self.questions[number].had
-        value, applies = settle(had, stack)
-        return stack[-1] if applies and (stack[-1].verdict != "undone" or value != had) else None
+        had = self.questions[number].had
+        last = settle(had, self._stack(number))
+        return last if last and (last.verdict != "undone" or last.now != had) else None
 
     def next(self) -> int:
         """Return the next image without a decision, or the shown one if there is none."""
@@ -221,10 +221,10 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    desk, field = _desk_of(collection.root), "tags" if found[0].label is None else "label"
+    desk, field = _desk_of(collection.root), "label" if isinstance(found[0][2], str) else "tags"
     (decisions, _), column = desk.sync(), collection.table[field]
-    rows = zip(found, find_rows(collection, [each.path for each in found]).tolist())
-    asked = [(ask(each, column[row].as_py()), row) for each, row in rows if row >= 0]
+    rows = zip(found, find_rows(collection, [path for path, _, _ in found]).tolist())
+    asked = [(ask(*each, column[row].as_py()), row) for each, row in rows if row >= 0]
     asked = [(each, row) for each, row in asked if each.says != each.had or (each.path, field) in decisions]
     if not asked:
         raise nothing

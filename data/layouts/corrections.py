@@ -95,10 +95,9 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
             raise
 
 
-def settle(value: Any, stack: Sequence[Decision]) -> tuple[Any, bool]:
-    """Return what counts after some decisions, and whether they apply: `value` is one that a reviewer had or chose."""
-    is_known = any(value in (each.was, each.now) for each in stack)
-    return (stack[-1].now, True) if is_known else (value, False)
+def settle(value: Any, stack: Sequence[Decision]) -> Decision | None:
+    """Return the decision that counts: the last one, if `value` is what a reviewer had or chose."""
+    return stack[-1] if any(value in (each.was, each.now) for each in stack) else None
 
 
 def drop_undone(stack: Sequence[Decision]) -> list[Decision]:
@@ -133,8 +132,9 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
     for row in changed:
         for field in ("label", "tags"):
             before, stack = row[field], decisions.get((row["path"], field), ())
-            row[field], applies = settle(before, stack)
-            if stack and not applies and stack[-1].now != stack[-1].was:
+            if last := settle(before, stack):
+                row[field] = last.now
+            elif stack and stack[-1].now != stack[-1].was:
                 unused.add("corrections of images whose label or tags were changed since", row["path"])
             if field == "tags" and row["tags"] != before and row["caption"]:
                 row["caption"] = retag(row["caption"], before, row["tags"])

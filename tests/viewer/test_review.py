@@ -12,7 +12,7 @@ from data.collection.collection import Collection, index_collection
 from data.layouts.corrections import CORRECTIONS, append_corrections, read_corrections
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
-from utils.record.tables import Difference, find_differences, images_root
+from utils.record.tables import find_differences, images_root
 from viewer.review import Desk, Review, ask
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
@@ -56,14 +56,14 @@ def runs(tmp_path_factory, animals):
 def test_differences_are_ranked(tmp_path):
     write_table(tmp_path, "there", path=["a", "b", "c"], label=["x", "x", "y"], prediction=["y", "z", "y"],
                        wrong=[True, True, False], loss=[1.0, 2.0, 0.0])  # fmt: skip
-    assert [(each.path, each.label, round(each.by, 3)) for each in find_differences(tmp_path, 9)] == [
+    assert [(path, label, round(by, 3)) for path, by, label in find_differences(tmp_path, 9)] == [
         ("b", "z", 0.865), ("a", "y", 0.632),
     ]  # fmt: skip
     write_table(tmp_path, "there", path=["a", "b", "c"], wrong=[["x", "y"], [], []], missed=[["z"], ["x"], []],
                        wrong_by=[[0.1, 0.3], [], []], missed_by=[[0.2], [0.4], []])  # fmt: skip
     assert images_root(tmp_path) == "there" and find_differences(tmp_path, 9) == [
-        Difference("b", 0.4, tags={"x": False}),
-        Difference("a", 0.3, tags={"y": True, "z": False, "x": True}),
+        ("b", 0.4, {"x": False}),
+        ("a", 0.3, {"y": True, "z": False, "x": True}),
     ]
     (tmp_path / "tables/images.parquet").write_bytes(b"PAR1")
     with pytest.raises(ValueError):
@@ -72,8 +72,7 @@ def test_differences_are_ranked(tmp_path):
 
 def test_tags_are_toggled_and_undone():
     had = ["blue hair", "character:miku", "hat"]
-    found = Difference("a.png", 0.5, tags={"red_hair": True, "hat": False})
-    review = Review([ask(found, had), ask(found._replace(path="b.png"), had)])
+    review = Review([ask(path, 0.5, {"red_hair": True, "hat": False}, had) for path in ("a.png", "b.png")])
     review.by = "me"
     with_both = ["blue hair", "character:miku", "hat", "red hair"]
     (line,) = review.press("2")  # keeps the hat
@@ -88,9 +87,7 @@ def test_tags_are_toggled_and_undone():
 
 
 def test_undo_goes_behind_a_manifest_that_has_the_correction():
-    first, review = (
-        Review([ask(Difference("a.png", 1.0, label), had)]) for label, had in (("dog", "cat"), ("fox", "dog"))
-    )
+    first, review = (Review([ask("a.png", 1.0, label, had)]) for label, had in (("dog", "cat"), ("fox", "dog")))
     first.press("Enter")
     review.decisions = first.decisions
     assert [(line.now, line.verdict) for line in review.press("u")] == [("cat", "undone")]
@@ -154,7 +151,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
 
 
 def test_what_cannot_be_saved_waits(tmp_path):
-    review = Review([ask(Difference("a.png", 1.0, "dog"), "cat")])
+    review = Review([ask("a.png", 1.0, "dog", "cat")])
     (tmp_path / CORRECTIONS).mkdir()
     desk, lines = Desk(tmp_path), review.press("Enter")
     decisions, fault = desk.sync(lines)

@@ -3,11 +3,10 @@
 import csv
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from itertools import islice, repeat
 from pathlib import Path
-from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -92,28 +91,16 @@ def images_root(run: Path) -> str:
     return (_read_schema(run).metadata or {}).get(b"root", b"").decode(errors="replace")
 
 
-class Difference(NamedTuple):
-    """An image. by: how far network and label are apart, 0 to 1. label: what the network sees, or None for tags.
+def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
+    """Return path, distance and prediction of the images where network and label differ most, first.
 
-    tags: those that the network would add (True) or take away, the farthest from its threshold first.
-    """
-
-    path: str
-    by: float
-    label: str | None = None
-    tags: Mapping[str, bool] = MappingProxyType({})
-
-
-def find_differences(run: Path, most: int) -> list[Difference]:
-    """Return the images of images.parquet where network and label differ most, first; none without the file.
-
-    Classes are ranked by the probability of the label (cleanlab's self-confidence), tags by their distance from the
-    threshold. Raises OSError, ValueError.
+    The distance, 0 to 1, is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold.
+    The prediction is a class, or the tags to add (True) or to take away, the farthest from its threshold first. There
+    are none without images.parquet. Raises OSError, ValueError.
     """
     columns = _read_schema(run).names
     if "label" in columns:
-        rows = worst_images(run, most) or ()
-        return [Difference(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]) for row in rows]
+        return [(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]) for row in worst_images(run, most)]
     if "wrong_by" not in columns:
         return []
     table = pq.read_table(run / IMAGES, columns=["path", "wrong", "wrong_by", "missed", "missed_by"]).combine_chunks()
@@ -125,5 +112,5 @@ def find_differences(run: Path, most: int) -> list[Difference]:
     for row in table.take(rows[by[rows] >= 0]).to_pylist():
         tags = [*zip(row["wrong_by"], row["wrong"], repeat(True)), *zip(row["missed_by"], row["missed"], repeat(False))]
         tags.sort(key=lambda tag: -tag[0])
-        found.append(Difference(row["path"], tags[0][0], tags={name: is_added for _, name, is_added in tags}))
+        found.append((row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}))
     return found
