@@ -6,22 +6,13 @@ import shlex
 from collections.abc import Callable, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
-from threading import Lock
 from typing import Any, NamedTuple
 
 from nicegui import run as background
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
-from data.layouts.corrections import (
-    CORRECTIONS,
-    Decision,
-    Decisions,
-    append_corrections,
-    drop_undone,
-    read_corrections,
-    settle,
-)
+from data.layouts.corrections import Decision, Decisions, Desk, drop_undone, settle
 from data.layouts.spelling import Tag, parse_tag, write_tag
 from data.layouts.table import count_values
 from utils.errors import UserError
@@ -32,6 +23,7 @@ from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
 
+_desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 _MOST, _CARDS = 10_000, 24  # differences, and those on a screen
 _HINT = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
 _BUTTON = "no-caps dense unelevated"
@@ -48,36 +40,6 @@ _STYLE = """
 .marked { background: #1c6dd033 } .here { border-color: #1c6dd0 }
 .large { width: 100%; height: min(46vh, 90vw, 420px) }
 """
-
-
-class Desk:
-    """The decisions about a collection: those in its file, and those that the file could not take yet."""
-
-    def __init__(self, root: Path) -> None:
-        self._root, self._lock, self._waiting = root, Lock(), list[Decision]()
-        self._saved, self._version = Decisions(), None
-
-    def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
-        """Append decisions, and those that wait; return all of them, and why some wait on."""
-        file, fault = self._root / CORRECTIONS, ""
-        with self._lock:
-            self._waiting += new
-            try:
-                if self._waiting:
-                    append_corrections(self._root, self._waiting)
-                    self._waiting.clear()
-                version = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
-                if version != self._version:
-                    self._saved, self._version = read_corrections(self._root), version
-            except (OSError, UserError) as error:
-                fault = f"{len(self._waiting)} decisions wait here and are tried again: {error}"
-            decisions = {key: [*lines] for key, lines in self._saved.items()}
-            for each in self._waiting:
-                decisions.setdefault((each.path, each.field), []).append(each)
-        return decisions, fault
-
-
-_desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 
 
 class Question(NamedTuple):

@@ -10,6 +10,7 @@ import os
 from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, Self
 
 import numpy as np
@@ -95,6 +96,33 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
             raise
 
 
+class Desk:
+    """The decisions about a collection: those in its file, and those that the file could not take yet. Thread-safe."""
+
+    def __init__(self, root: Path) -> None:
+        self._root, self._lock, self._waiting = root, Lock(), list[Decision]()
+        self._saved, self._version = Decisions(), None
+
+    def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
+        """Append decisions, and those that wait; return all of them, and why some wait on."""
+        file, fault = self._root / CORRECTIONS, ""
+        with self._lock:
+            self._waiting += new
+            try:
+                if self._waiting:
+                    append_corrections(self._root, self._waiting)
+                    self._waiting.clear()
+                version = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
+                if version != self._version:
+                    self._saved, self._version = read_corrections(self._root), version
+            except (OSError, UserError) as error:
+                fault = f"{len(self._waiting)} decisions wait here and are tried again: {error}"
+            decisions = {key: [*lines] for key, lines in self._saved.items()}
+            for each in self._waiting:
+                decisions.setdefault((each.path, each.field), []).append(each)
+        return decisions, fault
+
+
 def settle(value: Any, stack: Sequence[Decision]) -> Decision | None:
     """Return the decision that counts: the last one, if `value` is what a reviewer had or chose."""
     return stack[-1] if any(value in (each.was, each.now) for each in stack) else None
@@ -109,13 +137,15 @@ def drop_undone(stack: Sequence[Decision]) -> list[Decision]:
 
 
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
-    """Return the lines of a text with other tags; lines that are no tags, such as sentences, stay."""
-    added = [tag for tag in now if tag not in before]
-    lines = [(line, split_tags(line)) for line in text.split("\n")]
-    return "\n".join(
-        join_tags([*(tag for tag in tags if tag in now), *added], ", ") if {*tags} and {*tags} <= {*before} else line
-        for line, tags in lines
-    )
+    """Return the lines of a text with other tags, on a line each if they were; lines that are no tags stay."""
+    lines, added = text.split("\n"), [tag for tag in now if tag not in before]
+    split = [[line.strip()] if line.strip() in before else split_tags(line) for line in lines]
+    ours = [number for number, tags in enumerate(split) if tags and {*tags} <= {*before}]
+    separator = "\n" if len(ours) > 1 and all(len(split[number]) == 1 for number in ours) else ", "
+    for number in ours:
+        kept = [tag for tag in split[number] if tag in now]
+        lines[number] = join_tags([*kept, *(added if separator == ", " or number == ours[-1] else ())], separator)
+    return "\n".join(lines)
 
 
 def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:

@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 from data.collection.collection import Collection, index_collection
-from data.layouts.corrections import CORRECTIONS, append_corrections, read_corrections
+from data.layouts.corrections import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
 from utils.record.tables import find_differences, images_root
-from viewer.review import Desk, Review, ask
+from viewer.review import Review, ask
 
 CLASSES = [HOSTILE.replace("/", ""), "cat", "dog"]
 
@@ -148,19 +148,3 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     arrow = index_collection(str(animals), validation_fraction=0.34, cache=tmp_path)  # as the next training does
     labels = Collection(str(animals), arrow).table["label"].to_pylist()
     assert labels == ["cat", "dog", "dog", "dog", "cat", "cat", *["dog"] * 3]
-
-
-def test_what_cannot_be_saved_waits(tmp_path):
-    review = Review([ask("a.png", 1.0, "dog", "cat")])
-    (tmp_path / CORRECTIONS).mkdir()
-    desk, lines = Desk(tmp_path), review.press("Enter")
-    decisions, fault = desk.sync(lines)
-    assert "1 decisions wait" in fault and list(decisions.values()) == [lines]
-    (tmp_path / CORRECTIONS).rmdir()
-    append_corrections(tmp_path, [lines[0].model_copy(update={"now": "bird", "by": "other"})])
-    assert desk.sync()[1] == "" and [line.now for line in read_corrections(tmp_path)["a.png", "label"]] == [
-        "bird",
-        "dog",
-    ]
-    (tmp_path / CORRECTIONS).write_text("[]\n")
-    assert "line 1" in desk.sync()[1]

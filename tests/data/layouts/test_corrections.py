@@ -7,7 +7,7 @@ import threading
 
 import pytest
 
-from data.layouts.corrections import CORRECTIONS, Decision, append_corrections, read_corrections, retag
+from data.layouts.corrections import CORRECTIONS, Decision, Desk, append_corrections, read_corrections, retag
 from data.tools.write_manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.support import data_config
@@ -58,6 +58,7 @@ def test_tags_and_their_caption(root, opened, caplog):  # noqa: F811
     assert columns(opened(root), "tags", "caption") == [(["1girl", "hat"], "1girl, hat"), (had, "1girl, blue hair")]
     assert "1 corrections of images that the collection has not: gone.png" in caplog.text
     assert retag("A girl in a hat. She smiles.\n1girl, hat", ["1girl", "hat"], ["1girl"]).endswith("smiles.\n1girl")
+    assert retag("hat\n>_<, big\nblue", ["hat", ">_<, big", "blue"], ["hat", "blue", "sky"]) == "hat\n\nblue\nsky"
 
 
 def test_the_manifest_takes_them_and_agrees_with_them(animals, opened, tmp_path, monkeypatch, caplog):  # noqa: F811
@@ -116,3 +117,15 @@ def test_a_link_out_of_the_collection_is_refused(animals, tmp_path):
         with pytest.raises(UserError, match="link out of the collection"):
             use()
     assert not (tmp_path / "elsewhere").exists()
+
+
+def test_what_cannot_be_saved_waits(tmp_path):
+    (tmp_path / CORRECTIONS).mkdir()
+    desk, line, other = Desk(tmp_path), decide("a.png", "cat", "dog"), decide("a.png", "cat", "bird", by="b")
+    decisions, fault = desk.sync([line])
+    assert "1 decisions wait" in fault and list(decisions.values()) == [[line]]
+    (tmp_path / CORRECTIONS).rmdir()
+    append_corrections(tmp_path, [other])
+    assert desk.sync()[1] == "" and read_corrections(tmp_path)["a.png", "label"] == [other, line]
+    (tmp_path / CORRECTIONS).write_text("[]\n")
+    assert "line 1" in desk.sync()[1]
