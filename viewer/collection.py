@@ -5,6 +5,7 @@ Only the thumbnails near the visible part exist, so a collection may have millio
 
 import functools
 import itertools
+from asyncio import Lock
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import quote, urlencode
@@ -112,9 +113,11 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[dict[str, Any]]:
     """Return the rows of the table of values: images, share, and how many times as frequent as in all images."""
     usual, here = search.count(np.arange(len(search.collection)), column), search.count(rows, column)
+    sign = "" if column == "tags" else f"{column}="
     return [
         {
-            "value": value, "shown": escape_controls(value), "images": images, "share": f"{images / len(rows):.1%}",
+            "term": sign + quote_value(value), "shown": escape_controls(value),
+            "images": images, "share": f"{images / len(rows):.1%}",
             "lift": round(images / len(rows) * len(search.collection) / usual[value], 2),
         }
         for value, images in itertools.islice(here.items(), _COUNTED)
@@ -177,7 +180,7 @@ class _Browser:
 
     def __init__(self, shelf: Shelf, name: str, search: Search) -> None:
         self._shelf, self._name, self._search, self._collection = shelf, name, search, search.collection
-        self._found, self._table = np.empty(0, np.int64), None
+        self._found, self._lock = np.empty(0, np.int64), Lock()
 
     async def build(self, text: str) -> None:
         """Build the page for some terms."""
@@ -196,7 +199,7 @@ class _Browser:
         with ui.element("div").classes("browse"):
             self._tiles = Tiles(self._tile, self._open)
             with ui.element("div"):
-                await filtered_table(names, "count", "value", self._count)
+                self._count = await filtered_table(names, "count", "term", self._fill)
         self._box = ui.dialog().props("full-width")
         await self._find()
 
@@ -210,22 +213,22 @@ class _Browser:
         await self._find()
 
     async def _find(self) -> None:
-        text = self._terms.value or ""
-        try:
-            self._found = await background.io_bound(self._search.find, text)
-        except UserError as error:
-            self._said.set_text(escape_controls(str(error)))
-            return
-        advice = "" if len(self._found) else ": remove a term, or write -TERM for images without it"
-        self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images{advice}")
-        ui.navigate.history.replace(f"/collection/{self._name}?{urlencode({'find': text})}")
-        self._tiles.show(self._found)
-        await self._count(self._table, self._column)
+        async with self._lock:  # the last search stays, also if one before it takes longer
+            text = self._terms.value or ""
+            try:
+                self._found = await background.io_bound(self._search.find, text)
+            except UserError as error:
+                self._said.set_text(escape_controls(str(error)))
+                return
+            advice = "" if len(self._found) else ": remove a term, or write -TERM for images without it"
+            self._said.set_text(f"{len(self._found):,} of {len(self._collection):,} images{advice}")
+            ui.navigate.history.replace(f"/collection/{self._name}?{urlencode({'find': text})}")
+            self._tiles.show(self._found)
+            await self._count()
 
-    async def _count(self, table: ui.table, column: str) -> None:
-        if self._table is None:
-            table.on("rowClick", lambda event: self._add(self._sign + quote_value(event.args[1]["value"])))
-        self._table, self._column, self._sign = table, column, "" if column == "tags" else f"{column}="
+    async def _fill(self, table: ui.table, column: str) -> None:
+        if not table.columns:
+            table.on("rowClick", lambda event: self._add(event.args[1]["term"]))
         names = {"shown": column, "images": "count", "share": "share", "lift": "x usual"}
         shared = {"sortable": True, "align": "left"}
         table.columns = [{"name": key, "label": names[key], "field": key, **shared} for key in names]

@@ -2,6 +2,7 @@
 
 import shlex
 import time
+from asyncio import Lock
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -66,8 +67,13 @@ def show_command(title: str, words: Sequence[str]) -> None:
         copy.props(f"flat round dense aria-label='copy the command: {title}'")
 
 
-async def filtered_table(names: list[str], label: str, key: str, fill: Callable[[ui.table, str], Awaitable]) -> None:
-    """Show a choice, a filter, and a table that `fill` gives columns and rows for what is chosen."""
+async def filtered_table(
+    names: list[str], label: str, key: str, fill: Callable[[ui.table, str], Awaitable]
+) -> Callable[[], Awaitable]:
+    """Show a choice, a filter, and a table that `fill` gives columns and rows for what is chosen.
+
+    Returns the function that fills it again.
+    """
     with ui.row().classes("items-center w-full"):
         chosen = ui.select({name: escape_controls(name) for name in names}, value=names[0])
         chosen.props(f"dense outlined options-dense aria-label='{label}'")
@@ -75,8 +81,15 @@ async def filtered_table(names: list[str], label: str, key: str, fill: Callable[
     table = ui.table(columns=[], rows=[], row_key=key).classes("w-full").style("height: 70vh")
     table.props("flat bordered virtual-scroll dense wrap-cells :rows-per-page-options=[0]")
     find.bind_value_to(table, "filter", forward=lambda text: text or "")
-    chosen.on_value_change(lambda event: fill(table, event.value))
-    await fill(table, names[0])
+    lock = Lock()
+
+    async def refill() -> None:
+        async with lock:  # the last choice stays, also if one before it takes longer
+            await fill(table, chosen.value)
+
+    chosen.on_value_change(refill)
+    await refill()
+    return refill
 
 
 def ago(seconds: float) -> str:

@@ -27,6 +27,7 @@ from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 from utils.thresholds import CATEGORY_PROFILES, MCUT, PER_TAG, thresholds_path
 from utils.vocabulary import FILE, category_name
+from viewer.collection import list_collections
 from viewer.images import Shelf, image_address
 from viewer.parts import page
 
@@ -177,7 +178,7 @@ def add_page(networks: Networks, shelf: Shelf) -> None:
     def list_all() -> tuple[dict[str, str | None], dict[str, str]]:
         files = lambda run: (run, *run.glob("weights/*.safetensors"), *run.glob("export*/**/*.onnx"))  # noqa: E731
         names = {str(file): name for run, name in shelf.of_runs().items() for file in files(run)}
-        roots = {name: escape_controls(config.root) for name, config in shelf.configs().items()}
+        roots = {name: f"{title}: {about}" for name, title, about, _ in list_collections(shelf)}
         return {path: name for path, name in names.items() if path == escape_controls(path)}, roots
 
     @ui.page("/try")
@@ -199,6 +200,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
         if not image or not weights.value:
             return
         question, answer = (weights.value, profile.value, *image), None
+        stop.visible = False  # a search for another image
         message.text, said = "computing; the first answer of a network takes seconds", "a defect: see the terminal"
         try:
             *answer, said = await background.io_bound(networks.ask, *question)
@@ -213,18 +215,18 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
                         _show_answer(*answer)
 
     async def find() -> None:
-        if not image or not weights.value or not collection.value or stop.visible:
-            ui.notify("choose a network, an image and a collection" if not stop.visible else "already searching")
+        if not image or not weights.value or not collection.value:
+            ui.notify("choose a network, an image and a collection")
             return
         steps, found = networks.nearest(weights.value, shelf, collection.value, *image), []
-        stop.visible = True
+        search.disable(), stop.set_visibility(True)
         try:
-            while stop.visible and not stop.is_deleted and (step := await background.io_bound(next, steps, None)):
+            while (step := await background.io_bound(next, steps, None)) and stop.visible and not stop.is_deleted:
                 progress.value, found = step
         except (UserError, UnreadableImage, HTTPException) as error:
             message.text = escape_controls(str(error))
         finally:
-            stop.visible = False
+            stop.set_visibility(False), search.enable()
             await background.io_bound(steps.close)
         alike.clear()
         with alike:
@@ -249,7 +251,7 @@ def _build(networks: Networks, shelf: Shelf, own: dict[str, str | None], collect
     with ui.row().classes("w-full items-center"):
         collection = ui.select(collections, label="Collection", value=own.get(weights.value))
         collection.props("dense outlined").classes("col")
-        ui.button("Find its nearest images", on_click=find).props("unelevated no-caps")
+        search = ui.button("Find its nearest images", on_click=find).props("unelevated no-caps")
         progress = ui.linear_progress(0, show_value=False).style("width: 120px")
         stop = ui.button("Stop", on_click=lambda: stop.set_visibility(False)).props("flat no-caps")
         stop.visible = False

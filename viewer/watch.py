@@ -24,13 +24,9 @@ log = get_logger(__name__)
 _CHECK_SEC, _TELL_SEC = 10.0, 10.0  # between two checks; for the command, and for the webhook
 _RECENT = 3  # rows of training, whose median speed is compared with the median before
 _GPUS = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
-_COLUMNS = [{"name": name, "label": "", "field": name, "align": "left"} for name in ("share", "what")]
-_SLOTS = {
-    "share": '<q-td :props="props" style="width: 140px"><q-badge v-if="props.row.link" color="negative">alert</q-badge>'
-    '<q-linear-progress v-else :value="props.row.share" style="width: 110px" /></q-td>',
-    "what": '<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>'
-    '<span v-else>{{ props.row.what }}</span><div class="muted">{{ props.row.text }}</div></q-td>',
-}
+_SLOT = """<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>
+<span v-else>{{ props.row.what }}</span><div class="muted">{{ props.row.text }}</div>
+<q-linear-progress :value="props.row.share" :color="props.row.link && 'negative'" /></q-td>"""
 # What may be wrong with a run that trains.
 RULES = {
     "the training loss is not finite": lambda run, curves, _: _last(curves, "epoch") > _last(curves, "loss"),
@@ -117,9 +113,8 @@ def add_page(index: RunIndex, limits: AlertsConfig) -> None:
     async def show() -> None:
         with page("Watch"):
             said = ui.label().style("white-space: pre-wrap")
-            table = ui.table(columns=_COLUMNS, rows=[]).classes("w-full").props("flat bordered wrap-cells hide-header")
-            for name, template in _SLOTS.items():
-                table.add_slot(f"body-cell-{name}", template)
+            table = ui.table(columns=[{"name": "row", "align": "left"}], rows=[]).classes("w-full")
+            table.props("flat bordered wrap-cells hide-header").add_slot("body-cell-row", _SLOT)
 
             async def refresh() -> None:
                 table.rows = await background.io_bound(watch.rows)
