@@ -217,6 +217,7 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
 
 
 def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
+    newest = 0
     with ui.row().classes("items-center w-full"):
         for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
             ui.button(title, on_click=lambda _, key=key: press(key)).props(f"{_BUTTON} padding='4px 12px'")
@@ -235,9 +236,11 @@ def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> Non
         cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
 
     async def save(lines: Sequence[Decision] = ()) -> None:
+        nonlocal newest
+        newest = number = newest + 1
         decisions, fault = await background.io_bound(desk.sync, lines)
         waiting.text = escape_controls(fault)
-        if decisions != review.decisions:
+        if number == newest and decisions != review.decisions:  # an older answer lacks the latest keys
             review.decisions = decisions
             draw()
 

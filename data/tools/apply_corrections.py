@@ -22,7 +22,7 @@ from data.layouts.table import show_some
 from data.layouts.unused import Unused, warn_unused
 from data.tools.tool import Tool
 from utils.errors import UserError
-from utils.io.files import AppendFile, write_atomically
+from utils.io.files import AppendFile, write_atomically, write_text
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 
@@ -64,11 +64,10 @@ def _apply(root: Path) -> str:
         for suffix, text in _rewrite(path, texts, row["tags"], field, now[field]).items():
             name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
             name = name if stems[stem] == 1 else f"{path}{suffix}"  # not that of another image, too
-            before, after = _read(root, name), text.encode()
-            line = {"file": name, "before": before.decode("latin-1"), "after": after.decode("latin-1")}
-            undo.write(f"\n{json.dumps(line)}\n")
+            before = _read(root, name).decode("latin-1") if (root / name).exists() else None
+            undo.write(f"\n{json.dumps({'file': name, 'before': before, 'after': text.encode().decode('latin-1')})}\n")
             undo.sync()
-            write_atomically(root / name, lambda file, after=after: file.write_bytes(after))
+            write_text(root / name, text)
     undo.close()
     rows = {row["path"]: row for row in _read_rows(root, decisions).to_pylist()}
     if kept := [row["path"] for row, now, field in changes if rows[row["path"]][field] != now[field]]:
@@ -102,11 +101,11 @@ def _restore(root: Path) -> str:
         with suppress(json.JSONDecodeError):  # blank, or cut off by a kill
             name, before, after = (json.loads(text)[key] for key in ("file", "before", "after"))
             now = _read(root, name).decode("latin-1")
-            if now == after and before:
+            if now == after and before is not None:
                 write_atomically(root / name, lambda file, old=before: file.write_bytes(old.encode("latin-1")))
             elif now == after:
                 (root / name).unlink()
-            elif now != before:
+            elif now != (before or ""):
                 kept.append(name)
     (root / UNDO).unlink()
     if kept:

@@ -26,6 +26,7 @@ def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa:
     put(root, "cat/1.png", "cat/2.png", "cat/3.png", "cat/4.png", "cat/4.jpg", "dog/1.png")
     (root / "cat/1.txt").write_bytes(b"1girl, hat\r\n")
     (root / "cat/2.json").write_text('{"tag_string": "hat sky", "score": 3}')
+    (root / "cat/3.txt").write_text("")
     (root / "cat/4.txt").write_text("hat")
     (root / "dog/1.caption").write_text("A dog sits there.\nhat, dog")
     append_corrections(root, [
