@@ -1,10 +1,10 @@
 """Run one offline job on a collection. conf/job/ has the keys of each job (docs/collections.md).
 
-    python prepare.py job=manifest data=image_folder data.root=PATH          check all images, write manifest.parquet
-    python prepare.py job=manifest data=image_folder data.root=PATH job.verify=false          without decoding them
-    python prepare.py job=vocabulary data=image_folder data.root=PATH job.output=FILE         the tags to train
-    python prepare.py job=pack data=image_folder data.root=PATH job.output=FOLDER             the images as tar shards
-    python prepare.py job=statistics data=image_folder data.root=PATH        an HTML page about the collection
+    python prepare.py job=manifest data.root=PATH          check all images, write manifest.parquet
+    python prepare.py job=manifest data.root=PATH job.verify=false          without decoding them
+    python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
+    python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
+    python prepare.py job=statistics data.root=PATH        an HTML page about the collection
 
 Other jobs: count, verify, duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
 job changes an image.

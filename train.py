@@ -1,10 +1,10 @@
 r"""Train a classifier from scratch: find the learning rate, then train one cycle, with live plots.
 
     python train.py                                                       the embedded glyphs
-    python train.py data=image_folder data.root=PATH                      class folders, with or without train/ and val/
-    python train.py model.name=convnext_atto optim=adamw data=image_folder data.root=PATH
+    python train.py data.root=PATH                      class folders, with or without train/ and val/
+    python train.py model.name=convnext_atto optim=adamw data.root=PATH
     python train.py --multirun optim.base_lr=0.1,0.4 lr_finder.enabled=false sweep.name=rates       a sweep
-    torchrun --nproc_per_node=8 train.py data=image_folder data.root=PATH
+    torchrun --nproc_per_node=8 train.py data.root=PATH
 
 The same command resumes a run. To start from weights, use finetune.py.
 """

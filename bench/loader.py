@@ -1,6 +1,6 @@
 """What the loader gives on this machine with this collection, and the settings to use.
 
-python bench/loader.py data.root=PATH [data=image_folder|glyphs] [augment=light] [seconds=90] [any key of train.py]
+python bench/loader.py [data.root=PATH] [augment=light] [seconds=90] [any key of train.py]
 
 Two measurements, both with the readers of training, by workers and augment.on_device: reading alone; and reading for
 training steps of the configured network, which decides, because on a CPU workers take the cores that training needs.
@@ -190,8 +190,6 @@ def main():
     seconds = next((word.partition("=")[2] for word in words if word.startswith("seconds=")), None)
     seconds = float(seconds or (QUICK_SECONDS if quick else SECONDS))
     words = [word for word in words if word != "quick" and not word.startswith("seconds=")]
-    if any(word.startswith("data.root=") for word in words) and not any(word.startswith("data=") for word in words):
-        words.insert(0, "data=image_folder")
     sys.argv[1:] = words  # what is left is the command line of train.py
     replace(train.main, main=lambda config, job: measure(config, seconds, quick))()
 

@@ -176,6 +176,9 @@ class Command(Generic[Schema]):
     def compose(self, words: list[str]) -> tuple[DictConfig, Job]:
         """Compose the configuration from conf/ and the words of a command line."""
         words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
+        given = {word.partition("=")[0] for word in words}
+        if "data.root" in given and not given & {"data", "experiment"} and self._default("data") == "glyphs":
+            words = ["data=image_folder", *words]  # a folder is of the user's own images
         search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
             values = hydra.compose(self.script, [*map(_store_file, words), *search], return_hydra_config=True)
@@ -183,6 +186,11 @@ class Command(Generic[Schema]):
         with open_dict(values):
             del values["hydra"]
         return values, Job(self.script, choices, words)
+
+    def _default(self, group: str) -> str | None:
+        """Return the file of a group that the script reads if the words name none."""
+        listed = OmegaConf.load(self.config_dir / f"{self.script}.yaml").get("defaults", [])
+        return next((item[group] for item in listed if group in item and not isinstance(item, str)), None)
 
     def _spell_name(self, word: str) -> str:
         """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name.

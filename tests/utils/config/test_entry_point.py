@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from tests.in_process import TINY, configure, load_command, make_images, working_in
+from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
@@ -139,3 +139,17 @@ def test_a_recipe_finds_its_folder_again_and_another_recipe_gets_another():
     assert len({plain, folder_of("seed=1"), folder_of("optim.lr=0.1"), folder_of("runtime.precision=bf16")}) == 4
     assert folder_of("model=convnextv2_tiny").startswith("outputs/finetune/convnextv2_tiny-glyphs-")
     assert folder_of("run_dir=a/b") == "a/b"
+
+
+@pytest.mark.parametrize(
+    ("words", "data"),
+    [
+        (["data.root=PATH"], "image_folder"),
+        (["data=glyphs", "data.root=PATH"], "glyphs"),
+        (["experiment=glyphs/best", "data.root=PATH"], "glyphs"),
+        ([], "glyphs"),
+    ],
+)
+def test_a_folder_is_of_the_users_own_images(words, data):
+    values, job = compose("train", words)
+    assert values.data.name == job.choices["data"] == data
