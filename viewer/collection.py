@@ -131,7 +131,7 @@ def show_folder(root: str) -> str:
 
 def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
     """Yield names of collections, their folders', their roots with what tells them from others there, and runs."""
-    runs, configs = shelf.of_runs(), shelf.configs()
+    runs, configs = shelf.of_runs(), dict(shelf.configs)
     for name, config in configs.items():
         same = [other.index_settings() for other in configs.values() if other.root == config.root]
         own = [f"{key}={each}" for key, each in config.index_settings().items() if any(it[key] != each for it in same)]

@@ -1,11 +1,4 @@
-"""The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`.
-
-shelf.of_runs()                        all runs, each with the name of the collection that it was trained on, or None
-shelf.configs()                        the collections by name: the user's, and those of the runs
-collection = shelf.open(name)          slow at first: through background.io_bound
-image_address(name, collection, row)   row: of the collection, as in its index
-find_rows(collection, paths)           rows by path
-"""
+"""The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`."""
 
 import functools
 import io
@@ -49,10 +42,13 @@ _UNREADABLE = (
 
 
 class Shelf:
-    """The collections that runs were trained on, and the one that the user names; opened when they are asked for."""
+    """The collections that runs were trained on, and the one that the user names. To open one may take long.
+
+    configs: their settings by name, the user's first; roots are absolute. `of_runs` looks for more.
+    """
 
     def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
-        self.runs, self._lock, self._configs = runs, Lock(), dict[str, DataConfig]()
+        self.runs, self._lock, self.configs = runs, Lock(), dict[str, DataConfig]()
         self._open = dict[tuple[str, bool], Collection]()  # by name, and whether it is corrected
         self._shown = dict[tuple[str, str], Collection]()  # by name and fingerprint
         if data is not None:
@@ -63,7 +59,7 @@ class Shelf:
             config = config.model_copy(update={"root": str(Path(config.root).expanduser().resolve())})
         keys = config.model_dump(mode="json", include={"root", *config.index_settings()})
         name = sha256_text(canonical_json(keys))[:12]
-        self._configs[name] = config
+        self.configs[name] = config
         return name
 
     def of_run(self, run: Path) -> str | None:
@@ -77,16 +73,11 @@ class Shelf:
         """Return all runs, each with the name of its collection, as `of_run` does."""
         return {run: self.of_run(run) for run in find_runs(self.runs.roots)}
 
-    def configs(self) -> dict[str, DataConfig]:
-        """Return the settings of all collections by name, the user's first; roots are absolute."""
-        self.of_runs()
-        return dict(self._configs)
-
     def config(self, name: str) -> DataConfig:
         """Return the settings of a collection. Raises HTTPException 404 for an unknown name."""
-        if name not in self._configs and name not in self.configs():
+        if name not in self.configs and name not in self.of_runs().values():
             raise HTTPException(404, "no such collection")
-        return self._configs[name]
+        return self.configs[name]
 
     def open(self, name: str, *, again: bool = False, corrected: bool = True) -> Collection:
         """Return a collection; again: look for changes. Raises UserError (`data.root`), HTTPException 404."""

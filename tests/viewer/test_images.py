@@ -36,7 +36,7 @@ def shelf(tmp_path, monkeypatch):
 def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeypatch):
     monkeypatch.setattr(images, "app", app := FastAPI())
     images.add_route(shelf)
-    client, (name,) = TestClient(app), shelf.configs()
+    client, (name,) = TestClient(app), shelf.of_runs().values()
     assert name == shelf.of_run(tmp_path / "runs/a")
     collection = shelf.open(name)
     (tmp_path / "photos/c.jpg").unlink()
@@ -63,7 +63,7 @@ def test_a_thumbnail_is_kept_and_a_full_disk_costs_only_time(shelf, tmp_path, mo
     monkeypatch.setattr(images, "image_key", lambda *_: "a" * 32)
     monkeypatch.setattr(images.LimitedStore, "put", refuse) if is_full else None
     images.add_route(shelf)
-    (name,) = shelf.configs()
+    (name,) = shelf.of_runs().values()
     address = images.image_address(name, shelf.open(name), 0)
     first = TestClient(app).get(address)
     (tmp_path / "photos/a.png").unlink()
@@ -81,7 +81,7 @@ def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
 
 
 def test_a_changed_collection_has_another_address(shelf, tmp_path):
-    (name,) = shelf.configs()
+    (name,) = shelf.of_runs().values()
     before = shelf.open(name)
     (tmp_path / "photos/a.png").unlink()
     assert shelf.open(name) is before and shelf.open(name, again=True).fingerprint != before.fingerprint
@@ -98,7 +98,7 @@ from viewer.collection import describe_image, search_of
 from viewer.images import Shelf, reduce_image
 values = yaml.safe_load((CONF / "data/image_folder.yaml").read_text())
 shelf = Shelf(RunIndex([]), DataConfig(**values | {"root": "photos"}))
-(name,) = shelf.configs()
+(name,) = shelf.configs
 collection = shelf.open(name)
 assert len(search_of(collection).find("path:a.png")) == 1 and "EXIF" not in describe_image(shelf, name, collection, 0)
 assert reduce_image(shelf.read(name, collection, 0), "a.png", 10**6, 64)
