@@ -28,7 +28,7 @@ join
 export_to v_prediction diffusers
 export_to v_prediction single_file
 training lora v_prediction/export/diffusers orange
-stage lora "${command[@]}" 'task.lora={rank:16,alpha:16.0,targets:[unet.*],conv:true,text_encoders:false}' optim.lr=3e-3 \
+stage lora "${command[@]}" 'task.lora={kind:lora,factor:-1,rank:16,alpha:16.0,targets:[unet.*],conv:true,text_encoders:false}' optim.lr=3e-3 \
     loop.total_steps=60 'task.samples.prompts=[orange,black,white]' "${overrides[@]}"
 export_to lora kohya
 "$python" bench/demo_table.py sdxl "$out"
