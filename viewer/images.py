@@ -75,7 +75,9 @@ class Shelf:
 
     def config(self, name: str) -> DataConfig:
         """Return the settings of a collection. Raises HTTPException 404 for an unknown name."""
-        if name not in self.configs and name not in self.of_runs().values():
+        if name not in self.configs:
+            self.of_runs()  # of runs since then
+        if name not in self.configs:
             raise HTTPException(404, "no such collection")
         return self.configs[name]
 

@@ -218,6 +218,8 @@ PROVED = {
     "AugmentConfig.eval_resize",
     "AugmentConfig.pad",
     "AugmentConfig.shrink",  # by its own method: tests/data/augment/test_shrink.py
+    # By its own method: tests/data/collection, tests/data/layouts/test_corrections.py.
+    *(f"DataConfig.{name}" for name in ("validation_fraction", "on_bad_sidecar", "corrections")),
 }
 # Refused where they are given, passed on, or of training: prepare.py decodes an image once, without a cache.
 REFUSED = {

@@ -69,7 +69,7 @@ def test_a_phase_has_its_size_micro_batch_mixing_and_frozen_parameters(whole, co
     assert not all(torch.equal(last[name], boundary[name]) for name in frozen)
     best = max(row["top1"] for row in rows(whole / "metrics.jsonl", "evaluate") if row["step"] > 12)
     said = (whole / "log.txt").read_text()
-    assert f"best        top-1 {best:.4g} at" in said and "from step 9: image_size_hw=[24, 24]" in said
+    assert f"best        top-1 {best:.4g} (95 % interval: " in said and "from step 9: image_size_hw=[24, 24]" in said
 
 
 def test_ranks_equal_one_process(collection, tmp_path):

@@ -247,11 +247,13 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
     (kept,) = tmp_path.glob("outputs/cache/embeddings/*.npz")
     kept.write_bytes(b"cut")
     assert len(find()[1]) == 11 and len(used) == 12
-    query = files[3].read_bytes()
+    contents = [file.read_bytes() for file in files]
     for file in files:
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^data.root: .*no image"):
-        list(networks.nearest(str(weights), shelf, name, query, "x.png"))
+        list(networks.nearest(str(weights), shelf, name, contents[3], "x.png"))
+    for file, content in zip(files, contents):  # for the tests below
+        file.write_bytes(content)
 
 
 # --- the page
