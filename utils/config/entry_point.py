@@ -28,7 +28,7 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
-from utils.config.help import CONF, list_options
+from utils.config.help import CONF, list_options, read_defaults
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.schema import path_keys
 from utils.config.sweep import FLAGS, parse_sweep, run_sweep
@@ -177,7 +177,8 @@ class Command(Generic[Schema]):
         """Compose the configuration from conf/ and the words of a command line."""
         words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
         given = {word.partition("=")[0] for word in words}
-        if "data.root" in given and not given & {"data", "experiment"} and self._default("data") == "glyphs":
+        usual = read_defaults(self.config_dir / f"{self.script}.yaml").get("data")
+        if "data.root" in given and not given & {"data", "experiment"} and usual == "glyphs":
             words = ["data=image_folder", *words]  # a folder is of the user's own images
         search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
@@ -186,11 +187,6 @@ class Command(Generic[Schema]):
         with open_dict(values):
             del values["hydra"]
         return values, Job(self.script, choices, words)
-
-    def _default(self, group: str) -> str | None:
-        """Return the file of a group that the script reads if the words name none."""
-        listed = OmegaConf.load(self.config_dir / f"{self.script}.yaml").get("defaults", [])
-        return next((item[group] for item in listed if group in item and not isinstance(item, str)), None)
 
     def _spell_name(self, word: str) -> str:
         """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name.

@@ -42,16 +42,20 @@ def _accepts(script: str, group: str, file: Path) -> bool:
     return script in ", ".join(map("".join, names)).split(", ") if names else group != "experiment"
 
 
+def read_defaults(file: Path) -> dict[str, str | None]:
+    """Return the file of each group that a script's own file names."""
+    items = yaml.safe_load(file.read_text(encoding="utf-8")).get("defaults", ())
+    return {group: name for item in items if isinstance(item, dict) for group, name in item.items()}
+
+
 def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str:
     """Return the help of a script; `words` may choose other files of groups (optim=sgd)."""
     title, _, examples = documentation.partition("\n")
     lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
     chosen = dict(word.partition("=")[::2] for word in words)
     groups: dict[str, str] = {}
-    for item in yaml.safe_load((CONF / f"{script.stem}.yaml").read_text(encoding="utf-8")).get("defaults", ()):
-        if isinstance(item, dict):
-            group, name = next(iter(item.items()))
-            groups[group] = re.sub(r"\$\{(\w+)\}", lambda other: groups[other[1]], name or "null")
+    for group, name in read_defaults(CONF / f"{script.stem}.yaml").items():
+        groups[group] = re.sub(r"\$\{(\w+)\}", lambda other: groups[other[1]], name or "null")
     for group, name in groups.items():
         name = chosen[group] if (CONF / group / f"{chosen.get(group)}.yaml").is_file() else name
         if (CONF / group).is_dir():
