@@ -31,7 +31,7 @@ from utils.config.help import ROOT
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
 EMOJI_FONT, EMOJI_LIST = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/usr/share/unicode/emoji/emoji-test.txt"
-CLOTHES = "t-shirt trouser pullover dress coat sandal shirt sneaker bag ankle_boot".split()
+CLOTHES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot"]
 TEXTURES_OF_CLASS, TEXTURES_OF_VAL, TEXTURE_PX = 250, 50, 96
 
 
@@ -110,10 +110,9 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
     if family == 1:  # grain: how far it is stretched
         return noise(rng, size, 1.3, (2.0, 4.0, 8.0, 16.0)[variant])
     if family == 2:  # waves: sine, saw, double, bent
-        bend = 6 * noise(rng, size, 2.0) if variant == 3 else 0
-        phase = (u / period + bend) % 1
-        return (np.sin(2 * np.pi * phase) / 2 + 0.5, phase, (np.sin(2 * np.pi * phase) + np.sin(4 * np.pi * phase)) / 3.6 + 0.5,
-                np.sin(2 * np.pi * phase) / 2 + 0.5)[variant]  # fmt: skip
+        phase = (u / period + (6 * noise(rng, size, 2.0) if variant == 3 else 0)) % 1
+        wave, double = np.sin(2 * np.pi * phase), np.sin(4 * np.pi * phase)
+        return (wave / 2 + 0.5, phase, (wave + double) / 3.6 + 0.5, wave / 2 + 0.5)[variant]
     if family == 3:  # grids: checks, bricks, dots, lines
         p, q = u / period, v / period
         row = np.floor(q)
@@ -125,14 +124,9 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
     if family == 4:  # cells: flat, nearest, edges, cones of Manhattan
         gaps = np.abs(np.stack([x, y], -1)[:, :, None] - points)
         far = gaps.sum(-1) if variant == 3 else np.hypot(gaps[..., 0], gaps[..., 1])
-        order = np.sort(far, -1)
-        cells = rng.uniform(0, 1, len(points))[far.argmin(-1)]
-        return (
-            cells,
-            order[..., 0] / period,
-            np.clip((order[..., 1] - order[..., 0]) / 3, 0, 1),
-            order[..., 0] / period,
-        )[variant]
+        first, second = np.sort(far, -1)[..., :2].transpose(2, 0, 1)
+        flat = rng.uniform(0, 1, len(points))[far.argmin(-1)]
+        return (flat, first / period, np.clip((second - first) / 3, 0, 1), first / period)[variant]
     picture = Image.new("L", (size, size))  # scattered: discs, rings, squares, strokes
     draw = ImageDraw.Draw(picture)
     for cx, cy in points:
@@ -140,11 +134,12 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
         box = (cx - radius, cy - radius, cx + radius, cy + radius)
         turn = rng.uniform(0, np.pi)
         end = (cx + 2 * radius * np.cos(turn), cy + 2 * radius * np.sin(turn))
-        (
-            lambda: draw.ellipse(box, fill=shade), lambda: draw.ellipse(box, outline=shade, width=2),
-            lambda: draw.regular_polygon((cx, cy, radius), 4, rotation=np.degrees(turn), fill=shade),
-            lambda: draw.line((cx, cy, *end), fill=shade, width=2),
-        )[variant]()  # fmt: skip
+        if variant < 2:
+            draw.ellipse(box, **({"fill": shade} if variant == 0 else {"outline": shade, "width": 2}))
+        elif variant == 2:
+            draw.regular_polygon((cx, cy, radius), 4, rotation=np.degrees(turn), fill=shade)
+        else:
+            draw.line((cx, cy, *end), fill=shade, width=2)
     return np.asarray(picture) / 255
 
 
