@@ -8,11 +8,14 @@ import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
 from dataclasses import replace
+from functools import cached_property
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.advice import advise
 from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
 from engine.learner import Learner
@@ -44,6 +47,11 @@ _SHOWN = 3  # figures of an evaluation in the log line
 def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
     """Return a title with named lines below it."""
     return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
+
+
+def name_lines(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
+    """Return lines for `show_lines`, the first one named."""
+    return [(name if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 class Run:
@@ -334,17 +342,26 @@ class Run:
 
     def close(self, *, finished: bool) -> None:
         """Write the run's result for its sweep, and close the recorder."""
-        metric = self.learner.task.best_metric
-        result = {"metric": metric, "value": self.best_value, "step": self.best_step}
-        if self.best_value is not None:
-            result["interval"] = interval(metric, self.best_value, self.streams.evaluation_samples)
         if distributed.is_main():
             with ignore_write_errors(file := self.folder.path / RESULT_FILE):
-                write_json(file, result | {"is_lowest_best": self.learner.task.best_is_lowest})
+                write_json(file, self._result[0])
+        metric = self.learner.task.best_metric
         metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
         if self.best_step is not None:
             metadata |= {metric: self.best_value, "best_step": self.best_step}
         self.recorder.close(completed_step=self.step if finished and self.is_complete else None, metadata=metadata)
+
+    @cached_property
+    def _result(self) -> tuple[dict[str, Any], list[str]]:
+        """The best figure with its interval, and for a complete run what would improve it, also as lines; on rank 0."""
+        task, streams, lines = self.learner.task, self.streams, []
+        result = {"metric": task.best_metric, "value": self.best_value, "step": self.best_step}
+        if self.best_value is not None:
+            result["interval"] = interval(task.best_metric, self.best_value, streams.evaluation_samples)
+            if self.is_complete:
+                counts = streams.evaluation_samples, streams.class_images
+                result["help"], lines = advise(self.folder.path, task.best_metric, *counts)
+        return result | {"is_lowest_best": task.best_is_lowest}, lines
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
@@ -368,17 +385,21 @@ class Run:
                 "augment.on_device=true",
                 100 * recorder.wait_share,
             )
+        first, lines = [], []
+        if self.best_step is not None and distributed.is_main():
+            result, lines = self._result
+            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
+            value = f"{self.best_value:.4g}{show_interval(result['interval'])}"
+            at = f"at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
+            first = [("best", f"{show_evaluated(metric)} {value} {at}")]
         rows = [
+            *first,
             ("weights", f"{folder.path}/weights/{best}last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
             ("curves", f"{folder.path}/plots/curves.png"),
             ("tables", f"{folder.path}/tables, training_log.txt"),
-            *(("next" if number == 0 else "", line) for number, line in enumerate(next_commands)),
+            *name_lines("to improve", lines),
+            *name_lines("next", next_commands),
         ]
-        if self.best_step is not None:
-            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-            sure = show_interval(metric, self.best_value, self.streams.evaluation_samples)
-            at = f"{self.best_value:.4g}{sure} at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
-            rows.insert(0, ("best", f"{show_evaluated(metric)} {at}"))
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))

@@ -35,6 +35,7 @@ class Streams:
         first evaluation at or after each multiple uses it, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.
+    class_images: the training images of each class; empty if images have no class.
     earlier: the training streams of the phases before the last one (`loop.phases`).
     """
 
@@ -44,6 +45,7 @@ class Streams:
     every_epochs: Mapping[str, float] = field(default_factory=dict)
     described: Mapping[str, str] = field(default_factory=dict)
     trained_on: Mapping[str, Any] = field(default_factory=dict)
+    class_images: Sequence[int] = ()
     earlier: Sequence[TrainStream] = ()
 
     @property

@@ -26,7 +26,7 @@ from utils.config.schema import path_keys
 from utils.errors import UserError
 from utils.io.files import read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets_in, safe_lines
-from utils.record.figures import COUNTS, show_cell, show_interval, show_name, show_rows
+from utils.record.figures import COUNTS, interval, show_cell, show_interval, show_name, show_rows
 from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader
 from utils.thresholds import PER_TAG, ThresholdTable
@@ -87,7 +87,10 @@ def write_card(
         lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
     if figures:
         count = figures.get("samples")
-        shown = [f"- {name}: {show_cell(value)}{show_interval(name, value, count)}" for name, value in figures.items()]
+        shown = [
+            f"- {name}: {show_cell(value)}{show_interval(interval(name, value, count))}"
+            for name, value in figures.items()
+        ]
         lines += ["## Results", "", f"Measured on {images}:", "", *shown, "", "Other intervals are not computed.", ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
         fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"

@@ -187,6 +187,10 @@ class Kind:
         """Return which rows the task can use, bool [N], and a function that adds a sample's fields to its images."""
         return np.ones(len(collection), dtype=bool), no_fields
 
+    def count_classes(self, collection: Collection, setup: Setup, rows: np.ndarray) -> Sequence[int]:
+        """Return the number of training rows of each class, if images have one class."""
+        return ()
+
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image. Custom views are made in the workers."""
         background, sizes_hw = setup.preprocessing["background"], setup.preprocessing.get("buckets_hw")
@@ -243,7 +247,8 @@ class Kind:
             "collection": describe_collection(collection),
             "images": config.augment.describe("orientation" in setup.facts),
         }
-        return Streams(train, {}, data.fingerprints, described=described)
+        counts = self.count_classes(collection, setup, rows)
+        return Streams(train, {}, data.fingerprints, described=described, class_images=counts)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: the images of `rows` that the task can use."""

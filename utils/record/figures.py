@@ -56,7 +56,6 @@ def interval(name: str, share: float, images: float | None) -> tuple[float, floa
     return float(found.low), float(found.high)
 
 
-def show_interval(name: str, share: float, images: float | None) -> str:
+def show_interval(ends: tuple[float, float] | None) -> str:
     """Return the interval of a figure as text, or nothing."""
-    ends = interval(name, share, images)
     return "" if ends is None else f" (95 % interval: {ends[0]:.4g} to {ends[1]:.4g})"
