@@ -3,6 +3,7 @@ r"""Train a classifier from scratch: find the learning rate, then train one cycl
     python train.py                                                       the embedded glyphs
     python train.py data.root=PATH                      class folders, with or without train/ and val/
     python train.py model.name=convnext_atto optim=adamw data.root=PATH
+    python train.py curve=true data.root=PATH          a learning curve: 25, 50 and 100 % of the labels
     python train.py --multirun optim.base_lr=0.1,0.4 lr_finder.enabled=false sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data.root=PATH
 
@@ -15,15 +16,17 @@ from typing import Self
 
 from pydantic import model_validator
 
+from engine.tasks.curve import train_curve
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema, train
-from utils.config.entry_point import entry_point
+from utils.config.entry_point import Job, entry_point
 
 
 class TrainConfig(ImageTrainingConfig):
     """conf/train.yaml, checked."""
 
     task: task_schema("train")
+    curve: bool
 
     @model_validator(mode="after")
     def _begins_from_scratch(self) -> Self:
@@ -32,7 +35,11 @@ class TrainConfig(ImageTrainingConfig):
         return self
 
 
-main = entry_point("train", TrainConfig)(train)
+@entry_point("train", TrainConfig)
+def main(config: TrainConfig, job: Job) -> str | None:
+    """Train, or draw a learning curve."""
+    return train_curve(config, job) if config.curve else train(config, job)
+
 
 if __name__ == "__main__":
     main()

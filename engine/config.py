@@ -69,7 +69,7 @@ class _LoopConfig(Strict):
     on_out_of_memory: Literal["halve", "stop"]  # halve: repeat the update with smaller micro-batches
     sampling: Literal["shuffled", "blocks", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None
-    train_per_class: Count | None
+    train_per_class: Count | Share | None
     train_count: Count | None
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None

@@ -24,7 +24,7 @@ class TrainChoice(Protocol):
     """Which training images a run reads (`loop`); None: all."""
 
     train_paths: list[str] | None
-    train_per_class: int | None
+    train_per_class: int | float | None
     train_count: int | None
 
 

@@ -16,9 +16,9 @@ log = get_logger(__name__)
 def training_rows(collection: Collection, choice: TrainChoice, is_usable: np.ndarray | None = None) -> np.ndarray:
     """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
-    `train_per_class` and `train_count` choose the paths with the lowest hashes, so an added image moves at most one
-    other. Images without a label are one class. Raises UserError if every training image has weight 0, or if a pattern
-    of `train_paths` matches no training image.
+    `train_per_class`, a number or a share, and `train_count` choose the paths with the lowest hashes, so an added image
+    moves at most one other. Images without a label are one class. Raises UserError if every training image has weight
+    0, or if a pattern of `train_paths` matches no training image.
     """
     rows = collection.rows("train")
     if len(rows) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
@@ -53,11 +53,15 @@ def _match_paths(collection: Collection, rows: np.ndarray, patterns: list[str]) 
     return rows[chosen]
 
 
-def _lowest(collection: Collection, rows: np.ndarray, limit: int, classes: np.ndarray) -> np.ndarray:
-    """Return the `limit` rows of each class, int [N], whose paths have the lowest hashes, ascending."""
+def _lowest(collection: Collection, rows: np.ndarray, limit: int | float, classes: np.ndarray) -> np.ndarray:
+    """Return the `limit` rows of each class, or this share of them, whose paths have the lowest hashes, ascending.
+
+    classes: int [N]. A share, a float, is rounded up.
+    """
     order = rows[np.lexsort((hash_paths(collection.table["path"].take(rows)), classes[rows]))]
-    rank = np.arange(len(order)) - np.searchsorted(classes[order], classes[order])
-    return np.sort(order[rank < limit])
+    first, end = (np.searchsorted(classes[order], classes[order], side) for side in ("left", "right"))
+    most = np.ceil(limit * (end - first)) if isinstance(limit, float) else limit
+    return np.sort(order[np.arange(len(order)) - first < most])
 
 
 def spread(rows: np.ndarray, limit: int) -> np.ndarray:

@@ -109,31 +109,3 @@ class ConfusionCounts:
         pairs = np.divmod(codes[known], self.num_classes)
         local = coo_array((counts[known], pairs), shape=(self.num_classes, self.num_classes)).tocsr()
         return Confusion(sum(distributed.gather_objects(local), start=csr_array(local.shape, dtype=np.int64)))
-
-
-class SureCounts:
-    """Count sure predictions: at least as probable as the right predictions of their class are on average.
-
-    Those that differ from the label are worth a look. Source: Northcutt et al. 2021 (arXiv:1911.00068), confident
-    learning. Differs: its thresholds are means over all samples of a class, which flag many mistakes of a weak network
-    (with 5 % of labels changed, at an accuracy of 0.64, 14 % of the flagged ones were changed; here 24 %).
-    """
-
-    def __init__(self, num_classes: int) -> None:
-        self.num_classes = num_classes
-        self._rows: list[Tensor] = []
-
-    def add(self, labels: Tensor, predictions: Tensor, prob: Tensor, valid: Tensor) -> None:
-        """Add a batch: labels, predictions [B] int64, prob [B] of the prediction, and valid [B] bool."""
-        self._rows.append(torch.stack([column.double() for column in (labels, predictions, prob, valid)]))
-
-    def reduce(self) -> tuple[np.ndarray, np.ndarray]:
-        """Return the sure predictions by label, and those that differ from the label, [K] each, over all ranks."""
-        rows = torch.cat(self._rows, dim=1).cpu().numpy()
-        rows = np.concatenate(distributed.gather_objects(rows[:, rows[-1] > 0]), axis=1)
-        *pairs, prob, _ = rows[:, np.lexsort(rows)]  # sums in one order on any number of ranks
-        label, predicted = (column.astype(np.int64) for column in pairs)
-        right, most = label == predicted, self.num_classes
-        sums, counts = (np.bincount(label[right], weights, most) for weights in (prob[right], None))
-        sure = prob >= np.where(counts, sums / np.maximum(counts, 1), np.inf)[predicted]
-        return np.bincount(label[sure], minlength=most), np.bincount(label[sure & ~right], minlength=most)

@@ -14,7 +14,7 @@ from data.collection.rows import spread, training_rows
 from data.latents.buckets import letterbox_groups
 from data.open import Data
 from data.stream.loader import Fields
-from engine.measures.confusion import ConfusionCounts, SureCounts
+from engine.measures.confusion import ConfusionCounts
 from engine.measures.drawings import draw_confusion, draw_predictions
 from engine.measures.means import Means
 from engine.measures.tag_scores import decision_rows
@@ -95,7 +95,6 @@ class ClassificationTask(ImageTask):
         """
         names, most = self.class_names, min(5, len(self.class_names))
         means, counts, decisions = Means(), ConfusionCounts(len(names)), TagHistograms(1)
-        sure = SureCounts(len(names))
         mistakes, shown = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
             labels, valid = batch["labels"], batch["weight"] > 0
@@ -106,7 +105,6 @@ class ClassificationTask(ImageTask):
             means.add({"loss": loss, "top1": hits[:, 0], f"top{most}": hits.any(dim=1)}, valid)
             counts.add(labels, predicted, valid)
             prob = (top.values[:, 0] - logits.logsumexp(dim=1)).exp()
-            sure.add(labels, predicted, prob, valid)
             fields = {name: batch[name] for name in ("sample_id", "images", "labels")}
             fields |= {"predicted": predicted, "prob": prob}
             decisions.add(prob.logit()[:, None], hits[:, :1], valid)
@@ -114,13 +112,10 @@ class ClassificationTask(ImageTask):
             shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
         scalars, confusion = means.reduce(), counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
-        wrong, some, decided, found = (each.reduce() for each in (mistakes, shown, decisions, sure))
+        wrong, some, decided = mistakes.reduce(), shown.reduce(), decisions.reduce()
         if distributed.is_main():
             images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
-            classes = confusion.class_rows(names)
-            for row, *counted in zip(classes, *(column.tolist() for column in found)):
-                row |= dict(zip(("sure", "labels_to_check"), counted))
-            report.tables = {"classes": classes, "confusions": confusion.pair_rows(names, _PAIRS)}
+            report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
             ((_, correct, predicted),) = decided.tails()
             rows = decision_rows("all", predicted[0].cpu().numpy(), correct[0].cpu().numpy(), int(scalars["samples"]))
             report.tables["decisions"] = rows

@@ -10,12 +10,15 @@ from utils.record.report import write_table
 
 def write_run(folder, recalls, curve=(0.5, 0.5), training=0.5):
     rows = [
-        {"class": f"c{number}", "samples": 100, "correct": round(100 * recall), "recall": recall,
-         "sure": 10, "labels_to_check": number}
+        {"class": f"c{number}", "samples": 100, "correct": round(100 * recall), "recall": recall}
         for number, recall in enumerate(recalls)
     ]  # fmt: skip
     (folder / "tables").mkdir()
     write_table(folder / "tables" / "classes.csv", rows)
+    decisions = [
+        {"threshold": share / 100, "predicted": 60 - share // 2, "correct": 50 - share // 2} for share in range(100)
+    ]
+    write_table(folder / "tables" / "decisions.csv", decisions)
     figures = [{"step": step, "kind": "evaluate", "top1": value} for step, value in enumerate(curve)]
     figures.append({"step": 2, "kind": "epoch", "train/accuracy": training})
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
@@ -25,19 +28,19 @@ def write_run(folder, recalls, curve=(0.5, 0.5), training=0.5):
 def test_classes_that_lack_images_and_labels_to_check(tmp_path):
     run = write_run(tmp_path, [0.9, 0.2, 0.8, 0.4, 0.6, 0.7])
     found, lines = advise(run, "top1", 600, [90, 20, 80, 40, 60, 70])
-    assert [row["class"] for row in found["classes"]["most_errors"]] == ["c1", "c3", "c4"]
-    assert found["classes"]["most_errors"][0] == {
+    assert [row["class"] for row in found["most_errors"]] == ["c1", "c3", "c4"]
+    assert found["most_errors"][0] == {
         "class": "c1", "share_of_errors": pytest.approx(80 / 240), "training_images": 20, "accuracy": 0.2,
     }  # fmt: skip
-    assert found["classes"]["more_images_of"] == ["c1", "c3", "c4"]
-    assert (found["sure"], found["labels_to_check"]) == (60, 15)
+    assert found["more_images_of"] == ["c1", "c3", "c4"]
+    assert (found["sure"], found["labels_to_check"]) == (35, 10)  # the right ones have 0.5 on average
     assert len(lines) == 4 and "c1, c3, c4" in lines[1] and "evaluate.py" in lines[2] and str(run) in lines[2]
 
 
 def test_no_class_is_named_without_a_significant_correlation(tmp_path):
     found, lines = advise(write_run(tmp_path, [0.9, 0.2, 0.8, 0.4, 0.6]), "top1", 500, [90, 70, 20, 40, 60])
-    low, high = found["classes"]["interval"]
-    assert found["classes"]["more_images_of"] == [] and low < 0 < high and "not what decides" in lines[1]
+    low, high = found["rank_interval"]
+    assert found["more_images_of"] == [] and low < 0 < high and "chance" in lines[1]
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from sklearn import metrics as reference
 from torch import nn
 
-from engine.measures.confusion import ConfusionCounts, SureCounts
+from engine.measures.confusion import ConfusionCounts
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -78,15 +78,6 @@ def test_a_literal_table():
     ]
     assert found.counts.toarray()[:2, :2].tolist() == [[1, 2], [1, 1]]
     assert found.most_confused(4) == [0, 1, 2] and found.most_confused(2) == [0, 1]
-
-
-def test_sure_predictions_that_differ_from_the_label():
-    """Class 0 is recognised with 0.9 and 0.7, so 0.8 is sure; class 2 is never recognised, so nothing is sure there."""
-    counts = SureCounts(3)
-    labels, predicted = torch.tensor([0, 0, 1, 1, 1, 0]), torch.tensor([0, 0, 0, 0, 2, 0])
-    valid = torch.tensor([True] * 5 + [False])
-    counts.add(labels, predicted, torch.tensor([0.9, 0.7, 0.81, 0.79, 0.99, 0.1]), valid)
-    assert [column.tolist() for column in counts.reduce()] == [[1, 1, 0], [0, 1, 0]]
 
 
 @pytest.mark.parametrize("classes, samples", [(2, 50), (300, 500)])

@@ -21,6 +21,7 @@ FREE_KEYS = (
     "run_dir",
     "resume*",
     "dry_run",
+    "curve",
     "data.manifest",
     "data.corrections",  # what they change is in the collection's fingerprint
     "data.cache.*_gib",

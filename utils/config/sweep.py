@@ -122,17 +122,20 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
 
 
 def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
-    """Run a sweep's jobs as processes of a script and return their exit statuses.
+    """Run a sweep's jobs; see `run_jobs`."""
+    return run_jobs(sweep.jobs() if sweep.settings.trials is None else _trials(sweep), sweep.settings, script)
+
+
+def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> dict[SweepJob, int]:
+    """Run jobs as processes of a script and return their exit statuses.
 
     A stop signal is forwarded to the running jobs, no further job starts, and the sweep raises SystemExit(75). A
     launcher starts the sweep on each rank: then jobs run in turn, and each rank starts its process of a job.
     """
-    settings = sweep.settings
     gpus: Sequence[int | None] = settings.gpus or [None]
     at_once = settings.at_once or len(gpus)
     if detect_world().size > 1 and (at_once > 1 or settings.gpus or settings.trials):
         raise UserError("sweep.at_once: jobs at once and searches have one rank each; start it without a launcher")
-    jobs = sweep.jobs() if settings.trials is None else _trials(sweep)
     free = list(itertools.islice(itertools.cycle(gpus), at_once))
     running: dict[subprocess.Popen, tuple[SweepJob, int | None]] = {}
     statuses: dict[SweepJob, int] = {}

@@ -72,6 +72,21 @@ def plot_range_test(
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
+@style()
+def plot_learning_curve(images: Sequence[int], errors: np.ndarray, fitted: np.ndarray, title: str, path: Path) -> None:
+    """Plot errors, [N, 3] with their intervals, over numbers of images, and the fitted ones. The last is predicted."""
+    figure = Figure(figsize=(8.4, 4.8), layout="tight")
+    axis = figure.add_subplot(title=title, xlabel="training images", ylabel="error", xscale="log")
+    axis.plot(images, fitted, label="fitted")
+    for part, label in ((slice(0, -1), "measured"), (slice(-1, None), "predicted")):
+        value, *ends = errors[part].T
+        axis.errorbar(images[part], value, np.abs(np.sort(ends, axis=0) - value), fmt="o", capsize=4, label=label)
+    axis.set_xticks(images, [f"{count:,}" for count in images], minor=False)
+    axis.minorticks_off()
+    axis.legend()
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Plot every figure of a run over its epochs and steps."""
     if panels := _panels(rows):  # none if an epoch ended before the first log

@@ -347,6 +347,7 @@ def test_train_paths_choose_the_training_images(tmp_path):
     with pytest.raises(UserError, match=message):
         chosen("train/cats/*", "fish/*")
     assert chosen(train_per_class=1, train_count=9) == [path for path in chosen() if path != "train/cats/one.png"]
+    assert chosen(train_per_class=0.5) == chosen(train_per_class=1) and chosen(train_per_class=1.0) == chosen()
     assert chosen("*cats*", train_count=1) == ["train/cats/two.png"]  # of the lower hash
     others = np.array(["birds" not in collection.row(row).path for row in range(len(collection))])
     assert set(chosen(train_count=3)) > set(chosen(train_count=2)) and len(chosen(train_count=3)) == 3

@@ -1,0 +1,122 @@
+"""`train.py curve=true`: a learning curve, and what twice the labels would give.
+
+A quarter and a half of each class are trained on in RUN/curve_25 and RUN/curve_50, then all of it in RUN: jobs like
+those of a sweep (`sweep.at_once` and `sweep.gpus` hold), so the same command continues. Each has the words of the
+command, and therefore the whole of its length, `loop.minutes` too. The law error = a + b n^-c, with a and b at least 0,
+is fitted to the three errors. If they do not determine a, it becomes 0.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from data.collection.rows import training_rows
+from data.open import load_collection
+from engine.tasks.kind import ImageTrainingConfig
+from engine.tasks.kinds import KINDS, train
+from utils.config.entry_point import Job
+from utils.config.help import ROOT
+from utils.config.sweep import SweepJob, run_jobs
+from utils.errors import UserError
+from utils.io.files import output_errors, write_json
+from utils.record.figures import show_evaluated, show_interval
+from utils.record.logging import environment_rank
+from utils.record.run_folder import default_run_dir
+from utils.record.run_reader import RunReader
+
+_SHARES = (0.25, 0.5, 1.0)
+_LEAST = 4  # images of a class on average, in the smallest run
+_EXPONENTS = np.linspace(0.02, 3, 150)
+_DRAWS = 1000
+
+
+def train_curve(config: ImageTrainingConfig, job: Job) -> str:
+    """Train on each share, predict, and write plots/learning_curve.png and learning_curve.json; return their line."""
+    path, given = default_run_dir(config.model_dump(mode="json"), job), config.loop.train_per_class
+    limits = [max(1, round(share * given)) if isinstance(given, int) else share * (given or 1.0) for share in _SHARES]
+    images = _count_images(config, limits)
+    if config.dry_run:
+        return f"{train(config, job)}; the curve: {', '.join(f'{count:,}' for count in images)} images"
+    words, jobs = [word for word in job.overrides if word.partition("=")[0] not in ("curve", "run_dir")], []
+    for share, most in zip(_SHARES, limits):
+        folder, more = (path, []) if share == 1 else (path / f"curve_{100 * share:g}", [f"loop.train_per_class={most}"])
+        jobs.append(SweepJob((*words, *more, f"run_dir={folder}"), str(folder)))
+    if failed := max(run_jobs(iter(jobs), config.sweep, str(ROOT / f"{job.script}.py")).values()):
+        raise SystemExit(failed)
+    results = [RunReader(Path(each.folder)).result or {} for each in jobs]
+    if any(result.get("value") is None for result in results):
+        raise UserError(f"curve: a run in {path} has no best figure, so there is no curve; see its log.txt")
+    curve, metric = fit_curve(images, results), results[-1]["metric"]
+    if environment_rank() == 0:
+        from utils.record.plots import plot_learning_curve  # imports matplotlib
+
+        points, plot = [*curve["runs"], curve["twice"]], path / "plots" / "learning_curve.png"
+        values = np.array([[point["value"], *(point["interval"] or [point["value"]] * 2)] for point in points])
+        law, counts = curve["law"], [point["images"] for point in points]
+        with output_errors("run_dir", path):
+            write_json(path / "learning_curve.json", {"metric": metric, **curve})
+            errors, fitted = _turn(values, results), law["a"] + law["b"] * np.array(counts) ** -law["c"]
+            plot_learning_curve(counts, errors, fitted, f"{path.name}: {metric}", plot)
+    shown = ", ".join(f"{run['value']:.4g} with {run['images']:,}" for run in curve["runs"])
+    twice = f"{curve['twice']['value']:.4g}{show_interval(curve['twice']['interval'])}"
+    return (
+        f"learning curve: {show_evaluated(metric)} {shown} images; twice as many would give {twice}; see {path}/plots"
+    )
+
+
+def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) -> list[int]:
+    """Return the number of training images of each run. Raises UserError if there is no curve."""
+    loop = config.loop
+    if loop.train_count is not None:
+        raise UserError(f"curve: loop.train_count={loop.train_count} is not of each class; set loop.train_per_class")
+    if loop.total_steps == 0 or config.lr_finder.only or config.resume not in ("auto", "never"):
+        raise UserError("curve: trains three runs; remove loop.total_steps=0, lr_finder.only and resume=PATH")
+    kind, collection = KINDS[config.task.name], load_collection(config.data)
+    if len(collection.rows("val")) == 0:
+        raise UserError(f"curve: {collection.root} has no validation images; set data.validation_fraction")
+    setup = kind.set_up(config, collection)
+    is_usable, _ = kind.samples(collection, setup)
+    runs = [training_rows(collection, loop.model_copy(update={"train_per_class": most}), is_usable) for most in limits]
+    mean = len(runs[0]) / (np.count_nonzero(kind.count_classes(collection, setup, runs[0])) or 1)
+    if mean < _LEAST:
+        raise UserError(f"curve: {_SHARES[0]:.0%} of the labels are {mean:.2g} images of a class; {_LEAST} are needed")
+    return [len(rows) for rows in runs]
+
+
+def _turn(values: np.ndarray, results: Sequence[dict[str, Any]]) -> np.ndarray:
+    return values if results[-1]["is_lowest_best"] else 1 - values
+
+
+def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return the runs, the law, and what twice the images would give, as JSON values. results: of RunReader.
+
+    The interval, 95 %, is of a run with twice the images: the law is fitted again to errors with the noise that their
+    intervals state, and the prediction has the noise of the last one. Without intervals there is none.
+    """
+    keys, ends = ("value", "interval"), None
+    runs = [{"images": count, **{key: result.get(key) for key in keys}} for count, result in zip(images, results)]
+    errors = _turn(np.array([run["value"] for run in runs]), results)
+    (law, *_), (predicted, *_) = fit_law(np.array(images), errors[None])
+    if all(run["interval"] for run in runs):
+        noise = np.ptp([run["interval"] for run in runs], axis=1) / (2 * 1.96)
+        noise = np.random.default_rng(0).normal(size=(_DRAWS, len(runs) + 1)) * [*noise, noise[-1]]
+        drawn = fit_law(np.array(images), errors + noise[:, :-1])[1] + noise[:, -1]
+        ends = sorted(_turn(np.quantile(drawn, [0.025, 0.975]).clip(0), results).tolist())
+    twice = {"images": 2 * images[-1], "value": float(_turn(predicted, results)), "interval": ends}
+    return {"runs": runs, "law": dict(zip("abc", law.tolist())), "twice": twice}
+
+
+def fit_law(images: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return a, b and c of the law, [D, 3], and its error at twice the last number of images, [D]. errors: [D, N]."""
+    powers, found = (images / images[-1]) ** -_EXPONENTS[:, None], []  # [C, N]
+    for free in ([1, 1], [1, 0], [0, 1]):  # a and b, or one of them where the other would be negative
+        design = np.stack([np.ones_like(powers), powers], axis=2) * free
+        values = np.einsum("ckn,dn->dck", np.linalg.pinv(design), errors)
+        gaps = ((np.einsum("cnk,dck->dcn", design, values) - errors[:, None]) ** 2).sum(2)
+        found.append((values, np.where((values < 0).any(2), np.inf, gaps)))
+    values, gaps = (np.concatenate(column, axis=1) for column in zip(*found))
+    rows, best = np.arange(len(errors)), gaps.argmin(1)
+    (a, b), c = values[rows, best].T, np.tile(_EXPONENTS, 3)[best]
+    return np.stack([a, b * images[-1] ** c, c], axis=1), a + b * 2.0**-c
