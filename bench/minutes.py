@@ -10,15 +10,14 @@ F/lib/python3.*/site-packages/x.pth, `F/bin/python -m pip install fastai`. An ar
 
 Each run has one core (`taskset`) and one thread; each of `cores` takes one run at a time. Ours has its minutes from
 typing to the end of the process. A rival has 12 trials per collection and time (RATES, SETTINGS) with seed 0; its best,
-by top-1 on the validation images, runs with the other seeds, too. It has its minutes for training steps: starting, the
-first batch and evaluating do not count, nor does the search for the best trial; all this favours the rivals. The steps
-that fit are counted from the newest run of the same size on the same core, at first from one of CALIBRATION_STEPS.
-screen: the 12 trials run for so many minutes, and only the best FINALISTS for the whole time.
+by top-1 of the last weights on val, runs with the other seeds, too. Its minutes are those of training steps: starting,
+the first batch, evaluating and the search for the best trial do not count, which favours it. The steps that fit are
+counted from the newest run of the same size and augmentation, at first from one of CALIBRATION_STEPS. screen: the 12
+trials run for so many minutes, and only the best FINALISTS for the whole time.
 
-top-1 is of the last weights, on all images of val. Another process on a core makes wall time lie, so steps are counted
-by CPU seconds, and a run is told whose wall and CPU time differ by more than 10 %. The journal
-(outputs/bench/minutes.jsonl) has every run; a killed bench that is typed again goes on. `table` only prints. quick: a
-few steps on tiny collections; its figures mean nothing.
+Another process on a core makes wall time lie, so steps are counted by CPU seconds, and a run is told whose wall and CPU
+time differ by more than 10 %. The journal (outputs/bench/minutes.jsonl) has every run; a killed bench that is typed
+again goes on. After a change of ours, delete its lines there. `table` only prints. quick: a few steps on tiny images.
 """
 
 import csv
@@ -37,12 +36,13 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import numpy as np
 import torch
 from PIL import Image
 
 from bench.measure import OUT, describe_machine
+from tests.support import make_collection
 from utils.config.help import ROOT
+from utils.hardware import has_fast_bf16
 from utils.io.files import file_lock
 from utils.io.journal import Journal
 from utils.record.figures import align_columns
@@ -52,7 +52,9 @@ RATES = {"timm": [1e-3, 3e-3], "fastai": [3e-3, 1e-2]}  # the highest of a run
 SETTINGS = {"augmentation": ["mild", "strong"], "size_px": [32, 48, 64]}
 SCALE = {"mild": 0.7, "strong": 0.35}  # the least area of a crop; `strong` adds what the rival's users add
 NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
-FINALISTS, CALIBRATION_STEPS, BATCH = 4, 40, 64
+FINALISTS, CALIBRATION_STEPS, BATCH = 4, 20, 64
+# At 32 px float32 takes 0.9 of the time of bf16 with channels_last, whose casts of the weights cost most; at 64 px 1.4.
+BF16_FROM_PX = 48
 # timm counts in whole epochs: a run is cut into EPOCHS "epochs" of a tenth of the steps, each a fresh random draw.
 EPOCHS = 10
 TIMM = shlex.split(
@@ -61,12 +63,11 @@ TIMM = shlex.split(
     "--warmup-lr 1e-6 --crop-pct 1.0 --interpolation bilinear --train-interpolation bilinear --checkpoint-hist 1 "
     f"--log-interval 10 --epochs {EPOCHS} --val-interval {EPOCHS}"
 )
-TIMM_STRONG = shlex.split("--color-jitter 0.2 --reprob 0.2")
+TIMM_JITTER = {"mild": ["--color-jitter", "0"], "strong": ["--color-jitter", "0.2", "--reprob", "0.2"]}
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
-BF16 = torch.ops.mkldnn._is_mkldnn_bf16_supported()
 QUICK_WORDS = ["loop.total_steps=4", "loop.global_batch_size=8", "augment.image_size_hw=[32,32]"]
-NEEDS = {"ours": None, "timm": "timm_script", "fastai": "fastai_python"}
+ARMS, NEEDS = ["ours", "timm", "fastai"], {"timm": "timm_script", "fastai": "fastai_python"}
 
 
 def make_trial(arm, name, minutes, seed=0, settings=None):
@@ -79,19 +80,17 @@ def make_trial(arm, name, minutes, seed=0, settings=None):
 class Bench:
     """The runs that were asked for. The journal says which are next; a thread of each core takes them in turn."""
 
-    def __init__(self, given, is_quick):
-        self.given, self.is_quick = given, is_quick
-        self.names, self.arms = given["names"].split(","), given["arms"].split(",")
+    def __init__(self, given):
+        self.given, self.is_quick = given, "quick" in sys.argv
         self.minutes, self.seeds = float(given["minutes"]), int(given["seeds"])
         self.root, self.file = Path(given["collections"]).absolute(), Path(given["journal"]).absolute()
-        self.file.parent.mkdir(parents=True, exist_ok=True)
-        self.file.touch()
         self.journal = Journal(self.file, "bench/minutes.py")
-        self.running, self.failed, self.changed = set(), set(), threading.Condition()
+        self.running, self.failed, self.lock = set(), set(), threading.Lock()
 
     def run(self):
         """Make all runs that the journal lacks; returns the names of those that failed."""
-        threads = [threading.Thread(target=self._work, args=[core]) for core in self.given["cores"].split(",")]
+        cores = self.given["cores"].split(",")
+        threads = [threading.Thread(target=self._work, args=[core], daemon=True) for core in cores]
         for thread in threads:
             thread.start()
         for thread in threads:
@@ -99,27 +98,27 @@ class Bench:
         return self.failed
 
     def _work(self, core):
-        """Take the next run until there is none."""
-        while True:
-            with self.changed:
-                while not (todo := self._todo()) and self.running:
-                    self.changed.wait()
-                if not todo:
-                    return
-                self.running.add(todo[0]["trial"])
+        while (trial := self._take()) is not None:
+            if not trial:  # what comes next depends on a run of another core
+                time.sleep(0.1)
+                continue
             try:
-                self._run(todo[0], core)
+                self._run(trial, core)
             except Exception as error:  # the other runs go on
-                sys.stderr.write(f"{todo[0]['trial']}: {error}\n")
-                self.failed.add(todo[0]["trial"])
-            with self.changed:
-                self.running.discard(todo[0]["trial"])
-                self.changed.notify_all()
+                sys.stderr.write(f"{trial['trial']}: {error}\n")
+                self.failed.add(trial["trial"])
+            self.running.discard(trial["trial"])
 
-    def _todo(self):
-        rows = {row["trial"]: row for row in self.journal.parts()}
-        trials = [trial for pair in itertools.product(self.names, self.arms) for trial in self._next(*pair, rows)]
-        return [trial for trial in trials if trial["trial"] not in {*rows, *self.running, *self.failed}]
+    def _take(self):
+        """Return the next run, those of the first collections first; {} if none can start yet, None if none will."""
+        with self.lock:
+            rows = {row["trial"]: row for row in self.journal.parts()}
+            for name, arm in itertools.product(self.given["names"].split(","), self.given["arms"].split(",")):
+                for trial in self._next(name, arm, rows):
+                    if trial["trial"] not in {*rows, *self.running, *self.failed}:
+                        self.running.add(trial["trial"])
+                        return trial
+            return {} if self.running else None
 
     def _next(self, name, arm, rows):
         """Return the runs of an arm's first unfinished stage: screening, trials, seeds."""
@@ -137,77 +136,61 @@ class Bench:
 
     def _run(self, trial, core):
         """Run a trial on a core and add its row to the journal; returns the row."""
-        out, arm = self.file.with_suffix("") / trial["trial"], trial["arm"]
+        steps = None if trial["arm"] == "ours" else self._count_steps(trial, core)
+        out = self.file.with_suffix("") / trial["trial"]
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
-        command = {"ours": self._ours, "timm": self._timm, "fastai": self._fastai}[arm](trial, core, out)
-        wall_sec, cpu_sec = run_on(core, command, out / "output.log")
-        found = {"ours": read_ours, "timm": read_timm, "fastai": read_fastai}[arm](out)
-        row = {
-            **trial,
-            **found,
-            "wall_sec": round(wall_sec, 1),
-            "cpu_sec": round(cpu_sec, 1),
-            "core": core,
-            "bf16": BF16,
-        }
-        if arm != "ours":
-            row["step_sec"] = row["train_sec"] * min(1.0, cpu_sec / wall_sec) / row["steps"]
-        with self.changed:
+        wall_sec, cpu_sec = run_on(core, self._command(trial, out, steps), out / "output.log")
+        found = {"ours": read_ours, "timm": read_timm, "fastai": read_fastai}[trial["arm"]](out)
+        row = {**trial, **found, "wall_sec": round(wall_sec, 1), "cpu_sec": round(cpu_sec, 1), "core": core}
+        with self.lock:
             self.journal.add({**row, "machine": describe_machine(torch.device("cpu"))})
         busy = "" if 0.9 < cpu_sec / wall_sec < 1.1 else "; WALL AND CPU TIME DIFFER: is the core busy?"
-        sys.stderr.write(
-            f"{time.strftime('%H:%M:%S')} core {core}, {trial['trial']}: top-1 {row['top1']:.4f}, {row['steps']} steps"
-            f", {wall_sec:.1f} s, CPU {cpu_sec:.1f} s{busy}\n"
-        )
+        found = f"top-1 {row['top1']:.4f}, {row['steps']} steps, {wall_sec:.1f} s, CPU {cpu_sec:.1f} s{busy}"
+        sys.stderr.write(f"{time.strftime('%H:%M:%S')} core {core}, {trial['trial']}: {found}\n")
         shutil.rmtree(out / "run", ignore_errors=True)  # weights
         return row
 
-    def _steps(self, trial, core):
+    def _count_steps(self, trial, core):
         """Return how many steps of a rival fit into its minutes, in multiples of EPOCHS."""
         if self.is_quick or not trial["minutes"]:
             return EPOCHS if self.is_quick else CALIBRATION_STEPS
-        kind = [trial["arm"], trial["name"], trial["settings"]["size_px"], core]
-        with self.changed:
-            rows = list(self.journal.parts())
-        rows = [row for row in rows if [row["arm"], row["name"], row["settings"].get("size_px"), row["core"]] == kind]
-        row = rows[-1] if rows else self._run(make_trial(*kind[:2], 0, 0, trial["settings"]), core)
-        return max(EPOCHS, round(60 * trial["minutes"] / row["step_sec"] / EPOCHS) * EPOCHS)
+        kind = {**trial["settings"], "arm": trial["arm"], "name": trial["name"], "rate": None}
+        with self.lock:
+            rows = [{**row["settings"], **row, "rate": None} for row in self.journal.parts()]
+        rows = [row for row in rows if kind.items() <= row.items()]
+        row = rows[-1] if rows else self._run(make_trial(trial["arm"], trial["name"], 0, 0, trial["settings"]), core)
+        step_sec = row["train_sec"] * min(1.0, row["cpu_sec"] / row["wall_sec"]) / row["steps"]
+        return max(EPOCHS, round(60 * trial["minutes"] / step_sec / EPOCHS) * EPOCHS)
 
-    # ----------------------------------------------------------------------------------------- commands of the arms
-
-    def _ours(self, trial, core, out):
-        words = QUICK_WORDS if self.is_quick else [f"loop.minutes={trial['minutes']:g}"]
-        words += [f"seed={trial['seed']}"] if trial["seed"] else []
-        return [sys.executable, "train.py", f"data.root={self.root / trial['name']}", f"run_dir={out / 'run'}", *words]
-
-    def _facts(self, trial):
-        """Return what both rivals are told of a collection, beside the settings."""
-        train = self.root / trial["name"] / "train"
-        with Image.open(next(train.glob("*/*"))) as image:
+    def _command(self, trial, out, steps):
+        root, settings, seed = self.root / trial["name"], trial["settings"], trial["seed"]
+        if trial["arm"] == "ours":
+            words = QUICK_WORDS if self.is_quick else [f"loop.minutes={trial['minutes']:g}"]
+            return [sys.executable, "train.py", f"data.root={root}", f"run_dir={out / 'run'}", f"seed={seed}", *words]
+        size_px, augmentation, flips = settings["size_px"], settings["augmentation"], trial["name"] not in NOT_MIRRORED
+        is_bf16 = has_fast_bf16("cpu") and size_px >= BF16_FROM_PX
+        with Image.open(next((root / "train").glob("*/*.png"))) as image:
             channels = 1 if image.mode == "L" else 3
-        return channels, len(list(train.iterdir())), trial["name"] not in NOT_MIRRORED
-
-    def _timm(self, trial, core, out):
-        channels, classes, flips = self._facts(trial)
-        settings, steps = trial["settings"], self._steps(trial, core)
-        is_strong, size_px = settings["augmentation"] == "strong", settings["size_px"]
+        if trial["arm"] == "fastai":
+            facts = {"root": str(root), "channels": channels, "steps": steps, "batch": BATCH, "bf16": is_bf16}
+            facts |= {
+                **settings,
+                "scale": SCALE[augmentation],
+                "flips": flips,
+                "seed": seed,
+                "evaluate": trial["minutes"] > 0,
+            }
+            return [self.given["fastai_python"], ROOT / "bench/minutes_fastai.py", json.dumps(facts)]
         return [
-            sys.executable, Path(self.given["timm_script"]).absolute(), *TIMM, "--data-dir", self.root / trial["name"],
-            "--num-classes", classes, "--in-chans", channels, "--mean", *[0.5] * channels, "--std", *[0.5] * channels,
-            "--img-size", size_px, "--train-img-sizes", size_px, "--lr", settings["rate"], "--seed", trial["seed"],
-            "--scale", SCALE[settings["augmentation"]], 1.0, "--hflip", 0.5 if flips else 0.0,
-            *(TIMM_STRONG if is_strong else ["--color-jitter", 0.0]),
-            *(["--amp", "--amp-dtype", "bfloat16"] if BF16 else []), "--train-batches-per-epoch", steps // EPOCHS,
-            "--val-split", "val" if trial["minutes"] else "", "--output", out, "--experiment", "run",
+            sys.executable, Path(self.given["timm_script"]).absolute(), *TIMM, "--data-dir", root, "--seed", seed,
+            "--num-classes", len(list((root / "train").iterdir())), "--in-chans", channels, "--mean", *[0.5] * channels,
+            "--std", *[0.5] * channels, "--img-size", size_px, "--train-img-sizes", size_px, "--lr", settings["rate"],
+            "--scale", SCALE[augmentation], 1.0, "--hflip", 0.5 * flips, *TIMM_JITTER[augmentation],
+            *(["--amp", "--amp-dtype", "bfloat16", "--channels-last"] if is_bf16 else []),
+            "--train-batches-per-epoch", steps // EPOCHS, "--val-split", "val" if trial["minutes"] else "",
+            "--output", out, "--experiment", "run",
         ]  # fmt: skip
-
-    def _fastai(self, trial, core, out):
-        channels, classes, flips = self._facts(trial)
-        facts = {"root": str(self.root / trial["name"]), "seed": trial["seed"], "channels": channels, "flips": flips}
-        facts |= {"steps": self._steps(trial, core), "batch": BATCH, "bf16": BF16, "evaluate": trial["minutes"] > 0}
-        facts |= {"scale": SCALE[trial["settings"]["augmentation"]], **trial["settings"]}
-        return [self.given["fastai_python"], ROOT / "bench/minutes_fastai.py", json.dumps(facts)]
 
 
 def run_on(core, command, log):
@@ -215,15 +198,15 @@ def run_on(core, command, log):
 
     It ends with the thread that called. Raises RuntimeError if it fails.
     """
-    words = ["setpriv", "--pdeathsig", "KILL", "taskset", "-c", core, *command]
+    words = list(map(str, ["setpriv", "--pdeathsig", "KILL", "taskset", "-c", core, *command]))
     environment, started = {**os.environ, "OMP_NUM_THREADS": "1"}, time.monotonic()
     with open(log, "w") as stream:
-        process = subprocess.Popen(list(map(str, words)), cwd=ROOT, stdout=stream, stderr=stream, env=environment)
+        process = subprocess.Popen(words, cwd=ROOT, stdout=stream, stderr=stream, env=environment)
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
         tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{shlex.join(process.args)} ended with status {process.returncode} ({log}):\n{tail}")
+        raise RuntimeError(f"{shlex.join(words)} ended with status {process.returncode} ({log}):\n{tail}")
     return time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
@@ -234,18 +217,13 @@ def read_ours(out):
 
 
 def read_timm(out):
-    """Return top-1 after the last step, the steps, and their seconds, the first one's being those of the others."""
-    lines = [(int(epoch), int(update) + 1, float(rate)) for epoch, update, rate in
-             TIMM_LINE.findall((out / "output.log").read_text())]  # fmt: skip
-    last = {epoch: (updates, updates * BATCH / rate) for epoch, updates, rate in lines}
+    """Return top-1 after the last step, the steps, and their seconds; the first, which reads, counts as the others."""
+    lines = TIMM_LINE.findall((out / "output.log").read_text())
+    last = {epoch: (int(update) + 1, (int(update) + 1) * BATCH / float(rate)) for epoch, update, rate in lines}
     steps, seconds = map(sum, zip(*last.values()))
     with open(out / "run/summary.csv", newline="") as stream:
-        top1 = list(csv.DictReader(stream))[-1].get("eval_top1", 0)
-    return {
-        "top1": float(top1) / 100,
-        "steps": steps,
-        "train_sec": (seconds - BATCH / lines[0][2]) * steps / (steps - 1),
-    }
+        top1 = float(list(csv.DictReader(stream))[-1].get("eval_top1", 0)) / 100
+    return {"top1": top1, "steps": steps, "train_sec": (seconds - BATCH / float(lines[0][2])) * steps / (steps - 1)}
 
 
 def read_fastai(out):
@@ -255,73 +233,61 @@ def read_fastai(out):
 
 def table(rows):
     """Return rows of the journal as a table: a line for each collection, minutes and arm."""
-    lines = [("collection", "minutes", "arm", "top-1 (least to greatest)", "our errors / theirs", "steps", "training s",
-              "wall s", "CPU s", "trials", "best settings")]  # fmt: skip
-    groups = {}
+    head = "collection|minutes|arm|top-1 (least to greatest)|errors, ours / theirs|steps|training s|wall s|CPU s|trials"
+    lines, groups = [[*head.split("|"), "best settings"]], {}
     for row in rows:
         if row["minutes"]:
             groups.setdefault((row["name"], row["minutes"]), {}).setdefault(row["arm"], []).append(row)
     for (name, minutes), arms in sorted(groups.items()):
-        best = {arm: best_of(arms[arm]) for arm in NEEDS if arm in arms}
+        best = {arm: best_of(arms[arm]) for arm in ARMS if arm in arms}
         error = {arm: 1 - statistics.mean(row["top1"] for row in best[arm]) for arm in best}
         for arm, found in best.items():
             top1 = [row["top1"] for row in found]
             ratio = f"{error['ours'] / error[arm]:.3f}" if "ours" in error and arm != "ours" and error[arm] else ""
-            means = [statistics.mean(row.get(key, row["wall_sec"]) for row in found)
-                     for key in ("steps", "train_sec", "wall_sec", "cpu_sec")]  # fmt: skip
-            lines.append((
-                name, f"{minutes:g}", arm, f"{1 - error[arm]:.4f} ({min(top1):.4f} to {max(top1):.4f})", ratio,
-                *[f"{mean:.0f}" for mean in means], str(sum(row["seed"] == 0 for row in arms[arm])),
-                " ".join(map(str, found[0]["settings"].values())),
-            ))  # fmt: skip
+            keys = ("steps", "train_sec", "wall_sec", "cpu_sec")
+            means = [f"{statistics.mean(row[key] for row in found):.0f}" if key in found[0] else "" for key in keys]
+            spread = f"{1 - error[arm]:.4f} ({min(top1):.4f} to {max(top1):.4f})"
+            trials, settings = str(sum(row["seed"] == 0 for row in arms[arm])), map(str, found[0]["settings"].values())
+            lines.append([name, f"{minutes:g}", arm, spread, ratio, *means, trials, " ".join(settings)])
     return align_columns(lines)
 
 
 def best_of(rows):
     """Return the rows with the settings that have the best top-1 with seed 0."""
-    best = max((row for row in rows if row["seed"] == 0), key=lambda row: row["top1"])
+    best = max(rows, key=lambda row: (row["seed"] == 0, row["top1"]))
     return [row for row in rows if row["settings"] == best["settings"]]
 
 
-def draw_quick(root):
-    """Write two collections of two classes of random images."""
-    draws = np.random.default_rng(0)
-    for name, split, label, number in itertools.product("ab", ("train", "val"), "xy", range(16)):
-        file = root / name / split / label / f"{number}.png"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.fromarray(draws.integers(0, 256, (16, 16), np.uint8)).save(file)
-
-
-def main():
-    words = sys.argv[1:]
-    is_quick = "quick" in words
-    out, names, seeds = (OUT / "quick", "a,b", "1") if is_quick else (OUT, "glyphs,fashion,emoji,textures", "3")
-    given = {
-        "minutes": "2", "collections": str(out / "collections"), "names": names, "arms": None, "timm_script": None,
-        "fastai_python": None, "seeds": seeds, "cores": "0", "screen": None, "journal": str(out / "minutes.jsonl"),
-    }  # fmt: skip
+def read_words(words):
+    """Return the values of the command's words."""
+    every = (OUT, "glyphs,fashion,emoji,textures", "3")
+    out, names, seeds = (OUT / "quick", "a,b", "1") if "quick" in words else every
+    given = {"minutes": "2", "names": names, "seeds": seeds, "collections": str(out / "collections")}
+    given |= dict.fromkeys(["screen", "arms", *NEEDS.values()]) | {"journal": str(out / "minutes.jsonl")}
+    given["cores"] = str(min(os.sched_getaffinity(0)))
     for word in words:
         key, equals, value = word.partition("=")
         if word not in ("quick", "table") and not (equals and key in given):
             sys.exit(f"minutes: {word!r} is neither table, quick nor KEY=VALUE with a key of {', '.join(given)}")
         given |= {key: value} if equals else {}
-    given["arms"] = given["arms"] or ",".join(arm for arm, need in NEEDS.items() if given.get(need, True))
+    given["arms"] = given["arms"] or ",".join(arm for arm in ARMS if given.get(NEEDS.get(arm), True))
     for arm in given["arms"].split(","):
-        if arm not in NEEDS or not given.get(NEEDS[arm], True):
-            sys.exit(
-                f"minutes: arms={arm}: " + (f"give {NEEDS[arm]}=FILE" if arm in NEEDS else f"not of {', '.join(NEEDS)}")
-            )
-    failed = []
+        if arm not in ARMS or not given.get(NEEDS.get(arm), True):
+            sys.exit(f"minutes: arms={arm}: it is not of {', '.join(ARMS)}, or {NEEDS.get(arm)} is not given")
+    for root in (Path(given["collections"]) / name for name in given["names"].split(",")):
+        if "quick" in words and not root.exists():
+            make_collection(root)
+        if "table" not in words and not root.is_dir():
+            sys.exit(f"minutes: names: {root} is not a folder; bench/four_collections.py draws them")
+    return given
+
+
+def main():
+    given, failed = read_words(sys.argv[1:]), []
     journal = Path(given["journal"])
-    if "table" not in words:
-        if is_quick:
-            draw_quick(Path(given["collections"]))
-        if missing := [
-            name for name in given["names"].split(",") if not (Path(given["collections"]) / name / "train").is_dir()
-        ]:
-            sys.exit(f"minutes: collections={given['collections']} lacks {missing[0]}; see bench/four_collections.py")
-        with file_lock(journal, f"journal: another bench writes {journal}"):
-            failed = Bench(given, is_quick).run()
+    if "table" not in sys.argv:
+        with file_lock(journal, f"minutes: another bench writes {journal}"):
+            failed = Bench(given).run()
     rows = [json.loads(line) for line in journal.read_text().splitlines()[1:]]
     sys.stdout.write(f"{table(rows)}\n{journal}\n")
     sys.exit(f"minutes: {len(failed)} runs failed" if failed else 0)

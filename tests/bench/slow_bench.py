@@ -45,6 +45,18 @@ def test_the_loader_bench_ends_with_the_settings_to_type(tmp_path):
     assert re.fullmatch(r"runtime\.workers=\d+ augment\.on_device=(true|false)", done.stdout.splitlines()[-1])
 
 
+def test_equal_minutes_are_measured_and_typed_again_only_printed(tmp_path):
+    words = ["quick", "arms=ours", "names=a", f"collections={tmp_path}", f"journal={tmp_path / 'found.jsonl'}"]
+    done = fork_command("bench/minutes.py", *words)
+    assert done.returncode == 0 and "seed0: top-1" in done.stderr, done.stderr[-3000:]
+    again = fork_command("bench/minutes.py", *words)
+    assert (again.stdout, again.stderr) == (done.stdout, "") and done.stdout.splitlines()[1].split()[:3] == [
+        "a",
+        "2",
+        "ours",
+    ]
+
+
 FORKING_PYTHON = """\
 #!{python} -S
 import os, sys
