@@ -35,7 +35,7 @@ from engine.config import MachineConfig
 from engine.exports.grid import list_weights, to_part, to_report
 from engine.exports.weights import MovedBase, load_predictor, open_weights
 from engine.per_image import write_images
-from engine.runtime import Runtime, start_machine
+from engine.runtime import Runtime, choose_trained, start_machine
 from engine.task import Report
 from engine.tasks.arena import Arena, ArenaConfig
 from utils.config.bounds import BatchSize
@@ -161,12 +161,13 @@ def write_results(
             log.info("wrote %s", folder / PAGE)
 
 
-def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Path, folder: Path) -> Report | None:
+def evaluate(config: EvaluateConfig, run: str | None, path: Path, folder: Path) -> Report | None:
     """Evaluate weights on `data`, or that of their run, and write the results. Return None for a dry run."""
     saved = None if run is None else RunReader(Path(run)).part(_RunData)
     with about("weights"):
         weights = open_weights(path, "evaluation", config.model)
     task, kind, setup, step = weights.task, weights.kind, weights.setup, weights.metadata["step"]
+    runtime = choose_trained(config.runtime, weights.metadata.get("precision"))
     if config.calibrate and not hasattr(task, "calibrate"):
         name = weights.metadata["task"]["name"]
         raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {name!r}")
@@ -180,8 +181,6 @@ def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Pa
     log.info("%s", describe_collection(collection))
     if config.dry_run:
         return None
-    if config.runtime.precision == "auto":
-        runtime = runtime.as_trained(weights.metadata.get("precision"))
     task.to(runtime.device)
     if runtime.channels_last:
         task.to(memory_format=torch.channels_last)
@@ -227,7 +226,7 @@ def evaluate(config: EvaluateConfig, runtime: Runtime, run: str | None, path: Pa
     return report
 
 
-def evaluate_grid(config: EvaluateConfig, runtime: Runtime) -> str:
+def evaluate_grid(config: EvaluateConfig) -> str:
     """Evaluate the kept weights of runs, and write a row for each, and what each draws. A killed call goes on."""
     runs = [config.run_dir] if isinstance(config.run_dir, str) else config.run_dir
     files = list_weights(runs)
@@ -238,7 +237,7 @@ def evaluate_grid(config: EvaluateConfig, runtime: Runtime) -> str:
     made_of += [load_collection(config.data or RunReader(Path(run)).part(_RunData).data).fingerprint for run in runs]
     with open_journal("run_dir", folder / "grid", made_of) if distributed.is_main() else nullcontext() as journal:
         for run, step, path in files[distributed.rank_zero_call(lambda: len([*journal.parts()])) :]:
-            report = evaluate(config, runtime, run, path, folder)
+            report = evaluate(config, run, path, folder)
             if report is None:
                 return _DRY_RUN
             if distributed.is_main():
@@ -262,14 +261,14 @@ def main(config: EvaluateConfig, job: Job) -> str:
     if config.models is not None:
         return compare_taggers(config, runtime)
     if config.grid:
-        return evaluate_grid(config, runtime)
+        return evaluate_grid(config)
     with about("weights"):
         path = choose_weights(config.run_dir or "", config.weights)
     folder = Path(config.run_dir or "")
     if config.run_dir is None:
         folder = result_folder(path.stem, weights=str(path.resolve()), data=config.data.model_dump(mode="json"))
     refuse_links_out("run_dir", folder)
-    report = evaluate(config, runtime, config.run_dir, path, folder)
+    report = evaluate(config, config.run_dir, path, folder)
     return _DRY_RUN if report is None else _show(report)
 
 

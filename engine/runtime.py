@@ -3,7 +3,7 @@
 import math
 import os
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -34,11 +34,6 @@ class Runtime(Machine):
         if self.precision == "fp32":
             return nullcontext()
         return torch.autocast(self.device.type, dtype=_DTYPES[self.precision])
-
-    def as_trained(self, precision: str | None) -> "Runtime":
-        """Return a copy with the precision of a run, or with fp32 for fp16 on a CPU."""
-        precision = "fp32" if precision == "fp16" and self.device.type == "cpu" else precision
-        return replace(self, precision=precision) if precision in _DTYPES else self
 
     @property
     def device_name(self) -> str:
@@ -105,16 +100,27 @@ def _set_backends(config: MachineConfig, device: str) -> None:
     torch.backends.cudnn.conv.fp32_precision = precision
 
 
+def choose_trained(config: MachineConfig, precision: str | None) -> Runtime:
+    """Return the settings for weights: `auto` takes the precision of their run, or fp32 for fp16 on a CPU."""
+    if config.precision == "auto" and precision in _DTYPES:
+        precision = "fp32" if precision == "fp16" and choose_device(config.device) == "cpu" else precision
+        config = config.model_copy(update={"precision": precision})
+    return choose_runtime(config)
+
+
 def choose_runtime(config: MachineConfig) -> Runtime:
     """Set threads and determinism, and return the settings. Raises UserError for what this machine cannot do."""
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     _set_backends(config, device)
+    precision, channels_last = choose_precision(config.precision, device), config.channels_last
+    if channels_last == "auto":  # figures of a CPU: docs/benchmarks.md
+        channels_last = device == "cuda" or precision == "bf16"
     return Runtime(
         device=torch.device("cuda", distributed.local_device_index()) if device == "cuda" else torch.device("cpu"),
-        precision=choose_precision(config.precision, device),
-        channels_last=config.channels_last if config.channels_last != "auto" else device == "cuda",
+        precision=precision,
+        channels_last=channels_last,
         workers=choose_workers(config.workers, device),
         prefetch_batches=config.prefetch_batches if isinstance(config, RuntimeConfig) else _EVALUATION_PREFETCH,
     )

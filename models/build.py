@@ -5,6 +5,7 @@ from torch import nn
 
 from models.config import ConvNeXtV2Config, ModelConfig, TimmConfig
 from models.convnextv2 import ConvNeXtV2
+from models.small_maps import use_small_maps
 from utils.errors import UserError, close_names
 
 
@@ -72,10 +73,12 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     options = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
     extra = {name: value for name, value in options.items() if value is not None}
     try:
-        return timm.create_model(
+        network = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
         )
     except (RuntimeError, TypeError) as error:  # an unknown tag, or an argument that the network does not have
         keys = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}
         key = next((keys[name] for name in extra if name in str(error)), "model.name")
         raise UserError(f"{key}: timm cannot build {config.name} ({error}); set null, or another name") from error
+    use_small_maps(network)
+    return network

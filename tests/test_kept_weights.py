@@ -71,11 +71,11 @@ def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, cap
 def test_a_grid_has_a_row_for_each_kept_file_and_a_killed_one_goes_on(place, monkeypatch, capsys):
     whole, seen = evaluate.evaluate, []
 
-    def die_at_the_third(config, runtime, run, path, folder):
+    def die_at_the_third(config, run, path, folder):
         seen.append(path.name)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return whole(config, runtime, run, path, folder)
+        return whole(config, run, path, folder)
 
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(evaluate, "evaluate", die_at_the_third)

@@ -114,10 +114,10 @@ def test_a_gpu_takes_bf16_where_it_multiplies_it(capability, precision, chosen):
 def test_a_cpu_takes_bf16_where_it_multiplies_it_faster(capabilities, precision, chosen, monkeypatch):
     monkeypatch.setattr("torch.cpu.get_capabilities", lambda: dict.fromkeys(capabilities, True))
     runtime = chosen()
-    assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cpu", precision, False)
+    assert (str(runtime.device), runtime.precision, runtime.channels_last) == ("cpu", precision, precision == "bf16")
     assert chosen((9, 0), device="cpu").precision == precision  # the GPU's bf16 is not the CPU's
     assert chosen(precision="bf16").precision == "bf16"
-    assert chosen(channels_last=True).channels_last is True
+    assert chosen(channels_last=True).channels_last is True and not chosen(precision="fp32").channels_last
 
 
 @pytest.mark.parametrize(

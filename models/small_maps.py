@@ -1,0 +1,38 @@
+"""A convolution that is fast for small maps on a CPU in bfloat16.
+
+oneDNN makes a matrix product for each row of each image, so a convolution takes almost as long for maps of 2 x 2 as of
+4 x 4 pixels. Side by side, the images of a batch are one image with long rows.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+_CHANNELS = 32  # for each column of the output; with fewer channels, nothing is gained
+
+
+class SmallMapConv2d(nn.Conv2d):
+    """A convolution whose output has the input's size, divided by the stride and rounded up."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, C, H, W]; for small maps in the channels_last memory format."""
+        batch, channels, height, width = x.shape
+        stride, out_width = self.stride[1], -(-width // self.stride[1])
+        small = _CHANNELS * out_width <= channels and batch > 1
+        if not small or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+            return super().forward(x)
+        # Zero columns part the images, whose columns then begin at a multiple of the stride.
+        step = -(-(width + self.padding[1]) // stride) * stride
+        rows = F.pad(x.permute(2, 0, 3, 1), (0, 0, 0, step - width)).reshape(1, height, batch * step, channels)
+        columns = super().forward(rows.permute(0, 3, 1, 2))[0].unflatten(2, (batch, -1))  # [C, H, B, W]
+        maps = columns[..., :out_width].permute(2, 0, 1, 3)
+        return maps.contiguous(memory_format=torch.channels_last)
+
+
+def use_small_maps(network: nn.Module) -> None:
+    """Make the convolutions of a network fast for small maps; parameters and their names stay."""
+    for module in network.modules():
+        if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
+            (kernel, other), padding = module.kernel_size, module.padding
+            if kernel == other > 1 and padding == (kernel // 2,) * 2 and kernel % 2 and module.dilation == (1, 1):
+                module.__class__ = SmallMapConv2d
