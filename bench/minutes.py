@@ -45,9 +45,10 @@ from utils.config.help import ROOT
 from utils.hardware import has_fast_bf16
 from utils.io.files import file_lock
 from utils.io.journal import Journal
-from utils.record.figures import align_columns
+from utils.record.figures import show_rows
 from utils.record.run_reader import RunReader
 
+NAMES = "glyphs,fashion,emoji,textures"
 RATES = {"timm": [1e-3, 3e-3], "fastai": [3e-3, 1e-2]}  # the highest of a run
 SETTINGS = {"augmentation": ["mild", "strong"], "size_px": [32, 48, 64]}
 SCALE = {"mild": 0.7, "strong": 0.35}  # the least area of a crop; `strong` adds what the rival's users add
@@ -66,6 +67,7 @@ TIMM = shlex.split(
 TIMM_JITTER = {"mild": ["--color-jitter", "0"], "strong": ["--color-jitter", "0.2", "--reprob", "0.2"]}
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
+MEANS = ["steps", "train_sec", "wall_sec", "cpu_sec"]  # columns of the table
 QUICK_WORDS = ["loop.total_steps=4", "loop.global_batch_size=8", "augment.image_size_hw=[32,32]"]
 ARMS, NEEDS = ["ours", "timm", "fastai"], {"timm": "timm_script", "fastai": "fastai_python"}
 
@@ -89,7 +91,7 @@ class Bench:
 
     def run(self):
         """Make all runs that the journal lacks; returns the names of those that failed."""
-        cores = self.given["cores"].split(",")
+        cores = self.given["cores"].split(",")  # threads of a pool would go on after Ctrl-C
         threads = [threading.Thread(target=self._work, args=[core], daemon=True) for core in cores]
         for thread in threads:
             thread.start()
@@ -205,8 +207,7 @@ def run_on(core, command, log):
         _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode != 0:
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-        raise RuntimeError(f"{shlex.join(words)} ended with status {process.returncode} ({log}):\n{tail}")
+        raise RuntimeError(f"status {process.returncode}, {log}:\n{log.read_text(errors='replace')[-2000:]}")
     return time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
@@ -233,23 +234,23 @@ def read_fastai(out):
 
 def table(rows):
     """Return rows of the journal as a table: a line for each collection, minutes and arm."""
-    head = "collection|minutes|arm|top-1 (least to greatest)|errors, ours / theirs|steps|training s|wall s|CPU s|trials"
-    lines, groups = [[*head.split("|"), "best settings"]], {}
+    lines, groups = [], {}
     for row in rows:
         if row["minutes"]:
-            groups.setdefault((row["name"], row["minutes"]), {}).setdefault(row["arm"], []).append(row)
-    for (name, minutes), arms in sorted(groups.items()):
-        best = {arm: best_of(arms[arm]) for arm in ARMS if arm in arms}
-        error = {arm: 1 - statistics.mean(row["top1"] for row in best[arm]) for arm in best}
-        for arm, found in best.items():
-            top1 = [row["top1"] for row in found]
-            ratio = f"{error['ours'] / error[arm]:.3f}" if "ours" in error and arm != "ours" and error[arm] else ""
-            keys = ("steps", "train_sec", "wall_sec", "cpu_sec")
-            means = [f"{statistics.mean(row[key] for row in found):.0f}" if key in found[0] else "" for key in keys]
-            spread = f"{1 - error[arm]:.4f} ({min(top1):.4f} to {max(top1):.4f})"
-            trials, settings = str(sum(row["seed"] == 0 for row in arms[arm])), map(str, found[0]["settings"].values())
-            lines.append([name, f"{minutes:g}", arm, spread, ratio, *means, trials, " ".join(settings)])
-    return align_columns(lines)
+            groups.setdefault((row["name"], row["minutes"], row["arm"]), []).append(row)
+    best = {key: best_of(found) for key, found in groups.items()}
+    error = {key: 1 - statistics.mean(row["top1"] for row in found) for key, found in best.items()}
+    for key, found in sorted(best.items()):
+        top1, ours = [row["top1"] for row in found], error.get((*key[:2], "ours"))
+        lines.append({
+            **dict(zip(["collection", "minutes", "arm"], key)),
+            "top-1 (least to greatest)": f"{1 - error[key]:.4f} ({min(top1):.4f} to {max(top1):.4f})",
+            "errors, ours / theirs": ours / error[key] if ours and error[key] and key[2] != "ours" else None,
+            **{name: round(statistics.mean(row.get(name, row["wall_sec"]) for row in found)) for name in MEANS},
+            "trials": sum(row["seed"] == 0 for row in groups[key]),
+            "best settings": " ".join(map(str, found[0]["settings"].values())),
+        })  # fmt: skip
+    return show_rows(lines) if lines else "no runs"
 
 
 def best_of(rows):
@@ -260,11 +261,10 @@ def best_of(rows):
 
 def read_words(words):
     """Return the values of the command's words."""
-    every = (OUT, "glyphs,fashion,emoji,textures", "3")
-    out, names, seeds = (OUT / "quick", "a,b", "1") if "quick" in words else every
-    given = {"minutes": "2", "names": names, "seeds": seeds, "collections": str(out / "collections")}
-    given |= dict.fromkeys(["screen", "arms", *NEEDS.values()]) | {"journal": str(out / "minutes.jsonl")}
-    given["cores"] = str(min(os.sched_getaffinity(0)))
+    out, names, seeds = (OUT / "quick", "a,b", "1") if "quick" in words else (OUT, NAMES, "3")
+    given = {"minutes": "2", "names": names, "seeds": seeds, "cores": str(min(os.sched_getaffinity(0))), "screen": None}
+    given |= {"collections": str(out / "collections"), "journal": str(out / "minutes.jsonl"), "arms": None}
+    given |= dict.fromkeys(NEEDS.values())
     for word in words:
         key, equals, value = word.partition("=")
         if word not in ("quick", "table") and not (equals and key in given):
