@@ -12,12 +12,12 @@ Each run has one core (`taskset`) and one thread; each of `cores` takes one run 
 typing to the end of the process. A rival has 12 trials per collection and time (RATES, SETTINGS) with seed 0; its best,
 by top-1 of the last weights on val, runs with the other seeds, too. Its minutes are those of training steps: starting,
 the first batch, evaluating and the search for the best trial do not count, which favours it. The steps that fit are
-counted from the newest run of the same size and augmentation, at first from one of CALIBRATION_STEPS. screen: the 12
-trials run for so many minutes, and only the best FINALISTS for the whole time.
+counted from the last three runs of the same size and augmentation, at first from one of CALIBRATION_STEPS. screen: the
+12 trials run for so many minutes, and only the best FINALISTS for the whole time.
 
 Another process on a core makes wall time lie, so steps are counted by CPU seconds, and a run is told whose wall and CPU
-time differ by more than 10 %. The journal (outputs/bench/minutes.jsonl) has every run; a killed bench that is typed
-again goes on. After a change of ours, delete its lines there. `table` only prints. quick: a few steps on tiny images.
+time differ by more than 10 %. The journal (outputs/bench/minutes.jsonl) has every run of a machine; a killed bench that
+is typed again goes on. After a change of ours, delete its lines. `table` only prints. quick: a few steps, tiny images.
 """
 
 import csv
@@ -36,10 +36,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
 from PIL import Image
 
-from bench.measure import OUT, describe_machine
+from bench.measure import OUT
 from tests.support import make_collection
 from utils.config.help import ROOT
 from utils.hardware import has_fast_bf16
@@ -146,7 +145,7 @@ class Bench:
         found = {"ours": read_ours, "timm": read_timm, "fastai": read_fastai}[trial["arm"]](out)
         row = {**trial, **found, "wall_sec": round(wall_sec, 1), "cpu_sec": round(cpu_sec, 1), "core": core}
         with self.lock:
-            self.journal.add({**row, "machine": describe_machine(torch.device("cpu"))})
+            self.journal.add(row)
         busy = "" if 0.9 < cpu_sec / wall_sec < 1.1 else "; WALL AND CPU TIME DIFFER: is the core busy?"
         found = f"top-1 {row['top1']:.4f}, {row['steps']} steps, {wall_sec:.1f} s, CPU {cpu_sec:.1f} s{busy}"
         sys.stderr.write(f"{time.strftime('%H:%M:%S')} core {core}, {trial['trial']}: {found}\n")
@@ -160,10 +159,10 @@ class Bench:
         kind = {**trial["settings"], "arm": trial["arm"], "name": trial["name"], "rate": None}
         with self.lock:
             rows = [{**row["settings"], **row, "rate": None} for row in self.journal.parts()]
-        rows = [row for row in rows if kind.items() <= row.items()]
-        row = rows[-1] if rows else self._run(make_trial(trial["arm"], trial["name"], 0, 0, trial["settings"]), core)
-        step_sec = row["train_sec"] * min(1.0, row["cpu_sec"] / row["wall_sec"]) / row["steps"]
-        return max(EPOCHS, round(60 * trial["minutes"] / step_sec / EPOCHS) * EPOCHS)
+        rows = [row for row in rows if kind.items() <= row.items()][-3:]
+        rows = rows or [self._run(make_trial(trial["arm"], trial["name"], 0, 0, trial["settings"]), core)]
+        speeds = [row["train_sec"] * min(1.0, row["cpu_sec"] / row["wall_sec"]) / row["steps"] for row in rows]
+        return max(EPOCHS, round(60 * trial["minutes"] / statistics.median(speeds) / EPOCHS) * EPOCHS)
 
     def _command(self, trial, out, steps):
         root, settings, seed = self.root / trial["name"], trial["settings"], trial["seed"]
@@ -171,25 +170,19 @@ class Bench:
             words = QUICK_WORDS if self.is_quick else [f"loop.minutes={trial['minutes']:g}"]
             return [sys.executable, "train.py", f"data.root={root}", f"run_dir={out / 'run'}", f"seed={seed}", *words]
         size_px, augmentation, flips = settings["size_px"], settings["augmentation"], trial["name"] not in NOT_MIRRORED
-        is_bf16 = has_fast_bf16("cpu") and size_px >= BF16_FROM_PX
+        bf16 = has_fast_bf16("cpu") and size_px >= BF16_FROM_PX
         with Image.open(next((root / "train").glob("*/*.png"))) as image:
             channels = 1 if image.mode == "L" else 3
         if trial["arm"] == "fastai":
-            facts = {"root": str(root), "channels": channels, "steps": steps, "batch": BATCH, "bf16": is_bf16}
-            facts |= {
-                **settings,
-                "scale": SCALE[augmentation],
-                "flips": flips,
-                "seed": seed,
-                "evaluate": trial["minutes"] > 0,
-            }
+            facts = {**settings, "root": str(root), "seed": seed, "steps": steps, "evaluate": trial["minutes"] > 0}
+            facts |= {"scale": SCALE[augmentation], "flips": flips, "channels": channels, "batch": BATCH, "bf16": bf16}
             return [self.given["fastai_python"], ROOT / "bench/minutes_fastai.py", json.dumps(facts)]
         return [
             sys.executable, Path(self.given["timm_script"]).absolute(), *TIMM, "--data-dir", root, "--seed", seed,
             "--num-classes", len(list((root / "train").iterdir())), "--in-chans", channels, "--mean", *[0.5] * channels,
             "--std", *[0.5] * channels, "--img-size", size_px, "--train-img-sizes", size_px, "--lr", settings["rate"],
             "--scale", SCALE[augmentation], 1.0, "--hflip", 0.5 * flips, *TIMM_JITTER[augmentation],
-            *(["--amp", "--amp-dtype", "bfloat16", "--channels-last"] if is_bf16 else []),
+            *(["--amp", "--amp-dtype", "bfloat16", "--channels-last"] if bf16 else []),
             "--train-batches-per-epoch", steps // EPOCHS, "--val-split", "val" if trial["minutes"] else "",
             "--output", out, "--experiment", "run",
         ]  # fmt: skip
