@@ -360,7 +360,8 @@ class Run:
             result["interval"] = interval(task.best_metric, self.best_value, streams.evaluation_samples)
             if self.is_complete:
                 counts = streams.evaluation_samples, streams.class_images
-                result["help"], lines = advise(self.folder.path, task.best_metric, *counts)
+                found, lines = advise(self.folder.path, task.best_metric, *counts)
+                result |= {"help": found} if found else {}
         return result | {"is_lowest_best": task.best_is_lowest}, lines
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:

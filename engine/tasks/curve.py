@@ -2,8 +2,8 @@
 
 A quarter and a half of each class are trained on in RUN/curve_25 and RUN/curve_50, then all of it in RUN: jobs like
 those of a sweep (`sweep.at_once` and `sweep.gpus` hold), so the same command continues. Each has the words of the
-command, and therefore the whole of its length, `loop.minutes` too. The law error = a + b n^-c, with a and b at least 0,
-is fitted to the three errors. If they do not determine a, it becomes 0.
+command, and therefore the whole of its length, `loop.minutes` too. The law error = a + b n^-c is fitted to the three
+errors; a or b is 0 where it would be negative.
 """
 
 from collections.abc import Sequence
@@ -61,9 +61,7 @@ def train_curve(config: ImageTrainingConfig, job: Job) -> str:
             plot_learning_curve(counts, errors, fitted, f"{path.name}: {metric}", plot)
     shown = ", ".join(f"{run['value']:.4g} with {run['images']:,}" for run in curve["runs"])
     twice = f"{curve['twice']['value']:.4g}{show_interval(curve['twice']['interval'])}"
-    return (
-        f"learning curve: {show_evaluated(metric)} {shown} images; twice as many would give {twice}; see {path}/plots"
-    )
+    return f"learning curve: {show_evaluated(metric)} {shown} images; twice as many would give {twice}: {path}/plots"
 
 
 def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) -> list[int]:
@@ -71,8 +69,8 @@ def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) ->
     loop = config.loop
     if loop.train_count is not None:
         raise UserError(f"curve: loop.train_count={loop.train_count} is not of each class; set loop.train_per_class")
-    if loop.total_steps == 0 or config.lr_finder.only or config.resume not in ("auto", "never"):
-        raise UserError("curve: trains three runs; remove loop.total_steps=0, lr_finder.only and resume=PATH")
+    if loop.total_steps == 0 or config.lr_finder.only:
+        raise UserError("curve: trains three runs; remove loop.total_steps=0 and lr_finder.only=true")
     kind, collection = KINDS[config.task.name], load_collection(config.data)
     if len(collection.rows("val")) == 0:
         raise UserError(f"curve: {collection.root} has no validation images; set data.validation_fraction")
