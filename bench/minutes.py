@@ -142,7 +142,8 @@ class Bench:
         shutil.rmtree(out, ignore_errors=True)
         out.mkdir(parents=True)
         wall_sec, cpu_sec = run_on(core, self._command(trial, out, steps), out / "output.log")
-        found = {"ours": read_ours, "timm": read_timm, "fastai": read_fastai}[trial["arm"]](out)
+        read = {"ours": read_ours, "timm": read_timm, "fastai": lambda _, text: json.loads(text.splitlines()[-1])}
+        found = read[trial["arm"]](out / "run", (out / "output.log").read_text(errors="replace"))
         row = {**trial, **found, "wall_sec": round(wall_sec, 1), "cpu_sec": round(cpu_sec, 1), "core": core}
         with self.lock:
             self.journal.add(row)
@@ -204,25 +205,20 @@ def run_on(core, command, log):
     return time.monotonic() - started, usage.ru_utime + usage.ru_stime
 
 
-def read_ours(out):
+def read_ours(run, text):
     """Return top-1 of the evaluation after the last step, and that step."""
-    row = [row for row in RunReader(out / "run").rows if row["kind"] == "evaluate"][-1]
+    row = [row for row in RunReader(run).rows if row["kind"] == "evaluate"][-1]
     return {"top1": row["top1"], "steps": row["step"]}
 
 
-def read_timm(out):
+def read_timm(run, text):
     """Return top-1 after the last step, the steps, and their seconds; the first, which reads, counts as the others."""
-    lines = TIMM_LINE.findall((out / "output.log").read_text())
+    lines = TIMM_LINE.findall(text)
     last = {epoch: (int(update) + 1, (int(update) + 1) * BATCH / float(rate)) for epoch, update, rate in lines}
     steps, seconds = map(sum, zip(*last.values()))
-    with open(out / "run/summary.csv", newline="") as stream:
+    with open(run / "summary.csv", newline="") as stream:
         top1 = float(list(csv.DictReader(stream))[-1].get("eval_top1", 0)) / 100
     return {"top1": top1, "steps": steps, "train_sec": (seconds - BATCH / float(lines[0][2])) * steps / (steps - 1)}
-
-
-def read_fastai(out):
-    """Return what bench/minutes_fastai.py printed last."""
-    return json.loads((out / "output.log").read_text().splitlines()[-1])
 
 
 def table(rows):
@@ -231,7 +227,8 @@ def table(rows):
     for row in rows:
         if row["minutes"]:
             groups.setdefault((row["name"], row["minutes"], row["arm"]), []).append(row)
-    best = {key: best_of(found) for key, found in groups.items()}
+    first = {key: max(found, key=lambda row: (row["seed"] == 0, row["top1"])) for key, found in groups.items()}
+    best = {key: [row for row in groups[key] if row["settings"] == first[key]["settings"]] for key in groups}
     error = {key: 1 - statistics.mean(row["top1"] for row in found) for key, found in best.items()}
     for key, found in sorted(best.items()):
         top1, ours = [row["top1"] for row in found], error.get((*key[:2], "ours"))
@@ -244,12 +241,6 @@ def table(rows):
             "best settings": " ".join(map(str, found[0]["settings"].values())),
         })  # fmt: skip
     return show_rows(lines) if lines else "no runs"
-
-
-def best_of(rows):
-    """Return the rows with the settings that have the best top-1 with seed 0."""
-    best = max(rows, key=lambda row: (row["seed"] == 0, row["top1"]))
-    return [row for row in rows if row["settings"] == best["settings"]]
 
 
 def read_words(words):

@@ -39,17 +39,17 @@ class Clock(Callback):
 def load(given, count):
     """Return the loaders of `count` training images, and of all images of val or one batch."""
     train, val = (sorted(get_image_files(Path(given["root"]) / split)) for split in ("train", "val"))
-    items, is_gray, is_strong = [], given["channels"] == 1, given["augmentation"] == "strong"
+    items, is_gray = [], given["channels"] == 1
     while len(items) < count:
         items += random.sample(train, len(train))
     items[count:] = val if given["evaluate"] else val[: given["batch"]]
-    mirror = [Flip()] if given["flips"] else []
+    changes = aug_transforms(do_flip=given["flips"]) if given["augmentation"] == "strong" else [Flip()] * given["flips"]
     normalize = Normalize.from_stats(*(([0.5], [0.5]) if is_gray else imagenet_stats), cuda=False)
     block = DataBlock(
         (ImageBlock(PILImageBW if is_gray else PILImage), CategoryBlock(sorted({*map(parent_label, train)}))),
         get_y=parent_label, splitter=IndexSplitter(range(count, len(items))),
         item_tfms=RandomResizedCrop(given["size_px"], min_scale=given["scale"], val_xtra=0),
-        batch_tfms=[*(aug_transforms(do_flip=given["flips"]) if is_strong else mirror), normalize],
+        batch_tfms=[*changes, normalize],
     )  # fmt: skip
     return block.dataloaders(items, bs=given["batch"], val_bs=256, shuffle=False, num_workers=0, device="cpu")
 
@@ -66,8 +66,8 @@ def main():
     )  # fmt: skip
     with learner.no_bar(), learner.no_logging():
         learner.fit_one_cycle(1, given["rate"])
-    top1 = learner.recorder.values[-1][-1]
-    sys.stdout.write(json.dumps({"top1": top1, "steps": given["steps"], "train_sec": clock.seconds}) + "\n")
+    figures = {"top1": learner.recorder.values[-1][-1], "steps": given["steps"], "train_sec": clock.seconds}
+    print(json.dumps(figures))
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ def bench(tmp_path, monkeypatch, capsys):
         words, run = list(map(str, command)), log.parent / "run"
         made.append(log.parent.name)
         run.mkdir()
+        log.touch()
         if words[1] == "train.py":
             (run / "metrics.jsonl").write_text(json.dumps({"kind": "evaluate", "step": 7, "top1": 0.8}) + "\n")
         elif words[1].endswith("timm.py"):
