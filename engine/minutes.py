@@ -41,14 +41,26 @@ def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) 
     overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
     minutes, or for a damaged file.
     """
-    file, minutes, other = folder / _FILE, config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
+    minutes, other = config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
     if minutes is None:
         return config
     if beside := [word for word in overrides if word.partition("=")[0] in other and not word.endswith("=null")]:
         raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
+    steps, _ = read_minutes(folder, minutes) or (None, ())
+    return _of_length(config, steps)
+
+
+def read_minutes(folder: Path, minutes: float) -> tuple[int, list[str]] | None:
+    """Return the steps and the words that an earlier start of the run has found; None without one.
+
+    Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
+    """
+    file = folder / _FILE
+    if not file.exists():
+        return None
     try:
-        found = read_json(file) if file.exists() else {"minutes": minutes, "steps": None}
-        before, steps = float(found["minutes"]), found["steps"]
+        found = read_json(file)
+        before, steps, words = float(found["minutes"]), int(found["steps"]), [*map(str, found.get("words", ()))]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
     if before != minutes:
@@ -56,7 +68,7 @@ def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) 
             f"loop.minutes: {minutes:g}, but {folder} was planned for {before:g}; set loop.minutes={before:g}, or give "
             "another run_dir"
         )
-    return _of_length(config, steps)
+    return steps, words
 
 
 def _of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
@@ -92,6 +104,7 @@ def fit_minutes(run: Run) -> None:
         needed = show_duration(start_sec + left / epochs)
         log.warning("loop.minutes: %g are too few for an epoch, which needs about %s", minutes, needed)
     facts = {"minutes": minutes, "steps": steps, "step_sec": step_sec, "evaluation_sec": evaluation_sec}
+    facts["words"] = list(run.folder.job.planned)
     if distributed.is_main():
         with output_errors("run_dir", file):
             write_json(file, facts)

@@ -12,7 +12,7 @@ from utils.errors import UserError, close_names
 def build_network(config: ModelConfig, num_classes: int) -> nn.Module:
     """Build the network with random weights; `num_classes` 0 makes no head.
 
-    Raises UserError (`model.name`, `model.drop_path_rate`, `model.image_size_hw`) if timm cannot build it.
+    Raises UserError (`model.name`, or the key of an argument that the network does not have) if timm cannot build it.
     """
     if isinstance(config, TimmConfig):
         return _build_timm(config, num_classes)
@@ -70,14 +70,19 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     # Names such as hf-hub:... are not registered, and timm would look them up on the internet.
     if not timm.is_model(config.name):
         raise UserError(f"model.name: timm has no {config.name!r}; {close_names(config.name, timm.list_models())}")
-    options = {"drop_path_rate": config.drop_path_rate, "img_size": config.image_size_hw}
-    extra = {name: value for name, value in options.items() if value is not None}
+    extra = config.arguments
+    if config.drop_path_rate is not None:
+        extra["drop_path_rate"] = config.drop_path_rate
     try:
         network = timm.create_model(
             config.name, pretrained=False, num_classes=num_classes, in_chans=config.in_channels, **extra
         )
     except (RuntimeError, TypeError) as error:  # an unknown tag, or an argument that the network does not have
-        keys = {"drop_path_rate": "model.drop_path_rate", "img_size": "model.image_size_hw"}
+        keys = {
+            "drop_path_rate": "model.drop_path_rate",
+            "img_size": "model.image_size_hw",
+            "channels": "model.channels",
+        }
         key = next((keys[name] for name in extra if name in str(error)), "model.name")
         raise UserError(f"{key}: timm cannot build {config.name} ({error}); set null, or another name") from error
     use_small_maps(network)

@@ -3,7 +3,7 @@
 The values are in conf/model/*.yaml, not in defaults here.
 """
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -45,7 +45,7 @@ class TimmConfig(Strict):
     """Describe a network by its timm name; `drop_path_rate: null` keeps the network's default.
 
     image_size_hw: for networks that need one image size, such as ViTs; null: the default of the name. Weights for
-    another size are interpolated when they are loaded.
+    another size are interpolated when they are loaded. channels: of the four stages of a ResNet; null: the name's.
     """
 
     family: Literal["timm"]
@@ -53,6 +53,15 @@ class TimmConfig(Strict):
     in_channels: Width
     drop_path_rate: BelowOne | None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
+    channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None = None
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        """Return the arguments of timm's network that differ from its name's, but for regularisation."""
+        sizes = {} if self.image_size_hw is None else {"img_size": self.image_size_hw}
+        if self.channels is not None:
+            sizes |= {"channels": self.channels, "stem_width": self.channels[0] // 2}
+        return sizes
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

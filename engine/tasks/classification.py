@@ -25,7 +25,9 @@ from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
+from engine.tasks.planning import plan_recipe
 from utils.config.bounds import BelowOne
+from utils.config.entry_point import Job
 from utils.contracts import Batch
 from utils.ranks import distributed
 
@@ -154,6 +156,14 @@ class ClassificationKind(Kind):
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split."""
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
+
+    def plan(
+        self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
+    ) -> tuple[ImageTrainingConfig, Job]:
+        """Let the rules of engine/tasks/planning.py choose the recipe of train.py."""
+        if config.loop.minutes is None or job.script != "train":
+            return config, job
+        return plan_recipe(config, job, collection, runtime)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""

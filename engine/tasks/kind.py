@@ -40,6 +40,7 @@ from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
 from utils.canvas import DEFAULT
+from utils.config.entry_point import Job
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
@@ -148,6 +149,12 @@ class Kind:
     def commands(self, setup: Setup) -> Sequence[str]:
         """Return the commands to suggest after a run."""
         return self.next_commands
+
+    def plan(
+        self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
+    ) -> tuple[ImageTrainingConfig, Job]:
+        """Return the configuration that fits `loop.minutes`, for kinds that choose their recipe by it."""
+        return config, job
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""

@@ -62,11 +62,12 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     config = config.task.complete(use_pretrained(config))
     if config.runtime.memory_gib is not None:
         config = fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
-    path = default_run_dir(config.model_dump(mode="json"), job)
-    resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
+    config, job = kind.plan(config, job, collection, runtime)
+    path = default_run_dir(config.model_dump(mode="json"), job)
+    resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
     # For reading before training, such as to fill a cache.
@@ -86,7 +87,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
             refuse_links_out("run_dir", path)
             with output_errors("run_dir", path):
                 write_report(path, {}, {"samples_seen": draw_seen(task, streams, plan, config)})
-        return f"dry run: {plan.total_steps} steps; wrote {path}/plots/samples_seen.png and nothing else"
+        length = f"{plan.total_steps} steps" if config.loop.minutes is None else f"{config.loop.minutes:g} minutes"
+        return f"dry run: {length}; wrote {path}/plots/samples_seen.png and nothing else"
 
     # -------------------------------------------------------------------------------- 4. Layers fitted to the data
     if not resumes:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config import TimmConfig
 from models.export.metadata import label_names, licence_entry
 from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
@@ -37,8 +38,8 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     preprocessing = metadata["preprocessing"]
     _refuse_images("timm", preprocessing)
     if hasattr(network, "pretrained_cfg"):
-        target, state, image_size_hw = network, _with_head_norm(network), metadata["model"].get("image_size_hw")
-        arguments = {"img_size": image_size_hw} if image_size_hw else {}
+        target, state = network, _with_head_norm(network)
+        arguments = TimmConfig.model_validate(metadata["model"]).arguments
     else:
         # With patch_size=2, timm's first stage halves the map again, but ours does not.
         official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))

@@ -43,7 +43,13 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     run("finetune", words, tmp_path)
     found = json.loads((tmp_path / "run/minutes.json").read_text())
     assert timed.count == 1
-    assert found == {"minutes": 10, "steps": 12, "step_sec": 40.0, "evaluation_sec": 15.0}  # and 3 evaluations
+    assert found == {
+        "minutes": 10,
+        "steps": 12,
+        "step_sec": 40.0,
+        "evaluation_sec": 15.0,
+        "words": [],
+    }  # and 3 evaluations
     plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
     run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
     first, second = (checkpoint_tensors(tmp_path / name, 12) for name in ("run", "plain"))

@@ -16,7 +16,7 @@ import signal
 import sys
 import textwrap
 import traceback
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Generic
@@ -59,11 +59,12 @@ _SHOW = ("--cfg", "job")  # prints the configuration
 
 @dataclass(frozen=True)
 class Job:
-    """The command line: script, chosen files of groups, overrides."""
+    """The command line: script, chosen files of groups, overrides; and the words that `loop.minutes` adds."""
 
     script: str
     choices: dict[str, str]
     overrides: list[str]
+    planned: Sequence[str] = ()
 
 
 def quote_paths(arguments: list[str], keys: Container[str]) -> list[str]:
@@ -246,6 +247,17 @@ def _leave(status: int) -> None:
     if grouped or status == EXIT_STOPPED:
         os._exit(status)
     sys.exit(status)
+
+
+def recompose(job: Job, words: Sequence[str], schema: type[Schema], config_dir: Path = CONF) -> Schema:
+    """Return the configuration of a job with more words, for keys that its own do not set."""
+    values, _ = Command(job.script, _no_main, schema, config_dir).compose([*words, *job.overrides])
+    return validate(values, schema)
+
+
+def _no_main(config: Schema, job: Job) -> None:
+    """Stand for the main function of a command that is only composed."""
+    raise AssertionError
 
 
 def entry_point(

@@ -1,0 +1,275 @@
+"""The recipe of `train.py loop.minutes=N`: a table of rules over facts of the collection, the machine and the time.
+
+A rule sets keys for which the command has no word. Each stands on a measurement (docs/results.md#by-minutes). The
+words that the rules choose are kept in minutes.json, so that a resumed run has the same recipe on any machine.
+"""
+
+import math
+import time
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.collection.collection import Collection
+from data.open import open_images
+from data.stream.source import IMAGE, UnreadableImage
+from engine.minutes import read_minutes
+from engine.run import show_lines
+from engine.runtime import Runtime
+from engine.tasks.kind import ImageTrainingConfig
+from models.build import build_network
+from models.config import TimmConfig
+from utils.config.entry_point import Job, recompose
+from utils.config.help import STARTED
+from utils.io.safe_text import Lines
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+from utils.record.run_folder import default_run_dir
+
+log = get_logger(__name__)
+
+_SAMPLE = 1000  # images that are decoded for the facts
+_COMPARED_PX = 16  # side of the pictures that tell whether mirrored images keep their class
+_MIRRORS = 0.85  # least share of the nearest neighbours' accuracy that mirrored images keep
+_SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
+_REFERENCE_IMAGES = 70_000  # at which the reference network is the best
+_BATCH, _WARM_UP, _TIMED_SEC = 128, 2, 1.0
+
+
+@dataclass(frozen=True)
+class Network:
+    """A ResNet of timm. cost: of an image of 64 px in a step, relative to the reference, on a core with bf16."""
+
+    name: str
+    width: int  # channels of the first stage; each stage doubles them
+    cost: float
+
+    @property
+    def channels(self) -> list[int]:
+        """The channels of the four stages."""
+        return [self.width * 2**stage for stage in range(4)]
+
+
+_REFERENCE = Network("resnet10t", 32, 1.0)
+_NETWORKS = (
+    Network("resnet10t", 16, 0.5),
+    _REFERENCE,
+    Network("resnet10t", 48, 2.0),
+    Network("resnet18d", 48, 3.2),
+    Network("resnet18d", 64, 5.2),
+    Network("resnet34d", 64, 10.0),
+)
+_LEAST_PX, _UNIT_PX, _MOST_PX, _SIZE_SHARE = 64, 32, 224, 1.6
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules know.
+
+    images, classes: of training. side_px: the median of the longer sides of a sample. mirrors: whether mirrored images
+    look like others of their class. reference: how many images of a step of `_REFERENCE` fit into the minutes.
+    """
+
+    images: int
+    classes: int
+    side_px: int
+    mirrors: bool
+    reference: float
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Words for the command line, and why. group: any word of the user for it, or below it, keeps the rule out."""
+
+    group: str
+    words: Callable[[Facts], Sequence[str]]
+    why: Callable[[Facts], str]
+
+
+def cost_of(facts: Facts) -> float:
+    """Return what an image of a step should cost, relative to the reference: the square root of the time."""
+    return math.sqrt(facts.reference / _REFERENCE_IMAGES)
+
+
+def choose_px(facts: Facts) -> int:
+    """Return the side of the images: up to their own, if the time allows its cost."""
+    side = _LEAST_PX
+    while side + _UNIT_PX <= min(facts.side_px + _UNIT_PX // 2, _MOST_PX) and (
+        (side + _UNIT_PX) / _LEAST_PX
+    ) ** 2 <= _SIZE_SHARE * cost_of(facts):
+        side += _UNIT_PX
+    return side
+
+
+def choose_network(facts: Facts) -> Network:
+    """Return the network whose cost at the size of the images is nearest to the wanted one, by ratio."""
+    wanted = cost_of(facts) / (choose_px(facts) / _LEAST_PX) ** 2
+    return min(_NETWORKS, key=lambda each: abs(math.log(each.cost / wanted)))
+
+
+def _mirror(facts: Facts) -> str:
+    return "look like" if facts.mirrors else "do not look like"
+
+
+_SMALL_CHANGES = [
+    "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]",
+    "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
+]  # fmt: skip
+_IMAGE = "augment.image_size_hw"
+# Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
+RULES = (
+    Rule(
+        "model",
+        lambda facts: (
+            [
+                "model=timm",
+                f"model.name={(network := choose_network(facts)).name}",
+                _word("model.channels", network.channels),
+            ]
+        ),
+        lambda facts: f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time",
+    ),
+    Rule(
+        _IMAGE,
+        lambda facts: [_word(_IMAGE, [choose_px(facts)] * 2)],
+        lambda facts: f"the images have {facts.side_px} px",
+    ),
+    Rule(
+        "augment.horizontal_flip",
+        lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors else 0.0}"],
+        lambda facts: f"mirrored images {_mirror(facts)} others of their class",
+    ),
+    Rule(
+        "augment.crop_scale",
+        lambda facts: ["augment.crop_scale=[0.5,1.0]"] if facts.mirrors else _SMALL_CHANGES,
+        lambda facts: (
+            "the place and the size tell nothing" if facts.mirrors else "the place and the size tell the class"
+        ),
+    ),
+    Rule("augment.eval_crop", lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
+    Rule(
+        "optim",
+        lambda facts: ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"],
+        lambda facts: "ahead of SGD and AdamW on all four collections",
+    ),
+    Rule(
+        "schedule",
+        lambda facts: ["schedule=onecycle", "schedule.cycle_momentum=false"],
+        lambda facts: "good at any length",
+    ),
+    Rule("lr_finder", lambda facts: ["lr_finder.enabled=false"], lambda facts: "the rate is known"),
+)
+
+
+def _word(key: str, values: Sequence[int]) -> str:
+    return f"{key}=[{','.join(map(str, values))}]"
+
+
+def plan_recipe(
+    config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
+) -> tuple[ImageTrainingConfig, Job]:
+    """Return the configuration and the job with the words of the rules, or those that the run's first start chose."""
+    path = default_run_dir(config.model_dump(mode="json"), job)
+    before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
+    if before is None:
+        words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, runtime))
+    else:
+        words = before[1]
+    planned = recompose(job, words, type(config))
+    return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words))
+
+
+def _choose_words(config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime) -> list[str]:
+    """Find the facts, apply the rules and log the plan, and what twice the time would change."""
+    facts, chosen, lines = find_facts(config, collection, runtime), [], []
+    longer = replace(facts, reference=2 * facts.reference)
+    for rule in RULES:
+        words, later = rule.words(facts), rule.words(longer)
+        if kept := [word for word in job.overrides if _touches(word, rule.group)]:
+            lines.append((" ".join(kept), "as set"))
+            continue
+        chosen += words
+        changes = [word for word in later if word not in words]
+        more = f"; in twice the time {' '.join(changes)}" if changes else ""
+        lines.append((" ".join(words), f"{rule.why(facts)}{more}"))
+    log.debug("plan: %s", facts)
+    log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
+    return chosen
+
+
+def _touches(word: str, group: str) -> bool:
+    """Return whether a word of the command sets the rule's group, a key below it, or everything."""
+    key = word.lstrip("+~").partition("=")[0]
+    return key == "experiment" or key == group or key.startswith(f"{group}.") or group.startswith(f"{key}.")
+
+
+def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Runtime) -> Facts:
+    """Return the facts of a collection and a machine; takes about three seconds."""
+    rows = collection.rows("train")
+    sample = np.random.default_rng(0).permutation(rows)[:_SAMPLE]
+    source, images, kept = open_images(collection, config.data, {"channels": 3}), [], []
+    for row in sample:
+        with suppress(UnreadableImage):
+            images.append(source.read(int(row))[IMAGE])
+            kept.append(row)
+    ids = collection.class_ids(collection.class_names("train"))
+    sides = [max(image.shape[-2:]) for image in images] or [0]
+    seconds = _SHARE * 60 * config.loop.minutes - (time.monotonic() - STARTED)
+    return Facts(
+        images=len(rows),
+        classes=len(collection.class_names("train")),
+        side_px=int(np.median(sides)),
+        mirrors=_keeps_class_mirrored(images, torch.from_numpy(ids[np.array(kept, np.int64)])),
+        reference=seconds * _time_reference(runtime),
+    )
+
+
+def _keeps_class_mirrored(images: Sequence[Tensor], labels: Tensor) -> bool:
+    """Return whether a mirrored image is as near to others of its class as the image itself, in small pictures."""
+    if not images:
+        return True
+    small = torch.stack([F.adaptive_avg_pool2d(image.float(), _COMPARED_PX) for image in images])
+
+    def accuracy(pictures: Tensor) -> float:
+        flat = [
+            F.normalize(each - each.mean(1, keepdim=True), dim=1) for each in (pictures.flatten(1), small.flatten(1))
+        ]
+        likeness = flat[0] @ flat[1].T
+        likeness.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
+        return (labels[likeness.argmax(1)] == labels).float().mean().item()
+
+    return accuracy(small.flip(3)) >= _MIRRORS * accuracy(small)
+
+
+def _time_reference(runtime: Runtime) -> float:
+    """Return how many images a second this machine trains with the reference network."""
+    layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
+    model = TimmConfig(
+        family="timm", name=_REFERENCE.name, in_channels=3, drop_path_rate=None, channels=_REFERENCE.channels
+    )
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(model, num_classes=10).to(runtime.device, memory_format=layout)
+    images = torch.zeros(_BATCH, 3, _LEAST_PX, _LEAST_PX, device=runtime.device).to(memory_format=layout)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+
+    def update() -> None:
+        with runtime.autocast():
+            loss = network(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+
+    for _ in range(_WARM_UP):
+        update()
+    started, count = time.monotonic(), 0
+    while time.monotonic() < started + _TIMED_SEC:
+        update()
+        count += 1
+    return count * _BATCH / (time.monotonic() - started)

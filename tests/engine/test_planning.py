@@ -1,0 +1,65 @@
+"""The plan of `train.py loop.minutes`: rules over facts, kept by the run, never against a word of the command."""
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+from engine import minutes
+from engine.tasks import planning
+from engine.tasks.planning import Facts, choose_network, choose_px
+from tests.in_process import make_images, run
+from utils.record.run_reader import RunReader
+
+FACTS = Facts(images=1000, classes=10, side_px=100, mirrors=True, reference=1e5)
+
+
+@pytest.fixture
+def words(tmp_path, monkeypatch):
+    """A command of train.py on a machine where 20 steps fit into its minutes."""
+    monkeypatch.setattr(planning, "_time_reference", lambda runtime: 500.0)
+    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: 20.0)
+    monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
+    monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
+    root = make_images(tmp_path / "images")
+    return [
+        f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.global_batch_size=4",
+        "augment.image_size_hw=[32,32]", "runtime.device=cpu", "runtime.threads=1",
+    ]  # fmt: skip
+
+
+def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tmp_path, monkeypatch):
+    run("train", words, tmp_path)
+    config = RunReader(tmp_path / "run").config
+    assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, False)
+    assert config["augment"]["image_size_hw"] == [32, 32]  # as set
+    kept = json.loads((tmp_path / "run/minutes.json").read_text())["words"]
+    assert "optim=muon" in kept and not any("image_size_hw" in word for word in kept)
+    monkeypatch.setattr(planning, "find_facts", None)  # it is not planned again
+    run("train", words, tmp_path)
+    assert RunReader(tmp_path / "run").config == config
+
+
+def test_an_experiment_and_words_of_a_group_keep_rules_out():
+    assert planning._touches("experiment=a", "optim") and planning._touches("optim.lr=1", "optim")
+    assert planning._touches("+optim.extra.a=1", "optim") and planning._touches("augment=light", "augment.crop_scale")
+    assert not planning._touches("augment.crop_ratio=[1,1]", "augment.crop_scale")
+
+
+def test_more_time_gives_larger_images_and_networks():
+    times = [replace(FACTS, reference=10.0**power) for power in range(3, 10)]
+    sides, costs = [choose_px(each) for each in times], [planning.cost_of(each) for each in times]
+    assert sides == sorted(sides) and sides[0] == 64 and sides[-1] == 96  # the images have 100 px
+    assert costs == sorted(costs)
+    assert choose_network(times[0]).width == 16 and choose_network(times[-1]).name == "resnet34d"
+
+
+@pytest.mark.parametrize("mirrors", [True, False])
+def test_mirroring_is_judged_by_the_images(mirrors):
+    draws, labels = torch.Generator().manual_seed(0), torch.arange(60) % 2
+    images = torch.randint(0, 60, (60, 3, 20, 24), generator=draws, dtype=torch.uint8)
+    for image, label in zip(images, labels):
+        part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
+        (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
+    assert planning._keeps_class_mirrored(list(images), labels) is mirrors
