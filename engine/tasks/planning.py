@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 _SAMPLE = 1000  # images that are decoded for the facts
 _COMPARED_PX = 16  # side of the pictures that tell whether mirrored images keep their class
-# Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.92, Fashion-MNIST 0.71, glyphs 0.34):
+# Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.92, fashion 0.71, glyphs 0.34):
 # from _MIRRORS on mirrored images train, and below _CROPS the place and the size of a figure tell its class.
 _MIRRORS, _CROPS = 0.85, 0.5
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
