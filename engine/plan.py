@@ -16,8 +16,9 @@ log = get_logger(__name__)
 AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
 # `loop.evaluate_every_epochs=auto`: evaluations read at most a fifth as many images as training, but at least 5 run.
 AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
-# With loop.minutes: at most a 20th of the time, because an image of an evaluation takes a third of one of training.
-TIMED_EVALUATION_SHARE, TIMED_EVALUATIONS = 0.15, 10
+# With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the
+# pictures of an evaluation two seconds.
+TIMED_EVALUATION_SHARE, TIMED_EVALUATIONS_A_MINUTE = 0.15, 1.5
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,8 @@ def make_plan(
     every = loop.evaluate_every_epochs
     if every == "auto" and loop.minutes is not None:
         most = TIMED_EVALUATION_SHARE * total * size / max(evaluation_samples, 1)
-        every = total / per_epoch / min(max(int(most), 1), TIMED_EVALUATIONS) or 1.0
+        most = max(int(min(most, TIMED_EVALUATIONS_A_MINUTE * loop.minutes)), 1)
+        every = total / per_epoch / most or 1.0
     elif every == "auto":
         share = evaluation_samples / epoch_length
         every = min(max(1.0, share / AUTO_EVALUATION_SHARE), total / per_epoch / AUTO_EVALUATIONS or 1.0)
