@@ -138,6 +138,10 @@ def _time_steps(run: Run, seconds: float) -> float:
 
     for number in range(max(1, len(run.plan.phases))):
         with undone(learner), closing(run.phase_steps(number, run.plan.total_steps)) as batches:
+            ends = monotonic() + seconds
+            for _ in range(run.plan.epoch_end(0)):  # a small collection is in the memory cache for most of the run
+                if monotonic() < ends:
+                    next(batches)
             time_updates(batches, _WARM_UP)
             about = time_updates(batches, 1)
             count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))  # noqa: B023
