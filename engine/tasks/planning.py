@@ -26,6 +26,7 @@ from models.build import build_network
 from models.config import TimmConfig
 from utils.config.entry_point import Job, recompose
 from utils.config.help import STARTED
+from utils.hardware import has_fast_bf16
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -74,12 +75,14 @@ class Facts:
     """What the rules know.
 
     side_px: the median of the longer sides of a sample. mirrors: the share of the accuracy of nearest neighbours that
-    mirrored images keep. reference: how many images of a step of `_REFERENCE` fit into the minutes.
+    mirrored images keep. reference: how many images of a step of `_REFERENCE` fit into the minutes. bf16: whether the
+    machine multiplies it fast, which Muon needs.
     """
 
     side_px: int
     mirrors: float
     reference: float
+    bf16: bool
 
 
 @dataclass(frozen=True)
@@ -116,6 +119,7 @@ _SMALL_CHANGES = [
     "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]",
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
 ]  # fmt: skip
+_MUON = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
 _IMAGE = "augment.image_size_hw"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
 RULES = (
@@ -148,8 +152,8 @@ RULES = (
     Rule("augment.eval_crop", lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
     Rule(
         "optim",
-        lambda facts: ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"],
-        lambda facts: "ahead of SGD and AdamW on all four collections",
+        lambda facts: _MUON if facts.bf16 else ["optim=sgd_train", "optim.lr=0.2"],
+        lambda facts: "ahead of SGD" if facts.bf16 else "Muon is slow without bf16",
     ),
     Rule(
         "schedule",
@@ -224,6 +228,7 @@ def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Run
         side_px=int(np.median(sides)),
         mirrors=_compare_mirrored(images, torch.from_numpy(ids[np.array(kept, np.int64)])),
         reference=seconds / image_sec,
+        bf16=has_fast_bf16(runtime.device.type),
     )
 
 

@@ -12,13 +12,14 @@ from engine.tasks.planning import Facts, choose_network, choose_px
 from tests.in_process import make_images, run
 from utils.record.run_reader import RunReader
 
-FACTS = Facts(side_px=100, mirrors=1.0, reference=1e5)
+FACTS = Facts(side_px=100, mirrors=1.0, reference=1e5, bf16=True)
 
 
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
     monkeypatch.setattr(planning, "_time_reference", lambda runtime: 500.0)
+    monkeypatch.setattr(planning, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: 20.0)
     monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
