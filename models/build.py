@@ -1,5 +1,7 @@
 """Build a network from the `model` group of the configuration."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -63,6 +65,14 @@ def _refusal(network: nn.Module, channels: int, image_size_hw: tuple[int, int]) 
     return None
 
 
+def timm_arguments(config: TimmConfig) -> dict[str, Any]:
+    """Return the arguments of timm's network that its name does not imply, but for regularisation."""
+    sizes: dict[str, Any] = {} if config.image_size_hw is None else {"img_size": config.image_size_hw}
+    if config.channels is not None:
+        sizes |= {"channels": config.channels, "stem_width": config.channels[0] // 2}
+    return sizes
+
+
 def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     """Build a timm network without weights, and so without network access."""
     import timm  # takes 0.8 s, so only where it is used
@@ -70,7 +80,7 @@ def _build_timm(config: TimmConfig, num_classes: int) -> nn.Module:
     # Names such as hf-hub:... are not registered, and timm would look them up on the internet.
     if not timm.is_model(config.name):
         raise UserError(f"model.name: timm has no {config.name!r}; {close_names(config.name, timm.list_models())}")
-    extra = config.arguments
+    extra = timm_arguments(config)
     if config.drop_path_rate is not None:
         extra["drop_path_rate"] = config.drop_path_rate
     try:

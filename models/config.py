@@ -3,7 +3,7 @@
 The values are in conf/model/*.yaml, not in defaults here.
 """
 
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -54,14 +54,6 @@ class TimmConfig(Strict):
     drop_path_rate: BelowOne | None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     channels: Annotated[list[Width], Field(min_length=4, max_length=4)] | None = None
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        """Return the arguments of timm's network that differ from its name's, but for regularisation."""
-        sizes = {} if self.image_size_hw is None else {"img_size": self.image_size_hw}
-        if self.channels is not None:
-            sizes |= {"channels": self.channels, "stem_width": self.channels[0] // 2}
-        return sizes
 
 
 ModelConfig = Annotated[ConvNeXtV2Config | TimmConfig, Field(discriminator="family")]

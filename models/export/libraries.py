@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.build import timm_arguments
 from models.config import TimmConfig
 from models.export.metadata import label_names, licence_entry
 from models.outputs import OUTPUTS
@@ -39,7 +40,7 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     _refuse_images("timm", preprocessing)
     if hasattr(network, "pretrained_cfg"):
         target, state = network, _with_head_norm(network)
-        arguments = TimmConfig.model_validate(metadata["model"]).arguments
+        arguments = timm_arguments(TimmConfig.model_validate(metadata["model"]))
     else:
         # With patch_size=2, timm's first stage halves the map again, but ours does not.
         official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))

@@ -42,6 +42,7 @@ def test_a_timm_network_is_built_with_its_channels_classes_and_drop_path():
         ({"name": "resnet81"}, "model.name: .*resnet18"),
         ({"name": "hf-hub:timm/resnet18"}, "model.name: "),  # no internet
         ({"name": "vgg11", "drop_path_rate": 0.1}, "model.drop_path_rate: .*vgg11"),
+        ({"name": "vgg11", "channels": [16, 32, 64, 128]}, "model.channels: .*vgg11"),
     ],
 )
 def test_what_timm_has_not_is_refused(changes, message):

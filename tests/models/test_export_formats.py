@@ -54,8 +54,8 @@ def geometry(size="small", stem_stride=4, stages=4, in_channels=3):
     )  # fmt: skip
 
 
-def timm_config(name, in_channels=3):
-    return TimmConfig(family="timm", name=name, in_channels=in_channels, drop_path_rate=None)
+def timm_config(name, in_channels=3, **more):
+    return TimmConfig(family="timm", name=name, in_channels=in_channels, drop_path_rate=None, **more)
 
 
 def make(config, num_classes=3, image_size_hw=(64, 64), **preprocessing):
@@ -222,7 +222,7 @@ def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
 
 
 def test_files_with_the_networks_own_names(tmp_path):
-    model, metadata = make(config := timm_config("test_resnet", in_channels=1))
+    model, metadata = make(config := timm_config("test_resnet", in_channels=1, channels=[16, 24, 32, 64]))
     export("timm", model, metadata, tmp_path / "timm")  # as timm loads any network of its own
     loaded, inputs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True), torch.randn(2, 1, 64, 64)
     with torch.no_grad():
