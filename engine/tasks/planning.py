@@ -35,6 +35,7 @@ from utils.record.run_folder import default_run_dir
 log = get_logger(__name__)
 
 _SAMPLE = 1000  # images that are decoded for the facts
+_LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _COMPARED_PX = 16  # side of the pictures that tell whether mirrored images keep their class
 # Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.92, fashion 0.71, glyphs 0.34):
 # from _MIRRORS on mirrored images train, and below _CROPS the place and the size of a figure tell its class.
@@ -74,13 +75,16 @@ _LEAST_PX, _UNIT_PX, _MOST_PX, _SIZE_SHARE = 64, 32, 224, 1.6
 class Facts:
     """What the rules know.
 
-    side_px: the median of the longer sides of a sample. mirrors: the share of the accuracy of nearest neighbours that
-    mirrored images keep. reference: how many images of a step of `_REFERENCE` fit into the minutes. bf16: whether the
-    machine multiplies it fast, which Muon needs.
+    images: of training. side_px: the median of the longer sides of a sample. mirrors: the share of the accuracy of
+    nearest neighbours that mirrored images keep. colours: whether the mean colour tells something of the class.
+    reference: how many images of a step of `_REFERENCE` fit into the minutes. bf16: whether the machine multiplies it
+    fast, which Muon needs.
     """
 
+    images: int
     side_px: int
     mirrors: float
+    colours: bool
     reference: float
     bf16: bool
 
@@ -115,10 +119,19 @@ def choose_network(facts: Facts) -> Network:
     return min(_NETWORKS, key=lambda each: abs(math.log(each.cost / wanted)))
 
 
+def epochs_of(facts: Facts) -> float:
+    """Return about how many epochs fit into the time."""
+    cost = choose_network(facts).cost * (choose_px(facts) / _LEAST_PX) ** 2
+    return facts.reference / cost / max(facts.images, 1)
+
+
 _SMALL_CHANGES = [
     "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]",
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
 ]  # fmt: skip
+# Textures of any colour, 25 images a class, 80 s of a core: 0.13 without, 0.48 without the hue, 0.75 with it.
+_ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}", "augment.on_device=true"]
+_MANY_EPOCHS = 40  # of mixup; with 11 epochs it gained nothing
 _MUON = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
 _IMAGE = "augment.image_size_hw"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
@@ -148,6 +161,16 @@ RULES = (
         "augment.crop_scale",
         lambda facts: _SMALL_CHANGES if facts.mirrors < _CROPS else [_crop(0.5 if facts.mirrors >= _MIRRORS else 0.7)],
         lambda facts: "as for mirrored images: how far the place and the size of a figure tell its class",
+    ),
+    Rule(
+        "augment.color_jitter",
+        lambda facts: [] if facts.colours else _ANY_COLOUR,
+        lambda facts: "the mean colour tells nothing of the class",
+    ),
+    Rule(
+        "task.mixup_alpha",
+        lambda facts: ["task.mixup_alpha=0.4"] if epochs_of(facts) > _MANY_EPOCHS else [],
+        lambda facts: f"about {epochs_of(facts):.0f} epochs",
     ),
     Rule("augment.eval_crop", lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
     Rule(
@@ -195,6 +218,8 @@ def _choose_words(config: ImageTrainingConfig, job: Job, collection: Collection,
         if kept := [word for word in job.overrides if _touches(word, rule.group)]:
             lines.append((" ".join(kept), "as set"))
             continue
+        if not words:
+            continue
         chosen += words
         changes = [word for word in later if word not in words]
         more = f"; in twice the time {' '.join(changes)}" if changes else ""
@@ -222,11 +247,14 @@ def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Run
             kept.append(row)
     image_sec = (time.monotonic() - started) / max(len(sample), 1) + 1 / _time_reference(runtime)
     ids = collection.class_ids(collection.class_names("train"))
+    labels = torch.from_numpy(ids[np.array(kept, np.int64)])
     sides = [max(image.shape[-2:]) for image in images] or [0]
     seconds = _SHARE * 60 * config.loop.minutes - (time.monotonic() - STARTED)
     return Facts(
+        images=len(rows),
         side_px=int(np.median(sides)),
-        mirrors=_compare_mirrored(images, torch.from_numpy(ids[np.array(kept, np.int64)])),
+        mirrors=_compare_mirrored(images, labels),
+        colours=_tells_colour(images, labels),
         reference=seconds / image_sec,
         bf16=has_fast_bf16(runtime.device.type),
     )
@@ -253,6 +281,17 @@ def _compare_mirrored(images: Sequence[Tensor], labels: Tensor) -> float:
     plain, mirrored = accuracy(small), accuracy(small.flip(3))
     noise = 2 * math.sqrt(plain * (1 - plain) / len(images))
     return 1.0 if plain - mirrored <= noise else mirrored / plain
+
+
+def _tells_colour(images: Sequence[Tensor], labels: Tensor) -> bool:
+    """Return whether images of the nearest mean colour are of one class more often than by chance, or are too few."""
+    if len(images) < _LEAST_FOR_COLOUR:
+        return True
+    means = torch.stack([image.float().mean((1, 2)) for image in images])
+    distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
+    right = (labels[distance.argmin(1)] == labels).float().mean().item()
+    chance = (torch.bincount(labels).float() / len(labels)).square().sum().item()
+    return right > chance + 3 * math.sqrt(chance * (1 - chance) / len(images))
 
 
 def _time_reference(runtime: Runtime) -> float:

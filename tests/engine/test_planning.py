@@ -12,7 +12,7 @@ from engine.tasks.planning import Facts, choose_network, choose_px
 from tests.in_process import make_images, run
 from utils.record.run_reader import RunReader
 
-FACTS = Facts(side_px=100, mirrors=1.0, reference=1e5, bf16=True)
+FACTS = Facts(images=1000, side_px=100, mirrors=1.0, colours=True, reference=1e5, bf16=True)
 
 
 @pytest.fixture
@@ -64,3 +64,15 @@ def test_mirroring_is_judged_by_the_images(mirrors):
         part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
         (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
     assert (planning._compare_mirrored(list(images), labels) >= planning._MIRRORS) is mirrors
+
+
+def test_colours_that_tell_nothing_are_changed():
+    images = [torch.full((3, 4, 4), index % 250, dtype=torch.uint8) for index in range(300)]
+    random, bright = (
+        torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0)),
+        torch.arange(300) % 250 // 50,
+    )
+    assert planning._tells_colour(images, bright) and not planning._tells_colour(images, random)
+    assert planning._tells_colour(images[:50], random[:50])  # too few to tell
+    rule = next(rule for rule in planning.RULES if rule.group == "augment.color_jitter")
+    assert rule.words(FACTS) == [] and "hue:0.5" in rule.words(replace(FACTS, colours=False))[0]
