@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from data.collection.collection import Collection
+from data.collection.rows import training_rows
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
 from engine.minutes import read_minutes
@@ -34,9 +35,9 @@ from utils.record.run_folder import default_run_dir
 
 log = get_logger(__name__)
 
-_SAMPLE = 1000  # images that are decoded for the facts
+_SAMPLE, _SAMPLE_SEC = 1000, 3.0  # images that are decoded for the facts, and at most so long
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
-_COMPARED_PX = 16  # side of the pictures that tell whether mirrored images keep their class
+_SMALL_PX = 16  # side of the pictures in which they are compared
 # Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.92, fashion 0.71, glyphs 0.34):
 # from _MIRRORS on mirrored images train, and below _CROPS the place and the size of a figure tell its class.
 _MIRRORS, _CROPS = 0.85, 0.5
@@ -236,38 +237,37 @@ def _touches(word: str, group: str) -> bool:
 
 
 def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Runtime) -> Facts:
-    """Return the facts of a collection and a machine; takes about three seconds."""
-    rows = collection.rows("train")
-    sample = np.random.default_rng(0).permutation(rows)[:_SAMPLE]
-    source, images, kept = open_images(collection, config.data, {"channels": 3}), [], []
-    started = time.monotonic()
-    for row in sample:
-        with suppress(UnreadableImage):
-            images.append(source.read(int(row))[IMAGE])
-            kept.append(row)
-    image_sec = (time.monotonic() - started) / max(len(sample), 1) + 1 / _time_reference(runtime)
+    """Return the facts of a collection and a machine; takes a few seconds."""
     ids = collection.class_ids(collection.class_names("train"))
-    labels = torch.from_numpy(ids[np.array(kept, np.int64)])
-    sides = [max(image.shape[-2:]) for image in images] or [0]
+    rows = training_rows(collection, config.loop, ids >= 0)
+    source, started = open_images(collection, config.data, {"channels": 3}), time.monotonic()
+    kept, sides, pictures = [], [], [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
+    for row in np.random.default_rng(0).permutation(rows)[:_SAMPLE]:
+        if time.monotonic() > started + _SAMPLE_SEC:
+            break
+        with suppress(UnreadableImage):
+            image = source.read(int(row))[IMAGE]
+            pictures.append(F.adaptive_avg_pool2d(image[None].float(), _SMALL_PX))
+            sides.append(max(image.shape[-2:]))
+            kept.append(row)
+    image_sec = (time.monotonic() - started) / max(len(kept), 1) + 1 / _time_reference(runtime)
+    small, labels = torch.cat(pictures), torch.from_numpy(ids[np.array(kept, np.int64)])
     seconds = _SHARE * 60 * config.loop.minutes - (time.monotonic() - STARTED)
     return Facts(
         images=len(rows),
-        side_px=int(np.median(sides)),
-        mirrors=_compare_mirrored(images, labels),
-        colours=_tells_colour(images, labels),
-        reference=seconds / image_sec,
+        side_px=int(np.median(sides or [0])),
+        mirrors=_compare_mirrored(small, labels),
+        colours=_tells_colour(small, labels),
+        reference=max(seconds, 1.0) / image_sec,
         bf16=has_fast_bf16(runtime.device.type),
     )
 
 
-def _compare_mirrored(images: Sequence[Tensor], labels: Tensor) -> float:
+def _compare_mirrored(small: Tensor, labels: Tensor) -> float:
     """Return how often the nearest image of a mirrored one has its class, as a share of how often its own nearest has.
 
-    Images are compared as small pictures. 1 where the nearest ones tell nothing.
+    small: images as small pictures, float32 [N, 3, H, W]. 1 where the nearest ones tell nothing.
     """
-    if not images:
-        return 1.0
-    small = torch.stack([F.adaptive_avg_pool2d(image.float(), _COMPARED_PX) for image in images])
 
     def flatten(pictures: Tensor) -> Tensor:
         flat = pictures.flatten(1)
@@ -278,20 +278,22 @@ def _compare_mirrored(images: Sequence[Tensor], labels: Tensor) -> float:
         likeness.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
         return (labels[likeness.argmax(1)] == labels).float().mean().item()
 
+    if len(small) < 2:
+        return 1.0
     plain, mirrored = accuracy(small), accuracy(small.flip(3))
-    noise = 2 * math.sqrt(plain * (1 - plain) / len(images))
+    noise = 2 * math.sqrt(plain * (1 - plain) / len(small))
     return 1.0 if plain - mirrored <= noise else mirrored / plain
 
 
-def _tells_colour(images: Sequence[Tensor], labels: Tensor) -> bool:
+def _tells_colour(small: Tensor, labels: Tensor) -> bool:
     """Return whether images of the nearest mean colour are of one class more often than by chance, or are too few."""
-    if len(images) < _LEAST_FOR_COLOUR:
+    if len(small) < _LEAST_FOR_COLOUR:
         return True
-    means = torch.stack([image.float().mean((1, 2)) for image in images])
+    means = small.mean((2, 3))
     distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
     right = (labels[distance.argmin(1)] == labels).float().mean().item()
     chance = (torch.bincount(labels).float() / len(labels)).square().sum().item()
-    return right > chance + 3 * math.sqrt(chance * (1 - chance) / len(images))
+    return right > chance + 3 * math.sqrt(chance * (1 - chance) / len(small))
 
 
 def _time_reference(runtime: Runtime) -> float:

@@ -63,11 +63,11 @@ def test_mirroring_is_judged_by_the_images(mirrors):
     for image, label in zip(images, labels):
         part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
         (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
-    assert (planning._compare_mirrored(list(images), labels) >= planning._MIRRORS) is mirrors
+    assert (planning._compare_mirrored(images.float(), labels) >= planning._MIRRORS) is mirrors
 
 
 def test_colours_that_tell_nothing_are_changed():
-    images = [torch.full((3, 4, 4), index % 250, dtype=torch.uint8) for index in range(300)]
+    images = (torch.arange(300.0) % 250)[:, None, None, None].expand(-1, 3, 4, 4)
     random, bright = (
         torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0)),
         torch.arange(300) % 250 // 50,
