@@ -9,11 +9,11 @@ interpreter with fastai and this torch: `python -m venv F`, the path of this sit
 F/lib/python3.*/site-packages/x.pth, `F/bin/python -m pip install fastai`. An arm that lacks its word is left out.
 
 Each run has one core (`taskset`) and one thread; each of `cores` takes one run at a time. Ours has its minutes from
-typing to the end of the process. A rival has 12 trials per collection and time (RATES, SETTINGS) with seed 0; its best,
-by top-1 of the last weights on val, runs with the other seeds, too. Its minutes are those of training steps: starting,
-the first batch, evaluating and the search for the best trial do not count, which favours it. The steps that fit are
-counted from the last three runs of the same size and augmentation, at first from one of CALIBRATION_STEPS. screen: the
-12 trials run for so many minutes, and only the best FINALISTS for the whole time.
+typing to the end of the process. A rival has a trial of each combination of RATES and SETTINGS, on each collection and
+for each time, with seed 0; its best, by top-1 of the last weights on val, runs with the other seeds, too. Its minutes
+are those of training steps: starting, the first batch, evaluating and the search for the best trial do not count, which
+favours it. The steps that fit are counted from the last three runs of the same network, size and augmentation, at first
+from one of CALIBRATION_STEPS. screen: the trials run for so many minutes, and only the best FINALISTS for all.
 
 Another process on a core makes wall time lie, so steps are counted by CPU seconds, and a run is told whose wall and CPU
 time differ by more than 10 %. The journal (outputs/bench/minutes.jsonl) has every run of a machine; a killed bench that
@@ -49,7 +49,10 @@ from utils.record.run_reader import RunReader
 
 NAMES = "glyphs,fashion,emoji,textures"
 RATES = {"timm": [1e-3, 3e-3], "fastai": [3e-3, 1e-2]}  # the highest of a run
-SETTINGS = {"augmentation": ["mild", "strong"], "size_px": [32, 48, 64]}
+SETTINGS = {
+    "timm": {"network": ["resnet18", "resnet10t"], "augmentation": ["mild", "strong"], "size_px": [48, 64]},
+    "fastai": {"augmentation": ["mild", "strong"], "size_px": [32, 48, 64]},
+}
 SCALE = {"mild": 0.7, "strong": 0.35}  # the least area of a crop; `strong` adds what the rival's users add
 NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
 FINALISTS, CALIBRATION_STEPS, BATCH = 4, 20, 64
@@ -58,7 +61,7 @@ BF16_FROM_PX = 48
 # timm counts in whole epochs: a run is cut into EPOCHS "epochs" of a tenth of the steps, each a fresh random draw.
 EPOCHS = 10
 TIMM = shlex.split(
-    f"--model resnet18 --device cpu --workers 0 --batch-size {BATCH} --validation-batch-size 256 --opt adamw "
+    f"--device cpu --workers 0 --batch-size {BATCH} --validation-batch-size 256 --opt adamw "
     "--opt-kwargs fused=True --weight-decay 0.05 --clip-grad 1.0 --smoothing 0.1 --sched-on-updates --warmup-epochs 1 "
     "--warmup-lr 1e-6 --crop-pct 1.0 --interpolation bilinear --train-interpolation bilinear --checkpoint-hist 1 "
     f"--log-interval 10 --epochs {EPOCHS} --val-interval {EPOCHS}"
@@ -125,8 +128,8 @@ class Bench:
         """Return the runs of an arm's first unfinished stage: screening, trials, seeds."""
         if arm == "ours":
             return [make_trial(arm, name, self.minutes, seed) for seed in range(self.seeds)]
-        grid = itertools.product(RATES[arm], *SETTINGS.values())
-        settings = [dict(zip(["rate", *SETTINGS], values)) for values in grid][: 2 if self.is_quick else None]
+        grid = itertools.product(RATES[arm], *SETTINGS[arm].values())
+        settings = [dict(zip(["rate", *SETTINGS[arm]], values)) for values in grid][: 2 if self.is_quick else None]
         for minutes in [*([float(self.given["screen"])] if self.given["screen"] else []), self.minutes]:
             trials = [make_trial(arm, name, minutes, 0, each) for each in settings]
             if any(trial["trial"] not in rows for trial in trials):
@@ -179,7 +182,8 @@ class Bench:
             facts |= {"scale": SCALE[augmentation], "flips": flips, "channels": channels, "batch": BATCH, "bf16": bf16}
             return [self.given["fastai_python"], ROOT / "bench/minutes_fastai.py", json.dumps(facts)]
         return [
-            sys.executable, Path(self.given["timm_script"]).absolute(), *TIMM, "--data-dir", root, "--seed", seed,
+            sys.executable, Path(self.given["timm_script"]).absolute(), *TIMM, "--model", settings["network"],
+            "--data-dir", root, "--seed", seed,
             "--num-classes", len(list((root / "train").iterdir())), "--in-chans", channels, "--mean", *[0.5] * channels,
             "--std", *[0.5] * channels, "--img-size", size_px, "--train-img-sizes", size_px, "--lr", settings["rate"],
             "--scale", SCALE[augmentation], 1.0, "--hflip", 0.5 * flips, *TIMM_JITTER[augmentation],

@@ -163,6 +163,7 @@ class ClassificationKind(Kind):
         """Let the rules of engine/tasks/planning.py choose the recipe of train.py."""
         if config.loop.minutes is None or job.script != "train":
             return config, job
+        self.find_facts(config, collection)  # raises what no plan can help
         return plan_recipe(config, job, collection, runtime)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:

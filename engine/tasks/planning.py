@@ -161,7 +161,7 @@ RULES = (
     Rule(
         "augment.crop_scale",
         lambda facts: _SMALL_CHANGES if facts.mirrors < _CROPS else [_crop(0.5 if facts.mirrors >= _MIRRORS else 0.7)],
-        lambda facts: "as for mirrored images: how far the place and the size of a figure tell its class",
+        lambda facts: "the same share says how far the place and the size of a figure tell its class",
     ),
     Rule(
         "augment.color_jitter",
@@ -171,18 +171,18 @@ RULES = (
     Rule(
         "task.mixup_alpha",
         lambda facts: ["task.mixup_alpha=0.4"] if epochs_of(facts) > _MANY_EPOCHS else [],
-        lambda facts: f"about {epochs_of(facts):.0f} epochs",
+        lambda facts: f"the run has about {epochs_of(facts):.0f} epochs",
     ),
     Rule("augment.eval_crop", lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
     Rule(
         "optim",
         lambda facts: _MUON if facts.bf16 else ["optim=sgd_train", "optim.lr=0.2"],
-        lambda facts: "ahead of SGD" if facts.bf16 else "Muon is slow without bf16",
+        lambda facts: "it is ahead of SGD" if facts.bf16 else "Muon is slow without bf16",
     ),
     Rule(
         "schedule",
         lambda facts: ["schedule=onecycle", "schedule.cycle_momentum=false"],
-        lambda facts: "good at any length",
+        lambda facts: "it is good at any length",
     ),
     Rule("lr_finder", lambda facts: ["lr_finder.enabled=false"], lambda facts: "the rate is known"),
 )
@@ -224,7 +224,7 @@ def _choose_words(config: ImageTrainingConfig, job: Job, collection: Collection,
         chosen += words
         changes = [word for word in later if word not in words]
         more = f"; in twice the time {' '.join(changes)}" if changes else ""
-        lines.append((" ".join(words), f"{rule.why(facts)}{more}"))
+        lines.append((" ".join(words), f"because {rule.why(facts)}{more}"))
     log.debug("plan: %s", facts)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen
