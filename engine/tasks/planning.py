@@ -250,7 +250,8 @@ def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Run
             pictures.append(F.adaptive_avg_pool2d(image[None].float(), _SMALL_PX))
             sides.append(max(image.shape[-2:]))
             kept.append(row)
-    image_sec = (time.monotonic() - started) / max(len(kept), 1) + 1 / _time_reference(runtime)
+    read_sec, step_sec = (time.monotonic() - started) / max(len(kept), 1), 1 / _time_reference(runtime)
+    image_sec = max(read_sec / runtime.workers, step_sec) if runtime.workers else read_sec + step_sec
     small, labels = torch.cat(pictures), torch.from_numpy(ids[np.array(kept, np.int64)])
     seconds = _SHARE * 60 * config.loop.minutes - (time.monotonic() - STARTED)
     return Facts(
@@ -258,7 +259,7 @@ def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Run
         side_px=int(np.median(sides or [0])),
         mirrors=_compare_mirrored(small, labels),
         colours=_tells_colour(small, labels),
-        reference=max(seconds, 1.0) / image_sec,
+        reference=distributed.planned_world_size() * max(seconds, 1.0) / image_sec,
         bf16=has_fast_bf16(runtime.device.type),
     )
 
