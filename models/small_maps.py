@@ -16,10 +16,11 @@ class SmallMapConv2d(nn.Conv2d):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return [B, C, H, W]; for small maps in the channels_last memory format."""
+        if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):  # first: an export must not ask for sizes
+            return super().forward(x)
         batch, channels, height, width = x.shape
         stride, out_width = self.stride[1], -(-width // self.stride[1])
-        small = _CHANNELS * out_width <= channels and batch > 1
-        if not small or x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):
+        if _CHANNELS * out_width > channels or batch == 1:
             return super().forward(x)
         # Zero columns part the images, whose columns then begin at a multiple of the stride.
         step = -(-(width + self.padding[1]) // stride) * stride
