@@ -31,6 +31,7 @@ log = get_logger(__name__)
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
+_READ_SHARE = 0.05  # of the time to read all images before, if each is read more than twice
 _BATCHES = 8  # of an evaluation
 _END_SEC = 2.5  # the last curves and weights
 
@@ -138,12 +139,14 @@ def _time_steps(run: Run, seconds: float) -> float:
 
     for number in range(max(1, len(run.plan.phases))):
         with undone(learner), closing(run.phase_steps(number, run.plan.total_steps)) as batches:
-            ends = monotonic() + seconds
-            for _ in range(run.plan.epoch_end(0)):  # a small collection is in the memory cache for most of the run
-                if monotonic() < ends:
-                    next(batches)
             time_updates(batches, _WARM_UP)
             about = time_updates(batches, 1)
+            epoch, most = run.plan.epoch_length // run.plan.global_batch_size, seconds / _SHARE / max(about, 1e-6)
+            if distributed.rank_zero_call(lambda: most > 2 * epoch):  # noqa: B023
+                ends = monotonic() + _READ_SHARE / _SHARE * seconds  # most epochs read from the memory cache
+                for _ in range(epoch):
+                    if monotonic() < ends:
+                        next(batches)
             count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))  # noqa: B023
             found.append(time_updates(batches, count))
     shares = [phase.fraction for phase in run.config.loop.phases or ()] or [1.0]

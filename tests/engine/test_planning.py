@@ -76,3 +76,4 @@ def test_colours_that_tell_nothing_are_changed():
     assert planning._tells_colour(images[:50], random[:50])  # too few to tell
     rule = next(rule for rule in planning.RULES if rule.group == "augment.color_jitter")
     assert rule.words(FACTS) == [] and "hue:0.5" in rule.words(replace(FACTS, colours=False))[0]
+    assert rule.words(replace(FACTS, colours=False, images=10**5)) == []  # few epochs
