@@ -31,7 +31,7 @@ log = get_logger(__name__)
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
-_READ_SHARE = 0.05  # of the time to read all images before, if each is read more than twice
+_READ_SHARE = 0.08  # of the time to read all images before, if each is read more than twice
 _BATCHES = 8  # of an evaluation
 _END_SEC = 2.5  # the last curves and weights
 
