@@ -42,7 +42,7 @@ _SMALL_PX = 16  # side of the pictures in which they are compared
 # from _MIRRORS on mirrored images train, and below _CROPS the place and the size of a figure tell its class.
 _MIRRORS, _CROPS = 0.85, 0.5
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
-_REFERENCE_IMAGES = 100_000  # at which the reference network is the best
+_REFERENCE_IMAGES = 200_000  # at which the reference network is the best
 _BATCH, _WARM_UP, _TIMED_SEC = 128, 2, 1.0
 
 
@@ -77,14 +77,15 @@ class Facts:
     """What the rules know.
 
     images: of training. side_px: the median of the longer sides of a sample. mirrors: the share of the accuracy of
-    nearest neighbours that mirrored images keep. colours: whether the mean colour tells something of the class.
-    reference: how many images of a step of `_REFERENCE` fit into the minutes. bf16: whether the machine multiplies it
-    fast, which Muon needs.
+    nearest neighbours that mirrored images keep. border: the grey level of the images' upper borders. colours: whether
+    the mean colour tells something of the class. reference: how many images of a step of `_REFERENCE` fit into the
+    minutes. bf16: whether the machine multiplies it fast, which Muon needs.
     """
 
     images: int
     side_px: int
     mirrors: float
+    border: int
     colours: bool
     reference: float
     bf16: bool
@@ -160,7 +161,11 @@ RULES = (
     ),
     Rule(
         "augment.crop_scale",
-        lambda facts: _SMALL_CHANGES if facts.mirrors < _CROPS else [_crop(0.5 if facts.mirrors >= _MIRRORS else 0.7)],
+        lambda facts: (
+            [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
+            if facts.mirrors < _CROPS
+            else [_crop(0.5 if facts.mirrors >= _MIRRORS else 0.7)]
+        ),
         lambda facts: "the same share says how far the place and the size of a figure tell its class",
     ),
     Rule(
@@ -253,6 +258,7 @@ def find_facts(config: ImageTrainingConfig, collection: Collection, runtime: Run
         images=len(rows),
         side_px=int(np.median(sides or [0])),
         mirrors=_compare_mirrored(small, labels),
+        border=round(small[:, :, 0].median().item()) if kept else 0,
         colours=_tells_colour(small, labels),
         reference=distributed.planned_world_size() * max(seconds, 1.0) / image_sec,
         bf16=has_fast_bf16(runtime.device.type),

@@ -12,7 +12,7 @@ from engine.tasks.planning import Facts, choose_network, choose_px
 from tests.in_process import make_images, run
 from utils.record.run_reader import RunReader
 
-FACTS = Facts(images=1000, side_px=100, mirrors=1.0, colours=True, reference=1e5, bf16=True)
+FACTS = Facts(images=1000, side_px=100, mirrors=1.0, border=255, colours=True, reference=1e5, bf16=True)
 
 
 @pytest.fixture
@@ -75,5 +75,7 @@ def test_colours_that_tell_nothing_are_changed():
     assert planning._tells_colour(images, bright) and not planning._tells_colour(images, random)
     assert planning._tells_colour(images[:50], random[:50])  # too few to tell
     rule = next(rule for rule in planning.RULES if rule.group == "augment.color_jitter")
+    crops = next(rule for rule in planning.RULES if rule.group == "augment.crop_scale")
+    assert "augment.fill=255" in crops.words(replace(FACTS, mirrors=0.3))
     assert rule.words(FACTS) == [] and "hue:0.5" in rule.words(replace(FACTS, colours=False))[0]
     assert rule.words(replace(FACTS, colours=False, images=10**5)) == []  # few epochs
