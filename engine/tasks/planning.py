@@ -105,25 +105,26 @@ def cost_of(facts: Facts) -> float:
     return math.sqrt(facts.reference / _REFERENCE_IMAGES)
 
 
+def _cost_of_px(side: int) -> float:
+    return (side / _LEAST_PX) ** 2
+
+
 def choose_px(facts: Facts) -> int:
     """Return the side of the images: up to their own, if the time allows its cost."""
-    side = _LEAST_PX
-    while side + _UNIT_PX <= min(facts.side_px + _UNIT_PX // 2, _MOST_PX) and (
-        (side + _UNIT_PX) / _LEAST_PX
-    ) ** 2 <= _SIZE_SHARE * cost_of(facts):
-        side += _UNIT_PX
-    return side
+    most = min(facts.side_px + _UNIT_PX // 2, _MOST_PX)
+    sides = range(_LEAST_PX + _UNIT_PX, most + 1, _UNIT_PX)
+    return max((side for side in sides if _cost_of_px(side) <= _SIZE_SHARE * cost_of(facts)), default=_LEAST_PX)
 
 
 def choose_network(facts: Facts) -> Network:
     """Return the network whose cost at the size of the images is nearest to the wanted one, by ratio."""
-    wanted = cost_of(facts) / (choose_px(facts) / _LEAST_PX) ** 2
+    wanted = cost_of(facts) / _cost_of_px(choose_px(facts))
     return min(_NETWORKS, key=lambda each: abs(math.log(each.cost / wanted)))
 
 
 def epochs_of(facts: Facts) -> float:
     """Return about how many epochs fit into the time."""
-    cost = choose_network(facts).cost * (choose_px(facts) / _LEAST_PX) ** 2
+    cost = choose_network(facts).cost * _cost_of_px(choose_px(facts))
     return facts.reference / cost / max(facts.images, 1)
 
 
@@ -164,7 +165,7 @@ RULES = (
         lambda facts: (
             [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
             if facts.mirrors < _CROPS
-            else [_crop(0.5 if facts.mirrors >= _MIRRORS else 0.7)]
+            else [_word("augment.crop_scale", [0.5 if facts.mirrors >= _MIRRORS else 0.7, 1.0])]
         ),
         lambda facts: "the same share says how far the place and the size of a figure tell its class",
     ),
@@ -188,11 +189,7 @@ RULES = (
 )
 
 
-def _crop(least: float) -> str:
-    return f"augment.crop_scale=[{least},1.0]"
-
-
-def _word(key: str, values: Sequence[int]) -> str:
+def _word(key: str, values: Sequence[float]) -> str:
     return f"{key}=[{','.join(map(str, values))}]"
 
 

@@ -249,15 +249,10 @@ def _leave(status: int) -> None:
     sys.exit(status)
 
 
-def recompose(job: Job, words: Sequence[str], schema: type[Schema], config_dir: Path = CONF) -> Schema:
+def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
     """Return the configuration of a job with more words, for keys that its own do not set."""
-    values, _ = Command(job.script, _no_main, schema, config_dir).compose([*words, *job.overrides])
+    values, _ = Command(job.script, lambda config, job: None, schema, CONF).compose([*words, *job.overrides])
     return validate(values, schema)
-
-
-def _no_main(config: Schema, job: Job) -> None:
-    """Stand for the main function of a command that is only composed."""
-    raise AssertionError
 
 
 def entry_point(
