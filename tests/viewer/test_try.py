@@ -279,7 +279,8 @@ def test_an_image_is_answered_in_the_browser(page, address, runs):
     page.get_by_text(HOSTILE).first.wait_for()
     assert page.locator("img[onerror]").count() == 0 and page.locator(".bar").count() == 7
     page.get_by_role("button", name="Copy caption").click()
-    assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").inner_text() != ""
+    page.wait_for_function("async () => await navigator.clipboard.readText() != ''")  # the server writes it
+    assert page.evaluate("navigator.clipboard.readText()") == page.locator(".seen ~ .mono").inner_text()
     page.get_by_role("button", name="Find its nearest images").click()
     page.wait_for_function("document.querySelectorAll('.alike img').length > 9")
     box = page.get_by_label("weights")
