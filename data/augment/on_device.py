@@ -169,7 +169,9 @@ def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
     ys, xs = ((index + 0.5) * (2.0 / len(index)) - 1.0 for index in indices)
     xs, ys = xs.view(1, 1, -1), ys.view(1, -1, 1)
     rows = matrices.view(-1, 2, 3, 1, 1)
-    grid = torch.stack([row[:, 0] * xs + row[:, 1] * ys + row[:, 2] for row in rows.unbind(1)], dim=-1)
+    grid = images.new_empty(len(images), *images.shape[-2:], 2)
+    for row, into in zip(rows.unbind(1), grid.unbind(-1)):
+        torch.add(row[:, 0] * xs, row[:, 1] * ys + row[:, 2], out=into)
     moved = F.grid_sample(images - fill, grid, mode="bilinear", padding_mode="zeros", align_corners=False)
     return moved.add_(fill)
 

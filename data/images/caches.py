@@ -56,6 +56,7 @@ class Cached(Source):
         self.records, self.key_of, self._name = records, key_of, name
         # Each process, loader workers included, has its own row, so no lock is needed.
         self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_()
+        self._counted = self._counts.numpy()
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
         """Return the image of a row; hits and misses have equal pixels and strides. Raises UnreadableImage."""
@@ -94,7 +95,7 @@ class Cached(Source):
         self.inner.prefetch(row for row in rows if not self._has(row))
 
     def _count(self, name: str) -> None:
-        self._counts.numpy()[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
+        self._counted[os.getpid() % _PROCESSES, _COUNTED.index(name)] += 1
 
     def counts(self) -> dict[str, int]:
         """Return the counts over all processes."""

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import yaml
 
+import utils.process_settings  # noqa: F401
+
 STARTED = time.monotonic()  # of the script
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
