@@ -155,9 +155,10 @@ def write_results(
         write_json(output, figures)
     log.info("wrote %s", output)
     with output_errors("run_dir", folder):
-        write_report(folder, report.tables, report.images, prefix)
+        images = report.draw()
+        write_report(folder, report.tables, images, prefix)
         if report.tables:
-            write_page(folder / PAGE, title, report.scalars, report.tables, report.images)
+            write_page(folder / PAGE, title, report.scalars, report.tables, images)
             log.info("wrote %s", folder / PAGE)
 
 

@@ -5,7 +5,8 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -294,14 +295,22 @@ class Recorder:
             numbers = {f"{kind}/{name}": value for name, value in figures.items() if isinstance(value, int | float)}
             self._tracker.add(step, {name: value for name, value in numbers.items() if math.isfinite(value)})
 
-    def add_report(self, step: int, report: Report) -> None:
-        """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0."""
+    def add_report(self, step: int, report: Report, *, draws: bool = True) -> None:
+        """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0.
+
+        draws: whether those pictures are included that are still to be drawn.
+        """
+        if draws:
+            with self._drawing():
+                drawn = report.draw()
+        else:
+            drawn = {name: image for name, image in report.images.items() if not callable(image)}
         if distributed.is_main():
             with ignore_write_errors(self.folder / "tables"):
-                write_report(self.folder, report.tables, report.images)
-                keep_pictures(self.folder, step, report.images)
+                write_report(self.folder, report.tables, drawn)
+                keep_pictures(self.folder, step, drawn)
         if self._tracker is not None:
-            values: dict[str, Any] = {f"images/{name}": image for name, image in report.images.items()}
+            values: dict[str, Any] = {f"images/{name}": image for name, image in drawn.items()}
             self._tracker.add(step, values | {f"tables/{name}": rows for name, rows in report.tables.items() if rows})
 
     def log_step(self, step: int) -> None:
@@ -348,22 +357,30 @@ class Recorder:
             self._epoch = (step, self.seconds)
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
-    def plot(self, step: int, *, may_skip: bool = False) -> None:
-        """Draw the run's curves, on rank 0. may_skip: skip if drawn recently, except at the last step."""
-        self.phase(step, "plotting")  # on all ranks, because the watchdog compares their counts
-        started = time.perf_counter()
-        skipped = may_skip and started < self._next_plot and step != self._plan.total_steps
-        if self._metrics is None or skipped:
-            return
-        from utils.record.plots import plot_curves, plot_singly  # imports matplotlib
+    def may_draw(self, step: int) -> bool:
+        """Return whether this is the last step, or the last drawing was long ago."""
+        return time.perf_counter() >= self._next_plot or step == self._plan.total_steps
 
+    def plot(self, step: int, *, draws: bool = True) -> None:
+        """Draw the run's curves, on rank 0, if `draws`."""
+        self.phase(step, "plotting")  # on all ranks, because the watchdog compares their counts
+        if self._metrics is None or not draws:
+            return
         path = self.folder / "plots" / "curves.png"
-        with ignore_write_errors(path):
+        with self._drawing(), ignore_write_errors(path):
+            from utils.record.plots import plot_curves, plot_singly  # imports matplotlib
+
             plot_curves(self._metrics.rows, path, self.folder.resolve().name)
             if self._tracking.single_plots:
                 plot_singly(self._metrics.rows, path.parent, self.folder.resolve().name)
+
+    @contextmanager
+    def _drawing(self) -> Iterator[None]:
+        """Put off the next drawing by a multiple of the time of this one."""
+        started = time.perf_counter()
+        yield
         ended = time.perf_counter()
-        self._next_plot = ended + _PLOT_PAUSE * (ended - started)
+        self._next_plot = max(self._next_plot, ended) + _PLOT_PAUSE * (ended - started)
 
     # ---------------------------------------------------------------------------------------------------- checkpoints
 

@@ -174,7 +174,7 @@ class Run:
             if logs:
                 recorder.log_step(step)
                 if not evaluates:
-                    recorder.plot(step, may_skip=True)
+                    recorder.plot(step, draws=recorder.may_draw(step))
             self.end_step(stops=stops, saves=saves or step % loop.checkpoint_every_steps == 0)
 
     def end_step(self, *, stops: bool, saves: bool) -> None:
@@ -251,9 +251,10 @@ class Run:
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
         shown += [] if self.best_value is None else [f"best {self.best_value:.4g}"]
         log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
-        recorder.add_report(step, report)
+        draws = self.has_stalled or recorder.may_draw(step)  # always before stopping early
+        recorder.add_report(step, report, draws=draws)
         if step > 0:  # a run without steps has no curves
-            recorder.plot(step, may_skip=not self.has_stalled)  # always plot before stopping early
+            recorder.plot(step, draws=draws)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""

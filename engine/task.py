@@ -4,7 +4,7 @@ A task is an nn.Module that owns its networks and all other state (a teacher, fr
 and FSDP therefore wrap the task, torch.compile sees forward pass and loss in one graph, and checkpoints hold all state.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,12 +65,19 @@ class StepOutput:
 
 @dataclass
 class Report:
-    """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts."""
+    """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts.
+
+    An image that takes time to draw is a function: training calls it within its time for pictures (engine/recorder.py).
+    """
 
     scalars: dict[str, float] = field(default_factory=dict)
     tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)  # rows with equal keys; None: an empty cell
-    images: dict[str, np.ndarray] = field(default_factory=dict)  # [H, W, 3] uint8
+    images: dict[str, np.ndarray | Callable[[], np.ndarray]] = field(default_factory=dict)  # [H, W, 3] uint8
     samples: list[tuple[str, np.ndarray]] = field(default_factory=list)
+
+    def draw(self) -> dict[str, np.ndarray]:
+        """Return the images; those that are functions are drawn now."""
+        return {name: image() if callable(image) else image for name, image in self.images.items()}
 
 
 class Task(nn.Module):

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
-from data.augment.transforms import NoiseErasing, TrainTransform, color_jitter, random_affine
+from data.augment.transforms import NoiseErasing, TrainTransform
 from data.config import AugmentConfig
 from data.stream.order import Draw, Views
 from utils import rng
@@ -24,9 +24,9 @@ from utils.canvas import DEFAULT
 from utils.contracts import Batch
 
 IMAGES, AUGMENT = "images", "augment"
-_CHANGES = ("brightness", "contrast", "saturation", "hue")
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = range(4)
+_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _CHANGES = range(4)
 _BLENDS, _NONE = (_BRIGHTNESS, _CONTRAST, _SATURATION), -1
+_MOST_NUMBERS = 15  # of a sample's draws
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
 
@@ -72,28 +72,40 @@ class DeviceAugment:
     def __init__(self, config: AugmentConfig) -> None:
         self._config = config
         self._size_hw = tuple(config.image_size_hw)
-        self._affine = random_affine(config)
-        self._jitter = color_jitter(config)
         self._erasing = NoiseErasing(config) if config.random_erasing > 0 else None
-        self._turns_hue = self._jitter is not None and self._jitter.hue is not None
+        self._turns_hue = config.color_jitter is not None and config.color_jitter.hue > 0
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the parameters of a sample, float32 [P]."""
         return self.pack(self.draw())
 
     def draw(self) -> Augmentation:
-        """Draw by torchvision's own functions, from torch's generator, which the reader has seeded."""
-        like = [torch.zeros(()).expand(1, *self._size_hw)]  # only the size is used
-        change = Augmentation(torch.rand(()).item() < self._config.horizontal_flip)
-        if self._affine is not None:
-            change = change._replace(**self._affine.make_params(like))
-        if self._jitter is not None:
-            jitter = self._jitter.make_params(like)
-            factors = zip((jitter[f"{name}_factor"] for name in _CHANGES), change.factors)
-            factors = tuple(same if factor is None else factor for factor, same in factors)
-            change = change._replace(factors=factors, order=tuple(jitter["fn_idx"].tolist()))
+        """Draw from torch's generator, which the reader has seeded. Torchvision's own draws take far longer."""
+        affine, jitter = self._config.affine, self._config.color_jitter
+        numbers = iter(torch.rand(_MOST_NUMBERS).tolist())
+
+        def between(low: float, high: float) -> float:
+            return low + (high - low) * next(numbers)
+
+        change = Augmentation(next(numbers) < self._config.horizontal_flip)
+        if affine is not None:
+            shift, shear = affine.translate, affine.shear_degrees
+            change = change._replace(
+                angle=between(-affine.degrees, affine.degrees),
+                translate=tuple(round(between(-shift * side, shift * side)) for side in reversed(self._size_hw)),
+                scale=between(*affine.scale),
+                shear=(between(-shear, shear), between(-shear, shear)),
+            )
+        if jitter is not None:
+            ranges = (jitter.brightness, jitter.contrast, jitter.saturation)
+            factors = [between(max(0.0, 1.0 - most), 1.0 + most) for most in ranges]
+            places = [next(numbers) for _ in _CHANGES]
+            change = change._replace(
+                factors=(*factors, between(-jitter.hue, jitter.hue)),
+                order=tuple(sorted(range(len(places)), key=places.__getitem__)),
+            )
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
-            erased = self._erasing.make_params(like)
+            erased = self._erasing.make_params([torch.zeros(()).expand(1, *self._size_hw)])  # only the size is used
             if erased["v"] is not None:  # None if no rectangle fits
                 change = change._replace(erased_px=tuple(erased[name] for name in "ijhw"))
         return change
@@ -116,11 +128,11 @@ class DeviceAugment:
         """Return augmented images, uint8 [B, C, H, W]; parameters [B, P], keys [B] for the noise."""
         matrix, factors, before_hue, after_hue, erased_px = parameters.split(_WIDTHS, dim=1)
         changed = images
-        if self._affine is not None:
+        if self._config.affine is not None:
             changed = sample_affine(images.float(), matrix, float(self._config.fill))
         elif self._config.horizontal_flip > 0:
             changed = torch.where(_per_image(matrix[:, 0] < 0), images.flip(-1), images)
-        if self._jitter is not None:
+        if self._config.color_jitter is not None:
             changed = self._change_colours(changed.float(), factors, before_hue, after_hue)
         if changed.is_floating_point():
             changed = changed.round_().clamp_(0, 255).to(torch.uint8)

@@ -25,6 +25,7 @@ from utils.canvas import DEFAULT, background_levels, background_of
 # Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
 # to at most this many times the evaluation size. With padding, the whole image is reduced to this many times the size.
 _LONGEST = 8
+_TRIES = 4  # crops of a random shape, before torchvision's
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
 
 
@@ -143,7 +144,7 @@ class ResizedCrop(v2.RandomResizedCrop):
         height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
         ratio = [bound * width / height for bound in config.crop_ratio]
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
-        self._log_ratio = self._log_ratio.tolist()  # tensors would make a draw 1.5 times as slow
+        self._log_ratio = self._log_ratio.tolist()
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
     def __call__(self, image: Tensor) -> Tensor:
@@ -151,6 +152,18 @@ class ResizedCrop(v2.RandomResizedCrop):
         top, left, height, width = self.make_params([image]).values()
         choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
         return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
+
+    def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
+        """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
+        (height, width), (least, most), (low, high) = flat_inputs[0].shape[-2:], self.scale, self._log_ratio
+        for area, ratio, down, right in torch.rand(_TRIES, 4).tolist():
+            area = height * width * (least + (most - least) * area)
+            ratio = math.exp(low + (high - low) * ratio)
+            wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            if 0 < wide <= width and 0 < tall <= height:
+                top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
+                return {"top": top, "left": left, "height": tall, "width": wide}
+        return super().make_params(flat_inputs)
 
 
 class TrainTransform:
@@ -170,7 +183,7 @@ class TrainTransform:
             # Before the resize: after it, training images would be blurred and validation images not.
             self._steps = [pad, *on_pillow(affine), crop]
         if config.horizontal_flip > 0:
-            self._steps.append(v2.RandomHorizontalFlip(config.horizontal_flip))
+            self._steps.append(lambda image: image.flip(-1) if torch.rand(()) < config.horizontal_flip else image)
         if (jitter := color_jitter(config)) is not None:
             self._steps.append(jitter)
         if config.rand_augment is not None:

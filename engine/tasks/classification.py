@@ -122,9 +122,9 @@ class ClassificationTask(ImageTask):
             rows = decision_rows("all", predicted[0].cpu().numpy(), correct[0].cpu().numpy(), int(scalars["samples"]))
             report.tables["decisions"] = rows
             report.images = {
-                "confusion": draw_confusion(confusion, names),
-                "mistakes": draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),
-                "predictions": draw_predictions(some, names, f"The same images each time, of {images}"),
+                "confusion": lambda: draw_confusion(confusion, names),
+                "mistakes": lambda: draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),
+                "predictions": lambda: draw_predictions(some, names, f"The same images each time, of {images}"),
             }
         return report
 

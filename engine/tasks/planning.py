@@ -93,9 +93,9 @@ class Facts:
 
 @dataclass(frozen=True)
 class Rule:
-    """Words for the command line, and why. group: any word of the user for it, or below it, keeps the rule out."""
+    """Words for the command line, and why. groups: any word of the user for one, or below it, keeps the rule out."""
 
-    group: str
+    groups: Sequence[str]
     words: Callable[[Facts], Sequence[str]]
     why: Callable[[Facts], str]
 
@@ -133,14 +133,14 @@ _SMALL_CHANGES = [
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
 ]  # fmt: skip
 # Textures of any colour, 25 images a class, 80 s of a core: 0.13 without, 0.48 without the hue, 0.75 with it.
-_ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}", "augment.on_device=true"]
+_ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"]
 _MANY_EPOCHS = 20  # with 8 epochs of 250 images a class: 0.76 with it, which takes as long as a step, and 0.81 without
 _MUON = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
 _IMAGE = "augment.image_size_hw"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
 RULES = (
     Rule(
-        "model",
+        ["model"],
         lambda facts: (
             [
                 "model=timm",
@@ -151,17 +151,17 @@ RULES = (
         lambda facts: f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time",
     ),
     Rule(
-        _IMAGE,
+        [_IMAGE],
         lambda facts: [_word(_IMAGE, [choose_px(facts)] * 2)],
         lambda facts: f"the images have {facts.side_px} px",
     ),
     Rule(
-        "augment.horizontal_flip",
+        ["augment.horizontal_flip"],
         lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= _MIRRORS else 0.0}"],
         lambda facts: f"the nearest neighbours of mirrored images are right {facts.mirrors:.2f} times as often",
     ),
     Rule(
-        "augment.crop_scale",
+        ["augment.crop_scale"],
         lambda facts: (
             [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
             if facts.mirrors < _CROPS
@@ -170,22 +170,27 @@ RULES = (
         lambda facts: "the same share says how far the place and the size of a figure tell its class",
     ),
     Rule(
-        "augment.color_jitter",
+        ["augment.color_jitter"],
         lambda facts: [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR,
         lambda facts: f"the mean colour tells nothing of the class, in about {epochs_of(facts):.0f} epochs",
     ),
-    Rule("augment.eval_crop", lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
     Rule(
-        "optim",
+        ["augment.on_device", "augment.rand_augment", "augment.pad"],
+        lambda facts: ["augment.on_device=true"],
+        lambda facts: "whole batches are changed in less time",
+    ),
+    Rule(["augment.eval_crop"], lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
+    Rule(
+        ["optim"],
         lambda facts: _MUON if facts.bf16 else ["optim=sgd_train", "optim.lr=0.2"],
         lambda facts: "it is ahead of SGD" if facts.bf16 else "Muon is slow without bf16",
     ),
     Rule(
-        "schedule",
+        ["schedule"],
         lambda facts: ["schedule=onecycle", "schedule.cycle_momentum=false"],
         lambda facts: "it is good at any length",
     ),
-    Rule("lr_finder", lambda facts: ["lr_finder.enabled=false"], lambda facts: "the rate is known"),
+    Rule(["lr_finder"], lambda facts: ["lr_finder.enabled=false"], lambda facts: "the rate is known"),
 )
 
 
@@ -213,7 +218,7 @@ def _choose_words(config: ImageTrainingConfig, job: Job, collection: Collection,
     longer = replace(facts, reference=2 * facts.reference)
     for rule in RULES:
         words, later = rule.words(facts), rule.words(longer)
-        if kept := [word for word in job.overrides if _touches(word, rule.group)]:
+        if kept := [word for word in job.overrides if any(_touches(word, group) for group in rule.groups)]:
             lines.append((" ".join(kept), "as set"))
             continue
         if not words:

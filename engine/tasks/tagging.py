@@ -229,8 +229,8 @@ class TaggingTask(ImageTask):
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {
-                "pr_curves": draw_pr_curves(scores.groups),
-                "mistakes": draw_tag_mistakes(kept, self.vocabulary.names),
+                "pr_curves": lambda: draw_pr_curves(scores.groups),
+                "mistakes": lambda: draw_tag_mistakes(kept, self.vocabulary.names),
             }
         return report
 

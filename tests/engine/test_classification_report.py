@@ -131,7 +131,7 @@ def test_edges_are_drawn(names, labels, right):
     assert set(report.scalars) == {"loss", "top1", f"top{most}", "mean_class_accuracy", "macro_f1", "samples"}
     assert report.scalars["macro_f1"] == report.scalars["top1"] == float(right)
     assert len(report.tables["classes"]) == len(names) and bool(report.tables["confusions"]) != right
-    for image in report.images.values():
+    for image in report.draw().values():
         assert image.dtype == np.uint8 and image.shape[2] == 3 and min(image.shape[:2]) > 60
         assert max(image.shape[:2]) < 2500, "a long name widens the picture"
 

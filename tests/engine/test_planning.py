@@ -26,7 +26,7 @@ def words(tmp_path, monkeypatch):
     root = make_images(tmp_path / "images")
     return [
         f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.global_batch_size=4",
-        "augment.image_size_hw=[32,32]", "runtime.device=cpu", "runtime.threads=1",
+        "augment.image_size_hw=[32,32]", "augment.rand_augment=rand-m9-n1", "runtime.device=cpu", "runtime.threads=1",
     ]  # fmt: skip
 
 
@@ -35,6 +35,7 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
     config = RunReader(tmp_path / "run").config
     assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, False)
     assert config["augment"]["image_size_hw"] == [32, 32]  # as set
+    assert not config["augment"]["on_device"]  # which cannot be, with what is set
     kept = json.loads((tmp_path / "run/minutes.json").read_text())["words"]
     assert "optim=muon" in kept and not any("image_size_hw" in word for word in kept)
     monkeypatch.setattr(planning, "find_facts", None)  # it is not planned again
@@ -74,8 +75,8 @@ def test_colours_that_tell_nothing_are_changed():
     )
     assert planning._tells_colour(images, bright) and not planning._tells_colour(images, random)
     assert planning._tells_colour(images[:50], random[:50])  # too few to tell
-    rule = next(rule for rule in planning.RULES if rule.group == "augment.color_jitter")
-    crops = next(rule for rule in planning.RULES if rule.group == "augment.crop_scale")
+    rule = next(rule for rule in planning.RULES if rule.groups == ["augment.color_jitter"])
+    crops = next(rule for rule in planning.RULES if rule.groups == ["augment.crop_scale"])
     assert "augment.fill=255" in crops.words(replace(FACTS, mirrors=0.3))
     assert rule.words(FACTS) == [] and "hue:0.5" in rule.words(replace(FACTS, colours=False))[0]
     assert rule.words(replace(FACTS, colours=False, images=10**5)) == []  # few epochs

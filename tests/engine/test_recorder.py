@@ -7,6 +7,7 @@ import csv
 import json
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 import engine.recorder
@@ -15,10 +16,12 @@ import utils.record.plots
 from engine.plan import Plan
 from engine.recorder import Recorder
 from engine.runtime import choose_runtime
+from engine.task import Report
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
 from utils.io.files import read_json
 
+PICTURE = np.zeros((4, 4, 3), np.uint8)
 STREAM = SimpleNamespace(readings=dict, path_of=str)
 
 
@@ -52,11 +55,19 @@ def test_curves_are_drawn_in_a_fiftieth_of_the_time(tmp_path, clock, monkeypatch
     monkeypatch.setattr(utils.record.plots, "plot_curves", draw)
     for step in range(1, 100):
         clock["now"] += 2.0
-        recorder.plot(step, may_skip=True)
+        recorder.plot(step, draws=recorder.may_draw(step))
     assert len(drawn) == pytest.approx(96 * 2 / 51, abs=2)
-    recorder.plot(100, may_skip=True)  # the last one is always drawn
+    recorder.plot(100, draws=recorder.may_draw(100))  # the last one is always drawn
     assert drawn[-1] == clock["now"]
     recorder.close()
+
+
+def test_pictures_that_take_time_are_drawn_with_the_curves(tmp_path, clock, monkeypatch):
+    recorder, report = make_recorder(tmp_path), Report(images={"made": PICTURE, "slow": lambda: PICTURE})
+    recorder.add_report(10, report, draws=False)
+    assert [path.name for path in (tmp_path / "plots").glob("*.png")] == ["made.png"]
+    recorder.add_report(20, report, draws=True)
+    assert {path.name for path in (tmp_path / "plots/steps/00000020").iterdir()} == {"made.png", "slow.png"}
 
 
 def train_to(recorder, clock, first, last, evaluation=5.0):
