@@ -10,9 +10,12 @@ import torch
 from engine.config import MachineConfig, RuntimeConfig
 from utils.contracts import Machine
 from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
+from utils.process_settings import cores_of_others
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
-from utils.record.logging import setup_logging
+from utils.record.logging import get_logger, setup_logging
+
+log = get_logger(__name__)
 
 # runtime.compile=auto compiles from this many steps on, by device. GPU (estimate): one to two minutes of compilation
 # save 10 to 20 ms per step. On a CPU it saves a third of a step or costs a tenth, by network (docs/benchmarks.md).
@@ -59,6 +62,16 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
         return config.compile
     pays = total_steps >= COMPILE_PAYS_AFTER_STEPS.get(device, math.inf)
     return pays and not config.deterministic and not missing_for_compile(device)
+
+
+def is_free(config: MachineConfig) -> bool:
+    """Return whether the number of threads is chosen here: by no key, no variable, no launcher.
+
+    Threads wait for each other at the end of each operation, so one that shares its core with another process holds up
+    all. A deterministic run does not depend on what else the machine does.
+    """
+    given = config.threads is not None or "OMP_NUM_THREADS" in os.environ
+    return not given and not config.deterministic and distributed.world_size() == 1
 
 
 def choose_workers(requested: str | int, device: str) -> int:
@@ -113,6 +126,9 @@ def choose_runtime(config: MachineConfig) -> Runtime:
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
+    elif device == "cpu" and is_free(config) and (others := round(cores_of_others())):
+        torch.set_num_threads(max(1, torch.get_num_threads() - others))
+        log.info("runtime.threads: %d, because other processes use %d cores", torch.get_num_threads(), others)
     _set_backends(config, device)
     precision, channels_last = choose_precision(config.precision, device), config.channels_last
     if channels_last == "auto":  # figures of a CPU: docs/benchmarks.md

@@ -10,9 +10,10 @@ The run folder is opened last, so a configuration error creates no folder.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from logging import DEBUG, INFO
+from pathlib import Path
 from typing import NoReturn, TypeVar
 
 import torch
@@ -24,18 +25,20 @@ from engine.config import TrainingConfig
 from engine.minutes import fit_minutes, use_minutes
 from engine.plan import Plan, make_plan, split_batch
 from engine.run import Run, show_lines
-from engine.runtime import Runtime, choose_compile, start_machine
+from engine.runtime import Runtime, choose_compile, is_free, start_machine
 from engine.task import Streams, Task, networks_of
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
 from utils.config.recipe import recipe_hash
 from utils.errors import EXIT_LOST_RANK, EXIT_STOPPED, UserError, lost_worker
+from utils.io.files import read_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
+from utils.ranks.processes import count_cores
 from utils.ranks.signals import Stopped, StopRequest
 from utils.record.logging import get_logger
-from utils.record.run_folder import default_run_dir, environment_state, open_run_folder, write_config
+from utils.record.run_folder import ENVIRONMENT_FILE, default_run_dir, environment_state, open_run_folder, write_config
 from utils.record.trackers import choose_mode
 
 log = get_logger(__name__)
@@ -174,6 +177,8 @@ def open_run(
     """
     values = config.model_dump(mode="json")
     with open_run_folder(values, job) as folder, StopRequest():
+        if is_free(config.runtime):
+            keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
         learner, recorder, train = run.learner, run.recorder, streams.train
         learner.batch_size_file = file = folder.path / "batch_size.json"
@@ -203,6 +208,12 @@ def open_run(
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)
+
+
+def keep_threads(file: Path) -> None:
+    """Set the threads of the run's first start, on which its bits depend, if this machine has so many cores."""
+    with suppress(OSError, ValueError, KeyError):
+        torch.set_num_threads(min(int(read_json(file)["threads"]), count_cores()))
 
 
 def _fail(run: Run, error: BaseException) -> NoReturn:

@@ -8,6 +8,7 @@ import torch
 
 from engine.config import RuntimeConfig
 from engine.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
+from engine.start import keep_threads
 from utils.errors import UserError
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
@@ -169,3 +170,40 @@ def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
         choose_runtime(wanted)
     monkeypatch.setenv(GPUS_VARIABLE, "1")
     assert choose_runtime(wanted).precision == "fp16"
+
+
+@pytest.mark.parametrize(
+    ("others", "changes", "variable", "threads"),
+    [
+        (2.4, {}, None, 6),
+        (9.0, {}, None, 1),
+        (0.4, {}, None, 8),
+        (2.4, {"deterministic": True}, None, 8),
+        (2.4, {"threads": 3}, None, 3),
+        (2.4, {}, "8", 8),
+    ],
+)
+def test_a_run_leaves_the_cores_that_others_use(others, changes, variable, threads, monkeypatch):
+    monkeypatch.setattr("engine.runtime.cores_of_others", lambda: others)
+    monkeypatch.setattr("engine.runtime._set_backends", lambda *_: None)
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    torch.set_num_threads(8)
+    try:
+        choose_runtime(CONFIG.model_copy(update={"threads": None, **changes}))
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(1)
+
+
+def test_a_resumed_run_has_the_threads_of_its_first_start(tmp_path, monkeypatch):
+    monkeypatch.setattr("engine.start.count_cores", lambda: 4)
+    keep_threads(tmp_path / "environment.json")  # a first start
+    assert torch.get_num_threads() == 1
+    for before, now in ((3, 3), (64, 4)):
+        (tmp_path / "environment.json").write_text(f'{{"threads": {before}}}')
+        keep_threads(tmp_path / "environment.json")
+        found = torch.get_num_threads()
+        torch.set_num_threads(1)
+        assert found == now

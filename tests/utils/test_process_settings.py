@@ -26,3 +26,16 @@ def test_a_block_in_the_place_of_a_freed_one_costs_few_page_faults(settings, kee
         [sys.executable, "-c", PROGRAM], env=plain | settings, cwd=ROOT, capture_output=True, text=True, check=True
     )
     assert (int(found.stdout) < 20 * 2**26 / resource.getpagesize() / 2) is keeps
+
+
+SPIN = "import time\nends = time.monotonic() + 20\nwhile time.monotonic() < ends: pass"
+TELL = "import time, utils.process_settings as own\ntime.sleep(2)\nprint(own.cores_of_others())"
+
+
+def test_cores_that_others_use_are_counted():
+    core = str(min(os.sched_getaffinity(0)))
+    with subprocess.Popen(["taskset", "-c", core, sys.executable, "-c", SPIN]) as spinning:
+        command = ["taskset", "-c", core, sys.executable, "-c", TELL]
+        found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        spinning.kill()
+    assert 0.5 < float(found.stdout) <= 1.1
