@@ -104,6 +104,7 @@ def fit_minutes(run: Run) -> None:
     if epochs < 1:
         needed = show_duration(start_sec + left / epochs)
         log.warning("loop.minutes: %g are too few for an epoch, which needs about %s", minutes, needed)
+    run.recorder.ends_at = STARTED + 60 * minutes
     facts = {"minutes": minutes, "steps": steps, "step_sec": step_sec, "evaluation_sec": evaluation_sec}
     facts["words"] = list(run.folder.job.planned)
     if distributed.is_main():

@@ -20,6 +20,7 @@ from engine.plan import Plan
 from engine.skips import SkipWatch
 from engine.step import StepResult
 from engine.task import Report, checkpointed_state, networks_of
+from utils.config.help import STARTED
 from utils.contracts import Batch, TrainStream
 from utils.io.files import AppendFile, ignore_write_errors
 from utils.io.weights import hash_tensors
@@ -39,6 +40,7 @@ log = get_logger(__name__)
 
 MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the bar and the summary report it
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
+_LATE_SHARE = 0.1  # of loop.minutes
 _TELL_SEC = 5.0  # between two writes of the progress
 _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
 
@@ -166,6 +168,7 @@ class Recorder:
         # Step, seconds and waited at the last log; step and seconds at the epoch's start.
         self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
+        self.ends_at: float | None = None  # of time.monotonic, by loop.minutes
         self._step, self._told = 0, -math.inf
         self.stage, self.samples = "the start", "a batch"  # for error messages
         if self._device.type == "cuda":
@@ -336,10 +339,22 @@ class Recorder:
         waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
         epochs = f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}"
         self.bar.advance(step, description=epochs, figures=figures + waits)
+        self._warn_if_late()
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
             self.skips.check(step, last=step == plan.total_steps)
+
+    def _warn_if_late(self) -> None:
+        """Say once that the steps of loop.minutes take longer than they did when they were timed."""
+        if self.ends_at is None or self.bar.left_sec is None:
+            return
+        late = time.monotonic() + self.bar.left_sec - self.ends_at
+        if late > _LATE_SHARE * (self.ends_at - STARTED):
+            log.warning(
+                "loop.minutes: steps have become slower; they are kept, and end about %s late", show_duration(late)
+            )
+            self.ends_at = None
 
     def _scheduled(self, step: int) -> dict[str, float]:
         """Return the rate of update number `step` (from 1), the momentum if it is scheduled, and Prodigy's d."""
