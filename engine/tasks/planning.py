@@ -43,8 +43,8 @@ _SMALL_PX = 16  # side of the pictures in which they are compared
 _MIRRORS, _CROPS = 0.85, 0.5
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
 _REFERENCE_IMAGES = 200_000  # at which the reference network is the best
-# 100 s of one core: 1,485 emoji 0.734 in 146 epochs, 0.760 in 82 of twice the width; 600 textures 0.798 in 362, 0.823 in
-# 203, 0.772 in 77 of a resnet18d; 148 emoji 0.587 in 1,507, 0.616 in 847.
+# 100 s of one core: 1,485 emoji 0.734 in 146 epochs, 0.760 in 82 of twice the width; 600 textures 0.798 in 362, 0.823
+# in 203, 0.772 in 77 of a resnet18d; 148 emoji 0.587 in 1,507, 0.616 in 847.
 _MOST_EPOCHS, _MOST_FOR_FEW = 60, 1.5
 _BATCH, _WARM_UP, _TIMED_SEC = 128, 2, 1.0
 
@@ -182,7 +182,7 @@ RULES = (
         lambda facts: [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR,
         lambda facts: f"the mean colour tells nothing of the class, in about {epochs_of(facts):.0f} epochs",
     ),
-    # With it, 100 s of one core: 600 textures 0.843 for 0.823, 148 emoji 0.634 for 0.616; 1,230 glyphs 0.682 with and without.
+    # 100 s of one core: 600 textures 0.843 with it, 0.823 without; 148 emoji 0.634, 0.616; 1,230 glyphs 0.682, 0.682.
     Rule(
         ["task.cutmix_alpha", "task.mixup_alpha"],
         lambda facts: [] if epochs_of(facts) < _MOST_EPOCHS else ["task.cutmix_alpha=1.0", "task.mix_probability=0.5"],
