@@ -33,7 +33,7 @@ _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
 _READ_SHARE = 0.08  # of the time to read all images before, if each is read more than twice
 _BATCHES = 8  # of an evaluation
-_END_SEC = 2.5  # the last curves and weights
+_END_SEC = 4.5  # the last pictures and weights
 
 
 def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) -> TrainingConfig:

@@ -57,6 +57,13 @@ def test_more_time_gives_larger_images_and_networks():
     assert choose_network(times[0]).width == 16 and choose_network(times[-1]).name == "resnet34d"
 
 
+def test_few_images_get_a_wider_network_and_are_mixed():
+    many, few = (replace(FACTS, images=images) for images in (10**4, 100))
+    assert choose_network(many).width < choose_network(few).width
+    mixing = next(rule for rule in planning.RULES if "task.cutmix_alpha" in rule.groups)
+    assert mixing.words(many) == [] and "task.cutmix_alpha=1.0" in mixing.words(few)
+
+
 @pytest.mark.parametrize("mirrors", [True, False])
 def test_mirroring_is_judged_by_the_images(mirrors):
     draws, labels = torch.Generator().manual_seed(0), torch.arange(60) % 2
