@@ -19,6 +19,7 @@ def words(tmp_path, monkeypatch):
     """A command of 10 minutes on a machine where a step takes 40 s and an evaluation 15 s, and the start 20 s."""
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20)
     monkeypatch.setattr(minutes, "_MOST_UPDATES", 1)
+    monkeypatch.setattr(minutes, "_END_SEC", 2.5)
     monkeypatch.setattr(minutes, "_time_steps", timed := timing(minutes._time_steps, 40.0))
     monkeypatch.setattr(minutes, "_time_evaluation", timing(minutes._time_evaluation, 15.0))
     root, given = make_images(tmp_path / "images"), [word for word in TINY if word != LENGTH]
