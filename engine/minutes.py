@@ -30,8 +30,7 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for the timing of updates, of each phase
-_READ_SHARE = 0.08  # of the time to read all images before, if each is read more than twice
+_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each phase
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
@@ -94,8 +93,10 @@ def fit_minutes(run: Run) -> None:
     step_sec, evaluation_sec = _time_steps(run, _SHARE * 60 * minutes), _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - _END_SEC
-    steps = distributed.rank_zero_call(lambda: _count_steps(left, step_sec, evaluation_sec, plan_of))
-    found = f"a step takes {step_sec:.3g} s, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
+    epoch = plan.epoch_length // plan.global_batch_size
+    steps = distributed.rank_zero_call(lambda: _count_steps(left, epoch, step_sec, evaluation_sec, plan_of))
+    step = f"{step_sec[0]:.3g} s, after the first epoch {step_sec[1]:.3g} s"
+    found = f"a step takes {step}, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
     if steps < 1:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {found}; set more")
     run.use_plan(plan_of(steps))
@@ -112,21 +113,35 @@ def fit_minutes(run: Run) -> None:
             write_json(file, facts)
 
 
-def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
-    """Return the number of steps that leave time for their evaluations and for a range test."""
-    steps = int(left / step_sec)
+def _count_steps(
+    left: float, epoch: int, step_sec: tuple[float, float], evaluation_sec: float, plan_of: Callable[[int], Plan]
+) -> int:
+    """Return the number of steps that leave time for their evaluations and for a range test.
+
+    epoch: steps of the first epoch. step_sec: of a step in it, and of a later one.
+    """
+
+    def fitting(seconds: float) -> int:
+        first, later = step_sec
+        more = seconds - epoch * first
+        return int(epoch + more / later if more > 0 else seconds / first)
+
+    steps = fitting(left)
     while steps >= 1:  # fewer steps may have fewer evaluations
         plan = plan_of(steps)
         evaluations = math.ceil(plan.epoch_at(steps) / plan.evaluate_every_epochs - 1e-9)
-        fitting = int((left - evaluations * evaluation_sec) / step_sec) - plan.range_test_steps
-        if fitting >= steps:
+        fewer = fitting(left - evaluations * evaluation_sec) - plan.range_test_steps
+        if fewer >= steps:
             break
-        steps = fitting
+        steps = fewer
     return steps
 
 
-def _time_steps(run: Run, seconds: float) -> float:
-    """Return the mean seconds of an update, over all phases by their share; the updates are undone."""
+def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
+    """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
+
+    The same updates are timed twice, in all phases by their share, and undone.
+    """
     learner, found = run.learner, []
 
     def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
@@ -138,20 +153,20 @@ def _time_steps(run: Run, seconds: float) -> float:
         _wait(run)
         return (monotonic() - started) / count
 
-    for number in range(max(1, len(run.plan.phases))):
+    def time_phase(number: int, count: int | None = None) -> tuple[int, float]:
         with undone(learner), closing(run.phase_steps(number, run.plan.total_steps)) as batches:
             time_updates(batches, _WARM_UP)
             about = time_updates(batches, 1)
-            epoch, most = run.plan.epoch_length // run.plan.global_batch_size, seconds / _SHARE / max(about, 1e-6)
-            if distributed.rank_zero_call(lambda: most > 2 * epoch):  # noqa: B023
-                ends = monotonic() + _READ_SHARE / _SHARE * seconds  # most epochs read from the memory cache
-                for _ in range(epoch):
-                    if monotonic() < ends:
-                        next(batches)
-            count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))  # noqa: B023
-            found.append(time_updates(batches, count))
+            if count is None:
+                count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))
+            return count, time_updates(batches, count)
+
+    for number in range(max(1, len(run.plan.phases))):
+        count, first = time_phase(number)
+        found.append((first, min(first, time_phase(number, count)[1])))
     shares = [phase.fraction for phase in run.config.loop.phases or ()] or [1.0]
-    return math.fsum(share * each for share, each in zip(shares, found))
+    first, later = (math.fsum(share * each for share, each in zip(shares, times)) for times in zip(*found))
+    return first, later
 
 
 def _time_evaluation(run: Run) -> float:
