@@ -14,8 +14,8 @@ from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, TagLossConfig, measure_priors, prior_bias, read_targets
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
-from tests.in_process import SHORT, SMALL_MODEL, configure, make_images, run
-from tests.support import rows
+from tests.in_process import SHORT, SMALL_MODEL, configure, run
+from tests.support import make_collection, rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import InitFrom, read_weights, write_weights
@@ -166,7 +166,7 @@ RATED = {"A": "square, rating:s", "B": "disc, round, rating:explicit"}
 def place(tmp_path_factory):
     """A folder with images, their sidecars, and a run with an average."""
     folder = tmp_path_factory.mktemp("tagging")
-    make_images(folder / "images")
+    make_collection(folder / "images", per_class=8, classes="AB", validation=4)
     for file in (folder / "images").rglob("*.txt"):
         tags = RATED[file.parent.name]
         file.write_text(tags.rpartition(", ")[0] if file.stem == "003" else tags)
@@ -179,11 +179,11 @@ def place(tmp_path_factory):
 def test_a_run_learns_and_is_judged_by_its_map(place):
     found, losses = (rows(place / "run/metrics.jsonl", kind) for kind in ("evaluate", "train"))
     first, last = (sum(row["loss"] for row in part) for part in (losses[:5], losses[-5:]))
-    assert last < 0.8 * first
+    assert last < 0.95 * first
     figures = {"loss", "mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "macro_mcc", "macro_best_f1", "samples"}
     assert {f"ema/{name}" for name in figures} <= found[-1].keys()
     state = json.loads((place / "run/checkpoints/step_00000060/state.json").read_text())
-    assert state["best"]["value"] == max(row["ema/mAP"] for row in found) > 0.5
+    assert state["best"]["value"] == max(row["ema/mAP"] for row in found) > 0.7
     files = " ".join(file.name for folder in ("tables", "plots") for file in (place / "run" / folder).iterdir())
     assert all(name in files for name in ("tags", "tag_groups", "pr_curves", "mistakes"))
 
