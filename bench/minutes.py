@@ -1,7 +1,8 @@
 """Ours against tuned rivals on equal time: `train.py loop.minutes=M` at its defaults, timm's script, fastai.
 
     python bench/minutes.py [minutes=2] [collections=FOLDER] [names=glyphs,...] [arms=ours,timm,fastai] [seeds=3]
-        [timm_script=TIMM/train.py] [fastai_python=PYTHON] [cores=0,1] [screen=MINUTES] [journal=PATH] [table] [quick]
+        [timm_script=TIMM/train.py] [fastai_python=PYTHON] [cores=0,1] [screen=MINUTES] [finalists=4] [journal=PATH]
+        [table] [quick]
 
 collections: what bench/four_collections.py drew: NAME and NAME_tenth. timm_script: `train.py` of a checkout of
 huggingface/pytorch-image-models that fits the installed timm and has --train-batches-per-epoch. fastai_python: an
@@ -13,7 +14,7 @@ typing to the end of the process. A rival has a trial of each combination of RAT
 for each time, with seed 0; its best, by top-1 of the last weights on val, runs with the other seeds, too. Its minutes
 are those of training steps: starting, the first batch, evaluating and the search for the best trial do not count, which
 favours it. The steps that fit are counted from the last three runs of the same network, size and augmentation, at first
-from one of CALIBRATION_STEPS. screen: the trials run for so many minutes, and only the best FINALISTS for all.
+from one of CALIBRATION_STEPS. screen: the trials run for so many minutes, and only the best `finalists` for all.
 
 Another process on a core makes wall time lie, so steps are counted by CPU seconds, and a run is told whose wall and CPU
 time differ by more than 10 %. The journal (outputs/bench/minutes.jsonl) has every run of a machine; a killed bench that
@@ -55,7 +56,7 @@ SETTINGS = {
 }
 SCALE = {"mild": 0.7, "strong": 0.35}  # the least area of a crop; `strong` adds what the rival's users add
 NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
-FINALISTS, CALIBRATION_STEPS, BATCH = 4, 20, 64
+CALIBRATION_STEPS, BATCH = 20, 64
 # At 32 px float32 takes 0.9 of the time of bf16 with channels_last, whose casts of the weights cost most; at 64 px 1.4.
 BF16_FROM_PX = 48
 # timm counts in whole epochs: a run is cut into EPOCHS "epochs" of a tenth of the steps, each a fresh random draw.
@@ -135,7 +136,7 @@ class Bench:
             if any(trial["trial"] not in rows for trial in trials):
                 return trials
             trials.sort(key=lambda trial: -rows[trial["trial"]]["top1"])
-            settings = [trial["settings"] for trial in trials[:FINALISTS]]
+            settings = [trial["settings"] for trial in trials[: int(self.given["finalists"])]]
         return [make_trial(arm, name, self.minutes, seed, settings[0]) for seed in range(1, self.seeds)]
 
     def _run(self, trial, core):
@@ -250,7 +251,8 @@ def table(rows):
 def read_words(words):
     """Return the values of the command's words."""
     out, names, seeds = (OUT / "quick", "a,b", "1") if "quick" in words else (OUT, NAMES, "3")
-    given = {"minutes": "2", "names": names, "seeds": seeds, "cores": str(min(os.sched_getaffinity(0))), "screen": None}
+    given = {"minutes": "2", "names": names, "seeds": seeds, "cores": str(min(os.sched_getaffinity(0)))}
+    given |= {"screen": None, "finalists": "4"}
     given |= {"collections": str(out / "collections"), "journal": str(out / "minutes.jsonl"), "arms": None}
     given |= dict.fromkeys(NEEDS.values())
     for word in words:
