@@ -113,6 +113,12 @@ def fit_minutes(run: Run) -> None:
             write_json(file, facts)
 
 
+def count_fitting(seconds: float, first: int, first_sec: float, later_sec: float) -> float:
+    """Return how many fit into the seconds, if the first ones take `first_sec` each, and later ones `later_sec`."""
+    more = seconds - first * first_sec
+    return first + more / later_sec if more > 0 else seconds / first_sec
+
+
 def _count_steps(
     left: float, epoch: int, step_sec: tuple[float, float], evaluation_sec: float, plan_of: Callable[[int], Plan]
 ) -> int:
@@ -120,17 +126,11 @@ def _count_steps(
 
     epoch: steps of the first epoch. step_sec: of a step in it, and of a later one.
     """
-
-    def fitting(seconds: float) -> int:
-        first, later = step_sec
-        more = seconds - epoch * first
-        return int(epoch + more / later if more > 0 else seconds / first)
-
-    steps = fitting(left)
+    steps = int(count_fitting(left, epoch, *step_sec))
     while steps >= 1:  # fewer steps may have fewer evaluations
         plan = plan_of(steps)
         evaluations = math.ceil(plan.epoch_at(steps) / plan.evaluate_every_epochs - 1e-9)
-        fewer = fitting(left - evaluations * evaluation_sec) - plan.range_test_steps
+        fewer = int(count_fitting(left - evaluations * evaluation_sec, epoch, *step_sec)) - plan.range_test_steps
         if fewer >= steps:
             break
         steps = fewer

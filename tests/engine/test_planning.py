@@ -57,6 +57,11 @@ def test_more_time_gives_larger_images_and_networks():
     assert choose_network(times[0]).width == 16 and choose_network(times[-1]).name == "resnet34d"
 
 
+def test_large_images_are_reduced_when_they_are_read():
+    shrinking = next(rule for rule in planning.RULES if "augment.shrink" in rule.groups)
+    assert shrinking.words(FACTS) == [] and shrinking.words(replace(FACTS, side_px=224)) == ["augment.shrink=true"]
+
+
 def test_few_images_get_a_wider_network_and_are_mixed():
     many, few = (replace(FACTS, images=images) for images in (10**4, 100))
     assert choose_network(many).width < choose_network(few).width
