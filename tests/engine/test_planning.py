@@ -62,11 +62,17 @@ def test_large_images_are_reduced_when_they_are_read():
     assert shrinking.words(FACTS) == [] and shrinking.words(replace(FACTS, side_px=224)) == ["augment.shrink=true"]
 
 
-def test_few_images_get_a_wider_network_and_are_mixed():
+def test_few_images_get_a_wider_network_and_are_changed_more():
+    def chosen(facts, key):
+        return [word for rule in planning.RULES for word in rule.words(facts) if word.startswith(f"{key}=")]
+
     many, few = (replace(FACTS, images=images) for images in (10**4, 100))
+    letters = replace(few, mirrors=0.3)
     assert choose_network(many).width < choose_network(few).width
-    mixing = next(rule for rule in planning.RULES if "task.cutmix_alpha" in rule.groups)
-    assert mixing.words(many) == [] and "task.cutmix_alpha=1.0" in mixing.words(few)
+    assert chosen(few, "augment.rand_augment") and not chosen(few, "augment.on_device")  # they exclude each other
+    assert not chosen(many, "augment.rand_augment") and chosen(many, "augment.on_device")
+    assert chosen(letters, "task.cutmix_alpha") and not chosen(letters, "augment.rand_augment")
+    assert not chosen(many, "task.cutmix_alpha") and not chosen(few, "task.cutmix_alpha")
 
 
 @pytest.mark.parametrize("mirrors", [True, False])
