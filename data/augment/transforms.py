@@ -114,7 +114,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **_: Any) -> Image.Image:
 
 def on_pillow(transform: Callable[[Image.Image], Image.Image]) -> list[Any]:
     """Return steps that apply a transform to a Pillow image; from and to uint8 [C, H, W], C 1 or 3."""
-    return [v2.ToPILImage(), transform, v2.PILToTensor()]
+    return [v2.functional.to_pil_image, transform, v2.functional.pil_to_tensor]
 
 
 def random_affine(config: AugmentConfig) -> v2.RandomAffine | None:
