@@ -66,7 +66,7 @@ def test_few_images_get_a_wider_network_and_are_changed_more():
     def chosen(facts, key):
         return [word for rule in planning.RULES for word in rule.words(facts) if word.startswith(f"{key}=")]
 
-    many, some, few = (replace(FACTS, images=images) for images in (10**4, 10**3, 100))
+    many, some, few = (replace(FACTS, images=images) for images in (10**4, 10**3, 50))
     assert choose_network(many).width < choose_network(few).width
     assert chosen(some, "augment.rand_augment") and not chosen(some, "augment.on_device")  # they exclude each other
     assert not chosen(many, "augment.rand_augment") and chosen(many, "augment.on_device")
