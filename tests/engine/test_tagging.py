@@ -172,6 +172,7 @@ def place(tmp_path_factory):
         file.write_text(tags.rpartition(", ")[0] if file.stem == "003" else tags)
     run("train", [*RUN, "run_dir=run", "loop.total_steps=60", "loop.ema_decay=0.5", "optim.lr=0.01",
                   "loop.evaluate_every_epochs=15", "loop.checkpoint_every_steps=60", "lr_finder.enabled=false",
+                  "loop.global_batch_size=8", "loop.batch_size=8",
                   "optim=adamw", "schedule=cosine"], folder)  # fmt: skip
     return folder
 
@@ -179,7 +180,7 @@ def place(tmp_path_factory):
 def test_a_run_learns_and_is_judged_by_its_map(place):
     found, losses = (rows(place / "run/metrics.jsonl", kind) for kind in ("evaluate", "train"))
     first, last = (sum(row["loss"] for row in part) for part in (losses[:5], losses[-5:]))
-    assert last < 0.95 * first
+    assert last < 0.8 * first
     figures = {"loss", "mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "macro_mcc", "macro_best_f1", "samples"}
     assert {f"ema/{name}" for name in figures} <= found[-1].keys()
     state = json.loads((place / "run/checkpoints/step_00000060/state.json").read_text())
