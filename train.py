@@ -1,4 +1,4 @@
-r"""Train a classifier from scratch: find the learning rate, then train one cycle, with live plots.
+r"""Train a classifier: find the learning rate, then train one cycle, with live plots.
 
     python train.py                                                       the embedded glyphs
     python train.py data.root=PATH                      class folders, with or without train/ and val/
@@ -7,14 +7,10 @@ r"""Train a classifier from scratch: find the learning rate, then train one cycl
     python train.py --multirun optim.base_lr=0.1,0.4 lr_finder.enabled=false sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data.root=PATH
 
-The same command resumes a run. To start from weights, use finetune.py.
+The same command resumes a run. finetune.py has the defaults for initial weights (init_from).
 """
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
-
-from typing import Self
-
-from pydantic import model_validator
 
 from engine.tasks.curve import train_curve
 from engine.tasks.kind import ImageTrainingConfig
@@ -27,12 +23,6 @@ class TrainConfig(ImageTrainingConfig):
 
     task: task_schema("train")
     curve: bool
-
-    @model_validator(mode="after")
-    def _begins_from_scratch(self) -> Self:
-        if self.init_from is not None:
-            raise ValueError(f"init_from: train.py starts from scratch; use finetune.py init_from={self.init_from}")
-        return self
 
 
 @entry_point("train", TrainConfig)

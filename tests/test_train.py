@@ -6,7 +6,7 @@ from tests.in_process import configure
 from utils.config.messages import ConfigError
 
 
-@pytest.mark.parametrize("override", ["init_from=runs/first", "task.head=kept", "optim.lr=0.1"])
+@pytest.mark.parametrize("override", ["task.head=kept", "optim.lr=0.1"])
 def test_what_a_run_from_scratch_would_not_read_is_refused(override):
     with pytest.raises(ConfigError) as refused:
         configure("train", [override])

@@ -59,7 +59,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
     runtime, kind = start_ranks(config), KINDS[config.task.name]
-    config = config.task.complete(use_pretrained(config))
+    config = config.task.complete(use_pretrained(config, job.overrides))
     if config.runtime.memory_gib is not None:
         config = fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
 

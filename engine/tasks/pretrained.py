@@ -1,5 +1,6 @@
 """Start from timm's weights, with the mean, std, crop and interpolation of their training."""
 
+from collections.abc import Iterable
 from typing import Any
 
 from data.config import AugmentConfig
@@ -11,10 +12,11 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 
-def use_pretrained(config: TrainingConfig) -> TrainingConfig:
+def use_pretrained(config: TrainingConfig, overrides: Iterable[str]) -> TrainingConfig:
     """Return the configuration of a run; with `init_from=timm`, `augment` takes over timm's preprocessing.
 
-    Any other configuration is returned unchanged. Raises UserError if timm has no weights for the network.
+    overrides: the words of the command, whose keys stay. Any other configuration is returned unchanged. Raises
+    UserError if timm has no weights for the network.
     """
     model = config.model
     if config.init_from != "timm":
@@ -27,6 +29,8 @@ def use_pretrained(config: TrainingConfig) -> TrainingConfig:
     with about("model.name"):
         preprocessing = stated_preprocessing(model)
     size_hw = preprocessing.pop("image_size_hw")
+    for word in overrides:
+        preprocessing.pop(word.partition("=")[0].removeprefix("augment."), None)
     log.info(
         "augment: taken over from timm's %s: %s; its images were %d x %d, here they are %d x %d", model.name,
         ", ".join(f"{key}={value}" for key, value in preprocessing.items()), *size_hw, *config.augment.image_size_hw,

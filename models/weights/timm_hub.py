@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,8 @@ from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
+
+_CACHED = "models--timm--"  # begins the name of a repository's folder in the cache
 
 
 def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -33,9 +36,39 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
         raise UserError(f"timm has no weights for {name}; with weights: {tags}")
     stems = first_convolutions(network)
     channels = network.get_parameter(stems[0]).shape[1] if stems else 3
+    loaded = load_timm(name, num_classes=network.num_classes, in_chans=channels)
+    state, licence = filter_state(network, loaded.state_dict()), config.get("license")  # positions are interpolated
+    if config.get("num_classes") != network.num_classes:  # the head is random
+        head = optional_prefixes(network)[0]
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+    log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
+    return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
+
+
+def cached_names() -> list[str]:
+    """Return the networks of timm whose weights are in its cache and that take any image size, small files first."""
+    import timm
+    from huggingface_hub import constants
+
+    sizes = {}
+    for folder in Path(constants.HF_HUB_CACHE).glob(f"{_CACHED}*"):
+        name = folder.name.removeprefix(_CACHED)
+        try:
+            config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
+        except RuntimeError:  # an unknown tag
+            config = None
+        if config is not None and not config.fixed_input_size:
+            sizes[name] = sum(file.stat().st_size for file in folder.glob("snapshots/*/*"))
+    return sorted(sizes, key=sizes.__getitem__)
+
+
+def load_timm(name: str, **arguments: int) -> nn.Module:
+    """Return a network of timm with its weights. Raises UserError if they are neither cached nor downloadable."""
+    import timm
+
     try:
         with torch.random.fork_rng(devices=[]):
-            loaded = timm.create_model(name, pretrained=True, num_classes=network.num_classes, in_chans=channels)
+            return timm.create_model(name, pretrained=True, **arguments)
     except Exception as error:  # the hub's own classes: no network, no such file, a damaged cache
         first = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(
@@ -43,12 +76,6 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
             f"timm.create_model('{name}', pretrained=True) on a machine with internet access and copy the cache "
             "(HF_HOME), or give a weight file"
         ) from None
-    state, licence = filter_state(network, loaded.state_dict()), config.get("license")  # positions are interpolated
-    if config.get("num_classes") != network.num_classes:  # the head is random
-        head = optional_prefixes(network)[0]
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
-    log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
-    return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 
 
 def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -4,12 +4,15 @@ import json
 from dataclasses import replace
 
 import pytest
+import timm
 import torch
 
 from engine import minutes
-from engine.tasks import planning
-from engine.tasks.planning import Facts, choose_network, choose_px
+from engine.tasks import facts, planning
+from engine.tasks.facts import Facts, Network, compare_mirrored, tells_colour
+from engine.tasks.planning import choose_network, choose_px, epochs_of
 from tests.in_process import make_images, run
+from tests.test_weights_commands import RESNET, fill_cache
 from utils.record.run_reader import RunReader
 
 FACTS = Facts(images=1000, side_px=100, mirrors=1.0, border=255, colours=True, reference=1e5, bf16=True)
@@ -18,8 +21,8 @@ FACTS = Facts(images=1000, side_px=100, mirrors=1.0, border=255, colours=True, r
 @pytest.fixture
 def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
-    monkeypatch.setattr(planning, "_time_reference", lambda runtime: 500.0)
-    monkeypatch.setattr(planning, "has_fast_bf16", lambda device: True)
+    monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: 500.0)
+    monkeypatch.setattr(facts, "has_fast_bf16", lambda device: True)
     monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: (20.0, 20.0))
     monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
@@ -43,6 +46,50 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
     assert RunReader(tmp_path / "run").config == config
 
 
+def chosen(facts, key):
+    return [word for rule in planning.RULES for word in rule.words(facts) if word.startswith(f"{key}=")]
+
+
+def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has_its_own(
+    words, tmp_path, monkeypatch, caplog
+):
+    fill_cache(monkeypatch, tmp_path, RESNET, timm.create_model("test_resnet"))
+    monkeypatch.setattr(facts, "_LEAST_FINE", 1)
+    monkeypatch.setattr(facts, "LEAST_EPOCHS", 0)
+    # By their features the nearest image is always of the class; by pictures it rarely is.
+    right = {1: 1.0, 3: 0.3}
+    monkeypatch.setattr(
+        facts, "nearest_right", lambda pictures, labels, queries=None: right[2 * (pictures.ndim > 2) + 1]
+    )
+    words = [
+        *words[:3],
+        "loop.global_batch_size=4",
+        "augment.image_size_hw=[64,64]",
+        "augment.mean=[0.4,0.4,0.4]",
+        *words[-2:],
+    ]
+    run("train", words, tmp_path)
+    config = RunReader(tmp_path / "run").config
+    assert (config["init_from"], config["model"]["name"], config["task"]["head"]) == ("timm", RESNET, "fitted")
+    assert (config["optim"]["name"], config["schedule"]["name"]) == ("adamw", "cosine")
+    stated = timm.get_pretrained_cfg(RESNET)
+    assert config["augment"]["std"] == list(stated.std) and config["augment"]["mean"] == [0.4] * 3  # as set
+    assert config["augment"]["eval_crop"] == 1.0
+    for word in ("init_from=null", "model=resnet18"):
+        run("train", [*words, word, "run_dir=other", "dry_run=true"], tmp_path)
+        assert "init_from=timm" not in caplog.text.split("the plan for 1 minutes")[-1]
+
+
+def test_a_network_of_the_command_counts_by_its_own_cost():
+    own = replace(FACTS, network=Network("resnet50", 0, 10.0, is_own=True))
+    assert choose_network(own).name == "resnet50" and epochs_of(own) == pytest.approx(10 / (choose_px(own) / 64) ** 2)
+    weights = Network("resnet50", 0, 0.1, is_pretrained=True)
+    drawings = [replace(FACTS, network=weights, reference=10.0**power) for power in range(3, 8)]
+    sides = [choose_px(each) for each in drawings]
+    assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
+    assert choose_network(replace(FACTS, network=weights, mirrors=0.3)) != weights  # letters
+
+
 def test_an_experiment_and_words_of_a_group_keep_rules_out():
     assert planning._touches("experiment=a", "optim") and planning._touches("optim.lr=1", "optim")
     assert planning._touches("+optim.extra.a=1", "optim") and planning._touches("augment=light", "augment.crop_scale")
@@ -63,9 +110,6 @@ def test_large_images_are_reduced_when_they_are_read():
 
 
 def test_few_images_get_a_wider_network_and_are_changed_more():
-    def chosen(facts, key):
-        return [word for rule in planning.RULES for word in rule.words(facts) if word.startswith(f"{key}=")]
-
     many, some, few = (replace(FACTS, images=images) for images in (10**4, 10**3, 50))
     assert choose_network(many).width < choose_network(few).width
     assert chosen(some, "augment.rand_augment") and not chosen(some, "augment.on_device")  # they exclude each other
@@ -81,7 +125,7 @@ def test_mirroring_is_judged_by_the_images(mirrors):
     for image, label in zip(images, labels):
         part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
         (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
-    assert (planning._compare_mirrored(images.float(), labels) >= planning._MIRRORS) is mirrors
+    assert (compare_mirrored(images.float(), labels) >= planning._MIRRORS) is mirrors
 
 
 def test_colours_that_tell_nothing_are_changed():
@@ -90,8 +134,8 @@ def test_colours_that_tell_nothing_are_changed():
         torch.randint(0, 5, (300,), generator=torch.Generator().manual_seed(0)),
         torch.arange(300) % 250 // 50,
     )
-    assert planning._tells_colour(images, bright) and not planning._tells_colour(images, random)
-    assert planning._tells_colour(images[:50], random[:50])  # too few to tell
+    assert tells_colour(images, bright) and not tells_colour(images, random)
+    assert tells_colour(images[:50], random[:50])  # too few to tell
     rule = next(rule for rule in planning.RULES if rule.groups == ["augment.color_jitter"])
     crops = next(rule for rule in planning.RULES if rule.groups == ["augment.crop_scale"])
     assert "augment.fill=255" in crops.words(replace(FACTS, mirrors=0.3))

@@ -1,0 +1,272 @@
+"""The facts of a collection and a machine that the rules of `loop.minutes` need (engine/tasks/planning.py)."""
+
+import math
+import time
+from contextlib import suppress
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from data.collection.collection import Collection
+from data.collection.rows import training_rows
+from data.open import open_images
+from data.stream.source import IMAGE, UnreadableImage
+from engine.minutes import count_fitting
+from engine.runtime import Runtime
+from engine.tasks.kind import ImageTrainingConfig
+from engine.tasks.pretrained import stated_preprocessing
+from models.build import build_network
+from models.config import ModelConfig, TimmConfig
+from models.weights.timm_hub import cached_names, load_timm
+from utils.config.help import STARTED
+from utils.errors import UserError
+from utils.hardware import has_fast_bf16
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+UNIT_PX, MOST_PX, FINE_PX = 64, 224, 96  # of timing; the largest images; of the features of weights
+_SAMPLE, _SAMPLE_SHARE = 1000, 0.025  # images that are decoded for the facts, and at most this share of the minutes
+_LEAST_FOR_COLOUR = 200  # of them, for a word on colours
+_SMALL_PX = 16  # side of the pictures in which they are compared
+_FINE, _LEAST_FINE = 600, 50  # images for features
+_PROBE_SHARE = 0.04  # of the minutes is for features of weights
+# EfficientNet-Lite0 with ImageNet's weights, two minutes of one core, and the best from scratch: 1,485 emoji 0.826 in
+# 4.8 epochs of 96 px, 0.755; 148 emoji 0.665, 0.634; 1,485 photographs 0.751, 0.642.
+LEAST_EPOCHS = 4
+_FINE_BATCH = 32
+_SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
+_BATCH, _OWN_BATCH, _WARM_UP, _TIMED_SEC = 128, 8, 2, 1.0
+_UPDATE = 3  # as a multiple of the time of a forward pass
+
+
+@dataclass(frozen=True)
+class Network:
+    """A network of timm. cost: of reading and training an image of 64 px, relative to the reference (a core, bf16)."""
+
+    name: str
+    width: int  # channels of the first stage of a ResNet; each stage doubles them
+    cost: float
+    is_pretrained: bool = False
+    is_own: bool = False  # the user's
+
+    @property
+    def channels(self) -> list[int]:
+        """The channels of the four stages."""
+        return [self.width * 2**stage for stage in range(4)]
+
+
+REFERENCE = Network("resnet10t", 32, 1.0)
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What the rules know.
+
+    images: of training. side_px: the median of the longer sides of a sample, at most `MOST_PX`. mirrors: the share of
+    the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the images' upper borders.
+    colours: whether the mean colour tells something of the class. reference: how many images of a step of `REFERENCE`
+    fit into the minutes. bf16: whether the machine multiplies it fast, which Muon needs. network: the user's, or the
+    one of timm's weights on this machine whose features tell most of the class, if they tell more than the pictures.
+    """
+
+    images: int
+    side_px: int
+    mirrors: float
+    border: int
+    colours: bool
+    reference: float
+    bf16: bool
+    network: Network | None = None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some training images: as small pictures (float32 [N, 3, 16, 16]), the first of them also finer, and classes."""
+
+    small: Tensor
+    fine: Tensor
+    labels: Tensor
+    sides_px: list[int]
+    read_sec: float  # of an image
+
+
+def draw_sample(config: ImageTrainingConfig, collection: Collection, rows: np.ndarray, labels: np.ndarray) -> Sample:
+    """Read some of the rows. labels: the class of each row of the collection."""
+    source = open_images(collection, config.data, {"channels": 3, "shortest_px": MOST_PX})
+    started = time.monotonic()
+    deadline = started + _SAMPLE_SHARE * 60 * config.loop.minutes
+    kept, sides, fine, small = [], [], [torch.zeros(0, 3, FINE_PX, FINE_PX)], [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
+    for row in np.random.default_rng(0).permutation(rows)[:_SAMPLE]:
+        if time.monotonic() > deadline:
+            break
+        with suppress(UnreadableImage):
+            image = source.read(int(row))[IMAGE]
+            small.append(F.adaptive_avg_pool2d(image[None].float(), _SMALL_PX))
+            if len(fine) <= _FINE:
+                fine.append(F.interpolate(image[None].float(), (FINE_PX, FINE_PX), mode="bilinear", antialias=True))
+            sides.append(min(max(image.shape[-2:]), MOST_PX))
+            kept.append(row)
+    found = torch.from_numpy(labels[np.array(kept, np.int64)])
+    return Sample(torch.cat(small), torch.cat(fine), found, sides, (time.monotonic() - started) / max(len(kept), 1))
+
+
+def find_facts(
+    config: ImageTrainingConfig, collection: Collection, runtime: Runtime, *, is_own: bool, looks_for_weights: bool
+) -> Facts:
+    """Return the facts of a collection and a machine; takes a few seconds.
+
+    is_own: the network of the configuration is the user's choice, with its initial weights. looks_for_weights: else,
+    timm's weights on this machine may be used.
+    """
+    seconds = 60 * config.loop.minutes
+    labels = collection.class_ids(collection.class_names("train"))
+    rows = training_rows(collection, config.loop, labels >= 0)
+    sample = draw_sample(config, collection, rows, labels)
+    rate = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
+    network = None
+    if is_own:
+        side = max(config.augment.image_size_hw)
+        own_rate = time_network(config.model, side, _OWN_BATCH, runtime) * (side / UNIT_PX) ** 2
+        network = Network(config.model.name, 0, rate / own_rate, config.init_from is not None, is_own=True)
+    elif looks_for_weights:
+        network = _most_telling(sample, seconds, len(rows), rate, runtime)
+    step_sec = 1 / rate
+    first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
+    left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)
+    ranks = distributed.planned_world_size()  # each reads its part of the first epoch, then the memory cache has all
+    return Facts(
+        images=len(rows),
+        side_px=int(np.median(sample.sides_px or [0])),
+        mirrors=compare_mirrored(sample.small, sample.labels),
+        border=round(sample.small[:, :, 0].median().item()) if len(sample.small) else 0,
+        colours=tells_colour(sample.small, sample.labels),
+        reference=count_fitting(left, len(rows), first_sec / ranks, step_sec / ranks),
+        bf16=has_fast_bf16(runtime.device.type),
+        network=network,
+    )
+
+
+def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
+    return TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None, channels=channels)
+
+
+def _most_telling(sample: Sample, seconds: float, images: int, rate: float, runtime: Runtime) -> Network | None:
+    """Return the network of timm whose weights are on this machine and whose features tell most of the class.
+
+    None if none of those that can be trained for `LEAST_EPOCHS` tells more than small pictures do. rate: of the
+    reference network.
+    """
+    best, most, deadline = None, 0.0, time.monotonic() + _PROBE_SHARE * seconds
+    for name in cached_names():
+        try:
+            features, image_sec = _read_features(name, sample.fine, deadline, runtime)
+        except UserError as error:
+            log.info("the plan leaves out %s: %s", name, error)
+            continue
+        if len(features) < _LEAST_FINE:
+            break  # the time is over
+        labels, update_sec = sample.labels[: len(features)], _UPDATE * image_sec
+        plain, right = nearest_right(sample.small[: len(features)], labels), nearest_right(features, labels)
+        epochs = _SHARE * seconds / update_sec / max(images, 1)
+        log.info(
+            "the plan: nearest neighbours by features of %s are right %.2f times, by pictures %.2f; %.1f epochs of %d "
+            "px would fit", name, right, plain, epochs, FINE_PX,
+        )  # fmt: skip
+        if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, len(labels))):
+            cost = rate * update_sec * (UNIT_PX / FINE_PX) ** 2
+            best, most = Network(name, 0, cost, is_pretrained=True), right - plain
+    return best
+
+
+@torch.no_grad()
+def _read_features(name: str, images: Tensor, deadline: float, runtime: Runtime) -> tuple[Tensor, float]:
+    """Return the features of those images that can be read in time, float32 [N, C], and the seconds of an image.
+
+    Raises UserError if the weights, or what timm states for their images, cannot be used.
+    """
+    stated = stated_preprocessing(_config(name))
+    network = load_timm(name, num_classes=0).to(runtime.device).eval()
+    mean, std = (torch.tensor(stated[key])[:, None, None] for key in ("mean", "std"))
+    found, started = [], time.monotonic()
+    for batch in ((images / 255 - mean) / std).split(_FINE_BATCH):
+        if time.monotonic() > deadline:
+            break
+        with runtime.autocast():
+            found.append(network(batch.to(runtime.device)).float().cpu())
+        started = started if len(found) > 1 else time.monotonic()  # the first batch is slow
+    features = torch.cat(found) if found else torch.zeros(0, 1)
+    features = features - features.mean(0)
+    return features, (time.monotonic() - started) / max(len(features) - _FINE_BATCH, 1)
+
+
+def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:
+    """Return how often the nearest other image, by correlation, has an image's class.
+
+    pictures: float32 [N, ...]. queries: changed ones, in the same order; None: the pictures themselves.
+    """
+
+    def flatten(pictures: Tensor) -> Tensor:
+        flat = pictures.flatten(1)
+        return F.normalize(flat - flat.mean(1, keepdim=True), dim=1)
+
+    likeness = flatten(pictures if queries is None else queries) @ flatten(pictures).T
+    likeness.fill_diagonal_(-torch.inf)  # an image is not its own neighbour
+    return (labels[likeness.argmax(1)] == labels).float().mean().item()
+
+
+def _error(accuracy: float, images: int) -> float:
+    return math.sqrt(accuracy * (1 - accuracy) / images)
+
+
+def compare_mirrored(small: Tensor, labels: Tensor) -> float:
+    """Return how often the nearest image of a mirrored one has its class, as a share of how often its own nearest has.
+
+    small: images as small pictures, float32 [N, 3, H, W]. The share is one standard error above what was found, so that
+    few images do not speak against mirroring, and at most 1.
+    """
+    if len(small) < 2:
+        return 1.0
+    plain, mirrored = nearest_right(small, labels), nearest_right(small, labels, small.flip(3))
+    return min(1.0, (mirrored + _error(plain, len(small))) / max(plain, 1e-9))
+
+
+def tells_colour(small: Tensor, labels: Tensor) -> bool:
+    """Return whether images of the nearest mean colour are of one class more often than by chance, or are too few."""
+    if len(small) < _LEAST_FOR_COLOUR:
+        return True
+    means = small.mean((2, 3))
+    distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
+    right = (labels[distance.argmin(1)] == labels).float().mean().item()
+    chance = (torch.bincount(labels).float() / len(labels)).square().sum().item()
+    return right > chance + 3 * math.sqrt(chance * (1 - chance) / len(small))
+
+
+def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -> float:
+    """Return how many images a second, of this side, the machine trains a network with."""
+    layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
+    with torch.random.fork_rng(devices=[]):
+        network = build_network(config, num_classes=10).to(runtime.device, memory_format=layout)
+    images = torch.zeros(batch, config.in_channels, side, side, device=runtime.device).to(memory_format=layout)
+    optimizer = torch.optim.SGD(network.parameters(), lr=0.0, momentum=0.9)
+
+    def update() -> None:
+        with runtime.autocast():
+            loss = network(images).float().square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        if runtime.device.type == "cuda":
+            torch.cuda.synchronize(runtime.device)
+
+    for _ in range(_WARM_UP):
+        update()
+    started, count = time.monotonic(), 0
+    while time.monotonic() < started + _TIMED_SEC:
+        update()
+        count += 1
+    return count * batch / (time.monotonic() - started)
