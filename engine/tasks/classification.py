@@ -163,8 +163,8 @@ class ClassificationKind(Kind):
         """Let the rules of engine/tasks/planning.py choose the recipe of train.py."""
         if config.loop.minutes is None or job.script != "train":
             return config, job
-        self.find_facts(config, collection)  # raises what no plan can help
-        return plan_recipe(config, job, collection, runtime)
+        labels = collection.class_ids(self.find_facts(config, collection)["class_names"])
+        return plan_recipe(config, job, collection, labels, runtime)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""

@@ -29,7 +29,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-UNIT_PX, MOST_PX, FINE_PX = 64, 224, 96  # of timing; the largest images; of the features of weights
+UNIT_PX, FINE_PX = 64, 96  # of timing; of the features of weights
+_MOST_PX = 224  # or those of the recipe, if they are larger
 _SAMPLE, _SAMPLE_SHARE = 1000, 0.025  # images that are decoded for the facts, and at most this share of the minutes
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _SMALL_PX = 16  # side of the pictures in which they are compared
@@ -67,7 +68,8 @@ REFERENCE = Network("resnet10t", 32, 1.0)
 class Facts:
     """What the rules know.
 
-    images: of training. side_px: the median of the longer sides of a sample, at most `MOST_PX`. mirrors: the share of
+    images: of training. side_px: the median of the longer sides of a sample, at most `most_px`, the largest that may
+    train. has_classes: one for each image, not tags, for which the next four facts are unknown. mirrors: the share of
     the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the images' upper borders.
     colours: whether the mean colour tells something of the class. reference: how many images of a step of `REFERENCE`
     fit into the minutes. bf16: whether the machine multiplies it fast, which Muon needs. network: the user's, or the
@@ -76,6 +78,8 @@ class Facts:
 
     images: int
     side_px: int
+    most_px: int
+    has_classes: bool
     mirrors: float
     border: int
     colours: bool
@@ -90,14 +94,16 @@ class Sample:
 
     small: Tensor
     fine: Tensor
-    labels: Tensor
+    labels: Tensor | None
     sides_px: list[int]
     read_sec: float  # of an image
 
 
-def draw_sample(config: ImageTrainingConfig, collection: Collection, rows: np.ndarray, labels: np.ndarray) -> Sample:
-    """Read some of the rows. labels: the class of each row of the collection."""
-    source = open_images(collection, config.data, {"channels": 3, "shortest_px": MOST_PX})
+def draw_sample(
+    config: ImageTrainingConfig, collection: Collection, rows: np.ndarray, labels: np.ndarray | None, most_px: int
+) -> Sample:
+    """Read some of the rows. labels: the class of each row of the collection, if it has classes."""
+    source = open_images(collection, config.data, {"channels": 3, "shortest_px": most_px})
     started = time.monotonic()
     deadline = started + _SAMPLE_SHARE * 60 * config.loop.minutes
     kept, sides, fine, small = [], [], [torch.zeros(0, 3, FINE_PX, FINE_PX)], [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
@@ -109,31 +115,38 @@ def draw_sample(config: ImageTrainingConfig, collection: Collection, rows: np.nd
             small.append(F.adaptive_avg_pool2d(image[None].float(), _SMALL_PX))
             if len(fine) <= _FINE:
                 fine.append(F.interpolate(image[None].float(), (FINE_PX, FINE_PX), mode="bilinear", antialias=True))
-            sides.append(min(max(image.shape[-2:]), MOST_PX))
+            sides.append(min(max(image.shape[-2:]), most_px))
             kept.append(row)
-    found = torch.from_numpy(labels[np.array(kept, np.int64)])
+    found = None if labels is None else torch.from_numpy(labels[np.array(kept, np.int64)])
     return Sample(torch.cat(small), torch.cat(fine), found, sides, (time.monotonic() - started) / max(len(kept), 1))
 
 
 def find_facts(
-    config: ImageTrainingConfig, collection: Collection, runtime: Runtime, *, is_own: bool, looks_for_weights: bool
+    config: ImageTrainingConfig,
+    collection: Collection,
+    labels: np.ndarray | None,
+    runtime: Runtime,
+    *,
+    is_own: bool,
+    looks_for_weights: bool,
 ) -> Facts:
     """Return the facts of a collection and a machine; takes a few seconds.
 
-    is_own: the network of the configuration is the user's choice, with its initial weights. looks_for_weights: else,
-    timm's weights on this machine may be used.
+    labels: the class of each row of the collection, negative for none; None: it has tags. is_own: the network of the
+    configuration is the user's choice, with its initial weights. looks_for_weights: else, timm's weights on this
+    machine may be used.
     """
     seconds = 60 * config.loop.minutes
-    labels = collection.class_ids(collection.class_names("train"))
-    rows = training_rows(collection, config.loop, labels >= 0)
-    sample = draw_sample(config, collection, rows, labels)
+    rows = training_rows(collection, config.loop, np.ones(len(collection), bool) if labels is None else labels >= 0)
+    most_px = max(_MOST_PX, *config.augment.image_size_hw)
+    sample = draw_sample(config, collection, rows, labels, most_px)
     rate = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
     network = None
     if is_own:
         side = max(config.augment.image_size_hw)
         own_rate = time_network(config.model, side, _OWN_BATCH, runtime) * (side / UNIT_PX) ** 2
         network = Network(config.model.name, 0, rate / own_rate, config.init_from is not None, is_own=True)
-    elif looks_for_weights:
+    elif looks_for_weights and sample.labels is not None:
         network = _most_telling(sample, seconds, len(rows), rate, runtime)
     step_sec = 1 / rate
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
@@ -142,9 +155,11 @@ def find_facts(
     return Facts(
         images=len(rows),
         side_px=int(np.median(sample.sides_px or [0])),
-        mirrors=compare_mirrored(sample.small, sample.labels),
+        most_px=most_px,
+        has_classes=labels is not None,
+        mirrors=1.0 if sample.labels is None else compare_mirrored(sample.small, sample.labels),
         border=round(sample.small[:, :, 0].median().item()) if len(sample.small) else 0,
-        colours=tells_colour(sample.small, sample.labels),
+        colours=sample.labels is None or tells_colour(sample.small, sample.labels),
         reference=count_fitting(left, len(rows), first_sec / ranks, step_sec / ranks),
         bf16=has_fast_bf16(runtime.device.type),
         network=network,

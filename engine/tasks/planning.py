@@ -8,11 +8,13 @@ import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
+import numpy as np
+
 from data.collection.collection import Collection
 from engine.minutes import read_minutes
 from engine.run import show_lines
 from engine.runtime import Runtime
-from engine.tasks.facts import FINE_PX, LEAST_EPOCHS, MOST_PX, REFERENCE, UNIT_PX, Facts, Network, find_facts
+from engine.tasks.facts import FINE_PX, LEAST_EPOCHS, REFERENCE, UNIT_PX, Facts, Network, find_facts
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.pretrained import use_pretrained
 from utils.config.entry_point import Job, recompose
@@ -53,6 +55,7 @@ class Rule:
     groups: Sequence[str]
     words: Callable[[Facts], Sequence[str]]
     why: Callable[[Facts], str]
+    for_tags: bool = True
 
 
 def cost_of(facts: Facts) -> float:
@@ -66,7 +69,7 @@ def _cost_of_px(side: int) -> float:
 
 def choose_px(facts: Facts) -> int:
     """Return the side of the images: up to their own, if the time allows its cost; of a pretrained network from 96."""
-    network, most = _given(facts), min(facts.side_px + _STEP_PX // 2, MOST_PX)
+    network, most = _given(facts), min(facts.side_px + _STEP_PX // 2, facts.most_px)
     if network is not None and network.is_pretrained:
         fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS  # as a cost of an image
         return max(
@@ -129,11 +132,12 @@ RULES = (
         ["task.head"],
         lambda facts: ["task.head=fitted"] if choose_network(facts).is_pretrained else [],
         lambda facts: "its features tell the classes before the first step",
+        for_tags=False,
     ),
     Rule(
         [_IMAGE],
         lambda facts: [_word(_IMAGE, [choose_px(facts)] * 2)],
-        lambda facts: f"the images have {facts.side_px} px{' or more' if facts.side_px == MOST_PX else ''}",
+        lambda facts: f"the images have {facts.side_px} px{' or more' if facts.side_px == facts.most_px else ''}",
     ),
     # 1,485 JPEGs of 800 x 600 px, two minutes of one core: 0.642 with it, 0.616 without (42 s late).
     Rule(
@@ -145,6 +149,7 @@ RULES = (
         ["augment.horizontal_flip"],
         lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= _MIRRORS else 0.0}"],
         lambda facts: f"the nearest neighbours of mirrored images are right {facts.mirrors:.2f} times as often",
+        for_tags=False,
     ),
     Rule(
         ["augment.crop_scale"],
@@ -154,11 +159,13 @@ RULES = (
             else [_word("augment.crop_scale", [0.5 if facts.mirrors >= _MIRRORS else 0.7, 1.0])]
         ),
         lambda facts: "the same share says how far the place and the size of a figure tell its class",
+        for_tags=False,
     ),
     Rule(
         ["augment.color_jitter"],
         lambda facts: [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR,
         lambda facts: f"the mean colour tells nothing of the class, in about {epochs_of(facts):.0f} epochs",
+        for_tags=False,
     ),
     # One core, with it and without: 1,485 emoji, 475 updates, loss 0.798 and 0.843, 950 updates 0.760 and 0.821; 1,485
     # photographs, 600 updates, top-1 0.683 and 0.621; 148 emoji, 600 updates, 1.238, with cutmix, 950 updates, 1.193.
@@ -166,7 +173,7 @@ RULES = (
     Rule(
         ["augment.rand_augment", "augment.on_device"],
         lambda facts: [f"augment.rand_augment={_POLICY}"] if _takes_policy(facts) else [],
-        lambda facts: f"the colour tells something of the class, in about {epochs_of(facts):.0f} epochs",
+        lambda facts: f"the images show things, in about {epochs_of(facts):.0f} epochs",
     ),
     # 100 s of one core, with it and without: 600 textures in 203 epochs 0.843, 0.823; 1,230 glyphs in 63 0.682, 0.682;
     # 1,485 emoji in 82 0.748, 0.760 (two seeds).
@@ -178,13 +185,20 @@ RULES = (
             else ["task.cutmix_alpha=1.0", "task.mix_probability=0.5"]
         ),
         lambda facts: f"there are about {epochs_of(facts):.0f} epochs",
+        for_tags=False,
     ),
     Rule(
         ["augment.on_device", "augment.rand_augment", "augment.pad"],
         lambda facts: [] if _takes_policy(facts) else ["augment.on_device=true"],
         lambda facts: "whole batches are changed in less time",
+        for_tags=False,
     ),
-    Rule(["augment.eval_crop"], lambda facts: ["augment.eval_crop=1.0"], lambda facts: "small images have no margin"),
+    Rule(
+        ["augment.eval_crop"],
+        lambda facts: ["augment.eval_crop=1.0"],
+        lambda facts: "small images have no margin",
+        for_tags=False,
+    ),
     # The pretrained network of facts.py on emoji, 96 px: AdamW 0.826 at 2e-3, 0.779 at 5e-3, Muon 0.764, one cycle
     # 0.774; without a fitted head 0.717. Four minutes: 0.823, at 128 px 0.818.
     Rule(
@@ -233,29 +247,37 @@ def _word(key: str, values: Sequence[float]) -> str:
 
 
 def plan_recipe(
-    config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
+    config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
 ) -> tuple[ImageTrainingConfig, Job]:
-    """Return the configuration and the job with the words of the rules, or those that the run's first start chose."""
+    """Return the configuration and the job with the words of the rules, or those that the run's first start chose.
+
+    labels: the class of each row of the collection, negative for none; None: it has tags.
+    """
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
-        words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, runtime))
+        words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
     else:
         words = before[1]
     planned = use_pretrained(recompose(job, words, type(config)), [*words, *job.overrides])
     return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words))
 
 
-def _choose_words(config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime) -> list[str]:
+def _choose_words(
+    config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
+) -> list[str]:
     """Find the facts, apply the rules and log the plan, and what twice the time would change."""
     given = [word for word in job.overrides if word != _NO_WEIGHTS]
     is_own, looks = (
         any(_touches(word, "model") for word in given) or config.init_from is not None,
         given == job.overrides,
     )
-    facts, chosen, lines = find_facts(config, collection, runtime, is_own=is_own, looks_for_weights=looks), [], []
+    facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks)
+    chosen, lines = [], []
     longer = replace(facts, reference=2 * facts.reference)
     for rule in RULES:
+        if not (facts.has_classes or rule.for_tags):
+            continue
         words, later = rule.words(facts), rule.words(longer)
         if kept := [word for word in given if any(_touches(word, group) for group in rule.groups)]:
             lines.append((" ".join(kept), "as set"))

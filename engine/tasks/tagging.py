@@ -33,11 +33,13 @@ from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.tasks.new_tags import fit_new_tags
+from engine.tasks.planning import plan_recipe
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
 from optim.schedules import linear
 from utils.config.bounds import BelowOne, Count
+from utils.config.entry_point import Job
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
@@ -394,6 +396,14 @@ class TaggingKind(Kind):
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
+
+    def plan(
+        self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
+    ) -> tuple[ImageTrainingConfig, Job]:
+        """Let the rules of engine/tasks/planning.py that need no classes choose the recipe of train.py."""
+        if config.loop.minutes is None or job.script != "train":
+            return config, job
+        return plan_recipe(config, job, collection, None, runtime)
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""

@@ -15,7 +15,17 @@ from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.record.run_reader import RunReader
 
-FACTS = Facts(images=1000, side_px=100, mirrors=1.0, border=255, colours=True, reference=1e5, bf16=True)
+FACTS = Facts(
+    images=1000,
+    side_px=100,
+    most_px=224,
+    has_classes=True,
+    mirrors=1.0,
+    border=255,
+    colours=True,
+    reference=1e5,
+    bf16=True,
+)
 
 
 @pytest.fixture
@@ -78,6 +88,17 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     for word in ("init_from=null", "model=resnet18"):
         run("train", [*words, word, "run_dir=other", "dry_run=true"], tmp_path)
         assert "init_from=timm" not in caplog.text.split("the plan for 1 minutes")[-1]
+
+
+def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):
+    for image in (tmp_path / "images").rglob("*.png"):
+        image.with_suffix(".txt").write_text(f"{image.parent.name.lower()}_tag, all")
+    words = [word for word in words if not word.startswith("augment.")]
+    run("train", [*words, "task=tagging", "task.min_count=1", "augment.shrink=false"], tmp_path)
+    config = RunReader(tmp_path / "run").config
+    assert (config["model"]["name"], config["optim"]["opt"]) == ("resnet10t", "muon")
+    augment = config["augment"]
+    assert augment["image_size_hw"] == [64, 64] and augment["pad"] == "square" and not augment["horizontal_flip"]
 
 
 def test_a_network_of_the_command_counts_by_its_own_cost():
