@@ -122,11 +122,7 @@ RULES = (
     Rule(
         ["model", "init_from"],
         lambda facts: _network_words(choose_network(facts)),
-        lambda facts: (
-            "features of its weights tell more of the class than small pictures"
-            if choose_network(facts).is_pretrained
-            else f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
-        ),
+        lambda facts: _why_network(facts),
     ),
     Rule(
         ["task.head"],
@@ -234,6 +230,14 @@ def _takes_policy(facts: Facts) -> bool:
     """Return whether RandAugment pays: drawings or photographs in many epochs."""
     least, most = _POLICY_EPOCHS
     return _shows_things(facts) and least <= epochs_of(facts) < most
+
+
+def _why_network(facts: Facts) -> str:
+    if choose_network(facts).is_pretrained:
+        return "features of its weights tell more of the class than small pictures"
+    found = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
+    more = "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
+    return found + (more if _shows_things(facts) else "")
 
 
 def _network_words(network: Network) -> list[str]:
