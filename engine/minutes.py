@@ -140,7 +140,8 @@ def _count_steps(
 def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
 
-    The same updates are timed twice, in all phases by their share, and undone.
+    The same updates are timed twice, in all phases by their share, and undone. An update that takes more than `seconds`
+    is timed once.
     """
     learner, found = run.learner, []
 
@@ -153,18 +154,23 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
         _wait(run)
         return (monotonic() - started) / count
 
-    def time_phase(number: int, count: int | None = None) -> tuple[int, float]:
-        with undone(learner), closing(run.phase_steps(number, run.plan.total_steps)) as batches:
-            time_updates(batches, _WARM_UP)
-            about = time_updates(batches, 1)
-            if count is None:
-                count = distributed.rank_zero_call(lambda: max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))))
+    def of_rank_zero(value: float) -> float:
+        return distributed.rank_zero_call(lambda: value)
+
+    def time_phase(phase: int, count: int | None = None) -> tuple[int, float]:
+        with undone(learner), closing(run.phase_steps(phase, run.plan.total_steps)) as batches:
+            about = 0.0
+            for number in range(_WARM_UP + 1):
+                about = of_rank_zero(time_updates(batches, 1))
+                if number and about > seconds:  # the first may compile
+                    return 0, about
+            count = count or max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6))))
             return count, time_updates(batches, count)
 
-    for number in range(max(1, len(run.plan.phases))):
-        count, first = time_phase(number)
-        found.append((first, min(first, time_phase(number, count)[1])))
-    shares = [phase.fraction for phase in run.config.loop.phases or ()] or [1.0]
+    for phase in range(max(1, len(run.plan.phases))):
+        count, first = time_phase(phase)
+        found.append((first, min(first, time_phase(phase, count)[1]) if count else first))
+    shares = [each.fraction for each in run.config.loop.phases or ()] or [1.0]
     first, later = (math.fsum(share * each for share, each in zip(shares, times)) for times in zip(*found))
     return first, later
 

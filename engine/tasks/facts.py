@@ -251,12 +251,12 @@ def compare_mirrored(small: Tensor, labels: Tensor) -> float:
     """Return how often the nearest image of a mirrored one has its class, as a share of how often its own nearest has.
 
     small: images as small pictures, float32 [N, 3, H, W]. The share is one standard error above what was found, so that
-    few images do not speak against mirroring, and at most 1.
+    few images do not speak against mirroring, and at most 1; 1 if the nearest are never right.
     """
     if len(small) < 2:
         return 1.0
     plain, mirrored = nearest_right(small, labels), nearest_right(small, labels, small.flip(3))
-    return min(1.0, (mirrored + _error(plain, len(small))) / max(plain, 1e-9))
+    return min(1.0, (mirrored + _error(plain, len(small))) / plain) if plain else 1.0
 
 
 def tells_colour(small: Tensor, labels: Tensor) -> bool:
