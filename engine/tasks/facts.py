@@ -31,7 +31,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 UNIT_PX, FINE_PX = 64, 96  # of timing; of the features of weights
-_MOST_PX = 224  # or those of the recipe, if they are larger
+_MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
 _SAMPLE, _SAMPLE_SHARE = 1000, 0.025  # images that are decoded for the facts, and at most this share of the minutes
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _SMALL_PX = 16  # side of the pictures in which they are compared

@@ -35,8 +35,6 @@ _REFERENCE_IMAGES = 400_000
 # from 16, 0.760 from 32, 0.759 from 48; 600 textures 0.798 in 362, 0.823 in 203, 0.772 in 77 of a resnet18d; 148 emoji
 # 0.587 in 1,507, 0.616 in 847.
 _MOST_EPOCHS, _MOST_FOR_FEW = 60, 1.75
-
-
 _NETWORKS = (
     Network("resnet10t", 16, 0.7),
     REFERENCE,
@@ -80,7 +78,7 @@ def choose_px(facts: Facts) -> int:
 
 
 def _given(facts: Facts) -> Network | None:
-    """Return the user's network, or one with weights, if the images are like those of its training."""
+    """Return the user's network, else one with weights, but none for letters and textures."""
     network = facts.network
     return network if network is None or network.is_own or _shows_things(facts) else None
 
@@ -113,9 +111,6 @@ _ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4
 _MANY_EPOCHS = 60  # 250 images a class: 0.76 with it and 0.81 without in 8 epochs, 0.88 in 22 and 0.90 in 31
 _POLICY, _POLICY_EPOCHS = "rand-m9-mstd0.5-inc1", (50, 500)
 _MIX_EPOCHS = 150
-_MUON = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
-_SGD = ["optim=sgd_train", "optim.lr=0.2"]
-_FINE = ["optim=adamw", "optim.lr=2e-3"]
 _IMAGE, _NO_WEIGHTS = "augment.image_size_hw", "init_from=null"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
 RULES = (
@@ -199,14 +194,8 @@ RULES = (
     # 0.774; without a fitted head 0.717. Four minutes: 0.823, at 128 px 0.818.
     Rule(
         ["optim"],
-        lambda facts: _FINE if choose_network(facts).is_pretrained else _MUON if facts.bf16 else _SGD,
-        lambda facts: (
-            "the network is pretrained"
-            if choose_network(facts).is_pretrained
-            else "it is ahead of SGD"
-            if facts.bf16
-            else "Muon is slow without bf16"
-        ),
+        lambda facts: _choose_optimiser(facts)[0],
+        lambda facts: _choose_optimiser(facts)[1],
     ),
     Rule(
         ["schedule"],
@@ -230,6 +219,14 @@ def _takes_policy(facts: Facts) -> bool:
     """Return whether RandAugment pays: drawings or photographs in many epochs."""
     least, most = _POLICY_EPOCHS
     return _shows_things(facts) and least <= epochs_of(facts) < most
+
+
+def _choose_optimiser(facts: Facts) -> tuple[list[str], str]:
+    if choose_network(facts).is_pretrained:
+        return ["optim=adamw", "optim.lr=2e-3"], "the network is pretrained"
+    if facts.bf16:
+        return ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"], "it beats SGD"
+    return ["optim=sgd_train", "optim.lr=0.2"], "Muon is slow without bf16"
 
 
 def _why_network(facts: Facts) -> str:
@@ -272,11 +269,9 @@ def _choose_words(
 ) -> list[str]:
     """Find the facts, apply the rules and log the plan, and what twice the time would change."""
     given = [word for word in job.overrides if word != _NO_WEIGHTS]
-    is_own, looks = (
-        any(_touches(word, "model") for word in given) or config.init_from is not None,
-        given == job.overrides,
-    )
-    facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks)
+    is_own = any(_touches(word, "model") for word in given) or config.init_from is not None
+    looks_for_weights = given == job.overrides
+    facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks_for_weights)
     chosen, lines = [], []
     longer = replace(facts, reference=2 * facts.reference)
     for rule in RULES:
