@@ -31,6 +31,7 @@ log = get_logger(__name__)
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each phase
+_SLOW = 8  # if fewer updates fill the time of a timing, the second is warm
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
@@ -164,6 +165,8 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
                 about = of_rank_zero(time_updates(batches, 1))
                 if number and about > seconds:  # the first may compile
                     return 0, about
+                if number and about > seconds / _SLOW:
+                    break
             count = count or max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6))))
             return count, time_updates(batches, count)
 
