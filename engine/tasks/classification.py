@@ -161,8 +161,6 @@ class ClassificationKind(Kind):
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
     ) -> tuple[ImageTrainingConfig, Job]:
         """Let the rules of engine/tasks/planning.py choose the recipe of train.py."""
-        if config.loop.minutes is None or job.script != "train":
-            return config, job
         labels = collection.class_ids(self.find_facts(config, collection)["class_names"])
         return plan_recipe(config, job, collection, labels, runtime)
 

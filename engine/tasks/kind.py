@@ -153,7 +153,7 @@ class Kind:
     def plan(
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
     ) -> tuple[ImageTrainingConfig, Job]:
-        """Return the configuration that fits `loop.minutes`, for kinds that choose their recipe by it."""
+        """Return the configuration that fits `loop.minutes` of train.py, for kinds that choose their recipe by it."""
         return config, job
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

@@ -65,7 +65,8 @@ def train(config: TrainingConfig, job: Job) -> str | None:
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
-    config, job = kind.plan(config, job, collection, runtime)
+    if config.loop.minutes is not None and job.script == "train":
+        config, job = kind.plan(config, job, collection, runtime)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)

@@ -14,7 +14,7 @@ from data.collection.collection import Collection
 from engine.minutes import read_minutes
 from engine.run import show_lines
 from engine.runtime import Runtime
-from engine.tasks.facts import FINE_PX, LEAST_EPOCHS, REFERENCE, UNIT_PX, Facts, Network, find_facts
+from engine.tasks.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.pretrained import use_pretrained
 from utils.config.entry_point import Job, recompose
@@ -25,9 +25,7 @@ from utils.record.run_folder import default_run_dir
 
 log = get_logger(__name__)
 
-# Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.92, fashion 0.71, glyphs 0.34):
-# from _MIRRORS on mirrored images train, and below _CROPS the place and the size of a figure tell its class.
-_MIRRORS, _CROPS = 0.85, 0.5
+_CROPS = 0.5  # below it, as a share like MIRRORS, the place and the size of a figure tell its class
 _SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 # At which the reference network is the best: 12,298 glyphs, four minutes, 0.853 of widths from 16, 0.828 from 32.
 _REFERENCE_IMAGES = 400_000
@@ -67,7 +65,7 @@ def _cost_of_px(side: int) -> float:
 
 def choose_px(facts: Facts) -> int:
     """Return the side of the images: up to their own, if the time allows its cost; of a pretrained network from 96."""
-    network, most = _given(facts), min(facts.side_px + _STEP_PX // 2, facts.most_px)
+    network, most = facts.network, min(facts.side_px + _STEP_PX // 2, facts.most_px)
     if network is not None and network.is_pretrained:
         fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS  # as a cost of an image
         return max(
@@ -77,19 +75,13 @@ def choose_px(facts: Facts) -> int:
     return max((side for side in sides if _cost_of_px(side) <= _SIZE_SHARE * cost_of(facts)), default=UNIT_PX)
 
 
-def _given(facts: Facts) -> Network | None:
-    """Return the user's network, else one with weights, but none for letters and textures."""
-    network = facts.network
-    return network if network is None or network.is_own or _shows_things(facts) else None
-
-
 def choose_network(facts: Facts) -> Network:
     """Return the network: the user's, a pretrained one, or the one whose cost is nearest to the wanted one, by ratio.
 
     With few images it costs more: epochs beyond `_MOST_EPOCHS` gain less than a wider network.
     """
-    if (network := _given(facts)) is not None:
-        return network
+    if facts.network is not None:
+        return facts.network
     epochs = facts.reference / cost_of(facts) / max(facts.images, 1)
     wider = min(max(epochs / _MOST_EPOCHS, 1.0), _MOST_FOR_FEW)
     wanted = wider * cost_of(facts) / _cost_of_px(choose_px(facts))
@@ -138,7 +130,7 @@ RULES = (
     ),
     Rule(
         ["augment.horizontal_flip"],
-        lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= _MIRRORS else 0.0}"],
+        lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= MIRRORS else 0.0}"],
         lambda facts: f"the nearest neighbours of mirrored images are right {facts.mirrors:.2f} times as often",
         for_tags=False,
     ),
@@ -147,7 +139,7 @@ RULES = (
         lambda facts: (
             [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
             if facts.mirrors < _CROPS
-            else [_word("augment.crop_scale", [0.5 if facts.mirrors >= _MIRRORS else 0.7, 1.0])]
+            else [_word("augment.crop_scale", [0.5 if facts.mirrors >= MIRRORS else 0.7, 1.0])]
         ),
         lambda facts: "the same share says how far the place and the size of a figure tell its class",
         for_tags=False,
@@ -216,15 +208,10 @@ RULES = (
 )
 
 
-def _shows_things(facts: Facts) -> bool:
-    """Return whether the images are coloured drawings or photographs, no letters or bare textures."""
-    return facts.colours and facts.mirrors >= _MIRRORS
-
-
 def _takes_policy(facts: Facts) -> bool:
     """Return whether RandAugment pays: drawings or photographs in many epochs."""
     least, most = _POLICY_EPOCHS
-    return _shows_things(facts) and least <= epochs_of(facts) < most
+    return facts.shows_things and least <= epochs_of(facts) < most
 
 
 def _choose_optimiser(facts: Facts) -> tuple[list[str], str]:
@@ -240,7 +227,7 @@ def _why_network(facts: Facts) -> str:
         return "features of its weights tell more of the class than small pictures"
     found = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
     more = "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
-    return found + (more if _shows_things(facts) else "")
+    return found + (more if facts.shows_things else "")
 
 
 def _network_words(network: Network) -> list[str]:

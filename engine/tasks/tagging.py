@@ -401,8 +401,6 @@ class TaggingKind(Kind):
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
     ) -> tuple[ImageTrainingConfig, Job]:
         """Let the rules of engine/tasks/planning.py that need no classes choose the recipe of train.py."""
-        if config.loop.minutes is None or job.script != "train":
-            return config, job
         return plan_recipe(config, job, collection, None, runtime)
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

@@ -65,10 +65,8 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     monkeypatch.setattr(facts, "_LEAST_FINE", 1)
     monkeypatch.setattr(facts, "LEAST_EPOCHS", 0)
     # By their features the nearest image is always of the class; by pictures it rarely is.
-    right = {1: 1.0, 3: 0.3}
-    monkeypatch.setattr(
-        facts, "nearest_right", lambda pictures, labels, queries=None: right[2 * (pictures.ndim > 2) + 1]
-    )
+    right = {2: 1.0, 4: 0.3}
+    monkeypatch.setattr(facts, "nearest_right", lambda pictures, labels, queries=None: right[pictures.ndim])
     words = [
         *words[:3],
         "loop.global_batch_size=4",
@@ -86,6 +84,9 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     for number, word in enumerate(("init_from=null", "model=resnet18")):
         run("train", [*words, word, f"run_dir=other{number}"], tmp_path)
         assert RunReader(tmp_path / f"other{number}").config["init_from"] is None
+    monkeypatch.setattr(facts, "compare_mirrored", lambda small, labels: 0.3)  # letters
+    run("train", [*words, "run_dir=letters"], tmp_path)
+    assert RunReader(tmp_path / "letters").config["init_from"] is None
 
 
 def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):
@@ -100,13 +101,12 @@ def test_a_tagger_is_planned_without_rules_that_need_classes(words, tmp_path):
 
 
 def test_a_network_of_the_command_counts_by_its_own_cost():
-    own = replace(FACTS, network=Network("resnet50", 0, 10.0, is_own=True))
+    own = replace(FACTS, network=Network("resnet50", 0, 10.0))
     assert choose_network(own).name == "resnet50" and epochs_of(own) == pytest.approx(10 / (choose_px(own) / 64) ** 2)
     weights = Network("resnet50", 0, 0.1, is_pretrained=True)
     drawings = [replace(FACTS, network=weights, reference=10.0**power) for power in range(3, 8)]
     sides = [choose_px(each) for each in drawings]
     assert sides == sorted(sides) and sides[0] == 96 and choose_network(drawings[0]) == weights
-    assert choose_network(replace(FACTS, network=weights, mirrors=0.3)) != weights  # letters
 
 
 def test_an_experiment_and_words_of_a_group_keep_rules_out():
@@ -144,7 +144,7 @@ def test_mirroring_is_judged_by_the_images(mirrors):
     for image, label in zip(images, labels):
         part = image[:, :10] if mirrors else image[:, :, :12]  # the upper half, or the left half
         (part if label == 0 else image[:, 10:] if mirrors else image[:, :, 12:]).add_(150)
-    assert (compare_mirrored(images.float(), labels) >= planning._MIRRORS) is mirrors
+    assert (compare_mirrored(images.float(), labels) >= facts.MIRRORS) is mirrors
 
 
 def test_colours_that_tell_nothing_are_changed():
