@@ -107,6 +107,7 @@ class RuntimeConfig(MachineConfig):
 
     parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
+    cuda_graphs: bool
     prefetch_batches: Processes
     grad_checkpointing: bool
     offload: bool

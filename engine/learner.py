@@ -15,13 +15,14 @@ from torch import Tensor, nn
 
 from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
+from engine.graphs import UpdateGraphs
 from engine.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.plan import Plan, largest_divisor
 from engine.runtime import Runtime, choose_compile
-from engine.step import MicroStep, StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
+from engine.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
 from engine.task import Task, checkpointed_state, networks_of, split_exported
 from optim.alone import step_alone, step_each
-from optim.build import at_average, build_optimizer, skips_on_device, to_training_point
+from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, is_frozen, set_group_values
 from optim.schedules import Schedule
@@ -68,6 +69,7 @@ class Learner:
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.fused = _FusedBackward(self) if getattr(config.optim, "fused_backward", False) else None
         self.scale = first_scale(runtime)
+        self.graphs = UpdateGraphs(self) if self._may_record() else None
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
             self.averages = Averages(networks_of(task, task.averaged), task.averaged)
@@ -103,35 +105,13 @@ class Learner:
 
         No host synchronisation, except one for optimisers that cannot skip on the device.
         """
-        progress = torch.full((), self.schedule.progress_at(self.step), device=self.runtime.device)
-        set_group_values(self.optimizer, self.schedule.at(self.step))
+        values, progress = self.schedule.at(self.step), self.schedule.progress_at(self.step)
+        set_group_values(self.optimizer, values)
         self.optimizer.update = self.step
-        before = self._buffers.copy()
-        while True:
-            parts, passes = split(batches, self.micro_batch_size), []
-            if self.fused is not None and len(parts) > 1:  # a size that an earlier start found
-                raise out_of_memory("training", show_samples(batches[0]))
-            weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
-            # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
-            factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
-            begin = None if self.fused is None else self.fused.begin
-            try:
-                for number, part in enumerate(parts):
-                    rng.seed_micro_step(self.seed, self.step, number, distributed.rank(), self.runtime.device)
-                    with no_sync(self.model, last=number == len(parts) - 1):
-                        passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
-                break
-            except torch.OutOfMemoryError:
-                pass  # the error holds the activations
-            self._undo_passes(before)
-            self._halve(part)
-            if self.batch_size_file is not None:
-                with ignore_write_errors(self.batch_size_file):
-                    found = {"size": self.micro_batch_size, "device": self.runtime.device_name}
-                    write_json(self.batch_size_file, found)
-            if distributed.is_distributed():  # the others wait in a collective
-                raise out_of_memory("training", show_samples(part))
-        result = self._apply_gradients(passes, weight, before)
+        result = None if self.graphs is None else self.graphs.update(batches, progress, values)
+        progress = torch.full((), progress, device=self.runtime.device)
+        if result is None:
+            result = self._update(batches, progress)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
@@ -140,8 +120,48 @@ class Learner:
         self.step += 1
         return result
 
-    def _apply_gradients(self, passes: Sequence[MicroStep], weight: Tensor, before: Sequence[Tensor]) -> StepResult:
-        """Clip the gradients and step, or skip the update. before: the buffers before the passes."""
+    def _update(self, batches: Sequence[Batch], progress: Tensor) -> StepResult:
+        """Compute gradients, of smaller micro-batches if the device runs out of memory, and step."""
+        before = self._buffers.copy()
+        while True:
+            parts = split(batches, self.micro_batch_size)
+            if self.fused is not None and len(parts) > 1:  # a size that an earlier start found
+                raise out_of_memory("training", show_samples(batches[0]))
+            try:
+                result = self.gradients(parts, progress)
+                break
+            except torch.OutOfMemoryError:
+                pass  # the error holds the activations
+            self._undo_passes(before)
+            self._halve(parts[0])
+            if self.batch_size_file is not None:
+                with ignore_write_errors(self.batch_size_file):
+                    found = {"size": self.micro_batch_size, "device": self.runtime.device_name}
+                    write_json(self.batch_size_file, found)
+            if distributed.is_distributed():  # the others wait in a collective
+                raise out_of_memory("training", show_samples(parts[0]))
+        self.apply(result)
+        return result
+
+    def seed_pass(self, part: int = 0) -> None:
+        """Seed what the pass of a micro-batch draws."""
+        rng.seed_micro_step(self.seed, self.step, part, distributed.rank(), self.runtime.device)
+
+    def gradients(self, parts: Sequence[Batch], progress: Tensor, *, seeds: bool = True) -> StepResult:
+        """Compute the clipped gradients of all micro-batches; buffers change unless the update is to be skipped.
+
+        seeds: whether to seed the draws of each micro-batch.
+        """
+        before, passes = self._buffers.copy(), []
+        weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
+        # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
+        factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
+        begin = None if self.fused is None else self.fused.begin
+        for number, part in enumerate(parts):
+            if seeds:
+                self.seed_pass(number)
+            with no_sync(self.model, last=number == len(parts) - 1):
+                passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
         optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -155,19 +175,31 @@ class Learner:
         rows_only = isinstance(parameters[0], sharded.Part)
         figures, norm, bad = reduce_figures(sum(figures), weight, norm, rows_only=rows_only)
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
-        found_inf = bad.float()
-        applied = 1.0 - found_inf
-        if self.fused is None and skips_on_device(optimizer):
-            optimizer.found_inf = found_inf
-            optimizer.step()
-        elif self.fused is None and not bad:  # a host synchronisation
-            step_each(optimizer) if parameters[0].dtype == torch.bfloat16 else optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        skipped = bad.float()
+        applied = 1.0 - skipped
         self._buffers.put_back(before, bad)
-        if inverse_scale is not None:
-            self.scale = next_scale(self.scale, applied, weight)
-        figures = torch.cat([figures, torch.stack([norm, applied, found_inf, torch.ones_like(applied)])]).view(-1, 2)
+        figures = torch.cat([figures, torch.stack([norm, applied, skipped, torch.ones_like(applied)])]).view(-1, 2)
         return StepResult((*names[0], "grad_norm", "skipped_steps"), figures, applied, weight, losses)
+
+    def apply(self, result: StepResult) -> None:
+        """Step by the gradients, unless the update is to be skipped."""
+        optimizer = self.optimizer
+        if self.fused is None and skips_on_device(optimizer):
+            optimizer.found_inf = 1.0 - result.applied
+            optimizer.step()
+        elif self.fused is None and result.applied:  # a host synchronisation
+            is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16
+            step_each(optimizer) if is_bf16 else optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if self.runtime.precision == "fp16":
+            self.scale = next_scale(self.scale, result.applied, result.weight)
+
+    def _may_record(self) -> bool:
+        """Return whether an update is a function of tensors on one GPU alone, but for learning rate and seed."""
+        runtime, config = self.runtime, self.config.runtime
+        differs = distributed.is_distributed() or config.offload or config.deterministic or runtime.precision == "fp16"
+        is_alone = self.fused is None and can_be_recorded(self.optimizer) and not differs
+        return config.cuda_graphs and runtime.device.type == "cuda" and is_alone
 
     def _undo_passes(self, before: Sequence[Tensor]) -> None:
         """Drop the gradients and restore the buffers after passes that ran out of memory."""

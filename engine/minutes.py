@@ -32,6 +32,7 @@ _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each phase
 _SLOW = 8  # if fewer updates fill the time of a timing, the second is warm
+_PREFETCHED = 4  # as a multiple of what workers have read before: fewer updates would not wait for them
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
@@ -145,6 +146,7 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     is timed once.
     """
     learner, found = run.learner, []
+    most = _MOST_UPDATES + _PREFETCHED * learner.runtime.workers * learner.runtime.prefetch_batches
 
     def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
         started = monotonic()
@@ -152,7 +154,7 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
             run.recorder.phase(0, f"loop.minutes, update {number + 1}")
             check_stop()
             learner.update(next(batches))
-        _wait(run)
+        wait_for(run.learner.runtime.device)
         return (monotonic() - started) / count
 
     def of_rank_zero(value: float) -> float:
@@ -167,7 +169,7 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
                     return 0, about
                 if number and about > seconds / _SLOW:
                     break
-            count = count or max(1, min(_MOST_UPDATES, int(seconds / max(about, 1e-6))))
+            count = count or max(1, min(most, int(seconds / max(about, 1e-6))))
             return count, time_updates(batches, count)
 
     for phase in range(max(1, len(run.plan.phases))):
@@ -187,7 +189,7 @@ def _time_evaluation(run: Run) -> float:
     def seconds(most: int) -> float:
         started = monotonic()
         run.measure(only_draws=False, most=most)
-        _wait(run)
+        wait_for(run.learner.runtime.device)
         return monotonic() - started
 
     seconds(1)
@@ -196,6 +198,7 @@ def _time_evaluation(run: Run) -> float:
     return first + max(0.0, rest) * (batches - 1)
 
 
-def _wait(run: Run) -> None:
-    if run.learner.runtime.device.type == "cuda":
-        torch.cuda.synchronize(run.learner.runtime.device)
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done its work."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

@@ -38,6 +38,11 @@ class StepResult:
         """The (sum, count) of each figure."""
         return dict(zip(self.names, self.figures))
 
+    def clone(self) -> "StepResult":
+        """Return a copy, which the next replay of a graph does not overwrite."""
+        figures, applied, weight = self.figures.clone(), self.applied.clone(), self.weight.clone()
+        return StepResult(self.names, figures, applied, weight, [each.clone() for each in self.losses])
+
 
 def forward_backward(
     model: nn.Module, batch: Batch, progress: Tensor, factor: Tensor, runtime: Runtime, begin: Begin | None = None

@@ -23,8 +23,21 @@ def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     return isinstance(optimizer, StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
 
 
+def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
+    """Return whether a CUDA graph can repeat the optimiser's step: it counts steps and reads the rate on the device."""
+    return all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+
+
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     """Build the optimiser. groups: from `build_groups`; lr: the peak learning rate before a group's scale."""
+    optimizer = _build(config, groups, lr)
+    for group in optimizer.param_groups:
+        if "capturable" in group and all(parameter.is_cuda for parameter in group["params"]):
+            group["capturable"] = True
+    return optimizer
+
+
+def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     match config.name:
         case "adamw" if config.bf16_weights:
             return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)

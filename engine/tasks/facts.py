@@ -15,7 +15,8 @@ from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.minutes import count_fitting
+from engine.graphs import record_graph
+from engine.minutes import count_fitting, wait_for
 from engine.runtime import Runtime
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.pretrained import stated_preprocessing
@@ -293,13 +294,16 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        if runtime.device.type == "cuda":
-            torch.cuda.synchronize(runtime.device)
 
     for _ in range(_WARM_UP):
         update()
+    try:
+        repeat, _ = record_graph(update, runtime.device)
+    except RuntimeError:  # the network waits for the GPU, as its training will
+        repeat = update
     started, count = time.monotonic(), 0
     while time.monotonic() < started + _TIMED_SEC:
-        update()
+        repeat()
+        wait_for(runtime.device)
         count += 1
     return count * batch / (time.monotonic() - started)

@@ -1,0 +1,169 @@
+"""Updates as CUDA graphs: a GPU repeats the kernels of an update without waiting for Python to start each of them.
+
+A small network's update has hundreds of kernels of a few microseconds, which take longer to start than to run. After
+some updates of the same shapes, one is recorded, and those that follow are replayed. They draw the same random numbers,
+and differ from other updates only by the rounding of the learning rate to float32.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from engine.runtime import Runtime
+from engine.step import StepResult
+from optim.build import skips_on_device
+from optim.schedules import GroupValues
+from utils.contracts import Batch
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+_EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
+_MOST_GRAPHS = 4  # each keeps the memory of its update
+_MEMORY_SHARE = 0.3  # of the GPU's memory may be in use before recording, which takes as much again
+
+
+class Updates(Protocol):
+    """What the graphs need of a learner: its settings, and the parts of an update."""
+
+    optimizer: torch.optim.Optimizer
+    runtime: Runtime
+    phase: int | None
+    micro_batch_size: int
+
+    def seed_pass(self) -> None:
+        """Seed the draws of a pass."""
+
+    def gradients(self, parts: Sequence[Batch], progress: Tensor, *, seeds: bool) -> StepResult:
+        """Compute the gradients, ready for the optimiser."""
+
+    def apply(self, result: StepResult) -> None:
+        """Make the optimiser's step."""
+
+
+@dataclass
+class _Recorded:
+    """A recorded update. values: the progress, and the rate of each group. found: has the newest replay's result."""
+
+    batch: Batch
+    values: Tensor
+    found: list[StepResult]
+    replay_gradients: Callable[[], None]
+    replay_step: Callable[[], None] | None  # None: it is part of the gradients' graph
+
+
+class UpdateGraphs:
+    """The recorded updates of a learner, by what they depend on beside tensors."""
+
+    def __init__(self, learner: Updates) -> None:
+        self._learner, self._is_off = learner, False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._groups = self._learner.optimizer.param_groups
+        self._seen: dict[Any, int] = {}
+        self._recorded: dict[Any, _Recorded] = {}
+
+    @property
+    def count(self) -> int:
+        """How many updates are recorded."""
+        return len(self._recorded)
+
+    def update(self, batches: Sequence[Batch], progress: float, values: GroupValues) -> StepResult | None:
+        """Make an update by a graph; None if it has to be made without one."""
+        learner = self._learner
+        if self._groups is not learner.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
+            self._reset()
+        if self._is_off or len(batches) != 1 or len(batches[0]["weight"]) > learner.micro_batch_size:
+            return None
+        (batch,) = batches
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        key = (shapes, learner.phase, values.weight_decay, values.momentum)
+        if key not in self._recorded:
+            self._seen[key] = self._seen.get(key, 0) + 1
+            if self._seen[key] <= _EAGER or len(self._recorded) == _MOST_GRAPHS or not self._record(key, batch):
+                return None
+        recorded = self._recorded[key]
+        recorded.values.copy_(self._values(progress), non_blocking=True)
+        for name, tensor in batch.items():
+            recorded.batch[name].copy_(tensor, non_blocking=True)
+        learner.seed_pass()
+        recorded.replay_gradients()
+        result = recorded.found[-1].clone()
+        if recorded.replay_step is not None:
+            if result.applied:  # a host synchronisation
+                recorded.replay_step()
+            learner.optimizer.zero_grad(set_to_none=True)
+        return result
+
+    def _values(self, progress: float) -> Tensor:
+        rates = [group["lr"] for group in self._learner.optimizer.param_groups]
+        return torch.tensor([progress, *rates], dtype=torch.float32)
+
+    def _record(self, key: Any, batch: Batch) -> bool:
+        """Record an update, which makes none; return whether that was possible, and give up if not."""
+        learner = self._learner
+        try:
+            self._check_memory()
+            self._recorded[key] = self._capture(batch)
+        except RuntimeError as error:  # also torch.OutOfMemoryError
+            log.info("runtime.cuda_graphs: updates are not recorded: %s", str(error).partition("\n")[0])
+            self._is_off = True
+            learner.optimizer.zero_grad(set_to_none=True)
+            return False
+        log.debug("runtime.cuda_graphs: an update was recorded")
+        return True
+
+    def _check_memory(self) -> None:
+        device = self._learner.runtime.device
+        if device.type != "cuda":
+            return
+        used, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
+        if used > _MEMORY_SHARE * total:
+            raise RuntimeError(f"the update takes {used / total:.0%} of the GPU's memory")
+
+    def _capture(self, batch: Batch) -> _Recorded:
+        learner, optimizer = self._learner, self._learner.optimizer
+        kept = {name: tensor.clone() for name, tensor in batch.items()}
+        values = self._values(0.0).to(learner.runtime.device)
+        rates = [group["lr"] for group in optimizer.param_groups]
+        learner.seed_pass()
+        before, found = torch.default_generator.get_state(), []
+        for group, rate in zip(optimizer.param_groups, values[1:]):
+            group["lr"] = rate
+        try:
+
+            def compute() -> None:
+                found[:] = [learner.gradients([kept], values[0], seeds=False)]
+                if skips_on_device(optimizer):
+                    learner.apply(*found)
+
+            replay, pool = record_graph(compute, learner.runtime.device)
+            replay_step = None
+            if not skips_on_device(optimizer):
+                replay_step, _ = record_graph(optimizer.step, learner.runtime.device, pool)
+        finally:
+            for group, rate in zip(optimizer.param_groups, rates):
+                group["lr"] = rate
+        optimizer.zero_grad(set_to_none=True)
+        if not torch.equal(before, torch.default_generator.get_state()):
+            raise RuntimeError("the task draws random numbers on the CPU")
+        return _Recorded(kept, values, found, replay, replay_step)
+
+
+def record_graph(function: Callable[[], Any], device: torch.device, pool: Any = None) -> tuple[Callable[[], None], Any]:
+    """Record the kernels of a function, which then has not been computed; return what replays them, and its memory.
+
+    On a CPU, the replay calls the function. pool: the memory of another recording, to share. Raises RuntimeError if the
+    function waits for the GPU.
+    """
+    if device.type != "cuda":
+        return function, None
+    graph = torch.cuda.CUDAGraph()
+    # Threads of the loader may call CUDA meanwhile.
+    with torch.cuda.graph(graph, pool=pool, capture_error_mode="thread_local"):
+        function()
+    return graph.replay, graph.pool()

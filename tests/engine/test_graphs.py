@@ -1,0 +1,72 @@
+"""Updates by CUDA graphs: on a GPU the graphs themselves; on a CPU, where a replay computes again, all around them."""
+
+import pytest
+import torch
+
+from bench.finetune_step import make_batch, make_task
+from bench.measure import build_bench_run
+from engine.graphs import UpdateGraphs
+
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
+DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
+OPTIMIZERS = {
+    "adamw": {"lr": 1e-3},
+    "sgd": {"lr": 0.01},
+    "timm": {"lr": 0.01, "opt": "muon", "extra": {"ns_steps": 3}},
+}
+
+
+def make_learner(optimizer, device, *, recorded):
+    """A learner of a network with drop path, whose updates are recorded or not."""
+    torch.manual_seed(0)
+    task = make_task("resnet10t", 32)
+    task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
+    task.network.register_forward_pre_hook(lambda module, images: module.drop_path(*images))
+    machine = {"device": device, "precision": "fp32", "deterministic": False}
+    learner = build_bench_run(
+        task, batch_size=8, runtime=machine, optim={"option": optimizer, **OPTIMIZERS[optimizer]}
+    ).learner
+    learner.graphs = UpdateGraphs(learner) if recorded else None
+    return learner
+
+
+def batch_of(number, device, count=8):
+    torch.manual_seed(number)
+    batch = make_batch(32, count, torch.device(device))
+    return batch | {"images": torch.randint(0, 256, batch["images"].shape, dtype=torch.uint8).to(device)}
+
+
+def weights(learner):
+    return torch.cat([tensor.detach().double().flatten().cpu() for tensor in learner.task.state_dict().values()])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("optimizer", OPTIMIZERS)
+def test_recorded_updates_equal_others(optimizer, device):
+    """Also after the state was loaded anew, for another batch size, and if an update is skipped."""
+    found = []
+    for recorded in (False, True):
+        learner, losses = make_learner(optimizer, device, recorded=recorded), []
+        for number in range(9):
+            batch = batch_of(number, device, 4 if number in (2, 7) else 8)
+            if number == 5:
+                learner.optimizer.load_state_dict(learner.optimizer.state_dict())
+            if number == 4:
+                batch["weight"] = batch["weight"] * torch.nan
+            result = learner.update([batch])
+            assert bool(result.applied) == (number != 4)
+            losses.append(float(result.sums["loss"][0]))
+        found.append((torch.tensor(losses), weights(learner)))
+        assert learner.graphs is None or learner.graphs.count == 1
+    torch.testing.assert_close(*(losses for losses, _ in found), rtol=2e-3, atol=1e-3, equal_nan=True)
+    torch.testing.assert_close(*(each for _, each in found), rtol=1e-2, atol=1e-3, equal_nan=True)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+def test_a_task_that_draws_on_the_cpu_is_not_recorded():
+    learner = make_learner("adamw", "cuda", recorded=True)
+    learner.task.network.register_forward_hook(lambda module, images, logits: logits * torch.rand(()).item())
+    for number in range(4):
+        assert learner.update([batch_of(number, "cuda")]).applied
+    assert learner.graphs.count == 0
