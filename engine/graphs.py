@@ -15,6 +15,7 @@ from torch import Tensor
 from engine.runtime import Runtime
 from engine.step import StepResult
 from optim.build import skips_on_device
+from optim.groups import is_frozen
 from optim.schedules import GroupValues
 from utils.contracts import Batch
 from utils.record.logging import get_logger
@@ -23,6 +24,7 @@ log = get_logger(__name__)
 
 _EAGER = 2  # updates of the same shapes before one is recorded: kernels are chosen and state is created in them
 _MOST_GRAPHS = 4  # each keeps the memory of its update
+_MOST_SEEN = 100  # a momentum or weight decay that changes with every update is not recorded
 _MEMORY_SHARE = 0.3  # of the GPU's memory may be in use before recording, which takes as much again
 
 
@@ -31,6 +33,7 @@ class Updates(Protocol):
 
     optimizer: torch.optim.Optimizer
     runtime: Runtime
+    step: int
     phase: int | None
     micro_batch_size: int
 
@@ -81,9 +84,11 @@ class UpdateGraphs:
             return None
         (batch,) = batches
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        key = (shapes, learner.phase, values.weight_decay, values.momentum)
+        frozen = tuple(is_frozen(group, learner.step, learner.phase) for group in self._groups)
+        key = (shapes, learner.phase, frozen, values.weight_decay, values.momentum)
         if key not in self._recorded:
             self._seen[key] = self._seen.get(key, 0) + 1
+            self._is_off = len(self._seen) > _MOST_SEEN
             if self._seen[key] <= _EAGER or len(self._recorded) == _MOST_GRAPHS or not self._record(key, batch):
                 return None
         recorded = self._recorded[key]
@@ -110,7 +115,7 @@ class UpdateGraphs:
             self._check_memory()
             self._recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
-            log.info("runtime.cuda_graphs: updates are not recorded: %s", str(error).partition("\n")[0])
+            log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
             self._is_off = True
             learner.optimizer.zero_grad(set_to_none=True)
             return False

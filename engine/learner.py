@@ -199,7 +199,7 @@ class Learner:
         runtime, config = self.runtime, self.config.runtime
         differs = distributed.is_distributed() or config.offload or config.deterministic or runtime.precision == "fp16"
         is_alone = self.fused is None and can_be_recorded(self.optimizer) and not differs
-        return config.cuda_graphs and runtime.device.type == "cuda" and is_alone
+        return self.task.may_be_recorded and config.cuda_graphs and runtime.device.type == "cuda" and is_alone
 
     def _undo_passes(self, before: Sequence[Tensor]) -> None:
         """Drop the gradients and restore the buffers after passes that ran out of memory."""

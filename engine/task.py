@@ -96,6 +96,7 @@ class Task(nn.Module):
     metadata: JSON values for weight files.
     A module may have `enter_phase(config)`, which takes over the task's configuration of a phase (`loop.phases`).
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
+    may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """
@@ -108,6 +109,7 @@ class Task(nn.Module):
     metadata: Mapping[str, Any] = {}
     best_metric: ClassVar[str] = "loss"
     best_is_lowest: ClassVar[bool] = True
+    may_be_recorded: ClassVar[bool] = False
     choices: Mapping[str, bool] = {}
     origin: dict[str, Any] | None = None
 
