@@ -32,7 +32,7 @@ _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
 _SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each phase
 _SLOW = 8  # if fewer updates fill the time of a timing, the second is warm
-_PREFETCHED = 4  # as a multiple of what workers have read before: fewer updates would not wait for them
+_DRAIN = 2  # as a multiple of the batches that workers have read before: a timing waits for them as the run will
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
@@ -146,7 +146,7 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     is timed once.
     """
     learner, found = run.learner, []
-    most = _MOST_UPDATES + _PREFETCHED * learner.runtime.workers * learner.runtime.prefetch_batches
+    ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
 
     def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
         started = monotonic()
@@ -169,7 +169,10 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
                     return 0, about
                 if number and about > seconds / _SLOW:
                     break
-            count = count or max(1, min(most, int(seconds / max(about, 1e-6))))
+            fitting = max(1, int(seconds / max(about, 1e-6)))
+            count = count or min(_MOST_UPDATES, fitting)
+            if ahead:
+                time_updates(batches, min(_DRAIN * ahead, fitting))
             return count, time_updates(batches, count)
 
     for phase in range(max(1, len(run.plan.phases))):
