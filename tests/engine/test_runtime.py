@@ -17,8 +17,7 @@ CONFIG = RuntimeConfig(
     explain=False,
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
     deterministic=False, grad_checkpointing=False, offload=False, memory_gib=None, parallel="ddp",
-    hang_timeout_sec=60.0,
-    cuda_graphs=True,
+    hang_timeout_sec=60.0, cuda_graphs=True,
 )  # fmt: skip
 AUTO = {"device": "auto", "precision": "auto", "channels_last": "auto", "workers": "auto"}
 MATMUL, CONV = torch.backends.cuda.matmul, torch.backends.cudnn.conv
