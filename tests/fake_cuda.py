@@ -86,6 +86,9 @@ _ONE_DTYPE = {
     *("aten::index_copy", "aten::index_copy_", "aten::index_put_", "aten::index_add", "aten::scatter", "aten::gather"),
     *("aten::native_layer_norm", "aten::native_layer_norm_backward", "aten::gelu_backward"),
 }
+# Torch has no form of it for tensors without memory.
+_META = torch.library.Library("aten", "IMPL", "Meta")
+_META.impl("_sample_dirichlet", lambda concentration, generator=None: torch.empty_like(concentration))
 
 
 def _tensors(value):

@@ -5,7 +5,6 @@ huggingface/pytorch-image-models:timm/data/mixup.py, mode `batch`.
 Differs: a sample whose partner could not be read is not mixed.
 """
 
-import math
 from collections.abc import Sequence
 
 import torch
@@ -53,16 +52,13 @@ class Mixing(nn.Module):
 
         images: float [B, C, H, W]; targets: float [B, K]; weight: [B], 0 where an image could not be read.
         """
-        mix = self.draw(*images.shape[-2:]) if self.is_on else None
-        if mix is None:
+        if not self.is_on:
             return images, targets
-        share, box = mix
-        if box is None:
-            mixed = torch.lerp(images.flip(0), images, share)
-        else:
-            top, bottom, left, right = box
-            mixed = images.clone(memory_format=torch.preserve_format)
-            mixed[..., top:bottom, left:right] = images.flip(0)[..., top:bottom, left:right]
+        share, box = self.draw(*images.shape[-2:], images.device)
+        partners = images.flip(0)
+        mixed = images if self._mixup == 0 else torch.lerp(partners, images, torch.where(box.any(), 1.0, share))
+        if self._cutmix > 0:
+            mixed = torch.where(box, partners, mixed)
         has_partner = weight.flip(0) > 0
         # The mixed images first: torch.where uses the memory format of its first argument.
         return (
@@ -70,22 +66,31 @@ class Mixing(nn.Module):
             torch.where(has_partner[:, None], torch.lerp(targets.flip(0), targets, share), targets),
         )
 
-    def draw(self, height: int, width: int) -> tuple[float, tuple[int, int, int, int] | None] | None:
-        """Draw lambda (the sample's own share) and the partner's box from torch's CPU generator; None: do not mix.
+    def draw(self, height: int, width: int, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Draw lambda (the sample's own share), [], and the pixels that the partner replaces, bool [H, W].
 
-        The box (top, bottom, left, right) has about 1 - lambda of the area and is clipped to the image. It is None for
-        mixup.
+        The box has about 1 - lambda of the area and is clipped to the image; it is empty for mixup. Lambda is 1 where
+        nothing is mixed. All is drawn on the device: a CUDA graph repeats it, and nothing waits.
         """
-        if torch.rand(()) >= self._probability:
-            return None
-        cuts = self._cutmix > 0 and (self._mixup == 0 or bool(torch.rand(()) < self._switch))
-        alpha = self._cutmix if cuts else self._mixup
-        share = float(torch.distributions.Beta(alpha, alpha).sample())
-        if not cuts:
-            return share, None
-        ratio = math.sqrt(1.0 - share)
-        half_height, half_width = int(height * ratio) // 2, int(width * ratio) // 2
-        y, x = int(torch.randint(height, ())), int(torch.randint(width, ()))
-        top, bottom = max(y - half_height, 0), min(y + half_height, height)
-        left, right = max(x - half_width, 0), min(x + half_width, width)
-        return 1.0 - (bottom - top) * (right - left) / (height * width), (top, bottom, left, right)
+        mixes, cuts, y, x = torch.rand(4, device=device)
+        mixes = mixes < self._probability
+        cuts = mixes & (cuts < (0.0 if self._cutmix == 0 else 1.0 if self._mixup == 0 else self._switch))
+        shares = [self._draw_share(alpha, device) for alpha in (self._mixup, self._cutmix)]
+        share = torch.where(mixes, torch.where(cuts, shares[1], shares[0]), 1.0)
+        ratio = torch.where(cuts, (1.0 - share).sqrt(), 0.0)
+        rows, columns = (_box_side(*each, ratio) for each in ((y, height), (x, width)))
+        box = rows[:, None] & columns
+        return torch.where(cuts, 1.0 - box.sum() / (height * width), share), box
+
+    @staticmethod
+    def _draw_share(alpha: float, device: torch.device) -> Tensor:
+        if alpha == 0:
+            return torch.ones((), device=device)
+        alpha = torch.full((), alpha, device=device)
+        return torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
+
+
+def _box_side(place: Tensor, size: int, ratio: Tensor) -> Tensor:
+    """Return which of `size` pixels a box covers, bool [size]; its centre is at `place` (0 to 1)."""
+    pixels, centre, half = torch.arange(size, device=ratio.device), (place * size).long(), (size * ratio).long() // 2
+    return (pixels >= centre - half) & (pixels < centre + half)

@@ -6,6 +6,7 @@ import torch
 from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
 from engine.graphs import UpdateGraphs
+from engine.tasks.mixing import Mixing, MixingConfig
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
@@ -17,9 +18,11 @@ OPTIMIZERS = {
 
 
 def make_learner(optimizer, device, *, recorded):
-    """A learner of a network with drop path, whose updates are recorded or not."""
+    """A learner of a network with drop path and mixed images, whose updates are recorded or not."""
     torch.manual_seed(0)
     task = make_task("resnet10t", 32)
+    mixes = {"mixup_alpha": 0.8, "cutmix_alpha": 1.0, "mix_probability": 0.8, "mix_switch_probability": 0.5}
+    task.mixing = Mixing(MixingConfig(name="any", **mixes))
     task.network.drop_path = torch.nn.Dropout(0.5)  # draws on the device
     task.network.register_forward_pre_hook(lambda module, images: module.drop_path(*images))
     machine = {"device": device, "precision": "fp32", "deterministic": False}

@@ -52,11 +52,13 @@ def test_cutmix_takes_one_rectangle_of_the_partner_and_its_true_share():
 
 def test_the_box_is_timms(monkeypatch):
     """Centre uniform over the image, sides by the root of the area, cut off at the borders."""
-    draws = iter([3, 20])
-    monkeypatch.setattr(mixing.torch, "randint", lambda high, shape: torch.tensor(next(draws)))
+    monkeypatch.setattr(mixing.torch, "rand", lambda count, device: torch.tensor([0.0, 0.0, 3.5 / 20, 20.5 / 24]))
     monkeypatch.setattr(mixing.torch.distributions.Beta, "sample", lambda self: torch.tensor(0.75))
     # sqrt(1 - 0.75) = 0.5: 10 x 12 pixels about (3, 20) of 20 x 24.
-    assert make(mixup_alpha=0.0).draw(20, 24) == (1 - 8 * 10 / (20 * 24), (0, 8, 14, 24))
+    share, box = make(mixup_alpha=0.0).draw(20, 24, torch.device("cpu"))
+    expected = torch.zeros(20, 24, dtype=torch.bool)
+    expected[:8, 14:] = True
+    assert torch.equal(box, expected) and share.item() == pytest.approx(1 - 8 * 10 / (20 * 24))
 
 
 @pytest.mark.parametrize("off", ["mixup_alpha", "cutmix_alpha"])

@@ -137,6 +137,17 @@ def test_few_images_get_a_wider_network_and_are_changed_more():
     assert chosen(few, "task.cutmix_alpha") and not chosen(some, "task.cutmix_alpha")
 
 
+def test_letters_are_mixed_over_many_epochs_and_erased_in_a_long_run():
+    letters = replace(FACTS, images=12_000, mirrors=0.3)
+    short, long = letters, replace(letters, reference=4e5)
+    keys = ("task.mixup_alpha", "augment.random_erasing")
+    assert [bool(chosen(short, key)) for key in keys] == [False, False]
+    assert [bool(chosen(long, key)) for key in keys] == [True, True]
+    assert not any(chosen(replace(long, mirrors=0.7), key) for key in keys)  # no letters
+    few = replace(letters, images=1_000)
+    assert chosen(few, keys[0]) and not chosen(replace(few, images=100), "task.cutmix_alpha")
+
+
 @pytest.mark.parametrize("mirrors", [True, False])
 def test_mirroring_is_judged_by_the_images(mirrors):
     draws, labels = torch.Generator().manual_seed(0), torch.arange(60) % 2
