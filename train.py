@@ -4,7 +4,7 @@ r"""Train a classifier: find the learning rate, then train one cycle, with live 
     python train.py data.root=PATH                      class folders, with or without train/ and val/
     python train.py model.name=convnext_atto optim=adamw data.root=PATH
     python train.py curve=true data.root=PATH          a learning curve: 25, 50 and 100 % of the labels
-    python train.py --multirun optim.base_lr=0.1,0.4 lr_finder.enabled=false sweep.name=rates       a sweep
+    python train.py --multirun optim.lr=0.1,0.4 sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data.root=PATH
 
 The same command resumes a run. finetune.py has the defaults for initial weights (init_from).

@@ -14,7 +14,7 @@ colours=(model.in_channels=3 'augment.mean=[0.5,0.5,0.5]' 'augment.std=[0.5,0.5,
 # About 130 seconds of one core each: 0.18 s a step of pretraining, 0.5 s of fine-tuning, 0.7 s of ResNet-18.
 train=(train.py task=tagging augment=tagger 'augment.image_size_hw=[32,32]'
     'augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}' loop.total_steps=184
-    loop.evaluate_every_epochs=100 lr_finder.enabled=false optim=muon optim.lr=6.0e-3 +optim.extra.ns_steps=3 schedule=cosine
+    loop.evaluate_every_epochs=100 optim=muon optim.lr=6.0e-3 +optim.extra.ns_steps=3 schedule=cosine
     schedule.warmup_steps=18 loop.clip_grad_norm=1.0 runtime.compile=false)
 
 stage glyphs prepare.py data=glyphs

@@ -2,7 +2,7 @@
 
 import math
 from functools import reduce
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -165,6 +165,15 @@ class TrainingConfig(Strict):
             except ConfigError as error:
                 raise ValueError(f"loop.phases.{number}: {'; '.join(error.args)}") from error
         return configs or [self]
+
+    @model_validator(mode="before")
+    @classmethod
+    def _search_unless_set(cls, values: Any) -> Any:
+        """Replace `lr_finder.enabled=auto`: a range test, unless `optim.lr` is set."""
+        finder, optim = (values.get(name) or {} for name in ("lr_finder", "optim"))
+        if finder.get("enabled") != "auto":
+            return values
+        return {**values, "lr_finder": {**finder, "enabled": optim.get("lr") is None}}
 
     @model_validator(mode="after")
     def _phases_are_complete(self) -> Self:

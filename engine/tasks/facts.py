@@ -73,11 +73,12 @@ class Facts:
     """What the rules know.
 
     images: of training. side_px: the median of the longer sides of a sample, at most `most_px`, the largest that may
-    train. has_classes: one for each image, not tags, for which the next four facts are unknown. mirrors: the share of
-    the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the images' upper borders.
-    colours: whether the mean colour tells something of the class. reference: how many images of a step of `REFERENCE`
-    fit into the minutes. bf16: whether the machine multiplies it fast, which Muon needs. network: the user's, or the
-    one of timm's weights on this machine whose features tell most of the class, if they tell more than the pictures.
+    train. has_classes: one for each image, not tags, for which mirrors, border and colours are unknown. mirrors: the
+    share of the accuracy of nearest neighbours that mirrored images keep. border: the grey level of the images' upper
+    borders. colours: whether the mean colour tells something of the class. grey: whether no image has a colour.
+    reference: how many images of a step of `REFERENCE` fit into the minutes. bf16: whether the machine multiplies it
+    fast, which Muon needs. network: the user's, or the one of timm's weights on this machine whose features tell most
+    of the class, if they tell more than the pictures.
     """
 
     images: int
@@ -87,6 +88,7 @@ class Facts:
     mirrors: float
     border: int
     colours: bool
+    grey: bool
     reference: float
     bf16: bool
     network: Network | None = None
@@ -165,6 +167,7 @@ def find_facts(
         mirrors=1.0 if sample.labels is None else compare_mirrored(sample.small, sample.labels),
         border=round(sample.small[:, :, 0].median().item()) if len(sample.small) else 0,
         colours=sample.labels is None or tells_colour(sample.small, sample.labels),
+        grey=len(sample.small) > 0 and bool((sample.small == sample.small[:, :1]).all()),
         reference=0.0,
         bf16=has_fast_bf16(runtime.device.type),
     )

@@ -104,8 +104,8 @@ _MANY_EPOCHS = 60  # 250 images a class: 0.76 with it and 0.81 without in 8 epoc
 _POLICY, _POLICY_EPOCHS = "rand-m9-mstd0.5-inc1", (50, 500)
 _MIX_EPOCHS = 150
 # Letters of unseen typefaces, 300 s of one core, without either, with erasing, with mixup, with both: 12,298 (256,000
-# images seen) 0.810, 0.864, 0.874, 0.881; 1,230 (192,000 seen) 0.667, 0.720, -, 0.731. 100 s: 12,298 (13 epochs, 166,000
-# seen) 0.853, 0.862, 0.844; 1,230 (62 epochs, 77,000 seen) 0.705, 0.676, 0.722.
+# seen) 0.810, 0.864, 0.874, 0.881; 1,230 (192,000 seen) 0.667, 0.720, -, 0.731. 100 s: 12,298 (13 epochs, 166,000 seen)
+# 0.853, 0.862, 0.844; 1,230 (62 epochs, 77,000 seen) 0.705, 0.676, 0.722.
 _LETTERS_MIX_EPOCHS, _LETTERS_ERASE_SEEN = 20, 150_000
 _IMAGE, _NO_WEIGHTS = "augment.image_size_hw", "init_from=null"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
@@ -114,6 +114,15 @@ RULES = (
         ["model", "init_from"],
         lambda facts: _network_words(choose_network(facts)),
         lambda facts: _why_network(facts),
+    ),
+    Rule(
+        ["model", "init_from", "augment.mean", "augment.std"],
+        lambda facts: (
+            ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"]
+            if facts.grey and not choose_network(facts).is_pretrained
+            else []
+        ),
+        lambda facts: "no image has a colour",
     ),
     Rule(
         ["task.head"],
@@ -208,7 +217,6 @@ RULES = (
         ),
         lambda facts: "it is good at any length",
     ),
-    Rule(["lr_finder"], lambda facts: ["lr_finder.enabled=false"], lambda facts: "the rate is known"),
 )
 
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 import pytest
 import timm
 import torch
+from PIL import Image
 
 from engine import minutes
 from engine.tasks import facts, planning
@@ -23,6 +24,7 @@ FACTS = Facts(
     mirrors=1.0,
     border=255,
     colours=True,
+    grey=False,
     reference=1e5,
     bf16=True,
 )
@@ -135,6 +137,16 @@ def test_few_images_get_a_wider_network_and_are_changed_more():
     assert not chosen(many, "augment.rand_augment") and chosen(many, "augment.on_device")
     assert not chosen(replace(some, mirrors=0.3), "augment.rand_augment")  # of letters
     assert chosen(few, "task.cutmix_alpha") and not chosen(some, "task.cutmix_alpha")
+
+
+def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):
+    for path in (tmp_path / "images").rglob("*.png"):
+        Image.open(path).convert("L").save(path)
+    run("train", words, tmp_path)
+    config = RunReader(tmp_path / "run").config
+    assert config["model"]["in_channels"] == len(config["augment"]["mean"]) == 1
+    weights = Network("resnet50", 0, 1.0, is_pretrained=True)  # of three channels
+    assert not chosen(replace(FACTS, grey=True, network=weights), "model.in_channels")
 
 
 def test_letters_are_mixed_over_many_epochs_and_erased_in_a_long_run():
