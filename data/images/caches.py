@@ -87,8 +87,7 @@ class Cached(Source):
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the file of the inner source, unless the row is cached."""
-        file = self.inner.file_of(row)
-        return None if file is None or self._has(row) else file
+        return None if self._has(row) else self.inner.file_of(row)
 
     def prefetch(self, rows: Iterable[int]) -> None:
         """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""

@@ -9,6 +9,7 @@ sample) and `<name>_offsets` [B + 1]; a slice of a batch keeps all values and ha
 """
 
 import functools
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -28,6 +29,7 @@ class Ragged:
 
 
 Sample = dict[str, Tensor | Ragged | int | float]
+_ALIGNED_BYTES = 64  # where a tensor of a packed batch begins
 
 
 def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = False) -> Batch:
@@ -64,6 +66,39 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
     return batch
 
 
+@dataclass
+class Packed:
+    """A batch as one tensor of bytes in shared memory: one file, one copy to a GPU. The DataLoader pins it.
+
+    layout: name, dtype, shape, strides and first byte of each tensor.
+    """
+
+    data: Tensor
+    layout: list[tuple[str, torch.dtype, torch.Size, tuple[int, ...], int]]
+
+    def pin_memory(self) -> "Packed":
+        """Return the batch in pinned memory."""
+        return Packed(self.data.pin_memory(), self.layout)
+
+    def unpack(self) -> Batch:
+        """Return the batch, without a copy."""
+        return {
+            name: self.data[start : start + math.prod(shape) * dtype.itemsize].view(dtype).as_strided(shape, strides)
+            for name, dtype, shape, strides, start in self.layout
+        }
+
+
+def pack(batch: Batch) -> Packed:
+    """Return a copy of a batch in shared memory. Raises RuntimeError if there is no room."""
+    parts, layout, start = [], [], 0
+    for name, tensor in batch.items():
+        content = tensor.as_strided([tensor.numel()], [1]).view(torch.uint8)  # in the order of its memory
+        layout.append((name, tensor.dtype, tensor.shape, tensor.stride(), start))
+        parts += [content, content.new_zeros(-len(content) % _ALIGNED_BYTES)]
+        start += len(content) + len(parts[-1])
+    return Packed(torch.cat(parts).share_memory_(), layout)
+
+
 def multi_hot(values: Tensor, offsets: Tensor, width: int) -> Tensor:
     """Return [B, width] float32 with ones at the ragged ids of each sample, without a host synchronisation.
 
@@ -79,12 +114,14 @@ def _copy_stream(device: torch.device) -> torch.cuda.Stream:
     return torch.cuda.Stream(device)
 
 
-def to_device(batch: Batch, device: torch.device) -> Batch:
+def to_device(batch: Batch | Packed, device: torch.device) -> Batch:
     """Move a batch to the device; from pinned memory, without waiting for the copy.
 
     On a GPU, copies run on their own stream and overlap with the previous step. On the compute stream, the copy would
     wait for that step.
     """
+    if isinstance(batch, Packed):
+        return Packed(to_device({"data": batch.data}, device)["data"], batch.layout).unpack()
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
     copies, current = _copy_stream(device), torch.cuda.current_stream(device)

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.collection.collection import Collection, Row
-from data.stream.batch import Ragged, Sample, collate, to_device
+from data.stream.batch import Packed, Ragged, Sample, collate, pack, to_device
 from data.stream.order import Draw, Sampler, Views, evaluation_batches, plan_batches, train_batches
 from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
@@ -103,17 +103,15 @@ class Loader(Dataset):
         self.views, self.fields, self.training = dict(views), fields, training
         self._report, self._hooks = report, [view.on_device for view in views.values() if hasattr(view, "on_device")]
 
-    def __getitems__(self, draws: list[Draw]) -> tuple[Batch, _Problems]:
+    def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
         problems: _Problems = []
         self.source.prefetch([draw.index for draw in draws])
         samples = map(functools.partial(self.read, problems=problems), draws)
         with torch.autocast("cpu", enabled=False):  # an evaluation's autocast would refuse to stack half precision
             batch = collate(samples, len(draws), channels_last=self.machine.channels_last)
-        if get_worker_info() is not None:  # move it to shared memory
-            # This raises if there is no room. The queue would drop the batch instead, and the rank would wait forever.
-            batch = {name: tensor.share_memory_() for name, tensor in batch.items()}
-        return batch, problems
+        # In a worker. `pack` raises if there is no room; the queue would drop the batch, and the rank wait forever.
+        return batch if get_worker_info() is None else pack(batch), problems
 
     def read(self, draw: Draw, problems: _Problems) -> Sample:
         """Return the sample of a draw; if it is unreadable, append the reason to `problems`."""
@@ -168,7 +166,7 @@ class Loader(Dataset):
         batch = collate([self.read(draw, [])] * size, size, channels_last=self.machine.channels_last)
         return self.to_device({**batch, "weight": torch.ones(size)})
 
-    def to_device(self, batch: Batch) -> Batch:
+    def to_device(self, batch: Batch | Packed) -> Batch:
         """Return a batch on the device, after the hooks of the views."""
         batch = to_device(batch, self.machine.device)
         for hook in self._hooks:

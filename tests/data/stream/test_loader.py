@@ -19,7 +19,7 @@ from data.collection.rows import training_rows
 from data.config import AugmentConfig
 from data.images.decode import Decoder
 from data.images.image_source import Images
-from data.stream.batch import Ragged, collate, multi_hot, to_device
+from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
@@ -298,6 +298,16 @@ def test_a_batch_has_its_images_alone_in_the_memory_format_of_the_run():
     assert last["latent"].is_contiguous()
 
 
+def test_a_packed_batch_keeps_values_types_and_strides():
+    pixels = torch.arange(2 * 3 * 5 * 7, dtype=torch.uint8).view(2, 3, 5, 7)
+    batch = {"images": pixels.contiguous(memory_format=torch.channels_last), "key": torch.tensor([2**62, 1])}
+    batch |= {"tags": torch.zeros(0, dtype=torch.int64), "flag": torch.tensor([True, False]), "one": torch.tensor(0.5)}
+    found = pack(batch).unpack()
+    assert found.keys() == batch.keys()
+    for name, tensor in batch.items():
+        torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, check_stride=True)
+
+
 # --- ragged fields
 
 
@@ -322,7 +332,7 @@ def test_batches_arrive_whole_behind_work_of_the_step_before():
     weight = torch.randn(4096, 4096, device=device)
     for number in range(20):
         batch = {"images": torch.full((64, 3, 128, 128), number, dtype=torch.uint8).pin_memory()}
-        moved = to_device(batch, device)["images"]
+        moved = to_device(pack(batch).pin_memory() if number % 2 else batch, device)["images"]
         weight = weight @ weight * 1e-4
         total = moved.sum(dtype=torch.int64)
         del moved, batch
