@@ -25,7 +25,7 @@ from utils.record.run_folder import default_run_dir
 
 log = get_logger(__name__)
 
-_CROPS = 0.5  # below it, as a share like MIRRORS, the place and the size of a figure tell its class
+_CROPS = 0.6  # below it, as a share like MIRRORS, the place and the size of a figure tell its class
 _SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
 # At which the reference network is the best: 12,298 glyphs, four minutes, 0.853 of widths from 16, 0.828 from 32.
 _REFERENCE_IMAGES = 400_000
