@@ -104,7 +104,8 @@ _MANY_EPOCHS = 60  # 250 images a class: 0.76 with it and 0.81 without in 8 epoc
 _POLICY, _POLICY_EPOCHS = "rand-m9-mstd0.5-inc1", (50, 500)
 _MIX_EPOCHS = 150
 # Letters of unseen typefaces, a core, without mixup and erasing, and with both: 12,298 in 21 epochs 0.810, 0.881; 1,230
-# in 155 0.667, 0.731; 1,025 in 100 0.497, 0.584. Erasing alone, 12,298 in 14 epochs (means of three): 0.855, 0.847.
+# in 155 0.667, 0.731; 1,025 in 100 0.497, 0.584. In shorter runs: 12,298 in 14 epochs 0.855 (three runs), with erasing
+# alone 0.846 (four).
 _LETTER_EPOCHS = 20
 _IMAGE, _NO_WEIGHTS = "augment.image_size_hw", "init_from=null"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
