@@ -170,10 +170,10 @@ class TrainingConfig(Strict):
     @classmethod
     def _search_unless_set(cls, values: Any) -> Any:
         """Replace `lr_finder.enabled=auto`: a range test, unless `optim.lr` is set."""
-        finder, optim = (values.get(name) or {} for name in ("lr_finder", "optim"))
-        if finder.get("enabled") != "auto":
-            return values
-        return {**values, "lr_finder": {**finder, "enabled": optim.get("lr") is None}}
+        match values:
+            case {"lr_finder": {"enabled": "auto"} as finder, "optim": {"lr": rate}}:
+                return {**values, "lr_finder": {**finder, "enabled": rate is None}}
+        return values
 
     @model_validator(mode="after")
     def _phases_are_complete(self) -> Self:

@@ -17,3 +17,5 @@ def test_the_rate_is_searched_unless_it_is_set():
     config, _ = configure("train")
     assert config.lr_finder.enabled is True and config.schedule.name == "onecycle"
     assert configure("train", ["optim.lr=0.1"])[0].lr_finder.enabled is False
+    with pytest.raises(ConfigError, match="lr_finder: must be a group of keys, found True"):
+        configure("train", ["lr_finder=true"])
