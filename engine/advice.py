@@ -102,8 +102,9 @@ def _about_fit(rows: Sequence[Row], metric: str, images: int) -> tuple[dict[str,
     """
     trained = series(rows, "train/accuracy", "epoch")[1]
     values = next((found for name in (f"ema/{metric}", metric) if (found := series(rows, name, "evaluate")[1])), ())
-    if metric != "top1" or len(values) < 2 or not len(trained) or not (ends := interval(metric, values[-1], images)):
+    if metric != "top1" or len(values) < 2 or not len(trained) or not images:
         return {}, []
+    ends = interval(metric, {metric: values[-1], "samples": images})
     (before, last), training, name = values[-2:], trained[-1], show_evaluated(metric)
     shown = f"{name} is {last:.3g}, and {training:.3g} on augmented training images"
     if training > ends[1]:

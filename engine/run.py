@@ -58,6 +58,7 @@ class Run:
     """One run: learner, recorder, saver and progress.
 
     best_value, best_step: the task's best_metric at the best evaluation so far, and its step; None before the first.
+    best_interval: of that value, 95 %; None if the figure has none.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
     range test. All are checkpointed.
     """
@@ -80,6 +81,7 @@ class Run:
         self._poll = distributed.Poll()
         self.best_value: float | None = None
         self.best_step: int | None = None
+        self.best_interval: Sequence[float] | None = None
         self.last_report, self.last_evaluated = dict[str, float](), 0
         self.found_lr: float | None = None
 
@@ -244,6 +246,7 @@ class Run:
             is_best = is_best and plan.may_be_best(step)
             if math.isfinite(value) and is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
                 self.best_value, self.best_step = value, step
+                self.best_interval = interval(learner.task.best_metric, report.scalars)
         self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
         self.last_evaluated = step
         if self.last_report:
@@ -309,7 +312,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
-            "best": {"value": self.best_value, "step": self.best_step},
+            "best": {"value": self.best_value, "step": self.best_step, "interval": self.best_interval},
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
@@ -331,7 +334,8 @@ class Run:
         learner.load_state(read_groups(path, state), optimizer, str(path))
         learner.step, learner.task.origin = state["step"], state["origin"]
         if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose
-            self.best_value, self.best_step = state["best"]["value"], state["best"]["step"]
+            best = state["best"]
+            self.best_value, self.best_step, self.best_interval = best["value"], best["step"], best.get("interval")
         self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
@@ -358,7 +362,7 @@ class Run:
         task, streams, lines = self.learner.task, self.streams, []
         result = {"metric": task.best_metric, "value": self.best_value, "step": self.best_step}
         if self.best_value is not None:
-            result["interval"] = interval(task.best_metric, self.best_value, streams.evaluation_samples)
+            result["interval"] = self.best_interval
             if self.is_complete:
                 counts = streams.evaluation_samples, streams.class_images
                 found, lines = advise(self.folder.path, task.best_metric, *counts)

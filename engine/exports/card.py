@@ -86,10 +86,8 @@ def write_card(
         values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
         lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
     if figures:
-        count = figures.get("samples")
         shown = [
-            f"- {name}: {show_cell(value)}{show_interval(interval(name, value, count))}"
-            for name, value in figures.items()
+            f"- {name}: {show_cell(value)}{show_interval(interval(name, figures))}" for name, value in figures.items()
         ]
         lines += ["## Results", "", f"Measured on {images}:", "", *shown, "", "Other intervals are not computed.", ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:

@@ -146,6 +146,15 @@ class TagScores:
         """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
+    def mean_ap_error(self, places: Tensor, images: float) -> float:
+        """Return the standard error of the mAP of all tags, if other images had been drawn, as the bootstrap has it.
+
+        places: `tags.place` of images drawn by chance; images: how many the counts are of.
+        """
+        held = torch.from_numpy(_members(self.vocabulary)["all"] & (self.support > 0)).to(places.device)
+        changes = self.counts.influences(places, held / held.sum().clamp(min=1))
+        return float((images * changes.square().mean()).sqrt())
+
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)

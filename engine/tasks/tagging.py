@@ -26,7 +26,7 @@ from data.tags.tag_index import TagIndex, index_tags
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, to_fit
-from engine.measures.tags import TagHistograms
+from engine.measures.tags import TagHistograms, place
 from engine.measures.top_samples import TopSamples
 from engine.runtime import Runtime
 from engine.task import Report, StepOutput
@@ -38,6 +38,7 @@ from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
 from optim.schedules import linear
+from utils import rng
 from utils.config.bounds import BelowOne, Count
 from utils.config.entry_point import Job
 from utils.config.schema import PathText, Strict
@@ -52,6 +53,7 @@ from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_o
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
+_SAMPLE = 1_000  # images that tell the error of the mAP
 _MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
 _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
@@ -216,11 +218,14 @@ class TaggingTask(ImageTask):
         Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
         """
         means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
+        sample = TopSamples(_SAMPLE)
         for batch in loaders["val"]:
             logits, targets, loss = self._predict(batch)
             valid = batch["weight"] > 0
             means.add({"loss": loss}, valid)
             counts.add(logits, targets, valid)
+            places = {"sample_id": batch["sample_id"], "places": place(logits, targets)}
+            sample.add(rng.uniform(batch["sample_id"], ()), valid, places)
             shown, probs = {name: batch[name] for name in ("sample_id", "images")}, logits.sigmoid()
             for name, error in (("wrong", probs * (targets == 0)), ("missed", (1 - probs) * (targets == 1))):
                 shown[f"{name}_prob"], shown[name] = error.topk(min(_LINES, error.shape[1]))
@@ -228,6 +233,8 @@ class TaggingTask(ImageTask):
         scores = TagScores(counts.reduce(), self.vocabulary)
         measured, kept = means.reduce(), worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
+        places = torch.from_numpy(sample.reduce()["places"]).to(scores.counts.histograms.device)
+        report.scalars["mAP_error"] = scores.mean_ap_error(places, measured["samples"])
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {

@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 INK = "#212529"  # the colour of texts in plots and pictures
-COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
+COUNTS = ("samples", "support", "tags", "tags_without_positives", "mAP_error")  # figures that measure nothing
 
 
 def show_name(name: str) -> str:
@@ -46,13 +46,19 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
     return align_columns([list(rows[0]), *([show_cell(value) for value in row.values()] for row in rows)])
 
 
-def interval(name: str, share: float, images: float | None) -> tuple[float, float] | None:
-    """Return Wilson's interval, 95 %, of a share of independent images: top1, top5, ...; None for other figures."""
+def interval(name: str, figures: Mapping[str, float]) -> tuple[float, float] | None:
+    """Return the 95 % interval of an evaluation's figure; None if it has none.
+
+    Of top1, top5, ...: Wilson's, of a share of `samples` independent images. Of mAP: twice 1.96 of its error wide.
+    """
+    value, images, error = figures[name], figures.get("samples"), figures.get(f"{name}_error")
+    if error is not None:
+        return max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
     if not images or not re.fullmatch(r"top\d+", name):
         return None
     from scipy.stats import binomtest
 
-    found = binomtest(round(share * images), round(images)).proportion_ci(method="wilson")
+    found = binomtest(round(value * images), round(images)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
 
