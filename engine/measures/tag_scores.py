@@ -146,13 +146,14 @@ class TagScores:
         """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
-    def mean_ap_error(self, places: Tensor, images: float) -> float:
+    def mean_ap_error(self, places: np.ndarray, images: float) -> float:
         """Return the standard error of the mAP of all tags, if other images had been drawn, as the bootstrap has it.
 
         places: `tags.place` of images drawn by chance; images: how many the counts are of.
         """
-        held = torch.from_numpy(_members(self.vocabulary)["all"] & (self.support > 0)).to(places.device)
-        changes = self.counts.influences(places, held / held.sum().clamp(min=1))
+        held = _members(self.vocabulary)["all"] & (self.support > 0)
+        device, weights = self.counts.histograms.device, held / max(1, held.sum())
+        changes = self.counts.influences(*(torch.from_numpy(array).to(device) for array in (places, weights)))
         return float((images * changes.square().mean()).sqrt())
 
     def tables(self) -> dict[str, list[dict[str, Any]]]:

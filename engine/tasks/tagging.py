@@ -233,8 +233,7 @@ class TaggingTask(ImageTask):
         scores = TagScores(counts.reduce(), self.vocabulary)
         measured, kept = means.reduce(), worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
-        places = torch.from_numpy(sample.reduce()["places"]).to(scores.counts.histograms.device)
-        report.scalars["mAP_error"] = scores.mean_ap_error(places, measured["samples"])
+        report.scalars["mAP_error"] = scores.mean_ap_error(sample.reduce()["places"], measured["samples"])
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {

@@ -160,7 +160,8 @@ def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed
     if killed_at is not None:
         finetune(place, *settings, kill_at_step=killed_at)
     finetune(place, *settings)
-    assert best_of(place, 4) == {"value": values[1], "step": 2}
+    best = best_of(place, 4)
+    assert (best["value"], best["step"]) == (values[1], 2) and best["interval"][0] < values[1] < best["interval"][1]
     best, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     assert metadata["step"] == 2
     for step in (1, 2, 3, 4):

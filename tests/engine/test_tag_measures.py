@@ -133,8 +133,8 @@ def test_tables(scores):
 
 
 def test_the_error_of_the_mean_ap_is_that_of_a_bootstrap_over_images(scores):
-    places = tags.place(LOGITS, MASKED)[VALID]
-    changes = scores.counts.influences(places, torch.ones(TAGS))
+    places = tags.place(LOGITS, MASKED)[VALID].numpy()
+    changes = scores.counts.influences(torch.from_numpy(places), torch.ones(TAGS))
     assert changes.sum() == pytest.approx(0, abs=1e-6 * float(changes.abs().sum()))
     draws, found = np.random.default_rng(0), []
     pairs = [(truth, logits) for truth, logits in zip(MASKED[VALID, 4:].T.numpy(), LOGITS[VALID, 4:].T.numpy())]
