@@ -85,7 +85,7 @@ class Cluster:
 
     folder: Path
     nodes: int = 2
-    port: int = 16817
+    port: int = 30817
     prefix: str = "n"  # of the nodes' names: two clusters of one machine share /etc/hosts
 
     @property

@@ -11,7 +11,8 @@ from tests.slurm.cluster import Cluster
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     process = os.getpid()
-    cluster = Cluster(tmp_path_factory.mktemp("slurm"), port=10_000 + process % 5000 * 4, prefix=f"n{process}x")
+    port = 30_000 + process % 900 * 3  # above the ports where ranks meet (utils/ranks/distributed.py), below Linux's own
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), port=port, prefix=f"n{process}x")
     cluster.start()
     yield cluster
     cluster.stop()

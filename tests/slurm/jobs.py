@@ -43,7 +43,7 @@ class Submission:
 
         def is_there():
             there = found()
-            assert there or self.process.poll() is None, self.process.communicate()[0]
+            assert there or self.process.poll() is None, f"{self.process.communicate()[0]}\n{self.story()}"
             return there
 
         wait_until(is_there, what, seconds)
