@@ -66,9 +66,9 @@ class Comparison:
 def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
     """Measure what `comparisons(device, quick)` yields, print it and write outputs/bench/<script>.json.
 
-    The file also has a profile of our side of each comparison, and on a GPU the most memory that a turn takes beyond
-    what both sides hold between turns. The command's only word is `quick`: two turns and one
-    profile, to outputs/bench/quick/; their figures mean nothing.
+    The file also has a profile of our side of each comparison, and on a GPU the most memory that each side takes beyond
+    the weights. The command's only word is `quick`: two turns and one profile, to outputs/bench/quick/; their figures
+    mean nothing.
     """
     if sys.argv[1:] not in ([], ["quick"]):
         sys.exit(f"{sys.argv[0]}: the only argument is quick")
@@ -115,21 +115,21 @@ def measure(comparison: Comparison, device: torch.device, turns: int) -> list[di
 def take_turns(
     comparison: Comparison, device: torch.device, turns: int
 ) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return milliseconds per step of each side and turn, and the GiB of a GPU that a turn of each side takes."""
+    """Return milliseconds per step of each side and turn, and the most GiB of a GPU that each warm-up adds."""
     peaks: dict[str, float] = {}
-    for turn in comparison.sides.values():
+    for name, turn in comparison.sides.items():
+        if device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            held = torch.cuda.memory_allocated()
         for _ in range(comparison.warmup):
             time_ms(turn, device, comparison.clock)
+        if device.type == "cuda":
+            peaks[name] = round((torch.cuda.max_memory_allocated() - held) / 2**30, 2)
     found: dict[str, list[float]] = {name: [] for name in comparison.sides}
     for _ in range(turns):
         for name, turn in comparison.sides.items():
             time.sleep(_PAUSE_SEC if device.type == "cpu" else 0.0)
-            if device.type == "cuda":
-                torch.cuda.reset_peak_memory_stats()
-                held = torch.cuda.memory_allocated()
             found[name].append(time_ms(turn, device, comparison.clock) / comparison.steps)
-            if device.type == "cuda":
-                peaks[name] = round((torch.cuda.max_memory_allocated() - held) / 2**30, 2)
     return found, peaks
 
 

@@ -198,7 +198,6 @@ class Learner:
         """Return whether an update is a function of tensors on one GPU alone, but for learning rate and seed."""
         runtime, config = self.runtime, self.config.runtime
         differs = distributed.is_distributed() or config.offload or config.deterministic or runtime.precision == "fp16"
-        differs = differs or config.grad_checkpointing or self._compiles  # not yet recorded on a GPU
         is_alone = self.fused is None and can_be_recorded(self.optimizer) and not differs
         return self.task.may_be_recorded and config.cuda_graphs and runtime.device.type == "cuda" and is_alone
 

@@ -17,9 +17,10 @@ from utils.record.logging import get_logger, setup_logging
 
 log = get_logger(__name__)
 
-# runtime.compile=auto compiles from this many steps on, by device. GPU (estimate): one to two minutes of compilation
-# save 10 to 20 ms per step. On a CPU it saves a third of a step or costs a tenth, by network (docs/benchmarks.md).
-COMPILE_PAYS_AFTER_STEPS = {"cuda": 3000}
+# runtime.compile=auto compiles from this many steps on, by device. On an H200, beside CUDA graphs, 41 s of compilation
+# save 6.7 ms per step of convnextv2_atto at 224 px, and 21 s save 1.0 ms of ResNet-18 at 128 px. On a CPU it saves a
+# third of a step or costs a tenth, by network (docs/benchmarks.md).
+COMPILE_PAYS_AFTER_STEPS = {"cuda": 6000}
 _EVALUATION_PREFETCH = 2  # batches per worker process
 _MOST_WORKERS = 24  # per rank; more only take memory
 _GROUP_PATIENCE = 4  # the process group's timeout, as a multiple of the watchdog's

@@ -5,7 +5,8 @@
     weight     [B] float32   its weight in the loss; 0 for unreadable images (blank) and for padding
 
 Shapes may differ from batch to batch. A ragged field, such as tag ids, becomes `<name>` [N] (all values, sample after
-sample) and `<name>_offsets` [B + 1]; a slice of a batch keeps all values and has its own offsets.
+sample, then zeros up to a power of two, so that few shapes occur) and `<name>_offsets` [B + 1]; a slice of a batch
+keeps all values and has its own offsets.
 """
 
 import functools
@@ -58,9 +59,10 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
                 columns.setdefault(name, []).append(value)
     for name, column in columns.items():
         if isinstance(column[0], Ragged):
-            lengths = torch.tensor([0, *(len(item.values) for item in column)])
-            batch[name] = torch.cat([item.values for item in column])
-            batch[f"{name}_offsets"] = lengths.cumsum(0)
+            lengths, values = [0, *(len(item.values) for item in column)], [item.values for item in column]
+            room = 1 << sum(lengths).bit_length()
+            batch[name] = torch.cat([*values, values[0].new_zeros(room - sum(lengths))])
+            batch[f"{name}_offsets"] = torch.tensor(lengths).cumsum(0)
         else:
             batch[name] = torch.tensor(column)
     return batch

@@ -58,7 +58,6 @@ class ClassificationTask(ImageTask):
 
     best_metric: ClassVar[str] = "top1"
     best_is_lowest: ClassVar[bool] = False
-    may_be_recorded: ClassVar[bool] = True
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, outputs=len(setup.facts["class_names"]))

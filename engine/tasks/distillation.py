@@ -101,6 +101,7 @@ class DistillationTask(Task):
 
     trained, averaged, helpers = ("student.network",), {"student.network": "device"}, ("teacher",)
     exported = ("student.network",)
+    may_be_recorded = True
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()

@@ -115,6 +115,7 @@ class ImageTask(Task):
     keep_head: `init_from` loads the head or decoder too; with `class_names`, the head for these classes.
     """
 
+    may_be_recorded: ClassVar[bool] = True
     keep_head: bool = False
     class_names: Sequence[str] | None = None
 

@@ -7,6 +7,7 @@ from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
 from engine.graphs import UpdateGraphs
 from engine.tasks.mixing import Mixing, MixingConfig
+from tests import small_tasks
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
 DEVICES = ["cpu", pytest.param("cuda", marks=[pytest.mark.gpu, NEEDS_GPU])]
@@ -65,11 +66,33 @@ def test_recorded_updates_equal_others(optimizer, device):
     torch.testing.assert_close(*(each for _, each in found), rtol=1e-2, atol=1e-3, equal_nan=True)
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("task", ["fcmae", "tagging", "distillation"])
+def test_recorded_updates_of_each_task_equal_others(task, device):
+    kind, setup = small_tasks.make_setup(task)
+    found = []
+    for recorded in (False, True):
+        torch.manual_seed(0)
+        machine = {"device": device, "precision": "fp32", "deterministic": False, "cuda_graphs": True}
+        optim = {"option": "adamw", "lr": 1e-3}
+        learner = build_bench_run(kind.build(setup), batch_size=8, runtime=machine, optim=optim).learner
+        assert (learner.graphs is None) == (device == "cpu")
+        learner.graphs = UpdateGraphs(learner) if recorded else None
+        for number in range(6):
+            batch = small_tasks.make_batch(task, setup, device)
+            torch.manual_seed(number)
+            learner.update([batch | {"images": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8).to(device)}])
+        found.append(weights(learner))
+    assert learner.graphs.count == 1
+    torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)
+
+
 @pytest.mark.gpu
 @NEEDS_GPU
-def test_a_task_that_draws_on_the_cpu_is_not_recorded():
+@pytest.mark.parametrize("factor", [lambda logits: torch.rand(()), lambda logits: logits.detach().norm().cpu()])
+def test_a_task_that_draws_on_the_cpu_or_waits_for_the_gpu_is_not_recorded(factor):
     learner = make_learner("adamw", "cuda", recorded=True)
-    learner.task.network.register_forward_hook(lambda module, images, logits: logits * torch.rand(()).item())
+    learner.task.network.register_forward_hook(lambda module, images, logits: logits * factor(logits).item())
     for number in range(4):
         assert learner.update([batch_of(number, "cuda")]).applied
     assert learner.graphs.count == 0

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.measure import build_bench_run
+from tests.small_tasks import BATCH, make_batch, make_setup
 
 aten = torch.ops.aten
 
@@ -78,7 +79,7 @@ def test_what_waits_is_counted_and_nothing_else(name):
 @pytest.mark.parametrize("precision", ["fp32", "bf16", "fp16"])
 @pytest.mark.parametrize("task", ["classification", "test_resnet", "fcmae", "tagging", "distillation"])
 def test_on_a_gpu_torchs_own_check_is_silent(task, precision, device="cuda"):
-    from tests.fake_cuda import BATCH, make_batch, make_setup, run_steps
+    from tests.fake_cuda import run_steps
 
     kind, setup = make_setup(task)
     runtime = {"device": device, "precision": precision, "deterministic": False}
@@ -86,7 +87,7 @@ def test_on_a_gpu_torchs_own_check_is_silent(task, precision, device="cuda"):
         kind.build(setup), batch_size=BATCH, accum_steps=2, runtime=runtime, optim={"option": "adamw"},
         loop={"ema_decay": 0.99},
     )  # fmt: skip
-    batches = [make_batch(task, setup) for _ in range(2)]
+    batches = [make_batch(task, setup, device) for _ in range(2)]
     run_steps(run, batches)  # kernels are loaded and chosen, state is made
     torch.cuda.set_sync_debug_mode("error")
     try:

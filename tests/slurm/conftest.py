@@ -11,7 +11,7 @@ from tests.slurm.cluster import Cluster
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     process = os.getpid()
-    port = 30_000 + process % 900 * 3  # above the ports where ranks meet (utils/ranks/distributed.py), below Linux's own
+    port = 30_000 + process % 900 * 3  # above the ports where ranks meet, below Linux's own
     cluster = Cluster(tmp_path_factory.mktemp("slurm"), port=port, prefix=f"n{process}x")
     cluster.start()
     yield cluster

@@ -1,0 +1,73 @@
+"""Each task in small, with a batch of grey images: for tests of what all tasks share."""
+
+import torch
+
+from bench.measure import read_group
+from data.stream.batch import Ragged, collate
+from engine.tasks.fcmae import patch_count
+from engine.tasks.kind import Setup
+from engine.tasks.kinds import KINDS
+from models.config import ModelConfig
+from models.sdxl import family as sdxl_family
+from utils.vocabulary import Vocabulary
+
+OF_DIFFUSERS = ("diffusion", "autoencoder")
+PLAYER = {"weight": 0.5, "start_step": 1, "width": 8, "layers": 2}
+SIZE, BATCH, NAMES = 64, 4, [f"name {index}" for index in range(7)]
+
+
+def make_setup(task):
+    """Return the kind and the setup of a task, by name; `test_resnet` is a classifier with batch norm."""
+    if task == "test_resnet":
+        model, task = read_group(ModelConfig, "model", "timm", name="test_resnet"), "classification"
+    else:
+        small = {"depths": [1, 1], "dims": [8, 16], "stem_stride": 2, "drop_path_rate": 0.1}
+        model = read_group(ModelConfig, "model", "convnextv2_atto", **small)
+    kind = KINDS[task]
+    if task in OF_DIFFUSERS:
+        model = read_group(kind.model, "model", "sdxl_tiny")
+        patch_configs()
+    config = {
+        "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
+        "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
+        "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
+        "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both"),
+        "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
+        "autoencoder": lambda: read_group(kind.config, "task", task, discriminator=PLAYER),
+    }[task]()
+    preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
+    facts = dict.fromkeys(kind.names, NAMES)
+    if task in ("tagging", "distillation"):
+        orientation = {"pairs": [[4, 5]], "dropped": [6], "no_flip": [6]}
+        facts = Vocabulary(tuple(NAMES), (9, 9, 9, 9, 0, 0, 4), (5,) * 7, tuple(range(7))).facts()
+        facts |= {"orientation": orientation, "tag_priors": [0.1] * 7, "labelled": True}
+        stated = {**preprocessing, "image_size_hw": [32, 32]}
+        facts["teacher"] = {"model": model.model_dump(), "preprocessing": stated, "outputs": 7}
+    return kind, Setup(model, config, preprocessing, facts)
+
+
+def patch_configs():
+    """Give the tiny SDXL one layer in place of equal ones in a row: each takes seconds of fake tensors."""
+    list_configs, one = sdxl_family.list_configs, {"transformer_layers_per_block": [1] * 3, "layers_per_block": 1}
+    sdxl_family.list_configs = lambda **size: (found := list_configs(**size)) | {"unet": found["unet"] | one}
+
+
+def make_batch(task, setup, device):
+    """Return a batch as the loader makes it, on the device."""
+    samples = []
+    for number in range(BATCH):
+        images = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
+        sample = {"sample_id": torch.tensor(number), "key": torch.tensor(number), "weight": torch.tensor(1.0)}
+        sample |= {"images": images, "labels": torch.tensor(number % 3)}
+        if task == "fcmae":
+            sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
+        if task in ("tagging", "distillation"):
+            sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
+            sample["unknown_tags"] = Ragged(torch.zeros(1, dtype=torch.int64))
+            sample |= {"flip": torch.tensor(0, dtype=torch.int8)}
+        if task == "diffusion":
+            sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
+            sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}
+        samples.append(sample)
+    batch = collate(samples, len(samples), channels_last=True)
+    return {name: tensor.to(device) for name, tensor in batch.items()}
