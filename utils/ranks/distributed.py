@@ -93,7 +93,10 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
 
 
 def init_process_group(device_type: str, timeout_sec: float) -> None:
-    """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing."""
+    """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing.
+
+    Raises UserError (`MASTER_PORT`) if the ranks cannot meet.
+    """
     import torch
     import torch.distributed as dist
 
@@ -106,7 +109,11 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
         backend = "cpu:gloo,cuda:nccl"  # objects and CPU tensors take no GPU memory
         device = torch.device("cuda", local_device_index(world))
         torch.cuda.set_device(device)
-    store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    try:
+        store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
+    except dist.DistNetworkError as error:
+        place, reason = f"{world.address}:{world.port}", str(error).partition("\n")[0]
+        raise UserError(f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set it to a free port") from error
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
     dist.init_process_group(

@@ -1,5 +1,7 @@
 """Who am I? Literal tables of launchers' variables and SLURM node lists, and helpers in a world of one."""
 
+import socket
+
 import pytest
 import torch
 
@@ -40,6 +42,16 @@ WORLDS = {
 def test_the_processes_of_a_job_choose_one_port_and_another_step_another():
     ports = [detect_world({**STEP, **other}).port for other in ({}, {"SLURM_PROCID": "2"}, {"SLURM_STEP_ID": "7"})]
     assert ports[0] == ports[1] != ports[2] and all(1024 < port < 32768 for port in ports)
+
+
+def test_a_port_in_use_is_said(monkeypatch):
+    with socket.create_server(("", 0)) as server:
+        port = server.getsockname()[1]
+        variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for name, value in variables.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(UserError, match=rf"^MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: .*a free port"):
+            distributed.init_process_group("cpu", timeout_sec=5.0)
 
 
 @pytest.mark.parametrize(
