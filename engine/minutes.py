@@ -177,7 +177,8 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
 
     for phase in range(max(1, len(run.plan.phases))):
         count, first = time_phase(phase)
-        found.append((first, min(first, time_phase(phase, count)[1]) if count else first))
+        later = time_phase(phase, count)[1] if count else first
+        found.append((first, min(later, (first + later) / 2)))  # the least of both would be 2 % too short
     shares = [each.fraction for each in run.config.loop.phases or ()] or [1.0]
     first, later = (math.fsum(share * each for share, each in zip(shares, times)) for times in zip(*found))
     return first, later

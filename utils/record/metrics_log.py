@@ -1,13 +1,14 @@
 """metrics.jsonl and training_log.txt: a run's figures, without gaps or repeats over any number of resumes.
 
 A row is a JSON object with `step`, `kind` ("train", "evaluate" or "epoch") and figures. A resumed run first drops the
-rows after its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV. It is rewritten at
-each start and epoch, so that it has a column for every figure.
+rows after its checkpoint, which it will write again. training_log.txt has the epoch rows as CSV. It is rewritten, so
+that it has a column for every figure: at the start, at the end, and at those epochs that leave time for it.
 """
 
 import json
 import math
 import re
+import time
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -20,6 +21,7 @@ from utils.record.report import write_table
 log = get_logger(__name__)
 
 METRICS_FILE = "metrics.jsonl"
+_CSV_PAUSE = 100  # as a multiple of the time of writing training_log.txt, so that it takes at most 1 % of the time
 Row = dict[str, Any]
 
 
@@ -77,10 +79,16 @@ class MetricsLog(AppendFile):
             row[name] = None if isinstance(value, float) and not math.isfinite(value) else value
         self.rows.append(row)
         self.write(json.dumps(row) + "\n")
-        if kind == "epoch":
+        if kind == "epoch" and time.perf_counter() >= self._next_csv:
             self._write_csv()
 
+    def close(self) -> None:
+        """Write training_log.txt, and close the file."""
+        self._write_csv()
+        super().close()
+
     def _write_csv(self) -> None:
+        started = time.perf_counter()
         rows = [
             {_column(name): f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
             for row in self.rows
@@ -90,6 +98,7 @@ class MetricsLog(AppendFile):
             del row["kind"]
         with ignore_write_errors(self._csv):
             write_table(self._csv, rows)
+        self._next_csv = time.perf_counter() + _CSV_PAUSE * (time.perf_counter() - started)
 
 
 def _column(name: str) -> str:
