@@ -5,8 +5,7 @@ python bench/loader.py [data.root=PATH] [augment=light] [seconds=90] [any key of
 Two measurements, both with the readers of training, by workers and augment.on_device: reading alone; and reading for
 training steps of the configured network, which decides, because on a CPU workers take the cores that training needs.
 The settings take turns; each turn opens its stream anew, warms it up, and counts for the same time. Figures are
-medians, with the least and the greatest. seconds: of all turns together. Without data.root, the images are 2,048 JPEGs
-of 500 x 375. `quick` is for the tests.
+medians, with the least and the greatest. seconds: of all turns together. `quick` is for the tests.
 """
 
 import itertools
@@ -24,8 +23,6 @@ import torch
 from torch.nn import functional as F
 
 import train
-from bench.loader_rivals import write_images
-from bench.measure import OUT
 from data.augment.on_device import training_views
 from data.config import AugmentConfig
 from data.open import Data, load_collection, open_images
@@ -193,9 +190,6 @@ def main():
     seconds = next((word.partition("=")[2] for word in words if word.startswith("seconds=")), None)
     seconds = float(seconds or (QUICK_SECONDS if quick else SECONDS))
     words = [word for word in words if word != "quick" and not word.startswith("seconds=")]
-    if not any(word.startswith("data") for word in words):
-        write_images(OUT / "loader", 2048, (500, 375))
-        words.append(f"data.root={OUT / 'loader'}")
     sys.argv[1:] = words  # what is left is the command line of train.py
     replace(train.main, main=lambda config, job: measure(config, seconds, quick))()
 

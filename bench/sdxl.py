@@ -1,6 +1,6 @@
 """Fine-tuning SDXL: what the caches gain, and the step against diffusers' script.
 
-python bench/sdxl.py [quick]            (two minutes of a core or of a GPU of 80 GB)
+python bench/sdxl.py [quick]            (two minutes of a core; on a GPU of 80 GB, longer)
 
 The pictures are generated in outputs/bench/sdxl/. On a CPU the networks are of model=sdxl_tiny, all work is one
 thread's, and its time is CPU seconds, so that other processes of the machine count little. On a GPU they have SDXL's

@@ -75,13 +75,14 @@ def test_recorded_updates_of_each_task_equal_others(task, device):
         torch.manual_seed(0)
         machine = {"device": device, "precision": "fp32", "deterministic": False, "cuda_graphs": True}
         optim = {"option": "adamw", "lr": 1e-3}
-        learner = build_bench_run(kind.build(setup), batch_size=8, runtime=machine, optim=optim).learner
+        size = small_tasks.BATCH, 3, small_tasks.SIZE, small_tasks.SIZE
+        learner = build_bench_run(kind.build(setup), batch_size=size[0], runtime=machine, optim=optim).learner
         assert (learner.graphs is None) == (device == "cpu")
         learner.graphs = UpdateGraphs(learner) if recorded else None
         for number in range(6):
             batch = small_tasks.make_batch(task, setup, device)
             torch.manual_seed(number)
-            learner.update([batch | {"images": torch.randint(0, 256, (4, 3, 64, 64), dtype=torch.uint8).to(device)}])
+            learner.update([batch | {"images": torch.randint(0, 256, size, dtype=torch.uint8).to(device)}])
         found.append(weights(learner))
     assert learner.graphs.count == 1
     torch.testing.assert_close(*found, rtol=1e-3, atol=1e-4)

@@ -95,7 +95,7 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
 def init_process_group(device_type: str, timeout_sec: float) -> None:
     """Join the process group, with NCCL on GPUs and gloo on CPUs. A second call does nothing.
 
-    Raises UserError (`MASTER_PORT`) if the ranks cannot meet.
+    Raises UserError (`MASTER_ADDR`, `MASTER_PORT`) if the ranks cannot meet.
     """
     import torch
     import torch.distributed as dist
@@ -112,8 +112,11 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
     try:
         store, _, _ = next(dist.rendezvous("env://", world.rank, world.size, timeout=timeout))
     except dist.DistNetworkError as error:
-        place, reason = f"{world.address}:{world.port}", str(error).partition("\n")[0]
-        raise UserError(f"MASTER_PORT: the ranks cannot meet at {place}: {reason}; set it to a free port") from error
+        reason = str(error).partition("\n")[0]
+        raise UserError(
+            f"MASTER_ADDR, MASTER_PORT: the ranks cannot meet at {world.address}:{world.port}: {reason}; name the node "
+            "of rank 0 and a free port of it"
+        ) from error
     if world.launcher == "torchrun":
         store = dist.PrefixStore(f"atelier/{meet_ranks(store, world, timeout_sec)}", store)
     dist.init_process_group(

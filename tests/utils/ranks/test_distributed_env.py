@@ -50,7 +50,8 @@ def test_a_port_in_use_is_said(monkeypatch):
         variables = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
-        with pytest.raises(UserError, match=rf"^MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: .*a free port"):
+        said = rf"^MASTER_ADDR, MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: .*{port}.*; name .* a free port"
+        with pytest.raises(UserError, match=said):
             distributed.init_process_group("cpu", timeout_sec=5.0)
 
 
