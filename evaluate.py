@@ -32,12 +32,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
-from engine.exports.grid import list_weights, to_part, to_report
+from engine.judging.grid import list_weights, to_part, to_report
 from engine.exports.weights import MovedBase, load_predictor, open_weights
-from engine.per_image import write_images
-from engine.runtime import Runtime, choose_trained, start_machine
+from engine.judging.per_image import write_images
+from engine.update.runtime import Runtime, choose_trained, start_machine
 from engine.task import Report
-from engine.tasks.arena import Arena, ArenaConfig
+from engine.judging.arena import Arena, ArenaConfig
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
@@ -53,7 +53,7 @@ from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
 from utils.record.tables import IMAGES
-from utils.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
+from utils.formats.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 
 log = get_logger(__name__)
 

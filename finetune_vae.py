@@ -18,7 +18,8 @@ from pydantic import model_validator
 
 from data.config import WholeData
 from engine.config import TrainingConfig
-from engine.tasks.kinds import task_schema, train
+from engine.tasks.kinds import task_schema
+from engine.train import train
 from models.sdxl.networks import SDXLConfig
 from utils.config.entry_point import entry_point
 

@@ -24,7 +24,7 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
-from data.layouts.spelling import join_tags
+from utils.formats.spelling import join_tags
 from data.open import load_files
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRules, read_text_rules
@@ -45,9 +45,9 @@ from data.tools.predictions import (
     stack_rows,
 )
 from engine.config import MachineConfig
-from engine.exports.drawing import DrawConfig, draw, open_painter, read_prompts
+from engine.exports.painter import DrawConfig, draw, open_painter, read_prompts
 from engine.exports.weights import MovedBase, load_predictor
-from engine.runtime import choose_runtime
+from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
 from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
@@ -60,8 +60,8 @@ from utils.io.journal import open_journal
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.thresholds import MCUT, PER_TAG
-from utils.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
+from utils.formats.thresholds import MCUT, PER_TAG
+from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 

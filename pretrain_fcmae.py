@@ -12,7 +12,8 @@ All images of the training split are used, labelled or not. The same command res
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
 from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import task_schema, train
+from engine.tasks.kinds import task_schema
+from engine.train import train
 from utils.config.entry_point import entry_point
 
 

@@ -12,9 +12,10 @@ The same command resumes a run. finetune.py has the defaults for initial weights
 
 import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
 
-from engine.tasks.curve import train_curve
+from engine.judging.curve import train_curve
 from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import task_schema, train
+from engine.tasks.kinds import task_schema
+from engine.train import train
 from utils.config.entry_point import Job, entry_point
 
 

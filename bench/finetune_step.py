@@ -2,7 +2,7 @@
 
 python bench/finetune_step.py [quick]          (on an idle machine; six minutes on two CPU cores; quick: no compiling)
 
-Ours is the loop itself (engine/run.py) on a batch on the device: scheduled values, the update
+Ours is the loop itself (engine/run/loop.py) on a batch on the device: scheduled values, the update
 with its finite decision and clipping, EMA, meters. Theirs is one update as timm's script makes it, of timm's own parts:
 the prefetching loader's normalisation, autocast, forward and loss, backward, gradient clipping, the optimiser of
 `create_optimizer_v2`, reading the loss, EMA, the schedule per update. Both normalise uint8 images, smooth labels by

@@ -27,7 +27,7 @@ from data.augment.on_device import training_views
 from data.config import AugmentConfig
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
-from engine.runtime import choose_runtime
+from engine.update.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.image_model import Normalise
 from utils.ranks.processes import count_cores

@@ -30,9 +30,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
-from engine.run import Run
-from engine.runtime import Runtime, choose_runtime
+from engine.run.loop import Run
 from engine.task import Streams
+from engine.update.runtime import Runtime, choose_runtime
 from utils.config.entry_point import Job
 from utils.config.help import CONF, ROOT
 from utils.record.figures import align_columns
@@ -210,7 +210,7 @@ def build_bench_run(
     optim: dict[str, Any] | None = None,
     loop: dict[str, Any] | None = None,
 ) -> Run:
-    """Build a run as engine/run.py does, in which nothing is due: no log, evaluation or checkpoint.
+    """Build a run as engine/run/loop.py does, in which nothing is due: no log, evaluation or checkpoint.
 
     An epoch has `epoch_steps` updates, so one call of train_one_epoch makes that many. runtime, optim, loop: changed
     values of these groups; `option` names the file of the group: reference, adamw and default if absent.

@@ -37,9 +37,9 @@ from torch.nn import functional as F
 from bench.measure import OUT, Comparison, build_bench_run, run_bench
 from data.open import Data, load_collection
 from data.stream.batch import to_device
-from engine.runtime import choose_runtime
-from engine.start import build_task
+from engine.run.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
+from engine.update.runtime import choose_runtime
 from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import draw_networks

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torchvision.transforms import RandomCrop
 
+from data.images.bytes import Images
 from data.images.decode import Decoder
-from data.images.image_source import Images
 from data.stream.source import UnreadableImage
 from data.tools.predictions import find_images
 from models.sdxl.checkpoint_files import write_diffusers

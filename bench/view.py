@@ -21,7 +21,7 @@ from PIL import Image
 from bench.measure import OUT, Comparison, run_bench
 from data.collection.collection import Collection, index_collection
 from data.collection.search import Search
-from data.images.image_formats import DEFAULT_MAX_PIXELS
+from data.images.open import DEFAULT_MAX_PIXELS
 from utils.record.curves import Curves, thin
 from viewer.images import reduce_image
 

@@ -6,9 +6,9 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field, model_validator
 
 from data.collection.concepts import ConceptConfig
-from utils.canvas import Background
 from utils.config.bounds import BelowOne, Count, Fraction, Pixels, Share, Side
 from utils.config.schema import PathText, Strict
+from utils.formats.background import Background
 
 Category = Literal["general", "artist", "copyright", "character", "meta"]
 _Jitter = Annotated[float, Field(ge=0, le=100)]

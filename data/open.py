@@ -29,11 +29,11 @@ from data.augment.transforms import evaluation_views
 from data.collection.collection import CACHE, Collection, index_collection
 from data.collection.concepts import find_folders
 from data.config import DataConfig
+from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
+from data.images.convert import read_upright_size, upright_size
 from data.images.decode import Decoder, decoder_versions
-from data.images.image_formats import warn_of_missing_libraries
-from data.images.image_source import Images
-from data.images.pixels import read_upright_size, upright_size
+from data.images.open import warn_of_missing_libraries
 from data.latents.buckets import assign, letterbox_groups
 from data.layouts.folders import check_root
 from data.layouts.glyphs import draw_glyphs
@@ -41,8 +41,8 @@ from data.layouts.refresh import refresh_manifest
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Draw, Sampler, Views, build_sampler
 from data.stream.source import Source, UnreadableImage
-from utils.canvas import background_of
 from utils.contracts import Machine
+from utils.formats.background import background_of
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 

@@ -61,7 +61,7 @@ class _LoopConfig(Strict):
 
     total_epochs: Literal["auto"] | Duration  # auto: derived from the collection's size (engine/plan.py)
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
-    minutes: Positive | None  # in place of both (engine/minutes.py)
+    minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     global_batch_size: BatchSize
@@ -91,7 +91,7 @@ class _LoopConfig(Strict):
 
 
 class MachineConfig(Strict):
-    """The machine. `auto` is decided at startup (engine/runtime.py)."""
+    """The machine. `auto` is decided at startup (engine/update/runtime.py)."""
 
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
@@ -116,7 +116,7 @@ class RuntimeConfig(MachineConfig):
 
 
 class _LRFinderConfig(Strict):
-    """A range test before the first update finds the peak learning rate (engine/lr_finder.py)."""
+    """A range test before the first update finds the peak learning rate (engine/run/lr_finder.py)."""
 
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]

@@ -37,7 +37,7 @@ class Plan:
     warmup_steps: int
     lr: float
     evaluate_every_epochs: float = 1.0
-    range_test_steps: int = 0  # updates before the first one (engine/lr_finder.py)
+    range_test_steps: int = 0  # updates before the first one (engine/run/lr_finder.py)
     phases: tuple[tuple[int, int], ...] = ()
 
     def phase_of(self, step: int) -> int:

@@ -67,7 +67,7 @@ class StepOutput:
 class Report:
     """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts.
 
-    An image that takes time to draw is a function: training calls it within its time for pictures (engine/recorder.py).
+    An image that takes time to draw is a function: training calls it within its time for pictures (engine/run/recorder.py).
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Task(nn.Module):
     """Base class of all tasks.
 
     Networks are named with dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed
-    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights (engine/parallel.py).
+    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights (engine/update/parallel.py).
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
@@ -96,7 +96,7 @@ class Task(nn.Module):
     metadata: JSON values for weight files.
     A module may have `enter_phase(config)`, which takes over the task's configuration of a phase (`loop.phases`).
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
-    may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/graphs.py).
+    may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.
     origin: JSON values about the initial weights, such as their licence, for checkpoints and weight files.
     """

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.thresholds import DEFAULT, mcut
-from utils.vocabulary import RATING, category_name
+from utils.formats.thresholds import DEFAULT, mcut
+from utils.formats.vocabulary import RATING, category_name
 
 _FORMATS = ("onnx", "timm", "transformers", "safetensors", "pth")  # of every network
 

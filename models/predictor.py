@@ -16,14 +16,24 @@ from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
 from models.outputs import OUTPUTS, RowOptions
-from utils.canvas import DEFAULT, Background
 from utils.config.bounds import Side
 from utils.errors import UserError
+from utils.formats.background import DEFAULT, Background
+from utils.formats.spelling import parse_tag
+from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
+from utils.formats.thresholds import MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
+from utils.formats.vocabulary import (
+    FACTS,
+    FILE,
+    GENERAL,
+    RATING,
+    Vocabulary,
+    read_facts,
+    read_vocabulary,
+    vocabulary_of,
+)
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT as DEFAULT_THRESHOLD
-from utils.thresholds import MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
-from utils.vocabulary import FILE, GENERAL, RATING, Vocabulary, read_facts, read_vocabulary
 
 log = get_logger(__name__)
 
@@ -277,3 +287,16 @@ def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any])
     }  # fmt: skip
     form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={output.name: "probs"})
     return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
+
+
+def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
+    """Return the output of each tag that a model was trained on, by (category, name in our spelling).
+
+    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError if the
+    model is no tagger.
+    """
+    if not set(FACTS) <= predictor.metadata.keys():
+        raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
+    vocabulary = vocabulary_of(predictor.metadata)
+    keys = [(category, parse_tag(tag).name) for category, tag in vocabulary.columns]
+    return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}

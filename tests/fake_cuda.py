@@ -61,9 +61,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from bench.measure import build_bench_run
-from engine.checkpoint import copy_to_host
 from engine.measures import probe as probe_module
 from engine.measures.tag_scores import TagScores
+from engine.run.checkpoint import copy_to_host
 from engine.task import Streams
 from engine.tasks import tagging as tagging_module
 from tests.small_tasks import BATCH, make_batch, make_setup

@@ -18,8 +18,8 @@ import torch
 from omegaconf import DictConfig
 
 from data.layouts import glyphs
-from engine.learner import Learner
 from engine.tasks.kinds import KINDS
+from engine.update.learner import Learner
 from tests.support import SMALL_MODEL, make_collection
 from utils.config.entry_point import Job, validate
 from utils.config.help import CONF, ROOT

@@ -9,7 +9,7 @@ from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import ModelConfig
 from models.sdxl import family as sdxl_family
-from utils.vocabulary import Vocabulary
+from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
 PLAYER = {"weight": 0.5, "start_step": 1, "width": 8, "layers": 2}

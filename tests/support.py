@@ -29,13 +29,13 @@ from safetensors.torch import load_file
 
 from data.config import CacheConfig, DataConfig
 from data.images.decode import Decoder
-from data.images.image_formats import read_file
+from data.images.open import read_file
 from data.tools.pack import Pack
 from data.tools.write_manifest import Manifest
-from utils.canvas import DEFAULT
 from utils.config.help import CONF
+from utils.formats.background import DEFAULT
+from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 from utils.record import plots
-from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 
 ROOT = Path(__file__).resolve().parents[1]
 FORKS = multiprocessing.get_context("forkserver")
@@ -196,7 +196,7 @@ def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
     os.environ.update(variables)
     os.chdir(cwd)
     if kill_at_step is not None:
-        from engine.learner import Learner
+        from engine.update.learner import Learner
 
         update = Learner.update
 

@@ -10,9 +10,9 @@ from PIL import Image
 
 from tests.in_process import SHORT, SMALL_MODEL, run
 from utils.errors import UserError
+from utils.formats.thresholds import find_thresholds
+from utils.formats.vocabulary import Vocabulary, write_vocabulary
 from utils.io.files import read_json
-from utils.thresholds import find_thresholds
-from utils.vocabulary import Vocabulary, write_vocabulary
 
 COLOURS = {"red": (230, 10, 20), "green": (10, 220, 30), "blue": (20, 10, 240)}
 ROWS = [(9, "general"), (9, "sensitive"), (0, "blue"), (0, "Green"), (0, "red"), (0, "rare"), (0, "of_no_image")]

@@ -10,6 +10,7 @@ from utils.config.help import ROOT
 
 SCRIPT = "root scripts"  # the room of the files at the root
 DATA = {f"data/{name}" for name in ("layouts", "collection", "stream", "images", "tags", "augment", "latents")}
+ENGINE = {"optim", "engine", "engine/update", "engine/run", "engine/measures"}
 # What each room may import beside itself. Root scripts are not a room: not even another script imports one.
 ALLOWED = {
     "utils": set(),
@@ -26,21 +27,16 @@ ALLOWED = {
     "optim": {"utils"},
     "engine/measures": {"utils"},
     "engine": {"utils", "optim"},
-    "engine/tasks": {"utils", "optim", "engine", "engine/measures", "models", "data", *DATA},
-    "engine/exports": {"utils", "engine", "engine/tasks", "models"},
+    "engine/update": {"utils", "optim", "engine"},
+    "engine/run": {"utils", "optim", "engine", "engine/update"},
+    "engine/tasks": {"utils", *ENGINE, "engine/recipe", "models", "data", *DATA},
+    "engine/recipe": {"utils", *ENGINE, "engine/tasks", "models", "data", *DATA},
+    "engine/exports": {"utils", *ENGINE, "engine/tasks", "engine/judging", "models"},
+    "engine/judging": {"utils", *ENGINE, "engine/tasks", "engine/exports", "engine/train", "models", "data", *DATA},
+    "engine/train": {"utils", *ENGINE, "engine/tasks", "engine/recipe", "models", "data", *DATA},
     "viewer": {"utils", "models", "data", *DATA, "data/tools", "engine/measures"},
-    SCRIPT: {
-        "utils",
-        "models",
-        "data",
-        "optim",
-        "engine",
-        "engine/tasks",
-        "engine/exports",
-        "data/tools",
-        "viewer",
-        *DATA,
-    },
+    SCRIPT: {"utils", *ENGINE, "engine/tasks", "engine/recipe", "engine/exports", "engine/judging", "engine/train"}
+    | {"models", "data", *DATA, "data/tools", "viewer"},
     "submit": {"utils"},
 }
 FREE = {"tests", "bench"}  # may import anything, and are imported by each other at most
@@ -150,8 +146,8 @@ def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
     planted = {
         "utils/io/files.py": "import os\nimport torch.optim\nimport optim\n",
         "models/build.py": "def f():\n    from ..data.stream import loader\n",
-        "data/stream/loader.py": "import_module('engine.step')\n",
-        "engine/step.py": "import optim.build\n",
+        "data/stream/loader.py": "import_module('engine.update.step')\n",
+        "engine/update/step.py": "import optim.build\n",
         "optim/build.py": "",
         "zoo/app.py": "import utils.io.files\n",
         "utils/a.py": "import utils.b\n",
@@ -161,7 +157,7 @@ def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     assert find_wrong_arrows(tmp_path) == [
-        "data/stream/loader.py:1: data/stream may not import engine.step",
+        "data/stream/loader.py:1: data/stream may not import engine.update.step",
         "models/build.py:2: models may not import data.stream.loader",
         "utils/io/files.py:3: utils may not import optim",
         "zoo/app.py:1: zoo is no room that tests/test_layering.py knows",

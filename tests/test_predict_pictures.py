@@ -10,7 +10,7 @@ pytest.importorskip("diffusers")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 
-import engine.exports.drawing
+import engine.exports.painter
 from models.sdxl.lora import write_kohya
 from tests.engine.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
 from tests.in_process import Killed, run, run_command
@@ -80,7 +80,7 @@ def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, cap
 
 def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
     words = ["weights=base", "prompts=prompts.yaml", "pictures.seeds=[0,1]"]
-    wanted, made, sample = draw(prompts, "straight", *words), [], engine.exports.drawing.sample_pictures
+    wanted, made, sample = draw(prompts, "straight", *words), [], engine.exports.painter.sample_pictures
 
     def fatal(*arguments):
         for picture in sample(*arguments):
@@ -89,7 +89,7 @@ def test_a_killed_command_goes_on_and_other_pictures_stay(prompts, monkeypatch):
                 raise Killed
             yield picture
 
-    monkeypatch.setattr("engine.exports.drawing.sample_pictures", fatal)
+    monkeypatch.setattr("engine.exports.painter.sample_pictures", fatal)
     with pytest.raises(Killed):
         draw(prompts, "killed", *words)
     assert draw(prompts, "killed", *words).keys() == wanted.keys() and len(made) == 4  # the first picture was kept

@@ -12,7 +12,6 @@ import torch
 
 import predict
 from data.config import TextConfig
-from data.layouts.spelling import join_tags
 from data.tags.rules import read_text_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
@@ -21,9 +20,10 @@ from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.formats.spelling import join_tags
+from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
+from utils.formats.vocabulary import Vocabulary, category_name, write_vocabulary
 from utils.io.weights import read_weights, write_weights
-from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
-from utils.vocabulary import Vocabulary, category_name, write_vocabulary
 
 # As training leaves it, not in the WD order. Each tag with the probability that the made weights give it.
 PROBS = {

@@ -12,7 +12,7 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Machine:
-    """The machine, as a loader needs to know it; engine/runtime.py adds the precision."""
+    """The machine, as a loader needs to know it; engine/update/runtime.py adds the precision."""
 
     device: torch.device  # the target of batches
     channels_last: bool  # the memory format of images

@@ -17,14 +17,14 @@ from PIL import ExifTags, Image
 
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
-from data.images.image_formats import open_image
-from data.images.pixels import convert, load_upright
-from data.layouts.spelling import parse_tag
+from data.images.convert import convert, load_upright
+from data.images.open import open_image
 from data.layouts.table import TAG_LISTS
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
+from utils.formats.spelling import parse_tag
+from utils.formats.vocabulary import category_name
 from utils.io.safe_text import escape_controls
-from utils.vocabulary import category_name
 from viewer.images import Shelf, image_address
 from viewer.parts import filtered_table, page, run_name
 

@@ -18,14 +18,14 @@ from pydantic import ValidationError
 from data.collection.collection import CACHE, Collection, index_collection
 from data.collection.concepts import find_folders
 from data.config import DataConfig
-from data.images.image_formats import open_image
-from data.images.image_source import image_key, open_contents
-from data.images.pixels import convert, load_upright
+from data.images.bytes import image_key, open_contents
+from data.images.convert import convert, load_upright
+from data.images.open import open_image
 from data.images.record_store import LimitedStore
 from data.layouts.remote import is_remote
 from data.stream.source import UnreadableImage
-from utils.canvas import DEFAULT, background_rgb
 from utils.errors import UserError
+from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import canonical_json, sha256_text
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex, find_runs, is_inside

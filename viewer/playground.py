@@ -15,18 +15,18 @@ from PIL import Image
 from starlette.formparsers import MultiPartParser
 
 from data.config import TextConfig
-from data.images.image_formats import open_image
-from data.images.image_source import image_key, open_contents
-from data.layouts.spelling import join_tags
+from data.images.bytes import image_key, open_contents
+from data.images.open import open_image
 from data.stream.source import UnreadableImage
 from data.tags.rules import read_text_rules
 from data.tools import predictions
 from utils.errors import UserError, about
+from utils.formats.spelling import join_tags
+from utils.formats.thresholds import CATEGORY_PROFILES, MCUT, PER_TAG, thresholds_path
+from utils.formats.vocabulary import FILE, category_name
 from utils.io.files import ignore_write_errors, readable, sha256_file
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
-from utils.thresholds import CATEGORY_PROFILES, MCUT, PER_TAG, thresholds_path
-from utils.vocabulary import FILE, category_name
 from viewer.collection import list_collections
 from viewer.images import Shelf, image_address
 from viewer.parts import page

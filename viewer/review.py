@@ -13,13 +13,13 @@ from nicegui import ui
 from nicegui.events import KeyEventArguments
 
 from data.layouts.corrections import Decision, Decisions, Desk, drop_undone, settle
-from data.layouts.spelling import Tag, parse_tag, write_tag
 from data.layouts.table import count_values
 from utils.errors import UserError
+from utils.formats.spelling import Tag, parse_tag, write_tag
+from utils.formats.vocabulary import RATINGS
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import RunIndex
 from utils.record.tables import find_differences, images_root
-from utils.vocabulary import RATINGS
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
 

@@ -20,8 +20,8 @@ from data.augment.transforms import NoiseErasing, TrainTransform
 from data.config import AugmentConfig
 from data.stream.order import Draw, Views
 from utils import rng
-from utils.canvas import DEFAULT
 from utils.contracts import Batch
+from utils.formats.background import DEFAULT
 
 IMAGES, AUGMENT = "images", "augment"
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _CHANGES = range(4)

@@ -20,7 +20,7 @@ from data.config import AugmentConfig
 from data.images.decode import resize
 from data.stream.order import Draw, View, Views
 from utils import rng
-from utils.canvas import DEFAULT, background_levels, background_of
+from utils.formats.background import DEFAULT, background_levels, background_of
 
 # Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
 # to at most this many times the evaluation size. With padding, the whole image is reduced to this many times the size.

@@ -19,9 +19,9 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
-from data.layouts.spelling import PREFIXES, parse_tag
 from data.layouts.table import TAG_LISTS, count_values
 from utils.errors import UserError
+from utils.formats.spelling import PREFIXES, parse_tag
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
 _TERM = re.compile(rf"(-?)(?:({_QUOTED}|\w[\w.-]*)(<=|>=|[:=<>]))?({_QUOTED}|\S+)")

@@ -23,7 +23,7 @@ from torch import Tensor
 from data.collection.collection import Collection
 from data.collection.rows import spread
 from data.config import CacheConfig
-from data.images.image_source import Images, image_key
+from data.images.bytes import Images, image_key
 from data.images.record_store import LimitedStore
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage
 from utils.errors import UserError

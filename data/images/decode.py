@@ -19,10 +19,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms import InterpolationMode, v2
 
-from data.images.image_formats import open_image
-from data.images.pixels import UPRIGHT, convert, load_upright, read_orientation, to_srgb
-from utils.canvas import DEFAULT, background_rgb
+from data.images.convert import UPRIGHT, convert, load_upright, read_orientation, to_srgb
+from data.images.open import open_image
 from utils.errors import UserError
+from utils.formats.background import DEFAULT, background_rgb
 
 _PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 _RULES = 2  # version of conversion and resizing; increment it to invalidate cached images

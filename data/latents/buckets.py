@@ -22,7 +22,7 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.images.decode import resize
-from data.latents.measures import SIZES, image_sizes
+from data.images.sizes import SIZES, image_sizes
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from utils import rng

@@ -19,8 +19,8 @@ from PIL import Image
 from torch.nn import functional
 
 from data.collection.collection import Collection
-from data.images.image_formats import DEFAULT_MAX_PIXELS, open_image, read_file
-from data.images.pixels import convert, is_transparent, load_upright, upright_size
+from data.images.convert import convert, is_transparent, load_upright, upright_size
+from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
 from data.images.record_store import TensorStore, record_key
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED

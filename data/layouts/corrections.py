@@ -19,11 +19,11 @@ import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
 from data.layouts.sidecars import refuse_link_out
-from data.layouts.spelling import join_tags, split_tags
 from data.layouts.table import show_some, take_rows
 from data.layouts.unused import Unused
 from utils.config.schema import Strict
 from utils.errors import UserError
+from utils.formats.spelling import join_tags, split_tags
 from utils.io.files import file_lock, output_errors
 from utils.record.logging import get_logger
 

@@ -15,10 +15,10 @@ from typing import Any
 from data.layouts.manifest import find_one
 from data.layouts.records import Sidecar, decode, parse_record, parse_text
 from data.layouts.sidecars import load_json, read_lines, refuse_link_out
-from data.layouts.spelling import Tag, parse_tag, split_tags, write_tag
 from data.layouts.unused import Unused
+from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
+from utils.formats.vocabulary import CATEGORIES
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES
 
 log = get_logger(__name__)
 

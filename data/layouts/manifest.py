@@ -22,10 +22,10 @@ import pyarrow.csv
 import pyarrow.parquet as pq
 
 from data.layouts.sidecars import read_lines
-from data.layouts.spelling import split_tags
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
+from utils.formats.spelling import split_tags
 from utils.io.files import output_errors, readable, write_atomically
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger

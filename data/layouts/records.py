@@ -1,6 +1,6 @@
 """Parse the texts and JSON records of boorus, captioning programs and Hydrus.
 
-A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, which data/layouts/spelling.py reads.
+A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, which utils/formats/spelling.py reads.
 """
 
 import codecs
@@ -12,9 +12,9 @@ import sys
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-from data.layouts.spelling import PREFIXES, clean, is_sentence, split_tags
 from data.layouts.unused import Unused
-from utils.vocabulary import CATEGORIES, GENERAL, RATING
+from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
+from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")

@@ -9,14 +9,23 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import VocabularyConfig
-from data.layouts.spelling import PREFIXES, Tag, parse_tag
 from data.layouts.table import count_values
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import map_tags
 from utils.errors import UserError, about
+from utils.formats.spelling import PREFIXES, Tag, parse_tag
+from utils.formats.vocabulary import (
+    CATEGORIES,
+    CHARACTER,
+    GENERAL,
+    RATING,
+    RATINGS,
+    Vocabulary,
+    category_name,
+    read_vocabulary,
+)
 from utils.io.files import read_json, readable
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, CHARACTER, GENERAL, RATING, RATINGS, Vocabulary, category_name, read_vocabulary
 
 log = get_logger(__name__)
 

@@ -18,15 +18,15 @@ import torch
 from pydantic import Field
 
 from data.collection.collection import Collection, Row
-from data.layouts.spelling import is_sentence, parse_tag, split_tags, with_spaces
 from data.layouts.table import show_some
 from utils.config.bounds import CountOrZero, Fraction
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
-from utils.emphasis import MARK, escape, read_emphasis
 from utils.errors import UserError
+from utils.formats.emphasis import MARK, escape, read_emphasis
+from utils.formats.spelling import is_sentence, parse_tag, split_tags, with_spaces
+from utils.formats.vocabulary import GENERAL, RATING, category_name
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL, RATING, category_name
 
 log = get_logger(__name__)
 
@@ -62,7 +62,7 @@ class CaptionConfig(Strict):
     these categories come first, in this order; those of other categories follow. dropout: by category, in place of
     `tag_dropout`. keep_tokens_separator: what is before it stays in front, in place of `keep_first`, and what is after
     a second one stays at the end; it is removed. prefix, suffix: texts around every caption that is kept. emphasis:
-    brackets and BREAK are emphasis (utils/emphasis.py); brackets of tags are not.
+    brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
     """
 
     source: Literal["caption", "tags"]

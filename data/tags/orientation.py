@@ -25,9 +25,9 @@ from utils import rng
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import Strict
 from utils.errors import UserError, about
+from utils.formats.vocabulary import CATEGORIES, GENERAL, Vocabulary
 from utils.io.files import readable
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, GENERAL, Vocabulary
 
 log = get_logger(__name__)
 

@@ -7,8 +7,8 @@ from functools import cached_property
 from pathlib import Path
 
 from data.config import TagRulesConfig, TextConfig
-from data.layouts.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.errors import UserError, about
+from utils.formats.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.io.files import canonical_json, readable, sha256_text
 
 # Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.

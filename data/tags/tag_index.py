@@ -19,15 +19,15 @@ import pyarrow as pa
 import torch
 
 from data.collection.collection import Collection
-from data.layouts.spelling import Tag, parse_tag
 from data.layouts.table import TAG_LISTS
 from data.tags.rules import TagRules
 from utils.errors import UserError, about
+from utils.formats.spelling import Tag, parse_tag
+from utils.formats.vocabulary import GENERAL, RATING, Vocabulary
 from utils.io.files import write_atomically
 from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.vocabulary import GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 

@@ -12,13 +12,13 @@ import pyarrow as pa
 from pydantic import Field
 
 from data.collection.collection import Collection
-from data.layouts.spelling import is_sentence, parse_tag
 from data.tags.captions import CaptionConfig, Captions, spell
 from data.tags.tag_index import TagRows
 from utils.config.bounds import Count, Factor, Positive
 from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.vocabulary import category_name
+from utils.formats.spelling import is_sentence, parse_tag
+from utils.formats.vocabulary import category_name
 
 
 class TagWeightsConfig(Strict):

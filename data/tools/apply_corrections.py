@@ -17,11 +17,11 @@ from data.layouts.folders import POSTS, check_root, read_folder, scan_folder
 from data.layouts.manifest import find_manifest, find_one, scanned_at
 from data.layouts.records import decode, parse_record
 from data.layouts.sidecars import load_json
-from data.layouts.spelling import join_tags
 from data.layouts.table import show_some
 from data.layouts.unused import Unused, warn_unused
 from data.tools.tool import Tool
 from utils.errors import UserError
+from utils.formats.spelling import join_tags
 from utils.io.files import AppendFile, write_atomically, write_text
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger

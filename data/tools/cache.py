@@ -17,8 +17,8 @@ from safetensors import deserialize
 from data.collection.collection import Collection
 from data.collection.rows import spread
 from data.config import DataConfig
+from data.images.bytes import image_key, open_contents
 from data.images.caches import GIB, HEAD
-from data.images.image_source import image_key, open_contents
 from data.images.record_store import USES, Store, Use
 from data.layouts.remote import is_remote
 from data.open import load_collection, open_images

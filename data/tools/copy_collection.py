@@ -17,14 +17,13 @@ from pydantic import Field
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.images.image_formats import Unsupported, open_image, read_file
+from data.images.open import Unsupported, open_image, read_file
 from data.layouts.corrections import CORRECTIONS
 from data.layouts.folders import MASK_ENDINGS, POSTS, check_root, is_mask_name, list_folder
 from data.layouts.huggingface import TABLES
 from data.layouts.manifest import PARQUET, find_manifest, read_parquet, read_table, save_manifest, scanned_at
 from data.layouts.records import FIELDS
 from data.layouts.sidecars import pair_sidecars
-from data.layouts.spelling import parse_tag
 from data.layouts.table import replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
@@ -34,6 +33,7 @@ from data.tools.tool import Tool, refuse_shards
 from utils.config.bounds import Side
 from utils.config.schema import PathText
 from utils.errors import UserError
+from utils.formats.spelling import parse_tag
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import open_journal
 from utils.ranks.processes import map_items

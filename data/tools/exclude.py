@@ -20,7 +20,7 @@ from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
-from data.images.image_formats import read_file
+from data.images.open import read_file
 from data.layouts.folders import check_root
 from data.layouts.manifest import (
     PARQUET,
@@ -31,7 +31,6 @@ from data.layouts.manifest import (
     save_manifest,
     scanned_at,
 )
-from data.layouts.spelling import parse_rating
 from data.layouts.table import TYPES, replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
@@ -40,6 +39,7 @@ from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.bounds import Count, Factor, Side
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.formats.spelling import parse_rating
 from utils.io.journal import open_journal
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track

@@ -16,7 +16,8 @@ import PIL
 from PIL import Image
 
 from data.collection.duplicates import perceptual_hash
-from data.images.image_formats import (
+from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
+from data.images.open import (
     DEFAULT_MAX_PIXELS,
     NO_DECODER,
     NO_MEMORY,
@@ -25,9 +26,8 @@ from data.images.image_formats import (
     read_file,
     warn_of_missing_libraries,
 )
-from data.images.pixels import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.stream.source import UnreadableImage
-from utils.canvas import DEFAULT, background_rgb
+from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import sha256_text
 from utils.io.memo import measure_once
 from utils.ranks.processes import map_items
@@ -38,7 +38,7 @@ _SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all i
 
 
 class Facts(NamedTuple):
-    """Facts about one file. kind, reason: why it is unreadable (data/images/image_formats.py), else None.
+    """Facts about one file. kind, reason: why it is unreadable (data/images/open.py), else None.
 
     sha256: None if it cannot be opened. All other fields are None unless it was decoded. width, height: after EXIF
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. phash: see

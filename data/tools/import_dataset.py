@@ -15,12 +15,12 @@ import yaml
 from pydantic import Field
 
 from data.config import DataConfig
-from data.layouts.spelling import split_tags
 from data.tools.tool import Tool
 from utils.config.bounds import Count, CountOrZero, Fraction, Side
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
+from utils.formats.spelling import split_tags
 from utils.io.files import output_errors, readable, write_text
 from utils.record.logging import get_logger
 

@@ -14,7 +14,7 @@ from PIL import Image
 
 from data.config import DataConfig
 from data.images.decode import Decoder, decoder_versions
-from data.images.image_formats import FORMATS
+from data.images.open import FORMATS
 from data.layouts.folders import check_root
 from data.layouts.remote import is_remote
 from data.stream.source import UnreadableImage

@@ -23,14 +23,14 @@ import numpy as np
 from data.config import TextConfig
 from data.layouts.folders import IMAGE_SUFFIXES, is_image_name, is_passed_over
 from data.layouts.records import decode
-from data.layouts.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
 from data.tags.rules import TagRules
 from utils.errors import UserError
+from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
+from utils.formats.vocabulary import CATEGORIES, CHARACTER
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
 from utils.record.logging import get_logger
-from utils.vocabulary import CATEGORIES, CHARACTER
 
 log = get_logger(__name__)
 

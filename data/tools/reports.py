@@ -20,10 +20,10 @@ from data.tags.build_vocabulary import make_vocabulary
 from data.tools.facts import Facts, measure_files
 from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.schema import PathText
+from utils.formats.vocabulary import write_vocabulary
 from utils.io.files import output_errors
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
-from utils.vocabulary import write_vocabulary
 
 log = get_logger(__name__)
 

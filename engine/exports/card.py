@@ -24,12 +24,12 @@ from models.outputs import OUTPUTS
 from utils.config.recipe import flatten, is_free
 from utils.config.schema import path_keys
 from utils.errors import UserError
+from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets_in, safe_lines
 from utils.record.figures import COUNTS, interval, show_cell, show_interval, show_name, show_rows
 from utils.record.logging import get_logger
 from utils.record.run_reader import RunReader
-from utils.thresholds import PER_TAG, ThresholdTable
 
 log = get_logger(__name__)
 

@@ -36,11 +36,11 @@ from models.sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
+from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
+from utils.formats.vocabulary import vocabulary_of
 from utils.io.files import readable
 from utils.io.weights import WEIGHT_NAMES
 from utils.record.logging import get_logger
-from utils.thresholds import PER_TAG, ThresholdTable, find_thresholds
-from utils.vocabulary import vocabulary_of
 
 log = get_logger(__name__)
 

@@ -17,9 +17,9 @@ from torch import Tensor
 from engine.measures.tags import EDGES, TagCounts, edge_below
 from utils import rng
 from utils.errors import UserError
+from utils.formats.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
+from utils.formats.vocabulary import RATING, Vocabulary, category_name
 from utils.record.logging import get_logger
-from utils.thresholds import CATEGORY_PROFILES, DEFAULT_LOGIT, OVERALL, PER_TAG, Threshold, ThresholdTable
-from utils.vocabulary import RATING, Vocabulary, category_name
 
 log = get_logger(__name__)
 

@@ -21,8 +21,8 @@ from torch.func import functional_call
 
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
+from data.images.sizes import SIZES, image_sizes
 from data.latents.buckets import BucketConfig, Buckets, fitted_views, make_buckets
-from data.latents.measures import SIZES, image_sizes
 from data.open import Data, describe_collection
 from data.stream.loader import no_fields
 from data.stream.order import Draw, View, build_sampler

@@ -20,12 +20,12 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
-from engine.runtime import Runtime
+from engine.recipe.rules import plan_recipe
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
-from engine.tasks.planning import plan_recipe
+from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.config.entry_point import Job
 from utils.contracts import Batch
@@ -160,7 +160,7 @@ class ClassificationKind(Kind):
     def plan(
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
     ) -> tuple[ImageTrainingConfig, Job]:
-        """Let the rules of engine/tasks/planning.py choose the recipe of train.py."""
+        """Let the rules of engine/recipe/rules.py choose the recipe of train.py."""
         labels = collection.class_ids(self.find_facts(config, collection)["class_names"])
         return plan_recipe(config, job, collection, labels, runtime)
 

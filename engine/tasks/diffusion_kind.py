@@ -15,10 +15,10 @@ from data.collection.collection import Collection, describe_concepts
 from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
+from data.images.sizes import SIZES, image_hashes, image_sizes
 from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets, views_of
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
-from data.latents.measures import SIZES, image_hashes, image_sizes
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
 from data.stream.batch import Ragged, Sample

@@ -29,11 +29,11 @@ from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
+from engine.recipe.pretrained import stated_preprocessing
 from engine.task import Report, StepOutput, Task, Use, log_mean
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
-from engine.tasks.pretrained import stated_preprocessing
 from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
@@ -44,9 +44,9 @@ from utils.config.bounds import Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
 from utils.errors import UserError, about, close_names
+from utils.formats.vocabulary import RATING
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.record.logging import get_logger
-from utils.vocabulary import RATING
 
 log = get_logger(__name__)
 

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.measures.probe import fit_ridge, gather_features, standardise
-from engine.runtime import Runtime
 from engine.tasks.kind import ImageTask
+from engine.update.runtime import Runtime
 from models.image_model import find_head
 from utils.contracts import Batch
 from utils.errors import UserError

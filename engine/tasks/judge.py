@@ -17,9 +17,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from data.augment.transforms import evaluation_views
-from data.images.pixels import convert
+from data.images.convert import convert
 from data.latents.buckets import assign, letterbox_groups
-from data.layouts.spelling import parse_tag
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import EvaluationStream, Example
@@ -28,22 +27,22 @@ from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
 from engine.measures.judging import Seen, cosines, judge_pictures, tag_rows
 from engine.task import Report, join_exported
-from engine.tasks.arena import known_outputs
 from engine.tasks.kind import check_weights
 from engine.tasks.tagging import TaggingKind
 from models.image_model import ImageModel
-from models.predictor import onnx_predictor, torch_predictor
+from models.predictor import known_outputs, onnx_predictor, torch_predictor
 from utils.config.bounds import Count
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
+from utils.formats.spelling import parse_tag
+from utils.formats.thresholds import thresholds_path
+from utils.formats.vocabulary import FILE, RATING
 from utils.io.weights import find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.figures import INK
 from utils.record.logging import get_logger
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
-from utils.thresholds import thresholds_path
-from utils.vocabulary import FILE, RATING
 
 log = get_logger(__name__)
 

@@ -31,19 +31,19 @@ from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
 from engine.plan import largest_divisor
-from engine.runtime import Runtime
 from engine.task import Streams, Task, split_exported
+from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.image_model import Normalise
 from models.predictor import check_metadata
 from models.weights.fit import refuse_misfits
 from models.weights.initialise import initialise_from
-from utils.canvas import DEFAULT
 from utils.config.entry_point import Job
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError, close_names
+from utils.formats.background import DEFAULT
 from utils.io.files import canonical_json, readable, sha256_text
 from utils.io.weights import InitFrom
 from utils.record.logging import get_logger

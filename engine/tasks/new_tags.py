@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.record_store import TensorStore, record_key
-from data.latents.measures import image_hashes
+from data.images.sizes import image_hashes
 from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import TagIndex

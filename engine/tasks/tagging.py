@@ -28,12 +28,12 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, to_fit
 from engine.measures.tags import TagHistograms, place
 from engine.measures.top_samples import TopSamples
-from engine.runtime import Runtime
+from engine.recipe.rules import plan_recipe
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.tasks.new_tags import fit_new_tags
-from engine.tasks.planning import plan_recipe
+from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
@@ -44,11 +44,11 @@ from utils.config.entry_point import Job
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
+from utils.formats.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable, find_thresholds
+from utils.formats.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_of
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
-from utils.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable, find_thresholds
-from utils.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_of
 
 log = get_logger(__name__)
 
@@ -406,7 +406,7 @@ class TaggingKind(Kind):
     def plan(
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
     ) -> tuple[ImageTrainingConfig, Job]:
-        """Let the rules of engine/tasks/planning.py that need no classes choose the recipe of train.py."""
+        """Let the rules of engine/recipe/rules.py that need no classes choose the recipe of train.py."""
         return plan_recipe(config, job, collection, None, runtime)
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:

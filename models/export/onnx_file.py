@@ -26,7 +26,7 @@ from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
 from models.predictor import open_session
 from utils.errors import UserError
-from utils.vocabulary import FACTS
+from utils.formats.vocabulary import FACTS
 
 # ONNX Runtime reads both since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
 OPSET, IR_VERSION = 18, 9

@@ -30,13 +30,10 @@ from torch import nn
 from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel, OnnxForm, output_layers
 from models.weights.fit import first_convolutions
-from utils.canvas import background_of, background_rgb
 from utils.errors import UserError
-from utils.io.files import write_json
-from utils.record.logging import get_logger
-from utils.record.report import write_table
-from utils.thresholds import OVERALL, PER_TAG, ThresholdTable
-from utils.vocabulary import (
+from utils.formats.background import background_of, background_rgb
+from utils.formats.thresholds import OVERALL, PER_TAG, ThresholdTable
+from utils.formats.vocabulary import (
     CATEGORIES,
     CHARACTER,
     FILE,
@@ -47,6 +44,9 @@ from utils.vocabulary import (
     category_name,
     write_vocabulary,
 )
+from utils.io.files import write_json
+from utils.record.logging import get_logger
+from utils.record.report import write_table
 
 log = get_logger(__name__)
 

@@ -21,8 +21,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from utils.emphasis import read_emphasis
 from utils.errors import UserError
+from utils.formats.emphasis import read_emphasis
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -61,7 +61,7 @@ def tokenize(captions: Sequence[str], chunks: int, *, emphasis: bool = False) ->
     """Return the ids of captions, int64 [B, chunks, 77], and the weights of their tokens, float32, for `encode_text`.
 
     Each chunk has BOS, up to 75 tokens, then EOT to the end. Tokens beyond the last chunk are dropped.
-    emphasis: read brackets and BREAK (utils/emphasis.py); otherwise they are text, and the weights are None.
+    emphasis: read brackets and BREAK (utils/formats/emphasis.py); otherwise they are text, and the weights are None.
     """
     ids = torch.full((len(captions), chunks, LENGTH), EOT)
     ids[..., 0] = BOS

@@ -13,12 +13,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from engine.runtime import Runtime
+from engine.update.runtime import Runtime
 from tests.conf.test_no_dead_key import list_models
 from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, draw_few_glyphs, load_command, make_images, run
 from tests.support import TINY
 from utils.config.schema import Strict
-from utils.vocabulary import CATEGORIES
+from utils.formats.vocabulary import CATEGORIES
 
 
 def owner_of(model, name):

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from engine.plan import make_plan
-from engine.start import build_task
+from engine.run.start import build_task
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.fcmae import count_removed

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from engine.advice import advise, rank_correlation
+from engine.run.advice import advise, rank_correlation
 from utils.record.report import write_table
 
 

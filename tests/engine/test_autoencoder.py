@@ -14,12 +14,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.exports.weights import MovedBase, open_weights
-from engine.learner import Learner
 from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
 from engine.plan import Plan
-from engine.runtime import choose_runtime
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
+from engine.update.learner import Learner
+from engine.update.runtime import choose_runtime
 from models.perceptual import PatchDiscriminator, absolute_error, pyramid_distance
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import draw_networks

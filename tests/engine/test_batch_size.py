@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from engine.batch_size import read_size, show_samples, split
+from engine.update.batch_size import read_size, show_samples, split
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, common, rows, samples_by_step

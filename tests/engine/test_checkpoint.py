@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import (
+from engine.run.checkpoint import (
     Saver,
     find_checkpoint,
     list_checkpoints,

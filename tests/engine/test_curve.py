@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from engine.tasks import curve
+from engine.judging import curve
 from tests.in_process import TINY, run
 from tests.support import make_collection
 from utils.errors import UserError

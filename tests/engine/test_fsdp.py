@@ -5,7 +5,7 @@ summation order; refusals. Resuming, and steps that are not finite: slow_engine.
 import pytest
 from torch import nn
 
-from engine.parallel import find_units
+from engine.update.parallel import find_units
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import SMALL_MODEL
 from tests.in_process import run as run_here

@@ -10,14 +10,14 @@ from torch import nn
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from engine.learner import Learner
 from engine.plan import Plan
-from engine.runtime import choose_runtime
-from engine.start import start_ranks
-from engine.step import first_scale
+from engine.run.start import start_ranks
 from engine.task import StepOutput, Task, checkpointed_state
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
+from engine.update.learner import Learner
+from engine.update.runtime import choose_runtime
+from engine.update.step import first_scale
 from tests.in_process import SHORT, SMALL_MODEL, configure
 from utils.config.messages import ConfigError
 from utils.errors import UserError

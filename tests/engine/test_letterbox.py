@@ -12,8 +12,8 @@ from PIL import Image
 
 from data.open import Data, load_collection
 from engine.exports.weights import load_predictor
-from engine.runtime import Runtime
 from engine.tasks.kinds import KINDS
+from engine.update.runtime import Runtime
 from tests.in_process import SHORT, SMALL_MODEL, configure, run, run_until_killed, working_in
 from tests.support import checkpoint_tensors, rows
 from utils.config.messages import ConfigError

@@ -12,8 +12,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import engine.recorder
-from engine.lr_finder import _Curve, range_test, rate_at, suggest, undone
+import engine.run.recorder
+from engine.run.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run
@@ -240,7 +240,7 @@ def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched,
 def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch):
     folder, base = searched
     command = [*base, *SEARCH, f"run_dir={folder}/stopped"]
-    phase = engine.recorder.Recorder.phase
+    phase = engine.run.recorder.Recorder.phase
 
     def stop_at_the_third(self, step, name):
         if name.startswith("range test, update 3 "):
@@ -248,7 +248,7 @@ def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch
         phase(self, step, name)
 
     with monkeypatch.context() as patched:
-        patched.setattr(engine.recorder.Recorder, "phase", stop_at_the_third)
+        patched.setattr(engine.run.recorder.Recorder, "phase", stop_at_the_third)
         with pytest.raises(SystemExit) as stop:
             run("finetune", command, folder)
     assert stop.value.code == 75
@@ -265,7 +265,7 @@ def test_a_rate_beside_a_range_test_is_refused():
 
 def test_no_answer_keeps_the_rate_and_says_so(searched, capsys, monkeypatch):
     folder, base = searched
-    monkeypatch.setattr("engine.lr_finder.range_test", lambda *_: _Curve(RATES, [2.0] * 100))
+    monkeypatch.setattr("engine.run.lr_finder.range_test", lambda *_: _Curve(RATES, [2.0] * 100))
     run("finetune", [*base, *SEARCH, f"run_dir={folder}/flat", "optim.base_lr=1.28"], folder)
     assert "lr_finder: no answer" in capsys.readouterr().err
     assert found_by(folder / "flat")["taken"] is None

@@ -5,7 +5,7 @@ import torch
 
 pytest.importorskip("diffusers")
 
-from engine.tasks.memory import fit_memory, predict_memory
+from engine.recipe.memory import fit_memory, predict_memory
 from tests.engine.test_diffusion import build, losses, make_batch
 from tests.in_process import configure
 from tests.support import TINY

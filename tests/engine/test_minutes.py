@@ -5,8 +5,8 @@ import json
 import pytest
 import torch
 
-from engine import minutes
 from engine.plan import Plan
+from engine.run import length as minutes
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import checkpoint_tensors, rows
 from utils.errors import UserError

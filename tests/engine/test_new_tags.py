@@ -13,9 +13,9 @@ from engine.tasks.new_tags import _fit, _solve
 from models.image_model import ImageModel
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import make_collection
+from utils.formats.thresholds import find_thresholds
+from utils.formats.vocabulary import read_vocabulary
 from utils.io.weights import read_weights
-from utils.thresholds import find_thresholds
-from utils.vocabulary import read_vocabulary
 
 DATA = ["task=tagging", "task.min_count=1", "data=image_folder", "data.root=images"]
 APPEND = [*DATA, "task.append_to=run", "runtime=reference", "runtime.device=cpu"]

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from engine.learner import Learner
 from engine.plan import Plan
+from engine.update.learner import Learner
 from tests.in_process import TINY, configure, make_images, run, run_until_killed
 from tests.support import assert_same_rows, checkpoint_tensors, common, rows, samples_by_step
 from tests.support import run as run_as_process

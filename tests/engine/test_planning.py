@@ -8,10 +8,11 @@ import timm
 import torch
 from PIL import Image
 
-from engine import minutes
-from engine.tasks import facts, planning
-from engine.tasks.facts import Facts, Network, compare_mirrored, tells_colour
-from engine.tasks.planning import choose_network, choose_px, epochs_of
+from engine.recipe import facts
+from engine.recipe import rules as planning
+from engine.recipe.facts import Facts, Network, compare_mirrored, tells_colour
+from engine.recipe.rules import choose_network, choose_px, epochs_of
+from engine.run import length as minutes
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
 from utils.record.run_reader import RunReader

@@ -10,13 +10,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-import engine.recorder
-import engine.run
+import engine.run.loop
+import engine.run.recorder
 import utils.record.plots
 from engine.plan import Plan
-from engine.recorder import Recorder
-from engine.runtime import choose_runtime
+from engine.run.recorder import Recorder
 from engine.task import Report
+from engine.update.runtime import choose_runtime
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
 from utils.io.files import read_json
@@ -40,7 +40,7 @@ def make_recorder(folder, momentum=None, *overrides):
 def clock(monkeypatch):
     """Return a clock to set, which the recorder and its meters read."""
     now = {"now": 1000.0}
-    monkeypatch.setattr(engine.recorder.time, "perf_counter", lambda: now["now"])
+    monkeypatch.setattr(engine.run.recorder.time, "perf_counter", lambda: now["now"])
     return now
 
 
@@ -73,8 +73,8 @@ def test_pictures_that_take_time_are_drawn_with_the_curves(tmp_path, clock, monk
 @pytest.mark.parametrize(("left_sec", "says"), [(540.0, False), (700.0, True)])
 def test_a_machine_that_becomes_slower_is_said_once(left_sec, says, tmp_path, clock, monkeypatch, log):
     recorder = make_recorder(tmp_path)
-    monkeypatch.setattr(engine.recorder.time, "monotonic", lambda: engine.recorder.STARTED + 60.0)
-    recorder.ends_at, recorder.bar = engine.recorder.STARTED + 600.0, SimpleNamespace(left_sec=left_sec)
+    monkeypatch.setattr(engine.run.recorder.time, "monotonic", lambda: engine.run.recorder.STARTED + 60.0)
+    recorder.ends_at, recorder.bar = engine.run.recorder.STARTED + 600.0, SimpleNamespace(left_sec=left_sec)
     recorder._warn_if_late()
     recorder._warn_if_late()
     assert log.text.count("steps have become slower; they are kept, and end about 2:40 late") == says
@@ -148,7 +148,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
 
 
 def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.run, "MUCH_WAITING", 0.0)
+    monkeypatch.setattr(engine.run.loop, "MUCH_WAITING", 0.0)
     root = make_images(tmp_path / "images")
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
     run("finetune", command, tmp_path)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from engine.checkpoint import Saver
+from engine.run.checkpoint import Saver
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, steps_in
 from tests.engine.test_exactness import assert_same_tensors

@@ -7,8 +7,8 @@ import pytest
 import torch
 
 from engine.config import RuntimeConfig
-from engine.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
-from engine.start import keep_threads
+from engine.run.start import keep_threads
+from engine.update.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
 from utils.errors import UserError
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
@@ -184,8 +184,8 @@ def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
     ],
 )
 def test_a_run_leaves_the_cores_that_others_use(others, changes, variable, threads, monkeypatch):
-    monkeypatch.setattr("engine.runtime.cores_of_others", lambda: others)
-    monkeypatch.setattr("engine.runtime._set_backends", lambda *_: None)
+    monkeypatch.setattr("engine.update.runtime.cores_of_others", lambda: others)
+    monkeypatch.setattr("engine.update.runtime._set_backends", lambda *_: None)
     monkeypatch.delenv("OMP_NUM_THREADS")
     if variable:
         monkeypatch.setenv("OMP_NUM_THREADS", variable)
@@ -198,7 +198,7 @@ def test_a_run_leaves_the_cores_that_others_use(others, changes, variable, threa
 
 
 def test_a_resumed_run_has_the_threads_of_its_first_start(tmp_path, monkeypatch):
-    monkeypatch.setattr("engine.start.count_cores", lambda: 4)
+    monkeypatch.setattr("engine.run.start.count_cores", lambda: 4)
     keep_threads(tmp_path / "environment.json")  # a first start
     assert torch.get_num_threads() == 1
     for before, now in ((3, 3), (64, 4)):

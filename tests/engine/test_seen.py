@@ -6,8 +6,8 @@ import torch
 from PIL import Image
 
 from data.open import Data, load_collection
-from engine.runtime import start_machine
 from engine.tasks.kinds import KINDS
+from engine.update.runtime import start_machine
 from tests.in_process import TINY, configure, make_images, run, working_in
 from tests.support import TINY as TINY_TASKS
 

@@ -11,12 +11,12 @@ from pydantic import TypeAdapter
 from torch import nn
 
 from bench.measure import build_bench_run
-from engine.learner import Learner
-from engine.recorder import _Meter
-from engine.runtime import Runtime
-from engine.skips import EMPTY_STEPS, SkipWatch
-from engine.step import StepResult, first_scale, next_scale
+from engine.run.recorder import _Meter
+from engine.run.skips import EMPTY_STEPS, SkipWatch
 from engine.task import StepOutput, Task, log_mean, networks_of
+from engine.update.learner import Learner
+from engine.update.runtime import Runtime
+from engine.update.step import StepResult, first_scale, next_scale
 from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
@@ -283,7 +283,7 @@ def test_a_scale_that_overflows_is_halved_until_it_fits():
 
 
 def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
-    monkeypatch.setattr("engine.step.GROWTH_STEPS", 3)
+    monkeypatch.setattr("engine.update.step.GROWTH_STEPS", 3)
     scale = first_scale(FP16)
     applied = [1, 1, 1, 1, 0, 1, 1, 0, 1, 1, 1, 1]
     expected = [1, 1, 2, 2, 1, 1, 1, 0.5, 0.5, 0.5, 1, 1]  # a step skipped begins the count anew

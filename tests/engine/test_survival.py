@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-import engine.checkpoint
+import engine.run.checkpoint
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run_until_killed
 from tests.in_process import run as run_here
@@ -144,7 +144,7 @@ def test_a_refused_checkpoint_is_tried_again_but_the_last_one_is_an_error(steps,
 
 
 def test_best_weights_that_are_refused_are_written_at_the_next_step(tmp_path, monkeypatch):
-    original, calls = engine.checkpoint.write_weights, []
+    original, calls = engine.run.checkpoint.write_weights, []
 
     def refuse_first(*arguments):
         calls.append(arguments)
@@ -152,7 +152,7 @@ def test_best_weights_that_are_refused_are_written_at_the_next_step(tmp_path, mo
             raise OSError(28, "No space left on device")
         return original(*arguments)
 
-    monkeypatch.setattr(engine.checkpoint, "write_weights", refuse_first)
+    monkeypatch.setattr(engine.run.checkpoint, "write_weights", refuse_first)
     make_images(tmp_path / "images")
     overrides = [*TINY, "data.root=images", "run_dir=run", "loop.evaluate_every_epochs=0.5", "task=classification"]
     run_here("finetune", overrides, tmp_path)

@@ -9,9 +9,9 @@ from engine.measures import tags
 from engine.measures.tag_scores import PROBS, TagScores, calibrate, lower_bound, to_fit
 from engine.measures.tags import BINS, TagHistograms
 from tests.engine.test_no_host_sync import count
+from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
+from utils.formats.vocabulary import Vocabulary
 from utils.ranks import distributed
-from utils.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
-from utils.vocabulary import Vocabulary
 
 IMAGES, TAGS = 900, 40
 GENERATOR = torch.Generator().manual_seed(0)

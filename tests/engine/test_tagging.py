@@ -18,8 +18,8 @@ from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from tests.support import make_collection, rows
 from utils.config.messages import ConfigError
 from utils.errors import UserError
+from utils.formats.vocabulary import Vocabulary, read_vocabulary
 from utils.io.weights import InitFrom, read_weights, write_weights
-from utils.vocabulary import Vocabulary, read_vocabulary
 
 VOCABULARY = Vocabulary(
     ("general", "sensitive", "questionable", "explicit", "left_arm", "right_arm", "text", "left_eye"),

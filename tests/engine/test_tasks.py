@@ -6,10 +6,10 @@ import pytest
 import torch
 
 from bench.measure import build_bench_run
-from engine.runtime import Runtime
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
 from engine.tasks.kind import Setup
+from engine.update.runtime import Runtime
 from models.config import ConvNeXtV2Config
 from models.fcmae import draw_mask
 from optim.schedules import GroupValues

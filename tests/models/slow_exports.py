@@ -13,7 +13,7 @@ from tests.models.test_export_formats import export_file, geometry, make, normal
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
 from tests.support import export
 from utils.errors import UserError
-from utils.vocabulary import read_vocabulary
+from utils.formats.vocabulary import read_vocabulary
 
 
 @pytest.mark.parametrize("config", [geometry(), timm_config("test_resnet")], ids=["convnextv2", "timm"])

@@ -10,7 +10,7 @@ import pytest
 
 from tests.models import test_wd14_tools as tools
 from tests.support import ROOT, export
-from utils.vocabulary import CHARACTER, GENERAL, RATING
+from utils.formats.vocabulary import CHARACTER, GENERAL, RATING
 
 place, wanted = tools.place, tools.wanted
 INTEROP = ROOT / ".venv-interop/bin/python"

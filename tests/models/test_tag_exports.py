@@ -18,7 +18,7 @@ from models.export.tag_forms import (
 from models.image_model import ImageModel, Normalise
 from tests.models.test_export_formats import geometry, timm_config
 from utils.errors import UserError
-from utils.vocabulary import Vocabulary
+from utils.formats.vocabulary import Vocabulary
 
 MEAN, STD = [0.45, 0.5, 0.6], [0.4, 0.5, 0.6]
 NAMES = ("few", "many", "explicit", "painter", "general", "general", "ann_(x)", "new")

@@ -24,9 +24,9 @@ from tests.models.test_export_formats import geometry
 from tests.models.test_export_snippets import run_program
 from tests.models.test_tag_exports import open_tagger
 from tests.support import export, thresholds_of
+from utils.formats.thresholds import PER_TAG
+from utils.formats.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
 from utils.io.files import write_json
-from utils.thresholds import PER_TAG
-from utils.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
 
 SIDE = 128
 FILES = {"model.onnx", "inv.npz", "model.safetensors", "config.json", "selected_tags.csv", "README.md"}

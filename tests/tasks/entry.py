@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from engine.tasks.kinds import KINDS, train
+from engine.tasks.kinds import KINDS
+from engine.train import train
 from utils.config.entry_point import entry_point
 
 

@@ -24,10 +24,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 import torch
 
 import data.stream.loader
-import engine.checkpoint
+import engine.run.checkpoint
 import engine.tasks.classification
 import finetune
-from engine.learner import Learner
+from engine.update.learner import Learner
 from utils import rng
 from utils.ranks import distributed
 
@@ -45,25 +45,25 @@ def slow_evaluation(seconds):
 
 
 def slow_save(seconds):
-    checksum = engine.checkpoint.sha256_file
+    checksum = engine.run.checkpoint.sha256_file
 
     def slow(path):
         os.write(2, b"saving slowly\n")
         time.sleep(float(seconds))
         return checksum(path)
 
-    engine.checkpoint.sha256_file = slow
+    engine.run.checkpoint.sha256_file = slow
 
 
 def full_disk(first, last):
-    write = engine.checkpoint.write_tensors
+    write = engine.run.checkpoint.write_tensors
 
     def full(path, *arguments):
         if int(first) <= int(path.parent.name.split(".")[1].removeprefix("step_")) <= int(last):
             raise OSError(28, "No space left on device")
         return write(path, *arguments)
 
-    engine.checkpoint.write_tensors = full
+    engine.run.checkpoint.write_tensors = full
 
 
 def nan(first, last, rank=None):
@@ -154,8 +154,8 @@ def hang_reading(position):
 PATCHED = (
     (data.stream.loader.EvaluationStream, "__iter__"),
     (data.stream.loader.Loader, "read"),
-    (engine.checkpoint, "sha256_file"),
-    (engine.checkpoint, "write_tensors"),
+    (engine.run.checkpoint, "sha256_file"),
+    (engine.run.checkpoint, "write_tensors"),
     (Learner, "update"),
     (engine.tasks.classification.ClassificationTask, "forward"),
 )

@@ -2,7 +2,7 @@
 
 import pytest
 
-from utils.emphasis import escape, read_emphasis
+from utils.formats.emphasis import escape, read_emphasis
 
 UP, DOWN = 1.1, 1 / 1.1
 

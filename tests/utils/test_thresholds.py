@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from utils.errors import UserError
-from utils.thresholds import (
+from utils.formats.thresholds import (
     CATEGORY_PROFILES,
     OVERALL,
     PER_TAG,
@@ -18,7 +18,7 @@ from utils.thresholds import (
     mcut,
     write_thresholds,
 )
-from utils.vocabulary import Vocabulary
+from utils.formats.vocabulary import Vocabulary
 
 VOCABULARY = Vocabulary(("general", "1girl", 'odd,"name"', "miku"), (9, 0, 0, 4), (9, 8, 7, 6), (1, 2, 3, 4))
 CATEGORY_ROWS = tuple(

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from data.images.image_formats import EMPTY
+from data.images.open import EMPTY
 from tests.support import data_config
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve

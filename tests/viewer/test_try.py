@@ -23,10 +23,10 @@ from tests.support import data_config, make_collection, thresholds_of
 from tests.viewer.conftest import HOSTILE
 from utils.contracts import Machine
 from utils.errors import UserError
+from utils.formats.thresholds import write_thresholds
+from utils.formats.vocabulary import Vocabulary
 from utils.io.weights import hash_tensors, write_weights
 from utils.record.run_index import RunIndex
-from utils.thresholds import write_thresholds
-from utils.vocabulary import Vocabulary
 from viewer.app import Guard
 from viewer.images import Shelf, image_address
 from viewer.playground import MAX_BYTES, Networks

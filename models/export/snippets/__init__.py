@@ -10,7 +10,7 @@ from string import Template
 from typing import Any
 
 from models.outputs import OUTPUTS
-from utils.canvas import background_levels, background_of, background_rgb
+from utils.formats.background import background_levels, background_of, background_rgb
 
 SDXL = {  # the line that loads a format
     **dict.fromkeys(("kohya", "lora_diffusers"), """from_pretrained($base)

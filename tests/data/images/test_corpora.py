@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image, features
 
-from data.images.image_formats import CUT_OFF, DAMAGED, TOO_LARGE
+from data.images.open import CUT_OFF, DAMAGED, TOO_LARGE
 from data.stream.source import UnreadableImage
 from data.tools.facts import measure_file
 from tests.support import no_large_allocation, read_image

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, WebPImagePlugin
 
-from data.images import image_formats
-from data.images.pixels import read_upright_size
+from data.images import open as image_formats
+from data.images.convert import read_upright_size
 from data.stream.source import UnreadableImage
 from data.tools.facts import measure_file
 from tests.support import read_image, write_manifest

@@ -15,9 +15,9 @@ from PIL import Image
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.config import AugmentConfig
 from data.images import caches
+from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory
 from data.images.decode import Decoder
-from data.images.image_source import Images
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
 from data.stream.source import UnreadableImage

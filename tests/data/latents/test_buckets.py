@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 from pydantic import ValidationError
 
+from data.images.sizes import image_sizes
 from data.latents.buckets import (
     BucketConfig,
     Fit,
@@ -23,7 +24,6 @@ from data.latents.buckets import (
     place,
     sdxl_sizes,
 )
-from data.latents.measures import image_sizes
 from data.stream.order import Draw
 from tests.data.collection.test_collection import load
 
@@ -142,7 +142,7 @@ def test_sizes_come_from_the_manifest_or_the_headers_read_once(tmp_path, monkeyp
             [0, 0],
         ]
         plain.absolute_path(2).unlink(missing_ok=True)
-        monkeypatch.setattr("data.latents.measures.read_upright_size", lambda path: (1, 1) if path.exists() else None)
+        monkeypatch.setattr("data.images.sizes.read_upright_size", lambda path: (1, 1) if path.exists() else None)
 
 
 def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):

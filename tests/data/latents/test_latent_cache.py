@@ -9,12 +9,12 @@ import pytest
 import torch
 from PIL import Image
 
+from data.images.bytes import Images
 from data.images.decode import Decoder
-from data.images.image_source import Images
 from data.images.record_store import TensorStore
+from data.images.sizes import image_hashes, image_sizes
 from data.latents.buckets import BucketConfig, make_buckets, place
 from data.latents.latent_cache import LatentCache
-from data.latents.measures import image_hashes, image_sizes
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data
 from data.stream.loader import UnreadableLog

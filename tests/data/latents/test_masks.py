@@ -9,13 +9,13 @@ import torch
 from PIL import Image
 from torch.nn.functional import avg_pool2d
 
+from data.images.bytes import Images
 from data.images.decode import Decoder
-from data.images.image_source import Images
 from data.images.record_store import TensorStore
+from data.images.sizes import image_hashes
 from data.latents.buckets import fitted_views, make_buckets
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
-from data.latents.measures import image_hashes
 from data.stream.order import Draw
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load

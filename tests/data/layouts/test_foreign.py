@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.images.image_source import open_contents
+from data.images.bytes import open_contents
 from data.open import open_images
 from tests.data.collection.test_collection import load as load_into
 from tests.data.collection.test_collection import put

@@ -6,8 +6,8 @@ import fsspec
 import pytest
 
 from data.augment.transforms import EvalTransform
-from data.images import image_source as images
-from data.images.image_source import NO_ANSWER, open_contents
+from data.images import bytes as images
+from data.images.bytes import NO_ANSWER, open_contents
 from data.open import open_images
 from data.stream.loader import no_fields
 from data.stream.order import build_sampler

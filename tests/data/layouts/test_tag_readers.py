@@ -15,10 +15,10 @@ from hypothesis import strategies as st
 
 from data.collection.collection import Collection, index_collection
 from data.layouts.records import FIELDS
-from data.layouts.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 from tests.data.collection.test_collection import load, put
 from tests.support import write_manifest
 from utils.errors import UserError
+from utils.formats.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 
 FUZZ = settings(max_examples=60, deadline=None, database=None, suppress_health_check=list(HealthCheck))
 

@@ -17,8 +17,8 @@ from PIL import Image
 from data.augment.transforms import TrainTransform
 from data.collection.rows import training_rows
 from data.config import AugmentConfig
+from data.images.bytes import Images
 from data.images.decode import Decoder
-from data.images.image_source import Images
 from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler

@@ -10,7 +10,7 @@ from data.layouts.glyphs import TRAIN_FACES, describe_code, read_codes
 from data.tags.orientation import Mirror, build_orientation
 from tests.engine.test_no_host_sync import count
 from utils.errors import UserError
-from utils.vocabulary import Vocabulary
+from utils.formats.vocabulary import Vocabulary
 
 BOORU = {  # name: category
     "1girl": 0, "left-handed": 0, "right-handed": 0, "right-over-left_kimono": 0, "english_text": 0, "signature": 0,

@@ -9,14 +9,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data.config import TagRulesConfig, VocabularyConfig
-from data.layouts.spelling import Tag, parse_rating, parse_tag
 from data.layouts.table import build_table
 from data.tags.build_vocabulary import make_vocabulary, read_any_vocabulary
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import index_tags, map_tags
 from tests.data.collection.test_collection import load
 from utils.errors import UserError
-from utils.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
+from utils.formats.spelling import Tag, parse_rating, parse_tag
+from utils.formats.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
 NO_RULES = TagRules(None, {}, {}, "task.")
 FUZZ = settings(max_examples=60, deadline=None, database=None)

@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 import data.tools.pack
-from data.images.image_source import DAMAGED_SHARD, member_key, open_contents
-from data.latents.measures import image_sizes
+from data.images.bytes import DAMAGED_SHARD, member_key, open_contents
+from data.images.sizes import image_sizes
 from data.layouts.table import replace_column
 from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage

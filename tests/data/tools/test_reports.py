@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image, ImageFilter
 
-from data.images.image_formats import CUT_OFF, NOT_OPENED
+from data.images.open import CUT_OFF, NOT_OPENED
 from data.tools.exclude import find_groups
 from data.tools.facts import Facts, measure_file, measure_files
 from tests.data.tools.test_duplicates import picture

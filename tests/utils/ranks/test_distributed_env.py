@@ -5,7 +5,7 @@ import socket
 import pytest
 import torch
 
-from engine.start import start_ranks
+from engine.run.start import start_ranks
 from tests.in_process import TINY, configure, working_in
 from utils.errors import UserError
 from utils.ranks import distributed

@@ -11,12 +11,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from data.collection.collection import Collection
-from engine.minutes import read_minutes
-from engine.run import show_lines
-from engine.runtime import Runtime
-from engine.tasks.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
+from engine.recipe.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
+from engine.recipe.pretrained import use_pretrained
+from engine.run.length import read_minutes
+from engine.run.loop import show_lines
 from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.pretrained import use_pretrained
+from engine.update.runtime import Runtime
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.batch_size import show_samples
 from engine.config import TrainingConfig
-from engine.learner import Learner
 from engine.plan import Plan
-from engine.skips import SkipWatch
-from engine.step import StepResult
+from engine.run.skips import SkipWatch
 from engine.task import Report, checkpointed_state, networks_of
+from engine.update.batch_size import show_samples
+from engine.update.learner import Learner
+from engine.update.step import StepResult
 from utils.config.help import STARTED
 from utils.contracts import Batch, TrainStream
 from utils.io.files import AppendFile, ignore_write_errors

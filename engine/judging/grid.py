@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from engine.exports.drawing import to_png
+from engine.exports.painter import to_png
 from engine.task import Report
 from utils.errors import UserError
 from utils.record.figures import INK, show_cell

@@ -7,7 +7,7 @@
             average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
             optimizer.safetensors        `<parameter name>/<state name>`
             scale.safetensors            the loss scale
-            state.json                   everything else (engine/run.py: Run.save), and checksums of the files above
+            state.json                   everything else (engine/run/loop.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
         .step_00001300.tmp-<pid>/        being written or removed; a later save removes leftovers
 
@@ -31,8 +31,8 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from engine.config import TrainingConfig
-from engine.learner import Learner, Tensors
-from engine.parallel import is_sharded
+from engine.update.learner import Learner, Tensors
+from engine.update.parallel import is_sharded
 from utils.config.recipe import check_resumable
 from utils.errors import UserError, about
 from utils.io.files import (

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from data.collection.collection import Collection
-from data.images.pixels import read_upright_size
+from data.images.convert import read_upright_size
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.io.files import sha256_file

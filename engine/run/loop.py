@@ -1,6 +1,6 @@
 """A run: the training loop, evaluation, saving and resuming.
 
-Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/step.py) -> task(batch, progress)
+Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/update/step.py) -> task(batch, progress)
 """
 
 import math
@@ -15,16 +15,16 @@ from typing import Any
 
 import torch
 
-from engine.advice import advise
-from engine.checkpoint import Saver, read_groups, read_state
 from engine.config import TrainingConfig
-from engine.learner import Learner
-from engine.lr_finder import find_lr
-from engine.parallel import reshard
 from engine.plan import Plan
-from engine.recorder import MUCH_WAITING, Recorder, show_memory
-from engine.runtime import Runtime
+from engine.run.advice import advise
+from engine.run.checkpoint import Saver, read_groups, read_state
+from engine.run.lr_finder import find_lr
+from engine.run.recorder import MUCH_WAITING, Recorder, show_memory
 from engine.task import Report, Streams, Task, fingerprint_helpers
+from engine.update.learner import Learner
+from engine.update.parallel import reshard
+from engine.update.runtime import Runtime
 from optim.build import at_average
 from optim.groups import set_peak_lr
 from utils.config.recipe import check_resumable

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from engine.step import StepResult
+from engine.update.step import StepResult
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import AppendFile, ignore_write_errors

@@ -8,7 +8,7 @@ import unicodedata
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from utils.vocabulary import CATEGORIES, GENERAL, RATINGS, category_name
+from utils.formats.vocabulary import CATEGORIES, GENERAL, RATINGS, category_name
 
 # Names that keep their underscores. Source: deepghs/imgutils:imgutils/tagging/format.py.
 KAOMOJI = frozenset(

@@ -14,9 +14,9 @@ from time import monotonic
 import torch
 
 from engine.config import TrainingConfig
-from engine.lr_finder import undone
 from engine.plan import Plan, make_plan
-from engine.run import Run
+from engine.run.loop import Run
+from engine.run.lr_finder import undone
 from utils.config.help import STARTED
 from utils.contracts import Batch
 from utils.errors import UserError

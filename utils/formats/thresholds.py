@@ -23,10 +23,10 @@ from pydantic import TypeAdapter
 
 from utils.config.bounds import Fraction
 from utils.errors import UserError, about
+from utils.formats.vocabulary import Vocabulary
 from utils.io.files import readable
 from utils.record.logging import get_logger
 from utils.record.report import write_table
-from utils.vocabulary import Vocabulary
 
 log = get_logger(__name__)
 

@@ -17,11 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import TrainingConfig
-from engine.parallel import recompute_blocks
-from engine.start import check_fused
+from engine.run.start import check_fused
 from engine.task import networks_of
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 from engine.tasks.kind import Setup
+from engine.update.parallel import recompute_blocks
 from models.sdxl.family import CHANNELS
 from models.sdxl.tokenizer import LENGTH
 from optim.alone import step_each

@@ -17,8 +17,8 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree
 
 from engine.config import RuntimeConfig
-from engine.runtime import Runtime
 from engine.task import StepOutput, Task, networks_of
+from engine.update.runtime import Runtime
 from utils.errors import UserError
 from utils.ranks import distributed, sharded
 from utils.ranks.sharded import Part

@@ -15,7 +15,8 @@ import numpy as np
 from data.collection.rows import training_rows
 from data.open import load_collection
 from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import KINDS, train
+from engine.tasks.kinds import KINDS
+from engine.train import train
 from utils.config.entry_point import Job
 from utils.config.help import ROOT
 from utils.config.sweep import SweepJob, run_jobs

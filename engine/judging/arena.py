@@ -12,22 +12,21 @@ import numpy as np
 import torch
 
 from data.config import DataConfig, TagRulesConfig
-from data.layouts.spelling import parse_tag
 from data.open import Data, load_collection, open_images
 from data.tags.rules import read_rules
 from data.tags.tag_index import index_tags
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores
 from engine.measures.tags import TagCounts, TagHistograms
-from engine.runtime import Runtime
 from engine.task import Report
 from engine.tasks.tagging import CACHE, read_targets, tag_fields
-from models.predictor import Predictor
+from engine.update.runtime import Runtime
+from models.predictor import Predictor, known_outputs
 from utils.config.bounds import Count
 from utils.errors import UserError, about
+from utils.formats.vocabulary import RATING, Vocabulary, category_name
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.vocabulary import FACTS, RATING, Vocabulary, category_name, vocabulary_of
 
 log = get_logger(__name__)
 
@@ -114,19 +113,6 @@ class Arena:
         vocabulary = Vocabulary.of(compress(shared.columns, kept.tolist()))
         images = counts.histograms.sum((1, 2)).max()  # an unknown label does not count
         return TagScores(chosen, vocabulary), int(images)
-
-
-def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
-    """Return the output of each tag that a model was trained on, by (category, name in our spelling).
-
-    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError if the
-    model is no tagger.
-    """
-    if not set(FACTS) <= predictor.metadata.keys():
-        raise UserError(f"{name} is no tagger: its metadata have no tags; name only taggers")
-    vocabulary = vocabulary_of(predictor.metadata)
-    keys = [(category, parse_tag(tag).name) for category, tag in vocabulary.columns]
-    return {key: output for output, (key, count) in enumerate(zip(keys, vocabulary.counts)) if count}
 
 
 def share_tags(outputs: Mapping[str, Mapping[tuple[int, str], int]]) -> Vocabulary:

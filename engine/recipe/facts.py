@@ -1,4 +1,4 @@
-"""The facts of a collection and a machine that the rules of `loop.minutes` need (engine/tasks/planning.py)."""
+"""The facts of a collection and a machine that the rules of `loop.minutes` need (engine/recipe/rules.py)."""
 
 import math
 import time
@@ -15,11 +15,11 @@ from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.graphs import record_graph
-from engine.minutes import count_fitting, wait_for
-from engine.runtime import Runtime
+from engine.recipe.pretrained import stated_preprocessing
+from engine.run.length import count_fitting, wait_for
 from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.pretrained import stated_preprocessing
+from engine.update.graphs import record_graph
+from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.weights.timm_hub import cached_names, load_timm

@@ -7,7 +7,7 @@ import os
 import numpy as np
 from PIL import Image, ImageCms
 
-from data.images.image_formats import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
+from data.images.open import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
 
 _WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of TIFF and EXIF
 UPRIGHT = {

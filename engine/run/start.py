@@ -19,14 +19,14 @@ from typing import NoReturn, TypeVar
 import torch
 from torch import nn
 
-from engine.batch_size import out_of_memory, read_size
-from engine.checkpoint import choose_checkpoint
 from engine.config import TrainingConfig
-from engine.minutes import fit_minutes, use_minutes
 from engine.plan import Plan, make_plan, split_batch
-from engine.run import Run, show_lines
-from engine.runtime import Runtime, choose_compile, is_free, start_machine
+from engine.run.checkpoint import choose_checkpoint
+from engine.run.length import fit_minutes, use_minutes
+from engine.run.loop import Run, show_lines
 from engine.task import Streams, Task, networks_of
+from engine.update.batch_size import out_of_memory, read_size
+from engine.update.runtime import Runtime, choose_compile, is_free, start_machine
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job

@@ -13,14 +13,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from engine.batch_size import out_of_memory, show_samples, split
 from engine.config import TrainingConfig
-from engine.graphs import UpdateGraphs
-from engine.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.plan import Plan, largest_divisor
-from engine.runtime import Runtime, choose_compile
-from engine.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
 from engine.task import Task, checkpointed_state, networks_of, split_exported
+from engine.update.batch_size import out_of_memory, show_samples, split
+from engine.update.graphs import UpdateGraphs
+from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
+from engine.update.runtime import Runtime, choose_compile
+from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
 from optim.alone import step_alone, step_each
 from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
@@ -44,7 +44,7 @@ _TINY = torch.finfo(torch.float32).tiny
 class Learner:
     """Task, optimiser, loss scale, averages and schedule. `step` counts the updates done.
 
-    `update` is the only forward pass, backward pass and optimiser step (its parts: engine/step.py).
+    `update` is the only forward pass, backward pass and optimiser step (its parts: engine/update/step.py).
     model: the task, wrapped for the ranks and compiled. exports_average: the averaged weights are evaluated and
     exported.
     """

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from engine.runtime import Runtime
-from engine.step import StepResult
+from engine.update.runtime import Runtime
+from engine.update.step import StepResult
 from optim.build import skips_on_device
 from optim.groups import is_frozen
 from optim.schedules import GroupValues

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 from fsspec.spec import AbstractFileSystem
 
 from data.collection.collection import Collection
-from data.images.image_formats import CUT_OFF, NOT_OPENED, read_file
+from data.images.open import CUT_OFF, NOT_OPENED, read_file
 from data.images.record_store import record_key
 from data.layouts.remote import is_remote, open_store
 from data.stream.source import IMAGE, FileRange, Record, Source, UnreadableImage, join_ranges

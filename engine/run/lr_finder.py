@@ -22,10 +22,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from engine.learner import Learner
 from engine.plan import Plan
-from engine.recorder import Recorder
+from engine.run.recorder import Recorder
 from engine.task import checkpointed_state
+from engine.update.learner import Learner
 from optim.groups import set_peak_lr
 from optim.schedules import GroupValues
 from utils.contracts import Batch

@@ -1,0 +1,1 @@
+"""What compares outputs: models on equal images, rows of each image, grids of pictures."""

@@ -1,0 +1,1 @@
+"""One run: loop, start, checkpoints, recorder, range test, length, advice."""

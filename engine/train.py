@@ -1,0 +1,73 @@
+"""`train`, the main function of every training script: from a configuration to a finished run.
+
+1. ranks and machine    2. the data    3. the task and its initial weights    4. layers fitted to the data    5. the run
+"""
+
+import shlex
+
+from data.open import Data, load_collection
+from engine.config import TrainingConfig
+from engine.recipe.memory import fit_memory
+from engine.recipe.pretrained import use_pretrained
+from engine.run.checkpoint import will_resume
+from engine.run.seen import draw_seen
+from engine.run.start import build_task, describe_run, open_run, start_ranks
+from engine.tasks.kinds import KINDS
+from utils.config.entry_point import Job
+from utils.formats.vocabulary import FACTS, FILE, vocabulary_of, write_vocabulary
+from utils.io.files import output_errors, refuse_links_out
+from utils.io.weights import InitFrom
+from utils.ranks import distributed
+from utils.record.report import write_report
+from utils.record.run_folder import default_run_dir
+
+
+def train(config: TrainingConfig, job: Job) -> str | None:
+    """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
+    # ------------------------------------------------------------------------------------------ 1. Ranks and machine
+    runtime, kind = start_ranks(config), KINDS[config.task.name]
+    config = config.task.complete(use_pretrained(config, job.overrides))
+    if config.runtime.memory_gib is not None:
+        config = fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
+
+    # --------------------------------------------------------------------------------------------------- 2. The data
+    collection = load_collection(config.data)
+    if config.loop.minutes is not None and job.script == "train":
+        config, job = kind.plan(config, job, collection, runtime)
+    path = default_run_dir(config.model_dump(mode="json"), job)
+    resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
+    setup = kind.set_up(config, collection)
+    source = kind.source(collection, config.data, setup, repeats=True)
+    # For reading before training, such as to fill a cache.
+    batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
+    more = {"seed": config.seed, "batch_size": batch_size, "run_path": path, "dry_run": config.dry_run}
+    data = Data(collection, source, runtime, **more)
+
+    # ------------------------------- 3. The task and its initial weights, before its streams, which may fill caches
+    task = build_task(lambda: kind.build(setup), config)
+    if not resumes:
+        task.initialise(None if config.init_from is None else InitFrom(config.init_from, config.init_weights))
+    streams = kind.streams(data, setup, config)
+    plan = describe_run(task, streams, config, job, runtime)
+
+    if config.dry_run:
+        if distributed.is_main():
+            refuse_links_out("run_dir", path)
+            with output_errors("run_dir", path):
+                write_report(path, {}, {"samples_seen": draw_seen(task, streams, plan, config)})
+        length = f"{plan.total_steps} steps" if config.loop.minutes is None else f"{config.loop.minutes:g} minutes"
+        return f"dry run: {length}; wrote {path}/plots/samples_seen.png and nothing else"
+
+    # -------------------------------------------------------------------------------- 4. Layers fitted to the data
+    if not resumes:
+        kind.prepare(task, data, setup, config, runtime)
+
+    # ----------------------------------------------------------------------------------------------- 5. The training
+    words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
+    with open_run(task, streams, plan, config, job, runtime) as run:
+        if FACTS[0] in setup.facts and distributed.is_main():
+            with output_errors("run_dir", path):
+                write_vocabulary(path / FILE, vocabulary_of(setup.facts))
+        commands = [line.format(run=path, data=words) for line in kind.commands(setup)]
+        run.fit([line for line in commands if streams.evaluation_samples or "evaluate.py" not in line])
+    return None

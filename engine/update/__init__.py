@@ -1,0 +1,1 @@
+"""One update: step, learner, CUDA graphs, data parallelism, micro-batches, the machine."""

@@ -1,0 +1,1 @@
+"""What files of taggers and SDXL say: tags, vocabularies, thresholds, emphasis, backgrounds."""
