@@ -5,7 +5,7 @@ r"""Fine-tune SDXL on captioned images: a LoRA, or the whole U-Net.
     python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora=null optim.lr=1e-5   train the whole U-Net
     python finetune_sdxl.py model.path=FOLDER data.root=PATH init_from=RUN                  continue its LoRA or U-Net
     python finetune_sdxl.py model.path=FOLDER data.root=PATH dry_run=true                   check and print the plan
-    torchrun --nproc_per_node=8 finetune_sdxl.py model.path=FOLDER data.root=PATH loop.global_batch_size=32
+    torchrun --nproc_per_node=8 finetune_sdxl.py model.path=FOLDER data.root=PATH loop.batch_size=32
 
 Captions come from .txt files beside the images (predict.py output=beside writes them) or from a manifest. Buckets of
 about equal area keep the images' proportions; latents are cached. The same command resumes a run. `make install-sdxl`

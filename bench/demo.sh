@@ -26,7 +26,7 @@ stage predict predict.py "weights=$out/finetune/export/model.onnx" input=collect
 if $full; then
     beside all_labels_resnet18 "${resnet18[@]}" "run_dir=$out/all_labels_resnet18" "${overrides[@]}"
     stage all_labels "${finetune[@]}" "run_dir=$out/all_labels" "init_from=$out/pretrain" "${overrides[@]}"
-    stage scratch "${finetune[@]}" "run_dir=$out/scratch" task.head=drawn loop.total_steps=800 schedule.warmup_steps=80 "${one_face[@]}" "${overrides[@]}"
+    stage scratch "${finetune[@]}" "run_dir=$out/scratch" task.head=random loop.total_steps=800 schedule.warmup_steps=80 "${one_face[@]}" "${overrides[@]}"
     join
 fi
 "$python" bench/demo_table.py glyphs "$out"

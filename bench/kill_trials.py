@@ -28,7 +28,7 @@ from tests.support import checkpoint_tensors, common, make_collection, rows, run
 STEPS_PER_KILL = 8  # on average between two kills, so that the run does not end before the last
 STEP_SEC = 0.025  # about what a step takes on a free core; on a busy one the kills come closer together
 SETTINGS = [  # one rank accumulates over four micro-batches, two ranks over two
-    "loop.global_batch_size=8", "loop.batch_size=2", "loop.ema_decay=0.95", "loop.checkpoint_every_steps=3",
+    "loop.batch_size=8", "loop.micro_batch_size=2", "loop.ema_decay=0.95", "loop.checkpoint_every_steps=3",
     "loop.evaluate_every_epochs=2", "loop.clip_grad_norm=1.0", "runtime.workers=2", "model.drop_path_rate=0.2",
     "schedule.warmup_steps=5",
 ]  # fmt: skip

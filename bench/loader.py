@@ -165,7 +165,7 @@ def measure(config, seconds, quick):
     """Measure, print and write the figures of a configuration."""
     runtime, turns = choose_runtime(config.runtime), 1 if quick else 3
     streams = Streams(config, runtime)
-    size = min(config.loop.batch_size, config.loop.global_batch_size)
+    size = min(config.loop.micro_batch_size, config.loop.batch_size)
     settings = [Setting(choice, count, size) for choice in streams.choices for count in list_workers(quick)]
     reading = measure_settings(streams, settings, _READ_SHARE * seconds, turns)
     print(rates_table("reading alone", reading), flush=True)

@@ -71,7 +71,7 @@ TIMM_JITTER = {"mild": ["--color-jitter", "0"], "strong": ["--color-jitter", "0.
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
 MEANS = ["steps", "train_sec", "wall_sec", "cpu_sec"]  # columns of the table
-QUICK_WORDS = ["loop.total_steps=4", "loop.global_batch_size=8", "augment.image_size_hw=[32,32]"]
+QUICK_WORDS = ["loop.total_steps=4", "loop.batch_size=8", "augment.image_size_hw=[32,32]"]
 ARMS, NEEDS = ["ours", "timm", "fastai"], {"timm": "timm_script", "fastai": "fastai_python"}
 
 

@@ -49,7 +49,7 @@ from utils.config.entry_point import CONF, validate
 
 BATCH, LEARNING_RATE, CLIP = 4, 1e-4, 1.0
 WORDS = [
-    "runtime=reference", "runtime.deterministic=false", f"loop.batch_size={BATCH}", f"task.chunk={BATCH}",
+    "runtime=reference", "runtime.deterministic=false", f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}",
     "task.caption_chunks=1",
 ]  # fmt: skip
 TINY = ["model=sdxl_tiny", "runtime.threads=1"]

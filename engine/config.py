@@ -36,7 +36,7 @@ class PhaseConfig(Strict):
     """
 
     fraction: Share
-    batch_size: BatchSize | None = None
+    micro_batch_size: BatchSize | None = None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
     min_px: Side | None = None
@@ -53,7 +53,12 @@ class PhaseConfig(Strict):
 
 # The groups whose keys a phase replaces. The last phase has the sizes of the run, because evaluation has them.
 _SIZES = {"image_size_hw": "augment", "areas_px": "task.buckets", "min_px": "task.buckets"}
-_REPLACED = _SIZES | {"batch_size": "loop", "random_erasing": "augment", "mix_probability": "task", "crop_px": "task"}
+_REPLACED = _SIZES | {
+    "micro_batch_size": "loop",
+    "random_erasing": "augment",
+    "mix_probability": "task",
+    "crop_px": "task",
+}
 
 
 class _LoopConfig(Strict):
@@ -64,8 +69,8 @@ class _LoopConfig(Strict):
     minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
-    global_batch_size: BatchSize
-    batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
+    batch_size: BatchSize
+    micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
     on_out_of_memory: Literal["halve", "stop"]  # halve: repeat the update with smaller micro-batches
     sampling: Literal["shuffled", "blocks", "balanced"]
     train_paths: Annotated[list[str], Field(min_length=1)] | None

@@ -29,7 +29,7 @@ class Plan:
     """
 
     world_size: int
-    global_batch_size: int
+    batch_size: int
     micro_batch_size: int
     accum_steps: int
     epoch_length: int
@@ -50,7 +50,7 @@ class Plan:
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
-        return step * self.global_batch_size / self.epoch_length
+        return step * self.batch_size / self.epoch_length
 
     def shown_epoch(self, step: int) -> float:
         """Return the epochs read after `step` updates, rounded to one decimal."""
@@ -58,11 +58,11 @@ class Plan:
 
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch` (from 0); the run's last step for its last epoch."""
-        return min(-(-(epoch + 1) * self.epoch_length // self.global_batch_size), self.total_steps)
+        return min(-(-(epoch + 1) * self.epoch_length // self.batch_size), self.total_steps)
 
     def epoch_of(self, step: int) -> int:
         """Return the epoch of the update that follows `step` updates."""
-        return step * self.global_batch_size // self.epoch_length
+        return step * self.batch_size // self.epoch_length
 
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
         """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
@@ -76,19 +76,19 @@ def largest_divisor(count: int, most: int) -> int:
     return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
 
 
-def split_batch(global_batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
+def split_batch(batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
     """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share up to `cap`.
 
     chunk: samples of one shape that follow each other; a micro-batch is within one chunk.
     """
-    if global_batch_size % world_size != 0:
-        below = global_batch_size // world_size * world_size
+    if batch_size % world_size != 0:
+        below = batch_size // world_size * world_size
         allowed = ", ".join(str(size) for size in (below, below + world_size) if size > 0)
         raise UserError(
-            f"loop.global_batch_size: {global_batch_size} does not divide by the {world_size} ranks; set it to "
+            f"loop.batch_size: {batch_size} does not divide by the {world_size} ranks; set it to "
             f"{allowed}, or change the number of processes"
         )
-    share = global_batch_size // world_size
+    share = batch_size // world_size
     micro = largest_divisor(share if chunk is None else math.gcd(share, chunk), cap)
     return micro, share // micro
 
@@ -97,9 +97,9 @@ def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
-    loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.global_batch_size
+    loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.batch_size
     parts = loop.phases or ()
-    caps = [phase.batch_size or loop.batch_size for phase in parts] or [loop.batch_size]
+    caps = [phase.micro_batch_size or loop.micro_batch_size for phase in parts] or [loop.micro_batch_size]
     micros = [split_batch(size, world_size, size if cap == "auto" else cap, chunk)[0] for cap in caps]
     micro = max(micros)
     per_epoch = epoch_length / size
@@ -137,7 +137,7 @@ def make_plan(
         log.warning("schedule: the warm-up of %d steps is longer than the run; cut to its %d steps", warmup, total)
     return Plan(
         world_size=world_size,
-        global_batch_size=size,
+        batch_size=size,
         micro_batch_size=micro,
         accum_steps=size // world_size // micro,
         epoch_length=epoch_length,

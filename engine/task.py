@@ -67,7 +67,7 @@ class StepOutput:
 class Report:
     """The result of an evaluation. Only rank 0 needs tables and images. samples: pictures with their prompts.
 
-    An image that takes time to draw is a function: training calls it within its time for pictures (engine/run/recorder.py).
+    An image that takes time to draw is a function: training calls it within its time for pictures.
     """
 
     scalars: dict[str, float] = field(default_factory=dict)
@@ -84,7 +84,7 @@ class Task(nn.Module):
     """Base class of all tasks.
 
     Networks are named with dots, such as `vae.decoder`. A network in no list, such as an EMA teacher, is checkpointed
-    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights (engine/update/parallel.py).
+    but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights.
 
     trained: networks that receive gradients.
     averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.

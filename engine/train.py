@@ -39,7 +39,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     setup = kind.set_up(config, collection)
     source = kind.source(collection, config.data, setup, repeats=True)
     # For reading before training, such as to fill a cache.
-    batch_size = 4 if config.loop.batch_size == "auto" else config.loop.batch_size
+    batch_size = 4 if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
     more = {"seed": config.seed, "batch_size": batch_size, "run_path": path, "dry_run": config.dry_run}
     data = Data(collection, source, runtime, **more)
 

@@ -70,7 +70,7 @@ def find_head(network: nn.Module) -> nn.Linear:
     if not isinstance(head, nn.Linear) or head.bias is None:
         raise UserError(
             f"task.head: a network that ends in one linear layer with a bias is needed, but {type(network).__name__} "
-            f"ends in {type(head).__name__}; set task.head=drawn"
+            f"ends in {type(head).__name__}; set task.head=random"
         )
     return head
 

@@ -25,7 +25,7 @@ def ema_decay_at(step: int, decay: float, *, warmup: bool, start_step: int) -> f
 class Averages:
     """Averages of floating-point parameters and buffers, by `<network>.<name>`; other buffers are copied.
 
-    Averages of sharded parameters (engine/update/parallel.py) are sharded on the device. Averages on the "cpu" of a network on
+    Averages of sharded parameters are sharded on the device. Averages on the "cpu" of a network on
     a GPU need no host synchronisation: weights are copied to pinned memory in the background, and averaged at the next
     update or by `flush`.
     """

@@ -30,7 +30,7 @@ ON_IMAGES = [script for script in TRAINING if "- augment:" in (CONF / f"{script}
 SCRIPTS = sorted(file.stem for file in CONF.glob("*.yaml") if file.stem != "common")
 
 SHORT = [
-    "augment.image_size_hw=[16,16]", "loop.total_steps=2", "loop.global_batch_size=4", "loop.batch_size=2",
+    "augment.image_size_hw=[16,16]", "loop.total_steps=2", "loop.batch_size=4", "loop.micro_batch_size=2",
     "loop.log_every_steps=1", "loop.evaluate_every_epochs=1", "loop.checkpoint_every_steps=1", "runtime=reference",
     "runtime.device=cpu", "runtime.threads=1",
 ]  # fmt: skip

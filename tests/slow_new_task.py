@@ -15,7 +15,7 @@ from tests.support import ROOT, make_collection, rows
 PAGE = (ROOT / "docs/new_task.md").read_text(encoding="utf-8")
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
-    "loop.total_steps=4", "loop.global_batch_size=8", "runtime.threads=1", "runtime.precision=fp32",
+    "loop.total_steps=4", "loop.batch_size=8", "runtime.threads=1", "runtime.precision=fp32",
 ]  # fmt: skip
 
 

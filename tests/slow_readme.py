@@ -19,7 +19,7 @@ from tests.utils.config.test_help import configure_line
 # What a training command gets on top, so that it ends in seconds; everything else stays as a reader types it.
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
-    "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
+    "loop.total_steps=2", "loop.batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 SHORT_SDXL = [
     "model=sdxl_tiny", "task.buckets.areas_px=[16384]", "task.buckets.min_px=64", "task.buckets.max_px=256",

@@ -9,11 +9,11 @@ from tests.test_workshop import Page, work
 from utils.io.files import read_json
 from workshop import Stage
 
-SHORT = "loop.total_steps=2 loop.global_batch_size=8 runtime.threads=1"
+SHORT = "loop.total_steps=2 loop.batch_size=8 runtime.threads=1"
 MORE = {
     "pretrain": SHORT,
     "tagger": f"{SHORT} task.min_count=1",
-    "sdxl": f"{SHORT} loop.batch_size=8 task.chunk=8 task.judge.prompts=2 task.judge.steps=2",
+    "sdxl": f"{SHORT} loop.micro_batch_size=8 task.chunk=8 task.judge.prompts=2 task.judge.steps=2",
 }
 
 

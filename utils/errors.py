@@ -58,8 +58,8 @@ def lost_worker(error: BaseException | None) -> str | None:
             return (
                 f"runtime.workers: loader worker {found.group(1)} of this rank has ended ({reason}). Most often the "
                 "machine ran out of memory (see dmesg or the scheduler's report) or out of shared memory (/dev/shm): "
-                "set a lower runtime.workers (0: none), runtime.prefetch_batches or loop.batch_size. The same command "
-                "resumes from the last checkpoint"
+                "set a lower runtime.workers (0: none), runtime.prefetch_batches or loop.micro_batch_size. The same "
+                "command resumes from the last checkpoint"
             )
         error = error.__cause__ or error.__context__
     return None

@@ -1,6 +1,6 @@
 """Parse the texts and JSON records of boorus, captioning programs and Hydrus.
 
-A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, which utils/formats/spelling.py reads.
+A tag with a known category gets it as a prefix, such as `character:hatsune_miku`, read by utils/formats/spelling.py.
 """
 
 import codecs

@@ -157,8 +157,8 @@ class Loader(Dataset):
                 raise
             raise UserError(
                 f"runtime.workers: a loader worker has no room for a batch ({match.group(1)}); set runtime.workers=0, "
-                "or a lower runtime.workers, runtime.prefetch_batches or loop.batch_size, or give the machine more "
-                "shared memory (/dev/shm; docker run --shm-size=8g)"
+                "or a lower runtime.workers, runtime.prefetch_batches or loop.micro_batch_size, or give the machine "
+                "more shared memory (/dev/shm; docker run --shm-size=8g)"
             ) from None
 
     def repeat(self, draw: Draw, size: int) -> Batch:

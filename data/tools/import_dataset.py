@@ -191,5 +191,5 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
     return {
         "data": {"root": root, "validation_fraction": fraction, "concepts": concepts},
         "task": {"chunk": batch_size, "buckets": buckets, "captions": common, "mask": _ALPHA if has_masks else None},
-        "loop": {"global_batch_size": batch_size, "batch_size": batch_size},
+        "loop": {"batch_size": batch_size, "micro_batch_size": batch_size},
     }

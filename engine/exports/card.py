@@ -53,7 +53,7 @@ _LIMITS = {
 _RECIPE = {  # ten lines of a recipe, with `peak learning rate` and `precision`
     "script": "script",
     "model": "model.name",
-    "images of an update": "loop.global_batch_size",
+    "images of an update": "loop.batch_size",
     "optimiser": "optim.name",
     "weight decay": "optim.weight_decay",
     "schedule": "schedule.name",

@@ -115,7 +115,7 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
     squares = [(side := int(area**0.5) // 32 * 32, side) for area in buckets.areas_px]
     listed = [size for sizes in buckets.sizes_hw or () for size in sizes]
     height, width = max(listed or squares, key=math.prod)
-    size = loop.global_batch_size if loop.batch_size == "auto" else min(loop.batch_size, loop.global_batch_size)
+    size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
     with LiveBytes() as live, patch.object(nn.functional, "scaled_dot_product_attention", _attend):
@@ -172,6 +172,6 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
     if needed > limit:
         raise UserError(
             f"runtime.memory_gib: {limit:g}, but the least is about {needed:.1f} GiB ({shown}); set smaller "
-            "loop.batch_size or task.buckets.areas_px, task.text_cache, task.lora, or optim=adafactor"
+            "loop.micro_batch_size or task.buckets.areas_px, task.text_cache, task.lora, or optim=adafactor"
         )
     return config

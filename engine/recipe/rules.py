@@ -204,8 +204,8 @@ RULES = (
     ),
     # The same network, two minutes: 0.826 in 112 updates of 64, 0.774 in 40 of 128.
     Rule(
-        ["loop.global_batch_size", "loop.batch_size"],
-        lambda facts: ["loop.global_batch_size=64"] if choose_network(facts).is_pretrained else [],
+        ["loop.batch_size", "loop.micro_batch_size"],
+        lambda facts: ["loop.batch_size=64"] if choose_network(facts).is_pretrained else [],
         lambda facts: "few updates fit",
     ),
     Rule(

@@ -7,7 +7,7 @@
             average_weights.safetensors  averages of the exported networks; averages.safetensors: of other networks
             optimizer.safetensors        `<parameter name>/<state name>`
             scale.safetensors            the loss scale
-            state.json                   everything else (engine/run/loop.py: Run.save), and checksums of the files above
+            state.json                   everything else (loop.py: Run.save), and checksums of the files above
             state.sha256                 checksum of state.json
         .step_00001300.tmp-<pid>/        being written or removed; a later save removes leftovers
 

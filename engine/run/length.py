@@ -95,7 +95,7 @@ def fit_minutes(run: Run) -> None:
     step_sec, evaluation_sec = _time_steps(run, _SHARE * 60 * minutes), _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - _END_SEC
-    epoch = plan.epoch_length // plan.global_batch_size
+    epoch = plan.epoch_length // plan.batch_size
     steps = distributed.rank_zero_call(lambda: _count_steps(left, epoch, step_sec, evaluation_sec, plan_of))
     step = f"{step_sec[0]:.3g} s, after the first epoch {step_sec[1]:.3g} s"
     found = f"a step takes {step}, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"

@@ -217,7 +217,7 @@ class Run:
         if plan.phases:
             self.learner.enter_phase(number)
             micro = plan.phases[number][1]
-        yield from [*streams.earlier, streams.train][number].steps(step, plan.global_batch_size, micro)
+        yield from [*streams.earlier, streams.train][number].steps(step, plan.batch_size, micro)
 
     def use_plan(self, plan: Plan) -> None:
         """Replace the plan, before the first update; only its length may differ (`loop.minutes`)."""
@@ -292,8 +292,10 @@ class Run:
         for name, loader in self.streams.evaluation.items():
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
-                if self.config.loop.batch_size == "auto" or size < self.plan.micro_batch_size:
-                    loader.batch_size = size if self.config.loop.batch_size == "auto" else min(size, loader.batch_size)
+                if self.config.loop.micro_batch_size == "auto" or size < self.plan.micro_batch_size:
+                    loader.batch_size = (
+                        size if self.config.loop.micro_batch_size == "auto" else min(size, loader.batch_size)
+                    )
                 total = len(loader) if isinstance(loader, Sized) else None
                 batches = watched(name, loader)
                 due[name] = track(batches, total, f"evaluating {name}") if most is None else batches

@@ -264,7 +264,7 @@ class Recorder:
         """Return the images per second since `step`, which ended after `seconds`; NaN if no time has passed."""
         self._count_time()
         seconds = self.seconds - seconds
-        return (now - step) * self._plan.global_batch_size / seconds if seconds > 0 else float("nan")
+        return (now - step) * self._plan.batch_size / seconds if seconds > 0 else float("nan")
 
     def _peak_gib(self) -> float:
         """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""

@@ -22,8 +22,8 @@ def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) 
             if hasattr(module, "enter_phase"):
                 module.enter_phase(config.by_phase()[0].task)
     tiles: list[tuple[np.ndarray, list[Line]]] = []
-    for number, batch in enumerate(train.show(plan.global_batch_size, micro, plan.world_size)):
-        step, part = divmod(number, plan.global_batch_size // plan.world_size // micro)
+    for number, batch in enumerate(train.show(plan.batch_size, micro, plan.world_size)):
+        step, part = divmod(number, plan.batch_size // plan.world_size // micro)
         rng.seed_micro_step(config.seed, step, part, 0, torch.device("cpu"))
         images, texts = task.show_inputs(batch)
         images = images.float().round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1).numpy()

@@ -49,14 +49,16 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training. Check the configuration, and that all ranks have the same one."""
     runtime = start_machine(config.runtime)
     world_size = distributed.planned_world_size()
-    split_batch(config.loop.global_batch_size, world_size, 1, None)
+    split_batch(config.loop.batch_size, world_size, 1, None)
     check_optimizer(config.optim, config.schedule)
     check_fused(config, runtime.precision, world_size)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
-    if config.loop.batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
-        raise UserError("loop.batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number")
+    if config.loop.micro_batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
+        raise UserError(
+            "loop.micro_batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number"
+        )
     if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
@@ -68,15 +70,15 @@ def check_fused(config: TrainingConfig, precision: str, world_size: int) -> None
     """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
     if not getattr(config.optim, "fused_backward", False):
         return
-    size, chunk, reason = config.loop.global_batch_size, getattr(config.task, "chunk", None), None
-    caps = [size if each.loop.batch_size == "auto" else each.loop.batch_size for each in config.by_phase()]
+    size, chunk, reason = config.loop.batch_size, getattr(config.task, "chunk", None), None
+    caps = [size if each.loop.micro_batch_size == "auto" else each.loop.micro_batch_size for each in config.by_phase()]
     micro = min(split_batch(size, 1, cap, chunk)[0] for cap in caps)
     if world_size > 1:
         reason = f"{world_size} ranks sum their gradients first: run one process"
     elif size > micro:
         reason = (
             f"{size // micro} micro-batches of {micro} add up their gradients first: set "
-            f"loop.global_batch_size={micro}, or loop.batch_size{' and task.chunk' if chunk else ''} to {size}"
+            f"loop.batch_size={micro}, or loop.micro_batch_size{' and task.chunk' if chunk else ''} to {size}"
         )
     elif config.loop.clip_grad_norm is not None:
         reason = "loop.clip_grad_norm needs the norm of all gradients: set it to null"
@@ -132,16 +134,16 @@ def _start_screen(
     """Return the start screen. networks: the trained networks."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
-    epoch = f"{plan.epoch_length / plan.global_batch_size:.4g} steps"
-    steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.global_batch_size} images each"
-    rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.global_batch_size} / 256)"
+    epoch = f"{plan.epoch_length / plan.batch_size:.4g} steps"
+    steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.batch_size} images each"
+    rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.batch_size} / 256)"
     if plan.range_test_steps:
         rate = "found by a range test before the first update"
     elif config.optim.lr is not None:
         rate = f"{plan.lr:.3g} (optim.lr)"
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
     batches = ""
-    if config.loop.batch_size == "auto":
+    if config.loop.micro_batch_size == "auto":
         batches = ", micro-batches as large as memory allows"
     elif plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
@@ -181,10 +183,10 @@ def open_run(
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
         learner, recorder, train = run.learner, run.recorder, streams.train
-        learner.batch_size_file = file = folder.path / "batch_size.json"
+        learner.batch_size_file = file = folder.path / "micro_batch_size.json"
         begin = plan.micro_batch_size
         learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, begin, runtime.device_name))
-        if config.loop.batch_size == "auto" and distributed.is_distributed():
+        if config.loop.micro_batch_size == "auto" and distributed.is_distributed():
             for each in (*streams.earlier, train):
                 learner.rehearse(each.trial_batches(begin))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))

@@ -42,14 +42,14 @@ class ClassificationTaskConfig(MixingConfig):
     name: Literal["classification"]
     label_smoothing: BelowOne
     allow_missing_classes: bool
-    head: Literal["drawn", "standardised", "fitted", "kept"]
+    head: Literal["random", "standardised", "fitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise ValueError for task.head=kept without init_from."""
         if self.head == "kept" and config.init_from is None:
             raise ValueError(
                 "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
-                "weight file, or set task.head=drawn or standardised"
+                "weight file, or set task.head=random or standardised"
             )
 
 

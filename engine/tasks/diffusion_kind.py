@@ -127,7 +127,7 @@ class DiffusionKind(BucketedKind):
         task, collection = setup.task, data.collection
         rows = training_rows(collection, config.loop)
         tags = None if task.tag_weights is None else read_tags(collection, Captions(task.captions, collection))
-        parts = config.loop.global_batch_size
+        parts = config.loop.batch_size
         buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
         buckets.refuse_none(len(rows))
         described = {"collection": describe_collection(collection), "images": buckets.describe()}

@@ -83,7 +83,7 @@ def find_student(setup: Setup) -> tuple[Kind, Setup]:
     if "tag_names" in setup.facts:
         kind, more = TaggingKind(), {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
-        kind, more = ClassificationKind(), {"name": "classification", "head": "drawn", "allow_missing_classes": True}
+        kind, more = ClassificationKind(), {"name": "classification", "head": "random", "allow_missing_classes": True}
     else:
         return Kind(), setup
     shared = setup.task.model_dump(include=kind.config.model_fields.keys())

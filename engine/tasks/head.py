@@ -58,7 +58,7 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
             f"task.head: {len(features)} images could be read to prepare the head, or their features are not finite; "
-            "set task.head=drawn"
+            "set task.head=random"
         )
     mean, scale = standardise(features)
     weight, bias, result = head.weight.double().cpu(), head.bias.double().cpu(), "weights drawn"

@@ -216,7 +216,7 @@ class Kind:
         groups = letterbox_groups(collection, rows, setup.preprocessing)
         if groups is None:
             return build_sampler(config.loop.sampling, rows, collection, config.seed)
-        sizes_hw, batch = setup.preprocessing["buckets_hw"], config.loop.global_batch_size
+        sizes_hw, batch = setup.preprocessing["buckets_hw"], config.loop.batch_size
         counts = zip(np.bincount(groups).tolist(), sizes_hw)
         used = [f"{count:,} of {height} x {width}" for count, (height, width) in counts if count]
         log.info("augment.pad=buckets: %s px", ", ".join(used))

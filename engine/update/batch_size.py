@@ -1,8 +1,8 @@
 """The micro-batch size, halved when the device runs out of memory.
 
-A run begins with `loop.batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory changes
-nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order, global batch
-and learning rate stay. batch_size.json in the run folder keeps the size; another device begins anew.
+A run begins with `loop.micro_batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory
+changes nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order,
+batch and learning rate stay. micro_batch_size.json in the run folder keeps the size; another device begins anew.
 
 A rank that runs out of memory would leave the others waiting in a collective. With several ranks, `auto` therefore
 tries every shape before training, and all ranks halve together (`Learner.rehearse`). A rank that runs out of memory
@@ -27,8 +27,8 @@ def show_samples(batch: Batch) -> str:
 def out_of_memory(stage: str, samples: str) -> UserError:
     """Return the error of a device that ran out of memory in `stage`. samples: from `show_samples`."""
     return UserError(
-        f"loop.batch_size: the device is out of memory in {stage}, with {samples} at once; set a smaller "
-        "loop.batch_size, runtime.grad_checkpointing=true, or a smaller model or image; the same command resumes"
+        f"loop.micro_batch_size: the device is out of memory in {stage}, with {samples} at once; set a smaller "
+        "loop.micro_batch_size, runtime.grad_checkpointing=true, or a smaller model or image; the same command resumes"
     )
 
 
@@ -56,4 +56,4 @@ def read_size(file: Path, begin: int, device: str) -> int:
         found = read_json(file) if file.exists() else {}
         return min(begin, found["size"]) if found.get("device") == device else begin
     except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"loop.batch_size: {file} is damaged; remove it to search again") from error
+        raise UserError(f"loop.micro_batch_size: {file} is damaged; remove it to search again") from error

@@ -1,4 +1,4 @@
-"""The parts of an update (engine/update/learner.py): one micro-batch, the sums over ranks, clipping, the loss scale of fp16.
+"""The parts of an update (learner.py): one micro-batch, the sums over ranks, clipping, the loss scale of fp16.
 
 The loss of an update is the weighted mean over all samples of all ranks and micro-batches. The ranks sum the weights
 before the first backward pass, so accumulation and uneven weights are exact. All ranks skip an update together if it is

@@ -110,7 +110,7 @@ def _keep_head(network: nn.Module, fit: Fit, source: str, known: list[Any] | Non
     known: the file's class names, or None; wanted: the run's. Raises UserError (`task.head`) if the file has no head
     for these classes.
     """
-    advice, head = "set task.head=drawn or fitted", optional_prefixes(network)[0]
+    advice, head = "set task.head=random or fitted", optional_prefixes(network)[0]
     if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
         theirs, ours = ([name for name in a if name not in b] for a, b in ((known, wanted), (wanted, known)))
         raise UserError(

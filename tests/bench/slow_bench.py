@@ -19,7 +19,7 @@ from tests.support import ROOT, fork_command, start
 TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl", "loader_rivals", "view"]
 SHORT = [
     "model=convnextv2_glyph", "model.depths=[1,1]", "model.dims=[8,16]", "augment.image_size_hw=[32,32]",
-    "loop.total_steps=2", "loop.global_batch_size=8", "runtime.threads=1",
+    "loop.total_steps=2", "loop.batch_size=8", "runtime.threads=1",
 ]  # fmt: skip
 SHORT_SDXL = [
     "vae_steps=2", "loop.total_steps=2", "runtime.threads=1", "task.buckets.areas_px=[4096]", "task.buckets.min_px=32",

@@ -161,7 +161,7 @@ def test_fine_tuning_to_the_letter(name):
 
     check_schedule(made, row.lr, row.steps, row.warmup_steps, 1e-6)
     batches = {"imagenet/": 1024, "imagenet22k/intermediate": 4096, "imagenet22k/finetune": 512, "small_data/": 64}
-    assert [plan.global_batch_size] == [batch for prefix, batch in batches.items() if name.startswith(prefix)]
+    assert [plan.batch_size] == [batch for prefix, batch in batches.items() if name.startswith(prefix)]
     assert plan.micro_batch_size == 32 or not name.startswith("imagenet/")
     assert ours or config.loop.clip_grad_norm is None
 
@@ -180,7 +180,7 @@ def test_fine_tuning_to_the_letter(name):
     task = config.task
     assert (task.mixup_alpha, task.cutmix_alpha, task.label_smoothing) == (row.mixup, row.cutmix, row.smoothing)
     assert (task.mix_probability, task.mix_switch_probability) == (1.0, 0.5)
-    assert task.head == ("fitted" if ours else "drawn")
+    assert task.head == ("fitted" if ours else "random")
 
     augment = config.augment
     assert (augment.rand_augment, augment.interpolation) == ("rand-m9-mstd0.5-inc1", "bicubic")
@@ -204,7 +204,7 @@ def test_pretraining_to_the_letter(name):
     config, ours = made.config, name.startswith("small_data")
 
     check_schedule(made, lr, steps, warmup_steps, 0.0)
-    assert made.plan.global_batch_size == (256 if ours else 4096) and made.plan.micro_batch_size == (32 if ours else 64)
+    assert made.plan.batch_size == (256 if ours else 4096) and made.plan.micro_batch_size == (32 if ours else 64)
     assert config.loop.ema_decay is None and (ours or config.loop.clip_grad_norm is None)
     assert {entry["lr_scale"] for entry in made.groups} == {1.0}
 

@@ -18,7 +18,7 @@ def test_a_signal_to_torchrun_and_its_ranks_saves_and_the_same_command_continues
 
     The save lasts longer than the watchdog waits for a store.
     """
-    settings = ["loop.total_steps=200", "loop.global_batch_size=8", "loop.evaluate_every_epochs=100"]
+    settings = ["loop.total_steps=200", "loop.batch_size=8", "loop.evaluate_every_epochs=100"]
     overrides = common("classification", collection, tmp_path / "run", *settings, "runtime.hang_timeout_sec=16")
     script, output = ROOT / "tests/tasks/troubled.py", tmp_path / "output.txt"
     with open(output, "wb") as stream:

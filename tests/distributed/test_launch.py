@@ -43,7 +43,7 @@ def has_ended(*pids):
 
 
 def endless(collection, run_dir, *more):
-    settings = ["loop.total_steps=100000", "loop.global_batch_size=8", "loop.checkpoint_every_steps=5"]
+    settings = ["loop.total_steps=100000", "loop.batch_size=8", "loop.checkpoint_every_steps=5"]
     return common("classification", collection, run_dir, *settings, *more)
 
 
@@ -66,7 +66,7 @@ def test_a_run_on_one_rank_that_hangs_in_its_data_ends_with_its_worker(collectio
 
 
 def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collection, tmp_path):
-    settings = ["loop.total_steps=4", "loop.global_batch_size=6", "loop.batch_size=4", "optim.lr=0.001"]
+    settings = ["loop.total_steps=4", "loop.batch_size=6", "loop.micro_batch_size=4", "optim.lr=0.001"]
     run("finetune.py", common("classification", collection, tmp_path / "run", *settings), tmp_path)
     trained = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]
     tables = []

@@ -70,7 +70,7 @@ def test_sharded_killed_and_resumed(collection, tmp_path):
 def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
     """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
     settings = [
-        "loop.total_steps=9", "loop.global_batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
+        "loop.total_steps=9", "loop.batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001", FSDP,
     ]  # fmt: skip
     path = tmp_path / "run"
@@ -96,11 +96,11 @@ def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case
     task, *settings = case.split()
     total, there, here = 6 * len(LEGS), tmp_path / "moved", tmp_path / "one"
     settings = [
-        f"loop.total_steps={total}", "loop.global_batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
+        f"loop.total_steps={total}", "loop.batch_size=12", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=0.5", *settings,
     ]  # fmt: skip
     for done, (ranks, way) in zip(range(0, total, 6), LEGS):
-        overrides = common(task, collection, there, *settings, "loop.batch_size=3", f"runtime.parallel={way}")
+        overrides = common(task, collection, there, *settings, "loop.micro_batch_size=3", f"runtime.parallel={way}")
         end = {"expect": -9, "kill_at_step": done + 6} if done + 6 < total else {}
         printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks, **end)
         assert done == 0 or f"at step {done}" in printed
@@ -121,7 +121,7 @@ def test_a_checkpoint_of_either_resumes_in_the_other_on_any_number_of_ranks(case
     ],
 )
 def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, tolerance, collection, tmp_path):
-    settings = [*settings, "loop.total_steps=6", "loop.global_batch_size=8", "optim.lr=0.001"]
+    settings = [*settings, "loop.total_steps=6", "loop.batch_size=8", "optim.lr=0.001"]
     for way in ("ddp", "fsdp"):
         overrides = common(task, collection, tmp_path / way, *settings, f"runtime.parallel={way}")
         timm = "model=timm" in settings
@@ -133,7 +133,7 @@ def test_batch_statistics_and_bfloat16_are_those_of_ddp(task, settings, toleranc
 
 @needs_compiler
 def test_compiled_unit_by_unit(collection, tmp_path):
-    settings = ["loop.total_steps=3", "loop.global_batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
+    settings = ["loop.total_steps=3", "loop.batch_size=8", "optim.lr=0.001", "runtime.deterministic=false", FSDP]
     for compiles in ("false", "true"):
         overrides = common("classification", collection, tmp_path / compiles, *settings, f"runtime.compile={compiles}")
         started = start("finetune.py", overrides, tmp_path, 2)
@@ -162,7 +162,7 @@ def test_torchrun_restarts_what_was_killed(collection, tmp_path):
 def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     """Sets that no number of ranks divides, one image of them unreadable."""
     data = make_collection(tmp_path / "images", per_class=17, validation=7, broken=1)
-    settings = ["loop.total_steps=1", "loop.global_batch_size=12", "loop.batch_size=4", "optim.lr=0", "task.probe.k=4"]
+    settings = ["loop.total_steps=1", "loop.batch_size=12", "loop.micro_batch_size=4", "optim.lr=0", "task.probe.k=4"]
     found = []
     for ranks in (1, 2, 3):
         run("pretrain_fcmae.py", common("fcmae", data, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
@@ -205,7 +205,7 @@ def test_one_head_on_any_number_of_ranks(tmp_path):
 
 @needs_compiler
 def test_a_compiled_run_on_two_ranks_leaves_the_files_of_an_eager_one(collection, tmp_path, task="fcmae"):
-    settings = ["loop.total_steps=4", "loop.global_batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
+    settings = ["loop.total_steps=4", "loop.batch_size=8", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=4"]
     compiled = common(task, collection, tmp_path / "compiled", *settings, *FAST)
     started = start(SCRIPTS[task], compiled, tmp_path, ranks=2)
     assert started.wait(500) == [0, 0], started.output[-3000:]

@@ -24,9 +24,9 @@ def test_batches_are_split_to_divisors():
 
 @pytest.mark.parametrize("content", ["{}x", "3", '{"device": "CPU"}', '{"size": "3", "device": "CPU"}'])
 def test_a_damaged_file_is_refused_and_one_of_another_device_is_not_used(tmp_path, content):
-    file = tmp_path / "batch_size.json"
+    file = tmp_path / "micro_batch_size.json"
     file.write_text(content)
-    with pytest.raises(UserError, match="^loop.batch_size: .*batch_size.json is damaged"):
+    with pytest.raises(UserError, match="^loop.micro_batch_size: .*micro_batch_size.json is damaged"):
         read_size(file, 8, "CPU")
     file.write_text('{"size": 2, "device": "NVIDIA T4"}')
     assert read_size(file, 8, "CPU") == 8 and read_size(file, 8, "NVIDIA T4") == 2
@@ -40,26 +40,26 @@ def little_memory(monkeypatch):
     return lambda size: troubled.start("little_memory", size)
 
 
-AUTO = ["loop.global_batch_size=8", "loop.batch_size=auto", "loop.total_steps=3", "loop.ema_decay=0.9"]
+AUTO = ["loop.batch_size=8", "loop.micro_batch_size=auto", "loop.total_steps=3", "loop.ema_decay=0.9"]
 
 
 def test_a_run_that_runs_out_equals_one_of_the_size_found_and_keeps_it(tmp_path, little_memory):
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "model.drop_path_rate=0.2"]
     little_memory(3)
     run("finetune", [*base, "run_dir=auto"], tmp_path)
-    run("finetune", [*base, "run_dir=two", "loop.batch_size=2"], tmp_path)
+    run("finetune", [*base, "run_dir=two", "loop.micro_batch_size=2"], tmp_path)
     assert_same_tensors(checkpoint_tensors(tmp_path / "auto", 3), checkpoint_tensors(tmp_path / "two", 3))
     assert rows(tmp_path / "auto/metrics.jsonl") == rows(tmp_path / "two/metrics.jsonl")
-    assert json.loads((tmp_path / "auto/batch_size.json").read_text()) == {"size": 2, "device": "CPU"}
+    assert json.loads((tmp_path / "auto/micro_batch_size.json").read_text()) == {"size": 2, "device": "CPU"}
     said = (tmp_path / "auto/log.txt").read_text()
     assert said.count("out of memory") == 2 and "memory at the first step: weights" in said
     run("finetune", [*base, "run_dir=auto", "loop.total_steps=4"], tmp_path)
     assert (tmp_path / "auto/log.txt").read_text().count("out of memory") == 2  # a resumed run begins with what is kept
 
-    with pytest.raises(UserError, match=r"^loop.batch_size: .*in training, with 8 samples of 3x\d+x\d+ at once"):
+    with pytest.raises(UserError, match=r"^loop.micro_batch_size: .*in training, with 8 samples of 3x\d+x\d+ at once"):
         run("finetune", [*base, "run_dir=stopped", "loop.on_out_of_memory=stop"], tmp_path)
     little_memory(0)
-    with pytest.raises(UserError, match="^loop.batch_size: .*with 1 samples"):
+    with pytest.raises(UserError, match="^loop.micro_batch_size: .*with 1 samples"):
         run("finetune", [*base, "run_dir=none"], tmp_path)
 
 
@@ -69,12 +69,12 @@ def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("engine.tasks.classification.ClassificationTask.evaluate", full)
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "run_dir=run"]
-    with pytest.raises(UserError, match="^loop.batch_size: .*in step 1: evaluating"):
+    with pytest.raises(UserError, match="^loop.micro_batch_size: .*in step 1: evaluating"):
         run("finetune", base, tmp_path)
 
 
 def test_ranks_agree_on_the_smallest(collection, tmp_path):
-    overrides = common("classification", collection, tmp_path / "run", *AUTO, "loop.global_batch_size=24")
+    overrides = common("classification", collection, tmp_path / "run", *AUTO, "loop.batch_size=24")
     trouble = {"TROUBLE": "little_memory 9 3"}
     said = run_process("tests/tasks/troubled.py", overrides, tmp_path, ranks=2, variables=trouble)
     assert said.count("from now on 3") == 2  # and they train together, each with half of every batch

@@ -24,7 +24,7 @@ MODEL = ConvNeXtV2Config(
 CONFIG = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
     mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=True,
-    head="drawn",
+    head="random",
 )  # fmt: skip
 
 

@@ -28,7 +28,7 @@ REFERENCE = ["runtime=reference", "runtime.device=cpu", "runtime.threads=1"]
 SHORT = [*TINY["diffusion"], *REFERENCE, "loop.log_every_steps=1", "loop.total_steps=3", "optim.lr=0.01"]
 SHORT += ["loop.evaluate_every_epochs=1"]  # and at the end
 WHOLE = ["task.lora=null"]
-FIVES = ["loop.global_batch_size=10", "loop.batch_size=5", "task.chunk=5"]
+FIVES = ["loop.batch_size=10", "loop.micro_batch_size=5", "task.chunk=5"]
 
 
 def build(*overrides):

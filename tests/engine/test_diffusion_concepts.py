@@ -107,7 +107,7 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     (place / "d.toml").write_text(text)
     assert run_command("prepare", ["job=import", "source=d.toml", "output=my file.yaml"], place, monkeypatch) == 0
     own = [word for word in SHORT if "sizes_hw" not in word]
-    words = [*own, "experiment=my file.yaml", "loop.batch_size=2", "loop.total_steps=1", "run_dir=imported"]
+    words = [*own, "experiment=my file.yaml", "loop.micro_batch_size=2", "loop.total_steps=1", "run_dir=imported"]
     assert run_command("finetune_sdxl", words, place, monkeypatch) == 0
     said = capsys.readouterr().err
     assert "6        4     50.0%  dog" in said and "share 0.5, prior" in said

@@ -16,7 +16,7 @@ from utils.errors import UserError
 from utils.io.weights import read_weights
 
 SHORT = [
-    *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.global_batch_size=4",
+    *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.batch_size=4",
     "optim.lr=0.03", "data.root=images",
 ]  # fmt: skip
 LORA = ["task.lora.alpha=8.0", "task.lora.rank=4", "task.lora.targets=['*attn?.to_*','text*_proj']"]

@@ -29,7 +29,7 @@ from utils.io.weights import read_header, read_weights, write_tensors
 PROMPTS = ["tag 1, tag 2", "black"]
 SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.total_steps=2",
-    "loop.global_batch_size=4", "optim.lr=0.03", "model.path=base", "data.root=images",
+    "loop.batch_size=4", "optim.lr=0.03", "model.path=base", "data.root=images",
     f"task.samples.prompts=[{','.join(repr(prompt) for prompt in PROMPTS)}]",
 ]  # fmt: skip
 LORA = ["task.lora.targets=['*']", "task.lora.conv=true", "task.lora.text_encoders=true", "task.lora.alpha=8.0"]

@@ -11,7 +11,7 @@ from utils.ranks.distributed import RANKS_VARIABLE
 
 SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.total_steps=1",
-    "loop.global_batch_size=4", "data.root=images",
+    "loop.batch_size=4", "data.root=images",
 ]  # fmt: skip
 
 
@@ -53,7 +53,7 @@ def test_what_is_refused(words, said, place, monkeypatch, capsys):
         (["task.samples.prompts=[a,{text: b, sede: 1}]"], "task.samples.prompts.1.sede: unknown key; close: "),
         (["init_from=x"], "init_from"),
         (["optim.rules=[{match: nothing.*, lr_scale: 0.5}]"], "optim.rules"),
-        (["loop.global_batch_size=5"], "loop.global_batch_size"),
+        (["loop.batch_size=5"], "loop.batch_size"),
     ],
 )
 def test_what_can_be_checked_is_checked_before_images_are_encoded(words, key, place, monkeypatch, capsys):

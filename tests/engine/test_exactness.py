@@ -48,7 +48,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
 ):
     """20 steps against 10 and some, SIGKILL of the process group, the same command again."""
     settings = [
-        "loop.total_steps=20", "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95",
+        "loop.total_steps=20", "loop.batch_size=8", "loop.micro_batch_size=4", "loop.ema_decay=0.95",
         "loop.checkpoint_every_steps=4", "loop.evaluate_every_epochs=1.0", "loop.clip_grad_norm=1.0",
         "runtime.workers=2", *NOISY[task], *more,
     ]  # fmt: skip
@@ -82,14 +82,14 @@ def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task
     """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
     settings = [
         "loop.total_steps=6",
-        "loop.global_batch_size=16",
+        "loop.batch_size=16",
         "loop.checkpoint_every_steps=6",
         "optim.lr=0.001",
         *more,
     ]
     variants = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
     for name, (ranks, cap) in variants.items():
-        overrides = common(task, collection, tmp_path / name, *settings, f"loop.batch_size={cap}")
+        overrides = common(task, collection, tmp_path / name, *settings, f"loop.micro_batch_size={cap}")
         run(SCRIPTS[task], overrides, tmp_path, ranks=ranks)
     one = checkpoint_tensors(tmp_path / "one", 6)
     for name in ("accumulated", "two"):
@@ -103,7 +103,7 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
     """Three unreadable files weigh 0, are listed once, and change nothing about exact resume."""
     data = make_collection(tmp_path / "images", broken=3)
     settings = [
-        "loop.sampling=balanced", "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=8",
+        "loop.sampling=balanced", "loop.total_steps=16", "loop.batch_size=8", "loop.micro_batch_size=8",
         "loop.checkpoint_every_steps=3",
     ]  # fmt: skip
     uninterrupted, killed = tmp_path / "uninterrupted", tmp_path / "killed"
@@ -121,7 +121,7 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
 def test_evaluation_is_exact_on_any_number_of_ranks(collection, tmp_path, task="classification"):
     """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
     figures, tables = [], []
-    settings = ["loop.total_steps=1", "loop.global_batch_size=12", "loop.batch_size=4", "optim.lr=0.0"]
+    settings = ["loop.total_steps=1", "loop.batch_size=12", "loop.micro_batch_size=4", "optim.lr=0.0"]
     for ranks in (1, 2, 3):
         run(SCRIPTS[task], common(task, collection, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
         figures.append(rows(tmp_path / f"{ranks}/metrics.jsonl", "evaluate")[-1])

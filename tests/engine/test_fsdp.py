@@ -20,12 +20,12 @@ def test_sharded_equals_replicated_equals_one_rank(case, collection, tmp_path):
     """The same weights, optimiser state, average, losses and evaluations."""
     task, *settings = case.split()
     settings = [
-        "loop.total_steps=6", "loop.global_batch_size=16", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
+        "loop.total_steps=6", "loop.batch_size=16", "loop.checkpoint_every_steps=6", "optim.lr=0.001",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=0.01", "loop.evaluate_every_epochs=1", *settings,
     ]  # fmt: skip
     variants = {"one": (1, 16, []), "ddp": (2, 4, []), "fsdp": (2, 4, [FSDP])}  # two ranks take two micro-batches each
     for name, (ranks, cap, more) in variants.items():
-        overrides = common(task, collection, tmp_path / name, *settings, f"loop.batch_size={cap}", *more)
+        overrides = common(task, collection, tmp_path / name, *settings, f"loop.micro_batch_size={cap}", *more)
         printed = run(SCRIPTS[task], overrides, tmp_path, ranks=ranks)
         assert ("MiB of parameters on this rank" in printed) is (name == "fsdp")
     sharded = checkpoint_tensors(tmp_path / "fsdp", 6)

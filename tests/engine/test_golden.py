@@ -17,7 +17,7 @@ GOLDEN = Path(__file__).parent / "golden_losses.json"
 
 @pytest.mark.parametrize("task", CHEAP)
 def test_losses_of_twenty_steps(task, collection, tmp_path, request):
-    settings = ["loop.total_steps=20", "loop.global_batch_size=16", "loop.batch_size=8", "loop.clip_grad_norm=1.0"]
+    settings = ["loop.total_steps=20", "loop.batch_size=16", "loop.micro_batch_size=8", "loop.clip_grad_norm=1.0"]
     run(SCRIPTS[task], common(task, collection, tmp_path / "run", *settings), tmp_path)
     losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
     golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}

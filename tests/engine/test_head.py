@@ -112,7 +112,7 @@ def place(tmp_path_factory):
 
 
 def finetune(folder, *overrides):
-    run("finetune", [*TINY, "data.root=images", "loop.global_batch_size=8", *overrides], folder)
+    run("finetune", [*TINY, "data.root=images", "loop.batch_size=8", *overrides], folder)
 
 
 def test_a_run_begins_with_it_and_resumes_without_it(place):

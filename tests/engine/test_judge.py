@@ -20,7 +20,7 @@ from utils.io.files import read_json
 
 SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "optim.lr=0.05",
-    "loop.total_steps=3", "loop.global_batch_size=4", "loop.batch_size=4", "loop.evaluate_every_epochs=0.5",
+    "loop.total_steps=3", "loop.batch_size=4", "loop.micro_batch_size=4", "loop.evaluate_every_epochs=0.5",
     "loop.checkpoint_every_steps=1", "data.root=images", "task.captions.caption_dropout=0",
     "loop.best=judge.similarity",
 ]  # fmt: skip

@@ -11,7 +11,7 @@ from tests.in_process import configure
 from tests.support import TINY
 from utils.errors import UserError
 
-WHOLE_BATCH = ["loop.batch_size=4", "loop.global_batch_size=4"]
+WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 
 
 def configured(*words):

@@ -12,11 +12,11 @@ from utils.config.messages import ConfigError
 from utils.errors import UserError
 
 PHASES = (
-    "loop.phases=[{fraction: 0.5, image_size_hw: [16, 16], batch_size: 8, mix_probability: 0.0, "
+    "loop.phases=[{fraction: 0.5, image_size_hw: [16, 16], micro_batch_size: 8, mix_probability: 0.0, "
     "frozen: ['network.stages.0.*']}, {fraction: 0.25, image_size_hw: [24, 24]}, {fraction: 0.25, random_erasing: 0.5}]"
 )
 SHORT = [
-    "loop.total_steps=16", "loop.global_batch_size=8", "loop.batch_size=4", "task.mixup_alpha=0.8",
+    "loop.total_steps=16", "loop.batch_size=8", "loop.micro_batch_size=4", "task.mixup_alpha=0.8",
     "augment.on_device=true", PHASES,
 ]  # fmt: skip
 
@@ -132,7 +132,7 @@ def test_bucket_areas_are_phases_and_a_run_killed_between_them_resumes_exactly(s
         *words,
         "task.buckets.sizes_hw=null", "task.buckets.min_px=32", "task.buckets.step_px=32",
         "task.buckets.areas_px=[9216]", "task.buckets.max_crop=1.0", "task.buckets.max_upscale=9", "task.chunk=2",
-        "loop.total_steps=4", "loop.global_batch_size=2", "loop.batch_size=2", "loop.checkpoint_every_steps=2",
+        "loop.total_steps=4", "loop.batch_size=2", "loop.micro_batch_size=2", "loop.checkpoint_every_steps=2",
         f"loop.phases=[{{fraction: 0.5, {phase}}}, {{fraction: 0.5}}]",
     ]  # fmt: skip
     images, areas, update = make_images(tmp_path / "images"), [], Learner.update

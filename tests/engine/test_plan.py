@@ -51,7 +51,7 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a
 
 @pytest.mark.parametrize("global_size, world", [(4096, 24), (3, 8)])
 def test_a_batch_that_does_not_divide_is_refused(global_size, world):
-    with pytest.raises(UserError, match="^loop.global_batch_size: "):
+    with pytest.raises(UserError, match="^loop.batch_size: "):
         split_batch(global_size, world, 64, None)
 
 
@@ -71,7 +71,7 @@ def test_a_batch_that_does_not_divide_is_refused(global_size, world):
     ],
 )
 def test_epochs_become_steps_once(loop, length, batch, steps, why):
-    assert plan(epoch_length=length, global_batch_size=batch, **loop).total_steps == steps, why
+    assert plan(epoch_length=length, batch_size=batch, **loop).total_steps == steps, why
 
 
 @pytest.mark.parametrize(
@@ -83,7 +83,7 @@ def test_epochs_become_steps_once(loop, length, batch, steps, why):
     ],
 )
 def test_warmup_steps(warmup, expected, why):
-    found = plan(epoch_length=100, total_epochs=3.0, global_batch_size=10, warmup=warmup)
+    found = plan(epoch_length=100, total_epochs=3.0, batch_size=10, warmup=warmup)
     assert found.warmup_steps == expected, why
 
 
@@ -91,11 +91,11 @@ def test_the_rate_follows_the_batch():
     """base_lr is stated for 256 samples, as for the official pretraining; a rate of 0 is a value."""
     cases = [(4096, {"base_lr": 1.5e-4}, 2.4e-3), (32, {"base_lr": 0.08}, 0.01), (1024, {"lr": 0.0}, 0.0)]
     for batch, optim, expected in cases:
-        assert plan(epoch_length=5000, global_batch_size=batch, optim=optim).lr == pytest.approx(expected, rel=1e-12)
+        assert plan(epoch_length=5000, batch_size=batch, optim=optim).lr == pytest.approx(expected, rel=1e-12)
 
 
 def test_the_number_of_ranks_changes_neither_length_nor_rate():
-    plans = [plan(epoch_length=1000, world_size=world, global_batch_size=240, batch_size=50) for world in (1, 2, 3, 8)]
+    plans = [plan(epoch_length=1000, world_size=world, batch_size=240, micro_batch_size=50) for world in (1, 2, 3, 8)]
     assert len({(each.total_steps, each.warmup_steps, each.lr, each.epoch_length) for each in plans}) == 1
     assert [(each.micro_batch_size, each.accum_steps) for each in plans] == [(48, 5), (40, 3), (40, 2), (30, 1)]
 
@@ -130,7 +130,7 @@ def walk(plan, every=1.0, start=0):
 
 def first_at_multiples(plan, steps, samples):
     """The steps that are the first at or beyond a multiple of so many samples, and the last one."""
-    batch = plan.global_batch_size
+    batch = plan.batch_size
     pairs = zip([0, *steps], steps)
     return [
         now for before, now in pairs if now == plan.total_steps or now * batch // samples > before * batch // samples
@@ -148,13 +148,13 @@ def test_each_epochs_end_is_reached_exactly_once_and_the_next_one_starts_there()
     for plan in awkward():
         ends, _ = walk(plan)
         assert ends[-1][1] == plan.total_steps
-        if plan.global_batch_size > plan.epoch_length:  # each update ends one epoch
+        if plan.batch_size > plan.epoch_length:  # each update ends one epoch
             assert [step for _, step in ends] == list(range(1, plan.total_steps + 1))
             continue
         assert [epoch for epoch, _ in ends] == list(range(len(ends)))
         for epoch, step in ends[:-1]:
-            read, wanted = step * plan.global_batch_size, (epoch + 1) * plan.epoch_length
-            assert read >= wanted > read - plan.global_batch_size  # the first step at or beyond the boundary
+            read, wanted = step * plan.batch_size, (epoch + 1) * plan.epoch_length
+            assert read >= wanted > read - plan.batch_size  # the first step at or beyond the boundary
 
 
 @pytest.mark.parametrize("every, among", [("0.3", "0.1"), ("1.5", "0.5"), ("1", "2")])

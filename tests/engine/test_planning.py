@@ -41,7 +41,7 @@ def words(tmp_path, monkeypatch):
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
     root = make_images(tmp_path / "images")
     return [
-        f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.global_batch_size=4",
+        f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=1", "loop.batch_size=4",
         "augment.image_size_hw=[32,32]", "augment.rand_augment=rand-m9-n1", "runtime.device=cpu", "runtime.threads=1",
     ]  # fmt: skip
 
@@ -72,7 +72,7 @@ def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has
     monkeypatch.setattr(facts, "nearest_right", lambda pictures, labels, queries=None: right[pictures.ndim])
     words = [
         *words[:3],
-        "loop.global_batch_size=4",
+        "loop.batch_size=4",
         "augment.image_size_hw=[64,64]",
         "augment.mean=[0.4,0.4,0.4]",
         *words[-2:],

@@ -118,7 +118,7 @@ def probed(run_dir, of=""):
 def pretrain(data, folder, *settings):
     """Pretrain in `folder`, 20 steps of 8 images."""
     overrides = [
-        *TINY, "task.decoder_dim=16", "loop.global_batch_size=8", "loop.batch_size=4", "loop.total_steps=20",
+        *TINY, "task.decoder_dim=16", "loop.batch_size=8", "loop.micro_batch_size=4", "loop.total_steps=20",
         "optim.lr=0.005", f"data.root={data}", "run_dir=.", *settings,
     ]  # fmt: skip
     folder.mkdir(exist_ok=True)

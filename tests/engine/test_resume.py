@@ -184,7 +184,7 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
 
 @pytest.mark.parametrize(
     "words",
-    [["optim=prodigy", "+optim.extra.d_coef=1e4", "loop.global_batch_size=8"], ["optim=schedulefree", "optim.lr=0.01"]],
+    [["optim=prodigy", "+optim.extra.d_coef=1e4", "loop.batch_size=8"], ["optim=schedulefree", "optim.lr=0.01"]],
 )
 def test_optimisers_with_a_state_of_all_parameters_resume_exactly(words, place):
     """Prodigy's d rises and is logged. Schedule-free's files hold its average x, as the one that it evaluates."""

@@ -11,7 +11,7 @@ from engine.update.runtime import start_machine
 from tests.in_process import TINY, configure, make_images, run, working_in
 from tests.support import TINY as TINY_TASKS
 
-SHORT = ["loop.total_steps=2", "loop.global_batch_size=4", "loop.batch_size=2", "runtime.device=cpu"]
+SHORT = ["loop.total_steps=2", "loop.batch_size=4", "loop.micro_batch_size=2", "runtime.device=cpu"]
 SHORT += ["runtime.workers=0", "data.root=images"]
 CACHED = [
     "task.latent_cache=latents",
@@ -22,7 +22,7 @@ CACHED = [
 SHOWN = {
     "classification": ("train", [*TINY, "task.mixup_alpha=0.8"]),
     "tagging": ("train", [*TINY, "task=tagging", "task.min_count=1", "augment.on_device=true"]),
-    "fcmae": ("pretrain_fcmae", [*TINY, "loop.phases=[{fraction: 0.5, batch_size: 1}, {fraction: 0.5}]"]),
+    "fcmae": ("pretrain_fcmae", [*TINY, "loop.phases=[{fraction: 0.5, micro_batch_size: 1}, {fraction: 0.5}]"]),
     "diffusion": ("finetune_sdxl", [*TINY_TASKS["diffusion"], *SHORT, *CACHED, "task.chunk=2"]),
     "autoencoder": ("finetune_vae", [*TINY_TASKS["autoencoder"], *SHORT, "task.chunk=2"]),
 }

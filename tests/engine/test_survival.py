@@ -21,7 +21,7 @@ from utils.io.files import read_json
 
 TROUBLED = "tests/tasks/troubled.py"
 SMALL = [
-    "loop.global_batch_size=8", "loop.batch_size=4", "loop.ema_decay=0.95", "loop.total_steps=40",
+    "loop.batch_size=8", "loop.micro_batch_size=4", "loop.ema_decay=0.95", "loop.total_steps=40",
     "loop.evaluate_every_epochs=3",
 ]  # fmt: skip
 
@@ -118,7 +118,7 @@ def test_a_checkpoint_is_due_by_time_too_and_changes_no_result(tmp_path):
 
 
 # An update of this takes milliseconds, and troubled.py's own batch is of 8, too.
-HERE = [*TINY, "optim.lr=0.005", "loop.global_batch_size=8", "loop.total_steps=20", "loop.checkpoint_every_steps=5"]
+HERE = [*TINY, "optim.lr=0.005", "loop.batch_size=8", "loop.total_steps=20", "loop.checkpoint_every_steps=5"]
 
 
 @pytest.fixture

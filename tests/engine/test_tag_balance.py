@@ -16,7 +16,7 @@ from tests.support import make_collection
 
 RULE = {"power": 1.0, "low": 0.1, "high": 4.0, "factors": {}}
 FACTS = {"counts": [4, 4, 4, 4], "factors": [1.0, 1.0, 1.0, 0.0], "shares": [0.25, 0.25, 0.5, 0.0]}
-OWN = [*SHORT, *RESUMED, "data.root=images", "loop.global_batch_size=12", "loop.batch_size=6", "task.chunk=6"]
+OWN = [*SHORT, *RESUMED, "data.root=images", "loop.batch_size=12", "loop.micro_batch_size=6", "task.chunk=6"]
 WEIGHTS = "task.tag_weights={power: 1.0, low: 0.1, high: 4.0, factors: {}, reestimate_steps: 2}"
 
 

@@ -25,7 +25,7 @@ FCMAE = FCMAETaskConfig(
 )  # fmt: skip
 CLASSIFY = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, mixup_alpha=0.0, mix_probability=1.0, mix_switch_probability=0.5,
-    cutmix_alpha=0.0, allow_missing_classes=False, head="drawn",
+    cutmix_alpha=0.0, allow_missing_classes=False, head="random",
 )  # fmt: skip
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 

@@ -22,7 +22,7 @@ CONVNEXT = ConvNeXtV2Config(
 )  # fmt: skip
 TASK = ClassificationTaskConfig(
     name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
-    mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="drawn",
+    mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="random",
 )  # fmt: skip
 CPU = torch.device("cpu")
 HUGE = CONVNEXT.model_dump() | {"dims": [8192, 8192]}

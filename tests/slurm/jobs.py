@@ -9,7 +9,7 @@ from tests.in_process import SMALL_MODEL
 from tests.support import ROOT, rows
 
 TRAINING = [
-    *SMALL_MODEL, "augment.image_size_hw=[16,16]", "loop.global_batch_size=4", "loop.batch_size=2", "runtime=reference",
+    *SMALL_MODEL, "augment.image_size_hw=[16,16]", "loop.batch_size=4", "loop.micro_batch_size=2", "runtime=reference",
     "runtime.device=cpu", "runtime.threads=1", "loop.log_every_steps=1", "loop.evaluate_every_epochs=1000",
     "loop.checkpoint_every_steps=100", "data=image_folder", "optim.lr=0.01",
 ]  # fmt: skip

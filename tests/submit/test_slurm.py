@@ -228,7 +228,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     [
         ("prepare", ["job=manifest", "data=image_folder", "data.root=nowhere"], "data.root: 'nowhere' does not exist"),
         ("predict", ["weights=nowhere", "input=.", "output=found.csv"], "weights: "),
-        ("finetune", [*TINY, "loop.global_batch_size=100", "data.root=images"], "100 does not divide by the 64 ranks"),
+        ("finetune", [*TINY, "loop.batch_size=100", "data.root=images"], "100 does not divide by the 64 ranks"),
     ],
 )
 def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(

@@ -28,7 +28,7 @@ FREE_KEYS = (
     "data.cache.folder",
     "loop.total_*",
     "loop.early_stop_epochs",
-    "loop.batch_size",
+    "loop.micro_batch_size",
     "loop.on_out_of_memory",
     "loop.*_every*",
     "loop.keep_checkpoints",

@@ -94,7 +94,7 @@ class _Wandb:
 
         file, rows = folder / ID_FILE, RunReader(folder).rows
         self._logged_step = max((row["step"] for row in rows), default=0) if file.exists() else 0
-        self._options, self._batch_size = options, config["loop"]["global_batch_size"]
+        self._options, self._batch_size = options, config["loop"]["batch_size"]
         if not file.exists():
             write_text(file, secrets.token_hex(4) + "\n")
         # The run folder has the console output (log.txt), the machine and the code (environment.json).

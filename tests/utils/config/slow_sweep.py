@@ -5,7 +5,7 @@ from tests.support import ROOT, command, common
 
 def test_a_multirun_under_torchrun_starts_each_job_on_all_ranks(collection, tmp_path):
     """Two ranks, two jobs: the second meets anew in torchrun's store; a job that is refused ends no other."""
-    words = ["loop.total_steps=2", "loop.global_batch_size=4", "optim.lr=-1,0.001,0.002", "--multirun"]
+    words = ["loop.total_steps=2", "loop.batch_size=4", "optim.lr=-1,0.001,0.002", "--multirun"]
     common_words = common("classification", collection, tmp_path / "sweep")
     words += [text for text in common_words if not text.startswith("optim.lr")]
     done = command("torchrun", "--standalone", "--nproc_per_node=2", ROOT / "finetune.py", *words, cwd=tmp_path)

@@ -48,7 +48,7 @@ MESSAGES = [
     ("optim.lr", float("nan"), "must be a finite number, found nan"),
     ("augment.interpolation", "cubic", "must be 'bilinear', 'bicubic', 'lanczos', 'area' or 'varied', found 'cubic'"),
     ("loop", [1], "must be a group of keys, found [1]"),
-    ("loop.batch_size", ABSENT, "missing; add loop.batch_size=VALUE or the file of its group"),
+    ("loop.micro_batch_size", ABSENT, "missing; add loop.micro_batch_size=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
     ("optim.name", "adamm", "unknown 'adamm'; close: adamw, adan, adamw8bit"),
     ("optm", {"lr": 1.0}, "unknown key; close: optim, optim.lr, optim.opt"),
@@ -63,8 +63,13 @@ def test_a_message_names_the_key_the_value_and_what_is_allowed(composed, key, va
 
 
 def test_all_errors_are_listed_together(composed):
-    problems = problems_with(composed(), {"seed": 1.5, "loop.batch_size": 0, "optim.lrr": 1, "data.root": "???"})
-    assert {problem.partition(": ")[0] for problem in problems} == {"data.root", "seed", "loop.batch_size", "optim.lrr"}
+    problems = problems_with(composed(), {"seed": 1.5, "loop.micro_batch_size": 0, "optim.lrr": 1, "data.root": "???"})
+    assert {problem.partition(": ")[0] for problem in problems} == {
+        "data.root",
+        "seed",
+        "loop.micro_batch_size",
+        "optim.lrr",
+    }
     assert str(ConfigError(*problems)) == "4 configuration errors\n  " + "\n  ".join(problems)
 
 

@@ -13,7 +13,7 @@ from utils.errors import UserError
 CONFIG = {
     "seed": 0,
     "run_dir": None,
-    "loop": {"total_steps": 10, "global_batch_size": 8, "batch_size": 4},
+    "loop": {"total_steps": 10, "batch_size": 8, "micro_batch_size": 4},
     "optim": {"lr": 0.1, "betas": [0.9, 0.99], "extra": {}},
     "runtime": {"precision": "fp32", "workers": 0, "deterministic": False},
     "tracking": {"samples": False},
@@ -32,8 +32,15 @@ def changed(**keys):
 
 
 def test_what_is_free():
-    free = ["loop.total_steps", "loop.batch_size", "runtime.workers", "tracking.samples", "run_dir", "task.probe.k"]
-    bound = ["loop.global_batch_size", "seed", "runtime.precision", "init_from", "optim.lr", "loop", "data.root"]
+    free = [
+        "loop.total_steps",
+        "loop.micro_batch_size",
+        "runtime.workers",
+        "tracking.samples",
+        "run_dir",
+        "task.probe.k",
+    ]
+    bound = ["loop.batch_size", "seed", "runtime.precision", "init_from", "optim.lr", "loop", "data.root"]
     assert all(map(is_free, free)) and not any(map(is_free, bound))
     assert is_free("optim.base_lr", ["optim.*"]) and not is_free("optim.base_lr", ["optim.lr"])
     assert is_free("runtime.precision", ["runtime.precision"])
