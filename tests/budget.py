@@ -1,6 +1,6 @@
 """Print what a reader must take in, room by room, beside tests/budget.toml; exit with 1 above a limit (`make lint`).
 
-Python is counted in syntax nodes (`ast.walk`): lines invite packing two thoughts into one. In the program and in bench/,
+Python is counted in syntax nodes (`ast.walk`): lines invite packing two thoughts into one. In the program and bench/,
 a statement has at most `STATEMENT` nodes, a tuple assignment joins only what belongs together, and a function is short.
 `python tests/budget.py FOLDER` prints the nodes of each file below a folder.
 """
