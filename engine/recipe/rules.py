@@ -14,12 +14,12 @@ from data.collection.collection import Collection
 from engine.recipe.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
 from engine.recipe.pretrained import use_pretrained
 from engine.run.length import read_minutes
-from engine.run.loop import show_lines
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.runtime import Runtime
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
+from utils.record.figures import show_lines
 from utils.record.logging import get_logger
 from utils.record.run_folder import default_run_dir
 

@@ -33,7 +33,7 @@ from utils.io.files import ignore_write_errors, write_json
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.signals import Stopped, check_stop, is_stop_requested
-from utils.record.figures import interval, show_duration, show_evaluated, show_interval
+from utils.record.figures import interval, show_duration, show_evaluated, show_interval, show_lines
 from utils.record.logging import get_logger
 from utils.record.progress import track
 from utils.record.run_folder import RunFolder
@@ -42,11 +42,6 @@ from utils.record.run_reader import RESULT_FILE
 log = get_logger(__name__)
 
 _SHOWN = 3  # figures of an evaluation in the log line
-
-
-def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
-    """Return a title with named lines below it."""
-    return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
 
 
 def name_lines(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:

@@ -23,7 +23,7 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan, split_batch
 from engine.run.checkpoint import choose_checkpoint
 from engine.run.length import fit_minutes, use_minutes
-from engine.run.loop import Run, show_lines
+from engine.run.loop import Run
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory, read_size
 from engine.update.runtime import Runtime, choose_compile, is_free, start_machine
@@ -37,6 +37,7 @@ from utils.io.safe_text import Lines
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.ranks.signals import Stopped, StopRequest
+from utils.record.figures import show_lines
 from utils.record.logging import get_logger
 from utils.record.run_folder import ENVIRONMENT_FILE, default_run_dir, environment_state, open_run_folder, write_config
 from utils.record.trackers import choose_mode

@@ -34,6 +34,11 @@ def align_columns(rows: Sequence[Sequence[str]]) -> str:
     return "\n".join("  ".join(text.ljust(width) for text, width in zip(row, widths)).rstrip() for row in rows)
 
 
+def show_lines(title: str, rows: Sequence[tuple[str, str]]) -> str:
+    """Return a title with named lines below it."""
+    return "\n".join([title, *(f"  {name:<11} {text}" for name, text in rows)])
+
+
 def show_cell(value: Any) -> str:
     """Format a table's value for people: fractions with four digits, None as an empty text."""
     if isinstance(value, float):
