@@ -19,7 +19,6 @@ from pydantic import Field
 from data.config import DataConfig, TextConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
-from utils.errors import UserError
 from viewer.config import PageConfig
 
 
@@ -50,11 +49,9 @@ def load_network(path: Path) -> Any:
 @entry_point("view", ViewConfig)
 def main(config: ViewConfig, job: Job) -> None:
     """Serve the page."""
-    try:
-        from viewer.app import serve
-        from viewer.playground import Networks
-    except ModuleNotFoundError as error:
-        raise UserError(f"view.py needs {error.name}, which is not installed; run: make install-view") from None
+    from viewer.app import serve
+    from viewer.playground import Networks
+
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
     serve(runs, config.data, config.view, Networks(runs, load_network, config.text))
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+from contextlib import contextmanager
 
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["MKL_NUM_THREADS"] = "1"
@@ -13,6 +14,7 @@ import pytest
 import torch
 
 from tests.support import draw_nothing, make_collection
+from utils.errors import missing_extra
 from utils.record.logging import ROOT
 
 torch.set_num_threads(1)
@@ -52,6 +54,30 @@ def no_curves(monkeypatch):
 def settled(monkeypatch):
     """Files that were just written count as old ones."""
     monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item):
+    """Skip what needs the packages of an extra; the reason is what the program says to a user."""
+    with skipping_without_extras():
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Skip what needs the packages of an extra."""
+    with skipping_without_extras():
+        return (yield)
+
+
+@contextmanager
+def skipping_without_extras():
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        if (missing := missing_extra(error)) is None:
+            raise
+        pytest.skip(missing)
 
 
 def pytest_addoption(parser):

@@ -18,7 +18,7 @@ MORE = {
 
 
 def test_the_recipe_runs_through_and_nothing_is_repeated(tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="make install-sdxl")
     monkeypatch.setattr(tiny_sdxl, "_EACH", 1)
     monkeypatch.setattr(tiny_sdxl, "_TAGGED_EVERY", 2)
 

@@ -145,7 +145,7 @@ def pack_collection(collection, output, shard_mib=1):
 def common(task, data, run_dir, *more):
     """Return the overrides of a tiny run of a task; skip the test where the packages of the task are missing."""
     if task in OF_DIFFUSERS:
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason="make install-sdxl")
     return [
         "optim.lr=0.005",
         *TINY[task],

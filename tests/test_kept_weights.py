@@ -97,7 +97,7 @@ def test_a_grid_has_a_row_for_each_kept_file_and_a_killed_one_goes_on(place, mon
 
 
 def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="make install-sdxl")
     sizes = ["loop.batch_size=2", "loop.micro_batch_size=2", "task.chunk=2", "loop.total_steps=2"]
     words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images"]
     run("finetune_sdxl", [*words, "task.samples.prompts=['red circle',blue]", "run_dir=sdxl"], place)

@@ -6,7 +6,7 @@ import torch
 import yaml
 from PIL import Image
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline
 

@@ -17,6 +17,17 @@ EXIT_LOST_RANK = 70  # a rank or a loader worker was killed
 EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130  # Ctrl-C without anything to save
 
+# `make install-NAME` installs the packages of requirements-NAME.txt. The modules that a command may lack, by NAME:
+EXTRAS = {
+    "diffusers": "sdxl",
+    "peft": "sdxl",
+    "open_clip": "sdxl",
+    "ftfy": "sdxl",
+    "nicegui": "view",
+    "psutil": "view",
+    "s3fs": "cloud",
+}
+
 _SHOWN = 20  # names in a message
 _END_REPORTED_SEC = 1.0  # SIGCHLD follows milliseconds after the connections of an ended process break
 
@@ -38,6 +49,16 @@ def about(key: str) -> Iterator[None]:
         if not re.match(r"[a-z_][a-z_0-9.]*: ", str(error)):
             error.args = (f"{key}: {error}",)
         raise
+
+
+def missing_extra(error: BaseException) -> str | None:
+    """Return what to install if an import fails for want of an extra package, None for other errors."""
+    if not isinstance(error, ModuleNotFoundError):
+        return None
+    module = (error.name or "").partition(".")[0]
+    if module not in EXTRAS:
+        return None
+    return f"needs the package {module}, which is not installed; run: make install-{EXTRAS[module]}"
 
 
 def lost_worker(error: BaseException | None) -> str | None:

@@ -21,7 +21,6 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from utils.errors import UserError
 from utils.formats.emphasis import read_emphasis
 
 if TYPE_CHECKING:
@@ -40,14 +39,14 @@ _CONTROL = re.compile(r"<\|(startoftext|endoftext)\|>")
 def build_tokenizer() -> "CLIPTokenizer":
     """Return the tokenizer as an object of transformers, for diffusers' pipelines and folders.
 
-    Raises UserError (`model`) if open_clip_torch is not installed.
+    Raises ModuleNotFoundError if open_clip_torch is not installed.
     Source: mlfoundations/open_clip:src/open_clip/tokenizer.py, SimpleTokenizer.
     """
     from transformers import CLIPTokenizer
 
     package = find_spec("open_clip")  # whose import is slow
     if package is None:
-        raise UserError("model: SDXL needs the package open_clip_torch, which is not installed; run make install-sdxl")
+        raise ModuleNotFoundError("open_clip has CLIP's vocabulary", name="open_clip")
     text = gzip.decompress(Path(package.submodule_search_locations[0], _FILE).read_bytes()).decode()
     merges = [tuple(line.split()) for line in text.split("\n")[1 : _MERGES + 1]]
     printable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]

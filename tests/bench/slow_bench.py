@@ -30,7 +30,9 @@ needs_diffusers = pytest.mark.skipif(find_spec("diffusers") is None, reason="mak
 
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bench_prints_a_table_of_ratios(name):
-    pytest.importorskip({"sdxl": "diffusers", "view": "nicegui"}.get(name, "torch"))
+    pytest.importorskip(
+        {"sdxl": "diffusers", "view": "nicegui"}.get(name, "torch"), reason="make install-sdxl, make install-view"
+    )
     done = fork_command(f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows, path = done.stdout.splitlines()

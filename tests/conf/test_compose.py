@@ -115,7 +115,6 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
     if script in ("finetune_sdxl", "finetune_vae"):
-        pytest.importorskip("diffusers")
         overrides += ["model.path=null"] if name == "sdxl" else ["model=sdxl_tiny"]
     if name == "wandb":
         overrides.append("tracking.mode=offline")  # online needs an account
@@ -132,7 +131,6 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
 def test_an_experiment_builds_with_the_script_that_its_header_names(name, glyphs, tmp_path):
     overrides = [f"experiment={name}", f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu"]
     if name.startswith("sdxl/"):
-        pytest.importorskip("diffusers")
         overrides.append("model=sdxl_tiny")
     if "tagger" in name:
         overrides += SMALL["distillation" if name == "tagger/distil" else "tagging"]

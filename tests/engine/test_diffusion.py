@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.task import networks_of
 from engine.tasks.diffusion_kind import DiffusionKind

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from data.collection.collection import Collection, index_collection
 from data.collection.concepts import ConceptConfig

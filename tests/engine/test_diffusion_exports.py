@@ -12,7 +12,7 @@ import pytest
 import torch
 import yaml
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import StableDiffusionXLPipeline
 from PIL import Image

@@ -2,7 +2,7 @@
 
 import pytest
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from tests.in_process import run, run_command
 from tests.support import TINY, make_collection

@@ -7,7 +7,7 @@ import pytest
 import torch
 from PIL import Image
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.exports.weights import load_predictor
 from engine.measures.judging import Seen, judge_pictures, tag_rows

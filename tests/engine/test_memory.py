@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from engine.recipe.memory import fit_memory, predict_memory
 from tests.engine.test_diffusion import build, losses, make_batch

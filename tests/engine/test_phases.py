@@ -126,7 +126,7 @@ BUCKETED = {  # script, task and first phase; the latents' or crops' areas in it
 
 @pytest.mark.parametrize("script", BUCKETED)
 def test_bucket_areas_are_phases_and_a_run_killed_between_them_resumes_exactly(script, tmp_path, monkeypatch):
-    pytest.importorskip("diffusers")
+    pytest.importorskip("diffusers", reason="make install-sdxl")
     task, phase, least, words = BUCKETED[script]
     words = [
         *words,

@@ -41,8 +41,6 @@ def place(tmp_path_factory):
 @pytest.mark.parametrize("task", SHOWN)
 def test_a_dry_run_shows_the_first_samples_and_writes_nothing_else(task, place):
     script, words = SHOWN[task]
-    if script in ("finetune_sdxl", "finetune_vae"):
-        pytest.importorskip("diffusers")
     said = run(script, [*words, "data.root=images", f"run_dir={task}", "dry_run=true"], place)
     assert [file.name for file in (place / task).rglob("*.*")] == ["samples_seen.png"] and "samples_seen.png" in said
     picture = np.asarray(Image.open(place / task / "plots/samples_seen.png"))
@@ -51,7 +49,6 @@ def test_a_dry_run_shows_the_first_samples_and_writes_nothing_else(task, place):
 
 def test_what_a_dry_run_shows_is_what_a_run_with_caches_trains(place):
     """The crops, mirror images and texts of the caches, without the networks that fill them."""
-    pytest.importorskip("diffusers")
     from models.sdxl.family import ENCODERS
     from models.sdxl.networks import open_networks
     from models.sdxl.step import encode_captions, encode_images

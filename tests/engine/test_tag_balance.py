@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from data.tags.tag_weights import TagWeightsConfig
 from engine.tasks.diffusion import TagBalance

@@ -9,7 +9,7 @@ import torch
 import yaml
 from safetensors import safe_open
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model

@@ -6,7 +6,7 @@ import torch
 from models.sdxl import step
 from models.sdxl.perceptual import perceptual_loss
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 
 @pytest.fixture(scope="module")

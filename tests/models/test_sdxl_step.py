@@ -27,7 +27,7 @@ def level_at(timesteps, *, zero, shift=None):
 
 @pytest.mark.parametrize("zero", [False, True])
 def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
-    diffusers = pytest.importorskip("diffusers")
+    diffusers = pytest.importorskip("diffusers", reason="make install-sdxl")
     theirs = diffusers.DDPMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, rescale_betas_zero_snr=zero
     )
@@ -101,7 +101,9 @@ def test_strata_have_a_timestep_each():
 @pytest.mark.parametrize("shift", [1.0, 3.0])
 def test_flow_goes_from_the_latents_to_the_noise(shift):
     """As diffusers' FlowMatchEulerDiscreteScheduler scales noise and names timesteps; a shift of 1 changes nothing."""
-    scheduler = pytest.importorskip("diffusers").FlowMatchEulerDiscreteScheduler(shift=shift)
+    scheduler = pytest.importorskip("diffusers", reason="make install-sdxl").FlowMatchEulerDiscreteScheduler(
+        shift=shift
+    )
     times = 1 - torch.arange(0, 1000, 167) / 1000
     level, timesteps = find_levels("flow", times, build_noise_table(False), torch.full((6,), shift))
     torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
@@ -116,7 +118,9 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
 
 def test_flow_is_sampled_by_eulers_method():
     config = scheduler_config("flow", False, 3.0)
-    scheduler = getattr(pytest.importorskip("diffusers"), config["_class_name"]).from_config(config)
+    scheduler = getattr(
+        pytest.importorskip("diffusers", reason="make install-sdxl"), config["_class_name"]
+    ).from_config(config)
     scheduler.set_timesteps(5)
     found = wanted = NOISE
     for timestep, now, then in zip(scheduler.timesteps, scheduler.sigmas, scheduler.sigmas[1:]):

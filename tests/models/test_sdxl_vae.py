@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-pytest.importorskip("diffusers")
+pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import StableDiffusionXLPipeline
 

@@ -43,6 +43,7 @@ from utils.errors import (
     UserError,
     about,
     lost_worker,
+    missing_extra,
 )
 from utils.io.files import readable
 from utils.io.safe_text import Lines, hide_secrets, safe_lines
@@ -226,6 +227,9 @@ class Command(Generic[Schema]):
         if isinstance(error, UserError):
             self._say(str(error), other_ranks=not isinstance(error, ConfigError))
             return EXIT_CRASH if isinstance(error, DiskFull) else EXIT_USER_ERROR
+        if (missing := missing_extra(error)) is not None:
+            self._say(missing, other_ranks=True)
+            return EXIT_USER_ERROR
         if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
             advice = "set a smaller batch size, or a smaller model or image"
             self._say(f"the device is out of memory ({error}); {advice}", other_ranks=True)

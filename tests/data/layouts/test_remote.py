@@ -17,7 +17,8 @@ from tests.data.stream.test_loader import stream, take
 from tests.support import data_config, make_collection, pack_collection, write_manifest
 from utils.errors import UserError
 
-s3fs, server = pytest.importorskip("s3fs"), pytest.importorskip("moto.server")
+s3fs = pytest.importorskip("s3fs", reason="make install-cloud")
+server = pytest.importorskip("moto.server", reason="make install-cloud")
 BUCKET = "s3://pictures"
 
 

@@ -76,6 +76,15 @@ def test_a_mistake_of_the_user_is_status_2_without_traceback(start_command, caps
     assert capsys.readouterr().err == "predict.py: input: x does not exist;\ngive another\n"
 
 
+def test_a_missing_package_is_status_2_and_named_with_what_installs_it(start_command, capsys):
+    def body(config, job):
+        raise ModuleNotFoundError("No module named 'nicegui.ui'", name="nicegui.ui")
+
+    assert start_command(body, *PATHS) == 2
+    said = capsys.readouterr().err
+    assert "nicegui" in said and "make install-view" in said and "Traceback" not in said
+
+
 def test_a_defect_is_status_1_with_its_traceback(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS) == 1
     err = capsys.readouterr().err
