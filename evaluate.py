@@ -16,7 +16,9 @@ tables/images.parquet. A comparison of taggers writes arena.json, report.html, t
 grid.json, report.html, tables/grid.csv and for SDXL plots/grid.png.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 import time
 from collections.abc import Mapping
@@ -32,16 +34,17 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from data.config import DataConfig
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
-from engine.judging.grid import list_weights, to_part, to_report
 from engine.exports.weights import MovedBase, load_predictor, open_weights
-from engine.judging.per_image import write_images
-from engine.update.runtime import Runtime, choose_trained, start_machine
-from engine.task import Report
 from engine.judging.arena import Arena, ArenaConfig
+from engine.judging.grid import list_weights, to_part, to_report
+from engine.judging.per_image import write_images
+from engine.task import Report
+from engine.update.runtime import Runtime, choose_trained, start_machine
 from utils.config.bounds import BatchSize
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
+from utils.formats.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 from utils.io.files import canonical_json, output_errors, refuse_links_out, sha256_text, write_json
 from utils.io.journal import open_journal
 from utils.io.safe_text import Lines, hide_secrets
@@ -53,7 +56,6 @@ from utils.record.progress import track
 from utils.record.report import PAGE, write_page, write_report
 from utils.record.run_reader import RunReader
 from utils.record.tables import IMAGES
-from utils.formats.thresholds import PER_TAG, find_thresholds, thresholds_path, write_thresholds
 
 log = get_logger(__name__)
 

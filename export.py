@@ -11,7 +11,9 @@
 docs/weights.md describes the formats, how to load them, and how weights from elsewhere become a run.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from pathlib import Path
 

@@ -12,7 +12,9 @@ r"""Fine-tune a network for classification or tagging, from a run or weight file
 The same command resumes a run.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema

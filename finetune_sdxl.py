@@ -12,7 +12,9 @@ about equal area keep the images' proportions; latents are cached. The same comm
 installs the requirements. docs/sdxl.md leads from a folder of images to a file for ComfyUI.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from typing import Self
 

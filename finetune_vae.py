@@ -10,7 +10,9 @@ Training sees random crops of the images in their buckets, evaluation whole imag
 `make install-sdxl` installs the requirements. docs/sdxl.md describes the losses and the exports.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from typing import Self
 

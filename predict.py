@@ -11,7 +11,9 @@
 image that cannot be read gets a row with the reason.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
@@ -24,7 +26,6 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
 from data.config import TextConfig
-from utils.formats.spelling import join_tags
 from data.open import load_files
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRules, read_text_rules
@@ -54,14 +55,15 @@ from utils.config.bounds import BatchSize, Count, Fraction, Pixels, Workers
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
+from utils.formats.spelling import join_tags
+from utils.formats.thresholds import MCUT, PER_TAG
+from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
 from utils.io.journal import open_journal
 from utils.io.weights import find_weights
 from utils.record.logging import get_logger
 from utils.record.progress import track
-from utils.formats.thresholds import MCUT, PER_TAG
-from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 
 log = get_logger(__name__)
 

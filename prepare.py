@@ -10,22 +10,24 @@ Other jobs: count, verify, duplicates, filter, downsample, split, copy, apply_co
 job changes an image.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from typing import Annotated
 
 from pydantic import Field
 
+from data.config import WholeData
 from data.tools.apply_corrections import ApplyCorrections
 from data.tools.cache import Cache
 from data.tools.copy_collection import Copy
 from data.tools.exclude import Duplicates, Filter, Split
 from data.tools.import_dataset import Import
 from data.tools.machine import Machine
-from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
-from data.config import WholeData
-from data.tools.write_manifest import Manifest
 from data.tools.pack import Pack
+from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
+from data.tools.write_manifest import Manifest
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 

@@ -9,7 +9,9 @@ r"""Pretrain a ConvNeXt V2 with FCMAE, without labels.
 All images of the training split are used, labelled or not. The same command resumes a run.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import task_schema

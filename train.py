@@ -10,7 +10,9 @@ r"""Train a classifier: find the learning rate, then train one cycle, with live 
 The same command resumes a run. finetune.py has the defaults for initial weights (init_from).
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from engine.judging.curve import train_curve
 from engine.tasks.kind import ImageTrainingConfig

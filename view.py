@@ -9,7 +9,9 @@
 Without the last one it answers this machine alone.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 from pathlib import Path
 from typing import Annotated, Any

@@ -9,7 +9,9 @@ Each stage writes a folder in `run_dir`, the last one report.html. conf/workshop
 kill, a full disk or an error, the command goes on.
 """
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 import shlex
 import signal

@@ -26,7 +26,9 @@ from pathlib import Path
 if __name__ == "__main__":
     sys.path[0] = str(Path(__file__).resolve().parents[1])  # replaces submit/
 
-import utils.config.help  # noqa: F401, I001 (answers --help before the slow imports)
+from utils.start import begin
+
+begin(__doc__)
 
 import submitit
 from submitit.core.utils import FailedJobError, FailedSubmissionError

@@ -23,11 +23,11 @@ from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.weights.timm_hub import cached_names, load_timm
-from utils.config.help import STARTED
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
 from utils.record.logging import get_logger
+from utils.start import STARTED
 
 log = get_logger(__name__)
 

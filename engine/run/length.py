@@ -17,7 +17,6 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, make_plan
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
-from utils.config.help import STARTED
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_json
@@ -25,6 +24,7 @@ from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
+from utils.start import STARTED
 
 log = get_logger(__name__)
 

@@ -20,7 +20,6 @@ from engine.task import Report, checkpointed_state, networks_of
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
-from utils.config.help import STARTED
 from utils.contracts import Batch, TrainStream
 from utils.io.files import AppendFile, ignore_write_errors
 from utils.io.weights import hash_tensors
@@ -35,6 +34,7 @@ from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
 from utils.record.run_reader import write_progress
 from utils.record.trackers import Tracker, start_tracker
+from utils.start import STARTED
 
 log = get_logger(__name__)
 

@@ -10,10 +10,10 @@ import torch
 from engine.config import MachineConfig, RuntimeConfig
 from utils.contracts import Machine
 from utils.hardware import check_compile, choose_device, choose_precision, missing_for_compile
-from utils.process_settings import cores_of_others
 from utils.ranks import distributed
 from utils.ranks.processes import count_cores
 from utils.record.logging import get_logger, setup_logging
+from utils.start import cores_of_others
 
 log = get_logger(__name__)
 

@@ -1,20 +1,11 @@
-"""`--help` of the root scripts: a script's docstring and the files of conf/ that it reads, in a tenth of a second.
-
-A root script imports this module first: the answer is printed before torch, timm or pyarrow is imported, and the
-process ends.
-"""
+"""The text of `--help`: a script's docstring and the files of conf/ that it reads, in a tenth of a second."""
 
 import re
-import sys
-import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import yaml
 
-import utils.process_settings  # noqa: F401
-
-STARTED = time.monotonic()  # of the script
 ROOT = Path(__file__).resolve().parents[2]
 CONF = ROOT / "conf"
 _USAGE = """\
@@ -75,9 +66,3 @@ def _read(folder: Path, name: str) -> Iterator[str]:
             yield from _read(folder, base)
     without_list = re.sub(r"^defaults:\n(?:  - .*\n)+", "", text, flags=re.MULTILINE)
     yield from (line for line in without_list.splitlines() if line != "# @package _global_")
-
-
-_script = Path(sys.argv[0]).resolve()
-if {"--help", "-h"} & set(sys.argv) and _script.is_relative_to(ROOT) and (CONF / f"{_script.stem}.yaml").is_file():
-    sys.stdout.write(describe(_script, sys.modules["__main__"].__doc__, sys.argv[1:]))
-    sys.exit()

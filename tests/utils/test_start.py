@@ -1,4 +1,4 @@
-"""The C library keeps freed memory in a command's process."""
+"""`begin` says what a system lacks, lets the C library keep freed memory, and counts what others use."""
 
 import os
 import resource
@@ -11,7 +11,8 @@ from tests.support import ROOT
 
 PROGRAM = """
 import resource, torch
-import utils.process_settings
+from utils.start import begin
+begin(None)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
 for _ in range(20):
     torch.ones(2**26, dtype=torch.uint8)
@@ -29,7 +30,7 @@ def test_a_block_in_the_place_of_a_freed_one_costs_few_page_faults(settings, kee
 
 
 SPIN = "import time\nends = time.monotonic() + 20\nwhile time.monotonic() < ends: pass"
-TELL = "import time, utils.process_settings as own\ntime.sleep(2)\nprint(own.cores_of_others())"
+TELL = "import time, utils.start as own\nown.begin(None)\ntime.sleep(2)\nprint(own.cores_of_others())"
 
 
 def test_cores_that_others_use_are_counted():
@@ -39,3 +40,9 @@ def test_cores_that_others_use_are_counted():
         found = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
         spinning.kill()
     assert 0.5 < float(found.stdout) <= 1.1
+
+
+def test_another_system_is_told_what_is_needed():
+    elsewhere = "import os, runpy\ndel os.sched_getaffinity\nrunpy.run_path('train.py', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", elsewhere], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Linux" in done.stderr and "WSL" in done.stderr and done.stderr.count("\n") == 1
