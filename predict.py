@@ -193,8 +193,7 @@ def predict_all(
 ) -> Iterator[list[Row]]:
     """Yield the rows of each batch: an image's path, and the result of `predict` or an error.
 
-    Rows are in the order of `paths`, but sorted by bucket for weights that were trained in buckets. Without the images
-    of the first batches, the other batches are the same.
+    Rows are in the order of `paths`. Without the images of the first batches, the other batches are the same.
     """
     machine = MachineConfig(
         device=config.device, precision="fp32", channels_last=False, workers=config.workers, threads=None,

@@ -157,10 +157,7 @@ class AugmentConfig(Strict):
     """
 
     image_size_hw: Annotated[list[Side], _Pair]
-    # In training and evaluation. square: the whole image, centred on a square of the background. buckets: centred on
-    # the nearest of several shapes (`letterbox_sizes` in data/latents/buckets.py), each with at most as many pixels as
-    # `image_size_hw`; `crop_ratio` is then relative to that shape. Exported models with a fixed size use the square.
-    pad: Literal["none", "square", "buckets"]
+    pad: Literal["none", "square"]  # square, also in evaluation: the whole image, centred on a square of the background
     affine: AffineConfig | None  # acts on the decoded image; its cost grows with the image size
     fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers
     crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # share of the area
@@ -184,8 +181,7 @@ class AugmentConfig(Strict):
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return the preprocessing of evaluation, as weight files store it."""
         return {
-            **self.model_dump(include={"image_size_hw", "eval_resize", "eval_crop", "mean", "std"}),
-            "pad": "square" if self.pad == "buckets" else self.pad,
+            **self.model_dump(include={"image_size_hw", "pad", "eval_resize", "eval_crop", "mean", "std"}),
             "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
             "channels": channels,
             **({"shortest_px": self.shortest_px()} if self.shrink else {}),

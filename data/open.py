@@ -18,29 +18,26 @@ The path of an image:
 
 import copy
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from torch import Tensor
 
-from data.augment.transforms import evaluation_views
+from data.augment.transforms import EvalTransform, evaluation_views
 from data.collection.collection import CACHE, Collection, index_collection
 from data.collection.concepts import find_folders
 from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
-from data.images.convert import read_upright_size, upright_size
 from data.images.decode import Decoder, decoder_versions
 from data.images.open import warn_of_missing_libraries
-from data.latents.buckets import assign, letterbox_groups
 from data.layouts.folders import check_root
 from data.layouts.glyphs import draw_glyphs
 from data.layouts.refresh import refresh_manifest
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
-from data.stream.order import Draw, Sampler, Views, build_sampler
-from data.stream.source import Source, UnreadableImage
+from data.stream.order import Sampler, Views, build_sampler
+from data.stream.source import Source
 from utils.contracts import Machine
 from utils.formats.background import background_of
 from utils.ranks import distributed
@@ -87,29 +84,20 @@ def load_files(
 ) -> tuple[EvaluationStream, Mapping[str, str]]:
     """Return batches of image files with the preprocessing of evaluation, and the reason for each unreadable file.
 
-    A sample's id is its index in `paths`; padding has key 0. The order is kept, except that with buckets in the
-    preprocessing one bucket follows the other. Files with an unreadable size count as squares.
+    A sample's id is its index in `paths`; padding has key 0. The order is kept.
     """
     warn_of_missing_libraries()
-    source, groups = Images(paths, _decoder_of(preprocessing, max_pixels)), None
-    if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
-        sizes_hw = np.ones((len(paths), 2))
-        for index, path in enumerate(paths):
-            with suppress(UnreadableImage):
-                sizes_hw[index] = read_upright_size(path)
-        groups = assign(sizes_hw, np.array(buckets_hw))
+    source = Images(paths, _decoder_of(preprocessing, max_pixels))
     reasons: dict[str, str] = {}
     views = evaluation_views(preprocessing)
     loader = Loader(None, source, views, no_fields, machine, reasons.update, training=False)
-    return EvaluationStream(loader, range(len(paths)), batch_size, groups), reasons
+    return EvaluationStream(loader, range(len(paths)), batch_size), reasons
 
 
 def prepare_image(content: bytes, name: str, preprocessing: Mapping[str, Any], *, max_pixels: int) -> Tensor:
     """Return an encoded image as `load_files` returns that of a file, uint8 [1, C, H, W]. Raises UnreadableImage."""
-    image, group = _decoder_of(preprocessing, max_pixels)(content, name), 0
-    if (buckets_hw := preprocessing.get("buckets_hw")) is not None:
-        group = int(assign(np.array([upright_size(content, name)]), np.array(buckets_hw))[0])
-    return evaluation_views(preprocessing)["images"](image, Draw(0, 0, 0, group))[None]
+    image = _decoder_of(preprocessing, max_pixels)(content, name)
+    return EvalTransform(preprocessing)(image)[None]
 
 
 def _decoder_of(
@@ -179,9 +167,8 @@ class Data:
         return EvaluationStream(self._loader(fields, views, training=False), rows, self.batch_size, groups, self._seed)
 
     def prepared(self, rows: np.ndarray, fields: Fields, preprocessing: Mapping[str, Any]) -> EvaluationStream:
-        """Return a stream of `rows` with the preprocessing of a weight file. A batch never mixes buckets."""
-        groups = letterbox_groups(self.collection, rows, preprocessing)
-        return self.evaluation(rows, fields, evaluation_views(preprocessing), groups=groups)
+        """Return a stream of `rows` with the preprocessing of a weight file."""
+        return self.evaluation(rows, fields, evaluation_views(preprocessing))
 
     def _loader(self, fields: Fields, views: Views, *, training: bool) -> Loader:
         report = self.unreadable.add

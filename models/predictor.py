@@ -41,15 +41,11 @@ _Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
 
 
 class _Preprocessing(BaseModel):
-    """The preprocessing in a file's metadata. The file may come from a stranger.
-
-    buckets_hw: the image sizes of the buckets. Programs that use one size pad to a square.
-    """
+    """The preprocessing in a file's metadata. The file may come from a stranger."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     image_size_hw: _Size
-    buckets_hw: Annotated[list[_Size], Field(min_length=1)] | None = None
     interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
     pad: Literal["none", "square"] = "none"
     eval_resize: Literal["crop", "squash"] = "crop"

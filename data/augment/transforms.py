@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.images.decode import resize
-from data.stream.order import Draw, View, Views
+from data.stream.order import Draw, Views
 from utils import rng
 from utils.formats.background import DEFAULT, background_levels, background_of
 
@@ -29,16 +29,10 @@ _TRIES = 4  # crops of a random shape, before torchvision's
 _VARIED = ("bilinear", "bicubic", "lanczos", "area")
 
 
-def by_group(transforms: Sequence[View]) -> View:
-    """Return a view that applies the transform of the draw's group; there is one for each bucket."""
-    return lambda image, draw: transforms[draw.group](image, draw)
-
-
 def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
     """Centre the whole image, uint8 [C, H, W], on a square; an odd pixel of padding goes to the right or the bottom.
 
-    background: as in data.config; `drop` pads with white. pad: none returns the image unchanged; with buckets the
-    canvas has the ratio of `image_size_hw`. Returns [C, h, w], as high or as wide as the image.
+    background: as in data.config; `drop` pads with white. pad: none returns the image unchanged.
     """
     if pad == "none":
         return image
@@ -46,11 +40,11 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
     if shrink < 1:
         image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
     channels, height, width = image.shape
-    tall, wide = image_size_hw if pad == "buckets" else (1, 1)
-    rows, columns = max(height, -(-width * tall // wide)), max(width, -(-height * wide // tall))
+    side = max(height, width)
     levels = torch.tensor(background_levels(background, channels), dtype=torch.uint8)
-    canvas = levels.repeat(rows, columns, 1).permute(2, 0, 1)
-    top, left = (rows - height) // 2, (columns - width) // 2
+    canvas = levels.repeat(side, side, 1).permute(2, 0, 1)
+    top = (side - height) // 2
+    left = (side - width) // 2
     canvas[:, top : top + height, left : left + width] = image
     return canvas
 
@@ -141,9 +135,7 @@ class ResizedCrop(v2.RandomResizedCrop):
     """The random crop of `augment`, resized to the image size."""
 
     def __init__(self, config: AugmentConfig) -> None:
-        height, width = config.image_size_hw if config.pad == "buckets" else (1, 1)
-        ratio = [bound * width / height for bound in config.crop_ratio]
-        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=ratio)
+        super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
         self._log_ratio = self._log_ratio.tolist()
         self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
 
@@ -231,9 +223,5 @@ class EvalTransform:
 
 
 def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
-    """Return the view of an evaluation image, in the draw's bucket if the weight file has buckets."""
-    sizes_hw = preprocessing.get("buckets_hw")
-    if sizes_hw is None:
-        return {"images": EvalTransform(preprocessing)}
-    each = [{**preprocessing, "pad": "buckets", "image_size_hw": size_hw} for size_hw in sizes_hw]
-    return {"images": by_group(list(map(EvalTransform, each)))}
+    """Return the view of an evaluation image."""
+    return {"images": EvalTransform(preprocessing)}

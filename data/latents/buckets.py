@@ -10,7 +10,7 @@ Sizes are (height, width) in pixels, after EXIF rotation.
 """
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction as Ratio
 from typing import Annotated, Any, Literal, NamedTuple
@@ -22,7 +22,6 @@ from torch import Tensor
 
 from data.collection.collection import Collection
 from data.images.decode import resize
-from data.images.sizes import SIZES, image_sizes
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from utils import rng
@@ -133,27 +132,6 @@ def sdxl_sizes(area_px: int, step_px: int, min_px: int, max_px: int) -> np.ndarr
         if other >= min_px:
             sizes |= {(side, other), (other, side)}
     return np.array(sorted(sizes), dtype=np.int64)
-
-
-def letterbox_sizes(image_size_hw: Sequence[int], unit_px: int) -> np.ndarray:
-    """Return the sizes of `augment.pad=buckets`, int64 [K, 2], sorted.
-
-    Sides are multiples of `unit_px`, areas at most the area of `image_size_hw`, and ratios from 1:2 to 2:1.
-    """
-    area, unit_area = math.prod(image_size_hw), unit_px**2
-    least, most = math.isqrt(-(-area // (2 * unit_area)) - 1) + 1, math.isqrt(2 * area // unit_area)
-    return sdxl_sizes(area, unit_px, least * unit_px, most * unit_px)
-
-
-def letterbox_groups(collection: Collection, rows: np.ndarray, preprocessing: Mapping[str, Any]) -> np.ndarray | None:
-    """Return the bucket with the nearest ratio for each row, int64 [N]; unreadable images count as squares.
-
-    Returns None if the preprocessing has no buckets.
-    """
-    buckets_hw = preprocessing.get("buckets_hw")
-    if buckets_hw is None:
-        return None
-    return assign(np.maximum(image_sizes(collection, rows, SIZES), 1), np.array(buckets_hw))
 
 
 def assign(sizes_hw: np.ndarray, buckets_hw: np.ndarray) -> np.ndarray:

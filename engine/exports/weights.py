@@ -46,24 +46,11 @@ class Weights:
         return self.path.stem if self.run is None else self.run.path.name
 
     def for_export(self, licence: str | None) -> Self:
-        """Return the weights for programs that use images of one size, padded to a square.
-
-        licence: replaces the known licence of the source weights; None keeps it. Raises UserError (`weights`) for
-        predictions of a network that was trained in buckets.
-        """
+        """Return the weights with a licence for the export; None keeps the known one of the source weights."""
         metadata = dict(self.metadata)
         if licence is not None:
             metadata["origin"] = {**(metadata.get("origin") or {}), "license": licence}
-        preprocessing = dict(metadata.get("preprocessing", {}))
-        if preprocessing.pop("buckets_hw", None) is None:
-            return replace(self, metadata=metadata)
-        if metadata["output"] != "features":
-            raise UserError(
-                "weights: they were trained on images of several shapes (augment.pad=buckets), but programs that load "
-                "an export pad images to a square, and there such a network is wrong far more often; predict with "
-                "predict.py, or continue training: python finetune.py init_from=RUN augment.pad=square"
-            )
-        return replace(self, metadata={**metadata, "preprocessing": preprocessing})
+        return replace(self, metadata=metadata)
 
     def check_helpers(self) -> None:
         """Raise UserError unless the run was trained with the loaded helpers."""

@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from data.collection.collection import Collection, check_classes
 from data.collection.rows import spread, training_rows
-from data.latents.buckets import letterbox_groups
 from data.open import Data
 from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts
@@ -183,6 +182,5 @@ class ClassificationKind(Kind):
         is_usable, fields = self.samples(data.collection, setup)
         rows = spread(training_rows(data.collection, config.loop, is_usable), HEAD_IMAGES)
         # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
-        views, groups = self.views(setup, config.augment), letterbox_groups(data.collection, rows, setup.preprocessing)
-        loader = data.evaluation(rows, fields, views, groups=groups)
+        loader = data.evaluation(rows, fields, self.views(setup, config.augment))
         prepare_head(task, loader, runtime, fit=task.head == "fitted")

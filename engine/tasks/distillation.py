@@ -66,14 +66,6 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
     temperature: Positive
     feature_weight: Positive
 
-    def check_run(self, config: ImageTrainingConfig) -> None:
-        """Raise ValueError for buckets, because a teacher takes one image size."""
-        if config.augment.pad == "buckets":
-            raise ValueError(
-                "augment.pad: buckets gives images of many shapes, but a teacher takes images of one; set "
-                "augment.pad=square or none"
-            )
-
 
 # ---------------------------------------------------------------------------------------------------------- the student
 
@@ -231,11 +223,6 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
         raise UserError(
             f"{source} takes images of {model.in_channels} channels, but the student takes {channels}; set "
             f"model.in_channels={model.in_channels}, and that many numbers in augment.mean and augment.std"
-        )
-    if preprocessing.get("buckets_hw") is not None:
-        raise UserError(
-            f"{source} was trained on images of several shapes (augment.pad=buckets) but would see squares, and there "
-            "it is wrong far more often; name a teacher that was trained with augment.pad=square or none"
         )
     return {"model": model.model_dump(), "preprocessing": preprocessing, "outputs": outputs}, names
 

@@ -170,8 +170,7 @@ class FCMAEKind(Kind):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Check that patches, images and network fit. There are no facts."""
-        for size_hw in (config.augment.image_size_hw, *self.preprocessing(config).get("buckets_hw", ())):
-            patch_count(config.model, config.task, size_hw)
+        patch_count(config.model, config.task, config.augment.image_size_hw)
         return {}
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:

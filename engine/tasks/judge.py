@@ -16,13 +16,11 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from data.augment.transforms import evaluation_views
+from data.augment.transforms import EvalTransform
 from data.images.convert import convert
-from data.latents.buckets import assign, letterbox_groups
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import EvaluationStream, Example
-from data.stream.order import Draw
 from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
 from engine.measures.judging import Seen, cosines, judge_pictures, tag_rows
@@ -75,11 +73,9 @@ class Held(NamedTuple):
 
 
 def prepare(picture: np.ndarray, preprocessing: Mapping[str, Any]) -> Tensor:
-    """Return a picture, uint8 [H, W, 3], as a tagger takes it, uint8 [C, h, w], in the bucket of its size."""
-    sizes = np.array(preprocessing.get("buckets_hw") or [[1, 1]])
-    draw = Draw(0, 0, 0, int(assign(np.array([picture.shape[:2]]), sizes)[0]))
+    """Return a picture, uint8 [H, W, 3], as a tagger takes it, uint8 [C, h, w]."""
     pixels = torch.from_numpy(convert(Image.fromarray(picture), preprocessing["channels"], None))
-    return evaluation_views(preprocessing)["images"](pixels.permute(2, 0, 1), draw)
+    return EvalTransform(preprocessing)(pixels.permute(2, 0, 1))
 
 
 class Judge(nn.Module):
@@ -189,9 +185,8 @@ def judged_stream(
         return {name: Ragged(torch.from_numpy(each.astype(np.int64))) for name, each in values.items()}
 
     preprocessing = judge.preprocessing
-    groups = letterbox_groups(collection, chosen, preprocessing)
     views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), preprocessing)}
-    stream = data.evaluation(chosen, add, views, groups=groups)
+    stream = data.evaluation(chosen, add, views)
     stream.samples = 0  # `val` has them already
     return stream
 

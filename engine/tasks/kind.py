@@ -19,18 +19,15 @@ import torch
 from pydantic import TypeAdapter, model_validator
 from torch import Tensor
 
-from data.augment.on_device import IMAGES, training_views
-from data.augment.transforms import TrainTransform, by_group
+from data.augment.on_device import training_views
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import AugmentConfig, DataConfig, WholeData
-from data.latents.buckets import letterbox_groups, letterbox_sizes
 from data.open import Data, describe_collection, open_images
 from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
-from engine.plan import largest_divisor
 from engine.task import Streams, Task, split_exported
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
@@ -46,12 +43,6 @@ from utils.errors import UserError, close_names
 from utils.formats.background import DEFAULT
 from utils.io.files import canonical_json, readable, sha256_text
 from utils.io.weights import InitFrom
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
-
-_CHUNK = 128  # most samples of one bucket in a row, and so the largest micro-batch
-_STRIDE_PX = 32  # total stride of nearly all timm networks
 
 
 class TaskConfig(Strict):
@@ -97,11 +88,6 @@ class ImageTrainingConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.augment.pad == "buckets" and (self.augment.on_device or self.loop.sampling != "shuffled"):
-            raise ValueError(
-                f"augment.pad: buckets needs augment.on_device=false (it is {str(self.augment.on_device).lower()}) and "
-                f"loop.sampling=shuffled (it is {self.loop.sampling}); set them, or augment.pad=square"
-            )
         needed = [each.augment.shortest_px() or 0 for each in (*self.by_phase(), self)]
         if max(needed) > needed[-1]:
             raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
@@ -162,14 +148,10 @@ class Kind:
         return {}
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
-        """Return how evaluation prepares an image. With buckets: in a square, and also `buckets_hw`, their sizes."""
-        augment, background = config.augment, config.data.background
-        preprocessing = augment.preprocessing(config.model.in_channels) | {"icc": config.data.icc}
-        preprocessing["background"] = DEFAULT if background is None else background
-        if augment.pad == "buckets":
-            unit_px = getattr(config.task, "patch_px", None) or getattr(config.model, "total_stride", _STRIDE_PX)
-            preprocessing["buckets_hw"] = letterbox_sizes(augment.image_size_hw, unit_px).tolist()
-        return preprocessing
+        """Return how evaluation prepares an image."""
+        background = DEFAULT if config.data.background is None else config.data.background
+        preprocessing = config.augment.preprocessing(config.model.in_channels)
+        return {**preprocessing, "icc": config.data.icc, "background": background}
 
     def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
         """Return the setup of a new run."""
@@ -201,28 +183,11 @@ class Kind:
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image. Custom views are made in the workers."""
-        background, sizes_hw = setup.preprocessing["background"], setup.preprocessing.get("buckets_hw")
-        if sizes_hw is None:
-            return training_views(augment, background)
-        each = [augment.model_copy(update={"image_size_hw": size_hw}) for size_hw in sizes_hw]
-        return {IMAGES: by_group([TrainTransform(own, background) for own in each])}
+        return training_views(augment, setup.preprocessing["background"])
 
     def sampler(self, collection: Collection, setup: Setup, config: ImageTrainingConfig, rows: np.ndarray) -> Sampler:
-        """Return the order of the training rows, by `loop.sampling`.
-
-        With buckets, rows come in chunks that divide the global batch. Raises UserError (`augment.image_size_hw`) if
-        the network does not take images of every bucket's size.
-        """
-        groups = letterbox_groups(collection, rows, setup.preprocessing)
-        if groups is None:
-            return build_sampler(config.loop.sampling, rows, collection, config.seed)
-        sizes_hw, batch = setup.preprocessing["buckets_hw"], config.loop.batch_size
-        counts = zip(np.bincount(groups).tolist(), sizes_hw)
-        used = [f"{count:,} of {height} x {width}" for count, (height, width) in counts if count]
-        log.info("augment.pad=buckets: %s px", ", ".join(used))
-        for height, width in sizes_hw:
-            check_image_size(setup.model, (height, width))
-        return build_sampler("shuffled", rows, collection, config.seed, groups, largest_divisor(batch, _CHUNK))
+        """Return the order of the training rows, by `loop.sampling`."""
+        return build_sampler(config.loop.sampling, rows, collection, config.seed)
 
     # ----------------------------------------------------------------------------------------------------- streams
 

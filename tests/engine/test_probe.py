@@ -11,7 +11,7 @@ from sklearn.linear_model import Ridge
 from sklearn.model_selection import LeaveOneOut, cross_val_predict
 
 from engine.measures.probe import PENALTIES, _count_hits, fit_ridge, measure_probes, standardise
-from tests.in_process import TINY, run
+from tests.in_process import TINY, run, run_until_killed
 from tests.support import checkpoint_tensors, rows, training_log
 
 
@@ -115,28 +115,28 @@ def probed(run_dir, of=""):
     return [row["step"] for row in rows(run_dir / "metrics.jsonl", "evaluate") if names <= row.keys()]
 
 
-def pretrain(data, folder, *settings):
-    """Pretrain in `folder`, 20 steps of 8 images."""
+def pretrain(data, folder, *settings, killed_at=None):
+    """Pretrain in `folder`, 20 steps of 8 images; killed_at: a step after which the run is killed and resumed."""
     overrides = [
         *TINY, "task.decoder_dim=16", "loop.batch_size=8", "loop.micro_batch_size=4", "loop.total_steps=20",
         "optim.lr=0.005", f"data.root={data}", "run_dir=.", *settings,
     ]  # fmt: skip
     folder.mkdir(exist_ok=True)
+    if killed_at is not None:
+        run_until_killed("pretrain_fcmae", overrides, folder, killed_at)
     run("pretrain_fcmae", overrides, folder)
     return (folder / "log.txt").read_text()
 
 
-def test_a_run_with_a_probe_is_the_same_run(collection, tmp_path):
-    """54 images by 8: evaluations at 7, 14 and 20; one and a half epochs end in step 11, so the probe comes at 14.
-
-    A run with a probe resumes bit for bit: test_letterbox.py.
-    """
+def test_a_run_with_a_probe_is_the_same_run_killed_or_not(collection, tmp_path):
+    """54 images by 8: evaluations at 7, 14 and 20; one and a half epochs end in step 11, so the probe comes at 14."""
     settings = ["loop.ema_decay=0.95", "loop.evaluate_every_epochs=1.0", "model.drop_path_rate=0.3"]
-    for name, every in (("with", "1.5"), ("without", "null")):
-        pretrain(collection, tmp_path / name, *settings, f"task.probe.every_epochs={every}")
+    for name, every, killed_at in (("with", "1.5", None), ("killed", "1.5", 12), ("without", "null", None)):
+        pretrain(collection, tmp_path / name, *settings, f"task.probe.every_epochs={every}", killed_at=killed_at)
     assert probed(tmp_path / "with", "ema/") == [14, 20] and probed(tmp_path / "without", "ema/") == []
-    one, other = (checkpoint_tensors(tmp_path / name, 20) for name in ("with", "without"))
-    assert all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    one, *others = (checkpoint_tensors(tmp_path / name, 20) for name in ("with", "killed", "without"))
+    assert all(torch.equal(tensor, other[name]) for other in others for name, tensor in one.items())
+    assert rows(tmp_path / "with/metrics.jsonl") == rows(tmp_path / "killed/metrics.jsonl")
     assert [bool(line["ema/probe/linear"]) for line in training_log(tmp_path / "with")] == [False, True, True]
 
 

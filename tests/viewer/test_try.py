@@ -132,17 +132,15 @@ def test_odd_images_are_answered_and_broken_ones_say_why(runs, name):
             open_networks(runs).ask(*question)
 
 
-@pytest.mark.parametrize("buckets", [None, [[24, 48], [32, 32], [48, 24]]])
-def test_an_upload_is_prepared_as_a_file_is(tmp_path, buckets):
-    preprocessing = {**PREPROCESSING, "buckets_hw": buckets}
+def test_an_upload_is_prepared_as_a_file_is(tmp_path):
     machine = Machine(device=CPU, channels_last=False, workers=0, prefetch_batches=1)
     for number, shape in enumerate([(30, 90, 3), (50, 50, 3), (90, 20, 3)]):
         path = tmp_path / f"{number}.jpg"
         exif = Image.Exif()
         exif[0x0112] = 6  # lies on its side
         path.write_bytes(encode(noise(*shape), "JPEG", exif=exif))
-        stream, _ = load_files([path], preprocessing, machine, max_pixels=10**6, batch_size=1)
-        mine = prepare_image(path.read_bytes(), "x.jpg", preprocessing, max_pixels=10**6)
+        stream, _ = load_files([path], PREPROCESSING, machine, max_pixels=10**6, batch_size=1)
+        mine = prepare_image(path.read_bytes(), "x.jpg", PREPROCESSING, max_pixels=10**6)
         assert torch.equal(mine, next(iter(stream))["images"])
 
 

@@ -12,7 +12,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import transforms
 from data.augment.on_device import training_views
-from data.augment.transforms import EvalTransform, PolicyAugment, ResizedCrop, TrainTransform, letterbox
+from data.augment.transforms import EvalTransform, PolicyAugment, TrainTransform, letterbox
 from data.config import AugmentConfig
 from data.stream.order import Draw
 from tests.support import no_large_allocation
@@ -178,47 +178,6 @@ def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channe
     for on_device in (False, True):
         view = training_views(config.model_copy(update={"on_device": on_device}), background)["images"]
         assert torch.equal(view(image, Draw(0, 0, 0)), evaluation)
-
-
-IN_BUCKETS = {**PADDED, "pad": "buckets", "crop_ratio": [0.75, 1.25]}
-
-
-@pytest.mark.parametrize("bucket_hw", [(64, 32), (32, 48)])
-@pytest.mark.parametrize(("narrow", "axis"), [(0, 1), (13, 2), (31, 1)])
-def test_a_bucket_holds_the_whole_image(bucket_hw, narrow, axis):
-    """An image that needs no resize comes back pixel by pixel, in training without cropping and in evaluation."""
-    hw = [side - narrow * (number == axis) for number, side in enumerate(bucket_hw, 1)]
-    image = torch.stack([number.to(torch.uint8) for number in (*torch.meshgrid(*map(torch.arange, hw), indexing="ij"),
-                                                               torch.zeros(hw))])  # fmt: skip
-    config = AugmentConfig(**{**PLAIN, **IN_BUCKETS, "image_size_hw": list(bucket_hw)})
-    stated = {**config.model_copy(update={"pad": "square"}).preprocessing(3), "pad": "buckets"}
-    top, left = ((whole - side) // 2 for whole, side in zip(bucket_hw, hw))
-    inside = torch.zeros(bucket_hw, dtype=torch.bool)
-    inside[top : top + hw[0], left : left + hw[1]] = True
-    for view in (TrainTransform(config, "white"), EvalTransform({**stated, "background": "white"})):
-        draw = Draw(0, 0, 5)
-        with rng.seeded(draw.key):
-            found = view(image, draw)
-        assert torch.equal(found[:, inside], image.flatten(1)) and (found[:, ~inside] == 255).all()
-
-
-@pytest.mark.parametrize("image_hw", [(50, 101), (333, 17)])
-@pytest.mark.parametrize("bucket_hw", [(288, 160), (256, 192)])
-def test_crops_of_a_letterbox_have_its_ratio(image_hw, bucket_hw):
-    canvas_hw = letterbox(torch.zeros(1, *image_hw, dtype=torch.uint8), bucket_hw, "white", "buckets").shape[1:]
-    assert any(side == whole for side, whole in zip(image_hw, canvas_hw))
-    assert abs(canvas_hw[0] * bucket_hw[1] - canvas_hw[1] * bucket_hw[0]) < max(bucket_hw)
-    values = {**PLAIN, **IN_BUCKETS, "image_size_hw": list(bucket_hw), "crop_ratio": [1.0, 1.0]}
-    crop = ResizedCrop(AugmentConfig(**{**values, "crop_scale": [0.2, 0.9]}))
-    whole = ResizedCrop(AugmentConfig(**values))
-    for seed in range(20):
-        torch.manual_seed(seed)
-        found = crop.make_params([torch.zeros(1, *canvas_hw)])
-        assert found["width"] / found["height"] == pytest.approx(bucket_hw[1] / bucket_hw[0], rel=0.1)
-        found = whole.make_params([torch.zeros(1, *canvas_hw)])
-        rows, columns = ((canvas - side) // 2 for canvas, side in zip(canvas_hw, image_hw))
-        assert found["top"] <= rows and found["top"] + found["height"] >= rows + image_hw[0]
-        assert found["left"] <= columns and found["left"] + found["width"] >= columns + image_hw[1]
 
 
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (9_000, 700)])

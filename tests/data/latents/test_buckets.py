@@ -19,7 +19,6 @@ from data.latents.buckets import (
     fit_into,
     fit_sizes,
     fitted_views,
-    letterbox_sizes,
     make_buckets,
     place,
     sdxl_sizes,
@@ -50,18 +49,6 @@ def test_the_rule_is_that_of_sdxl():
     known = {(1024, 1024), (1152, 896), (896, 1152), (1216, 832), (832, 1216), (1344, 768), (768, 1344), (1536, 640)}
     assert known <= {tuple(size) for size in sizes.tolist()}
     assert sizes.prod(axis=1).max() <= 1024**2 and sizes.min() == 512 and sizes.max() == 2048
-
-
-@pytest.mark.parametrize(
-    ("size_hw", "unit", "wide"),
-    [
-        ((224, 224), 32, [(160, 288), (192, 256), (224, 224)]),
-        ((64, 192), 32, [(96, 128), (96, 96)]),
-        ((32, 32), 32, [(32, 32)]),
-    ],
-)
-def test_letterboxes_have_the_area_of_the_image_size_and_no_longer_ratio_than_two(size_hw, unit, wide):
-    assert letterbox_sizes(size_hw, unit).tolist() == sorted(map(list, {*wide, *((w, h) for h, w in wide)}))
 
 
 def test_the_nearest_ratio_is_chosen_by_its_logarithm():
