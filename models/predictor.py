@@ -288,7 +288,7 @@ def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any])
 def known_outputs(name: str, predictor: Predictor) -> dict[tuple[int, str], int]:
     """Return the output of each tag that a model was trained on, by (category, name in our spelling).
 
-    Tags without training images are placeholders (models/export/tag_forms.py) and skipped. Raises UserError if the
+    Tags without training images are placeholders (models/interop/tag_forms.py) and skipped. Raises UserError if the
     model is no tagger.
     """
     if not set(FACTS) <= predictor.metadata.keys():

@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 
 from models.build import build_network
 from models.config import ConvNeXtV2Config
-from models.export.parity import vary_weights
+from models.interop.parity import vary_weights
 from tests.in_process import SHORT, make_images, run
 from tests.support import rows as rows_of
 from tests.utils.io.test_hub import COMMIT, server  # noqa: F401 (a fixture)

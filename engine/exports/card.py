@@ -18,8 +18,8 @@ from pydantic import create_model
 from engine.exports.weights import Weights
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import KINDS
-from models.export import snippets
-from models.export.metadata import base_model, dict_of, label_names, licence_of
+from models.interop import snippets
+from models.interop.metadata import base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
 from utils.config.recipe import flatten, is_free
 from utils.config.schema import path_keys

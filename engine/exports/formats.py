@@ -18,11 +18,11 @@ from torch import nn
 from engine.exports.card import read_figures, write_card
 from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import MovedBase, Weights
-from models.export import tag_forms
-from models.export.metadata import dict_of
-from models.export.onnx_file import export_onnx
-from models.export.parity import refuse_difference
-from models.export.targets import TARGETS, export_folder
+from models.interop import tag_forms
+from models.interop.metadata import dict_of
+from models.interop.onnx_file import export_onnx
+from models.interop.parity import refuse_difference
+from models.interop.targets import TARGETS, export_folder
 from models.outputs import OUTPUTS
 from models.sdxl import checkpoint_files, lora
 from models.sdxl.family import ENCODERS, PARTS
@@ -149,7 +149,7 @@ def write_onnx(weights: Weights, folder: Path, config: ExportConfig) -> dict[str
 
 
 def write_tagger(weights: Weights, folder: Path, config: ExportConfig) -> dict[str, Any]:
-    """Write an ONNX file in a form of models/export/tag_forms.py, and the form's other files."""
+    """Write an ONNX file in a form of models/interop/tag_forms.py, and the form's other files."""
     form, vocabulary, preprocessing = config.format, vocabulary_of(weights.metadata), weights.metadata["preprocessing"]
     tag_forms.check_images(form, preprocessing)
     thresholds = _thresholds(weights, config)

@@ -11,7 +11,7 @@ from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
-from models.export.onnx_file import export_onnx
+from models.interop.onnx_file import export_onnx
 from tests.support import export, no_large_allocation
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights

@@ -21,11 +21,11 @@ from engine.exports.card import write_card
 from engine.exports.weights import Weights
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
-from models.export import libraries
-from models.export.inference_form import to_inference_form
-from models.export.onnx_file import export_onnx
-from models.export.parity import vary_weights
 from models.image_model import ImageModel, Normalise
+from models.interop import libraries
+from models.interop.inference_form import to_inference_form
+from models.interop.onnx_file import export_onnx
+from models.interop.parity import vary_weights
 from models.layers import GRN
 from models.predictor import open_session
 from models.weights.layouts import SIZES

@@ -14,8 +14,8 @@ import torch
 from transformers import ConvNextV2Config, ConvNextV2ForImageClassification
 
 from models.convnextv2 import ConvNeXtV2
-from models.export.parity import vary_weights
 from models.fcmae import FCMAE
+from models.interop.parity import vary_weights
 from models.weights.initialise import initialise_from
 from models.weights.layouts import Layout, recognise
 from tests.models.test_fcmae import SETTINGS

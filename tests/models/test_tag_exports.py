@@ -5,8 +5,9 @@ import json
 import pytest
 
 from models.build import build_network
-from models.export.parity import vary_weights
-from models.export.tag_forms import (
+from models.image_model import ImageModel, Normalise
+from models.interop.parity import vary_weights
+from models.interop.tag_forms import (
     check_images,
     describe_changes,
     make_form,
@@ -15,7 +16,6 @@ from models.export.tag_forms import (
     to_wd_order,
     write_imgutils,
 )
-from models.image_model import ImageModel, Normalise
 from tests.models.test_export_formats import geometry, timm_config
 from utils.errors import UserError
 from utils.formats.vocabulary import Vocabulary

@@ -19,7 +19,7 @@ import torch
 from PIL import Image
 
 from engine.exports import formats
-from models.export.tag_forms import to_wd_order
+from models.interop.tag_forms import to_wd_order
 from tests.models.test_export_formats import geometry
 from tests.models.test_export_snippets import run_program
 from tests.models.test_tag_exports import open_tagger

@@ -6,7 +6,7 @@ metadata  `atelier`: JSON with output, names, preprocessing and licence
 
 A model may have another form (models/image_model.py), which the metadata then contain as `form`.
 
-Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/export/onnx_precision.py).
+Precisions: fp32; fp16, with every norm, softmax and sigmoid in float32 (models/interop/onnx_precision.py).
 """
 
 import json
@@ -19,11 +19,11 @@ import numpy as np
 import onnx
 import torch
 
-from models.export.inference_form import to_inference_form
-from models.export.metadata import licence_entry
-from models.export.onnx_precision import to_fp16
-from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel
+from models.interop.inference_form import to_inference_form
+from models.interop.metadata import licence_entry
+from models.interop.onnx_precision import to_fp16
+from models.interop.parity import refuse_difference, vary_weights
 from models.predictor import open_session
 from utils.errors import UserError
 from utils.formats.vocabulary import FACTS

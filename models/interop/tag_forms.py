@@ -27,8 +27,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from models.export.parity import refuse_difference, vary_weights
 from models.image_model import ImageModel, OnnxForm, output_layers
+from models.interop.parity import refuse_difference, vary_weights
 from models.weights.fit import first_convolutions
 from utils.errors import UserError
 from utils.formats.background import background_of, background_rgb

@@ -6,7 +6,7 @@ import numpy as np
 import onnx
 from torch import nn
 
-from models.export.inference_form import ChannelScale
+from models.interop.inference_form import ChannelScale
 from models.layers import GRN
 from utils.errors import UserError
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from models.build import timm_arguments
 from models.config import TimmConfig
-from models.export.metadata import label_names, licence_entry
+from models.interop.metadata import label_names, licence_entry
 from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from models.export.libraries import Metadata, Outputs, load_timm, load_transformers, write_timm, write_transformers
-from models.export.metadata import licence_of
-from models.export.parity import refuse_difference, vary_weights
 from models.fcmae import FCMAE
+from models.interop.libraries import Metadata, Outputs, load_timm, load_transformers, write_timm, write_transformers
+from models.interop.metadata import licence_of
+from models.interop.parity import refuse_difference, vary_weights
 from models.weights.fit import load_into
 from utils.io.weights import read_weights, write_weights
 
