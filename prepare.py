@@ -21,13 +21,14 @@ from pydantic import Field
 from data.config import WholeData
 from data.tools.apply_corrections import ApplyCorrections
 from data.tools.cache import Cache
-from data.tools.copy_collection import Copy
+from data.tools.check import Count, Statistics, Verify
+from data.tools.copy import Copy
 from data.tools.exclude import Duplicates, Filter, Split
-from data.tools.import_dataset import Import
+from data.tools.import_sd_scripts import Import
 from data.tools.machine import Machine
+from data.tools.manifest import Manifest
 from data.tools.pack import Pack
-from data.tools.reports import CollectVocabulary, Count, Statistics, Verify
-from data.tools.write_manifest import Manifest
+from data.tools.vocabulary import CollectVocabulary
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 

@@ -23,7 +23,7 @@ import torch
 from torch.nn import functional as F
 
 import train
-from data.augment.on_device import training_views
+from data.augment.views import training_views
 from data.config import AugmentConfig
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields

@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder
 
 import train
 from bench.measure import OUT, Comparison, run_bench
-from data.augment.on_device import training_views
+from data.augment.views import training_views
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
 from models.image_model import Normalise

@@ -24,7 +24,8 @@ from typing import Any
 import numpy as np
 from torch import Tensor
 
-from data.augment.transforms import EvalTransform, evaluation_views
+from data.augment.transforms import EvalTransform
+from data.augment.views import evaluation_views
 from data.collection.collection import CACHE, Collection, index_collection
 from data.collection.concepts import find_folders
 from data.config import DataConfig

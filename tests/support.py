@@ -30,8 +30,8 @@ from safetensors.torch import load_file
 from data.config import CacheConfig, DataConfig
 from data.images.decode import Decoder
 from data.images.open import read_file
+from data.tools.manifest import Manifest
 from data.tools.pack import Pack
-from data.tools.write_manifest import Manifest
 from utils.config.help import CONF
 from utils.formats.background import DEFAULT
 from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds

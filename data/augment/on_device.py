@@ -1,27 +1,23 @@
 """Augmentation on the device: workers draw the parameters of each sample, the device applies them to whole batches.
 
-    views = training_views(augment)          {"images": crop and resize, "augment": the parameters [P]}
-    data.train(rows, fields, views)          applies the parameters after the copy (data/open.py)
-
 The parameters are a view of the sample, drawn from its key. On one device, results are bit-identical however a step is
 split: every operation is elementwise or exact, in a separate kernel (a fused multiply-add may round the end of an array
 differently). Images stay bytes; float results are rounded once, at the end. There is no host synchronisation.
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
-from data.augment.transforms import NoiseErasing, TrainTransform
+from data.augment.transforms import NoiseErasing
 from data.config import AugmentConfig
-from data.stream.order import Draw, Views
+from data.stream.order import Draw
 from utils import rng
 from utils.contracts import Batch
-from utils.formats.background import DEFAULT
 
 IMAGES, AUGMENT = "images", "augment"
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _CHANGES = range(4)
@@ -249,12 +245,3 @@ def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
         inside.append((indices >= first[:, None]) & (indices < (first + length)[:, None]))
     rows, columns = inside
     return rows[:, None, :, None] & columns[:, None, None, :]
-
-
-def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
-    """Return the views of a training image: `images`, and with `augment.on_device` the parameters.
-
-    background: the colour of the padding of `augment.pad`.
-    """
-    images = {IMAGES: TrainTransform(config, background)}
-    return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images

@@ -18,7 +18,7 @@ from torchvision.transforms import InterpolationMode, v2
 
 from data.config import AugmentConfig
 from data.images.decode import resize
-from data.stream.order import Draw, Views
+from data.stream.order import Draw
 from utils import rng
 from utils.formats.background import DEFAULT, background_levels, background_of
 
@@ -220,8 +220,3 @@ class EvalTransform:
                 resized = int(kept * factor) + (resized - int(kept * factor)) % 4
             resized_hw.append(max(least, resized))
         return v2.functional.center_crop(resize(image, resized_hw, self._interpolation), list(self._size_hw))
-
-
-def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
-    """Return the view of an evaluation image."""
-    return {"images": EvalTransform(preprocessing)}

@@ -34,7 +34,7 @@ from data.layouts.manifest import (
 from data.layouts.table import TYPES, replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
-from data.tools.facts import Facts, measure_files
+from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.bounds import Count, Factor, Side
 from utils.config.schema import PathText, Strict
@@ -116,7 +116,7 @@ class Rules(Strict):
     """Rules for images; null: the rule is off.
 
     max_aspect: longer side / shorter side. ratings: the allowed ones. min_score: for the column score of the manifest.
-    min_sharpness: see data/tools/facts.py.
+    min_sharpness: see data/tools/measure.py.
     """
 
     min_tags: Count | None
@@ -230,7 +230,7 @@ def _join(values: Sequence[Any]) -> Any:
     return next(filter(None, values), None)
 
 
-def find_groups(facts: dict[str, Facts], match: str) -> list[list[str]]:
+def find_groups(facts: dict[str, FileFacts], match: str) -> list[list[str]]:
     """Return the paths of each group with at least two images, the largest group first.
 
     match: near: similar by the perceptual hash, or equal bytes without a hash; exact: equal bytes.

@@ -19,7 +19,7 @@ import torch
 from pydantic import TypeAdapter, model_validator
 from torch import Tensor
 
-from data.augment.on_device import training_views
+from data.augment.views import training_views
 from data.collection.collection import Collection
 from data.collection.rows import training_rows
 from data.config import AugmentConfig, DataConfig, WholeData

@@ -19,10 +19,10 @@ from data.layouts.table import TAG_LISTS
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import Example, Fields
-from data.tags.build_vocabulary import make_vocabulary, read_any_vocabulary
 from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import read_rules
 from data.tags.tag_index import TagIndex, index_tags
+from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, to_fit

@@ -16,7 +16,7 @@ from PIL import Image, features
 
 from data.images.open import CUT_OFF, DAMAGED, TOO_LARGE
 from data.stream.source import UnreadableImage
-from data.tools.facts import measure_file
+from data.tools.measure import measure_file
 from tests.support import no_large_allocation, read_image
 
 CORPORA = Path(__file__).parents[1] / "corpora"

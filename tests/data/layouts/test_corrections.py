@@ -8,7 +8,7 @@ import threading
 import pytest
 
 from data.layouts.corrections import CORRECTIONS, Decision, Desk, append_corrections, read_corrections, retag
-from data.tools.write_manifest import Manifest
+from data.tools.manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.support import data_config
 from utils.errors import UserError

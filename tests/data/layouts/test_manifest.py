@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-import data.tools.facts
+import data.tools.measure
 import utils.ranks.processes
 from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
@@ -258,7 +258,7 @@ def test_a_file_that_ends_its_reader_has_weight_0(opened, root, monkeypatch):
     def all_but_every_second(inspect, files, fatal):
         return [fatal(file) if number % 2 else inspect(file) for number, file in enumerate(files)]
 
-    monkeypatch.setattr(data.tools.facts, "map_items", all_but_every_second)
+    monkeypatch.setattr(data.tools.measure, "map_items", all_but_every_second)
     put(root, "a.png", "b.png", "c.png")
     table = write_manifest(root, verify=True)
     assert "ended the process" in table["reason"][1].as_py() and table["weight"].to_pylist() == [1, 0, 1]

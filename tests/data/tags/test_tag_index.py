@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from data.config import TagRulesConfig, VocabularyConfig
 from data.layouts.table import build_table
-from data.tags.build_vocabulary import make_vocabulary, read_any_vocabulary
 from data.tags.rules import TagRules, read_rules
 from data.tags.tag_index import index_tags, map_tags
+from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_rating, parse_tag

@@ -10,7 +10,7 @@ from PIL import Image, ImageFilter
 
 from data.images.open import CUT_OFF, NOT_OPENED
 from data.tools.exclude import find_groups
-from data.tools.facts import Facts, measure_file, measure_files
+from data.tools.measure import FileFacts, measure_file, measure_files
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
 from utils.errors import UserError
@@ -182,8 +182,8 @@ def test_the_largest_stays_with_the_texts_of_all_in_a_copy_of_a_manifest_of_the_
 
 
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
-    facts = {"a": Facts("x", CUT_OFF), "b": Facts("x", CUT_OFF), "c": Facts(None), "d": Facts(None)}
-    facts |= {"e": Facts("y", phash=0), "f": Facts("z", phash=3)}
+    facts = {"a": FileFacts("x", CUT_OFF), "b": FileFacts("x", CUT_OFF), "c": FileFacts(None), "d": FileFacts(None)}
+    facts |= {"e": FileFacts("y", phash=0), "f": FileFacts("z", phash=3)}
     assert find_groups(facts, "near") == [["a", "b"], ["e", "f"]]
     assert find_groups(facts, "exact") == [["a", "b"]]
 
@@ -192,7 +192,7 @@ def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeyp
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     run("prepare", ["job=count", *FOLDER], tmp_path)
     assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
-    monkeypatch.setattr("data.tools.facts.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
+    monkeypatch.setattr("data.tools.measure.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
     run("prepare", ["job=duplicates", *FOLDER], tmp_path)
     run("prepare", ["job=verify", *FOLDER], tmp_path)
     assert listed(tmp_path, "verify")["dog/cut.png"].startswith(CUT_OFF)
@@ -201,6 +201,6 @@ def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeyp
 def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with monkeypatch.context() as patched:
-        patched.setattr("data.tools.facts.measure_file", lambda *_, **__: Facts(None, NOT_OPENED, "busy"))
+        patched.setattr("data.tools.measure.measure_file", lambda *_, **__: FileFacts(None, NOT_OPENED, "busy"))
         assert measure_files(root, list(TAGS), 10**6)[0].kind == NOT_OPENED
     assert [facts.kind for facts in measure_files(root, list(TAGS), 10**6)] == [None] * 3

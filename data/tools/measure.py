@@ -37,7 +37,7 @@ FATAL = "ends the process that reads it"  # the kind of fault if a decoder crash
 _SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all images
 
 
-class Facts(NamedTuple):
+class FileFacts(NamedTuple):
     """Facts about one file. kind, reason: why it is unreadable (data/images/open.py), else None.
 
     sha256: None if it cannot be opened. All other fields are None unless it was decoded. width, height: after EXIF
@@ -71,10 +71,10 @@ class Facts(NamedTuple):
         return self.kind not in (NOT_OPENED, NO_MEMORY, NO_DECODER, FATAL)
 
 
-def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[Facts]:
+def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes: bool = True) -> list[FileFacts]:
     """Return the facts of files with paths relative to the root, using one process per core."""
     warn_of_missing_libraries()
-    cache_key = f"{decodes} {max_pixels} {PIL.__version__} {Facts._fields}"
+    cache_key = f"{decodes} {max_pixels} {PIL.__version__} {FileFacts._fields}"
     measure = functools.partial(measure_file, max_pixels=max_pixels, decodes=decodes)
     values = measure_once(
         [Path(root, path) for path in paths],
@@ -83,29 +83,31 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
         "reading the images",
         lambda facts: facts.is_lasting,
     )
-    return [Facts(*value) for value in values]
+    return [FileFacts(*value) for value in values]
 
 
-def measure_file(file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, decodes: bool = True) -> Facts:
+def measure_file(
+    file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, decodes: bool = True
+) -> FileFacts:
     """Return the SHA-256 of a file, and facts about its pixels if it `decodes`, or the reason why it is unreadable."""
     digest = None
     try:
         content = read_file(file)
         digest = hashlib.sha256(content).hexdigest()
         if not decodes:
-            return Facts(digest)
+            return FileFacts(digest)
         return open_image(content, os.fspath(file), max_pixels, _measure_image)._replace(sha256=digest)
     except UnreadableImage as error:
-        return Facts(digest, error.kind, error.reason)
+        return FileFacts(digest, error.kind, error.reason)
 
 
-def _fatal_file(file: str) -> Facts:
+def _fatal_file(file: str) -> FileFacts:
     """Return the facts of a file that crashes the process reading it, as it would crash training."""
     reason = "reading it ended the process: the decoder crashed, or memory was exhausted"
     return measure_file(file, decodes=False)._replace(kind=FATAL, reason=reason)
 
 
-def _measure_image(image: Image.Image) -> Facts:
+def _measure_image(image: Image.Image) -> FileFacts:
     """Decode an opened image and return its facts."""
     mode = image.mode
     from_tiff = read_orientation(image) if image.format == "TIFF" else None  # loading rotates and removes it
@@ -118,7 +120,7 @@ def _measure_image(image: Image.Image) -> Facts:
     levels = np.asarray(grey, np.float32)
     inner = levels[1:-1, 1:-1]
     edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
-    return Facts(
+    return FileFacts(
         format=image.format,
         width=upright.width,
         height=upright.height,

@@ -10,7 +10,7 @@ from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
 from data.open import load_collection
-from data.tools.copy_collection import Shrink, copy_files
+from data.tools.copy import Shrink, copy_files
 from tests.data.collection.test_collection import load
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run, run_command

@@ -17,7 +17,7 @@ from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_for
 from data.layouts.sidecars import list_faults
 from data.layouts.table import MEASURED, TYPES, count_values, replace_column
 from data.layouts.unused import Unused, warn_unused
-from data.tools.facts import measure_files
+from data.tools.measure import measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger

@@ -1,4 +1,4 @@
-"""Jobs that only read a collection: count, vocabulary, statistics (an HTML page) and verify (all kinds of faults)."""
+"""Jobs that only read a collection: count, statistics (an HTML page) and verify (all kinds of faults)."""
 
 from collections import Counter
 from collections.abc import Container, Iterator
@@ -9,19 +9,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.config import DataConfig, VocabularyConfig
+from data.config import DataConfig
 from data.layouts.folders import check_root, read_folder, scan_folder
 from data.layouts.manifest import find_manifest, read_table
 from data.layouts.sidecars import FAULT
 from data.layouts.table import SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
 from data.open import describe_collection, load_collection
-from data.tags.build_vocabulary import make_vocabulary
-from data.tools.facts import Facts, measure_files
+from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.schema import PathText
-from utils.formats.vocabulary import write_vocabulary
-from utils.io.files import output_errors
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
 
@@ -46,20 +43,6 @@ class Count(Tool):
         return f"{table.num_rows:,} images"
 
 
-class CollectVocabulary(Tool, VocabularyConfig):
-    """Collect the tags of `data.root` into the vocabulary file `output`."""
-
-    name: Literal["vocabulary"]
-    output: PathText
-
-    def run(self, data: DataConfig) -> str:
-        """Write the vocabulary. Raises UserError (`data.root`, `job`)."""
-        vocabulary = make_vocabulary(load_collection(data), self, "job.")
-        with output_errors("job.output", Path(self.output)):
-            write_vocabulary(Path(self.output), vocabulary)
-        return f"{len(vocabulary)} tags in {self.output}"
-
-
 class Statistics(Tool):
     """Write statistics of a collection as an HTML page and JSON into the folder `report`.
 
@@ -73,7 +56,7 @@ class Statistics(Tool):
         """Write the statistics. Raises UserError (`data.root`, `job`)."""
         collection = load_collection(data)
         sizes = collection.stated_sizes() if collection.is_packed else None
-        facts = [] if sizes is None else [Facts(width=w or None, height=h or None) for h, w in sizes.tolist()]
+        facts = [] if sizes is None else [FileFacts(width=w or None, height=h or None) for h, w in sizes.tolist()]
         if not collection.is_packed:
             facts = measure_files(Path(data.root), collection.table["path"].to_pylist(), data.max_pixels)
         tables = _count_tables(collection.table, facts)
@@ -100,7 +83,7 @@ class Statistics(Tool):
         return f"{describe_collection(collection)}; {page}"
 
 
-def _count_tables(table: pa.Table, facts: list[Facts]) -> dict[str, list[TableRow]]:
+def _count_tables(table: pa.Table, facts: list[FileFacts]) -> dict[str, list[TableRow]]:
     """Return tables of counts by name, the most frequent first."""
     splits = {split: count_values(table["label"].filter(pc.equal(table["split"], split))) for split in SPLITS}
     formats, faults = (

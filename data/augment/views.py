@@ -1,0 +1,24 @@
+"""The views of an image: what training and what evaluation makes of it (`Views` of data/stream/order.py)."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from data.augment.on_device import AUGMENT, IMAGES, DeviceAugment
+from data.augment.transforms import EvalTransform, TrainTransform
+from data.config import AugmentConfig
+from data.stream.order import Views
+from utils.formats.background import DEFAULT
+
+
+def training_views(config: AugmentConfig, background: Any = DEFAULT) -> Views:
+    """Return the views of a training image: `images`, and with `augment.on_device` the parameters of its changes.
+
+    background: the colour of the padding of `augment.pad`.
+    """
+    images = {IMAGES: TrainTransform(config, background)}
+    return {**images, AUGMENT: DeviceAugment(config)} if config.on_device else images
+
+
+def evaluation_views(preprocessing: Mapping[str, Any]) -> Views:
+    """Return the view of an evaluation image."""
+    return {IMAGES: EvalTransform(preprocessing)}
