@@ -14,9 +14,8 @@ from pydantic import Field
 from data.collection.collection import Collection
 from data.tags.captions import CaptionConfig, Captions, spell
 from data.tags.tag_index import TagRows
-from utils.config.bounds import Count, Factor, Positive
+from utils.config.bounds import Factor, Positive
 from utils.config.schema import Strict
-from utils.errors import UserError
 from utils.formats.spelling import is_sentence, parse_tag
 from utils.formats.vocabulary import category_name
 
@@ -24,15 +23,13 @@ from utils.formats.vocabulary import category_name
 class TagWeightsConfig(Strict):
     """Weights of tags: (median / count) ** power within low and high, times the factor of the tag's category.
 
-    The weight of an image is the mean over its tags, scaled to 1 on average. reestimate_steps: null: count the tags of
-    the collection once; a number: count the tags that training has shown, and update the weights every so often.
+    The weight of an image is the mean over its tags, scaled to 1 on average.
     """
 
     power: Annotated[float, Field(ge=0, le=4)]
     low: Factor
     high: Positive
     factors: dict[Literal["general", "artist", "copyright", "character", "meta", "rating"], Factor]
-    reestimate_steps: Count | None
 
     def weigh(self, counts: np.ndarray, factors: np.ndarray) -> np.ndarray:
         """Return the weight of each tag, float64 [T]; counts: its images; factors: for its category; both [T].
@@ -83,19 +80,10 @@ def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
 def find_tag_facts(
     collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: Captions
 ) -> dict[str, list[float]]:
-    """Return counts, factors and shares [T] of the tags of `rows`. The mean image weight is sum(shares * tag weights).
-
-    Raises UserError (`task.tag_weights.reestimate_steps`) if no caption has a tag of its row.
-    """
+    """Return counts, factors and shares [T] of the tags of `rows`; an image weighs sum(shares * weights) on average."""
     tags = read_tags(collection, captions)
-    texts = ((row, "\n".join(captions.of(row).read(collection.row(row)))) for row in rows.tolist())
-    counts_shown = config.reestimate_steps is not None
-    if counts_shown and not any(any(tags.find_shown(row, text, captions.of(row))) for row, text in texts):
-        raise UserError(
-            f"task.tag_weights.reestimate_steps: {config.reestimate_steps} counts the tags in captions, but none of "
-            f"{len(rows):,} captions has a tag of its image; set task.captions.source=tags, or reestimate_steps=null"
-        )
-    factors, owners = tags.factors(config), tags.owners()
+    factors = tags.factors(config)
+    owners = tags.owners()
     counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
     ids, owners = tags.ids[counted], owners[counted]
     sizes = np.bincount(owners, minlength=len(collection))

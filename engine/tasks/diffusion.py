@@ -9,7 +9,7 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
     concept_weight [B], and is_prior [B] bool, if `data.concepts` has one
     mask [B, 1, h, w] float16, with task.mask: where the loss counts
-    ragged tags, and shown_tags of the caption, with task.tag_weights: `TagBalance` computes the sample's weight
+    ragged tags, with task.tag_weights: `TagBalance` computes the sample's weight
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
 """
@@ -192,50 +192,23 @@ class DiffusionTaskConfig(TaskConfig):
 
 
 class TagBalance(nn.Module):
-    """Weights of tags, float32 [T], with `reestimate_steps` updated from how often training has shown each tag.
-
-    It counts only tags that reached the network: not dropped tags and captions, unreadable images or skipped steps.
-    Counts are int64 [T], so their sum over ranks is exact. facts: give the first weights (data/tags/tag_weights.py).
-    """
+    """Weights of tags, float32 [T], with mean 1 over the collection's images; facts: data/tags/tag_weights.py."""
 
     def __init__(self, config: TagWeightsConfig, facts: Mapping[str, Sequence[float]]) -> None:
         super().__init__()
-        self._config = config
-        self._factors, self._shares = np.array(facts["factors"]), np.array(facts["shares"])
-        self.register_buffer("weights", self._weigh(np.array(facts["counts"])))
-        self.register_buffer("shown", torch.zeros(len(self._factors), dtype=torch.int64))
-        self.register_buffer("pending", torch.zeros_like(self.shown))  # of this step and rank
+        weights = config.weigh(np.array(facts["counts"]), np.array(facts["factors"]))
+        mean = weights @ np.array(facts["shares"])
+        weights = torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))
+        self.register_buffer("weights", weights, persistent=False)
 
     @torch.compiler.disable  # the number of tags changes with each batch
     @torch.no_grad()
     def forward(self, batch: Batch) -> Tensor:
-        """Return the mean weight of each sample's tags, float32 [B], or 1 without tags; count the shown tags."""
-        shown = multi_hot(batch["shown_tags"], batch["shown_tags_offsets"], len(self.weights))
-        self.pending += (shown * (batch["weight"] > 0)[:, None]).sum(dim=0).long()
-        return self.weigh(batch)
-
-    def weigh(self, batch: Batch) -> Tensor:
-        """Return the weights, float32 [B]."""
+        """Return the mean weight of each sample's tags, float32 [B], or 1 without tags."""
         has = multi_hot(batch["tags"], batch["tags_offsets"], len(self.weights))
-        sums, sizes = (has * self.weights).sum(dim=1), (has * (self.weights > 0)).sum(dim=1)
+        sums = (has * self.weights).sum(dim=1)
+        sizes = (has * (self.weights > 0)).sum(dim=1)
         return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)
-
-    def after_step(self, step: int) -> None:
-        """Add the step's counts; every `reestimate_steps`, update the weights, which waits for the device."""
-        self.shown += distributed.all_reduce_sum(self.pending)
-        self.pending.zero_()
-        every = self._config.reestimate_steps
-        if every is not None and (step + 1) % every == 0:
-            self.weights.copy_(self._weigh(self.shown.cpu().numpy()))
-            low, high = self.weights.min(), self.weights.max()
-            shown = f"{self.shown.sum():,}"
-            log.info("step %d: tag weights %.2f to %.2f, from %s shown tags", step + 1, low, high, shown)
-
-    def _weigh(self, counts: np.ndarray) -> Tensor:
-        """Return weights from counts [T], with mean 1 over the collection's images (`shares`)."""
-        weights = self._config.weigh(counts, self._factors)
-        mean = weights @ self._shares
-        return torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))
 
 
 class DiffusionTask(Task):
@@ -370,11 +343,6 @@ class DiffusionTask(Task):
             logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
         return StepOutput(loss, logs)
 
-    def after_step(self, step: int, progress: Tensor, applied: Tensor) -> None:
-        """Update the weights of tags if due."""
-        if self.tag_balance is not None:
-            self.tag_balance.after_step(step)
-
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
@@ -466,7 +434,7 @@ class DiffusionTask(Task):
         if MASK in batch:
             counts = batch[MASK].float().clamp(min=self._config.mask.floor)
             images = images * nn.functional.interpolate(counts, images.shape[-2:])
-        weights = weights if self.tag_balance is None else weights * self.tag_balance.weigh(batch)
+        weights = weights if self.tag_balance is None else weights * self.tag_balance(batch)
         offsets, text = batch["caption_offsets"].tolist(), bytes(batch["caption"].tolist())
         for index, weight in enumerate(weights.tolist()):
             height, width, top, left, *_ = batch["fit"][index].tolist()

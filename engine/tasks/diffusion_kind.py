@@ -192,10 +192,9 @@ def caption_fields(
             fields["concept_weight"] = concepts[concept_of[row]].weight
         if has_priors:
             fields["is_prior"] = concepts[concept_of[row]].is_prior
-        if tags is None:
-            return fields
-        ids, shown = torch.tensor(tags.of_row(row)).long(), tags.find_shown(row, text, config)
-        return {**fields, "tags": Ragged(ids), "shown_tags": Ragged(ids[torch.tensor(shown, dtype=torch.bool)])}
+        if tags is not None:
+            fields["tags"] = Ragged(torch.tensor(tags.of_row(row)).long())
+        return fields
 
     return add
 

@@ -1,14 +1,14 @@
 """Distillation: a student learns the outputs of a frozen teacher for the same views, mixed views included.
 
-The loss is logits + feature_weight * features; `task.targets` selects the terms. Logits are divided by the temperature.
-Their term is the cross-entropy summed over tags, or the KL divergence of classes. The features term compares a linear
-map of the student's features (the head's input) with the teacher's, standardised per image. Labels only measure it.
+`task.targets` says which outputs. Logits are divided by the temperature; their loss is the cross-entropy summed over
+tags, or the KL divergence of classes. Features are the pooled input of the head: the loss compares a linear map of the
+student's with the teacher's, standardised per image. Labels only measure the student.
 
 A student of logits is a tagger or classifier with the teacher's tags or classes. It writes the weight files of
-task=tagging or task=classification, which need no teacher. A student of features alone has no head.
+task=tagging or task=classification, which need no teacher. A student of features has no head.
 
 Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.05237), the same mixed views; Wei et al.
-2022 (arXiv 2205.14141), equation 2, features. Differs: features are pooled.
+2022 (arXiv 2205.14141), equation 2, features, here pooled.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -30,7 +30,7 @@ from data.stream.loader import no_fields
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.recipe.pretrained import stated_preprocessing
-from engine.task import Report, StepOutput, Task, Use, log_mean
+from engine.task import Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig
@@ -55,16 +55,15 @@ _UNUSED = {"vocabulary": None, "append_to": None, "orientation": None}  # the ta
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
-    """The teacher and the terms of the loss. Tag rules apply to the labels of validation images, as in task=tagging.
+    """The teacher and what is learned of it. Tag rules apply to the labels of validation images, as in task=tagging.
 
     teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
     """
 
     name: Literal["distillation"]
     teacher: PathText
-    targets: Literal["logits", "features", "both"]
+    targets: Literal["logits", "features"]
     temperature: Positive
-    feature_weight: Positive
 
 
 # ---------------------------------------------------------------------------------------------------------- the student
@@ -82,10 +81,9 @@ def find_student(setup: Setup) -> tuple[Kind, Setup]:
     return kind, replace(setup, task=kind.config(**{**shared, **more, "label_smoothing": 0.0}))
 
 
-def _run(network: nn.Module, images: Tensor) -> tuple[Tensor, Tensor]:
-    """Return logits [B, K] (of a network without a head, its features) and features [B, C], float32."""
-    maps = network.forward_features(images)
-    return network.forward_head(maps).float(), network.forward_head(maps, pre_logits=True).float()
+def _run(network: nn.Module, images: Tensor, *, features: bool) -> Tensor:
+    """Return the logits [B, K], or the features [B, C], float32."""
+    return network.forward_head(network.forward_features(images), pre_logits=features).float()
 
 
 class DistillationTask(Task):
@@ -107,8 +105,9 @@ class DistillationTask(Task):
         if teacher is None:
             return
         self.teacher = build_network(TypeAdapter(ModelConfig).validate_python(teacher["model"]), teacher["outputs"])
-        if self._config.targets != "logits":
-            networks = self.student.network, self.teacher
+        self._learns_features = self._config.targets == "features"
+        if self._learns_features:
+            networks = (self.student.network, self.teacher)
             widths = (getattr(network, "head_hidden_size", network.num_features) for network in networks)
             self.projection = nn.Linear(*widths)
         ours, theirs = setup.preprocessing, teacher["preprocessing"]
@@ -145,27 +144,22 @@ class DistillationTask(Task):
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
-        config, losses = self._config, {}
         images = self._mix(batch)
-        logits, features = _run(self.student.network, images)
-        teacher_logits, teacher_features = self._teach(images)
-        if config.targets != "features":
-            losses["teacher_loss"] = config.temperature**2 * self._differ(logits, teacher_logits)
-        if config.targets != "logits":
-            projected = self.projection(features).float()
-            target = F.layer_norm(teacher_features, teacher_features.shape[1:])
-            losses["feature_loss"] = F.smooth_l1_loss(projected, target, beta=2.0, reduction="none").mean(dim=1)
-        weights = {"teacher_loss": 1.0, "feature_loss": config.feature_weight}
-        total = torch.stack([weights[name] * loss for name, loss in losses.items()]).sum(dim=0)
-        return StepOutput(total, {name: log_mean(loss, batch["weight"]) for name, loss in losses.items()})
+        learned = _run(self.student.network, images, features=self._learns_features)
+        taught = self._teach(images)
+        if not self._learns_features:
+            return StepOutput(self._config.temperature**2 * self._differ(learned, taught))
+        target = F.layer_norm(taught, taught.shape[1:])
+        projected = self.projection(learned).float()
+        return StepOutput(F.smooth_l1_loss(projected, target, beta=2.0, reduction="none").mean(dim=1))
 
     @torch.no_grad()
-    def _teach(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the teacher's logits and features; images: normalised for the student."""
+    def _teach(self, images: Tensor) -> Tensor:
+        """Return the teacher's logits or features; images: normalised for the student."""
         images = self.renormalise(images)
         if images.shape[-2:] != self._teacher_hw:
             images = F.interpolate(images, self._teacher_hw, mode="bicubic", antialias=True)
-        return _run(self.teacher, images)
+        return _run(self.teacher, images, features=self._learns_features)
 
     def _differ(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy summed over tags, or the KL divergence of classes, of each sample [B]."""

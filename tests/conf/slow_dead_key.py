@@ -77,7 +77,7 @@ def without_a_cluster(monkeypatch):
     monkeypatch.setattr("submit.slurm.check_script", lambda launch, words: None)
 
 
-TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, factors: {}, reestimate_steps: 1}"
+TAG_WEIGHTS = "{power: 0.5, low: 0.1, high: 3.0, factors: {}}"
 ON_DISK = ["data.cache.disk_gib=0.1", "data.cache.folder=image_cache"]
 
 
@@ -146,7 +146,7 @@ def run_all(recorder, folder, monkeypatch):
     go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     tagging = [*small, *folders, "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
     go("train", *tagging, "task=tagging", "task.min_count=1", "task.loss.name=asl", "run_dir=asl")
-    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.targets=both", "run_dir=distilled")
+    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.targets=features", "run_dir=distilled")
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)

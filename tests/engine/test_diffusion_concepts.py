@@ -31,8 +31,7 @@ def place(tmp_path_factory):
 def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refused(place):
     """From caches, whose keys do not depend on concepts: another table of them encodes nothing again."""
     own = [*SHORT, *RESUMED, *FIVES, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
-    own += ["task.text_variants=2", "task.tag_weights={power: 0.5, low: 0.1, high: 3.0, factors: {}, "]
-    own[-1] += "reestimate_steps: null}"
+    own += ["task.text_variants=2", "task.tag_weights={power: 0.5, low: 0.1, high: 3.0, factors: {}}"]
     run("finetune_sdxl", [*own, CONCEPTS, "run_dir=straight"], place)
     files = sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
     run_until_killed("finetune_sdxl", [*own, CONCEPTS, "run_dir=killed"], place, step=4)
@@ -112,7 +111,7 @@ def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monke
     said = capsys.readouterr().err
     assert "6        4     50.0%  dog" in said and "share 0.5, prior" in said
     saved = RunReader(place / "imported").config
-    assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["batch_size"] == 2
+    assert saved["task"]["buckets"]["sizes_hw"] == [[[64, 64]]] and saved["loop"]["micro_batch_size"] == 2
     (place / "wrong.yaml").write_text("data:\n  concept: []\n")
     for name, key in (("none.yaml", "experiment: none.yaml"), ("wrong.yaml", "data.concept: unknown key")):
         assert key in refused(place, monkeypatch, capsys, f"experiment={name}")

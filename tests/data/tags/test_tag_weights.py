@@ -9,9 +9,7 @@ from tests.data.tags.test_captions import collection_of, config
 
 
 def rule(**changes):
-    return TagWeightsConfig(
-        **{"power": 0.5, "low": 0.1, "high": 3.0, "factors": {}, "reestimate_steps": None, **changes}
-    )
+    return TagWeightsConfig(**{"power": 0.5, "low": 0.1, "high": 3.0, "factors": {}, **changes})
 
 
 def tags_of(rows, names):
