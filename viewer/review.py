@@ -24,9 +24,13 @@ from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import REFRESH_SEC, find_run, page
 
 _desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
-_MOST, _CARDS = 10_000, 24  # differences, and those on a screen
+_MOST = 10_000  # differences
+_CARDS = 24  # those on a screen
 _HINT = "← → go · X mark · A mark all shown · Enter accept · R reject · 1-9 choose · U undo"
-_BUTTON = "no-caps dense unelevated"
+_BUTTONS = {"Accept": "Enter", "Reject": "r", "Undo": "u"}  # and their keys
+_CHOICES = 9  # classes or tags that have a key
+# A key is for the page only while none of these has the focus.
+_FOCUSABLE = ["a", "button", "div", "input", "select", "summary", "textarea"]
 _CARD = """<div :class="props.row.kind" @click="() => $parent.$emit('pick', props.row.id)">
 <img :src="props.row.image" alt="" loading="lazy"><div class="ellipsis">{{ props.row.text }}</div>
 <div class="muted ellipsis">{{ props.row.verdict }}</div></div>"""
@@ -59,9 +63,10 @@ def ask(path: str, by: float, says: str | Mapping[str, bool], had: Any) -> Quest
     """Return the question about a difference. Ratings are no tags; the network's tags are spelled like the others."""
     if isinstance(says, str):
         return Question(path, by, had, says, [name for name in (says, had) if name])
-    texts, spaces = {parse_tag(tag).name: tag for tag in had}, any(" " in tag for tag in had)
-    names = [texts.get(name) or write_tag(Tag(None, name), spaces=spaces) for name, is_added in says.items()
-             if is_added != (name in texts) and name not in RATINGS]  # fmt: skip
+    texts = {parse_tag(tag).name: tag for tag in had}
+    spaces = any(" " in tag for tag in had)
+    differing = [name for name, is_added in says.items() if is_added != (name in texts) and name not in RATINGS]
+    names = [texts.get(name) or write_tag(Tag(None, name), spaces=spaces) for name in differing]
     return Question(path, by, had, switch_tags(had, had, names), names)
 
 
@@ -75,9 +80,13 @@ class Review:
     """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab."""
 
     def __init__(self, questions: Sequence[Question], classes: Sequence[str] = ()) -> None:
-        self.questions, self.classes = questions, classes
+        self.questions = questions
+        self.classes = classes
         self.field = "tags" if isinstance(questions[0].had, list) else "label"
-        self.decisions, self.here, self.marked, self.by = Decisions(), 0, set[int](), ""
+        self.decisions = Decisions()
+        self.here = 0
+        self.marked = set[int]()
+        self.by = ""
 
     def _stack(self, number: int) -> list[Decision]:
         return self.decisions.get((self.questions[number].path, self.field), [])
@@ -87,6 +96,11 @@ class Review:
         had = self.questions[number].had
         last = settle(had, self._stack(number))
         return last if last and (last.verdict != "undone" or last.now != had) else None
+
+    def screen(self) -> range:
+        """Return the numbers of the images that are shown together with the shown one."""
+        first = self.here // _CARDS * _CARDS
+        return range(len(self.questions))[first : first + _CARDS]
 
     def next(self) -> int:
         """Return the next image without a decision, or the shown one if there is none."""
@@ -102,11 +116,13 @@ class Review:
         """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
         value = self.shown(self.here)
         names = dict.fromkeys([*self.questions[self.here].names, *self.classes])
-        return {name: name in value if self.field == "tags" else name == value for name in [*names][:9]}
+        return {name: name in value if self.field == "tags" else name == value for name in [*names][:_CHOICES]}
 
     def card(self, number: int, image: str) -> dict[str, Any]:
         """Return what a small image shows: what its label becomes, or which tags are added and taken away."""
-        last, had, value = self.last(number), self.questions[number].had, self.shown(number)
+        last = self.last(number)
+        had = self.questions[number].had
+        value = self.shown(number)
         text = f"{had} → {value}" if value != had else str(had)
         if self.field == "tags":
             changed = {*had}.symmetric_difference(value)
@@ -118,13 +134,14 @@ class Review:
 
     def press(self, key: str) -> list[Decision]:
         """Do what a key means; return the decisions to save."""
-        first, targets, choices = self.here // _CARDS * _CARDS, sorted(self.marked) or [self.here], [*self.choices()]
+        targets = sorted(self.marked) or [self.here]
+        choices = [*self.choices()]
         if key in ("ArrowLeft", "ArrowRight"):
             self.here = min(max(self.here + (1 if key == "ArrowRight" else -1), 0), len(self.questions) - 1)
         elif key == "x":
             self.marked ^= {self.here}
         elif key == "a":
-            self.marked |= {*range(len(self.questions))[first : first + _CARDS]}
+            self.marked |= {*self.screen()}
         elif key == "Enter":
             return self._decide({each: self.questions[each].says for each in targets if self.last(each) is None})
         elif key == "r":
@@ -153,13 +170,14 @@ class Review:
         stacks = {each: drop_undone(self._stack(each)) for each in range(len(self.questions)) if self.last(each)}
         own = {each: stack for each, stack in stacks.items() if stack and stack[-1].by == self.by}
         newest = max((stack[-1].at for stack in own.values()), default="")
-        values = {each: (stack[-2].now if stack[1:] else stack[-1].was)
-                  for each, stack in own.items() if stack[-1].at == newest}  # fmt: skip
+        last = {each: stack for each, stack in own.items() if stack[-1].at == newest}
+        values = {each: stack[-2].now if stack[1:] else stack[-1].was for each, stack in last.items()}
         self.here = min(values, default=self.here)
         return self._write(values, "undone")
 
     def _write(self, values: Mapping[int, Any], verdict: str | None = None) -> list[Decision]:
-        at, lines = datetime.now(UTC).isoformat(timespec="microseconds"), []
+        at = datetime.now(UTC).isoformat(timespec="microseconds")
+        lines = []
         for number, now in values.items():
             path, _, was, says, _ = self.questions[number]
             kind = verdict or ("rejected" if now == was else "accepted" if now == says else "edited")
@@ -173,24 +191,29 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
 
     Raises UserError if there is none, with the command that finds them, or if the collection is no folder.
     """
-    name, found = shelf.of_run(run), find_differences(run, _MOST)
+    name = shelf.of_run(run)
+    found = find_differences(run, _MOST)
     command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
     nothing = UserError(f"No image is known where network and label differ. This looks for them: {command}")
     if name is None or not found:
         raise nothing
-    collection, root = shelf.open(name, again=True, corrected=False), images_root(run)
+    collection = shelf.open(name, again=True, corrected=False)
+    root = images_root(run)
     if not isinstance(collection.root, Path):
         raise UserError(f"data.root: {collection.root} is no folder, so no correction can be kept beside it")
     if root != str(collection.root):
         raise UserError(f"The table of images is about {root or 'an unknown folder'}, not {collection.root}: {command}")
-    desk, field = _desk_of(collection.root), "label" if isinstance(found[0][2], str) else "tags"
-    (decisions, _), column = desk.sync(), collection.table[field]
+    desk = _desk_of(collection.root)
+    field = "label" if isinstance(found[0][2], str) else "tags"
+    decisions, _ = desk.sync()
+    column = collection.table[field]
     rows = zip(found, find_rows(collection, [path for path, _, _ in found]).tolist())
     asked = [(ask(*each, column[row].as_py()), row) for each, row in rows if row >= 0]
     asked = [(each, row) for each, row in asked if each.says != each.had or (each.path, field) in decisions]
     if not asked:
         raise nothing
-    review = Review([each for each, _ in asked], [*count_values(collection.table["label"])] if field == "label" else [])
+    classes = [*count_values(collection.table["label"])] if field == "label" else []
+    review = Review([each for each, _ in asked], classes)
     review.decisions = decisions
     review.here = review.next()
     return review, lambda number, px: image_address(name, collection, asked[number][1], px), desk
@@ -213,71 +236,93 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
                 return
             note.delete()
             review.by = (ui.context.client.tab_id or "")[:8]
-            _show(review, address, desk)
+            ReviewPage(review, address, desk)
 
 
-def _show(review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
-    newest = 0
-    with ui.row().classes("items-center w-full"):
-        for title, key in (("Accept", "Enter"), ("Reject", "r"), ("Undo", "u")):
-            ui.button(title, on_click=lambda _, key=key: press(key)).props(f"{_BUTTON} padding='4px 12px'")
-        progress = ui.label()
-    waiting = ui.label().classes("text-negative")
-    ui.label(_HINT).classes("muted")
-    with ui.element("div").classes("review"):
-        with ui.column().classes("w-full"):
-            picture, title = ui.image().props("fit=contain no-spinner no-transition").classes("large"), ui.label()
-            title.classes("mono").style("overflow-wrap: anywhere")
-            chips = ui.row()
-            if review.field == "label":
-                other = ui.select(review.classes, label="another class", with_input=True).props("dense outlined")
-                other.classes("w-full").on_value_change(lambda event: event.value and choose(event.value))
-        cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
-        cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
+class ReviewPage:
+    """The review in one tab: buttons and keys, the shown image with its choices, and small images beside it."""
 
-    async def save(lines: Sequence[Decision] = ()) -> None:
-        nonlocal newest
-        newest = number = newest + 1
-        decisions, fault = await background.io_bound(desk.sync, lines)
-        waiting.text = escape_controls(fault)
-        if number == newest and decisions != review.decisions:  # an older answer lacks the latest keys
-            review.decisions = decisions
-            draw()
+    def __init__(self, review: Review, address: Callable[[int, int], str], desk: Desk) -> None:
+        self._review = review
+        self._address = address
+        self._desk = desk
+        self._newest = 0  # the number of the last request to the desk
+        with ui.row().classes("items-center w-full"):
+            for title, key in _BUTTONS.items():
+                self._add_button(key).set_text(title)
+            self._progress = ui.label()
+        self._waiting = ui.label().classes("text-negative")
+        ui.label(_HINT).classes("muted")
+        with ui.element("div").classes("review"):
+            with ui.column().classes("w-full"):
+                self._build_image()
+            cards = ui.table(columns=[], rows=[], row_key="id", pagination=0).classes("w-full cards")
+            cards.props("grid hide-header hide-pagination").add_slot("item", _CARD)
+            cards.on("pick", lambda event: self._show(event.args))
+        self._cards = cards
+        ui.keyboard(self._on_key, ignore=_FOCUSABLE)
+        self._draw()
+        ui.timer(REFRESH_SEC, self._save)
 
-    async def take(lines: Sequence[Decision]) -> None:
-        draw()
-        await save(lines)
+    def _add_button(self, key: str) -> ui.button:
+        """Add a button that does what a key does. A click leaves the focus where it was, so that keys go on acting."""
+        button = ui.button(on_click=functools.partial(self._press, key))
+        button.props("no-caps dense unelevated padding='4px 12px'")
+        return button.on("mousedown.prevent", js_handler="() => {}")
 
-    async def press(key: str) -> None:
-        ui.run_javascript("document.activeElement?.blur()")  # keys are not for the button that was clicked
-        await take(review.press(key))
+    def _build_image(self) -> None:
+        self._picture = ui.image().props("fit=contain no-spinner no-transition").classes("large")
+        self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
+        with ui.row():
+            self._chips = [self._add_button(str(number + 1)) for number in range(_CHOICES)]
+        if self._review.field == "label":
+            other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
+            self._other = other.props("dense outlined")
+            other.on_value_change(lambda event: event.value and self._choose(event.value))
 
-    async def choose(name: str) -> None:
-        other.value = None
-        await take(review.choose(name))
+    def _draw(self) -> None:
+        review = self._review
+        numbers = review.screen()
+        self._cards.rows = [review.card(each, self._address(each, 256)) for each in numbers]
+        count = len(review.questions)
+        decided = sum(review.last(each) is not None for each in range(count))
+        self._progress.text = f"{decided:,} of {count:,} decided"
+        self._picture.source = self._address(review.here, 1024)
+        text = self._cards.rows[numbers.index(review.here)]["text"]
+        self._title.text = f"{escape_controls(review.questions[review.here].path)}: {text}"
+        choices = [*review.choices().items()]
+        for number, chip in enumerate(self._chips):  # the same elements, so that one keeps the focus
+            chip.set_visibility(number < len(choices))
+            if number < len(choices):
+                name, is_on = choices[number]
+                chip.set_text(f"{number + 1} {escape_controls(name)}")
+                chip.props(remove="outline") if is_on else chip.props("outline")
 
-    async def on_key(event: KeyEventArguments) -> None:
+    def _show(self, number: int) -> None:
+        self._review.here = number
+        self._draw()
+
+    async def _save(self, lines: Sequence[Decision] = ()) -> None:
+        self._newest += 1
+        number = self._newest
+        decisions, fault = await background.io_bound(self._desk.sync, lines)
+        self._waiting.text = escape_controls(fault)
+        if number == self._newest and decisions != self._review.decisions:  # an older answer lacks the latest keys
+            self._review.decisions = decisions
+            self._draw()
+
+    async def _take(self, lines: Sequence[Decision]) -> None:
+        self._draw()
+        await self._save(lines)
+
+    async def _press(self, key: str) -> None:
+        await self._take(self._review.press(key))
+
+    async def _choose(self, name: str) -> None:
+        self._other.value = None
+        self._other.run_method("blur")  # keys act again
+        await self._take(self._review.choose(name))
+
+    async def _on_key(self, event: KeyEventArguments) -> None:
         if event.action.keydown and not (event.modifiers.ctrl or event.modifiers.alt or event.modifiers.meta):
-            await press(event.key.name.lower() if len(event.key.name) == 1 else event.key.name)
-
-    def show(number: int) -> None:
-        review.here = number
-        draw()
-
-    def draw() -> None:
-        first, numbers = review.here // _CARDS * _CARDS, range(len(review.questions))
-        cards.rows = [review.card(each, address(each, 256)) for each in numbers[first : first + _CARDS]]
-        decided = sum(review.last(each) is not None for each in numbers)
-        progress.text = f"{decided:,} of {len(numbers):,} decided"
-        picture.source = address(review.here, 1024)
-        title.text = f"{escape_controls(review.questions[review.here].path)}: {cards.rows[review.here - first]['text']}"
-        chips.clear()
-        with chips:
-            for number, (name, is_on) in enumerate(review.choices().items(), start=1):
-                chip = ui.button(f"{number} {escape_controls(name)}", on_click=lambda _, key=str(number): press(key))
-                chip.props(f"{_BUTTON} padding='2px 8px'" + ("" if is_on else " outline"))
-
-    cards.on("pick", lambda event: show(event.args))
-    ui.keyboard(on_key)
-    draw()
-    ui.timer(REFRESH_SEC, save)
+            await self._press(event.key.name.lower() if len(event.key.name) == 1 else event.key.name)
