@@ -56,6 +56,17 @@ from utils.record.sweep_table import read_jobs, sweep_table
 log = get_logger(__name__)
 
 _SHOW = ("--cfg", "job")  # prints the configuration
+# What Hydra's own keys would set, and the keys that set it here.
+_INSTEAD = {
+    "run": "run_dir=PATH",
+    "sweep": "sweep.name=NAME",
+    "sweeper": "sweep.trials=N",
+    "launcher": "sweep.at_once=N, or python submit/slurm.py,",
+    "job_logging": "runtime.explain=true",
+    "verbose": "runtime.explain=true",
+}
+_OTHER = "a key that --help lists"
+_NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
 
 
 @dataclass(frozen=True)
@@ -112,6 +123,20 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     return replace(job, choices={**job.choices, "model": str(model["name"])})
 
 
+def _check_word(word: str) -> None:
+    """Raise ConfigError for a word that Hydra would ignore, or answer with a traceback."""
+    key, _, value = word.partition("=")
+    name = key.lstrip("+~")
+    if re.search("[\ud800-\udfff]", word):  # not UTF-8
+        raise ConfigError(f"{key!a}: must be UTF-8, found {value!a}")
+    if (found := re.match(r"hydra(?:[./](\w+)|\b)", name)) is not None:
+        raise ConfigError(f"{name}: Hydra only composes the keys here; type {_INSTEAD.get(found[1], _OTHER)} instead")
+    if value.startswith("glob("):
+        raise ConfigError(f"{name}: {value} is not read; write the values, {name}=A,B, and add --multirun")
+    if _NO_FILE.fullmatch(value) and (options := list_options(name)):
+        raise ConfigError(f"{name}: {value} names no file; known: {', '.join(options)}")
+
+
 def _store_file(word: str) -> str:
     """Let Hydra know the file of `experiment=FILE.yaml`, which is anywhere; return the word that chooses it."""
     key, _, file = word.partition("=")
@@ -154,12 +179,8 @@ class Command(Generic[Schema]):
 
     def _run(self, arguments: list[str]) -> int:
         """Run a job or a sweep and return the greatest exit status."""
-        for argument in arguments:
-            key, _, value = argument.partition("=")
-            if re.search("[\ud800-\udfff]", argument):  # not UTF-8
-                raise ConfigError(f"{key!a}: must be UTF-8, found {value!a}")
-            if value == "null" and (options := list_options(key)):
-                raise ConfigError(f"{key}: null chooses no file; known: {', '.join(options)}")
+        for word in arguments:
+            _check_word(word)
         try:
             if FLAGS & set(arguments):
                 return self._run_sweep(quote_paths(arguments, path_keys(self.schema)))

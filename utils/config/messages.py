@@ -115,4 +115,8 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
         return f"{cause.full_key}: {_unknown(cause.full_key, schema, cause.parent_node or ())}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
+    found = re.match("Sweep parameters '([^=]+)=(.*)' requires|Ambiguous value for argument '([^=]+)=(.*)'", str(error))
+    if found is not None:
+        key, value = filter(None, found.groups())
+        return f"{key}: {value} are several values; add --multirun to run each, or write a list: {key}=[A,B]"
     return str(error)
