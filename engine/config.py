@@ -1,7 +1,6 @@
 """The schema of `loop`, `runtime` and the keys of every training script. Defaults are in conf/."""
 
 import math
-from functools import reduce
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
@@ -13,7 +12,6 @@ from utils.config.bounds import (
     Count,
     CountOrZero,
     Duration,
-    Fraction,
     Patience,
     Pixels,
     Positive,
@@ -30,35 +28,11 @@ from utils.record.config import TrackingConfig
 
 
 class PhaseConfig(Strict):
-    """A phase of a run: `fraction` of its updates, and values that replace the run's.
-
-    frozen: name patterns of the parameters that do not change in this phase.
-    """
+    """A `fraction` of a run's updates at another size: of images, or of the areas of buckets."""
 
     fraction: Share
-    micro_batch_size: BatchSize | None = None
     image_size_hw: Annotated[list[Side], Field(min_length=2, max_length=2)] | None = None
     areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
-    min_px: Side | None = None
-    crop_px: Side | None = None
-    random_erasing: Fraction | None = None
-    mix_probability: Fraction | None = None
-    frozen: list[str] = []
-
-    def describe(self) -> str:
-        """Describe what differs from the run's values."""
-        changes = self.model_dump(exclude_defaults=True, exclude={"fraction"})
-        return ", ".join(f"{name}={value}" for name, value in changes.items()) or "the values of the run"
-
-
-# The groups whose keys a phase replaces. The last phase has the sizes of the run, because evaluation has them.
-_SIZES = {"image_size_hw": "augment", "areas_px": "task.buckets", "min_px": "task.buckets"}
-_REPLACED = _SIZES | {
-    "micro_batch_size": "loop",
-    "random_erasing": "augment",
-    "mix_probability": "task",
-    "crop_px": "task",
-}
 
 
 class _LoopConfig(Strict):
@@ -88,11 +62,6 @@ class _LoopConfig(Strict):
     keep_weights_every: Count | None
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
-
-    @property
-    def frozen(self) -> list[list[str]]:
-        """The patterns of frozen parameters in each phase."""
-        return [phase.frozen for phase in self.phases or ()]
 
 
 class MachineConfig(Strict):
@@ -147,29 +116,27 @@ class TrainingConfig(Strict):
     tracking: TrackingConfig
     sweep: SweepConfig
 
-    def by_phase(self) -> list[Self]:
-        """Return the configuration of each phase (`loop.phases`), or of the run if it has no phases.
+    def at_phases(self) -> list[Self]:
+        """Return the run's configuration at the size of each of `loop.phases`. Raises ValueError."""
+        return [self._at(phase, f"loop.phases.{number}") for number, phase in enumerate(self.loop.phases or ())]
 
-        Raises ValueError if a value does not suit the run.
-        """
-        configs = []
-        for number, phase in enumerate(self.loop.phases or ()):
-            values = self.model_dump()
-            values["loop"]["phases"] = None
-            for name, value in phase.model_dump(include=_REPLACED.keys(), exclude_none=True).items():
-                key, group = f"loop.phases.{number}.{name}", _REPLACED[name]
-                into = reduce(lambda part, key: part.get(key) or {}, group.split("."), values)
-                if name not in into or into.get("sizes_hw"):  # which replaces the areas
-                    raise ValueError(f"{key}: this run does not read {group}.{name}; remove it")
-                if name in _SIZES and phase is self.loop.phases[-1] and value != into[name]:
-                    own = f"evaluation is at {into[name]} ({group}.{name})"
-                    raise ValueError(f"{key}: the run ends at {value}, but {own}; set both to the same")
-                into[name] = value
-            try:
-                configs.append(validate(values, type(self)))
-            except ConfigError as error:
-                raise ValueError(f"loop.phases.{number}: {'; '.join(error.args)}") from error
-        return configs or [self]
+    def _at(self, phase: PhaseConfig, key: str) -> Self:
+        values = self.model_dump()
+        values["loop"]["phases"] = None
+        buckets = getattr(getattr(self, "task", None), "buckets", None)
+        if phase.areas_px is None and phase.image_size_hw is not None and "augment" in values:
+            values["augment"]["image_size_hw"] = phase.image_size_hw
+        elif phase.image_size_hw is None and phase.areas_px is not None and buckets and not buckets.sizes_hw:
+            values["task"]["buckets"] = buckets.of_areas(phase.areas_px).model_dump()
+        else:
+            raise ValueError(
+                f"{key}: a phase has one size: image_size_hw, or for SDXL and its VAE areas_px (with "
+                "task.buckets.sizes_hw=null); set one that this run reads"
+            )
+        try:
+            return validate(values, type(self))
+        except ConfigError as error:
+            raise ValueError(f"{key}: {'; '.join(error.args)}") from error
 
     @model_validator(mode="before")
     @classmethod
@@ -181,11 +148,14 @@ class TrainingConfig(Strict):
         return values
 
     @model_validator(mode="after")
-    def _phases_are_complete(self) -> Self:
+    def _phases_fit(self) -> Self:
         total = math.fsum(phase.fraction for phase in self.loop.phases or ())
-        if self.loop.phases and abs(total - 1) > 1e-6:
-            raise ValueError(f"loop.phases: the fractions add up to {total:g}, not to 1; change them")
-        self.by_phase()
+        if total > 1 - 1e-6:
+            raise ValueError(
+                f"loop.phases: the fractions add up to {total:g}; set less than 1 in all: the rest of the run has its "
+                "own size"
+            )
+        self.at_phases()
         return self
 
     @model_validator(mode="after")
@@ -204,10 +174,10 @@ class TrainingConfig(Strict):
             )
         if self.optim.name == "schedulefree":
             wrong = {"schedule.name": self.schedule.name != "constant", "loop.ema_decay": self.loop.ema_decay}
-            for key in (key for key, is_wrong in {**wrong, "loop.phases": any(self.loop.frozen)}.items() if is_wrong):
+            for key in (key for key, is_wrong in wrong.items() if is_wrong):
                 raise ValueError(
                     f"{key}: optim=schedulefree averages the weights itself, over all steps; set schedule=constant "
-                    "(its warm-up counts), loop.ema_decay=null and no frozen parameters in loop.phases"
+                    "(its warm-up counts) and loop.ema_decay=null"
                 )
         if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(

@@ -1,8 +1,8 @@
 """The values derived from the configuration: micro-batch, accumulation, steps, warm-up, learning rate."""
 
 import math
-from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import accumulate
 
 from engine.config import TrainingConfig
 from optim.config import OneCycleConfig
@@ -25,7 +25,7 @@ TIMED_EVALUATION_SHARE, TIMED_EVALUATIONS_A_MINUTE = 0.15, 1.5
 class Plan:
     """The derived values of a run. Only the micro-batches and accum_steps depend on the number of ranks.
 
-    micro_batch_size: the largest of all phases. phases: first step and micro-batch of each phase (`loop.phases`).
+    phase_ends: the steps that end each of `loop.phases`; the rest of the run has its own size.
     """
 
     world_size: int
@@ -38,15 +38,11 @@ class Plan:
     lr: float
     evaluate_every_epochs: float = 1.0
     range_test_steps: int = 0  # updates before the first one (engine/run/lr_finder.py)
-    phases: tuple[tuple[int, int], ...] = ()
-
-    def phase_of(self, step: int) -> int:
-        """Return the phase of the update that follows `step` updates."""
-        return max(bisect_right([first for first, _ in self.phases], step) - 1, 0)
+    phase_ends: tuple[int, ...] = ()
 
     def may_be_best(self, step: int) -> bool:
-        """Return whether weights after `step` updates may be the best ones: from the last phase on."""
-        return self.phase_of(max(step - 1, 0)) >= len(self.phases) - 1
+        """Return whether weights after `step` updates may be the best ones: those trained at the run's own size."""
+        return not self.phase_ends or step > self.phase_ends[-1]
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -98,10 +94,8 @@ def make_plan(
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
     loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.batch_size
-    parts = loop.phases or ()
-    caps = [phase.micro_batch_size or loop.micro_batch_size for phase in parts] or [loop.micro_batch_size]
-    micros = [split_batch(size, world_size, size if cap == "auto" else cap, chunk)[0] for cap in caps]
-    micro = max(micros)
+    cap = size if loop.micro_batch_size == "auto" else loop.micro_batch_size
+    micro, accum = split_batch(size, world_size, cap, chunk)
     per_epoch = epoch_length / size
     total, epochs = loop.total_steps, loop.total_epochs
     if total is None:
@@ -113,7 +107,7 @@ def make_plan(
             f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
             f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
         )
-    starts = [round(total * math.fsum(phase.fraction for phase in parts[:number])) for number in range(len(parts))]
+    shares = accumulate(phase.fraction for phase in loop.phases or ())
     every = loop.evaluate_every_epochs
     if every == "auto" and loop.minutes is not None:
         most = TIMED_EVALUATION_SHARE * total * size / max(evaluation_samples, 1)
@@ -139,12 +133,12 @@ def make_plan(
         world_size=world_size,
         batch_size=size,
         micro_batch_size=micro,
-        accum_steps=size // world_size // micro,
+        accum_steps=accum,
         epoch_length=epoch_length,
         total_steps=total,
         warmup_steps=min(warmup, total),
         lr=lr,
         evaluate_every_epochs=every,
         range_test_steps=finder.steps if is_tested else 0,
-        phases=tuple(zip(starts, micros)) if parts else (),
+        phase_ends=tuple(round(total * share) for share in shares),
     )

@@ -36,7 +36,7 @@ class Streams:
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.
     class_images: the training images of each class; empty if images have no class.
-    earlier: the training streams of the phases before the last one (`loop.phases`).
+    earlier: the training streams of `loop.phases`, which come before `train`.
     """
 
     train: TrainStream
@@ -47,6 +47,11 @@ class Streams:
     trained_on: Mapping[str, Any] = field(default_factory=dict)
     class_images: Sequence[int] = ()
     earlier: Sequence[TrainStream] = ()
+
+    @property
+    def in_order(self) -> list[TrainStream]:
+        """The training streams: those of `loop.phases`, then the run's own."""
+        return [*self.earlier, self.train]
 
     @property
     def evaluation_samples(self) -> int:
@@ -94,7 +99,6 @@ class Task(nn.Module):
     exported: the networks in weight files and exports. In a file, tensors are prefixed with the network's name if there
         are several networks.
     metadata: JSON values for weight files.
-    A module may have `enter_phase(config)`, which takes over the task's configuration of a phase (`loop.phases`).
     best_metric, best_is_lowest: the scalar of a report that selects the best weights, and its direction.
     may_be_recorded: whether an update depends on tensors alone and does not wait for the GPU (engine/update/graphs.py).
     choices: further scalars that `loop.best` may name, and whether the lowest is best.

@@ -25,7 +25,6 @@ class _Settings(NamedTuple):
     fixed_decay: float | None  # from a rule, or 0 for vectors; None: scheduled
     freeze_steps: int
     fixed_betas: tuple[float, ...] | None  # from a rule; None: the optimiser's, and beta1 may be scheduled
-    frozen_phases: tuple[int, ...]  # of `loop.phases`
 
 
 def is_vector(parameter: nn.Parameter) -> bool:
@@ -33,15 +32,12 @@ def is_vector(parameter: nn.Parameter) -> bool:
     return len([size for size in parameter.shape if size > 1]) <= 1
 
 
-def build_groups(
-    task: nn.Module, networks: Mapping[str, nn.Module], config: OptimConfig, by_phase: Sequence[Sequence[str]] = ()
-) -> list[dict]:
+def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: OptimConfig) -> list[dict]:
     """Return the optimiser groups of a task's trainable parameters.
 
     networks: the trained networks by name; layer decay applies within each, and other parameters have scale 1.
-    by_phase: name patterns of frozen parameters. Beside the optimiser's keys, a group has `names` and the fields of
-    _Settings. Raises UserError (`optim.rules`, `loop.phases`) if a pattern matches nothing, two rules conflict, or all
-    is frozen.
+    Beside the optimiser's keys, a group has `names` and the fields of _Settings. Raises UserError (`optim.rules`) if a
+    pattern matches nothing, two rules conflict, or all is frozen.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -57,7 +53,6 @@ def build_groups(
             f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps; exempt some, such as "
             "network.head.*"
         )
-    frozen_phases = _find_frozen(list(parameters), by_phase)
     groups: dict[_Settings, dict] = {}
     for name, parameter in parameters.items():
         rule = rules[name]
@@ -66,7 +61,6 @@ def build_groups(
             fixed_decay=rule.get("weight_decay", 0.0 if is_vector(parameter) else None),
             freeze_steps=rule.get("freeze_steps", 0),
             fixed_betas=tuple(rule["betas"]) if "betas" in rule else None,
-            frozen_phases=frozen_phases[name],
         )
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
         if settings.fixed_betas:
@@ -75,21 +69,6 @@ def build_groups(
         group["names"].append(name)
     ranks = {key: [math.inf if value is None else value for value in key[:3]] for key in groups}  # scheduled decay last
     return [groups[key] for key in sorted(groups, key=lambda key: (ranks[key], key.fixed_betas or ()))]
-
-
-def _find_frozen(names: Sequence[str], frozen: Sequence[Sequence[str]]) -> dict[str, tuple[int, ...]]:
-    """Return the phases in which each parameter is frozen."""
-    phases: dict[str, tuple[int, ...]] = dict.fromkeys(names, ())
-    for phase, patterns in enumerate(frozen):
-        key, matched = f"loop.phases.{phase}.frozen", set()
-        for pattern in patterns:
-            if not (found := fnmatch.filter(names, pattern)):
-                raise UserError(f"{key}: {pattern!r} matches no parameter; {close_names(pattern, names)}")
-            matched.update(found)
-        if len(matched) == len(names):
-            raise UserError(f"{key}: freezes every parameter; exempt some")
-        phases |= {name: (*phases[name], phase) for name in matched}
-    return phases
 
 
 def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
@@ -153,8 +132,7 @@ def groups_table(groups: list[dict]) -> str:
     for group in groups:
         count, fixed, betas = sum(each.numel() for each in group["params"]), group["fixed_decay"], group["fixed_betas"]
         decay = "yes" if fixed is None else f"{fixed:g}"
-        frozen = ", ".join(f"phase {number + 1}" for number in group["frozen_phases"]) or group["freeze_steps"]
-        row = (f"{group['lr_scale']:.5f}", decay, frozen, ", ".join(map(str, betas or ())))
+        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], ", ".join(map(str, betas or ())))
         rows.append(tuple(map(str, (*row, len(group["names"]), f"{count:,}", group["names"][0]))))
     return align_columns(rows)
 
@@ -180,15 +158,15 @@ def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
             group["max_lr_snapshot"] = lr
 
 
-def is_frozen(group: Mapping[str, Any], step: int, phase: int | None) -> bool:
+def is_frozen(group: Mapping[str, Any], step: int) -> bool:
     """Return whether a group is frozen in update number `step` (from 0)."""
-    return step < group.get("freeze_steps", 0) or phase in group.get("frozen_phases", ())
+    return step < group.get("freeze_steps", 0)
 
 
-def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int, phase: int | None = None) -> None:
+def drop_frozen_gradients(optimizer: torch.optim.Optimizer, step: int) -> None:
     """Drop the gradients of groups frozen in update number `step` (from 0), so that the optimiser skips them."""
     for group in optimizer.param_groups:
-        if is_frozen(group, step, phase):
+        if is_frozen(group, step):
             for parameter in group["params"]:
                 parameter.grad = None
                 if hasattr(parameter, "whole"):

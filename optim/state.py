@@ -14,7 +14,7 @@ from utils.ranks.sharded import Part
 # What Prodigy and schedule-free AdamW count in their groups.
 _COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
 # Keys of a group that optim/groups.py sets from the configuration.
-_GROUP_SETTINGS = {"params", "names", "lr_scale", "fixed_decay", "freeze_steps", "frozen_phases", "weight_decay", "lr"}
+_GROUP_SETTINGS = {"params", "names", "lr_scale", "fixed_decay", "freeze_steps", "weight_decay", "lr"}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

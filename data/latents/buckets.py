@@ -101,12 +101,18 @@ class BucketConfig(Strict):
         """Return the sizes of each area, int64 [K, 2]; the smallest area comes first."""
         if self.sizes_hw is not None:
             return [np.array(sizes, dtype=np.int64) for sizes in self.sizes_hw]
-        found = []
-        for area in sorted(set(self.areas_px)):
-            scale = math.sqrt(area / max(self.areas_px)) / _UNIT
-            limits = (max(1, round(side * scale)) * _UNIT for side in (self.min_px, self.max_px))
-            found.append(sdxl_sizes(area, self.step_px, *limits))
-        return found
+        areas = sorted(set(self.areas_px))
+        return [sdxl_sizes(area, self.step_px, *self._limits_px(area)) for area in areas]
+
+    def of_areas(self, areas_px: list[int]) -> "BucketConfig":
+        """Return the buckets of other areas, with sides in proportion."""
+        least, most = self._limits_px(max(areas_px))
+        return self.model_copy(update={"areas_px": areas_px, "min_px": least, "max_px": most})
+
+    def _limits_px(self, area: int) -> tuple[int, int]:
+        """Return the least and the most pixels of a side for an area."""
+        scale = math.sqrt(area / max(self.areas_px)) / _UNIT
+        return max(1, round(self.min_px * scale)) * _UNIT, max(1, round(self.max_px * scale)) * _UNIT
 
     @model_validator(mode="after")
     def _has_squares(self) -> "BucketConfig":

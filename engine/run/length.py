@@ -30,7 +30,7 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each phase
+_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each of `loop.phases`
 _SLOW = 8  # if fewer updates fill the time of a timing, the second is warm
 _DRAIN = 2  # as a multiple of the batches that workers have read before: a timing waits for them as the run will
 _BATCHES = 8  # of an evaluation
@@ -142,10 +142,10 @@ def _count_steps(
 def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
 
-    The same updates are timed twice, in all phases by their share, and undone. An update that takes more than `seconds`
-    is timed once.
+    The same updates are timed twice, of all streams by their share, and undone. An update that takes more than
+    `seconds` is timed once.
     """
-    learner, found = run.learner, []
+    learner = run.learner
     ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
 
     def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
@@ -160,8 +160,8 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
     def of_rank_zero(value: float) -> float:
         return distributed.rank_zero_call(lambda: value)
 
-    def time_phase(phase: int, count: int | None = None) -> tuple[int, float]:
-        with undone(learner), closing(run.phase_steps(phase, run.plan.total_steps)) as batches:
+    def time_stream(phase: int, count: int | None = None) -> tuple[int, float]:
+        with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
             about = 0.0
             for number in range(_WARM_UP + 1):
                 about = of_rank_zero(time_updates(batches, 1))
@@ -175,13 +175,15 @@ def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
                 time_updates(batches, min(_DRAIN * ahead, fitting))
             return count, time_updates(batches, count)
 
-    for phase in range(max(1, len(run.plan.phases))):
-        count, first = time_phase(phase)
-        later = time_phase(phase, count)[1] if count else first
-        found.append((first, min(later, (first + later) / 2)))  # the least of both would be 2 % too short
-    shares = [each.fraction for each in run.config.loop.phases or ()] or [1.0]
-    first, later = (math.fsum(share * each for share, each in zip(shares, times)) for times in zip(*found))
-    return first, later
+    shares = [phase.fraction for phase in run.config.loop.phases or ()]
+    shares.append(1 - math.fsum(shares))
+    first_sec = later_sec = 0.0
+    for number, share in enumerate(shares):
+        count, first = time_stream(number)
+        later = time_stream(number, count)[1] if count else first
+        first_sec += share * first
+        later_sec += share * min(later, (first + later) / 2)  # the least of both would be 2 % too short
+    return first_sec, later_sec
 
 
 def _time_evaluation(run: Run) -> float:

@@ -74,6 +74,7 @@ class Run:
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
         self._poll = distributed.Poll()
+        self._phase = 0
         self.best_value: float | None = None
         self.best_step: int | None = None
         self.best_interval: Sequence[float] | None = None
@@ -123,7 +124,7 @@ class Run:
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
         if self.step == 0 and plan.range_test_steps:
-            with closing(self.phase_steps(0, plan.total_steps)) as batches:
+            with closing(self.read(0, plan.total_steps)) as batches:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
@@ -198,21 +199,19 @@ class Run:
             raise Stopped
 
     def _steps(self, step: int) -> Iterator[list[Batch]]:
-        """Yield this rank's micro-batches of each update from `step` on, phase after phase."""
-        ends = [first for first, _ in self.plan.phases[1:]]
-        for number, end in list(enumerate([*ends, None]))[self.plan.phase_of(step) :]:
-            with closing(self.phase_steps(number, step)) as batches:
-                yield from batches if end is None else islice(batches, end - step)
-            step = end
+        """Yield this rank's micro-batches of each update from `step` on, of one stream after another."""
+        for phase, end in enumerate((*self.plan.phase_ends, None)):
+            if end is None or step < end:
+                with closing(self.read(phase, step)) as batches:
+                    yield from islice(batches, None if end is None else end - step)
+                step = end
 
-    def phase_steps(self, number: int, step: int) -> Iterator[list[Batch]]:
-        """Enter a phase at its first update, and yield the endless micro-batches of its stream."""
-        plan, streams = self.plan, self.streams
-        micro = plan.micro_batch_size
-        if plan.phases:
-            self.learner.enter_phase(number)
-            micro = plan.phases[number][1]
-        yield from [*streams.earlier, streams.train][number].steps(step, plan.batch_size, micro)
+    def read(self, phase: int, step: int) -> Iterator[list[Batch]]:
+        """Yield the endless micro-batches of one of the streams, from `step` on."""
+        if self.learner.compiles and phase != self._phase:
+            torch.compiler.reset()  # else the other size counts as dynamic, unlike in a run that is resumed here
+        self._phase = phase
+        yield from self.streams.in_order[phase].steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
     def use_plan(self, plan: Plan) -> None:
         """Replace the plan, before the first update; only its length may differ (`loop.minutes`)."""

@@ -116,7 +116,7 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
     curve, skipped, steps, decay = _Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < plan.total_steps:
-            group["freeze_steps"], group["frozen_phases"] = 0, ()
+            group["freeze_steps"] = 0
     for number in track(range(steps), steps, "learning-rate range test"):
         recorder.phase(0, f"range test, update {number + 1} of {steps}")
         values = GroupValues(rate_at(number, steps), decay)

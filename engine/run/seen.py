@@ -15,12 +15,8 @@ _SAMPLES, _LINES = 24, 12  # lines of a text
 
 def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:
     """Draw the first positions of the first rank: cropped, augmented, mixed, masked, with their texts."""
-    train, micro = [*streams.earlier, streams.train][0], plan.micro_batch_size
-    if plan.phases:
-        micro = plan.phases[0][1]
-        for module in task.modules():
-            if hasattr(module, "enter_phase"):
-                module.enter_phase(config.by_phase()[0].task)
+    train = streams.in_order[0]
+    micro = plan.micro_batch_size
     tiles: list[tuple[np.ndarray, list[Line]]] = []
     for number, batch in enumerate(train.show(plan.batch_size, micro, plan.world_size)):
         step, part = divmod(number, plan.batch_size // plan.world_size // micro)

@@ -72,8 +72,8 @@ def check_fused(config: TrainingConfig, precision: str, world_size: int) -> None
     if not getattr(config.optim, "fused_backward", False):
         return
     size, chunk, reason = config.loop.batch_size, getattr(config.task, "chunk", None), None
-    caps = [size if each.loop.micro_batch_size == "auto" else each.loop.micro_batch_size for each in config.by_phase()]
-    micro = min(split_batch(size, 1, cap, chunk)[0] for cap in caps)
+    cap = size if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
+    micro, _ = split_batch(size, 1, cap, chunk)
     if world_size > 1:
         reason = f"{world_size} ranks sum their gradients first: run one process"
     elif size > micro:
@@ -97,7 +97,7 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
     torch.manual_seed(config.seed)
     with torch.device("meta" if config.dry_run else "cpu"):
         task = make()
-    build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
+    build_groups(task, networks_of(task, task.trained), config.optim)
     task.choose_best(config.loop.best)
     if not config.dry_run:
         task.load_helpers("training")
@@ -115,10 +115,8 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
         chunk=train.chunk,
         evaluation_samples=streams.evaluation_samples,
     )
-    if len(streams.earlier) + 1 < len(plan.phases):
-        raise UserError(f"loop.phases: task={config.task.name} has one stream for the whole run; set it to null")
     networks = networks_of(task, task.trained)
-    groups = build_groups(task, networks, config.optim, config.loop.frozen)
+    groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
     log.debug("runtime: %s compile=%s\nplan: %s", runtime.describe(), compiles, plan)
     screen = _start_screen(config, plan, runtime, networks, streams)
@@ -155,15 +153,15 @@ def _start_screen(
     training = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
     if config.loop.minutes is not None and config.loop.total_steps is None:
         training = f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
-    phases = zip(plan.phases, config.loop.phases or ())
-    shown = [f"from step {first + 1}: {phase.describe()}" for (first, _), phase in phases]
+    phases = zip(plan.phase_ends, config.loop.phases or ())
+    sizes = [f"{phase.image_size_hw or phase.areas_px} px to step {end}" for end, phase in phases]
     machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
     return show_lines(
         f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
         [
             *streams.described.items(),
             ("training", training),
-            *([("phases", "; ".join(shown))] if shown else []),
+            *([("phases", "; ".join(sizes))] if sizes else []),
             ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
             ("machine", f"{ranks}{runtime.device_name}, {machine}"),
         ],
@@ -188,7 +186,7 @@ def open_run(
         begin = plan.micro_batch_size
         learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, begin, runtime.device_name))
         if config.loop.micro_batch_size == "auto" and distributed.is_distributed():
-            for each in (*streams.earlier, train):
+            for each in streams.in_order:
                 learner.rehearse(each.trial_batches(begin))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:

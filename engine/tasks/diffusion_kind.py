@@ -54,9 +54,9 @@ VaryBy = Callable[[CaptionConfig], Vary]
 class BucketedKind(Kind):
     """Images in the buckets of `task.buckets`."""
 
-    def set_up(self, config: TrainingConfig, collection: Collection) -> Setup:
+    def set_up(self, config: TrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None) -> Setup:
         """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
-        setup, buckets = super().set_up(config, collection), config.task.buckets
+        setup, buckets = super().set_up(config, collection, facts), config.task.buckets
         if not buckets.depends_on_images:
             return setup
         rows = training_rows(collection, config.loop)

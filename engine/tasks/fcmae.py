@@ -168,10 +168,10 @@ class FCMAEKind(Kind):
     output, network = "features", "network.encoder"
     next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
 
-    def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Check that patches, images and network fit. There are no facts."""
+    def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
+        """Return how evaluation prepares an image. Raises UserError unless patches, images and network fit."""
         patch_count(config.model, config.task, config.augment.image_size_hw)
-        return {}
+        return super().preprocessing(config)
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return all rows, and a function that adds a sample's mask, bool [L], True for removed patches."""

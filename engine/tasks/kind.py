@@ -88,8 +88,7 @@ class ImageTrainingConfig(TrainingConfig):
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        needed = [each.augment.shortest_px() or 0 for each in (*self.by_phase(), self)]
-        if max(needed) > needed[-1]:
+        if any((each.augment.shortest_px() or 0) > (self.augment.shortest_px() or 0) for each in self.at_phases()):
             raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
         self.task.check_run(self)
         return self
@@ -153,9 +152,12 @@ class Kind:
         preprocessing = config.augment.preprocessing(config.model.in_channels)
         return {**preprocessing, "icc": config.data.icc, "background": background}
 
-    def set_up(self, config: ImageTrainingConfig, collection: Collection) -> Setup:
-        """Return the setup of a new run."""
-        facts = self.find_facts(config, collection)
+    def set_up(
+        self, config: ImageTrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None
+    ) -> Setup:
+        """Return the setup of a new run. facts: of the run, for one of its phases."""
+        if facts is None:
+            facts = self.find_facts(config, collection)
         return Setup(config.model, config.task, self.preprocessing(config), facts)
 
     def build(self, setup: Setup) -> Task:
@@ -192,26 +194,23 @@ class Kind:
     # ----------------------------------------------------------------------------------------------------- streams
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the data of a run: the training streams of its phases, and the evaluation of the last one."""
-        *phases, last = config.by_phase()
-        earlier, fingerprints = [], setup.fingerprints()
-        for number, each in enumerate(phases):
-            own = self.set_up(each, data.collection)
+        """Return the data of a run."""
+        earlier = []
+        for each in config.at_phases():
+            own = self.set_up(each, data.collection, setup.facts)
             if self.model is ModelConfig:
                 check_image_size(own.model, tuple(each.augment.image_size_hw))
-            earlier.append(self.training(data, own, each))
-            values = {**earlier[-1].fingerprints, **own.fingerprints()}
-            fingerprints |= {f"loop.phases.{number}.{name}": value for name, value in values.items()}
-        streams = self.training(data, setup, last)
+            earlier.append(self.training(data, own, each).train)
+        streams = self.training(data, setup, config)
         return replace(
             streams,
             evaluation=self.evaluation(data, setup, data.collection.rows("val"), training=True),
-            fingerprints={**streams.fingerprints, **fingerprints},
-            earlier=[each.train for each in earlier],
+            fingerprints={**streams.fingerprints, **setup.fingerprints()},
+            earlier=earlier,
         )
 
     def training(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
-        """Return the training stream of a phase or run, with its fingerprints and descriptions."""
+        """Return the training stream of a run or phase, with its fingerprints and descriptions."""
         collection, views = data.collection, self.views(setup, config.augment)
         is_usable, fields = self.samples(collection, setup)
         rows = training_rows(collection, config.loop, is_usable)

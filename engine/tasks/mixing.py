@@ -34,10 +34,6 @@ class Mixing(nn.Module):
 
     def __init__(self, config: MixingConfig) -> None:
         super().__init__()
-        self.enter_phase(config)
-
-    def enter_phase(self, config: MixingConfig) -> None:
-        """Take over the settings of a phase."""
         self._mixup, self._cutmix = config.mixup_alpha, config.cutmix_alpha
         self._probability, self._switch = config.mix_probability, config.mix_switch_probability
 

@@ -34,7 +34,6 @@ class Updates(Protocol):
     optimizer: torch.optim.Optimizer
     runtime: Runtime
     step: int
-    phase: int | None
     micro_batch_size: int
 
     def seed_pass(self) -> None:
@@ -84,8 +83,8 @@ class UpdateGraphs:
             return None
         (batch,) = batches
         shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        frozen = tuple(is_frozen(group, learner.step, learner.phase) for group in self._groups)
-        key = (shapes, learner.phase, frozen, values.weight_decay, values.momentum)
+        frozen = tuple(is_frozen(group, learner.step) for group in self._groups)
+        key = (shapes, frozen, values.weight_decay, values.momentum)
         if key not in self._recorded:
             self._seen[key] = self._seen.get(key, 0) + 1
             self._is_off = len(self._seen) > _MOST_SEEN

@@ -54,13 +54,12 @@ class Learner:
         self.seed, self.clip_grad_norm, self.step = config.seed, config.loop.clip_grad_norm, 0
         if getattr(config.optim, "bf16_weights", False):
             _store_in_bf16(task, runtime)
-        self._compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
-        self.model = wrap_task(task, config.runtime, runtime, compiles=self._compiles)
+        self.compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
+        self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
             _offload(task, self.model)
         self._buffers = _Buffers(task)
-        self.phase: int | None = None  # of `loop.phases`
-        groups = build_groups(task, networks_of(task, task.trained), config.optim, config.loop.frozen)
+        groups = build_groups(task, networks_of(task, task.trained), config.optim)
         for group in groups:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
@@ -82,23 +81,6 @@ class Learner:
         """Schedule the rate over the steps of a plan."""
         config, decay = self.config.schedule, self.config.optim.weight_decay
         self.schedule = Schedule(config, plan.lr, decay, plan.total_steps, plan.warmup_steps)
-
-    def enter_phase(self, number: int) -> None:
-        """Take over the settings of a phase of `loop.phases`, before an update of it.
-
-        A compiled task is compiled anew, as in a run that is resumed here: other sizes would count as dynamic.
-        """
-        if number == self.phase:
-            return
-        phases, config, compiles = self.config.loop.phases, self.config.by_phase()[number], ""
-        if self._compiles and self.phase is not None:
-            torch.compiler.reset()
-            compiles = "; the task is compiled again"
-        self.phase = number
-        for module in self.task.modules():
-            if hasattr(module, "enter_phase"):
-                module.enter_phase(config.task)
-        log.info("phase %d of %d: %s%s", number + 1, len(phases), phases[number].describe(), compiles)
 
     def update(self, batches: Sequence[Batch]) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
@@ -165,7 +147,7 @@ class Learner:
         optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
         parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        drop_frozen_gradients(optimizer, self.step, self.phase)
+        drop_frozen_gradients(optimizer, self.step)
         grads = take_gradients(parameters)
         norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
         norm = torch.linalg.vector_norm(torch.stack(norms))
@@ -365,7 +347,7 @@ class _FusedBackward:
         assert parameter not in self._norms, "the backward pass computes a gradient in two parts"
         learner, (index, number) = self._learner, self._places[parameter]
         group = learner.optimizer.param_groups[index]
-        if not is_frozen(group, learner.step, learner.phase):
+        if not is_frozen(group, learner.step):
             (norm,) = torch._foreach_norm([parameter.grad])
             self._norms[parameter] = norm
             if not self._is_off:

@@ -242,7 +242,7 @@ def find_dead(script, reads):
     # A kind of the tests is in the schema where another test of this process has imported it.
     elsewhere = (*REFUSED.get(script, ()), "ThinTaggingTaskConfig.", "MultiCropTaskConfig.", "FlowTaskConfig.")
     elsewhere += () if script == "finetune_sdxl" else ("ConceptConfig.",)  # others refuse them
-    elsewhere += ("PhaseConfig.",)  # all by one call, TrainingConfig.by_phase: tests/engine/test_phases.py
+    elsewhere += ("PhaseConfig.",)  # all by one call, TrainingConfig.at_phases: tests/engine/test_phases.py
     return {name for name in fields.keys() - reads[group_of(script)] - PROVED if not name.startswith(elsewhere)}
 
 
