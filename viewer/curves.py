@@ -1,7 +1,6 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
 import os
-import re
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -12,17 +11,11 @@ from nicegui import ui
 
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, smooth, thin
-from utils.record.figures import COUNTS, show_name
+from utils.record.figures import GROUPS, group_of, list_curves, title_curve
 from utils.record.run_index import RunIndex, find_runs
 from viewer.parts import COLOURS, GREY, REFRESH_SEC, page, run_name
 
 _POINTS = 2_000  # of a curve
-_HIDDEN = {"epoch", "seconds", *COUNTS}
-_GROUPS = {  # of charts: what the names of their figures match
-    "Loss and metrics": "",
-    "Learning rate and steps": r"(lr|momentum|d|grad_norm|skipped_steps|loss_scale)$",
-    "Throughput, memory and data": r"(images_per_sec$|peak_memory_gib$|data/)",
-}
 
 
 def chart_options(
@@ -75,11 +68,10 @@ def plot(lines: list[dict[str, Any]], x_axis: dict[str, Any], *, logarithmic: bo
 
 
 def list_figures(curves: dict[str, Curves]) -> list[str]:
-    """Return the figures of some runs: the loss, those of evaluations, those of training, and the loader's."""
+    """Return the figures of some runs that have a curve, in their order."""
     evaluated = {name for its in curves.values() for name in its.names("evaluate")}
-    names = evaluated | {name for its in curves.values() for name in its.names("train")}
-    order = lambda name: (name != "loss", name not in evaluated, name.startswith("data/"), name)  # noqa: E731
-    return sorted(names - _HIDDEN, key=order)
+    trained = {name for its in curves.values() for name in its.names("train")}
+    return list_curves(evaluated, trained)
 
 
 async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> None:
@@ -107,14 +99,14 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
             if options is None:
                 continue
             if figure not in charts:
-                group = max(number for number, names in enumerate(_GROUPS.values()) if re.match(names, figure))
+                group = group_of(figure)
                 with grid:
                     if group not in titles:
                         titles.add(group)
-                        heading = ui.label([*_GROUPS][group]).classes("text-subtitle1")
+                        heading = ui.label([*GROUPS][group]).classes("text-subtitle1")
                         heading.style(f"grid-column: 1 / -1; order: {2 * group}")
                     with ui.card().props("flat bordered").classes("q-pa-sm").style(f"order: {2 * group + 1}"):
-                        ui.label(escape_controls(show_name(figure))).classes("text-weight-medium")
+                        ui.label(escape_controls(title_curve(figure))).classes("text-weight-medium")
                         charts[figure] = ui.echart(options).classes("chart")
             else:
                 redraw(charts[figure], options)

@@ -1,17 +1,41 @@
 """Format figures and tables of text for people."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 INK = "#212529"  # the colour of texts in plots and pictures
 COUNTS = ("samples", "support", "tags", "tags_without_positives", "mAP_error")  # figures that measure nothing
+# Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
+GROUPS = {
+    "Loss and metrics": "",
+    "Learning rate and steps": r"(lr|momentum|d|grad_norm|skipped_steps|loss_scale)$",
+    "Throughput, memory and data": r"(images_per_sec$|peak_memory_gib$|data/)",
+}
+_TITLES = {"lr": "learning rate", "d": "d of Prodigy", "images_per_sec": "images per second"}
+_WITHOUT_CURVE = {"epoch", "seconds", *COUNTS}
 
 
 def show_name(name: str) -> str:
     """Return a figure's name for people: `top-5` for top5, `average top-1` for ema/top1."""
     name = re.sub(r"^ema/", "average ", name)
     return re.sub(r"\btop(\d+)\b", r"top-\1", name).replace("_", " ").replace("/", " ")
+
+
+def title_curve(name: str) -> str:
+    """Return the title of a figure's curve."""
+    return _TITLES.get(name) or show_name(name)
+
+
+def group_of(name: str) -> int:
+    """Return the number of a figure's group in GROUPS."""
+    return max(number for number, names in enumerate(GROUPS.values()) if re.match(names, name))
+
+
+def list_curves(evaluated: Collection[str], trained: Collection[str]) -> list[str]:
+    """Return the figures with a curve by group: the loss, those of evaluations, those of training."""
+    order = lambda name: (group_of(name), name != "loss", name not in evaluated, name)  # noqa: E731
+    return sorted({*evaluated, *trained} - _WITHOUT_CURVE, key=order)
 
 
 def show_evaluated(name: str) -> str:
@@ -43,7 +67,9 @@ def show_cell(value: Any) -> str:
     """Format a table's value for people: fractions with four digits, None as an empty text."""
     if isinstance(value, float):
         return f"{value:,.0f}" if value.is_integer() and abs(value) > 1 else f"{value:.4g}"
-    return "" if value is None else f"{value:,}" if isinstance(value, int) else str(value)
+    if isinstance(value, int):
+        return f"{value:,}"
+    return "" if value is None else str(value)
 
 
 def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -56,9 +82,11 @@ def interval(name: str, figures: Mapping[str, float]) -> tuple[float, float] | N
 
     Of top1, top5, ...: Wilson's, of a share of `samples` independent images. Of mAP: twice 1.96 of its error wide.
     """
-    value, images, error = figures[name], figures.get("samples"), figures.get(f"{name}_error")
+    value = figures[name]
+    error = figures.get(f"{name}_error")
     if error is not None:
         return max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
+    images = figures.get("samples")
     if not images or not re.fullmatch(r"top\d+", name):
         return None
     from scipy.stats import binomtest

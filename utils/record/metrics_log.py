@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -31,19 +31,25 @@ def series(rows: Sequence[Row], name: str, kind: str) -> tuple[list[int], list[f
     return [step for step, _ in found], [value for _, value in found]
 
 
-def read_rows(path: Path) -> list[tuple[bytes, Row]]:
-    """Return the (line, row) pairs of a JSONL file that a run may be writing; none if there is no file.
-
-    An unfinished last line is ignored. Damaged lines, such as zeros after a power failure, are skipped with a warning.
-    """
-    # splitlines would split at characters that paths may contain. Bytes, because a kill may cut a character.
-    *lines, _ = path.read_bytes().split(b"\n") if path.is_file() else [b""]
-    rows = []
+def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Row]]:
+    """Yield the lines that are rows, and the rows. Others are damaged, such as zeros after a power failure."""
     for line in lines:
         with suppress(ValueError, RecursionError):
             row = json.loads(line)
             if isinstance(row, dict) and isinstance(row.get("step"), int):
-                rows.append((line, row))
+                yield line, row
+
+
+def read_rows(path: Path) -> list[tuple[bytes, Row]]:
+    """Return the (line, row) pairs of a JSONL file that a run may be writing; none if there is no file.
+
+    An unfinished last line is ignored. Damaged lines are skipped with a warning.
+    """
+    if not path.is_file():
+        return []
+    # splitlines would split at characters that paths may contain. Bytes, because a kill may cut a character.
+    *lines, _ = path.read_bytes().split(b"\n")
+    rows = list(parse_rows(lines))
     if len(rows) < len(lines):
         log.warning("%s: %d damaged lines are skipped", path, len(lines) - len(rows))
     return rows
@@ -54,13 +60,14 @@ def keep_rows(path: Path, last_step: int, limits: Mapping[str, int] | None = Non
 
     limits: the last step of rows of some kinds, if it differs.
     """
-    kept = [
-        (line, row) for line, row in read_rows(path) if row["step"] <= (limits or {}).get(row.get("kind"), last_step)
+    last_step_of = limits or {}
+    pairs = [
+        (line, row) for line, row in read_rows(path) if row["step"] <= last_step_of.get(row.get("kind"), last_step)
     ]
-    text = b"".join(line + b"\n" for line, _ in kept)
+    text = b"".join(line + b"\n" for line, _ in pairs)
     if path.is_file() and path.stat().st_size != len(text):  # an unchanged file is not copied: the disk may be full
         write_text(path, text.decode("utf-8"))
-    return [row for _, row in kept]
+    return [row for _, row in pairs]
 
 
 class MetricsLog(AppendFile):
@@ -89,18 +96,17 @@ class MetricsLog(AppendFile):
 
     def _write_csv(self) -> None:
         started = time.perf_counter()
-        rows = [
-            {_column(name): f"{value:.6g}" if isinstance(value, float) else value for name, value in row.items()}
-            for row in self.rows
-            if row.get("kind") == "epoch"
-        ]
-        for row in rows:
-            del row["kind"]
+        epochs = [row for row in self.rows if row.get("kind") == "epoch"]
         with ignore_write_errors(self._csv):
-            write_table(self._csv, rows)
+            write_table(self._csv, list(map(_cells, epochs)))
         self._next_csv = time.perf_counter() + _CSV_PAUSE * (time.perf_counter() - started)
 
 
-def _column(name: str) -> str:
-    """Return a figure's column in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
-    return re.sub(r"\bloss$", "val_loss", name) if not name.startswith("train/") else name.replace("/", "_", 1)
+def _cells(row: Row) -> dict[str, Any]:
+    """Return an epoch's columns in training_log.txt: `train_loss` for train/loss, `val_loss` for loss."""
+    cells = {}
+    for name, value in row.items():
+        column = name.replace("/", "_", 1) if name.startswith("train/") else re.sub(r"\bloss$", "val_loss", name)
+        cells[column] = f"{value:.6g}" if isinstance(value, float) else value
+    del cells["kind"]
+    return cells

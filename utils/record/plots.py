@@ -17,7 +17,7 @@ from PIL import Image
 from scipy.ndimage import uniform_filter1d
 
 from utils.io.files import write_atomically
-from utils.record.figures import COUNTS, INK, show_name
+from utils.record.figures import INK, list_curves, title_curve
 from utils.record.metrics_log import Row, series
 
 BLUE, ORANGE, GREEN = "#1c6dd0", "#d9480f", "#2b8a3e"
@@ -29,10 +29,9 @@ _STYLE = {
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, "#862e9c", "#0b7285", "#a61e4d"]),
     "grid.color": "#dee2e6", "grid.linewidth": 0.7, "xtick.color": INK, "ytick.color": INK, "legend.frameon": False,
 }  # fmt: skip
-_PANEL_INCHES, _HEAD_INCHES = (5.4, 3.4), 0.4  # a panel with its labels (width, height); the title (height)
+_PANEL_INCHES = (5.4, 3.4)  # width and height of a panel with its labels
+_HEAD_INCHES = 0.4  # height of the title
 _SCHEDULED = ("lr", "d", "momentum")
-_LAST = (*_SCHEDULED, "images_per_sec")
-_TITLES = {"lr": "learning rate", "d": "d of Prodigy", "images_per_sec": "images per second"}
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
@@ -63,8 +62,10 @@ def plot_range_test(
     axis.plot(rates, smoothed, color=BLUE, linewidth=2.0, label="mean of neighbours")
     if taken is not None:
         axis.axvline(taken, color=ORANGE, linewidth=2.0, label=f"taken: {taken:.2g}")
-    low, high = min(smoothed), float(np.percentile(raw[: len(raw) // 4 or 1], 98))
-    high = max(high, min(max(raw), high + 0.5 * abs(high))) if taken is None else high
+    low = min(smoothed)
+    high = float(np.percentile(raw[: len(raw) // 4 or 1], 98))
+    if taken is None:
+        high = max(high, min(max(raw), high + 0.5 * abs(high)))
     margin = 0.08 * (high - low) or 0.1
     axis.set_ylim(low - margin, high + margin)
     axis.xaxis.set_major_formatter("{x:g}")
@@ -96,70 +97,71 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
 def plot_singly(rows: Sequence[Row], folder: Path, title: str) -> None:
     """Plot each figure of a run into a file of its own, such as loss.png, top1.png and lr.png."""
     for panel in _panels(rows):
-        _plot_panels(rows, [panel], folder / f"{panel[1].replace('/', '_')}.png", title)
+        _plot_panels(rows, [panel], folder / f"{panel.replace('/', '_')}.png", title)
 
 
 @style()
-def _plot_panels(rows: Sequence[Row], panels: Sequence[tuple[str, str]], path: Path, title: str) -> None:
+def _plot_panels(rows: Sequence[Row], panels: Sequence[str], path: Path, title: str) -> None:
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
-    width, height = _PANEL_INCHES[0] * columns, _PANEL_INCHES[1] * lines + _HEAD_INCHES
+    width = _PANEL_INCHES[0] * columns
+    height = _PANEL_INCHES[1] * lines + _HEAD_INCHES
     figure = Figure(figsize=(width, height))
     # Fixed margins in inches: matplotlib's layout engines would draw everything twice.
-    figure.subplots_adjust(
-        left=0.75 / width, right=1 - 0.2 / width, bottom=0.65 / height, top=1 - (_HEAD_INCHES + 0.4) / height,
-        wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=1.05 / (_PANEL_INCHES[1] - 1.05),
-    )  # fmt: skip
+    top = 1 - (_HEAD_INCHES + 0.4) / height
+    figure.subplots_adjust(left=0.75 / width, right=1 - 0.2 / width, bottom=0.65 / height, top=top)
+    figure.subplots_adjust(wspace=0.95 / (_PANEL_INCHES[0] - 0.95), hspace=1.05 / (_PANEL_INCHES[1] - 1.05))
     figure.text(0.75 / width, 1 - 0.3 / height, title, fontsize=13, va="center")
     last = next(row for row in reversed(rows) if row["kind"] in ("train", "evaluate"))  # these rows have the epoch
-    steps_per_epoch, number_of = last["step"] / last["epoch"], EngFormatter(sep="")
-    for number, (trained, evaluated) in enumerate(panels, start=1):
+    steps_per_epoch = last["step"] / last["epoch"]
+    show_count = EngFormatter(sep="")
+    for number, name in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, number, xlim=(0, 1.02 * last["epoch"]))
-        axis.set_title(_TITLES.get(evaluated, show_name(evaluated)), fontweight="bold")
-        _draw_training(axis, series(rows, trained, "train"), trained, steps_per_epoch)
-        for label, name, color, marker in (
-            ("validation", evaluated, ORANGE, "o"), ("average", f"ema/{evaluated}", GREEN, "D"),
-        ):  # fmt: skip
-            steps, values = series(rows, name, "evaluate")
-            size = 5 if len(steps) <= 30 else 0  # many markers would hide the line
-            _plot(axis, steps, values, steps_per_epoch, label, color=color, marker=marker, markersize=size)
-        if trained == "images_per_sec":
+        axis.set_title(title_curve(name), fontweight="bold")
+        _draw_training(axis, rows, _TRAINED_AS.get(name, name), steps_per_epoch)
+        _draw_evaluations(axis, rows, name, steps_per_epoch)
+        if name == "images_per_sec":
             axis.set_ylim(bottom=0)
         axis.set_xlabel("epoch, step")
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
-        axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{number_of(round(epoch * steps_per_epoch))}")
+        axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{show_count(round(epoch * steps_per_epoch))}")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, handlelength=1, columnspacing=0.8)
     write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
 
 
-def _panels(rows: Sequence[Row]) -> list[tuple[str, str]]:
-    """Return (training figure, evaluation figure) for each panel: loss, evaluations, others, rate and speed."""
-    names: dict[str, list[str]] = {"train": [], "evaluate": []}
+def _panels(rows: Sequence[Row]) -> list[str]:
+    """Return the figures of the panels; an evaluation's panel also has the figure of training that is like it."""
+    names = {"train": set(), "evaluate": set()}
     for row in rows:
         if row["kind"] in names:
-            names[row["kind"]] += [name.removeprefix("ema/") for name in row if isinstance(row[name], float)]
-    # Numbers of samples, tags or epochs make no useful curve; skipped steps only if there are any.
-    hidden = {"epoch", "seconds", *COUNTS, *_LAST}
-    hidden |= {_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS}
+            names[row["kind"]] |= {name.removeprefix("ema/") for name, value in row.items() if isinstance(value, float)}
+    hidden = {_TRAINED_AS[name] for name in names["evaluate"] if name in _TRAINED_AS}
     if not any(series(rows, "skipped_steps", "train")[1]):
         hidden.add("skipped_steps")
-    shown = [name for name in dict.fromkeys(names["evaluate"] + names["train"]) if name not in hidden]
-    shown = sorted((name for name in shown if name[:5] != "data/"), key=lambda name: name != "loss")
-    shown += [name for name in _LAST if name in names["train"]]
-    return [(_TRAINED_AS.get(name, name), name) for name in shown]
+    shown = list_curves(names["evaluate"], names["train"] - hidden)
+    return [name for name in shown if not name.startswith("data/")]
 
 
-def _draw_training(axis: Axes, curve: tuple[Sequence[int], Sequence[float]], name: str, steps_per_epoch: float) -> None:
+def _draw_training(axis: Axes, rows: Sequence[Row], name: str, steps_per_epoch: float) -> None:
     """Plot a training figure: its values lightly, and their running mean over a thirtieth of the run."""
-    steps, values = curve
+    steps, values = series(rows, name, "train")
     label = "as optimised" if name == "loss" else "training"  # with label smoothing, mixup and the like
     width = 2 * (len(values) // 60) + 1
     if name in _SCHEDULED:
-        label, width = name, 1
+        label = name
+        width = 1
     if width > 1:
         _plot(axis, steps, values, steps_per_epoch, "_", color=BLUE, linewidth=0.7, alpha=0.3)
         values = uniform_filter1d(np.asarray(values, dtype=float), width, mode="nearest")
     _plot(axis, steps, values, steps_per_epoch, label, color=BLUE, marker="o" if len(values) == 1 else "")
+
+
+def _draw_evaluations(axis: Axes, rows: Sequence[Row], name: str, steps_per_epoch: float) -> None:
+    """Plot an evaluation's figure, of the weights and of their average."""
+    for label, its, color, marker in (("validation", name, ORANGE, "o"), ("average", f"ema/{name}", GREEN, "D")):
+        steps, values = series(rows, its, "evaluate")
+        size = 5 if len(steps) <= 30 else 0  # many markers would hide the line
+        _plot(axis, steps, values, steps_per_epoch, label, color=color, marker=marker, markersize=size)
 
 
 def _plot(
