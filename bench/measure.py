@@ -34,7 +34,7 @@ from engine.run.loop import Run
 from engine.task import Streams
 from engine.update.runtime import Runtime, choose_runtime
 from utils.config.entry_point import Job
-from utils.config.help import CONF, ROOT
+from utils.config.help import CONF, ROOT, read_values
 from utils.record.figures import align_columns
 from utils.record.run_folder import RunFolder
 
@@ -189,9 +189,7 @@ def repeated(step: Callable[[int], Any], steps: int) -> Turn:
 
 def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:
     """Return an option of a configuration group as its schema, with changed values."""
-    values = yaml.safe_load((CONF / group / f"{option}.yaml").read_text()) | changes
-    values.pop("defaults", None)  # what a task chooses of other groups
-    return TypeAdapter(kind).validate_python(values)
+    return TypeAdapter(kind).validate_python(read_values(group, option) | changes)
 
 
 def runtime_of(precision: str) -> Runtime:
@@ -224,8 +222,7 @@ def build_bench_run(
     }
     values: dict[str, Any] = {}
     for name, changes in groups.items():
-        file = CONF / name / f"{changes.pop('option')}.yaml"
-        values[name] = yaml.safe_load(file.read_text()) | changes
+        values[name] = read_values(name, changes.pop("option")) | changes
     common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never"}
     config = TrainingConfig.model_validate({**common, **values})
     size = batch_size * accum_steps

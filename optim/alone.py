@@ -1,10 +1,40 @@
-"""Steps of single parameters, for a fused backward pass (`optim.fused_backward`) and for bfloat16 (`bf16_weights`)."""
+"""An optimiser's step: of all parameters at once, or of each alone.
+
+Each alone: in a fused backward pass (`optim.fused_backward`), and of bfloat16 weights (`optim.bf16_weights`). These are
+updated in float32 and rounded stochastically: rounding to nearest would lose updates below 1/512 of a weight, which are
+most. Source: Zamirai et al. 2020 (arXiv 2010.06192), section 3.
+"""
 
 import torch
 from torch import Tensor, nn
 
 from optim.build import skips_on_device
-from optim.vectors import draw_noise, round_stochastically
+from utils import rng
+
+
+def step_by_gradients(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
+    """Update all parameters, unless `applied`, a device scalar, is 0.
+
+    It waits for the device only if the optimiser cannot skip a step there.
+    """
+    skip = 1.0 - applied
+    skips = skips_on_device(optimizer)
+    if not skips and skip:
+        return
+    if optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16:
+        step_each(optimizer, skip)
+        return
+    if skips:
+        optimizer.found_inf = skip
+    optimizer.step()
+
+
+def step_each(optimizer: torch.optim.Optimizer, skip: Tensor) -> None:
+    """Update each parameter that has a gradient, one after another, unless `skip`, a device scalar, is 1."""
+    pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    for number, (group, parameter) in enumerate(pairs):
+        if parameter.grad is not None:
+            step_alone(optimizer, group, parameter, skip, number)
 
 
 @torch.no_grad()
@@ -13,30 +43,50 @@ def step_alone(
 ) -> None:
     """Update one parameter of a group, unless `skip`, a device scalar, is 1.
 
-    An optimiser that does not skip on the device works on float32 copies, and takes a skipped gradient as zero.
-    bfloat16 is rounded stochastically, seeded by `optimizer.update`, the update's number, and the parameter's `number`.
+    The noise of rounding is seeded by `optimizer.update`, the update's number, and the parameter's `number`.
     """
-    every, optimizer.param_groups = optimizer.param_groups, [{**group, "params": [parameter]}]
+    every = optimizer.param_groups
+    optimizer.param_groups = [{**group, "params": [parameter]}]
+    skips = skips_on_device(optimizer)
+    if skips:
+        optimizer.found_inf = skip
     try:
-        if skips_on_device(optimizer):
-            optimizer.found_inf = skip
+        if skips and parameter.dtype != torch.bfloat16:
             optimizer.step()
-            return
-        copy = nn.Parameter(parameter.to(torch.float32, copy=True))
-        copy.grad = torch.where(skip > 0, 0.0, parameter.grad.float())
-        optimizer.param_groups[0]["params"], optimizer.state[copy] = [copy], optimizer.state.pop(parameter, {})
-        optimizer.step()
-        optimizer.state[parameter], values = optimizer.state.pop(copy), copy.detach()
+        else:
+            _step_copy(optimizer, parameter, skip, number)
     finally:
         optimizer.param_groups = every
-    if parameter.dtype == torch.bfloat16:
-        values = round_stochastically(values, draw_noise(values.shape, values.device, optimizer.update, number))
-    parameter.copy_(torch.where(skip > 0, parameter, values))
 
 
-def step_each(optimizer: torch.optim.Optimizer) -> None:
-    """Update each parameter that has a gradient, one after another."""
-    pairs = [(group, parameter) for group in optimizer.param_groups for parameter in group["params"]]
-    for number, (group, parameter) in enumerate(pairs):
-        if parameter.grad is not None:
-            step_alone(optimizer, group, parameter, torch.zeros((), device=parameter.device), number)
+def _step_copy(optimizer: torch.optim.Optimizer, parameter: nn.Parameter, skip: Tensor, number: int) -> None:
+    """Update a float32 copy of the only parameter of an optimiser, and store it.
+
+    An optimiser that cannot skip on the device takes a skipped gradient as zero. torch's AdamW has its averages in the
+    dtype of the weights; timm's Adafactor, whose state is small, in float32.
+    """
+    is_bf16 = parameter.dtype == torch.bfloat16
+    rounded = ("exp_avg", "exp_avg_sq") if is_bf16 and isinstance(optimizer, torch.optim.AdamW) else ()
+    copy = nn.Parameter(parameter.to(torch.float32, copy=True))
+    copy.grad = torch.empty_like(copy).copy_(torch.where(skip > 0, 0.0, parameter.grad))
+    optimizer.param_groups[0]["params"] = [copy]
+    state = optimizer.state.pop(parameter, {})
+    optimizer.state[copy] = state | {key: state[key].float() for key in rounded if key in state}
+    optimizer.step()
+    state = optimizer.state.pop(copy)
+    values = torch.where(skip > 0, parameter, copy)
+    if is_bf16:
+        generator = torch.Generator(values.device).manual_seed(rng.hash_counters(optimizer.update, number))
+        values = round_stochastically(values, generator)
+        state |= {key: round_stochastically(state[key], generator) for key in rounded}
+    optimizer.state[parameter] = state
+    parameter.copy_(values)
+
+
+def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
+    """Round float32 values up or down to bfloat16 at random, so that the expected value is exact.
+
+    A bfloat16 is the upper half of a float32. Adding a random lower half carries into it with the right probability.
+    """
+    noise = torch.empty_like(values, dtype=torch.int32).random_(1 << 16, generator=generator)
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()

@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from optim.config import OneCycleConfig, OptimConfig, ScheduleConfig
-from optim.vectors import StochasticAdamW
 from utils.errors import UserError, close_names
 
 _PACKAGES = {  # with the module and the class
@@ -20,12 +19,13 @@ _PACKAGES = {  # with the module and the class
 
 def skips_on_device(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether the optimiser skips a step by itself if `found_inf` is 1, without a host synchronisation."""
-    return isinstance(optimizer, StochasticAdamW) or any(group.get("fused") for group in optimizer.param_groups)
+    return any(group.get("fused") for group in optimizer.param_groups)
 
 
 def can_be_recorded(optimizer: torch.optim.Optimizer) -> bool:
     """Return whether a CUDA graph can repeat the optimiser's step: it counts steps and reads the rate on the device."""
-    return all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
+    is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16  # the host seeds its rounding
+    return not is_bf16 and all(group.get("capturable") or group.get("fused") for group in optimizer.param_groups)
 
 
 def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
@@ -39,8 +39,6 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
 
 def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     match config.name:
-        case "adamw" if config.bf16_weights:
-            return StochasticAdamW(groups, lr, tuple(config.betas), config.eps)
         case "adamw":
             return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
         case "adamw8bit" | "prodigy" | "schedulefree":
@@ -54,10 +52,8 @@ def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Op
                 ) from error
             extra = getattr(config, "extra", {})
             return chosen(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, **extra)
-        case "adan":
-            return _timm_class("adan")(groups, lr=lr, betas=tuple(config.betas), eps=config.eps)
         case "sgd":
-            optimizer = torch.optim.SGD(groups, lr=lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+            optimizer = torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0, fused=True)
             # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.
             # Needed without momentum too, because a one-cycle schedule sets it.
             for group in optimizer.param_groups:
@@ -141,7 +137,7 @@ def to_training_point(optimizer: torch.optim.Optimizer) -> None:
 
 def check_shardable(config: OptimConfig) -> None:
     """Raise UserError if the optimiser may need whole parameters, which `runtime.parallel=fsdp` does not have."""
-    if config.name in ("adamw8bit", "timm", "prodigy"):
+    if config.name in ("adamw8bit", "prodigy") or (config.name == "timm" and config.opt != "adan"):
         raise UserError(
             f"runtime.parallel: fsdp gives each rank some rows of every parameter, but optim.name={config.name} may "
             "need whole ones; set runtime.parallel=ddp, or optim=adamw, optim=adan or optim=sgd"

@@ -38,7 +38,7 @@ class _AdamW(_Optim):
 
 
 class AdamWConfig(_AdamW):
-    """torch's fused AdamW, or with bf16_weights StochasticAdamW (optim/vectors.py)."""
+    """torch's fused AdamW. bf16_weights: its weights and averages are bfloat16 (optim/alone.py)."""
 
     name: Literal["adamw"]
     bf16_weights: bool
@@ -71,23 +71,11 @@ class LibraryConfig(_AdamW):
         return self
 
 
-class AdanConfig(_Optim):
-    """timm's Adan (arXiv 2208.06677), with the betas of its authors' code, not 1 - beta as in the paper.
-
-    Its bias correction also counts the steps for which a rule freezes the parameters.
-    """
-
-    name: Literal["adan"]
-    betas: Annotated[list[BelowOne], Field(min_length=3, max_length=3)]
-    eps: Positive
-
-
 class SGDConfig(_Optim):
-    """torch's fused SGD with momentum."""
+    """torch's fused SGD with Nesterov momentum."""
 
     name: Literal["sgd"]
     momentum: BelowOne
-    nesterov: bool
     fused_backward: bool
 
 
@@ -114,8 +102,7 @@ class TimmOptimConfig(_Optim):
 
 
 OptimConfig = Annotated[
-    AdamWConfig | AdamW8bitConfig | LibraryConfig | AdanConfig | SGDConfig | TimmOptimConfig,
-    Field(discriminator="name"),
+    AdamWConfig | AdamW8bitConfig | LibraryConfig | SGDConfig | TimmOptimConfig, Field(discriminator="name")
 ]
 
 
@@ -127,7 +114,7 @@ class _Schedule(Strict):
 
 
 class CosineConfig(_Schedule):
-    """Linear warm-up, then half a cosine from lr to min_lr. The weight decay goes to weight_decay_end, if set.
+    """Linear warm-up, then half a cosine from lr to min_lr.
 
     restarts: the number of times the rate returns to lr; all cycles are equally long.
     Source: Loshchilov and Hutter 2016 (arXiv 1608.03983), equation 5, with T_mult 1.
@@ -136,7 +123,6 @@ class CosineConfig(_Schedule):
     name: Literal["cosine"]
     min_lr: Rate
     restarts: CountOrZero
-    weight_decay_end: Factor | None
 
 
 class ConstantConfig(_Schedule):
@@ -146,29 +132,15 @@ class ConstantConfig(_Schedule):
 
 
 class OneCycleConfig(Strict):
-    """Smith's one-cycle policy: up from lr / div_factor, down to lr / div_factor / final_div_factor; momentum opposite.
+    """Smith's one-cycle policy with the numbers of torch's OneCycleLR (optim/schedules.py).
 
+    cycle_momentum: momentum or beta1 moves opposite to the rate.
     Source: Smith, Topin, arXiv:1708.07120; torch.optim.lr_scheduler.OneCycleLR.
     """
 
     name: Literal["onecycle"]
     curve: Literal["cosine", "linear"]
-    three_phase: bool  # down to lr / div_factor as fast as up, then on to the end
-    peak_fraction: Annotated[float, Field(ge=1e-6, lt=1)]  # share of the run before the peak
-    div_factor: Annotated[float, Field(ge=1, le=1e12)]
-    final_div_factor: Annotated[float, Field(ge=1, le=1e12)]
-    cycle_momentum: bool  # also schedule momentum or beta1
-    momentum_low: BelowOne
-    momentum_high: BelowOne
-
-    @model_validator(mode="after")
-    def _fits_together(self) -> "OneCycleConfig":
-        if self.three_phase and self.peak_fraction > 0.5:
-            raise ValueError(
-                f"schedule.peak_fraction: {self.peak_fraction:g} leaves too little time for the way down, which "
-                "schedule.three_phase=true makes as long as the way up; set at most 0.5"
-            )
-        return self
+    cycle_momentum: bool
 
 
 ScheduleConfig = Annotated[CosineConfig | ConstantConfig | OneCycleConfig, Field(discriminator="name")]

@@ -18,7 +18,7 @@ from utils.errors import UserError, close_names
 from utils.record.figures import align_columns
 
 
-class _Settings(NamedTuple):
+class GroupSettings(NamedTuple):
     """The settings of a group."""
 
     lr_scale: float
@@ -36,8 +36,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
     """Return the optimiser groups of a task's trainable parameters.
 
     networks: the trained networks by name; layer decay applies within each, and other parameters have scale 1.
-    Beside the optimiser's keys, a group has `names` and the fields of _Settings. Raises UserError (`optim.rules`) if a
-    pattern matches nothing, two rules conflict, or all is frozen.
+    Beside the optimiser's keys, a group has `names` and the fields of GroupSettings.
+    Raises UserError (`optim.rules`) if a pattern matches nothing, two rules conflict, or all is frozen.
     """
     parameters = {name: parameter for name, parameter in task.named_parameters() if parameter.requires_grad}
     if not parameters:
@@ -53,10 +53,10 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
             f"optim.rules: freeze_steps freezes every parameter for the first {frozen:,} steps; exempt some, such as "
             "network.head.*"
         )
-    groups: dict[_Settings, dict] = {}
+    groups: dict[GroupSettings, dict] = {}
     for name, parameter in parameters.items():
         rule = rules[name]
-        settings = _Settings(
+        settings = GroupSettings(
             lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
             fixed_decay=rule.get("weight_decay", 0.0 if is_vector(parameter) else None),
             freeze_steps=rule.get("freeze_steps", 0),

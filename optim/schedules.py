@@ -14,6 +14,12 @@ from optim.config import ConstantConfig, CosineConfig, OneCycleConfig, ScheduleC
 
 Number = TypeVar("Number", float, Tensor)
 
+# One cycle, as torch's OneCycleLR has it.
+_PEAK = 0.3  # share of the run before the peak
+_RISE = 25  # the peak's rate over the first
+_FALL = 10_000  # the first rate over the last
+_HIGH, _LOW = 0.95, 0.85  # momentum at both ends, and at the peak
+
 
 def cosine(start: float, end: float, fraction: Number) -> Number:
     """Interpolate from start to end along half a cosine; a tensor fraction returns a tensor."""
@@ -61,37 +67,30 @@ class Schedule:
                 return self._one_cycle(step)
             case ConstantConfig() | CosineConfig() if step < self.warmup_steps:
                 rate = self.lr * (step + 1) / self.warmup_steps
-                return GroupValues(rate, self._decay(step))
+                return GroupValues(rate, self.weight_decay)
             case ConstantConfig():
                 return GroupValues(self.lr, self.weight_decay)
             case CosineConfig():
-                steps, restarts = max(1, self.total_steps - self.warmup_steps), self.config.restarts
+                steps = max(1, self.total_steps - self.warmup_steps)
+                restarts = self.config.restarts
                 cycles = (step - self.warmup_steps) * (restarts + 1) / steps
                 fraction = cycles - min(int(cycles), restarts)  # the last cycle ends at 1
-                return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self._decay(step))
+                return GroupValues(cosine(self.lr, self.config.min_lr, fraction), self.weight_decay)
 
     def progress_at(self, step: int) -> float:
         """Return the progress at the update that follows `step` updates: 0 at the first, 1 at the last."""
         return step / max(1, self.total_steps - 1)
 
-    def _decay(self, step: int) -> float:
-        end = self.config.weight_decay_end if isinstance(self.config, CosineConfig) else None
-        return self.weight_decay if end is None else cosine(self.weight_decay, end, step / max(1, self.total_steps))
-
     def _one_cycle(self, step: int) -> GroupValues:
-        config, last_step = self.config, self.total_steps - 1
-        first, last = self.lr / config.div_factor, self.lr / config.div_factor / config.final_div_factor
-        low, high, peak = config.momentum_low, config.momentum_high, config.peak_fraction * self.total_steps - 1
-        phases = [(peak, (first, self.lr), (high, low))]  # last step, (first, last) rate, (first, last) momentum
-        if config.three_phase:
-            phases += [(2 * peak, (self.lr, first), (low, high)), (last_step, (first, last), (high, high))]
+        curve = cosine if self.config.curve == "cosine" else linear
+        peak = _PEAK * self.total_steps - 1
+        first = self.lr / _RISE
+        if step <= peak:
+            fraction = step / peak if peak > 0 else 1.0
+            rate = curve(first, self.lr, fraction)
+            momentum = curve(_HIGH, _LOW, fraction)
         else:
-            phases.append((last_step, (self.lr, last), (low, high)))
-        curve, start = cosine if config.curve == "cosine" else linear, 0.0
-        for end, rates, momenta in phases:
-            if step <= end or end == last_step:
-                fraction = (step - start) / (end - start) if end > start else 1.0
-                momentum = curve(*momenta, fraction) if config.cycle_momentum else None
-                return GroupValues(curve(*rates, fraction), self.weight_decay, momentum)
-            start = end
-        raise AssertionError("the last phase ends with the run")
+            fraction = (step - peak) / (self.total_steps - 1 - peak)
+            rate = curve(self.lr, first / _FALL, fraction)
+            momentum = curve(_LOW, _HIGH, fraction)
+        return GroupValues(rate, self.weight_decay, momentum if self.config.cycle_momentum else None)

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from optim.build import skips_on_device
+from optim.groups import GroupSettings
 from utils.errors import UserError
 from utils.ranks import sharded
 from utils.ranks.sharded import Part
@@ -14,7 +15,7 @@ from utils.ranks.sharded import Part
 # What Prodigy and schedule-free AdamW count in their groups.
 _COUNTS = {"k", "d", "d_max", "d_numerator", "weight_sum", "lr_max"}
 # Keys of a group that optim/groups.py sets from the configuration.
-_GROUP_SETTINGS = {"params", "names", "lr_scale", "fixed_decay", "freeze_steps", "weight_decay", "lr"}
+_SET_ANEW = {"params", "names", "weight_decay", "lr", *GroupSettings._fields}
 
 
 def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -26,7 +27,7 @@ def optimizer_state(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor]
     tensors: dict[str, Tensor] = {}
     others: dict[str, Any] = {}
     for group in optimizer.param_groups:
-        for key in group.keys() - (optimizer.defaults.keys() - _COUNTS) - _GROUP_SETTINGS:
+        for key in group.keys() - (optimizer.defaults.keys() - _COUNTS) - _SET_ANEW:
             (tensors if isinstance(group[key], Tensor) else others)[f"{group['names'][0]}//{key}"] = group[key]
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
@@ -59,8 +60,7 @@ def load_optimizer_state(
         if isinstance(parameter, Part) and isinstance(value, Tensor) and value.ndim > 0:
             value = sharded.take_part(value, parameter.whole)
         if skips_on_device(optimizer):
-            # A file stores neither memory layout nor device, and the kernels check neither. load_state_dict restores
-            # the device only in groups with `fused`, which StochasticAdamW does not have, and never the layout.
+            # A file stores no memory layout, the kernels do not check it, and load_state_dict does not restore it.
             value = value.to(parameter.device) if key == "step" else torch.empty_like(parameter).copy_(value)
         state.setdefault(index[name], {})[key] = value
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

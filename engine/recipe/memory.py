@@ -133,7 +133,7 @@ def _state_share(config: OptimConfig) -> float:
     parameter.grad = torch.ones_like(parameter)
     optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
     optimizer.update = 0
-    step_each(optimizer)
+    step_each(optimizer, torch.zeros(()))
     return sum(one.nbytes for one in optimizer.state[parameter].values() if isinstance(one, Tensor)) / parameter.nbytes
 
 

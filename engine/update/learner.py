@@ -21,13 +21,12 @@ from engine.update.graphs import UpdateGraphs
 from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
-from optim.alone import step_alone, step_each
+from optim.alone import step_alone, step_by_gradients
 from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, is_frozen, set_group_values
 from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
-from optim.vectors import flat_view
 from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -165,14 +164,9 @@ class Learner:
 
     def apply(self, result: StepResult) -> None:
         """Step by the gradients, unless the update is to be skipped."""
-        optimizer = self.optimizer
-        if self.fused is None and skips_on_device(optimizer):
-            optimizer.found_inf = 1.0 - result.applied
-            optimizer.step()
-        elif self.fused is None and result.applied:  # a host synchronisation
-            is_bf16 = optimizer.param_groups[0]["params"][0].dtype == torch.bfloat16
-            step_each(optimizer) if is_bf16 else optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        if self.fused is None:
+            step_by_gradients(self.optimizer, result.applied)
+        self.optimizer.zero_grad(set_to_none=True)
         if self.runtime.precision == "fp16":
             self.scale = next_scale(self.scale, result.applied, result.weight)
 
@@ -302,7 +296,7 @@ class _Buffers:
         names = dict(task.named_buffers()).keys()
         for name, tensor in checkpointed_state(task).items():
             if name in names:
-                self._flat.setdefault(tensor.dtype, []).append(flat_view(tensor))
+                self._flat.setdefault(tensor.dtype, []).append(_flat_view(tensor))
 
     def copy(self) -> list[Tensor]:
         """Return a copy of the values."""
@@ -313,6 +307,11 @@ class _Buffers:
         for flat, before in zip(self._flat.values(), values):
             chosen = before if where is None else torch.where(where, before, torch.cat(flat))
             torch._foreach_copy_(flat, chosen.split([part.numel() for part in flat]))
+
+
+def _flat_view(tensor: Tensor) -> Tensor:
+    """Return a dense tensor's memory as a vector, for any memory layout."""
+    return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
 
 
 class _FusedBackward:

@@ -31,7 +31,7 @@ TO = {
     "copy": ["job.to=X"],
     "downsample": ["job.to=X"],
 }
-SHARED = {"common"}  # files that primaries include
+SHARED = {"common", "optim/_every"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}
 SMALL["schedulefree"] = ["schedule=constant"]

@@ -5,18 +5,17 @@ from fractions import Fraction
 from types import SimpleNamespace
 
 import pytest
-import yaml
 from pydantic import TypeAdapter
 
 from engine.config import _LoopConfig
 from engine.plan import Plan, make_plan, split_batch
 from optim.config import OptimConfig, ScheduleConfig
-from utils.config.help import CONF
+from utils.config.help import read_values
 from utils.errors import UserError
 
 
 def read(group, name, **changes):
-    return yaml.safe_load((CONF / group / f"{name}.yaml").read_text()) | changes
+    return read_values(group, name) | changes
 
 
 def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim=None, warmup=None, **loop):

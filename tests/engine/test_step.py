@@ -6,7 +6,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -21,7 +20,7 @@ from optim.build import build_optimizer
 from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
-from utils.config.help import CONF
+from utils.config.help import read_values
 from utils.errors import UserError
 from utils.ranks import distributed
 
@@ -87,7 +86,7 @@ def split(batch, micro):
 
 def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
     group, _, opt = name.partition(" ")
-    values = yaml.safe_load((CONF / "optim" / f"{group}.yaml").read_text()) | ({"opt": opt} if opt else {}) | changes
+    values = read_values("optim", group) | ({"opt": opt} if opt else {}) | changes
     config = TypeAdapter(OptimConfig).validate_python(values)
     optimizer = build_optimizer(config, build_groups(task, networks_of(task, task.trained), config), lr)
     optimizer.values = GroupValues(lr, weight_decay, None)
@@ -97,7 +96,7 @@ def make_optimizer(name, task, lr=0.05, weight_decay=0.1, **changes):
 
 def descent(task, lr=1.0):
     """An optimiser whose update is the gradient itself."""
-    return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0, nesterov=False)
+    return make_optimizer("sgd", task, lr=lr, weight_decay=0.0, momentum=0.0)
 
 
 RUN = build_bench_run(Regression(), batch_size=8, runtime={"device": "cpu", "precision": "fp32"})

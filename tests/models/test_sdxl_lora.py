@@ -6,7 +6,6 @@ import json
 
 import pytest
 import torch
-import yaml
 from safetensors import safe_open
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
@@ -22,7 +21,7 @@ from models.sdxl.lora_files import merge_lora
 from models.sdxl.updates import Update
 from optim.config import OptimConfig
 from optim.groups import build_groups
-from utils.config.help import CONF
+from utils.config.help import read_values
 from utils.errors import UserError
 
 ATTENTION = ["unet.*.attn?.to_*"]
@@ -150,7 +149,7 @@ def test_the_magnitude_of_a_file_is_as_comfyui_reads_it():
 def test_a_rule_of_lora_plus_meets_the_b_matrices_alone():
     task = nn.Module()
     task.adapter = build_lora(build_networks())
-    values = yaml.safe_load((CONF / "optim/adamw.yaml").read_text())
+    values = read_values("optim", "adamw")
     rules = [{"match": "*.lora_B.weight", "lr_scale": 16.0}]
     groups = build_groups(task, {}, TypeAdapter(OptimConfig).validate_python({**values, "rules": rules}))
     named = {scale: [n for g in groups if g["lr_scale"] == scale for n in g["names"]] for scale in (1.0, 16.0)}

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import yaml
 from pydantic import TypeAdapter
 from torch import nn
 
@@ -12,14 +11,14 @@ from optim.config import OptimConfig
 from optim.groups import build_groups as build
 from optim.groups import drop_frozen_gradients, is_vector, set_group_values
 from optim.schedules import GroupValues
-from utils.config.help import CONF
+from utils.config.help import read_values
 from utils.errors import UserError
 
 DEPTHS = [1, 2, 3, 1]
 
 
 def config(name="adamw", **changes):
-    values = yaml.safe_load((CONF / "optim" / f"{name}.yaml").read_text()) | changes
+    values = read_values("optim", name) | changes
     return TypeAdapter(OptimConfig).validate_python(values)
 
 

@@ -4,20 +4,18 @@ import math
 
 import pytest
 import torch
-import yaml
 from pydantic import TypeAdapter
 
 from optim.config import ScheduleConfig
 from optim.schedules import Schedule, cosine, linear
-from utils.config.help import CONF
+from utils.config.help import read_values
 
 STEPS = 10
 
 
 def make(name, *, lr=1.0, weight_decay=0.5, total=STEPS, warmup=0, **changes):
     """A schedule of conf/schedule/<name>.yaml with some keys changed."""
-    values = yaml.safe_load((CONF / "schedule" / f"{name}.yaml").read_text()) | changes
-    config = TypeAdapter(ScheduleConfig).validate_python(values)
+    config = TypeAdapter(ScheduleConfig).validate_python(read_values("schedule", name) | changes)
     return Schedule(config, lr, weight_decay, total, warmup)
 
 
@@ -50,13 +48,6 @@ def test_cosine_at_every_step(settings, table):
     close(rates(make("cosine", **settings)), table, 1e-14)
 
 
-@pytest.mark.parametrize("end", [0.4, 0.0])
-def test_weight_decay_goes_to_its_end_along_a_cosine_without_warmup(end):
-    schedule = make("cosine", weight_decay=0.04, weight_decay_end=end, warmup=3)
-    found = [schedule.at(step).weight_decay for step in range(STEPS)]
-    close(found, half_cosine(10, end, 0.04))  # it moves from the first step on, warm-up or not
-
-
 def test_constant_at_every_step():
     schedule = make("constant", lr=2.0, warmup=4)
     close(rates(schedule), [0.5, 1.0, 1.5, *[2.0] * 7])
@@ -65,27 +56,13 @@ def test_constant_at_every_step():
 
 # --- one cycle
 
-CYCLES = [
-    (total, peak_fraction, curve, three_phase)
-    for total, peak_fraction in [(100, 0.25), (12, 0.9)]
-    for curve in ("cosine", "linear")
-    for three_phase in (False, True)
-    if not three_phase or peak_fraction <= 0.5  # above, there is no time for the way down
-]
 
-
-@pytest.mark.parametrize("total, peak_fraction, curve, three_phase", CYCLES)
-def test_onecycle_equals_torch(total, peak_fraction, curve, three_phase):
-    shape = {"div_factor": 10.0, "final_div_factor": 50.0, "three_phase": three_phase}
+@pytest.mark.parametrize("total", [100, 12])
+@pytest.mark.parametrize(("curve", "name"), [("cosine", "cos"), ("linear", "linear")])
+def test_onecycle_equals_torch(total, curve, name):
     optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.3, momentum=0.9)
-    theirs = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, max_lr=0.3, total_steps=total, pct_start=peak_fraction, base_momentum=0.8, max_momentum=0.9,
-        anneal_strategy={"cosine": "cos", "linear": "linear"}[curve], **shape,
-    )  # fmt: skip
-    ours = make(
-        "onecycle", lr=0.3, total=total, peak_fraction=peak_fraction, momentum_low=0.8, momentum_high=0.9,
-        curve=curve, **shape,
-    )  # fmt: skip
+    theirs = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.3, total, anneal_strategy=name)
+    ours = make("onecycle", lr=0.3, total=total, curve=curve)
     (group,) = optimizer.param_groups
     assert make("onecycle", cycle_momentum=False).at(0).momentum is None and ours.at(0).weight_decay == 0.5
     for step in range(total):
@@ -96,12 +73,11 @@ def test_onecycle_equals_torch(total, peak_fraction, curve, three_phase):
             theirs.step()
 
 
-@pytest.mark.parametrize("total, peak_fraction", [(10, 0.1), (1, 0.3), (1, 0.9)])
-def test_onecycle_has_values_where_the_peak_is_the_first_step(total, peak_fraction):
-    """torch divides by zero at 10 steps and 0.1."""
-    schedule = make("onecycle", total=total, peak_fraction=peak_fraction)
+@pytest.mark.parametrize("total", [1, 2, 3, 4])
+def test_onecycle_has_values_where_the_peak_is_the_first_step(total):
     for step in range(total):
-        assert 0 < schedule.at(step).lr <= 1 and 0.85 <= schedule.at(step).momentum <= 0.95
+        values = make("onecycle", total=total).at(step)
+        assert 0 < values.lr <= 1 and 0.85 <= values.momentum <= 0.95
 
 
 @pytest.mark.parametrize("curve", [cosine, linear])

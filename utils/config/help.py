@@ -3,6 +3,7 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -25,7 +26,9 @@ def list_options(group: str, script: str | None = None) -> list[str]:
 
     A file names its scripts in a comment: `# Scripts: train, finetune`, or a recipe in `# Command: python train.py`.
     """
-    files = {file.relative_to(CONF / group).with_suffix("").as_posix(): file for file in (CONF / group).rglob("*.yaml")}
+    files = {
+        file.relative_to(CONF / group).with_suffix("").as_posix(): file for file in (CONF / group).rglob("[!_]*.yaml")
+    }
     return sorted(name for name, file in files.items() if script is None or _accepts(script, group, file))
 
 
@@ -66,3 +69,13 @@ def _read(folder: Path, name: str) -> Iterator[str]:
             yield from _read(folder, base)
     without_list = re.sub(r"^defaults:\n(?:  - .*\n)+", "", text, flags=re.MULTILINE)
     yield from (line for line in without_list.splitlines() if line != "# @package _global_")
+
+
+def read_values(group: str, name: str) -> dict[str, Any]:
+    """Return the values of a group's file and of those that it builds on."""
+    own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
+    values: dict[str, Any] = {}
+    for base in own.pop("defaults", ()):
+        if isinstance(base, str) and base != "_self_":
+            values |= read_values(group, base)
+    return values | own

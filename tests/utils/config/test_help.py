@@ -38,7 +38,7 @@ def test_help_has_the_docstring_and_the_keys_of_each_file(script):
 
 def test_the_keys_are_those_of_the_chosen_files():
     text = describe(FILES["finetune"], TEXTS["finetune"], ["--help", "optim=adan", "data=image_folder", "model=nosuch"])
-    assert "\noptim=adan  (" in text and "  betas: [0.98, 0.92, 0.99] " in text
+    assert "\noptim=adan  (" in text and "  extra: {betas: [0.98, 0.92, 0.99]} " in text
     assert "  root: ??? " in text and "\naugment=finetune_glyphs  (" in text and "\nmodel=convnextv2_atto  (" in text
 
 
