@@ -9,7 +9,7 @@
 . "$(dirname "$0")/demo_common.sh"
 begin demo "$@"
 
-one_face=('loop.train_paths=["images/DejaVuSans/*"]' loop.evaluate_every_epochs=14)
+one_face=(loop.find=path:images/DejaVuSans/ loop.evaluate_every_epochs=14)
 # About 250 seconds of one core each: 0.145 s a step of pretraining, 0.315 s of fine-tuning, 0.315 s of ResNet-18.
 resnet18=(train.py optim.lr=0.2 loop.total_steps=800 runtime.compile=false)
 finetune=(finetune.py experiment=glyphs/demo_finetune)

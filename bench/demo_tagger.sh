@@ -9,7 +9,7 @@
 . "$(dirname "$0")/demo_common.sh"
 begin demo_tagger "$@"
 
-words=("task.vocabulary=$out/selected_tags.csv" 'loop.train_paths=["images/DejaVuSans/*"]' "${overrides[@]}")
+words=("task.vocabulary=$out/selected_tags.csv" loop.find=path:images/DejaVuSans/ "${overrides[@]}")
 colours=(model.in_channels=3 'augment.mean=[0.5,0.5,0.5]' 'augment.std=[0.5,0.5,0.5]' augment.pad=square)
 # About 130 seconds of one core each: 0.18 s a step of pretraining, 0.5 s of fine-tuning, 0.7 s of ResNet-18.
 train=(train.py task=tagging augment=tagger 'augment.image_size_hw=[32,32]'

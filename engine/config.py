@@ -22,7 +22,7 @@ from utils.config.bounds import (
     Workers,
 )
 from utils.config.messages import ConfigError, validate
-from utils.config.schema import PathText, Strict
+from utils.config.schema import PathText, Strict, TermsText
 from utils.config.sweep import SweepConfig
 from utils.record.config import TrackingConfig
 
@@ -47,9 +47,9 @@ class _LoopConfig(Strict):
     micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
     on_out_of_memory: Literal["halve", "stop"]  # halve: repeat the update with smaller micro-batches
     sampling: Literal["shuffled", "blocks", "balanced"]
-    train_paths: Annotated[list[str], Field(min_length=1)] | None
-    train_per_class: Count | Share | None
-    train_count: Count | None
+    find: TermsText | None  # training images, by the terms of data/collection/search.py
+    per_class: Count | Share | None
+    count: Count | None
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None
     ema_warmup: bool

@@ -23,9 +23,9 @@ class Machine:
 class TrainChoice(Protocol):
     """Which training images a run reads (`loop`); None: all."""
 
-    train_paths: list[str] | None
-    train_per_class: int | float | None
-    train_count: int | None
+    find: str | None
+    per_class: int | float | None
+    count: int | None
 
 
 class TrainStream(Protocol):

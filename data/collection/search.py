@@ -5,8 +5,9 @@
     search.count(rows, "tags")                                  {"1girl": 512, ...}, the most frequent first
 
 A term is a tag, in which `*` stands for any text, or COLUMN OPERATOR VALUE; a `-` before it excludes. `:` finds a part
-of a text, `=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. Beside the columns of
-the manifest there are `aspect` (width / height) and `copies` (how many images are equal or similar, itself included).
+of a text, `=` the whole. Numbers have < <= > >=, too; a list of tags is compared by its length. `OR` between terms
+finds what either side accepts. Beside the columns of the manifest there are `aspect` (width / height) and `copies` (how
+many images are equal or similar, itself included).
 """
 
 import operator
@@ -19,8 +20,9 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
+from data.layouts.records import FIELDS
 from data.layouts.table import TAG_LISTS, count_values
-from utils.errors import UserError
+from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, parse_tag
 
 _QUOTED = r'"(?:[^"\\]|\\.)*"'
@@ -53,11 +55,21 @@ class Search:
 
     def find(self, text: str) -> np.ndarray:
         """Return the rows that all terms accept; a term of copies puts them side by side. Raises UserError."""
-        chosen, terms = np.ones(len(self.collection), bool), _TERM.findall(text)
-        for minus, name, sign, value in terms:
-            chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
-        rows, names = np.flatnonzero(chosen), [name for _, name, *_ in terms]
-        return rows[np.argsort(self.leads()[rows], kind="stable")] if "copies" in names else rows
+        found = np.zeros(len(self.collection), bool)
+        chosen = np.ones(len(self.collection), bool)
+        for minus, name, sign, value in _TERM.findall(text):
+            if (minus, sign, value) == ("", "", "OR"):
+                found |= chosen
+                chosen[:] = True
+            else:
+                chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
+        rows = np.flatnonzero(found | chosen)
+        return rows[np.argsort(self.leads()[rows], kind="stable")] if "copies" in self.names(text) else rows
+
+    def names(self, text: str) -> set[str]:
+        """Return the columns that terms read; a tag reads `tags`."""
+        names = {_unquote(name) for _, name, *_ in _TERM.findall(text)}
+        return {name if name in self.columns else "tags" for name in names}
 
     def count(self, rows: np.ndarray, name: str) -> dict[str, int]:
         """Count the values, or tags, of a column of texts over some rows, the most frequent first."""
@@ -116,3 +128,12 @@ class Search:
             return np.bincount(self.leads(), minlength=len(self.collection))[self.leads()]
         with np.errstate(all="ignore"):  # sides of 0
             return self.collection.column("width") / self.collection.column("height")
+
+
+def find_rows(collection: Collection, text: str, key: str) -> np.ndarray:
+    """Return the rows that terms find, ascending. Raises UserError (`key`), also for bad sidecars that they read."""
+    search = Search(collection)
+    if fields := search.names(text).intersection(FIELDS):
+        collection.refuse_faults(*fields)
+    with about(key):
+        return np.sort(search.find(text))

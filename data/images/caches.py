@@ -20,8 +20,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.collection.choose import spread
 from data.collection.collection import Collection
-from data.collection.rows import spread
 from data.config import CacheConfig
 from data.images.bytes import Images, image_key
 from data.images.record_store import LimitedStore

@@ -30,6 +30,7 @@ SCHEMA = pa.schema(
 MEASURED = {
     **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
     "mode": pa.string(),
+    "sharpness": pa.float64(),
 }
 # The byte range of a packed row: a file of the collection, and bytes. Not in the fingerprint either.
 PLACES = {"shard": pa.string(), "offset": pa.int64(), "length": pa.int64()}

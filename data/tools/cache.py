@@ -14,8 +14,8 @@ from PIL import Image
 from pydantic import Field
 from safetensors import deserialize
 
+from data.collection.choose import spread
 from data.collection.collection import Collection
-from data.collection.rows import spread
 from data.config import DataConfig
 from data.images.bytes import image_key, open_contents
 from data.images.caches import GIB, HEAD

@@ -16,6 +16,7 @@ from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
 
 from data.collection.collection import Collection
+from data.collection.search import find_rows
 from data.config import DataConfig
 from data.images.open import Unsupported, open_image, read_file
 from data.layouts.corrections import CORRECTIONS
@@ -28,12 +29,10 @@ from data.layouts.table import replace_column
 from data.layouts.unused import Unused
 from data.open import load_collection
 from data.stream.source import UnreadableImage
-from data.tools.exclude import Rules, find_failing
 from data.tools.tool import Tool, refuse_shards
 from utils.config.bounds import Side
-from utils.config.schema import PathText
+from utils.config.schema import PathText, TermsText
 from utils.errors import UserError
-from utils.formats.spelling import parse_tag
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import open_journal
 from utils.ranks.processes import map_items
@@ -85,17 +84,18 @@ class Shrink(NamedTuple):
         return content.getvalue()
 
 
-class Copy(Tool, Rules):
-    """Copy the images that have all the tags and break no rule, and what belongs to them; nothing is overwritten.
+class Copy(Tool):
+    """Copy the images that terms find (null: all), and what belongs to them; nothing is overwritten.
 
-    to: the target folder. Files that exist there with the same size and modification time are skipped, so a killed job
-    continues. longest_px: reduce images with a longer side to it. format: webp writes all images as WebP, under new
-    names; a manifest then has all that the collection says about them. quality: for JPEG and WebP.
+    find: see data/collection/search.py. to: the target folder. Files that exist there with the same size and
+    modification time are skipped, so a killed job continues. longest_px: reduce images with a longer side to it.
+    format: webp writes all images as WebP, under new names; a manifest then has all that the collection says about
+    them. quality: for JPEG and WebP.
     """
 
     name: Literal["copy", "downsample"]
     to: PathText
-    tags: list[str]
+    find: TermsText | None
     longest_px: Side | None
     format: Literal["keep", "webp"]
     quality: Annotated[int, Field(ge=1, le=100)]
@@ -107,7 +107,7 @@ class Copy(Tool, Rules):
             raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
         collection, is_webp, shrink = load_collection(data), self.format == "webp", None
         refuse_shards(data.root, collection.table)
-        images, manifest = sorted(self._choose(collection, data)), find_manifest(root)
+        images, manifest = self._choose(collection), find_manifest(root)
         others, table = dict.fromkeys(_sidecars_of(root, images)), None
         if self.longest_px or is_webp:
             shrink = Shrink(self.longest_px, self.quality, data.max_pixels, is_webp)
@@ -134,15 +134,12 @@ class Copy(Tool, Rules):
         count, new = f"{len(images):,} of {len(collection):,}", len(done) - done.count(_PRESENT)
         return f"{count} images are in {target}; {shrunk}copied {new:,} of {len(done):,} files"
 
-    def _choose(self, collection: Collection, data: DataConfig) -> set[str]:
-        """Return the images that have all the tags and break no rule. Raises UserError (`data.root`)."""
-        paths, needed = collection.table["path"].to_pylist(), {parse_tag(tag).name for tag in self.tags}
-        chosen = set(paths).difference(find_failing(collection, self, data))
-        if needed:
-            collection.refuse_faults("tags")
-            tags = zip(paths, collection.table["tags"].to_pylist())
-            chosen &= {path for path, names in tags if needed <= {parse_tag(name).name for name in names}}
-        return chosen
+    def _choose(self, collection: Collection) -> list[str]:
+        """Return the paths of the images that are found. Raises UserError (`job.find`)."""
+        paths = collection.table["path"]
+        if self.find is not None:
+            paths = paths.take(find_rows(collection, self.find, "job.find"))
+        return paths.to_pylist()
 
 
 def _rename(table: pa.Table, names: Mapping[str, str], shrink: Shrink | None) -> pa.Table:

@@ -8,15 +8,14 @@ import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
 
-from data.collection.collection import Collection
 from data.collection.duplicates import group_duplicates
+from data.collection.search import find_rows
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
@@ -36,10 +35,8 @@ from data.layouts.unused import Unused
 from data.open import load_collection
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, refuse_shards, save_report
-from utils.config.bounds import Count, Factor, Side
-from utils.config.schema import PathText, Strict
+from utils.config.schema import PathText, TermsText
 from utils.errors import UserError
-from utils.formats.spelling import parse_rating
 from utils.io.journal import open_journal
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
@@ -56,7 +53,7 @@ class Finder(Tool):
     report: PathText
     apply: bool
 
-    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return the reason for each image to exclude, and values by column of the manifest; both by path.
 
         Raises UserError.
@@ -65,7 +62,7 @@ class Finder(Tool):
 
     def run(self, data: DataConfig) -> str:
         """List the images, and exclude them if `apply` is true."""
-        root, (reasons, changes) = check_root(data.root), self.find(data)
+        root, (reasons, changes) = check_root(data.root), self.choose(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
@@ -112,68 +109,20 @@ def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.T
     return (table if any(now) else table.drop_columns("reason")), ours
 
 
-class Rules(Strict):
-    """Rules for images; null: the rule is off.
-
-    max_aspect: longer side / shorter side. ratings: the allowed ones. min_score: for the column score of the manifest.
-    min_sharpness: see data/tools/measure.py.
-    """
-
-    min_tags: Count | None
-    min_side_px: Side | None
-    max_aspect: Annotated[float, Field(ge=1, le=1e6)] | None
-    ratings: list[str] | None
-    min_score: float | None
-    min_sharpness: Factor | None
-
-
-class Filter(Finder, Rules):
-    """Exclude or list the images that break a rule; without a rule, restore images excluded by an earlier call."""
+class Filter(Finder):
+    """Exclude or list the images that terms find (data/collection/search.py); null: restore earlier ones."""
 
     name: Literal["filter"]
+    find: TermsText | None
 
-    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
-        """Return the images that break a rule. Raises UserError (`data.root`, `job`)."""
-        return find_failing(load_collection(data), self, data), {}
-
-
-def find_failing(collection: Collection, rules: Rules, data: DataConfig) -> dict[str, str]:
-    """Return the images that break a rule, by path, with the first broken rule.
-
-    Rules on pixels skip unreadable images, which job=verify lists.
-    """
-    table, failing = collection.table, {}
-    paths = table["path"].to_pylist()
-
-    def fail(rows: np.ndarray, reason: str, *values: np.ndarray) -> None:
-        """Record the rows, bool [N], that break a rule; `values` are formatted into the reason."""
-        for row in np.flatnonzero(rows).tolist():
-            failing.setdefault(paths[row], reason.format(*(value[row] for value in values)))
-
-    if rules.min_tags is not None:
-        collection.refuse_faults("tags")
-        lengths = pc.list_value_length(table["tags"]).to_numpy()
-        fail(lengths < rules.min_tags, "too few tags: {}", lengths)
-    if rules.ratings is not None:
-        collection.refuse_faults("rating")
-        ratings = np.array([parse_rating(text) if text else "none" for text in table["rating"].to_pylist()])
-        fail(~np.isin(ratings, [parse_rating(text) for text in rules.ratings]), "another rating: {}", ratings)
-    if rules.min_score is not None:
-        scores = collection.column("score")
-        if scores.dtype.kind not in "if":
-            raise UserError("job.min_score: the column score of the manifest has no numbers; write numbers")
-        fail(~(scores >= rules.min_score), "too low a score: {:g}", scores)
-    if rules.min_side_px or rules.max_aspect or rules.min_sharpness:
-        refuse_shards(data.root, table)
-        facts = measure_files(Path(data.root), paths, data.max_pixels)
-        width, height, sharpness = (  # None becomes NaN, which never breaks a rule
-            np.array([getattr(fact, name) for fact in facts], float) for name in ("width", "height", "sharpness")
-        )
-        short, long = np.minimum(width, height), np.maximum(width, height)
-        fail(short < (rules.min_side_px or 0), "too small: {:.0f} x {:.0f}", width, height)
-        fail(long / short > (rules.max_aspect or np.inf), "too long: {:.0f} x {:.0f}", width, height)
-        fail(sharpness < (rules.min_sharpness or 0), "blurred: {:.1f}", sharpness)
-    return failing
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+        """Return the images that are found. Raises UserError (`data.root`, `job.find`)."""
+        if self.find is None:
+            return {}, {}
+        collection = load_collection(data)
+        rows = find_rows(collection, self.find, "job.find")
+        paths = collection.table["path"].take(rows).to_pylist()
+        return dict.fromkeys(paths, f"found by {self.find}"), {}
 
 
 class Duplicates(Finder):
@@ -188,7 +137,7 @@ class Duplicates(Finder):
     match: Literal["near", "exact"]
     join: bool
 
-    def find(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root, table = check_root(data.root), load_collection(data).table
         refuse_shards(root, table)

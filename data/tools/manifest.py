@@ -24,7 +24,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash")  # columns of verify=true
+_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash", "sharpness")  # columns of verify=true
 _NAMED = 20  # unreadable images in the log
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from data.collection.rows import training_rows
+from data.collection.choose import training_rows
 from data.open import load_collection
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import KINDS
@@ -35,14 +35,14 @@ _DRAWS = 1000
 
 def train_curve(config: ImageTrainingConfig, job: Job) -> str:
     """Train on each share, predict, and write plots/learning_curve.png and learning_curve.json; return their line."""
-    path, given = default_run_dir(config.model_dump(mode="json"), job), config.loop.train_per_class
+    path, given = default_run_dir(config.model_dump(mode="json"), job), config.loop.per_class
     limits = [max(1, round(share * given)) if isinstance(given, int) else share * (given or 1.0) for share in _SHARES]
     images = _count_images(config, limits)
     if config.dry_run:
         return f"{train(config, job)}; the curve: {', '.join(f'{count:,}' for count in images)} images"
     words, jobs = [word for word in job.overrides if word.partition("=")[0] not in ("curve", "run_dir")], []
     for share, most in zip(_SHARES, limits):
-        folder, more = (path, []) if share == 1 else (path / f"curve_{100 * share:g}", [f"loop.train_per_class={most}"])
+        folder, more = (path, []) if share == 1 else (path / f"curve_{100 * share:g}", [f"loop.per_class={most}"])
         jobs.append(SweepJob((*words, *more, f"run_dir={folder}"), str(folder)))
     if failed := max(run_jobs(iter(jobs), config.sweep, str(ROOT / f"{job.script}.py")).values()):
         raise SystemExit(failed)
@@ -68,8 +68,8 @@ def train_curve(config: ImageTrainingConfig, job: Job) -> str:
 def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) -> list[int]:
     """Return the number of training images of each run. Raises UserError if there is no curve."""
     loop = config.loop
-    if loop.train_count is not None:
-        raise UserError(f"curve: loop.train_count={loop.train_count} is not of each class; set loop.train_per_class")
+    if loop.count is not None:
+        raise UserError(f"curve: loop.count={loop.count} is not of each class; set loop.per_class")
     if loop.total_steps == 0 or config.lr_finder.only:
         raise UserError("curve: trains three runs; remove loop.total_steps=0 and lr_finder.only=true")
     kind, collection = KINDS[config.task.name], load_collection(config.data)
@@ -77,7 +77,7 @@ def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) ->
         raise UserError(f"curve: {collection.root} has no validation images; set data.validation_fraction")
     setup = kind.set_up(config, collection)
     is_usable, _ = kind.samples(collection, setup)
-    runs = [training_rows(collection, loop.model_copy(update={"train_per_class": most}), is_usable) for most in limits]
+    runs = [training_rows(collection, loop.model_copy(update={"per_class": most}), is_usable) for most in limits]
     mean = len(runs[0]) / (np.count_nonzero(kind.count_classes(collection, setup, runs[0])) or 1)
     if mean < _LEAST:
         raise UserError(f"curve: {_SHARES[0]:.0%} of the labels are {mean:.2g} images of a class; {_LEAST} are needed")

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.collection.rows import training_rows
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
 from engine.recipe.pretrained import stated_preprocessing

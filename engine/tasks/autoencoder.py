@@ -19,8 +19,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 
+from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.collection.rows import training_rows
 from data.images.sizes import SIZES, image_sizes
 from data.latents.buckets import BucketConfig, Buckets, fitted_views, make_buckets
 from data.open import Data, describe_collection

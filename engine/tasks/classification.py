@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from data.collection.choose import spread, training_rows
 from data.collection.collection import Collection, check_classes
-from data.collection.rows import spread, training_rows
 from data.open import Data
 from data.stream.loader import Fields
 from engine.measures.confusion import ConfusionCounts

@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from data.collection.choose import training_rows
 from data.collection.collection import Collection, describe_concepts
-from data.collection.rows import training_rows
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.images.sizes import SIZES, image_hashes, image_sizes

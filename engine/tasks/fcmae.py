@@ -13,8 +13,8 @@ from pydantic import Field
 from torch import Tensor
 
 from data.augment.on_device import IMAGES
+from data.collection.choose import choose_probe_rows, spread
 from data.collection.collection import Collection
-from data.collection.rows import choose_probe_rows, spread
 from data.open import Data
 from data.stream.loader import Example, Fields
 from engine.measures.means import Means

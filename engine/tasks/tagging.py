@@ -12,8 +12,8 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.collection.rows import training_rows
 from data.config import AugmentConfig, TagRulesConfig, VocabularyConfig
 from data.layouts.table import TAG_LISTS
 from data.open import Data

@@ -98,7 +98,7 @@ def test_the_full_demo_runs_through(tmp_path):
     for name in arms:  # whether it is pretrained, and whether it has the labels of one face only
         config = json.loads((tmp_path / "demo" / name / "config.json").read_text())
         assert (config["init_from"] is not None) == (name in ("finetune", "all_labels"))
-        assert (config["loop"]["train_paths"] is None) == name.startswith("all_labels")
+        assert (config["loop"]["find"] is None) == name.startswith("all_labels")
 
 
 def test_the_demo_of_the_tagger_runs_through(tmp_path):

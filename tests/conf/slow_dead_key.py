@@ -162,7 +162,7 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
     for job in ("statistics", "verify", "duplicates"):
         go("prepare", f"job={job}", *folders)
-    go("prepare", "job=filter", "job.min_tags=1", *folders)
+    go("prepare", "job=filter", "job.find=tags<1", *folders)
     go("prepare", "job=split", *folders)
     go("prepare", "job=apply_corrections", *folders)
     go("prepare", "job=cache", "job.compare=[webp]", *folders)

@@ -80,7 +80,7 @@ def test_the_runs_are_the_command_with_fewer_images_and_the_curve_is_in_its_fold
     plain = {*words} - {"curve=true", "run_dir=run"}
     given = [{word for word in job.words if not word.startswith("data.root")} for job in jobs]
     assert [words - plain for words in given] == [
-        {"loop.train_per_class=0.25", "run_dir=run/curve_25"}, {"loop.train_per_class=0.5", "run_dir=run/curve_50"},
+        {"loop.per_class=0.25", "run_dir=run/curve_25"}, {"loop.per_class=0.5", "run_dir=run/curve_50"},
         {"run_dir=run"},
     ]  # fmt: skip
     found = json.loads((tmp_path / "run/learning_curve.json").read_text())
@@ -91,8 +91,8 @@ def test_the_runs_are_the_command_with_fewer_images_and_the_curve_is_in_its_fold
 @pytest.mark.parametrize(
     ("more", "per_class", "said"),
     [
-        (["loop.train_count=9"], 16, r"curve: loop\.train_count=9 .*train_per_class"),
-        (["loop.train_per_class=8"], 16, "curve: 25% of the labels are 2 images of a class; 4 are needed"),
+        (["loop.count=9"], 16, r"curve: loop\.count=9 .*per_class"),
+        (["loop.per_class=8"], 16, "curve: 25% of the labels are 2 images of a class; 4 are needed"),
         (["loop.total_steps=0"], 16, r"curve: .*loop\.total_steps=0"),
         (["data.validation_fraction=0"], 0, "curve: .* no validation images"),
     ],

@@ -34,6 +34,8 @@ def check_path(text: str) -> str:
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
 _IS_PATH = AfterValidator(check_path)
 PathText = Annotated[str, _IS_PATH]
+_IS_TERMS = "terms"
+TermsText = Annotated[str, _IS_TERMS]  # what data/collection/search.py finds; quoted, too, because of its = < and "
 
 
 def _as_list(value: Any) -> Any:
@@ -62,9 +64,9 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 
 def path_keys(schema: type[BaseModel]) -> set[str]:
-    """Return the dotted keys whose values are paths."""
+    """Return the dotted keys whose values are quoted on the command line: paths, and terms."""
     return {
         key
         for key, field in walk_keys(schema)
-        if any(part is _IS_PATH for part in (*field.metadata, *_parts(field.annotation)))
+        if any(part in (_IS_PATH, _IS_TERMS) for part in (*field.metadata, *_parts(field.annotation)))
     }

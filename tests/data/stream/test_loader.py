@@ -15,7 +15,7 @@ import yaml
 from PIL import Image
 
 from data.augment.transforms import TrainTransform
-from data.collection.rows import training_rows
+from data.collection.choose import training_rows
 from data.config import AugmentConfig
 from data.images.bytes import Images
 from data.images.decode import Decoder
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
 CPU = torch.device("cpu")
 GLOBAL = 32
 ALWAYS = ("sample_id", "key", "weight")
-ALL = {"train_paths": None, "train_per_class": None, "train_count": None}
+ALL = dict.fromkeys(("find", "per_class", "count"))
 SIZE = [24, 16]
 
 
@@ -339,29 +339,29 @@ def test_batches_arrive_whole_behind_work_of_the_step_before():
         assert total.item() == number * 64 * 3 * 128 * 128
 
 
-def test_train_paths_choose_the_training_images(tmp_path):
+def test_terms_and_limits_choose_the_training_images(tmp_path):
     for name in ("cats/one", "cats/two", "dogs/one", "birds/one"):
         write_image(tmp_path / "images" / "train" / f"{name}.png", seed=len(name))
     write_image(tmp_path / "images" / "val" / "cats" / "three.png", seed=9)
     collection = load(tmp_path / "images", tmp_path / "cache")
 
-    def chosen(*patterns, is_usable=None, **limits):
-        choice = SimpleNamespace(**ALL | {"train_paths": list(patterns) or None} | limits)
+    def chosen(find=None, is_usable=None, **limits):
+        choice = SimpleNamespace(**ALL | {"find": find} | limits)
         return [collection.row(int(row)).path for row in training_rows(collection, choice, is_usable)]
 
-    assert chosen() == chosen("*") and len(chosen()) == 4
-    assert chosen("train/cats/*") == ["train/cats/one.png", "train/cats/two.png"]
-    assert chosen("*/one.png", "train/cats/*") == chosen()
-    assert chosen("train/birds/*", "*dogs*") == ["train/birds/one.png", "train/dogs/one.png"]
-    message = r"loop\.train_paths: 'fish/\*' matches none of the 4 training images; paths look like 'train/birds/one"
-    with pytest.raises(UserError, match=message):
-        chosen("train/cats/*", "fish/*")
-    assert chosen(train_per_class=1, train_count=9) == [path for path in chosen() if path != "train/cats/one.png"]
-    assert chosen(train_per_class=0.5) == chosen(train_per_class=1) and chosen(train_per_class=1.0) == chosen()
-    assert chosen("*cats*", train_count=1) == ["train/cats/two.png"]  # of the lower hash
+    assert chosen() == chosen("path:.png") and len(chosen()) == 4
+    assert chosen("path:train/cats/") == ["train/cats/one.png", "train/cats/two.png"]
+    assert chosen("label=birds OR path:dogs") == ["train/birds/one.png", "train/dogs/one.png"]
+    with pytest.raises(UserError, match=r"^loop\.find: 'label=fish' finds none of the 4 training images"):
+        chosen("label=fish")
+    with pytest.raises(UserError, match=r"^loop\.find: score>3: no such column"):
+        chosen("score>3")
+    assert chosen(per_class=1, count=9) == [path for path in chosen() if path != "train/cats/one.png"]
+    assert chosen(per_class=0.5) == chosen(per_class=1) and chosen(per_class=1.0) == chosen()
+    assert chosen("label=cats", count=1) == ["train/cats/two.png"]  # of the lower hash
     others = np.array(["birds" not in collection.row(row).path for row in range(len(collection))])
-    assert set(chosen(train_count=3)) > set(chosen(train_count=2)) and len(chosen(train_count=3)) == 3
-    assert chosen(train_count=3, is_usable=others) == [path for path in chosen() if "birds" not in path]
+    assert set(chosen(count=3)) > set(chosen(count=2)) and len(chosen(count=3)) == 3
+    assert chosen(count=3, is_usable=others) == [path for path in chosen() if "birds" not in path]
 
 
 # --- views, fields, sources, hooks

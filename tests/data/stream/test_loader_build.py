@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from data.collection.rows import choose_probe_rows
+from data.collection.choose import choose_probe_rows
 
 IDS = np.array([2, 0, 1, 0, -1, 2, 0, 1, 2, -1, 0, 3])
 TRAIN, VAL = np.arange(0, 8), np.arange(8, 12)

@@ -51,13 +51,12 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     unreadable = reasons(root)
     assert list(unreadable) == ["dog/cut.png"] and unreadable["dog/cut.png"].startswith("unreadable: ")
-    assert run("prepare", [*words[:-1], "job.min_tags=2"], tmp_path).startswith("4 images would be excluded")
+    assert run("prepare", [*words[:-1], "job.find=tags<2"], tmp_path).startswith("4 images would be excluded")
     assert reasons(root) == unreadable
-    assert run("prepare", [*words, "job.min_tags=2"], tmp_path).startswith("3 images excluded")
-    few = {path: f"filter: too few tags: {count}" for path, count in
-           (("cat/2.jpg", 1), ("dog/copy.png", 0), ("dog/same.png", 0))}  # fmt: skip
-    assert reasons(root) == unreadable | few
-    run("prepare", [*words, "job.min_tags=1"], tmp_path)
+    assert run("prepare", [*words, "job.find=tags<2"], tmp_path).startswith("3 images excluded")
+    few = ("cat/2.jpg", "dog/copy.png", "dog/same.png")
+    assert reasons(root) == unreadable | dict.fromkeys(few, "filter: found by tags<2")
+    run("prepare", [*words, "job.find=tags<1"], tmp_path)
     assert set(reasons(root)) == {"dog/cut.png", "dog/copy.png", "dog/same.png"}
     run("prepare", words, tmp_path)
     assert reasons(root) == unreadable
@@ -164,7 +163,7 @@ def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     page = (tmp_path / "outputs/care/duplicates/report.html").read_text()
     assert page.count("data:image/png;base64,") == 2 and "dog/copy.png" in page
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", ["job=filter", *FOLDER, "job.min_tags=1", "job.apply=true"], tmp_path)  # the copies have no tags
+    run("prepare", ["job=filter", *FOLDER, "job.find=tags<1", "job.apply=true"], tmp_path)  # the copies have no tags
     run("prepare", [*words, "job.apply=true"], tmp_path)
     assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
 

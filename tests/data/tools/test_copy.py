@@ -31,33 +31,35 @@ def root(tmp_path):
     return folder
 
 
-def test_a_part_by_tags_and_rules(root, tmp_path):
+def test_a_part_by_terms(root, tmp_path):
     (root / "x/a-masklabel.png").write_bytes(b"a mask, which goes with its image")
-    assert "2 of 3 images" in run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path)
+    assert "2 of 3 images" in run("prepare", [*COPY, "job.find=red_hair"], tmp_path)
     copied = sorted(p.relative_to(tmp_path / "part").as_posix() for p in (tmp_path / "part").rglob("*") if p.is_file())
     assert copied == ["x/a-masklabel.png", "x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
     assert (tmp_path / "part/x/a.png").read_bytes() == (root / "x/a.png").read_bytes()
-    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 0 of 5 files")
+    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 0 of 5 files")
     label, times = root / "x/a.txt", (root / "x/a.txt").stat()
     label.write_text("red hair, cap")  # of the same size, and with its time set back
     os.utime(label, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert run("prepare", [*COPY, "job.tags=[red hair]"], tmp_path).endswith("copied 1 of 5 files")
+    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 1 of 5 files")
     assert (tmp_path / "part/x/a.txt").read_text() == "red hair, cap"
-    assert run("prepare", [*COPY, "job.to=other", "job.min_side_px=9"], tmp_path).startswith("1 of 3 images")
+    assert run("prepare", [*COPY, "job.to=other", 'job.find=-"red hair" OR path:a.'], tmp_path).startswith(
+        "2 of 3 images"
+    )
     assert (tmp_path / "other/x/a.txt").is_file()
 
 
 def test_tables_that_describe_the_images_go_with_them(root, tmp_path):
     for name in ("metadata.csv", "x/metadata.jsonl", "y/metadata.csv", "meta_tags.jsonl"):
         (root / name).write_text("file_name\n" if name.endswith("csv") else "")
-    run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
+    run("prepare", [*COPY, "job.find=hat"], tmp_path)
     copied = {path.relative_to(tmp_path / "part").as_posix() for path in (tmp_path / "part").rglob("meta*")}
     assert copied == {"metadata.csv", "x/metadata.jsonl", "meta_tags.jsonl"}
 
 
 def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
     run("prepare", ["job=manifest", *COPY[1:-1]], tmp_path)
-    run("prepare", [*COPY, "job.tags=[hat]"], tmp_path)
+    run("prepare", [*COPY, "job.find=hat"], tmp_path)
     assert pq.read_table(tmp_path / "part/manifest.parquet")["path"].to_pylist() == ["x/a.png", "x/b.png"]
     run("prepare", [*COPY, "job.longest_px=6", "job.to=less"], tmp_path)
     less = pq.read_table(tmp_path / "less/manifest.parquet")
@@ -133,7 +135,7 @@ def test_webp_has_new_names_and_a_manifest_that_says_all(root, tmp_path):
 
 def test_jobs_that_read_files_refuse_shards(root, tmp_path):
     run("prepare", ["job=pack", "job.output=shards", *COPY[1:-1]], tmp_path)
-    jobs = (["copy", "job.to=v"], ["duplicates"], ["verify"], ["filter", "job.min_side_px=5"])
+    jobs = (["copy", "job.to=v"], ["duplicates"], ["verify"])
     for job, *more in jobs:
         with pytest.raises(UserError, match=r"^data.root: .*shards"):
             run("prepare", [f"job={job}", *more, COPY[1], "data.root=shards"], tmp_path)

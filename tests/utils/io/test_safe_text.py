@@ -123,7 +123,7 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     root = make_images(tmp_path / "images")
     forged = "a\nERROR forged\x1b[1A\u202e"
     (root / "train/A" / f"{forged}.png").write_bytes(b"no image")
-    overrides = [*TINY, "data.root=images", "run_dir=sesame-open-up", "loop.train_paths=null", "loop.total_steps=4"]
+    overrides = [*TINY, "data.root=images", "run_dir=sesame-open-up", "loop.find=null", "loop.total_steps=4"]
     run_script("finetune", overrides, tmp_path)
     run_dir = tmp_path / "sesame-open-up"
     log = (run_dir / "log.txt").read_text()

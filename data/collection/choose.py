@@ -1,10 +1,9 @@
-"""Select rows of a collection."""
-
-import fnmatch
+"""Choose rows of a collection: those to train on, and small parts for estimates and probes."""
 
 import numpy as np
 
 from data.collection.collection import Collection
+from data.collection.search import find_rows
 from data.collection.split import hash_paths
 from utils.contracts import TrainChoice
 from utils.errors import UserError
@@ -16,41 +15,33 @@ log = get_logger(__name__)
 def training_rows(collection: Collection, choice: TrainChoice, is_usable: np.ndarray | None = None) -> np.ndarray:
     """Return the training rows that a run reads, ascending. is_usable: bool [N], the rows that its task can use.
 
-    `train_per_class`, a number or a share, and `train_count` choose the paths with the lowest hashes, so an added image
-    moves at most one other. Images without a label are one class. Raises UserError if every training image has weight
-    0, or if a pattern of `train_paths` matches no training image.
+    `per_class`, a number or a share, and `count` choose the paths with the lowest hashes, so an added image moves at
+    most one other. Images without a label are one class. Raises UserError if every training image has weight 0, or if
+    `find` finds no training image.
     """
-    rows = collection.rows("train")
-    if len(rows) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
+    every = collection.rows("train")
+    if len(every) == 0 and (unused := np.count_nonzero(collection.weights() == 0)):
         raise UserError(
             f"data.root: no training image of {str(collection.root)!r} has a weight above 0: {unused:,} have weight "
             "0, as unreadable images do; replace them and write the manifest again (prepare.py job=manifest)"
         )
-    count = len(rows)
-    rows = rows if choice.train_paths is None else _match_paths(collection, rows, choice.train_paths)
-    rows = rows if is_usable is None else rows[is_usable[rows]]
-    if choice.train_per_class is not None:
-        rows = _lowest(collection, rows, choice.train_per_class, collection.class_ids(collection.class_names("train")))
-    if choice.train_count is not None:
-        rows = _lowest(collection, rows, choice.train_count, np.zeros(len(collection), int))
-    if (choice.train_paths, choice.train_per_class, choice.train_count) != (None,) * 3:
-        log.info("loop.train_*: %s of %s training images", f"{len(rows):,}", f"{count:,}")
-    return rows
-
-
-def _match_paths(collection: Collection, rows: np.ndarray, patterns: list[str]) -> np.ndarray:
-    """Return the rows whose path matches one of `patterns`. Raises UserError (`loop.train_paths`)."""
-    paths = collection.table["path"].take(rows).to_pylist()
-    chosen = np.zeros(len(rows), dtype=bool)
-    for pattern in patterns if paths else ():
-        matches = np.array([fnmatch.fnmatchcase(path, pattern) for path in paths])
-        if not matches.any():
+    rows = every
+    if choice.find is not None:
+        rows = np.intersect1d(every, find_rows(collection, choice.find, "loop.find"))
+        if len(rows) == 0 < len(every):
             raise UserError(
-                f"loop.train_paths: {pattern!r} matches none of the {len(rows):,} training images; paths look like "
-                f"{paths[0]!r} (* also matches /)"
+                f"loop.find: {choice.find!r} finds none of the {len(every):,} training images; terms are tags, or "
+                f"conditions on columns, such as path:{collection.row(int(every[0])).path} (docs/viewer.md)"
             )
-        chosen |= matches
-    return rows[chosen]
+    if is_usable is not None:
+        rows = rows[is_usable[rows]]
+    if choice.per_class is not None:
+        rows = _lowest(collection, rows, choice.per_class, collection.class_ids(collection.class_names("train")))
+    if choice.count is not None:
+        rows = _lowest(collection, rows, choice.count, np.zeros(len(collection), int))
+    if (choice.find, choice.per_class, choice.count) != (None, None, None):
+        log.info("loop: %s of %s training images", f"{len(rows):,}", f"{len(every):,}")
+    return rows
 
 
 def _lowest(collection: Collection, rows: np.ndarray, limit: int | float, classes: np.ndarray) -> np.ndarray:
