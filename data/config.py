@@ -162,8 +162,7 @@ class AugmentConfig(Strict):
     fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers
     crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # share of the area
     crop_ratio: _Zooms  # width / height
-    # The resize filter. varied: a random one for each training image, and bicubic in evaluation.
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "area", "varied"]
+    interpolation: Literal["bilinear", "bicubic"]  # the resize filter
     horizontal_flip: Fraction
     color_jitter: ColorJitterConfig | None
     # A policy of timm, which fills with the mean and ignores unknown sections.
@@ -180,9 +179,9 @@ class AugmentConfig(Strict):
 
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return the preprocessing of evaluation, as weight files store it."""
+        names = {"image_size_hw", "pad", "eval_resize", "eval_crop", "interpolation", "mean", "std"}
         return {
-            **self.model_dump(include={"image_size_hw", "pad", "eval_resize", "eval_crop", "mean", "std"}),
-            "interpolation": "bicubic" if self.interpolation == "varied" else self.interpolation,
+            **self.model_dump(include=names),
             "channels": channels,
             **({"shortest_px": self.shortest_px()} if self.shrink else {}),
         }

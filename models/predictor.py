@@ -46,7 +46,7 @@ class _Preprocessing(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     image_size_hw: _Size
-    interpolation: Literal["bilinear", "bicubic", "lanczos", "area"]
+    interpolation: Literal["bilinear", "bicubic"]
     pad: Literal["none", "square"] = "none"
     eval_resize: Literal["crop", "squash"] = "crop"
     eval_crop: Annotated[float, Field(gt=0.01, le=1)]

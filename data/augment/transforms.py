@@ -26,7 +26,6 @@ from utils.formats.background import DEFAULT, background_levels, background_of
 # to at most this many times the evaluation size. With padding, the whole image is reduced to this many times the size.
 _LONGEST = 8
 _TRIES = 4  # crops of a random shape, before torchvision's
-_VARIED = ("bilinear", "bicubic", "lanczos", "area")
 
 
 def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad: str) -> Tensor:
@@ -137,13 +136,12 @@ class ResizedCrop(v2.RandomResizedCrop):
     def __init__(self, config: AugmentConfig) -> None:
         super().__init__(config.image_size_hw, scale=config.crop_scale, ratio=config.crop_ratio)
         self._log_ratio = self._log_ratio.tolist()
-        self._choices = _VARIED if config.interpolation == "varied" else (config.interpolation,)
+        self._interpolation = config.interpolation
 
     def __call__(self, image: Tensor) -> Tensor:
         """Return a random crop, resized. Differs: v2 pads crops beyond the image, which never occur here."""
         top, left, height, width = self.make_params([image]).values()
-        choice = int(torch.randint(len(self._choices), ())) if len(self._choices) > 1 else 0
-        return resize(image[:, top : top + height, left : left + width], self.size, self._choices[choice])
+        return resize(image[:, top : top + height, left : left + width], self.size, self._interpolation)
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""

@@ -17,14 +17,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
-from torchvision.transforms import InterpolationMode, v2
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation, to_srgb
 from data.images.open import open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 
-_PILLOWS = {"lanczos": InterpolationMode.LANCZOS, "area": InterpolationMode.BOX}
 _RULES = 2  # version of conversion and resizing; increment it to invalidate cached images
 
 
@@ -111,14 +109,10 @@ class Decoder:
 
 
 def resize(image: Tensor, size_hw: Sequence[int], interpolation: str) -> Tensor:
-    """Resize an image, uint8 [C, H, W].
+    """Resize an image, uint8 [C, H, W]; interpolation: bilinear or bicubic.
 
-    lanczos and area (a box filter) use Pillow, because not every torchvision has them for tensors. The others use
-    torch, whose kernel is fastest for channels-last memory, as decoders return it.
+    torch's kernel is fastest for channels-last memory, as decoders return it.
     """
-    if interpolation in _PILLOWS:
-        picture = v2.functional.to_pil_image(image)
-        return v2.functional.pil_to_tensor(v2.functional.resize(picture, list(size_hw), _PILLOWS[interpolation]))
     if tuple(size_hw) == tuple(image.shape[1:]):
         return image
     if image.stride(0) == 1:  # also for crops, whose rows have gaps

@@ -54,7 +54,7 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
     if config is None:
         known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none for that network"
         raise UserError(f"timm has no weights named {model.name!r}; it has {known}")
-    known = config.crop_mode in ("center", "squash") and config.interpolation in ("bilinear", "bicubic", "lanczos")
+    known = config.crop_mode in ("center", "squash") and config.interpolation in ("bilinear", "bicubic")
     if not known or not 0 < config.crop_pct <= 1:
         raise UserError(
             f"timm prepares the images of {model.name} with crop_mode {config.crop_mode}, crop_pct "

@@ -53,11 +53,11 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     config |= {"num_classes": target.num_classes, "model_args": arguments}
     if label_names(metadata):
         config["label_names"] = label_names(metadata)
-    squashes, interpolation = _squashes(preprocessing), preprocessing["interpolation"]
+    squashes = _squashes(preprocessing)
     config["pretrained_cfg"] = {
         "input_size": [preprocessing["channels"], *preprocessing["image_size_hw"]],
         "mean": preprocessing["mean"], "std": preprocessing["std"],
-        "interpolation": "box" if interpolation == "area" else interpolation,
+        "interpolation": preprocessing["interpolation"],
         "crop_pct": 1.0 if squashes else preprocessing["eval_crop"], "crop_mode": "squash" if squashes else "center",
         **{key: target.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
         **licence_entry(metadata), "num_classes": target.num_classes, "custom_load": False,
@@ -186,8 +186,6 @@ def _refuse_images(library: str, preprocessing: Metadata) -> None:
         reason, advice = f"do not pad images (augment.pad={preprocessing['pad']})", "augment.pad=none"
     elif height != width and not _squashes(preprocessing):
         reason, advice = f"crop squares only, and the images are {height} x {width}", "augment.eval_resize=squash"
-    elif library == "transformers" and preprocessing["interpolation"] not in _RESAMPLE:
-        reason, advice = f"resize {' or '.join(_RESAMPLE)} only", "augment.interpolation=bicubic"
     else:
         return
     raise UserError(f"format: the image transforms of {library} {reason}; set format=onnx, or train with {advice}")

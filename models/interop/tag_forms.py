@@ -201,7 +201,7 @@ def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return our preprocessing as steps of imgutils.preprocess."""
     height, width = preprocessing["image_size_hw"]
     interpolation = preprocessing["interpolation"]
-    resize = {"type": "resize", "interpolation": "box" if interpolation == "area" else interpolation}
+    resize = {"type": "resize", "interpolation": interpolation}
     crops = preprocessing.get("eval_resize", "crop") == "crop"
     sides = [int(side / preprocessing["eval_crop"]) if crops else side for side in (height, width)]
     colour = background_rgb(background_of(preprocessing)) or (255, 255, 255)

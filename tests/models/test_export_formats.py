@@ -159,7 +159,6 @@ def test_preprocessing_is_equal(form, preprocessing, tmp_path):
         ("timm", {"stem_stride": 2}, {}, "a stem of stride 2"),
         ("timm", {}, {"pad": "square"}, "augment.pad=square"),
         ("timm", {}, {"image_size_hw": [64, 96]}, "64 x 96"),
-        ("transformers", {}, {"interpolation": "lanczos"}, "bilinear or bicubic"),
     ],
 )
 def test_what_a_format_cannot_express_is_refused_with_the_reason(form, network, preprocessing, reason, tmp_path):

@@ -20,7 +20,7 @@ from models.fcmae import FCMAE
 from tests.models.test_export_formats import NAMES, geometry, make
 from tests.support import export, read_image
 
-PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "area"}
+PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "bilinear"}
 
 
 def run_program(folder):

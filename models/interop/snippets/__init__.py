@@ -82,7 +82,7 @@ def _snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
     height, width = preprocessing["image_size_hw"]
     form = "wd14" if form == "wd_repository" else form
     # A tagger in timm's format takes BGR (engine/exports/formats.py).
-    is_bgr, interpolation = form == "timm" and output.has_tags, preprocessing["interpolation"]
+    is_bgr = form == "timm" and output.has_tags
     has_head, is_white = output.activate is not None, form in ("wd14", "cl_tagger")
     values = {
         "image": _read_image(
@@ -93,7 +93,7 @@ def _snippet(form: str, metadata: Mapping[str, Any], file: str) -> str:
         "height": height,
         "resized_width": int(width / preprocessing["eval_crop"]),
         "resized_height": int(height / preprocessing["eval_crop"]),
-        "resample": f"Image.Resampling.{'BOX' if interpolation == 'area' else interpolation.upper()}",
+        "resample": f"Image.Resampling.{preprocessing['interpolation'].upper()}",
         "axes": "[None, None]" if preprocessing["channels"] == 1 else ".transpose(2, 0, 1)[None]",
         "mean": preprocessing["mean"],
         "std": preprocessing["std"],

@@ -152,8 +152,8 @@ def by_pillow(image, size, interpolation, colour):
     side = max(picture.size)
     square = Image.new(picture.mode, (side, side), colour)
     square.paste(picture, ((side - picture.width) // 2, (side - picture.height) // 2))
-    filters = {"area": "BOX"}.get(interpolation, interpolation.upper())
-    return v2.functional.pil_to_tensor(square.resize((size, size), getattr(Image.Resampling, filters)))
+    filters = getattr(Image.Resampling, interpolation.upper())
+    return v2.functional.pil_to_tensor(square.resize((size, size), filters))
 
 
 def soft(channels, image_hw):
@@ -166,7 +166,7 @@ PADDED = {"image_size_hw": [32, 32], "pad": "square", "crop_ratio": [1.0, 1.0], 
 BACKGROUNDS = [("white", 3, (255,) * 3), ("drop", 3, (255,) * 3), ([250, 0, 40], 3, (250, 0, 40)), ("black", 1, 0)]
 
 
-@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic", "lanczos", "area"])
+@pytest.mark.parametrize("interpolation", ["bilinear", "bicubic"])
 @pytest.mark.parametrize(("background", "channels", "colour"), BACKGROUNDS)
 @pytest.mark.parametrize("image_hw", [(90, 51), (20, 9)])
 def test_training_and_evaluation_pad_as_pillow_does(image_hw, background, channels, colour, interpolation):
@@ -186,15 +186,3 @@ def test_a_strip_is_shrunk_before_it_is_padded(image_hw):
     square = letterbox(image, (32, 32), "white", "square")
     assert square.shape == (3, 256, 256)
     assert (square == 0).float().mean() == pytest.approx(max(min(image_hw) / max(image_hw), 1 / 256), rel=0.03)
-
-
-def test_varied_draws_each_filter_by_the_key_and_evaluates_bicubic():
-    config = AugmentConfig(**{**PLAIN, **PADDED, "interpolation": "varied"})
-    image, transform, found = soft(3, (91, 60)), TrainTransform(config), {}
-    for key in range(200):
-        with rng.seeded(key):
-            pixels = transform(image, Draw(0, 0, key))
-        found.setdefault(pixels.numpy().tobytes(), []).append(key)
-    assert len(found) == 4 and all(35 < len(keys) < 65 for keys in found.values())
-    kept = config.preprocessing(3)
-    assert kept["interpolation"] == "bicubic" and EvalTransform(kept)(image).numpy().tobytes() in found

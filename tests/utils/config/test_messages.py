@@ -46,7 +46,7 @@ def problems_with(values, changes):
 # dotted key, wrong value, the rest of the line: what must hold, and what was found.
 MESSAGES = [
     ("optim.lr", float("nan"), "must be a finite number, found nan"),
-    ("augment.interpolation", "cubic", "must be 'bilinear', 'bicubic', 'lanczos', 'area' or 'varied', found 'cubic'"),
+    ("augment.interpolation", "cubic", "must be 'bilinear' or 'bicubic', found 'cubic'"),
     ("loop", [1], "must be a group of keys, found [1]"),
     ("loop.micro_batch_size", ABSENT, "missing; add loop.micro_batch_size=VALUE or the file of its group"),
     ("data.root", "???", "must be given; add data.root=VALUE"),
