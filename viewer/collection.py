@@ -13,7 +13,7 @@ from urllib.parse import quote, urlencode
 import numpy as np
 from nicegui import run as background
 from nicegui import ui
-from PIL import ExifTags, Image
+from PIL import ExifTags
 
 from data.collection.collection import Collection
 from data.collection.search import Search, quote_value
@@ -95,16 +95,13 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
             facts[key] = f"{facts[key]}, {text}" if key in facts else text
         if value is not None and column not in TAG_LISTS:
             facts[column] = str(value)
-
-    def read(image: Image.Image) -> dict[str, str]:
-        exif = {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
-        found = {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}", **exif}
-        convert(load_upright(image), 3, None)  # whether it can be decoded
-        return found
-
     try:
         content, limit = shelf.read(name, collection, row), shelf.config(name).max_pixels
-        facts |= open_image(content, facts["path"], limit, read)
+        with open_image(content, facts["path"], limit) as image:
+            exif = {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
+            found = {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}", **exif}
+            convert(load_upright(image), 3, None)  # whether it can be decoded
+            facts |= found
     except UnreadableImage as error:
         facts["unreadable"] = error.reason
     return facts

@@ -121,15 +121,13 @@ def find_rows(collection: Collection, paths: Sequence[str]) -> np.ndarray:
 
 def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:
     """Return an image as a JPEG with a longer side of at most `px`. Raises UnreadableImage."""
-
-    def draw(image: Image.Image) -> bytes:
+    with open_image(content, name, max_pixels) as image:
         image.draft(None, (px, px))  # a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices
         picture = Image.fromarray(convert(load_upright(image), 3, background_rgb(DEFAULT)))
         picture.thumbnail((px, px))
-        picture.save(file := io.BytesIO(), "JPEG", quality=_QUALITY, subsampling=0)
+        file = io.BytesIO()
+        picture.save(file, "JPEG", quality=_QUALITY, subsampling=0)
         return file.getvalue()
-
-    return open_image(content, name, max_pixels, draw)
 
 
 def add_route(shelf: Shelf) -> None:

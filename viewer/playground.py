@@ -83,7 +83,8 @@ class Networks:
             images = _prepare(predictor, content, name)
             values = predictor.predict(images)[0]
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
-        frames = open_image(content, name, _MAX_PIXELS, lambda image: getattr(image, "n_frames", 1))
+        with open_image(content, name, _MAX_PIXELS) as image:
+            frames = getattr(image, "n_frames", 1)
         facts += f", the first of {frames} frames" if frames > 1 else ""
         output, names, kinds = predictor.output, predictor.names, predictor.categories
         least = np.broadcast_to(predictor.choose_thresholds(path, profile) if output.has_tags else 2.0, len(values))

@@ -1,15 +1,14 @@
-"""Convert the pixels of any image mode to 8 bits, upright, on a background; read headers."""
+"""Convert the pixels of any image mode to 8 bits, upright, on a background."""
 
 import functools
 import io
-import os
 
 import numpy as np
 from PIL import Image, ImageCms
 
-from data.images.open import DEFAULT_MAX_PIXELS, Unsupported, open_image, read_file
+from data.images.open import Unsupported
 
-_WIDTH, _HEIGHT, _ORIENTATION = 0x0100, 0x0101, 0x0112  # tags of TIFF and EXIF
+_ORIENTATION = 0x0112  # the tag of EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -33,8 +32,6 @@ def load_upright(image: Image.Image) -> Image.Image:
 
     Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
-    if "transparency" in image.info:
-        _scale_transparency(image)
     image.load()
     method = UPRIGHT.get(read_orientation(image))
     return image if method is None else image.transpose(method)
@@ -57,19 +54,6 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
     image = image if image.mode == mode else image.convert(mode)  # convert copies even if the mode is the same
     pixels = np.array(image)  # a copy: Pillow's own buffer is read-only
     return pixels[:, :, None] if channels == 1 else pixels
-
-
-def _scale_transparency(image: Image.Image) -> None:
-    """Scale the transparent grey or colour of a PNG to 8 bits, as its pixels will have; Pillow does not.
-
-    For 16 bits, use the high byte, as Pillow does for pixels.
-    """
-    clear, raw = image.info["transparency"], image.tile[0][3] if image.tile else ""
-    if raw in ("L;2", "L;4"):
-        top = 2 ** int(raw[2:]) - 1
-        image.info["transparency"] = (clear & top) * (255 // top)
-    elif raw == "RGB;16B":
-        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def read_orientation(image: Image.Image) -> int:
@@ -121,22 +105,3 @@ def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
     source = ImageCms.getOpenProfile(io.BytesIO(profile))
     target = "RGBA" if mode == "RGBA" else "RGB"
     return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)
-
-
-def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
-    """Return the height and width of a file after EXIF rotation."""
-    return upright_size(read_file(path), os.fspath(path))
-
-
-def upright_size(content: bytes, name: str) -> tuple[int, int]:
-    """Return the height and width after EXIF rotation, from the header; only a PNG is decoded completely.
-
-    Raises UnreadableImage as `Decoder` does, except for damaged pixels.
-    """
-
-    def size_of(image: Image.Image) -> tuple[int, int]:
-        stored = image.tag_v2 if image.format == "TIFF" else {}  # newer Pillows open a TIFF with its rotated size
-        size_hw = stored.get(_HEIGHT, image.height), stored.get(_WIDTH, image.width)
-        return size_hw[::-1] if read_orientation(image) in (5, 6, 7, 8) else size_hw
-
-    return open_image(content, name, DEFAULT_MAX_PIXELS, size_of)

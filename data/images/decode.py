@@ -4,7 +4,6 @@ Pillow opens every file, so formats, limits and error messages do not depend on 
 grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
-import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,7 +64,8 @@ class Decoder:
 
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
-        return open_image(content, name, self.max_pixels, functools.partial(self._decode, content))
+        with open_image(content, name, self.max_pixels) as image:
+            return self._decode(content, image)
 
     def _decode(self, content: bytes, image: Image.Image) -> Tensor:
         """Decode an opened image."""

@@ -10,9 +10,8 @@ import re
 import struct
 import warnings
 import zlib
-from collections.abc import Callable
-from contextlib import suppress
-from typing import TypeVar
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
@@ -56,8 +55,6 @@ NO_DECODER = "this Pillow was built without its decoder"
 # each image and worker. `max_pixels` limits sizes.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 
-Used = TypeVar("Used")
-
 
 class Unsupported(ValueError):
     """A valid image that has no 8-bit form."""
@@ -72,24 +69,66 @@ def read_file(path: str | os.PathLike[str], name: str | None = None) -> bytes:
         raise UnreadableImage(name or os.fspath(path), *_explain(error)) from error
 
 
-def open_image(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
-    """Open an image without decoding it and return `use(image)`; any failure becomes UnreadableImage.
+@contextmanager
+def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = False) -> Iterator[Image.Image]:
+    """Open an image; any failure, in the block too, becomes UnreadableImage.
 
-    As in libpng, a PNG's ancillary chunks that cannot be read are ignored: a damaged or huge comment or profile.
+    A PNG is decoded; its ancillary chunks that cannot be read are ignored, as in libpng: a damaged or huge comment or
+    profile. Other formats, and with `header` a PNG, are decoded when their pixels are used.
     """
     if not content:
         raise UnreadableImage(name, EMPTY, "0 bytes")
     try:
-        return _open(content, name, max_pixels, use)
-    except UnreadableImage as error:
-        if error.kind not in (DAMAGED, CUT_OFF, UNKNOWN):
-            raise
-        if missing := [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]:
-            raise UnreadableImage(name, NO_DECODER, f"it needs {missing[0]}; install another Pillow") from error
-        for kept in _KEPT_CHUNKS if content.startswith(_PNG) else ():
-            with suppress(UnreadableImage):
-                return _open(_select_chunks(content, kept), name, max_pixels, use)
+        yield _open(content, name, max_pixels, header)
+    except UnreadableImage:
         raise
+    except Exception as error:  # decoders raise many types on damaged bytes: OSError, SyntaxError, struct.error...
+        kind, detail = _explain_header(content[:256]) if isinstance(error, UnidentifiedImageError) else _explain(error)
+        missing = [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]
+        if missing and kind in (DAMAGED, CUT_OFF, UNKNOWN):
+            kind, detail = NO_DECODER, f"it needs {missing[0]}; install another Pillow"
+        raise UnreadableImage(name, kind, detail) from error
+
+
+def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Image:
+    """Open an image, and decode a PNG unless only its `header` is needed; again without chunks that cannot be read."""
+    formats = (*_formats(), "TGA") if name.lower().endswith(_TGA_SUFFIX) else _formats()
+
+    def load(content: bytes) -> Image.Image:
+        image = Image.open(io.BytesIO(content), formats=formats)
+        if image.width * image.height > max_pixels:
+            size = f"{image.width} x {image.height} pixels"
+            raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
+        if image.format == "PNG" and not header:
+            _scale_transparency(image)
+            image.load()
+        return image
+
+    try:
+        return load(content)
+    except (UnreadableImage, MemoryError, Image.DecompressionBombError):
+        raise
+    except Exception:
+        for kept in _KEPT_CHUNKS if content.startswith(_PNG) else ():
+            with suppress(Exception):
+                return load(_select_chunks(content, kept))
+        raise
+
+
+def _scale_transparency(image: Image.Image) -> None:
+    """Scale the transparent grey or colour of a PNG to 8 bits, as its pixels will have; Pillow does not.
+
+    For 16 bits, use the high byte, as Pillow does for pixels.
+    """
+    clear = image.info.get("transparency")
+    raw = image.tile[0][3] if image.tile else ""
+    if clear is None:
+        return
+    if raw in ("L;2", "L;4"):
+        top = 2 ** int(raw[2:]) - 1
+        image.info["transparency"] = (clear & top) * (255 // top)
+    elif raw == "RGB;16B":
+        image.info["transparency"] = tuple(value >> 8 for value in clear)
 
 
 def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
@@ -115,23 +154,6 @@ def warn_of_missing_libraries() -> None:
     """Log once which libraries this Pillow lacks, so that no file is taken for damaged."""
     if missing := ", ".join(_missing_libraries()):
         log.warning("this Pillow was built without %s: images that need it cannot be read; no fault of theirs", missing)
-
-
-def _open(content: bytes, name: str, max_pixels: int, use: Callable[[Image.Image], Used]) -> Used:
-    """Open an image and return `use(image)`. Raises UnreadableImage."""
-    formats = (*_formats(), "TGA") if name.lower().endswith(_TGA_SUFFIX) else _formats()
-    try:
-        with Image.open(io.BytesIO(content), formats=formats) as image:
-            if image.width * image.height > max_pixels:
-                size = f"{image.width} x {image.height} pixels"
-                raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
-            return use(image)
-    except UnreadableImage:
-        raise
-    except UnidentifiedImageError as error:
-        raise UnreadableImage(name, *_explain_header(content[:256])) from error
-    except Exception as error:  # decoders raise many types on damaged bytes: OSError, SyntaxError, struct.error...
-        raise UnreadableImage(name, *_explain(error)) from error
 
 
 def _explain(error: Exception) -> tuple[str, str]:

@@ -1,14 +1,17 @@
 """What is measured of the files of a collection, once: the sizes of images and hashes of files."""
 
 import functools
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from data.collection.collection import Collection
-from data.images.convert import read_upright_size
+from data.images.convert import read_orientation
+from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.io.files import sha256_file
@@ -19,6 +22,29 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 SIZES = Path("outputs/cache/upright_sizes.jsonl")
+_WIDTH, _HEIGHT = 0x0100, 0x0101  # tags of TIFF
+
+
+def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:
+    """Return the height and width of a file after EXIF rotation."""
+    return upright_size(read_file(path), os.fspath(path))
+
+
+def upright_size(content: bytes, name: str) -> tuple[int, int]:
+    """Return the height and width after EXIF rotation, from the header; only a PNG is decoded completely.
+
+    Raises UnreadableImage as `Decoder` does, except for damaged pixels.
+    """
+    with open_image(content, name, DEFAULT_MAX_PIXELS, header=True) as image:
+        return size_of(image)
+
+
+def size_of(image: Image.Image) -> tuple[int, int]:
+    """Return the height and width of an opened image after EXIF rotation."""
+    stored = image.tag_v2 if image.format == "TIFF" else {}  # newer Pillows open a TIFF with its rotated size
+    height = stored.get(_HEIGHT, image.height)
+    width = stored.get(_WIDTH, image.width)
+    return (width, height) if read_orientation(image) in (5, 6, 7, 8) else (height, width)
 
 
 def image_sizes(collection: Collection, rows: np.ndarray, cache: Path) -> np.ndarray:

@@ -15,13 +15,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from PIL import Image
 from torch.nn import functional
 
 from data.collection.collection import Collection
-from data.images.convert import convert, is_transparent, load_upright, upright_size
+from data.images.convert import convert, is_transparent, load_upright
 from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
 from data.images.record_store import TensorStore, record_key
+from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
 from data.layouts.table import show_some
@@ -109,9 +109,8 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
 def _measure(path: Path) -> list[Any]:
     """Return height and width (None for an unreadable file), the SHA-256, and whether there is an alpha channel."""
     try:
-        content, name = read_file(path), os.fspath(path)
-        has_alpha = open_image(content, name, DEFAULT_MAX_PIXELS, is_transparent)
-        return [list(upright_size(content, name)), sha256_file(path), has_alpha]
+        with open_image(read_file(path), os.fspath(path), DEFAULT_MAX_PIXELS, header=True) as image:
+            return [list(size_of(image)), sha256_file(path), is_transparent(image)]
     except UnreadableImage:
         return [None, "", False]
 
@@ -146,12 +145,11 @@ class Masked(Source):
         if self._store is not None and (record := self._store.read(name)) is not None:
             return record
 
-        def decode(image: Image.Image) -> np.ndarray:
-            image = load_upright(image)
-            return convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
-
-        pixels = torch.from_numpy(open_image(read_file(path), path, DEFAULT_MAX_PIXELS, decode)).permute(2, 0, 1)
-        record = {MASK: functional.avg_pool2d(place(pixels, fit, flip).float() / 255, SHRINK).to(STORED)}
+        with open_image(read_file(path), path, DEFAULT_MAX_PIXELS) as opened:
+            image = load_upright(opened)
+            pixels = convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
+        placed = place(torch.from_numpy(pixels).permute(2, 0, 1), fit, flip)
+        record = {MASK: functional.avg_pool2d(placed.float() / 255, SHRINK).to(STORED)}
         if self._store is not None:
             self._store.put(name, path, record)
         return record

@@ -181,7 +181,8 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> tu
             return name, _PRESENT
     try:
         if shrink is not None:
-            content = open_image(read_file(source), path, shrink.max_pixels, shrink.reduce)
+            with open_image(read_file(source), path, shrink.max_pixels) as image:
+                content = shrink.reduce(image)
     except UnreadableImage as error:
         done = error.reason
     if content is None:

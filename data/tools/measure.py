@@ -96,7 +96,8 @@ def measure_file(
         digest = hashlib.sha256(content).hexdigest()
         if not decodes:
             return FileFacts(digest)
-        return open_image(content, os.fspath(file), max_pixels, _measure_image)._replace(sha256=digest)
+        with open_image(content, os.fspath(file), max_pixels) as image:
+            return _measure_image(image)._replace(sha256=digest)
     except UnreadableImage as error:
         return FileFacts(digest, error.kind, error.reason)
 

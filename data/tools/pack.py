@@ -26,7 +26,7 @@ from pydantic import Field
 from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import TAR, member_key, open_contents
-from data.images.convert import upright_size
+from data.images.sizes import upright_size
 from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import save_manifest
 from data.layouts.recognise import PLAN

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image, WebPImagePlugin
 
 from data.images import open as image_formats
-from data.images.convert import read_upright_size
+from data.images.sizes import read_upright_size
 from data.stream.source import UnreadableImage
 from data.tools.measure import measure_file
 from tests.support import read_image, write_manifest
