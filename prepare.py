@@ -1,12 +1,12 @@
 """Run one offline job on a collection. conf/job/ has the keys of each job (docs/collections.md).
 
+    python prepare.py job=check data.root=PATH             what the folder has and what is wrong with it, on a page
     python prepare.py job=manifest data.root=PATH          check all images, write manifest.parquet
     python prepare.py job=manifest data.root=PATH job.verify=false          without decoding them
     python prepare.py job=vocabulary data.root=PATH job.output=FILE         the tags to train
     python prepare.py job=pack data.root=PATH job.output=FOLDER             the images as tar shards
-    python prepare.py job=statistics data.root=PATH        an HTML page about the collection
 
-Other jobs: count, verify, duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
+Other jobs: duplicates, filter, downsample, split, copy, apply_corrections, cache, machine, import. No
 job changes an image.
 """
 
@@ -21,7 +21,7 @@ from pydantic import Field
 from data.config import WholeData
 from data.tools.apply_corrections import ApplyCorrections
 from data.tools.cache import Cache
-from data.tools.check import Count, Statistics, Verify
+from data.tools.check import Check
 from data.tools.copy import Copy
 from data.tools.exclude import Duplicates, Filter, Split
 from data.tools.import_sd_scripts import Import
@@ -33,9 +33,8 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import Strict
 
 AnyJob = Annotated[
-    Manifest | CollectVocabulary | Pack
-    | Count | Statistics | Verify | Duplicates | Filter | Split | Copy | Cache | Machine | Import
-    | ApplyCorrections,
+    Check | Manifest | CollectVocabulary | Pack
+    | Duplicates | Filter | Split | Copy | ApplyCorrections | Cache | Machine | Import,
     Field(discriminator="name"),
 ]  # fmt: skip
 

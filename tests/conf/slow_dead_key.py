@@ -157,10 +157,10 @@ def run_all(recorder, folder, monkeypatch):
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("predict", "weights=asl", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "job.duplicates=true", *folders)
-    go("prepare", "job=count", on_glyphs)
+    go("prepare", "job=check", on_glyphs)
     go("prepare", "job=pack", *folders, "job.output=packed")
     go("prepare", "job=vocabulary", *folders, "job.output=tags.csv", "job.min_count=1")
-    for job in ("statistics", "verify", "duplicates"):
+    for job in ("check", "duplicates"):
         go("prepare", f"job={job}", *folders)
     go("prepare", "job=filter", "job.find=tags<1", *folders)
     go("prepare", "job=split", *folders)

@@ -1,4 +1,4 @@
-"""job=count, statistics, verify, duplicates, filter and split. Literal tables of a small folder; a killed reading goes
+"""job=check, duplicates, filter and split. Literal tables of a small folder; a killed reading goes
 on; the pages hold what they show."""
 
 import json
@@ -100,49 +100,50 @@ def test_facts_are_of_the_upright_image(tmp_path):
     assert measure_file(str(tmp_path / "none.png"), 9).sha256 is None
 
 
-def test_statistics(root, tmp_path):
-    assert run("prepare", ["job=count", *FOLDER], tmp_path) == "6 images"
-    run("prepare", ["job=statistics", *FOLDER], tmp_path)
-    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
+def test_a_page_counts_the_values_and_shows_sizes(root, tmp_path):
+    assert "6 training and 0 validation images of 2 classes" in run("prepare", ["job=check", *FOLDER], tmp_path)
+    found = json.loads((tmp_path / "outputs/care/check/check.json").read_text())
     figures, tables = found["figures"], found["tables"]
-    assert (figures["images"], figures["unreadable"], figures["images without a tag"]) == (6, 1, 3)
+    assert (figures["images"], figures["images of train"], figures["images without a tag"]) == (6, 6, 3)
     assert (figures["width, median"], figures["height, median"]) == (150, 101)
-    assert tables["classes"] == [{"class": "dog", "train": 4, "val": 0}, {"class": "cat", "train": 2, "val": 0}]
-    assert tables["formats"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
-    assert tables["unreadable"] == [{"fault": CUT_OFF, "images": 1}]
-    assert tables["tags"][0] == {"tag": "red", "images": 3}
-    page = (tmp_path / "outputs/care/statistics/report.html").read_text()
+    assert tables["label"] == [{"label": "dog", "images": 4}, {"label": "cat", "images": 2}]
+    assert tables["format"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
+    assert {"faults": CUT_OFF, "images": 1} in tables["faults"]
+    assert tables["tags"][0] == {"tags": "red", "images": 3}
+    page = (tmp_path / "outputs/care/check/report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
 
 
-def test_statistics_of_shards_are_those_of_their_manifest(root, tmp_path):
+def test_the_page_of_shards_is_of_their_manifest(root, tmp_path):
     (root / "dog/cut.png").unlink()
     run("prepare", ["job=pack", *FOLDER, "job.output=packed"], tmp_path)
-    run("prepare", ["job=statistics", *FOLDER, "data.root=packed"], tmp_path)
-    found = json.loads((tmp_path / "outputs/care/statistics/statistics.json").read_text())
-    assert found["figures"]["width, median"] == 150 and found["tables"]["formats"] == []
+    assert "no fault" in run("prepare", ["job=check", *FOLDER, "data.root=packed"], tmp_path)
+    found = json.loads((tmp_path / "outputs/care/check/check.json").read_text())
+    assert found["figures"]["width, median"] == 150 and found["tables"]["format"] == []
 
 
-def test_verify_finds_orphans_both_ways(root, tmp_path):
-    run("prepare", ["job=verify", *FOLDER], tmp_path)
-    found = listed(tmp_path, "verify")
+def test_orphans_are_found_both_ways(root, tmp_path):
+    words = ["job=check", *FOLDER]
+    run("prepare", words, tmp_path)
+    found = listed(tmp_path, "check")
     assert found["dog/cut.png"].startswith(CUT_OFF) and found["dog/cut.png"].endswith("an image without a sidecar")
     assert found["dog/lost.txt"] == "a sidecar without an image"
     assert set(found) == {"dog/cut.png", "dog/lost.txt", "dog/copy.png", "dog/same.png"}
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     (root / "cat/1.png").rename(root / "cat/3.png")
     (root / "cat/1.txt").unlink()
-    run("prepare", ["job=verify", *FOLDER], tmp_path)
-    found = listed(tmp_path, "verify")
+    with pytest.raises(UserError, match="cat/1.png"):  # no other command reads it either; the list has all
+        run("prepare", words, tmp_path)
+    found = listed(tmp_path, "check")
     assert found["cat/1.png"] == "a row of the manifest without a file"
     assert found["cat/3.png"] == "an image without a row in the manifest; an image without a sidecar"
     (root / "manifest.parquet").unlink()
     for file in (*root.rglob("*.txt"), root / "dog/cut.png"):
         file.unlink()
-    assert run("prepare", ["job=verify", *FOLDER], tmp_path) == "5 images; no fault"  # nor does any lack a sidecar
+    assert "; no fault; " in run("prepare", words, tmp_path)  # nor does any lack a sidecar
     (root / "cat/2.json").write_text('{"rating": 4}')
-    assert "a bad sidecar: 1" in run("prepare", ["job=verify", *FOLDER], tmp_path)
-    assert "rating 4" in listed(tmp_path, "verify")["cat/2.jpg"]
+    assert "a bad sidecar: 1" in run("prepare", [*words, "job.verify=false"], tmp_path)
+    assert "rating 4" in listed(tmp_path, "check")["cat/2.jpg"]
 
 
 def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
@@ -189,12 +190,11 @@ def test_unreadable_files_are_duplicates_by_their_bytes_alone():
 
 def test_the_manifest_and_the_tools_decode_an_image_once(root, tmp_path, monkeypatch, log):
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", ["job=count", *FOLDER], tmp_path)
-    assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
     monkeypatch.setattr("data.tools.measure.measure_file", lambda file, **_: pytest.fail(f"{file} is measured again"))
     run("prepare", ["job=duplicates", *FOLDER], tmp_path)
-    run("prepare", ["job=verify", *FOLDER], tmp_path)
-    assert listed(tmp_path, "verify")["dog/cut.png"].startswith(CUT_OFF)
+    run("prepare", ["job=check", *FOLDER], tmp_path)
+    assert {"mode: RGB 5", "orientation: 1 5", "transparent: 0 5"} <= set(log.messages)
+    assert listed(tmp_path, "check")["dog/cut.png"].startswith(CUT_OFF)
 
 
 def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
