@@ -1,9 +1,8 @@
-"""The capabilities of this machine: its processors, their speed, torch.compile, and the free memory."""
+"""The capabilities of this machine: its processors, torch.compile, and the free memory."""
 
 import os
 import shutil
 import sysconfig
-import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -11,13 +10,6 @@ import torch
 
 from utils.errors import UserError
 from utils.ranks import distributed
-
-_SPEED_SEC = 0.5
-# {precision: (dtype, float32_matmul_precision)}
-_PRECISIONS = {
-    "fp32": (torch.float32, "highest"), "tf32": (torch.float32, "high"),
-    "bf16": (torch.bfloat16, "high"), "fp16": (torch.float16, "high"),
-}  # fmt: skip
 
 
 def has_fast_bf16(device: str) -> bool:
@@ -78,24 +70,6 @@ def check_compile(device: str) -> None:
             f"runtime.compile: true needs {' and '.join(missing)}, not found here; install that or set "
             "runtime.compile=auto"
         )
-
-
-def measure_speeds(device: torch.device) -> dict[str, float]:
-    """Return the speed of matrix products in TFLOPS by precision, each measured for half a second."""
-    side, before, speeds = 8192 if device.type == "cuda" else 512, torch.get_float32_matmul_precision(), {}
-    for name, (dtype, precision) in _PRECISIONS.items():
-        if name == "tf32" and device.type == "cpu":
-            continue
-        torch.set_float32_matmul_precision(precision)
-        matrix, count = torch.randn(side, side, device=device).to(dtype), 0
-        (matrix @ matrix).sum().item()  # a warm-up
-        started = time.perf_counter()
-        while (seconds := time.perf_counter() - started) < _SPEED_SEC:
-            (matrix @ matrix)[0, 0].item()  # waits for the device
-            count += 1
-        speeds[name] = 2 * side**3 * count / seconds / 1e12
-    torch.set_float32_matmul_precision(before)
-    return speeds
 
 
 def free_memory() -> int:

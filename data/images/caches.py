@@ -117,11 +117,9 @@ def keep_on_disk(images: Images, config: CacheConfig) -> Cached:
     The state is path, range, size, times and inode, so an edited file or another decoder never gets old records.
     Raises UserError (`data.cache.folder`) if the folder cannot be used.
     """
-    recipe, store = images.decoder.identity(), LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
-    if isinstance(collection := images.listing, Collection) and distributed.is_main():
-        about = {"root": collection.root, "recipe": recipe, "index": collection.arrow}
-        store.note_use(about, np.array([]))
-    return Cached(images, store, functools.partial(image_key, images.contents, inputs=recipe), "l2")
+    store = LimitedStore(Path(config.folder), round(config.disk_gib * GIB))
+    key_of = functools.partial(image_key, images.contents, inputs=images.decoder.identity())
+    return Cached(images, store, key_of, "l2")
 
 
 # ----------------------------------------------------------------------------------------------------------- in memory

@@ -9,14 +9,13 @@ it was writing. A record is a checksum and the content; a record with a wrong ch
 
 import fcntl
 import hashlib
-import json
 import os
-import time
+import re
 import weakref
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,24 +28,14 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
-USES, _KEY = "uses", "S32"
+_USES, _KEY = "uses", "S32"
+_is_record = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp").fullmatch  # or what a killed process left
 _FULL = 0.9  # eviction removes the oldest records down to this share of the limit
 
 
 def record_key(*parts: Any) -> str:
     """Return the key for the inputs of a record (JSON values): 32 hexadecimal digits."""
     return sha256_text(canonical_json(parts))[:32]
-
-
-class Use(NamedTuple):
-    """What a run reads in a store: about (`root`, `recipe`), the keys of its records, and when it started (seconds).
-
-    While a run goes on, it uses them now.
-    """
-
-    about: dict[str, Any]
-    keys: np.ndarray
-    at: float
 
 
 class Store:
@@ -84,29 +73,31 @@ class Store:
         record = _checksum(np.frombuffer(content, np.uint8)) + content
         write_atomically(self._file(key), lambda temporary: temporary.write_bytes(record), flush=False)
 
-    def note_use(self, about: Mapping[str, Any], keys: np.ndarray) -> None:
-        """Note in the folder `uses` what a run reads, for job=cache; paths in `about` become absolute.
+    def note_use(self, keys: np.ndarray) -> None:
+        """Note in the folder `uses` which records a run reads.
 
         A shared lock on the file lasts as long as this store, also in loader workers.
         """
-        about = {name: str(value.absolute()) if isinstance(value, Path) else value for name, value in about.items()}
-        content = canonical_json(about).encode() + b"\n" + np.unique(keys.astype(_KEY)).tobytes()
+        content = np.unique(keys.astype(_KEY)).tobytes()
         with suppress(OSError):  # a read-only disk
-            file = self.folder / USES / hashlib.sha256(content).hexdigest()[:32]
+            file = self.folder / _USES / hashlib.sha256(content).hexdigest()[:32]
             if not file.exists():  # another run may hold its lock
                 write_atomically(file, lambda temporary: temporary.write_bytes(content), flush=False)
             os.utime(file)
-            weakref.finalize(self, os.close, descriptor := os.open(file, os.O_RDONLY))
+            descriptor = os.open(file, os.O_RDONLY)
+            weakref.finalize(self, os.close, descriptor)
             fcntl.flock(descriptor, fcntl.LOCK_SH)
 
-    def uses(self) -> dict[Path, Use]:
-        """Return the uses by file, the newest first."""
-        found = {}
-        for file in sorted(self.folder.glob(f"{USES}/[!.]*"), key=lambda file: -file.stat().st_mtime):
-            about, _, keys = file.read_bytes().partition(b"\n")
-            at = time.time() if is_locked(file, is_shared=True) else file.stat().st_mtime
-            found[file] = Use(json.loads(about), np.frombuffer(keys, _KEY), at)
-        return found
+    def unused(self, since: float) -> list[Path]:
+        """Return the old records and notes that no run has read since then; none in a folder without notes of use.
+
+        A folder of a user may have names of two digits, too.
+        """
+        notes = list(self.folder.glob(f"{_USES}/[!.]*"))
+        old = [note for note in notes if note.stat().st_mtime < since and not is_locked(note, is_shared=True)]
+        used = {key for note in set(notes).difference(old) for key in np.fromfile(note, _KEY).tolist()}
+        records = [file for file in self.folder.glob("[0-9a-f][0-9a-f]/*") if notes and _is_record(file.name)]
+        return old + [file for file in records if file.name.encode() not in used and file.stat().st_mtime < since]
 
 
 def _checksum(content: np.ndarray) -> bytes:
@@ -167,16 +158,17 @@ class LimitedStore(Store):
 
 
 class TensorStore:
-    """Records of tensors in a store; config_key: names the folder in messages. about: see `Use`."""
+    """Records of tensors in a store; config_key: names the folder in messages."""
 
-    def __init__(self, folder: Path, config_key: str, **about: Any) -> None:
-        self._store, self.config_key, self._about = Store(folder), config_key, about
+    def __init__(self, folder: Path, config_key: str) -> None:
+        self._store = Store(folder)
+        self.config_key = config_key
 
     def is_missing(self, keys: np.ndarray) -> np.ndarray:
         """Return which keys have no record, bool, in the shape of `keys`; the same on all ranks."""
 
         def find() -> np.ndarray:
-            self._store.note_use(self._about, keys.ravel())
+            self._store.note_use(keys.ravel())
             existing = np.array([file.name for file in self._store.files()], np.bytes_)
             return ~np.isin(keys.astype(np.bytes_), existing)
 

@@ -255,7 +255,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
 
     inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
     inputs["emphasis"] = captions.emphasis
-    records = TensorStore(Path(task.text_cache), "task.text_cache", root=data.collection.root, recipe=inputs)
+    records = TensorStore(Path(task.text_cache), "task.text_cache")
     store = TextCache(records, inputs, chunks * LENGTH)
     store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
     return store.read, vary
@@ -288,8 +288,7 @@ def _read(
         hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
         decoder, padding = data.source.decoder, setup.model.settled().vae_values.padding_mode
         inputs = _fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding
-        recipe = {"made by": inputs, "buckets": task.buckets.model_dump(mode="json")}
-        store = TensorStore(Path(task.latent_cache), "task.latent_cache", root=collection.root, recipe=recipe)
+        store = TensorStore(Path(task.latent_cache), "task.latent_cache")
         latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
         if store.is_missing(latents.keys).any():
             vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)

@@ -63,7 +63,7 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
     head = optional_prefixes(task.network)[0]
     frozen = {name: tensor for name, tensor in task.network.state_dict().items() if not name.startswith(head)}
     made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
-    store = TensorStore(CACHE, "task.append_to", root=data.collection.root, recipe=made_by)
+    store = TensorStore(CACHE, "task.append_to")
     hashes = image_hashes(data.collection, rows, IMAGE_HASHES)
     keys = np.array([record_key(*made_by, digest) for digest in hashes])
     is_missing = store.is_missing(keys)

@@ -165,7 +165,7 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=filter", "job.find=tags<1", *folders)
     go("prepare", "job=split", *folders)
     go("prepare", "job=apply_corrections", *folders)
-    go("prepare", "job=cache", "job.compare=[webp]", *folders)
+    go("prepare", "job=cache", *folders)
     go("prepare", "job=machine", *folders)
     (folder / "d.toml").write_text("[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'")
     go("prepare", "job=import", "job.source=d.toml", "job.output=d.yaml")
