@@ -52,7 +52,7 @@ def load_network(path: Path) -> Any:
 def main(config: ViewConfig, job: Job) -> None:
     """Serve the page."""
     from viewer.app import serve
-    from viewer.playground import Networks
+    from viewer.networks import Networks
 
     runs = [config.runs] if isinstance(config.runs, str) else config.runs
     serve(runs, config.data, config.view, Networks(runs, load_network, config.text))

@@ -7,15 +7,18 @@ from pathlib import Path
 from urllib.parse import parse_qs
 
 from nicegui import app, ui
+from starlette.formparsers import MultiPartParser
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.config import DataConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
-from viewer import collection, curves, images, playground, review, run, runs, watch
+from viewer import collection, curves, images, review, run, runs, try_image, watch
 from viewer.config import PageConfig
-from viewer.playground import MAX_BYTES, Networks
+from viewer.networks import Networks
+from viewer.site import Site
+from viewer.try_image import MAX_BYTES
 
 log = get_logger(__name__)
 
@@ -32,7 +35,8 @@ class Guard:
     """
 
     def __init__(self, inner: ASGIApp, token: str | None) -> None:
-        self._inner, self._token = inner, token
+        self._inner = inner
+        self._token = token
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or answer 403."""
@@ -41,10 +45,10 @@ class Guard:
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
         known = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
+        is_new = self._token is not None and self._is_token(given)
         if self._token is None:
-            is_new, is_allowed = False, headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
+            is_allowed = headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
         else:
-            is_new = self._is_token(given)
             is_allowed = is_new or (known is not None and self._is_token(known.value))
         # Without a length, a body would have no bound.
         is_allowed &= int(headers.get("content-length", 0)) <= MAX_BYTES and "transfer-encoding" not in headers
@@ -87,7 +91,8 @@ def choose_port(host: str, first: int) -> int:
 
 def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
     """Serve the page until it is interrupted. Raises UserError (`view.host`, `runs`)."""
-    host, token = view.host, view.token
+    host = view.host
+    token = view.token
     if token is None and host not in _LOOPBACK:
         raise UserError(
             f"view.host: {host} lets other machines in; set view.token to a long random text, too, or "
@@ -96,16 +101,13 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     for root in roots:
         if not Path(root).is_dir():
             raise UserError(f"runs: {root} is no folder; name folders with runs, such as outputs")
-    index, port = RunIndex([Path(root) for root in roots]), choose_port(host, view.port)
-    shelf = images.Shelf(index, data if data.root else None)
-    images.add_route(shelf)
-    collection.add_page(shelf)
-    for page in (runs, curves):
-        page.add_page(index)
-    run.add_page(index, shelf)
-    playground.add_page(networks, shelf)
-    review.add_page(index, shelf)
-    watch.add_page(index, view.alerts)
+    port = choose_port(host, view.port)
+    index = RunIndex([Path(root) for root in roots])
+    site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts)
+    images.add_route(site.shelf)
+    for page in (runs, run, curves, collection, try_image, review, watch):
+        page.add_page(site)
+    MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
     app.add_middleware(Guard, token=token)
     shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
     how = "" if token is None else "?token=, followed by the token,"

@@ -26,9 +26,11 @@ from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import category_name
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.parts import filtered_table, page, run_name
+from viewer.parts import filtered_table, run_name
+from viewer.site import Site
 
-_TILE_PX, _LINE_PX = 158, 176  # the least width and the height of a tile, with its gap
+_TILE_PX = 158  # the least width of a tile, with its gap
+_LINE_PX = 176  # its height
 _HIGHEST_PX = 16_000_000  # of an element in every browser; beyond it a pixel of the scroll bar is several
 _COUNTED = 500  # values in the table
 _STYLE = """
@@ -57,7 +59,9 @@ class Tiles:
     def __init__(
         self, tile: Callable[[int], dict[str, Any]], choose: Callable[[int], Any], height: str = "72vh"
     ) -> None:
-        self._tile, self._rows, self._seen = tile, np.empty(0, np.int64), (0.0, 700.0, 600.0)
+        self._tile = tile
+        self._rows = np.empty(0, np.int64)
+        self._seen = (0.0, 700.0, 600.0)
         self._area = ui.scroll_area(on_scroll=self._scroll).style(f"height: {height}").props("tabindex=0")
         with self._area, ui.element("div").classes("w-full") as self._space:
             self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: choose(event.args))
@@ -66,7 +70,8 @@ class Tiles:
 
     def show(self, rows: np.ndarray) -> None:
         """Show other rows, from the first one on."""
-        self._rows, self._seen = rows, (0.0, *self._seen[1:])
+        self._rows = rows
+        self._seen = (0.0, *self._seen[1:])
         self._area.scroll_to(pixels=0)
         self._draw()
 
@@ -96,12 +101,11 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
         if value is not None and column not in TAG_LISTS:
             facts[column] = str(value)
     try:
-        content, limit = shelf.read(name, collection, row), shelf.config(name).max_pixels
-        with open_image(content, facts["path"], limit) as image:
-            exif = {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
-            found = {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}", **exif}
+        content = shelf.read(name, collection, row)
+        with open_image(content, facts["path"], shelf.config(name).max_pixels) as image:
+            facts |= {"format": image.format, "pixels": f"{image.width} x {image.height}, {image.mode}"}
+            facts |= {ExifTags.TAGS.get(key, str(key)): str(value)[:200] for key, value in image.getexif().items()}
             convert(load_upright(image), 3, None)  # whether it can be decoded
-            facts |= found
     except UnreadableImage as error:
         facts["unreadable"] = error.reason
     return facts
@@ -109,16 +113,16 @@ def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) ->
 
 def value_rows(search: Search, rows: np.ndarray, column: str) -> list[dict[str, Any]]:
     """Return the rows of the table of values: images, share, and how many times as frequent as in all images."""
-    usual, here = search.count(np.arange(len(search.collection)), column), search.count(rows, column)
+    every = np.arange(len(search.collection))
+    usual = search.count(every, column)
     sign = "" if column == "tags" else f"{column}="
-    return [
-        {
-            "term": sign + quote_value(value), "shown": escape_controls(value),
-            "images": images, "share": f"{images / len(rows):.1%}",
-            "lift": round(images / len(rows) * len(search.collection) / usual[value], 2),
-        }
-        for value, images in itertools.islice(here.items(), _COUNTED)
-    ]  # fmt: skip
+    found = []
+    for value, images in itertools.islice(search.count(rows, column).items(), _COUNTED):
+        share = images / len(rows)
+        lift = round(share * len(every) / usual[value], 2)
+        shown = {"term": sign + quote_value(value), "shown": escape_controls(value)}
+        found.append({**shown, "images": images, "share": f"{share:.1%}", "lift": lift})
+    return found
 
 
 def show_folder(root: str) -> str:
@@ -128,7 +132,8 @@ def show_folder(root: str) -> str:
 
 def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
     """Yield names of collections, their folders', their roots with what tells them from others there, and runs."""
-    runs, configs = shelf.of_runs(), dict(shelf.configs)
+    runs = shelf.of_runs()
+    configs = dict(shelf.configs)
     for name, config in configs.items():
         same = [other.index_settings() for other in configs.values() if other.root == config.root]
         own = [f"{key}={each}" for key, each in config.index_settings().items() if any(it[key] != each for it in same)]
@@ -136,12 +141,13 @@ def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
         yield name, show_folder(config.root), escape_controls("  ".join([config.root, *own])), trained
 
 
-def add_page(shelf: Shelf) -> None:
+def add_page(site: Site) -> None:
     """Add the page of a collection, and the list of all."""
+    shelf = site.shelf
 
     @ui.page("/collection")
     async def show_all() -> None:
-        with page("Collections"):
+        with site.page("Collections"):
             ui.add_css(_STYLE)
             rows = await background.io_bound(lambda: list(list_collections(shelf)))
             for name, title, about, runs in rows:
@@ -158,7 +164,7 @@ def add_page(shelf: Shelf) -> None:
     @ui.page("/collection/{name}")
     async def show(name: str, find: str = "") -> None:
         root = shelf.config(name).root
-        with page(show_folder(root)):
+        with site.page(show_folder(root)):
             ui.add_css(_STYLE)
             ui.label(escape_controls(root)).classes("mono muted")
             wait = ui.spinner(size="lg")
@@ -176,8 +182,12 @@ class _Browser:
     """The page of a collection: its images that some terms find, and what is counted in them."""
 
     def __init__(self, shelf: Shelf, name: str, search: Search) -> None:
-        self._shelf, self._name, self._search, self._collection = shelf, name, search, search.collection
-        self._found, self._lock = np.empty(0, np.int64), Lock()
+        self._shelf = shelf
+        self._name = name
+        self._search = search
+        self._collection = search.collection
+        self._found = np.empty(0, np.int64)
+        self._lock = Lock()
 
     async def build(self, text: str) -> None:
         """Build the page for some terms."""
@@ -187,7 +197,8 @@ class _Browser:
             self._terms.on("keydown.enter", self._find)
             ui.button("Find", on_click=self._find).props("no-caps unelevated")
         with ui.row().classes("items-center").style("gap: 4px"):
-            self._said, rest = ui.label(), {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
+            self._said = ui.label()
+            rest = {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
             for term in (name + rest[name] for name in rest if name in self._search.columns):
                 ui.button(term, on_click=functools.partial(self._add, term)).props("flat dense no-caps")
         names = ["tags", "label", "split", "rating"]
@@ -201,8 +212,10 @@ class _Browser:
         await self._find()
 
     def _tile(self, row: int) -> dict[str, Any]:
-        view, src = self._collection.row(row), image_address(self._name, self._collection, row)
-        path, text = escape_controls(view.path), escape_controls(view.label or view.path.rpartition("/")[2])
+        view = self._collection.row(row)
+        src = image_address(self._name, self._collection, row)
+        path = escape_controls(view.path)
+        text = escape_controls(view.label or view.path.rpartition("/")[2])
         return {"row": row, "src": src, "path": path, "text": text}
 
     async def _add(self, term: str) -> None:

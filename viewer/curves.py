@@ -12,10 +12,12 @@ from nicegui import ui
 from utils.io.safe_text import escape_controls
 from utils.record.curves import Curves, smooth, thin
 from utils.record.figures import GROUPS, group_of, list_curves, title_curve
-from utils.record.run_index import RunIndex, find_runs
-from viewer.parts import COLOURS, GREY, REFRESH_SEC, page, run_name
+from utils.record.run_index import find_runs
+from viewer.parts import COLOURS, GREY, REFRESH_SEC, run_name
+from viewer.site import Site
 
 _POINTS = 2_000  # of a curve
+_MARKED = 40  # points, at most, of a curve whose points are marked
 
 
 def chart_options(
@@ -38,10 +40,7 @@ def chart_options(
             is_alone = len(curves) == 1
             colour = COLOURS[(kind == "evaluate") if is_alone else number % len(COLOURS)]
             style = {"width": 2, "type": "solid" if is_alone or kind == "train" else "dashed"}
-            lines.append({
-                "name": prefix + words, "type": "line", "data": points, "color": colour, "lineStyle": style,
-                "showSymbol": len(points) <= 40, "symbolSize": 5, "animation": False,
-            })  # fmt: skip
+            lines.append(draw_line(prefix + words, colour, points) | {"lineStyle": style})
     x_axis = {"min": "dataMin", "max": "dataMax"} | ({"name": "minutes of training"} if by_time else {})
     return plot(lines, x_axis, logarithmic=logarithmic) if lines else None
 
@@ -51,20 +50,27 @@ def to_points(across: np.ndarray, values: np.ndarray) -> list[list[float | None]
     return [[x, y if y == y else None] for x, y in zip(across.tolist(), values.tolist())]
 
 
+def draw_line(name: str, colour: str, points: list[list[float | None]]) -> dict[str, Any]:
+    """Return the ECharts options of a line; few points are marked."""
+    look = {"showSymbol": len(points) <= _MARKED, "symbolSize": 6, "animation": False}
+    return {"type": "line", "name": name, "color": colour, "data": points, **look}
+
+
 def plot(lines: list[dict[str, Any]], x_axis: dict[str, Any], *, logarithmic: bool = False) -> dict[str, Any]:
     """Return the ECharts options of lines."""
-    text, faint = {"color": GREY}, {"lineStyle": {"color": GREY, "opacity": 0.25}}
-    named = {"nameLocation": "middle", "nameGap": 24, "nameTextStyle": text}
+    text = {"color": GREY}
+    faint = {"lineStyle": {"color": GREY, "opacity": 0.25}}
+    x_usual = {"type": "value", "axisLabel": text, "splitLine": {"show": False}, "nameLocation": "middle"}
+    x_axis = {**x_usual, "nameGap": 24, "nameTextStyle": text, **x_axis}
+    y_axis = {"type": "log" if logarithmic else "value", "scale": True, "axisLabel": text, "splitLine": faint}
     return {
         "grid": {"left": 56, "right": 16, "top": 36, "bottom": 40 if "name" in x_axis else 28},
         "legend": {"top": 4, "right": 8, "textStyle": text, "itemHeight": 8, "type": "scroll"},
         "tooltip": {"trigger": "axis", "confine": True, "renderMode": "richText", "order": "valueDesc"},
-        "xAxis": {"type": "value", "axisLabel": text, "splitLine": {"show": False}, **named, **x_axis},
-        "yAxis": {
-            "type": "log" if logarithmic else "value", "scale": True, "axisLabel": text, "splitLine": faint,
-        },
+        "xAxis": x_axis,
+        "yAxis": y_axis,
         "series": lines,
-    }  # fmt: skip
+    }
 
 
 def list_figures(curves: dict[str, Curves]) -> list[str]:
@@ -76,11 +82,14 @@ def list_figures(curves: dict[str, Curves]) -> list[str]:
 
 async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> None:
     """Show a chart of each figure, and draw them anew as the runs go on. read: the figures of runs, by name."""
-    charts, titles, drawn = dict[str, ui.echart](), set(), []
+    charts = dict[str, ui.echart]()
+    titles = set[int]()
+    drawn = []
     with ui.row().classes("items-center w-full"):
         smoothing = ui.slider(min=0, max=0.99, step=0.01, value=0.6).props("label aria-label=smoothing").classes("w-40")
         ui.label("smoothing").classes("muted")
-        logarithmic, by_time = ui.switch("logarithmic"), ui.switch("by time")
+        logarithmic = ui.switch("logarithmic")
+        by_time = ui.switch("by time")
         empty = ui.label(nothing).classes("muted")
     grid = ui.element("div").classes("w-full charts")
 
@@ -125,8 +134,10 @@ def redraw(chart: ui.echart, options: dict[str, Any]) -> None:
         chart.update()
 
 
-def add_page(index: RunIndex) -> None:
+def add_page(site: Site) -> None:
     """Add the page that compares runs: those that are named, and all in a folder of runs, such as a sweep."""
+
+    index = site.index
 
     @ui.page("/compare")
     async def show(run: Annotated[list[str], Query()] = ()) -> None:
@@ -137,7 +148,7 @@ def add_page(index: RunIndex) -> None:
             raise HTTPException(404, "no such run")
         shared = os.path.commonpath([os.path.dirname(name) for name in named] or ["."])
         paths = {escape_controls(os.path.relpath(name, shared)): path for name, path in named.items()}
-        with page("Compare runs"):
+        with site.page("Compare runs"):
             await show_curves(
                 lambda: {name: index.curves(path) for name, path in paths.items()},
                 "No figures: mark runs in the table of runs and choose Compare.",

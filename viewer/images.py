@@ -33,7 +33,9 @@ from utils.record.run_reader import RunReader
 
 log = get_logger(__name__)
 
-_LIMIT_BYTES, _LARGEST_PX, _QUALITY = 2**30, 2048, 92  # all thumbnails on disk; the side and the JPEG quality of each
+_LIMIT_BYTES = 2**30  # of all thumbnails on disk
+_LARGEST_PX = 2048  # the side of one
+_QUALITY = 92  # of its JPEG
 # Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
 _UNREADABLE = (
     '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><text x="48" y="52" text-anchor="middle" '
@@ -48,7 +50,9 @@ class Shelf:
     """
 
     def __init__(self, runs: RunIndex, data: DataConfig | None) -> None:
-        self.runs, self._lock, self.configs = runs, Lock(), dict[str, DataConfig]()
+        self.runs = runs
+        self._lock = Lock()
+        self.configs = dict[str, DataConfig]()
         self._open = dict[tuple[str, bool], Collection]()  # by name, and whether it is corrected
         self._shown = dict[tuple[str, str], Collection]()  # by name and fingerprint
         if data is not None:
@@ -100,7 +104,8 @@ class Shelf:
 
     def read(self, name: str, collection: Collection, row: int) -> bytes:
         """Return the bytes of an image's file. Raises UnreadableImage, also for links out of the collection."""
-        contents, config = open_contents(collection), self.config(name)
+        contents = open_contents(collection)
+        config = self.config(name)
         if (file := contents.file_of(row)) is not None:
             roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
             if not any(is_inside(Path(file.path), Path(root).resolve()) for root in roots):
@@ -138,12 +143,14 @@ def add_route(shelf: Shelf) -> None:
     def image(
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
-        headers, content = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}, None
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}
+        content = None
         try:
             collection = shelf.find(name, fingerprint)
             if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
                 raise HTTPException(404, "no such image; the collection may have changed: load the page again")
-            limit, contents = shelf.config(name).max_pixels, open_contents(collection)
+            limit = shelf.config(name).max_pixels
+            contents = open_contents(collection)
             key = image_key(contents, row, f"jpeg {px} {limit}")
             if key is None or (content := thumbnails().get(key)) is None:
                 content = reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)

@@ -1,10 +1,9 @@
-"""What all pages share: the frame, colours, and how values are shown."""
+"""Parts of several pages: colours, tables with a choice, and how values are shown."""
 
 import shlex
 import time
 from asyncio import Lock
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
 
 from fastapi import HTTPException
@@ -15,47 +14,10 @@ from utils.record.run_index import RunIndex, is_run
 from utils.record.run_reader import STATES
 
 REFRESH_SEC = 2.0
-ACCENT, GREY = "#1c6dd0", "#868e96"
+ACCENT = "#1c6dd0"
+GREY = "#868e96"
 COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e67700", "#495057")
 STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", "warning", "positive")))
-PAGES = {"/collection": "Collections", "/try": "Try", "/watch": "Watch"}  # the last one's text has the number of alerts
-_STYLE = """
-body { font-size: 15px; font-variant-numeric: tabular-nums }
-.nicegui-content { padding: 16px; max-width: 1600px; margin: 0 auto; width: 100% }
-.muted { opacity: .7 } .mono { font-family: ui-monospace, monospace; font-size: 13px }
-.charts { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)) }
-.chart { height: 240px; width: 100% }
-.tiles { display: grid; gap: 16px; grid-template-columns: repeat(auto-fill, minmax(140px, 1fr)); font-size: 13px }
-.level-1 { color: #e67700 } .level-2 { color: #e03131 }
-.from-1 .level-0, .from-2 .level-0, .from-2 .level-1 { display: none }
-.q-table td, .q-table th { font-size: 14px } .q-table th { white-space: nowrap } .q-table tbody tr { cursor: pointer }
-summary { display: list-item; font-weight: 500 }
-.bar { padding: 1px 6px; border-radius: 3px; background:
-  linear-gradient(to right, transparent calc(var(--least) - 1px), currentColor 0, transparent calc(var(--least) + 1px)),
-  linear-gradient(to right, rgba(28, 109, 208, .3) var(--prob), rgba(134, 142, 150, .1) 0) }
-.q-uploader__subtitle { display: none }
-.alike .q-img { aspect-ratio: 1 }
-.alike { display: grid; gap: 8px; grid-template-columns: repeat(auto-fill, minmax(120px, 1fr)) }
-.seen { width: 256px; max-width: 100%; image-rendering: pixelated }
-:focus-visible { outline: 2px solid #1c6dd0; outline-offset: 2px }
-"""
-
-
-@contextmanager
-def page(title: str) -> Iterator[None]:
-    """Frame a page: its header with the way back, and light or dark as the system has it."""
-    ui.colors(primary=ACCENT)
-    ui.add_css(_STYLE)
-    ui.page_title(f"{title} - Atelier")
-    dark = ui.dark_mode(None)
-    with ui.header().classes("items-center no-wrap gap-3 q-px-md q-py-sm").style("background: #212529"):
-        ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
-        for address in PAGES:
-            ui.link("", address).bind_text_from(PAGES, address).classes("text-white no-underline text-no-wrap")
-        ui.label(title).classes("text-white ellipsis col text-right").style("opacity: .8")
-        button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value)).props("flat round dense")
-        button.props("color=white aria-label='light or dark'").tooltip("light or dark")
-    yield
 
 
 def show_command(title: str, words: Sequence[str]) -> None:

@@ -13,11 +13,17 @@ from nicegui import ui
 from utils.io.safe_text import escape_controls
 from utils.record import tables
 from utils.record.figures import show_name
-from viewer.curves import plot, redraw, to_points
+from viewer.curves import draw_line, plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
 from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, show_command
 
-_CLASSES, _IMAGES, _TAGS = 40, 48, 4  # in a matrix; shown at once; under an image
+_CLASSES = 40  # in a matrix
+_IMAGES = 48  # shown at once
+_TAGS = 4  # under an image
+_MATRIX = {
+    "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
+    "tooltip": {"confine": True, "renderMode": "richText"},
+}
 
 
 async def show_tables(path: Path) -> None:
@@ -30,12 +36,14 @@ async def show_tables(path: Path) -> None:
     async def fill(table: ui.table, name: str) -> None:
         names, rows = await background.io_bound(tables.read_table, files[name])
         cells = [[tables.to_cell(cell) for cell in row] for row in rows]
+        numbers = [str(number) for number in range(len(names))]
+        sides = ["left" if isinstance(cell, str) else "right" for cell in [*cells, names][0]]
+        titles = [escape_controls(show_name(name)) for name in names]
         table.columns = [
-            {"name": str(number), "label": escape_controls(show_name(name)), "field": str(number), "sortable": True,
-             "align": "left" if isinstance(cell, str) else "right"}
-            for number, (name, cell) in enumerate(zip(names, [*cells, names][0]))
-        ]  # fmt: skip
-        table.rows = [{"id": number, **dict(zip(map(str, range(len(row))), row))} for number, row in enumerate(cells)]
+            {"name": number, "label": title, "field": number, "align": side, "sortable": True}
+            for number, title, side in zip(numbers, titles, sides)
+        ]
+        table.rows = [{"id": place, **dict(zip(numbers, row))} for place, row in enumerate(cells)]
 
     await filtered_table([*files], "table", "id", fill)
 
@@ -74,19 +82,21 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[d
     text += f"{correct[row]:,.0f} of {predicted[row]:,.0f} decisions are correct"
 
     def line(name: str, colour: str, across: np.ndarray, values: np.ndarray) -> dict[str, Any]:
-        return {"type": "line", "name": name, "color": colour, "data": to_points(across, values),
-                "showSymbol": len(across) < 11, "symbolSize": 8, "animation": False}  # fmt: skip
+        return draw_line(name, colour, to_points(across, values))
 
-    ends, here = np.array([0.0, 1.0]), slice(row, row + 1)
+    ends = np.array([0.0, 1.0])
+    here = slice(row, row + 1)
     precision = np.where(predicted > 0, precision, np.nan)
     rates = zip(("precision", "recall", "F1"), COLOURS, (precision, recall, f1))
+    by_threshold = [line(name, colour, thresholds, rate) for name, colour, rate in rates]
+    by_threshold.append(line("chosen", GREY, np.full(2, threshold), ends))
+    chosen = line("chosen", COLOURS[1], recall[here], precision[here])
+    reliability = line("share correct", ACCENT, *tables.reliability(decisions))
     charts = {
-        "threshold": [*(line(name, colour, thresholds, rate) for name, colour, rate in rates),
-                      line("chosen", GREY, np.full(2, threshold), ends)],
-        "recall": [line("precision", ACCENT, recall, precision),
-                   line("chosen", COLOURS[1], recall[here], precision[here])],
-        "probability": [line("share correct", ACCENT, *tables.reliability(decisions)), line("ideal", GREY, ends, ends)],
-    }  # fmt: skip
+        "threshold": by_threshold,
+        "recall": [line("precision", ACCENT, recall, precision), chosen],
+        "probability": [reliability, line("ideal", GREY, ends, ends)],
+    }
     return text, [plot(lines, {"name": name, "min": 0, "max": 1}) for name, lines in charts.items()]
 
 
@@ -124,12 +134,11 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any
     cells = [[at.get(row["predicted"]), at.get(row["true"]), round(100 * float(row["share"]), 1)] for row in rows]
     text = {"color": GREY, "width": 110, "overflow": "truncate"}
     axis = {"type": "category", "data": [*map(escape_controls, names)]}
-    return {
-        "grid": {"left": 8, "right": 16, "top": 8, "bottom": 8, "containLabel": True},
-        "tooltip": {"confine": True, "renderMode": "richText"},
+    look = {"show": False, "inRange": {"color": [ACCENT], "opacity": [0.2, 1]}}
+    return _MATRIX | {
         "xAxis": {**axis, "axisLabel": {**text, "rotate": 90}},
         "yAxis": {**axis, "inverse": True, "axisLabel": {**text, "interval": 0}},
-        "visualMap": {"min": 0, "max": 100, "show": False, "inRange": {"color": [ACCENT], "opacity": [0.2, 1]}},
+        "visualMap": {"min": 0, "max": 100, **look},
         "series": [{"type": "heatmap", "data": [cell for cell in cells if None not in cell], "animation": False}],
     }
 

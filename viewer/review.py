@@ -18,10 +18,10 @@ from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_tag, write_tag
 from utils.formats.vocabulary import RATINGS
 from utils.io.safe_text import escape_controls
-from utils.record.run_index import RunIndex
 from utils.record.tables import find_differences, images_root
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import REFRESH_SEC, find_run, page
+from viewer.parts import REFRESH_SEC, find_run
+from viewer.site import Site
 
 _desk_of = functools.cache(Desk)  # no reload of a tab loses what could not be saved
 _MOST = 10_000  # differences
@@ -219,18 +219,18 @@ def open_review(shelf: Shelf, run: Path) -> tuple[Review, Callable[[int, int], s
     return review, lambda number, px: image_address(name, collection, asked[number][1], px), desk
 
 
-def add_page(index: RunIndex, shelf: Shelf) -> None:
+def add_page(site: Site) -> None:
     """Add the page."""
 
     @ui.page("/review")
     async def show(run: str = "") -> None:
-        path = find_run(index, run)
-        with page(f"Review {escape_controls(path.name)}"):
+        path = find_run(site.index, run)
+        with site.page(f"Review {escape_controls(path.name)}"):
             ui.add_css(_STYLE)
             note = ui.label("Looking for images where network and label differ").style("overflow-wrap: anywhere")
             await ui.context.client.connected()
             try:
-                review, address, desk = await background.io_bound(open_review, shelf, path)
+                review, address, desk = await background.io_bound(open_review, site.shelf, path)
             except (OSError, ValueError) as error:
                 note.text = escape_controls(str(error))
                 return

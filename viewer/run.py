@@ -3,6 +3,7 @@
 import html
 import re
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from urllib.parse import quote
 
@@ -18,19 +19,22 @@ from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.images import Shelf
-from viewer.parts import REFRESH_SEC, filtered_table, find_run, page, run_name, show_command
+from viewer.parts import REFRESH_SEC, filtered_table, find_run, run_name, show_command
 from viewer.results import show_mistakes, show_tables, show_thresholds
+from viewer.site import Site
 
-_LOG_LINES, _LOG_BYTES = 2_000, 200_000
+_LOG_LINES = 2_000
+_LOG_BYTES = 200_000
 _LEVELS = {0: "all", 1: "warnings and errors", 2: "errors"}
 _LEVEL = re.compile(r"\d{4}-\d\d-\d\d \S+ ([A-Z]+) ")
-_PICTURES, _SEEN = {".png", ".jpg", ".webp"}, "plots/samples_seen.png"
+_PICTURES = {".png", ".jpg", ".webp"}
+_SEEN = "plots/samples_seen.png"
 _NOTHING = "No figures yet: the first are written at the first log step."
 
 
-def add_page(index: RunIndex, shelf: Shelf) -> None:
+def add_page(site: Site) -> None:
     """Add the page of a run, and the route of its pictures."""
+    index = site.index
 
     @app.get("/picture/{name:path}")
     def picture(name: str, file: str) -> FileResponse:
@@ -43,16 +47,19 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
     @ui.page("/run/{name:path}")
     async def show(name: str) -> None:
         path = find_run(index, name)
+        curves = partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING)
         tabs = {
-            "Curves": lambda: show_curves(lambda: {"": index.curves(path)}, _NOTHING),
-            "Pictures": lambda: _show_pictures(name, path),
-            "Tables": lambda: show_tables(path),
-            "Thresholds": lambda: show_thresholds(path),
-            "Mistakes": lambda: show_mistakes(name, path, shelf),
-            "Settings": lambda: _show_settings(index, path),
-            "Files": lambda: _show_files(path),
-            "Log": lambda: _show_log(path),
-            "Commands": lambda: _show_commands(path),
+            "Curves": curves,
+            "Pictures": partial(_show_pictures, name, path),
+            "Tables": partial(show_tables, path),
+            "Thresholds": partial(show_thresholds, path),
+            "Mistakes": partial(show_mistakes, name, path, site.shelf),
+        }
+        tabs |= {
+            "Settings": partial(_show_settings, index, path),
+            "Files": partial(_show_files, path),
+            "Log": partial(_show_log, path),
+            "Commands": partial(_show_commands, path),
         }
         panels = {}
 
@@ -67,7 +74,7 @@ def add_page(index: RunIndex, shelf: Shelf) -> None:
                         ui.label(escape_controls(f"A file of the run cannot be read: {error}"))
                     waits.delete()
 
-        with page(escape_controls(path.name)):
+        with site.page(escape_controls(path.name)):
             with ui.tabs().props("align=left dense no-caps outside-arrows mobile-arrows").classes("w-full") as bar:
                 for title in tabs:
                     ui.tab(title)
@@ -133,7 +140,8 @@ def _read_settings(path: Path) -> dict[str, str]:
 
 
 async def _show_settings(index: RunIndex, path: Path) -> None:
-    settings, alone = await background.io_bound(_read_settings, path), "compare with"
+    settings = await background.io_bound(_read_settings, path)
+    alone = "compare with"
     others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
 
     async def fill(table: ui.table, name: str) -> None:
@@ -168,7 +176,8 @@ async def _show_files(path: Path) -> None:
 
 async def _show_log(path: Path) -> None:
     least = ui.toggle(_LEVELS, value=0).props("no-caps unelevated dense padding='2px 12px'")
-    log, read = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh"), LogReader(path / "log.txt")
+    log = ui.log(max_lines=_LOG_LINES).classes("w-full mono").style("height: 70vh")
+    read = LogReader(path / "log.txt")
 
     def follow() -> None:
         for level, line in read.new_lines():
@@ -183,7 +192,9 @@ class LogReader:
     """The lines of a log with their levels (keys of _LEVELS), read as it grows."""
 
     def __init__(self, path: Path) -> None:
-        self._path, self._end, self._level = path, 0, 0
+        self._path = path
+        self._end = 0
+        self._level = 0
 
     def new_lines(self) -> list[tuple[int, str]]:
         """Return the lines since the last call; at first, the last _LOG_LINES. A log that is gone has none."""

@@ -16,7 +16,8 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, ago, page, run_name
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, ago, run_name
+from viewer.site import Site
 
 _SPARK_PX = (96, 24)
 _NAMES = {
@@ -56,28 +57,25 @@ _SLOTS = {
 
 def make_row(index: RunIndex, state: RunState) -> dict[str, Any]:
     """Return a run's row of the table."""
-    name, total = run_name(index, state.path), state.total
+    name = run_name(index, state.path)
     shown = "" if state.best is None else f"{show_name(state.metric)} {show_cell(round(state.best, 4))}"
-    return {
-        "name": name,
-        "path": str(state.path),
-        "run": state.path.name if name.endswith("/.") else name.partition("/")[2],
-        "link": f"/run/{quote(name)}",
-        "state": state.state,
-        "colour": STATE_COLOURS[state.state],
-        "task": state.task,
-        "model": state.model,
-        "share": state.step / total if total else int(state.state == "finished"),
-        "steps": f"{state.step:,}"
-        + (f" of {total:,}" if total else "")
-        + (f", {show_duration(state.left_sec)} left" if state.left_sec else ""),
-        "best": state.best,
-        "shown": shown,
-        "spark": spark_points(state.spark),
-        "changed": state.changed,
-        "ago": ago(state.changed),
-        "jobs": [name],
-    }
+    row = {key: getattr(state, key) for key in ("state", "task", "model", "best", "changed")}
+    row |= {"name": name, "path": str(state.path), "link": f"/run/{quote(name)}", "jobs": [name]}
+    row["run"] = state.path.name if name.endswith("/.") else name.partition("/")[2]
+    row |= {"colour": STATE_COLOURS[state.state], "shown": shown, "spark": spark_points(state.spark)}
+    return row | _progress_of(state) | {"ago": ago(state.changed)}
+
+
+def _progress_of(state: RunState) -> dict[str, Any]:
+    """Return the share of a run's steps, and them as text."""
+    share = int(state.state == "finished")
+    steps = f"{state.step:,}"
+    if state.total:
+        share = state.step / state.total
+        steps += f" of {state.total:,}"
+    if state.left_sec:
+        steps += f", {show_duration(state.left_sec)} left"
+    return {"share": share, "steps": steps}
 
 
 def make_rows(index: RunIndex, states: list[RunState], **marked: Collection[str]) -> list[dict[str, Any]]:
@@ -94,7 +92,8 @@ def _fold(index: RunIndex, path: Path, states: list[RunState]) -> dict[str, Any]
     sign = 1 if any(state.job.result["is_lowest_best"] for state in states if state.job.result) else -1
     ranked = sorted(states, key=lambda state: math.inf if state.best is None else sign * state.best)
     jobs = [{**make_row(index, state), "run": escape_controls(state.path.name)} for state in ranked]
-    state, share = min((job["state"] for job in jobs), key=STATES.index), mean(job["share"] for job in jobs)
+    state = min((job["state"] for job in jobs), key=STATES.index)
+    share = mean(job["share"] for job in jobs)
     steps = f"{sum(job['state'] == 'finished' for job in jobs)} of {len(jobs)} runs"
     ranking = safe_lines(sweep_table([state.job for state in states]))
     first = make_row(index, replace(ranked[0], path=path, state=state, changed=max(each.changed for each in states)))
@@ -106,18 +105,18 @@ def spark_points(values: tuple[float, ...]) -> str:
     if len(values) < 2:
         return ""
     width, height = _SPARK_PX
-    low, high = min(values), max(values)
-    scale = (height - 4) / (high - low or 1.0)
+    high = max(values)
+    scale = (height - 4) / (high - min(values) or 1.0)
     step = width / (len(values) - 1)
     return " ".join(f"{number * step:.1f},{2 + (high - value) * scale:.1f}" for number, value in enumerate(values))
 
 
-def add_page(index: RunIndex) -> None:
+def add_page(site: Site) -> None:
     """Add the page of all runs."""
 
     @ui.page("/")
     async def show() -> None:
-        with page("Runs"):
+        with site.page("Runs"):
             with ui.row().classes("items-center no-wrap w-full"):
                 find = ui.input(placeholder="filter by name, task, model or state").props("clearable dense outlined")
                 find.classes("col").props("aria-label='filter'")
@@ -136,15 +135,16 @@ def add_page(index: RunIndex) -> None:
                 "<div class='q-pa-md'>No run yet. <span class='mono'>make demo</span> makes some, "
                 "<span class='mono'>python view.py runs=FOLDER</span> shows others.</div>",
             )
-            ui.label(", ".join(map(str, index.roots))).classes("muted mono")
+            ui.label(", ".join(map(str, site.index.roots))).classes("muted mono")
             find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
             async def refresh() -> None:
                 marked = {name: app.storage.general.get(name, []) for name in ("pinned", "unfolded")}
-                rows = make_rows(index, await background.io_bound(index.states), **marked)
+                rows = make_rows(site.index, await background.io_bound(site.index.states), **marked)
                 if rows != table.rows or table.props.get("loading"):
                     names = {row["name"] for row in table.selected}
-                    table.rows, table.selected = rows, [row for row in rows if row["name"] in names]
+                    table.rows = rows
+                    table.selected = [row for row in rows if row["name"] in names]
                     table.props(remove="loading")
 
             async def toggle(name: str, path: str) -> None:

@@ -18,10 +18,12 @@ from utils.record.curves import Curves
 from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex
 from viewer.config import AlertsConfig
-from viewer.parts import PAGES, REFRESH_SEC, page, run_name
+from viewer.parts import REFRESH_SEC, run_name
+from viewer.site import Site
 
 log = get_logger(__name__)
-_CHECK_SEC, _TELL_SEC = 10.0, 10.0  # between two checks; for the command, and for the webhook
+_CHECK_SEC = 10.0  # between two checks
+_TELL_SEC = 10.0  # for the command, and for the webhook
 _RECENT = 3  # rows of training, whose median speed is compared with the median before
 _GPUS = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
 _SLOT = """<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>
@@ -52,8 +54,11 @@ class Watch:
     """raised: the alerts of now, with their runs. failures: of the command and the webhook at the last alert."""
 
     def __init__(self, index: RunIndex, limits: AlertsConfig) -> None:
-        self._index, self._limits, self._started = index, limits, time.time()
-        self.raised, self.failures = set[tuple[Path, str]](), dict[str, str]()
+        self._index = index
+        self._limits = limits
+        self._started = time.time()
+        self.raised = set[tuple[Path, str]]()
+        self.failures = dict[str, str]()
 
     def check(self) -> None:
         """Look at all runs, and tell what is newly wrong. Runs that had ended before this start are no news."""
@@ -64,24 +69,28 @@ class Watch:
                 found |= {(run.path, alert) for alert, is_wrong in RULES.items() if is_wrong(run, curves, self._limits)}
             elif run.state in ("failed", "dead") and run.told > self._started:
                 found.add((run.path, "ended without finishing"))
-        new, self.raised = found - self.raised, found
-        PAGES["/watch"] = f"Watch ⚠ {len(found)}" if found else "Watch"
+        new = found - self.raised
+        self.raised = found
         for path, alert in sorted(new):
             self._tell(hide_secrets(escape_controls(f"{path.parent.name}/{path.name}: {alert}")))
 
     def _tell(self, text: str) -> None:
-        command, webhook, body = self._limits.command, self._limits.webhook, {"text": text}
         log.warning("%s", text)
-        for key, tell in {
-            "command": lambda: command and subprocess.run(command, input=text.encode(), timeout=_TELL_SEC, check=True),
-            "webhook": lambda: webhook and httpx.post(webhook, json=body, timeout=_TELL_SEC).raise_for_status(),
-        }.items():
+        for key, tell in (("command", self._run_command), ("webhook", self._post)):
             self.failures.pop(key, None)
             try:
-                tell()
+                tell(text)
             except Exception as error:  # a program and a server of the user's may do anything
                 self.failures[key] = safe_lines(f"view.alerts.{key}: {error}")
                 log.warning("%s", self.failures[key])
+
+    def _run_command(self, text: str) -> None:
+        if self._limits.command:
+            subprocess.run(self._limits.command, input=text.encode(), timeout=_TELL_SEC, check=True)
+
+    def _post(self, text: str) -> None:
+        if self._limits.webhook:
+            httpx.post(self._limits.webhook, json={"text": text}, timeout=_TELL_SEC).raise_for_status()
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
@@ -94,7 +103,8 @@ class Watch:
         for name, busy, text in (line.split(", ", 2) for line in gpus.splitlines()):
             share = re.match(r"\d+", busy)  # [N/A] on a part of a GPU
             found.append((f"GPU {name}", f"{busy} busy, memory {text}", int(share[0]) / 100 if share else 0.0, ""))
-        busy, roots = psutil.cpu_percent(), [root for root in self._index.roots if root.is_dir()]
+        busy = psutil.cpu_percent()
+        roots = [root for root in self._index.roots if root.is_dir()]
         disks = {f"disk of {root}": psutil.disk_usage(str(root)) for root in roots}
         found.append(("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100, ""))
         for name, part in {"memory": psutil.virtual_memory(), **disks}.items():
@@ -104,14 +114,19 @@ class Watch:
         return [dict(zip(keys, (number, escape_controls(row[0]), *row[1:]))) for number, row in enumerate(found)]
 
 
-def add_page(index: RunIndex, limits: AlertsConfig) -> None:
+def add_page(site: Site) -> None:
     """Add the page. The runs are watched as long as the server runs, also while no page is open."""
-    watch = Watch(index, limits)
-    app.timer(_CHECK_SEC, lambda: background.io_bound(watch.check))
+    watch = Watch(site.index, site.limits)
+
+    async def check() -> None:
+        await background.io_bound(watch.check)
+        site.alerts = len(watch.raised)
+
+    app.timer(_CHECK_SEC, check)
 
     @ui.page("/watch")
     async def show() -> None:
-        with page("Watch"):
+        with site.page("Watch"):
             said = ui.label().style("white-space: pre-wrap")
             table = ui.table(columns=[{"name": "row", "align": "left"}], rows=[]).classes("w-full")
             table.props("flat bordered wrap-cells hide-header").add_slot("body-cell-row", _SLOT)

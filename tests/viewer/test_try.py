@@ -29,7 +29,8 @@ from utils.io.weights import hash_tensors, write_weights
 from utils.record.run_index import RunIndex
 from viewer.app import Guard
 from viewer.images import Shelf, image_address
-from viewer.playground import MAX_BYTES, Networks
+from viewer.networks import Networks
+from viewer.try_image import MAX_BYTES
 
 CPU = torch.device("cpu")
 VOCABULARY = Vocabulary(

@@ -1,0 +1,192 @@
+"""Networks below the folders of view.py, asked about an image as predict.py does."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from pathlib import Path
+from threading import RLock
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data.config import TextConfig
+from data.images.bytes import image_key, open_contents
+from data.images.open import open_image
+from data.stream.source import UnreadableImage
+from data.tags.rules import read_text_rules
+from data.tools import predictions
+from utils.errors import UserError, about
+from utils.formats.spelling import join_tags
+from utils.formats.thresholds import MCUT, thresholds_path
+from utils.formats.vocabulary import FILE, category_name
+from utils.io.files import ignore_write_errors, readable, sha256_file
+from utils.record.run_index import is_inside
+from viewer.images import Shelf, image_address
+
+if TYPE_CHECKING:  # torch is imported when the first network is asked
+    from models.predictor import Predictor
+
+_MAX_PIXELS = 100_000_000
+_KEPT = 2  # networks in memory
+_SHOWN = 30  # classes or tags
+_NEAREST = 24  # images
+_EMBEDDINGS = Path("outputs/cache/embeddings")
+_AT_ONCE = 16  # images between two signs of progress
+
+
+class Bar(NamedTuple):
+    """A class or a tag with its probability. least: its threshold, if it has one."""
+
+    name: str
+    prob: float
+    is_chosen: bool
+    least: float | None
+
+
+class Answer(NamedTuple):
+    """What a network says of an image: bars by category, a caption, the image as it sees it, and a line of facts."""
+
+    bars: dict[str, list[Bar]]
+    caption: str
+    seen: Image.Image
+    facts: str
+
+
+class Networks:
+    """Networks below `roots`. load: reads a predictor; text: how tags become a caption."""
+
+    def __init__(self, roots: Sequence[str], load: Callable[[Path], "Predictor"], text: TextConfig) -> None:
+        self.roots = [Path(root).resolve() for root in roots]
+        self._text = text
+        self._load = lru_cache(_KEPT)(lambda path, changed: load(path))
+        self._lock = RLock()
+
+    def find(self, name: str) -> Path:
+        """Return the weight file that is named by its path, its run, or its folder with a WD tagger.
+
+        Raises UserError (`weights`) unless it and the files beside it are below the roots, also where links lead.
+        """
+        from utils.io.weights import find_weights
+
+        with about("weights"), readable(Path(name), "weight"):
+            path = Path(name).resolve()
+            if self._is_below(path):
+                path = find_weights(str(path), "best", onnx_first=True)
+            beside = path, thresholds_path(path), path.with_name(FILE)
+            if path.suffix not in (".safetensors", ".onnx") or not all(map(self._is_below, beside)):
+                roots = ", ".join(map(str, self.roots))
+                raise UserError(f"{path} is no .safetensors or .onnx file below {roots}; view.py runs=FOLDER adds more")
+        return path
+
+    def _is_below(self, path: Path) -> bool:
+        return any(is_inside(path, root) for root in self.roots)
+
+    def get(self, path: Path) -> "Predictor":
+        """Return the predictor of a weight file as it is now. Raises UserError (`weights`)."""
+        with about("weights"), self._lock:
+            return self._load(path, path.stat().st_mtime_ns)
+
+    def ask(self, weights: str, profile: str, content: bytes, name: str) -> Answer:
+        """Return the answer about an encoded image.
+
+        Raises UnreadableImage, UserError (`weights`, `thresholds`, `profile`).
+        """
+        path = self.find(weights)
+        predictor = self.get(path)
+        output = predictor.output
+        with self._lock:  # one image is decoded at a time
+            images = _prepare(predictor, content, name)
+            values = predictor.predict(images)[0]
+        least = np.full(len(values), 2.0)
+        if output.has_tags:
+            least = np.broadcast_to(predictor.choose_thresholds(path, profile), len(values))
+            if self._text.exclude:
+                excluded = predictions.find_excluded(predictor.names, predictor.categories, self._text.exclude)
+                least = np.where(excluded, np.inf, least)
+        text = self._text
+        options = predictor.options(1, least, mcut=profile == MCUT, max_tags=text.max_tags, order=text.order)
+        row = output.make_row(values, options)
+        caption = row.get("class", "")
+        if output.has_tags:
+            caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
+        bars = _make_bars(predictor, values, row, None if options.mcut or not output.has_tags else least)
+        facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
+        with open_image(content, name, _MAX_PIXELS) as image:
+            frames = getattr(image, "n_frames", 1)
+        if frames > 1:
+            facts += f", the first of {frames} frames"
+        if not predictor.names:
+            facts += f"; {len(values)} features from {values.min():.3g} to {values.max():.3g}"
+        return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)
+
+    def nearest(
+        self, weights: str, shelf: Shelf, collection: str, content: bytes, name: str
+    ) -> Iterator[tuple[float, list[tuple[str, str]]]]:
+        """Yield the share of a collection that is embedded; at the end, addresses and texts of the nearest images.
+
+        A file for the network and the collection keeps embeddings, each by the state of its image's file, also if the
+        iterator is closed early. Raises UnreadableImage, UserError, HTTPException.
+        """
+
+        def embed(content: bytes, name: str) -> np.ndarray:
+            with self._lock:
+                return predictor.embed(_prepare(predictor, content, name))[0]
+
+        path = self.find(weights)
+        opened = shelf.open(collection, again=True)
+        changed = path.stat().st_mtime_ns
+        version = sha256_file(path)
+        predictor = self.get(path)
+        if path.stat().st_mtime_ns != changed:
+            raise UserError(f"weights: {path} was written meanwhile; find again")
+        contents = open_contents(opened)
+        vectors = dict[str | int, np.ndarray]()
+        file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
+        with suppress(UserError):  # there is none yet, or it is damaged
+            vectors |= predictions.read_embeddings(file, version)
+        rows = np.flatnonzero(opened.weights()).tolist()
+        query = embed(content, name)
+        keys = {row: image_key(contents, row, version) or row for row in rows}  # a row: not to be kept
+        waiting = [row for row in rows if keys[row] not in vectors]
+        try:
+            for number, row in enumerate(waiting):
+                if number % _AT_ONCE == 0:
+                    yield 1 - (len(waiting) - number) / len(rows), []
+                with suppress(UnreadableImage):
+                    vectors[keys[row]] = embed(shelf.read(collection, opened, row), contents.name_of(row))
+        finally:
+            kept = {key: vectors[key] for row, key in keys.items() if key in vectors and key != row}
+            if waiting and kept:
+                lines = zip(kept, predictions.embedding_rows(kept.values()))
+                with ignore_write_errors(file), self._lock:
+                    predictions.Embeddings(file, version).write_all({"path": key, **line} for key, line in lines)
+        found = [row for row in rows if keys[row] in vectors]
+        if not found:
+            raise UserError(f"data.root: {opened.root} has no image that can be read")
+        best = predictions.rank(found, np.stack([vectors[keys[row]] for row in found]), query, _NEAREST)
+        texts = [f"{each['similarity']:.3f}  {contents.name_of(each['path'])}" for each in best]
+        yield 1.0, [(image_address(collection, opened, each["path"]), text) for each, text in zip(best, texts)]
+
+
+def _prepare(predictor: "Predictor", content: bytes, name: str) -> Any:
+    from data.open import prepare_image
+
+    return prepare_image(content, name, predictor.preprocessing, max_pixels=_MAX_PIXELS)
+
+
+def _make_bars(
+    predictor: "Predictor", values: np.ndarray, row: dict[str, Any], least: np.ndarray | None
+) -> dict[str, list[Bar]]:
+    """Return the bars of an answer by category. least: thresholds, if each tag has its own."""
+    bars = dict[str, list[Bar]]()
+    chosen = {"classes": [row.get("class")], "rating": [row.get("rating")], **row.get("probs", {})}
+    for place, index in enumerate(np.argsort(-values).tolist() if predictor.names else ()):
+        kind = category_name(int(predictor.categories[index])) if predictor.output.has_tags else "classes"
+        name = predictor.names[index]
+        is_chosen = name in chosen.get(kind, ())
+        is_rating = kind == "rating"
+        if (place < _SHOWN or is_chosen) and (predictor.has_ratings or not is_rating):
+            limit = None if is_rating or least is None else float(least[index])
+            bars.setdefault(kind, []).append(Bar(name, float(values[index]), is_chosen, limit))
+    return bars
