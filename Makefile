@@ -93,14 +93,8 @@ lint: install  ## ruff (rules and format), and the lines of each room against te
 bench: install  ## side-by-side measurements; run it on an idle machine
 	$(PY) bench/step_overhead.py
 
-GPU := outputs/bench/gpu
-bench-gpu: install-sdxl  ## GPU tests, benches and their profiles on one GPU, at most eight minutes; writes outputs/bench/
-	mkdir -p $(GPU)
-	status=0; \
-	timeout 120 $(PY) -m pytest -n 8 -q -m gpu --timeout=90 tests > $(GPU)/tests.txt 2>&1 || status=1; \
-	for bench in finetune_step:150 pretrain_step:70 sdxl:140; do \
-		timeout $${bench#*:} $(PY) bench/$${bench%:*}.py > $(GPU)/$${bench%:*}.txt 2>&1 || status=1; \
-	done; tail -n 20 $(GPU)/*.txt; exit $$status
+bench-gpu: install-sdxl  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
+	$(PY) bench/gpu.py
 
 DECODERS := from PIL import features; print(*filter(features.check, "jpg zlib webp avif jpg_2000 libtiff littlecms2".split()))
 

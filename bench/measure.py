@@ -1,12 +1,12 @@
-"""The runner of the benches: sides measured in turns, ratios with their spread, a table and a JSON file.
+"""The runner of the benches: sides measured in turns, ratios with their spread, as a table or as rows of JSON.
 
-A bench yields comparisons, and `run_bench` does the rest:
+A bench names its settings, each with a function that builds it, and `run_bench` does the rest:
 
-    def comparisons(device, quick):
-        yield Comparison("atto, eager", {"ours": turn, "theirs": other_turn}, steps=10)
+    def settings(device, quick):
+        yield "atto, eager", lambda: Comparison({"ours": turn, "theirs": other_turn}, steps=10)
 
     if __name__ == "__main__":
-        run_bench(comparisons)
+        run_bench(settings)
 
 Compare numbers only within one run: after a warm-up, the sides take turns (A, B, A, B, ...), and each ratio compares
 two neighbouring turns.
@@ -19,10 +19,8 @@ import sys
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 import yaml
 from pydantic import TypeAdapter
@@ -42,101 +40,104 @@ OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.
 BENCH_LOOP = {"log_every_steps": 10**9, "evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9}
 _PAUSE_SEC = 0.3  # before a turn on a CPU: idle threads of another side's own pool spin for a while
+_OPERATIONS = 6  # of a profile
 
 Turn = Callable[[], Any]
+Row = dict[str, Any]
 
 
 @dataclass(frozen=True)
 class Comparison:
     """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
 
-    warmup: calls of each side that are not counted. facts: what else the JSON file says; `teraflop`, the arithmetic of
-    a step of our side, gives our rate. clock: what gives the seconds, such as time.process_time where one thread does
-    the work; None: the device's.
+    warmup: calls of each side that are not counted. facts: what else a row says; `teraflop`, the arithmetic of a step
+    of our side, gives our rate. clock: what gives the seconds, such as time.process_time where one thread does the
+    work; None: the device's.
     """
 
-    setting: str
     sides: dict[str, Turn]
     steps: int = 1
     warmup: int = 1
-    facts: dict[str, Any] = field(default_factory=dict)
+    facts: Row = field(default_factory=dict)
     clock: Callable[[], float] | None = None
 
 
-def run_bench(comparisons: Callable[[torch.device, bool], Iterable[Comparison]], turns: int = 5) -> None:
-    """Measure what `comparisons(device, quick)` yields, print it and write outputs/bench/<script>.json.
+Settings = Iterable[tuple[str, Callable[[], Comparison]]]
 
-    The file also has a profile of our side of each comparison, and on a GPU the most memory that each side takes beyond
-    the weights. The command's only word is `quick`: two turns and one profile, to outputs/bench/quick/; their figures
-    mean nothing.
+
+def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5) -> None:
+    """Measure the settings and print each as soon as it is there.
+
+    The command's words: `quick`, two turns of tiny sizes, whose figures mean nothing; `rows`, one line of JSON for each
+    ratio, with a profile of our side, in place of a table; and any text, for settings with that text in their name.
     """
-    if sys.argv[1:] not in ([], ["quick"]):
-        sys.exit(f"{sys.argv[0]}: the only argument is quick")
-    quick, rows = len(sys.argv) > 1, []
+    words = sys.argv[1:]
+    quick = "quick" in words
+    texts = [word for word in words if word not in ("quick", "rows")]
     device = runtime_of("fp32").device
-    path = (OUT / "quick" if quick else OUT) / f"{Path(sys.argv[0]).stem}.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    for number, comparison in enumerate(comparisons(device, quick)):
-        found = measure(comparison, device, 2 if quick else turns)
-        if number == 0 or not quick:
-            found[-1]["profile_percent"] = top_operations(next(iter(comparison.sides.values())), device)
-        rows += found
-        report = {"machine": describe_machine(device), "quick": quick, "rows": rows}
-        path.write_text(json.dumps(report, indent=2) + "\n")
-        sys.stdout.write(f"{table(found)}\n")
+    found = False
+    for name, build in settings(device, quick):
+        if not all(text in name for text in texts):
+            continue
+        found = True
+        rows = measure(name, build(), device, 2 if quick else turns)
+        text = "\n".join(map(json.dumps, rows)) if "rows" in words else table(rows)
+        sys.stdout.write(f"{text}\n")
         sys.stdout.flush()
-    sys.stdout.write(f"{path.relative_to(ROOT)}\n")
+    if not found:
+        names = ", ".join(name for name, _ in settings(device, quick))
+        sys.exit(f"{sys.argv[0]}: no setting has {' and '.join(texts)} in its name; the settings here: {names}")
 
 
-def measure(comparison: Comparison, device: torch.device, turns: int) -> list[dict[str, Any]]:
+def measure(name: str, comparison: Comparison, device: torch.device, turns: int) -> list[Row]:
     """Return a row for our side against each other one: median milliseconds of a step, and the ratio of the turns."""
-    found, peaks = take_turns(comparison, device, turns)
+    peaks = {side: warm_up(turn, comparison, device) for side, turn in comparison.sides.items()}
+    times = take_turns(comparison, device, turns)
     ours, *others = comparison.sides
-    facts, rows = dict(comparison.facts), []
+    facts = dict(comparison.facts)
+    medians = {side: round(statistics.median(found), 3) for side, found in times.items()}
     if "teraflop" in facts:
-        facts["ours_teraflop_per_sec"] = round(1e3 * facts["teraflop"] / statistics.median(found[ours]), 1)
+        facts["ours_teraflop_per_sec"] = round(1e3 * facts["teraflop"] / medians[ours], 1)
+    facts["profile_percent"] = top_operations(comparison.sides[ours], device)
+    rows = []
     for theirs in others:
-        ratios = [above / below for above, below in zip(found[ours], found[theirs])]
+        ratios = [above / below for above, below in zip(times[ours], times[theirs])]
+        row = {"setting": name, "ours": ours, "theirs": theirs, "what": "time, ours over theirs"}
+        row["figure"] = round(statistics.median(ratios), 3)
+        row["spread"] = [round(min(ratios), 3), round(max(ratios), 3)]
+        row["ms"] = [medians[ours], medians[theirs]]
         if device.type == "cuda":
-            facts |= {"ours_peak_gib": peaks[ours], "theirs_peak_gib": peaks[theirs]}
-        rows.append(
-            {
-                "setting": comparison.setting, "ours": ours, "theirs": theirs,
-                "ours_ms": round(statistics.median(found[ours]), 3),
-                "theirs_ms": round(statistics.median(found[theirs]), 3),
-                "ratio": round(statistics.median(ratios), 3),
-                "ratio_min_max": [round(min(ratios), 3), round(max(ratios), 3)],
-                **facts,
-            }
-        )  # fmt: skip
+            row["peak_gib"] = [peaks[ours], peaks[theirs]]
+        rows.append({**row, **facts})
     return rows
 
 
-def take_turns(
-    comparison: Comparison, device: torch.device, turns: int
-) -> tuple[dict[str, list[float]], dict[str, float]]:
-    """Return milliseconds per step of each side and turn, and the most GiB of a GPU that each warm-up adds."""
-    peaks: dict[str, float] = {}
-    for name, turn in comparison.sides.items():
-        if device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            held = torch.cuda.memory_allocated()
-        for _ in range(comparison.warmup):
-            time_ms(turn, device, comparison.clock)
-        if device.type == "cuda":
-            peaks[name] = round((torch.cuda.max_memory_allocated() - held) / 2**30, 2)
+def warm_up(turn: Turn, comparison: Comparison, device: torch.device) -> float:
+    """Make the turns that are not counted; returns the most GiB of a GPU that they add."""
+    on_gpu = device.type == "cuda"
+    if on_gpu:
+        torch.cuda.reset_peak_memory_stats()
+    held = torch.cuda.memory_allocated() if on_gpu else 0
+    for _ in range(comparison.warmup):
+        time_ms(turn, device, comparison.clock)
+    return round((torch.cuda.max_memory_allocated() - held) / 2**30, 2) if on_gpu else 0.0
+
+
+def take_turns(comparison: Comparison, device: torch.device, turns: int) -> dict[str, list[float]]:
+    """Return milliseconds per step of each side and turn."""
     found: dict[str, list[float]] = {name: [] for name in comparison.sides}
     for _ in range(turns):
         for name, turn in comparison.sides.items():
             time.sleep(_PAUSE_SEC if device.type == "cpu" else 0.0)
             found[name].append(time_ms(turn, device, comparison.clock) / comparison.steps)
-    return found, peaks
+    return found
 
 
 def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None) -> float:
     """Return the milliseconds of one turn, to the end of its work on the device."""
     if clock is None and device.type == "cuda":
-        first, last = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        first = torch.cuda.Event(enable_timing=True)
+        last = torch.cuda.Event(enable_timing=True)
         torch.cuda.synchronize()
         first.record()
         turn()
@@ -149,39 +150,40 @@ def time_ms(turn: Turn, device: torch.device, clock: Callable[[], float] | None)
     return 1e3 * (clock() - started)
 
 
-def table(rows: list[dict[str, Any]]) -> str:
+def table(rows: list[Row]) -> str:
     """Return the rows as a table; below 1, ours is faster."""
     cells = [("setting", "ours", "ms", "theirs", "ms", "ratio (least to greatest)")]
     for row in rows:
-        low, high = row["ratio_min_max"]
-        spread = f"{row['ratio']:.3f} ({low:.3f} to {high:.3f})"
-        cells.append(
-            (row["setting"], row["ours"], f"{row['ours_ms']:.2f}", row["theirs"], f"{row['theirs_ms']:.2f}", spread)
-        )
+        low, high = row["spread"]
+        ours_ms, theirs_ms = (f"{value:.2f}" for value in row["ms"])
+        spread = f"{row['figure']:.3f} ({low:.3f} to {high:.3f})"
+        cells.append((row["setting"], row["ours"], ours_ms, row["theirs"], theirs_ms, spread))
     return align_columns(cells)
 
 
-def describe_machine(device: torch.device) -> dict[str, Any]:
-    """Return the machine and the versions that a figure was measured with."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-    versions = {"torch": torch.__version__, "timm": timm.__version__}
-    return {"device": device.type, "name": name, "threads": torch.get_num_threads(), **versions}
+def device_name(device: torch.device) -> str:
+    """Return the name of the machine that a figure was measured on."""
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
 
 
-def top_operations(turn: Turn, device: torch.device, count: int = 12) -> dict[str, float]:
+def top_operations(turn: Turn, device: torch.device) -> dict[str, float]:
     """Return the operations that take most of a turn, in percent of the time of all."""
-    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    activities = [ProfilerActivity.CPU]
+    key = "self_cpu_time_total"
+    if device.type == "cuda":
+        activities.append(ProfilerActivity.CUDA)
+        key = "self_device_time_total"
     with profile(activities=activities) as found:
         turn()
-    key = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    events = sorted(found.key_averages(), key=lambda event: -getattr(event, key))
-    total = sum(getattr(event, key) for event in events) or 1
-    return {event.key[:80]: round(100 * getattr(event, key) / total, 1) for event in events[:count]}
+    times = {event.key[:60]: getattr(event, key) for event in found.key_averages()}
+    total = sum(times.values()) or 1
+    names = sorted(times, key=lambda name: -times[name])[:_OPERATIONS]
+    return {name: round(100 * times[name] / total, 1) for name in names}
 
 
-def repeated(step: Callable[[int], Any], steps: int) -> Turn:
-    """Return a turn that makes `steps` steps, each told its number."""
-    return lambda: [step(number) for number in range(steps)]
+def repeated(step: Callable[[], Any], steps: int) -> Turn:
+    """Return a turn that makes `steps` steps."""
+    return lambda: [step() for _ in range(steps)]
 
 
 # -------------------------------------------------------------------------------------------------- parts of the engine
@@ -204,9 +206,9 @@ def build_bench_run(
     batch_size: int,
     accum_steps: int = 1,
     epoch_steps: int = 10**6,
-    runtime: dict[str, Any],
-    optim: dict[str, Any] | None = None,
-    loop: dict[str, Any] | None = None,
+    runtime: Row,
+    optim: Row | None = None,
+    loop: Row | None = None,
 ) -> Run:
     """Build a run as engine/run/loop.py does, in which nothing is due: no log, evaluation or checkpoint.
 
@@ -220,12 +222,21 @@ def build_bench_run(
         "tracking": {"option": "jsonl"},
         "loop": {"option": "default", "clip_grad_norm": 1.0, **BENCH_LOOP, **(loop or {})},
     }
-    values: dict[str, Any] = {}
+    values: Row = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never"}
     for name, changes in groups.items():
         values[name] = read_values(name, changes.pop("option")) | changes
-    common = yaml.safe_load((CONF / "common.yaml").read_text()) | {"resume": "never"}
-    config = TrainingConfig.model_validate({**common, **values})
+    config = TrainingConfig.model_validate(values)
     size = batch_size * accum_steps
-    plan = Plan(1, size, batch_size, accum_steps, epoch_steps * size, 10**6, 100, 1e-3, 1e9)
+    plan = Plan(
+        world_size=1,
+        batch_size=size,
+        micro_batch_size=batch_size,
+        accum_steps=accum_steps,
+        epoch_length=epoch_steps * size,
+        total_steps=10**6,
+        warmup_steps=100,
+        lr=1e-3,
+        evaluate_every_epochs=1e9,
+    )
     folder = RunFolder(OUT, config.model_dump(mode="json"), Job("bench", {}, []))
     return Run(task, Streams(None, {}, {}), plan, config, choose_runtime(config.runtime), folder)

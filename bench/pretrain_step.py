@@ -1,6 +1,6 @@
 """FCMAE in sparse against dense execution of the same network at 224 px: a whole step's time, activation memory.
 
-python bench/pretrain_step.py [quick]        (on an idle machine; quick: the smallest network, not compiled)
+python bench/pretrain_step.py [quick] [TEXT OF A SETTING]        (on an idle machine; quick: the smallest network)
 
 Both sides run `Learner.update` with AdamW on the same weights, images and masks, on a GPU as a CUDA graph. `bound`: the
 ratio of their multiply-adds, counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of
@@ -40,12 +40,14 @@ def make_task(size, execution, device):
 
 def make_batch(size, device):
     """Return images of noise with masks drawn as the loader draws them."""
-    count, generator = BATCH[device.type][size], torch.Generator().manual_seed(0)
-    return {
-        "images": torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8).to(device),
-        "mask": torch.stack([draw_mask(generator, 49, 0.6) for _ in range(count)]).to(device),
-        "weight": torch.ones(count, device=device),
+    generator = torch.Generator().manual_seed(0)
+    count = BATCH[device.type][size]
+    batch = {
+        "images": torch.randint(0, 256, (count, 3, 224, 224), dtype=torch.uint8),
+        "mask": torch.stack([draw_mask(generator, 49, 0.6) for _ in range(count)]),
+        "weight": torch.ones(count),
     }
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def count_flops(task, batch):
@@ -77,32 +79,36 @@ def stepper(task, batch, precision):
     """Return a function that makes one whole update."""
     machine = {"device": "auto", "precision": precision, "deterministic": False, "cuda_graphs": True}
     run = build_bench_run(task, batch_size=len(batch["weight"]), runtime=machine, loop={"clip_grad_norm": None})
-    return lambda number: run.learner.update([batch])
+    return lambda: run.learner.update([batch])
 
 
-def comparisons(device, quick):
+def compare(size, precision, compiled, device):
+    """Return the comparison of sparse and dense for a size."""
+    batch = make_batch(size, device)
+    torch.compiler.reset()
+    tasks = {execution: make_task(size, execution, device) for execution in ("sparse", "dense")}
+    flops = {name: count_flops(task, batch) for name, task in tasks.items()}
+    runtime = runtime_of(precision)
+    memory = {name: saved_bytes(task, batch, runtime) for name, task in tasks.items()}
+    if compiled:
+        for task in tasks.values():
+            task.compile()
+    facts = {
+        "teraflop": 3 * flops["sparse"] / 1e12,  # a backward pass takes twice a forward pass
+        "bound": round(flops["sparse"] / flops["dense"], 3),
+        "activation_memory": round(memory["sparse"] / memory["dense"], 3),
+    }
+    sides = {name: repeated(stepper(task, batch, precision), STEPS) for name, task in tasks.items()}
+    return Comparison(sides, STEPS, 2, facts)
+
+
+def settings(device, quick):
     """Yield sparse against dense for each size and setting."""
-    settings = SETTINGS[device.type]
-    for size in list(BATCH[device.type])[:1] if quick else BATCH[device.type]:
-        for setting in list(settings)[:1] if quick else settings:
-            precision, compiled = settings[setting]
-            runtime, batch = runtime_of(precision), make_batch(size, device)
-            torch.compiler.reset()
-            tasks = {execution: make_task(size, execution, device) for execution in ("sparse", "dense")}
-            flops = {name: count_flops(task, batch) for name, task in tasks.items()}
-            memory = {name: saved_bytes(task, batch, runtime) for name, task in tasks.items()}
-            for task in tasks.values():
-                if compiled:
-                    task.compile()
-            steps = {name: stepper(task, batch, precision) for name, task in tasks.items()}
-            facts = {
-                "teraflop": 3 * flops["sparse"] / 1e12,  # a backward pass takes twice a forward pass
-                "bound": round(flops["sparse"] / flops["dense"], 3),
-                "activation_memory": round(memory["sparse"] / memory["dense"], 3),
-            }
-            sides = {name: repeated(step, STEPS) for name, step in steps.items()}
-            yield Comparison(f"{size}, batch {len(batch['weight'])}, {setting}", sides, STEPS, 2, facts)
+    names = [(size, text) for size in BATCH[device.type] for text in SETTINGS[device.type]]
+    for size, text in names[:1] if quick else names:
+        name = f"{size}, batch {BATCH[device.type][size]}, {text}"
+        yield name, lambda size=size, text=text: compare(size, *SETTINGS[device.type][text], device)
 
 
 if __name__ == "__main__":
-    run_bench(comparisons)
+    run_bench(settings)

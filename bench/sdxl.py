@@ -1,6 +1,6 @@
 """Fine-tuning SDXL: what the caches gain, and the step against diffusers' script.
 
-python bench/sdxl.py [quick]            (two minutes of a core; on a GPU of 80 GB, longer)
+python bench/sdxl.py [quick] [TEXT OF A SETTING]            (two minutes of a core; on a GPU of 80 GB, longer)
 
 The pictures are generated in outputs/bench/sdxl/. On a CPU the networks are of model=sdxl_tiny, all work is one
 thread's, and its time is CPU seconds, so that other processes of the machine count little. On a GPU they have SDXL's
@@ -14,6 +14,7 @@ Source of the order of an update: huggingface/diffusers:examples/text_to_image/t
 """
 
 import copy
+import functools
 import itertools
 import os
 import shutil
@@ -47,7 +48,9 @@ from models.sdxl.sampling import scheduler_config
 from models.sdxl.tokenizer import build_tokenizer
 from utils.config.entry_point import CONF, validate
 
-BATCH, LEARNING_RATE, CLIP = 4, 1e-4, 1.0
+BATCH = 4
+LEARNING_RATE = 1e-4
+CLIP = 1.0
 WORDS = [
     "runtime=reference", "runtime.deterministic=false", f"loop.micro_batch_size={BATCH}", f"task.chunk={BATCH}",
     "task.caption_chunks=1",
@@ -67,14 +70,15 @@ def configure(*words):
 
 def pictures(folder, count, side_px):
     """Make pictures with captions; returns the words that choose them and their buckets."""
-    folder.mkdir()
+    folder.mkdir(exist_ok=True)
     for number in range(count):
-        draw, (height, width) = np.random.default_rng(number), SHAPES[number % len(SHAPES)]
+        draw = np.random.default_rng(number)
+        height, width = SHAPES[number % len(SHAPES)]
         colours = Image.fromarray(draw.integers(0, 256, (8, 8, 3), dtype=np.uint8))
         size = round(1.1 * side_px * width), round(1.1 * side_px * height)
         colours.resize(size, Image.Resampling.BICUBIC).save(folder / f"{number}.jpg", quality=90)
         (folder / f"{number}.txt").write_text(f"made picture {number}, soft colours, shape {number % len(SHAPES)}")
-    sides = f"task.buckets.min_px={side_px // 2}", f"task.buckets.max_px={side_px * 2}", "task.buckets.max_crop=0.9"
+    sides = [f"task.buckets.min_px={side_px // 2}", f"task.buckets.max_px={side_px * 2}", "task.buckets.max_crop=0.9"]
     return [f"data.root={folder}", f"task.buckets.areas_px=[{side_px**2}]", "task.buckets.step_px=32", *sides]
 
 
@@ -83,7 +87,8 @@ def start(config):
     kind = DiffusionKind()
     collection = load_collection(config.data)
     setup = kind.set_up(config, collection)
-    source, runtime = kind.source(collection, config.data, setup, repeats=True), choose_runtime(config.runtime)
+    source = kind.source(collection, config.data, setup, repeats=True)
+    runtime = choose_runtime(config.runtime)
     data = Data(collection, source, runtime, seed=config.seed, batch_size=BATCH, run_path=None)
     return setup, kind.streams(data, setup, config).train.steps(0, BATCH, BATCH)
 
@@ -94,13 +99,17 @@ def make_task(config, setup):
 
 
 def write_base(device):
-    """Write a diffusers folder of SDXL's sizes with random weights, in bf16."""
+    """Write a diffusers folder of SDXL's sizes with random weights, in bf16, unless an earlier call has."""
+    if Path("base").exists():
+        return
     with device:
         networks = draw_networks(tiny=False)
+    unfinished = Path("unfinished")
     write_diffusers(
-        Path("base"), networks, build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
+        unfinished, networks, build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
         dtype=torch.bfloat16, zeros_for_empty_prompt=True,
     )  # fmt: skip
+    unfinished.rename("base")
 
 
 def loop_turn(config, task, stream, steps):
@@ -120,8 +129,10 @@ class DiffusersScript:
 
     def __init__(self, config, task, batch, steps, *, fused):
         precision = "bf16" if config.runtime.precision == "bf16" else "no"
-        self.steps, self.accelerator = steps, Accelerator(gradient_accumulation_steps=1, mixed_precision=precision)
-        if (lora := config.task.lora) is not None:
+        self.steps = steps
+        self.accelerator = Accelerator(gradient_accumulation_steps=1, mixed_precision=precision)
+        lora = config.task.lora
+        if lora is not None:
             task.adapter.detach()
         unet = copy.deepcopy(task.unet).to(self.accelerator.device).train()
         if lora is not None:
@@ -135,7 +146,8 @@ class DiffusersScript:
         self.unet, self.optimizer, self.schedule = self.accelerator.prepare(unet, optimizer, schedule)
         self.noise = DDPMScheduler.from_config(scheduler_config("v_prediction", zero_terminal_snr=True))
         self.latents = (batch["latent_mean"].float() - task.latent_mean) * task.latent_factor
-        self.prompts, self.pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
+        self.prompts = batch["prompt_embeds"]
+        self.pooled = batch["pooled_prompt_embeds"]
         self.fits = batch["fit"].tolist()
 
     def __call__(self):
@@ -144,7 +156,8 @@ class DiffusersScript:
 
     def update(self, step):
         """Make one update."""
-        latents, device = self.latents, self.accelerator.device
+        latents = self.latents
+        device = self.accelerator.device
         with self.accelerator.accumulate(self.unet):
             noise = torch.randn_like(latents)
             timesteps = torch.randint(0, self.noise.config.num_train_timesteps, (len(latents),), device=device)
@@ -169,37 +182,57 @@ class DiffusersScript:
         return loss.detach().item(), self.schedule.get_last_lr()[0]
 
 
-def comparisons(device, quick):
-    """Yield two comparisons: cached training with training on the fly, and the step with diffusers' step."""
+@functools.cache
+def prepare(device, quick):
+    """Make the pictures, and a GPU's base model; returns the words of both settings and the steps of a turn."""
     folder = OUT / "sdxl"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in ("outputs", "latents", "texts"):
+        shutil.rmtree(folder / name, ignore_errors=True)  # an earlier call's caches
     os.chdir(folder)  # the pipeline's own caches are in outputs/ of the working directory
     if device.type == "cuda":
         write_base(device)
-        words, trained, clock, (side_px, steps) = WHOLE, "LoRA", None, (1024, 2)
-    else:
-        torch.set_num_threads(1)
-        words, trained, clock, (side_px, steps) = TINY, "the whole U-Net", time.process_time, (256, 4)
-    if quick:
-        side_px, steps = side_px // 4, 1
-    words, sides = [*words, *pictures(Path("pictures"), 48, side_px)], {}
+        return [*WHOLE, *pictures(Path("pictures"), 48, 1024)], 2
+    torch.set_num_threads(1)
+    return [*TINY, *pictures(Path("pictures"), 48, 64 if quick else 256)], 1 if quick else 4
+
+
+def clock_of(device):
+    """Return CPU seconds for a CPU, whose other processes then count little."""
+    return time.process_time if device.type == "cpu" else None
+
+
+def compare_caches(device, quick):
+    """Return cached training of a LoRA against encoding at each step."""
+    words, steps = prepare(device, quick)
+    sides = {}
     for name, cache in (("cached", CACHED), ("on the fly", ON_THE_FLY)):
         config = configure(*words, *cache)
         setup, stream = start(config)
         sides[name] = loop_turn(config, make_task(config, setup), stream, steps)
-    yield Comparison(f"LoRA, {BATCH} x {side_px} px", sides, steps, clock=clock)
-    sides.clear()
-    config = configure(*words, *CACHED, *([] if trained == "LoRA" else ["task.lora=null"]))
+    return Comparison(sides, steps, clock=clock_of(device))
+
+
+def compare_step(device, quick):
+    """Return our update against diffusers' script, of a LoRA on a GPU, of the whole U-Net on a CPU."""
+    words, steps = prepare(device, quick)
+    whole = [] if device.type == "cuda" else ["task.lora=null"]
+    config = configure(*words, *CACHED, *whole)
     setup, stream = start(config)
-    (batch,), task = next(stream), make_task(config, setup)
-    batch, task = to_device(batch, device), task.to(device)
+    batch = to_device(next(stream)[0], device)
+    task = make_task(config, setup).to(device)
     theirs = {"diffusers fused": DiffusersScript(config, task, batch, steps, fused=True)}
     if device.type == "cpu":  # a LoRA's optimiser takes no time
         theirs["diffusers"] = DiffusersScript(config, task, batch, steps, fused=False)
     ours = loop_turn(config, task, itertools.repeat([batch]), steps)
-    yield Comparison(f"step of {trained}, {BATCH} x {side_px} px", {"atelier": ours, **theirs}, steps, clock=clock)
+    return Comparison({"atelier": ours, **theirs}, steps, clock=clock_of(device))
+
+
+def settings(device, quick):
+    """Yield the caches and the step."""
+    yield "SDXL, caches", lambda: compare_caches(device, quick)
+    yield "SDXL, step", lambda: compare_step(device, quick)
 
 
 if __name__ == "__main__":
-    run_bench(comparisons, turns=3)
+    run_bench(settings, turns=3)

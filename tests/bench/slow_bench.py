@@ -33,9 +33,8 @@ def test_a_bench_prints_a_table_of_ratios(name):
     pytest.importorskip("diffusers" if name == "sdxl" else "torch", reason="make install-sdxl")
     done = fork_command(f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
-    head, *rows, path = done.stdout.splitlines()
-    assert head.startswith("setting") and head.endswith("ratio (least to greatest)")
-    assert rows and path == f"outputs/bench/quick/{name}.json"
+    head, *rows = done.stdout.splitlines()
+    assert rows and head.startswith("setting") and head.endswith("ratio (least to greatest)")
 
 
 def test_the_loader_bench_ends_with_the_settings_to_type(tmp_path):
