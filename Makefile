@@ -70,8 +70,8 @@ test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE
 test: install lint  ## lint, then all tests but the slow ones; MORE: arguments for pytest
 	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer $(MORE)
 
-test-slow: install  ## the slow tests, files named slow_*.py
-	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' tests
+test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
+	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' tests $(MORE)
 
 # Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
 APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \
@@ -85,7 +85,7 @@ test-view: install-view  ## the page of view.py in a browser: installs Debian's 
 	$(call APT,chromium,chromium fonts-dejavu-core)
 	$(PY) -m pytest -rs tests/viewer
 
-lint: install  ## ruff (rules and format), and the lines of each room against tests/budget.toml
+lint: install  ## ruff (rules and format), and the syntax nodes of each room against tests/budget.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tests/budget.py

@@ -77,7 +77,7 @@ def skipping_without_extras():
     except ModuleNotFoundError as error:
         if (missing := missing_extra(error)) is None:
             raise
-        pytest.skip(missing)
+        raise pytest.skip.Exception(missing, _use_item_location=True) from None
 
 
 def pytest_addoption(parser):
