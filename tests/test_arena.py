@@ -1,4 +1,4 @@
-"""evaluate.py models=[...]: taggers over files of the WD form, runs and weight files; report.html; refusals."""
+"""evaluate.py job=compare: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
 import csv
 
@@ -18,7 +18,7 @@ COLOURS = {"red": (230, 10, 20), "green": (10, 220, 30), "blue": (20, 10, 240)}
 ROWS = [(9, "general"), (9, "sensitive"), (0, "blue"), (0, "Green"), (0, "red"), (0, "rare"), (0, "of_no_image")]
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "batch_size=5"]
 DATA = ["data=image_folder", "data.root=images"]
-ARENA = [*DATA, *ON_CPU, "arena.rating_s=sensitive", "arena.min_support=4"]
+ARENA = ["job=compare", *DATA, *ON_CPU, "rating_s=sensitive", "min_support=4"]
 
 
 def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch="batch", shape=(8, 8, 3)):
@@ -95,7 +95,7 @@ def test_the_figures_of_a_run_are_those_of_evaluate(place):
     (place / "fresh").mkdir()
     (place / "fresh/train").symlink_to(place / "images/val")
     data = ["data=image_folder", "data.root=fresh", "data.validation_fraction=0.0"]
-    run("evaluate", [*ARENA, *data, "arena.min_support=1", "models=[run]", "output=arena.json"], place)
+    run("evaluate", [*ARENA, *data, "min_support=1", "models=[run]", "output=arena.json"], place)
     run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], place)
     (row,), wanted = read_json(place / "arena.json")["models"], read_json(place / "run/metrics.json")
     assert row["images"] == wanted["samples"] == 12

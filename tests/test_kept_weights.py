@@ -69,30 +69,29 @@ def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, cap
 
 
 def test_a_grid_has_a_row_for_each_kept_file_and_a_killed_one_goes_on(place, monkeypatch, capsys):
-    whole, seen = evaluate.evaluate, []
+    whole, seen = evaluate.open_measured, []
 
-    def die_at_the_third(config, run, path, folder):
+    def die_at_the_third(path, *others):
         seen.append(path.name)
         if len(seen) == 3:
             raise KeyboardInterrupt
-        return whole(config, run, path, folder)
+        return whole(path, *others)
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(evaluate, "evaluate", die_at_the_third)
-        run("evaluate", ["run_dir=killed", "grid=true", *ON_CPU], place)
-    monkeypatch.setattr(evaluate, "evaluate", die_at_the_third)
-    run("evaluate", ["run_dir=killed", "grid=true", *ON_CPU], place)
+    monkeypatch.setattr(evaluate, "open_measured", die_at_the_third)
+    with pytest.raises(KeyboardInterrupt):
+        run("evaluate", ["job=grid", "run_dir=killed", *ON_CPU], place)
+    run("evaluate", ["job=grid", "run_dir=killed", *ON_CPU], place)
     assert seen == [f"step_00000{step}.safetensors" for step in (2, 4, 5, 5)]
-    run("evaluate", ["run_dir=[whole,killed]", "grid=true", "output=both.json", *ON_CPU], place)
+    run("evaluate", ["job=grid", "run_dir=[whole,killed]", "output=both.json", *ON_CPU], place)
     (folder,) = (place / "outputs/evaluate").glob("grid-*")
     rows = table_of(folder)
     assert [row["step"] for row in rows] == ["2", "4", "5"] * 2 and rows[3:] == table_of(place / "killed")
     assert [row["loss"] for row in rows[:3]] == [row["loss"] for row in rows[3:]]
     for words, key in ((["run_dir=whole", "calibrate=true"], "calibrate"), (["data=glyphs"], "run_dir")):
-        assert run_command("evaluate", [*words, "grid=true"], place, monkeypatch) == 2
+        assert run_command("evaluate", ["job=grid", *words], place, monkeypatch) == 2
         assert f"{key}: " in capsys.readouterr().err
     run("train", [*RUN, "run_dir=none", "loop.total_steps=1", "loop.keep_weights_every=null"], place)
-    assert run_command("evaluate", ["run_dir=none", "grid=true"], place, monkeypatch) == 2
+    assert run_command("evaluate", ["job=grid", "run_dir=none"], place, monkeypatch) == 2
     assert "loop.keep_weights_every=500" in capsys.readouterr().err
 
 
@@ -101,7 +100,7 @@ def test_a_grid_of_sdxl_shows_what_each_step_draws(place):
     sizes = ["loop.batch_size=2", "loop.micro_batch_size=2", "task.chunk=2", "loop.total_steps=2"]
     words = [*TINY_TASKS["diffusion"], *ON_CPU, *sizes, "loop.keep_weights_every=1", "data.root=images"]
     run("finetune_sdxl", [*words, "task.samples.prompts=['red circle',blue]", "run_dir=sdxl"], place)
-    run("evaluate", ["run_dir=sdxl", "grid=true", *ON_CPU], place)
+    run("evaluate", ["job=grid", "run_dir=sdxl", *ON_CPU], place)
     height, width, _ = np.asarray(Image.open(place / "sdxl/plots/grid.png")).shape
     assert height > 2 * 256 and width > 2 * 256 and len(table_of(place / "sdxl")) == 2
     lora = ["weights=sdxl/checkpoints/step_00000002", "lora=[sdxl/weights/step_000001.safetensors]", "prompts=p.txt"]

@@ -10,7 +10,6 @@ from PIL import Image
 
 from tests.in_process import run
 from tests.support import TINY
-from utils.config.messages import ConfigError
 from utils.errors import UserError
 
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
@@ -116,14 +115,49 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
             assert row["label"] == row["path"][0] and row["wrong"] == (row["label"] != row["prediction"])
             assert row["wrong"] == (row["margin"] < 0)
             assert abs(row["margin"]) == pytest.approx(2 * row["probability"] - 1, abs=1e-5)
-    with pytest.raises(ConfigError, match="split: train"):
+    with pytest.raises(UserError, match="calibrate: true fits a tagger's thresholds"):
         run("evaluate", [*words, "split=train", "calibrate=true"], tmp_path)
+
+
+def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
+    """With a split of their own, their validation images; the same folder under another name is the run's."""
+    for name, layout in (("in", "classes"), ("test", "classes"), ("apart/train", "classes"), ("apart/val", "classes")):
+        fill(tmp_path / name, layout, 12)
+    name, settings = SCRIPTS["train"]
+    run(name, settings, tmp_path)
+    run("evaluate", ["run_dir=run", *ON_CPU], tmp_path)
+    own = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
+    for words in ([], ["split=val", "data.validation_fraction=0.5"], ["weights=last"]):
+        run("evaluate", ["run_dir=run", *ON_CPU, "data.root=test", *words], tmp_path)
+    run("evaluate", ["run_dir=run", *ON_CPU, "data.root=apart"], tmp_path)
+    assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")} == own
+    found = {file: json.loads(file.read_text()) for file in (tmp_path / "run/evaluate").glob("*/metrics*.json")}
+    sizes = sorted(
+        (file.parent.name.rpartition("-")[0], each["split"], each["samples"]) for file, each in found.items()
+    )
+    assert sizes == [
+        ("best_weights-apart", "val", 12), ("best_weights-test", "all", 12), ("best_weights-test", "val", 6),
+        ("last_weights-test", "all", 12),
+    ]  # fmt: skip
+    assert all((file.parent / "report.html").exists() and each["data"] for file, each in found.items())
+
+    run(
+        "evaluate",
+        ["run_dir=run", *ON_CPU, "data.root=../" + tmp_path.name + "/in", "data.validation_fraction=0.5"],
+        tmp_path,
+    )
+    again = json.loads((tmp_path / "run/metrics.json").read_text())
+    assert again["samples"] == 2 and "data" not in again
+    run("evaluate", ["run_dir=run", *ON_CPU, "split=train"], tmp_path)
+    assert {"metrics_train.json", "report_train.html"} <= {file.name for file in (tmp_path / "run").glob("*.*")}
 
 
 def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     fill(tmp_path / "in", "flat", 12)
     name, settings = SCRIPTS["tagging"]
     run(name, settings, tmp_path)
+    with pytest.raises(UserError, match="split: train"):
+        run("evaluate", ["run_dir=run", *ON_CPU, "split=train", "calibrate=true"], tmp_path)
     run("evaluate", ["run_dir=run", *ON_CPU, "batch_size=5", "per_image=true", "split=all"], tmp_path)
     for number, row in enumerate(sorted(images_of(tmp_path), key=lambda row: int(row["path"].split(".")[0]))):
         tags, found = set(row["tags"]), set(row["prediction"])

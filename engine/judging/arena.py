@@ -43,7 +43,7 @@ class ArenaConfig(TagRulesConfig):
 class Arena:
     """Models by name, the tags that all of them know, and the images with at least one of these tags.
 
-    Raises UserError (`models`, `data.root`, `arena...`) if there are no such tags or images.
+    Raises UserError (`models`, `data.root`, `job...`) if there are no such tags or images.
     """
 
     def __init__(
@@ -55,14 +55,14 @@ class Arena:
             self._outputs = {name: known_outputs(name, predictor) for name, predictor in models.items()}
         self._shared = share_tags(self._outputs)
         self._collection = load_collection(data)
-        self._index = index_tags(self._collection, self._shared, read_rules(config, "arena."), CACHE)
+        self._index = index_tags(self._collection, self._shared, read_rules(config, "job."), CACHE)
         log.info("the models share %s tags; %s", f"{len(self._shared):,}", self._index.describe(self._shared))
 
     def measure(self) -> Report:
         """Measure all models. The result does not depend on the number of ranks.
 
         Tables: `arena`, a row per model, best mAP first; `arena_groups`, all metrics per category; `arena_tags`, the AP
-        of each tag. Image: `pr_curves`. Raises UserError (`arena.min_support`, `models`).
+        of each tag. Image: `pr_curves`. Raises UserError (`job.min_support`, `models`).
         """
         rows, groups, wholes, tags = [], [], {}, {}
         for name in self._models:
@@ -106,7 +106,7 @@ class Arena:
         kept = support >= self._min_support
         if not kept.any():
             raise UserError(
-                f"arena.min_support: {self._min_support}, but the most frequent shared tag is on only "
+                f"job.min_support: {self._min_support}, but the most frequent shared tag is on only "
                 f"{int(support.max())} images; set a lower value, or add images"
             )
         chosen = TagCounts(counts.histograms[kept], counts.scores[kept], counts.hits[kept])

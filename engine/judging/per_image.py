@@ -1,6 +1,7 @@
 """A row for each image of an evaluation, in a Parquet file."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -13,41 +14,44 @@ from utils.io.files import write_atomically
 from utils.ranks import distributed
 
 
-def write_images(
-    file: Path, batches: Iterable[Batch], describe: Callable[[Batch], pa.Table], paths: pa.Array, root: str
-) -> None:
-    """Write `path`, the columns of `describe` and `rank` of all readable images, as the batches arrive.
+class ImageRows:
+    """Describe the images of an evaluation as its batches pass by. All ranks use it together.
 
-    describe: returns a row for each sample of a batch, with a column `loss`. rank: from 1, the highest loss, where
-    network and label disagree most. paths: of all rows of the collection. root: its folder, kept as metadata. All ranks
-    call it together; rank 0 writes.
+    describe: returns a row for each sample of a batch, with a column `loss`.
     """
 
-    def rows() -> Iterable[pa.Table]:
+    def __init__(self, describe: Callable[[Batch], pa.Table]) -> None:
+        self._describe = describe
+        self._tables: list[pa.Table] = []
+
+    def watch(self, batches: Iterable[Batch]) -> Iterator[Batch]:
+        """Yield the batches, and keep the rows of their readable images."""
         for batch in batches:
-            table = describe(batch).append_column("id", pa.array(batch["sample_id"].tolist(), pa.int64()))
-            read = table.filter(pa.array((batch["weight"] > 0).tolist()))
-            yield pa.concat_tables(distributed.gather_objects(read)).sort_by("id")
+            yield batch
+            self._add(batch)
 
-    def write(target: Path) -> None:
-        unranked, writer, losses = target.with_suffix(".unranked"), None, []
-        for table in rows():
-            losses.append(table["loss"].to_numpy())
-            table = table.add_column(0, "path", pc.take(paths, table["id"])).drop_columns("id")
-            writer = writer or pq.ParquetWriter(unranked, table.schema)
-            writer.write_table(table)
-        writer.close()
-        ranks = np.empty(sum(map(len, losses)), np.int64)
-        ranks[np.argsort(-np.concatenate(losses), kind="stable")] = np.arange(1, len(ranks) + 1)
-        schema = table.schema.append(pa.field("rank", pa.int64())).with_metadata({"root": root})
-        with pq.ParquetFile(unranked) as source, pq.ParquetWriter(target, schema) as writer:
-            for part in source.iter_batches():
-                writer.write_batch(part.append_column("rank", pa.array(ranks[: len(part)])))
-                ranks = ranks[len(part) :]
-        unranked.unlink()
+    def add_all(self, batches: Iterable[Batch]) -> None:
+        """Keep the rows of all readable images."""
+        for batch in batches:
+            self._add(batch)
 
-    if distributed.is_main():
-        write_atomically(file, write)
-    else:
-        for _ in rows():
-            pass
+    def _add(self, batch: Batch) -> None:
+        ids = pa.array(batch["sample_id"].tolist(), pa.int64())
+        table = self._describe(batch).append_column("id", ids)
+        read = table.filter(pa.array((batch["weight"] > 0).tolist()))
+        self._tables += distributed.gather_objects(read)
+
+    def write(self, file: Path, paths: pa.Array, root: str) -> None:
+        """Write `path`, the columns of `describe`, and `rank`: 1 for the highest loss.
+
+        paths: of all rows of the collection. root: its folder, kept as metadata. Rank 0 writes.
+        """
+        if not distributed.is_main():
+            return
+        table = pa.concat_tables(self._tables).sort_by("id")
+        order = np.argsort(-table["loss"].to_numpy(), kind="stable")
+        ranks = np.empty(len(table), np.int64)
+        ranks[order] = np.arange(1, len(table) + 1)
+        table = table.add_column(0, "path", pc.take(paths, table["id"])).drop_columns("id")
+        table = table.append_column("rank", pa.array(ranks)).replace_schema_metadata({"root": root})
+        write_atomically(file, partial(pq.write_table, table))

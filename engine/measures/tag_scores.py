@@ -176,8 +176,8 @@ class TagScores:
         return tables | {"decisions": [*chain.from_iterable(decisions)]}
 
 
-def to_fit(leads: Tensor) -> Tensor:
-    """Return the samples to fit thresholds to, bool [B]; the others measure them. leads: `Collection.leads`, [B]."""
+def is_fitted(leads: Tensor) -> Tensor:
+    """Return which samples thresholds are fitted to, bool [B]; others measure them. leads: `Collection.leads`, [B]."""
     return rng.uniform(leads, ()) < 0.5
 
 

@@ -58,6 +58,13 @@ class TagCounts:
     scores: Tensor  # float32 [T, 256]: the highest logits, descending, padded with -inf
     hits: Tensor  # bool [T, 256]: whether these samples have the tag
 
+    def join(self, other: "TagCounts") -> "TagCounts":
+        """Return the counts of both."""
+        scores = torch.cat([self.scores, other.scores], dim=1)
+        hits = torch.cat([self.hits, other.hits], dim=1)
+        scores, order = scores.topk(_KEPT, dim=1)
+        return TagCounts(self.histograms + other.histograms, scores, hits.gather(1, order))
+
     def tails(self) -> Iterator[tuple[slice, Tensor, Tensor]]:
         """Yield, for _TAGS tags at a time, their slice, and true positives and predictions at each edge [C, BINS]."""
         for start in range(0, len(self.histograms), _TAGS):

@@ -1,7 +1,8 @@
 """Tagging: any number of tags per image, each with its own probability."""
 
 from collections.abc import Iterable, Mapping
-from dataclasses import astuple
+from dataclasses import asdict, astuple
+from functools import reduce
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
@@ -25,8 +26,8 @@ from data.tags.tag_index import TagIndex, index_tags
 from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
-from engine.measures.tag_scores import TagScores, calibrate, to_fit
-from engine.measures.tags import TagHistograms, place
+from engine.measures.tag_scores import TagScores, calibrate, is_fitted
+from engine.measures.tags import TagCounts, TagHistograms, place
 from engine.measures.top_samples import TopSamples
 from engine.recipe.rules import plan_recipe
 from engine.task import Report, StepOutput
@@ -44,7 +45,7 @@ from utils.config.entry_point import Job
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
-from utils.formats.thresholds import DEFAULT, DEFAULT_LOGIT, ThresholdTable, find_thresholds
+from utils.formats.thresholds import DEFAULT, DEFAULT_LOGIT, PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_of
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
@@ -217,21 +218,31 @@ class TaggingTask(ImageTask):
 
         Tables: `tags`, `tag_groups`, `hardest_tags`. Images: `pr_curves`, `mistakes`.
         """
-        means, counts, worst = Means(), TagHistograms(len(self.vocabulary)), TopSamples(_MISTAKES)
+        return self._measure(loaders["val"], None)[0]
+
+    def _measure(self, batches: Iterable[Batch], leads: np.ndarray | None) -> tuple[Report, list[TagCounts]]:
+        """Return the report, and the counts of samples to fit thresholds to and of others; without leads, of all."""
+        means = Means()
+        worst = TopSamples(_MISTAKES)
         sample = TopSamples(_SAMPLE)
-        for batch in loaders["val"]:
+        parts = [TagHistograms(len(self.vocabulary)) for _ in range(1 if leads is None else 2)]
+        for batch in batches:
             logits, targets, loss = self._predict(batch)
             valid = batch["weight"] > 0
             means.add({"loss": loss}, valid)
-            counts.add(logits, targets, valid)
+            if leads is None:
+                parts[0].add(logits, targets, valid)
+            else:
+                to_fit = is_fitted(torch.from_numpy(leads)[batch["sample_id"].cpu()]).to(valid.device)
+                parts[0].add(logits, targets, valid & to_fit)
+                parts[1].add(logits, targets, valid & ~to_fit)
             places = {"sample_id": batch["sample_id"], "places": place(logits, targets)}
             sample.add(rng.uniform(batch["sample_id"], ()), valid, places)
-            shown, probs = {name: batch[name] for name in ("sample_id", "images")}, logits.sigmoid()
-            for name, error in (("wrong", probs * (targets == 0)), ("missed", (1 - probs) * (targets == 1))):
-                shown[f"{name}_prob"], shown[name] = error.topk(min(_LINES, error.shape[1]))
-            worst.add(loss, valid, shown)
-        scores = TagScores(counts.reduce(), self.vocabulary)
-        measured, kept = means.reduce(), worst.reduce()
+            worst.add(loss, valid, _find_mistakes(batch, logits.sigmoid(), targets))
+        counts = [part.reduce() for part in parts]
+        scores = TagScores(reduce(TagCounts.join, counts), self.vocabulary)
+        measured = means.reduce()
+        kept = worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
         report.scalars["mAP_error"] = scores.mean_ap_error(sample.reduce()["places"], measured["samples"])
         if distributed.is_main():
@@ -240,7 +251,7 @@ class TaggingTask(ImageTask):
                 "pr_curves": lambda: draw_pr_curves(scores.groups),
                 "mistakes": lambda: draw_tag_mistakes(kept, self.vocabulary.names),
             }
-        return report
+        return report, counts
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other.
@@ -260,36 +271,47 @@ class TaggingTask(ImageTask):
             columns[name] = pa.array([row[kept] for row, kept in zip(numbers, mask)], pa.list_(pa.float32()))
         return pa.table({**columns, "loss": loss.cpu().numpy(), "margin": margin})
 
-    def calibrate(self, loader: Iterable[Batch], leads: np.ndarray, precision: float, recall: float) -> ThresholdTable:
-        """Fit thresholds on one half of the samples, and measure them on the other.
+    def calibrate(
+        self, batches: Iterable[Batch], leads: np.ndarray, precision: float, recall: float
+    ) -> tuple[Report, ThresholdTable]:
+        """Measure all samples, as `evaluate`; fit thresholds on one half of them, and measure these on the other.
 
         leads: `Collection.leads`, so that near-duplicates are in one half. With `append_to`, tags that the samples do
         not label keep the thresholds that they had.
         """
-        leads = torch.from_numpy(leads)
-        fit_counts, test_counts = (TagHistograms(len(self.vocabulary)) for _ in range(2))
-        for batch in loader:
-            logits, targets, _ = self._predict(batch)
-            valid, half = batch["weight"] > 0, to_fit(leads[batch["sample_id"].cpu()]).to(logits.device)
-            fit_counts.add(logits, targets, valid & half)
-            test_counts.add(logits, targets, valid & ~half)
-        halves = [counts.reduce() for counts in (fit_counts, test_counts)]
+        report, halves = self._measure(batches, leads)
         if not all(counts.histograms[:, 1].any() for counts in halves):
             raise UserError("calibrate: the images are too few: one half has no tag; name more images (data.root)")
         table = calibrate(*(TagScores(counts, self.vocabulary) for counts in halves), precision, recall)
         labels = sum(counts.histograms.sum((1, 2)) for counts in halves).tolist()
         unlabelled = {key for key, count in zip(self.vocabulary.columns, labels) if not count}
-        if not self.append_to or not unlabelled:
-            return table
-        origin = self.origin or {}
-        earlier = find_thresholds(None, Path(str(origin.get("source"))), origin.get("weights_hash"))
-        return table.keep(unlabelled, earlier)
+        if self.append_to and unlabelled:
+            origin = self.origin or {}
+            earlier = find_thresholds(None, Path(str(origin.get("source"))), origin.get("weights_hash"))
+            table = table.keep(unlabelled, earlier)
+        report.tables["thresholds"] = [asdict(row) for row in table.rows if row.profile != PER_TAG]
+        self.use_thresholds(table)
+        return report, table
+
+    def use_thresholds(self, table: ThresholdTable | None) -> None:
+        """Let `describe_images` decide by a table's thresholds; None keeps the default one."""
+        if table is not None:
+            self.thresholds = np.float32(table.of_tags(self.vocabulary, PER_TAG))
 
     def _predict(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         """Return logits and targets [B, T], and the cross-entropy [B], by which runs of all losses are compared."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
         return logits, targets, bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
+
+
+def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
+    """Return each image [B] and its worst tags of each kind of mistake, with the error of their probabilities."""
+    found = {name: batch[name] for name in ("sample_id", "images")}
+    errors = {"wrong": probs * (targets == 0), "missed": (1 - probs) * (targets == 1)}
+    for name, error in errors.items():
+        found[f"{name}_prob"], found[name] = error.topk(min(_LINES, error.shape[1]))
+    return found
 
 
 @torch.compiler.disable  # the number of tags changes with each batch

@@ -153,7 +153,7 @@ def run_all(recorder, folder, monkeypatch):
     go("export", "run_dir=tuned")
     go("evaluate", "run_dir=asl", "calibrate=true", *on_cpu)
     go("export", "run_dir=asl", "format=wd14")
-    go("evaluate", "models=[asl]", "arena.min_support=1", *folders, *on_cpu)
+    go("evaluate", "job=compare", "models=[asl]", "min_support=1", *folders, *on_cpu)
     go("predict", "weights=tuned", f"input={images}", "output=found.csv")
     go("predict", "weights=asl", f"input={images}", "output=tags.csv")
     go("prepare", "job=manifest", "job.duplicates=true", *folders)

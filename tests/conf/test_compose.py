@@ -23,8 +23,11 @@ MANDATORY = {
     "finetune_vae": ["model.path=FOLDER", "data.root=PATH"],
     "workshop": ["data.root=PATH"],
 }
-# What jobs of prepare.py must be given.
+# What jobs must be given.
 TO = {
+    "evaluate": ["job.run_dir=RUN"],
+    "grid": ["job.run_dir=RUN"],
+    "compare": ["job.models=[A,B]", "data.root=IMAGES"],
     "import": ["job.source=IN", "job.output=OUT"],
     "vocabulary": ["job.output=X"],
     "pack": ["job.output=X"],
@@ -110,8 +113,8 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
     script = OPTIONS[group, name]
     overrides = [f"{group}={name}"]
     if script not in TRAINING:
-        given = {"data": ["data.root=IMAGES"], "job": TO.get(name, [])}.get(group, [])
-        configure(script, [*overrides, *MANDATORY.get(script, []), *given])
+        given = TO.get(name, []) if group == "job" else MANDATORY.get(script, [])
+        configure(script, [*overrides, *given, *(["data.root=IMAGES"] if group == "data" else [])])
         return
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
     if script in ("finetune_sdxl", "finetune_vae"):

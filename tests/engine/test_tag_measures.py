@@ -6,7 +6,7 @@ import torch
 from sklearn import metrics
 
 from engine.measures import tags
-from engine.measures.tag_scores import PROBS, TagScores, calibrate, lower_bound, to_fit
+from engine.measures.tag_scores import PROBS, TagScores, calibrate, is_fitted, lower_bound
 from engine.measures.tags import BINS, TagHistograms
 from tests.engine.test_no_host_sync import count
 from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG
@@ -177,8 +177,8 @@ def test_what_is_not_finite_or_not_valid():
 
 @pytest.fixture(scope="module")
 def halves():
-    fit, parts = to_fit(torch.arange(IMAGES)), []
-    assert torch.equal(to_fit(torch.tensor([7, 7, 3])), fit[[7, 7, 3]]) and 0.4 < fit.float().mean() < 0.6
+    fit, parts = is_fitted(torch.arange(IMAGES)), []
+    assert torch.equal(is_fitted(torch.tensor([7, 7, 3])), fit[[7, 7, 3]]) and 0.4 < fit.float().mean() < 0.6
     for chosen in (fit, ~fit):
         measure = TagHistograms(TAGS)
         measure.add(LOGITS, MASKED, VALID & chosen)
@@ -216,7 +216,7 @@ def test_a_category_with_few_positives_takes_the_threshold_of_all_tags_and_says_
 def test_thresholds_are_measured_on_other_images(halves):
     table = calibrate(*halves, precision=0.8, recall=0.9)
     balanced, rows = table.of_categories("balanced"), [row for row in table.rows if row.profile == PER_TAG]
-    used = VALID & ~to_fit(torch.arange(IMAGES))
+    used = VALID & ~is_fitted(torch.arange(IMAGES))
     for tag in (10, 35):
         decided = LOGITS[used, tag].sigmoid() >= rows[tag].threshold
         assert rows[tag].f1 == pytest.approx(metrics.f1_score(TARGETS[used, tag], decided), abs=1e-5)

@@ -200,8 +200,8 @@ class Command(Generic[Schema]):
         """Compose the configuration from conf/ and the words of a command line."""
         words = quote_paths([self._spell_name(word) for word in words], path_keys(self.schema))
         given = {word.partition("=")[0] for word in words}
-        usual = read_defaults(self.config_dir / f"{self.script}.yaml").get("data")
-        if "data.root" in given and not given & {"data", "experiment"} and usual == "glyphs":
+        usual = read_defaults(self.config_dir / f"{self.script}.yaml").get("data", "")
+        if "data.root" in given and not given & {"data", "experiment"} and usual in ("glyphs", None):
             words = ["data=image_folder", *words]  # a folder is of the user's own images
         search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
@@ -214,11 +214,12 @@ class Command(Generic[Schema]):
     def _spell_name(self, word: str) -> str:
         """Return `hub=X` as `hub.name=X`: the value of a mapping that is no group is its name.
 
-        A key of prepare.py that is none of its groups is the job's: `output=X` is `job.output=X`.
+        A key of a script with jobs that is none of its groups is the job's: `output=X` is `job.output=X`.
         """
         key, _, value = word.partition("=")
         fields = self.schema.model_fields
-        if "job" in fields and re.fullmatch("[a-z_]+", key) and key not in fields:
+        group = re.fullmatch(r"([a-z_]+)(\.[a-z_]+)*", key)
+        if "job" in fields and group and group[1] not in fields:
             return f"job.{word}"
         field = fields.get(key)
         has_name = "name" in getattr(field and field.annotation, "model_fields", ())

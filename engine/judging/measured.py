@@ -1,0 +1,103 @@
+"""Weights and the images to measure them on, for evaluate.py."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from data.config import DataConfig
+from data.open import Data, describe_collection, load_collection
+from engine.config import MachineConfig
+from engine.exports.weights import MovedBase, Weights, open_weights
+from engine.update.runtime import Runtime, choose_trained
+from utils.contracts import Batch
+from utils.errors import UserError, about
+from utils.record.logging import get_logger
+from utils.record.progress import track
+from utils.record.run_reader import RunReader
+
+log = get_logger(__name__)
+
+
+class _RunData(BaseModel):
+    """The keys of a run's configuration that evaluation reads."""
+
+    model_config = ConfigDict(strict=True)
+
+    data: DataConfig
+    seed: int
+
+
+class Images(NamedTuple):
+    """Images to measure weights on. is_own: they are those of the weights' run."""
+
+    data: DataConfig
+    seed: int
+    is_own: bool
+
+
+def choose_images(data: DataConfig | None, run: str | None, split: str) -> Images:
+    """Return the images of `data`, or of a run. Those of a run are split as in training.
+
+    split: with auto, other images have no split but their own.
+    """
+    saved = None if run is None else RunReader(Path(run)).part(_RunData)
+    if data is None:
+        return Images(saved.data, saved.seed, True)
+    is_own = saved is not None and Path(data.root).resolve() == Path(saved.data.root).resolve()
+    fraction = 0.0 if split == "auto" else data.validation_fraction
+    if is_own:
+        fraction = saved.data.validation_fraction
+    data = data.model_copy(update={"validation_fraction": fraction})
+    return Images(data, 0 if saved is None else saved.seed, is_own)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """Weights, with a split of images to measure them on."""
+
+    weights: Weights
+    data: Data
+    rows: np.ndarray  # of the split
+    split: str
+    runtime: Runtime
+
+    @property
+    def is_tagger(self) -> bool:
+        """Whether the weights are a tagger's, with thresholds."""
+        return self.weights.kind.output == "tags"
+
+    def loaders(self) -> dict[str, Iterable[Batch]]:
+        """Return the loaders of the evaluation, with their progress, and move the task to the device."""
+        task = self.weights.task.to(self.runtime.device)
+        if self.runtime.channels_last:
+            task.to(memory_format=torch.channels_last)
+        loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
+        if loaders["val"].samples == 0:
+            raise UserError(
+                f"split: {self.data.collection.root} has no image of split={self.split} that the task can use; set "
+                "split=train, or name other data"
+            )
+        return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
+
+
+def open_measured(
+    path: Path, base: MovedBase, images: Images, split: str, machine: MachineConfig, batch_size: int
+) -> Measured:
+    """Open weights and images. split: auto is val; of other images than the run's, all if they have no val."""
+    with about("weights"):
+        weights = open_weights(path, "evaluation", base)
+    runtime = choose_trained(machine, weights.metadata.get("precision"))
+    collection = load_collection(images.data)
+    source = weights.kind.source(collection, images.data, weights.setup, repeats=False)
+    data = Data(collection, source, runtime, seed=images.seed, batch_size=batch_size, run_path=None)
+    log.info("%s", describe_collection(collection))
+    if split == "auto":
+        has_val = len(collection.rows("val")) > 0
+        split = "val" if images.is_own or has_val else "all"
+    rows = np.flatnonzero(collection.weights()) if split == "all" else collection.rows(split)
+    return Measured(weights, data, rows, split, runtime)
