@@ -13,12 +13,16 @@ log = get_logger(__name__)
 
 
 # `loop.total_epochs=auto`: at least 1,000 updates, within 12 to 200 epochs.
-AUTO_LEAST_EPOCHS, AUTO_MOST_EPOCHS, AUTO_STEPS = 12, 200, 1000
-# `loop.evaluate_every_epochs=auto`: evaluations read at most a fifth as many images as training, but at least 5 run.
-AUTO_EVALUATION_SHARE, AUTO_EVALUATIONS = 0.2, 5
+_LEAST_EPOCHS = 12
+_MOST_EPOCHS = 200
+_LEAST_STEPS = 1000
+# `loop.evaluate_every_epochs=auto`: 5 evaluations, or as many as read a fifth of what training reads.
+_EVALUATIONS = 5
+_EVALUATION_SHARE = 0.2
 # With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the
 # pictures of an evaluation two seconds.
-TIMED_EVALUATION_SHARE, TIMED_EVALUATIONS_A_MINUTE = 0.15, 1.5
+_TIMED_SHARE = 0.15
+_EVALUATIONS_A_MINUTE = 1.5
 
 
 @dataclass(frozen=True)
@@ -62,9 +66,11 @@ class Plan:
 
     def is_due(self, step: int, every_epochs: float, since: int | None = None) -> bool:
         """Return whether `step` ends the run or passes a multiple of `every_epochs` after `since` (or step - 1)."""
-        since = step - 1 if since is None else since
-        after, before = (math.floor(self.epoch_at(number) / every_epochs + 1e-9) for number in (step, since))
-        return after > before or step == self.total_steps
+
+        def multiple(number: int) -> int:
+            return math.floor(self.epoch_at(number) / every_epochs + 1e-9)
+
+        return multiple(step) > multiple(step - 1 if since is None else since) or step == self.total_steps
 
 
 def largest_divisor(count: int, most: int) -> int:
@@ -93,42 +99,11 @@ def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
-    loop, optim, finder, size = config.loop, config.optim, config.lr_finder, config.loop.batch_size
+    loop, size = config.loop, config.loop.batch_size
     cap = size if loop.micro_batch_size == "auto" else loop.micro_batch_size
     micro, accum = split_batch(size, world_size, cap, chunk)
-    per_epoch = epoch_length / size
-    total, epochs = loop.total_steps, loop.total_epochs
-    if total is None:
-        if epochs == "auto":
-            epochs = min(max(AUTO_LEAST_EPOCHS, math.ceil(AUTO_STEPS / per_epoch)), AUTO_MOST_EPOCHS)
-        total = max(1, math.ceil(epochs * per_epoch - 1e-9))
-    if loop.ema_start_step and (loop.ema_decay is None or loop.ema_start_step >= total > 0):
-        raise UserError(
-            f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
-            f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
-        )
+    total = _count_steps(config, epoch_length / size)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
-    every = loop.evaluate_every_epochs
-    if every == "auto" and loop.minutes is not None:
-        most = TIMED_EVALUATION_SHARE * total * size / max(evaluation_samples, 1)
-        most = max(int(min(most, TIMED_EVALUATIONS_A_MINUTE * loop.minutes)), 1)
-        every = total / per_epoch / most or 1.0
-    elif every == "auto":
-        share = evaluation_samples / epoch_length
-        every = min(max(1.0, share / AUTO_EVALUATION_SHARE), total / per_epoch / AUTO_EVALUATIONS or 1.0)
-    lr = optim.base_lr * size / 256 if optim.lr is None else optim.lr
-    is_tested = finder.enabled and (finder.only or finder.steps <= finder.max_share * total)
-    if finder.enabled and not is_tested:
-        log.warning(
-            "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",
-            finder.steps, finder.max_share, total, lr,
-        )  # fmt: skip
-    warmup, schedule = 0, config.schedule
-    if not isinstance(schedule, OneCycleConfig):
-        warmup = schedule.warmup_steps
-        warmup = round(schedule.warmup_epochs * per_epoch) if warmup is None else warmup
-    if warmup > total > 0:
-        log.warning("schedule: the warm-up of %d steps is longer than the run; cut to its %d steps", warmup, total)
     return Plan(
         world_size=world_size,
         batch_size=size,
@@ -136,9 +111,68 @@ def make_plan(
         accum_steps=accum,
         epoch_length=epoch_length,
         total_steps=total,
-        warmup_steps=min(warmup, total),
-        lr=lr,
-        evaluate_every_epochs=every,
-        range_test_steps=finder.steps if is_tested else 0,
+        warmup_steps=_count_warmup(config, epoch_length / size, total),
+        lr=_peak_rate(config),
+        evaluate_every_epochs=_evaluate_every(config, total * size / epoch_length, evaluation_samples / epoch_length),
+        range_test_steps=_count_test_steps(config, total),
         phase_ends=tuple(round(total * share) for share in shares),
     )
+
+
+def _count_steps(config: TrainingConfig, per_epoch: float) -> int:
+    """Return the updates of the run. Raises UserError if the average would begin after its end."""
+    loop = config.loop
+    total = loop.total_steps
+    if total is None:
+        epochs = loop.total_epochs
+        if epochs == "auto":
+            epochs = min(max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)), _MOST_EPOCHS)
+        total = max(1, math.ceil(epochs * per_epoch - 1e-9))
+    if loop.ema_start_step and (loop.ema_decay is None or loop.ema_start_step >= total > 0):
+        raise UserError(
+            f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
+            f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
+        )
+    return total
+
+
+def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
+    schedule = config.schedule
+    if isinstance(schedule, OneCycleConfig):
+        return 0
+    steps = round(schedule.warmup_epochs * per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
+    if steps > total > 0:
+        log.warning("schedule: the warm-up of %d steps is longer than the run; cut to its %d steps", steps, total)
+    return min(steps, total)
+
+
+def _peak_rate(config: TrainingConfig) -> float:
+    optim = config.optim
+    return optim.base_lr * config.loop.batch_size / 256 if optim.lr is None else optim.lr
+
+
+def _evaluate_every(config: TrainingConfig, epochs: float, share: float) -> float:
+    """Return the epochs between two evaluations. epochs: of the run; share: what an evaluation reads of an epoch.
+
+    An evaluation reads no more images than were trained since the one before; only the last one of a run may.
+    """
+    loop = config.loop
+    if loop.evaluate_every_epochs != "auto":
+        return loop.evaluate_every_epochs
+    if loop.minutes is not None:
+        most = min(_TIMED_SHARE * epochs / share if share else math.inf, _EVALUATIONS_A_MINUTE * loop.minutes)
+        return epochs / max(int(most), 1) or 1.0
+    return max(share, min(max(1.0, share / _EVALUATION_SHARE), epochs / _EVALUATIONS or 1.0))
+
+
+def _count_test_steps(config: TrainingConfig, total: int) -> int:
+    finder = config.lr_finder
+    if not finder.enabled:
+        return 0
+    if finder.only or finder.steps <= finder.max_share * total:
+        return finder.steps
+    log.warning(
+        "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",
+        finder.steps, finder.max_share, total, _peak_rate(config),
+    )  # fmt: skip
+    return 0

@@ -172,15 +172,18 @@ def test_evaluations_and_what_is_due_among_them_are_the_first_at_or_beyond_each_
     [
         (1_281_167, 50_000, {"total_epochs": 100}, 1.0),  # a twenty-fifth of an epoch
         (289, 1_958, {"total_epochs": 1000}, 5 * 1_958 / 289),
-        (2_890, 19_580, {"total_epochs": 20}, 4.0),  # five times a run
+        (10_000, 10_000, {"total_epochs": 20}, 4.0),  # five times a run
+        (2_890, 19_580, {"total_epochs": 20}, 19_580 / 2_890),  # no more than was trained since the one before
+        (47_495, 7_158, {"total_steps": 3, "batch_size": 16}, 7_158 / 47_495),  # only the last
         (1_000, 400, {"total_epochs": 40, "evaluate_every_epochs": 0.5}, 0.5),
     ],
 )
-def test_evaluations_read_a_fifth_of_what_training_reads_and_come_five_times(training, validation, loop, epochs):
+def test_evaluations_read_a_fifth_of_what_training_reads_or_come_five_times(training, validation, loop, epochs):
     made = plan(epoch_length=training, evaluation_samples=validation, **loop)
     assert made.evaluate_every_epochs == pytest.approx(epochs, rel=0.01)
     due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
-    assert len(due) >= 5
+    images = [made.batch_size * (step - before) for before, step in zip([0, *due], due[:-1])]
+    assert all(count >= validation for count in images) or "evaluate_every_epochs" in loop
 
 
 @pytest.mark.parametrize("loop", [{"ema_decay": 0.9, "total_steps": 20}, {"ema_decay": None, "total_steps": 99}])
