@@ -5,11 +5,15 @@ updated in float32 and rounded stochastically: rounding to nearest would lose up
 most. Source: Zamirai et al. 2020 (arXiv 2010.06192), section 3.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 
 from optim.build import skips_on_device
+from optim.groups import is_frozen
 from utils import rng
+from utils.errors import UserError
 
 
 def step_by_gradients(optimizer: torch.optim.Optimizer, applied: Tensor) -> None:
@@ -90,3 +94,59 @@ def round_stochastically(values: Tensor, generator: torch.Generator) -> Tensor:
     """
     noise = torch.empty_like(values, dtype=torch.int32).random_(1 << 16, generator=generator)
     return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).bfloat16()
+
+
+class FusedBackward:
+    """Update each parameter once its gradient is complete, and free the gradient (`optim.fused_backward`).
+
+    The updates equal those after a whole backward pass, bit for bit. A loss that is not finite, or no weight, skips the
+    update; a gradient that is not finite skips its own parameter, and the step counts as skipped.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer) -> None:
+        self._optimizer = optimizer
+        self._norms: dict[nn.Parameter, Tensor] = {}
+        self._skip: Tensor | None = None
+        self._is_off = False
+        groups = enumerate(optimizer.param_groups)  # `load_state_dict` replaces them, but keeps their order
+        pairs = [(index, parameter) for index, group in groups for parameter in group["params"]]
+        self._places = {parameter: (index, number) for number, (index, parameter) in enumerate(pairs)}
+        for parameter in self._places:
+            parameter.register_post_accumulate_grad_hook(self._update)
+
+    def begin(self, loss: Tensor, weight: Tensor) -> None:
+        """Update parameters from now on. loss: the weighted sum."""
+        self._skip = (~torch.isfinite(loss) | (weight == 0)).float()
+        self._norms = {}
+        # An optimiser that counts its steps on the host waits for the loss.
+        self._is_off = not skips_on_device(self._optimizer) and bool(self._skip)
+
+    def end(self) -> list[Tensor]:
+        """Return the norms of the gradients, in the optimiser's order."""
+        self._skip = None
+        return [self._norms[parameter] for parameter in self._places if parameter in self._norms]
+
+    def _update(self, parameter: nn.Parameter) -> None:
+        if self._skip is None:
+            return
+        assert parameter not in self._norms, "the backward pass computes a gradient in two parts"
+        index, number = self._places[parameter]
+        group = self._optimizer.param_groups[index]
+        if not is_frozen(group, self._optimizer.update):
+            (norm,) = torch._foreach_norm([parameter.grad])
+            self._norms[parameter] = norm
+            if not self._is_off:
+                skip = torch.where(torch.isfinite(norm), self._skip, 1.0)
+                step_alone(self._optimizer, group, parameter, skip, number)
+        parameter.grad = None
+
+
+def store_in_bf16(parameters: Iterable[nn.Parameter], precision: str) -> None:
+    """Convert the trained parameters. Raises UserError (`optim.bf16_weights`) unless activations are bfloat16."""
+    if precision != "bf16":
+        raise UserError(
+            f"optim.bf16_weights: true needs runtime.precision=bf16, not {precision}; change one of the two"
+        )
+    for parameter in parameters:
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()

@@ -282,7 +282,7 @@ class Run:
                 self.recorder.phase(self.step, f"evaluating {name}", batch)
                 yield batch
 
-        due, size = {}, self.learner.micro_batch_size
+        due, size = {}, self.learner.micro_batches.size
         for name, loader in self.streams.evaluation.items():
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):

@@ -25,7 +25,7 @@ from engine.run.checkpoint import choose_checkpoint
 from engine.run.length import fit_minutes, use_minutes
 from engine.run.loop import Run
 from engine.task import Streams, Task, networks_of
-from engine.update.batch_size import out_of_memory, read_size
+from engine.update.batch_size import out_of_memory
 from engine.update.runtime import Runtime, choose_compile, is_free, start_machine
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
@@ -182,12 +182,10 @@ def open_run(
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
         learner, recorder, train = run.learner, run.recorder, streams.train
-        learner.batch_size_file = file = folder.path / "micro_batch_size.json"
-        begin = plan.micro_batch_size
-        learner.micro_batch_size = distributed.rank_zero_call(lambda: read_size(file, begin, runtime.device_name))
+        learner.micro_batches.keep_in(folder.path / "micro_batch_size.json", runtime.device_name)
         if config.loop.micro_batch_size == "auto" and distributed.is_distributed():
             for each in streams.in_order:
-                learner.rehearse(each.trial_batches(begin))
+                learner.rehearse(each.trial_batches(plan.micro_batch_size))
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:
             run.restore(checkpoint)

@@ -15,7 +15,11 @@ from pathlib import Path
 from engine.plan import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import read_json
+from utils.io.files import ignore_write_errors, read_json, write_json
+from utils.ranks import distributed
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 def show_samples(batch: Batch) -> str:
@@ -32,21 +36,56 @@ def out_of_memory(stage: str, samples: str) -> UserError:
     )
 
 
-def split(batches: Sequence[Batch], size: int) -> list[Batch]:
-    """Cut the loader's micro-batches to at most `size` samples each; samples and order stay the same."""
-    parts = []
-    for batch in batches:
-        part = largest_divisor(len(batch["weight"]), size)
-        parts += [_cut(batch, first, part) for first in range(0, len(batch["weight"]), part)]
-    return parts
+class MicroBatches:
+    """The largest micro-batch, `size`, which is halved when it does not fit.
+
+    may_halve: `loop.on_out_of_memory=halve`, for updates that can be repeated.
+    """
+
+    def __init__(self, size: int, *, may_halve: bool) -> None:
+        self.size = size
+        self._may_halve = may_halve
+        self._file: Path | None = None
+        self._device = ""
+
+    def keep_in(self, file: Path, device: str) -> None:
+        """Write halved sizes to a file of the run, and take the size that an earlier start found on an equal device."""
+        self._file, self._device = file, device
+        if self._may_halve:
+            self.size = distributed.rank_zero_call(lambda: read_size(file, self.size, device))
+
+    def split(self, batches: Sequence[Batch]) -> list[Batch]:
+        """Cut the loader's micro-batches to at most `size` samples each; samples and order stay the same."""
+        parts = []
+        for batch in batches:
+            samples = len(batch["weight"])
+            part = largest_divisor(samples, self.size)
+            parts += [_cut(batch, first, part) for first in range(0, samples, part)]
+        return parts
+
+    def halve(self, part: Batch) -> None:
+        """Halve the size after `part` ran out of memory. Raises UserError for one sample, or if it may not be halved."""
+        samples = len(part["weight"])
+        if samples == 1 or not self._may_halve:
+            raise out_of_memory("training", show_samples(part))
+        self.size = largest_divisor(samples, samples // 2)
+        log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.size)
+
+    def keep(self) -> None:
+        """Write the size for later starts of the run."""
+        if self._file is not None:
+            with ignore_write_errors(self._file):
+                write_json(self._file, {"size": self.size, "device": self._device})
 
 
 def _cut(batch: Batch, first: int, size: int) -> Batch:
     """Return `size` samples from `first` on; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
     part = {name: tensor[first : first + size] for name, tensor in batch.items()}
     for name in batch:
-        if (offsets := f"{name}_offsets") in batch:
-            part |= {name: batch[name], offsets: batch[offsets][first : first + size + 1]}
+        offsets = f"{name}_offsets"
+        if offsets in batch:
+            part[name] = batch[name]
+            part[offsets] = batch[offsets][first : first + size + 1]
     return part
 
 

@@ -5,14 +5,14 @@ some updates of the same shapes, one is recorded, and those that follow are repl
 and differ from other updates only by the rounding of the learning rate to float32.
 """
 
-from collections.abc import Callable, Sequence
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from engine.update.runtime import Runtime
 from engine.update.step import StepResult
 from optim.build import skips_on_device
 from optim.groups import is_frozen
@@ -28,24 +28,6 @@ _MOST_SEEN = 100  # a momentum or weight decay that changes with every update is
 _MEMORY_SHARE = 0.3  # of the GPU's memory may be in use before recording, which takes as much again
 
 
-class Updates(Protocol):
-    """What the graphs need of a learner: its settings, and the parts of an update."""
-
-    optimizer: torch.optim.Optimizer
-    runtime: Runtime
-    step: int
-    micro_batch_size: int
-
-    def seed_pass(self) -> None:
-        """Seed the draws of a pass."""
-
-    def gradients(self, parts: Sequence[Batch], progress: Tensor, *, seeds: bool) -> StepResult:
-        """Compute the gradients, ready for the optimiser."""
-
-    def apply(self, result: StepResult) -> None:
-        """Make the optimiser's step."""
-
-
 @dataclass
 class _Recorded:
     """A recorded update. values: the progress, and the rate of each group. found: has the newest replay's result."""
@@ -58,15 +40,31 @@ class _Recorded:
 
 
 class UpdateGraphs:
-    """The recorded updates of a learner, by what they depend on beside tensors."""
+    """The recorded updates of an optimiser, by what they depend on beside tensors.
 
-    def __init__(self, learner: Updates) -> None:
-        self._learner, self._is_off = learner, False
+    gradients: computes the gradients of a batch at a progress, ready for the optimiser. apply: makes its step. seed:
+    seeds what a pass draws.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        device: torch.device,
+        gradients: Callable[[Batch, Tensor], StepResult],
+        apply: Callable[[StepResult], None],
+        seed: Callable[[], None],
+    ) -> None:
+        self._optimizer = optimizer
+        self._device = device
+        self._gradients = gradients
+        self._apply = apply
+        self._seed = seed
+        self._is_off = False
         self._reset()
 
     def _reset(self) -> None:
-        self._groups = self._learner.optimizer.param_groups
-        self._seen: dict[Any, int] = {}
+        self._groups = self._optimizer.param_groups
+        self._seen: Counter[Any] = Counter()
         self._recorded: dict[Any, _Recorded] = {}
 
     @property
@@ -74,81 +72,84 @@ class UpdateGraphs:
         """How many updates are recorded."""
         return len(self._recorded)
 
-    def update(self, batches: Sequence[Batch], progress: float, values: GroupValues) -> StepResult | None:
+    def update(self, batch: Batch, progress: float, values: GroupValues) -> StepResult | None:
         """Make an update by a graph; None if it has to be made without one."""
-        learner = self._learner
-        if self._groups is not learner.optimizer.param_groups:  # loading a state replaces the optimiser's tensors
+        if self._groups is not self._optimizer.param_groups:  # loading a state replaces the optimiser's tensors
             self._reset()
-        if self._is_off or len(batches) != 1 or len(batches[0]["weight"]) > learner.micro_batch_size:
+        if self._is_off:
             return None
-        (batch,) = batches
-        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
-        frozen = tuple(is_frozen(group, learner.step) for group in self._groups)
-        key = (shapes, frozen, values.weight_decay, values.momentum)
-        if key not in self._recorded:
-            self._seen[key] = self._seen.get(key, 0) + 1
-            self._is_off = len(self._seen) > _MOST_SEEN
-            if self._seen[key] <= _EAGER or len(self._recorded) == _MOST_GRAPHS or not self._record(key, batch):
-                return None
-        recorded = self._recorded[key]
+        recorded = self._find(batch, values)
+        if recorded is None:
+            return None
         recorded.values.copy_(self._values(progress), non_blocking=True)
         for name, tensor in batch.items():
             recorded.batch[name].copy_(tensor, non_blocking=True)
-        learner.seed_pass()
+        self._seed()
         recorded.replay_gradients()
         result = recorded.found[-1].clone()
         if recorded.replay_step is not None:
             if result.applied:  # a host synchronisation
                 recorded.replay_step()
-            learner.optimizer.zero_grad(set_to_none=True)
+            self._optimizer.zero_grad(set_to_none=True)
         return result
 
+    def _find(self, batch: Batch, values: GroupValues) -> _Recorded | None:
+        """Return the recorded update of a batch's shapes, recording it if it has been made often enough."""
+        shapes = tuple((name, tensor.shape, tensor.dtype) for name, tensor in batch.items())
+        frozen = tuple(is_frozen(group, self._optimizer.update) for group in self._groups)
+        key = (shapes, frozen, values.weight_decay, values.momentum)
+        if key not in self._recorded:
+            self._seen[key] += 1
+            self._is_off = len(self._seen) > _MOST_SEEN
+            if self._seen[key] > _EAGER and len(self._recorded) < _MOST_GRAPHS:
+                self._record(key, batch)
+        return self._recorded.get(key)
+
     def _values(self, progress: float) -> Tensor:
-        rates = [group["lr"] for group in self._learner.optimizer.param_groups]
+        rates = [group["lr"] for group in self._optimizer.param_groups]
         return torch.tensor([progress, *rates], dtype=torch.float32)
 
-    def _record(self, key: Any, batch: Batch) -> bool:
-        """Record an update, which makes none; return whether that was possible, and give up if not."""
-        learner = self._learner
+    def _record(self, key: Any, batch: Batch) -> None:
+        """Record an update, which makes none; give up if that is not possible."""
         try:
             self._check_memory()
             self._recorded[key] = self._capture(batch)
         except RuntimeError as error:  # also torch.OutOfMemoryError
             log.info("runtime.cuda_graphs: updates are started kernel by kernel: %s", str(error).partition("\n")[0])
             self._is_off = True
-            learner.optimizer.zero_grad(set_to_none=True)
-            return False
-        log.debug("runtime.cuda_graphs: an update was recorded")
-        return True
+            self._optimizer.zero_grad(set_to_none=True)
+        else:
+            log.debug("runtime.cuda_graphs: an update was recorded")
 
     def _check_memory(self) -> None:
-        device = self._learner.runtime.device
-        if device.type != "cuda":
+        if self._device.type != "cuda":
             return
-        used, total = torch.cuda.max_memory_reserved(device), torch.cuda.get_device_properties(device).total_memory
-        if used > _MEMORY_SHARE * total:
-            raise RuntimeError(f"the update takes {used / total:.0%} of the GPU's memory")
+        used = torch.cuda.max_memory_reserved(self._device)
+        share = used / torch.cuda.get_device_properties(self._device).total_memory
+        if share > _MEMORY_SHARE:
+            raise RuntimeError(f"the update takes {share:.0%} of the GPU's memory")
 
     def _capture(self, batch: Batch) -> _Recorded:
-        learner, optimizer = self._learner, self._learner.optimizer
+        optimizer = self._optimizer
         kept = {name: tensor.clone() for name, tensor in batch.items()}
-        values = self._values(0.0).to(learner.runtime.device)
+        values = self._values(0.0).to(self._device)
+        found: list[StepResult] = []
+
+        def compute() -> None:
+            found[:] = [self._gradients(kept, values[0])]
+            if skips_on_device(optimizer):
+                self._apply(*found)
+
+        self._seed()
+        before = torch.default_generator.get_state()
         rates = [group["lr"] for group in optimizer.param_groups]
-        learner.seed_pass()
-        before, found = torch.default_generator.get_state(), []
         for group, rate in zip(optimizer.param_groups, values[1:]):
             group["lr"] = rate
         try:
-
-            def compute() -> None:
-                found[:] = [learner.gradients([kept], values[0], seeds=False)]
-                if skips_on_device(optimizer):
-                    learner.apply(*found)
-
-            replay, pool = record_graph(compute, learner.runtime.device)
+            replay, pool = record_graph(compute, self._device)
             replay_step = None
             if not skips_on_device(optimizer):
-                replay_step, _ = record_graph(optimizer.step, learner.runtime.device, pool)
+                replay_step, _ = record_graph(optimizer.step, self._device, pool)
         finally:
             for group, rate in zip(optimizer.param_groups, rates):
                 group["lr"] = rate

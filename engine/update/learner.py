@@ -6,7 +6,6 @@ result = learner.update(batches)
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -14,23 +13,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from engine.config import TrainingConfig
-from engine.plan import Plan, largest_divisor
+from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
-from engine.update.batch_size import out_of_memory, show_samples, split
+from engine.update.batch_size import MicroBatches, out_of_memory, show_samples
 from engine.update.graphs import UpdateGraphs
 from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
-from optim.alone import step_alone, step_by_gradients
+from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
-from optim.groups import build_groups, drop_frozen_gradients, is_frozen, set_group_values
+from optim.groups import build_groups, drop_frozen_gradients, set_group_values
 from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import ignore_write_errors, write_json
 from utils.ranks import distributed, sharded
 from utils.record.logging import get_logger
 
@@ -49,10 +47,14 @@ class Learner:
     """
 
     def __init__(self, task: Task, config: TrainingConfig, plan: Plan, runtime: Runtime) -> None:
-        self.task, self.runtime, self.config = task.train(), runtime, config
-        self.seed, self.clip_grad_norm, self.step = config.seed, config.loop.clip_grad_norm, 0
+        self.task = task.train()
+        self.runtime = runtime
+        self.config = config
+        self.seed = config.seed
+        self.clip_grad_norm = config.loop.clip_grad_norm
+        self.step = 0
         if getattr(config.optim, "bf16_weights", False):
-            _store_in_bf16(task, runtime)
+            store_in_bf16(task.parameters(), runtime.precision)
         self.compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
         self.model = wrap_task(task, config.runtime, runtime, compiles=self.compiles)
         if config.runtime.offload:
@@ -65,39 +67,42 @@ class Learner:
         to_training_point(self.optimizer)
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
-        self.fused = _FusedBackward(self) if getattr(config.optim, "fused_backward", False) else None
+        self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
+        may_halve = config.loop.on_out_of_memory == "halve" and self.fused is None  # which updates parameters meanwhile
+        self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
         self.scale = first_scale(runtime)
-        self.graphs = UpdateGraphs(self) if self._may_record() else None
+        self.graphs = self.record_updates() if self._may_record() else None
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
             self.averages = Averages(networks_of(task, task.averaged), task.averaged)
         self.exports_average = self.averages is not None and set(task.exported) <= task.averaged.keys()
         self.use_length(plan)
-        self.micro_batch_size = plan.micro_batch_size
-        self.batch_size_file: Path | None = None  # keeps the halved size for later starts
 
     def use_length(self, plan: Plan) -> None:
         """Schedule the rate over the steps of a plan."""
-        config, decay = self.config.schedule, self.config.optim.weight_decay
-        self.schedule = Schedule(config, plan.lr, decay, plan.total_steps, plan.warmup_steps)
+        decay = self.config.optim.weight_decay
+        self.schedule = Schedule(self.config.schedule, plan.lr, decay, plan.total_steps, plan.warmup_steps)
 
     def update(self, batches: Sequence[Batch]) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
 
         No host synchronisation, except one for optimisers that cannot skip on the device.
         """
-        values, progress = self.schedule.at(self.step), self.schedule.progress_at(self.step)
+        values = self.schedule.at(self.step)
+        share = self.schedule.progress_at(self.step)
         set_group_values(self.optimizer, values)
         self.optimizer.update = self.step
-        result = None if self.graphs is None else self.graphs.update(batches, progress, values)
-        progress = torch.full((), progress, device=self.runtime.device)
+        result = None
+        if self.graphs is not None and len(batches) == 1 and len(batches[0]["weight"]) <= self.micro_batches.size:
+            result = self.graphs.update(batches[0], share, values)
+        progress = torch.full((), share, device=self.runtime.device)
         if result is None:
             result = self._update(batches, progress)
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
-            when = {"warmup": loop.ema_warmup, "start_step": loop.ema_start_step}
-            self.averages.update(ema_decay_at(self.step, loop.ema_decay, **when), result.applied)
+            decay = ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup, start_step=loop.ema_start_step)
+            self.averages.update(decay, result.applied)
         self.step += 1
         return result
 
@@ -105,64 +110,71 @@ class Learner:
         """Compute gradients, of smaller micro-batches if the device runs out of memory, and step."""
         before = self._buffers.copy()
         while True:
-            parts = split(batches, self.micro_batch_size)
-            if self.fused is not None and len(parts) > 1:  # a size that an earlier start found
-                raise out_of_memory("training", show_samples(batches[0]))
+            parts = self.micro_batches.split(batches)
             try:
-                result = self.gradients(parts, progress)
+                result = self._gradients(parts, progress, before)
                 break
             except torch.OutOfMemoryError:
                 pass  # the error holds the activations
             self._undo_passes(before)
-            self._halve(parts[0])
-            if self.batch_size_file is not None:
-                with ignore_write_errors(self.batch_size_file):
-                    found = {"size": self.micro_batch_size, "device": self.runtime.device_name}
-                    write_json(self.batch_size_file, found)
+            self.micro_batches.halve(parts[0])
+            self.micro_batches.keep()
             if distributed.is_distributed():  # the others wait in a collective
                 raise out_of_memory("training", show_samples(parts[0]))
-        self.apply(result)
+        self._apply(result)
         return result
 
-    def seed_pass(self, part: int = 0) -> None:
+    def _seed_pass(self, part: int = 0) -> None:
         """Seed what the pass of a micro-batch draws."""
         rng.seed_micro_step(self.seed, self.step, part, distributed.rank(), self.runtime.device)
 
-    def gradients(self, parts: Sequence[Batch], progress: Tensor, *, seeds: bool = True) -> StepResult:
+    def record_updates(self) -> UpdateGraphs:
+        """Return what records updates of one micro-batch."""
+
+        def gradients(batch: Batch, progress: Tensor) -> StepResult:
+            return self._gradients([batch], progress, self._buffers.copy(), seeds=False)
+
+        return UpdateGraphs(self.optimizer, self.runtime.device, gradients, self._apply, self._seed_pass)
+
+    def _gradients(
+        self, parts: Sequence[Batch], progress: Tensor, before: Sequence[Tensor], *, seeds: bool = True
+    ) -> StepResult:
         """Compute the clipped gradients of all micro-batches; buffers change unless the update is to be skipped.
 
-        seeds: whether to seed the draws of each micro-batch.
+        before: the buffers' values. seeds: whether to seed the draws of each micro-batch.
         """
-        before, passes = self._buffers.copy(), []
         weight = distributed.all_reduce_sum(sum(part["weight"].sum() for part in parts))
         # DDP and fully_shard average over ranks; the world size turns the average back into the sum.
         factor = self.scale["scale"] * distributed.world_size() / weight.clamp_min(_TINY)
         begin = None if self.fused is None else self.fused.begin
+        passes = []
         for number, part in enumerate(parts):
             if seeds:
-                self.seed_pass(number)
+                self._seed_pass(number)
             with no_sync(self.model, last=number == len(parts) - 1):
                 passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
-        optimizer, (figures, names, losses) = self.optimizer, zip(*passes)
+        figures, names, losses = zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
-        parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-        drop_frozen_gradients(optimizer, self.step)
+        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        drop_frozen_gradients(self.optimizer, self.step)
         grads = take_gradients(parameters)
         norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
         norm = torch.linalg.vector_norm(torch.stack(norms))
-        inverse_scale = 1.0 / self.scale["scale"] if self.runtime.precision == "fp16" else None
-        if inverse_scale is not None:
+        inverse_scale = None
+        if self.runtime.precision == "fp16":
+            inverse_scale = 1.0 / self.scale["scale"]
             norm = norm * inverse_scale
         rows_only = isinstance(parameters[0], sharded.Part)
-        figures, norm, bad = reduce_figures(sum(figures), weight, norm, rows_only=rows_only)
+        sums, norm, bad = reduce_figures(sum(figures), weight, norm, rows_only=rows_only)
         clip_gradients(grads, norm, self.clip_grad_norm, inverse_scale)
+        self._buffers.put_back(before, bad)
         skipped = bad.float()
         applied = 1.0 - skipped
-        self._buffers.put_back(before, bad)
-        figures = torch.cat([figures, torch.stack([norm, applied, skipped, torch.ones_like(applied)])]).view(-1, 2)
-        return StepResult((*names[0], "grad_norm", "skipped_steps"), figures, applied, weight, losses)
+        own = torch.stack([norm, applied, skipped, torch.ones_like(applied)])
+        pairs = torch.cat([sums, own]).view(-1, 2)
+        return StepResult((*names[0], "grad_norm", "skipped_steps"), pairs, applied, weight, losses)
 
-    def apply(self, result: StepResult) -> None:
+    def _apply(self, result: StepResult) -> None:
         """Step by the gradients, unless the update is to be skipped."""
         if self.fused is None:
             step_by_gradients(self.optimizer, result.applied)
@@ -172,10 +184,12 @@ class Learner:
 
     def _may_record(self) -> bool:
         """Return whether an update is a function of tensors on one GPU alone, but for learning rate and seed."""
-        runtime, config = self.runtime, self.config.runtime
-        differs = distributed.is_distributed() or config.offload or config.deterministic or runtime.precision == "fp16"
-        is_alone = self.fused is None and can_be_recorded(self.optimizer) and not differs
-        return self.task.may_be_recorded and config.cuda_graphs and runtime.device.type == "cuda" and is_alone
+        config = self.config.runtime
+        if not (config.cuda_graphs and self.task.may_be_recorded and self.runtime.device.type == "cuda"):
+            return False
+        if distributed.is_distributed() or config.offload or config.deterministic or self.runtime.precision == "fp16":
+            return False
+        return self.fused is None and can_be_recorded(self.optimizer)
 
     def _undo_passes(self, before: Sequence[Tensor]) -> None:
         """Drop the gradients and restore the buffers after passes that ran out of memory."""
@@ -184,17 +198,6 @@ class Learner:
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def _halve(self, part: Batch) -> None:
-        """Halve the micro-batch size after `part` ran out of memory.
-
-        Raises UserError if it has one sample, with `loop.on_out_of_memory=stop`, or if parameters have been updated.
-        """
-        size = len(part["weight"])
-        if self.config.loop.on_out_of_memory == "stop" or size == 1 or self.fused is not None:
-            raise out_of_memory("training", show_samples(part))
-        self.micro_batch_size = largest_divisor(size, size // 2)
-        log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.micro_batch_size)
-
     def rehearse(self, trials: Iterable[Batch]) -> None:
         """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
         device = self.runtime.device
@@ -202,8 +205,11 @@ class Learner:
         # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
         reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         for trial in trials:
-            while not all(distributed.gather_objects(self._fits(part := split([trial], self.micro_batch_size)[0]))):
-                self._halve(part)
+            while True:
+                part = self.micro_batches.split([trial])[0]
+                if all(distributed.gather_objects(self._fits(part))):
+                    break
+                self.micro_batches.halve(part)
         del reserve
         if device.type == "cuda":
             torch.cuda.empty_cache()
@@ -211,7 +217,8 @@ class Learner:
 
     def _fits(self, batch: Batch) -> bool:
         """Return whether a pass over a micro-batch fits this rank's memory; no rank waits, and no state changes."""
-        device, before = self.runtime.device, self._buffers.copy()
+        device = self.runtime.device
+        before = self._buffers.copy()
         one = torch.ones((), device=device)
         try:
             with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), distributed.alone():
@@ -271,11 +278,8 @@ class Learner:
         """
         groups = {**self._task_groups(), "scale": self.scale}
         for group, current in groups.items():
-            expected, saved = (
-                {(name, tensor.shape, tensor.dtype) for name, tensor in part.items()}
-                for part in (current, tensors.get(group, {}))
-            )
-            if wrong := sorted({name for name, *_ in expected ^ saved}):
+            wrong = sorted({name for name, *_ in _shapes(current) ^ _shapes(tensors.get(group, {}))})
+            if wrong:
                 raise UserError(
                     f"resume: {source} is a checkpoint of another model: {len(wrong)} tensors of {group} differ, first "
                     f"{wrong[0]!r}; give another run_dir"
@@ -314,45 +318,8 @@ def _flat_view(tensor: Tensor) -> Tensor:
     return tensor.permute(sorted(range(tensor.ndim), key=tensor.stride, reverse=True)).view(-1)
 
 
-class _FusedBackward:
-    """Update each parameter once its gradient is complete, and free the gradient (`optim.fused_backward`).
-
-    The updates equal those after a whole backward pass, bit for bit. A loss that is not finite, or no weight, skips the
-    update; a gradient that is not finite skips its own parameter, and the step counts as skipped.
-    """
-
-    def __init__(self, learner: Learner) -> None:
-        self._learner, self._norms, self._skip = learner, dict[nn.Parameter, Tensor](), None
-        groups = enumerate(learner.optimizer.param_groups)  # `load_state_dict` replaces them, but keeps their order
-        pairs = [(index, parameter) for index, group in groups for parameter in group["params"]]
-        self._places = {parameter: (index, number) for number, (index, parameter) in enumerate(pairs)}
-        for parameter in self._places:
-            parameter.register_post_accumulate_grad_hook(self._update)
-
-    def begin(self, loss: Tensor, weight: Tensor) -> None:
-        """Update parameters from now on. loss: the weighted sum."""
-        self._skip, self._norms = (~torch.isfinite(loss) | (weight == 0)).float(), {}
-        # An optimiser that counts its steps on the host waits for the loss.
-        self._is_off = not skips_on_device(self._learner.optimizer) and bool(self._skip)
-
-    def end(self) -> list[Tensor]:
-        """Return the norms of the gradients, in the optimiser's order."""
-        self._skip = None
-        return [self._norms[parameter] for parameter in self._places if parameter in self._norms]
-
-    def _update(self, parameter: nn.Parameter) -> None:
-        if self._skip is None:
-            return
-        assert parameter not in self._norms, "the backward pass computes a gradient in two parts"
-        learner, (index, number) = self._learner, self._places[parameter]
-        group = learner.optimizer.param_groups[index]
-        if not is_frozen(group, learner.step):
-            (norm,) = torch._foreach_norm([parameter.grad])
-            self._norms[parameter] = norm
-            if not self._is_off:
-                skip = torch.where(torch.isfinite(norm), self._skip, 1.0)
-                step_alone(learner.optimizer, group, parameter, skip, number)
-        parameter.grad = None
+def _shapes(tensors: Mapping[str, Tensor]) -> set[tuple]:
+    return {(name, tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _offload(task: Task, model: nn.Module) -> None:
@@ -362,14 +329,3 @@ def _offload(task: Task, model: nn.Module) -> None:
         raise UserError(f"runtime.offload: true, but {why}; set it to false")
     for network in networks_of(task, task.offloaded).values():
         network.to("cpu")
-
-
-def _store_in_bf16(task: Task, runtime: Runtime) -> None:
-    """Convert the trained parameters. Raises UserError (`optim.bf16_weights`) unless activations are bfloat16."""
-    if runtime.precision != "bf16":
-        raise UserError(
-            f"optim.bf16_weights: true needs runtime.precision=bf16, not {runtime.precision}; change one of the two"
-        )
-    for parameter in task.parameters():
-        if parameter.requires_grad:
-            parameter.data = parameter.data.bfloat16()

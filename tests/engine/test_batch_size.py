@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 
-from engine.update.batch_size import read_size, show_samples, split
+from engine.update.batch_size import MicroBatches, read_size, show_samples
 from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run
 from tests.support import checkpoint_tensors, common, rows, samples_by_step
@@ -16,7 +16,7 @@ from utils.errors import UserError
 
 def test_batches_are_split_to_divisors():
     batch = {"weight": torch.arange(12), "images": torch.zeros(12, 3, 8, 8)}
-    parts = split([batch, {name: tensor[:8] for name, tensor in batch.items()}], 3)
+    parts = MicroBatches(3, may_halve=True).split([batch, {name: tensor[:8] for name, tensor in batch.items()}])
     assert [len(part["weight"]) for part in parts] == [3] * 4 + [2] * 4
     assert torch.equal(torch.cat([part["weight"] for part in parts[:4]]), batch["weight"])
     assert show_samples(batch) == "12 samples of 3x8x8"

@@ -6,7 +6,6 @@ import torch
 from bench.finetune_step import make_batch, make_task
 from bench.measure import build_bench_run
 from engine.tasks.mixing import Mixing, MixingConfig
-from engine.update.graphs import UpdateGraphs
 from tests import small_tasks
 
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU; the same runs on a CPU")
@@ -30,7 +29,7 @@ def make_learner(optimizer, device, *, recorded):
     learner = build_bench_run(
         task, batch_size=8, runtime=machine, optim={"option": optimizer, **OPTIMIZERS[optimizer]}
     ).learner
-    learner.graphs = UpdateGraphs(learner) if recorded else None
+    learner.graphs = learner.record_updates() if recorded else None
     return learner
 
 
@@ -78,7 +77,7 @@ def test_recorded_updates_of_each_task_equal_others(task, device):
         size = small_tasks.BATCH, 3, small_tasks.SIZE, small_tasks.SIZE
         learner = build_bench_run(kind.build(setup), batch_size=size[0], runtime=machine, optim=optim).learner
         assert (learner.graphs is None) == (device == "cpu")
-        learner.graphs = UpdateGraphs(learner) if recorded else None
+        learner.graphs = learner.record_updates() if recorded else None
         for number in range(6):
             batch = small_tasks.make_batch(task, setup, device)
             torch.manual_seed(number)
