@@ -64,7 +64,7 @@ class MicroBatches:
         return parts
 
     def halve(self, part: Batch) -> None:
-        """Halve the size after `part` ran out of memory. Raises UserError for one sample, or if it may not be halved."""
+        """Halve the size after `part` ran out of memory. Raises UserError for one sample or `stop`."""
         samples = len(part["weight"])
         if samples == 1 or not self._may_halve:
             raise out_of_memory("training", show_samples(part))
