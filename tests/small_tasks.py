@@ -31,7 +31,7 @@ def make_setup(task):
         "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
         "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
         "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
-        "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="both"),
+        "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="logits"),
         "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
         "autoencoder": lambda: read_group(kind.config, "task", task, discriminator=PLAYER),
     }[task]()
