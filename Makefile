@@ -71,7 +71,7 @@ test: install lint  ## lint, then all tests but the slow ones; MORE: arguments f
 	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer $(MORE)
 
 test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
-	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' tests $(MORE)
+	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' --ignore=tests/viewer tests $(MORE)
 
 # Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
 APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \
