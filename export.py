@@ -2,8 +2,8 @@
 
     python export.py format=onnx run_dir=RUN                          writes RUN/export/model.onnx
     python export.py format=onnx precision=fp16 run_dir=RUN           RUN/export/model_fp16.onnx
-    python export.py format=timm run_dir=RUN                          or transformers, safetensors, pth
-    python export.py format=wd14 run_dir=RUN                          for a tagger; or imgutils, cl_tagger
+    python export.py format=timm run_dir=RUN                          or transformers, safetensors
+    python export.py format=wd14 run_dir=RUN                          for a tagger
     python export.py format=wd_repository run_dir=RUN                 a tagger for all programs, to publish
     python export.py format=timm run_dir=RUN hub=OWNER/NAME           uploads them, private, as one commit
     python export.py format=kohya run_dir=RUN                         for SDXL; or single_file, diffusers, ...

@@ -40,7 +40,7 @@ from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, Un
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from utils.contracts import Machine
-from utils.formats.background import background_of
+from utils.formats.preprocessing import Decoding
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -105,9 +105,9 @@ def _decoder_of(
     preprocessing: Mapping[str, Any], max_pixels: int, background: Any = None, icc: bool = False
 ) -> Decoder:
     """Return the decoder for a preprocessing; background, icc: if set, they replace those of the training."""
-    background = background_of(preprocessing) if background is None else background
-    icc = icc or preprocessing.get("icc", False)
-    return Decoder(preprocessing["channels"], max_pixels, background, icc, preprocessing.get("shortest_px"))
+    stated = Decoding.model_validate(preprocessing)
+    background = stated.background if background is None else background
+    return Decoder(stated.channels, max_pixels, background, icc or stated.icc, stated.shortest_px)
 
 
 def open_images(

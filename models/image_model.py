@@ -10,14 +10,12 @@ from torch import Tensor, nn
 from models.outputs import OUTPUTS
 from utils.errors import UserError
 
-_Levels = float | Annotated[list[float], Field(min_length=3, max_length=3)]
-
 
 class OnnxForm(BaseModel):
-    """Named outputs, and an input (images - mean) / std for RGB images in [0, 1].
+    """A file's input, with levels from 0 to `white`, and its named outputs.
 
-    mean, std: for all channels, or for red, green and blue. outputs: from the file's output names, in order, to logits,
-    probs, embedding or features. Files have it in their metadata and may come from a stranger.
+    outputs: from the file's output names, in order, to logits, probs, embedding or features. Files have it in their
+    metadata and may come from a stranger.
     """
 
     model_config = ConfigDict(strict=True, extra="forbid", frozen=True, allow_inf_nan=False)
@@ -25,26 +23,20 @@ class OnnxForm(BaseModel):
     input: str = "images"
     layout: Literal["NCHW", "NHWC"] = "NCHW"
     channels: Literal["RGB", "BGR"] = "RGB"
-    mean: _Levels = 0.0
-    std: _Levels = 1.0
+    white: Annotated[float, Field(gt=0)] = 1.0
     outputs: dict[str, str]
 
     def to_input(self, images: Tensor) -> Tensor:
         """Convert RGB images in [0, 1], float32 [B, C, H, W], to the file's input."""
-        mean, std = self._levels()
-        images = (images - mean) / std
+        images = images if self.white == 1.0 else images * self.white
         images = images.flip(1) if self.channels == "BGR" else images
         return (images.permute(0, 2, 3, 1) if self.layout == "NHWC" else images).contiguous()
 
     def to_images(self, inputs: Tensor) -> Tensor:
         """Convert the file's input to RGB images in [0, 1], float32 [B, C, H, W]."""
-        mean, std = self._levels()
         images = inputs.permute(0, 3, 1, 2) if self.layout == "NHWC" else inputs
         images = images.flip(1) if self.channels == "BGR" else images
-        return images if (self.mean, self.std) == (0.0, 1.0) else images * std + mean  # bytes stay bytes
-
-    def _levels(self) -> tuple[Tensor, Tensor]:
-        return torch.tensor(self.mean).view(-1, 1, 1), torch.tensor(self.std).view(-1, 1, 1)
+        return images if self.white == 1.0 else images / self.white  # bytes stay bytes
 
 
 def output_layers(network: nn.Module, key: str, advice: str) -> dict[str, nn.Linear | nn.Conv2d]:

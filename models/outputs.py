@@ -15,8 +15,6 @@ from torch import Tensor
 from utils.formats.thresholds import DEFAULT, mcut
 from utils.formats.vocabulary import RATING, category_name
 
-_FORMATS = ("onnx", "timm", "transformers", "safetensors", "pth")  # of every network
-
 
 class RowOptions(NamedTuple):
     """The columns of an output, and the user's options for predictions."""
@@ -43,7 +41,6 @@ class Output(NamedTuple):
     activate: Callable[[Tensor], Tensor] | None = None  # from logits [B, K] to probs, or None for the identity
     columns: tuple[str, ...] | None = None  # of a CSV file, or None if a row does not fit a CSV file
     has_tags: bool = False  # rows have `tags`, which thresholds choose and .txt files can hold
-    formats: tuple[str, ...] = _FORMATS  # of export.py
     pipeline: str = "image-classification"  # the hub's name of the task
 
 
@@ -80,10 +77,9 @@ def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
 
 
 _PROBS, _softmax = ("logits", "probs"), partial(torch.softmax, dim=1)
-_TAG_FORMATS = (*_FORMATS, "wd14", "imgutils", "cl_tagger", "wd_repository")
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
-    "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True, _TAG_FORMATS),
+    "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True),
     "features": Output(
         ("features",),
         lambda values, options: {"features": values.astype(float).tolist()},

@@ -7,18 +7,17 @@ tagger of the WD form.
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from models.image_model import ImageModel, OnnxForm
 from models.outputs import OUTPUTS, RowOptions
-from utils.config.bounds import Side
 from utils.errors import UserError
-from utils.formats.background import DEFAULT, Background
+from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import parse_tag
 from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
 from utils.formats.thresholds import MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
@@ -37,32 +36,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_Size = Annotated[list[Side], Field(min_length=2, max_length=2)]
-
-
-class _Preprocessing(BaseModel):
-    """The preprocessing in a file's metadata. The file may come from a stranger."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    image_size_hw: _Size
-    interpolation: Literal["bilinear", "bicubic"]
-    pad: Literal["none", "square"] = "none"
-    eval_resize: Literal["crop", "squash"] = "crop"
-    eval_crop: Annotated[float, Field(gt=0.01, le=1)]
-    mean: list[float]
-    std: list[Annotated[float, Field(gt=0)]]
-    channels: Literal[1, 3]
-    background: Background = DEFAULT
-    icc: bool = False
-    shortest_px: Annotated[int, Field(ge=1)] | None = None
-
-    @model_validator(mode="after")
-    def _one_per_channel(self) -> Self:
-        if not len(self.mean) == len(self.std) == self.channels:
-            raise ValueError(f"mean {self.mean} and std {self.std} for {self.channels} channels")
-        return self
-
 
 class _Metadata(BaseModel):
     """The metadata that a prediction needs, except for the columns of tags. A file may have more."""
@@ -70,7 +43,7 @@ class _Metadata(BaseModel):
     model_config = ConfigDict(strict=True)
 
     output: str | None = None
-    preprocessing: _Preprocessing
+    preprocessing: Preprocessing
     form: OnnxForm | None = None
     class_names: Annotated[list[str], Field(min_length=1)] | None = None
     thresholds: list[Annotated[float, Field(ge=0, le=1)]] | None = None
@@ -187,7 +160,7 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
         if names.get(what) not in outputs:
             raise UserError(
                 f"weights: {path} has no {what} among its outputs, {', '.join(outputs)}; name the run, or export it "
-                "with format=wd14 or imgutils, or backbone_only=true"
+                "with format=wd14, or backbone_only=true"
             )
         batch = form.to_input(images.cpu().float() / 255.0).numpy()
         parts = np.split(batch, len(batch)) if first.shape[0] == 1 else [batch]  # older WD files take single images
@@ -281,7 +254,7 @@ def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any])
         "image_size_hw": first.shape[1:3], "pad": "square", "background": "white", "interpolation": "bicubic",
         "eval_resize": "squash", "eval_crop": 1.0, "mean": [0.5] * 3, "std": [0.5] * 3, "channels": 3,
     }  # fmt: skip
-    form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", std=1 / 255, outputs={output.name: "probs"})
+    form = OnnxForm(input=first.name, layout="NHWC", channels="BGR", white=255.0, outputs={output.name: "probs"})
     return {"output": "tags", "preprocessing": preprocessing, "form": form.model_dump(), **vocabulary.facts()}
 
 

@@ -58,7 +58,7 @@ def test_any_step_is_named_by_its_file_or_its_checkpoint(place, monkeypatch, cap
         patch.chdir(place)
         for weights in ("step_000002", "whole/checkpoints/step_00000005"):
             assert "top1" in run("evaluate", ["run_dir=whole", f"weights={weights}", *ON_CPU], place)
-        run("export", ["format=pth", "run_dir=whole", "weights=step_000002"], place)
+        run("export", ["format=safetensors", "run_dir=whole", "weights=step_000002"], place)
         run("predict", [f"weights={checkpoint}", "input=images", "output=found.csv", "device=cpu"], place)
         tuned = [word for word in RUN if not word.startswith("model")]  # the network follows the file's run
         for number, source in enumerate((kept, checkpoint)):

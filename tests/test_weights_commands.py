@@ -72,7 +72,7 @@ def test_results_without_a_run_lie_below_outputs_by_file_and_collection(place):
 def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_path(place):
     """Figures with their interval come from the run if evaluate.py has not measured these weights."""
     (place / "more.md").write_text("## Thanks\n\nto all, with hf_abcdefghijklmnopqrstuvwxyz")
-    words = ["format=pth", "run_dir=run", "weights=best", "output=carded"]
+    words = ["format=safetensors", "run_dir=run", "weights=best", "output=carded"]
     with pytest.raises(UserError, match=r"^card: none\.md .*Markdown"):
         run("export", [*words, "card=none.md"], place)
     run("export", [*words, "card=more.md"], place)
@@ -87,7 +87,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
 
 
 def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, caplog, monkeypatch):  # noqa: F811
-    words = ["format=pth", "run_dir=run", "weights=best", "output=shared", "hub=me/net"]
+    words = ["format=safetensors", "run_dir=run", "weights=best", "output=shared", "hub=me/net"]
     for licence in ("unknown", "cc-by-nc-nd-4.0"):
         with pytest.raises(UserError, match="^license: "):
             run("export", [*words, f"license={licence}"], place)
@@ -95,11 +95,15 @@ def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, 
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("atelier"), "propagate", True)
         assert run("export", [*words, "hub.dry_run=true"], place).endswith("nothing is uploaded")
-    assert re.search(r"model\.pth  [\d,]+ bytes", caplog.text) and not server.puts and not server.commits
+    assert re.search(r"model\.safetensors  [\d,]+ bytes", caplog.text) and not server.puts and not server.commits
     assert run("export", words, place).endswith(f"me/net has commit {COMMIT}")
-    assert server.files.keys() >= {"model.pth", "README.md", "export.json"}
-    run("finetune", [*SMALL, "init_from=hf:me/net/model.pth@main", "loop.total_steps=0", "run_dir=fetched"], place)
-    assert weights_of(place, "fetched")[1]["origin"]["source"] == "hf:me/net/model.pth@main"
+    assert server.files.keys() >= {"model.safetensors", "README.md", "export.json"}
+    run(
+        "finetune",
+        [*SMALL, "init_from=hf:me/net/model.safetensors@main", "loop.total_steps=0", "run_dir=fetched"],
+        place,
+    )
+    assert weights_of(place, "fetched")[1]["origin"]["source"] == "hf:me/net/model.safetensors@main"
 
 
 def test_an_export_comes_back_as_a_run_of_no_steps(place):

@@ -20,11 +20,9 @@ from data.config import AugmentConfig
 from data.images.decode import resize
 from data.stream.order import Draw
 from utils import rng
-from utils.formats.background import DEFAULT, background_levels, background_of
+from utils.formats.background import DEFAULT, background_levels
+from utils.formats.preprocessing import LONGEST, Preprocessing
 
-# Limits very long images, such as 1 x 50,000 pixels, which would become 256 x 12,800,000: only their middle is resized,
-# to at most this many times the evaluation size. With padding, the whole image is reduced to this many times the size.
-_LONGEST = 8
 _TRIES = 4  # crops of a random shape, before torchvision's
 
 
@@ -35,7 +33,7 @@ def letterbox(image: Tensor, image_size_hw: Sequence[int], background: Any, pad:
     """
     if pad == "none":
         return image
-    shrink = _LONGEST * max(image_size_hw) / max(image.shape[-2:])
+    shrink = LONGEST * max(image_size_hw) / max(image.shape[-2:])
     if shrink < 1:
         image = resize(image, [max(1, round(side * shrink)) for side in image.shape[-2:]], "bicubic")
     channels, height, width = image.shape
@@ -196,25 +194,24 @@ class EvalTransform:
     """
 
     def __init__(self, preprocessing: Mapping[str, Any]) -> None:
-        self._size_hw = tuple(preprocessing["image_size_hw"])
-        self._squash = preprocessing.get("eval_resize", "crop") == "squash"
-        self._resized_hw = [math.floor(side / preprocessing["eval_crop"]) for side in self._size_hw]
-        self._interpolation = preprocessing["interpolation"]
-        self._background, self._pad = background_of(preprocessing), preprocessing.get("pad", "none")
+        self._stated = Preprocessing.model_validate(preprocessing)
 
     def __call__(self, image: Tensor, draw: Draw | None = None) -> Tensor:
         """Return the resized image or its centre, [C, H, W]."""
-        image = letterbox(image, self._size_hw, self._background, self._pad)
-        if self._squash:
-            return resize(image, self._size_hw, self._interpolation)
-        factor = max(resized / side for resized, side in zip(self._resized_hw, image.shape[-2:]))
+        stated = self._stated
+        size_hw = stated.image_size_hw
+        image = letterbox(image, size_hw, stated.background, stated.pad)
+        if stated.squashes:
+            return resize(image, size_hw, stated.interpolation)
+        factor = max(resized / side for resized, side in zip(stated.resized_hw, image.shape[-2:]))
         resized_hw = []
-        for axis, least, shown in zip((-2, -1), self._size_hw, self._resized_hw):
-            side, most = image.shape[axis], math.ceil(_LONGEST * shown / factor)
+        for axis, least, shown in zip((-2, -1), size_hw, stated.resized_hw):
+            side = image.shape[axis]
+            most = math.ceil(LONGEST * shown / factor)
             resized = int(side * factor + 1e-6)  # down, as torchvision; 1e-6: for the side that sets the factor
             if side > most:  # the remainders keep the centre and its rounding as in torchvision
                 kept = most + (side - most) % 2
                 image = image.narrow(axis, (side - kept) // 2, kept)
                 resized = int(kept * factor) + (resized - int(kept * factor)) % 4
             resized_hw.append(max(least, resized))
-        return v2.functional.center_crop(resize(image, resized_hw, self._interpolation), list(self._size_hw))
+        return v2.functional.center_crop(resize(image, resized_hw, stated.interpolation), size_hw)

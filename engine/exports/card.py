@@ -8,13 +8,14 @@ import math
 import os
 import re
 from collections.abc import Mapping
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import yaml
 from pydantic import create_model
 
+from engine.exports.format import Format
 from engine.exports.weights import Weights
 from engine.tasks.kind import ImageTrainingConfig
 from engine.tasks.kinds import KINDS
@@ -35,9 +36,6 @@ log = get_logger(__name__)
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _PICTURES = "pictures"  # the folder of a card's pictures
-_LIBRARIES = {  # of formats, as the hub names them
-    "timm": "timm", "wd_repository": "timm", "transformers": "transformers", **dict.fromkeys(snippets.SDXL, "diffusers")
-}  # fmt: skip
 # Licences that the hub knows by name; another one is `other`, with its name.
 _LICENCES = re.compile(
     r"apache-2\.0|mit|(bigscience-|creativeml-|bigcode-)?openrail(\+\+|-m)?|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0"
@@ -63,104 +61,168 @@ _RECIPE = {  # ten lines of a recipe, with `peak learning rate` and `precision`
 _NO_FIGURES = ("seconds", "step", "epoch")
 
 
-def write_card(
-    weights: Weights, folder: Path, form: str, file: str, *, run_dir: str | None = None,
-    thresholds: ThresholdTable | None = None, about: Mapping[str, str | None] | None = None, more: str = "",
-) -> None:  # fmt: skip
-    """Write README.md and its pictures. file: the exported file, in format `form`.
+@dataclass(frozen=True)
+class Card:
+    """What README.md is made of.
 
-    about: facts that the user gives, by name. more: Markdown to append.
+    name: of the format, whose row is `form`. file: the exported file. run_dir: the folder with figures of evaluate.py;
+    null: the run of the weights. about: facts that the user gives, by name.
     """
-    metadata, run, prompts = weights.metadata, weights.run, _prompts(weights.metadata)
-    images, figures, prefix = _find_figures(weights, Path(run_dir) if run_dir else run and run.path)
-    lines = [f"# {code_span(weights.title)}, format {form}", "", *_list(about or {}), *_list_names(metadata)]
-    if "preprocessing" in metadata:
-        lines += ["Preprocessing of the images in training:", "", *_list(metadata["preprocessing"])]
-    if program := snippets.program(form, metadata, file, base_model(metadata)):
-        lines += ["## Use", "", program, ""]
-    trained_on = {name.replace("_", " "): value for name, value in dict_of(metadata, "trained_on").items()}
-    known = {name: value for name, value in trained_on.items() if isinstance(value, int | str)}
-    recipe, config = ({}, {}) if run is None else _read_recipe(run, metadata)
-    lines += ["## Training", "", *_list({**known, **recipe, "step of these weights": metadata.get("step")})]
-    if config:
-        values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
-        lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
-    if figures:
-        shown = [
-            f"- {name}: {show_cell(value)}{show_interval(interval(name, figures))}" for name, value in figures.items()
+
+    weights: Weights
+    name: str
+    form: Format
+    file: str
+    run_dir: str | None = None
+    thresholds: ThresholdTable | None = None
+    about: Mapping[str, str | None] = field(default_factory=dict)
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """The weights' metadata."""
+        return self.weights.metadata
+
+    def write(self, folder: Path, more: str = "") -> None:
+        """Write README.md and its pictures. more: Markdown to append."""
+        run = self.weights.run
+        measured = _find_figures(self.weights, Path(self.run_dir) if self.run_dir else run and run.path)
+        recipe, config = ({}, {}) if run is None else _read_recipe(run, self.metadata)
+        pictures = _find_pictures(run, measured.prefix) if config else {}
+        for path in pictures.values():
+            (folder / _PICTURES).mkdir(exist_ok=True)
+            (folder / _PICTURES / path.name).write_bytes(path.read_bytes())
+        lines = [
+            *self._introduce(),
+            *self._describe_training(recipe, config),
+            *_show_results(measured, self.thresholds),
+            *(f"![{caption}]({_PICTURES}/{path.name})\n" for caption, path in pictures.items()),
+            *(f"- {code_span(prompt)}" for prompt in self._prompts()),
+            "",
+            *self._state_limits(),
         ]
-        lines += ["## Results", "", f"Measured on {images}:", "", *shown, "", "Other intervals are not computed.", ""]
+        front = yaml.safe_dump(hide_secrets_in(self._front_matter(measured)), sort_keys=False, width=10**6)
+        text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip()
+        text = f"---\n{front}---\n\n{text}\n"
+        if more:
+            text += f"\n{safe_lines(more).strip()}\n"
+        (folder / "README.md").write_text(text, encoding="utf-8")
+
+    def _introduce(self) -> list[str]:
+        """Return title, names, preprocessing and program."""
+        lines = [f"# {code_span(self.weights.title)}, format {self.name}", "", *_list(self.about)]
+        if names := label_names(self.metadata):
+            more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
+            shown = ", ".join(map(code_span, names[:_SHOWN_NAMES]))
+            lines += [f"{len(names):,} {self.metadata['output']}: {shown}{more}.", ""]
+        if "preprocessing" in self.metadata:
+            lines += ["Preprocessing of the images in training:", "", *_list(self.metadata["preprocessing"])]
+        if program := self._program():
+            lines += ["## Use", "", program, ""]
+        return lines
+
+    def _program(self) -> str | None:
+        """Return the program as Markdown. Our own format has a command.
+
+        Diffusers reads no adapter of another kind than LoRA, so there is no program.
+        """
+        metadata, form, file = self.metadata, self.form, self.file
+        if form.template is None:
+            command = f"predict.py weights={file} input=image.png output=predictions.jsonl"
+            if not metadata.get("task"):
+                command = f"finetune.py init_from={file} data=image_folder data.root=PATH"
+            return f"    python {command}"
+        if form.load:
+            task = metadata["task"]
+            if form.is_adapter and task["lora"]["kind"] != "lora":
+                return None
+            text = snippets.sdxl_program(form.template, form.load, task, file, base_model(metadata))
+        else:
+            text = snippets.image_program(form.template, metadata, file)
+        return f"```python\n{text.rstrip()}\n```"
+
+    def _describe_training(self, recipe: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
+        trained_on = {name.replace("_", " "): value for name, value in dict_of(self.metadata, "trained_on").items()}
+        known = {name: value for name, value in trained_on.items() if isinstance(value, int | str)}
+        lines = ["## Training", "", *_list({**known, **recipe, "step of these weights": self.metadata.get("step")})]
+        if config:
+            values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
+            lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
+        return lines
+
+    def _prompts(self) -> list[str]:
+        """Return the texts that a task of pictures generates in training."""
+        prompts = dict_of(dict_of(self.metadata, "task"), "samples").get("prompts") or ()
+        return [str(prompt["text"] if isinstance(prompt, dict) else prompt) for prompt in prompts]
+
+    def _state_limits(self) -> list[str]:
+        """Return limits and licence."""
+        hold = "- The figures and examples hold for images like those it was trained on; measure it on yours."
+        lines = ["## Limits", "", f"- {_LIMITS[self.metadata['output']]}", hold, "", "## Licence", ""]
+        licence = licence_of(self.metadata)
+        origin = dict_of(self.metadata, "origin")
+        if "source" in origin:
+            source = str(origin["source"])
+            source = source if source.startswith("hf:") else Path(source).name  # no folder of a disk
+            lines.append(f"Trained from {code_span(source)} (layout {code_span(origin.get('layout'))}).")
+        if licence is None:
+            return [*lines, "Training began with random weights: no other licence applies, and these are your own."]
+        lines.append(f"Licence of the source weights: {code_span(licence)}.")
+        if "cc-by-nc" in licence.lower():
+            lines.append("It forbids commercial use, also of these weights.")
+        return lines
+
+    def _front_matter(self, measured: "Figures") -> dict[str, Any]:
+        """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
+        front: dict[str, Any] = {}
+        if (licence := licence_of(self.metadata)) is not None:
+            is_known = _LICENCES.fullmatch(licence.lower())
+            front = {"license": licence.lower()} if is_known else {"license": "other", "license_name": licence}
+        if (base := base_model(self.metadata)) is not None:
+            relation = "adapter" if self.form.is_adapter else "finetune"
+            front |= {"base_model": base, "base_model_relation": relation}
+        if self.form.library is not None:
+            front["library_name"] = self.form.library
+        name = dict_of(self.metadata, "task").get("name")
+        output = self.metadata["output"]
+        if output or name == "diffusion":
+            front["pipeline_tag"] = OUTPUTS[output].pipeline if output else "text-to-image"
+        front["tags"] = ["atelier", *([str(name)] if name else [])]
+        if prompts := self._prompts():
+            front["widget"] = [{"text": prompt} for prompt in prompts]
+        if "pipeline_tag" in front and measured.values:
+            metrics = [{"type": name, "value": value} for name, value in measured.values.items() if name not in COUNTS]
+            dataset = {"type": "images", "name": measured.images, "split": "validation"}
+            result = {"task": {"type": front["pipeline_tag"]}, "dataset": dataset, "metrics": metrics}
+            front["model-index"] = [{"name": self.weights.title, "results": [result]}]
+        return front
+
+
+class Figures(NamedTuple):
+    """What was measured of the weights.
+
+    images: a name of the measured images. prefix: of the names of their pictures, or None without pictures.
+    """
+
+    images: str = ""
+    values: Mapping[str, float] = {}
+    prefix: str | None = None
+
+
+def _show_results(measured: Figures, thresholds: ThresholdTable | None) -> list[str]:
+    lines = []
+    if values := measured.values:
+        lines += ["## Results", "", f"Measured on {measured.images}:", ""]
+        for name, value in values.items():
+            lines.append(f"- {name}: {show_cell(value)}{show_interval(interval(name, values))}")
+        lines += ["", "Other intervals are not computed.", ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
         fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
         lines += [fitted, "", "```", show_rows(rows), "```", ""]
-    for caption, path in _find_pictures(run, prefix).items() if config else ():
-        (folder / _PICTURES).mkdir(exist_ok=True)
-        (folder / _PICTURES / path.name).write_bytes(path.read_bytes())
-        lines += [f"![{caption}]({_PICTURES}/{path.name})", ""]
-    lines += [f"- {code_span(prompt)}" for prompt in prompts] + [""]
-    hold = "- The figures and examples hold for images like those it was trained on; measure it on yours."
-    lines += ["## Limits", "", f"- {_LIMITS[metadata['output']]}", hold, ""]
-    lines += ["## Licence", "", *_describe_licence(metadata)]
-    front = _front_matter(form, metadata, prompts)
-    if "pipeline_tag" in front and figures:
-        metrics = [{"type": name, "value": value} for name, value in figures.items() if name not in COUNTS]
-        measured = {"type": "images", "name": images, "split": "validation"}
-        result = {"task": {"type": front["pipeline_tag"]}, "dataset": measured, "metrics": metrics}
-        front["model-index"] = [{"name": weights.title, "results": [result]}]
-    text = yaml.safe_dump(hide_secrets_in(front), sort_keys=False, width=10**6)
-    text = f"---\n{text}---\n\n" + re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip() + "\n"
-    text += f"\n{safe_lines(more).strip()}\n" if more else ""
-    (folder / "README.md").write_text(text, encoding="utf-8")
-
-
-def _front_matter(form: str, metadata: Mapping[str, Any], prompts: list[str]) -> dict[str, Any]:
-    """Return what the hub reads of a card: licence, base model, library, task, tags and prompts."""
-    front, licence, base = {}, licence_of(metadata), base_model(metadata)
-    if licence is not None:
-        is_known = _LICENCES.fullmatch(licence.lower())
-        front = {"license": licence.lower()} if is_known else {"license": "other", "license_name": licence}
-    if base is not None:
-        relation = "adapter" if "lora" in form or form == "kohya" else "finetune"
-        front |= {"base_model": base, "base_model_relation": relation}
-    name = dict_of(metadata, "task").get("name")
-    if form in _LIBRARIES:
-        front["library_name"] = _LIBRARIES[form]
-    if metadata["output"] or name == "diffusion":
-        front["pipeline_tag"] = OUTPUTS[metadata["output"]].pipeline if metadata["output"] else "text-to-image"
-    front["tags"] = ["atelier", *([str(name)] if name else [])]
-    return front | ({"widget": [{"text": prompt} for prompt in prompts]} if prompts else {})
-
-
-def _prompts(metadata: Mapping[str, Any]) -> list[str]:
-    """Return the texts that a task of pictures generates in training."""
-    prompts = dict_of(dict_of(metadata, "task"), "samples").get("prompts") or ()
-    return [str(prompt["text"] if isinstance(prompt, dict) else prompt) for prompt in prompts]
+    return lines
 
 
 def _list(facts: Mapping[str, Any]) -> list[str]:
     return [*(f"- {name}: {code_span(value)}" for name, value in facts.items() if value is not None), ""]
-
-
-def _list_names(metadata: Mapping[str, Any]) -> list[str]:
-    names = label_names(metadata)
-    more = f" and {len(names) - _SHOWN_NAMES:,} more" if len(names) > _SHOWN_NAMES else ""
-    kind = metadata["output"]
-    return [f"{len(names):,} {kind}: {', '.join(map(code_span, names[:_SHOWN_NAMES]))}{more}.", ""] if names else []
-
-
-def _describe_licence(metadata: Mapping[str, Any]) -> list[str]:
-    licence, origin, lines = licence_of(metadata), dict_of(metadata, "origin"), []
-    if "source" in origin:
-        source = str(origin["source"])
-        source = source if source.startswith("hf:") else Path(source).name  # no folder of a disk
-        lines.append(f"Trained from {code_span(source)} (layout {code_span(origin.get('layout'))}).")
-    if licence is None:
-        lines.append("Training began with random weights: no licence of other weights applies, and these are your own.")
-    else:
-        lines.append(f"Licence of the source weights: {code_span(licence)}.")
-    if licence is not None and "cc-by-nc" in licence.lower():
-        lines.append("It forbids commercial use, also of these weights.")
-    return lines
 
 
 def _read_recipe(run: RunReader, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -198,23 +260,21 @@ def _find_pictures(run: RunReader, prefix: str | None) -> dict[str, Path]:
     return {caption: path for caption, path in files.items() if path.is_file()}
 
 
-def _find_figures(weights: Weights, folder: Path | None) -> tuple[str, dict[str, float], str | None]:
-    """Return a name of the measured images, the figures of these weights, and the prefix of their pictures.
-
-    They are of evaluate.py on `val`, or else of the run's evaluation at the step of these weights.
-    """
+def _find_figures(weights: Weights, folder: Path | None) -> Figures:
+    """Return the figures of these weights: of evaluate.py on `val`, or else of the run's evaluation at their step."""
     metadata, run = weights.metadata, weights.run
     if measured := read_figures(weights, folder):
         images = "other images than the run's" if measured.get("data") else "the validation images"
-        return images, _numbers(measured), "evaluate_"
+        return Figures(images, _numbers(measured), "evaluate_")
     rows = [row for row in (run.rows if run else ()) if row.get("kind") == "evaluate"]
     averaged = "ema/" if metadata.get("average") else ""
     for row in rows:
         numbers = {name.removeprefix("ema/"): value for name, value in row.items() if name.startswith(averaged)}
         is_same = any(name.startswith("ema/") for name in row) == bool(averaged)
         if row["step"] == metadata.get("step") and is_same:
-            return "the validation images, in training", _numbers(numbers), "" if row is rows[-1] else None
-    return "", {}, None
+            prefix = "" if row is rows[-1] else None
+            return Figures("the validation images, in training", _numbers(numbers), prefix)
+    return Figures()
 
 
 def read_figures(weights: Weights, folder: str | Path | None) -> dict[str, Any]:

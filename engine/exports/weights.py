@@ -41,6 +41,11 @@ class Weights:
         return run_of(self.path)
 
     @property
+    def subject(self) -> str:
+        """What the formats of export.py are for: the name of the output, or of a task without one."""
+        return self.metadata["output"] or self.setup.task.name
+
+    @property
     def title(self) -> str:
         """A name for exports: of the run's folder, or else of the file."""
         return self.path.stem if self.run is None else self.run.path.name

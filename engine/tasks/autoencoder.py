@@ -300,7 +300,6 @@ class AutoencoderKind(BucketedKind):
 
     config, model, task = AutoencoderTaskConfig, SDXLConfig, AutoencoderTask
     scripts = ("finetune_vae",)
-    formats = ("vae", "vae_diffusers", "vae_single_file")
     next_commands = ("python export.py format=vae run_dir={run}", *BucketedKind.next_commands)
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:

@@ -74,7 +74,6 @@ class DiffusionKind(BucketedKind):
 
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
     scripts = ("finetune_sdxl",)
-    formats = ("kohya", "lora_diffusers", "single_file", "diffusers")
 
     def commands(self, setup: Setup) -> Sequence[str]:
         """Return the export that programs read, and the evaluation."""

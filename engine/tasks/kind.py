@@ -126,7 +126,6 @@ class Kind:
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: ClassVar[str | None] = None
     network: ClassVar[str] = "network"
-    formats: ClassVar[tuple[str, ...]] = ()  # of export.py; with an `output`, the output has them
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
     next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
 

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from models.build import timm_arguments
 from models.config import TimmConfig
 from models.interop.metadata import label_names, licence_entry
+from models.interop.parity import refuse_difference, vary_weights
 from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
@@ -29,6 +30,7 @@ from utils.io.weights import write_tensors
 Metadata = Mapping[str, Any]
 Outputs = Callable[[Tensor], Tensor]  # from normalised images [B, C, H, W] to the outputs to compare
 _BASE = "convnextv2_tiny"  # timm's name for sizes of our own, with their depths and dims as arguments
+_IMAGES = 4  # to compare
 _RESAMPLE = {"bilinear": 2, "bicubic": 3}  # Pillow's numbers
 
 
@@ -189,3 +191,35 @@ def _refuse_images(library: str, preprocessing: Metadata) -> None:
     else:
         return
     raise UserError(f"format: the image transforms of {library} {reason}; set format=onnx, or train with {advice}")
+
+
+def write_compared(
+    write: Callable[[nn.Module, Metadata, Path], None], load: Callable[[Path], Outputs],
+    network: nn.Module, metadata: Metadata, folder: Path, tolerance: float,
+) -> float:  # fmt: skip
+    """Write a network's files into an empty folder and load them like their users; return the largest difference.
+
+    A copy with varied weights comes first, because with small weights a wrong converter gives almost the right outputs.
+    Raises UserError (`format`, `tolerance`).
+    """
+    tried = [(network.eval(), "the output of the target's own network")]
+    if any("grn" in name for name, _ in network.named_parameters()):  # tensors of timm networks are not converted
+        tried.insert(0, (vary_weights(network), "a copy with varied weights"))
+    for tested, name in tried:
+        write(tested, metadata, folder)
+        difference, largest = _compare(tested, load(folder), metadata)
+        refuse_difference(difference / max(largest, 1.0) if tested is not network else difference, tolerance, name)
+    return difference
+
+
+@torch.no_grad()
+def _compare(network: nn.Module, loaded: Outputs, metadata: Metadata) -> tuple[float, float]:
+    """Return the largest difference of the outputs for normalised images of noise, and the largest output.
+
+    Outputs are logits, or a backbone's last feature map.
+    """
+    preprocessing = metadata["preprocessing"]
+    random = torch.Generator().manual_seed(0)
+    images = torch.randn(_IMAGES, preprocessing["channels"], *preprocessing["image_size_hw"], generator=random)
+    expected = network.forward_features(images) if metadata["output"] == "features" else network(images)
+    return float((expected.float() - loaded(images).float()).abs().max()), float(expected.abs().max())

@@ -1,10 +1,8 @@
-"""Taggers in the forms that other programs read: input, outputs, order of the tags, and further files.
+"""Taggers in the form that other programs read: input, outputs, order of the tags, and further files.
 
-| form | input | outputs | files |
+| format | input | outputs | files |
 |---|---|---|---|
 | wd14 | `input` [B, H, W, 3], BGR, 0 to 255 | `output` (probabilities), `embedding` | selected_tags.csv, inv.npz |
-| imgutils | `input` [B, 3, H, W], RGB, normalised | `prediction`, `embedding`, `logits` | `write_imgutils` |
-| cl_tagger | `input` [B, 3, H, W], BGR, -1 to 1 | `logits`, `probs` | tag_mapping.json |
 | timm | a folder of timm whose network takes BGR, with the rows of wd14 | | selected_tags.csv |
 | wd_repository | the files of timm and wd14 together | | one selected_tags.csv |
 
@@ -19,7 +17,7 @@ categories are skipped, and a position without a tag in the vocabulary gets an o
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +29,9 @@ from models.image_model import ImageModel, OnnxForm, output_layers
 from models.interop.parity import refuse_difference, vary_weights
 from models.weights.fit import first_convolutions
 from utils.errors import UserError
-from utils.formats.background import background_of, background_rgb
-from utils.formats.thresholds import OVERALL, PER_TAG, ThresholdTable
+from utils.formats.preprocessing import Preprocessing
+from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.formats.vocabulary import (
-    CATEGORIES,
     CHARACTER,
     FILE,
     GENERAL,
@@ -44,9 +41,7 @@ from utils.formats.vocabulary import (
     category_name,
     write_vocabulary,
 )
-from utils.io.files import write_json
 from utils.record.logging import get_logger
-from utils.record.report import write_table
 
 log = get_logger(__name__)
 
@@ -55,17 +50,8 @@ SD_SCRIPTS_SIDE = 448  # pixels; sd-scripts always resizes images to this side
 _PLACEHOLDERS = {GENERAL: "no_general_tag", CHARACTER: "no_character"}
 _NEVER = -1e4  # the logit of an output that the vocabulary lacks; its sigmoid is 0 in float32, and fp16 holds it
 _TOLERANCE = 1e-4  # for probabilities of two forms of one network in PyTorch
-
-
-def make_form(name: str, preprocessing: Mapping[str, Any]) -> OnnxForm:
-    """Return a form of the table above."""
-    if name == "wd14":
-        outputs = {"output": "probs", "embedding": "embedding"}
-        return OnnxForm(input="input", layout="NHWC", channels="BGR", std=1 / 255, outputs=outputs)
-    if name == "imgutils":
-        outputs = {"prediction": "probs", "embedding": "embedding", "logits": "logits"}
-        return OnnxForm(input="input", mean=preprocessing["mean"], std=preprocessing["std"], outputs=outputs)
-    return OnnxForm(input="input", channels="BGR", mean=0.5, std=0.5, outputs={"logits": "logits", "probs": "probs"})
+WD_FORM = OnnxForm(input="input", layout="NHWC", channels="BGR", white=255.0,
+                   outputs={"output": "probs", "embedding": "embedding"})  # fmt: skip
 
 
 @torch.no_grad()
@@ -86,16 +72,16 @@ def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
 
 
 @torch.no_grad()
-def make_graph(model: ImageModel, form: OnnxForm, rows: Sequence[int], image_size_hw: Sequence[int]) -> ImageModel:
-    """Return a tagger in a form; its output i is the model's output `rows[i]` (`reorder_head`).
+def make_graph(model: ImageModel, rows: Sequence[int], image_size_hw: Sequence[int]) -> ImageModel:
+    """Return a tagger in the WD form; its output i is the model's output `rows[i]` (`reorder_head`).
 
     It is compared with the model, also with varied weights. Raises UserError (`tolerance`) if they differ.
     """
     images = torch.rand(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for tagger in (model.with_network(vary_weights(model.network)), model):
-        graph = ImageModel(reorder_head(tagger.network, rows), tagger.normalise, "tags", form).eval()
+        graph = ImageModel(reorder_head(tagger.network, rows), tagger.normalise, "tags", WD_FORM).eval()
         expected = tagger(images)[1][:, list(rows)].masked_fill(torch.tensor(rows) < 0, 0.0)
-        probs = graph(form.to_input(images))[list(form.outputs.values()).index("probs")]
+        probs, _ = graph(WD_FORM.to_input(images))
         refuse_difference(float((probs - expected).abs().max()), _TOLERANCE, "the network split at its embedding")
     return graph
 
@@ -124,23 +110,21 @@ def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
 # ------------------------------------------------------------------------------------------------------- further files
 
 
-def check_images(form: str, preprocessing: Mapping[str, Any]) -> None:
+def check_images(stated: Preprocessing) -> None:
     """Raise UserError (`format`) if no program supports the images; warn if programs prepare them differently."""
-    height, width = preprocessing["image_size_hw"]
-    if preprocessing["channels"] != 3 or (height != width and form != "imgutils"):
+    height, width = stated.image_size_hw
+    if stated.channels != 3 or height != width:
         raise UserError(
-            f"format: {form} takes square RGB images, but these weights take {height} x {width} px with "
-            f"{preprocessing['channels']} channels; set format=onnx"
+            f"format: wd14 takes square RGB images, but these weights take {height} x {width} px with "
+            f"{stated.channels} channels; set format=onnx"
         )
-    if form == "imgutils":
-        return
     if height != SD_SCRIPTS_SIDE:
         log.warning("format: sd-scripts resizes images to %d px, but these weights take %d px", SD_SCRIPTS_SIDE, height)
-    if preprocessing.get("pad", "none") != "square" or background_rgb(background_of(preprocessing)) != (255, 255, 255):
+    if stated.pad != "square" or stated.colour != (255, 255, 255):
         log.warning(
-            "format: programs that read %s pad images to white squares, but training did not; expect worse tags than "
-            "evaluate.py measures (augment.pad=square data.background=white)", form,
-        )  # fmt: skip
+            "format: programs that read wd14 pad images to white squares, but training did not; expect worse tags than "
+            "evaluate.py measures (augment.pad=square data.background=white)"
+        )
 
 
 def to_wd_order(vocabulary: Vocabulary) -> tuple[Vocabulary, list[int]]:
@@ -180,49 +164,3 @@ def write_head(folder: Path, network: nn.Module) -> None:
     if isinstance(head, nn.Linear | nn.Conv2d):
         weights, bias = (one.detach().float().cpu().numpy() for one in (head.weight.flatten(1).T, head.bias))
         np.savez(folder / "inv.npz", weights=weights, bias=bias)
-
-
-def write_imgutils(
-    folder: Path, vocabulary: Vocabulary, thresholds: ThresholdTable | None, preprocessing: Mapping[str, Any]
-) -> None:
-    """Write the further files of imgutils.generic.multilabel_timm_predict."""
-    write_tags(folder, vocabulary, thresholds)
-    present = [{"category": number, "name": category_name(number)} for number in sorted(set(vocabulary.categories))]
-    write_json(folder / "categories.json", present)
-    steps = _transforms(preprocessing)
-    write_json(folder / "preprocess.json", {"test": steps, "val": steps})
-    if thresholds is not None:
-        values = thresholds.of_categories("balanced")
-        rows = [{**entry, "threshold": values.get(entry["category"], values[OVERALL])} for entry in present]
-        write_table(folder / "thresholds.csv", rows)
-
-
-def _transforms(preprocessing: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return our preprocessing as steps of imgutils.preprocess."""
-    height, width = preprocessing["image_size_hw"]
-    interpolation = preprocessing["interpolation"]
-    resize = {"type": "resize", "interpolation": interpolation}
-    crops = preprocessing.get("eval_resize", "crop") == "crop"
-    sides = [int(side / preprocessing["eval_crop"]) if crops else side for side in (height, width)]
-    colour = background_rgb(background_of(preprocessing)) or (255, 255, 255)
-    if preprocessing.get("pad", "none") == "square":
-        resize |= {"type": "pad_to_size", "size": sides[::-1], "background_color": list(colour)}
-    else:
-        resize |= {"size": max(sides) if crops else sides}
-    return [
-        {"type": "convert_rgb", "force_background": "white"},
-        resize,
-        *([{"type": "center_crop", "size": [height, width]}] if crops else []),
-        {"type": "maybe_to_tensor"},
-        {"type": "normalize", "mean": preprocessing["mean"], "std": preprocessing["std"]},
-    ]
-
-
-def write_mapping(folder: Path, vocabulary: Vocabulary) -> None:
-    """Write tag_mapping.json, without outputs of categories that sd-scripts refuses."""
-    tags = {
-        str(row): {"tag": name, "category": category_name(category).title()}
-        for row, (category, name) in enumerate(vocabulary.columns)
-        if category in CATEGORIES.values()
-    }
-    write_json(folder / "tag_mapping.json", tags)

@@ -1,18 +1,20 @@
 """Export and prediction: round trips through the files that users hold, and refusals."""
 
 import json
+import re
 
 import numpy as np
 import onnx
 import pytest
 import torch
 
+from engine.exports.formats import FORMATS
 from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
 from models.interop.onnx_file import export_onnx
-from tests.support import export, no_large_allocation
+from tests.support import ROOT, export, no_large_allocation
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
 
@@ -93,7 +95,7 @@ def test_a_file_that_differs_too_much_is_not_kept(exported, tmp_path):
 @pytest.mark.parametrize(
     ("change", "named"),
     [({"task": {"name": "classificatoin"}}, "classification"), ({"class_names": None}, "class_names"),
-     ({"preprocessing": {}}, r"preprocessing\.image_size_hw"), ({"model": HUGE}, "do not fit")],
+     ({"preprocessing": {}}, r"preprocessing\.channels"), ({"model": HUGE}, "do not fit")],
 )  # fmt: skip
 def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
     """Those of HUGE ask for gigabytes: they are compared with the header before anything is allocated."""
@@ -146,3 +148,8 @@ def test_metadata_of_strangers_are_checked(metadata, named, tmp_path):
     save_graph(tmp_path / "m.onnx", metadata)
     with pytest.raises(UserError, match=rf"m\.onnx .*{named}"):
         load_predictor(tmp_path / "m.onnx", CPU)
+
+
+def test_the_help_of_export_names_every_format():
+    (comment,) = re.findall(r"^format: .*# (.*)$", (ROOT / "conf/export.yaml").read_text(), re.MULTILINE)
+    assert [name for part in comment.split(";") for name in part.split(":")[-1].strip().split(", ")] == list(FORMATS)

@@ -17,7 +17,8 @@ import yaml
 from PIL import Image
 
 from data.augment.transforms import EvalTransform
-from engine.exports.card import write_card
+from engine.exports.card import Card
+from engine.exports.formats import FORMATS
 from engine.exports.weights import Weights
 from models.build import build_network
 from models.config import ConvNeXtV2Config, TimmConfig
@@ -113,7 +114,7 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     for origin in (texts, "no object"):
         model, metadata = make(geometry())
         weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin})
-        write_card(weights, tmp_path, "safetensors", "model.safetensors")
+        Card(weights, "safetensors", FORMATS["safetensors"], "model.safetensors").write(tmp_path)
         lines = (tmp_path / "README.md").read_text().splitlines()
         if origin == texts:
             front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
@@ -226,15 +227,12 @@ def test_files_with_the_networks_own_names(tmp_path):
     loaded, inputs = timm.create_model(f"local-dir:{tmp_path / 'timm'}", pretrained=True), torch.randn(2, 1, 64, 64)
     with torch.no_grad():
         torch.testing.assert_close(loaded.eval()(inputs), model.network(inputs))
-    export("pth", model, metadata, tmp_path)
     export("safetensors", model, metadata, tmp_path)
-    content = torch.load(tmp_path / "model.pth", weights_only=True)
     tensors, found = read_weights(tmp_path / "model.safetensors")
-    assert found["class_names"] == NAMES and found["origin"]["license"] == content["license"] == "cc-by-nc-4.0"
+    assert found["class_names"] == NAMES and found["origin"]["license"] == "cc-by-nc-4.0"
     fresh = build_network(config, len(NAMES))
-    for state in (content["model"], tensors):
-        fresh.load_state_dict(state)
-        assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
+    fresh.load_state_dict(tensors)
+    assert all(torch.equal(tensor, model.network.state_dict()[name]) for name, tensor in fresh.state_dict().items())
 
 
 # --- ONNX

@@ -1,89 +1,170 @@
-"""The programs in the README.md of an export, run as they stand: their predictions are ours, on every background."""
+"""The programs in the README.md of an export, run as they stand, see and say what predict.py does."""
 
 import io
+import json
 import re
 import runpy
-import shutil
 from ast import literal_eval
 from contextlib import chdir, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms
 
-from data.augment.transforms import EvalTransform
-from engine.exports.card import write_card
+from data.open import prepare_image
+from engine.exports.card import Card
+from engine.exports.formats import FORMATS
 from engine.exports.weights import Weights
-from models.fcmae import FCMAE
+from models.interop.snippets import image_program
 from tests.models.test_export_formats import NAMES, geometry, make
-from tests.support import export, read_image
+from tests.support import export
+from utils.formats.preprocessing import Preprocessing
 
-PADDED = {"pad": "square", "eval_crop": 1.0, "interpolation": "bilinear"}
+PADDED = {"pad": "square", "eval_crop": 1.0}
 
 
 def run_program(folder):
-    """Run the program in the README.md of a folder; returns the value that it prints."""
+    """Run the program in the README.md of a folder; return what it prints and its variables."""
     (program,) = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(), re.DOTALL)
     (folder / "program.py").write_text(program)
     with chdir(folder), redirect_stdout(io.StringIO()) as printed:
-        runpy.run_path("program.py")
-    return literal_eval(printed.getvalue())
+        variables = runpy.run_path("program.py")
+    return literal_eval(printed.getvalue()), variables
 
 
-@pytest.fixture(scope="module")
-def onnx_file(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("onnx")
-    export("onnx", *make(geometry(stages=2)), folder)
-    return folder / "model.onnx"
+def smooth(width, height, mode):
+    """Return a picture without noise, on which the rounding of two resizers would differ much."""
+    coarse = np.random.default_rng(0).integers(0, 256, (6, 9, len(mode)), dtype=np.uint8)
+    return Image.fromarray(coarse.squeeze(), mode).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize(
-    ("form", "preprocessing", "background"),
-    [
-        ("timm", {}, "drop"),
-        ("transformers", {}, "white"),
-        ("onnx", {}, "white"),
-        ("onnx", PADDED, [255, 0, 40]),
-        ("pth", PADDED, "white"),
-    ],
-)
-def test_a_snippet_predicts_as_we_do(form, preprocessing, background, onnx_file, tmp_path):
-    """The right half of the picture is transparent over a colour that nobody sees."""
-    model, metadata = make(geometry(stages=4 if form == "timm" else 2), background=background, **preprocessing)
-    if form == "onnx":  # the file is the same for every preprocessing
-        shutil.copy(onnx_file, tmp_path)
-        write_card(Weights(Path("w"), model, model.network, metadata), tmp_path, "onnx", "model.onnx")
-    else:
-        export(form, model, metadata, tmp_path)
-    draw_picture(tmp_path)
-    found = run_program(tmp_path)
-    found = dict(zip(NAMES, found)) if form == "pth" else {name: prob for prob, name in found}
-    wanted = predict(model, metadata, tmp_path)[1][0]
-    assert found == pytest.approx(dict(zip(metadata["class_names"], wanted.tolist())), abs=0.02)
-    assert wanted.max() - wanted.min() > 0.1
+def encode(image, kind, **settings):
+    content = io.BytesIO()
+    image.save(content, kind, **settings)
+    return content.getvalue()
 
 
-def test_a_program_reads_the_encoder_of_an_fcmae(tmp_path):
-    model, metadata = make(geometry(stages=2), num_classes=0)
-    sizes = {"patch_px": 32, "mask_ratio": 0.5, "decoder_dim": 8, "decoder_depth": 1}
-    whole = FCMAE(encoder=model.network, **sizes, norm_pix_loss=True, execution="dense")
-    export("pth", model, metadata, tmp_path, whole=whole)
-    draw_picture(tmp_path)
-    assert run_program(tmp_path) == pytest.approx(predict(model, metadata, tmp_path)[0][0].tolist(), rel=0.05, abs=0.02)
-
-
-def draw_picture(folder):
-    coarse = np.random.default_rng(0).integers(0, 256, (6, 9, 4), dtype=np.uint8)
-    picture = np.array(Image.fromarray(coarse).resize((150, 91), Image.Resampling.BICUBIC))
+def half_transparent():
+    """The right half is transparent over a colour that nobody sees."""
+    picture = np.array(smooth(151, 91, "RGBA"))
     picture[:, 75:, 3] = 0
-    Image.fromarray(picture).save(folder / "image.png")
+    return Image.fromarray(picture)
 
 
-def predict(model, metadata, folder):
-    """Return the outputs of our model for the picture in a folder."""
-    background = metadata["preprocessing"].get("background", "white")
-    pixels = torch.from_numpy(read_image(folder / "image.png", 3, 10**6, background)).permute(2, 0, 1)
+def turned():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    return exif.tobytes()
+
+
+def swapped_profile():
+    """An sRGB profile whose red and blue primaries are exchanged, so that the conversion shows."""
+    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = content.find(b"rXYZ"), content.find(b"bXYZ")
+    content[red : red + 4], content[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    return bytes(content)
+
+
+DEEP = Image.fromarray((np.linspace(0, 65535, 90 * 150).reshape(90, 150)).astype(np.uint16))
+FILES = {
+    "alpha": encode(half_transparent(), "PNG"),
+    "odd": encode(smooth(301, 97, "RGB"), "PNG"),
+    "large JPEG": encode(smooth(1201, 807, "RGB"), "JPEG", quality=95),
+    "turned JPEG": encode(smooth(613, 401, "RGB"), "JPEG", quality=95, exif=turned()),
+    "grey": encode(smooth(99, 150, "L"), "PNG"),
+    "16-bit grey": encode(DEEP, "PNG"),
+    "CMYK": encode(smooth(400, 333, "CMYK"), "JPEG", quality=95),
+    "palette": encode(smooth(150, 99, "RGB").quantize(32), "PNG", transparency=3),
+    "profile": encode(smooth(150, 99, "RGB"), "PNG", icc_profile=swapped_profile()),
+}
+STATED = [
+    {"background": [255, 0, 40]},
+    {"background": "drop", "interpolation": "bilinear", "eval_resize": "squash", "eval_crop": 1.0},
+    {"shortest_px": 73, "channels": 1, "mean": [0.5], "std": [0.25]},
+    {"shortest_px": 80, "icc": True, "background": 7, **PADDED},
+    {"image_size_hw": [32, 96], "eval_crop": 0.95},
+]
+
+
+class Session:
+    """ONNX Runtime's session of an export, which is compared with the model when it is written: the model itself."""
+
+    def __init__(self, model, metadata):
+        self._model, self._metadata = model, metadata
+
+    def run(self, names, inputs):
+        with torch.no_grad():
+            outputs = dict(zip(self._model.form.outputs, self._model(torch.from_numpy(inputs["images"]))))
+        return [outputs[name].numpy() for name in names]
+
+    def get_modelmeta(self):
+        return SimpleNamespace(custom_metadata_map={"atelier": json.dumps(self._metadata)})
+
+
+def write_program(form, model, metadata, folder, monkeypatch):
+    if form == "onnx":
+        monkeypatch.setattr(onnxruntime, "InferenceSession", lambda *_, **__: Session(model, metadata))
+        Card(Weights(Path("w"), model, model.network, metadata), form, FORMATS[form], "model.onnx").write(folder)
+    else:
+        export(form, model, metadata, folder)
+
+
+def predict(model, metadata, content):
+    """Return the pixels that predict.py shows a network, and the outputs."""
+    pixels = prepare_image(content, "", metadata["preprocessing"], max_pixels=10**7)
     with torch.no_grad():
-        return model(EvalTransform(metadata["preprocessing"])(pixels)[None])
+        return pixels, model(pixels)[-1][0].tolist()
+
+
+@pytest.mark.parametrize("stated", STATED, ids=str)
+def test_the_program_sees_what_predict_sees(stated, tmp_path, monkeypatch):
+    """Both round to bytes after each resize: a few levels apart at most, and alike on average."""
+    model, metadata = make(geometry(stages=2, in_channels=stated.get("channels", 3)), **stated)
+    write_program("onnx", model, metadata, tmp_path, monkeypatch)
+    for name, content in FILES.items():
+        (tmp_path / "image.png").write_bytes(content)
+        found, variables = run_program(tmp_path)
+        ours, probs = predict(model, metadata, content)
+        theirs = torch.from_numpy(variables["batch"]) * 255
+        assert theirs.shape == ours.shape and (theirs - ours).abs().max() < 5, name
+        assert (theirs - ours).abs().mean() < 0.7, name
+        assert {key: prob for prob, key in found} == pytest.approx(dict(zip(NAMES, probs)), abs=0.03)
+
+
+def test_every_step_is_in_the_program():
+    """A key that the description gets later cannot be left out of the card, as shortest_px once was."""
+    _, metadata = make(geometry(stages=2))
+    others = {
+        "image_size_hw": [64, 96], "interpolation": "bilinear", "pad": "square", "eval_resize": "squash",
+        "eval_crop": 0.5, "channels": 1, "background": "drop", "icc": True, "shortest_px": 73,
+    }  # fmt: skip
+    assert others.keys() | {"mean", "std"} == Preprocessing.model_fields.keys()  # these are in the ONNX file
+    plain = image_program("onnx", metadata, "model.onnx")
+    for key, value in others.items():
+        preprocessing = metadata["preprocessing"] | {key: value}
+        if key == "channels":
+            preprocessing |= {"mean": [0.5], "std": [0.5]}
+        assert image_program("onnx", {**metadata, "preprocessing": preprocessing}, "model.onnx") != plain, key
+
+
+@pytest.mark.parametrize("form, background", [("timm", "drop"), ("transformers", "white")])
+def test_the_program_of_a_library_predicts_as_we_do(form, background, tmp_path, monkeypatch):
+    model, metadata = make(geometry(), background=background, shortest_px=80)
+    write_program(form, model, metadata, tmp_path, monkeypatch)
+    (tmp_path / "image.png").write_bytes(FILES["alpha"])
+    _, wanted = predict(model, metadata, FILES["alpha"])
+    found = {name: prob for prob, name in run_program(tmp_path)[0]}
+    assert found == pytest.approx(dict(zip(NAMES, wanted)), abs=0.02) and max(wanted) - min(wanted) > 0.1
+
+
+@pytest.mark.parametrize("form", ["timm", "transformers", "onnx"])
+def test_the_program_of_a_backbone_prints_its_features(form, tmp_path, monkeypatch):
+    model, metadata = make(geometry(), num_classes=0)
+    write_program(form, model, metadata, tmp_path, monkeypatch)
+    (tmp_path / "image.png").write_bytes(FILES["odd"])
+    _, wanted = predict(model, metadata, FILES["odd"])
+    assert run_program(tmp_path)[0] == pytest.approx(wanted, rel=0.05, abs=0.05)

@@ -1,7 +1,5 @@
 """The exports of a tagger: order of the tags, other networks, refusals; test_wd14_tools.py has the files."""
 
-import json
-
 import pytest
 
 from models.build import build_network
@@ -10,14 +8,13 @@ from models.interop.parity import vary_weights
 from models.interop.tag_forms import (
     check_images,
     describe_changes,
-    make_form,
     make_graph,
     to_bgr,
     to_wd_order,
-    write_imgutils,
 )
 from tests.models.test_export_formats import geometry, timm_config
 from utils.errors import UserError
+from utils.formats.preprocessing import Preprocessing
 from utils.formats.vocabulary import Vocabulary
 
 MEAN, STD = [0.45, 0.5, 0.6], [0.4, 0.5, 0.6]
@@ -52,19 +49,18 @@ def test_the_order_of_wd_files_fills_every_place(caplog):
 
 
 @pytest.mark.parametrize(
-    ("form", "name", "side"),
+    ("name", "side"),
     [
-        ("imgutils", "test_resnet", 160),
-        ("cl_tagger", "test_vit", 160),
-        ("wd14", "caformer_s18", 64),  # its head has two layers
-        ("wd14", "dpn48b", 64),  # a convolution
-        ("wd14", "crossvit_9_240", 240),  # two stems and two heads
+        ("test_vit", 160),
+        ("caformer_s18", 64),  # its head has two layers
+        ("dpn48b", 64),  # a convolution
+        ("crossvit_9_240", 240),  # two stems and two heads
     ],
 )
-def test_forms_give_what_the_network_gives(form, name, side):
+def test_the_form_gives_what_the_network_gives(name, side):
     """`make_graph` compares; the stem that is turned round, too."""
-    model, metadata = open_tagger(timm_config(name), side=side)
-    make_graph(model, make_form(form, metadata["preprocessing"]), ROWS, [side, side])
+    model, _ = open_tagger(timm_config(name), side=side)
+    make_graph(model, ROWS, [side, side])
     to_bgr(model.network, [side, side])
 
 
@@ -72,32 +68,21 @@ def test_networks_that_the_forms_cannot_hold_are_refused():
     model, _ = open_tagger(timm_config("test_resnet"))
     model.network.pretrained_cfg = {"classifier": "layer1", "first_conv": None}
     with pytest.raises(UserError, match=r"^format: .*ResNet ends in Sequential"):
-        make_graph(model, make_form("wd14", {}), ROWS, [64, 64])
+        make_graph(model, ROWS, [64, 64])
     with pytest.raises(UserError, match=r"^format: .*BGR"):
         to_bgr(model.network, [64, 64])
     wrong, _ = open_tagger(geometry())
     wrong.network.forward_head = lambda features, pre_logits=False: features.new_zeros(len(features), len(ROWS))
     with pytest.raises(UserError, match=r"^tolerance: "):
-        make_graph(wrong, make_form("wd14", {}), ROWS, [64, 64])
+        make_graph(wrong, ROWS, [64, 64])
 
 
 def test_images_that_the_programs_prepare_otherwise_are_refused_or_warned_of(log):
-    stated = {"image_size_hw": [448, 448], "channels": 3, "pad": "square", "background": "white"}
-    for form, change in (("wd14", {"image_size_hw": [64, 96]}), ("cl_tagger", {"channels": 1})):
+    stated = Preprocessing(**open_tagger(geometry(), side=448)[1]["preprocessing"])
+    for change in ({"image_size_hw": [64, 96]}, {"channels": 1}):
         with pytest.raises(UserError, match="^format: "):
-            check_images(form, stated | change)
-    for change, warnings in (({}, 0), ({"image_size_hw": [384, 384]}, 1)):
+            check_images(stated.model_copy(update=change))
+    for change, warnings in (({}, 0), ({"image_size_hw": [384, 384]}, 1), ({"background": "black"}, 1)):
         log.clear()
-        check_images("wd14", stated | change)
+        check_images(stated.model_copy(update=change))
         assert len(log.records) == warnings
-
-
-def test_imgutils_gets_our_preprocessing_in_its_own_words(tmp_path):
-    def steps(**change):
-        write_imgutils(tmp_path, VOCABULARY, None, open_tagger(geometry(), **change)[1]["preprocessing"])
-        return [tuple(step.values())[:3] for step in json.loads((tmp_path / "preprocess.json").read_text())["test"]]
-
-    assert steps(eval_resize="squash", pad="none", interpolation="bilinear")[1] == ("resize", "bilinear", [64, 64])
-    assert steps(eval_crop=0.875, pad="none")[1:3] == [("resize", "bicubic", 73), ("center_crop", [64, 64])]
-    assert steps()[1] == ("pad_to_size", "bicubic", [64, 64])
-    assert not (tmp_path / "thresholds.csv").exists()

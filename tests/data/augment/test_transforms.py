@@ -70,8 +70,8 @@ def test_values_out_of_range_are_refused(change, key):
 
 
 def evaluate(image, size_hw, eval_crop=0.875, interpolation="bilinear", eval_resize="crop"):
-    stated = {"image_size_hw": size_hw, "eval_crop": eval_crop, "interpolation": interpolation}
-    return EvalTransform({**stated, "eval_resize": eval_resize})(image)
+    stated = {"image_size_hw": list(size_hw), "eval_crop": eval_crop, "interpolation": interpolation}
+    return EvalTransform({**stated, "channels": 1, "mean": [0.5], "std": [0.5], "eval_resize": eval_resize})(image)
 
 
 def by_definition(image, size_hw, eval_crop, interpolation):

@@ -78,7 +78,7 @@ def test_no_transform_changes_what_is_kept(collection):
     }  # fmt: skip
     erased = values | {"affine": None, "color_jitter": None, "rand_augment": None, "pad": "none"}
     transforms = [TrainTransform(AugmentConfig(**config)) for config in (values, erased)]
-    transforms.append(EvalTransform({**values, "eval_resize": "squash"}))
+    transforms.append(EvalTransform({**values, "channels": 3, "eval_resize": "squash"}))
     kept = cached(collection)
     before = [kept.read(row)["image"].clone() for row in range(12)]
     for transform in transforms:
