@@ -23,8 +23,3 @@ def background_levels(background: Any, channels: int) -> list[int]:
     """Return a background's level in each channel, 1 (luma) or 3; white for `drop`."""
     colour = background_rgb(background) or (255, 255, 255)
     return list(colour) if channels == 3 else [Image.new("RGB", (1, 1), colour).convert("L").getpixel((0, 0))]
-
-
-def background_of(preprocessing: Any) -> Any:
-    """Return the background of a weight file's preprocessing; where it names none, white."""
-    return preprocessing.get("background", DEFAULT)
