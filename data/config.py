@@ -42,7 +42,6 @@ class DataConfig(Strict):
 
     validation_fraction: used only if the collection has no validation split.
     on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
-    manifest: refresh reads the sidecars of the images in the manifest of job=manifest again.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
@@ -53,7 +52,6 @@ class DataConfig(Strict):
     root: PathText
     validation_fraction: BelowOne
     on_bad_sidecar: Literal["stop", "skip"]
-    manifest: Literal["keep", "refresh"]
     max_pixels: Pixels
     background: Background | None
     icc: bool

@@ -27,15 +27,12 @@ from torch import Tensor
 from data.augment.transforms import EvalTransform
 from data.augment.views import evaluation_views
 from data.collection.collection import CACHE, Collection, index_collection
-from data.collection.concepts import find_folders
 from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
 from data.images.open import warn_of_missing_libraries
-from data.layouts.folders import check_root
 from data.layouts.glyphs import draw_glyphs
-from data.layouts.refresh import refresh_manifest
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
@@ -54,9 +51,6 @@ def load_collection(config: DataConfig) -> Collection:
         warn_of_missing_libraries()
         if config.name == "glyphs":
             draw_glyphs(Path(config.root))
-        if config.manifest == "refresh":
-            for root in find_folders(config.root, config.concepts or ()) or [config.root]:
-                refresh_manifest(check_root(root), CACHE, config.on_bad_sidecar)
         return str(index_collection(config.root, cache=CACHE, **config.index_settings()))
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))

@@ -22,7 +22,7 @@ from data.collection.split import FINGERPRINTS, count_twins, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, list_faults, refuse_faults
 from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
-from data.layouts.unused import Unused, warn_unused
+from data.layouts.unused import Unused, say_unused
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
 from utils.io.memo import files_key
@@ -34,7 +34,7 @@ CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 _FINGERPRINT, _UNUSED, _TWINS, _CONCEPTS = b"fingerprint", b"unused", b"twins", b"concepts"
 _CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
 _MARGIN = " " * 14  # of a table on the start screen
-_INDEX = 11  # format version; increment it to rebuild every index
+_INDEX = 12  # format version; increment it to rebuild every index
 
 
 class Row:
@@ -161,16 +161,17 @@ def index_collection(
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := _map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
-        warn_unused(json.loads(known.schema.metadata[_UNUSED]))
+        say_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
     table = list_faults(read(), cache, unused, on_bad_sidecar, fields=())
-    warn_unused(unused.describe())
+    lines = unused.describe(len(table))
+    say_unused(lines)
     fingerprint = hash_table(table)
     if concepts:
         fingerprint = sha256_text(f"{fingerprint} {stated[_CONCEPTS]}")[:16]
     target = target or cache / f"{fingerprint}.arrow"
     if _map_index(target) is None:
-        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(unused.describe()), _TWINS: str(count_twins(table))}
+        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(lines), _TWINS: str(count_twins(table))}
         table = table.replace_schema_metadata({**metadata, **stated})
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))

@@ -18,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import ValidationError, model_validator
 
+from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.table import show_some, take_rows
 from data.layouts.unused import Unused
@@ -29,7 +30,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-CORRECTIONS = "corrections.jsonl"
 _PATIENCE_SEC = 10  # for another process that appends a line
 
 

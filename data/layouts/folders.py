@@ -17,13 +17,24 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from data.layouts.huggingface import TABLES, read_tables
+from data.layouts.huggingface import read_tables
 from data.layouts.kohya import read_metadata
-from data.layouts.manifest import PARQUET, find_one
+from data.layouts.manifest import find_one
+from data.layouts.names import (
+    IMAGE_SUFFIXES,
+    PARQUET,
+    POSTS,
+    SHARD_SUFFIXES,
+    TABLES,
+    is_image_name,
+    is_mask_name,
+    is_table,
+)
 from data.layouts.records import Sidecar, is_field, parse_record
-from data.layouts.sidecars import SUFFIXES, pair_sidecars, read_lines, read_sidecars, refuse_link_out
+from data.layouts.sidecars import pair_sidecars, read_lines, read_sidecars, refuse_link_out
 from data.layouts.table import SPLIT_NAMES, build_table
 from data.layouts.unused import ORPHANS, Unused
+from data.layouts.walk import walk_folders
 from utils.errors import UserError, about
 from utils.io.files import readable
 from utils.io.memo import in_threads
@@ -31,39 +42,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
-)
-POSTS = ("posts.parquet", "posts.jsonl")  # tables of posts as Danbooru gives them
-SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
-MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
-# What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
-SYSTEM_NAMES = frozenset(
-    ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")
-    + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
-    + ("temporary items", "__pycache__")
-)
 _BY_ID, _BY_HASH = re.compile(r"(\d{2,4})/(\d{1,18})"), re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
-
-
-def check_root(root: str) -> Path:
-    """Return the collection's folder. Raises UserError (`data.root`) if it does not exist."""
-    folder = Path(root).expanduser()
-    if not root or not folder.is_dir():
-        fault = "is a file, not a folder" if root and folder.exists() else f"does not exist (in {Path.cwd()})"
-        raise UserError(f"data.root: {root!r} {fault}; set data.root to the folder that holds the images")
-    return folder
-
-
-def list_folder(folder: Path) -> list[os.DirEntry[str]]:
-    """List a folder. Raises UserError (`data.root`) if that is not possible."""
-    try:
-        with os.scandir(folder) as entries:
-            return list(entries)
-    except OSError as error:
-        raise UserError(f"data.root: {str(folder)!r} cannot be listed ({error.strerror})") from error
 
 
 def read_folder(root: Path, unused: Unused) -> pa.Table:
@@ -74,8 +54,9 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     """
     images, sidecars, tables = scan_folder(root, unused)
     if not images:
+        others = "".join(f" ({line})" for _, line in unused.describe())
         raise UserError(
-            f"data.root: {str(root)!r} holds no image; allowed are the endings "
+            f"data.root: {str(root)!r} holds no image{others}; allowed are the endings "
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
         )
     if (file := find_one(root, POSTS)) is not None:
@@ -121,53 +102,10 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
         unused.add("masks, except by task.mask", *(folder + name for name in filter(is_mask_name, names)))
-        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES) and name not in TABLES)
-        unused.add("shards beside images", *(path for path in shards if path not in (*POSTS, PARQUET)))
+        shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
+        unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         unused.add(ORPHANS, *orphans)
     return images, sidecars, tables
-
-
-def is_image_name(name: str) -> bool:
-    """Return whether a file name has an image suffix, and is no mask."""
-    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)
-
-
-def is_mask_name(name: str) -> bool:
-    """Return whether a file name belongs to a mask."""
-    stem, suffix = os.path.splitext(name.lower())
-    return suffix in IMAGE_SUFFIXES and stem.endswith(MASK_ENDINGS)
-
-
-def is_passed_over(name: str) -> bool:
-    """Return whether the name of a file or folder is hidden or a system's."""
-    return name.startswith(".") or name.lower() in SYSTEM_NAMES
-
-
-def walk_folders(root: Path, unused: Unused) -> Iterator[tuple[str, list[os.DirEntry[str]], set[str]]]:
-    """Yield each folder: its path relative to the root (with a final slash), and the entries and names of its files.
-
-    Folders of the same depth are listed in parallel. Raises UserError (`data.root`) for a circle of links.
-    """
-    level = [("", (os.path.realpath(root),))]  # each with the real paths of its parents and itself
-    while level:
-        below = []
-        for (folder, chain), entries in zip(level, in_threads(lambda item: list_folder(root / item[0]), level)):
-            files = []
-            for entry in entries:
-                if is_passed_over(name := entry.name.lower()):
-                    if name.endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(follow_symlinks=False):
-                        unused.add("hidden names, thumbnails, bins and indexes of systems", folder + entry.name)
-                    continue
-                is_link = entry.is_symlink()
-                if not (os.path.isdir(entry.path) if is_link else entry.is_dir()):
-                    files.append(entry)
-                    continue
-                real = os.path.realpath(entry.path) if is_link else os.path.join(chain[-1], entry.name)
-                if real in chain:
-                    raise UserError(f"data.root: {entry.path!r} is a link back to {real!r}, a circle; remove it")
-                below.append((f"{folder}{entry.name}/", (*chain, real)))
-            yield folder, files, {entry.name for entry in files}
-        level = below
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:

@@ -24,6 +24,7 @@ from typing import Any
 from PIL import Image, ImageDraw, ImageFont
 
 from data.layouts.manifest import save_manifest
+from data.layouts.names import GLYPHS, PARQUET
 from data.layouts.table import build_table
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_json
@@ -43,13 +44,12 @@ VAL_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralI
 _SIDE_PX, _FONT_PX, _BASELINE_PX = 64, 44, 46
 _FACES_OF_A_CLASS = 14  # of 16
 _MERGED_IN = "DejaVuSans"
-_ABOUT = "glyphs.json"
 
 
 def glyphs_ready(root: Path) -> bool:
     """Return whether `root` holds all glyphs of this version."""
-    has_files = (root / _ABOUT).is_file() and (root / "manifest.parquet").is_file()
-    return has_files and read_json(root / _ABOUT).get("version") == GLYPHS_VERSION
+    has_files = (root / GLYPHS).is_file() and (root / PARQUET).is_file()
+    return has_files and read_json(root / GLYPHS).get("version") == GLYPHS_VERSION
 
 
 def draw_glyphs(root: Path) -> None:
@@ -152,7 +152,7 @@ def _draw_into(root: Path) -> None:
     classes = _name_classes(rows)
     columns = {name: [row[name] for row in rows] for name in ("path", "size", "sha256", "split", "tags", "caption")}
     save_manifest(root, build_table({**columns, "label": [classes.get(row["code"]) for row in rows]}))
-    write_json(root / _ABOUT, {"version": GLYPHS_VERSION})
+    write_json(root / GLYPHS, {"version": GLYPHS_VERSION})
 
 
 def _name_classes(rows: list[dict[str, Any]]) -> dict[int, str]:

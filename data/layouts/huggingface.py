@@ -19,6 +19,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from data.layouts.manifest import find_one, read_columns
+from data.layouts.names import TABLES
 from data.layouts.records import Sidecar, is_field, parse_record
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.unused import Unused
@@ -27,7 +28,6 @@ from utils.io.files import readable, write_atomically
 from utils.io.memo import files_key
 
 _BATCH_ROWS = 64
-TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 # Other names of a field, in the order in which they are tried.
 _FIELDS = {"labels": "label", "captions": "caption", "text": "caption", "prompt": "caption"}
 

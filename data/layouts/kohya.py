@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from data.layouts.manifest import find_one
+from data.layouts.names import is_metadata
 from data.layouts.records import Sidecar, decode, parse_record, parse_text
 from data.layouts.sidecars import load_json, read_lines, refuse_link_out
 from data.layouts.unused import Unused
@@ -28,7 +29,7 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
 
     Raises UserError (`data.root`) if the file cannot be read, or if there is more than one.
     """
-    files = [file for file in sorted(root.glob("meta_*")) if file.suffix in (".json", ".jsonl")]
+    files = [file for file in sorted(root.glob("meta_*")) if is_metadata(file.name)]
     read = {file: entries for file in files if (entries := _read_entries(root, file))}
     find_one(root, [file.name for file in read])
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}

@@ -21,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
+from data.layouts.names import MANIFESTS, PARQUET
 from data.layouts.sidecars import read_lines
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column
 from data.layouts.unused import Unused
@@ -32,7 +33,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-PARQUET, JSONL, CSV = "manifest.parquet", "manifest.jsonl", "manifest.csv"
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # a user states these for us
@@ -41,7 +41,7 @@ _PART = 512  # files per task of a thread, and cached folders
 
 def find_manifest(root: Path) -> Path | None:
     """Return the manifest of the root, or None. Raises UserError if there are two."""
-    return find_one(root, (PARQUET, JSONL, CSV))
+    return find_one(root, MANIFESTS)
 
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:

@@ -4,27 +4,20 @@ import functools
 import os
 import re
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pyarrow as pa
 
-from data.layouts.folders import (
-    POSTS,
-    SHARD_SUFFIXES,
-    check_root,
-    is_image_name,
-    is_passed_over,
-    list_folder,
-    read_folder,
-    walk_folders,
-)
+from data.layouts.folders import read_folder
 from data.layouts.huggingface import read_arrow, unpack_parquet
 from data.layouts.manifest import find_manifest, read_manifest, scanned_at
-from data.layouts.refresh import find_newer
+from data.layouts.names import POSTS, SHARD_SUFFIXES, is_image_name, is_sidecar, is_table
 from data.layouts.remote import fetch_manifest, is_remote
-from data.layouts.sidecars import FAULT, SUFFIXES, pair_sidecars
+from data.layouts.sidecars import FAULT, pair_sidecars
 from data.layouts.table import PLACES, SPLIT_NAMES, TYPES, build_table, show_some
-from data.layouts.unused import Unused
+from data.layouts.unused import OTHERS, Unused
+from data.layouts.walk import check_root, walk_folders
 from data.layouts.webdataset import read_tar
 from utils.errors import UserError
 from utils.ranks.processes import count_cores, map_in_processes
@@ -34,8 +27,8 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _TAR, _PARQUET = ".tar", ".parquet"
-PLAN = "pack.json"  # what job=pack writes beside its shards
 _ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
+_COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 
 
@@ -63,16 +56,47 @@ def recognise(root: str, cache: Path, unused: Unused) -> tuple[list[Path], Calla
 def _read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
     """Read a manifest, and count what its folders have beside the images that it lists."""
     table = read_manifest(root, manifest, unused)
-    if PLACES.keys() <= set(table.column_names):
-        return table
-    paths, has_sidecars = set(table["path"].to_pylist()), scanned_at(manifest) is not None
-    for folder in sorted({os.path.dirname(path) for path in paths}):
-        names = {entry.name for entry in list_folder(root / folder) if not is_passed_over(entry.name)}
-        others = {os.path.join(folder, name) for name in names} - paths
-        unused.add("images that the manifest does not list", *filter(is_image_name, others))
-        if not has_sidecars:
-            unused.add("sidecars beside a manifest", *(path for path in others if path.lower().endswith(SUFFIXES)))
+    is_packed = PLACES.keys() <= set(table.column_names)
+    listed = set(table["shard" if is_packed else "path"].to_pylist())
+    others = Unused()
+    for folder, _, names in walk_folders(root, others):
+        paths = {folder + name for name in names} - listed
+        unused.add("images that the manifest does not list", *filter(is_image_name, paths))
+        if scanned_at(manifest) is None:
+            unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
+    unused.add(OTHERS, *(path for path in others.get(OTHERS, ()) if path not in listed))
     return table
+
+
+def find_newer(root: Path, manifest: Path) -> list[str]:
+    """Return and log the sidecars that changed after job=manifest has read them; none for another manifest."""
+    scanned = scanned_at(manifest)
+    if scanned is None:
+        return []
+    status = manifest.stat()
+    was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is the time of the copy
+    newer = []
+    for folder, entries, names in walk_folders(root, Unused()):
+        changed = set()
+        for entry in entries:
+            path = folder + entry.name
+            with suppress(OSError):  # a dangling link
+                if (is_sidecar(path) or is_table(path)) and _changed_ns(entry, was_copied) > scanned:
+                    changed.add(path)
+        if changed:
+            _, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
+            newer += sorted(changed.difference(orphans))
+    if newer:
+        log.warning(
+            "data.root: %s sidecars are newer than %s and are not read: %s; prepare.py job=manifest reads them",
+            f"{len(newer):,}", manifest.name, show_some(newer),
+        )  # fmt: skip
+    return newer
+
+
+def _changed_ns(entry: os.DirEntry[str], was_copied: bool) -> int:
+    times = entry.stat()
+    return times.st_mtime_ns if was_copied else max(times.st_mtime_ns, times.st_ctime_ns)
 
 
 def _find_shards(root: Path, unused: Unused) -> list[str]:
@@ -85,7 +109,7 @@ def _find_shards(root: Path, unused: Unused) -> list[str]:
         if any(map(is_image_name, files)):
             return []
         names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
-        others.add("texts beside shards", *pair_sidecars(folder, (), files - {PLAN})[1])
+        others.add("texts beside shards", *pair_sidecars(folder, (), files)[1])
     tables = [name for name in names if not name.endswith(_TAR)]
     if 0 < len(tables) < len(names):
         others.add("tables beside tar files", *tables)
@@ -106,7 +130,7 @@ def _read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table
         tables.append(rows)
         unused.merge(left)
     if not any(map(len, tables)):
-        why = "; ".join(("", *unused.describe()))
+        why = "".join(f"; {line}" for _, line in unused.describe())
         raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
     table = pa.concat_tables(tables)
     log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from data.layouts.names import SUFFIXES, is_metadata, is_sidecar
 from data.layouts.records import FIELDS, Sidecar, decode, find_encoding, is_field, parse_record, parse_text
 from data.layouts.table import hash_table
 from data.layouts.unused import Unused
@@ -18,7 +19,6 @@ from utils.io.files import readable, write_text
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
-SUFFIXES = (".caption", ".txt", ".json")
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
 
@@ -71,7 +71,7 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
     """
     pairs: dict[str, list[str]] = {}
     orphans: list[str] = []
-    files = sorted((name for name in names if name.lower().endswith(SUFFIXES)), key=lambda name: (-len(name), name))
+    files = sorted((name for name in names if is_sidecar(folder + name)), key=lambda name: (-len(name), name))
     owners: dict[str, list[str]] = {}
     for image in images if files else ():
         for owner in (image, os.path.splitext(image)[0]):
@@ -80,7 +80,7 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
         found = owners.get(os.path.splitext(name)[0], ())
         for image in found:
             pairs.setdefault(folder + image, []).append(folder + name)
-        if not found and (folder or not name.startswith("meta_")):
+        if not found and not is_metadata(folder + name):
             orphans.append(folder + name)
     return pairs, sorted(orphans)
 

@@ -4,6 +4,9 @@ Every reader of `layouts/` takes an `Unused` and adds what it does not use. The 
 that a start that reads no file again says the same.
 """
 
+import logging
+import os
+from collections import Counter
 from collections.abc import Iterable
 
 from data.layouts.table import show_some
@@ -12,13 +15,15 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 ORPHANS = "sidecars without an image"  # a reason
+OTHERS = "files of kinds that no reader takes"  # a reason; they are counted by ending
+Lines = Iterable[tuple[int, str]]  # each with its level
 
 
 class Unused(dict[str, list[str]]):
     """The names of unused files, members, rows or columns, by reason. Threads may share one.
 
     unused.add("sidecars without an image", "cat/x.txt", "cat/y.txt")
-    unused.describe()      ["2 sidecars without an image: cat/x.txt, cat/y.txt"]
+    unused.describe()      [(logging.WARNING, "2 sidecars without an image: cat/x.txt, cat/y.txt")]
     """
 
     def add(self, reason: str, *names: str) -> None:
@@ -31,13 +36,28 @@ class Unused(dict[str, list[str]]):
         for reason, names in other.items():
             self.add(reason, *names)
 
-    def describe(self) -> list[str]:
-        """Return a line for each reason: count, reason and the first names. Columns, for one, recur in each shard."""
-        unique = {reason: sorted(set(self[reason])) for reason in sorted(self)}  # threads add in any order
-        return [f"{len(names):,} {reason}: {show_some(names)}" for reason, names in unique.items()]
+    def describe(self, images: int = 0) -> list[tuple[int, str]]:
+        """Return a line for each reason: count, reason and the first names.
+
+        Files of other kinds are a warning if they outnumber the `images` of the collection.
+        """
+        lines = []
+        for reason in sorted(self):
+            names = sorted(set(self[reason]))  # threads add in any order, and columns recur in each shard
+            are_few = reason == OTHERS and len(names) <= images
+            shown = count_endings(names) if reason == OTHERS else names
+            lines.append((logging.INFO if are_few else logging.WARNING, f"{len(names):,} {reason}: {show_some(shown)}"))
+        return lines
 
 
-def warn_unused(lines: Iterable[str]) -> None:
+def count_endings(names: Iterable[str]) -> list[str]:
+    """Return how many names have each ending, the most frequent first."""
+    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
+    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{ending} {count:,}" for ending, count in ordered]
+
+
+def say_unused(lines: Lines, key: str = "data.root") -> None:
     """Log the lines of `describe`."""
-    for line in lines:
-        log.warning("data.root: not used: %s", line)
+    for level, line in lines:
+        log.log(level, "%s: not used: %s", key, line)

@@ -10,10 +10,11 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from data.layouts.folders import IMAGE_SUFFIXES, is_mask_name, is_passed_over, place_image
+from data.layouts.folders import place_image
 from data.layouts.manifest import OUTSIDE
+from data.layouts.names import IMAGE_SUFFIXES, is_mask_name, is_passed_over
 from data.layouts.sidecars import TEXT_SUFFIXES, read_texts
-from data.layouts.unused import Unused
+from data.layouts.unused import OTHERS, Unused
 
 _MAX_TEXT_BYTES = 2**20
 _BLOCK = tarfile.BLOCKSIZE
@@ -40,8 +41,8 @@ def read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             where, (stem, suffix) = f"{name}/{path}", os.path.splitext(path)
             suffix = suffix.lower()
             if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                continue
-            if member.type not in _PLAIN or re.search(OUTSIDE, path):
+                unused.add(OTHERS, *([where] if member.type in _PLAIN else []))
+            elif member.type not in _PLAIN or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", where)
             elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
                 unused.add("masks, hidden names and thumbnails in shards", where)

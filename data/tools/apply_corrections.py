@@ -12,13 +12,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.config import DataConfig
-from data.layouts.corrections import CORRECTIONS, Decisions, correct, read_corrections, retag
-from data.layouts.folders import POSTS, check_root, read_folder, scan_folder
+from data.layouts.corrections import Decisions, correct, read_corrections, retag
+from data.layouts.folders import read_folder, scan_folder
 from data.layouts.manifest import find_manifest, find_one, scanned_at
+from data.layouts.names import CORRECTIONS, POSTS, UNDO
 from data.layouts.records import decode, parse_record
 from data.layouts.sidecars import load_json
 from data.layouts.table import show_some
-from data.layouts.unused import Unused, warn_unused
+from data.layouts.unused import Unused, say_unused
+from data.layouts.walk import check_root
 from data.tools.tool import Tool
 from utils.errors import UserError
 from utils.formats.spelling import join_tags
@@ -28,11 +30,11 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-UNDO = "corrections_undo.jsonl"  # a line for each sidecar: its bytes before (none: no file) and after
-
 
 class ApplyCorrections(Tool):
     """Write what corrections.jsonl says into sidecars. undo: write back what they were.
+
+    UNDO has a line for each sidecar: its bytes before (none: no file) and after.
 
     A label becomes that of `x.json`, which goes before the folder's name; tags stay in the file that has them.
     """
@@ -56,7 +58,7 @@ def _apply(root: Path) -> str:
     table, (images, sidecars, _) = _read_rows(root, decisions), scan_folder(root, Unused())
     pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
     changes = [(row, now, field) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]]
-    warn_unused(left.describe())
+    say_unused(left.describe())
     stems, undo = Counter(os.path.splitext(path)[0] for path in images), AppendFile(root / UNDO)
     for row, now, field in changes:
         path, own, stem = row["path"], sidecars.get(row["path"], ()), os.path.splitext(row["path"])[0]

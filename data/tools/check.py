@@ -11,12 +11,13 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.config import DataConfig
-from data.layouts.folders import check_root, read_folder, scan_folder
+from data.layouts.folders import read_folder, scan_folder
 from data.layouts.manifest import find_manifest, read_table
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
+from data.layouts.walk import check_root
 from data.open import describe_collection, load_collection
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, save_report

@@ -20,18 +20,11 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
 from data.images.open import read_file
-from data.layouts.folders import check_root
-from data.layouts.manifest import (
-    PARQUET,
-    find_manifest,
-    read_parquet,
-    read_table,
-    refuse_foreign,
-    save_manifest,
-    scanned_at,
-)
+from data.layouts.manifest import find_manifest, read_parquet, read_table, refuse_foreign, save_manifest, scanned_at
+from data.layouts.names import PARQUET
 from data.layouts.table import TYPES, replace_column
 from data.layouts.unused import Unused
+from data.layouts.walk import check_root
 from data.open import load_collection
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, refuse_shards, save_report

@@ -10,8 +10,8 @@ import torch
 from data.config import DataConfig
 from data.images.decode import decoder_versions
 from data.images.open import warn_of_missing_libraries
-from data.layouts.folders import check_root
 from data.layouts.remote import is_remote
+from data.layouts.walk import check_root
 from data.tools.tool import Tool
 from utils.config.schema import PathText
 from utils.errors import UserError

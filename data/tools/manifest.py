@@ -11,12 +11,14 @@ from data.collection.collection import CACHE
 from data.collection.duplicates import group_duplicates
 from data.collection.split import assign_validation
 from data.config import DataConfig
-from data.layouts.corrections import CORRECTIONS, correct, read_corrections
-from data.layouts.folders import check_root, read_folder
-from data.layouts.manifest import PARQUET, find_manifest, find_sizes, refuse_foreign, save_manifest
+from data.layouts.corrections import correct, read_corrections
+from data.layouts.folders import read_folder
+from data.layouts.manifest import find_manifest, find_sizes, refuse_foreign, save_manifest
+from data.layouts.names import CORRECTIONS, PARQUET
 from data.layouts.sidecars import list_faults
 from data.layouts.table import MEASURED, TYPES, count_values, replace_column
-from data.layouts.unused import Unused, warn_unused
+from data.layouts.unused import Unused, say_unused
+from data.layouts.walk import check_root
 from data.tools.measure import measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
@@ -51,7 +53,7 @@ class Manifest(Tool):
                 refuse_foreign(manifest)
             scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
             table = list_faults(table, CACHE, unused, data.on_bad_sidecar)
-            warn_unused(unused.describe())
+            say_unused(unused.describe(len(table)))
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=verify)
@@ -73,7 +75,7 @@ class Manifest(Tool):
             if data.corrections and (decisions := read_corrections(folder)):
                 log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
                 table = correct(table, decisions, left := Unused())
-                warn_unused(left.describe())
+                say_unused(left.describe())
             save_manifest(folder, table, scanned_ns=scanned_ns)
         if damaged:
             for path in list(damaged)[:_NAMED]:

@@ -27,9 +27,8 @@ from data.collection.collection import Collection
 from data.config import DataConfig
 from data.images.bytes import TAR, member_key, open_contents
 from data.images.sizes import upright_size
-from data.layouts.folders import IMAGE_SUFFIXES
 from data.layouts.manifest import save_manifest
-from data.layouts.recognise import PLAN
+from data.layouts.names import IMAGE_SUFFIXES, PACKED
 from data.layouts.records import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
@@ -109,8 +108,8 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
 def _claim(output: Path, plan: dict[str, Any]) -> None:
     """Write the plan into an empty folder, or check that it was written with the same plan."""
     if not any(output.glob("[!.]*")):
-        write_json(output / PLAN, plan)
-    if not (output / PLAN).is_file() or read_json(output / PLAN) != plan:
+        write_json(output / PACKED, plan)
+    if not (output / PACKED).is_file() or read_json(output / PACKED) != plan:
         raise UserError(
             f"job.output: {str(output)!r} is not empty, and has no shards of this collection with the same "
             "job.shard_mib; name a new folder"

@@ -21,8 +21,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.config import TextConfig
-from data.layouts.folders import IMAGE_SUFFIXES, is_image_name, is_passed_over
+from data.layouts.names import IMAGE_SUFFIXES, has_reader, is_image_name, is_passed_over
 from data.layouts.records import decode
+from data.layouts.unused import OTHERS, Unused, say_unused
 from data.tags.rules import TagRules
 from utils.errors import UserError
 from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
@@ -55,13 +56,15 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     names = [source] if isinstance(source, str) else source
     if source == "-":
         names = [line for line in sys.stdin.read().split("\n") if line]
-    folders, paths = set(), {}
+    folders, paths, unused = set(), {}, Unused()
     for path in map(Path, names):
         inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
         # A pattern or folder that names a hidden folder means it.
-        files = sorted(file for file in inside if is_image_name(file.name) and file.is_file())
-        files = [file for file in files if not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
+        seen = [file for file in inside if not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
+        files = sorted(file for file in seen if is_image_name(file.name) and file.is_file())
         files = [path] if path.is_file() else files
+        if path.is_dir():
+            unused.add(OTHERS, *(str(file) for file in seen if not has_reader(file.name) and file.is_file()))
         if not files:
             raise UserError(
                 f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') with images; known "
@@ -69,6 +72,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
             )
         paths |= dict.fromkeys(files)
         folders |= {path} if path.is_dir() else {file.parent for file in files}
+    say_unused(unused.describe(len(paths)), key)
     if not paths:
         raise UserError(f"{key}: stdin has no image; write one path per line")
     for path in paths:

@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 
 from data.config import DataConfig
-from data.layouts.folders import check_root
 from data.layouts.table import PLACES
+from data.layouts.walk import check_root
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json, write_text

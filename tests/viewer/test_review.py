@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from data.collection.collection import Collection, index_collection
-from data.layouts.corrections import CORRECTIONS
+from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve
 from utils.record.tables import find_differences, images_root

@@ -22,7 +22,6 @@ FREE_KEYS = (
     "resume*",
     "dry_run",
     "curve",
-    "data.manifest",
     "data.corrections",  # what they change is in the collection's fingerprint
     "data.cache.*_gib",
     "data.cache.folder",

@@ -7,7 +7,8 @@ import threading
 
 import pytest
 
-from data.layouts.corrections import CORRECTIONS, Decision, Desk, append_corrections, read_corrections, retag
+from data.layouts.corrections import Decision, Desk, append_corrections, read_corrections, retag
+from data.layouts.names import CORRECTIONS
 from data.tools.manifest import Manifest
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.support import data_config

@@ -51,13 +51,13 @@ def test_a_jsonl_manifest_wins_over_the_layout(opened, root, log):
         ("two/b, ü.png", (root / "two/b, ü.png").stat().st_size, "val", "B", ["t"], "g", "C", 1.0),
     ]
     assert columns(collection, "sha256") == [("ab",), (None,)]
-    assert "2 sidecars beside a manifest: one/a.txt, two/b, ü.txt" in log.text
+    assert "3 sidecars beside a manifest: one/a.txt, three/c.txt, two/b, ü.txt" in log.text
 
 
 def test_images_that_a_manifest_does_not_list_are_counted(opened, root, log):
     put(root, "x/a.png", "x/b.png", "x/._c.png", "elsewhere/d.png")
     opened(jsonl(root, [{"path": "x/a.png"}]))
-    assert "not used: 1 images that the manifest does not list: x/b.png\n" in log.text
+    assert "not used: 2 images that the manifest does not list: elsewhere/d.png, x/b.png\n" in log.text
 
 
 def test_a_parquet_manifest_of_other_types(opened, root):

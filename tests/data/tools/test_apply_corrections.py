@@ -5,7 +5,8 @@ import json
 import pytest
 
 from data.layouts.corrections import append_corrections
-from data.tools.apply_corrections import UNDO, ApplyCorrections, _restore
+from data.layouts.names import UNDO
+from data.tools.apply_corrections import ApplyCorrections, _restore
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.data.layouts.test_corrections import decide
 from tests.support import data_config

@@ -1,0 +1,64 @@
+"""The file names of a collection: what is an image, what describes images, and what is passed over."""
+
+import os
+
+IMAGE_SUFFIXES = (
+    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
+    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+)
+MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
+SUFFIXES = (".caption", ".txt", ".json")  # of sidecars, files beside an image
+SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
+# Tables. Those of a manifest and of posts, the corrections and kohya's `meta_*` are at the root alone.
+MANIFESTS = PARQUET, JSONL, CSV = ("manifest.parquet", "manifest.jsonl", "manifest.csv")
+TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's imagefolder has them in any folder
+POSTS = ("posts.parquet", "posts.jsonl")  # as Danbooru gives them
+CORRECTIONS, UNDO = (
+    "corrections.jsonl",
+    "corrections_undo.jsonl",
+)  # of the page of view.py, and of job=apply_corrections
+PACKED, GLYPHS = "pack.json", "glyphs.json"  # what job=pack and the embedded collection write beside their images
+_OURS = (*MANIFESTS, CORRECTIONS, UNDO, PACKED, GLYPHS)
+# What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
+SYSTEM_NAMES = frozenset(
+    ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")
+    + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
+    + ("temporary items", "__pycache__")
+)
+
+
+def is_image_name(name: str) -> bool:
+    """Return whether a file name has an image suffix, and is no mask."""
+    return os.path.splitext(name)[1].lower() in IMAGE_SUFFIXES and not is_mask_name(name)
+
+
+def is_mask_name(name: str) -> bool:
+    """Return whether a file name belongs to a mask."""
+    stem, suffix = os.path.splitext(name.lower())
+    return suffix in IMAGE_SUFFIXES and stem.endswith(MASK_ENDINGS)
+
+
+def is_passed_over(name: str) -> bool:
+    """Return whether the name of a file or folder is hidden or a system's."""
+    return name.startswith(".") or name.lower() in SYSTEM_NAMES
+
+
+def is_metadata(path: str) -> bool:
+    """Return whether the name of a file at the root is that of kohya's metadata."""
+    return path.startswith("meta_") and path.endswith((".json", ".jsonl")) and "/" not in path
+
+
+def is_table(path: str) -> bool:
+    """Return whether a path below the root is that of a table which describes images of folders."""
+    return os.path.basename(path) in TABLES or path in POSTS or is_metadata(path)
+
+
+def is_sidecar(path: str) -> bool:
+    """Return whether a path below the root has the ending of a sidecar, and is not ours."""
+    return path.lower().endswith(SUFFIXES) and path not in _OURS
+
+
+def has_reader(path: str) -> bool:
+    """Return whether some reader takes a file, by its path below the root."""
+    is_readable = path.lower().endswith((*IMAGE_SUFFIXES, *SUFFIXES, *SHARD_SUFFIXES))
+    return is_readable or is_table(path) or path in _OURS
