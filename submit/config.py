@@ -18,21 +18,14 @@ class LaunchConfig(Strict):
 
     script: Script
     folder: PathText
-    job_name: str | None
     nodes: Count
     gpus_per_node: Workers
     ranks_per_node: Processes | None  # null: one for each GPU, 1 without GPUs
-    partition: str | None
-    account: str | None
-    qos: str | None
-    constraint: str | None
     cpus_per_rank: Processes | None
-    memory_gib: Annotated[float, Field(ge=1e-3, le=1e6)] | None
     time_min: Count
     stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]  # before the job's time ends, it is asked to save
     max_requeues: CountOrZero  # how often a stopped job continues
     max_lost_ranks: CountOrZero  # how often a job continues that has lost a rank or a node
-    array_parallelism: Count
     python: PathText | None
     command: Annotated[list[str], Field(min_length=1)] | None  # runs the script in place of python, e.g. a container
     setup: list[str]
@@ -43,10 +36,8 @@ class LaunchConfig(Strict):
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if 0 < self.gpus_per_node < self.ranks_on_node:
-            raise ValueError(
-                f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each; "
-                f"launch.gpus_per_node is {self.gpus_per_node}"
-            )
+            gpus = f"launch.gpus_per_node is {self.gpus_per_node}"
+            raise ValueError(f"launch.ranks_per_node: {self.ranks_on_node} ranks need a GPU each; {gpus}")
         if self.stop_before_end_sec >= 60 * self.time_min:
             raise ValueError(f"launch.stop_before_end_sec: must be below launch.time_min, {60 * self.time_min} s")
         if self.nodes * self.ranks_on_node > 1 and "runtime" not in self._primary:

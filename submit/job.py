@@ -27,7 +27,8 @@ from utils.record.run_reader import NOTE_VARIABLE, write_progress
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
 # Signals that end a script: a request before its handler was set, or a kill (by the kernel if memory is full).
-_STOPPING, _KILLING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2), (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
+_STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+_KILLING = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
 
 
 @dataclass
@@ -47,7 +48,8 @@ class ScriptJob:
         words = [*(self.command or [sys.executable]), "-u", *script]
         _say(shlex.join(words))
         environment = {**os.environ, NOTE_VARIABLE: str(self.folder / f"run_{_index()}")}
-        environment |= {} if self.sweep is None else {"WANDB_RUN_GROUP": self.sweep}
+        if self.sweep is not None:
+            environment["WANDB_RUN_GROUP"] = self.sweep
         process = subprocess.Popen(words, cwd=self.working_dir, env=environment)
 
         def stop(number: int, frame: FrameType | None) -> None:
@@ -77,7 +79,8 @@ def _write_status(folder: Path, name: str, status: int) -> None:
 
 def finish(folder: Path, status: int) -> int:
     """Requeue the job, or write its final status to end_*.json; return the status. status: srun's exit status."""
-    index, launch = _index(), read_json(folder / "job.json")["launch"]
+    index = _index()
+    launch = read_json(folder / "job.json")["launch"]
     array = os.environ.get("SLURM_ARRAY_JOB_ID")  # one of the array's jobs has this number as its own
     job = os.environ["SLURM_JOB_ID"] if array is None else f"{array}_{index}"
     noted = [int(file.read_text()) for file in folder.glob(f"status_{index}_{restart_count()}/task_*")]
@@ -125,12 +128,14 @@ def _meaning(status: int) -> int:
     """Return the exit status for a process's return code: 75 or 70 if a signal ended the process."""
     if -status in _STOPPING:
         return EXIT_STOPPED
-    return EXIT_LOST_RANK if -status in _KILLING else status if status >= 0 else 128 - status
+    if -status in _KILLING:
+        return EXIT_LOST_RANK
+    return status if status >= 0 else 128 - status
 
 
 def _say(text: str) -> None:
-    place = f"{os.environ.get('SLURMD_NODENAME', socket.gethostname())}, task {os.environ.get('SLURM_PROCID', 'batch')}"
-    sys.stdout.write(f"[{place}] {text}\n")
+    node = os.environ.get("SLURMD_NODENAME", socket.gethostname())
+    sys.stdout.write(f"[{node}, task {os.environ.get('SLURM_PROCID', 'batch')}] {text}\n")
     sys.stdout.flush()
 
 

@@ -74,7 +74,8 @@ def wait_for(ids: Sequence[str], folder: Path) -> int:
 
 def _end_of(job: str, file: Path) -> int:
     """Return a job's exit status: the script's, or 1 if SLURM ended the job."""
-    state, until = "UNKNOWN", time.monotonic() + _FILES_SEC
+    state = "UNKNOWN"
+    until = time.monotonic() + _FILES_SEC
     with suppress(NoAnswer):
         state = job_state(job)
     while not file.exists() and state in ("COMPLETED", "FAILED", "UNKNOWN") and time.monotonic() < until:

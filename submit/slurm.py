@@ -20,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from itertools import compress
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -64,7 +63,8 @@ def main(config: SubmitConfig, job: Job) -> str | None:
     """Check the command, copy the code, queue the job and, with launch.wait, wait for its end."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
-    sweep, jobs = None, [SCRIPT_WORDS]
+    sweep = None
+    jobs = [SCRIPT_WORDS]
     if FLAGS & set(SCRIPT_WORDS):
         sweep, jobs = list_jobs(launch.script, SCRIPT_WORDS)
         if not jobs:
@@ -75,7 +75,7 @@ def main(config: SubmitConfig, job: Job) -> str | None:
         return "dry run: nothing is queued"
 
     # ------------------------------------------------------------------------------------ 2. The folder, with the code
-    folder = Path(launch.folder).absolute() / f"{launch.job_name or launch.script}-{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = Path(launch.folder).absolute() / f"{launch.script}-{time.strftime('%Y%m%d-%H%M%S')}"
     with output_errors("launch.folder", folder):
         copy_code(folder / "code")
         write_json(folder / "job.json", {"launch": {**launch.model_dump(), "trains": launch.trains}, "jobs": jobs})
@@ -138,28 +138,35 @@ class _Executor(submitit.SlurmExecutor):
 
 def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     """Return the executor of a job whose files are in `folder`."""
-    python, cpus = shlex.quote(launch.python or sys.executable), launch.cpus_per_rank
-    options = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
-    values = launch.model_dump(include={"nodes", "partition", "account", "qos", "constraint", "array_parallelism"}) | {
-        "job_name": launch.job_name or launch.script,
-        "ntasks_per_node": launch.ranks_on_node,
-        "gpus_per_node": launch.gpus_per_node or None,
-        "cpus_per_task": cpus,
-        "mem": launch.memory_gib and f"{round(1024 * launch.memory_gib)}M",
-        "time": launch.time_min,
-        "signal_delay_s": launch.stop_before_end_sec,
-        "setup": [*launch.setup, "trap : TERM USR1 USR2  # the tasks save; this script continues after them"],
-        "teardown": [f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
-        "stderr_to_stdout": True,
-        # In SLURM 22.05 to 23.02, srun does not inherit the CPUs from sbatch.
-        "srun_args": ["--kill-on-bad-exit=1", *([f"--cpus-per-task={cpus}"] if cpus else [])],
-        # In this folder, Python finds the job's copy of the code first.
-        "additional_parameters": {"chdir": str(folder / "code"), "requeue": True}
-        | {name.replace("-", "_"): value or True for name, _, value in options},
-    }
+    python = shlex.quote(launch.python or sys.executable)
+    # In this folder, Python finds the job's copy of the code first.
+    options = {"chdir": str(folder / "code"), "requeue": True} | read_options(launch)
+    size = {"nodes": launch.nodes, "ntasks_per_node": launch.ranks_on_node, "time": launch.time_min}
+    srun = ["--kill-on-bad-exit=1"]
+    if launch.gpus_per_node:
+        size["gpus_per_node"] = launch.gpus_per_node
+    if launch.cpus_per_rank is not None:
+        size["cpus_per_task"] = launch.cpus_per_rank
+        srun.append(f"--cpus-per-task={launch.cpus_per_rank}")  # srun of SLURM 22.05 to 23.02 does not inherit it
     executor = _Executor(folder / "logs", python=python)
-    executor.update_parameters(**{name: value for name, value in values.items() if value is not None}, wckey=None)
+    executor.update_parameters(
+        **size,
+        job_name=launch.script,
+        signal_delay_s=launch.stop_before_end_sec,
+        setup=[*launch.setup, "trap : TERM USR1 USR2  # the tasks save; this script continues after them"],
+        teardown=[f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
+        stderr_to_stdout=True,
+        srun_args=srun,
+        additional_parameters=options,
+        wckey=None,
+    )
     return executor
+
+
+def read_options(launch: LaunchConfig) -> dict[str, str | bool]:
+    """Return `launch.sbatch_lines` by name, as submitit spells them."""
+    words = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
+    return {name.replace("-", "_"): value or True for name, _, value in words}
 
 
 def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
@@ -173,10 +180,12 @@ def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
 def clean_environment(launch: LaunchConfig) -> None:
     """Remove environment variables of SLURM and of launchers: SBATCH_* would override the script's own lines.
 
-    SBATCH_PARTITION, ACCOUNT, QOS and CONSTRAINT stay if their key in `launch` is null.
+    SBATCH_PARTITION, ACCOUNT, QOS and CONSTRAINT stay if `launch.sbatch_lines` does not have their option.
     """
-    keys = [key for key in ("partition", "account", "qos", "constraint") if getattr(launch, key) is None]
-    kept = {"SLURM_CONF", *(f"SBATCH_{key.upper()}" for key in keys)}
+    kept = {
+        f"SBATCH_{name.upper()}" for name in {"partition", "account", "qos", "constraint"} - {*read_options(launch)}
+    }
+    kept.add("SLURM_CONF")
     foreign = re.compile(r"S(LURMD?|BATCH|RUN|UBMITIT)_.*|(LOCAL_)?RANK|(LOCAL_)?WORLD_SIZE|MASTER_(ADDR|PORT)")
     for name in set(os.environ) - kept:
         if foreign.fullmatch(name):
@@ -198,8 +207,11 @@ def queue_jobs(launch: LaunchConfig, folder: Path, jobs: Sequence[ScriptJob]) ->
 def split_words(words: list[str]) -> tuple[list[str], list[str]]:
     """Split a command line into the words for `launch`, with --help and --cfg, and the words for the script."""
     own = re.compile(r"[+~]*launch[.=@]|--(help|cfg)\b|-h$")
-    is_ours = [bool(own.match(word)) or before == "--cfg" for before, word in zip(["", *words], words)]
-    return list(compress(words, is_ours)), [word for word, ours in zip(words, is_ours) if not ours]
+    ours: list[str] = []
+    rest: list[str] = []
+    for before, word in zip(["", *words], words):
+        (ours if own.match(word) or before == "--cfg" else rest).append(word)
+    return ours, rest
 
 
 if __name__ == "__main__":

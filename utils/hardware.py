@@ -83,7 +83,8 @@ def free_memory() -> int:
         group = Path("/sys/fs/cgroup", line.rpartition(":")[2].strip("/"))
         for folder in (group, *group.parents):
             try:
-                limit, used = (folder / "memory.max").read_text().strip(), int((folder / "memory.current").read_text())
+                limit = (folder / "memory.max").read_text().strip()
+                used = int((folder / "memory.current").read_text())
                 parts = dict(row.split() for row in (folder / "memory.stat").read_text().splitlines())
             except OSError:  # the root has no limit, and a container does not see the groups around it
                 continue

@@ -21,7 +21,8 @@ _WORD32 = (1 << 32) - 1
 _GOLDEN = 0x9E3779B97F4A7C15
 _MIX_A = 0xBF58476D1CE4E5B9
 _MIX_B = 0x94D049BB133111EB
-_TABLE, _ROUNDS = 256, 6  # of Permutation
+_TABLE = 256  # of Permutation
+_ROUNDS = 6
 _NUMPY = np.random.MT19937()  # of `seeded_python`
 Words = TypeVar("Words", int, np.ndarray)
 
@@ -64,7 +65,8 @@ class Permutation:
         self._table = permutation(seed, stream, count).tolist() if count <= _TABLE else None
         bits = max(count - 1, 1).bit_length()
         self._low_bits = bits // 2
-        self._low, self._high = (1 << self._low_bits) - 1, (1 << (bits - self._low_bits)) - 1
+        self._low = (1 << self._low_bits) - 1
+        self._high = (1 << (bits - self._low_bits)) - 1
         self._keys = [hash_counters(seed, stream, number) for number in range(_ROUNDS)]
 
     def __call__(self, index: int) -> int:
@@ -78,7 +80,8 @@ class Permutation:
         return index
 
     def _permute(self, index: int) -> int:
-        high, low = index >> self._low_bits, index & self._low
+        high = index >> self._low_bits
+        low = index & self._low
         for number, key in enumerate(self._keys):
             if number % 2:
                 low ^= mix64(high ^ key) & self._low
@@ -104,7 +107,8 @@ def _hash32(word: torch.Tensor) -> torch.Tensor:
 
 def _random_words(keys: torch.Tensor, count: int, draw: int) -> torch.Tensor:
     """Return 32-bit random words, int64 [B, count], from keys [B] on their device."""
-    low, high = (keys & _WORD32)[:, None], (keys >> 32)[:, None]
+    low = (keys & _WORD32)[:, None]
+    high = (keys >> 32)[:, None]
     salt = hash_counters(draw) & _WORD32
     counter = torch.arange(count, device=keys.device)
     return _hash32((_hash32(_hash32(counter ^ salt) ^ low) + high) & _WORD32)

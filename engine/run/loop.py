@@ -346,11 +346,7 @@ class Run:
         if distributed.is_main():
             with ignore_write_errors(file := self.folder.path / RESULT_FILE):
                 write_json(file, self._result[0])
-        metric = self.learner.task.best_metric
-        metadata = {"step": self.step, "script": self.folder.job.script, "model": self.folder.config["model"]}
-        if self.best_step is not None:
-            metadata |= {metric: self.best_value, "best_step": self.best_step}
-        self.recorder.close(completed_step=self.step if finished and self.is_complete else None, metadata=metadata)
+        self.recorder.close(completed_step=self.step if finished and self.is_complete else None)
 
     @cached_property
     def _result(self) -> tuple[dict[str, Any], list[str]]:

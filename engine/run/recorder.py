@@ -215,14 +215,8 @@ class Recorder:
         for rows in self._rows:
             rows.sync()
 
-    def close(
-        self, *, completed_step: int | None = None, metadata: Mapping[str, Any] | None = None, failed: bool = False
-    ) -> None:
-        """Close all files.
-
-        completed_step: the last step of a complete run; None if the run will be resumed. metadata: for the weights that
-        W&B uploads if `tracking.model_artifact` is set.
-        """
+    def close(self, *, completed_step: int | None = None, failed: bool = False) -> None:
+        """Close all files. completed_step: the last step of a complete run; None if the run will be resumed."""
         if distributed.is_main():
             if completed_step is not None:
                 mark_complete(self.folder, completed_step)
@@ -230,8 +224,8 @@ class Recorder:
         for rows in self._rows:
             rows.close()
         if self._tracker is not None:
-            model = None if completed_step is None else (self.folder / "weights", metadata or {})
-            self._tracker.close(failed, model)
+            stopped = None if completed_step is None else 0
+            self._tracker.close(1 if failed else stopped)
 
     # ---------------------------------------------------------------------------------------------------------- steps
 
@@ -383,11 +377,9 @@ class Recorder:
             return
         path = self.folder / "plots" / "curves.png"
         with self._drawing(), ignore_write_errors(path):
-            from utils.record.plots import plot_curves, plot_singly  # imports matplotlib
+            from utils.record.plots import plot_curves  # imports matplotlib
 
             plot_curves(self._metrics.rows, path, self.folder.resolve().name)
-            if self._tracking.single_plots:
-                plot_singly(self._metrics.rows, path.parent, self.folder.resolve().name)
 
     @contextmanager
     def _drawing(self) -> Iterator[None]:

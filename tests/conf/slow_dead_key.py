@@ -173,7 +173,7 @@ def run_all(recorder, folder, monkeypatch):
     go("prepare", "job=downsample", "job.longest_px=8", "job.to=small", *folders)
     go("workshop", f"data.root={images}", "dry_run=true")
     without_a_cluster(monkeypatch)
-    go("slurm", "launch.command=[apptainer]", "launch.cpus_per_rank=2", "launch.memory_gib=1.0")
+    go("slurm", "launch.command=[apptainer]", "launch.cpus_per_rank=2")
     return reads
 
 
@@ -203,7 +203,7 @@ PROVED = {
     *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     # The first two on the nodes: tests/submit/test_slurm.py.
-    *(f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks", "nodes", "array_parallelism")),
+    *(f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks", "nodes")),
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
     # All go to the network by one call: tests/models/test_build.py, test_fcmae.py. The name is for messages.

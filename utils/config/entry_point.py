@@ -90,16 +90,17 @@ def quote_paths(arguments: list[str], keys: Container[str]) -> list[str]:
         key, equals, value = argument.partition("=")
         if equals and key.lstrip("+") in keys:
             is_list = value.startswith("[") and value.endswith("]")
-            are_several = "," in value and (is_list or FLAGS & set(arguments)) and not os.path.exists(value)
-            argument = argument if are_several else f"{key}={_quote(value)}"
+            if "," not in value or not (is_list or FLAGS & set(arguments)) or os.path.exists(value):
+                argument = f"{key}={_quote(value)}"
         quoted.append(argument)
     return quoted
 
 
 def _quote(value: str) -> str:
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
-    plain = is_quoted or value in ("", "null", "???")
-    return value if plain else QuotedString(value, Quote.single).with_quotes()
+    if is_quoted or value in ("", "null", "???"):
+        return value
+    return QuotedString(value, Quote.single).with_quotes()
 
 
 def follow_init_from(values: DictConfig, job: Job) -> Job:
@@ -110,9 +111,8 @@ def follow_init_from(values: DictConfig, job: Job) -> Job:
     source = OmegaConf.select(values, "init_from", throw_on_missing=False)
     keys = [text.lstrip("+~").partition("=")[0] for text in job.overrides]
     is_chosen = "model" in keys or job.choices.get("experiment", "None") != "None"
-    if "model" not in values or not source or is_chosen or (run := run_of(Path(source))) is None:
-        return job
-    model = run.config.get("model")
+    run = None if is_chosen or not source or "model" not in values else run_of(Path(source))
+    model = {} if run is None else run.config.get("model")
     if not isinstance(model, dict) or "name" not in model:
         return job
     kept = {key: OmegaConf.select(values, key) for key in keys if key.startswith("model.")}
@@ -203,9 +203,9 @@ class Command(Generic[Schema]):
         usual = read_defaults(self.config_dir / f"{self.script}.yaml").get("data", "")
         if "data.root" in given and not given & {"data", "experiment"} and usual in ("glyphs", None):
             words = ["data=image_folder", *words]  # a folder is of the user's own images
-        search = [] if self.config_dir == CONF else [f"hydra.searchpath=['file://{CONF}']"]  # where the groups are
+        groups = f"hydra.searchpath=['file://{CONF}']"
         with hydra.initialize_config_dir(str(self.config_dir), version_base="1.3"):
-            values = hydra.compose(self.script, [*map(_store_file, words), *search], return_hydra_config=True)
+            values = hydra.compose(self.script, [*map(_store_file, words), groups], return_hydra_config=True)
         choices = {name: str(choice) for name, choice in values.hydra.runtime.choices.items() if "hydra/" not in name}
         with open_dict(values):
             del values["hydra"]
@@ -231,18 +231,18 @@ class Command(Generic[Schema]):
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
         sweep = parse_sweep(arguments)
         statuses = run_sweep(sweep, sys.argv[0])
-        ended = {settings_of(job.words): status for job, status in statuses.items()}
-        failed = {words: status for words, status in ended.items() if status not in (EXIT_OK, EXIT_STOPPED)}
-        jobs = read_jobs(Path(sweep.base), failed)
+        failed = {job: status for job, status in statuses.items() if status not in (EXIT_OK, EXIT_STOPPED)}
+        jobs = read_jobs(Path(sweep.base), {settings_of(job.words): status for job, status in failed.items()})
         if jobs and environment_rank() == 0:
             log.info("%s", Lines(sweep_table(jobs)))
         return max(statuses.values(), default=EXIT_OK)
 
     def _say(self, message: str, *, other_ranks: bool = False) -> None:
         """Show an error on rank 0. other_ranks: show its first line on other ranks, too, which may fail alone."""
-        rank, message = environment_rank(), safe_lines(f"{self.script}.py: {message}")
+        rank = environment_rank()
+        lines = safe_lines(f"{self.script}.py: {message}").splitlines()
         if rank == 0 or other_ranks:
-            sys.stderr.write(f"{place_of(rank)}{message if rank == 0 else message.splitlines()[0]}\n")
+            sys.stderr.write(place_of(rank) + "\n".join(lines if rank == 0 else lines[:1]) + "\n")
 
     def _report(self, error: Exception) -> int:
         """Show an error and return its exit status."""

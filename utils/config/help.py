@@ -49,15 +49,16 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
     title, _, examples = documentation.partition("\n")
     lines = [title, _USAGE.format(script=script.relative_to(ROOT)), *_read(CONF, script.stem)]
     chosen = dict(word.partition("=")[::2] for word in words)
-    groups: dict[str, str] = {}
+    names: dict[str, str] = {}
     for group, name in read_defaults(CONF / f"{script.stem}.yaml").items():
-        groups[group] = re.sub(r"\$\{(\w+)\}", lambda other: groups[other[1]], name or "null")
-    for group, name in groups.items():
-        name = chosen[group] if (CONF / group / f"{chosen.get(group)}.yaml").is_file() else name
-        if (CONF / group).is_dir():
-            known = list_options(group, script.stem)
+        names[group] = re.sub(r"\$\{(\w+)\}", lambda other: names[other[1]], name or "null")
+    for group, name in names.items():
+        known = list_options(group, script.stem)
+        name = chosen[group] if chosen.get(group) in known else name
+        if known:
             lines += ["", f"{group}={name}  ({', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"]
-            lines += [f"  {line}" for line in _read(CONF / group, name)] if name in known else []
+        if name in known:
+            lines += [f"  {line}" for line in _read(CONF / group, name)]
     return "\n".join([*lines, "", "Examples:", examples])
 
 

@@ -52,9 +52,10 @@ def _wrong_keys(error: ValidationError, values: Any, schema: type[Strict]) -> di
     for item in items:
         if item["type"] in ("missing", "extra_forbidden") and item["loc"][:-1] in wrong_groups:
             continue
-        key, text, value = *_problem(item, _dotted(item["loc"], values), schema), f", found {item['input']!r}"
-        if key in problems and problems[key].endswith(value):
-            text = f"{problems[key].removesuffix(value)}, or {text.removeprefix('must be ')}"
+        key, text = _problem(item, _dotted(item["loc"], values), schema)
+        found = f", found {item['input']!r}"
+        if problems.get(key, "").endswith(found):
+            text = f"{problems[key].removesuffix(found)}, or {text.removeprefix('must be ')}"
         problems[key] = text
     return problems
 
@@ -73,24 +74,27 @@ def _dotted(location: tuple[int | str, ...], values: Any) -> str:
 
 def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
     """Return the key and the message for a pydantic error."""
-    context, found = error.get("ctx", {}), error["input"]
+    context = error.get("ctx", {})
+    found = f"found {error['input']!r}"
     match error["type"]:
         case "value_error":
-            match = re.fullmatch(r"([a-z_0-9.]+): (.*)", str(context["error"]), re.DOTALL)
-            return match.groups() if match else (key, str(context["error"]))
+            text = str(context["error"])
+            named = re.fullmatch(r"([a-z_0-9.]+): (.*)", text, re.DOTALL)
+            return named.groups() if named else (key, text)
         case "extra_forbidden":
             return key, _unknown(key, schema)
-        case "missing":
-            return key, f"missing; add {key}=VALUE or the file of its group"
-        case "union_tag_not_found":
-            key += f".{context['discriminator'][1:-1]}"
+        case "missing" | "union_tag_not_found":
+            key += context["discriminator"].replace("'", ".", 1)[:-1] if context else ""
             return key, f"missing; add {key}=VALUE or the file of its group"
         case "union_tag_invalid":
-            tag, names = str(context["tag"]), re.findall("'([^']+)'", context["expected_tags"])
-            return f"{key}.{context['discriminator'][1:-1]}", f"unknown {tag!r}; {close_names(tag, names)}"
+            names = re.findall("'([^']+)'", context["expected_tags"])
+            return (
+                f"{key}.{context['discriminator'][1:-1]}",
+                f"unknown {context['tag']!r}; {close_names(context['tag'], names)}",
+            )
         case "model_type" | "model_attributes_type" | "dict_type":
-            return key, f"must be a group of keys, found {found!r}"
-    return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, found {found!r}"
+            return key, f"must be a group of keys, {found}"
+    return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, {found}"
 
 
 def _unknown(key: str, schema: type[Strict], siblings: Iterable[str] = ()) -> str:

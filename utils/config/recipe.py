@@ -69,16 +69,17 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
 
     Raises UserError if other keys of the recipe differ.
     """
-    old, new = flatten(saved), flatten(now)
+    old = flatten(saved)
+    new = flatten(now)
     lines = {}
     for key in sorted(old.keys() | new.keys()):
-        if old.get(key) != new.get(key):  # a key that a run of before did not have is null
-            before, after = (values.get(key, "(absent)") for values in (old, new))
-            lines[key] = f"{key}: {before!r} in the run, {after!r} now"
-    if refused := [key for key in lines if not is_free(key, allowed)]:
+        if old.get(key) != new.get(key) and not is_free(key):  # a key that a run of before did not have is null
+            lines[key] = f"{key}: {old.get(key, '(absent)')!r} in the run, {new.get(key, '(absent)')!r} now"
+    refused = [key for key in lines if not is_free(key, allowed)]
+    if refused:
         differences = "\n  ".join(lines[key] for key in refused)
         raise UserError(
             f"resume: {folder} was made with another recipe:\n  {differences}\nStart another run with run_dir=... (a "
             f"sweep with sweep.name=...), or accept these with 'resume_allow=[{','.join(refused)}]'."
         )
-    return [line for key, line in lines.items() if not is_free(key)]
+    return list(lines.values())

@@ -11,7 +11,8 @@ from typing import Annotated, Any
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
 from pydantic.fields import FieldInfo
 
-_NAME_BYTES, _PATH_BYTES = 255, 4095
+_NAME_BYTES = 255
+_PATH_BYTES = 4095
 
 
 class Strict(BaseModel):
@@ -65,8 +66,9 @@ def _parts(annotation: Any) -> Iterator[Any]:
 
 def path_keys(schema: type[BaseModel]) -> set[str]:
     """Return the dotted keys whose values are quoted on the command line: paths, and terms."""
-    return {
-        key
-        for key, field in walk_keys(schema)
-        if any(part in (_IS_PATH, _IS_TERMS) for part in (*field.metadata, *_parts(field.annotation)))
-    }
+    keys = set()
+    for key, field in walk_keys(schema):
+        parts = [*field.metadata, *_parts(field.annotation)]
+        if _IS_PATH in parts or _IS_TERMS in parts:
+            keys.add(key)
+    return keys

@@ -89,8 +89,9 @@ class Sweep:
 
     def jobs(self) -> Iterator[SweepJob]:
         """Yield the jobs of all combinations of values."""
-        choices = ([(key.key_or_group, value) for value in key.sweep_string_iterator()] for key in self.swept)
-        return map(self.job, map(dict, itertools.product(*choices)))
+        names = [key.key_or_group for key in self.swept]
+        for values in itertools.product(*(key.sweep_string_iterator() for key in self.swept)):
+            yield self.job(dict(zip(names, values)))
 
     def job(self, chosen: Mapping[str, Any], trial: Any = None) -> SweepJob:
         """Return the job with the `chosen` values.
@@ -98,27 +99,32 @@ class Sweep:
         Its folder's name has the last part of each swept key, or the whole key if two keys end alike, and a hash if
         characters were replaced or cut.
         """
-        words = (
-            f"{item.get_key_element()}={chosen[item.key_or_group]}" if item.is_sweep_override() else item.input_line
-            for item in self.overrides
-            if item.key_or_group != "run_dir"
-        )
+        words = [item.input_line for item in self.overrides if item.key_or_group not in {*chosen, "run_dir"}]
+        words += [f"{item.get_key_element()}={chosen[item.key_or_group]}" for item in self.swept]
         ends = [key.rpartition(".")[2] for key in chosen]
-        names = [end if ends.count(end) == 1 else key for end, key in zip(ends, chosen)]
-        full = ",".join(sorted(f"{name}={str(value).strip(_QUOTES)}" for name, value in zip(names, chosen.values())))
+        parts = []
+        for key, end in zip(chosen, ends):
+            parts.append(f"{end if ends.count(end) == 1 else key}={str(chosen[key]).strip(_QUOTES)}")
+        full = ",".join(sorted(parts)) or "job"
         name = re.sub(r"[^\w.,=+-]+", "_", full).encode()[:_NAME_BYTES].decode(errors="ignore")
-        name = (name if name == full else f"{name}-{sha256_text(full)[:8]}") or "job"
-        return SweepJob((*words, f"run_dir={self.base}/{name}"), f"{self.base}/{name}", trial)
+        if name != full:
+            name = f"{name}-{sha256_text(full)[:8]}"
+        folder = f"{self.base}/{name}"
+        return SweepJob((*words, f"run_dir={folder}"), folder, trial)
 
 
 def parse_sweep(words: Sequence[str]) -> Sweep:
     """Parse the words of a command line. Raises ConfigError for a wrong value of `sweep`."""
     overrides = OverridesParser.create().parse_overrides([word for word in words if word not in FLAGS])
     values = OmegaConf.to_container(OmegaConf.load(CONF / "common.yaml").sweep)
-    chosen = {item.key_or_group: item.value() for item in overrides}
-    values |= {key.removeprefix("sweep."): value for key, value in chosen.items() if key.startswith("sweep.")}
+    base = None
+    for item in overrides:
+        if item.key_or_group.startswith("sweep."):
+            values[item.key_or_group.removeprefix("sweep.")] = item.value()
+        elif item.key_or_group == "run_dir":
+            base = item.value()
     settings = validate({"sweep": values}, _SweepWords).sweep
-    return Sweep(overrides, settings, str(chosen.get("run_dir") or f"outputs/sweeps/{settings.name}"))
+    return Sweep(overrides, settings, str(base or f"outputs/sweeps/{settings.name}"))
 
 
 def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
@@ -217,13 +223,15 @@ def _trials(sweep: Sweep) -> Iterator[SweepJob]:
 
 def _suggest(trial: Any, override: Override) -> str | int | float:
     """Return a trial's value for a swept key."""
-    name, sweep = override.key_or_group, override.value()
-    if isinstance(sweep, IntervalSweep) and "int" in sweep.tags:
-        return trial.suggest_int(name, int(sweep.start), int(sweep.end), log="log" in sweep.tags)
-    if isinstance(sweep, IntervalSweep):
-        value = trial.suggest_float(name, float(sweep.start), float(sweep.end), log="log" in sweep.tags)
-        return float(f"{value:.4g}")  # short, for the folder's name; Optuna keeps more digits
-    return trial.suggest_categorical(name, list(override.sweep_string_iterator()))
+    name = override.key_or_group
+    sweep = override.value()
+    if not isinstance(sweep, IntervalSweep):
+        return trial.suggest_categorical(name, list(override.sweep_string_iterator()))
+    is_log = "log" in sweep.tags
+    if "int" in sweep.tags:
+        return trial.suggest_int(name, int(sweep.start), int(sweep.end), log=is_log)
+    value = trial.suggest_float(name, float(sweep.start), float(sweep.end), log=is_log)
+    return float(f"{value:.4g}")  # short, for the folder's name; Optuna keeps more digits
 
 
 def _tell(job: SweepJob, result: dict[str, Any] | None) -> None:
@@ -231,5 +239,7 @@ def _tell(job: SweepJob, result: dict[str, Any] | None) -> None:
     from optuna.trial import TrialState
 
     value = result and result["value"]
-    state = TrialState.FAIL if value is None else TrialState.COMPLETE
-    job.trial.study.tell(job.trial, -value if value is not None and result["is_lowest_best"] else value, state)
+    if value is None:
+        job.trial.study.tell(job.trial, state=TrialState.FAIL)
+    else:
+        job.trial.study.tell(job.trial, -value if result["is_lowest_best"] else value)

@@ -40,7 +40,9 @@ def read_emphasis(text: str) -> Emphasis:
     """Read the emphasis of a text."""
     pieces: list[list] = []  # text and weight; None for BREAK
     opened: list[tuple[str, int, int]] = []  # bracket, its piece, and its place in the text
-    end, spans, unmatched = 0, [], 0
+    end = 0
+    spans: list[tuple[int, int]] = []
+    unmatched = 0
     for found in MARK.finditer(text):
         mark = found[0]
         pieces += [[text[end : found.start()], 1.0], [found["escaped"] or mark, 1.0]]
@@ -50,26 +52,33 @@ def read_emphasis(text: str) -> Emphasis:
         elif mark in _FACTORS:
             opened.append((mark, len(pieces) - 1, found.start()))
         elif not found["escaped"]:
-            partners = [number for number, (bracket, *_) in enumerate(opened) if bracket == _OPENING[mark[-1]]]
-            if not partners:
+            wanted = _OPENING[mark[-1]]
+            partner = next((each for each in reversed(opened) if each[0] == wanted), None)
+            if partner is None:
                 unmatched += 1
                 continue
-            bracket, first, place = opened[partners[-1]]
-            unmatched += len(opened) - partners[-1] - 1  # another kind of bracket between the two
-            del opened[partners[-1] :]
+            while opened.pop() is not partner:
+                unmatched += 1  # another kind of bracket between the two
+            _, first, place = partner
             pieces[first][0] = pieces[-1][0] = ""
             for piece in pieces[first:]:
-                piece[1] *= float(found["weight"] or _FACTORS[bracket])
+                piece[1] *= float(found["weight"] or _FACTORS[wanted])
             spans.append((place, end))
+    return Emphasis(_join([*pieces, [text[end:], 1.0]]), spans, unmatched + len(opened))
+
+
+def _join(pieces: list[list]) -> list[list[tuple[str, float]]]:
+    """Return the pieces by chunk; neighbours of one weight become one."""
     chunks: list[list[tuple[str, float]]] = [[]]
-    for part, weight in [*pieces, [text[end:], 1.0]]:
+    for part, weight in pieces:
+        chunk = chunks[-1]
         if part is None:
             chunks.append([])
-        elif part and chunks[-1] and chunks[-1][-1][1] == weight:
-            chunks[-1][-1] = (chunks[-1][-1][0] + part, weight)
+        elif part and chunk and chunk[-1][1] == weight:
+            chunk[-1] = (chunk[-1][0] + part, weight)
         elif part:
-            chunks[-1].append((part, weight))
-    return Emphasis(chunks, spans, unmatched + len(opened))
+            chunk.append((part, weight))
+    return chunks
 
 
 def escape(text: str) -> str:

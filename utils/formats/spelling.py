@@ -22,10 +22,12 @@ PREFIXES = CATEGORIES | {name: CATEGORIES[ours] for name, ours in _ELSEWHERE.ite
 AMBIGUOUS_RATINGS = ("s", "safe")  # sensitive on Danbooru since 2022; safe before, and on other boorus
 _RATINGS = {text: name for number, name in enumerate(RATINGS) for text in (name, name[0], str(number)) if text != "s"}
 _WEIGHTED = re.compile(r"\((.*[^\s(].*):\s*[+-]?(?:\d+(?:\.\d*)?|\.\d+)\s*\)", re.DOTALL)  # not the kaomoji (:3)
-_SPECIAL, _ESCAPED = re.compile(r"[(),]"), re.compile(r"\\([(),])")
+_SPECIAL = re.compile(r"[(),]")
+_ESCAPED = re.compile(r"\\([(),])")
 # Controls but white space, and characters without a width that editors and web pages leave behind.
 _INVISIBLE = re.compile("[\0-\x08\x0e-\x1b\x7f\u200b\u2060\ufeff]")
 _LONG = 12  # words; a longer text is a sentence
+_WRITTEN = {*CATEGORIES.values()} - {GENERAL}  # categories that a text names
 
 
 class Tag(NamedTuple):
@@ -56,14 +58,17 @@ def write_tag(tag: Tag, *, category: bool = True, spaces: bool = False, escape: 
 
     category: write the category, such as `character:`. spaces, escape: see `TextConfig`.
     """
-    name, number = tag.name, tag.category if category and tag.category in CATEGORIES.values() else None
+    name = tag.name
     if spaces and parse_tag(with_spaces(name)).name == name:
         name = with_spaces(name)
-    needed = escape or parse_tag(name).name != tag.name  # as in `(a:1)`, or a name with a backslash before these
-    name = _SPECIAL.sub(lambda found: f"\\{found[0]}" if needed or found[0] == "," else found[0], name)
-    if number in (None, GENERAL) and parse_tag(name).category is None:
-        return name
-    return f"{category_name(tag.category or GENERAL)}:{name}"
+    if escape or parse_tag(name).name != tag.name:  # as in `(a:1)`, or a name with a backslash before these
+        name = _SPECIAL.sub(r"\\\g<0>", name)
+    else:
+        name = name.replace(",", r"\,")
+    has_prefix = category and tag.category in _WRITTEN
+    if has_prefix or parse_tag(name).category is not None:
+        return f"{category_name(tag.category or GENERAL)}:{name}"
+    return name
 
 
 def join_tags(words: Iterable[str], separator: str) -> str:
@@ -89,9 +94,12 @@ def is_sentence(pieces: Sequence[str]) -> bool:
     A sentence ends with a full stop and has at least four words, on average three in a piece, or two if it begins with
     a capital letter; or it has more than twelve words in a piece.
     """
-    words, each = sum(len(piece.split()) for piece in pieces), 2 if pieces[0][0].isupper() else 3
+    words = sum(len(piece.split()) for piece in pieces)
+    if words > _LONG * len(pieces):
+        return True
     ends = pieces[-1].endswith(".") and not pieces[-1].endswith("..")
-    return (ends and words >= max(4, each * len(pieces))) or words > _LONG * len(pieces)
+    least = 2 if pieces[0][0].isupper() else 3
+    return ends and words >= max(4, least * len(pieces))
 
 
 def clean(text: str) -> str:

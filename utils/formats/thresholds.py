@@ -34,7 +34,8 @@ CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
 DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
-MCUT, MCUT_FLOOR = "mcut", 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
+MCUT = "mcut"
+MCUT_FLOOR = 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
 OVERALL = -1  # the category of all tags
 _KEPT = "of the tagger before task.append_to: the collection does not label all of its tags"
 
@@ -53,6 +54,11 @@ class Threshold:
     profile: str
     note: str | None = None
 
+    @property
+    def tag(self) -> tuple[int, str | None]:
+        """The key of a tag in vocabularies."""
+        return self.category, self.name
+
 
 @dataclass(frozen=True)
 class ThresholdTable:
@@ -65,11 +71,11 @@ class ThresholdTable:
         """Return the table with the rows of `earlier` for some tags, their categories and all tags; None: DEFAULT."""
         default = {} if earlier else {"threshold": DEFAULT, "precision": None, "recall": None, "f1": None}
         kept = [replace(row, note=_KEPT, **default) for row in (earlier or self).rows]
-        by_tag = {key: row for row in kept if row.profile == PER_TAG and (key := (row.category, row.name)) in tags}
         categories = {OVERALL, *(category for category, _ in tags)}
+        by_tag = {row.tag: row for row in kept if row.profile == PER_TAG and row.tag in tags}
         rows = [row for row in kept if row.profile != PER_TAG and row.category in categories]
         rows += [row for row in self.rows if row.profile != PER_TAG and row.category not in categories]
-        rows += [by_tag.get((row.category, row.name), row) for row in self.rows if row.profile == PER_TAG]
+        rows += [by_tag.get(row.tag, row) for row in self.rows if row.profile == PER_TAG]
         return ThresholdTable(self.vocabulary, tuple(rows))
 
     def of_categories(self, profile: str) -> dict[int, float]:
@@ -78,7 +84,7 @@ class ThresholdTable:
 
     def of_tags(self, vocabulary: Vocabulary, profile: str) -> list[float]:
         """Return each tag's threshold: the tag's, else its category's, else the one of all tags."""
-        by_tag = {(row.category, row.name): row.threshold for row in self.rows if row.profile == profile == PER_TAG}
+        by_tag = {row.tag: row.threshold for row in self.rows if row.profile == profile == PER_TAG}
         by_category = self.of_categories("balanced" if profile == PER_TAG else profile)
         return [by_tag.get(key, by_category.get(key[0], by_category[OVERALL])) for key in vocabulary.columns]
 
@@ -108,8 +114,9 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
         with open(path, encoding="utf-8", newline="") as stream:
             read = [{name: text or None for name, text in row.items()} for row in csv.DictReader(stream)]
         rows = TypeAdapter(tuple[Threshold, ...]).validate_python(read)
-        table, source = ThresholdTable(read[0]["vocabulary"], rows), read[0]["weights"]
-        tags = Vocabulary.of((row.category, row.name) for row in rows if row.profile == PER_TAG)
+        table = ThresholdTable(read[0]["vocabulary"], rows)
+        source = read[0]["weights"]
+        tags = Vocabulary.of(row.tag for row in rows if row.profile == PER_TAG)
     if weights_hash is None or source != weights_hash:
         raise UserError(f"{path} was fitted to other weights than {weights} has now; fit it again: {_command(weights)}")
     missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]

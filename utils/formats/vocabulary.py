@@ -24,7 +24,9 @@ from utils.record.report import write_table
 
 # Danbooru's category numbers.
 CATEGORIES = {"general": 0, "artist": 1, "copyright": 3, "character": 4, "meta": 5, "rating": 9}
-GENERAL, CHARACTER, RATING = 0, 4, 9
+GENERAL = 0
+CHARACTER = 4
+RATING = 9
 _CATEGORY_NAMES = {number: name for name, number in CATEGORIES.items()}
 # The four ratings come first, in this order, with the tag ids of published taggers.
 RATINGS = {"general": 9999999, "sensitive": 9999998, "questionable": 9999997, "explicit": 9999996}

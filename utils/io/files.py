@@ -103,8 +103,9 @@ def readable(path: Path, kind: str, advice: str = "get it again, or name another
     except Exception as error:  # the libraries raise errors of many classes
         reason = (str(error) or type(error).__name__).splitlines()[0]
         if isinstance(error, ValidationError):
-            key, text = ".".join(map(str, error.errors()[0]["loc"])), error.errors()[0]["msg"]
-            reason = f"{key}: {text}" if key else text.removeprefix("Value error, ")
+            first = error.errors()[0]
+            reason = ".".join(map(str, first["loc"])) + ": " + first["msg"].removeprefix("Value error, ")
+            reason = reason.removeprefix(": ")
         reason = ascii(reason)[1:-1][:_SHOWN_CHARACTERS]
         raise UserError(f"{path} is not a readable {kind} file ({reason}); {advice}") from None
 
@@ -193,7 +194,8 @@ class AppendFile:
     def __init__(self, path: Path) -> None:
         self._path = path
         self._file = open(path, "ab", buffering=0)  # noqa: SIM115 (closed by close())
-        self._pending, self._warned = bytearray(), False
+        self._pending = bytearray()
+        self._warned = False
         self._lock = threading.RLock()  # a checkpoint's thread calls sync; a warning may call write again
 
     def write(self, text: str) -> None:

@@ -21,7 +21,9 @@ class Journal:
 
     def __init__(self, path: Path, command: Any) -> None:
         """Keep the parts in the file if they are of the same command, a JSON value."""
-        self.path, header, size = path, _line({"command": command}), 0
+        self.path = path
+        header = _line({"command": command})
+        size = 0
         with open(path, "r+b") as file:
             for line in file:
                 if not line.endswith(b"\n") or (size == 0 and line != header):
@@ -64,7 +66,8 @@ def open_journal(
         refusal = f"{key}: another command is writing {output}; wait for it, or name another one"
         stack.enter_context(file_lock(path, refusal, patience_sec))
         remove_temporary([folder], name)
-        journal, is_done = Journal(path, command), False
+        journal = Journal(path, command)
+        is_done = False
         try:
             yield journal
             is_done = True

@@ -19,7 +19,8 @@ from typing import Any
 from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text
 from utils.record.progress import track
 
-_THREADS, _SUBMITTED = 8, 10_000
+_THREADS = 8
+_SUBMITTED = 10_000
 _YOUNG_SEC = 2  # the tick of the coarsest file system
 
 

@@ -39,7 +39,8 @@ class InitFrom(NamedTuple):
 
 def _plain(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Return tensors for safetensors: on the CPU, contiguous, without shared memory."""
-    plain, seen = {}, set()
+    plain: dict[str, Tensor] = {}
+    seen = set()
     for name, tensor in tensors.items():
         tensor = tensor.detach().cpu().contiguous()
         pointer = tensor.untyped_storage().data_ptr()
@@ -198,7 +199,8 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
 
     Raises UserError, which lists the run's weight files.
     """
-    path, names = Path(run_or_file), ("model.onnx", *FOLDER_FILES) if onnx_first else (*FOLDER_FILES, "model.onnx")
+    path = Path(run_or_file)
+    names = ("model.onnx", *FOLDER_FILES) if onnx_first else (*FOLDER_FILES, "model.onnx")
     if is_reference(run_or_file):
         path = fetch(run_or_file, names, beside=("config.json", "selected_tags.csv"))
     if not path.exists():

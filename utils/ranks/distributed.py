@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run before it is queued
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
-_FIRST_PORT, _PORTS = 10_000, 20_000  # below 32768, the first of Linux's ephemeral ports
+_FIRST_PORT = 10_000
+_PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
 _is_alone = False
 T = TypeVar("T")
 
@@ -56,9 +57,11 @@ def detect_world(env: Mapping[str, str] = os.environ) -> World:
     SLURM_STEP_NUM_TASKS identifies a step: SLURM_NTASKS is also set in the shell of a batch script.
     """
     if "RANK" in env and "WORLD_SIZE" in env:
-        rank, size, local = int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0"))
-        address, port = env.get("MASTER_ADDR", "127.0.0.1"), int(env.get("MASTER_PORT", "29500"))
-        return World(rank, size, local, "torchrun", address, port)
+        address = env.get("MASTER_ADDR", "127.0.0.1")
+        port = int(env.get("MASTER_PORT", "29500"))
+        return World(
+            int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", "0")), "torchrun", address, port
+        )
     if int(env.get("SLURM_STEP_NUM_TASKS", "1")) > 1 and "SLURM_PROCID" in env:
         rank, size, local = (int(env[f"SLURM_{name}"]) for name in ("PROCID", "STEP_NUM_TASKS", "LOCALID"))
         address = env.get("MASTER_ADDR") or _first_host(env.get("SLURM_STEP_NODELIST") or env["SLURM_JOB_NODELIST"])
@@ -80,7 +83,8 @@ def meet_ranks(store: dist.Store, world: World, timeout_sec: float) -> str:
         name = store.get(f"welcome/{token}").decode()
         store.set(f"arrived/{name}/{world.rank}", "")
         return name
-    missing, end = set(range(1, world.size)), time.monotonic() + timeout_sec
+    missing = set(range(1, world.size))
+    end = time.monotonic() + timeout_sec
     while missing:
         for other in sorted(missing):
             store.set(f"welcome/{store.get(f'hello/{other}').decode()}", token)
@@ -103,8 +107,10 @@ def init_process_group(device_type: str, timeout_sec: float) -> None:
     world = detect_world()
     if world.size == 1 or _has_group():
         return
-    os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"] = str(world.address), str(world.port)
-    timeout, backend, device = timedelta(seconds=timeout_sec), "gloo", None
+    os.environ |= {"MASTER_ADDR": str(world.address), "MASTER_PORT": str(world.port)}
+    timeout = timedelta(seconds=timeout_sec)
+    backend = "gloo"
+    device = None
     if device_type == "cuda":
         backend = "cpu:gloo,cuda:nccl"  # objects and CPU tensors take no GPU memory
         device = torch.device("cuda", local_device_index(world))
@@ -131,7 +137,8 @@ def local_device_index(world: World | None = None) -> int:
     """
     import torch
 
-    world, count = world or detect_world(), torch.cuda.device_count()
+    world = world or detect_world()
+    count = torch.cuda.device_count()
     if count == 1 and world.launcher == "slurm":  # srun --gpus-per-task=1
         return 0
     if world.local_rank >= count:
@@ -222,14 +229,17 @@ class Poll:
     _LONGEST = 32  # calls: if steps become slow at once, a request still does not wait for minutes
 
     def __init__(self) -> None:
-        self._calls, self._every, self._asked_at = 0, 1, time.monotonic()
+        self._calls = 0
+        self._every = 1
+        self._asked_at = time.monotonic()
 
     def __call__(self, *asks: bool) -> list[bool]:
         """Return for each request whether a rank makes it, or no for all. In a single process each call asks."""
         self._calls += 1
         if is_distributed() and self._calls % self._every:
             return [False] * len(asks)
-        seconds, self._asked_at = time.monotonic() - self._asked_at, time.monotonic()
+        seconds = time.monotonic() - self._asked_at
+        self._asked_at += seconds
         *found, is_late, is_early = any_rank(*asks, seconds > 1, seconds < 0.5)
         if is_late:
             self._every = max(1, self._every // 2)

@@ -46,7 +46,8 @@ def map_in_processes(
     count: the number of processes; None: one per core. `function` and items must be picklable. Other items of a killed
     process are processed again.
     """
-    count, done = count or count_cores(), 0
+    count = count or count_cores()
+    done = 0
     chunk_size = 1 if count == 1 else max(1, min(_MAX_CHUNK, len(items) // (4 * count)))
     while done < len(items):
         # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.

@@ -63,7 +63,9 @@ class StopRequest:
     """
 
     def __init__(self, *, at_once: bool = False) -> None:
-        self.requested, self._since, self._at_once = False, 0.0, at_once
+        self.requested = False
+        self._since = 0.0
+        self._at_once = at_once
         self._old: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -82,7 +84,8 @@ class StopRequest:
     def _handle(self, number: int, frame: FrameType | None) -> None:
         now = time.monotonic()
         if not self.requested:
-            self._since, self.requested = now, True
+            self._since = now
+            self.requested = True
             if self._at_once:
                 raise Terminated(signal.Signals(number).name)
             _tell(number, ": finishing the step, then saving; once more leaves at once")

@@ -32,18 +32,22 @@ class Watchdog:
     def __init__(self, timeout_sec: float) -> None:
         self.timeout_sec = timeout_sec
         self.interval_sec = min(5.0, timeout_sec / 8)
-        self._rounds, self._progress, self._phase = 0, 0, "starting"
+        self._rounds = 0
+        self._progress = 0
+        self._phase = "starting"
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
         self._store: dist.Store | None = None  # None for one rank
-        self._rank, self._size = 0, 1
-        # {(rank, 0 for rounds or 1 for progress): (the last value, when it changed)}
-        self._last: dict[tuple[int, int], tuple[str, float]] = {}
+        self._rank = 0
+        self._size = 1
+        # {(rounds or progress, rank): (the last value, when it changed)}
+        self._last: dict[tuple[str, int], tuple[str | int, float]] = {}
 
     def start(self) -> None:
         """Start watching. All ranks call it together."""
         if distributed.is_distributed():
-            self._rank, self._size = distributed.rank(), distributed.world_size()
+            self._rank = distributed.rank()
+            self._size = distributed.world_size()
             # A separate client, so that the process group's is never blocked.
             self._store = dist.PrefixStore("atelier/watchdog", dist.distributed_c10d._get_default_store().clone())
             self._store.set_timeout(timedelta(seconds=self.timeout_sec))
@@ -104,7 +108,8 @@ class Watchdog:
         while not self._stop.wait(self.interval_sec):
             now = time.monotonic()
             clock += min(now - looked, 2 * self.interval_sec)  # excludes the time for which this process was suspended
-            looked, verdict = now, None
+            looked = now
+            verdict = None
             try:
                 verdict = self._judge(self._exchange(), clock)
                 answered = time.monotonic()
@@ -118,21 +123,29 @@ class Watchdog:
 
     def _judge(self, seen: Mapping[int, str], now: float) -> str | None:
         """Return the verdict on the watched ranks, None if all are well."""
-        states = {rank: text.split("|", 2) for rank, text in seen.items()}
-        for rank, state in states.items():
-            for part in (0, 1):
-                if self._last.get((rank, part), ("", 0.0))[0] != state[part]:
-                    self._last[rank, part] = state[part], now
-        for rank in states:
-            if (silent := now - self._last[rank, 0][1]) > self.timeout_sec:
+        progress: dict[int, int] = {}
+        phases = {}
+        for rank, text in seen.items():
+            rounds, count, phases[rank] = text.split("|", 2)
+            progress[rank] = int(count)
+            silent = self._unchanged_sec("rounds", rank, rounds, now)
+            if silent > self.timeout_sec:
                 return f"rank {rank} has died or was stopped: no sign of life for {silent:.0f} s"
+        idle = min([self._unchanged_sec("progress", rank, count, now) for rank, count in progress.items()])
         judges = self._rank == 0 or self._store is None
-        if not judges or any(now - self._last[rank, 1][1] < self.timeout_sec for rank in states):
+        if not judges or idle < self.timeout_sec:
             return None
-        least = min(int(progress) for _, progress, _ in states.values())
-        behind = [rank for rank, (_, progress, _) in states.items() if int(progress) == least]
-        where = states[behind[0]][2]
+        behind = [rank for rank, count in progress.items() if count == min(progress.values())]
+        where = phases[behind[0]]
         return f"rank {', '.join(map(str, behind))} hangs in {where!r}: no progress for {self.timeout_sec:.0f} s"
+
+    def _unchanged_sec(self, what: str, rank: int, value: str | int, now: float) -> float:
+        """Return for how long a rank has told the same."""
+        before, since = self._last.get((what, rank), (None, now))
+        if value != before:
+            self._last[what, rank] = value, now
+            return 0.0
+        return now - since
 
     def _end(self, verdict: str) -> None:
         threading.Timer(_LAST_WORDS_SEC, os._exit, [EXIT_LOST_RANK]).start()  # writing the log may hang, too

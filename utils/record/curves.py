@@ -93,22 +93,18 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> Series:
         return steps, values
     whole = len(steps) // count * count
     grouped = values[:whole].reshape(-1, count)
-    is_empty = np.isnan(grouped).all(axis=1)
     starts = np.arange(0, whole, count)
-    low = starts + np.where(np.isnan(grouped), np.inf, grouped).argmin(axis=1)
-    high = starts + np.where(np.isnan(grouped), -np.inf, grouped).argmax(axis=1)
-    ends = [0, len(steps) - 1]
-    kept = np.unique(np.concatenate([ends, low[~is_empty], high[~is_empty], starts[is_empty]]))
+    low = starts + np.nan_to_num(grouped, nan=np.inf).argmin(axis=1)
+    high = starts + np.nan_to_num(grouped, nan=-np.inf).argmax(axis=1)
+    kept = np.unique(np.concatenate([[0, len(steps) - 1], low, high]))
     return steps[kept], values[kept]
 
 
 def smooth(values: np.ndarray, weight: float) -> np.ndarray:
     """Return the exponential moving average [N] without its bias at the start; weight 0: the values. NaN is skipped."""
-    if weight == 0:
-        return values
     from scipy.signal import lfilter
 
     is_known = np.isfinite(values)
-    top = lfilter([1 - weight], [1, -weight], np.where(is_known, values, 0.0))
-    bottom = lfilter([1 - weight], [1, -weight], is_known.astype(float))
-    return np.divide(top, bottom, out=np.full_like(top, np.nan), where=bottom > 0)
+    total = lfilter([1], [1, -weight], np.where(is_known, values, 0.0))
+    count = lfilter([1], [1, -weight], is_known.astype(float))
+    return np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)

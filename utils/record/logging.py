@@ -68,8 +68,9 @@ def restart_count() -> int:
 
 def place_of(rank: int) -> str:
     """Return the prefix of a rank's lines: rank and node in a SLURM job of several ranks, else the rank if not 0."""
-    node, ranks = os.environ.get("SLURMD_NODENAME"), os.environ.get("WORLD_SIZE")
-    if node is not None and (ranks or os.environ.get("SLURM_STEP_NUM_TASKS", "1")) != "1":
+    node = os.environ.get("SLURMD_NODENAME")
+    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if node is not None and ranks != "1":
         return f"[rank {rank} {node}] "
     return "" if rank == 0 else f"[rank {rank}] "
 
@@ -79,7 +80,8 @@ def setup_logging(*, explain: bool = False) -> None:
 
     DEBUG messages give reasons, such as for the value of an `auto`. log.txt has them; stderr has them with `explain`.
     """
-    rank, logger = environment_rank(), logging.getLogger(ROOT)
+    rank = environment_rank()
+    logger = logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
     for handler in list(logger.handlers):
@@ -96,7 +98,8 @@ def setup_logging(*, explain: bool = False) -> None:
 @contextmanager
 def log_copied_to(stream: Any) -> Iterator[None]:
     """Copy rank 0's messages, earlier ones too, to a stream with time and level. Closes the stream."""
-    logger, handler = logging.getLogger(ROOT), logging.StreamHandler(stream)
+    logger = logging.getLogger(ROOT)
+    handler = logging.StreamHandler(stream)
     handler.setFormatter(_SafeFormatter("%(asctime)s %(levelname)s %(message)s"))
     for early in [kept for kept in logger.handlers if isinstance(kept, MemoryHandler)]:
         early.setTarget(handler)

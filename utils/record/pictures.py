@@ -17,10 +17,13 @@ from PIL import Image, ImageOps
 from torch.nn.functional import pad
 from torchvision.utils import make_grid
 
-RIGHT, WRONG = "#08519c", "#be181d"
+RIGHT = "#08519c"
+WRONG = "#be181d"
 Line = tuple[str, str]  # a caption's line: text and colour
 _FRAME = (206, 212, 218)
-_LINE_PX, _CHARACTER_PX, _PADDING_PX = 18, 8, 8  # a caption's line and character; the space between tiles
+_LINE_PX = 18  # height of a caption's line
+_CHARACTER_PX = 8
+_PADDING_PX = 8  # between tiles
 _CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
 _LONGEST = 200  # characters of a name, which are checked for fonts
 
@@ -110,8 +113,10 @@ def image_grid(
     texts = [text for lines in captions for text, _ in lines]
     cell = max([tile_px, *(_CHARACTER_PX * len(text) for text in texts)])
     below = _LINE_PX * max(map(len, captions), default=0)
-    tiles = [pad(_to_tile(image, tile_px), ((cell - tile_px) // 2, -(-(cell - tile_px) // 2), 0, below), value=255)
-             for image in images] or [torch.full((3, 1, cell), 255, dtype=torch.uint8)]  # fmt: skip
+    left = (cell - tile_px) // 2
+    room = (left, cell - tile_px - left, 0, below)
+    tiles = [pad(_to_tile(image, tile_px), room, value=255) for image in images]
+    tiles = tiles or [torch.full((3, 1, cell), 255, dtype=torch.uint8)]
     columns = min(columns, len(tiles))
     grid = make_grid(torch.stack(tiles), columns, _PADDING_PX, pad_value=255).permute(1, 2, 0).numpy()
     with _style(texts):
@@ -121,10 +126,11 @@ def image_grid(
         axis.axis("off")
         axis.set_title(title)
         for index, lines in enumerate(captions):
-            x = index % columns * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
-            y = index // columns * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px
+            row, column = divmod(index, columns)
+            x = column * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
+            y = row * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px + _LINE_PX / 2
             for number, (text, color) in enumerate(lines):
-                axis.text(x, y + _LINE_PX * (number + 0.5), text, color=color, ha="center", va="center")
+                axis.text(x, y + number * _LINE_PX, text, color=color, ha="center", va="center")
         return figure_to_image(figure)
 
 
@@ -142,10 +148,11 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
     percent = 100 * np.asarray(counts) / np.maximum(samples, 1)[:, None]
     others = 100 * (samples - counts.sum(axis=1)) / np.maximum(samples, 1)
     columns = [shorten(legible(name), 24) for name in names]
-    rows = []
-    for text, count, other in zip(columns, samples, others):
-        rows.append(f"{text}  ({count:,}{f', other {other:.0f}' if others.any() else ''})")
-    cell = 0.9 if len(names) <= 6 else 0.7 if len(names) <= 12 else 0.46  # inches
+    form = "{}  ({:,}, other {:.0f})" if others.any() else "{}  ({:,})"
+    rows = list(map(form.format, columns, samples, others))
+    cell = 0.46  # inches
+    if len(names) <= 12:
+        cell = 0.9 if len(names) <= 6 else 0.7
     with _style(rows):
         figure = Figure(figsize=(cell * len(names), cell * len(names)))
         axis = figure.add_axes((0, 0, 1, 1))
@@ -158,7 +165,8 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
         axis.set_xticks(range(len(names)), columns)
         axis.set_yticks(range(len(names)), rows)
         axis.set_title(title, pad=12)
-        middle, (light, dark) = (percent.max() + percent.min()) / 2, matplotlib.colormaps["Blues"]([0.0, 1.0])
+        middle = (percent.max() + percent.min()) / 2
+        light, dark = matplotlib.colormaps["Blues"]([0.0, 1.0])
         for row, column in np.argwhere(np.asarray(counts) > 0):
             value = percent[row, column]
             color = light if value >= middle else dark

@@ -20,7 +20,9 @@ from utils.io.files import write_atomically
 from utils.record.figures import INK, list_curves, title_curve
 from utils.record.metrics_log import Row, series
 
-BLUE, ORANGE, GREEN = "#1c6dd0", "#d9480f", "#2b8a3e"
+BLUE = "#1c6dd0"
+ORANGE = "#d9480f"
+GREEN = "#2b8a3e"
 _STYLE = {
     "figure.dpi": 110, "savefig.dpi": 110, "font.size": 9, "text.color": INK, "text.parse_math": False,
     "axes.titlesize": 11, "axes.titlelocation": "left", "axes.labelcolor": INK, "axes.edgecolor": "#868e96",
@@ -47,6 +49,10 @@ def figure_to_image(figure: Figure) -> np.ndarray:
     return np.asarray(Image.open(content).convert("RGB"))
 
 
+def _save(figure: Figure, path: Path) -> None:
+    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+
+
 @style()
 def plot_range_test(
     rates: Sequence[float], losses: tuple[Sequence[float], Sequence[float]], taken: float | None, title: str, path: Path
@@ -70,7 +76,7 @@ def plot_range_test(
     axis.set_ylim(low - margin, high + margin)
     axis.xaxis.set_major_formatter("{x:g}")
     axis.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _save(figure, path)
 
 
 @style()
@@ -79,29 +85,22 @@ def plot_learning_curve(images: Sequence[int], errors: np.ndarray, fitted: np.nd
     figure = Figure(figsize=(8.4, 4.8), layout="tight")
     axis = figure.add_subplot(title=title, xlabel="training images", ylabel="error", xscale="log")
     axis.plot(images, fitted, label="fitted")
-    for part, label in ((slice(0, -1), "measured"), (slice(-1, None), "predicted")):
-        value, *ends = errors[part].T
-        axis.errorbar(images[part], value, np.abs(np.sort(ends, axis=0) - value), fmt="o", capsize=4, label=label)
+    bars = {"fmt": "o", "capsize": 4}
+    lengths = np.abs(np.sort(errors[:, 1:], axis=1) - errors[:, :1]).T
+    axis.errorbar(images[:-1], errors[:-1, 0], lengths[:, :-1], label="measured", **bars)
+    axis.errorbar(images[-1:], errors[-1:, 0], lengths[:, -1:], label="predicted", **bars)
     axis.set_xticks(images, [f"{count:,}" for count in images], minor=False)
     axis.minorticks_off()
     axis.legend()
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
-
-
-def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
-    """Plot every figure of a run over its epochs and steps."""
-    if panels := _panels(rows):  # none if an epoch ended before the first log
-        _plot_panels(rows, panels, path, title)
-
-
-def plot_singly(rows: Sequence[Row], folder: Path, title: str) -> None:
-    """Plot each figure of a run into a file of its own, such as loss.png, top1.png and lr.png."""
-    for panel in _panels(rows):
-        _plot_panels(rows, [panel], folder / f"{panel.replace('/', '_')}.png", title)
+    _save(figure, path)
 
 
 @style()
-def _plot_panels(rows: Sequence[Row], panels: Sequence[str], path: Path, title: str) -> None:
+def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
+    """Plot every figure of a run over its epochs and steps; none if an epoch ended before the first log."""
+    panels = _panels(rows)
+    if not panels:
+        return
     columns = min(len(panels), 3)
     lines = -(-len(panels) // columns)
     width = _PANEL_INCHES[0] * columns
@@ -126,7 +125,7 @@ def _plot_panels(rows: Sequence[Row], panels: Sequence[str], path: Path, title: 
         axis.xaxis.set_major_locator(MaxNLocator(nbins=6, steps=[1, 2, 2.5, 5, 10]))
         axis.xaxis.set_major_formatter(lambda epoch, _: f"{epoch:g}\n{show_count(round(epoch * steps_per_epoch))}")
         axis.legend(loc="lower right", bbox_to_anchor=(1, 1), ncols=3, fontsize=8, handlelength=1, columnspacing=0.8)
-    write_atomically(path, lambda temporary: figure.savefig(temporary, format="png"))
+    _save(figure, path)
 
 
 def _panels(rows: Sequence[Row]) -> list[str]:

@@ -80,7 +80,8 @@ class Bar:
 
 def track(iterable: Iterable[T], total: int, what: str) -> Iterator[T]:
     """Yield the items and show the progress."""
-    bar, logged = Bar(what, total), time.monotonic()
+    bar = Bar(what, total)
+    logged = time.monotonic()
     with bar.opened():
         for done, item in enumerate(iterable, start=1):
             yield item

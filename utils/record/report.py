@@ -21,7 +21,8 @@ from utils.io.files import write_atomically, write_text
 from utils.io.safe_text import hide_secrets
 from utils.record.figures import show_cell, show_name
 
-PAGE, STEPS = "report.html", "plots/steps"
+PAGE = "report.html"
+STEPS = "plots/steps"
 TableRow = Mapping[str, Any]
 _SHOWN_ROWS = 30  # of a table on the page
 _KEPT_STEPS = 24  # with pictures

@@ -40,7 +40,8 @@ from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, NOTE_
 
 log = get_logger(__name__)
 
-GIT_FILE, ENVIRONMENT_FILE = "git_state.json", "environment.json"
+GIT_FILE = "git_state.json"
+ENVIRONMENT_FILE = "environment.json"
 _REQUEUED_SEC = 120.0  # for the processes of a job's earlier start to end, such as on a lost node
 _READER_SEC = 1.0  # for a reader that tests the lock
 
@@ -88,17 +89,12 @@ def environment_state(**more: Any) -> dict[str, Any]:
     """Return the environment of a run: command, versions, platform, devices."""
     import torch
 
-    return {
-        "command": hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]]),
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        **{name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "simplejpeg")},
-        "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "world_size": distributed.world_size(),
-        "git": git_state(),
-        **more,
-    }
+    command = hide_secrets_in([Path(sys.argv[0]).name, *sys.argv[1:]])
+    state = {"command": command, "python": platform.python_version(), "platform": platform.platform()}
+    state |= {name: version(name) for name in ("torch", "torchvision", "numpy", "pillow", "simplejpeg")}
+    state["threads"] = torch.get_num_threads()
+    state["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
+    return {**state, "world_size": distributed.world_size(), "git": git_state(), **more}
 
 
 @contextmanager

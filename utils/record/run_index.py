@@ -34,12 +34,12 @@ class RunState:
     step: int
     total: int | None
     left_sec: float | None
-    metric: str | None
-    best: float | None
     changed: float  # seconds since 1970
     told: float  # when it has written its progress
     spark: tuple[float, ...]
-    job: SweptRun | None
+    metric: str | None = None
+    best: float | None = None
+    job: SweptRun | None = None
 
 
 def is_inside(path: Path, folder: Path) -> bool:
@@ -92,26 +92,22 @@ class RunIndex:
 
     def _read(self, path: Path) -> RunState:
         run = RunReader(path)
-        config, said, result, state = run.config, run.progress, run.result or {}, run.state
-        step, total, left = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
+        config = run.config
+        state = run.state
+        result = run.result
+        said = run.progress
+        step, total, left_sec = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
         steps, losses = self.curves(path).series("train", "loss")
-        times = [_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt")]
-        return RunState(
-            path=path,
-            state=state,
-            script=_name(config.get("script")),
-            task=_name(config.get("task")),
-            model=_name(config.get("model")),
-            step=max(int(step or 0), int(steps[-1]) if len(steps) else 0),
-            total=None if total is None else int(total),
-            left_sec=left if state == "running" else None,
-            metric=escape_controls(str(result["metric"])) if result else None,
-            best=None if result.get("value") is None else float(result["value"]),
-            changed=max(times),
-            told=times[0] or max(times),
-            spark=_spark(steps, losses),
-            job=SweptRun(run.settings, state, run.result) if _JOB.fullmatch(path.name) else None,
-        )
+        told, *times = (_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt"))
+        changed = max(told, *times)
+        names = {key: _name(config.get(key)) for key in ("script", "task", "model")}
+        if result is not None:
+            names |= {"metric": escape_controls(str(result["metric"])), "best": _number(result["value"])}
+        job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
+        last = int(max(step or 0, *steps[-1:]))
+        times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}
+        spark = _spark(steps, losses)
+        return RunState(path, state, step=last, total=total and int(total), spark=spark, job=job, **names, **times)
 
 
 def _changed(path: Path) -> float:

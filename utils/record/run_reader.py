@@ -14,8 +14,12 @@ from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 from utils.record.metrics_log import METRICS_FILE, Row, read_rows
 
-CONFIG_FILE, OVERRIDES_FILE, LOCK_FILE = "config.json", "overrides.txt", ".lock"
-RESULT_FILE, COMPLETE_FILE, PROGRESS_FILE = "result.json", "complete.json", "progress.json"
+CONFIG_FILE = "config.json"
+OVERRIDES_FILE = "overrides.txt"
+LOCK_FILE = ".lock"
+RESULT_FILE = "result.json"
+COMPLETE_FILE = "complete.json"
+PROGRESS_FILE = "progress.json"
 NOTE_VARIABLE = "ATELIER_RUN_NOTE"  # a file in which a run writes its folder, for the SLURM job that may requeue it
 # failed: it has ended with an error. dead: its process has vanished, by a kill or with its machine.
 STATES = ("running", "requeued", "failed", "dead", "stopped", "finished")
@@ -90,20 +94,17 @@ class RunReader:
 
         A run that was not evaluated has no `best`; `best` is then its average, or else its last weights.
         """
-        file = self.path / "weights" / f"{which}_weights.safetensors"
-        for other in ("ema", "last") if which == "best" and not file.is_file() else ():
-            if (instead := file.with_name(f"{other}_weights.safetensors")).is_file():
-                log.warning("%s has no best weights, because it was not evaluated; using %s", self.path, instead.name)
-                return instead
-        for name in (which, f"{which}.safetensors"):  # such as step_000500
-            file = file if file.is_file() else self.path / "weights" / name
-        if not file.is_file():
-            names = sorted(other.stem.removesuffix("_weights") for other in self.path.glob("weights/*.safetensors"))
-            raise UserError(
-                f"the run {self.path} has no {which} weights; "
-                + (f"it has {', '.join(names)}" if names else "is it a run folder that has saved a checkpoint?")
-            )
-        return file
+        names = [f"{which}_weights.safetensors", which, f"{which}.safetensors"]  # the last two: such as step_000500
+        if which == "best":
+            names = [f"{name}_weights.safetensors" for name in ("best", "ema", "last")]
+        found = [file for name in names if (file := self.path / "weights" / name).is_file()]
+        if not found:
+            files = sorted(file.stem.removesuffix("_weights") for file in self.path.glob("weights/*.safetensors"))
+            known = f"it has {', '.join(files)}" if files else "is it a run folder that has saved a checkpoint?"
+            raise UserError(f"the run {self.path} has no {which} weights; {known}")
+        if which == "best" and found[0].name != names[0]:
+            log.warning("%s has no best weights, because it was not evaluated; using %s", self.path, found[0].name)
+        return found[0]
 
     @property
     def is_complete(self) -> bool:

@@ -30,9 +30,12 @@ class SweptRun:
 
 def read_jobs(folder: Path, failed: Mapping[frozenset[str], int] | None = None) -> list[SweptRun]:
     """Return the jobs in a sweep's folder. failed: exit statuses by overrides, also of jobs without a run folder."""
-    states, results = {}, {}
+    states: dict[frozenset[str], str] = {}
+    results = {}
     for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
-        states[run.settings], results[run.settings] = run.state, run.result
+        settings = run.settings
+        states[settings] = run.state
+        results[settings] = run.result
     states |= {overrides: f"failed ({status})" for overrides, status in (failed or {}).items()}
     return [SweptRun(overrides, state, results.get(overrides)) for overrides, state in states.items()]
 
@@ -50,17 +53,19 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
     for job in jobs:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)
-    rows = []
+    ranked = []
     for settings, group in groups.items():
         values = [job.result["value"] for job in group if job.result and job.result["value"] is not None]
-        states = ", ".join(dict.fromkeys(job.state for job in group))
-        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
-        value = f"{mean(values):.4f}" if values else "-"
-        rank = sign * mean(values) if values else float("inf")
-        rows.append((rank, (settings, str(len(group)), value, spread, states)))
-    ranked = [cells for _, cells in sorted(rows, key=lambda row: row[0])]
-    table = [("settings", "runs", metric, "least to greatest", "state"), *ranked]
-    columns = [column for column in zip(*table) if set(column[1:]) - {"-", "1"}]
+        cells = [settings, str(len(group)), "-", "-", ", ".join(dict.fromkeys(job.state for job in group))]
+        rank = float("inf")
+        if values:
+            rank = sign * mean(values)
+            cells[2] = f"{mean(values):.4f}"
+        if len(values) > 1:
+            cells[3] = f"{min(values):.4f} to {max(values):.4f}"
+        ranked.append((rank, len(ranked), cells))
+    rows = [["settings", "runs", metric, "least to greatest", "state"], *(cells for *_, cells in sorted(ranked))]
+    columns = [column for column in zip(*rows) if set(column[1:]) - {"-", "1"}]
     return align_columns(list(zip(*columns)))
 
 

@@ -72,9 +72,10 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
 
     pair: only those of this label and prediction. Raises OSError, ValueError.
     """
-    columns, wanted = _read_schema(run).names, [("rank", "<=", most)]
+    columns = _read_schema(run).names
     if not columns:
         return None
+    wanted = [("rank", "<=", most)]
     if "label" in columns:
         wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
     return pq.read_table(run / IMAGES, filters=wanted).sort_by("rank").slice(0, most).to_pylist()

@@ -26,6 +26,7 @@ ID_FILE = "wandb_run_id.txt"
 os.environ.setdefault("WANDB_ERROR_REPORTING", "false")  # error reports to W&B's developers clutter the output
 _START_SEC = 30.0  # for W&B's server to answer
 _ANSWER_SEC = 20.0  # for one attempt of a request
+_FINISH_SEC = 120.0  # for the upload of a run that has ended
 _STOP_SEC = 5.0  # for the upload of a stopped run: a scheduler may kill the job soon
 _MOST_ROWS = 1000  # of a table in W&B
 
@@ -34,15 +35,16 @@ class Tracker:
     """Pass values to a writer. After a first failed call, log a warning and make no more calls."""
 
     def __init__(self, writer: "_Wandb | _Tensorboard") -> None:
-        self._writer, self._failed = writer, False
+        self._writer = writer
+        self._failed = False
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Record the values of a step."""
         self._try(self._writer.add, step, values)
 
-    def close(self, failed: bool = False, model: tuple[Path, Mapping[str, Any]] | None = None) -> None:
-        """Write pending values. model: the weights folder and metadata of a complete run."""
-        self._try(self._writer.close, failed, model)
+    def close(self, status: int | None) -> None:
+        """Write pending values. status: 0 for a complete run, 1 for a failed one, None for a stopped one."""
+        self._try(self._writer.close, status)
 
     def _try(self, call: Callable[..., None], *arguments: Any) -> None:
         if self._failed:
@@ -76,7 +78,7 @@ class _Tensorboard:
             elif isinstance(value, int | float):
                 self._writer.add_scalar(name, value, step)
 
-    def close(self, failed: bool, model: object) -> None:
+    def close(self, status: int | None) -> None:
         self._writer.close()
 
 
@@ -92,23 +94,16 @@ class _Wandb:
     def __init__(self, options: WandbTrackingConfig, mode: str, folder: Path, config: Mapping[str, Any]) -> None:
         import wandb  # takes 0.6 s
 
-        file, rows = folder / ID_FILE, RunReader(folder).rows
-        self._logged_step = max((row["step"] for row in rows), default=0) if file.exists() else 0
-        self._options, self._batch_size = options, config["loop"]["batch_size"]
-        if not file.exists():
+        self._batch_size = config["loop"]["batch_size"]
+        self._logged_step = 0
+        file = folder / ID_FILE
+        if file.exists():
+            self._logged_step = max((row["step"] for row in RunReader(folder).rows), default=0)
+        else:
             write_text(file, secrets.token_hex(4) + "\n")
-        # The run folder has the console output (log.txt), the machine and the code (environment.json).
-        settings = wandb.Settings(
-            silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
-            x_disable_meta=True, init_timeout=_START_SEC, x_graphql_timeout_seconds=_ANSWER_SEC,
-            finish_timeout=options.finish_timeout_sec, finish_timeout_raises=True,
-        )  # fmt: skip
-        values = {
-            "project": options.project, "entity": options.entity, "group": options.group, "tags": options.tags or None,
-            "notes": options.notes, "job_type": config["script"], "name": folder.resolve().name, "config": dict(config),
-            "id": file.read_text(encoding="utf-8").strip(), "resume": "allow", "allow_val_change": True,
-            "dir": folder.resolve(), "settings": settings,
-        }  # fmt: skip
+        values = {"project": options.project, "job_type": config["script"], "config": dict(config)}
+        values |= {"id": file.read_text(encoding="utf-8").strip(), "resume": "allow", "allow_val_change": True}
+        values |= {"name": folder.resolve().name, "dir": folder.resolve(), "settings": _settings()}
         try:
             self._run = wandb.init(mode=mode, **values)
         except (wandb.errors.Error, TimeoutError) as error:
@@ -136,22 +131,26 @@ class _Wandb:
         rows = [list(row.values()) for row in value[:_MOST_ROWS]]
         return wandb.Table(columns=list(value[0]), data=rows, allow_mixed_types=True)
 
-    def close(self, failed: bool, model: tuple[Path, Mapping[str, Any]] | None) -> None:
+    def close(self, status: int | None) -> None:
         import wandb
 
-        if model is None and not failed:  # stopped; the exit of the process does not wait for this thread
+        if status is None:  # the exit of the process does not wait for this thread
             finish = threading.Thread(target=self._run.finish, daemon=True)
             finish.start()
             finish.join(_STOP_SEC)
             return
-        if model is not None and self._options.model_artifact:
-            which = "best" if (model[0] / "best_weights.safetensors").exists() else "last"
-            file = model[0] / f"{which}_weights.safetensors"
-            artifact = wandb.Artifact(f"weights-{self._run.id}", type="model", metadata=dict(model[1]))
-            artifact.add_file(str(file.resolve()), name=file.name, policy="immutable", skip_cache=True)
-            self._run.log_artifact(artifact, aliases=[which])
-        self._run.finish(exit_code=1 if failed else 0)
+        self._run.finish(exit_code=status)
         wandb.teardown()
+
+
+def _settings() -> Any:
+    import wandb
+
+    # The run folder has the console output (log.txt), the machine and the code (environment.json).
+    quiet = {"silent": True, "console": "off", "save_code": False, "disable_git": True}
+    quiet |= {"x_save_requirements": False, "x_disable_meta": True}
+    limits = {"init_timeout": _START_SEC, "x_graphql_timeout_seconds": _ANSWER_SEC}
+    return wandb.Settings(**quiet, **limits, finish_timeout=_FINISH_SEC, finish_timeout_raises=True)
 
 
 def choose_mode(options: TrackingConfig) -> str | None:

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from utils.record.metrics_log import MetricsLog
-from utils.record.plots import plot_curves, plot_singly
+from utils.record.plots import plot_curves
 
 
 def fill(folder, rows, evaluations, ema):
@@ -26,12 +26,6 @@ def test_a_picture_at_every_age(rows, evaluations, ema, tmp_path):
     plot_curves(fill(tmp_path, rows, evaluations, ema), tmp_path / "curves.png", "$MODEL_$SEED")  # no mathematics
     with Image.open(tmp_path / "curves.png") as image:
         assert image.size[0] > 500 and len(np.unique(np.asarray(image.convert("L")))) > 20
-
-
-def test_each_figure_in_a_picture_of_its_own(tmp_path):
-    plot_singly(fill(tmp_path, 3, 1, True), tmp_path, "run")
-    names = {"accuracy", "loss", "lr", "grad_norm", "images_per_sec", "top1"} - {"accuracy"}  # it is in top1's
-    assert {file.stem for file in tmp_path.glob("*.png")} == names
 
 
 def test_without_a_row_there_is_no_picture(tmp_path):

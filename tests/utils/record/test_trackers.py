@@ -16,7 +16,7 @@ from utils.config.messages import ConfigError
 from utils.record.trackers import Tracker, _Wandb, choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
-WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests", "tracking.tags=[small,glyphs]"]
+WANDB = ["tracking=wandb", "tracking.mode=offline", "tracking.project=tests"]
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +104,7 @@ def expected_rows(run_dir):
 
 def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(images, plain, tmp_path, monkeypatch):
     monkeypatch.setattr("sys.argv", ["finetune.py", f"data.token={KEY}"])
+    monkeypatch.setenv("WANDB_TAGS", "small,glyphs")
     fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", *WANDB)
     run_dir = tmp_path / "run"
     (first,) = read_wandb(run_dir)
@@ -181,7 +182,7 @@ def test_a_run_that_was_stopped_waits_a_few_seconds_for_wandb(monkeypatch):
     writer, asked = object.__new__(_Wandb), threading.Event()
     writer._run = SimpleNamespace(finish=lambda: [asked.set(), time.sleep(60)])
     began = time.monotonic()
-    Tracker(writer).close()
+    Tracker(writer).close(None)
     assert asked.is_set() and time.monotonic() - began < 30
 
 
