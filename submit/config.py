@@ -29,7 +29,7 @@ class LaunchConfig(Strict):
     python: PathText | None
     command: Annotated[list[str], Field(min_length=1)] | None  # runs the script in place of python, e.g. a container
     setup: list[str]
-    sbatch_lines: list[str]
+    sbatch: dict[str, bool | int | str] | None  # further options by name
     wait: bool
     dry_run: bool
 

@@ -163,10 +163,9 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     return executor
 
 
-def read_options(launch: LaunchConfig) -> dict[str, str | bool]:
-    """Return `launch.sbatch_lines` by name, as submitit spells them."""
-    words = (line.removeprefix("--").partition("=") for line in launch.sbatch_lines)
-    return {name.replace("-", "_"): value or True for name, _, value in words}
+def read_options(launch: LaunchConfig) -> dict[str, bool | int | str]:
+    """Return `launch.sbatch` with names as submitit spells them."""
+    return {name.replace("-", "_"): value for name, value in (launch.sbatch or {}).items()}
 
 
 def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
@@ -180,7 +179,7 @@ def script_text(launch: LaunchConfig, folder: Path, jobs: int) -> str:
 def clean_environment(launch: LaunchConfig) -> None:
     """Remove environment variables of SLURM and of launchers: SBATCH_* would override the script's own lines.
 
-    SBATCH_PARTITION, ACCOUNT, QOS and CONSTRAINT stay if `launch.sbatch_lines` does not have their option.
+    SBATCH_PARTITION, ACCOUNT, QOS and CONSTRAINT stay if `launch.sbatch` does not have their option.
     """
     kept = {
         f"SBATCH_{name.upper()}" for name in {"partition", "account", "qos", "constraint"} - {*read_options(launch)}

@@ -70,6 +70,6 @@ def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, tmp_p
 
 def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):
     words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
-    output = submit(cluster, tmp_path, "launch.sbatch_lines=[--partition=none]", *words).wait_for(2)
+    output = submit(cluster, tmp_path, "launch.sbatch={partition:none}", *words).wait_for(2)
     assert re.search(r"launch: SLURM refuses the job: .*[Ii]nvalid partition", output), output
     assert "Traceback" not in output and ask(cluster, "squeue", "-h") == ""

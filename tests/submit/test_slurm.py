@@ -65,12 +65,12 @@ def test_the_script_of_the_default_job(tmp_path):
 def test_every_field_reaches_sbatch(tmp_path):
     options, lines = script_of(
         tmp_path, "nodes=3", "gpus_per_node=8", "cpus_per_rank=12", "time_min=90", "stop_before_end_sec=60",
-        'sbatch_lines=["--exclude=node7","--exclusive","--gpus-per-node=a100:8","--job-name=mine"]',
+        "sbatch={exclude: node7, exclusive: true, gpus-per-node: 'a100:8', job-name: mine, mem: 96G}",
         'setup=["module load cuda"]', "python=/env/bin/python", jobs=6,
     )  # fmt: skip
     wanted = {
         "nodes": "3", "ntasks-per-node": "8", "gpus-per-node": "a100:8", "cpus-per-task": "12", "time": "90",
-        "signal": "USR2@60", "job-name": "mine", "exclude": "node7", "exclusive": "", "array": "0-5%6",
+        "signal": "USR2@60", "job-name": "mine", "mem": "96G", "exclude": "node7", "exclusive": "", "array": "0-5%6",
     }  # fmt: skip
     assert {name: options[name] for name in wanted} == wanted
     assert any(line.startswith("srun ") and " --cpus-per-task=12 " in line for line in lines)
@@ -81,7 +81,7 @@ def test_what_the_shell_has_for_slurm_does_not_win(monkeypatch):
     """sbatch would take its variables before its script's words; a job submits another one."""
     shell = {"SBATCH_PARTITION": "old", "SBATCH_ACCOUNT": "mine", "SLURM_JOB_ID": "3", "SLURM_CONF": "/a", "RANK": "1"}
     monkeypatch.setattr(os, "environ", dict(shell))
-    clean_environment(launch("sbatch_lines=[--partition=new]"))
+    clean_environment(launch("sbatch={partition:new}"))
     assert os.environ.keys() == {"SBATCH_ACCOUNT", "SLURM_CONF"}
 
 

@@ -99,8 +99,11 @@ class Sweep:
         Its folder's name has the last part of each swept key, or the whole key if two keys end alike, and a hash if
         characters were replaced or cut.
         """
-        words = [item.input_line for item in self.overrides if item.key_or_group not in {*chosen, "run_dir"}]
-        words += [f"{item.get_key_element()}={chosen[item.key_or_group]}" for item in self.swept]
+        words = []
+        for item in self.overrides:
+            key = item.key_or_group
+            if key != "run_dir":
+                words.append(f"{item.get_key_element()}={chosen[key]}" if key in chosen else item.input_line)
         ends = [key.rpartition(".")[2] for key in chosen]
         parts = []
         for key, end in zip(chosen, ends):
