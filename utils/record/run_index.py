@@ -104,7 +104,7 @@ class RunIndex:
         if result is not None:
             names |= {"metric": escape_controls(str(result["metric"])), "best": _number(result["value"])}
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
-        last = int(max(step or 0, *steps[-1:]))
+        last = int(max([step or 0, *steps[-1:]]))
         times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}
         spark = _spark(steps, losses)
         return RunState(path, state, step=last, total=total and int(total), spark=spark, job=job, **names, **times)
