@@ -25,10 +25,9 @@ import torch
 from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
-from data.config import TextConfig
 from data.open import load_files
 from data.tags.orientation import Mirror, build_orientation
-from data.tags.rules import TagRules, read_text_rules
+from data.tags.rules import TagRules, TextConfig, read_text_rules
 from data.tools.predictions import (
     Destination,
     Embeddings,

@@ -18,7 +18,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from data.config import DataConfig, TextConfig
+from data.config import DataConfig
+from data.tags.rules import TextConfig
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathText, Strict
 from viewer.config import PageConfig

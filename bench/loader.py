@@ -23,8 +23,8 @@ import torch
 from torch.nn import functional as F
 
 import train
+from data.augment.config import AugmentConfig
 from data.augment.views import training_views
-from data.config import AugmentConfig
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
 from engine.update.runtime import choose_runtime

@@ -11,8 +11,7 @@ import pytest
 import torch
 
 import predict
-from data.config import TextConfig
-from data.tags.rules import read_text_rules
+from data.tags.rules import TextConfig, read_text_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor

@@ -10,11 +10,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.config import TextConfig
 from data.images.bytes import image_key, open_contents
 from data.images.open import open_image
 from data.stream.source import UnreadableImage
-from data.tags.rules import read_text_rules
+from data.tags.rules import TextConfig, read_text_rules
 from data.tools import predictions
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags

@@ -13,8 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torchvision.transforms.functional import _get_inverse_affine_matrix
 
+from data.augment.config import AugmentConfig
 from data.augment.transforms import NoiseErasing
-from data.config import AugmentConfig
 from data.stream.order import Draw
 from utils import rng
 from utils.contracts import Batch

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from data.config import AugmentConfig
+from data.augment.config import AugmentConfig
 from data.images.decode import resize
 from data.stream.order import Draw
 from utils import rng

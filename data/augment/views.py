@@ -3,9 +3,9 @@
 from collections.abc import Mapping
 from typing import Any
 
+from data.augment.config import AugmentConfig
 from data.augment.on_device import AUGMENT, IMAGES, DeviceAugment
 from data.augment.transforms import EvalTransform, TrainTransform
-from data.config import AugmentConfig
 from data.stream.order import Views
 from utils.formats.background import DEFAULT
 

@@ -5,14 +5,56 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import Annotated, Literal
 
-from data.config import TagRulesConfig, TextConfig
+from pydantic import Field
+
+from utils.config.bounds import Count
+from utils.config.schema import PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_tag
 from utils.io.files import canonical_json, readable, sha256_text
 
+Category = Literal["general", "artist", "copyright", "character", "meta"]
 # Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.
 _HEADERS = (("antecedent_name", "alias", "from", "tag"), ("consequent_name", "implied_tag", "to", "tag"), ("status",))
+
+
+class TagRulesConfig(Strict):
+    """The meaning of the tags of a collection.
+
+    rating_s: the meaning of the ratings s and safe; null if there are none. aliases, implications: CSV files with two
+    columns.
+    """
+
+    rating_s: Literal["sensitive", "general"] | None
+    aliases: PathText | None
+    implications: PathText | None
+
+
+class TextConfig(Strict):
+    """How predict.py writes the tags of an image.
+
+    category_order, first_tags: what comes first; tags of other categories follow. max_tags: only the most probable
+    tags; null: all. exclude: tags to skip, in any spelling. drop_implied, aliases: CSV files of two columns, read as
+    for training. expand_series: write the series of a character, `name_(series)`, as a tag. categories: write the
+    category before a tag, such as `character:`. rating: position of the rating, such as `rating:general`; null: none.
+    spaces: replace underscores, except in kaomoji. escape: write parentheses with a backslash.
+    """
+
+    order: Literal["score", "vocabulary"]
+    category_order: list[Category]
+    first_tags: list[str]
+    drop_implied: PathText | None
+    aliases: PathText | None
+    expand_series: bool
+    categories: bool
+    max_tags: Count | None
+    exclude: list[str]
+    rating: Literal["first", "last"] | None
+    spaces: bool
+    escape: bool
+    separator: Annotated[str, Field(min_length=1)]
 
 
 @dataclass(frozen=True)

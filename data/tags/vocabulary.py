@@ -8,10 +8,11 @@ import numpy as np
 import pyarrow.compute as pc
 
 from data.collection.collection import Collection
-from data.config import VocabularyConfig
 from data.layouts.table import count_values
-from data.tags.rules import TagRules, read_rules
+from data.tags.rules import Category, TagRules, TagRulesConfig, read_rules
 from data.tags.tag_index import map_tags
+from utils.config.bounds import Count
+from utils.config.schema import PathText
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, Tag, parse_tag
 from utils.formats.vocabulary import (
@@ -32,6 +33,18 @@ log = get_logger(__name__)
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
 _PADDING = ("<PAD>", "<UNK>")
+
+
+class VocabularyConfig(TagRulesConfig):
+    """Which tags a vocabulary contains.
+
+    min_count: minimum training images per tag. ignore, keep: text files with one tag per line.
+    """
+
+    min_count: Count
+    categories: list[Category]
+    ignore: PathText | None
+    keep: PathText | None
 
 
 def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) -> Vocabulary:

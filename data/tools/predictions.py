@@ -20,11 +20,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.config import TextConfig
 from data.layouts.names import IMAGE_SUFFIXES, has_reader, is_image_name, is_passed_over
 from data.layouts.records import decode
 from data.layouts.unused import OTHERS, Unused, say_unused
-from data.tags.rules import TagRules
+from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
 from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES, CHARACTER

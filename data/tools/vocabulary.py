@@ -3,9 +3,9 @@
 from pathlib import Path
 from typing import Literal
 
-from data.config import DataConfig, VocabularyConfig
+from data.config import DataConfig
 from data.open import load_collection
-from data.tags.vocabulary import make_vocabulary
+from data.tags.vocabulary import VocabularyConfig, make_vocabulary
 from data.tools.tool import Tool
 from utils.config.schema import PathText
 from utils.formats.vocabulary import write_vocabulary

@@ -11,9 +11,9 @@ from itertools import compress
 import numpy as np
 import torch
 
-from data.config import DataConfig, TagRulesConfig
+from data.config import DataConfig
 from data.open import Data, load_collection, open_images
-from data.tags.rules import read_rules
+from data.tags.rules import TagRulesConfig, read_rules
 from data.tags.tag_index import index_tags
 from engine.measures.drawings import draw_pr_curves
 from engine.measures.tag_scores import TagScores

@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 from typing import Any
 
-from data.config import AugmentConfig
+from data.augment.config import AugmentConfig
 from engine.config import TrainingConfig
 from models.config import TimmConfig
 from utils.errors import UserError, about

@@ -24,9 +24,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.collection.collection import Collection
-from data.config import TagRulesConfig
 from data.open import Data
 from data.stream.loader import no_fields
+from data.tags.rules import TagRulesConfig
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.recipe.pretrained import stated_preprocessing

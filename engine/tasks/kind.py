@@ -19,10 +19,11 @@ import torch
 from pydantic import TypeAdapter, model_validator
 from torch import Tensor
 
+from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.config import AugmentConfig, DataConfig, WholeData
+from data.config import DataConfig, WholeData
 from data.open import Data, describe_collection, open_images
 from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler

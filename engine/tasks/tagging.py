@@ -13,17 +13,17 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from data.augment.config import AugmentConfig
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
-from data.config import AugmentConfig, TagRulesConfig, VocabularyConfig
 from data.layouts.table import TAG_LISTS
 from data.open import Data
 from data.stream.batch import Ragged, Sample, multi_hot
 from data.stream.loader import Example, Fields
 from data.tags.orientation import Mirror, build_orientation
-from data.tags.rules import read_rules
+from data.tags.rules import TagRulesConfig, read_rules
 from data.tags.tag_index import TagIndex, index_tags
-from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted

@@ -7,8 +7,8 @@ import yaml
 from torchvision.transforms import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from data.augment.config import AugmentConfig
 from data.augment.on_device import AUGMENT, Augmentation, DeviceAugment
-from data.config import AugmentConfig
 from tests.engine.test_no_host_sync import count
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from utils import rng

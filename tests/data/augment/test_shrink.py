@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
+from data.augment.config import AugmentConfig
 from data.augment.transforms import ResizedCrop
-from data.config import AugmentConfig
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import rows
 from utils import rng

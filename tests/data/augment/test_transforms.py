@@ -11,9 +11,9 @@ from pydantic import ValidationError
 from torchvision.transforms import InterpolationMode, v2
 
 from data.augment import transforms
+from data.augment.config import AugmentConfig
 from data.augment.transforms import EvalTransform, PolicyAugment, TrainTransform, letterbox
 from data.augment.views import training_views
-from data.config import AugmentConfig
 from data.stream.order import Draw
 from tests.support import no_large_allocation
 from utils import rng

@@ -12,8 +12,8 @@ import torch
 import yaml
 from PIL import Image
 
+from data.augment.config import AugmentConfig
 from data.augment.transforms import EvalTransform, TrainTransform
-from data.config import AugmentConfig
 from data.images import caches
 from data.images.bytes import Images
 from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory

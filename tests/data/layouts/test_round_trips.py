@@ -10,8 +10,7 @@ import numpy as np
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
-from data.config import TextConfig
-from data.tags.rules import TagRules
+from data.tags.rules import TagRules, TextConfig
 from data.tags.tag_index import map_tags
 from data.tools.predictions import Images, RowFile, Sidecars, spell_tags
 from models.outputs import OUTPUTS, RowOptions

@@ -14,9 +14,9 @@ import torch
 import yaml
 from PIL import Image
 
+from data.augment.config import AugmentConfig
 from data.augment.transforms import TrainTransform
 from data.collection.choose import training_rows
-from data.config import AugmentConfig
 from data.images.bytes import Images
 from data.images.decode import Decoder
 from data.stream.batch import Ragged, collate, multi_hot, pack, to_device

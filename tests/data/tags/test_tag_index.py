@@ -8,11 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data.config import TagRulesConfig, VocabularyConfig
 from data.layouts.table import build_table
-from data.tags.rules import TagRules, read_rules
+from data.tags.rules import TagRules, TagRulesConfig, read_rules
 from data.tags.tag_index import index_tags, map_tags
-from data.tags.vocabulary import make_vocabulary, read_any_vocabulary
+from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_rating, parse_tag

@@ -1,0 +1,125 @@
+"""The schema of `augment`. Values and defaults are in conf/augment/."""
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, model_validator
+
+from utils.config.bounds import Fraction, Share, Side
+from utils.config.schema import Strict
+
+_Jitter = Annotated[float, Field(ge=0, le=100)]
+_Zoom = Annotated[float, Field(ge=0.01, le=100)]
+_POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
+
+
+def _rises(bounds: list[float]) -> list[float]:
+    if bounds[0] > bounds[1]:
+        raise ValueError(f"{bounds[0]:g} to {bounds[1]:g} is decreasing; give the smaller number first")
+    return bounds
+
+
+_Pair = Field(min_length=2, max_length=2)
+_Zooms = Annotated[list[_Zoom], _Pair, AfterValidator(_rises)]
+
+
+class AffineConfig(Strict):
+    """A random rotation by up to `degrees`, shift by up to `translate` of the sides, zoom within `scale`, and shear."""
+
+    degrees: Annotated[float, Field(ge=0, le=180)]
+    translate: Fraction
+    scale: _Zooms
+    shear_degrees: Annotated[float, Field(ge=0, le=85)]
+
+
+class ColorJitterConfig(Strict):
+    """Random changes of colour, in a random order.
+
+    brightness, contrast, saturation: b means a factor between max(0, 1 - b) and 1 + b. hue: h means a rotation of the
+    colour circle by -h to h turns. Saturation and hue do not change grey images. Source: torchvision's ColorJitter.
+    """
+
+    brightness: _Jitter
+    contrast: _Jitter
+    saturation: _Jitter
+    hue: Annotated[float, Field(ge=0, le=0.5)]
+
+
+class AugmentConfig(Strict):
+    """From a decoded image to the network's input. In training, the steps run in the order of these fields.
+
+    With `on_device`, workers only decode, crop and resize; data/augment/on_device.py applies the other steps to whole
+    batches on the device. The random distributions are the same. Differs: `affine` acts on the resized image, so its
+    shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs the
+    image a little; `color_jitter` rounds once at the end and not after each change.
+    """
+
+    image_size_hw: Annotated[list[Side], _Pair]
+    pad: Literal["none", "square"]  # square, also in evaluation: the whole image, centred on a square of the background
+    affine: AffineConfig | None  # acts on the decoded image; its cost grows with the image size
+    fill: Annotated[int, Field(ge=0, le=255)]  # the grey level of the area that the affine map uncovers
+    crop_scale: Annotated[list[Share], _Pair, AfterValidator(_rises)]  # share of the area
+    crop_ratio: _Zooms  # width / height
+    interpolation: Literal["bilinear", "bicubic"]  # the resize filter
+    horizontal_flip: Fraction
+    color_jitter: ColorJitterConfig | None
+    # A policy of timm, which fills with the mean and ignores unknown sections.
+    rand_augment: Annotated[str, Field(pattern=_POLICY)] | None
+    random_erasing: Fraction
+    erasing_noise: Literal["uniform", "normal"]  # normal: with `mean` and `std`
+    on_device: bool
+    shrink: bool  # reduce large images to the size that crops need when decoding (`shortest_px`)
+    # crop: resize the shorter side to image size / `eval_crop`, then take the centre. squash: resize both sides.
+    eval_resize: Literal["crop", "squash"]
+    eval_crop: Annotated[float, Field(ge=0.1, le=1)]
+    mean: list[Fraction]  # for values in [0, 1], one per channel; applied on the device
+    std: list[Annotated[float, Field(ge=1e-6, le=1e6)]]
+
+    def preprocessing(self, channels: int) -> dict[str, Any]:
+        """Return the preprocessing of evaluation, as weight files store it."""
+        names = {"image_size_hw", "pad", "eval_resize", "eval_crop", "interpolation", "mean", "std"}
+        return {
+            **self.model_dump(include=names),
+            "channels": channels,
+            **({"shortest_px": self.shortest_px()} if self.shrink else {}),
+        }
+
+    def shortest_px(self) -> int | None:
+        """Return the shorter side in pixels to which `shrink` reduces images, or None; no crop is enlarged after it.
+
+        This is the larger of two bounds. Evaluation resizes to image size / `eval_crop`, or to the image size. A
+        training crop covers at least `crop_scale` of the area: for shorter side s and ratio r = width / height, it is
+        at least s sqrt(scale r) wide and s sqrt(scale / r) high; if no crop fits, s or s times the nearest ratio.
+        A worker's affine map enlarges the content at most by its zoom and both shears. A padded image is a square of
+        the longer side, so the bound also holds for it.
+        """
+        if not self.shrink:
+            return None
+        height, width = self.image_size_hw
+        evaluation = max(height, width) / (self.eval_crop if self.eval_resize == "crop" else 1)
+        scale, (least, most) = self.crop_scale[0], self.crop_ratio
+        wide = max(1 / math.sqrt(scale * least), 1 / most)
+        high = max(math.sqrt(most / scale), least)
+        stretch, affine = 1.0, self.affine
+        if affine is not None and not self.on_device:
+            stretch = max(1.0, affine.scale[1] * (1 + math.tan(math.radians(affine.shear_degrees))) ** 2)
+        return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))
+
+    def describe(self, task_mirrors: bool) -> str:
+        """Describe image size and augmentation in one line; task_mirrors: whether the task flips images."""
+        height, width = self.image_size_hw
+        steps = [] if self.pad == "none" else [f"pad={self.pad}"]
+        steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
+        steps.append("mirror" if self.horizontal_flip or task_mirrors else "no mirror")
+        names = ("affine", "color_jitter", "rand_augment", "random_erasing")
+        steps += [name for name in names if getattr(self, name)]
+        return f"{height} x {width} px; {', '.join(steps)}"
+
+    @model_validator(mode="after")
+    def _is_of_one_piece(self) -> "AugmentConfig":
+        if self.on_device and self.rand_augment is not None:
+            raise ValueError(
+                f"augment.on_device: true, but augment.rand_augment ({self.rand_augment}) only runs in the workers; "
+                "set augment.on_device=false, or augment.rand_augment=null and augment.color_jitter"
+            )
+        return self
