@@ -16,19 +16,11 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import task_schema
+from engine.tasks.kinds import training_schema
 from engine.train import train
 from utils.config.entry_point import entry_point
 
-
-class FinetuneConfig(ImageTrainingConfig):
-    """conf/finetune.yaml, checked."""
-
-    task: task_schema("finetune")
-
-
-main = entry_point("finetune", FinetuneConfig)(train)
+main = entry_point("finetune", training_schema("finetune"))(train)
 
 if __name__ == "__main__":
     main()

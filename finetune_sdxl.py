@@ -16,32 +16,11 @@ from utils.start import begin
 
 begin(__doc__)
 
-from typing import Self
-
-from pydantic import model_validator
-
-from data.config import DataConfig
-from engine.config import TrainingConfig
-from engine.tasks.kinds import task_schema
+from engine.tasks.kinds import training_schema
 from engine.train import train
-from models.sdxl.networks import SDXLConfig
 from utils.config.entry_point import entry_point
 
-
-class FinetuneSDXLConfig(TrainingConfig):
-    """conf/finetune_sdxl.yaml, checked."""
-
-    model: SDXLConfig
-    data: DataConfig
-    task: task_schema("finetune_sdxl")
-
-    @model_validator(mode="after")
-    def _suits_the_task(self) -> Self:
-        self.task.check_run(self)
-        return self
-
-
-main = entry_point("finetune_sdxl", FinetuneSDXLConfig)(train)
+main = entry_point("finetune_sdxl", training_schema("finetune_sdxl"))(train)
 
 if __name__ == "__main__":
     main()

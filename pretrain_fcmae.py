@@ -13,19 +13,11 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import task_schema
+from engine.tasks.kinds import training_schema
 from engine.train import train
 from utils.config.entry_point import entry_point
 
-
-class PretrainConfig(ImageTrainingConfig):
-    """conf/pretrain_fcmae.yaml, checked."""
-
-    task: task_schema("pretrain_fcmae")
-
-
-main = entry_point("pretrain_fcmae", PretrainConfig)(train)
+main = entry_point("pretrain_fcmae", training_schema("pretrain_fcmae"))(train)
 
 if __name__ == "__main__":
     main()

@@ -15,16 +15,14 @@ from utils.start import begin
 begin(__doc__)
 
 from engine.judging.curve import train_curve
-from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import task_schema
+from engine.tasks.kinds import training_schema
 from engine.train import train
 from utils.config.entry_point import Job, entry_point
 
 
-class TrainConfig(ImageTrainingConfig):
+class TrainConfig(training_schema("train")):
     """conf/train.yaml, checked."""
 
-    task: task_schema("train")
     curve: bool
 
 

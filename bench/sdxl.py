@@ -40,8 +40,8 @@ from data.open import Data, load_collection
 from data.stream.batch import to_device
 from engine.run.start import build_task
 from engine.tasks.diffusion_kind import DiffusionKind
+from engine.tasks.kinds import training_schema
 from engine.update.runtime import choose_runtime
-from finetune_sdxl import FinetuneSDXLConfig
 from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import draw_networks
 from models.sdxl.sampling import scheduler_config
@@ -65,7 +65,7 @@ SHAPES = [(1.0, 1.0), (1.15, 0.85), (0.85, 1.15)]  # of pictures: their sides, i
 def configure(*words):
     """Return the configuration of finetune_sdxl.py."""
     with initialize_config_dir(str(CONF), version_base="1.3"):
-        return validate(compose("finetune_sdxl", overrides=[*WORDS, *words]), FinetuneSDXLConfig)
+        return validate(compose("finetune_sdxl", overrides=[*WORDS, *words]), training_schema("finetune_sdxl"))
 
 
 def pictures(folder, count, side_px):

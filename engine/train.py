@@ -7,14 +7,12 @@ import shlex
 
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
-from engine.recipe.memory import fit_memory
 from engine.recipe.pretrained import use_pretrained
 from engine.run.checkpoint import will_resume
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
 from engine.tasks.kinds import KINDS
 from utils.config.entry_point import Job
-from utils.formats.vocabulary import FACTS, FILE, vocabulary_of, write_vocabulary
 from utils.io.files import output_errors, refuse_links_out
 from utils.io.weights import InitFrom
 from utils.ranks import distributed
@@ -28,7 +26,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     runtime, kind = start_ranks(config), KINDS[config.task.name]
     config = config.task.complete(use_pretrained(config, job.overrides))
     if config.runtime.memory_gib is not None:
-        config = fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
+        config = kind.fit_memory(config, job, runtime)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
@@ -65,9 +63,9 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
     with open_run(task, streams, plan, config, job, runtime) as run:
-        if FACTS[0] in setup.facts and distributed.is_main():
+        if distributed.is_main():
             with output_errors("run_dir", path):
-                write_vocabulary(path / FILE, vocabulary_of(setup.facts))
-        commands = [line.format(run=path, data=words) for line in kind.commands(setup)]
-        run.fit([line for line in commands if streams.evaluation_samples or "evaluate.py" not in line])
+                kind.write(path, setup)
+        commands = kind.commands(setup, is_validated=streams.evaluation_samples > 0)
+        run.fit([line.format(run=path, data=words) for line in commands])
     return None

@@ -15,14 +15,13 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.recipe.pretrained import stated_preprocessing
 from engine.run.length import count_fitting, wait_for
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
-from models.weights.timm_hub import cached_names, load_timm
+from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed

@@ -21,6 +21,7 @@ from torch.func import functional_call
 
 from data.collection.choose import training_rows
 from data.collection.collection import Collection
+from data.config import WholeData
 from data.images.sizes import SIZES, image_sizes
 from data.latents.buckets import BucketConfig, Buckets, fitted_views, make_buckets
 from data.open import Data, describe_collection
@@ -32,7 +33,7 @@ from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, Streams, Task, Use, log_mean
 from engine.tasks.diffusion_kind import BucketedKind
-from engine.tasks.kind import Setup, TaskConfig
+from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
 from models.perceptual import (
     PatchDiscriminator,
     PerceptualConfig,
@@ -295,12 +296,20 @@ def _draw_worst(kept: Mapping[str, np.ndarray]) -> np.ndarray:
     return pictures.image_grid(rows, captions * 3, title, columns=len(images), tile_px=226)
 
 
+class VAETrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_vae.py."""
+
+    model: SDXLConfig
+    data: WholeData
+
+
 class AutoencoderKind(BucketedKind):
     """SDXL's VAE on the images of a collection."""
 
     config, model, task = AutoencoderTaskConfig, SDXLConfig, AutoencoderTask
     scripts = ("finetune_vae",)
-    next_commands = ("python export.py format=vae run_dir={run}", *BucketedKind.next_commands)
+    next_commands = ("python export.py format=vae run_dir={run}",)
+    schema = VAETrainingConfig
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Check the perceptual network and its files. There are no facts."""

@@ -147,7 +147,6 @@ class ClassificationKind(Kind):
     names = ("class_names",)
     output = "classes"
     next_commands = (
-        *Kind.next_commands,
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
         "python export.py format=onnx run_dir={run}",
     )

@@ -28,15 +28,18 @@ from data.stream.source import IMAGE, Source
 from data.tags.captions import CaptionConfig, Captions, Vary, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
+from engine.recipe.memory import fit_memory
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
 from engine.tasks.judge import Judge, judged_stream
-from engine.tasks.kind import Kind, Setup
+from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
+from engine.update.runtime import Runtime
 from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
 from models.sdxl.step import encode_captions, encode_images
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
 from models.sdxl.vae import AS_STATED
+from utils.config.entry_point import Job
 from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.memo import hash_once
@@ -49,6 +52,13 @@ _TEXTS_AT_ONCE = 16
 
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 VaryBy = Callable[[CaptionConfig], Vary]
+
+
+class SDXLTrainingConfig(TaskTrainingConfig):
+    """The schema of finetune_sdxl.py."""
+
+    model: SDXLConfig
+    data: DataConfig
 
 
 class BucketedKind(Kind):
@@ -73,12 +83,17 @@ class DiffusionKind(BucketedKind):
     """SDXL: a LoRA, or the whole network."""
 
     config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
+    schema = SDXLTrainingConfig
     scripts = ("finetune_sdxl",)
 
-    def commands(self, setup: Setup) -> Sequence[str]:
+    def commands(self, setup: Setup, *, is_validated: bool) -> Sequence[str]:
         """Return the export that programs read, and the evaluation."""
         form = "single_file" if setup.task.lora is None else "kohya"
-        return f"python export.py format={form} run_dir={{run}}", *self.next_commands
+        return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, is_validated=is_validated)]
+
+    def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
+        """Return the configuration with the settings that make it fit."""
+        return fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the counts of tags if images have weights by them, and otherwise no facts.

@@ -29,7 +29,6 @@ from data.stream.loader import no_fields
 from data.tags.rules import TagRulesConfig
 from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
-from engine.recipe.pretrained import stated_preprocessing
 from engine.task import Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
@@ -39,7 +38,7 @@ from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.image_model import Normalise
 from models.weights.fit import load_into
-from models.weights.timm_hub import read_timm
+from models.weights.timm_hub import read_timm, stated_preprocessing
 from utils.config.bounds import Positive
 from utils.config.schema import PathText
 from utils.contracts import Batch
@@ -250,6 +249,10 @@ class DistillationKind(Kind):
             log.warning("evaluation measures the loss, because there are no labels: %s", error)
             labelled = False
         return {**facts, "labelled": labelled}
+
+    def write(self, folder: Path, setup: Setup) -> None:
+        """Write what the student's kind writes."""
+        find_student(setup)[0].write(folder, setup)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`: the labelled images of `rows`, or all if no validation image has a label."""

@@ -166,7 +166,7 @@ class FCMAEKind(Kind):
     config, task = FCMAETaskConfig, FCMAETask
     scripts = ("pretrain_fcmae",)
     output, network = "features", "network.encoder"
-    next_commands = ("python finetune.py init_from={run} {data}", *Kind.next_commands)
+    next_commands = ("python finetune.py init_from={run} {data}",)
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
         """Return how evaluation prepares an image. Raises UserError unless patches, images and network fit."""

@@ -79,19 +79,28 @@ class Setup:
         return {f"facts.{name}": sha256_text(canonical_json(value))[:16] for name, value in self.facts.items()}
 
 
-class ImageTrainingConfig(TrainingConfig):
-    """The schema of a training script on images."""
+class TaskTrainingConfig(TrainingConfig):
+    """The base of the schemas of all kinds; a script's `task` is a union of its kinds' (`training_schema`)."""
+
+    task: TaskConfig
+
+    @model_validator(mode="after")
+    def _suits_the_task(self) -> Self:
+        self.task.check_run(self)
+        return self
+
+
+class ImageTrainingConfig(TaskTrainingConfig):
+    """The schema of kinds on images."""
 
     model: ModelConfig
     data: WholeData
     augment: AugmentConfig
-    task: TaskConfig
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
         if any((each.augment.shortest_px() or 0) > (self.augment.shortest_px() or 0) for each in self.at_phases()):
             raise ValueError("augment.shrink: true keeps too few pixels for a phase of loop.phases; set it to false")
-        self.task.check_run(self)
         return self
 
 
@@ -120,6 +129,7 @@ class Kind:
     """One kind of training on the images of a collection. Subclasses override what differs."""
 
     config: ClassVar[type[TaskConfig]]  # the schema of the `task` group
+    schema: ClassVar[type[TaskTrainingConfig]] = ImageTrainingConfig  # the schema of a run
     model: ClassVar[Any] = ModelConfig  # the schema of the `model` group
     task: ClassVar[type[Task]] = ImageTask
     scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")  # the root scripts that train it
@@ -128,13 +138,21 @@ class Kind:
     output: ClassVar[str | None] = None
     network: ClassVar[str] = "network"
     # Commands to suggest after a run; {run} is its folder and {data} its collection.
-    next_commands: ClassVar[tuple[str, ...]] = ("python evaluate.py run_dir={run}",)
+    next_commands: ClassVar[tuple[str, ...]] = ()
+    evaluation_command: ClassVar[str] = "python evaluate.py run_dir={run}"  # if there are validation images
 
     # --------------------------------------------------------------------------------------------------------- setup
 
-    def commands(self, setup: Setup) -> Sequence[str]:
+    def commands(self, setup: Setup, *, is_validated: bool) -> Sequence[str]:
         """Return the commands to suggest after a run."""
-        return self.next_commands
+        return [self.evaluation_command, *self.next_commands] if is_validated else self.next_commands
+
+    def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
+        """Return the configuration that fits `runtime.memory_gib`, for kinds that predict their memory."""
+        raise UserError(
+            f"runtime.memory_gib: {config.runtime.memory_gib:g}, but only task=diffusion predicts its memory; set it "
+            "to null"
+        )
 
     def plan(
         self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
@@ -229,6 +247,9 @@ class Kind:
 
     def prepare(self, task: Task, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime) -> None:
         """Adapt the initial weights to the data. Only new runs call it."""
+
+    def write(self, folder: Path, setup: Setup) -> None:
+        """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
 
 
 def check_weights(

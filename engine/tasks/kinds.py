@@ -12,16 +12,16 @@
 
 from functools import reduce
 from operator import or_
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, create_model
 
 from engine.tasks.autoencoder import AutoencoderKind
 from engine.tasks.classification import ClassificationKind
 from engine.tasks.diffusion_kind import DiffusionKind
 from engine.tasks.distillation import DistillationKind
 from engine.tasks.fcmae import FCMAEKind
-from engine.tasks.kind import Kind
+from engine.tasks.kind import Kind, TaskTrainingConfig
 from engine.tasks.tagging import TaggingKind
 
 KINDS: dict[str, Kind] = {
@@ -34,7 +34,10 @@ KINDS: dict[str, Kind] = {
 }
 
 
-def task_schema(script: str) -> Any:
-    """Return the schema of `task` in a root script: the union of its kinds' configs, chosen by `name`."""
-    configs = tuple(kind.config for kind in KINDS.values() if script in kind.scripts)
-    return configs[0] if len(configs) == 1 else Annotated[reduce(or_, configs), Field(discriminator="name")]
+def training_schema(script: str) -> type[TaskTrainingConfig]:
+    """Return the schema of a root script: that of its kinds, with the union of their tasks, chosen by `name`."""
+    kinds = [kind for kind in KINDS.values() if script in kind.scripts]
+    task = reduce(or_, [kind.config for kind in kinds])
+    if len(kinds) > 1:
+        task = Annotated[task, Field(discriminator="name")]
+    return create_model(f"conf/{script}.yaml", __base__=kinds[0].schema, task=(task, ...))

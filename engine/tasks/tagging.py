@@ -46,7 +46,7 @@ from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.formats.thresholds import DEFAULT, DEFAULT_LOGIT, PER_TAG, ThresholdTable, find_thresholds
-from utils.formats.vocabulary import FACTS, RATING, Vocabulary, read_facts, vocabulary_of
+from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -419,8 +419,8 @@ class TaggingKind(Kind):
     config, task = TaggingTaskConfig, TaggingTask
     names = FACTS
     output = "tags"
+    evaluation_command = "python evaluate.py run_dir={run} calibrate=true"
     next_commands = (
-        "python evaluate.py run_dir={run} calibrate=true",
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
@@ -460,6 +460,10 @@ class TaggingKind(Kind):
             index = index_of(data.collection, setup)
             rows = training_rows(data.collection, config.loop, index.tagged)
             fit_new_tags(task, data, rows, index, setup)
+
+    def write(self, folder: Path, setup: Setup) -> None:
+        """Write the vocabulary."""
+        write_vocabulary(folder / FILE, vocabulary_of(setup.facts))
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows with at least one tag other than a rating, and a function that adds the tags."""

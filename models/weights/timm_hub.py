@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.config import TimmConfig
 from models.weights.fit import first_convolutions, optional_prefixes
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -97,3 +98,38 @@ def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     except Exception as error:  # timm's converters raise many kinds of errors for unexpected names
         log.info("timm's converter failed, so the names are unchanged: %s: %s", type(error).__name__, error)
         return dict(state)
+
+
+def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
+    """Return the keys of `augment` that timm states for a network's weights.
+
+    For one channel, mean and std are averaged, as in timm. Raises UserError if timm does not know the network, or if
+    `augment` cannot express its preprocessing.
+    """
+    import timm
+
+    try:
+        config = timm.get_pretrained_cfg(model.name) if timm.is_model(model.name) else None
+    except RuntimeError:  # an unknown tag
+        config = None
+    if config is None:
+        known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none for that network"
+        raise UserError(f"timm has no weights named {model.name!r}; it has {known}")
+    known = config.crop_mode in ("center", "squash") and config.interpolation in ("bilinear", "bicubic")
+    if not known or not 0 < config.crop_pct <= 1:
+        raise UserError(
+            f"timm prepares the images of {model.name} with crop_mode {config.crop_mode}, crop_pct "
+            f"{config.crop_pct} and interpolation {config.interpolation}, which augment cannot express; choose "
+            "another network, or set init_from=FILE (the weight file) and your own augment"
+        )
+    mean, std = list(config.mean), list(config.std)
+    if model.in_channels != len(mean):
+        mean, std = ([sum(values) / len(values)] * model.in_channels for values in (mean, std))
+    return {
+        "image_size_hw": list(config.input_size[1:]),
+        "mean": mean,
+        "std": std,
+        "eval_crop": float(config.crop_pct),
+        "eval_resize": "squash" if config.crop_mode == "squash" else "crop",
+        "interpolation": config.interpolation,
+    }
