@@ -29,26 +29,18 @@ class TrainChoice(Protocol):
 
 
 class TrainStream(Protocol):
-    """The endless training stream (data/stream/loader.py)."""
+    """What the loop needs of the endless training stream, which data/stream/loader.py documents."""
 
-    epoch_length: int  # positions
-    chunk: int | None  # neighbouring positions with images of one shape; None: all images have the same shape
-    unreadable_count: int  # unreadable images so far, on this rank
+    epoch_length: int
+    chunk: int | None
+    unreadable_count: int
 
-    def trial_batches(self, size: int) -> Iterator[Batch]:
-        """Yield a batch of one repeated sample for each shape, on the device; does not advance the stream."""
+    def trial_batches(self, size: int) -> Iterator[Batch]: ...
 
-    def show(self, batch_size: int, micro_batch_size: int, ranks: int) -> Iterator[Batch]:
-        """Yield the micro-batches of the first rank of a run, read in this process."""
+    def show(self, batch_size: int, micro_batch_size: int, ranks: int) -> Iterator[Batch]: ...
 
-    def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
-        """Yield the list of this rank's micro-batches for each step, from `start_step` on.
+    def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]: ...
 
-        batch_size: samples per update, over all ranks. micro_batch_size: samples per forward pass.
-        """
+    def readings(self) -> Mapping[str, float]: ...
 
-    def readings(self) -> Mapping[str, float]:
-        """Return the counters of the data's caches, on this rank."""
-
-    def path_of(self, sample_id: int) -> str:
-        """Return a sample's path, for messages."""
+    def path_of(self, sample_id: int) -> str: ...
