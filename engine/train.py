@@ -1,6 +1,13 @@
 """`train`, the main function of every training script: from a configuration to a finished run.
 
-1. ranks and machine    2. the data    3. the task and its initial weights    4. layers fitted to the data    5. the run
+How a run begins. The order matters: what a later step reads is settled before it.
+
+1. The ranks meet, and the machine settles what is `auto`. Unset values of the model come from the weights it names.
+2. The collection is indexed. Its facts (classes, vocabulary, buckets) and, with `loop.minutes`, the recipe follow.
+3. The task is built from the seed and takes its initial weights, unless the run folder has a checkpoint; then come the
+   streams, which may fill caches. A dry run ends here.
+4. Layers are fitted to the data, in a new run.
+5. The run folder is opened, the checkpoint restored, and the updates begin.
 """
 
 import shlex
@@ -23,14 +30,15 @@ from utils.record.run_folder import default_run_dir
 def train(config: TrainingConfig, job: Job) -> str | None:
     """Train the task named by `task`; the same command resumes. Returns the summary of a dry run."""
     # ------------------------------------------------------------------------------------------ 1. Ranks and machine
-    runtime, kind = start_ranks(config), KINDS[config.task.name]
+    kind = KINDS[config.task.name]
+    runtime = start_ranks(config)
     config = config.task.complete(use_pretrained(config, job.overrides))
     if config.runtime.memory_gib is not None:
         config = kind.fit_memory(config, job, runtime)
 
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
-    if config.loop.minutes is not None and job.script == "train":
+    if config.loop.minutes is not None:
         config, job = kind.plan(config, job, collection, runtime)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
@@ -62,10 +70,10 @@ def train(config: TrainingConfig, job: Job) -> str | None:
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
+    commands = kind.commands(setup, is_validated=streams.evaluation_samples > 0)
     with open_run(task, streams, plan, config, job, runtime) as run:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)
-        commands = kind.commands(setup, is_validated=streams.evaluation_samples > 0)
         run.fit([line.format(run=path, data=words) for line in commands])
     return None

@@ -279,8 +279,11 @@ def plan_recipe(
 ) -> tuple[ImageTrainingConfig, Job]:
     """Return the configuration and the job with the words of the rules, or those that the run's first start chose.
 
-    labels: the class of each row of the collection, negative for none; None: it has tags.
+    labels: the class of each row of the collection, negative for none; None: it has tags. Other scripts than train.py
+    keep the recipe of the command.
     """
+    if job.script != "train":
+        return config, job
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
