@@ -56,6 +56,10 @@ class Plan:
         """Return the epochs read after `step` updates, rounded to one decimal."""
         return round(self.epoch_at(step), 1)
 
+    def show_epochs(self, step: int) -> str:
+        """Return the epochs read after `step` updates, of those of the run, as text."""
+        return f"epoch {self.shown_epoch(step):g}/{self.shown_epoch(self.total_steps):g}"
+
     def epoch_end(self, epoch: int) -> int:
         """Return the step that completes epoch number `epoch` (from 0); the run's last step for its last epoch."""
         return min(-(-(epoch + 1) * self.epoch_length // self.batch_size), self.total_steps)

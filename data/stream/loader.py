@@ -4,6 +4,7 @@ A worker reads the record of a sample from the source, creates the views of its 
 the fields of the task. An unreadable sample becomes blank with weight 0 and is reported by name; it never stops a run.
 """
 
+import copy
 import functools
 import itertools
 import json
@@ -249,7 +250,7 @@ class TrainStream:
 class EvaluationStream:
     """Rows in batches, each row exactly once over all ranks (`evaluation_batches`); can be iterated repeatedly.
 
-    batch_size: per rank; may be changed. groups: the shape group of each row, [len(rows)].
+    batch_size: per rank. groups: the shape group of each row, [len(rows)].
     """
 
     def __init__(
@@ -257,6 +258,12 @@ class EvaluationStream:
     ) -> None:
         self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
         self.samples = len(rows)  # over all ranks
+
+    def in_batches(self, size: int) -> "EvaluationStream":
+        """Return the same rows in batches of another size."""
+        other = copy.copy(self)
+        other.batch_size = size
+        return other
 
     def __len__(self) -> int:
         """Return the number of batches, equal on all ranks."""

@@ -7,7 +7,7 @@ import math
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from contextlib import closing
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -17,7 +17,7 @@ import torch
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
-from engine.run.advice import advise
+from engine.run.advice import Advice, advise
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
 from engine.run.recorder import MUCH_WAITING, Recorder, show_memory
@@ -49,37 +49,51 @@ def name_lines(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
     return [(name if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
+@dataclass(frozen=True)
+class Best:
+    """The task's best_metric at the best evaluation so far, with its 95 % interval if it has one, and its step."""
+
+    value: float | None = None
+    step: int | None = None
+    interval: Sequence[float] | None = None
+
+
 class Run:
     """One run: learner, recorder, saver and progress.
 
-    best_value, best_step: the task's best_metric at the best evaluation so far, and its step; None before the first.
-    best_interval: of that value, 95 %; None if the figure has none.
     last_report, last_evaluated: scalars and step of the newest evaluation. found_lr: the peak learning rate of the
-    range test. All are checkpointed.
+    range test. These and `best` are checkpointed.
     """
 
     def __init__(
         self, task: Task, streams: Streams, plan: Plan, config: TrainingConfig, runtime: Runtime, folder: RunFolder
     ) -> None:
+        self.streams = streams
+        self.plan = plan
+        self.config = config
+        self.folder = folder
         helpers = fingerprint_helpers(task)
-        self.streams, self.plan, self.config, self.folder = streams, plan, config, folder
         self.fingerprints = {
             **streams.fingerprints,
             **{f"frozen.{name}": value for name, value in helpers.items()},
             "runtime.precision": runtime.precision,
         }
-        trained_on = {"images": plan.epoch_length, "validation_images": streams.evaluation_samples}
-        trained_on |= {"fingerprint": streams.fingerprints.get("data.root"), **streams.trained_on}
+        trained_on = {
+            "images": plan.epoch_length,
+            "validation_images": streams.evaluation_samples,
+            "fingerprint": streams.fingerprints.get("data.root"),
+            **streams.trained_on,
+        }
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
         self._poll = distributed.Poll()
         self._phase = 0
-        self.best_value: float | None = None
-        self.best_step: int | None = None
-        self.best_interval: Sequence[float] | None = None
-        self.last_report, self.last_evaluated = dict[str, float](), 0
+        self.best = Best()
+        self.last_report: dict[str, float] = {}
+        self.last_evaluated = 0
         self.found_lr: float | None = None
+        self._tables: Mapping[str, Any] | None = None  # of the newest evaluation; None: another process made it
 
     @property
     def step(self) -> int:
@@ -89,10 +103,10 @@ class Run:
     @property
     def has_stalled(self) -> bool:
         """Whether the best evaluation is `loop.early_stop_epochs` or more before the newest one."""
-        patience, plan = self.config.loop.early_stop_epochs, self.plan
-        if patience is None or self.best_step is None:
+        patience = self.config.loop.early_stop_epochs
+        if patience is None or self.best.step is None:
             return False
-        return plan.epoch_at(self.last_evaluated) - plan.epoch_at(self.best_step) >= patience - 1e-9
+        return self.plan.epoch_at(self.last_evaluated) - self.plan.epoch_at(self.best.step) >= patience - 1e-9
 
     @property
     def owes_evaluation(self) -> bool:
@@ -114,7 +128,8 @@ class Run:
 
         next_commands: shown in the summary.
         """
-        plan, started = self.plan, time.perf_counter()
+        plan = self.plan
+        started = time.perf_counter()
         if self.is_complete:
             log.info(
                 "the run is complete: %d of %d steps are done; to train longer, raise loop.total_epochs or give "
@@ -148,9 +163,9 @@ class Run:
         stream: yields this rank's micro-batches of each step. Raises UserError if the last checkpoint cannot be written
         or too many steps were skipped.
         """
-        learner, recorder, plan, loop = self.learner, self.recorder, self.plan, self.config.loop
-        epoch = plan.epoch_of(learner.step)
-        end = plan.epoch_end(epoch)
+        learner, recorder, plan = self.learner, self.recorder, self.plan
+        loop = self.config.loop
+        end = plan.epoch_end(plan.epoch_of(learner.step))
         while learner.step < end and not self.is_complete:
             # 1. Data.
             recorder.phase(learner.step, "loading")
@@ -180,13 +195,15 @@ class Run:
 
         A run that is stopped during an evaluation is saved without it, and begins with it when it is resumed.
         """
-        step, epoch = self.step, self.plan.epoch_of(self.step - 1)
+        step = self.step
+        epoch = self.plan.epoch_of(step - 1)
         if self.owes_evaluation:
             try:
                 self.evaluate()
             except Stopped:
                 stops = True
-        last, every = self.is_complete, self.config.loop.keep_weights_every
+        last = self.is_complete
+        every = self.config.loop.keep_weights_every
         if every is not None and (last or step % every == 0):
             self.learner.sync_buffers()
             with self.learner.evaluated():
@@ -229,29 +246,36 @@ class Run:
 
     def evaluate(self) -> None:
         """Evaluate the exported weights (averaged, if averages are exported), and save them if they are the best."""
-        learner, recorder, plan, step = self.learner, self.recorder, self.plan, self.step
+        learner, recorder, step = self.learner, self.recorder, self.step
         recorder.phase(step, "evaluating")
         learner.sync_buffers()
-        averaged = learner.exports_average
         with learner.evaluated():
             report = self.measure(only_draws=self.streams.evaluation_samples == 0)
-            value, best = report.scalars.get(learner.task.best_metric, math.nan), self.best_value
-            is_best = best is None or (value < best if learner.task.best_is_lowest else value > best)
-            is_best = is_best and plan.may_be_best(step)
-            if math.isfinite(value) and is_best and self.saver.write_alone(learner, "best_weights.safetensors"):
-                self.best_value, self.best_step = value, step
-                self.best_interval = interval(learner.task.best_metric, report.scalars)
-        self.last_report = {f"ema/{name}" if averaged else name: value for name, value in report.scalars.items()}
+            if self._is_best(report) and self.saver.write_alone(learner, "best_weights.safetensors"):
+                metric = learner.task.best_metric
+                self.best = Best(report.scalars[metric], step, interval(metric, report.scalars))
+        prefix = "ema/" if learner.exports_average else ""
+        self.last_report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
         self.last_evaluated = step
+        self._tables = report.tables
         if self.last_report:
-            recorder.add_row(step, "evaluate", {"epoch": plan.epoch_at(step), **self.last_report})
+            recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
-        shown += [] if self.best_value is None else [f"best {self.best_value:.4g}"]
-        log.info("%s", "  ".join([f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}", *shown]))
+        if self.best.value is not None:
+            shown.append(f"best {self.best.value:.4g}")
+        log.info("%s", "  ".join([self.plan.show_epochs(step), *shown]))
         draws = self.has_stalled or recorder.may_draw(step)  # always before stopping early
         recorder.add_report(step, report, draws=draws)
         if step > 0:  # a run without steps has no curves
             recorder.plot(step, draws=draws)
+
+    def _is_best(self, report: Report) -> bool:
+        """Return whether a report is the best so far, of weights that may be the best."""
+        task, best = self.learner.task, self.best.value
+        value = report.scalars.get(task.best_metric, math.nan)
+        if not math.isfinite(value) or not self.plan.may_be_best(self.step):
+            return False
+        return best is None or (value < best if task.best_is_lowest else value > best)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""
@@ -274,26 +298,30 @@ class Run:
             reshard(learner.model)
 
     def _due_loaders(self, most: int | None) -> Mapping[str, Iterable[Batch]]:
-        """Return the loaders due at this step; each batch counts as progress."""
-
-        def watched(name: str, loader: Iterable[Batch]) -> Iterable[Batch]:
-            for batch in islice(loader, most):
-                check_stop()
-                self.recorder.phase(self.step, f"evaluating {name}", batch)
-                yield batch
-
-        due, size = {}, self.learner.micro_batches.size
+        """Return the loaders due at this step."""
+        due = {}
         for name, loader in self.streams.evaluation.items():
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
-                if self.config.loop.micro_batch_size == "auto" or size < self.plan.micro_batch_size:
-                    loader.batch_size = (
-                        size if self.config.loop.micro_batch_size == "auto" else min(size, loader.batch_size)
-                    )
+                loader = self._fit(loader)
+                batches = self._watch(name, loader, most)
                 total = len(loader) if isinstance(loader, Sized) else None
-                batches = watched(name, loader)
                 due[name] = track(batches, total, f"evaluating {name}") if most is None else batches
         return due
+
+    def _fit(self, loader: Iterable[Batch]) -> Iterable[Batch]:
+        """Return a loader with batches that fit the device, if micro-batches are chosen or halved."""
+        size = self.learner.micro_batches.size
+        if self.config.loop.micro_batch_size == "auto":
+            return loader.in_batches(size)
+        return loader if size == self.plan.micro_batch_size else loader.in_batches(min(size, loader.batch_size))
+
+    def _watch(self, name: str, loader: Iterable[Batch], most: int | None) -> Iterator[Batch]:
+        """Yield a loader's batches; each counts as progress."""
+        for batch in islice(loader, most):
+            check_stop()
+            self.recorder.phase(self.step, f"evaluating {name}", batch)
+            yield batch
 
     # ----------------------------------------------------------------------------------------------- save and restore
 
@@ -308,7 +336,7 @@ class Run:
             "fingerprints": self.fingerprints,
             "origin": learner.task.origin,
             "found_lr": self.found_lr,
-            "best": {"value": self.best_value, "step": self.best_step, "interval": self.best_interval},
+            "best": asdict(self.best),
             "last_report": self.last_report,
             "last_evaluated": self.last_evaluated,
             **recorder.state(),
@@ -319,20 +347,22 @@ class Run:
 
     def restore(self, path: Path) -> None:
         """Resume from a checkpoint. Raises UserError if it does not fit this run."""
-        learner, state = self.learner, read_state(path)
+        learner = self.learner
+        state = read_state(path)
         for line in check_resumable(state["fingerprints"], self.fingerprints, self.config.resume_allow, str(path)):
             log.warning("resume_allow accepts %s", line)
-        saved, now = (config["optim"] for config in (state["config"], self.folder.config))
-        optimizer = state["optimizer"]
-        if (saved["name"], saved.get("opt")) != (now["name"], now.get("opt")):
+        saved = state["config"]["optim"]
+        now = self.folder.config["optim"]
+        is_same = (saved["name"], saved.get("opt")) == (now["name"], now.get("opt"))
+        if not is_same:
             log.warning("resume: %s starts without state: the checkpoint's optimiser is %s", now["name"], saved["name"])
-            optimizer = None
-        learner.load_state(read_groups(path, state), optimizer, str(path))
-        learner.step, learner.task.origin = state["step"], state["origin"]
+        learner.load_state(read_groups(path, state), state["optimizer"] if is_same else None, str(path))
+        learner.step = state["step"]
+        learner.task.origin = state["origin"]
         if state["config"]["loop"].get("best") == self.config.loop.best:  # resume_allow may let another figure choose
-            best = state["best"]
-            self.best_value, self.best_step, self.best_interval = best["value"], best["step"], best.get("interval")
-        self.last_report, self.last_evaluated = state["last_report"], state["last_evaluated"]
+            self.best = Best(**state["best"])
+        self.last_report = state["last_report"]
+        self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
         if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):
@@ -343,61 +373,87 @@ class Run:
 
     def close(self, *, finished: bool) -> None:
         """Write the run's result for its sweep, and close the recorder."""
-        if distributed.is_main():
-            with ignore_write_errors(file := self.folder.path / RESULT_FILE):
-                write_json(file, self._result[0])
+        file = self.folder.path / RESULT_FILE
+        if distributed.is_main() and (self._tables is not None or not file.exists()):
+            with ignore_write_errors(file):
+                write_json(file, self._result)
         self.recorder.close(completed_step=self.step if finished and self.is_complete else None)
 
     @cached_property
-    def _result(self) -> tuple[dict[str, Any], list[str]]:
-        """The best figure with its interval, and for a complete run what would improve it, also as lines; on rank 0."""
-        task, streams, lines = self.learner.task, self.streams, []
-        result = {"metric": task.best_metric, "value": self.best_value, "step": self.best_step}
-        if self.best_value is not None:
-            result["interval"] = self.best_interval
-            if self.is_complete:
-                counts = streams.evaluation_samples, streams.class_images
-                found, lines = advise(self.folder.path, task.best_metric, *counts)
-                result |= {"help": found} if found else {}
-        return result | {"is_lowest_best": task.best_is_lowest}, lines
+    def _advice(self) -> Advice:
+        """What would improve a complete run, on rank 0."""
+        streams = self.streams
+        if self.best.value is None or not self.is_complete:
+            return {}, []
+        return advise(
+            self.folder.path,
+            self._tables or {},
+            self.recorder.rows,
+            metric=self.learner.task.best_metric,
+            images=streams.evaluation_samples,
+            class_images=streams.class_images,
+        )
+
+    @property
+    def _result(self) -> dict[str, Any]:
+        """The best figure, and what would improve it."""
+        task = self.learner.task
+        result = {"metric": task.best_metric, "value": self.best.value, "step": self.best.step}
+        if self.best.value is not None:
+            result["interval"] = self.best.interval
+        if self._advice[0]:
+            result["help"] = self._advice[0]
+        return result | {"is_lowest_best": task.best_is_lowest}
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
-        plan, train, folder, recorder = self.plan, self.streams.train, self.folder, self.recorder
-        metric, best = self.learner.task.best_metric, "" if self.best_step is None else "best_weights.safetensors, "
-        if self.step < plan.total_steps:
-            log.info(
-                "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
-                "its weights are in weights/best_weights.safetensors",
-                metric, self.best_step, self.best_value, self.config.loop.early_stop_epochs,
-            )  # fmt: skip
-        if train.unreadable_count:
-            log.warning(
-                "unreadable images: %d, each with weight 0, including earlier starts of this run; see unreadable.jsonl",
-                train.unreadable_count,
-            )
-        if recorder.wait_share > MUCH_WAITING:
-            log.warning(
-                "%.0f %% of the training time was spent waiting for data: raise runtime.workers or "
-                "data.cache.memory_gib, pack small files into shards (prepare.py job=pack), or set "
-                "augment.on_device=true",
-                100 * recorder.wait_share,
-            )
-        first, lines = [], []
-        if self.best_step is not None and distributed.is_main():
-            result, lines = self._result
-            last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
-            value = f"{self.best_value:.4g}{show_interval(result['interval'])}"
-            at = f"at epoch {plan.shown_epoch(self.best_step):g}; last {last:.4g}"
-            first = [("best", f"{show_evaluated(metric)} {value} {at}")]
-        rows = [
-            *first,
-            ("weights", f"{folder.path}/weights/{best}last_weights.safetensors"),
+        folder = self.folder.path
+        self._warn_at_end()
+        rows: list[tuple[str, str]] = []
+        best, lines = "", []
+        if self.best.step is not None:
+            best = "best_weights.safetensors, "
+            rows.append(("best", self._show_best()))
+            if distributed.is_main():
+                _, lines = self._advice
+        rows += [
+            ("weights", f"{folder}/weights/{best}last_weights.safetensors"),
             ("memory", show_memory(self.learner)),
-            ("curves", f"{folder.path}/plots/curves.png"),
-            ("tables", f"{folder.path}/tables, training_log.txt"),
+            ("curves", f"{folder}/plots/curves.png"),
+            ("tables", f"{folder}/tables, training_log.txt"),
             *name_lines("to improve", lines),
             *name_lines("next", next_commands),
         ]
         title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))
+
+    def _show_best(self) -> str:
+        """Return the best figure with its interval and epoch, and the last one."""
+        metric = self.learner.task.best_metric
+        last = self.last_report[f"ema/{metric}" if self.learner.exports_average else metric]
+        value = f"{self.best.value:.4g}{show_interval(self.best.interval)}"
+        epoch = self.plan.shown_epoch(self.best.step)
+        return f"{show_evaluated(metric)} {value} at epoch {epoch:g}; last {last:.4g}"
+
+    def _warn_at_end(self) -> None:
+        """Say that the run has stopped early, could not read images, or waited for data."""
+        if self.step < self.plan.total_steps:
+            log.info(
+                "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
+                "its weights are in weights/best_weights.safetensors",
+                self.learner.task.best_metric, self.best.step, self.best.value, self.config.loop.early_stop_epochs,
+            )  # fmt: skip
+        unreadable = self.streams.train.unreadable_count
+        if unreadable:
+            log.warning(
+                "unreadable images: %d, each with weight 0, including earlier starts of this run; see unreadable.jsonl",
+                unreadable,
+            )
+        share = self.recorder.clock.wait_share
+        if share > MUCH_WAITING:
+            log.warning(
+                "%.0f %% of the training time was spent waiting for data: raise runtime.workers or "
+                "data.cache.memory_gib, pack small files into shards (prepare.py job=pack), or set "
+                "augment.on_device=true",
+                100 * share,
+            )

@@ -1,11 +1,10 @@
-"""Record a run: metrics, time, memory, tracker, progress bar, curves, samples, skipped steps, watchdog phases."""
+"""Record a run: metrics, memory, tracker, progress bar, curves, samples, skipped steps, watchdog phases."""
 
-import hashlib
 import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -15,20 +14,21 @@ from torch import Tensor
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
+from engine.run.clock import Clock, Mark
 from engine.run.skips import SkipWatch
 from engine.task import Report, checkpointed_state, networks_of
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
 from utils.contracts import Batch, TrainStream
-from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.files import AppendFile, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
-from utils.record.metrics_log import MetricsLog, keep_rows
+from utils.record.metrics_log import MetricsLog, Row, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
@@ -64,8 +64,9 @@ class _Meter:
         state: dict[str, list[float]] = {}
         for names, sums in self._sums.items():
             for name, (total, count) in zip(names, sums.tolist()):
-                before = state.get(name, (0.0, 0.0))
-                state[name] = [before[0] + total, before[1] + count]
+                pair = state.setdefault(name, [0.0, 0.0])
+                pair[0] += total
+                pair[1] += count
         return state
 
     def load(self, state: Mapping[str, list[float]]) -> None:
@@ -93,23 +94,27 @@ def show_memory(learner: Learner) -> str:
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
     states = [value for state in learner.optimizer.state.values() for value in state.values()]
     helpers = networks_of(task, task.helpers).values()
-    parts = {
-        "weights": checkpointed_state(task).values(),
-        "gradients": [parameter for group in learner.optimizer.param_groups for parameter in group["params"]],
-        "optimiser state": [value for value in states if isinstance(value, Tensor)],
-        "averages": [tensor for tensor in averages if tensor.device.type == device.type],
-        "frozen networks": [tensor for network in helpers for tensor in network.state_dict().values()],
+    trained = [parameter.nbytes for group in learner.optimizer.param_groups for parameter in group["params"]]
+    sizes = {
+        "weights": _count_bytes(checkpointed_state(task).values()),
+        "gradients": sum(trained) if learner.fused is None else max(trained),
+        "optimiser state": _count_bytes(value for value in states if isinstance(value, Tensor)),
+        "averages": _count_bytes(tensor for tensor in averages if tensor.device.type == device.type),
+        "frozen networks": _count_bytes(tensor for network in helpers for tensor in network.state_dict().values()),
     }
-    sizes = {name: sum(own_part(tensor).nbytes for tensor in tensors) for name, tensors in parts.items()}
-    if learner.fused is not None:
-        sizes["gradients"] = max(parameter.nbytes for parameter in parts["gradients"])
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated(device)
         sizes |= {"activations": peak - sum(sizes.values()), "peak": peak}
     sizes["averages on the host"] = sum(tensor.nbytes for tensor in averages if tensor.device.type != device.type)
-    shown = {name: f"{size / 2**30:.2f} GiB" for name, size in sizes.items() if size >= 2**30}
-    shown = {name: shown.get(name, f"{size / 2**20:.1f} MiB") for name, size in sizes.items() if size > 0}
-    return ", ".join(f"{name} {size}" for name, size in shown.items())
+    return ", ".join(f"{name} {_show_size(size)}" for name, size in sizes.items() if size > 0)
+
+
+def _count_bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(own_part(tensor).nbytes for tensor in tensors)
+
+
+def _show_size(size: int) -> str:
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
 
 
 class _SampleLog(AppendFile):
@@ -134,9 +139,9 @@ class _SampleLog(AppendFile):
         """Record the micro-batches of step number `step` (from 1)."""
         row = {
             "step": step,
-            "ids": [number for batch in batches for number in batch["sample_id"].tolist()],
-            "keys": [number for batch in batches for number in batch["key"].tolist()],
-            "hash": hashlib.sha256("".join(hash_tensors(batch) for batch in batches).encode()).hexdigest()[:16],
+            "ids": torch.cat([batch["sample_id"] for batch in batches]).tolist(),
+            "keys": torch.cat([batch["key"] for batch in batches]).tolist(),
+            "hash": sha256_text("".join(hash_tensors(batch) for batch in batches))[:16],
         }
         self.write(json.dumps(row) + "\n")
 
@@ -147,36 +152,39 @@ class _SampleLog(AppendFile):
 class Recorder:
     """Record one run. The run starts `watchdog` and `bar`; `open` opens the files.
 
-    seconds: training time over all resumptions, without evaluations, plots and checkpoints. waited: the part of it
-    spent waiting for data.
+    ends_at: when `loop.minutes` are over, of time.monotonic. stage, samples: what the main thread does, for messages.
     """
 
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
         self.skips = SkipWatch(config.loop.max_skipped_steps)
+        self.clock = Clock()
+        self.ends_at: float | None = None
+        self.stage = "the start"
+        self.samples = "a batch"
         self._device = learner.runtime.device
-        self.log_meter, self.epoch_meter = _Meter(self._device), _Meter(self._device)
-        self._tracking, self._learner = config.tracking, learner
+        self.log_meter = _Meter(self._device)
+        self.epoch_meter = _Meter(self._device)
+        self._tracking = config.tracking
+        self._learner = learner
         self.use_plan(plan)
         self._metrics: MetricsLog | None = None
         self._samples: _SampleLog | None = None
         self._tracker: Tracker | None = None
         self._readings: Callable[[], Mapping[str, float]] = dict
-        self.seconds, self.waited = 0.0, 0.0
-        self._since, self._phase, self._has_stepped = time.perf_counter(), "", False
-        # Step, seconds and waited at the last log; step and seconds at the epoch's start.
-        self._logged, self._epoch = (0, 0.0, 0.0), (0, 0.0)
+        self._step = 0
+        self._logged = Mark()  # the last log
+        self._epoch = Mark()  # the epoch's start
         self._next_plot = time.perf_counter() + _FIRST_PLOT_SEC
-        self.ends_at: float | None = None  # of time.monotonic, by loop.minutes
-        self._step, self._told = 0, -math.inf
-        self.stage, self.samples = "the start", "a batch"  # for error messages
+        self._next_tell = -math.inf
         if self._device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # a notebook may run several in one process
 
     def use_plan(self, plan: Plan) -> None:
         """Record a run of this plan."""
-        self._plan, self.bar = plan, Bar("training", plan.total_steps)
+        self._plan = plan
+        self.bar = Bar("training", plan.total_steps)
 
     # ------------------------------------------------------------------------------------------------- open and close
 
@@ -188,8 +196,8 @@ class Recorder:
         run_config: the tracker's copy of the configuration. None for a complete run, which needs no tracker and keeps
         the row of its last, partial epoch.
         """
-        self._count_time()
-        self._step, self._logged = step, (step, self.seconds, self.waited)
+        self._step = step
+        self._logged = self.clock.mark(step)
         self._readings = train.readings
         if distributed.is_main():
             if run_config is not None:  # first, because W&B reads the rows dropped below
@@ -206,14 +214,19 @@ class Recorder:
         self.skips.open(self.folder, train.path_of, step)
 
     @property
-    def _rows(self) -> list[MetricsLog | _SampleLog]:
+    def rows(self) -> Sequence[Row]:
+        """The rows of metrics so far, on rank 0."""
+        return () if self._metrics is None else self._metrics.rows
+
+    @property
+    def _files(self) -> list[AppendFile]:
         """This rank's open row files."""
-        return [rows for rows in (self._metrics, self._samples) if rows is not None]
+        return [file for file in (self._metrics, self._samples) if file is not None]
 
     def sync(self) -> None:
         """Flush this rank's rows before a checkpoint is published. Any thread may call it."""
-        for rows in self._rows:
-            rows.sync()
+        for file in self._files:
+            file.sync()
 
     def close(self, *, completed_step: int | None = None, failed: bool = False) -> None:
         """Close all files. completed_step: the last step of a complete run; None if the run will be resumed."""
@@ -221,8 +234,8 @@ class Recorder:
             if completed_step is not None:
                 mark_complete(self.folder, completed_step)
             self._tell("failed" if failed else "stopped" if completed_step is None else "finished")
-        for rows in self._rows:
-            rows.close()
+        for file in self._files:
+            file.close()
         if self._tracker is not None:
             stopped = None if completed_step is None else 0
             self._tracker.close(1 if failed else stopped)
@@ -235,30 +248,17 @@ class Recorder:
         self.watchdog.progress(self.stage)
         if batch is not None:
             self.samples = show_samples(batch)
-        self._count_time()
-        self._phase, self._step = name, step
-        if self._metrics is not None and self._since - self._told >= _TELL_SEC:
+        self.clock.enter(name)
+        self._step = step
+        if self._metrics is not None and time.perf_counter() >= self._next_tell:
             self._tell("running")
 
-    def _count_time(self) -> None:
-        """Add the time since the last call to `seconds` and `waited`."""
-        now = time.perf_counter()
-        if self._phase in ("loading", "computing"):
-            self.seconds += now - self._since
-        if self._phase == "loading" and self._has_stepped:  # before the first step, the workers start
-            self.waited += now - self._since
-        self._since = now
-
-    @property
-    def wait_share(self) -> float:
-        """The share of training time spent waiting for data."""
-        return self.waited / max(self.seconds, 1e-9)
-
-    def _rate_since(self, step: int, seconds: float, now: int) -> float:
-        """Return the images per second since `step`, which ended after `seconds`; NaN if no time has passed."""
-        self._count_time()
-        seconds = self.seconds - seconds
-        return (now - step) * self._plan.batch_size / seconds if seconds > 0 else float("nan")
+    def _speed(self, since: Mark, step: int) -> dict[str, float]:
+        """Return the images per second since a moment, the peak memory and the seconds of the run."""
+        now = self.clock.mark(step)
+        seconds = now.seconds - since.seconds
+        rate = (step - since.step) * self._plan.batch_size / seconds if seconds > 0 else float("nan")
+        return {"images_per_sec": rate, "peak_memory_gib": self._peak_gib(), "seconds": now.seconds}
 
     def _peak_gib(self) -> float:
         """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""
@@ -274,13 +274,12 @@ class Recorder:
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
-        if not self._has_stepped:
-            self._has_stepped = True
+        if self.clock.end_step():
             log.info("memory at the first step: %s", show_memory(self._learner))
 
     def _tell(self, state: str) -> None:
         """Write what the run is doing, for who watches it."""
-        self._told = time.perf_counter()
+        self._next_tell = time.perf_counter() + _TELL_SEC
         left = self.bar.left_sec if state == "running" else None
         write_progress(self.folder, state, step=self._step, total_steps=self._plan.total_steps, left_sec=left)
 
@@ -295,13 +294,12 @@ class Recorder:
     def add_report(self, step: int, report: Report, *, draws: bool = True) -> None:
         """Write an evaluation's tables and pictures as files, and send them to the tracker, on rank 0.
 
-        draws: whether those pictures are included that are still to be drawn.
+        draws: also draw the pictures that are functions; else they are left out.
         """
+        drawn = {name: image for name, image in report.images.items() if not callable(image)}
         if draws:
             with self._drawing():
                 drawn = report.draw()
-        else:
-            drawn = {name: image for name, image in report.images.items() if not callable(image)}
         if distributed.is_main():
             with ignore_write_errors(self.folder / "tables"):
                 write_report(self.folder, report.tables, drawn)
@@ -315,24 +313,26 @@ class Recorder:
 
         Raises UserError if too many steps were skipped (`SkipWatch.check`).
         """
-        plan, means = self._plan, self.log_meter.means()  # waits for the device, so the time below includes its work
-        first, seconds, waited = self._logged
-        rate, scheduled = self._rate_since(first, seconds, step), self._scheduled(step)
-        self._logged = (step, self.seconds, self.waited)
-        row = {"epoch": plan.epoch_at(step), **means, **scheduled}
-        row |= {"images_per_sec": rate, "peak_memory_gib": self._peak_gib(), "seconds": self.seconds}
-        readings = {"wait_sec": (self.waited - waited) / max(1, step - first), **self._readings()}
-        self.add_row(step, "train", row | {f"data/{name}": value for name, value in readings.items()})
+        plan = self._plan
+        means = self.log_meter.means()  # waits for the device, so the time below includes its work
+        since = self._logged
+        speed = self._speed(since, step)
+        self._logged = self.clock.mark(step)
+        scheduled = self._scheduled(step)
+        wait = (self._logged.waited - since.waited) / max(1, step - since.step)
+        readings = {f"data/{name}": value for name, value in {"wait_sec": wait, **self._readings()}.items()}
+        self.add_row(step, "train", {"epoch": plan.epoch_at(step), **means, **scheduled, **speed, **readings})
         rates = [f"  {name} {scheduled[name]:.3g}" for name in ("lr", "d") if name in scheduled]
         figures = f"train loss {means['loss']:.4g}{''.join(rates)}"
+        rate = speed["images_per_sec"]
         log.info(
             "step %d/%d (epoch %.4g)  %s  %s images/s  %s left",
             step, plan.total_steps, plan.shown_epoch(step), figures,
             f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(self.bar.left_sec),
         )  # fmt: skip
-        waits = f"  data {self.wait_share:.0%}" if self.wait_share > MUCH_WAITING else ""
-        epochs = f"epoch {plan.shown_epoch(step):g}/{plan.shown_epoch(plan.total_steps):g}"
-        self.bar.advance(step, description=epochs, figures=figures + waits)
+        share = self.clock.wait_share
+        waits = f"  data {share:.0%}" if share > MUCH_WAITING else ""
+        self.bar.advance(step, description=plan.show_epochs(step), figures=figures + waits)
         self._warn_if_late()
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
@@ -352,18 +352,17 @@ class Recorder:
 
     def _scheduled(self, step: int) -> dict[str, float]:
         """Return the rate of update number `step` (from 1), the momentum if it is scheduled, and Prodigy's d."""
-        values, group = self._learner.schedule.at(step - 1), self._learner.optimizer.param_groups[0]
-        figures = {"lr": values.lr, "momentum": values.momentum, "d": group.get("d")}
+        values = self._learner.schedule.at(step - 1)
+        figures = {"lr": values.lr, "momentum": values.momentum, "d": self._learner.optimizer.param_groups[0].get("d")}
         return {name: value for name, value in figures.items() if value is not None}
 
     def end_epoch(self, step: int, epoch: int, last_report: dict[str, float]) -> None:
         """Write the epoch's row. A partial last epoch keeps its sums, so that a longer run can complete the row."""
         is_whole = self._plan.epoch_of(step) > epoch
         means = {f"train/{name}": value for name, value in self.epoch_meter.means(resets=is_whole).items()}
-        speed = {"images_per_sec": self._rate_since(*self._epoch, step), "seconds": self.seconds}
-        speed["peak_memory_gib"] = self._peak_gib()
+        speed = self._speed(self._epoch, step)
         if is_whole:
-            self._epoch = (step, self.seconds)
+            self._epoch = self.clock.mark(step)
         self.add_row(step, "epoch", {"epoch": epoch + 1, **means, **last_report, **self._scheduled(step), **speed})
 
     def may_draw(self, step: int) -> bool:
@@ -396,7 +395,7 @@ class Recorder:
         return {
             "meters": {"log": self.log_meter.state(), "epoch": self.epoch_meter.state()},
             "skipped": self.skips.steps,
-            "clock": (self.seconds, self.waited, self._epoch),
+            "clock": (self.clock.seconds, self.clock.waited, self._epoch),
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
@@ -404,4 +403,5 @@ class Recorder:
         self.log_meter.load(state["meters"]["log"])
         self.epoch_meter.load(state["meters"]["epoch"])
         self.skips.steps = [tuple(skipped) for skipped in state["skipped"]]
-        self.seconds, self.waited, self._epoch = state["clock"]
+        self.clock.seconds, self.clock.waited, epoch = state["clock"]
+        self._epoch = Mark(*epoch)

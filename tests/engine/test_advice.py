@@ -1,44 +1,40 @@
-"""What a finished run says would improve it, from tables and metrics that a test writes."""
+"""What a finished run says would improve it, from the tables of its last evaluation and its metrics."""
 
-import json
+from pathlib import Path
 
 import pytest
 
 from engine.run.advice import advise, rank_correlation
-from utils.record.report import write_table
 
 
-def write_run(folder, recalls, curve=(0.5, 0.5), training=0.5):
-    rows = [
+def ask(recalls, class_images, curve=(0.5, 0.5), training=0.5):
+    classes = [
         {"class": f"c{number}", "samples": 100, "correct": round(100 * recall), "recall": recall}
         for number, recall in enumerate(recalls)
-    ]  # fmt: skip
-    (folder / "tables").mkdir()
-    write_table(folder / "tables" / "classes.csv", rows)
+    ]
     decisions = [
         {"threshold": share / 100, "predicted": 60 - share // 2, "correct": 50 - share // 2} for share in range(100)
     ]
-    write_table(folder / "tables" / "decisions.csv", decisions)
     figures = [{"step": step, "kind": "evaluate", "top1": value} for step, value in enumerate(curve)]
     figures.append({"step": 2, "kind": "epoch", "train/accuracy": training})
-    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in figures))
-    return folder
+    tables = {"classes": classes, "decisions": decisions}
+    images = 100 * len(recalls)
+    return advise(Path("run"), tables, figures, metric="top1", images=images, class_images=class_images)
 
 
-def test_classes_that_lack_images_and_labels_to_check(tmp_path):
-    run = write_run(tmp_path, [0.9, 0.2, 0.8, 0.4, 0.6, 0.7])
-    found, lines = advise(run, "top1", 600, [90, 20, 80, 40, 60, 70])
+def test_classes_that_lack_images_and_labels_to_check():
+    found, lines = ask([0.9, 0.2, 0.8, 0.4, 0.6, 0.7], [90, 20, 80, 40, 60, 70])
     assert [row["class"] for row in found["most_errors"]] == ["c1", "c3", "c4"]
     assert found["most_errors"][0] == {
         "class": "c1", "share_of_errors": pytest.approx(80 / 240), "training_images": 20, "accuracy": 0.2,
     }  # fmt: skip
     assert found["more_images_of"] == ["c1", "c3", "c4"]
     assert (found["sure"], found["labels_to_check"]) == (35, 10)  # the right ones have 0.5 on average
-    assert len(lines) == 4 and "c1, c3, c4" in lines[1] and "evaluate.py" in lines[2] and str(run) in lines[2]
+    assert len(lines) == 4 and "c1, c3, c4" in lines[1] and "evaluate.py run_dir=run" in lines[2]
 
 
-def test_no_class_is_named_without_a_significant_correlation(tmp_path):
-    found, lines = advise(write_run(tmp_path, [0.9, 0.2, 0.8, 0.4, 0.6]), "top1", 500, [90, 70, 20, 40, 60])
+def test_no_class_is_named_without_a_significant_correlation():
+    found, lines = ask([0.9, 0.2, 0.8, 0.4, 0.6], [90, 70, 20, 40, 60])
     low, high = found["rank_interval"]
     assert found["more_images_of"] == [] and low < 0 < high and "chance" in lines[1]
 
@@ -47,18 +43,17 @@ def test_no_class_is_named_without_a_significant_correlation(tmp_path):
     "curve, training, word",
     [((0.4, 0.5), 0.9, "more images"), ((0.4, 0.5), 0.5, "longer run"), ((0.49, 0.5), 0.5, "larger network")],
 )
-def test_longer_or_larger(tmp_path, curve, training, word):
-    assert word in advise(write_run(tmp_path, [0.5, 0.5], curve, training), "top1", 400, [9, 9])[1][-1]
+def test_longer_or_larger(curve, training, word):
+    assert word in ask([0.5] * 4, [9] * 4, curve, training)[1][-1]
 
 
 @pytest.mark.parametrize("counts", [(), (9,)], ids=["a task without classes", "another number of classes"])
-def test_nothing_is_said_without_a_table_that_fits(tmp_path, counts):
-    assert advise(write_run(tmp_path, [0.5, 0.5]), "top1", 400, counts) == ({}, [])
+def test_nothing_is_said_without_a_table_that_fits(counts):
+    assert ask([0.5, 0.5], counts) == ({}, [])
 
 
 def test_a_rank_correlation_needs_five_different_values():
-    assert (
-        rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) is None and rank_correlation([7] * 6, [1, 2, 3, 4, 5, 6]) is None
-    )
+    assert rank_correlation([1, 2, 3, 4], [1, 2, 3, 4]) is None
+    assert rank_correlation([7] * 6, [1, 2, 3, 4, 5, 6]) is None
     value, low, high = rank_correlation([1, 2, 3, 4, 5, 6, 7, 8], [2, 1, 4, 3, 6, 5, 8, 7])
     assert value == pytest.approx(0.9048, abs=1e-4) and 0.4 < low < value < high < 1

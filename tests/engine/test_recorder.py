@@ -5,6 +5,7 @@ What it writes is tested with whole runs, too (test_survival, test_exactness).
 
 import csv
 import json
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -40,7 +41,7 @@ def make_recorder(folder, momentum=None, *overrides):
 def clock(monkeypatch):
     """Return a clock to set, which the recorder and its meters read."""
     now = {"now": 1000.0}
-    monkeypatch.setattr(engine.run.recorder.time, "perf_counter", lambda: now["now"])
+    monkeypatch.setattr(time, "perf_counter", lambda: now["now"])
     return now
 
 
