@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
+from engine.update.batch_size import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
     BatchSize,
@@ -24,6 +25,7 @@ from utils.config.bounds import (
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
 from utils.config.sweep import SweepConfig
+from utils.errors import UserError
 from utils.record.config import TrackingConfig
 
 
@@ -62,6 +64,11 @@ class _LoopConfig(Strict):
     keep_weights_every: Count | None
     max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
+
+    def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
+        """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError (`loop.batch_size`)."""
+        cap = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
+        return split_batch(self.batch_size, world_size, cap, chunk)
 
 
 class MachineConfig(Strict):
@@ -138,6 +145,26 @@ class TrainingConfig(Strict):
         except ConfigError as error:
             raise ValueError(f"{key}: {'; '.join(error.args)}") from error
 
+    def check_fused(self, precision: str, world_size: int) -> None:
+        """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
+        if not getattr(self.optim, "fused_backward", False):
+            return
+        reason = None
+        micro, accum = self.loop.split(1, getattr(self.task, "chunk", None))
+        if world_size > 1:
+            reason = f"{world_size} ranks sum their gradients first: run one process"
+        elif accum > 1:
+            reason = (
+                f"{accum} micro-batches of {micro} add up their gradients first: set loop.batch_size={micro}, or "
+                f"loop.micro_batch_size (and task.chunk of SDXL and its VAE) to {self.loop.batch_size}"
+            )
+        elif self.loop.clip_grad_norm is not None:
+            reason = "loop.clip_grad_norm needs the norm of all gradients: set it to null"
+        elif precision == "fp16":
+            reason = "the loss scale of runtime.precision=fp16 needs all gradients: set bf16"
+        if reason is not None:
+            raise UserError(f"optim.fused_backward: true, but {reason}; or set optim.fused_backward=false")
+
     @model_validator(mode="before")
     @classmethod
     def _search_unless_set(cls, values: Any) -> Any:
@@ -174,11 +201,17 @@ class TrainingConfig(Strict):
             )
         if self.optim.name == "schedulefree":
             wrong = {"schedule.name": self.schedule.name != "constant", "loop.ema_decay": self.loop.ema_decay}
-            for key in (key for key, is_wrong in wrong.items() if is_wrong):
+            key = next((key for key, is_wrong in wrong.items() if is_wrong), None)
+            if key is not None:
                 raise ValueError(
                     f"{key}: optim=schedulefree averages the weights itself, over all steps; set schedule=constant "
                     "(its warm-up counts) and loop.ema_decay=null"
                 )
+        if self.loop.micro_batch_size == "auto" and self.runtime.parallel == "fsdp":
+            raise ValueError(
+                "loop.micro_batch_size: auto does not work with runtime.parallel=fsdp; set a number, or "
+                "runtime.parallel=ddp"
+            )
         if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "

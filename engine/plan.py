@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from engine.config import TrainingConfig
+from engine.task import Streams
 from optim.config import OneCycleConfig
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -77,26 +78,12 @@ class Plan:
         return multiple(step) > multiple(step - 1 if since is None else since) or step == self.total_steps
 
 
-def largest_divisor(count: int, most: int) -> int:
-    """Return the largest divisor of `count` up to `most`."""
-    return next(size for size in range(min(count, most), 0, -1) if count % size == 0)
-
-
-def split_batch(batch_size: int, world_size: int, cap: int, chunk: int | None) -> tuple[int, int]:
-    """Return (micro_batch_size, accum_steps): the largest divisor of a rank's share up to `cap`.
-
-    chunk: samples of one shape that follow each other; a micro-batch is within one chunk.
-    """
-    if batch_size % world_size != 0:
-        below = batch_size // world_size * world_size
-        allowed = ", ".join(str(size) for size in (below, below + world_size) if size > 0)
-        raise UserError(
-            f"loop.batch_size: {batch_size} does not divide by the {world_size} ranks; set it to "
-            f"{allowed}, or change the number of processes"
-        )
-    share = batch_size // world_size
-    micro = largest_divisor(share if chunk is None else math.gcd(share, chunk), cap)
-    return micro, share // micro
+def plan_streams(config: TrainingConfig, streams: Streams, world_size: int) -> Plan:
+    """Return the plan of a run on its streams."""
+    train = streams.train
+    samples = streams.evaluation_samples
+    sizes = {"epoch_length": train.epoch_length, "chunk": train.chunk, "evaluation_samples": samples}
+    return make_plan(config, world_size=world_size, **sizes)
 
 
 def make_plan(
@@ -104,8 +91,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
     loop, size = config.loop, config.loop.batch_size
-    cap = size if loop.micro_batch_size == "auto" else loop.micro_batch_size
-    micro, accum = split_batch(size, world_size, cap, chunk)
+    micro, accum = loop.split(world_size, chunk)
     total = _count_steps(config, epoch_length / size)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     return Plan(

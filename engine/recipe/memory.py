@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from engine.config import TrainingConfig
-from engine.run.start import check_fused
 from engine.task import networks_of
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
 from engine.tasks.kind import Setup
@@ -156,7 +155,7 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
         values[group][name] = value
         try:
             changed = validate(values, type(config))
-            check_fused(changed, precision, world_size)
+            changed.check_fused(precision, world_size)
         except (ConfigError, UserError) as error:  # such as a fused pass with accumulation: the error says what to set
             lines += [f"not {key}: {error}"] * (name == "fused_backward")
             continue

@@ -14,7 +14,7 @@ from time import monotonic
 import torch
 
 from engine.config import TrainingConfig
-from engine.plan import Plan, make_plan
+from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
 from utils.contracts import Batch
@@ -30,9 +30,10 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE, _MOST_UPDATES = 0.02, 50  # of the time for each of two timings of updates, of each of `loop.phases`
-_SLOW = 8  # if fewer updates fill the time of a timing, the second is warm
-_DRAIN = 2  # as a multiple of the batches that workers have read before: a timing waits for them as the run will
+_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
+_MOST_UPDATES = 50  # of a timing
+_SLOW = 8  # with slower updates than so many in a timing, one warm-up update is enough
+_DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
 _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
@@ -43,10 +44,12 @@ def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) 
     overrides: the words of the command. Raises UserError (`loop.minutes`) for a length beside the minutes, for other
     minutes, or for a damaged file.
     """
-    minutes, other = config.loop.minutes, ("loop.total_steps", "loop.total_epochs")
+    minutes = config.loop.minutes
     if minutes is None:
         return config
-    if beside := [word for word in overrides if word.partition("=")[0] in other and not word.endswith("=null")]:
+    lengths = [word for word in overrides if word.startswith(("loop.total_steps=", "loop.total_epochs="))]
+    beside = [word for word in lengths if not word.endswith("=null")]
+    if beside:
         raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
     steps, _ = read_minutes(folder, minutes) or (None, ())
     return _of_length(config, steps)
@@ -62,7 +65,9 @@ def read_minutes(folder: Path, minutes: float) -> tuple[int, list[str]] | None:
         return None
     try:
         found = read_json(file)
-        before, steps, words = float(found["minutes"]), int(found["steps"]), [*map(str, found.get("words", ()))]
+        before = float(found["minutes"])
+        steps = int(found["steps"])
+        words = [str(word) for word in found.get("words", ())]
     except (ValueError, TypeError, KeyError) as error:
         raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
     if before != minutes:
@@ -82,17 +87,17 @@ def fit_minutes(run: Run) -> None:
 
     Raises UserError (`loop.minutes`) if no step fits; warns if no epoch does.
     """
-    minutes, plan, streams, file = run.config.loop.minutes, run.plan, run.streams, run.folder.path / _FILE
+    minutes = run.config.loop.minutes
+    plan = run.plan
+    file = run.folder.path / _FILE
     if minutes is None or file.exists():
         return
 
     def plan_of(steps: int) -> Plan:
-        return make_plan(
-            _of_length(run.config, steps), world_size=plan.world_size, epoch_length=plan.epoch_length,
-            chunk=streams.train.chunk, evaluation_samples=streams.evaluation_samples,
-        )  # fmt: skip
+        return plan_streams(_of_length(run.config, steps), run.streams, plan.world_size)
 
-    step_sec, evaluation_sec = _time_steps(run, _SHARE * 60 * minutes), _time_evaluation(run)
+    step_sec = _time_steps(run, _SHARE * 60 * minutes)
+    evaluation_sec = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - _END_SEC
     epoch = plan.epoch_length // plan.batch_size
@@ -199,7 +204,8 @@ def _time_evaluation(run: Run) -> float:
         return monotonic() - started
 
     seconds(1)
-    first, most = seconds(1), min(batches, _BATCHES)
+    first = seconds(1)
+    most = min(batches, _BATCHES)
     rest = (seconds(most) - first) / (most - 1) if most > 1 else 0.0
     return first + max(0.0, rest) * (batches - 1)
 

@@ -20,7 +20,7 @@ import torch
 from torch import nn
 
 from engine.config import TrainingConfig
-from engine.plan import Plan, make_plan, split_batch
+from engine.plan import Plan, plan_streams
 from engine.run.checkpoint import choose_checkpoint
 from engine.run.length import fit_minutes, use_minutes
 from engine.run.loop import Run
@@ -50,43 +50,17 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     """Start the machine for training. Check the configuration, and that all ranks have the same one."""
     runtime = start_machine(config.runtime)
     world_size = distributed.planned_world_size()
-    split_batch(config.loop.batch_size, world_size, 1, None)
+    config.loop.split(world_size, None)
     check_optimizer(config.optim, config.schedule)
-    check_fused(config, runtime.precision, world_size)
+    config.check_fused(runtime.precision, world_size)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
     distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
-    if config.loop.micro_batch_size == "auto" and config.runtime.parallel == "fsdp" and distributed.is_distributed():
-        raise UserError(
-            "loop.micro_batch_size: auto does not work with runtime.parallel=fsdp on several ranks; set a number"
-        )
     if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))
     distributed.check_same("runtime.precision", runtime.precision)
     return runtime
-
-
-def check_fused(config: TrainingConfig, precision: str, world_size: int) -> None:
-    """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
-    if not getattr(config.optim, "fused_backward", False):
-        return
-    size, chunk, reason = config.loop.batch_size, getattr(config.task, "chunk", None), None
-    cap = size if config.loop.micro_batch_size == "auto" else config.loop.micro_batch_size
-    micro, _ = split_batch(size, 1, cap, chunk)
-    if world_size > 1:
-        reason = f"{world_size} ranks sum their gradients first: run one process"
-    elif size > micro:
-        reason = (
-            f"{size // micro} micro-batches of {micro} add up their gradients first: set "
-            f"loop.batch_size={micro}, or loop.micro_batch_size{' and task.chunk' if chunk else ''} to {size}"
-        )
-    elif config.loop.clip_grad_norm is not None:
-        reason = "loop.clip_grad_norm needs the norm of all gradients: set it to null"
-    elif precision == "fp16":
-        reason = "the loss scale of runtime.precision=fp16 needs all gradients: set bf16"
-    if reason is not None:
-        raise UserError(f"optim.fused_backward: true, but {reason}; or set optim.fused_backward=false")
 
 
 def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
@@ -106,15 +80,9 @@ def build_task(make: Callable[[], AnyTask], config: TrainingConfig) -> AnyTask:
 
 def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job, runtime: Runtime) -> Plan:
     """Return the run's plan, and log the start screen."""
-    train, path = streams.train, default_run_dir(config.model_dump(mode="json"), job)
+    path = default_run_dir(config.model_dump(mode="json"), job)
     config = use_minutes(config, path, job.overrides)
-    plan = make_plan(
-        config,
-        world_size=distributed.planned_world_size(),
-        epoch_length=train.epoch_length,
-        chunk=train.chunk,
-        evaluation_samples=streams.evaluation_samples,
-    )
+    plan = plan_streams(config, streams, distributed.planned_world_size())
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)
     compiles = choose_compile(config.runtime, runtime.device.type, plan.total_steps)
@@ -133,39 +101,48 @@ def _start_screen(
     """Return the start screen. networks: the trained networks."""
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
+    rows = [*streams.described.items(), ("training", _show_length(config, plan, streams))]
+    if plan.phase_ends:
+        phases = zip(plan.phase_ends, config.loop.phases)
+        rows.append(
+            ("phases", "; ".join(f"{each.image_size_hw or each.areas_px} px to step {end}" for end, each in phases))
+        )
+    rows += [
+        ("rate", f"{_show_rate(config, plan)}, {config.optim.name}, schedule {config.schedule.name}"),
+        ("machine", _show_machine(config, plan, runtime)),
+    ]
+    return show_lines(f"{config.task.name}, {config.model.name}, {count:,} parameters{source}", rows)
+
+
+def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
     epoch = f"{plan.epoch_length / plan.batch_size:.4g} steps"
+    if config.loop.minutes is not None and config.loop.total_steps is None:
+        return f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
     steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.batch_size} images each"
-    rate = f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.batch_size} / 256)"
+    evaluation = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
+    if streams.evaluation_samples == 0:
+        stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
+        evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
+    return f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
+
+
+def _show_rate(config: TrainingConfig, plan: Plan) -> str:
     if plan.range_test_steps:
-        rate = "found by a range test before the first update"
-    elif config.optim.lr is not None:
-        rate = f"{plan.lr:.3g} (optim.lr)"
+        return "found by a range test before the first update"
+    if config.optim.lr is not None:
+        return f"{plan.lr:.3g} (optim.lr)"
+    return f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.batch_size} / 256)"
+
+
+def _show_machine(config: TrainingConfig, plan: Plan, runtime: Runtime) -> str:
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
     batches = ""
     if config.loop.micro_batch_size == "auto":
         batches = ", micro-batches as large as memory allows"
     elif plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
-    evaluation = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
-    if streams.evaluation_samples == 0:
-        stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
-        evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
-    training = f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
-    if config.loop.minutes is not None and config.loop.total_steps is None:
-        training = f"as many steps as fit into {config.loop.minutes:g} minutes; an epoch has {epoch}"
-    phases = zip(plan.phase_ends, config.loop.phases or ())
-    sizes = [f"{phase.image_size_hw or phase.areas_px} px to step {end}" for end, phase in phases]
-    machine = f"{runtime.precision}, {torch.get_num_threads()} threads, {runtime.workers} loader workers{batches}"
-    return show_lines(
-        f"{config.task.name}, {config.model.name}, {count:,} parameters{source}",
-        [
-            *streams.described.items(),
-            ("training", training),
-            *([("phases", "; ".join(sizes))] if sizes else []),
-            ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
-            ("machine", f"{ranks}{runtime.device_name}, {machine}"),
-        ],
-    )
+    threads = f"{torch.get_num_threads()} threads, {runtime.workers} loader workers"
+    return f"{ranks}{runtime.device_name}, {runtime.precision}, {threads}{batches}"
 
 
 @contextmanager
@@ -181,7 +158,7 @@ def open_run(
         if is_free(config.runtime):
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
-        learner, recorder, train = run.learner, run.recorder, streams.train
+        learner, recorder = run.learner, run.recorder
         learner.micro_batches.keep_in(folder.path / "micro_batch_size.json", runtime.device_name)
         if config.loop.micro_batch_size == "auto" and distributed.is_distributed():
             for each in streams.in_order:
@@ -193,7 +170,7 @@ def open_run(
         finished = True
         try:
             values = None if run.is_complete else folder.saved_config
-            recorder.open(run.step, train, values, run.owes_evaluation)
+            recorder.open(run.step, streams.train, values, run.owes_evaluation)
             recorder.watchdog.start()
             try:
                 fit_minutes(run)
