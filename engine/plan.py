@@ -90,9 +90,11 @@ def make_plan(
     config: TrainingConfig, *, world_size: int, epoch_length: int, chunk: int | None = None, evaluation_samples: int = 0
 ) -> Plan:
     """Return the plan. evaluation_samples: the number of samples that one evaluation reads."""
-    loop, size = config.loop, config.loop.batch_size
+    loop = config.loop
+    size = loop.batch_size
     micro, accum = loop.split(world_size, chunk)
     total = _count_steps(config, epoch_length / size)
+    epochs = total * size / epoch_length
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     return Plan(
         world_size=world_size,
@@ -103,7 +105,7 @@ def make_plan(
         total_steps=total,
         warmup_steps=_count_warmup(config, epoch_length / size, total),
         lr=_peak_rate(config),
-        evaluate_every_epochs=_evaluate_every(config, total * size / epoch_length, evaluation_samples / epoch_length),
+        evaluate_every_epochs=_evaluate_every(config, epochs, evaluation_samples / epoch_length),
         range_test_steps=_count_test_steps(config, total),
         phase_ends=tuple(round(total * share) for share in shares),
     )

@@ -192,8 +192,8 @@ def networks_of(task: Task, names: Iterable[str]) -> dict[str, nn.Module]:
 @contextmanager
 def visiting(device: torch.device, *networks: nn.Module) -> Iterator[None]:
     """Bring networks without gradients to a device for a while, if they are elsewhere."""
-    tensors = [tensor for network in networks for tensor in (*network.parameters(), *network.buffers())]
-    kept = [(tensor, tensor.data) for tensor in tensors if tensor.device != device]
+    every = nn.ModuleList(networks)
+    kept = [(tensor, tensor.data) for tensor in (*every.parameters(), *every.buffers()) if tensor.device != device]
     for tensor, values in kept:
         tensor.data = values.to(device)
     try:
@@ -226,13 +226,15 @@ def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str,
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:
     """Return a hash of each loaded helper: of its files, or else of its tensors."""
-    fingerprints, files = {}, task.helper_files()
+    fingerprints = {}
+    files = task.helper_files()
     for name, network in networks_of(task, task.helpers).items():
         if name in files:
-            fingerprints[name] = sha256_text("".join(f"{hash_once(path, FILE_HASHES)}\n" for path in files[name]))
+            found = sha256_text("".join(f"{hash_once(path, FILE_HASHES)}\n" for path in files[name]))
         else:
-            fingerprints[name] = hash_tensors(network.state_dict())
-    return {name: fingerprint[:16] for name, fingerprint in fingerprints.items()}
+            found = hash_tensors(network.state_dict())
+        fingerprints[name] = found[:16]
+    return fingerprints
 
 
 @torch.no_grad()

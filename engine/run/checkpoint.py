@@ -103,7 +103,9 @@ class Saver:
     """
 
     def __init__(self, folder: RunFolder, config: TrainingConfig, facts: dict[str, Any]) -> None:
-        self.folder, self._facts, self._loop = folder, facts, config.loop
+        self.folder = folder
+        self._facts = facts
+        self._loop = config.loop
         self._written: Future[None] | None = None
         self._saved_at = time.monotonic()
 
@@ -133,7 +135,8 @@ class Saver:
 
     def _start(self, learner: Learner, tensors: Tensors, state: dict[str, Any], sync: Callable[[], None]) -> None:
         """Wait for the previous write, copy the state and begin to write it."""
-        step, folder = learner.step, self.folder.path
+        step = learner.step
+        folder = self.folder.path
         names = {"weights": "last"} | ({"average_weights": "ema"} if learner.exports_average else {})
         metadata = {group: self._metadata(learner, averaged=name == "ema") for group, name in names.items()}
         self.wait()
@@ -162,7 +165,8 @@ class Saver:
         """Wait for the current write. Its error is logged, or raised if this is the `last` write."""
         if self._written is None:
             return
-        error, self._written = self._written.exception(), None
+        error = self._written.exception()
+        self._written = None
         if error is not None and last:
             raise error
         if error is not None:
@@ -171,7 +175,8 @@ class Saver:
 
     def write_alone(self, learner: Learner, name: str) -> bool:
         """Write the weights that are judged as weights/<name>; on all ranks. Return False if the disk refuses them."""
-        tensors, metadata = learner.exported_tensors(), self._metadata(learner, averaged=learner.exports_average)
+        tensors = learner.exported_tensors()
+        metadata = self._metadata(learner, averaged=learner.exports_average)
         path = self.folder.path / "weights" / name
 
         def write() -> bool:
@@ -186,7 +191,8 @@ class Saver:
 
     def _metadata(self, learner: Learner, *, averaged: bool) -> dict[str, Any]:
         """Return the metadata of a weight file."""
-        return {
+        task = learner.task
+        made = {
             "format": 1,
             "script": self.folder.job.script,
             "task": self.folder.config["task"],
@@ -195,10 +201,9 @@ class Saver:
             "lr": learner.schedule.lr,
             "average": averaged,
             "precision": learner.runtime.precision,
-            **self._facts,
-            **({"origin": learner.task.origin} if learner.task.origin else {}),
-            **learner.task.metadata,
         }
+        origin = {"origin": task.origin} if task.origin else {}
+        return {**made, **self._facts, **origin, **task.metadata}
 
 
 # ------------------------------------------------------------------------------------------------ keeping and removing
@@ -308,7 +313,8 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
     `choose_checkpoint` chooses the checkpoint later, under the folder's lock: an earlier process may still save. Raises
     UserError if the newest one has another recipe. A damaged one is ignored: an earlier one is then chosen.
     """
-    resume, existing = _resume_of(config), list_checkpoints(folder / "checkpoints")
+    resume = _resume_of(config)
+    existing = list_checkpoints(folder / "checkpoints")
     if resume == "auto" and existing:
         try:
             saved = read_state(existing[-1])["config"]
@@ -324,7 +330,8 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
 
     Raises UserError if it cannot be read, or its recipe or length does not fit.
     """
-    resume, existing = _resume_of(config), list_checkpoints(folder / "checkpoints")
+    resume = _resume_of(config)
+    existing = list_checkpoints(folder / "checkpoints")
     if resume == "never" and existing:
         raise UserError(
             f"resume: never was given, but {folder} holds {len(existing)} checkpoints (up to {existing[-1].name}), "

@@ -271,7 +271,8 @@ class Run:
 
     def _is_best(self, report: Report) -> bool:
         """Return whether a report is the best so far, of weights that may be the best."""
-        task, best = self.learner.task, self.best.value
+        task = self.learner.task
+        best = self.best.value
         value = report.scalars.get(task.best_metric, math.nan)
         if not math.isfinite(value) or not self.plan.may_be_best(self.step):
             return False
@@ -410,7 +411,8 @@ class Run:
         folder = self.folder.path
         self._warn_at_end()
         rows: list[tuple[str, str]] = []
-        best, lines = "", []
+        best = ""
+        lines: Sequence[str] = ()
         if self.best.step is not None:
             best = "best_weights.safetensors, "
             rows.append(("best", self._show_best()))

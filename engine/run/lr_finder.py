@@ -37,7 +37,8 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_LOWEST_RATE, _HIGHEST_RATE = 1e-5, 10.0
+_LOWEST_RATE = 1e-5
+_HIGHEST_RATE = 10.0
 _WIDTH = 9  # losses per mean
 _RISE = 0.25  # as a share of the fall before
 _NOISE = 3.0  # least fall and rise, in standard deviations of a mean
@@ -68,9 +69,10 @@ def suggest(curve: _Curve, *, adaptive: bool) -> tuple[float | None, str]:
         return None, f"the loss diverged after {count} updates"
     # Estimate the noise of a mean from the differences of successive losses at low rates.
     noise = _NOISE * float(np.std(np.diff(curve.losses[: max(_WIDTH, count // 3)]))) / math.sqrt(2 * _WIDTH)
-    smoothed, first = curve.smoothed, float(np.median(curve.losses[: 2 * _WIDTH]))
-    lowest = np.minimum.accumulate(smoothed)
-    falls, rises = first - lowest, smoothed - lowest
+    first = float(np.median(curve.losses[: 2 * _WIDTH]))
+    lowest = np.minimum.accumulate(curve.smoothed)
+    falls = first - lowest
+    rises = curve.smoothed - lowest
     if falls[-1] <= noise:
         return None, f"the loss does not fall by more than its noise (from {first:.4g} to {lowest[-1]:.4g})"
     edges = np.flatnonzero((falls > noise) & (rises > np.maximum(_RISE * falls, noise)))
@@ -87,7 +89,8 @@ def undone(learner: Learner) -> Iterator[None]:
     """Undo all updates made inside the context, bit for bit. Averages are not updated. Copies are in host memory."""
     parts = map(sharded.own_part, checkpointed_state(learner.task).values())
     tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in parts]
-    optimizer, device = copy.deepcopy(learner.optimizer.state_dict()), learner.runtime.device
+    optimizer = copy.deepcopy(learner.optimizer.state_dict())
+    device = learner.runtime.device
     others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
     learner.averages = None
     try:
@@ -113,7 +116,10 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
 
     The test ends when the loss is not finite or has doubled. Groups frozen only at first (`optim.rules`) are trained.
     """
-    curve, skipped, steps, decay = _Curve(), 0, plan.range_test_steps, learner.schedule.at(0).weight_decay
+    curve = _Curve()
+    skipped = 0
+    steps = plan.range_test_steps
+    decay = learner.schedule.at(0).weight_decay
     for group in learner.optimizer.param_groups:
         if group["freeze_steps"] < plan.total_steps:
             group["freeze_steps"] = 0
@@ -161,13 +167,16 @@ def find_lr(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan, re
 def _write(folder: Path, curve: _Curve, about: dict[str, Any]) -> None:
     from utils.record.plots import plot_range_test  # imports matplotlib
 
-    smoothed, rate, count = curve.smoothed.tolist(), about["taken"], len(curve.losses)
-    file, picture = folder / "lr_finder.json", folder / "plots/lr_finder_plot.png"
+    smoothed = curve.smoothed.tolist()
+    file = folder / "lr_finder.json"
     with ignore_write_errors(file):
         write_json(file, {**about, **asdict(curve), "smoothed": smoothed})
-    if count > 0:
-        outcome = "no answer" if rate is None else f"takes {rate:.3g}"
-        title = f"{folder.resolve().name}: range test, {count} updates, {outcome}"
-        with ignore_write_errors(picture):
-            plot_range_test(curve.rates, (curve.losses, smoothed), rate, title, picture)
-        log.info("lr_finder: see %s", picture)
+    if not curve.losses:
+        return
+    rate = about["taken"]
+    outcome = "no answer" if rate is None else f"takes {rate:.3g}"
+    title = f"{folder.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"
+    picture = folder / "plots/lr_finder_plot.png"
+    with ignore_write_errors(picture):
+        plot_range_test(curve.rates, (curve.losses, smoothed), rate, title, picture)
+    log.info("lr_finder: see %s", picture)

@@ -90,7 +90,8 @@ def show_memory(learner: Learner) -> str:
     Gradients count as in the backward pass; a fused one has one at a time. On a GPU, `activations` is the peak without
     the other parts.
     """
-    task, device = learner.task, learner.runtime.device
+    task = learner.task
+    device = learner.runtime.device
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
     states = [value for state in learner.optimizer.state.values() for value in state.values()]
     helpers = networks_of(task, task.helpers).values()
@@ -137,13 +138,10 @@ class _SampleLog(AppendFile):
 
     def add(self, step: int, batches: Sequence[Batch]) -> None:
         """Record the micro-batches of step number `step` (from 1)."""
-        row = {
-            "step": step,
-            "ids": torch.cat([batch["sample_id"] for batch in batches]).tolist(),
-            "keys": torch.cat([batch["key"] for batch in batches]).tolist(),
-            "hash": sha256_text("".join(hash_tensors(batch) for batch in batches))[:16],
-        }
-        self.write(json.dumps(row) + "\n")
+        ids = torch.cat([batch["sample_id"] for batch in batches]).tolist()
+        keys = torch.cat([batch["key"] for batch in batches]).tolist()
+        digest = sha256_text("".join(hash_tensors(batch) for batch in batches))[:16]
+        self.write(json.dumps({"step": step, "ids": ids, "keys": keys, "hash": digest}) + "\n")
 
 
 # ------------------------------------------------------------------------------------------------------------ recorder

@@ -10,7 +10,8 @@ from utils import rng
 from utils.record.figures import INK
 from utils.record.pictures import Line, image_grid, wrap
 
-_SAMPLES, _LINES = 24, 12  # lines of a text
+_SAMPLES = 24
+_LINES = 12  # of a text
 
 
 def draw_seen(task: Task, streams: Streams, plan: Plan, config: TrainingConfig) -> np.ndarray:

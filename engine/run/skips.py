@@ -37,18 +37,18 @@ _REASONS = {
 
 def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int], list[int]]:
     """Return the ids of this rank's samples with a loss that is not finite, and the ids of all its samples."""
-    bad, every = [], []
-    for batch, loss in zip(batches, result.losses):
-        bad += batch["sample_id"][~torch.isfinite(loss) & (batch["weight"] > 0)].tolist()
-        every += batch["sample_id"].tolist()
-    return bad, every
+    every = torch.cat([batch["sample_id"] for batch in batches])
+    weight = torch.cat([batch["weight"] for batch in batches])
+    bad = every[~torch.isfinite(torch.cat(list(result.losses))) & (weight > 0)] if result.losses else every[:0]
+    return bad.tolist(), every.tolist()
 
 
 class SkipWatch:
     """Count skipped steps. steps: (number from 1, cause) of each one among the last WINDOW_STEPS."""
 
     def __init__(self, limit: int | None) -> None:
-        self.limit, self.steps = limit, list[tuple[int, str]]()
+        self.limit = limit
+        self.steps: list[tuple[int, str]] = []
         self._unread: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
         self._path_of: Callable[[int], str] = str
         self._path: Path | None = None
@@ -79,7 +79,8 @@ class SkipWatch:
         self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
         if not skipped:
             return
-        every, rows = distributed.gather_objects([ids for _, _, ids in skipped]), []
+        every = distributed.gather_objects([ids for _, _, ids in skipped])
+        rows = []
         for index, (number, weight, _) in enumerate(skipped):
             ranks = [rank for rank, ids in enumerate(every) if ids[index][0]]
             what = "loss" if ranks else "weight" if weight == 0 else "gradient"

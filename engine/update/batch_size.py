@@ -72,7 +72,8 @@ class MicroBatches:
 
     def keep_in(self, file: Path, device: str) -> None:
         """Write halved sizes to a file of the run, and take the size that an earlier start found on an equal device."""
-        self._file, self._device = file, device
+        self._file = file
+        self._device = device
         if self._may_halve:
             self.size = distributed.rank_zero_call(lambda: read_size(file, self.size, device))
 

@@ -102,7 +102,8 @@ def _shard(task: Task, runtime: Runtime, compiles: bool) -> Task:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
 
-    total, units = sum(parameter.nbytes for parameter in task.parameters()), find_units(task)
+    total = sum(parameter.nbytes for parameter in task.parameters())
+    units = find_units(task)
     # Helpers outside units stay whole: the task's own unit stays gathered for the whole forward and backward pass.
     helpers = networks_of(task, task.helpers).values()
     whole = {parameter for network in helpers for parameter in network.parameters()}
@@ -140,7 +141,8 @@ def take_gradients(parameters: Sequence[nn.Parameter]) -> list[Tensor]:
     for part in parameters:
         if isinstance(part, Part) and part.whole.grad is not None:
             assert part.data_ptr() == sharded.own_part(part.whole).data_ptr(), "the rows have moved"
-            part.grad, part.whole.grad = part.whole.grad.to_local(), None
+            part.grad = part.whole.grad.to_local()
+            part.whole.grad = None
     return [parameter.grad for parameter in parameters if parameter.grad is not None]
 
 

@@ -122,16 +122,24 @@ def choose_trained(config: MachineConfig, precision: str | None) -> Runtime:
     return choose_runtime(config)
 
 
+def _leave_cores() -> None:
+    """Use fewer threads if other processes are busy."""
+    others = round(cores_of_others())
+    if others:
+        torch.set_num_threads(max(1, torch.get_num_threads() - others))
+        log.info("runtime.threads: %d, because other processes use %d cores", torch.get_num_threads(), others)
+
+
 def choose_runtime(config: MachineConfig) -> Runtime:
     """Set threads and determinism, and return the settings. Raises UserError for what this machine cannot do."""
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif device == "cpu" and is_free(config) and (others := round(cores_of_others())):
-        torch.set_num_threads(max(1, torch.get_num_threads() - others))
-        log.info("runtime.threads: %d, because other processes use %d cores", torch.get_num_threads(), others)
+    elif device == "cpu" and is_free(config):
+        _leave_cores()
     _set_backends(config, device)
-    precision, channels_last = choose_precision(config.precision, device), config.channels_last
+    precision = choose_precision(config.precision, device)
+    channels_last = config.channels_last
     if channels_last == "auto":  # figures of a CPU: docs/benchmarks.md
         channels_last = device == "cuda" or precision == "bf16"
     return Runtime(

@@ -40,8 +40,8 @@ class StepResult:
 
     def clone(self) -> "StepResult":
         """Return a copy, which the next replay of a graph does not overwrite."""
-        figures, applied, weight = self.figures.clone(), self.applied.clone(), self.weight.clone()
-        return StepResult(self.names, figures, applied, weight, [each.clone() for each in self.losses])
+        losses = [each.clone() for each in self.losses]
+        return StepResult(self.names, self.figures.clone(), self.applied.clone(), self.weight.clone(), losses)
 
 
 def forward_backward(
