@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
-from engine.update.batch_size import split_batch
+from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
     BatchSize,

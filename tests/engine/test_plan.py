@@ -9,7 +9,7 @@ from pydantic import TypeAdapter
 
 from engine.config import _LoopConfig
 from engine.plan import Plan, make_plan
-from engine.update.batch_size import split_batch
+from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.help import read_values
 from utils.errors import UserError
