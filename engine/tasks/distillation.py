@@ -229,11 +229,6 @@ class DistillationKind(Kind):
     config, task = DistillationTaskConfig, DistillationTask
     output, network = "features", "student.network"
 
-    def write(self, folder: Path, setup: Setup) -> None:
-        """Write the files of the student's kind."""
-        kind, student = find_student(setup)
-        kind.write(folder, student)
-
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the teacher, the names of its outputs if the student learns them, and whether `val` has labels."""
         task = config.task
