@@ -4,7 +4,6 @@ import re
 import subprocess
 import time
 from collections.abc import Sequence
-from contextlib import suppress
 from pathlib import Path
 
 from utils.errors import EXIT_CRASH, EXIT_INTERRUPTED
@@ -44,9 +43,13 @@ def list_active(jobs: Sequence[str]) -> dict[str, str]:
 
     jobs: one job, or the members NUMBER_INDEX of one array.
     """
-    number = f"--jobs={jobs[0].partition('_')[0]}"
-    found = (line.split("|", 2) for line in ask("squeue", "-h", "--array", number, "--format=%i|%T|%r").splitlines())
-    return {job: f"{state} ({reason})" if state == "PENDING" else state for job, state, reason in found if job in jobs}
+    number = jobs[0].partition("_")[0]
+    active = {}
+    for line in ask("squeue", "-h", "--array", f"--jobs={number}", "--format=%i|%T|%r").splitlines():
+        job, state, reason = line.split("|", 2)
+        if job in jobs:
+            active[job] = f"{state} ({reason})" if state == "PENDING" else state
+    return active
 
 
 def wait_for(ids: Sequence[str], folder: Path) -> int:
@@ -63,8 +66,9 @@ def wait_for(ids: Sequence[str], folder: Path) -> int:
                 active = list_active(ids)
             except NoAnswer as error:
                 log.warning("SLURM does not answer (%s); retrying", error)
-            for job in [job for job, state in active.items() if before.get(job, "") != state]:
-                log.info("job %s: %s", job, active[job])
+            for job, state in active.items():
+                if before.get(job, "") != state:
+                    log.info("job %s: %s", job, state)
             before |= active
     except KeyboardInterrupt:
         log.warning("the jobs continue unwatched; end them with scancel %s", ids[0].partition("_")[0])
@@ -74,14 +78,11 @@ def wait_for(ids: Sequence[str], folder: Path) -> int:
 
 def _end_of(job: str, file: Path) -> int:
     """Return a job's exit status: the script's, or 1 if SLURM ended the job."""
-    state = "UNKNOWN"
     until = time.monotonic() + _FILES_SEC
-    with suppress(NoAnswer):
-        state = job_state(job)
-    while not file.exists() and state in ("COMPLETED", "FAILED", "UNKNOWN") and time.monotonic() < until:
+    while not file.exists() and time.monotonic() < until:
         time.sleep(0.5)
     if not file.exists():
-        log.error("job %s has ended as %s before its script did", job, state)
+        log.error("SLURM has ended job %s before its script did; `scontrol show job %s` tells why", job, job)
         return EXIT_CRASH
     end = read_json(file)
     log.info("job %s has ended with status %d, after %d restarts", job, end["status"], end["restarts"])

@@ -100,8 +100,7 @@ def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:
         raise UserError("sweep.trials: a search needs the results of the jobs before; run it without SLURM's array")
     jobs = list(sweep.jobs())
     left = [list(job.words) for job in jobs if not job.is_complete]
-    if len(left) < len(jobs):
-        log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
+    log.info("%d of the %d jobs are complete already", len(jobs) - len(left), len(jobs))
     return Path(sweep.base).name, left
 
 
@@ -109,9 +108,10 @@ def check_script(launch: LaunchConfig, words: list[str]) -> None:
     """Run the script with dry_run=true and the job's number of ranks. Raises SystemExit with its status on failure."""
     command = [sys.executable, str(ROOT / f"{launch.script}.py"), *words, "dry_run=true"]
     log.info("checking: %s", " ".join(command[1:]))
-    job = {RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
-    job |= {GPUS_VARIABLE: "1"} if launch.gpus_per_node else {}
-    done = subprocess.run(command, env={**os.environ, **job}, capture_output=True, text=True)
+    environment = {**os.environ, RANKS_VARIABLE: str(launch.nodes * launch.ranks_on_node)}
+    if launch.gpus_per_node:
+        environment[GPUS_VARIABLE] = "1"
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
     if done.returncode != EXIT_OK:
         sys.stderr.write(done.stderr)
         log.error("nothing is queued: the dry run of %s.py failed", launch.script)
@@ -141,17 +141,17 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
     python = shlex.quote(launch.python or sys.executable)
     # In this folder, Python finds the job's copy of the code first.
     options = {"chdir": str(folder / "code"), "requeue": True} | read_options(launch)
-    size = {"nodes": launch.nodes, "ntasks_per_node": launch.ranks_on_node, "time": launch.time_min}
     srun = ["--kill-on-bad-exit=1"]
-    if launch.gpus_per_node:
-        size["gpus_per_node"] = launch.gpus_per_node
     if launch.cpus_per_rank is not None:
-        size["cpus_per_task"] = launch.cpus_per_rank
         srun.append(f"--cpus-per-task={launch.cpus_per_rank}")  # srun of SLURM 22.05 to 23.02 does not inherit it
     executor = _Executor(folder / "logs", python=python)
     executor.update_parameters(
-        **size,
         job_name=launch.script,
+        nodes=launch.nodes,
+        ntasks_per_node=launch.ranks_on_node,
+        gpus_per_node=launch.gpus_per_node or None,
+        cpus_per_task=launch.cpus_per_rank,
+        time=launch.time_min,
         signal_delay_s=launch.stop_before_end_sec,
         setup=[*launch.setup, "trap : TERM USR1 USR2  # the tasks save; this script continues after them"],
         teardown=[f"{python} -m submit.job {shlex.quote(str(folder))} $?"],

@@ -90,4 +90,4 @@ def test_scancel_is_an_end(cluster, start):
     submission = start(step=20)
     ask(cluster, "scancel", submission.job)
     output = submission.wait_for(1)
-    assert f"job {submission.job} has ended as CANCELLED" in output and ask(cluster, "squeue", "-h") == ""
+    assert f"SLURM has ended job {submission.job} " in output and ask(cluster, "squeue", "-h") == ""

@@ -137,7 +137,7 @@ def test_no_slurm_is_said(tmp_path, monkeypatch):
 
 def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd):
     """A controller that is restarted for a moment is no end of a job."""
-    answers = iter([(1, "down"), (0, "7|RUNNING|None"), (1, "down"), (0, ""), (0, "JobId=7 JobState=COMPLETED")])
+    answers = iter([(1, "down"), (0, "7|RUNNING|None"), (1, "down"), (0, "")])
     (tmp_path / "end_0.json").write_text(json.dumps({"status": 0, "restarts": 1}))
 
     def ask(*_, **__):
