@@ -47,7 +47,6 @@ class _LoopConfig(Strict):
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     batch_size: BatchSize
     micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
-    on_out_of_memory: Literal["halve", "stop"]  # halve: repeat the update with smaller micro-batches
     sampling: Literal["shuffled", "blocks", "balanced"]
     find: TermsText | None  # training images, by the terms of data/collection/search.py
     per_class: Count | Share | None
@@ -102,7 +101,6 @@ class _LRFinderConfig(Strict):
     enabled: bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
     max_share: Share  # the test is skipped if its steps are a larger share of the run's
-    only: bool  # end after the test
 
 
 class TrainingConfig(Strict):
@@ -192,8 +190,6 @@ class TrainingConfig(Strict):
                 f"init_weights: ema, but init_from={self.init_from} has no averaged weights; set "
                 "init_from=RUN_OR_FILE, or init_weights=model"
             )
-        if self.lr_finder.only and not self.lr_finder.enabled:
-            raise ValueError("lr_finder.only: true needs lr_finder.enabled=true; set it, or lr_finder.only=false")
         if self.lr_finder.enabled and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "

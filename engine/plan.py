@@ -161,7 +161,7 @@ def _count_test_steps(config: TrainingConfig, total: int) -> int:
     finder = config.lr_finder
     if not finder.enabled:
         return 0
-    if finder.only or finder.steps <= finder.max_share * total:
+    if finder.steps <= finder.max_share * total:
         return finder.steps
     log.warning(
         "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",

@@ -70,8 +70,8 @@ def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) ->
     loop = config.loop
     if loop.count is not None:
         raise UserError(f"curve: loop.count={loop.count} is not of each class; set loop.per_class")
-    if loop.total_steps == 0 or config.lr_finder.only:
-        raise UserError("curve: trains three runs; remove loop.total_steps=0 and lr_finder.only=true")
+    if loop.total_steps == 0:
+        raise UserError("curve: trains three runs; remove loop.total_steps=0")
     kind, collection = KINDS[config.task.name], load_collection(config.data)
     if len(collection.rows("val")) == 0:
         raise UserError(f"curve: {collection.root} has no validation images; set data.validation_fraction")

@@ -143,9 +143,6 @@ class Run:
                 rate = find_lr(self.learner, batches, plan, self.recorder)
             if rate is not None:
                 self.use_lr(rate)
-        if self.config.lr_finder.only:
-            log.info("lr_finder.only: ends at step %d; without it, the same command trains", self.step)
-            return
         if plan.total_steps == 0:
             self.evaluate()
             self.save(last=True)

@@ -39,10 +39,10 @@ def out_of_memory(stage: str, samples: str) -> UserError:
 class MicroBatches:
     """The largest micro-batch, `size`, which is halved when it does not fit.
 
-    may_halve: `loop.on_out_of_memory=halve`, for updates that can be repeated.
+    may_halve: false for a fused backward pass, which cannot be repeated: it has updated parameters.
     """
 
-    def __init__(self, size: int, *, may_halve: bool) -> None:
+    def __init__(self, size: int, *, may_halve: bool = True) -> None:
         self.size = size
         self._may_halve = may_halve
         self._file: Path | None = None
@@ -65,7 +65,7 @@ class MicroBatches:
         return parts
 
     def halve(self, part: Batch) -> None:
-        """Halve the size after `part` ran out of memory. Raises UserError for one sample or `stop`."""
+        """Halve the size after `part` ran out of memory. Raises UserError for one sample, or if it must not be."""
         samples = len(part["weight"])
         if samples == 1 or not self._may_halve:
             raise out_of_memory("training", show_samples(part))

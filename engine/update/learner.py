@@ -68,8 +68,7 @@ class Learner:
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
-        may_halve = config.loop.on_out_of_memory == "halve" and self.fused is None  # which updates parameters meanwhile
-        self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
+        self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=self.fused is None)
         self.scale = first_scale(runtime)
         self.graphs = self.record_updates() if self._may_record() else None
         self.averages: Averages | None = None

@@ -180,7 +180,6 @@ def run_all(recorder, folder, monkeypatch):
 # Read from the dumped values, not through an attribute: proved below.
 PROVED = {
     "TrainingConfig.run_dir",
-    "_LoopConfig.on_out_of_memory",  # after such an error: tests/engine/test_batch_size.py
     *(f"CategoryThresholds.{name}" for name in CATEGORIES),  # tests/test_predict_tags.py
     *(f"MovedBase.{name}" for name in ("path", "vae")),  # of every evaluation: tests/engine/test_diffusion_exports.py
     *(

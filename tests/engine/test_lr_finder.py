@@ -195,15 +195,6 @@ def found_by(run_dir):
     return json.loads((run_dir / "lr_finder.json").read_text())
 
 
-def test_only_the_test(searched):
-    folder, base = searched
-    run("finetune", [*base, *SEARCH, f"run_dir={folder}/only", "lr_finder.only=true"], folder)
-    assert found_by(folder / "only")["taken"] == found_by(folder / "run")["taken"]
-    assert not any((folder / "only" / name).exists() for name in ("complete.json", "weights/last_weights.safetensors"))
-    with pytest.raises(ConfigError, match="lr_finder.only: .*enabled=true"):
-        configure("finetune", [*TINY, "data.root=images", "lr_finder.only=true"])
-
-
 def test_the_run_equals_one_whose_rate_was_given(searched):
     """The test before it leaves no trace, and its rate is the peak of the schedule; file and picture say why."""
     folder, base = searched

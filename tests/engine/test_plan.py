@@ -25,7 +25,7 @@ def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim
         loop=_LoopConfig.model_validate(read("loop", "default", **loop)),
         optim=TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
         schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", "cosine", **(warmup or {}))),
-        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100, "max_share": 0.1, "only": False} | (finder or {})),
+        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100, "max_share": 0.1} | (finder or {})),
     )
     sizes = {"world_size": world_size, "epoch_length": epoch_length, "evaluation_samples": evaluation_samples}
     return make_plan(config, **sizes)

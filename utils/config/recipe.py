@@ -28,12 +28,10 @@ FREE_KEYS = (
     "loop.total_*",
     "loop.early_stop_epochs",
     "loop.micro_batch_size",
-    "loop.on_out_of_memory",
     "loop.*_every*",
     "loop.keep_checkpoints",
     "loop.max_skipped_steps",
     "task.probe.*",
-    "lr_finder.only",
     "optim.fused_backward",  # changes no bit
 )
 
