@@ -95,7 +95,10 @@ def make_plan(
     micro, accum = loop.split(world_size, chunk)
     total = _count_steps(config, epoch_length / size)
     epochs = total * size / epoch_length
+    warmup = _count_warmup(config, epoch_length / size, total)
+    every = _evaluate_every(config, epochs, evaluation_samples / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
+    ends = tuple(round(total * share) for share in shares)
     return Plan(
         world_size=world_size,
         batch_size=size,
@@ -103,11 +106,11 @@ def make_plan(
         accum_steps=accum,
         epoch_length=epoch_length,
         total_steps=total,
-        warmup_steps=_count_warmup(config, epoch_length / size, total),
+        warmup_steps=warmup,
         lr=_peak_rate(config),
-        evaluate_every_epochs=_evaluate_every(config, epochs, evaluation_samples / epoch_length),
+        evaluate_every_epochs=every,
         range_test_steps=_count_test_steps(config, total),
-        phase_ends=tuple(round(total * share) for share in shares),
+        phase_ends=ends,
     )
 
 
