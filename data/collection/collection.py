@@ -21,7 +21,7 @@ from data.collection.concepts import CONCEPT, ConceptConfig, count_positions, re
 from data.collection.split import FINGERPRINTS, count_twins, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, list_faults, refuse_faults
-from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, count_values, hash_table, show_some
+from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, TYPES, count_values, hash_table, show_some
 from data.layouts.unused import Unused, say_unused
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
@@ -214,8 +214,10 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
     if len(train) < 2:
+        further = [name for name in collection.table.column_names if name not in TYPES]
+        others = f", and the manifest has no column label, but {', '.join(further)}" if further and not train else ""
         raise UserError(
-            f"data.root: {root!r} has {len(train)} classes in its training split ({known}); classification "
+            f"data.root: {root!r} has {len(train)} classes in its training split ({known}){others}; classification "
             "needs two. Set data.root to a folder with one sub-folder per class (or with train/ and val/ that contain "
             "them), or add a manifest.csv with the columns path and label"
         )

@@ -17,11 +17,11 @@ from pydantic import model_validator
 from data.collection.split import assign_validation
 from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import REPEATS
-from data.layouts.manifest import find_one
 from data.layouts.names import CORRECTIONS, CSV, JSONL, PARQUET, POSTS, is_image_name, is_passed_over
 from data.layouts.recognise import recognise
 from data.layouts.remote import is_remote
 from data.layouts.table import PLACES, build_table, replace_column
+from data.layouts.tables import find_one
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root, list_folder
 from utils.config.bounds import Count, Fraction, Positive

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.collection.split import FINGERPRINTS, lead_rows
-from data.layouts.records import FIELDS
+from data.layouts.sidecars import FIELDS
 from data.layouts.table import TAG_LISTS, count_values
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, parse_tag

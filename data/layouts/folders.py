@@ -2,24 +2,19 @@
 
 Layouts: class folders with splits (root/train/<class>/**/x.jpg, root/val/<class>/...) or without (root/<class>/x.jpg),
 and flat folders (root/x.jpg, root/train/x.jpg). Any image may have sidecars beside it (sidecars.py), and
-kohya's metadata at the root take precedence over them (kohya.py). With a table of posts at the root, the image of a
-post is named by its id or md5, in any folder and any format. Masks of images, hidden names and what systems put
-beside pictures are passed over; links are followed.
+tables (metadata.py) take precedence over them. Masks of images, hidden names and what systems put beside pictures are
+passed over; links are followed.
 """
 
 import itertools
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from data.layouts.huggingface import read_tables
-from data.layouts.kohya import read_metadata
-from data.layouts.manifest import find_one
+from data.layouts.metadata import read_metadata, read_posts, read_tables
 from data.layouts.names import (
     IMAGE_SUFFIXES,
     PARQUET,
@@ -30,13 +25,12 @@ from data.layouts.names import (
     is_mask_name,
     is_table,
 )
-from data.layouts.records import Sidecar, is_field, parse_record
-from data.layouts.sidecars import pair_sidecars, read_lines, read_sidecars, refuse_link_out
+from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
 from data.layouts.table import SPLIT_NAMES, build_table
+from data.layouts.tables import find_one
 from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import walk_folders
-from utils.errors import UserError, about
-from utils.io.files import readable
+from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
@@ -61,7 +55,8 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         )
     if (file := find_one(root, POSTS)) is not None:
         unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
-        return _read_posts(root, file, images, unused)
+        posts = read_posts(root, file, images, unused)
+        return _build_rows({path: images[path] for path in posts}, ["train"] * len(posts), list(posts.values()))
     splits, labels = _place_images(root, list(images))
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
@@ -79,10 +74,10 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     if any(labels) and (stated := sum(record.label is not None for record in records)):
         log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
-    return build_rows(images, splits, _add_labels(list(images), labels, records))
+    return _build_rows(images, splits, _add_labels(list(images), labels, records))
 
 
-def build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
+def _build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
     """Build a table of images from their sizes in bytes by path, their splits and their sidecars."""
     fields = dict(zip(Sidecar._fields, zip(*sidecars)))
     return build_table({"path": list(images), "size": list(images.values()), "split": splits, **fields})
@@ -169,34 +164,3 @@ def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidec
         return [Sidecar(label=label).updated(sidecar) for label, sidecar in zip(labels, sidecars)]
     log.info("data.root: images are posts with an id or a hash; folders such as %r are no classes", labels[0])
     return [sidecar._replace(id=number) for sidecar, number in zip(sidecars, ids)]
-
-
-def _read_posts(root: Path, file: Path, images: Mapping[str, int], unused: Unused) -> pa.Table:
-    """Read the posts with an image. Raises UserError if no post has one."""
-    refuse_link_out(root, file)
-    by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in sorted(images)}
-    sidecars: dict[str, Sidecar] = {}
-    count = 0
-    for where, post in _iterate_posts(file):
-        count += 1
-        names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
-        path = next((by_name[name] for name in names if name in by_name), None)
-        if path is not None and path not in sidecars:
-            sidecars[path] = parse_record(where, post)
-    if not sidecars:
-        raise UserError(
-            f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
-        )
-    log.info("%s: %s of %s posts have an image", file.name, f"{len(sidecars):,}", f"{count:,}")
-    unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
-    return build_rows({path: images[path] for path in sidecars}, ["train"] * len(sidecars), list(sidecars.values()))
-
-
-def _iterate_posts(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each post with its position, for messages."""
-    if file.suffix == ".jsonl":
-        yield from read_lines(file)
-        return
-    with about("data.root"), readable(file, file.suffix), pq.ParquetFile(file) as parquet:
-        for batch in parquet.iter_batches(columns=[*filter(is_field, parquet.schema_arrow.names)]):
-            yield from ((f"a post of {str(file)!r}", post) for post in batch.to_pylist())

@@ -7,13 +7,11 @@ byte ranges of shards, and `path` is only a name.
 
 import functools
 import itertools
-import json
 import os
 import stat
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -21,13 +19,14 @@ import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.names import MANIFESTS, PARQUET
-from data.layouts.sidecars import read_lines
-from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column
-from data.layouts.unused import Unused
-from utils.errors import UserError, about
-from utils.formats.spelling import split_tags
-from utils.io.files import output_errors, readable, write_atomically
+from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar, is_table
+from data.layouts.sidecars import pair_sidecars
+from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column, show_some
+from data.layouts.tables import OTHER_NAMES, find_one, name_columns, read_columns
+from data.layouts.unused import OTHERS, Unused
+from data.layouts.walk import walk_folders
+from utils.errors import UserError
+from utils.io.files import output_errors, write_atomically
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
@@ -36,21 +35,13 @@ log = get_logger(__name__)
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # a user states these for us
+_COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PART = 512  # files per task of a thread, and cached folders
 
 
 def find_manifest(root: Path) -> Path | None:
     """Return the manifest of the root, or None. Raises UserError if there are two."""
     return find_one(root, MANIFESTS)
-
-
-def find_one(root: Path, names: Iterable[str]) -> Path | None:
-    """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
-    files = [root / name for name in names if (root / name).exists()]
-    if len(files) > 1:
-        names = " and ".join(file.name for file in files)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
-    return files[0] if files else None
 
 
 def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
@@ -92,81 +83,28 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
     table = read_columns(file)
-    if len(set(table.column_names)) < table.num_columns or "path" not in table.column_names:
+    names = {OTHER_NAMES.get(name, name) for name in table.column_names}
+    if len(set(table.column_names)) < table.num_columns or "path" not in names:
         raise UserError(
             f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; it needs path, and may have "
             f"{', '.join(SCHEMA.names)}, each once"
         )
     columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
-    for name in table.column_names:
+    for name, field in name_columns(table).items():
         try:
-            columns[name] = _cast(name, table[name])
+            columns[field] = _cast(field, table[name])
         except pa.ArrowException as error:
             where = f"column {name!r} of {str(file)!r} is {table[name].type} ({error})"
-            if name in _ASKED:
-                raise UserError(f"data.root: {where}; write {TYPES[name]}") from error
+            if field in _ASKED:
+                raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
             unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
-    for row in np.flatnonzero(columns["path"].is_null().to_numpy()).tolist():
+    if columns["path"].null_count:
+        row = pc.index(columns["path"].is_null(), True).as_py()
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
     for name in TAG_LISTS:
         if name in columns and pc.list_flatten(columns[name]).null_count:
             raise UserError(f"data.root: column {name!r} of {str(file)!r} holds lists with a null; remove the null")
     return pa.table(columns)
-
-
-def read_columns(file: Path) -> pa.Table:
-    """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`data.root`)."""
-    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
-    with about("data.root"), readable(file, file.suffix):
-        return read(file)
-
-
-def read_parquet(file: Path) -> pa.Table:
-    """Read a Parquet file. Raises ArrowException or OSError."""
-    with pq.ParquetFile(file) as parquet:  # not read_table, which reads folders named a=b as columns
-        return parquet.read()
-
-
-def _read_jsonl(file: Path) -> pa.Table:
-    """Read a JSONL file. Arrow's reader would take texts that are dates for timestamps."""
-    rows = [row for _, row in read_lines(file)]
-    names = dict.fromkeys(itertools.chain.from_iterable(rows))
-    return pa.table({name: _to_array([row.get(name) for row in rows]) for name in names})
-
-
-def _to_array(values: list[Any]) -> pa.Array:
-    """Return JSON values as an array; values of several types become texts."""
-    try:
-        return pa.array(values)
-    except (pa.ArrowException, OverflowError):
-        return pa.array([v if isinstance(v, str | None) else json.dumps(v) for v in values], pa.string())
-
-
-def _read_csv(file: Path) -> pa.Table:
-    """Read a CSV file. Empty fields are null; tags are separated by commas, so several tags need quotes."""
-    parsing = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(file, parse_options=parsing) as reader:
-        types = dict.fromkeys(reader.schema.names, pa.string())  # Arrow would take texts that are dates for timestamps
-    converting = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    table = pa.csv.read_csv(file, convert_options=converting, parse_options=parsing)
-    columns = []
-    for name, column in zip(table.column_names, table.columns):
-        if name in TAG_LISTS:
-            column = pa.array([text and split_tags(text) for text in column.to_pylist()], TYPES["tags"])
-        elif TYPES.get(name) != pa.string():
-            column = _to_numbers(column)
-        columns.append(column)
-    return pa.table(columns, names=table.column_names)
-
-
-def _to_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return numbers if every text is one; not of `007`, and not of more digits than a number has."""
-    trimmed = pc.utf8_trim_whitespace(texts)
-    for kind, is_text in ((pa.int64(), r"^-?0\d"), (pa.float64(), r"^-?(0\d|\d{16})")):
-        with suppress(pa.ArrowException):
-            if not pc.any(pc.match_substring_regex(trimmed, is_text)).as_py():
-                return trimmed.cast(kind)
-    return texts
 
 
 def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -274,3 +212,49 @@ def refuse_foreign(file: Path) -> None:
             f"data.root: {str(file)!r} was not written by job=manifest and is not overwritten. To create a new one "
             "from the folder, move it away"
         )
+
+
+def read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
+    """Read a manifest, and count what its folders have beside the images that it lists."""
+    table = read_manifest(root, manifest, unused)
+    is_packed = PLACES.keys() <= set(table.column_names)
+    listed = set(table["shard" if is_packed else "path"].to_pylist())
+    others = Unused()
+    for folder, _, names in walk_folders(root, others):
+        paths = {folder + name for name in names} - listed
+        unused.add("images that the manifest does not list", *filter(is_image_name, paths))
+        if scanned_at(manifest) is None:
+            unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
+    unused.add(OTHERS, *(path for path in others.get(OTHERS, ()) if path not in listed))
+    return table
+
+
+def find_newer(root: Path, manifest: Path) -> list[str]:
+    """Return and log the sidecars that changed after job=manifest has read them; none for another manifest."""
+    scanned = scanned_at(manifest)
+    if scanned is None:
+        return []
+    status = manifest.stat()
+    was_copied = status.st_ctime_ns - status.st_mtime_ns > _COPIED_NS  # then a sidecar's ctime is the time of the copy
+    newer = []
+    for folder, entries, names in walk_folders(root, Unused()):
+        changed = set()
+        for entry in entries:
+            path = folder + entry.name
+            with suppress(OSError):  # a dangling link
+                if (is_sidecar(path) or is_table(path)) and _changed_ns(entry, was_copied) > scanned:
+                    changed.add(path)
+        if changed:
+            _, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
+            newer += sorted(changed.difference(orphans))
+    if newer:
+        log.warning(
+            "data.root: %s sidecars are newer than %s and are not read: %s; prepare.py job=manifest reads them",
+            f"{len(newer):,}", manifest.name, show_some(newer),
+        )  # fmt: skip
+    return newer
+
+
+def _changed_ns(entry: os.DirEntry[str], was_copied: bool) -> int:
+    times = entry.stat()
+    return times.st_mtime_ns if was_copied else max(times.st_mtime_ns, times.st_ctime_ns)

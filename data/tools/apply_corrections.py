@@ -14,11 +14,11 @@ import pyarrow.compute as pc
 from data.config import DataConfig
 from data.layouts.corrections import Decisions, correct, read_corrections, retag
 from data.layouts.folders import read_folder, scan_folder
-from data.layouts.manifest import find_manifest, find_one, scanned_at
+from data.layouts.manifest import find_manifest, scanned_at
 from data.layouts.names import CORRECTIONS, POSTS, UNDO
-from data.layouts.records import decode, parse_record
-from data.layouts.sidecars import load_json
+from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
+from data.layouts.tables import find_one
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
 from data.tools.tool import Tool

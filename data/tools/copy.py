@@ -19,11 +19,11 @@ from data.collection.collection import Collection
 from data.collection.search import find_rows
 from data.config import DataConfig
 from data.images.open import Unsupported, open_image, read_file
-from data.layouts.manifest import find_manifest, read_parquet, read_table, save_manifest, scanned_at
+from data.layouts.manifest import find_manifest, read_table, save_manifest, scanned_at
 from data.layouts.names import CORRECTIONS, MASK_ENDINGS, PARQUET, POSTS, TABLES, is_mask_name
-from data.layouts.records import FIELDS
-from data.layouts.sidecars import pair_sidecars
+from data.layouts.sidecars import FIELDS, pair_sidecars
 from data.layouts.table import replace_column
+from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root, list_folder
 from data.open import load_collection

@@ -20,9 +20,10 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
 from data.images.open import read_file
-from data.layouts.manifest import find_manifest, read_parquet, read_table, refuse_foreign, save_manifest, scanned_at
+from data.layouts.manifest import find_manifest, read_table, refuse_foreign, save_manifest, scanned_at
 from data.layouts.names import PARQUET
 from data.layouts.table import TYPES, replace_column
+from data.layouts.tables import read_parquet
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 from data.open import load_collection

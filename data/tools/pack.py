@@ -29,7 +29,7 @@ from data.images.bytes import TAR, member_key, open_contents
 from data.images.sizes import upright_size
 from data.layouts.manifest import save_manifest
 from data.layouts.names import IMAGE_SUFFIXES, PACKED
-from data.layouts.records import FIELDS
+from data.layouts.sidecars import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
 from data.stream.source import UnreadableImage

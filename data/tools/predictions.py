@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from data.layouts.names import IMAGE_SUFFIXES, has_reader, is_image_name, is_passed_over
-from data.layouts.records import decode
+from data.layouts.sidecars import decode
 from data.layouts.unused import OTHERS, Unused, say_unused
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError

@@ -12,6 +12,7 @@ from PIL import Image
 
 import data.tools.measure
 import utils.ranks.processes
+from data.collection.collection import check_classes
 from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
 from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
@@ -274,3 +275,14 @@ def test_nobodys_manifest_is_overwritten(root):
             write_manifest(root)
         assert find_manifest(root).read_bytes() == before
         find_manifest(root).unlink()
+
+
+def test_the_names_of_other_programs_are_read_and_a_column_that_is_no_label_is_named(opened, root):
+    put(root, "a.png", "b.png")
+    (root / "manifest.csv").write_text("file_name,class,text\na.png,x,one\nb.png,y,two\n")
+    collection = opened(root)
+    assert [(row.path, row.caption) for row in map(collection.row, range(2))] == [("a.png", "one"), ("b.png", "two")]
+    with pytest.raises(UserError, match="no column label, but class;"):
+        check_classes(collection, allow_missing=False)
+    (root / "manifest.csv").write_text("filename,labels,text,caption\na.png,x,one,1\nb.png,y,two,2\n")
+    assert columns(opened(root), "label", "caption", "text") == [("x", "1", "one"), ("y", "2", "two")]

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.layouts.recognise import find_newer
+from data.layouts.manifest import find_newer
 from data.open import load_collection
 from tests.in_process import run
 from tests.support import data_config, write_manifest

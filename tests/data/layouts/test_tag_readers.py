@@ -14,7 +14,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from data.collection.collection import Collection, index_collection
-from data.layouts.records import FIELDS
+from data.layouts.sidecars import FIELDS
 from tests.data.collection.test_collection import load, put
 from tests.support import write_manifest
 from utils.errors import UserError

@@ -1,0 +1,248 @@
+"""Shards: WebDataset tar files, and Arrow and Parquet files of Hugging Face `datasets`.
+
+The headers of a tar file are followed here, because `tarfile.open` ends without a word at a damaged one and trusts
+every size. Members with the same key belong together.
+
+An Arrow file has an image column, a struct of bytes and path. It stores image bytes uncompressed, so a row is a byte
+range of it. A Parquet file is compressed: it is unpacked once into an Arrow file in the cache, as `datasets` does.
+"""
+
+import os
+import re
+import tarfile  # noqa: TID251 (it parses single headers)
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from data.layouts.folders import place_image
+from data.layouts.manifest import OUTSIDE
+from data.layouts.names import IMAGE_SUFFIXES, POSTS, SHARD_SUFFIXES, is_image_name, is_mask_name, is_passed_over
+from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
+from data.layouts.table import SPLIT_NAMES, TYPES, build_table, show_some
+from data.layouts.tables import read_records
+from data.layouts.unused import OTHERS, Unused
+from data.layouts.walk import walk_folders
+from utils.errors import UserError, about
+from utils.io.files import readable, write_atomically
+from utils.io.memo import files_key
+from utils.ranks.processes import count_cores, map_in_processes
+from utils.record.logging import get_logger
+from utils.record.progress import track
+
+log = get_logger(__name__)
+
+_TAR, _PARQUET = ".tar", ".parquet"
+_ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
+_PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
+_BATCH_ROWS = 64
+_MAX_TEXT_BYTES = 2**20
+_BLOCK = tarfile.BLOCKSIZE
+_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
+_EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
+_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
+_ABOUT = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, *_NAMES)  # members about the next one
+_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # of a pax header: its length in bytes, and a name
+
+
+def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
+    """Return the files of WebDataset or Hugging Face shards at any depth, by name; Parquet files unpacked into `cache`.
+
+    There is none if the folder has an image. Tables beside tar files are about them, as img2dataset writes them.
+    """
+    names, others = [], Unused()
+    for folder, _, files in walk_folders(root, others):
+        if any(map(is_image_name, files)):
+            return {}
+        names += [folder + name for name in files if name.endswith(SHARD_SUFFIXES) and name not in POSTS]
+        others.add("texts beside shards", *pair_sidecars(folder, (), files)[1])
+    tars = [name for name in names if name.endswith(_TAR)]
+    if tars:
+        others.add("tables beside tar files", *set(names).difference(tars))
+        names = tars
+    if names:
+        unused.merge(others)
+    files = {name: root / name for name in sorted(names)}
+    return files | {name: _unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
+
+
+def read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
+    """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core."""
+    shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
+    tables, results = [], map(_read_shard, shards)
+    if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
+        lost = "shards that end the process that reads them"
+        results = map_in_processes(_read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
+    for rows, left in track(results, len(shards), "scanning shards"):
+        tables.append(rows)
+        unused.merge(left)
+    if not any(map(len, tables)):
+        why = "".join(f"; {line}" for _, line in unused.describe())
+        raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
+    table = pa.concat_tables(tables)
+    log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))
+    return build_table(dict(zip(table.column_names, table.columns)))
+
+
+def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
+    """Return the rows of a shard, and what is not used. The split comes from the shard's name.
+
+    shard: its name, the value for the column `shard`, and the file.
+    """
+    name, shard_name, file = shard
+    rows = (_read_tar if name.endswith(_TAR) else _read_arrow)(file, name, unused := Unused())
+    by_name = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
+    rows = [{**row, "split": row.get("split") or by_name, "shard": shard_name} for row in rows]
+    return pa.Table.from_pylist(rows, _ROWS), unused
+
+
+def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+    """Return the images of a tar file as rows.
+
+    The texts of an image have its name up to the last dot, else up to the first one, which is WebDataset's key. An
+    image such as `x.seg.png` beside `x.jpg`, without texts of its own, belongs to the latter and is no row. Without any
+    text, folders are splits and classes.
+    """
+    images: dict[str, tarfile.TarInfo] = {}
+    texts: dict[str, dict[str, str]] = {}  # their names, by stem and suffix
+    contents: dict[str, bytes] = {}
+    with open(file, "rb", buffering=0) as stream:
+        for member in _read_members(stream.fileno(), name, unused):
+            path = member.name.removeprefix("./")
+            where, (stem, suffix) = f"{name}/{path}", os.path.splitext(path)
+            suffix = suffix.lower()
+            if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
+                unused.add(OTHERS, *([where] if member.type in _PLAIN else []))
+            elif member.type not in _PLAIN or re.search(OUTSIDE, path):
+                unused.add("members of shards that are no plain files, or have an unsafe path", where)
+            elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
+                unused.add("masks, hidden names and thumbnails in shards", where)
+            elif suffix in IMAGE_SUFFIXES:
+                if path in images:
+                    unused.add("members of shards before another one of their name", where)
+                images[path] = member
+            elif member.size > _MAX_TEXT_BYTES:
+                unused.add(f"texts in shards above {_MAX_TEXT_BYTES:,} bytes", where)
+            else:
+                texts.setdefault(stem, {})[suffix] = where
+                contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
+    rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
+    for path, member in images.items():
+        stem, key = os.path.splitext(path)[0], re.sub(r"\.[^/]*$", "", path)
+        if stem not in texts and key != stem and key in stems:
+            unused.add("further images of a sample", f"{name}/{path}")
+            continue
+        read.add(owner := stem if stem in texts else key)
+        columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
+        columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
+        if not texts:
+            columns["split"], columns["label"] = place_image(path)
+        rows.append({"path": f"{name}/{path}", **columns})
+    folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
+    unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))
+    alone = (file for stem in texts if stem not in read for file in texts[stem].values())
+    unused.add("texts in shards without an image", *alone)
+    return rows
+
+
+def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
+    """Yield the members of a tar file, up to its end or to the first damaged header."""
+    end, offset, about = os.fstat(descriptor).st_size, 0, {}
+    try:
+        while (block := os.pread(descriptor, _BLOCK, offset)).strip(b"\0"):
+            header, content = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), offset + _BLOCK
+            size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
+            is_about = header.type in _ABOUT
+            if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
+                raise ValueError(f"a member of {size:,} bytes")
+            if is_about:
+                about |= _read_about(header.type, os.pread(descriptor, size, content))
+            else:
+                header.name, header.offset_data, header.size = about.get("path", header.name), content, size
+                if any(key.startswith("GNU.sparse") for key in about):
+                    header.type = tarfile.GNUTYPE_SPARSE
+                yield header
+                about = {}
+            offset = content + -(-size // _BLOCK) * _BLOCK
+        fault = "" if block else "the mark of its end is missing"
+        while not fault and (block := os.pread(descriptor, _MAX_TEXT_BYTES, offset)):
+            fault = "its end is followed by more" if block.strip(b"\0") else ""
+            offset += 0 if fault else len(block)
+    except (tarfile.HeaderError, ValueError, OSError) as error:
+        fault = str(error)
+    if fault:
+        unused.add("ends of damaged shards", f"{name} from byte {offset:,} of {end:,} ({fault})")
+
+
+def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
+    """Return what a member says about the next one: `path`, `size` and others."""
+    if kind in _NAMES:
+        return {_NAMES[kind]: content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
+    records, start = {}, 0
+    while record := _RECORD.match(content, start):
+        start += int(record[1])
+        if start <= record.end():
+            raise ValueError("a pax record without a value")
+        records[record[2].decode()] = content[record.end() : start - 1].decode("utf-8", "backslashreplace")
+    return records
+
+
+def _unpack_parquet(file: Path, cache: Path) -> Path:
+    """Return an uncompressed Arrow copy of a Parquet file, written if it is missing. Raises UserError."""
+
+    def write(temporary: Path) -> None:
+        with pq.ParquetFile(file) as parquet, pa.ipc.new_stream(str(temporary), parquet.schema_arrow) as writer:
+            for batch in parquet.iter_batches(_BATCH_ROWS):
+                writer.write_batch(batch)
+
+    target = cache / "unpacked" / f"{files_key([file])}.arrow"
+    if not target.is_file():
+        try:
+            write_atomically(target, write)
+        except pa.ArrowException as error:
+            raise UserError(
+                f"data.root: {str(file)!r} cannot be read ({error}); remove it, or save it again"
+            ) from error
+    return target
+
+
+def _read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+    """Return the images of an Arrow file as rows.
+
+    Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
+    """
+    with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
+        whole, rows = mapped.read_buffer(), []
+        for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
+            batch.validate(full=True)
+            rows += _rows_of(name, batch, whole, len(rows), unused)
+    unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
+    return [row for row in rows if row["length"]]
+
+
+def _rows_of(
+    name: str, batch: pa.RecordBatch, whole: pa.Buffer, first: int, unused: Unused
+) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a batch, numbered from `first`: path, byte range (length 0 without an image) and columns."""
+    structs = [field for field in batch.schema if pa.types.is_struct(field.type)]
+    image = next((field.name for field in structs if field.type.get_field_index("bytes") >= 0), None)
+    if image is None:
+        raise UserError(f"data.root: {name!r} has no image column (bytes and path), only {batch.schema.names}")
+    images = batch.column(image)
+    content = images.field("bytes")
+    _, ends, data = content.buffers()
+    ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
+    ends = ends[content.offset : content.offset + len(content) + 1].astype(np.int64)
+    begin = 0 if data is None else data.address - whole.address
+    if not 0 <= begin <= whole.size:
+        raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
+    lengths = pc.binary_length(pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
+    files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
+    records = read_records(name, batch.drop_columns([image]), unused)
+    for number, (file, offset, length, sidecar) in enumerate(zip(files, (begin + ends).tolist(), lengths, records)):
+        path = f"{name}/{first + number:08}{os.path.splitext(file or '')[1].lower()}"
+        yield {"path": path, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
