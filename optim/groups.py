@@ -7,6 +7,7 @@ precedence.
 import fnmatch
 import math
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
@@ -156,6 +157,11 @@ def set_peak_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:
     for group in optimizer.param_groups:
         if "max_lr_snapshot" in group:
             group["max_lr_snapshot"] = lr
+
+
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
+    """Return the parameters of all groups, in order."""
+    return list(chain.from_iterable(group["params"] for group in optimizer.param_groups))
 
 
 def is_frozen(group: Mapping[str, Any], step: int) -> bool:

@@ -1,10 +1,8 @@
 """What a run has measured about what would improve it: for its last screen and result.json."""
 
-import math
 import shlex
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
@@ -13,7 +11,6 @@ from utils.record.figures import interval, show_evaluated
 from utils.record.metrics_log import Row, series
 
 _SHOWN = 3  # classes
-_LEAST_CLASSES = 5  # with fewer, not even a perfect order of ranks is significant
 
 Table = Sequence[Mapping[str, Any]]
 Advice = tuple[dict[str, Any], list[str]]  # JSON values, and lines for people
@@ -63,7 +60,7 @@ def _count_sure(decisions: Table) -> tuple[int, int]:
 
 
 def _about_images(classes: Table) -> Advice:
-    """Return the classes with most errors, and how accuracy depends on the number of training images."""
+    """Return the classes with most errors, each with its accuracy and number of training images."""
     wrong = [row["samples"] - row["correct"] for row in classes]
     worst = sorted((number for number, count in enumerate(wrong) if count), key=lambda number: -wrong[number])
     if not worst:
@@ -78,34 +75,7 @@ def _about_images(classes: Table) -> Advice:
         for number in worst[:_SHOWN]
     ]
     text = "{class} {share_of_errors:.0%} (accuracy {accuracy:.2g}, {training_images:,} images)"
-    found: dict[str, Any] = {"most_errors": most}
-    lines = [f"most errors: {', '.join(text.format(**row) for row in most)}"]
-    counts = [row["images"] for row in classes]
-    ranks = rank_correlation(counts, [row["recall"] for row in classes])
-    if ranks is not None:
-        value, low, high = ranks
-        few = [classes[number]["class"] for number in worst if counts[number] <= median(counts)][:_SHOWN]
-        few = few if low > 0 else []
-        found |= {"rank_correlation": value, "rank_interval": [low, high], "more_images_of": few}
-        means = f"so more images of {', '.join(few)} should help" if few else "which may be chance"
-        shown = f"rank correlation {value:.2f} ({low:.2f} to {high:.2f})"
-        lines.append(f"images of a class and its accuracy: {shown}, {means}")
-    return found, lines
-
-
-def rank_correlation(first: Sequence[float], second: Sequence[float]) -> tuple[float, float, float] | None:
-    """Return Spearman's correlation and its interval, 95 %; None for too few values, or equal ones.
-
-    Source: Bonett and Wright 2000, Sample size requirements for estimating Pearson, Kendall and Spearman correlations.
-    """
-    if len(first) < _LEAST_CLASSES or min(len({*first}), len({*second})) < 2:
-        return None
-    from scipy.stats import spearmanr  # takes half a second
-
-    value = float(spearmanr(first, second).statistic)
-    middle = math.atanh(min(max(value, -0.9999), 0.9999))
-    reach = 1.96 * math.sqrt((1 + value**2 / 2) / (len(first) - 3))
-    return value, math.tanh(middle - reach), math.tanh(middle + reach)
+    return {"most_errors": most}, [f"most errors: {', '.join(text.format(**row) for row in most)}"]
 
 
 def _about_fit(rows: Sequence[Row], metric: str, images: int) -> Advice:

@@ -20,6 +20,7 @@ from engine.task import Report, checkpointed_state, networks_of
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
+from optim.groups import parameters_of
 from utils.contracts import Batch, TrainStream
 from utils.io.files import AppendFile, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
@@ -78,7 +79,9 @@ class _Meter:
         """Return the means, and `skipped_steps` as a count; an empty mean is NaN. Then reset."""
         means = {}
         for name, (total, count) in self.state().items():
-            means[name] = total if name == "skipped_steps" else (total / count if count else float("nan"))
+            if name != "skipped_steps":
+                total = total / count if count else math.nan
+            means[name] = total
         if resets:
             self._sums = {}
         return means
@@ -95,7 +98,7 @@ def show_memory(learner: Learner) -> str:
     averages = [] if learner.averages is None else list(learner.averages.tensors().values())
     states = [value for state in learner.optimizer.state.values() for value in state.values()]
     helpers = networks_of(task, task.helpers).values()
-    trained = [parameter.nbytes for group in learner.optimizer.param_groups for parameter in group["params"]]
+    trained = [parameter.nbytes for parameter in parameters_of(learner.optimizer)]
     sizes = {
         "weights": _count_bytes(checkpointed_state(task).values()),
         "gradients": sum(trained) if learner.fused is None else max(trained),
@@ -229,9 +232,11 @@ class Recorder:
     def close(self, *, completed_step: int | None = None, failed: bool = False) -> None:
         """Close all files. completed_step: the last step of a complete run; None if the run will be resumed."""
         if distributed.is_main():
+            state = "failed" if failed else "stopped"
             if completed_step is not None:
                 mark_complete(self.folder, completed_step)
-            self._tell("failed" if failed else "stopped" if completed_step is None else "finished")
+                state = "finished"
+            self._tell(state)
         for file in self._files:
             file.close()
         if self._tracker is not None:

@@ -1,4 +1,4 @@
-"""What is trained, before step 1: the first samples of a run as they enter the network."""
+"""The first samples of a run as the network will see them (`dry_run=true`)."""
 
 import numpy as np
 import torch

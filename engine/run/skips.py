@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -69,31 +70,34 @@ class SkipWatch:
         """Report the skipped steps since the last call, on all ranks. A host synchronisation."""
         if not self._unread:
             return
-        flags = torch.stack([torch.stack([result.applied, result.weight]) for _, _, result in self._unread]).tolist()
-        skipped = [
-            (number, weight, _sample_ids(batches, result))
-            for (number, batches, result), (applied, weight) in zip(self._unread, flags)
-            if applied == 0
-        ]
+        applied = torch.stack([result.applied for _, _, result in self._unread]).tolist()
+        skipped = [each for each, is_applied in zip(self._unread, applied) if not is_applied]
         self._unread.clear()
         self.steps = [(number, what) for number, what in self.steps if number > step - WINDOW_STEPS]
         if not skipped:
             return
-        every = distributed.gather_objects([ids for _, _, ids in skipped])
-        rows = []
-        for index, (number, weight, _) in enumerate(skipped):
-            ranks = [rank for rank, ids in enumerate(every) if ids[index][0]]
-            what = "loss" if ranks else "weight" if weight == 0 else "gradient"
-            self.steps.append((number, what))
-            paths = [self._path_of(sample) for ids in every for sample in ids[index][0 if ranks else 1]]
-            rows.append(json.dumps({"step": number, "ranks": ranks, "what": what, "paths": paths}, ensure_ascii=False))
-            if index < _SHOWN and distributed.is_main():
-                reason = _REASONS[what].format(", ".join(map(str, ranks)))
-                log.warning("step %d was skipped: %s; samples: %s", number, reason, ", ".join(paths[:_SHOWN]))
+        every = distributed.gather_objects([_sample_ids(batches, result) for _, batches, result in skipped])
+        rows = [self._describe(number, result, ids) for (number, _, result), *ids in zip(skipped, *every)]
+        self.steps += [(row["step"], row["what"]) for row in rows]
+        for row in rows[:_SHOWN] if distributed.is_main() else ():
+            reason = _REASONS[row["what"]].format(", ".join(map(str, row["ranks"])))
+            log.warning("step %d was skipped: %s; samples: %s", row["step"], reason, ", ".join(row["paths"][:_SHOWN]))
         if self._path is not None:
             with ignore_write_errors(self._path), closing(AppendFile(self._path)) as file:
-                file.write("".join(f"{row}\n" for row in rows))
+                file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
                 file.sync()
+
+    def _describe(self, number: int, result: StepResult, ids: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
+        """Return the row of a skipped step. ids: of each rank, from `_sample_ids`."""
+        ranks = [rank for rank, (bad, _) in enumerate(ids) if bad]
+        what = "gradient"
+        if ranks:
+            what = "loss"
+        elif result.weight == 0:
+            what = "weight"
+        named = [bad if ranks else samples for bad, samples in ids]
+        paths = [self._path_of(sample) for samples in named for sample in samples]
+        return {"step": number, "ranks": ranks, "what": what, "paths": paths}
 
     def check(self, step: int, *, last: bool) -> None:
         """Raise UserError after EMPTY_STEPS steps in a row without a readable image, or too many skipped steps.

@@ -23,7 +23,7 @@ from engine.update.step import StepResult, clip_gradients, first_scale, forward_
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
-from optim.groups import build_groups, drop_frozen_gradients, set_group_values
+from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
 from optim.schedules import Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
@@ -154,7 +154,7 @@ class Learner:
                 passes.append(forward_backward(self.model, part, progress, factor, self.runtime, begin))
         figures, names, losses = zip(*passes)
         # The optimiser holds all trained parameters (optim/groups.py).
-        parameters = [parameter for group in self.optimizer.param_groups for parameter in group["params"]]
+        parameters = parameters_of(self.optimizer)
         drop_frozen_gradients(self.optimizer, self.step)
         grads = take_gradients(parameters)
         norms = torch._foreach_norm(grads) if self.fused is None else self.fused.end()
@@ -200,7 +200,7 @@ class Learner:
     def rehearse(self, trials: Iterable[Batch]) -> None:
         """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
         device = self.runtime.device
-        trained = sum(parameter.nbytes for group in self.optimizer.param_groups for parameter in group["params"])
+        trained = sum(parameter.nbytes for parameter in parameters_of(self.optimizer))
         # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
         reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
         for trial in trials:
