@@ -31,7 +31,7 @@ class Streams:
     """The data of a run.
 
     fingerprints: hashes by configuration key that must not change on resume, such as the collection's content.
-    every_epochs: the epochs between two uses of an evaluation loader that not every evaluation needs (a probe). The
+    every_epochs: for loaders that some evaluations skip (a probe), the epochs between two uses. The
         first evaluation at or after each multiple uses it, and so does the last evaluation.
     described: lines of the start screen, such as `collection` and `images`.
     trained_on: more about the training images for weight files, JSON values.

@@ -16,7 +16,6 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -91,7 +90,7 @@ def undone(learner: Learner) -> Iterator[None]:
     tensors = [(tensor, tensor.to("cpu", copy=True)) for tensor in parts]
     optimizer = copy.deepcopy(learner.optimizer.state_dict())
     device = learner.runtime.device
-    others = {name: getattr(learner, name) for name in ("schedule", "step", "averages", "scale")}
+    others = {name: getattr(learner, name) for name in ("step", "averages", "scale")}
     learner.averages = None
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -126,10 +125,9 @@ def range_test(learner: Learner, batches: Iterator[Sequence[Batch]], plan: Plan,
     for number in track(range(steps), steps, "learning-rate range test"):
         recorder.phase(0, f"range test, update {number + 1} of {steps}")
         values = GroupValues(rate_at(number, steps), decay)
-        learner.schedule = SimpleNamespace(at=lambda step, values=values: values, progress_at=lambda step: 0.0)
         set_peak_lr(learner.optimizer, values.lr)
         check_stop()
-        result = learner.update(next(batches))
+        result = learner.update(next(batches), values)
         if result.applied:
             total, weight = (float(value) for value in result.sums["loss"])
             curve.rates.append(values.lr)

@@ -24,7 +24,7 @@ from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
 from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
-from optim.schedules import Schedule
+from optim.schedules import GroupValues, Schedule
 from optim.state import load_optimizer_state, optimizer_state
 from utils import rng
 from utils.contracts import Batch
@@ -82,13 +82,14 @@ class Learner:
         decay = self.config.optim.weight_decay
         self.schedule = Schedule(self.config.schedule, plan.lr, decay, plan.total_steps, plan.warmup_steps)
 
-    def update(self, batches: Sequence[Batch]) -> StepResult:
+    def update(self, batches: Sequence[Batch], values: GroupValues | None = None) -> StepResult:
         """Make one update from this rank's micro-batches; halve them when the device runs out of memory.
 
-        No host synchronisation, except one for optimisers that cannot skip on the device.
+        No host synchronisation, except one for optimisers that cannot skip on the device. values: in place of the
+        schedule's, as at the first update.
         """
-        values = self.schedule.at(self.step)
-        share = self.schedule.progress_at(self.step)
+        share = 0.0 if values is not None else self.schedule.progress_at(self.step)
+        values = values or self.schedule.at(self.step)
         set_group_values(self.optimizer, values)
         self.optimizer.update = self.step
         result = None

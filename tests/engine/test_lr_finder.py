@@ -6,7 +6,6 @@ import math
 import os
 import shutil
 import signal
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -79,10 +78,7 @@ def test_the_updates_are_the_runs_own():
     learner, losses = make_learner(*settings), []
     decay = learner.schedule.weight_decay
     for step in range(12):
-        learner.schedule = SimpleNamespace(
-            at=lambda _, step=step: GroupValues(rate_at(step, 12), decay), progress_at=lambda _: 0.0
-        )
-        total, weight = learner.update(halves).sums["loss"]
+        total, weight = learner.update(halves, GroupValues(rate_at(step, 12), decay)).sums["loss"]
         losses.append(float(total) / float(weight))
     assert weight == 8 and curve.losses == losses[: len(curve.losses)] and len(curve.losses) > 9
     assert all(group["lr"] == pytest.approx(10.0 * group["lr_scale"]) for group in learner.optimizer.param_groups)
@@ -109,10 +105,10 @@ def test_it_ends_where_the_loss_diverges_or_is_no_number(factor):
     learner, applied = make_learner("optim=sgd"), []
     finite = learner.update
 
-    def update(batches):
+    def update(batches, values):
         for parameter in learner.task.parameters() if len(applied) >= 8 else ():
             parameter.data.mul_(factor)
-        result = finite(batches)
+        result = finite(batches, values)
         applied.append(bool(result.applied))
         return result
 
@@ -159,8 +155,7 @@ def test_no_trace_is_left_of_it(case):
     tensors, rest = everything(learner)
     with undone(learner):
         for _ in range(4):
-            learner.schedule = replace(learner.schedule, lr=10.0, warmup_steps=0)
-            learner.update([batch])
+            learner.update([batch], GroupValues(10.0, 0.0))
         swept = tensors_of(learner)
         assert not all(torch.equal(swept[name], tensor) for name, tensor in tensors.items() if "weights/" in name)
     after, rest_after = everything(learner)
