@@ -92,7 +92,7 @@ class Task(nn.Module):
     but gets no gradient. Networks must call their stacked blocks, so that FSDP can gather weights.
 
     trained: networks that receive gradients.
-    averaged: networks whose weights are averaged if `loop.ema_decay` is set, with the device of the average.
+    averaged: networks whose weights are averaged if `loop.ema_decay` is set.
     helpers: networks that are frozen and never checkpointed, such as a teacher or the base of a LoRA. `load_helpers`
         creates them; their fingerprints must not change during a run.
     offloaded: helpers that `runtime.offload` keeps on the host; the task brings them to the device (`visiting`).
@@ -106,7 +106,7 @@ class Task(nn.Module):
     """
 
     trained: tuple[str, ...] = ("network",)
-    averaged: Mapping[str, Literal["device", "cpu"]] = {"network": "device"}
+    averaged: tuple[str, ...] = ("network",)
     helpers: tuple[str, ...] = ()
     offloaded: tuple[str, ...] = ()
     exported: tuple[str, ...] = ("network",)

@@ -95,7 +95,7 @@ def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
         "weights": sum(sizes),
         "gradients": max(sizes) if fused else sum(sizes),
         "optimiser state": _state_share(optim) * sum(sizes),
-        "averages": sum(sizes) if averaged and config.task.average_on == "device" else 0,
+        "averages": sum(sizes) if averaged else 0,
         "copies of autocast": 2 * sum(one.numel() for one in task.unet.parameters()) if copies and not bf16 else 0,
     }
     if copies:

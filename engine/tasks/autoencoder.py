@@ -2,8 +2,8 @@
 
 Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
 image in its bucket, in evaluation the whole bucket. A frozen encoder gives the latents' mean, as the variance of one
-that has not been trained hides the images. The loss is pixels + weight x perceptual distance + weight x KL; with a
-discriminator, also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
+that has not been trained hides the images. The loss is pixels + weight x perceptual distance; with a discriminator,
+also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
 
 Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
 Differs: the adaptive weight is that of the step before, from the gradients of all ranks and micro-batches.
@@ -75,23 +75,19 @@ class DiscriminatorConfig(Strict):
 
 
 class AutoencoderTaskConfig(TaskConfig):
-    """The VAE's decoder, or all of it. crop_px: of training. tile_px: evaluation decodes larger images by tiles."""
+    """The VAE's decoder, or all of it. crop_px: of training."""
 
     name: Literal["autoencoder"]
     pixel_loss: Literal["l1", "l2"]
     perceptual: PerceptualConfig
-    kl_weight: Factor
     discriminator: DiscriminatorConfig
     crop_px: _Px
     chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     buckets: BucketConfig
-    tile_px: _Px | None
     train_encoder: bool
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.kl_weight and not self.train_encoder:
-            raise ValueError("task.kl_weight: the KL divergence is of the encoder, which is frozen; set it to 0.0")
         player = self.discriminator
         if player.weight and player.start_step is None:
             raise ValueError(
@@ -137,7 +133,7 @@ class AutoencoderTask(Task):
         for name, parameter in self.vae.named_parameters():
             if name.endswith("to_k.bias"):  # softmax cancels it: Adam would make steps of the gradient's rounding
                 parameter.requires_grad_(False)
-        self.averaged = dict.fromkeys(self.exported, "device")
+        self.averaged = self.exported
         self.perceptual = None
         if config.perceptual.network is not None:
             self.helpers = (*self.helpers, "perceptual")
@@ -185,9 +181,6 @@ class AutoencoderTask(Task):
             latents = mean + torch.exp(0.5 * logvar) * rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
         decoded = self._decode(latents)
         loss, parts = self._compare(images, decoded)
-        if self._config.train_encoder:
-            parts["kl"] = (mean.square() + logvar.exp() - 1 - logvar).sum(dim=(1, 2, 3)) / 2
-            loss = loss + self._config.kl_weight * parts["kl"]
         if self.discriminator is not None and torch.is_grad_enabled():
             theirs, judged = self._play(images, decoded)
             self._note_gradients(loss, theirs, batch["weight"])
@@ -266,13 +259,9 @@ class AutoencoderTask(Task):
 
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return the figures of each image [B], the latents' means, and the decoded images."""
-        images, tile_px = _to_levels(batch["images"]), self._config.tile_px
-        if tile_px is not None:
-            self.vae.enable_tiling()
-            self.vae.tile_sample_min_size, self.vae.tile_latent_min_size = tile_px, tile_px // _STRIDE_PX
+        images = _to_levels(batch["images"])
         mean, _ = self._encode(images)
         decoded = self._decode(mean)
-        self.vae.disable_tiling()
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
         return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, mean, decoded

@@ -127,7 +127,6 @@ class DiffusionTaskConfig(TaskConfig):
     tag_weights: TagWeightsConfig | None  # null: all images have the same weight
     lora: LoRAConfig | None  # null: train the whole U-Net
     train_text_encoders: bool  # the whole encoders, together with the whole U-Net
-    average_on: Literal["device", "cpu"]  # where to keep the average (loop.ema_decay)
     latent_cache: PathText | None  # a folder; null: encode images at every step
     text_cache: PathText | None  # a folder; null: encode captions at every step
     text_variants: Count  # per caption in the text cache
@@ -236,8 +235,7 @@ class DiffusionTask(Task):
                 shapes = open_networks(setup.model, whole)
             self.adapter = LoRA(shapes, config.lora)
         needed = PARTS if config.text_cache is None else ("unet", "vae")
-        self.trained = self.exported = trained
-        self.averaged = dict.fromkeys(trained, config.average_on)
+        self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
         used = (*(ENCODERS if config.trains_text else ()), *(("vae",) if config.loss.perceptual else ()))
         self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - {*used})

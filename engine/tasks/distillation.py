@@ -88,7 +88,7 @@ def _run(network: nn.Module, images: Tensor, *, features: bool) -> Tensor:
 class DistillationTask(Task):
     """Own the student, which is a complete task, and the teacher. Weight files contain only the student."""
 
-    trained, averaged, helpers = ("student.network",), {"student.network": "device"}, ("teacher",)
+    trained, averaged, helpers = ("student.network",), ("student.network",), ("teacher",)
     exported = ("student.network",)
     may_be_recorded = True
 

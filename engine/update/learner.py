@@ -73,8 +73,8 @@ class Learner:
         self.graphs = self.record_updates() if self._may_record() else None
         self.averages: Averages | None = None
         if config.loop.ema_decay is not None:
-            self.averages = Averages(networks_of(task, task.averaged), task.averaged)
-        self.exports_average = self.averages is not None and set(task.exported) <= task.averaged.keys()
+            self.averages = Averages(networks_of(task, task.averaged))
+        self.exports_average = self.averages is not None and {*task.exported} <= {*task.averaged}
         self.use_length(plan)
 
     def use_length(self, plan: Plan) -> None:

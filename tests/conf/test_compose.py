@@ -34,7 +34,7 @@ TO = {
     "copy": ["job.to=X"],
     "downsample": ["job.to=X"],
 }
-SHARED = {"common", "optim/_every"}  # files that others include
+SHARED = {"common", "optim/_every", "task/_buckets"}  # files that others include
 # For the few images of these tests, which have classes and tags; timm knows its networks without their weights.
 SMALL = {"tagging": ["task.min_count=1"], "distillation": ["task.teacher=resnet18"]}
 SMALL["schedulefree"] = ["schedule=constant"]

@@ -149,7 +149,7 @@ class Players(Task):
     """A generator and a discriminator, each with its own loss, in one optimiser."""
 
     trained = exported = ("generator", "discriminator")
-    averaged = {}
+    averaged = ()
 
     def __init__(self):
         super().__init__()

@@ -30,7 +30,7 @@ def copied(model):
 
 
 def average_of(model):
-    return Averages({"": model}, {"": "device"})
+    return Averages({"": model})
 
 
 def averaged(averages):
@@ -99,8 +99,8 @@ def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
 
 
 def test_averages_of_several_networks_are_those_of_each_alone_and_continue_from_a_checkpoint():
-    models, devices = {"unet": made(), "encoder": made()}, {"unet": "device", "encoder": "cpu"}
-    averages, later = Averages(models, devices), Averages(models, devices)
+    models = {"unet": made(), "encoder": made()}
+    averages, later = Averages(models), Averages(models)
     alone = {name: average_of(model) for name, model in models.items()}
     for step in range(6):
         for number, (name, model) in enumerate(models.items()):

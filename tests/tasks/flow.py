@@ -41,7 +41,7 @@ class FlowConfig(ImageTrainingConfig):
 
 
 class FlowTask(Task):
-    trained, averaged, helpers = ("velocity",), {"velocity": "cpu"}, ("encoder",)
+    trained, averaged, helpers = ("velocity",), ("velocity",), ("encoder",)
     exported = ("velocity",)
 
     def __init__(self, setup):

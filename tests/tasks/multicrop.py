@@ -40,7 +40,7 @@ class MultiCropConfig(ImageTrainingConfig):
 
 
 class MultiCropTask(Task):
-    trained, averaged = ("student",), {}
+    trained, averaged = ("student",), ()
     exported = ("teacher",)
 
     def __init__(self, setup):
