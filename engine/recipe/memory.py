@@ -7,15 +7,16 @@ workspaces of kernels, the pass of trained text encoders, pictures and the filli
 
 import math
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from data.latents.buckets import BucketConfig
 from engine.config import TrainingConfig
 from engine.task import networks_of
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
@@ -33,8 +34,9 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_GIB = 2**30
 _LIBRARIES_GIB = 0.8  # CUDA's context and its libraries; an estimate
-# Settings in the order of what they cost: key, value, what for.
+# Settings from the cheapest to the dearest: key, value, its price.
 _LADDER = (
     ("runtime.grad_checkpointing", True, "a third more time"),
     ("runtime.offload", True, "text encoders and VAE move to the GPU for each use"),
@@ -49,17 +51,17 @@ class LiveBytes(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.peak, self._live, self._known = 0, 0, set[int]()
+        self.peak = 0
+        self._live = 0
+        self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         output = func(*args, **(kwargs or {}))
-        given, made = (
-            {(storage := one.untyped_storage())._cdata: storage for one in tree_leaves(tree) if isinstance(one, Tensor)}
-            for tree in ((args, kwargs), output)
-        )
-        for key in made.keys() - given.keys() - self._known:  # no views, such as of weights
+        made = _storages(output)
+        for key in made.keys() - _storages((args, kwargs)).keys() - self._known:  # no views, such as of weights
+            size = made[key].nbytes()
             self._known.add(key)
-            self._live += (size := made[key].nbytes())
+            self._live += size
             self.peak = max(self.peak, self._live)
             weakref.finalize(made[key], self._free, key, size)
         return output
@@ -69,9 +71,18 @@ class LiveBytes(TorchDispatchMode):
         self._live -= size
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, *_: Any, **options: Any) -> Tensor:
+def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
+    storages = [leaf.untyped_storage() for leaf in tree_leaves(tree) if isinstance(leaf, Tensor)]
+    return {storage._cdata: storage for storage in storages}
+
+
+class _KernelAttention(TorchFunctionMode):
     """Replace the attention of meta tensors, which keeps whole matrices, by a kernel that does not, as on a GPU."""
-    return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is nn.functional.scaled_dot_product_attention:
+            return torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(*args[:3])[0]
+        return func(*args, **(kwargs or {}))
 
 
 def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
@@ -82,22 +93,25 @@ def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
         task = DiffusionTask(Setup(config.model, plain))
         task.load_helpers("training")
     task.train()
-    bf16, optim = getattr(config.optim, "bf16_weights", False), config.optim
+    is_bf16 = getattr(config.optim, "bf16_weights", False)
+    is_fused = getattr(config.optim, "fused_backward", False)
     parameters = [parameter for parameter in task.parameters() if parameter.requires_grad]
-    sizes = [parameter.nbytes // (2 if bf16 else 1) for parameter in parameters]
+    sizes = [parameter.nbytes // (2 if is_bf16 else 1) for parameter in parameters]
+    weights = sum(sizes)
     away = task.offloaded if config.runtime.offload else ()
     helpers = networks_of(task, [name for name in task.helpers if name not in away]).values()
-    fused, averaged = getattr(optim, "fused_backward", False), config.loop.ema_decay is not None
     compute = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision, torch.float32)
     copies = task.unet.dtype == torch.float32 != compute
     parts = {
         "frozen networks": sum(tensor.nbytes for network in helpers for tensor in network.state_dict().values()),
-        "weights": sum(sizes),
-        "gradients": max(sizes) if fused else sum(sizes),
-        "optimiser state": _state_share(optim) * sum(sizes),
-        "averages": sum(sizes) if averaged else 0,
-        "copies of autocast": 2 * sum(one.numel() for one in task.unet.parameters()) if copies and not bf16 else 0,
+        "weights": weights,
+        "gradients": max(sizes) if is_fused else weights,
+        "optimiser state": _state_share(config.optim) * weights,
+        "averages": 0 if config.loop.ema_decay is None else weights,
+        "copies of autocast": 0,
     }
+    if copies and not is_bf16:
+        parts["copies of autocast"] = 2 * sum(parameter.numel() for parameter in task.unet.parameters())
     if copies:
         nn.Module.to(task.unet, compute)
     if config.runtime.grad_checkpointing:
@@ -105,22 +119,28 @@ def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
     for parameter in parameters:
         parameter.register_post_accumulate_grad_hook(lambda parameter: setattr(parameter, "grad", None))
     parts["activations"] = _count_pass(task, config)
-    return parts | {"libraries": _LIBRARIES_GIB * 2**30}
+    return parts | {"libraries": _LIBRARIES_GIB * _GIB}
 
 
 def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
     """Return the bytes of a pass over a micro-batch of the largest bucket, as a square unless sizes are listed."""
-    buckets, loop, unet = config.task.buckets, config.loop, task.unet.config
-    squares = [(side := int(area**0.5) // 32 * 32, side) for area in buckets.areas_px]
-    listed = [size for sizes in buckets.sizes_hw or () for size in sizes]
-    height, width = max(listed or squares, key=math.prod)
+    loop = config.loop
+    unet = task.unet.config
+    height, width = _largest_size(config.task.buckets)
     size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
-    with LiveBytes() as live, patch.object(nn.functional, "scaled_dot_product_attention", _attend):
+    with LiveBytes() as live, _KernelAttention():
         inputs = [torch.empty(size, *shape, device="meta") for shape in shapes]
-        task._predict(*inputs).square().mean().backward()
+        task.predict(*inputs).square().mean().backward()
     return live.peak
+
+
+def _largest_size(buckets: BucketConfig) -> Sequence[int]:
+    if buckets.sizes_hw:
+        return max((size for sizes in buckets.sizes_hw for size in sizes), key=math.prod)
+    side = int(max(buckets.areas_px) ** 0.5) // 32 * 32
+    return side, side
 
 
 def _state_share(config: OptimConfig) -> float:
@@ -133,7 +153,8 @@ def _state_share(config: OptimConfig) -> float:
     optimizer = build_optimizer(config, [{"params": [parameter], "weight_decay": 0.0}], 0.1)
     optimizer.update = 0
     step_each(optimizer, torch.zeros(()))
-    return sum(one.nbytes for one in optimizer.state[parameter].values() if isinstance(one, Tensor)) / parameter.nbytes
+    tensors = [value for value in optimizer.state[parameter].values() if isinstance(value, Tensor)]
+    return sum(tensor.nbytes for tensor in tensors) / parameter.nbytes
 
 
 def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str, world_size: int) -> TrainingConfig:
@@ -141,14 +162,17 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
 
     Keys among `overrides`, the words of the command, keep their values. Raises UserError if nothing suffices.
     """
-    limit, given = config.runtime.memory_gib, {word.lstrip("+").partition("=")[0] for word in overrides}
+    limit = config.runtime.memory_gib
+    given = {word.lstrip("+").partition("=")[0] for word in overrides}
     if not isinstance(config.task, DiffusionTaskConfig):
         raise UserError(f"runtime.memory_gib: {limit:g}, but only task=diffusion predicts its memory; set it to null")
-    parts, lines = predict_memory(config, precision), []
+    parts = predict_memory(config, precision)
+    lines: list[str] = []
     for key, value, cost in _LADDER:
-        group, name = key.split(".")
-        if (before := sum(parts.values()) / 2**30) <= limit:
+        before = _in_gib(parts)
+        if before <= limit:
             break
+        group, name = key.split(".")
         values = config.model_dump()
         if key in given or values[group].get(name, value) == value:
             continue
@@ -161,11 +185,14 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
             continue
         if name == "bf16_weights" and precision != "bf16":
             continue
-        if (after := sum((found := predict_memory(changed, precision)).values()) / 2**30) < before:
-            config, parts = changed, found
+        found = predict_memory(changed, precision)
+        after = _in_gib(found)
+        if after < before:
+            config = changed
+            parts = found
             lines.append(f"{key}={str(value).lower()}: {before:.1f} -> {after:.1f} GiB, for {cost}")
-    needed = sum(parts.values()) / 2**30
-    shown = ", ".join(f"{name} {size / 2**30:.2f}" for name, size in parts.items() if size >= 0.01 * 2**30)
+    needed = _in_gib(parts)
+    shown = ", ".join(f"{name} {size / _GIB:.2f}" for name, size in parts.items() if size >= 0.01 * _GIB)
     title = f"runtime.memory_gib={limit:g}: a step takes about {needed:.2f} GiB: {shown}"
     log.info("%s", Lines("\n  ".join([title, *lines])))
     if needed > limit:
@@ -174,3 +201,7 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
             "loop.micro_batch_size or task.buckets.areas_px, task.text_cache, task.lora, or optim=adafactor"
         )
     return config
+
+
+def _in_gib(parts: Mapping[str, float]) -> float:
+    return sum(parts.values()) / _GIB

@@ -1,8 +1,8 @@
 """An autoencoder: the decoder of SDXL's VAE learns the images of a collection, while the encoder stays as it is.
 
 Latents, caches and U-Nets therefore stay valid. A sample has `images` alone, uint8 [B, 3, H, W]: a random crop of an
-image in its bucket, in evaluation the whole bucket. A frozen encoder gives the latents' mean, as the variance of one
-that has not been trained hides the images. The loss is pixels + weight x perceptual distance; with a discriminator,
+image in its bucket, in evaluation the whole bucket. Training decodes the mean of the latents: the variance of an
+untrained encoder hides the image. The loss is pixels + weight x perceptual distance; with a discriminator,
 also its hinge loss, and the decoder's part weighted so that both pull at the last layer alike.
 
 Source: Esser et al. 2021 (arXiv 2012.09841), equations 5 and 7; Rombach et al. 2022 (arXiv 2112.10752), appendix G.
@@ -43,8 +43,6 @@ from models.perceptual import (
     pyramid_distance,
 )
 from models.sdxl.networks import SDXLConfig, describe, open_networks
-from models.sdxl.step import LATENT_DRAW
-from utils import rng
 from utils.config.bounds import BatchSize, CountOrZero, Depth, Factor, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch
@@ -57,16 +55,20 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_DECODER, _ENCODER = ("vae.decoder", "vae.post_quant_conv"), ("vae.encoder", "vae.quant_conv")
 _STRIDE_PX = 8  # pixels of a latent's side
-_WORST, _AMPLIFIED = 4, 4  # pictures of an evaluation; of the difference
-_MOST_ADAPTIVE, _LEAST_NORM = 1e4, 1e-4  # as published
+_WORST = 4  # pictures of an evaluation
+_AMPLIFIED = 4  # times the difference in a picture
+_MOST_ADAPTIVE = 1e4  # as published
+_LEAST_NORM = 1e-4  # as published
 
 _Px = Annotated[Side, Field(multiple_of=_STRIDE_PX)]
 
 
 class DiscriminatorConfig(Strict):
-    """A discriminator of patches. weight: against the other losses' pull; 0: none. start_step: the first with it."""
+    """A discriminator of patches.
+
+    weight: its gradient relative to the other losses; 0 turns it off. start_step: the first step that uses it.
+    """
 
     weight: Factor
     start_step: CountOrZero | None
@@ -75,7 +77,7 @@ class DiscriminatorConfig(Strict):
 
 
 class AutoencoderTaskConfig(TaskConfig):
-    """The VAE's decoder, or all of it. crop_px: of training."""
+    """The VAE's decoder. crop_px: of training."""
 
     name: Literal["autoencoder"]
     pixel_loss: Literal["l1", "l2"]
@@ -84,7 +86,6 @@ class AutoencoderTaskConfig(TaskConfig):
     crop_px: _Px
     chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     buckets: BucketConfig
-    train_encoder: bool
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
@@ -121,24 +122,22 @@ class AutoencoderTask(Task):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         config = setup.task
-        self._config, self._model = config, setup.model
+        self._config = config
+        self._model = setup.model
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
         self.vae = open_networks(setup.model, ("vae",))["vae"]
-        self.trained = self.exported = _DECODER
-        if config.train_encoder:
-            self.trained = self.exported = _DECODER + _ENCODER
-        else:
-            self.helpers = _ENCODER
-            self.vae.encoder = self.vae.quant_conv = None
+        self.vae.encoder = self.vae.quant_conv = None
+        self.trained = self.exported = self.averaged = ("vae.decoder", "vae.post_quant_conv")
+        self.helpers = ("vae.encoder", "vae.quant_conv")
         for name, parameter in self.vae.named_parameters():
             if name.endswith("to_k.bias"):  # softmax cancels it: Adam would make steps of the gradient's rounding
                 parameter.requires_grad_(False)
-        self.averaged = self.exported
         self.perceptual = None
         if config.perceptual.network is not None:
             self.helpers = (*self.helpers, "perceptual")
         self.discriminator = None
-        if (player := config.discriminator).weight:
+        player = config.discriminator
+        if player.weight:
             self.discriminator = PatchDiscriminator(player.width, player.layers)
             self.trained = (*self.trained, "discriminator")
             last = self.vae.decoder.conv_out.weight
@@ -149,9 +148,8 @@ class AutoencoderTask(Task):
 
     def load_helpers(self, use: Use) -> None:
         """Load the frozen encoder, and the perceptual network unless for an export."""
-        if not self._config.train_encoder:
-            whole = open_networks(self._model, ("vae",), frozen=True)["vae"]
-            self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
+        whole = open_networks(self._model, ("vae",), frozen=True)["vae"]
+        self.vae.encoder, self.vae.quant_conv = whole.encoder, whole.quant_conv
         if self._config.perceptual.network is not None and use != "export":
             self.perceptual = PerceptualNetwork(self._config.perceptual)
             self.perceptual.load()
@@ -159,11 +157,6 @@ class AutoencoderTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Keep the VAE of the base model, and set `origin` to its description."""
-        if self._config.train_encoder:
-            log.warning(
-                "task.train_encoder: true changes the latents: U-Nets, LoRAs and caches of latents made with this VAE "
-                "do not fit the new one"
-            )
         if self._model.vae is not None:
             self.origin = {"source": self._model.vae, "layout": "VAE", "license": stated_license(self._model.vae)}
         elif (path := self._model.path) is not None:
@@ -175,26 +168,22 @@ class AutoencoderTask(Task):
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss, the discriminator's included."""
         images = _to_levels(batch["images"])
-        mean, logvar = self._encode(images)
-        latents = mean
-        if self._config.train_encoder:
-            latents = mean + torch.exp(0.5 * logvar) * rng.normal(batch["key"], mean.shape[1:], LATENT_DRAW)
-        decoded = self._decode(latents)
+        decoded = self._decode(self._encode(images))
         loss, parts = self._compare(images, decoded)
         if self.discriminator is not None and torch.is_grad_enabled():
+            player = self._config.discriminator
             theirs, judged = self._play(images, decoded)
             self._note_gradients(loss, theirs, batch["weight"])
             parts |= {"fooled": theirs, "discriminator": judged}
-            begun = self.updates >= self._config.discriminator.start_step
-            loss = loss + torch.where(begun, self._config.discriminator.weight * self.balance * theirs + judged, 0.0)
+            added = player.weight * self.balance * theirs + judged
+            loss = loss + torch.where(self.updates >= player.start_step, added, 0.0)
         return StepOutput(loss, {name: log_mean(part, batch["weight"]) for name, part in parts.items()})
 
-    def _encode(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Return mean and log variance of the latents, float32, as the caches of latents have them."""
-        wants_grad = self._config.train_encoder and torch.is_grad_enabled()
-        with torch.set_grad_enabled(wants_grad), torch.autocast(images.device.type, enabled=False):
-            latents = self.vae.encode(images).latent_dist
-        return latents.mean, latents.logvar
+    @torch.no_grad()
+    def _encode(self, images: Tensor) -> Tensor:
+        """Return the mean of the latents, float32, as the caches of latents have it."""
+        with torch.autocast(images.device.type, enabled=False):
+            return self.vae.encode(images).latent_dist.mean
 
     def _decode(self, latents: Tensor) -> Tensor:
         """Return images, float32; a VAE that overflows in float16 (`force_upcast`) decodes in float32."""
@@ -205,7 +194,8 @@ class AutoencoderTask(Task):
 
     def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each image [B] without the players', and its parts."""
-        config, error = self._config, decoded - images
+        config = self._config
+        error = decoded - images
         pixel = absolute_error(error) if config.pixel_loss == "l1" else error.square().mean(dim=(1, 2, 3))
         with torch.autocast(images.device.type, enabled=False):
             distance = pyramid_distance if self.perceptual is None else self.perceptual
@@ -241,7 +231,9 @@ class AutoencoderTask(Task):
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure the images of `val`, each decoded from its latents' mean, and the latents; draw the worst images."""
-        means, worst, latents = Means(), TopSamples(_WORST), ChannelStatistics()
+        means = Means()
+        worst = TopSamples(_WORST)
+        latents = ChannelStatistics()
         for batch in loaders["val"]:
             figures, mean, decoded = self._measure(batch)
             valid = batch["weight"] > 0
@@ -249,7 +241,8 @@ class AutoencoderTask(Task):
             latents.add(mean, valid)
             kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
             worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
-        scalars, rows = means.reduce(), latents.rows()
+        scalars = means.reduce()
+        rows = latents.rows()
         scalars |= {f"latent_{name}_{row['channel']}": row[name] for name in ("mean", "std") for row in rows}
         return Report(scalars, {"latents": rows}, {"worst": _draw_worst(worst.reduce())})
 
@@ -260,7 +253,7 @@ class AutoencoderTask(Task):
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
         """Return the figures of each image [B], the latents' means, and the decoded images."""
         images = _to_levels(batch["images"])
-        mean, _ = self._encode(images)
+        mean = self._encode(images)
         decoded = self._decode(mean)
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
@@ -311,7 +304,8 @@ class AutoencoderKind(BucketedKind):
 
     def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the training stream. Raises UserError (`task.crop_px`, `task.buckets`)."""
-        collection, crop_px = data.collection, setup.task.crop_px
+        collection = data.collection
+        crop_px = setup.task.crop_px
         rows = training_rows(collection, config.loop)
         buckets = _assign(data, setup, rows)
         buckets.refuse_none(len(rows))

@@ -32,7 +32,7 @@ from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
 from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported, visiting
-from engine.tasks.judge import Judge, JudgeConfig, gather
+from engine.tasks.judge import Judge, JudgeConfig, gather, read_texts
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
@@ -79,14 +79,11 @@ class NoiseConfig(Strict):
 
     @model_validator(mode="after")
     def _has_a_target_everywhere(self) -> Self:
-        why = {
-            "epsilon": "epsilon has nothing to predict at the last timestep, which is then pure noise",
-            "flow": "flow has no noise table, and its last time is always pure noise",
-        }
-        if self.zero_terminal_snr and self.prediction_type in why:
+        if self.zero_terminal_snr and self.prediction_type != "v_prediction":
             raise ValueError(
-                f"task.noise.zero_terminal_snr: true is for v_prediction: {why[self.prediction_type]}; set "
-                "task.noise.zero_terminal_snr=false, or task.noise.prediction_type=v_prediction"
+                f"task.noise.zero_terminal_snr: true is for v_prediction, not {self.prediction_type}: in pure noise, "
+                "epsilon has nothing to predict, and flow always ends in it; set task.noise.zero_terminal_snr=false, or "
+                "task.noise.prediction_type=v_prediction"
             )
         return self
 
@@ -141,8 +138,10 @@ class DiffusionTaskConfig(TaskConfig):
     @property
     def stated_noise(self) -> dict[str, Any]:
         """Return the noise as exports state it and as pictures are sampled: arguments of `scheduler_config`."""
-        noise = self.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
-        return noise | ({"shift": self.timesteps.shift} if self.noise.prediction_type == "flow" else {})
+        stated = self.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
+        if self.noise.prediction_type == "flow":
+            stated["shift"] = self.timesteps.shift
+        return stated
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
         """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
@@ -162,9 +161,9 @@ class DiffusionTaskConfig(TaskConfig):
                 f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
                 "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
             )
-        if self.noise.prediction_type == "flow" and (weighting := self.loss.weighting) != "none":
+        if self.noise.prediction_type == "flow" and self.loss.weighting != "none":
             raise ValueError(
-                f"task.loss.weighting: {weighting} is for epsilon and v; flow is trained on its plain error, and "
+                f"task.loss.weighting: {self.loss.weighting} is for epsilon and v; flow has its plain error, and "
                 "task.timesteps says how often each noise level comes; set task.loss.weighting=none"
             )
         if self.lora is not None and self.train_text_encoders:
@@ -172,17 +171,19 @@ class DiffusionTaskConfig(TaskConfig):
                 "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
                 "task.lora.text_encoders=true to train them by LoRA, or task.lora=null"
             )
-        fsdp = config.runtime.parallel == "fsdp"
-        if config.model.frozen_dtype == "float8" and (self.lora is None or fsdp):
-            other = "runtime.parallel=fsdp would shard it" if fsdp else "task.lora=null trains all of it"
-            raise ValueError(f"model.frozen_dtype: float8 stores a LoRA's base, but {other}; set bfloat16")
+        if config.model.frozen_dtype == "float8" and (self.lora is None or config.runtime.parallel == "fsdp"):
+            raise ValueError(
+                "model.frozen_dtype: float8 stores a LoRA's base, which fsdp cannot shard and task.lora=null trains; "
+                "set bfloat16"
+            )
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
-        for n, concept in enumerate(config.data.concepts or () if self.mask is None else ()):
-            if concept.mask:
-                raise ValueError(f"data.concepts.{n}.mask: true, but task.mask is null; set task.mask to their source")
-        keyed = ((f"data.concepts.{n}.captions", each.captions) for n, each in enumerate(config.data.concepts or ()))
-        captions = [self.captions, *(self.captions.changed(key, values) for key, values in keyed)]
+        captions = [self.captions]
+        for number, concept in enumerate(config.data.concepts or ()):
+            key = f"data.concepts.{number}"
+            if concept.mask and self.mask is None:
+                raise ValueError(f"{key}.mask: true, but task.mask is null; set task.mask to their source")
+            captions.append(self.captions.changed(f"{key}.captions", concept.captions))
         if self.text_cache is not None and any(own.varies_tags for own in captions) and self.text_variants == 1:
             raise ValueError(
                 "task.text_cache: the cache holds one text per caption, but task.captions shuffles or drops tags; set "
@@ -215,9 +216,11 @@ class DiffusionTask(Task):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
-        config, tags = setup.task, setup.facts.get("tag_weights")  # for training only; weight files do not have it
-        self._config, self._model = config, setup.model
+        config = setup.task
+        self._config = config
+        self._model = setup.model
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
+        tags = setup.facts.get("tag_weights")  # for training only; weight files do not have it
         self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
@@ -237,14 +240,17 @@ class DiffusionTask(Task):
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
-        used = (*(ENCODERS if config.trains_text else ()), *(("vae",) if config.loss.perceptual else ()))
-        self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - {*used})
+        used = {*ENCODERS} if config.trains_text else set()
+        if config.loss.perceptual is not None:
+            used.add("vae")
+        self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - used)
         self._encoded: dict[tuple[str, str], EncodedPrompt] = {}  # with a text cache
         self._prior: list[np.ndarray] = []  # the base model's pictures of task.judge.prior
         if config.judge is not None:
             self.helpers += ("judge",)
-            drift = {"judge.drift": True} if config.judge.prior else {}
-            self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False, **drift}
+            self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False}
+            if config.judge.prior:
+                self.choices["judge.drift"] = True
 
     def take(self, networks: Networks) -> None:
         for name, network in networks.items():
@@ -273,10 +279,11 @@ class DiffusionTask(Task):
         if self._config.lora is not None:
             self.adapter.warn_of_rank()
         if (path := self._model.path) is not None:
-            known, files = describe(path), [] if self.alphas.is_meta else base_files(self._model, ("unet",))
+            known = describe(path)
+            files = [] if self.alphas.is_meta else base_files(self._model, ("unet",))
             hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
-            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
-            self.origin["sha256"] = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
+            digest = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
+            self.origin = {"source": path, "layout": known["layout"], "license": known["license"], "sha256": digest}
         if source is not None:
             with about("init_from"):
                 self._continue(source)
@@ -285,38 +292,50 @@ class DiffusionTask(Task):
         """Load a LoRA, or the trained networks. Raises UserError if the file has others or another noise schedule."""
         path = source.find()
         tensors, metadata = read_weights(path, source.weights)
-        task, ours, lora = metadata.get("task"), self._config.noise, self._config.lora
-        theirs = task.get("noise") if isinstance(task, dict) else None
-        for name in ("prediction_type", "zero_terminal_snr") if isinstance(theirs, dict) and not ours.convert else ():
-            if theirs.get(name) != (value := getattr(ours, name)):
-                raise UserError(f"task.noise.{name}: {value}, but {path} was trained with {theirs.get(name)}; set that")
+        self._refuse_other_noise(path, metadata)
         advice = "It is neither a U-Net nor a run with the same task.train_text_encoders; a LoRA needs task.lora."
-        if lora is not None:
-            with torch.device("meta"):
-                shapes = open_networks(self._model, ("unet", *ENCODERS))
-            updates = read_lora(path, shapes)
-            if (kinds := " and ".join(sorted({update.kind for update in updates.values()}))) != lora.kind:
-                raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
-            ranks, tensors = sorted({update.rank or lora.rank for update in updates.values()}), {}
-            for name, update in updates.items():  # scaled, so that another alpha changes nothing
-                tensors |= {f"{name}.{key}": tensor for key, tensor in update.rescaled(lora.alpha).tensors.items()}
-            advice = (
-                f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
-                f"{len(updates)}: set task.lora.rank, targets, conv and text_encoders to those of the file."
-            )
+        if self._config.lora is not None:
+            tensors, advice = self._read_lora(path, self._config.lora)
         elif any(name.startswith(PREFIXES["unet"]) for name in tensors):
             tensors = from_single_file("unet", tensors)
         refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
         if not is_meta(self):
             self.load_state_dict(join_exported(self, tensors, {}), strict=False)
         stated = metadata.get("origin") or (read_header(path)[1] if path.suffix == ".safetensors" else {})
-        card = stated_license(source.source)
         with readable(path, "weight"):
-            own = stated.get("license") or stated.get("modelspec.license") or card
-            found = {own, (self.origin or {}).get("license")}
-            joined = " and ".join(sorted(found - {None})) or None
-        self.origin = {"source": str(path), "layout": "init_from", **(self.origin or {}), "license": joined}
+            own = stated.get("license") or stated.get("modelspec.license") or stated_license(source.source)
+        base = self.origin or {}
+        joined = " and ".join(sorted({own, base.get("license")} - {None})) or None
+        self.origin = {"source": str(path), "layout": "init_from", **base, "license": joined}
         log.info("init_from: %s, %d tensors, licences: %s", path, len(tensors), joined or "not stated")
+
+    def _refuse_other_noise(self, path: Path, metadata: Mapping[str, Any]) -> None:
+        task = metadata.get("task")
+        theirs = task.get("noise") if isinstance(task, dict) else None
+        if self._config.noise.convert or not isinstance(theirs, dict):
+            return
+        for name in ("prediction_type", "zero_terminal_snr"):
+            ours = getattr(self._config.noise, name)
+            if theirs.get(name) != ours:
+                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {theirs.get(name)}; set that")
+
+    def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[dict[str, Tensor], str]:
+        """Return a file's tensors as those of `adapter`, and advice if they do not fit."""
+        with torch.device("meta"):
+            shapes = open_networks(self._model, ("unet", *ENCODERS))
+        changes = read_lora(path, shapes)
+        kinds = " and ".join(sorted({change.kind for change in changes.values()}))
+        if kinds != lora.kind:
+            raise UserError(f"task.lora.kind: {lora.kind}, but {path} is a {kinds or 'file of nothing'}; set that")
+        tensors: dict[str, Tensor] = {}
+        for name, change in changes.items():
+            scaled = change.rescaled(lora.alpha)  # so that another alpha changes nothing
+            tensors |= {f"{name}.{key}": tensor for key, tensor in scaled.tensors.items()}
+        ranks = sorted({change.rank or lora.rank for change in changes.values()})
+        return tensors, (
+            f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
+            f"{len(changes)}: set task.lora.rank, targets, conv and text_encoders to those of the file."
+        )
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -347,58 +366,68 @@ class DiffusionTask(Task):
         error: the mean squared error; loss: weighted by noise level; perceptual: the latent perceptual loss, if on;
         mask_share: the mean of the mask, with `task.mask`, which weighs every error.
         """
-        noise_config, times = self._config.noise, self._config.timesteps
-        keys = batch["key"]
+        kind = self._config.noise.prediction_type
+        loss = self._config.loss
         latents = self._latents(batch)
         prompts, pooled = self._texts(batch)
-        options = {"mean": times.mean, "std": times.std, "shift": times.shift}
-        drawn = sdxl.draw_times(times.sampling, keys, batch["strata"], **options)
-        shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise_config.shift_by_resolution else None
-        table = sdxl.NoiseLevel(self.alphas, self.sigmas)
-        level, timesteps = sdxl.find_levels(noise_config.prediction_type, drawn, table, shift)
-        noise = sdxl.draw_noise(keys, latents, noise_config.offset)
+        level, timesteps = self._draw_levels(batch)
+        noise = sdxl.draw_noise(batch["key"], latents, self._config.noise.offset)
         noisy = sdxl.add_noise(latents, noise, level)
-        pred = self._predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
-        target = sdxl.target(noise_config.prediction_type, latents, noise, level)
-        squared, loss, mask = (pred - target).square(), self._config.loss, self._config.mask
-        if mask is not None:
-            counts = batch[MASK].float().clamp(min=mask.floor)
-            mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA) if mask.normalise else 1.0
+        pred = self.predict(noisy, timesteps, prompts, pooled, batch["fit"].float())
+        squared = (pred - sdxl.target(kind, latents, noise, level)).square()
+        counts = None if self._config.mask is None else self._find_counts(batch)
+        if counts is not None:
+            mean = 1.0
+            if self._config.mask.normalise:
+                mean = counts.mean(dim=(1, 2, 3), keepdim=True).clamp(min=_LEAST_AREA)
             squared = squared * (counts / mean)
         error = squared.mean(dim=(1, 2, 3))
-        weight = sdxl.loss_weight(loss.weighting, noise_config.prediction_type, level.snr, loss.gamma, loss.floor)
+        weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
-        if mask is not None:
+        if counts is not None:
             figures["mask_share"] = batch[MASK].float().mean(dim=(1, 2, 3))
         if loss.perceptual is not None:
-            predicted = sdxl.denoise(noise_config.prediction_type, noisy, pred, level)
-            predicted = predicted if mask is None else torch.lerp(latents, predicted, counts)
+            predicted = sdxl.denoise(kind, noisy, pred, level)
+            if counts is not None:
+                predicted = torch.lerp(latents, predicted, counts)
             figures["perceptual"] = self._perceptual(predicted, latents, level.snr)
         return figures, timesteps
+
+    def _draw_levels(self, batch: Batch) -> tuple[sdxl.NoiseLevel, Tensor]:
+        """Return the noise level of each sample, and the U-Net's timesteps [B]."""
+        noise, times = self._config.noise, self._config.timesteps
+        options = times.model_dump(exclude={"sampling"})
+        drawn = sdxl.draw_times(times.sampling, batch["key"], batch["strata"], **options)
+        shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise.shift_by_resolution else None
+        return sdxl.find_levels(noise.prediction_type, drawn, sdxl.NoiseLevel(self.alphas, self.sigmas), shift)
+
+    def _find_counts(self, batch: Batch) -> Tensor:
+        """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
+        return batch[MASK].float().clamp(min=self._config.mask.floor)
 
     def _perceptual(self, predicted: Tensor, latents: Tensor, snr: Tensor) -> Tensor:
         """Return the latent perceptual loss of each sample [B], 0 above the noise level of `task.loss.perceptual`.
 
         It waits for the device, so that only the samples below this level pass through the decoder.
         """
-        low, losses = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0], torch.zeros_like(snr)
+        losses = torch.zeros_like(snr)
+        low = torch.nonzero(snr >= self._config.loss.perceptual.min_snr)[:, 0]
         if len(low) == 0:
             return losses
         outputs = (part[low] / self.latent_factor + self.latent_mean for part in (predicted, latents))
         return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
 
-    def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        """Return the U-Net's output, float32 [B, 4, h, w].
+    def predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
+        """Return the U-Net's output, float32 [B, 4, h, w]. On the meta device, its shapes (engine/recipe/memory.py).
 
         ids: float32 [B, 6], never cast: bfloat16 rounds sizes from 1,024 to 2,048 to multiples of 8.
         Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
         """
         dtype = self.unet.dtype
-        added = {"text_embeds": pooled.to(dtype), "time_ids": ids}
         mask = None if prompts.shape[1] == LENGTH else sdxl.find_text(prompts)
         return self.unet(
             noisy.to(dtype), timesteps, encoder_hidden_states=prompts.to(dtype), encoder_attention_mask=mask,
-            added_cond_kwargs=added,
+            added_cond_kwargs={"text_embeds": pooled.to(dtype), "time_ids": ids},
         ).sample.float()  # fmt: skip
 
     def _latents(self, batch: Batch) -> Tensor:
@@ -407,7 +436,8 @@ class DiffusionTask(Task):
             with visiting(self.alphas.device, self.vae):
                 mean, logvar = sdxl.encode_images(self.vae, batch["images"])
         else:
-            mean, logvar = batch["latent_mean"].float(), batch["latent_logvar"].float()
+            mean = batch["latent_mean"].float()
+            logvar = batch["latent_logvar"].float()
         noise = rng.normal(batch["key"], mean.shape[1:], sdxl.LATENT_DRAW)
         return (mean + torch.exp(0.5 * logvar) * noise - self.latent_mean) * self.latent_factor
 
@@ -416,30 +446,36 @@ class DiffusionTask(Task):
         if "prompt_embeds" in batch:
             prompts, pooled = batch["prompt_embeds"], batch["pooled_prompt_embeds"]
         else:
-            encoders, learns = (self.text_encoder, self.text_encoder_2), self._config.trains_text
-            with torch.set_grad_enabled(torch.is_grad_enabled() and learns), visiting(self.alphas.device, *encoders):
+            encoders = (self.text_encoder, self.text_encoder_2)
+            learns = torch.is_grad_enabled() and self._config.trains_text
+            with torch.set_grad_enabled(learns), visiting(self.alphas.device, *encoders):
                 prompts, pooled = sdxl.encode_text(*encoders, batch["token_ids"], batch.get("token_weights"))
         if self._config.captions.dropout_to == "zeros":  # as diffusers' pipelines do, with force_zeros_for_empty_prompt
             dropped = batch["is_dropped"][:, None]
-            prompts, pooled = prompts.masked_fill(dropped[..., None], 0), pooled.masked_fill(dropped, 0)
+            prompts = prompts.masked_fill(dropped[..., None], 0)
+            pooled = pooled.masked_fill(dropped, 0)
         return prompts, pooled
 
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Return images, darker where a mask lets the loss count less, and size, crop, weight and caption of each."""
-        images, texts, weights = batch["images"].float(), [], batch.get("concept_weight", torch.ones(len(batch["key"])))
+        images = batch["images"].float()
         if MASK in batch:
-            counts = batch[MASK].float().clamp(min=self._config.mask.floor)
-            images = images * nn.functional.interpolate(counts, images.shape[-2:])
+            images = images * nn.functional.interpolate(self._find_counts(batch), images.shape[-2:])
+        weights = batch.get("concept_weight", torch.ones(len(images)))
         weights = weights if self.tag_balance is None else weights * self.tag_balance(batch)
-        offsets, text = batch["caption_offsets"].tolist(), bytes(batch["caption"].tolist())
+        captions = read_texts(batch)
+        texts = []
         for index, weight in enumerate(weights.tolist()):
             height, width, top, left, *_ = batch["fit"][index].tolist()
-            caption = text[offsets[index] : offsets[index + 1]].decode(errors="replace") or "(empty caption)"
-            lines = [f"of {height} x {width}, crop {top}, {left}", *([] if weight == 1 else [f"weight {weight:.3g}"])]
-            lines += ["prior"] if "is_prior" in batch and batch["is_prior"][index] else []
-            texts.append("\n".join([*lines, "(caption dropped)" if batch["is_dropped"][index] else caption]))
+            lines = [f"of {height} x {width}, crop {top}, {left}"]
+            if weight != 1:
+                lines.append(f"weight {weight:.3g}")
+            if "is_prior" in batch and batch["is_prior"][index]:
+                lines.append("prior")
+            lines.append("(caption dropped)" if batch["is_dropped"][index] else captions[index] or "(empty caption)")
+            texts.append("\n".join(lines))
         return images, texts
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
@@ -447,7 +483,8 @@ class DiffusionTask(Task):
 
         `tone_N` is the mean brightness of the N-th prompt's picture, from 0 (black) to 1 (white).
         """
-        measured, drawn = measure_means(loaders["val"], lambda batch: self._measure(batch)[0]), self.draw()
+        measured = measure_means(loaders["val"], lambda batch: self._measure(batch)[0])
+        drawn = self.draw()
         judged = self._judge(loaders["judge"]) if "judge" in loaders else Report()
         scalars = {**measured, **judged.scalars, **drawn.scalars}
         return Report(scalars, judged.tables, {**drawn.images, **judged.images}, drawn.samples)
@@ -477,13 +514,15 @@ class DiffusionTask(Task):
 
         With a text cache, the text encoders are loaded for new prompts, and then leave the memory.
         """
-        captions, encoders = self._config.captions, (self.text_encoder, self.text_encoder_2)
+        captions = self._config.captions
+        encoders = [self.text_encoder, self.text_encoder_2]
         options = {"zeros_for_empty_prompt": captions.dropout_to == "zeros", "emphasis": captions.emphasis}
         if self._config.text_cache is None:
             with visiting(self.alphas.device, *encoders):
                 return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
         keyed = {(prompt.text, prompt.negative): prompt for prompt in prompts}
-        if new := {key: prompt for key, prompt in keyed.items() if key not in self._encoded}:
+        new = {key: prompt for key, prompt in keyed.items() if key not in self._encoded}
+        if new:
             loaded = open_networks(self._model, ENCODERS, frozen=True)
             encoders = [loaded[name].to(self.alphas.device) for name in ENCODERS]
             self._encoded |= {key: encode_prompt(encoders, prompt, **options) for key, prompt in new.items()}
@@ -491,13 +530,15 @@ class DiffusionTask(Task):
 
     def _judge(self, stream: Iterable[Batch]) -> Report:
         """Return the judge's report on pictures of held-out captions and `task.judge.prior`, always at one noise."""
-        config, held = self._config.judge, gather(stream, len(self.judge.names))
+        config = self._config.judge
+        held = gather(stream, len(self.judge.names))
         texts = enumerate([*(each.caption for each in held), *config.prior], self._config.samples.seed)
         prompts = [self._config.samples.complete(Prompt(text=text, steps=config.steps), seed) for seed, text in texts]
-        pictures, prior = self.sample(prompts), prompts[len(held) :]
-        if prior and not self._prior:
-            self._prior = self._sample_base(prior)
-        pairs, device = list(zip(pictures[len(held) :], self._prior)), self.alphas.device
+        pictures = self.sample(prompts)
+        if config.prior and not self._prior:
+            self._prior = self._sample_base(prompts[len(held) :])
+        pairs = list(zip(pictures[len(held) :], self._prior))
+        device = self.alphas.device
         return distributed.rank_zero_call(lambda: self.judge.report(held, pictures[: len(held)], pairs, device))
 
     def _sample_base(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
@@ -507,9 +548,9 @@ class DiffusionTask(Task):
             pictures = self.sample(prompts)
             self._attach()
             return pictures
-        trained, base = {name: getattr(self, name) for name in self.trained}, open_networks(self._model, self.trained)
-        device, dtype = self.alphas.device, self.unet.dtype
-        self.take({name: nn.Module.to(network, device, dtype).eval() for name, network in base.items()})
+        trained = {name: getattr(self, name) for name in self.trained}
+        base = open_networks(self._model, self.trained).items()
+        self.take({name: nn.Module.to(network, self.alphas.device, self.unet.dtype).eval() for name, network in base})
         pictures = self.sample(prompts)
         self.take(trained)
         return pictures

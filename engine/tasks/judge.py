@@ -45,8 +45,9 @@ from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 log = get_logger(__name__)
 
 _SHOWN = 5  # unknown tags in a message
+_WIDTH = 26  # characters of a line below a picture
+_LINES = 3  # lines of missing or leaked tags
 _Pair = tuple[np.ndarray, np.ndarray]
-_CAPTION, _LINES = 26, 3  # characters of a line below a picture, and lines of missing or leaked tags
 
 
 class JudgeConfig(Strict):
@@ -87,7 +88,8 @@ class Judge(nn.Module):
     @about("task.judge.weights")
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
-        self.path, self._model = find_weights(config.weights, "best", onnx_first=True), []
+        self.path = find_weights(config.weights, "best", onnx_first=True)
+        self._model: list[ImageModel] = []  # a list hides the module
         if self.path.suffix == ".onnx":
             self._predictor = onnx_predictor(self.path, torch.device("cpu"))
         else:
@@ -95,12 +97,13 @@ class Judge(nn.Module):
             kind, setup = check_weights(self.path, shapes, metadata, {"tagging": TaggingKind()})
             task = kind.build(setup)
             task.load_state_dict(join_exported(task, read_weights(self.path)[0], {}), strict=False)
-            self._model = [ImageModel(task.network, setup.normalise(), kind.output).eval()]  # a list hides the module
+            self._model.append(ImageModel(task.network, setup.normalise(), kind.output).eval())
             self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))
-        predictor, known = self._predictor, known_outputs(str(self.path), self._predictor)
-        self.names, self.preprocessing = predictor.names, predictor.preprocessing
+        self.names = self._predictor.names
+        self.preprocessing = self._predictor.preprocessing
+        known = known_outputs(str(self.path), self._predictor)
         self.outputs = {name: output for (category, name), output in known.items() if category != RATING}
-        self._thresholds = predictor.choose_thresholds(self.path)
+        self._thresholds = self._predictor.choose_thresholds(self.path)
 
     def files(self) -> list[Path]:
         """Return the files that decide the figures."""
@@ -127,23 +130,28 @@ class Judge(nn.Module):
 
         Scalars `judge.*`: those of `judge_pictures`, and `drift`: 1 less the mean cosine of the pairs of `prior`.
         """
-        prompted, others = (np.stack([getattr(each, name) for each in held]) for name in ("prompted", "others"))
-        pictures = (drawn, *zip(*prior))
-        prepared = [[prepare(picture, self.preprocessing) for picture in each] for each in pictures]
-        real, seen, *pair = (self.look(images, device) for images in ([each.image for each in held], *prepared))
+        prompted = np.stack([each.prompted for each in held])
+        others = np.stack([each.others for each in held])
+        real = self.look([each.image for each in held], device)
+        seen = self._look_at(drawn, device)
         figures = judge_pictures(prompted, others, seen, real)
-        if pair:
-            figures["drift"] = float(1 - cosines(*(each.vectors for each in pair)).mean())
-        captions = [[(each.caption, INK)] for each in held]
+        if prior:
+            now, base = (self._look_at(pictures, device).vectors for pictures in zip(*prior))
+            figures["drift"] = float(1 - cosines(now, base).mean())
+        captions = [[(shorten(each.caption, _WIDTH), INK)] for each in held]
         for sign, color, tags in (("-", RIGHT, prompted & ~seen.tags), ("+", WRONG, others & seen.tags)):
             for lines, row in zip(captions, tags):
-                lines += [(f"{sign} {self.names[tag]}", color) for tag in np.flatnonzero(row)[:_LINES]]
-        captions = [[(legible(shorten(text, _CAPTION)), color) for text, color in lines] for lines in captions]
+                names = [self.names[tag] for tag in np.flatnonzero(row)[:_LINES]]
+                lines += [(shorten(f"{sign} {name}", _WIDTH), color) for name in names]
+        captions = [[(legible(text), color) for text, color in lines] for lines in captions]
         title = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         title += "\n- prompted and not seen, in blue; + seen and not prompted, in red"
         grid = image_grid(drawn, captions, title, columns=4, tile_px=226)
         scalars = {f"judge.{name}": value for name, value in figures.items()}
         return Report(scalars, {"judge": tag_rows(self.names, prompted, others, seen, real)}, {"judge": grid})
+
+    def _look_at(self, pictures: Sequence[np.ndarray], device: torch.device) -> Seen:
+        return self.look([prepare(picture, self.preprocessing) for picture in pictures], device)
 
 
 def judged_stream(
@@ -154,15 +162,20 @@ def judged_stream(
     Fields beside `images`: `caption`, in UTF-8; `prompted`, the outputs of the tags in the caption; `others`, those of
     the other tags of the training split. Raises UserError (`task.judge.weights`) if the judge knows no tag.
     """
-    collection, rules = data.collection, Captions(captions, data.collection)
+    collection = data.collection
+    rules = Captions(captions, collection)
     tags = read_tags(collection, rules)
     outputs = np.array([judge.outputs.get(parse_tag(name).name, -1) for name in tags.names], dtype=np.int64)
-    texts = {row: (own := rules.of(row)).complete(own.read(collection.row(row))[0]) for row in rows.tolist()}
-    has = {row: np.array(tags.find_shown(row, text, rules.of(row)), bool) for row, text in texts.items()}
-    shown = {row: tags.of_row(row)[each] for row, each in has.items()}
-    wanted = np.unique(np.concatenate([np.zeros(0, np.int64), *shown.values()]))
-    unknown = [tags.names[tag] for tag in wanted[outputs[wanted] < 0]]
-    prompted = {row: np.unique(outputs[ids][outputs[ids] >= 0]) for row, ids in shown.items()}
+    texts: dict[int, str] = {}
+    prompted: dict[int, np.ndarray] = {}
+    wanted: set[int] = set()  # tags
+    for row in rows.tolist():
+        own = rules.of(row)
+        texts[row] = own.complete(own.read(collection.row(row))[0])
+        shown = tags.of_row(row)[np.array(tags.find_shown(row, texts[row], own), bool)]
+        wanted.update(shown.tolist())
+        prompted[row] = np.unique(outputs[shown][outputs[shown] >= 0])
+    unknown = [tags.names[tag] for tag in sorted(wanted) if outputs[tag] < 0]
     usable = [row for row, ids in prompted.items() if len(ids)]
     named = f"{len(unknown):,} of the {len(wanted):,} tags of the validation captions, such as {unknown[:_SHOWN]}"
     if not usable:
@@ -171,36 +184,44 @@ def judged_stream(
             f"{judge.names[:_SHOWN]}. Name a tagger of these tags; without validation images whose captions have tags, "
             "set task.judge=null"
         )
-    chosen = np.array(usable)[np.linspace(0, len(usable) - 1, min(config.prompts, len(usable))).round().astype(int)]
-    asked = np.concatenate([prompted[row] for row in chosen.tolist()])
-    log.info("judge: %s, %d prompts with %d tags", judge.path, len(chosen), len(asked))
+    places = np.linspace(0, len(usable) - 1, min(config.prompts, len(usable)))
+    chosen = np.array(usable)[places.round().astype(int)]
+    asked = sum(len(prompted[row]) for row in chosen.tolist())
+    log.info("judge: %s, %d prompts with %d tags", judge.path, len(chosen), asked)
     if unknown:
         log.warning("task.judge.weights: %s does not know %s; they are not judged", judge.path, named)
     trained = outputs[tags.count(collection.rows("train"), len(outputs)) > 0]
+    trained = trained[trained >= 0]
 
     def add(example: Example) -> Sample:
         row = example.draw.index
-        others = np.setdiff1d(trained[trained >= 0], prompted[row])
-        values = {"caption": np.frombuffer(texts[row].encode(), np.uint8), "prompted": prompted[row], "others": others}
-        return {name: Ragged(torch.from_numpy(each.astype(np.int64))) for name, each in values.items()}
+        others = np.setdiff1d(trained, prompted[row])
+        values = {"caption": [*texts[row].encode()], "prompted": prompted[row], "others": others}
+        return {name: Ragged(torch.as_tensor(value, dtype=torch.int64)) for name, value in values.items()}
 
-    preprocessing = judge.preprocessing
-    views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), preprocessing)}
+    views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), judge.preprocessing)}
     stream = data.evaluation(chosen, add, views)
     stream.samples = 0  # `val` has them already
     return stream
+
+
+def read_texts(batch: Batch) -> list[str]:
+    """Return the `caption` of each sample of a batch."""
+    letters = bytes(batch["caption"].tolist())
+    ends = batch["caption_offsets"].tolist()
+    return [letters[start:end].decode(errors="replace") for start, end in zip(ends, ends[1:])]
 
 
 def gather(stream: Iterable[Batch], width: int) -> list[Held]:
     """Return the readable pictures of all ranks, in the collection's order. width: the judge's outputs."""
     held = []
     for batch in stream:
-        names = ("prompted", "others")
-        masks = (multi_hot(batch[name], batch[f"{name}_offsets"], width).bool().cpu().numpy() for name in names)
-        letters, ends = bytes(batch["caption"].tolist()), batch["caption_offsets"].tolist()
-        texts = [letters[start:end].decode() for start, end in zip(ends, ends[1:])]
-        each = zip(batch["sample_id"].tolist(), texts, *masks, batch["images"].cpu())
-        held += [Held(*one) for one, weight in zip(each, batch["weight"].tolist()) if weight > 0]
+        prompted, others = (
+            multi_hot(batch[name], batch[f"{name}_offsets"], width).bool().cpu().numpy()
+            for name in ("prompted", "others")
+        )
+        parts = zip(batch["sample_id"].tolist(), read_texts(batch), prompted, others, batch["images"].cpu())
+        held += [Held(*part) for part, weight in zip(parts, batch["weight"].tolist()) if weight > 0]
     held = sorted(chain.from_iterable(distributed.gather_objects(held)), key=lambda each: each.row)
     if not held:
         raise UserError("data.root: the judge can read no validation image; see the warnings above")

@@ -91,7 +91,7 @@ def run_sdxl(go, data):
     rule = {"sizes_hw": "null", "areas_px": "[4096]", "step_px": 32, "min_px": 32, "max_px": 128}
     go("finetune_sdxl", *tiny, *(f"task.buckets.{key}={value}" for key, value in rule.items()), "run_dir=sdxl_rule")
     short = (text for text in SHORT if not text.startswith("augment"))
-    go("finetune_vae", *TINY["autoencoder"], *short, data, "task.chunk=2", "task.train_encoder=true", "run_dir=vae")
+    go("finetune_vae", *TINY["autoencoder"], *short, data, "task.chunk=2", "run_dir=vae")
 
 
 OF_SDXL = ("finetune_sdxl", "finetune_vae")

@@ -192,14 +192,6 @@ def test_what_does_not_fit_is_refused(said, place, monkeypatch, capfd):
     assert said in capfd.readouterr().err
 
 
-def test_a_trained_encoder_is_warned_of_and_exported(place, capfd):
-    words = ["task.train_encoder=true", "task.pixel_loss=l2", "loop.total_steps=2", "run_dir=encoder"]
-    run("finetune_vae", [*SHORT, *words], place)
-    assert "task.train_encoder" in capfd.readouterr().err
-    saved = load_file(place / "encoder/weights/last_weights.safetensors")
-    assert {name.split(".")[1] for name in saved} == {"decoder", "post_quant_conv", "encoder", "quant_conv"}
-
-
 def test_a_run_is_a_vae_while_its_encoder_is_the_one_of_the_base(place, monkeypatch):
     monkeypatch.chdir(place)
     found = load_vae("run").state_dict()
