@@ -48,7 +48,8 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_ON_A_SHEET, _CAPTION = 64, 30  # pictures, and characters of a prompt below one
+_ON_A_SHEET = 64  # pictures
+_CAPTION = 30  # characters of a prompt below a picture
 
 
 class DrawConfig(PictureConfig):
@@ -58,9 +59,11 @@ class DrawConfig(PictureConfig):
 
     def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:
         """Return a complete prompt for each picture."""
-        own = [None if isinstance(prompt, str) else prompt.seed for prompt in prompts]
-        seeds = [self.seeds if seed is None else [seed] for seed in own]
-        return [self.complete(prompt, seed) for prompt, each in zip(prompts, seeds) for seed in each]
+        complete = []
+        for prompt in prompts:
+            own = None if isinstance(prompt, str) else prompt.seed
+            complete += [self.complete(prompt, seed) for seed in (self.seeds if own is None else [own])]
+        return complete
 
 
 class _Prompts(Strict):
@@ -98,17 +101,24 @@ class Painter:
     def describe(self, prompt: Prompt) -> str:
         """Return a picture's `parameters` as the web UIs write them."""
         height, width = prompt.image_size_hw
-        added = "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)
-        hashes = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
         settings = {
-            "Steps": prompt.steps, "Sampler": SAMPLERS[self.scheduler["_class_name"]],
-            "CFG scale": f"{prompt.guidance:g}", "Seed": prompt.seed,
-            "Size": f"{width}x{height}", "Model hash": self.hashes[0][:10], "Model": self.name,
-            "CFG Rescale": f"{prompt.guidance_rescale:g}", **({"Lora hashes": hashes} if hashes else {}),
-            "Version": "Atelier",
-        }  # fmt: skip
-        negative = f"\nNegative prompt: {prompt.negative}" if prompt.negative else ""
-        return f"{prompt.text}{added}{negative}\n" + ", ".join(f"{k}: {_quote(str(v))}" for k, v in settings.items())
+            "Steps": prompt.steps,
+            "Sampler": SAMPLERS[self.scheduler["_class_name"]],
+            "CFG scale": f"{prompt.guidance:g}",
+            "Seed": prompt.seed,
+            "Size": f"{width}x{height}",
+            "Model hash": self.hashes[0][:10],
+            "Model": self.name,
+            "CFG Rescale": f"{prompt.guidance_rescale:g}",
+        }
+        if self.loras:
+            settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
+        settings["Version"] = "Atelier"
+        lines = [prompt.text + "".join(f" <lora:{name}:{strength:g}>" for name, strength, _ in self.loras)]
+        if prompt.negative:
+            lines.append(f"Negative prompt: {prompt.negative}")
+        lines.append(", ".join(f"{name}: {_quote(str(value))}" for name, value in settings.items()))
+        return "\n".join(lines)
 
     def paint(self, prompts: Sequence[Prompt]) -> Iterator[np.ndarray]:
         """Yield a picture per complete prompt, uint8 [H, W, 3]."""
@@ -136,17 +146,20 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
             model = SDXLConfig.model_construct(
                 name="sdxl", path=str(path), vae=moved.vae, vae_values=AS_STATED, frozen_dtype="float32"
             )
-            networks, files = open_networks(model), base_files(model)
+            networks = open_networks(model)
+            files = base_files(model)
             scheduler = scheduler_config(facts["prediction_type"], bool(facts["zero_terminal_snr"]), facts["shift"])
-            zeros, emphasis = facts["zeros_for_empty_prompt"], False
+            encoding = {"zeros_for_empty_prompt": facts["zeros_for_empty_prompt"], "emphasis": False}
             log.info("prompts: brackets are text; only a run with task.captions.emphasis=true reads them as emphasis")
         else:
             opened = open_weights(path, base=moved)
             if not isinstance(opened.task, DiffusionTask):
                 raise UserError(f"{path} draws no pictures: prompts is for SDXL; set input for this one")
-            networks, files, task = whole_networks(opened), [path], opened.setup.task
+            networks = whole_networks(opened)
+            files = [path]
+            task = opened.setup.task
             scheduler = scheduler_config(**task.stated_noise)
-            zeros, emphasis = task.captions.dropout_to == "zeros", task.captions.emphasis
+            encoding = task.encoding
     merged = []
     for text in loras:
         with about("lora"):
@@ -158,7 +171,6 @@ def open_painter(weights: str, moved: MovedBase, loras: Sequence[str], device: t
         dtype = torch.float32 if device.type == "cpu" or part == "vae" else torch.bfloat16
         nn.Module.to(network, device, dtype)  # because diffusers' own `to` warns
     hashes = [hash_once(file, FILE_HASHES) for file in files]
-    encoding = {"zeros_for_empty_prompt": zeros, "emphasis": emphasis}
     return Painter(Path(weights).name, networks, scheduler, encoding, hashes, merged)
 
 
@@ -206,7 +218,8 @@ def draw(
 
 def _draw_sheet(drawn: Sequence[tuple[Path, Prompt]], title: str) -> bytes:
     """Return a PNG of pictures with their prompts and seeds."""
-    images, captions = [], []
+    images = []
+    captions = []
     for file, prompt in drawn:
         with readable(file, "PNG"), Image.open(file) as image:
             images.append(np.asarray(image.convert("RGB")))
@@ -216,7 +229,8 @@ def _draw_sheet(drawn: Sequence[tuple[Path, Prompt]], title: str) -> bytes:
 
 def to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:
     """Return a PNG, with the `parameters` of a picture."""
-    content, info = io.BytesIO(), PngInfo()
+    content = io.BytesIO()
+    info = PngInfo()
     if parameters is not None:
         info.add_text("parameters", parameters)
     Image.fromarray(pixels).save(content, "PNG", pnginfo=info)

@@ -4,6 +4,7 @@ Only what is known is written. A stranger may have made the weight file, so all 
 """
 
 import json
+import math
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -18,17 +19,23 @@ from models.sdxl.vae import unlike_sdxls
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
     """Return the facts for `write_modelspec`, and sd-scripts'. given: author, description and trigger, or None."""
-    task, metadata = weights.setup.task, weights.metadata
-    images, what = dict_of(metadata, "trained_on").get("images"), "VAE"
+    task = weights.setup.task
+    metadata = weights.metadata
+    images = dict_of(metadata, "trained_on").get("images")
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
+    what = "VAE"
     facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
     facts |= licence_entry(metadata)
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
-        facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source}
         model = weights.setup.model
-        facts |= {"ss_vae_name": Path(model.vae or "").name, "ss_vae_values": unlike_sdxls(model.vae_values)}
-        facts |= _describe_training(task, metadata)
+        facts |= {
+            "trigger_phrase": given["trigger"],
+            "ss_sd_model_name": source,
+            "ss_vae_name": Path(model.vae or "").name,
+            "ss_vae_values": unlike_sdxls(model.vae_values),
+            **_describe_training(task, metadata),
+        }
     described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
     facts |= {"description": given["description"] or described, "ss_output_name": weights.title}
     known = {name: value for name, value in facts.items() if value not in (None, "", {})}
@@ -51,9 +58,15 @@ def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -
         "ss_caption_dropout_rate": task.captions.caption_dropout,
         "ss_mixed_precision": metadata.get("precision"),
     }
-    if buckets := [(count, width, height) for height, width, count in trained_on.get("buckets") or ()]:
-        _, width, height = max(buckets, key=lambda one: (one[0], one[1] * one[2], -abs(one[1] - one[2])))
-        numbered = {str(number): {"resolution": one[1:], "count": one[0]} for number, one in enumerate(buckets)}
-        facts |= {"resolution": f"{width}x{height}", "ss_resolution": f"({width}, {height})"}
-        facts |= {"ss_enable_bucket": True, "ss_bucket_info": {"buckets": numbered}}
+    buckets = [((width, height), count) for height, width, count in trained_on.get("buckets") or ()]
+    if buckets:
+        # The bucket of most images; of several, the largest, then the squarest.
+        (width, height), _ = max(buckets, key=lambda one: (one[1], math.prod(one[0]), min(one[0])))
+        numbered = {str(n): {"resolution": size, "count": count} for n, (size, count) in enumerate(buckets)}
+        facts |= {
+            "resolution": f"{width}x{height}",
+            "ss_resolution": f"({width}, {height})",
+            "ss_enable_bucket": True,
+            "ss_bucket_info": {"buckets": numbered},
+        }
     return facts

@@ -82,7 +82,7 @@ class NoiseConfig(Strict):
         if self.zero_terminal_snr and self.prediction_type != "v_prediction":
             raise ValueError(
                 f"task.noise.zero_terminal_snr: true is for v_prediction, not {self.prediction_type}: in pure noise, "
-                "epsilon has nothing to predict, and flow always ends in it; set task.noise.zero_terminal_snr=false, or "
+                "epsilon has nothing to predict, and flow always ends in it; set it to false, or "
                 "task.noise.prediction_type=v_prediction"
             )
         return self
@@ -142,6 +142,11 @@ class DiffusionTaskConfig(TaskConfig):
         if self.noise.prediction_type == "flow":
             stated["shift"] = self.timesteps.shift
         return stated
+
+    @property
+    def encoding(self) -> dict[str, bool]:
+        """Return how prompts are encoded: options of `encode_prompt`."""
+        return {"zeros_for_empty_prompt": self.captions.dropout_to == "zeros", "emphasis": self.captions.emphasis}
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
         """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
@@ -514,9 +519,8 @@ class DiffusionTask(Task):
 
         With a text cache, the text encoders are loaded for new prompts, and then leave the memory.
         """
-        captions = self._config.captions
         encoders = [self.text_encoder, self.text_encoder_2]
-        options = {"zeros_for_empty_prompt": captions.dropout_to == "zeros", "emphasis": captions.emphasis}
+        options = self._config.encoding
         if self._config.text_cache is None:
             with visiting(self.alphas.device, *encoders):
                 return [encode_prompt(encoders, prompt, **options) for prompt in prompts]

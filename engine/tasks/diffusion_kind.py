@@ -66,13 +66,14 @@ class BucketedKind(Kind):
 
     def set_up(self, config: TrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None) -> Setup:
         """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
-        setup, buckets = super().set_up(config, collection, facts), config.task.buckets
+        setup = super().set_up(config, collection, facts)
+        buckets = config.task.buckets
         if not buckets.depends_on_images:
             return setup
         rows = training_rows(collection, config.loop)
         buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
-        facts = {**setup.facts, "bucket_sizes_hw": buckets.sizes_hw}
-        return replace(setup, task=config.task.model_copy(update={"buckets": buckets}), facts=facts)
+        task = config.task.model_copy(update={"buckets": buckets})
+        return replace(setup, task=task, facts={**setup.facts, "bucket_sizes_hw": buckets.sizes_hw})
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
         """Return nothing: weight files do not describe images."""
@@ -107,8 +108,8 @@ class DiffusionKind(BucketedKind):
             with torch.device("meta"):
                 load_vae(model.vae)
             base = model.model_copy(update={"vae": None, "vae_values": AS_STATED}).settled().vae_values
-            if base != model.vae_values:
-                named = {name: value for name, value in model.vae_values if value != getattr(base, name)}
+            named = {name: value for name, value in model.vae_values if value != getattr(base, name)}
+            if named:
                 unlike = "unlike the base model's VAE: the U-Net learns other latents"
                 log.warning("model.vae: %s has %s, %s", model.vae, named, unlike)
         if task.tag_weights is None:
@@ -125,7 +126,8 @@ class DiffusionKind(BucketedKind):
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. This fills the caches first, except in a dry run."""
-        collection, captions = data.collection, setup.task.captions
+        collection = data.collection
+        captions = setup.task.captions
         sources = describe_captions(collection, training_rows(collection, config.loop), captions)
         streams = super().streams(data, setup, config)
         images = np.unique(streams.train.sampler.rows)
@@ -138,16 +140,17 @@ class DiffusionKind(BucketedKind):
 
     def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the training stream, in buckets."""
-        task, collection = setup.task, data.collection
+        task = setup.task
+        collection = data.collection
         rows = training_rows(collection, config.loop)
         tags = None if task.tag_weights is None else read_tags(collection, Captions(task.captions, collection))
-        parts = config.loop.batch_size
-        buckets, read, views, fields = _read(data, setup, rows, parts, tags, training=True)
+        buckets, read, views, fields = _read(data, setup, rows, config.loop.batch_size, tags, training=True)
         buckets.refuse_none(len(rows))
         described = {"collection": describe_collection(collection), "images": buckets.describe()}
         sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, task.chunk)
-        train, counts = read.train(buckets.rows, fields, views, sampler=sampler), {"buckets": buckets.count()}
-        return Streams(train, {}, read.fingerprints, described=described, trained_on=counts)
+        train = read.train(buckets.rows, fields, views, sampler=sampler)
+        trained_on = {"buckets": buckets.count()}
+        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on)
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
         """Return `val`, in buckets, with centred crops and whole captions, and the pictures of `judge`, if it is on."""
@@ -164,7 +167,8 @@ class DiffusionKind(BucketedKind):
 def check_noise(path: str, noise: NoiseConfig) -> None:
     """Say what a base model leaves open. Raises UserError (`task.noise`) if it says other than a run's settings."""
     source = describe(path)
-    if unread := source["unread"]:
+    unread = source["unread"]
+    if unread:
         log.warning("model.path: %d tensors of %s belong to no network, such as %s", len(unread), path, unread[0])
     if noise.convert:
         return
@@ -197,7 +201,8 @@ def caption_fields(
     has_priors = any(concept.is_prior for concept in concepts)
 
     def add(example: Example) -> Sample:
-        row, config = example.draw.index, rules.of(example.draw.index)
+        row = example.draw.index
+        config = rules.of(row)
         generator = example.generator if example.training else None
         text, is_dropped = config.draw(config.read(example.row), generator, vary(config))
         strata = torch.tensor([example.draw.position % parts, parts])
@@ -219,45 +224,37 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     Captions are padded to the chunks that the longest one needs. This warns of those that are cut, and fills the text
     cache.
     """
-    task, captions, rules = setup.task, setup.task.captions, Captions(setup.task.captions, data.collection)
-    read = ((rules.of(row), rules.of(row).read(data.collection.row(row))) for row in rows.tolist())
-    pairs = [(text, own) for own, texts in read for text in (texts if training else texts[:1])]
-    texts = [text for text, _ in pairs]
-    texts_of = "training" if training else "validation"
-    if summary := captions.describe_emphasis(texts):
-        log.info("captions: of %s %s captions %s", f"{len(texts):,}", texts_of, summary)
-    by_category = ((text, own) for text, own in pairs if own.order or own.dropout)
-    if counts := Counter(name for text, own in by_category for name in own.find_categories(own.split(text), text)):
-        log.info("captions: tags of %s captions by category: %s", texts_of, dict(counts.most_common()))
-    needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs]
-    needed = np.array(needed or [1])
-    chunks = min(needed.max(), task.caption_chunks)
-    if cut := np.count_nonzero(needed > chunks):
-        log.warning(
-            "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
-            f"{cut:,}", f"{len(texts):,}", texts_of, chunks, needed.max(),
-        )  # fmt: skip
+    task = setup.task
+    captions = task.captions
+    rules = Captions(captions, data.collection)
+    pairs: list[tuple[str, CaptionConfig]] = []
+    for row in rows.tolist():
+        own = rules.of(row)
+        texts = own.read(data.collection.row(row))
+        pairs += [(text, own) for text in (texts if training else texts[:1])]
+    chunks = _count_chunks(pairs, task, "training" if training else "validation")
     if task.text_cache is None:
 
         def add_tokens(caption: str) -> dict[str, Tensor]:
             ids, weights = tokenize([caption], chunks, emphasis=captions.emphasis)
-            return {"token_ids": ids[0], **({} if weights is None else {"token_weights": weights[0]})}
+            return {"token_ids": ids[0]} if weights is None else {"token_ids": ids[0], "token_weights": weights[0]}
 
-        return _encode_bytes if data.dry_run else add_tokens, lambda own: own.vary_tags
+        return _encode_bytes if data.dry_run else add_tokens, _vary_tags
 
-    def make(own: CaptionConfig) -> tuple[int, Vary]:
-        """Return the number of variants, and how to make one."""
-        variants = task.text_variants if training and own.varies_tags else 1
-        return variants, own.vary_tags if training else lambda text, generator: own.complete(text)
+    def count_variants(own: CaptionConfig) -> int:
+        return task.text_variants if training and own.varies_tags else 1
+
+    def make_variant(own: CaptionConfig, text: str, number: int) -> str:
+        vary = own.vary_tags if training else lambda text, generator: own.complete(text)
+        return vary_caption(text, number, vary)
 
     def vary(own: CaptionConfig) -> Vary:
-        variants, one = make(own)
-        return lambda text, generator: vary_caption(text, int(torch.randint(variants, (), generator=generator)), one)
+        variants = count_variants(own)
+        return lambda text, generator: make_variant(own, text, int(torch.randint(variants, (), generator=generator)))
 
     if data.dry_run:
         return _encode_bytes, vary
-    made = ((text, *make(own)) for text, own in pairs)
-    to_encode = [vary_caption(text, number, one) for text, variants, one in made for number in range(variants)]
+    to_encode = [make_variant(own, text, number) for text, own in pairs for number in range(count_variants(own))]
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -275,6 +272,31 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     return store.read, vary
 
 
+def _vary_tags(own: CaptionConfig) -> Vary:
+    return own.vary_tags
+
+
+def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
+    """Return the chunks of the longest caption, at most `task.caption_chunks`; log what is special and what is cut."""
+    captions = task.captions
+    if summary := captions.describe_emphasis([text for text, _ in pairs]):
+        log.info("captions: of %s %s captions %s", f"{len(pairs):,}", split, summary)
+    counts: Counter[str] = Counter()
+    for text, own in pairs:
+        if own.order or own.dropout:
+            counts.update(own.find_categories(own.split(text), text))
+    if counts:
+        log.info("captions: tags of %s captions by category: %s", split, dict(counts.most_common()))
+    needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
+    chunks = min(max(needed), task.caption_chunks)
+    if max(needed) > chunks:
+        log.warning(
+            "task.caption_chunks: %s of %s %s captions are longer than %d x 75 tokens and are cut; %d would hold all",
+            f"{sum(number > chunks for number in needed):,}", f"{len(pairs):,}", split, chunks, max(needed),
+        )  # fmt: skip
+    return chunks
+
+
 def _encode_bytes(caption: str) -> dict[str, Ragged]:
     """Return the caption of a sample of a dry run."""
     return {"caption": Ragged(torch.tensor([*caption.encode()], dtype=torch.uint8))}
@@ -287,27 +309,27 @@ def _read(
 
     parts, tags: see `caption_fields`.
     """
-    task, collection = setup.task, data.collection
+    task = setup.task
+    collection = data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
     fields = caption_fields(data, task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
+    store = None
     if task.latent_cache is None:
-        read, views, store = data, fitted_views(buckets.sizes_hw, task.buckets), None
+        read = data
+        views = fitted_views(buckets.sizes_hw, task.buckets)
         find_fit = partial(buckets.draw_fit, config=task.buckets)
     elif data.dry_run:
-        is_random = task.buckets.crop == "random"  # only then a crop depends on the image's bytes
-        hashes = image_hashes(collection, buckets.rows, IMAGE_HASHES) if is_random else [""] * len(buckets.rows)
-        find_fit, store = LatentCache(None, collection, buckets, task.buckets, (), hashes).find_fit, None
-        read, views = data, views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
+        hashes = [""] * len(buckets.rows)
+        if task.buckets.crop == "random":  # only then a crop depends on the image's bytes
+            hashes = image_hashes(collection, buckets.rows, IMAGE_HASHES)
+        read = data
+        find_fit = LatentCache(None, collection, buckets, task.buckets, (), hashes).find_fit
+        views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
     else:
-        hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-        decoder, padding = data.source.decoder, setup.model.settled().vae_values.padding_mode
-        inputs = _fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding
-        store = TensorStore(Path(task.latent_cache), "task.latent_cache")
-        latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
-        if store.is_missing(latents.keys).any():
-            vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
-            latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
-        read, views, find_fit = data.read_from(latents, latents.fingerprints), {}, latents.find_fit
+        latents, store = _cache_latents(data, setup, buckets)
+        read = data.read_from(latents, latents.fingerprints)
+        views = {}
+        find_fit = latents.find_fit
     if task.mask is not None:
         masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
         digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
@@ -317,6 +339,21 @@ def _read(
         return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
 
     return buckets, read, views, add
+
+
+def _cache_latents(data: Data, setup: Setup, buckets: Buckets) -> tuple[LatentCache, TensorStore]:
+    """Return the cache of the latents of images in their buckets, filled, and its records."""
+    task = setup.task
+    decoder = data.source.decoder
+    padding = setup.model.settled().vae_values.padding_mode
+    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding)
+    store = TensorStore(Path(task.latent_cache), "task.latent_cache")
+    hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
+    latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
+    if store.is_missing(latents.keys).any():
+        vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
+        latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
+    return latents, store
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
