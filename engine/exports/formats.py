@@ -24,13 +24,13 @@ from models.interop.metadata import dict_of
 from models.interop.onnx_file import export_onnx
 from models.interop.parity import refuse_difference
 from models.sdxl import checkpoint_files, lora
+from models.sdxl.changes import Change
 from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import part_state
 from models.sdxl.networks import Networks, describe, load_networks, load_vae, open_networks
 from models.sdxl.step import decode_to_levels
 from models.sdxl.tokenizer import build_tokenizer
-from models.sdxl.updates import Update
 from models.sdxl.vae import unlike_sdxls
 from utils.config.bounds import Positive
 from utils.config.schema import PathText, Strict
@@ -146,7 +146,7 @@ def write_lora_diffusers(weights: Weights, folder: Path, config: "ExportConfig")
 
 
 def _write_lora(write: Any, weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write a LoRA, read it again, and compare the updates of all layers and a DoRA's magnitudes."""
+    """Write a LoRA, read it again, and compare the changes of all layers and a DoRA's magnitudes."""
     if weights.setup.task.lora is None:
         raise UserError(f"format: {config.format} is for a LoRA, but this run trained the U-Net; set single_file")
     if values := unlike_sdxls(weights.setup.model.vae_values):
@@ -160,8 +160,8 @@ def _write_lora(write: Any, weights: Weights, folder: Path, config: "ExportConfi
     if layers.keys() != read.keys():
         raise UserError(f"output: {path.name} has other layers than the run; check the disk, and export again")
     differences = []
-    for values in (Update.matrix, Update.magnitude):
-        pairs = [(values(layer.update()).detach().cpu(), values(read[name])) for name, layer in layers.items()]
+    for values in (Change.matrix, Change.magnitude):
+        pairs = [(values(layer.change()).detach().cpu(), values(read[name])) for name, layer in layers.items()]
         largest = max(float(wanted.abs().max()) for wanted, _ in pairs)
         differences += [float((found - wanted).abs().max()) / (largest or 1.0) for wanted, found in pairs]
     difference = max(differences)

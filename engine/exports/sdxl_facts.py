@@ -13,7 +13,7 @@ from typing import Any
 from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
-from models.sdxl.updates import SHOWN
+from models.sdxl.changes import SHOWN
 from models.sdxl.vae import unlike_sdxls
 
 

@@ -40,7 +40,7 @@ from models.sdxl.lora import LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
-from models.sdxl.perceptual import PerceptualConfig, perceptual_loss
+from models.sdxl.perceptual import LatentPerceptualConfig, perceptual_loss
 from models.sdxl.sampling import EncodedPrompt, Prompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
@@ -82,8 +82,8 @@ class NoiseConfig(Strict):
         if self.zero_terminal_snr and self.prediction_type != "v_prediction":
             raise ValueError(
                 f"task.noise.zero_terminal_snr: true is for v_prediction, not {self.prediction_type}: in pure noise, "
-                "epsilon has nothing to predict, and flow always ends in it; set it to false, or "
-                "task.noise.prediction_type=v_prediction"
+                "epsilon has nothing to predict, and flow always ends in it; set "
+                "task.noise.zero_terminal_snr=false, or task.noise.prediction_type=v_prediction"
             )
         return self
 
@@ -97,7 +97,7 @@ class LossConfig(Strict):
     weighting: sdxl.Weighting
     gamma: Positive
     floor: Factor
-    perceptual: PerceptualConfig | None
+    perceptual: LatentPerceptualConfig | None
 
 
 class TimestepsConfig(Strict):

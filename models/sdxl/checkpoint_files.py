@@ -22,7 +22,6 @@ from torch import Tensor, nn
 from models.sdxl.family import PARTS, PREDICTIONS, PREFIXES, Networks
 from models.sdxl.names import part_state, to_single_file
 from models.sdxl.sampling import scheduler_config
-from models.sdxl.step import PredictionType
 from models.sdxl.vae import fold_values
 from utils.io.files import write_json
 from utils.io.weights import weight_metadata, write_tensors
@@ -58,32 +57,26 @@ def write_modelspec(
 
 
 def write_single_file(
-    path: Path,
-    networks: Networks,
-    *,
-    prediction_type: PredictionType,
-    zero_terminal_snr: bool,
-    shift: float = 1.0,
-    dtype: torch.dtype,
-    facts: Mapping[str, str],
+    path: Path, networks: Networks, *, dtype: torch.dtype, facts: Mapping[str, str], **noise: Any
 ) -> None:
     """Write a single file in `dtype` (for the VAE, see `cast_states`). facts: for `write_modelspec`, with a `title`.
+
+    noise: arguments of `scheduler_config`.
 
     The VAE's values are folded into its tensors; the header keeps its padding, which other programs do not read.
     """
     tensors: dict[str, Tensor] = {}
     for part, state in cast_states(networks, dtype, folds=True).items():
         tensors |= to_single_file(part, state)
-    is_v = prediction_type == "v_prediction"
-    marks = {"v_pred": is_v, "ztsnr": is_v and zero_terminal_snr}
-    tensors |= {name: torch.empty(0) for name, is_set in marks.items() if is_set}
-    facts = {
-        **facts,
-        "architecture": "stable-diffusion-xl-v1-base",
-        "implementation": GENERATIVE_MODELS,
-        "prediction_type": prediction_type,
-        **({"ss_discrete_flow_shift": str(shift)} if prediction_type == "flow" else {}),
-    }
+    prediction = noise["prediction_type"]
+    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base", "implementation": GENERATIVE_MODELS}
+    facts["prediction_type"] = prediction
+    if prediction == "flow":
+        facts["ss_discrete_flow_shift"] = str(noise.get("shift", 1.0))
+    if prediction == "v_prediction":
+        tensors["v_pred"] = torch.empty(0)
+        if noise["zero_terminal_snr"]:
+            tensors["ztsnr"] = torch.empty(0)
     write_modelspec(path, tensors, facts, _stated_padding(networks["vae"], tensors))
 
 
@@ -92,20 +85,20 @@ def write_diffusers(
     networks: Networks,
     tokenizer: "PreTrainedTokenizerBase",
     *,
-    prediction_type: PredictionType,
-    zero_terminal_snr: bool,
-    shift: float = 1.0,
     dtype: torch.dtype,
     zeros_for_empty_prompt: bool,
+    **noise: Any,
 ) -> None:
     """Write a diffusers folder. model_index.json, which identifies it, is written last.
 
+    noise: arguments of `scheduler_config`.
     tokenizer: from `build_tokenizer`; the second encoder's copy gets its own padding, "!" (id 0).
     zeros_for_empty_prompt: pipelines use zeros instead of encoding an empty negative prompt.
     """
     import diffusers
 
-    states, classes = cast_states(networks, dtype), {}
+    states = cast_states(networks, dtype)
+    classes = {}
     for part in PARTS:
         _write_part(folder / part, part, networks[part], states[part])
         classes[part] = [type(networks[part]).__module__.partition(".")[0], type(networks[part]).__name__]
@@ -114,7 +107,7 @@ def write_diffusers(
     for name, written in (("tokenizer", tokenizer), ("tokenizer_2", second)):
         written.save_pretrained(folder / name)
         classes[name] = ["transformers", "CLIPTokenizer"]
-    scheduler = scheduler_config(prediction_type, zero_terminal_snr, shift)
+    scheduler = scheduler_config(**noise)
     write_json(folder / "scheduler" / "scheduler_config.json", scheduler)
     index = {
         "_class_name": "StableDiffusionXLPipeline",
@@ -141,8 +134,9 @@ def write_vae_file(path: Path, vae: nn.Module, dtype: torch.dtype, facts: Mappin
 
 
 def _stated_padding(vae: nn.Module, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-    own = {name: vae.config[name] for name in ("padding_mode",) if name in vae.config}
-    return {"format": "pt", **weight_metadata({"vae": own} if own else {}, tensors)}
+    padding = vae.config.get("padding_mode")
+    own = {} if padding is None else {"vae": {"padding_mode": padding}}
+    return {"format": "pt", **weight_metadata(own, tensors)}
 
 
 def _write_part(folder: Path, part: str, network: nn.Module, state: Mapping[str, Tensor]) -> None:
@@ -159,12 +153,12 @@ def cast_states(networks: Networks, dtype: torch.dtype, *, folds: bool = False) 
 
     folds: with the VAE's values in its tensors.
     """
-    overflows = dtype == torch.float16 and networks["vae"].config.force_upcast
-    dtypes: dict[str, Any] = {part: torch.float32 if part == "vae" and overflows else dtype for part in PARTS}
-    states = {part: part_state(part, network) for part, network in networks.items()}
-    if folds:
-        states["vae"] = fold_values(networks["vae"], states["vae"])
-    return {
-        part: {name: tensor.detach().to("cpu", dtypes[part]) for name, tensor in state.items()}
-        for part, state in states.items()
-    }
+    states = {}
+    for part, network in networks.items():
+        state = part_state(part, network)
+        if part == "vae" and folds:
+            state = fold_values(network, state)
+        overflows = part == "vae" and dtype == torch.float16 and network.config.force_upcast
+        own = torch.float32 if overflows else dtype
+        states[part] = {name: tensor.detach().to("cpu", own) for name, tensor in state.items()}
+    return states

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 
-class Part(NamedTuple):
+class NetworkFiles(NamedTuple):
     """A network and its names in files.
 
     unused: patterns of tensors that carry nothing for SDXL: constants, counters, and what only the training of CLIP or
@@ -20,16 +20,17 @@ class Part(NamedTuple):
     unused: tuple[str, ...]
 
 
-_DIFFUSERS, _TRANSFORMERS = "diffusion_pytorch_model", "model"
+_DIFFUSERS = "diffusion_pytorch_model"
+_TRANSFORMERS = "model"
 _CLIP = ("*position_ids", "*logit_scale")
 PARTS = {
-    "unet": Part("model.diffusion_model.", _DIFFUSERS, "lora_unet", ()),
-    "vae": Part("first_stage_model.", _DIFFUSERS, None, ("loss.*", "model_ema.*")),
-    "text_encoder": Part(
+    "unet": NetworkFiles("model.diffusion_model.", _DIFFUSERS, "lora_unet", ()),
+    "vae": NetworkFiles("first_stage_model.", _DIFFUSERS, None, ("loss.*", "model_ema.*")),
+    "text_encoder": NetworkFiles(
         "conditioner.embedders.0.transformer.", _TRANSFORMERS, "lora_te1",
         (*_CLIP, "*text_projection", "*text_projection.weight"),
     ),
-    "text_encoder_2": Part("conditioner.embedders.1.model.", _TRANSFORMERS, "lora_te2", (*_CLIP, "attn_mask")),
+    "text_encoder_2": NetworkFiles("conditioner.embedders.1.model.", _TRANSFORMERS, "lora_te2", (*_CLIP, "attn_mask")),
 }  # fmt: skip
 ENCODERS = ("text_encoder", "text_encoder_2")
 PREFIXES = {name: part.prefix for name, part in PARTS.items()}
@@ -92,13 +93,25 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
 
     Attention heads are 64 wide; a network narrower than 128 has one head.
     """
-    widths, vae_widths = ([16, 32, 32], [16, 16, 32, 32]) if tiny else ([320, 640, 1280], [128, 256, 512, 512])
-    text_widths, layers, time_width = ((32, 48), (2, 2), 16) if tiny else ((768, 1280), (12, 32), 256)
+    if tiny:
+        widths = [16, 32, 32]
+        vae_widths = [16, 16, 32, 32]
+        text_widths = (32, 48)
+        time_width = 16
+        depths = [1, 1, 2]
+        text_depths = (2, 2)
+    else:
+        widths = [320, 640, 1280]
+        vae_widths = [128, 256, 512, 512]
+        text_widths = (768, 1280)
+        time_width = 256
+        depths = [1, 2, 10]
+        text_depths = (12, 32)
     unet = {
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
         "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
         "block_out_channels": widths,
-        "transformer_layers_per_block": [1, 1, 2] if tiny else [1, 2, 10],
+        "transformer_layers_per_block": depths,
         "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
         "norm_num_groups": min(32, widths[0] // 4),
         "cross_attention_dim": sum(text_widths),
@@ -128,7 +141,7 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
             "hidden_act": activation,
             "layer_norm_eps": 1e-5,
         }
-        for width, depth, activation in zip(text_widths, layers, ("quick_gelu", "gelu"))
+        for width, depth, activation in zip(text_widths, text_depths, ("quick_gelu", "gelu"))
     ]
     return dict(zip(PARTS, (unet, vae, *texts)))
 

@@ -9,6 +9,8 @@ from utils.errors import UserError
 from utils.io.files import read_json, readable
 from utils.io.hub import fetch, is_reference
 
+_VARIANTS = ("", ".fp16", ".bf16")  # of files
+
 
 def unusable(reason: str) -> UserError:
     """Return the error for a file or folder that is no SDXL."""
@@ -21,7 +23,7 @@ def weight_files(place: Path, part: str) -> list[Path]:
     Only the index says which shards belong together: others may be left from earlier.
     """
     name = PARTS[part].file
-    for variant in ("", ".fp16", ".bf16"):
+    for variant in _VARIANTS:
         whole = place / f"{name}{variant}.safetensors"
         index = place / f"{name}.safetensors.index{variant}.json"
         if whole.is_file() and index.is_file():
@@ -44,9 +46,10 @@ def local_base(path: str | Path) -> Path:
         return Path(path)
     folder = fetch(reference, ["model_index.json"], ["scheduler/scheduler_config.json"])
     for part in PARTS if folder.is_dir() else ():
-        name, inside = PARTS[part].file, (f"{part}/config.json",)
-        variants = [(f"{name}{v}.safetensors", f"{name}.safetensors.index{v}.json") for v in ("", ".fp16", ".bf16")]
-        fetch(reference, inside, [f"{part}/{file}" for files in variants for file in files])
+        name = f"{part}/{PARTS[part].file}"
+        whole = [f"{name}{variant}.safetensors" for variant in _VARIANTS]
+        indices = [f"{name}.safetensors.index{variant}.json" for variant in _VARIANTS]
+        fetch(reference, (f"{part}/config.json",), [*whole, *indices])
         fetch(reference, *([f"{part}/{file.name}"] for file in weight_files(folder / part, part)))
     return folder
 

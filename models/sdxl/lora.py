@@ -1,6 +1,6 @@
-"""LoRA: low-rank updates of layers of SDXL's frozen networks, in a module of their own (models/sdxl/updates.py: kinds).
+"""LoRA: low-rank changes of layers of SDXL's frozen networks, in a module of their own (models/sdxl/changes.py: kinds).
 
-Only the tensors of the updates are trained. The frozen networks are not modified: forward hooks add the update to a
+Only the tensors of the changes are trained. The frozen networks are not modified: forward hooks add the change to a
 layer's output, so a checkpoint has only these tensors.
 
 There are two file layouts for other tools (`StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)`).
@@ -26,11 +26,11 @@ from torch.nn import functional
 from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
+from models.sdxl.changes import Change, Kind, draw_tensors, norm_like
 from models.sdxl.checkpoint_files import GENERATIVE_MODELS, NO_HASH, write_modelspec
 from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.names import rename, text_prefix
 from models.sdxl.networks import unused_layer
-from models.sdxl.updates import Kind, Update, draw_tensors, norm_like
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
@@ -56,7 +56,9 @@ class LoRALayer(nn.Module):
 
     def __init__(self, layer: nn.Linear | nn.Conv2d, config: LoRAConfig) -> None:
         super().__init__()
-        rank, self.kind, self.alpha = config.rank, config.kind, config.alpha
+        rank = config.rank
+        self.kind = config.kind
+        self.alpha = config.alpha
         if config.kind in ("loha", "lokr"):
             for name, tensor in draw_tensors(config.kind, layer.weight, rank, config.factor).items():
                 self.register_parameter(name, nn.Parameter(tensor))
@@ -64,8 +66,8 @@ class LoRALayer(nn.Module):
         if config.kind == "dora":
             self.dora_scale = nn.Parameter(torch.zeros(1, *layer.weight.shape[1:2], *[1] * (layer.weight.ndim - 2)))
         if isinstance(layer, nn.Conv2d):
-            self.lora_A: nn.Module = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False)
-            self.lora_B: nn.Module = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
+            self.lora_A = nn.Conv2d(layer.in_channels, rank, layer.kernel_size, bias=False)
+            self.lora_B = nn.Conv2d(rank, layer.out_channels, 1, bias=False)
         else:
             self.lora_A = nn.Linear(layer.in_features, rank, bias=False)
             self.lora_B = nn.Linear(rank, layer.out_features, bias=False)
@@ -81,18 +83,22 @@ class LoRALayer(nn.Module):
         """Return the update of the layer's output for the same inputs."""
         if self.kind != "lora":  # computed again in the backward pass: it is as large as the weight
             return checkpoint(self._add_change, layer, inputs, use_reentrant=False, preserve_rng_state=False)
-        down, up = self.lora_A.weight, self.update().scale * self.lora_B.weight
-        hidden = _apply(layer, inputs, down.to(inputs.dtype))
-        return (functional.linear if up.ndim == 2 else functional.conv2d)(hidden, up.to(inputs.dtype))
+        hidden = _apply(layer, inputs, self.lora_A.weight.to(inputs.dtype))
+        up = (self.change().scale * self.lora_B.weight).to(inputs.dtype)
+        return functional.linear(hidden, up) if up.ndim == 2 else functional.conv2d(hidden, up)
+
+    def add_to(self, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        """Return the layer's output with the update: a forward hook."""
+        return output + self(layer, inputs[0])
 
     def _add_change(self, layer: nn.Module, inputs: Tensor) -> Tensor:
         with torch.autocast(inputs.device.type, enabled=False):
-            change = self.update().change(layer.weight).to(inputs.dtype)
+            change = self.change().on(layer.weight).to(inputs.dtype)
         return _apply(layer, inputs, change)
 
-    def update(self) -> Update:
-        """Return the update of the layer's weight."""
-        return Update(dict(self.named_parameters()), self.alpha)
+    def change(self) -> Change:
+        """Return the change of the layer's weight."""
+        return Change(dict(self.named_parameters()), self.alpha)
 
 
 def _apply(layer: nn.Module, inputs: Tensor, weight: Tensor) -> Tensor:
@@ -119,9 +125,13 @@ class LoRA(nn.Module):
 
     def warn_of_rank(self) -> None:
         """Say if the rank is above the full rank of layers, where more adds nothing."""
-        rank, layers = self.config.rank, self.layers() if self.config.kind in ("lora", "dora") else {}
-        full = {name: min(layers[name].lora_A.weight[0].numel(), len(layers[name].lora_B.weight)) for name in layers}
-        if narrow := [name for name in full if rank > full[name]]:
+        rank = self.config.rank
+        if self.config.kind not in ("lora", "dora"):
+            return
+        layers = self.layers().items()
+        full = {name: min(layer.lora_A.weight[0].numel(), len(layer.lora_B.weight)) for name, layer in layers}
+        narrow = [name for name in full if rank > full[name]]
+        if narrow:
             log.warning(
                 "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
                 rank, len(narrow), len(full), narrow[0], full[narrow[0]],
@@ -137,10 +147,7 @@ class LoRA(nn.Module):
         targets = find_layers(networks, texts=self.config.text_encoders)
         for name, update in self.layers().items():
             update.begin(targets[name])
-            hook = targets[name].register_forward_hook(
-                lambda layer, inputs, output, update=update: output + update(layer, inputs[0])
-            )
-            self._hooks.append(hook)
+            self._hooks.append(targets[name].register_forward_hook(update.add_to))
 
     def detach(self) -> None:
         """Stop updating the networks' outputs."""
@@ -152,7 +159,7 @@ class LoRA(nn.Module):
     def merge(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the networks' own weights, and detach."""
         self.detach()
-        add_updates(networks, {name: layer.update() for name, layer in self.layers().items()})
+        add_changes(networks, {name: layer.change() for name, layer in self.layers().items()})
 
 
 def find_layers(
@@ -160,21 +167,24 @@ def find_layers(
 ) -> dict[str, nn.Linear | nn.Conv2d]:
     """Return the layers that can be targets, by network and name. texts: also those of the text encoders."""
     kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
-    layers, unused = {}, unused_layer(networks["text_encoder"]) if texts else None
+    layers = {}
     for network in ("unet", *ENCODERS) if texts else ("unet",):
         prefix = text_prefix(network, networks[network])
         for name, layer in networks[network].named_modules():
-            if isinstance(layer, kinds) and not (network == "text_encoder" and unused in name):
+            if isinstance(layer, kinds):
                 layers[f"{network}.{prefix}{name}"] = layer
-    return layers
+    if not texts:
+        return layers
+    unused = unused_layer(networks["text_encoder"])
+    return {name: layer for name, layer in layers.items() if not (name.startswith("text_encoder.") and unused in name)}
 
 
-def add_updates(networks: Mapping[str, nn.Module], updates: Mapping[str, Update], strength: float = 1.0) -> None:
+def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
     """Change the weights of layers by name, in the weights' dtype."""
     layers = find_layers(networks)
-    for name, update in updates.items():
+    for name, change in changes.items():
         weight = layers[name].weight
-        weight.copy_(weight.float() + strength * update.change(weight))
+        weight.copy_(weight.float() + strength * change.on(weight))
 
 
 def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
@@ -219,9 +229,11 @@ def kohya_name(name: str) -> str:
 
 def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
     """Write a LoRA in kohya's layout, with alpha in float32. facts: for `write_modelspec`, with a `title`."""
-    config, tensors = lora.config, {}
+    config = lora.config
+    tensors = {}
     for name, layer in lora.layers().items():
-        stem, own = kohya_name(name), layer.update().tensors
+        stem = kohya_name(name)
+        own = layer.change().tensors
         tensors |= {f"{stem}.{_KOHYA.get(key, key)}": tensor for key, tensor in own.items()}
         tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
     arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}
@@ -243,7 +255,7 @@ def write_diffusers(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[s
     tensors = {}
     for name, layer in lora.layers().items():
         tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
-        tensors[f"{name}.lora_B.weight"] = layer.update().scale * layer.lora_B.weight
+        tensors[f"{name}.lora_B.weight"] = layer.change().scale * layer.lora_B.weight
     _write(path, tensors, dtype, {**facts, "implementation": "diffusers"}, {"format": "pt"})
 
 

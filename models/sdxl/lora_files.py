@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from models.sdxl.changes import Change
 from models.sdxl.family import ENCODERS, PARTS
-from models.sdxl.lora import LoRAConfig, add_updates, find_layers, kohya_name
+from models.sdxl.lora import LoRAConfig, add_changes, find_layers, kohya_name
 from models.sdxl.networks import unused_layer
-from models.sdxl.updates import Update
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import read_header, read_weights
@@ -28,20 +28,23 @@ _ENDINGS = {
 }
 
 
-def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Update]:
-    """Return the updates in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
+def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Change]:
+    """Return the changes in a file by the layers' names in `LoRA`, in the shapes of a `LoRALayer`.
 
     networks: SDXL's; only their shapes are used. Raises UserError for a LoRA of another base model or kind, or other
-    files. Updates of the first text encoder's last layer, whose output SDXL does not use, are ignored.
+    files. Changes of the first text encoder's last layer, whose output SDXL does not use, are ignored.
     """
-    texts, (tensors, metadata) = read_header(path)[1], read_weights(path)
-    layers, names = find_layers(networks), dict[str, str]()
+    texts = read_header(path)[1]
+    tensors, metadata = read_weights(path)
+    stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture") or "not stated"
+    other = f"{path} is no LoRA of SDXL's linear layers and convolutions (base model: {stated[:99]}): "
+    layers = find_layers(networks)
+    names: dict[str, str] = {}
     for name in layers:
         network, _, inside = name.partition(".")
         names |= dict.fromkeys([_flat(name), _flat(f"{PARTS[network].lora}_{inside}"), kohya_name(name)], name)
-    unused, found, updates = _flat(unused_layer(networks["text_encoder"])), dict[str, dict[str, Tensor]](), {}
-    stated = texts.get("ss_base_model_version") or texts.get("modelspec.architecture") or "not stated"
-    other = f"{path} is no LoRA of SDXL's linear layers and convolutions (base model: {stated[:99]}): "
+    unused = _flat(unused_layer(networks["text_encoder"]))
+    found: dict[str, dict[str, Tensor]] = {}
     for full, tensor in tensors.items():
         ending = next((ending for ending in _ENDINGS if full.endswith(ending)), "")
         stem = _flat(full.removesuffix(ending))
@@ -50,25 +53,27 @@ def read_lora(path: Path, networks: Mapping[str, nn.Module]) -> dict[str, Update
         if not ending or stem not in names:
             raise UserError(f"{other}its tensor {full[:200]} belongs to no such layer; name another file")
         found.setdefault(names[stem], {})[_ENDINGS[ending]] = tensor.float()
+    changes = {}
     with readable(path, "LoRA"):
         alphas = _stated_alphas(texts, metadata)
         for name, parts in found.items():
-            weight, alpha = layers[name].weight, parts.pop("alpha", alphas.get(name.partition(".")[0]))
-            updates[name] = Update(parts, None if alpha is None else float(alpha))
-            if not _fits(updates[name], weight.to("meta")):
+            weight = layers[name].weight
+            alpha = parts.pop("alpha", alphas.get(name.partition(".")[0]))
+            changes[name] = Change(parts, None if alpha is None else float(alpha))
+            if not _fits(changes[name], weight.to("meta")):
                 shapes = ", ".join(f"{key} {tuple(tensor.shape)}" for key, tensor in parts.items())
                 raise UserError(f"{other}{name} has {shapes}, but SDXL's layer is {tuple(weight.shape)}; name another")
             if "lora_A.weight" in parts:
                 parts["lora_A.weight"] = parts["lora_A.weight"].view(-1, *weight.shape[1:])
                 parts["lora_B.weight"] = parts["lora_B.weight"].view(len(weight), -1, *[1] * (weight.ndim - 2))
-    return updates
+    return changes
 
 
-def _fits(update: Update, weight: Tensor) -> bool:
-    """Return whether an update is for a layer of this weight, on the meta device."""
-    update = Update({name: tensor.to("meta") for name, tensor in update.tensors.items()}, None)
+def _fits(change: Change, weight: Tensor) -> bool:
+    """Return whether a change is for a layer of this weight, on the meta device."""
+    change = Change({name: tensor.to("meta") for name, tensor in change.tensors.items()}, None)
     try:
-        return update.matrix().shape == weight.flatten(1).shape == update.change(weight).flatten(1).shape
+        return change.matrix().shape == weight.flatten(1).shape == change.on(weight).flatten(1).shape
     except (RuntimeError, IndexError):  # of shapes
         return False
 
@@ -90,5 +95,5 @@ def _stated_alphas(texts: Mapping[str, str], metadata: Mapping[str, Any]) -> dic
 
 @torch.no_grad()
 def merge_lora(path: Path, strength: float, networks: Mapping[str, nn.Module]) -> None:
-    """Add a file's updates, times a strength, to the weights of SDXL's networks."""
-    add_updates(networks, read_lora(path, networks), strength)
+    """Add a file's changes, times a strength, to the weights of SDXL's networks."""
+    add_changes(networks, read_lora(path, networks), strength)

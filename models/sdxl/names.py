@@ -103,9 +103,11 @@ def _table(part: str, to_single: bool) -> dict[str, str]:
 
 def rename(part: str, name: str, *, to_single: bool) -> str | None:
     """Return the other layout's name for a tensor or module of a part, without the part's prefix, or None."""
-    table, words = _table(part, to_single), name.split(".")
+    table = _table(part, to_single)
+    words = name.split(".")
     for end in range(len(words), 0, -1):
-        if (other := table.get(".".join(words[:end]))) is not None:
+        other = table.get(".".join(words[:end]))
+        if other is not None:
             return ".".join([other, *words[end:]])
     return None
 

@@ -84,7 +84,8 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
     On the meta device, the base model may be missing: all of SDXL have the same shapes.
     """
     dtypes = {part: frozen_dtype(model, part) if frozen else torch.float32 for part in only}
-    networks, is_meta = Networks(), torch.get_default_device().type == "meta"
+    networks: Networks = {}
+    is_meta = torch.get_default_device().type == "meta"
     if model.vae is not None and "vae" in dtypes:
         networks["vae"] = load_vae(model.vae, model.vae_values, dtypes.pop("vae"))
     if model.path is not None and (Path(model.path).exists() or not is_meta):
@@ -94,9 +95,11 @@ def open_networks(model: SDXLConfig, only: Collection[str] = PARTS, *, frozen: b
         set_values(drawn["vae"], settle_values(model.vae_values, None))
         # nn.Module.to, because diffusers' own `to` warns about modules to keep in float32, and there are none.
         networks |= {part: nn.Module.to(drawn[part], dtype) for part, dtype in dtypes.items()}
-    for network in networks.values() if frozen else ():
+    if not frozen:
+        return networks
+    for network in networks.values():
         network.requires_grad_(False)
-    if frozen and model.frozen_dtype == "float8" and "unet" in networks:
+    if model.frozen_dtype == "float8" and "unet" in networks:
         store_in_float8(networks["unet"])
     return networks
 
@@ -184,13 +187,8 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
         first = shapes["vae"].get("encoder.conv_in.bias") if part == "vae" else shapes["unet"].get("conv_in.bias")
         configs[part] = family.list_configs(tiny=first is not None and _TINY_WIDTH in first.shape)[part]
     if "vae" in parts:
-        inner, stated["vae"] = shapes["vae"].get("decoder.conv_in.weight"), stated_config(path)
-        if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:
-            found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
-            raise UserError(f"{path} has {found}; SDXL needs one with latents of {family.CHANNELS} channels")
-        if not isinstance(upcast := stated["vae"].get("force_upcast", True), bool):
-            raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")
-        configs["vae"] |= {"force_upcast": upcast}
+        stated["vae"] = stated_config(path)
+        configs["vae"]["force_upcast"] = _read_upcast(path, shapes["vae"], stated["vae"])
     with torch.device("meta"):
         networks = {part: family.build_part(part, configs[part]) for part in parts}
     for part, network in networks.items():
@@ -202,6 +200,18 @@ def _build_to_fit(path: Path, parts: Collection[str]) -> Networks:
             if name in known and name not in _FREE and (other or None) != (known[name] or None):
                 raise UserError(f"{path}/{part}/config.json has {name} {other!r:.99}, but SDXL has {known[name]!r}")
     return networks
+
+
+def _read_upcast(path: Path, shapes: Mapping[str, Tensor], stated: Mapping[str, Any]) -> bool:
+    """Return whether a VAE overflows in float16. Raises UserError if it is none of SDXL's kind."""
+    inner = shapes.get("decoder.conv_in.weight")
+    if inner is None or inner.ndim != 4 or inner.shape[1] != family.CHANNELS:
+        found = "no VAE" if inner is None else f"a VAE with latents of {list(inner.shape)[1:2]} channels"
+        raise UserError(f"{path} has {found}; SDXL needs one with latents of {family.CHANNELS} channels")
+    upcast = stated.get("force_upcast", True)
+    if not isinstance(upcast, bool):
+        raise unusable(f"{path}/vae has force_upcast {upcast!r:.99}")
+    return upcast
 
 
 def unused_layer(text_encoder: nn.Module) -> str:
@@ -230,7 +240,7 @@ def base_files(model: SDXLConfig, parts: Collection[str] = PARTS) -> list[Path]:
     if model.path is None:
         return []
     path = local_base(model.path)
-    return [file for part in parts for file in weight_files(path / part, part)] if path.is_dir() else [path]
+    return sum((weight_files(path / part, part) for part in parts), []) if path.is_dir() else [path]
 
 
 @about("model.path")
@@ -244,14 +254,14 @@ def describe(path: str | Path) -> dict[str, Any]:
 
     Raises UserError (`model.path`) for other kinds of checkpoints.
     """
-    source, path = path, local_base(path)
-    if not path.exists():
-        raise unusable(f"{path} does not exist")
-    facts = _describe_folder(path) if path.is_dir() else _describe_file(path)
-    facts["license"] = facts["license"] or stated_license(source)
-    if (prediction := facts["prediction_type"]) != "v_prediction":  # nobody states that it has no zero terminal SNR
+    place = local_base(path)
+    if not place.exists():
+        raise unusable(f"{place} does not exist")
+    facts = _describe_folder(place) if place.is_dir() else _describe_file(place)
+    facts["license"] = facts["license"] or stated_license(path)
+    if facts["prediction_type"] != "v_prediction":  # nobody states that it has no zero terminal SNR
         if facts["zero_terminal_snr"]:
-            facts["other_noise"] = facts["other_noise"] or f"zero terminal SNR with {prediction}"
+            facts["other_noise"] = facts["other_noise"] or f"zero terminal SNR with {facts['prediction_type']}"
         facts["zero_terminal_snr"] = bool(facts["zero_terminal_snr"])
     return facts
 
@@ -267,13 +277,16 @@ def _describe_file(path: Path) -> dict[str, Any]:
         raise unusable(f"{path} has no tensors of {', '.join(missing)}")
     # ComfyUI's name of the key is not ModelSpec's.
     stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key") or "epsilon"
-    prediction, rescaled = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower()), None
+    prediction = "v_prediction" if "v_pred" in names else _PREDICTIONS.get(stated.lower())
     if prediction is None:
         raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon, v or flow")
+    rescaled = None
     other = None
-    if table := next((name for name in ("alphas_cumprod", "denoiser.sigmas") if name in names), None):
-        rescaled, other = _recognise_table(path, table)
-    rescaled = True if prediction == "v_prediction" and "ztsnr" in names else rescaled
+    for table in ("denoiser.sigmas", "alphas_cumprod"):
+        if table in names:
+            rescaled, other = _recognise_table(path, table)
+    if prediction == "v_prediction" and "ztsnr" in names:
+        rescaled = True
     outside = (name for name in names if not name.startswith(tuple(PREFIXES.values())))
     return {
         "layout": "single file",
@@ -281,7 +294,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
         "zero_terminal_snr": rescaled,
         "other_noise": other,
         "shift": _read_shift(texts.get("ss_discrete_flow_shift")),
-        "license": texts["modelspec.license"][:_MAX_TEXT] if "modelspec.license" in texts else None,
+        "license": texts.get("modelspec.license", "")[:_MAX_TEXT] or None,
         "unread": drop_unused(outside, family.UNUSED),
         "zeros_for_empty_prompt": False,
     }
@@ -307,19 +320,26 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     scheduler = _SCHEDULE_DEFAULTS | read_config(path / "scheduler" / "scheduler_config.json")
     if str(scheduler.get("_class_name")).startswith("FlowMatch"):
         scheduler |= {"prediction_type": "flow_prediction", "use_flow_sigmas": True}
-    prediction, rescaled = _PREDICTIONS.get(str(scheduler["prediction_type"])), scheduler.get("rescale_betas_zero_snr")
+    prediction = _PREDICTIONS.get(str(scheduler["prediction_type"]))
+    rescaled = scheduler.get("rescale_betas_zero_snr")
     wrong = {}
     if prediction is None or not isinstance(rescaled, bool | None):
         wrong |= {"prediction_type": scheduler["prediction_type"], "rescale_betas_zero_snr": rescaled}
-        prediction, rescaled = "epsilon", False
+        prediction = "epsilon"
+        rescaled = False
     wanted = family.PREDICTIONS[prediction].schedule
     wrong |= {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
-    other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
-    noise = {"prediction_type": prediction, "zero_terminal_snr": rescaled, "other_noise": other}
-    noise["shift"] = _read_shift(scheduler.get("shift", scheduler.get("flow_shift")))
-    zeros = index.get("force_zeros_for_empty_prompt", True) is True
-    return {"layout": "diffusers", **noise, "license": None, "unread": [], "zeros_for_empty_prompt": zeros}
+    return {
+        "layout": "diffusers",
+        "prediction_type": prediction,
+        "zero_terminal_snr": rescaled,
+        "other_noise": f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None,
+        "shift": _read_shift(scheduler.get("shift", scheduler.get("flow_shift"))),
+        "license": None,
+        "unread": [],
+        "zeros_for_empty_prompt": index.get("force_zeros_for_empty_prompt", True) is True,
+    }
 
 
 def _read_shift(stated: object) -> float:
@@ -334,7 +354,10 @@ def _read_parts(path: Path, only: Collection[str], read: Callable[[Path], State]
     if not path.is_dir():
         whole = read(path)
         return {part: from_single_file(part, whole) for part in only}
-    return {
-        part: from_folder(part, {k: v for file in weight_files(path / part, part) for k, v in read(file).items()})
-        for part in only
-    }
+    states = {}
+    for part in only:
+        state: State = {}
+        for file in weight_files(path / part, part):
+            state |= read(file)
+        states[part] = from_folder(part, state)
+    return states

@@ -16,7 +16,7 @@ _OUTLIER = 4.0  # standard deviations of a channel
 _LEAST_NORM = 0.1  # of a position, as a share of the image's mean
 
 
-class PerceptualConfig(Strict):
+class LatentPerceptualConfig(Strict):
     """The weight of the loss, and the lowest signal-to-noise ratio at which it counts."""
 
     weight: Positive

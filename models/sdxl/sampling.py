@@ -5,7 +5,7 @@ Source: Lin et al. 2023 (arXiv 2305.08891), sections 3.3 and 3.4.
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Annotated, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import torch
@@ -72,17 +72,22 @@ class SamplesConfig(PictureConfig):
 
 
 class EncodedPrompt(NamedTuple):
-    """prompt_embeds [1, L, D] and pooled_prompt_embeds [1, P] of a prompt, and both of its negative."""
+    """The inputs of diffusers' pipeline: embeds [1, L, D] and pooled embeds [1, P] of a prompt and its negative."""
 
-    embeds: Tensor
-    pooled: Tensor
-    negative_embeds: Tensor
-    negative_pooled: Tensor
+    prompt_embeds: Tensor
+    pooled_prompt_embeds: Tensor
+    negative_prompt_embeds: Tensor
+    negative_pooled_prompt_embeds: Tensor
+
+
+def _stop_if_asked(pipeline: Any, step: int, timestep: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    check_stop()
+    return tensors
 
 
 def scheduler_config(prediction_type: PredictionType, zero_terminal_snr: bool, shift: float = 1.0) -> dict[str, object]:
     """Return the configuration of a diffusers scheduler that matches the training. shift: of the times of flow."""
-    config = {**PREDICTIONS[prediction_type].scheduler}
+    config = PREDICTIONS[prediction_type].scheduler
     if prediction_type == "flow":
         return {**config, "flow_shift": shift}
     return {**config, "prediction_type": prediction_type, "rescale_betas_zero_snr": zero_terminal_snr}
@@ -97,12 +102,15 @@ def encode_prompt(
     emphasis: as for `tokenize`.
     To attend to a repeated text is to attend to it once. Source: comfyanonymous/ComfyUI:comfy/conds.py, CONDCrossAttn.
     """
-    (embeds, pooled), (negative, negative_pooled) = (
-        encode_captions(encoders, [text], count_chunks(text, emphasis=emphasis), emphasis=emphasis)
-        for text in (prompt.text, prompt.negative)
-    )
+
+    def encode(text: str) -> tuple[Tensor, Tensor]:
+        return encode_captions(encoders, [text], count_chunks(text, emphasis=emphasis), emphasis=emphasis)
+
+    embeds, pooled = encode(prompt.text)
+    negative, negative_pooled = encode(prompt.negative)
     if zeros_for_empty_prompt and not prompt.negative:
-        negative, negative_pooled = torch.zeros_like(negative), torch.zeros_like(negative_pooled)
+        negative = torch.zeros_like(negative)
+        negative_pooled = torch.zeros_like(negative_pooled)
     length = math.lcm(embeds.shape[1], negative.shape[1])
     embeds, negative = (each.repeat(1, length // each.shape[1], 1) for each in (embeds, negative))
     return EncodedPrompt(embeds, pooled, negative, negative_pooled)
@@ -124,13 +132,11 @@ def sample_pictures(
     )  # fmt: skip
     pipeline.set_progress_bar_config(disable=True)
     for prompt, tensors in zip(prompts, encoded):
-        embeds, pooled, negative, negative_pooled = (tensor.to(vae.device, unet.dtype) for tensor in tensors)
+        height, width = prompt.image_size_hw
         output = pipeline(
-            prompt_embeds=embeds, pooled_prompt_embeds=pooled, negative_prompt_embeds=negative,
-            negative_pooled_prompt_embeds=negative_pooled, height=prompt.image_size_hw[0],
-            width=prompt.image_size_hw[1], num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
+            **{name: tensor.to(vae.device, unet.dtype) for name, tensor in tensors._asdict().items()},
+            height=height, width=width, num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
             guidance_rescale=prompt.guidance_rescale, output_type="latent",
-            generator=torch.Generator().manual_seed(prompt.seed),
-            callback_on_step_end=lambda pipeline, step, timestep, tensors: check_stop() or tensors,
+            generator=torch.Generator().manual_seed(prompt.seed), callback_on_step_end=_stop_if_asked,
         )  # fmt: skip
         yield decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy()

@@ -20,7 +20,11 @@ PredictionType = Literal["epsilon", "v_prediction", "flow"]  # rows of family.PR
 TimestepSampling = Literal["uniform", "logit_normal", "stratified"]
 Weighting = Literal["none", "min_snr", "soft_min_snr", "debiased"]
 
-TIMESTEP_DRAW, NOISE_DRAW, OFFSET_DRAW, LATENT_DRAW = 0, 1, 2, 3  # numbers of utils/rng.py for one sample
+# Numbers of utils/rng.py for one sample.
+TIMESTEP_DRAW = 0
+NOISE_DRAW = 1
+OFFSET_DRAW = 2
+LATENT_DRAW = 3
 
 # ----------------------------------------------------------------------------------------------------- images and texts
 
@@ -70,7 +74,9 @@ def encode_text(
     second = text_encoder_2(pad_second(flat), output_hidden_states=True)
     embeds = torch.cat([first.hidden_states[-2], second.hidden_states[-2]], dim=-1)
     if weights is not None:
-        embeds, empty, weights = embeds[:-1], embeds[-1], weights.flatten(0, 1)[..., None]
+        empty = embeds[-1]
+        embeds = embeds[:-1]
+        weights = weights.flatten(0, 1)[..., None]
         moved = (empty + weights * (embeds - empty)).to(embeds.dtype)
         embeds = torch.where(weights == 1, embeds, moved)
     is_empty = ids[..., 1] == EOT
@@ -113,7 +119,8 @@ class NoiseLevel(NamedTuple):
         This moves log SNR by -2 ln(shift). The timestep stays in 0..T-1, and an alpha of 0 stays 0.
         Source: Hoogeboom et al. 2023 (arXiv 2301.11093), "Adjusting noise schedules".
         """
-        alpha, sigma = self.alpha[timesteps], self.sigma[timesteps]
+        alpha = self.alpha[timesteps]
+        sigma = self.sigma[timesteps]
         if shift is None:
             return NoiseLevel(alpha, sigma)
         length = torch.hypot(alpha, shift * sigma)

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
     from tokenizers import Tokenizer
     from transformers import CLIPTokenizer
 
-BOS, EOT = 49406, 49407
+BOS = 49406
+EOT = 49407
 LENGTH = 77  # ids in a chunk, with BOS and EOT
 _ROOM = LENGTH - 2
 _LONG = 8  # tokens of a word that may be cut at the end of a chunk

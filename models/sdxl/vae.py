@@ -66,7 +66,8 @@ def vae_files(path: str | Path) -> list[Path]:
 
 def read_vae(path: str | Path, read: Callable[[Path], Mapping[str, Tensor]]) -> dict[str, Tensor]:
     """Return the VAE's tensors as a single file names them, or as diffusers does. read: reads a file's tensors."""
-    prefix, state = PREFIXES["vae"], dict[str, Tensor]()
+    prefix = PREFIXES["vae"]
+    state: dict[str, Tensor] = {}
     for file in vae_files(path):
         tensors = read(file)
         inside = next((mark for mark in (prefix, _OWN) if any(name.startswith(mark) for name in tensors)), "")
@@ -80,7 +81,8 @@ def stated_config(path: str | Path) -> dict[str, Any]:
     if path.is_dir() and not is_run(path):
         return read_config(_folder(path) / "config.json")
     file = find_weights(str(path), "best")
-    if (beside := file.with_name("config.json")).is_file() and file.stem.startswith("diffusion_pytorch_model"):
+    beside = file.with_name("config.json")
+    if beside.is_file() and file.stem.startswith("diffusion_pytorch_model"):
         return read_config(beside)
     metadata = _header(file)
     own = metadata["model"].get("vae_values") if _began_with(file) is not None else metadata.get("vae")
@@ -101,12 +103,14 @@ def _header(file: Path) -> dict[str, Any]:
 def _began_with(file: Path) -> str | None:
     """Return the VAE that weights of finetune_vae.py began with, None for other files."""
     metadata = _header(file)
-    if not isinstance(model := metadata.get("model"), dict):
+    model = metadata.get("model")
+    if not isinstance(model, dict):
         return None
     began = model.get("vae") or model.get("path")
     if not isinstance(began, str) or metadata.get("script") != "finetune_vae":
         raise UserError(f"{file} holds no VAE: name a run of finetune_vae.py that began with a file or folder")
-    if not (place := local_base(began)).exists():
+    place = local_base(began)
+    if not place.exists():
         raise UserError(
             f"{file} began with {began}, which does not exist; restore it, or name the VAE that export.py writes: "
             "format=vae run_dir=RUN model.path=NEW"
@@ -134,8 +138,9 @@ def settle_values(values: VAEValues, path: str | Path | None, *, is_replaced: bo
     is_replaced: another VAE than the base model's. Raises UserError if it states statistics of its latents that are not
     given: SDXL's U-Net has not been trained with any.
     """
-    given, stated = values.model_dump(exclude_none=True), {} if path is None else stated_config(path)
-    stated = {name: stated.get(name) for name in VAEValues.model_fields}
+    given = values.model_dump(exclude_none=True)
+    found = {} if path is None else stated_config(path)
+    stated = {name: found.get(name) for name in VAEValues.model_fields}
     if stated["shift_factor"] and stated["latents_mean"] == [stated["shift_factor"]] * CHANNELS:
         stated["latents_mean"] = [0.0] * CHANNELS  # `set_values` states a shift twice
     with readable(Path(path or ""), "VAE"):
@@ -169,8 +174,9 @@ def set_values(vae: nn.Module, values: VAEValues) -> None:
         shift_factor=values.shift_factor or None,
         latents_mean=None if is_plain else mean,
         latents_std=None if is_plain else values.latents_std,
-        **({} if values.padding_mode == "zeros" else {"padding_mode": values.padding_mode}),
     )
+    if values.padding_mode != "zeros":
+        vae.register_to_config(padding_mode=values.padding_mode)
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d) and any(layer.padding):
             layer.padding_mode = values.padding_mode
@@ -193,12 +199,14 @@ def fold_values(vae: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     ratio = factor / torch.tensor(VAE_SCALING_FACTOR).double()
     if not mean.any() and (ratio == 1).all():
         return dict(state)
-    names = ("quant_conv.weight", "quant_conv.bias", "post_quant_conv.weight", "post_quant_conv.bias")
-    inner, inner_bias, outer, outer_bias = (state[name].double() for name in names)
+    inner = state["quant_conv.weight"].double()
+    outer = state["post_quant_conv.weight"].double()
     rows = torch.cat([ratio, torch.ones_like(ratio)])  # the means, then the log variances
     shifts = torch.cat([-mean * ratio, 2 * ratio.log()])
-    folded = (
-        inner * rows.view(-1, 1, 1, 1), inner_bias * rows + shifts,
-        outer / ratio.view(1, -1, 1, 1), outer_bias + outer[:, :, 0, 0] @ mean,
-    )  # fmt: skip
-    return {**state, **{name: one.to(state[name].dtype) for name, one in zip(names, folded)}}
+    folded = {
+        "quant_conv.weight": inner * rows.view(-1, 1, 1, 1),
+        "quant_conv.bias": state["quant_conv.bias"].double() * rows + shifts,
+        "post_quant_conv.weight": outer / ratio.view(1, -1, 1, 1),
+        "post_quant_conv.bias": state["post_quant_conv.bias"].double() + outer[:, :, 0, 0] @ mean,
+    }
+    return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in folded.items()}}

@@ -195,7 +195,7 @@ PROVED = {
     *(f"AlertsConfig.{name}" for name in ("throughput_share", "disk_gib", "no_step_sec", "command", "webhook")),
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py and test_watch.py
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
-    "PerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
+    "LatentPerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "Stage.leaves",  # of finished stages: tests/test_workshop.py
     "SweepConfig.name",

@@ -174,11 +174,11 @@ def test_a_prompt_and_its_negative_of_other_lengths_change_nothing_by_their_padd
     plain, padded = (
         encode_prompt(encoders, each, zeros_for_empty_prompt=False, emphasis=False) for each in (prompt, long)
     )
-    assert padded.embeds.shape == padded.negative_embeds.shape == (1, 154, 80)
-    added = {"text_embeds": plain.pooled, "time_ids": torch.full((1, 6), 64.0)}
+    assert padded.prompt_embeds.shape == padded.negative_prompt_embeds.shape == (1, 154, 80)
+    added = {"text_embeds": plain.pooled_prompt_embeds, "time_ids": torch.full((1, 6), 64.0)}
     one, two = (
         task.unet(torch.ones(1, 4, 8, 8), 500, embeds, added_cond_kwargs=added).sample
-        for embeds in (plain.embeds, padded.embeds)
+        for embeds in (plain.prompt_embeds, padded.prompt_embeds)
     )
     torch.testing.assert_close(one, two, rtol=1e-4, atol=1e-5)
 

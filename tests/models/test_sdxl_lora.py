@@ -15,10 +15,10 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from pydantic import TypeAdapter
 from torch import nn
 
+from models.sdxl.changes import Change
 from models.sdxl.family import draw_networks
 from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_diffusers, write_kohya
 from models.sdxl.lora_files import merge_lora
-from models.sdxl.updates import Update
 from optim.config import OptimConfig
 from optim.groups import build_groups
 from utils.config.help import read_values
@@ -130,7 +130,7 @@ def test_a_layer_changes_as_that_of_peft(kind, rank, layer):
         if own is not None:
             parameter.copy_(tensors[own].view(parameter.shape))
     factor = 2.0 / rank if rank == 9 else 1.0  # PEFT scales whole matrices, too; ComfyUI and LyCORIS do not
-    wanted = layer.weight + factor * Update(tensors, 2.0).change(layer.weight)
+    wanted = layer.weight + factor * Change(tensors, 2.0).on(layer.weight)
     inputs = torch.randn(2, 12, *[5] * (layer.weight.ndim - 2))
     operation = torch.nn.functional.linear if layer.weight.ndim == 2 else layer._conv_forward
     torch.testing.assert_close(operation(inputs, wanted, layer.bias), theirs(inputs), rtol=1e-4, atol=1e-5)
@@ -140,10 +140,10 @@ def test_the_magnitude_of_a_file_is_as_comfyui_reads_it():
     """comfyanonymous/ComfyUI:comfy/weight_adapter/base.py, weight_decompose, for a magnitude of each input."""
     layer = nn.Conv2d(6, 8, 3)
     config = LoRAConfig(kind="dora", rank=2, alpha=2.0, factor=-1, targets=["*"], conv=True, text_encoders=False)
-    update = vary(LoRALayer(layer, config)).update()
+    update = vary(LoRALayer(layer, config)).change()
     whole = layer.weight + update.matrix().view(layer.weight.shape)
     norm = whole.transpose(0, 1).reshape(6, -1).norm(dim=1).view(1, 6, 1, 1)
-    torch.testing.assert_close(layer.weight + update.change(layer.weight), whole * update.tensors["dora_scale"] / norm)
+    torch.testing.assert_close(layer.weight + update.on(layer.weight), whole * update.tensors["dora_scale"] / norm)
 
 
 def test_a_rule_of_lora_plus_meets_the_b_matrices_alone():

@@ -5,8 +5,8 @@
     loha    W + s (A1 B1) * (A2 B2)         Hyeon-Woo et al. 2021 (arXiv 2108.06098), proposition 1
     lokr    W + s kron(C, A B)              Yeh et al. 2023 (arXiv 2309.14859); A B is one matrix if that is no larger
 
-m and the norm are of each input, as in the paper; files with those of each output (PEFT's) are read. ComfyUI divides
-the latter by |W|. Source: KohakuBlueleaf/LyCORIS:lycoris/modules, for names, shapes and first values.
+m and the norm have one value per input, as in the paper; files with one value per output (PEFT's) can be read, too.
+ComfyUI divides the latter by |W|. Source: KohakuBlueleaf/LyCORIS:lycoris/modules, for names, shapes and first values.
 """
 
 import math
@@ -20,8 +20,8 @@ Kind = Literal["lora", "dora", "loha", "lokr"]
 SHOWN: dict[Kind, str] = {"lora": "LoRA", "dora": "DoRA", "loha": "LoHa", "lokr": "LoKr"}
 
 
-class Update(NamedTuple):
-    """A layer's update. alpha: None is the rank."""
+class Change(NamedTuple):
+    """A layer's change. alpha: None is the rank."""
 
     tensors: Mapping[str, Tensor]  # by name
     alpha: float | None
@@ -45,33 +45,38 @@ class Update(NamedTuple):
         return 1.0 if self.rank is None or self.alpha is None else self.alpha / self.rank
 
     def matrix(self) -> Tensor:
-        """Return the update as a matrix [out, in x kernel area], without a DoRA's magnitude."""
-        tensors = {name: tensor.flatten(1) for name, tensor in self.tensors.items()}
-        if "lora_A.weight" in tensors:
-            return self.scale * tensors["lora_B.weight"] @ tensors["lora_A.weight"]
-        join, name = (torch.mul, "hada") if self.kind == "loha" else (torch.kron, "lokr")
-        pairs = [f"{name}_w1", f"{name}_w2"]
-        return self.scale * join(
-            *(tensors[n] if n in tensors else tensors[n + "_a"] @ tensors[n + "_b"] for n in pairs)
-        )
+        """Return the change as a matrix [out, in x kernel area], without a DoRA's magnitude."""
+        if self.kind in ("lora", "dora"):
+            return self.scale * self._product("lora_B.weight", "lora_A.weight")
+        if self.kind == "loha":
+            return self.scale * (self._factor("hada_w1") * self._factor("hada_w2"))
+        return self.scale * torch.kron(self._factor("lokr_w1"), self._factor("lokr_w2"))
+
+    def _factor(self, name: str) -> Tensor:
+        whole = self.tensors.get(name)
+        return self._product(f"{name}_a", f"{name}_b") if whole is None else whole.flatten(1)
+
+    def _product(self, first: str, second: str) -> Tensor:
+        return self.tensors[first].flatten(1) @ self.tensors[second].flatten(1)
 
     def magnitude(self) -> Tensor:
         """Return a DoRA's magnitude m; 0 for other kinds."""
         return self.tensors.get("dora_scale", torch.zeros(1))
 
-    def change(self, weight: Tensor) -> Tensor:
-        """Return what the update adds to a layer's weight, in float32."""
-        weight, update = weight.float(), self.matrix().view(weight.shape)
-        if "dora_scale" not in self.tensors:
-            return update
-        changed = weight + update
+    def on(self, weight: Tensor) -> Tensor:
+        """Return what is added to a layer's weight, in float32."""
+        weight = weight.float()
+        added = self.matrix().view(weight.shape)
+        if self.kind != "dora":
+            return added
+        changed = weight + added
         return changed * (self.magnitude() / norm_like(self.magnitude(), changed.detach())) - weight
 
     def rescaled(self, alpha: float) -> Self:
-        """Return the same update with another alpha."""
+        """Return the same change with another alpha."""
         linear = next(name for name in ("lora_B.weight", "hada_w2_a", "lokr_w2", "lokr_w2_a") if name in self.tensors)
-        factor = self.scale / Update(self.tensors, alpha).scale
-        return Update({**self.tensors, linear: self.tensors[linear] * factor}, alpha)
+        factor = self.scale / Change(self.tensors, alpha).scale
+        return Change({**self.tensors, linear: self.tensors[linear] * factor}, alpha)
 
 
 def norm_like(magnitude: Tensor, weight: Tensor) -> Tensor:
@@ -82,19 +87,21 @@ def norm_like(magnitude: Tensor, weight: Tensor) -> Tensor:
 
 def draw_tensors(kind: Kind, weight: Tensor, rank: int, factor: int) -> dict[str, Tensor]:
     """Return the first tensors of a LoHa or LoKr of a layer, which change nothing. factor: see `LoRAConfig`."""
-    out, area = len(weight), weight[0].numel()
+    out = len(weight)
+    area = weight[0].numel()
     if kind == "loha":
-        deviations = {"hada_w1_a": 0.1, "hada_w1_b": 1.0, "hada_w2_a": 0.0, "hada_w2_b": 1.0}
         return {
-            name: std * torch.randn((out, rank) if name[-1] == "a" else (rank, area))
-            for name, std in deviations.items()
+            "hada_w1_a": 0.1 * torch.randn(out, rank),
+            "hada_w1_b": torch.randn(rank, area),
+            "hada_w2_a": torch.zeros(out, rank),
+            "hada_w2_b": torch.randn(rank, area),
         }
     from peft.tuners.lokr.layer import factorization  # takes seconds
 
-    (rows, inner), (columns, width) = factorization(out, factor), factorization(weight.shape[1], factor)
-    w1, w2 = torch.empty(rows, columns), torch.empty(inner, rank)
-    for tensor in (w1, w2):
-        nn.init.kaiming_uniform_(tensor, a=math.sqrt(5))
+    rows, inner = factorization(out, factor)
+    columns, width = factorization(weight.shape[1], factor)
+    w1 = nn.init.kaiming_uniform_(torch.empty(rows, columns), a=math.sqrt(5))
+    w2 = nn.init.kaiming_uniform_(torch.empty(inner, rank), a=math.sqrt(5))
     if rank >= max(inner, width) / 2:
         return {"lokr_w1": w1, "lokr_w2": torch.zeros(inner, width, *weight.shape[2:])}
     return {"lokr_w1": w1, "lokr_w2_a": w2, "lokr_w2_b": torch.zeros(rank, area // columns)}
