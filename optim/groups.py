@@ -57,19 +57,22 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
     groups: dict[GroupSettings, dict] = {}
     for name, parameter in parameters.items():
         rule = rules[name]
-        settings = GroupSettings(
-            lr_scale=scales.get(name, 1.0) * rule.get("lr_scale", 1.0),
-            fixed_decay=rule.get("weight_decay", 0.0 if is_vector(parameter) else None),
-            freeze_steps=rule.get("freeze_steps", 0),
-            fixed_betas=tuple(rule["betas"]) if "betas" in rule else None,
-        )
+        scale = scales.get(name, 1.0) * rule.get("lr_scale", 1.0)
+        decay = rule.get("weight_decay", 0.0 if is_vector(parameter) else None)
+        betas = tuple(rule["betas"]) if "betas" in rule else None
+        settings = GroupSettings(scale, decay, rule.get("freeze_steps", 0), betas)
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
-        if settings.fixed_betas:
-            group["betas"] = settings.fixed_betas
+        if betas:
+            group["betas"] = betas
         group["params"].append(parameter)
         group["names"].append(name)
-    ranks = {key: [math.inf if value is None else value for value in key[:3]] for key in groups}  # scheduled decay last
-    return [groups[key] for key in sorted(groups, key=lambda key: (ranks[key], key.fixed_betas or ()))]
+    return [groups[settings] for settings in sorted(groups, key=_rank)]
+
+
+def _rank(settings: GroupSettings) -> tuple[Any, ...]:
+    """Return the place of a group; scheduled weight decay comes after a fixed one."""
+    scale, decay, freeze_steps, betas = settings
+    return scale, math.inf if decay is None else decay, freeze_steps, betas or ()
 
 
 def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
@@ -114,16 +117,15 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
             raise UserError(
                 f"optim.rules.{index}.match: {rule.match!r} matches no parameter; {close_names(rule.match, names)}"
             )
-        fields = {name: getattr(rule, name) for name in RuleConfig.model_fields if name != "match"}
-        fields = {name: value for name, value in fields.items() if value is not None}
+        fields = rule.model_dump(exclude={"match"}, exclude_none=True)
         for name in matched:
-            for field, value in fields.items():
-                if field in settings[name]:
-                    raise UserError(
-                        f"optim.rules.{index}.{field}: {rule.match!r} and {sources[name, field]!r} both set it for "
-                        f"{name}; make their patterns disjoint"
-                    )
-                settings[name][field], sources[name, field] = value, rule.match
+            for field in fields.keys() & settings[name].keys():
+                raise UserError(
+                    f"optim.rules.{index}.{field}: {rule.match!r} and {sources[name, field]!r} both set it for "
+                    f"{name}; make their patterns disjoint"
+                )
+            settings[name] |= fields
+            sources |= {(name, field): rule.match for field in fields}
     return settings
 
 
@@ -131,10 +133,13 @@ def groups_table(groups: list[dict]) -> str:
     """Return the groups as a table: rate scale, weight decay, frozen steps, betas, tensors, parameters, an example."""
     rows = [("lr scale", "decay", "frozen", "betas", "tensors", "parameters", "first")]
     for group in groups:
-        count, fixed, betas = sum(each.numel() for each in group["params"]), group["fixed_decay"], group["fixed_betas"]
+        fixed = group["fixed_decay"]
         decay = "yes" if fixed is None else f"{fixed:g}"
-        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], ", ".join(map(str, betas or ())))
-        rows.append(tuple(map(str, (*row, len(group["names"]), f"{count:,}", group["names"][0]))))
+        betas = ", ".join(map(str, group["fixed_betas"] or ()))
+        count = sum(parameter.numel() for parameter in group["params"])
+        names = group["names"]
+        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], betas, len(names), f"{count:,}", names[0])
+        rows.append(tuple(map(str, row)))
     return align_columns(rows)
 
 

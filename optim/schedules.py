@@ -18,7 +18,8 @@ Number = TypeVar("Number", float, Tensor)
 _PEAK = 0.3  # share of the run before the peak
 _RISE = 25  # the peak's rate over the first
 _FALL = 10_000  # the first rate over the last
-_HIGH, _LOW = 0.95, 0.85  # momentum at both ends, and at the peak
+_HIGH = 0.95  # momentum at both ends
+_LOW = 0.85  # momentum at the peak
 
 
 def cosine(start: float, end: float, fraction: Number) -> Number:

@@ -107,10 +107,9 @@ class Painter:
             "CFG scale": f"{prompt.guidance:g}",
             "Seed": prompt.seed,
             "Size": f"{width}x{height}",
-            "Model hash": self.hashes[0][:10],
-            "Model": self.name,
-            "CFG Rescale": f"{prompt.guidance_rescale:g}",
         }
+        settings |= {"Model hash": self.hashes[0][:10], "Model": self.name}
+        settings["CFG Rescale"] = f"{prompt.guidance_rescale:g}"
         if self.loras:
             settings["Lora hashes"] = ", ".join(f"{name}: {digest[:12]}" for name, _, digest in self.loras)
         settings["Version"] = "Atelier"

@@ -288,7 +288,9 @@ class VAETrainingConfig(TaskTrainingConfig):
 class AutoencoderKind(BucketedKind):
     """SDXL's VAE on the images of a collection."""
 
-    config, model, task = AutoencoderTaskConfig, SDXLConfig, AutoencoderTask
+    config = AutoencoderTaskConfig
+    model = SDXLConfig
+    task = AutoencoderTask
     scripts = ("finetune_vae",)
     next_commands = ("python export.py format=vae run_dir={run}",)
     schema = VAETrainingConfig

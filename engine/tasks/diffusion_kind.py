@@ -83,7 +83,9 @@ class BucketedKind(Kind):
 class DiffusionKind(BucketedKind):
     """SDXL: a LoRA, or the whole network."""
 
-    config, model, task = DiffusionTaskConfig, SDXLConfig, DiffusionTask
+    config = DiffusionTaskConfig
+    model = SDXLConfig
+    task = DiffusionTask
     schema = SDXLTrainingConfig
     scripts = ("finetune_sdxl",)
 
@@ -196,7 +198,8 @@ def caption_fields(
 
     vary: see `CaptionConfig.draw`, for the rules of a row. parts: samples of a step, over all ranks.
     """
-    rules, concepts = Captions(captions, data.collection), data.collection.concepts
+    rules = Captions(captions, data.collection)
+    concepts = data.collection.concepts
     concept_of = data.collection.concept_ids()
     has_priors = any(concept.is_prior for concept in concepts)
 

@@ -130,20 +130,24 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
         "force_upcast": True,  # its maps exceed float16
     }
     texts = [
-        {
-            "vocab_size": 49_408,
-            "hidden_size": width,
-            "intermediate_size": (2 if tiny else 4) * width,
-            "projection_dim": width,
-            "num_hidden_layers": depth,
-            "num_attention_heads": max(1, width // 64),
-            "max_position_embeddings": 77,
-            "hidden_act": activation,
-            "layer_norm_eps": 1e-5,
-        }
+        _text_config(width, depth, activation, tiny=tiny)
         for width, depth, activation in zip(text_widths, text_depths, ("quick_gelu", "gelu"))
     ]
     return dict(zip(PARTS, (unet, vae, *texts)))
+
+
+def _text_config(width: int, depth: int, activation: str, *, tiny: bool) -> dict[str, Any]:
+    return {
+        "vocab_size": 49_408,
+        "hidden_size": width,
+        "intermediate_size": (2 if tiny else 4) * width,
+        "projection_dim": width,
+        "num_hidden_layers": depth,
+        "num_attention_heads": max(1, width // 64),
+        "max_position_embeddings": 77,
+        "hidden_act": activation,
+        "layer_norm_eps": 1e-5,
+    }
 
 
 def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:

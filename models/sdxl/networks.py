@@ -330,11 +330,12 @@ def _describe_folder(path: Path) -> dict[str, Any]:
     wanted = family.PREDICTIONS[prediction].schedule
     wrong |= {name: scheduler.get(name) for name, value in wanted.items() if scheduler.get(name) != value}
     listed = ", ".join(f"{name} {value!r:.99}" for name, value in wrong.items())
+    other = f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None
     return {
         "layout": "diffusers",
         "prediction_type": prediction,
         "zero_terminal_snr": rescaled,
-        "other_noise": f"its {scheduler.get('_class_name')!s:.99} has {listed}" if wrong else None,
+        "other_noise": other,
         "shift": _read_shift(scheduler.get("shift", scheduler.get("flow_shift"))),
         "license": None,
         "unread": [],

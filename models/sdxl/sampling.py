@@ -133,10 +133,11 @@ def sample_pictures(
     pipeline.set_progress_bar_config(disable=True)
     for prompt, tensors in zip(prompts, encoded):
         height, width = prompt.image_size_hw
+        embeds = {name: tensor.to(vae.device, unet.dtype) for name, tensor in tensors._asdict().items()}
+        generator = torch.Generator().manual_seed(prompt.seed)
         output = pipeline(
-            **{name: tensor.to(vae.device, unet.dtype) for name, tensor in tensors._asdict().items()},
-            height=height, width=width, num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
-            guidance_rescale=prompt.guidance_rescale, output_type="latent",
-            generator=torch.Generator().manual_seed(prompt.seed), callback_on_step_end=_stop_if_asked,
+            **embeds, height=height, width=width, num_inference_steps=prompt.steps, guidance_scale=prompt.guidance,
+            guidance_rescale=prompt.guidance_rescale, output_type="latent", generator=generator,
+            callback_on_step_end=_stop_if_asked,
         )  # fmt: skip
         yield decode_latents(vae, output.images)[0].permute(1, 2, 0).cpu().numpy()
