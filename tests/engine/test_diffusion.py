@@ -116,7 +116,7 @@ def test_the_loss_counts_inside_the_mask_and_by_the_floor_outside(normalise, out
     task, masked = build(), build(f"task.mask={{source: alpha, floor: 0.25, normalise: {normalise}}}".lower())
     mask, added = torch.ones(4, 1, 8, 8), torch.zeros(4, 4, 8, 8)
     mask[0, :, :, 4:], mask[1] = 0.0, 0.0
-    task._predict = masked._predict = lambda noisy, *_: torch.zeros_like(noisy) + added
+    task.predict = masked.predict = lambda noisy, *_: torch.zeros_like(noisy) + added
 
     def measure():
         return losses(task, make_batch()), masked(make_batch() | {"mask": mask}, SimpleNamespace())
@@ -321,7 +321,7 @@ def test_a_lora_learns_on_a_base_in_float8_near_the_float32_one(kind):
     base, task, batch = build(), build(f"model.frozen_dtype={kind}"), make_batch()
     latents = torch.randn(4, 4, 8, 8, generator=torch.Generator().manual_seed(0))
     inputs = (latents, torch.tensor([10, 300, 600, 999]), *base._texts(batch), batch["fit"].float())
-    found, wanted = (each._predict(*inputs).detach() for each in (task, base))
+    found, wanted = (each.predict(*inputs).detach() for each in (task, base))
     assert ((found - wanted).norm() / wanted.norm()).item() < (0.1 if kind == "float8" else 0.02)
     sizes = [sum(parameter.nbytes for parameter in each.unet.parameters()) for each in (task, base)]
     assert sizes[0] / sizes[1] < (0.28 if kind == "float8" else 0.51)
