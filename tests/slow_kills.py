@@ -10,11 +10,9 @@ import time
 import pytest
 import torch
 
-from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.family import draw_networks
-from models.sdxl.tokenizer import build_tokenizer
 from tests import support
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
+from tests.sdxl import write_base
 from utils.io.weights import read_weights, write_weights
 
 MOMENTS = 3  # at which each command and run is killed; more of them find rarer faults
@@ -41,10 +39,7 @@ def place(tmp_path_factory):
             (folder / "new").mkdir(exist_ok=True)
             shutil.copy(image, folder / f"new/{number:02}{copy:02}{chr(10) * (copy == 7)}.png")
     (folder / "new/0102.png").write_bytes(b"no image")
-    write_diffusers(
-        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
-        dtype=torch.float32, zeros_for_empty_prompt=False,
-    )  # fmt: skip
+    write_base(folder / "base")
     (folder / "prompts.txt").write_text("a cat\na dog\na cow\n")
     return folder
 

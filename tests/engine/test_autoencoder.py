@@ -21,13 +21,12 @@ from engine.tasks.kinds import KINDS
 from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from models.perceptual import PatchDiscriminator, absolute_error, pyramid_distance
-from models.sdxl.checkpoint_files import write_diffusers
 from models.sdxl.family import draw_networks
 from models.sdxl.names import from_single_file, part_state
 from models.sdxl.networks import load_vae
-from models.sdxl.tokenizer import build_tokenizer
 from tests.engine.test_diffusion_exports import run_program
 from tests.in_process import configure, run, run_command, run_until_killed
+from tests.sdxl import assert_equal, write_base
 from tests.support import TINY, checkpoint_tensors, make_collection, rows
 from utils.errors import UserError
 
@@ -46,10 +45,7 @@ def place(tmp_path_factory):
     """A folder with images, a base model, and a run."""
     folder = tmp_path_factory.mktemp("vae")
     make_collection(folder / "images", per_class=4, validation=2)
-    write_diffusers(
-        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
-        dtype=torch.float32, zeros_for_empty_prompt=False,
-    )  # fmt: skip
+    write_base(folder / "base")
     run("finetune_vae", [*SHORT, "run_dir=run"], folder)
     return folder
 
@@ -58,7 +54,7 @@ def test_both_players_resume_exactly_and_the_encoder_stays(place):
     run_until_killed("finetune_vae", [*SHORT, "run_dir=killed"], place, step=5)
     run("finetune_vae", [*SHORT, "run_dir=killed"], place)
     straight, killed = (checkpoint_tensors(place / name, 6) for name in ("run", "killed"))
-    assert straight.keys() == killed.keys() and all(torch.equal(straight[name], killed[name]) for name in straight)
+    assert_equal(killed, straight)
     assert any("discriminator" in name for name in straight) and not any("encoder." in name for name in straight)
     assert rows(place / "run/metrics.jsonl") == rows(place / "killed/metrics.jsonl")
     saved = load_file(place / "run/weights/last_weights.safetensors")
@@ -85,8 +81,7 @@ def test_exports_are_what_diffusers_and_comfyui_load(place):
     whole = load_file(place / "run/export/vae_single_file/model.safetensors")
     assert "decoder.up.3.block.0.norm1.weight" in alone and alone["decoder.mid.attn_1.q.weight"].ndim == 4
     for state in ({f"first_stage_model.{name}": tensor for name, tensor in alone.items()}, whole):
-        state = from_single_file("vae", state)
-        assert all(torch.equal(state[name], tensor) for name, tensor in part_state("vae", task.vae).items())
+        assert_equal(from_single_file("vae", state), part_state("vae", task.vae))
     assert "v_pred" in whole and whole["model.diffusion_model.out.2.bias"].dtype == torch.float16
 
 
@@ -152,7 +147,7 @@ def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batche
         batch = {"images": images, "key": torch.arange(4), "weight": torch.ones(4), "sample_id": torch.arange(4)}
         last, discriminator = task.vae.decoder.conv_out.weight, task.discriminator
         if size == 4:
-            decoded = task._decode(task._encode(images / 127.5 - 1)[0])
+            decoded = task._decode(task._encode(images / 127.5 - 1))
             ours = task._compare(images / 127.5 - 1, decoded)[0].mean()
             theirs = -discriminator(decoded).mean()
             norms = [torch.autograd.grad(loss, last, retain_graph=True)[0].norm() for loss in (ours, theirs)]

@@ -19,6 +19,7 @@ from models.sdxl.family import ENCODERS
 from models.sdxl.sampling import Prompt, encode_prompt, scheduler_config
 from models.sdxl.tokenizer import build_tokenizer, tokenize
 from tests.in_process import configure, run, run_until_killed
+from tests.sdxl import assert_equal
 from tests.support import TINY, checkpoint_tensors, make_collection, rows, samples_by_step
 from utils import rng
 from utils.errors import UserError
@@ -230,8 +231,7 @@ def test_a_run_logs_the_loss_by_timestep_and_the_pictures(place):
 
 
 def assert_equal_runs(first, second, step):
-    one, other = (checkpoint_tensors(folder, step) for folder in (first, second))
-    assert one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    assert_equal(checkpoint_tensors(first, step), checkpoint_tensors(second, step))
     assert rows(first / "metrics.jsonl") == rows(second / "metrics.jsonl")
     assert samples_by_step(first) == samples_by_step(second)
 

@@ -18,10 +18,8 @@ from diffusers import StableDiffusionXLPipeline
 from PIL import Image
 
 from engine.exports.weights import open_weights
-from models.sdxl.checkpoint_files import write_diffusers
-from models.sdxl.family import draw_networks
-from models.sdxl.tokenizer import build_tokenizer
 from tests.in_process import run, working_in
+from tests.sdxl import write_base
 from tests.support import TINY, make_collection
 from utils.errors import UserError
 from utils.io.weights import read_header, read_weights, write_tensors
@@ -40,10 +38,7 @@ def place(tmp_path_factory):
     """A folder with a base model, a LoRA of all layers, and a whole U-Net for a VAE with values of its own."""
     folder = tmp_path_factory.mktemp("exports")
     make_collection(folder / "images", per_class=4, validation=1)
-    write_diffusers(
-        folder / "base", draw_networks(), build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
-        dtype=torch.float32, zeros_for_empty_prompt=False,
-    )  # fmt: skip
+    write_base(folder / "base")
     (folder / "base/README.md").write_text("---\nlicense: openrail++\n---\n")
     config = shutil.copytree(folder / "base/vae", folder / "vae") / "config.json"
     config.write_text(json.dumps({**json.loads(config.read_text()), "scaling_factor": 0.2, "shift_factor": 0.1}))

@@ -15,18 +15,17 @@ from diffusers import StableDiffusionXLPipeline
 
 from engine.tasks.diffusion import NoiseConfig
 from engine.tasks.diffusion_kind import check_noise
-from models.sdxl.checkpoint_files import write_diffusers, write_single_file
+from models.sdxl.checkpoint_files import write_single_file
 from models.sdxl.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
 from models.sdxl.names import part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, describe, load_networks, open_networks
 from models.sdxl.step import build_noise_table
-from models.sdxl.tokenizer import build_tokenizer
 from models.sdxl.vae import AS_STATED
+from tests.sdxl import EPSILON, V_ZTSNR, assert_equal, write_base
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.errors import UserError
 from utils.io.weights import read_header
 
-V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
 NOISE = {**V_ZTSNR, "convert": False, "shift_by_resolution": False, "offset": 0.0}
 FACTS = {"title": "toy", "license": "openrail++"}
 # What config.json of each network of stabilityai/stable-diffusion-xl-base-1.0 says, and no shape shows.
@@ -46,9 +45,7 @@ def networks():
 
 @pytest.fixture(scope="module")
 def folder(networks, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sdxl") / "folder"
-    write_diffusers(folder, networks, build_tokenizer(), **V_ZTSNR, dtype=torch.float32, zeros_for_empty_prompt=False)
-    return folder
+    return write_base(tmp_path_factory.mktemp("sdxl") / "folder", networks)
 
 
 @pytest.fixture(scope="module")
@@ -56,12 +53,6 @@ def file(networks, folder):
     file = folder.parent / "sdxl.safetensors"
     write_single_file(file, networks, **V_ZTSNR, dtype=torch.float32, facts=FACTS)
     return file
-
-
-def assert_equal_states(found, wanted):
-    assert found.keys() == wanted.keys()
-    for name, tensor in wanted.items():
-        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
 
 
 def states(networks):
@@ -94,7 +85,7 @@ def test_our_files_are_read_bit_exactly(networks, folder, file):
     for path in (folder, file):
         found = load_networks(path)
         for part, state in states(networks).items():
-            assert_equal_states(states(found)[part], state)
+            assert_equal(states(found)[part], state)
         assert found["vae"].config.scaling_factor == 0.13025
         assert {"license": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
         ids = torch.randint(999, (1, 77))
@@ -109,7 +100,7 @@ def test_diffusers_reads_both(networks, folder, file):
     pictures = []
     for pipeline in (first, second):
         for part, state in states(networks).items():
-            assert_equal_states(part_state(part, getattr(pipeline, part)), state)
+            assert_equal(part_state(part, getattr(pipeline, part)), state)
         pipeline.set_progress_bar_config(disable=True)
         draw = torch.Generator().manual_seed(0)
         made = pipeline("a cat", height=64, width=64, num_inference_steps=2, generator=draw, output_type="pt")
@@ -125,8 +116,7 @@ def test_marks_metadata_and_hash_of_a_single_file(networks, file, tmp_path):
     digest = hashlib.sha256(content[8 + int.from_bytes(content[:8], "little") :]).hexdigest()
     wanted = {"hash_sha256": f"0x{digest}", "prediction_type": "v", "title": "toy", "sai_model_spec": "1.0.1"}
     assert wanted.items() <= {name.removeprefix("modelspec."): text for name, text in texts.items()}.items()
-    settings = {"prediction_type": "epsilon", "zero_terminal_snr": False, "dtype": torch.float16, "facts": FACTS}
-    write_single_file(tmp_path / "half.safetensors", networks, **settings)
+    write_single_file(tmp_path / "half.safetensors", networks, dtype=torch.float16, facts=FACTS, **EPSILON)
     shapes, texts = read_header(tmp_path / "half.safetensors")
     assert not {"v_pred", "ztsnr"} & shapes.keys() and texts["modelspec.prediction_type"] == "epsilon"
     dtypes = {part: {one.dtype for name, one in shapes.items() if name.startswith(PREFIXES[part])} for part in PARTS}
@@ -170,7 +160,7 @@ def test_files_of_other_programs_are_read(program, networks, file, tmp_path):
     assert (source["prediction_type"], source["zero_terminal_snr"]) == says
     assert source["other_noise"] is None and source["unread"] == []
     for part, state in states(networks).items():
-        assert_equal_states(found[part], state)
+        assert_equal(found[part], state)
 
 
 def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, file, tmp_path):
@@ -180,7 +170,7 @@ def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, fil
     save_file({**low, "model_ema.w": ONE}, path := tmp_path / "other.safetensors")
     found = states(load_networks(path))
     for part, state in states(networks).items():
-        assert_equal_states(found[part], {name: one.to(LOW).float() for name, one in state.items()})
+        assert_equal(found[part], {name: one.to(LOW).float() for name, one in state.items()})
     assert describe(path)["unread"] == ["model_ema.w"]
 
 
@@ -191,7 +181,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
     stale = next(other.glob("unet/*-00001-of-*"))
     shutil.copy(stale, stale.with_name("diffusion_pytorch_model-00009-of-00009.safetensors"))
     for part, state in states(load_networks(other)).items():
-        assert_equal_states(state, part_state(part, networks[part]))
+        assert_equal(state, part_state(part, networks[part]))
     shutil.copy(stale, stale.with_name(f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"))
     with pytest.raises(UserError, match="both"):
         load_networks(other)
@@ -258,7 +248,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
         check_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
         assert f"as task.noise.zero_terminal_snr={zero}".lower() in caplog.text
     with pytest.raises(UserError, match="^task.noise: .* of task.noise.prediction_type=v_prediction; set that"):
-        check_noise(str(path), NoiseConfig(**{**NOISE, "prediction_type": "epsilon", "zero_terminal_snr": False}))
+        check_noise(str(path), NoiseConfig(**{**NOISE, **EPSILON}))
 
 
 @pytest.mark.parametrize(
@@ -279,15 +269,6 @@ def test_folders_are_refused(file, name, value, folder, tmp_path):
         load_networks(tmp_path / "other")
 
 
-UNET = PREFIXES["unet"]
-FILES = {
-    "Stable Diffusion 1": lambda tensors: {"cond_stage_model.transformer.x": torch.zeros(1)},
-    "mid_block.resnets.1.*missing": lambda tensors: {
-        name: one for name, one in tensors.items() if not name.startswith(f"{UNET}middle_block.2")
-    },
-}
-
-
 def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
     torch.save({}, path := tmp_path / "model.ckpt")
     with pytest.raises(UserError, match="^model.path: .*model.ckpt is no .safetensors file"):
@@ -295,40 +276,33 @@ def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
 
 
 def test_the_frozen_vae_is_in_float32(folder):
-    config = SDXLConfig(
-        family="sdxl",
-        name="x",
-        path=str(folder),
-        vae=None,
-        vae_values=AS_STATED,
-        frozen_dtype="bfloat16",
-        in_channels=3,
-    )
     for path in (str(folder), None):
-        found = open_networks(config.model_copy(update={"path": path}), ("vae", "text_encoder"), frozen=True)
+        config = SDXLConfig.model_construct(
+            name="x", path=path, vae=None, vae_values=AS_STATED, frozen_dtype="bfloat16"
+        )
+        found = open_networks(config, ("vae", "text_encoder"), frozen=True)
         assert (found["vae"].dtype, found["text_encoder"].dtype) == (torch.float32, torch.bfloat16)
 
 
-@pytest.mark.parametrize("named", FILES)
-def test_single_files_are_refused(named, file, tmp_path):
-    save_file(FILES[named](load_file(file)), tmp_path / "other.safetensors")
-    with pytest.raises(UserError, match=f"(?s)^model.path: .*{named}"):
-        load_networks(tmp_path / "other.safetensors")
+def test_single_files_are_refused(file, tmp_path):
+    tensors = load_file(file)
+    short = {name: one for name, one in tensors.items() if not name.startswith(f"{PREFIXES['unet']}middle_block.2")}
+    named = {"Stable Diffusion 1": {"cond_stage_model.transformer.x": ONE}, "mid_block.resnets.1.*missing": short}
+    for said, other in named.items():
+        save_file(other, tmp_path / "other.safetensors")
+        with pytest.raises(UserError, match=f"(?s)^model.path: .*{said}"):
+            load_networks(tmp_path / "other.safetensors")
 
 
 def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # noqa: F811
     """Without what is not read, such as other variants. Offline, the file to fetch is named."""
-    write_diffusers(
-        tmp_path / "base", draw_networks(), build_tokenizer(), prediction_type="epsilon", zero_terminal_snr=False,
-        dtype=torch.float32, zeros_for_empty_prompt=False,
-    )  # fmt: skip
+    write_base(tmp_path / "base", noise=EPSILON)
     files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]
     content = {path.relative_to(tmp_path / "base").as_posix(): path.read_bytes() for path in files}
     server.commits = [
         {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other", "README.md": b"---\nlicense: mit\n---\n"}
     ]
-    found, wanted = load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict()
-    assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+    assert_equal(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
     assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
     server.commits = [{}]
     with pytest.raises(UserError, match=r"^model\.path: hf:me/net@v2 has no model_index\.json"):

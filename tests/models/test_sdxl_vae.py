@@ -11,16 +11,17 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import StableDiffusionXLPipeline
 
-from models.sdxl.checkpoint_files import write_diffusers, write_single_file
+from models.sdxl.checkpoint_files import write_single_file
 from models.sdxl.family import PREFIXES, draw_networks, list_configs
 from models.sdxl.names import part_state, to_single_file
 from models.sdxl.networks import SDXLConfig, load_networks, load_vae
 from models.sdxl.step import decode_latents, encode_images
-from models.sdxl.tokenizer import build_tokenizer
 from models.sdxl.vae import AS_STATED, VAEValues, latent_scale, unlike_sdxls
+from tests.sdxl import V_ZTSNR, assert_equal, write_base
 from utils.errors import UserError
 
-NOISE = {"prediction_type": "v_prediction", "zero_terminal_snr": True, "dtype": torch.float32}
+NOISE = {**V_ZTSNR, "dtype": torch.float32, "facts": {"title": "toy"}}
+PADDINGS = ("zeros", "reflect")
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 1.5, 2.0]
 STATISTICS = {"latents_mean": MEAN, "latents_std": STD}
 
@@ -32,8 +33,8 @@ def place(tmp_path_factory):
     torch.manual_seed(1)
     for parameter in networks["vae"].parameters():
         parameter.data += 0.05 * torch.randn_like(parameter)
-    write_diffusers(place / "model", networks, build_tokenizer(), **NOISE, zeros_for_empty_prompt=False)
-    write_single_file(place / "model.safetensors", networks, **NOISE, facts={"title": "toy"})
+    write_base(place / "model", networks)
+    write_single_file(place / "model.safetensors", networks, **NOISE)
     single = to_single_file("vae", part_state("vae", networks["vae"]))
     save_file(single, place / "prefixed.safetensors")
     plain = {name.removeprefix(PREFIXES["vae"]): one for name, one in single.items()}
@@ -62,8 +63,7 @@ def state(folder, **values):
      "comfyui.safetensors"],
 )  # fmt: skip
 def test_a_vae_is_read_from_folders_and_files(name, place):
-    wanted, found = load_networks(place / "model")["vae"].state_dict(), load_vae(place / name).state_dict()
-    assert found.keys() == wanted.keys() and all(torch.equal(found[key], one) for key, one in wanted.items())
+    assert_equal(load_vae(place / name).state_dict(), load_networks(place / "model")["vae"].state_dict())
 
 
 @pytest.mark.parametrize(
@@ -125,10 +125,8 @@ def test_what_is_no_vae_or_of_another_width_is_refused(place, tmp_path):
 
 def test_padding_reaches_all_convolutions_and_changes_latents(place):
     image = torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
-    plain, reflected = (load_vae(place / "model", configure("x", padding_mode=mode).vae_values.model_copy(
-        update={"scaling_factor": 1.0, "shift_factor": 0.0, "latents_mean": [0.0] * 4, "latents_std": [1.0] * 4}
-    )) for mode in ("zeros", "reflect"))  # fmt: skip
-    first, second = (encode_images(vae, image)[0] for vae in (plain, reflected))
+    vaes = (load_vae(place / "model", VAEValues(**{**dict(AS_STATED), "padding_mode": mode})) for mode in PADDINGS)
+    first, second = (encode_images(vae, image)[0] for vae in vaes)
     assert not torch.allclose(first, second, atol=1e-3)
 
 
@@ -139,9 +137,8 @@ def test_exports_carry_the_values_for_programs_that_do_not_read_them(place, tmp_
     latents, image = torch.randn(1, 4, 8, 8), torch.randint(256, (1, 3, 64, 64), dtype=torch.uint8)
     mean, factor = latent_scale(networks["vae"])
     encoded = encode_images(networks["vae"], image)
-    write_single_file(tmp_path / "file.safetensors", networks, **NOISE, facts={"title": "toy"})
-    write_diffusers(tmp_path / "folder", networks, build_tokenizer(), **NOISE, zeros_for_empty_prompt=False)
-    for path in (tmp_path / "file.safetensors", tmp_path / "folder"):
+    write_single_file(tmp_path / "file.safetensors", networks, **NOISE)
+    for path in (tmp_path / "file.safetensors", write_base(tmp_path / "folder", networks)):
         read = load_networks(path)["vae"]
         assert (decode_latents(read, latents).int() - decode_latents(networks["vae"], latents).int()).abs().max() <= 1
         other_mean, other_factor = latent_scale(read)

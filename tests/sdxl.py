@@ -1,0 +1,24 @@
+"""What the tests of SDXL share: tiny base models, and comparisons of tensors by name."""
+
+import torch
+
+from models.sdxl.checkpoint_files import write_diffusers
+from models.sdxl.family import draw_networks
+from models.sdxl.tokenizer import build_tokenizer
+
+V_ZTSNR = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+EPSILON = {"prediction_type": "epsilon", "zero_terminal_snr": False}
+
+
+def write_base(folder, networks=None, noise=V_ZTSNR):
+    """Write SDXL, by default tiny networks, as a folder of diffusers."""
+    networks = networks or draw_networks()
+    write_diffusers(folder, networks, build_tokenizer(), dtype=torch.float32, zeros_for_empty_prompt=False, **noise)
+    return folder
+
+
+def assert_equal(found, wanted):
+    """Compare tensors by name, bit for bit."""
+    assert found.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
