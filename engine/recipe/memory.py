@@ -7,7 +7,7 @@ workspaces of kernels, the pass of trained text encoders, pictures and the filli
 
 import math
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -85,6 +85,14 @@ class _KernelAttention(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
+def _with_kernel(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def run(*args: Any, **kwargs: Any) -> Tensor:
+        with _KernelAttention():  # here, as a backward pass that computes again has no modes of its caller
+            return forward(*args, **kwargs)
+
+    return run
+
+
 def predict_memory(config: TrainingConfig, precision: str) -> dict[str, float]:
     """Return the bytes of a training step by part."""
     samples = config.task.samples.model_copy(update={"prompts": []})
@@ -130,7 +138,10 @@ def _count_pass(task: DiffusionTask, config: TrainingConfig) -> int:
     size = loop.batch_size if loop.micro_batch_size == "auto" else min(loop.micro_batch_size, loop.batch_size)
     pooled = unet.projection_class_embeddings_input_dim - 6 * unet.addition_time_embed_dim
     shapes = ((CHANNELS, height // 8, width // 8), (), (LENGTH, unet.cross_attention_dim), (pooled,), (6,))
-    with LiveBytes() as live, _KernelAttention():
+    for module in task.unet.modules():
+        if hasattr(module, "set_processor"):  # an attention of diffusers
+            module.forward = _with_kernel(module.forward)
+    with LiveBytes() as live:
         inputs = [torch.empty(size, *shape, device="meta") for shape in shapes]
         task.predict(*inputs).square().mean().backward()
     return live.peak

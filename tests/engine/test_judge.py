@@ -51,9 +51,8 @@ def judged(folder):
 
 def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     figures, log = judged(place / "run"), (place / "run/log.txt").read_text()
-    assert {f"judge.{name}" for name in ("recall", "real_recall", "leakage", "similarity", "drift")} == figures[
-        0
-    ].keys()
+    names = ("recall", "real_recall", "leakage", "similarity", "drift")
+    assert {f"judge.{name}" for name in names} == figures[0].keys()
     assert all(row["judge.real_recall"] == 1 for row in figures) and figures[0] != figures[-1]
     assert "3 prompts with 3 tags" in log and "1 of the 4 tags" in log and "'extra'" in log
     best = read_json(place / "run/result.json")

@@ -97,15 +97,9 @@ def test_diffusers_reads_both(networks, folder, file):
     second = StableDiffusionXLPipeline.from_single_file(str(file), config=str(folder), local_files_only=True)
     assert first.scheduler.config.prediction_type == "v_prediction" and not first.config.force_zeros_for_empty_prompt
     assert first.scheduler.alphas_cumprod[-1] == 0 and first.scheduler.config.timestep_spacing == "trailing"
-    pictures = []
-    for pipeline in (first, second):
+    for pipeline in (first, second):  # tests/engine/test_diffusion_exports.py compares their pictures
         for part, state in states(networks).items():
             assert_equal(part_state(part, getattr(pipeline, part)), state)
-        pipeline.set_progress_bar_config(disable=True)
-        draw = torch.Generator().manual_seed(0)
-        made = pipeline("a cat", height=64, width=64, num_inference_steps=2, generator=draw, output_type="pt")
-        pictures.append(made.images)
-    assert pictures[0].isfinite().all() and torch.allclose(*pictures, atol=1e-4)
     assert first.tokenizer_2("a cat", padding="max_length").input_ids[-1] == 0
 
 
