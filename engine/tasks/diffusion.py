@@ -502,9 +502,8 @@ class DiffusionTask(Task):
         tones = {f"tone_{number}": float(picture.mean() / 255) for number, picture in enumerate(pictures)}
         height = max(map(len, pictures))
         columns = [np.pad(each, ((0, height - len(each)), (0, 0), (0, 0)), constant_values=255) for each in pictures]
-        prompts = [prompt.text for prompt in self._config.samples.complete_all()]
-        images = {"samples": np.concatenate(columns, axis=1)}
-        return Report(tones, images=images, samples=list(zip(prompts, pictures)))
+        texts = [prompt.text for prompt in self._config.samples.complete_all()]
+        return Report(tones, images={"samples": np.concatenate(columns, axis=1)}, samples=list(zip(texts, pictures)))
 
     def sample(self, prompts: Sequence[Prompt] | None = None) -> list[np.ndarray]:
         """Return a picture of each prompt, by default of `task.samples`, uint8 [H, W, 3], the same on all ranks."""
@@ -519,17 +518,17 @@ class DiffusionTask(Task):
 
         With a text cache, the text encoders are loaded for new prompts, and then leave the memory.
         """
-        encoders = [self.text_encoder, self.text_encoder_2]
         options = self._config.encoding
         if self._config.text_cache is None:
+            encoders = [self.text_encoder, self.text_encoder_2]
             with visiting(self.alphas.device, *encoders):
                 return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
-        keyed = {(prompt.text, prompt.negative): prompt for prompt in prompts}
-        new = {key: prompt for key, prompt in keyed.items() if key not in self._encoded}
+        new = [prompt for prompt in prompts if (prompt.text, prompt.negative) not in self._encoded]
         if new:
             loaded = open_networks(self._model, ENCODERS, frozen=True)
-            encoders = [loaded[name].to(self.alphas.device) for name in ENCODERS]
-            self._encoded |= {key: encode_prompt(encoders, prompt, **options) for key, prompt in new.items()}
+            encoders = [network.to(self.alphas.device) for network in loaded.values()]
+            for prompt in new:
+                self._encoded[prompt.text, prompt.negative] = encode_prompt(encoders, prompt, **options)
         return [self._encoded[prompt.text, prompt.negative] for prompt in prompts]
 
     def _judge(self, stream: Iterable[Batch]) -> Report:

@@ -248,8 +248,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return task.text_variants if training and own.varies_tags else 1
 
     def make_variant(own: CaptionConfig, text: str, number: int) -> str:
-        vary = own.vary_tags if training else lambda text, generator: own.complete(text)
-        return vary_caption(text, number, vary)
+        return vary_caption(text, number, own.vary_tags) if training else own.complete(text)
 
     def vary(own: CaptionConfig) -> Vary:
         variants = count_variants(own)
