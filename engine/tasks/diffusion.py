@@ -281,8 +281,6 @@ class DiffusionTask(Task):
 
     def initialise(self, source: InitFrom | None) -> None:
         """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
-        if self._config.lora is not None:
-            self.adapter.warn_of_rank()
         if (path := self._model.path) is not None:
             known = describe(path)
             files = [] if self.alphas.is_meta else base_files(self._model, ("unet",))

@@ -34,9 +34,6 @@ from models.sdxl.networks import unused_layer
 from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 
 class LoRAConfig(Strict):
@@ -122,20 +119,6 @@ class LoRA(nn.Module):
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config))
         self._hooks: list[RemovableHandle] = []
-
-    def warn_of_rank(self) -> None:
-        """Say if the rank is above the full rank of layers, where more adds nothing."""
-        rank = self.config.rank
-        if self.config.kind not in ("lora", "dora"):
-            return
-        layers = self.layers().items()
-        full = {name: min(layer.lora_A.weight[0].numel(), len(layer.lora_B.weight)) for name, layer in layers}
-        narrow = [name for name in full if rank > full[name]]
-        if narrow:
-            log.warning(
-                "task.lora.rank: %d is above the full rank of %d of %d layers, where more adds nothing, such as %s: %d",
-                rank, len(narrow), len(full), narrow[0], full[narrow[0]],
-            )  # fmt: skip
 
     def layers(self) -> dict[str, LoRALayer]:
         """Return the updates by the names of their layers."""

@@ -168,11 +168,6 @@ def test_targets_that_match_nothing_are_refused(changes, complaint):
         build_lora(build_networks(), **changes)
 
 
-def test_a_rank_above_a_layers_full_rank_is_said(caplog):
-    build_lora(build_networks(), rank=16, targets=["unet.conv_*"], conv=True).warn_of_rank()
-    assert "16 is above the full rank of 1 of 2 layers" in caplog.text and "unet.conv_out: 4" in caplog.text
-
-
 @torch.no_grad()
 @pytest.mark.parametrize("layout", ["kohya", "diffusers"])
 def test_diffusers_reads_every_layer(layout, tmp_path):
