@@ -201,7 +201,8 @@ def draw(
                 "another output"
             )
         done = {file for file, digest in known.items() if file.is_file() and sha256_file(file) == digest}
-        done |= others if existing == "skip" else set()
+        if existing == "skip":
+            done |= others
         waiting = [file for file in files if file not in done]
         drawn = zip(waiting, painter.paint([files[file] for file in waiting]))
         for file, pixels in track(drawn, len(waiting), "drawing"):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from data.latents.buckets import BucketConfig
 from engine.config import TrainingConfig
 from engine.task import networks_of
-from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig
+from engine.tasks.diffusion import DiffusionTask
 from engine.tasks.kind import Setup
 from engine.update.parallel import recompute_blocks
 from models.sdxl.family import CHANNELS
@@ -175,8 +175,6 @@ def fit_memory(config: TrainingConfig, overrides: Iterable[str], precision: str,
     """
     limit = config.runtime.memory_gib
     given = {word.lstrip("+").partition("=")[0] for word in overrides}
-    if not isinstance(config.task, DiffusionTaskConfig):
-        raise UserError(f"runtime.memory_gib: {limit:g}, but only task=diffusion predicts its memory; set it to null")
     parts = predict_memory(config, precision)
     lines: list[str] = []
     for key, value, cost in _LADDER:

@@ -107,8 +107,8 @@ class Judge(nn.Module):
 
     def files(self) -> list[Path]:
         """Return the files that decide the figures."""
-        beside = (thresholds_path(self.path), self.path.with_name(FILE))
-        return [self.path, *(file for file in beside if file.is_file())]
+        files = (self.path, thresholds_path(self.path), self.path.with_name(FILE))
+        return [file for file in files if file.is_file()]
 
     def look(self, images: Sequence[Tensor], device: torch.device) -> Seen:
         """Return what the tagger sees, image by image: other batches would change the last digits."""
