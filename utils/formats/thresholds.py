@@ -144,5 +144,7 @@ def mcut(probs: np.ndarray) -> np.ndarray:
     Source: Largeron, Moulin and Géry 2012, MCut: A Thresholding Strategy for Multi-label Classification.
     """
     ranked = np.sort(probs, axis=1)[:, ::-1]
-    gap = (ranked[:, :-1] - ranked[:, 1:]).argmax(axis=1)[:, None]
-    return (np.take_along_axis(ranked, gap, 1) + np.take_along_axis(ranked, gap + 1, 1))[:, 0] / 2
+    higher = ranked[:, :-1]
+    lower = ranked[:, 1:]
+    gap = (higher - lower).argmax(axis=1)[:, None]
+    return np.take_along_axis((higher + lower) / 2, gap, 1)[:, 0]

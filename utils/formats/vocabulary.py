@@ -67,8 +67,9 @@ class Vocabulary:
     def of(cls, keys: Iterable[tuple[int, str]]) -> Self:
         """Return a vocabulary of (category, name) pairs, with zeros for counts and ids."""
         keys = list(keys)
+        categories, names = zip(*keys) if keys else ((), ())
         zeros = (0,) * len(keys)
-        return cls(tuple(name for _, name in keys), tuple(category for category, _ in keys), zeros, zeros)
+        return cls(names, categories, zeros, zeros)
 
     def __len__(self) -> int:
         """Return the number of outputs."""

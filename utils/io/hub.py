@@ -38,9 +38,10 @@ def _hub_errors(name: str, advice: str) -> Iterator[None]:
     except Exception as error:  # the libraries raise errors of many classes
         while error.__cause__ is not None and getattr(error, "response", None) is None:
             error = error.__cause__
-        status = getattr(getattr(error, "response", None), "status_code", None)
+        response = getattr(error, "response", None)
+        kind = DiskFull if getattr(response, "status_code", None) in _FULL else UserError
         reason = hide_secrets(" ".join((str(error) or type(error).__name__).split()))
-        raise (DiskFull if status in _FULL else UserError)(f"{name}: {reason}; {advice}") from None
+        raise kind(f"{name}: {reason}; {advice}") from None
 
 
 def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:

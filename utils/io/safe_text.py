@@ -105,6 +105,9 @@ def hide_secrets_in(value: Any) -> Any:
         secret = {key for key, inner in value.items() if inner and isinstance(key, str) and _NAME.fullmatch(key)}
         return {key: HIDDEN if key in secret else hide_secrets_in(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
-        after_flag = [str(item).startswith("-") and _NAME.fullmatch(str(item)) for item in ("", *value)]
-        return [HIDDEN if flag else hide_secrets_in(item) for flag, item in zip(after_flag, value)]
+        hidden = []
+        for before, item in zip(("", *value), value):
+            follows_flag = str(before).startswith("-") and _NAME.fullmatch(str(before))
+            hidden.append(HIDDEN if follows_flag else hide_secrets_in(item))
+        return hidden
     return hide_secrets(value) if isinstance(value, str) else value

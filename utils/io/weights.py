@@ -116,7 +116,8 @@ def read_weights(
         )
     with readable(path, "weight"):  # torch can neither convert nor compute with floats of four bits
         for name, tensor in tensors.items():
-            tensors[name] = tensor.bfloat16() if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
+            if tensor.is_floating_point() and tensor.itemsize == 1:
+                tensors[name] = tensor.bfloat16()
     refuse_not_finite(tensors, path)
     return tensors, metadata
 
@@ -207,14 +208,16 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if not path.is_dir():
         return path
-    if is_run(path) and not (path / "weights").is_dir():
-        names = {"last": ("weights",), "ema": ("average_weights",)}.get(which, ("average_weights", "weights"))
-        found = [file for name in names if (file := path / f"{name}.safetensors").is_file()]
-        if not found:
-            raise UserError(f"the checkpoint {path} has no {names[0]}.safetensors; name another, or other weights")
+    is_checkpoint = is_run(path) and not (path / "weights").is_dir()
+    if is_checkpoint:
+        names = ("average_weights.safetensors", "weights.safetensors")
+        names = {"last": names[1:], "ema": names[:1]}.get(which, names)
+    found = [path / name for name in names if (path / name).is_file()]
+    if is_checkpoint and not found:
+        raise UserError(f"the checkpoint {path} has no {names[0]}; name another, or other weights")
+    if found and (is_checkpoint or not is_run(path)):
         return found[0]
-    files = [path / name for name in names if (path / name).is_file()]
-    return files[0] if files and not is_run(path) else RunReader(path).weights(which)
+    return RunReader(path).weights(which)
 
 
 def is_run(path: Path) -> bool:

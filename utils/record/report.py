@@ -87,10 +87,11 @@ def write_page(
     parts = {"figures": _table(figures, len(figures))}
     parts |= {show_name(name): _picture(name, image) for name, image in images.items()}
     parts |= {show_name(name): _table(rows, _SHOWN_ROWS) for name, rows in tables.items() if rows}
-    links = "".join(f'<a href="#p{number}">{escape(name)}</a>' for number, name in enumerate(parts))
-    sections = "".join(
-        f'<h2 id="p{number}">{escape(name)}</h2>\n{part}\n' for number, (name, part) in enumerate(parts.items())
-    )
+    links = ""
+    sections = ""
+    for number, (name, part) in enumerate(parts.items()):
+        links += f'<a href="#p{number}">{escape(name)}</a>'
+        sections += f'<h2 id="p{number}">{escape(name)}</h2>\n{part}\n'
     write_text(
         path,
         f"""<!doctype html>

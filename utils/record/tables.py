@@ -4,7 +4,7 @@ import csv
 import math
 import re
 from collections.abc import Sequence
-from itertools import islice, repeat
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -54,9 +54,9 @@ def to_cell(text: str) -> int | float | str | None:
 def read_decisions(run: Path) -> dict[str, np.ndarray]:
     """Return the columns DECISIONS of each group, [6, N], at rising thresholds. Raises ValueError."""
     rows = read_rows(run, "decisions")
-    groups = {row["group"]: [] for row in rows}
+    groups: dict[str, list[list[str]]] = {}
     for row in rows:
-        groups[row["group"]].append([row.get(name, "") for name in DECISIONS])
+        groups.setdefault(row["group"], []).append([row.get(name, "") for name in DECISIONS])
     return {name: np.array(columns, float).T for name, columns in groups.items()}
 
 
@@ -111,7 +111,8 @@ def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
     rows = np.argsort(-by, kind="stable")[:most]
     found = []
     for row in table.take(rows[by[rows] >= 0]).to_pylist():
-        tags = [*zip(row["wrong_by"], row["wrong"], repeat(True)), *zip(row["missed_by"], row["missed"], repeat(False))]
+        tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
+        tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
         tags.sort(key=lambda tag: -tag[0])
         found.append((row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}))
     return found
