@@ -20,14 +20,12 @@ class ConvNeXtV2Config(Strict):
     # Bounded, because they may also come from a stranger's weight file.
     depths: list[Depth] = Field(min_length=2, max_length=5)
     dims: list[Width] = Field(min_length=2, max_length=5)
-    stem_stride: Width  # 1, 2 or 4
+    stem_stride: Literal[2, 4]
     drop_path_rate: BelowOne
     head_init_scale: Factor
 
     @model_validator(mode="after")
     def _fits_together(self) -> Self:
-        if self.stem_stride not in (1, 2, 4):
-            raise ValueError(f"model.stem_stride: {self.stem_stride} is not supported; set 1, 2 or 4")
         if len(self.depths) != len(self.dims):
             raise ValueError(
                 f"model.dims: {len(self.dims)} widths {self.dims} for {len(self.depths)} stages "

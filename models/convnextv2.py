@@ -9,6 +9,7 @@ GRN uses visible sites only, so nothing under the mask can reach a visible outpu
 
 import re
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -74,14 +75,18 @@ class Block(nn.Module):
 class ConvNeXtV2(nn.Module):
     """Classify images, or compute the last feature map for FCMAE.
 
-    The kernel of the stem equals its stride (2x2 or 4x4 pixels). With `stem_stride` 1 it is 3x3 with padding 1, because
-    the layer norm after a 1x1 stem would remove each pixel's brightness. Stochastic depth grows linearly from 0 at the
-    first block to `drop_path_rate` at the last. Weights start normal with std .02 (`init_weights`), biases start at 0,
+    The kernel of the stem equals its stride (2x2 or 4x4 pixels). Stochastic depth grows linearly from 0 at the first
+    block to `drop_path_rate` at the last. Weights start normal with std .02 (`init_weights`), biases start at 0,
     and the head is scaled by `head_init_scale`. With `num_classes` 0 there is no head and no final norm.
 
     Source: Woo et al. 2023 (arXiv 2301.00808); facebookresearch/ConvNeXt-V2:models/convnextv2.py.
-    Differs: 2 to 5 stages, stem strides 1 and 2, and `visible` (the published sparse twin needs MinkowskiEngine).
+    Differs: 2 to 5 stages, stem stride 2, and `visible` (the published sparse twin needs MinkowskiEngine).
     """
+
+    # The weights that read the images, and prefixes of what a state may lack: the head, and the final norm.
+    first_convolutions = ("downsample_layers.0.0.weight",)
+    head_prefixes = ("head.",)
+    norm_prefixes = ("norm.",)
 
     def __init__(
         self,
@@ -96,14 +101,14 @@ class ConvNeXtV2(nn.Module):
     ) -> None:
         super().__init__()
         assert len(depths) == len(dims), (depths, dims)
-        self.in_channels, self.num_classes, self.stem_stride = in_channels, num_classes, stem_stride
-        self.depths, self.dims = tuple(depths), tuple(dims)
-        self.num_features = self.dims[-1]  # channels of the last feature map
+        self.in_channels = in_channels
+        self.num_classes = num_classes
+        self.depths = tuple(depths)
+        self.num_features = dims[-1]  # channels of the last feature map
         self.total_stride = stem_stride * 2 ** (len(dims) - 1)  # pixels per side of a site in the last feature map
         self.grad_checkpointing = False
 
-        kernel, padding = (3, 1) if stem_stride == 1 else (stem_stride, 0)
-        stem = nn.Conv2d(in_channels, dims[0], kernel_size=kernel, stride=stem_stride, padding=padding)
+        stem = nn.Conv2d(in_channels, dims[0], kernel_size=stem_stride, stride=stem_stride)
         self.downsample_layers = nn.ModuleList([nn.Sequential(stem, ChannelsFirstLayerNorm(dims[0], eps=1e-6))])
         for before, after in zip(dims[:-1], dims[1:]):
             halve = nn.Conv2d(before, after, kernel_size=2, stride=2)
@@ -137,6 +142,12 @@ class ConvNeXtV2(nn.Module):
     def get_classifier(self) -> nn.Module:
         """Return the head (timm's name)."""
         return self.head
+
+    def reset_classifier(self, num_classes: Literal[0]) -> None:
+        """Remove the head and the final norm (timm's name)."""
+        self.norm = nn.Identity()
+        self.head = nn.Identity()
+        self.num_classes = num_classes
 
     def forward_features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
         """Return the last feature map [B, C_last, h, w], 0 at masked sites.
@@ -174,7 +185,7 @@ class ConvNeXtV2(nn.Module):
                 return stage + 1 if stage < len(self.depths) - 1 else _GROUP_LAST
             return sum(self.depths[:stage]) + 1
         if match := re.match(r"stages\.(\d+)\.(\d+)\.", name):
-            stage, block = int(match[1]), int(match[2])
+            stage, block = map(int, match.groups())
             if kind != "group":
                 return sum(self.depths[:stage]) + block + 1
             if stage == len(self.depths) - 1:

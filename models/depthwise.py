@@ -39,7 +39,8 @@ class _DepthwiseOnCPU(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         x, weight = ctx.saved_tensors
-        kernel, channels = weight.shape[-1], weight.shape[0]
+        kernel = weight.shape[-1]
+        channels = weight.shape[0]
         grad = grad.contiguous(memory_format=torch.channels_last)
         by_x = by_weight = by_bias = None
         if ctx.needs_input_grad[0]:
@@ -63,8 +64,6 @@ class DepthwiseConv2d(nn.Conv2d):
         """Return [B, C, H, W], on a CPU in the channels_last memory format, which is fastest there."""
         if x.device.type != "cpu" or not torch.is_grad_enabled() or torch.onnx.is_in_onnx_export():
             return super().forward(x)
-        weight, bias = self.weight, self.bias
-        if torch.is_autocast_enabled("cpu"):
-            dtype = torch.get_autocast_dtype("cpu")
-            x, weight, bias = x.to(dtype), weight.to(dtype), bias.to(dtype)
-        return _DepthwiseOnCPU.apply(x.contiguous(memory_format=torch.channels_last), weight, bias)
+        dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else x.dtype
+        x = x.to(dtype).contiguous(memory_format=torch.channels_last)
+        return _DepthwiseOnCPU.apply(x, self.weight.to(dtype), self.bias.to(dtype))

@@ -60,6 +60,11 @@ class FCMAE(nn.Module):
     than the stride, and a single initialisation (the published code initialises the encoder twice, finally with std 1).
     """
 
+    # The weights that read the images, and prefixes of what a state may lack: it has no head, and may lack the decoder.
+    first_convolutions = ("encoder.downsample_layers.0.0.weight",)
+    head_prefixes = ()
+    norm_prefixes = ("decoder.", "mask_token", "proj.", "pred.")
+
     def __init__(
         self,
         *,
@@ -74,8 +79,10 @@ class FCMAE(nn.Module):
         super().__init__()
         # A head's parameters would get no gradient, which DDP refuses.
         assert encoder.num_classes == 0 and patch_px % encoder.total_stride == 0, (encoder.num_classes, patch_px)
-        self.patch_px, self.mask_ratio = patch_px, mask_ratio
-        self.norm_pix_loss, self.execution = norm_pix_loss, execution
+        self.patch_px = patch_px
+        self.mask_ratio = mask_ratio
+        self.norm_pix_loss = norm_pix_loss
+        self.execution = execution
         self.patch_sites = patch_px // encoder.total_stride  # sites of the encoder's last map per side of a patch
 
         self.encoder = encoder
@@ -126,20 +133,21 @@ class FCMAE(nn.Module):
         grid_hw = self.grid_of(images.shape[-2:])
         visible, removed = self.split(mask)
         gaps = repeat_sites(mask.view(len(mask), *grid_hw), self.patch_sites)[:, None]
-        token, targets = self.mask_token, place_sites(removed, grid_hw, self.patch_sites)
+        targets = place_sites(removed, grid_hw, self.patch_sites)
         if self.execution == "sparse":
             tokens = encode_visible(self.encoder, images, visible, self.patch_px)
             tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
             x = place_sites(visible, grid_hw, self.patch_sites).to_map(tokens)
         else:
             x = self.proj(self.encoder.forward_features(images, ~gaps[:, 0]))
-        x = self.decoder(torch.where(gaps, token.to(x.dtype), x))
+        x = self.decoder(torch.where(gaps, self.mask_token.to(x.dtype), x))
         if self.execution == "sparse":
             pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
         else:
             pixels = targets.from_map(self.pred(x))
         # A pixel's row in its patch is (site row, row in the site), and likewise for columns.
-        stride, side = self.encoder.total_stride, self.patch_sites
+        stride = self.encoder.total_stride
+        side = self.patch_sites
         pixels = pixels.reshape(-1, removed.shape[1], side, side, stride, stride, self.encoder.in_channels)
         return pixels.transpose(3, 4).flatten(2)
 

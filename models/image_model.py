@@ -114,13 +114,17 @@ class ImageModel(nn.Module):
         self, network: nn.Module, normalise: Normalise, output_name: str, form: OnnxForm | None = None
     ) -> None:
         super().__init__()
-        self.network, self.normalise, self.output_name = network, normalise, output_name
+        self.network = network
+        self.normalise = normalise
+        self.output_name = output_name
         self.output = OUTPUTS[output_name]
         self.form = form or OnnxForm(outputs={name: name for name in self.output.heads})
 
     def forward(self, images: Tensor) -> tuple[Tensor, ...]:
         """Return the outputs of the form, float32: by default (logits, probs) [B, K], or (features,) [B, C]."""
-        images, wanted, outputs = self.normalise(self.form.to_images(images)), self.form.outputs.values(), {}
+        images = self.normalise(self.form.to_images(images))
+        wanted = self.form.outputs.values()
+        outputs = {}
         if "embedding" in wanted:
             features = self.network.forward_features(images)
             outputs["embedding"] = self.network.forward_head(features, pre_logits=True).float()

@@ -85,10 +85,12 @@ class _Response(torch.autograd.Function):
         product = grad.to(wide) * x if x.dtype == torch.float16 else grad * x  # fp16 would overflow
         meeting = product.sum(dim=(1, 2), keepdim=True, dtype=wide)  # [B, 1, 1, C]
         by_gamma = (share * meeting).sum(dim=0, keepdim=True)
-        by_share, mean = gamma * meeting, norms.mean(dim=-1, keepdim=True) + ctx.eps
+        by_share = gamma * meeting
+        mean = norms.mean(dim=-1, keepdim=True) + ctx.eps
         by_norm = by_share / mean - (by_share * norms).mean(dim=-1, keepdim=True) / mean.square()
         # The gradient of the norm is x / norm, or 0 if the norm is 0.
-        factor, scale = torch.where(norms > 0, by_norm / norms, 0.0), gamma * share
+        factor = torch.where(norms > 0, by_norm / norms, 0.0)
+        scale = gamma * share
         if x.dtype == torch.float16:  # the factor overflows for a channel that is almost 0
             by_x = torch.addcmul(grad * (1.0 + scale), x.to(wide), factor).to(x.dtype)
         else:
@@ -173,14 +175,12 @@ class DropPath(nn.Module):
 def patchify(images: Tensor, patch_px: int) -> Tensor:
     """Cut images [B, C, H, W] into patches [B, L, P] in row-major order; P is (row, column, channel)."""
     batch, channels, height, width = images.shape
-    grid_h, grid_w = height // patch_px, width // patch_px
-    cells = images.reshape(batch, channels, grid_h, patch_px, grid_w, patch_px)
-    return cells.permute(0, 2, 4, 3, 5, 1).reshape(batch, grid_h * grid_w, patch_px * patch_px * channels)
+    cells = images.reshape(batch, channels, height // patch_px, patch_px, width // patch_px, patch_px)
+    return cells.permute(0, 2, 4, 3, 5, 1).flatten(3).flatten(1, 2)
 
 
 def unpatchify(patches: Tensor, patch_px: int, image_size_hw: tuple[int, int]) -> Tensor:
     """Join patches [B, L, P] to images [B, C, H, W], the inverse of `patchify`."""
     height, width = image_size_hw
-    grid_h, grid_w = height // patch_px, width // patch_px
-    cells = patches.reshape(patches.shape[0], grid_h, grid_w, patch_px, patch_px, -1)
-    return cells.permute(0, 5, 1, 3, 2, 4).reshape(patches.shape[0], -1, height, width)
+    cells = patches.reshape(len(patches), height // patch_px, width // patch_px, patch_px, patch_px, -1)
+    return cells.permute(0, 5, 1, 3, 2, 4).flatten(4).flatten(2, 3)

@@ -58,7 +58,8 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
     if options.order == "vocabulary":
         tags = np.sort(tags)
-    row, probs = {}, {}
+    row: Row = {}
+    probs: dict[str, dict[str, float]] = {}
     if has_ratings and len(ratings := np.flatnonzero(categories == RATING)):
         best = ratings[values[ratings].argmax()]
         row = {"rating": names[best], "rating_prob": round(float(values[best]), 6)}
@@ -76,7 +77,8 @@ def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
     return least
 
 
-_PROBS, _softmax = ("logits", "probs"), partial(torch.softmax, dim=1)
+_PROBS = ("logits", "probs")
+_softmax = partial(torch.softmax, dim=1)
 OUTPUTS = {
     "classes": Output(_PROBS, _row_of_classes, "class_names", _softmax, ("class", "prob")),
     "tags": Output(_PROBS, _row_of_tags, "tag_names", torch.sigmoid, ("rating", "tags"), True),

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models.image_model import Normalise
-from models.weights.fit import is_meta, optional_prefixes, refuse_misfits
+from models.weights.fit import TimmFamily, is_meta, refuse_misfits
 from models.weights.initialise import convert
 from models.weights.timm_hub import read_timm
 from utils.config.bounds import Factor
@@ -57,7 +57,8 @@ def pyramid_distance(first: Tensor, second: Tensor) -> Tensor:
 
     Each level adds the absolute errors of neighbouring pixels' differences, and of the level less its blurred half.
     """
-    error, total = second - first, torch.zeros(len(first), device=first.device)
+    error = second - first
+    total = torch.zeros(len(first), device=first.device)
     for _ in range(_PYRAMID):
         if min(error.shape[-2:]) < 2:
             break
@@ -88,7 +89,9 @@ class PerceptualNetwork(nn.Module):
                 f"task.perceptual.network: timm has no network {config.network!r} with maps of features; set "
                 f"vgg16.tv_in1k, for example; {close_names(config.network, timm.list_models())}"
             )
-        self._config, self.network, stated = config, network, network.pretrained_cfg
+        self._config = config
+        self.network = network
+        stated = network.pretrained_cfg
         self._levels = list(range(min(_LEVELS, len(network.feature_info))))
         self._names = set(network.state_dict())
         network.prune_intermediate_layers(self._levels, prune_head=True)
@@ -98,17 +101,19 @@ class PerceptualNetwork(nn.Module):
 
     def load(self) -> None:
         """Load the weights; on the meta device, check its files. Raises UserError (`task.perceptual`)."""
-        config, network, kept = self._config, self.network, self.network.state_dict()
+        config = self._config
+        network = self.network
+        kept = network.state_dict()
         if config.lpips is not None:
             with about("task.perceptual.lpips"):
                 names = [f"lin{level}.model.1.weight" for level in self._levels]
                 found = read_weights(Path(config.lpips))[0]
                 refuse_misfits(found, dict(zip(names, self.linear)), config.lpips, "Name LPIPS' file for this network.")
-                if not is_meta(self.network):
+                if not is_meta(network):
                     self.linear.load_state_dict({str(level): found[name] for level, name in enumerate(names)})
         with about("task.perceptual.path"):
             state = convert(network, read_weights(Path(config.path))[0])[1] if config.path else read_timm(network)[0]
-            unused = (*optional_prefixes(network)[0], "classifier.")
+            unused = (*TimmFamily(network).head_prefixes, "classifier.")
             state = {
                 name: tensor
                 for name, tensor in state.items()

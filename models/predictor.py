@@ -75,7 +75,8 @@ class Predictor:
     embeds: bool = True  # False: an ONNX file without an embedding
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
-        self.metadata, self._run = dict(metadata), run
+        self.metadata = dict(metadata)
+        self._run = run
         self.output = OUTPUTS[metadata["output"]]
         self.names: list[str] = [] if self.output.names_key is None else list(metadata[self.output.names_key])
         self.categories = np.array(metadata.get("tag_categories") or [GENERAL] * len(self.names))
@@ -144,12 +145,15 @@ def onnx_predictor(path: Path, device: torch.device) -> Predictor:
     """Return the predictor of an ONNX file, run by ONNX Runtime. Raises UserError if the file cannot be read."""
     session = open_session(path, device)
     metadata = _read_metadata(path, session)
-    heads = OUTPUTS[metadata["output"]].heads
+    output = OUTPUTS[metadata["output"]]
+    heads = output.heads
     form = OnnxForm.model_validate(metadata.get("form") or {"outputs": {name: name for name in heads}})
     names = {what: name for name, what in form.outputs.items()}
     names.setdefault("embedding", names.get("features"))
-    (first, *others), outputs = session.get_inputs(), {value.name: value.shape for value in session.get_outputs()}
-    shape, width = outputs.get(names.get(heads[-1]), []), len(metadata.get(OUTPUTS[metadata["output"]].names_key, ()))
+    first, *others = session.get_inputs()
+    outputs = {value.name: value.shape for value in session.get_outputs()}
+    shape = outputs.get(names.get(heads[-1]), [])
+    width = len(metadata.get(output.names_key, ()))
     if others or first.name != form.input or len(shape) != 2 or (width and shape[1] != width):
         raise UserError(
             f"{path} takes {first.name} and gives the outputs {outputs}; its metadata name {form.input}, and "
@@ -236,7 +240,8 @@ def _read_wd_metadata(path: Path, inputs: Sequence[Any], outputs: Sequence[Any])
     tags = path.with_name(FILE)
     if not tags.is_file():
         raise UserError(f"{path} was not exported by Atelier; use export.py, or put a WD tagger's {FILE} beside it")
-    (first, *others), output = inputs, outputs[0]
+    first, *others = inputs
+    output = outputs[0]
     batch, *sides = first.shape
     is_square = len(sides) == 3 and isinstance(sides[0], int) and sides == [sides[0], sides[0], 3]
     if others or first.type != "tensor(float)" or not is_square or (isinstance(batch, int) and batch != 1):

@@ -19,7 +19,8 @@ class SmallMapConv2d(nn.Conv2d):
         if x.device.type != "cpu" or not torch.is_autocast_enabled("cpu"):  # first: an export must not ask for sizes
             return super().forward(x)
         batch, channels, height, width = x.shape
-        stride, out_width = self.stride[1], -(-width // self.stride[1])
+        stride = self.stride[1]
+        out_width = -(-width // stride)
         if _CHANNELS * out_width > channels or batch == 1:
             return super().forward(x)
         # Zero columns part the images, whose columns then begin at a multiple of the stride.
@@ -34,6 +35,7 @@ def use_small_maps(network: nn.Module) -> None:
     """Make the convolutions of a network fast for small maps; parameters and their names stay."""
     for module in network.modules():
         if type(module) is nn.Conv2d and module.groups == 1 and module.padding_mode == "zeros":
-            (kernel, other), padding = module.kernel_size, module.padding
-            if kernel == other > 1 and padding == (kernel // 2,) * 2 and kernel % 2 and module.dilation == (1, 1):
+            kernel = module.kernel_size[0]
+            is_plain = module.kernel_size == (kernel, kernel) and module.dilation == (1, 1)
+            if is_plain and kernel > 1 and kernel % 2 and module.padding == (kernel // 2, kernel // 2):
                 module.__class__ = SmallMapConv2d

@@ -27,8 +27,10 @@ def place_sites(patches: Tensor, grid_hw: tuple[int, int], side: int) -> Sites:
 
     grid_hw: the number of patches per column and row of an image.
     """
-    (grid_h, grid_w), batch = grid_hw, patches.shape[0]
-    height, width = grid_h * side, grid_w * side
+    grid_h, grid_w = grid_hw
+    batch = len(patches)
+    height = grid_h * side
+    width = grid_w * side
     steps = torch.arange(side, device=patches.device)
     rows = (patches // grid_w * side)[..., None, None] + steps[:, None]  # [B, V, r, 1]
     columns = (patches % grid_w * side)[..., None, None] + steps  # [B, V, 1, r]
@@ -41,7 +43,8 @@ def _strided_convolution(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
 
     [B, V, r, r, C] to [B, V, r / k, r / k, C'].
     """
-    (batch, count, side, _, channels), k = tokens.shape, convolution.stride[0]
+    batch, count, side, _, channels = tokens.shape
+    k = convolution.stride[0]
     cells = tokens.reshape(batch, count, side // k, k, side // k, k, channels).transpose(3, 4).flatten(4)
     return F.linear(cells, convolution.weight.permute(0, 2, 3, 1).flatten(1), convolution.bias)
 
@@ -51,13 +54,7 @@ def _stem(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -
     convolution, norm = encoder.downsample_layers[0]
     pixels = patchify(images, patch_px).unflatten(2, (patch_px, patch_px, -1))  # [B, L, S, S, C]
     tokens = pixels.take_along_dim(patches[:, :, None, None, None], dim=1)
-    if encoder.stem_stride == 1:  # a 3x3 kernel reads beyond its patch, so it runs on the map
-        height, width = images.shape[-2:]
-        sites = place_sites(patches, (height // patch_px, width // patch_px), patch_px)
-        tokens = sites.from_map(convolution(sites.to_map(tokens))).view(*tokens.shape[:-1], -1)
-    else:
-        tokens = _strided_convolution(convolution, tokens)
-    return nn.LayerNorm.forward(norm, tokens)
+    return nn.LayerNorm.forward(norm, _strided_convolution(convolution, tokens))
 
 
 def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_px: int) -> Tensor:

@@ -15,6 +15,8 @@ import time
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -55,7 +57,9 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     names = [source] if isinstance(source, str) else source
     if source == "-":
         names = [line for line in sys.stdin.read().split("\n") if line]
-    folders, paths, unused = set(), {}, Unused()
+    folders: set[Path] = set()
+    paths: dict[Path, None] = {}
+    unused = Unused()
     for path in map(Path, names):
         inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
         # A pattern or folder that names a hidden folder means it.
@@ -89,15 +93,13 @@ class Predicted:
     def __init__(self, journal: Journal, paths: Sequence[Path]) -> None:
         self._journal = journal
         self._versions = {str(path): file_version(path) or [time.time_ns()] for path in paths}
-        self.known = {row["path"]: self._counts(version, row) for part in journal.parts() for version, row in part}
-
-    def _counts(self, version: Any, row: Row) -> bool:
-        return version == self._versions.get(row["path"])
+        rows = chain.from_iterable(journal.parts())
+        self.known = {row["path"]: version == self._versions.get(row["path"]) for version, row in rows}
 
     def _parts(self) -> Iterator[list[Row]]:
         """Yield the rows of each batch."""
         for part in self._journal.parts():
-            yield [row for version, row in part if self._counts(version, row)]
+            yield [row for version, row in part if version == self._versions.get(row["path"])]
 
     def write(self, batches: Iterable[list[Row]], destination: "Destination") -> None:
         """Write batches as they arrive, after the rows of a killed call."""
@@ -107,7 +109,7 @@ class Predicted:
         for rows in batches:
             self._journal.add([(self._versions[row["path"]], row) for row in rows])
             destination.write_each(rows, replace=True)
-        destination.write_all(row for rows in self._parts() for row in rows)
+        destination.write_all(chain.from_iterable(self._parts()))
 
 
 class Destination:
@@ -144,7 +146,9 @@ class RowFile(Destination):
                 f"output: {file} ends in {file.suffix!r}; set a .jsonl or .csv file; without like also .npz, and for "
                 "tags FOLDER/ or beside"
             )
-        self._file, self._columns, self._choose = file, columns if file.suffix == ".csv" else None, choose
+        self._file = file
+        self._columns = columns if file.suffix == ".csv" else None
+        self._choose = choose
         self._kept = file.read_bytes() if keep and file.is_file() else b""
         if self._kept and not self._kept.endswith(b"\n"):
             self._kept += b"\n"
@@ -192,15 +196,19 @@ class Sidecars(Destination):
     """
 
     def __init__(self, images: Images, folder: str | None, *, replace: bool) -> None:
-        base, self._files, self._replace = Path(os.path.abspath(folder or images.root)), {}, replace
+        base = Path(os.path.abspath(folder or images.root))
+        self._replace = replace
+        self._files: dict[str, Path] = {}
         relative = {str(path): os.path.relpath(os.path.abspath(path), images.root) for path in images.paths}
         stems = Counter(os.path.splitext(name)[0] for name in relative.values())
-        real = os.path.realpath(base)
         for path, name in relative.items():
             stem = os.path.splitext(name)[0]
-            self._files[path] = file = base / f"{stem if stems[stem] == 1 else name}.txt"
-            if os.path.commonpath([real, target := os.path.realpath(file)]) != real:
-                raise UserError(f"output: {file} is a link out of {base}, to {target}; set a folder for the texts")
+            file = base / f"{stem if stems[stem] == 1 else name}.txt"
+            if not file.resolve().is_relative_to(base.resolve()):
+                raise UserError(
+                    f"output: {file} is a link out of {base}, to {file.resolve()}; set a folder for the texts"
+                )
+            self._files[path] = file
         self.folders = {file.parent for file in self._files.values()}
         self.folder = base if folder or os.access(base, os.W_OK) else images.paths[0].parent
 
@@ -219,8 +227,8 @@ class Sidecars(Destination):
         """Write the text files."""
         for row in rows:
             if "tags" in row and (replace or self._replace or not self.has(row["path"])):
-                text, file = f"{row['tags']}\n", self._files[row["path"]]
-                write_atomically(file, lambda temporary, text=text: temporary.write_text(text, "utf-8"), flush=False)
+                write = partial(Path.write_text, data=f"{row['tags']}\n", encoding="utf-8")
+                write_atomically(self._files[row["path"]], write, flush=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- tags
@@ -237,14 +245,17 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
 
 def arrange_tags(tags: Iterable[Tag], config: TextConfig, rules: TagRules) -> list[Tag]:
     """Return tags after their aliases and in their order, without implied tags; `expand_series` splits characters."""
-    kept, implied = [], set()
+    kept: list[Tag] = []
+    implied: set[str] = set()
     for tag, *others in map(rules.expand, tags):
         kept.append(tag)
         if tag.name not in implied:  # of two tags that imply each other, the first stays
             implied |= {other.name for other in others}
     kept = [tag for tag in kept if tag.name not in implied]
-    first, order = [parse_tag(text).name for text in config.first_tags], [CATEGORIES[n] for n in config.category_order]
-    kept.sort(key=lambda tag: ([*first, tag.name].index(tag.name), [*order, tag.category].index(tag.category)))
+    first = [parse_tag(text).name for text in config.first_tags]
+    order = [CATEGORIES[name] for name in config.category_order]
+    kept.sort(key=lambda tag: [*order, tag.category].index(tag.category))
+    kept.sort(key=lambda tag: [*first, tag.name].index(tag.name))
     return [part for tag in kept for part in (split_series(tag) if config.expand_series else [tag])]
 
 
@@ -296,7 +307,8 @@ class Embeddings(Destination):
     """The paths and embeddings of images and the hash of the weights, as .npz."""
 
     def __init__(self, file: Path, weights: str) -> None:
-        self._file, self._weights = file, weights
+        self._file = file
+        self._weights = weights
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the file."""
@@ -313,7 +325,8 @@ def read_embeddings(file: Path, weights: str) -> dict[str, np.ndarray]:
     """Return embeddings by path. Raises UserError (`input`) if the file has none, or is from other weights."""
     try:
         with np.load(file) as arrays:
-            vectors, source = dict(zip(arrays["paths"].tolist(), arrays["vectors"])), arrays["weights"].item()
+            vectors = dict(zip(arrays["paths"].tolist(), arrays["vectors"]))
+            source = arrays["weights"].item()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
         raise UserError(f"input: {file} has no embeddings ({error}); predict.py output=x.npz writes them") from None
     if source != weights:

@@ -75,15 +75,13 @@ class Weights:
         """
         if self.model is None:
             raise UserError("backbone_only: true, but this task has no network for images; set backbone_only=false")
-        network = self.model.network
-        if hasattr(network, "reset_classifier"):
-            from timm.layers import NormMlpClassifierHead
+        from timm.layers import NormMlpClassifierHead
 
-            network.reset_classifier(0)
-            if isinstance(head := getattr(network, "head", None), NormMlpClassifierHead):
-                head.reset(0, reset_other=True)  # the norm after the pooling
-        else:
-            network.norm, network.head, network.num_classes = nn.Identity(), nn.Identity(), 0
+        network = self.model.network
+        network.reset_classifier(0)
+        head = getattr(network, "head", None)
+        if isinstance(head, NormMlpClassifierHead):
+            head.reset(0, reset_other=True)  # the norm after the pooling
         without = (*NAME_KEYS, "weights_hash")  # figures and thresholds are those of the head
         kept = {key: value for key, value in self.metadata.items() if key not in without}
         backbone = ImageModel(network, self.model.normalise, "features").eval()
@@ -97,18 +95,25 @@ class MovedBase(Strict):
     vae: PathText | None
 
 
-def open_weights(path: Path, use: Use = "export", base: MovedBase | None = None) -> Weights:
+def open_weights(
+    path: Path, use: Use = "export", base: MovedBase | None = None, *, needs_output: bool = False
+) -> Weights:
     """Rebuild the task of a weight file, with the helpers that `use` needs. base: replaces paths of its base model.
 
-    Raises UserError for a file that Atelier did not write, or for helpers that the run was not trained with.
+    needs_output: refuse a task without an output for a single image, before anything large is read. Raises UserError
+    for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
     shapes, metadata = read_weights(path, shapes_only=True)
-    for key, value in () if base is None else base:
-        if value is not None:
-            if not isinstance(model := metadata.get("model"), dict) or model.get(key, "") is None or key not in model:
-                raise UserError(f"model.{key}: {path} has none; remove model.{key}")
-            metadata["model"] = {**model, key: value}
+    moved = {} if base is None else {key: value for key, value in base if value is not None}
+    for key in moved:
+        if not isinstance(metadata.get("model"), dict) or metadata["model"].get(key) is None:
+            raise UserError(f"model.{key}: {path} has none; remove model.{key}")
+    if moved:
+        metadata["model"] = {**metadata["model"], **moved}
     kind, setup = check_weights(path, shapes, metadata, KINDS)
+    if needs_output and kind.output is None:
+        name = setup.task.name
+        raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
     tensors, _ = read_weights(path)
     task = kind.build(setup)
     task.load_helpers(use)
@@ -129,9 +134,5 @@ def load_predictor(path: Path, device: torch.device) -> Predictor:
     """Return the predictor of a weight file or, by its suffix, an ONNX file. Raises UserError."""
     if path.suffix == ".onnx":
         return onnx_predictor(path, device)
-    kind, setup = check_weights(path, *read_weights(path, shapes_only=True), KINDS)
-    if kind.output is None:  # before SDXL's base model is read
-        name = setup.task.name
-        raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
-    weights = open_weights(path)
+    weights = open_weights(path, needs_output=True)
     return torch_predictor(weights.model, weights.metadata, device)

@@ -19,7 +19,7 @@ from engine.measures.probe import PENALTIES, standardise
 from engine.task import IMAGE_HASHES
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
-from models.weights.fit import optional_prefixes
+from models.weights.fit import family_of
 from utils.errors import UserError
 from utils.io.weights import hash_tensors
 from utils.ranks import distributed
@@ -60,7 +60,7 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
 
 def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> dict[int, Tensor]:
     """Return the head's input [C] by position in `rows`, without unreadable images. New ones are computed and kept."""
-    head = optional_prefixes(task.network)[0]
+    head = family_of(task.network).head_prefixes
     frozen = {name: tensor for name, tensor in task.network.state_dict().items() if not name.startswith(head)}
     made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
     store = TensorStore(CACHE, "task.append_to")

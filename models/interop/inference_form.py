@@ -22,7 +22,8 @@ class ChannelScale(nn.Module):
 
     def __init__(self, grn: GRN) -> None:
         super().__init__()
-        self.gamma, self.eps = nn.Parameter(grn.gamma.detach().clone()), grn.eps
+        self.gamma = nn.Parameter(grn.gamma.detach().clone())
+        self.eps = grn.eps
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the factor. The norm covers the sites of each sample.

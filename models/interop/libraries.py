@@ -9,7 +9,6 @@ Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_f
 """
 
 import json
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from models.outputs import OUTPUTS
 from models.weights.layouts import Geometry, read_geometry, recognise, translate
 from models.weights.timm_hub import filter_state
 from utils.errors import UserError
+from utils.formats.preprocessing import Preprocessing
 from utils.io.weights import write_tensors
 
 Metadata = Mapping[str, Any]
@@ -38,36 +38,49 @@ def write_timm(network: nn.Module, metadata: Metadata, folder: Path) -> None:
     """Write weights and configuration. Raises UserError (`format`) if timm cannot express them."""
     import timm
 
-    preprocessing = metadata["preprocessing"]
-    _refuse_images("timm", preprocessing)
+    stated = _state_images("timm", metadata)
     if hasattr(network, "pretrained_cfg"):
-        target, state = network, _with_head_norm(network)
+        target = network
+        state = _with_head_norm(network)
         arguments = timm_arguments(TimmConfig.model_validate(metadata["model"]))
     else:
-        # With patch_size=2, timm's first stage halves the map again, but ours does not.
-        official, geometry = _read_official(network, "timm", strides=(4,), stages=(4,))
+        official, geometry = _read_official(network, "timm")
+        stages = len(geometry.depths)
+        if (geometry.stem_stride, stages) != (4, 4):  # with patch_size=2, timm's first stage halves the map again
+            raise UserError(
+                f"format: timm has no ConvNeXt V2 with {stages} stages and a stem of stride {geometry.stem_stride}; "
+                "set format=transformers, onnx or safetensors"
+            )
         arguments = {} if geometry.size else {"depths": geometry.depths, "dims": geometry.dims}
-        name, classes = f"convnextv2_{geometry.size}" if geometry.size else _BASE, geometry.num_classes
+        name = f"convnextv2_{geometry.size}" if geometry.size else _BASE
+        sizes = {"num_classes": geometry.num_classes, "in_chans": geometry.in_channels}
         with torch.random.fork_rng(devices=[]), torch.device("meta"):
-            target = timm.create_model(name, num_classes=classes, in_chans=geometry.in_channels, **arguments)
+            target = timm.create_model(name, **sizes, **arguments)
         state = filter_state(target, official)
-    config = {"architecture": target.pretrained_cfg["architecture"], "num_features": target.num_features}
-    config |= {"num_classes": target.num_classes, "model_args": arguments}
-    if label_names(metadata):
-        config["label_names"] = label_names(metadata)
-    squashes = _squashes(preprocessing)
-    config["pretrained_cfg"] = {
-        "input_size": [preprocessing["channels"], *preprocessing["image_size_hw"]],
-        "mean": preprocessing["mean"], "std": preprocessing["std"],
-        "interpolation": preprocessing["interpolation"],
-        "crop_pct": 1.0 if squashes else preprocessing["eval_crop"], "crop_mode": "squash" if squashes else "center",
-        **{key: target.pretrained_cfg.get(key) for key in ("first_conv", "classifier")},
-        **licence_entry(metadata), "num_classes": target.num_classes, "custom_load": False,
-        "fixed_input_size": False,
-    }  # fmt: skip
+    own = target.pretrained_cfg
+    classes = target.num_classes
+    config = {"architecture": own["architecture"], "num_features": target.num_features, "num_classes": classes}
+    config |= {"model_args": arguments, "pretrained_cfg": _describe_images(stated)}
+    config["pretrained_cfg"] |= {key: own.get(key) for key in ("first_conv", "classifier")}
+    config["pretrained_cfg"] |= {"num_classes": classes, "custom_load": False, **licence_entry(metadata)}
+    if names := label_names(metadata):
+        config["label_names"] = names
     folder.mkdir(parents=True, exist_ok=True)
     write_tensors(folder / "model.safetensors", state, {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _describe_images(stated: Preprocessing) -> dict[str, Any]:
+    """Return our preprocessing in timm's words."""
+    return {
+        "input_size": [stated.channels, *stated.image_size_hw],
+        "mean": stated.mean,
+        "std": stated.std,
+        "interpolation": stated.interpolation,
+        "crop_pct": 1.0 if stated.squashes else stated.eval_crop,
+        "crop_mode": "squash" if stated.squashes else "center",
+        "fixed_input_size": False,
+    }
 
 
 def load_timm(folder: Path) -> Outputs:
@@ -98,10 +111,12 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    _refuse_images("transformers", metadata["preprocessing"])
-    official, geometry = _read_official(network, "transformers", strides=(2, 4), stages=(2, 3, 4, 5))
+    stated = _state_images("transformers", metadata)
+    official, geometry = _read_official(network, "transformers")
     names = label_names(metadata)
-    labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+    labels: dict[str, Any] = {"num_labels": geometry.num_classes or 2}
+    if names and len(set(names)) == len(names):
+        labels = {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
     config = ConvNextV2Config(
         num_channels=geometry.in_channels,
         patch_size=geometry.stem_stride,
@@ -109,8 +124,8 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
         hidden_sizes=list(geometry.dims),
         depths=list(geometry.depths),
         layer_norm_eps=1e-6,  # for the final norm; the default is 1e-12
-        image_size=metadata["preprocessing"]["image_size_hw"][0],
-        **(labels if len(labels["label2id"]) == len(names) and names else {"num_labels": geometry.num_classes or 2}),
+        image_size=stated.image_size_hw[0],
+        **labels,
     )
     config.update(licence_entry(metadata))
     if OUTPUTS[metadata["output"]].has_tags:
@@ -122,7 +137,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     target.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in state.items()}, strict=True)
     folder.mkdir(parents=True, exist_ok=True)
     target.save_pretrained(folder)
-    processor = json.dumps(_processor(metadata["preprocessing"]), indent=2)
+    processor = json.dumps(_processor(stated), indent=2)
     (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
 
 
@@ -138,59 +153,46 @@ def load_transformers(folder: Path) -> Outputs:
     return lambda images: network(images).logits
 
 
-def _processor(preprocessing: Metadata) -> dict[str, Any]:
+def _processor(stated: Preprocessing) -> dict[str, Any]:
     """Return our preprocessing as the configuration of transformers' image processor."""
-    height, width = preprocessing["image_size_hw"]
-    common = {
-        "do_resize": True, "resample": _RESAMPLE[preprocessing["interpolation"]], "do_rescale": True,
-        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": preprocessing["mean"],
-        "image_std": preprocessing["std"], "do_convert_rgb": preprocessing["channels"] == 3,
-    }  # fmt: skip
+    height, width = stated.image_size_hw
     size = {"height": height, "width": width}
-    if _squashes(preprocessing):
+    common = {
+        "do_resize": True, "resample": _RESAMPLE[stated.interpolation], "do_rescale": True,
+        "rescale_factor": 1 / 255, "do_normalize": True, "image_mean": stated.mean, "image_std": stated.std,
+        "do_convert_rgb": stated.channels == 3,
+    }  # fmt: skip
+    if stated.squashes:
         return {"image_processor_type": "ViTImageProcessor", "size": size, **common}
-    edge = {"shortest_edge": math.floor(height / preprocessing["eval_crop"])}
-    return {"image_processor_type": "BitImageProcessor", "size": edge, "do_center_crop": True, "crop_size": size,
-            **common}  # fmt: skip
+    crop = {"size": {"shortest_edge": stated.resized_hw[0]}, "do_center_crop": True, "crop_size": size}
+    return {"image_processor_type": "BitImageProcessor", **crop, **common}
 
 
-def _squashes(preprocessing: Metadata) -> bool:
-    return preprocessing.get("eval_resize", "crop") == "squash"
-
-
-def _read_official(
-    network: nn.Module, library: str, *, strides: tuple[int, ...], stages: tuple[int, ...]
-) -> tuple[dict[str, Tensor], Geometry]:
+def _read_official(network: nn.Module, library: str) -> tuple[dict[str, Tensor], Geometry]:
     """Return the tensors of a ConvNeXt V2, ours or timm's, under official names, and its geometry.
 
-    If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks,
-    and for a stem or a number of stages that the library does not support.
+    If an encoder lacks the final norm, add it with scale 1 and shift 0. Raises UserError (`format`) for other networks.
     """
     layout, state = recognise(network.state_dict())
     if layout not in ("official", "timm") or not any(".grn." in name for name in state):
         name = type(network).__name__
         raise UserError(f"format: {library} takes ConvNeXt V2, not {name}; set format=timm, onnx or safetensors")
     geometry = read_geometry(state)
-    stride, count = geometry.stem_stride, len(geometry.depths)
-    if stride not in strides or count not in stages:
-        raise UserError(
-            f"format: {library} has no ConvNeXt V2 with {count} stages and a stem of stride {stride}; set format=onnx "
-            "or safetensors, or transformers (2 to 5 stages, stem stride 2 or 4)"
-        )
     width = geometry.dims[-1]
     return {"norm.weight": torch.ones(width), "norm.bias": torch.zeros(width), **state}, geometry
 
 
-def _refuse_images(library: str, preprocessing: Metadata) -> None:
-    """Raise UserError (`format`) if a library's own transforms would prepare images in another way."""
-    height, width = preprocessing["image_size_hw"]
-    if preprocessing.get("pad", "none") != "none":
-        reason, advice = f"do not pad images (augment.pad={preprocessing['pad']})", "augment.pad=none"
-    elif height != width and not _squashes(preprocessing):
-        reason, advice = f"crop squares only, and the images are {height} x {width}", "augment.eval_resize=squash"
+def _state_images(library: str, metadata: Metadata) -> Preprocessing:
+    """Return the preprocessing. Raises UserError (`format`) if the library prepares images differently."""
+    stated = Preprocessing.model_validate(metadata["preprocessing"])
+    height, width = stated.image_size_hw
+    if stated.pad != "none":
+        reason = f"do not pad images (augment.pad={stated.pad}); set format=onnx, or train with augment.pad=none"
+    elif height != width and not stated.squashes:
+        reason = f"crop squares only, not {height} x {width}; set format=onnx, or train with augment.eval_resize=squash"
     else:
-        return
-    raise UserError(f"format: the image transforms of {library} {reason}; set format=onnx, or train with {advice}")
+        return stated
+    raise UserError(f"format: the image transforms of {library} {reason}")
 
 
 def write_compared(
@@ -218,8 +220,8 @@ def _compare(network: nn.Module, loaded: Outputs, metadata: Metadata) -> tuple[f
 
     Outputs are logits, or a backbone's last feature map.
     """
-    preprocessing = metadata["preprocessing"]
+    stated = Preprocessing.model_validate(metadata["preprocessing"])
     random = torch.Generator().manual_seed(0)
-    images = torch.randn(_IMAGES, preprocessing["channels"], *preprocessing["image_size_hw"], generator=random)
+    images = torch.randn(_IMAGES, stated.channels, *stated.image_size_hw, generator=random)
     expected = network.forward_features(images) if metadata["output"] == "features" else network(images)
     return float((expected.float() - loaded(images).float()).abs().max()), float(expected.abs().max())

@@ -29,7 +29,8 @@ from utils.errors import UserError
 from utils.formats.vocabulary import FACTS
 
 # ONNX Runtime reads both since 1.15 (May 2023): opset 18 since 1.14, IR 9 since 1.15.
-OPSET, IR_VERSION = 18, 9
+OPSET = 18
+IR_VERSION = 9
 _MAX_BYTES = 2**31 - 2**22  # protobuf's limit is 2 GiB; 4 MiB are for the graph itself
 _CHECKED_BATCHES = (1, 5)
 _LARGEST_SIDE = 4096  # pixels, with dynamic_size
@@ -55,12 +56,14 @@ def export_onnx(
             "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
     samples = _draw_samples(metadata["preprocessing"], model, dynamic_size)
-    varied, tried, tolerance = model.with_network(vary_weights(model.network)), precision, accepted
+    varied = model.with_network(vary_weights(model.network))
     if precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
         # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
-        tried, tolerance = "fp32", _GRAPH_TOLERANCE
-    _, relative = _write_and_compare(varied, metadata, path, samples, tried)
-    refuse_difference(relative, tolerance, "a copy with varied weights")
+        _, relative = _write_and_compare(varied, metadata, path, samples, "fp32")
+        refuse_difference(relative, _GRAPH_TOLERANCE, "a copy with varied weights")
+    else:
+        _, relative = _write_and_compare(varied, metadata, path, samples, precision)
+        refuse_difference(relative, accepted, "a copy with varied weights")
     absolute, relative = _write_and_compare(model, metadata, path, samples, precision)
     refuse_difference(relative, accepted, "ONNX Runtime")
     return absolute
@@ -70,8 +73,8 @@ def _write_and_compare(
     model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], precision: str
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
-    rewritten, dynamic_size = to_inference_form(model), samples[0].shape[2:] != samples[-1].shape[2:]
-    proto = _trace(rewritten, samples[-1], dynamic_size)
+    rewritten = to_inference_form(model)
+    proto = _trace(rewritten, samples[-1], dynamic_size=samples[0].shape[2:] != samples[-1].shape[2:])
     if precision == "fp16":
         proto = to_fp16(proto, rewritten)
     _clean(proto, metadata, model)
@@ -146,7 +149,8 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
     Relative means divided by the largest logit or feature. Probabilities are compared, without division, with the
     activation of the file's own logits, or with PyTorch's probabilities if the file has no logits.
     """
-    session, absolute, relative = open_session(path, torch.device("cpu")), [], []
+    session = open_session(path, torch.device("cpu"))
+    absolute, relative = [], []
     for sample in samples:
         inputs = model.form.to_input(sample)
         expected = dict(zip(model.form.outputs.values(), model(inputs), strict=True))
@@ -155,7 +159,9 @@ def _compare(model: ImageModel, path: Path, samples: Sequence[torch.Tensor]) -> 
         for name, target in expected.items():
             absolute.append(float((outputs[name] - target).abs().max()))
             scale = max(float(target.abs().max()), _LEAST_OUTPUT)
-            if name == "probs":  # with large logits, small differences of logits are large differences of probs
-                target, scale = model.output.activate(outputs["logits"]) if "logits" in outputs else target, 1.0
+            if name == "probs":
+                scale = 1.0
+                if "logits" in outputs:  # with large logits, small differences of logits are large ones of probs
+                    target = model.output.activate(outputs["logits"])
             relative.append(float((outputs[name] - target).abs().max()) / scale)
     return float(np.max(absolute)), float(np.max(relative))  # NaN counts as the largest

@@ -20,7 +20,8 @@ _WIDE_OPERATORS = (
 )  # fmt: skip
 _WIDE_MODULES = (nn.LayerNorm, nn.GroupNorm, nn.Softmax, nn.Sigmoid, GRN, ChannelScale)
 _WIDE_NAMES = ("GlobalResponseNorm", "RmsNorm", "LayerNorm2d")  # timm's own classes
-_FP32, _FP16_MAX = onnx.TensorProto.FLOAT, 65504.0
+_FP32 = onnx.TensorProto.FLOAT
+_FP16_MAX = 65504.0
 _SCOPES = "pkg.torch.onnx.name_scopes"
 
 
@@ -50,9 +51,10 @@ class _Fp16Graph:
     """A float32 graph whose nodes are rewritten one by one to fp16 or float32, with casts between the two."""
 
     def __init__(self, graph: onnx.GraphProto, wide_nodes: set[str]) -> None:
-        self._graph, self._wide_nodes = graph, wide_nodes
+        self._graph = graph
+        self._wide_nodes = wide_nodes
         typed = (*graph.input, *graph.value_info, *graph.output)
-        self._floats = {value.name for value in typed if value.type.tensor_type.elem_type == onnx.TensorProto.FLOAT}
+        self._floats = {value.name for value in typed if value.type.tensor_type.elem_type == _FP32}
         self._weights = {tensor.name: tensor for tensor in graph.initializer if tensor.data_type == _FP32}
         self._narrow: set[str] = set()  # tensors that a node writes as fp16
         self._nodes: list[onnx.NodeProto] = []

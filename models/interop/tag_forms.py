@@ -27,7 +27,7 @@ from torch import nn
 
 from models.image_model import ImageModel, OnnxForm, output_layers
 from models.interop.parity import refuse_difference, vary_weights
-from models.weights.fit import first_convolutions
+from models.weights.fit import family_of
 from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable
@@ -60,12 +60,12 @@ def reorder_head(network: nn.Module, rows: Sequence[int]) -> nn.Module:
 
     Raises UserError (`format`) if the network does not end in linear layers.
     """
-    reordered, order = copy.deepcopy(network), torch.tensor(rows)
-    absent = order < 0
+    reordered = copy.deepcopy(network)
+    present = torch.tensor(rows).clamp_min(0)
+    absent = torch.tensor(rows) < 0
     for head in output_layers(reordered, "format", "set format=onnx or safetensors").values():
-        weight, bias = head.weight[order.clamp_min(0)], head.bias[order.clamp_min(0)]
-        head.weight = nn.Parameter(weight.masked_fill(absent.view(-1, *[1] * (weight.ndim - 1)), 0.0))
-        head.bias = nn.Parameter(bias.masked_fill(absent, _NEVER))
+        head.weight = nn.Parameter(head.weight[present].index_fill(0, absent.nonzero().flatten(), 0.0))
+        head.bias = nn.Parameter(head.bias[present].masked_fill(absent, _NEVER))
         setattr(head, "out_features" if isinstance(head, nn.Linear) else "out_channels", len(rows))
     reordered.num_classes = len(rows)
     return reordered
@@ -95,7 +95,7 @@ def to_bgr(network: nn.Module, image_size_hw: Sequence[int]) -> nn.Module:
     images = torch.randn(2, 3, *image_size_hw, generator=torch.Generator().manual_seed(0))
     for original in (vary_weights(network), network):
         reversed_ = copy.deepcopy(original).eval()
-        for name in first_convolutions(reversed_):
+        for name in family_of(network).first_convolutions:
             weight = reversed_.get_parameter(name)
             weight.data = weight.data.flip(1)
         expected = original.eval()(images)

@@ -4,13 +4,12 @@ A wrong name or shape stops the run before any tensor is changed. Skipping GRN w
 cost several points of accuracy (the GRN ablations of Woo et al. 2023, arXiv 2301.00808).
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from textwrap import indent
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights.layouts import describe_held
 from utils.errors import UserError
@@ -19,7 +18,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_DECODER = ("decoder.", "mask_token", "proj.", "pred.")  # of an FCMAE
 _MAX_ROWS = 20
 _ENCODER = "encoder."
 _ADVICE = (
@@ -64,11 +62,13 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
     """
     target = network.state_dict()
     tensors = fit_prefix(state, target)
-    for name in first_convolutions(network):
+    family = family_of(network)
+    for name in family.first_convolutions:
         if name in tensors and name in target:
             tensors[name] = _adapt_channels(name, tensors[name], target[name])
-    head, norm = optional_prefixes(network)
-    head_names, norm_names = ({name for name in target if name.startswith(prefixes)} for prefixes in (head, norm))
+    head, norm = family.head_prefixes, family.norm_prefixes
+    head_names = {name for name in target if name.startswith(head)}
+    norm_names = {name for name in target if name.startswith(norm)}
     left = set()
     if not keep_head or not all(name in tensors and tensors[name].shape == target[name].shape for name in head_names):
         left |= head_names
@@ -85,9 +85,11 @@ def fit_state(network: nn.Module, state: Mapping[str, Tensor], *, keep_head: boo
 
 def fit_prefix(state: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Remove the encoder's prefix and the decoder, or add the prefix, to match the network."""
-    is_fcmae, needs_fcmae = (any(name.startswith(_ENCODER) for name in names) for names in (state, target))
+    is_fcmae = any(name.startswith(_ENCODER) for name in state)
+    needs_fcmae = any(name.startswith(_ENCODER) for name in target)
     if is_fcmae and not needs_fcmae:
-        return {name.removeprefix(_ENCODER): state[name] for name in state if not name.startswith(_DECODER)}
+        decoder = FCMAE.norm_prefixes
+        return {name.removeprefix(_ENCODER): state[name] for name in state if not name.startswith(decoder)}
     if needs_fcmae and not is_fcmae:
         return {_ENCODER + name: state[name] for name in state if not name.startswith(("head.", "norm."))}
     return dict(state)
@@ -100,7 +102,8 @@ def _adapt_channels(name: str, weight: Tensor, target: Tensor) -> Tensor:
     other number, they are repeated in turn and scaled by I / new, which keeps the scale of the output.
     Source: huggingface/pytorch-image-models:timm/models/_manipulate.py adapt_input_conv, the same rule.
     """
-    old, new = weight.shape[1] if weight.ndim == 4 else 0, target.shape[1]
+    old = weight.shape[1] if weight.ndim == 4 else 0
+    new = target.shape[1]
     if old in (0, new) or weight.shape[0] != target.shape[0] or weight.shape[2:] != target.shape[2:]:
         return weight
     if not weight.is_meta:
@@ -111,24 +114,29 @@ def _adapt_channels(name: str, weight: Tensor, target: Tensor) -> Tensor:
     return weight.repeat(1, -(-new // old), 1, 1)[:, :new] * (old / new)
 
 
-def first_convolutions(network: nn.Module) -> list[str]:
-    """Return the names of the weights that read the images; empty if timm does not state them."""
-    if isinstance(network, ConvNeXtV2 | FCMAE):
-        return [f"{_ENCODER if isinstance(network, FCMAE) else ''}downsample_layers.0.0.weight"]
-    first = getattr(network, "pretrained_cfg", {}).get("first_conv") or ()  # timm: one name or several
-    return [f"{name}.weight" for name in ((first,) if isinstance(first, str) else first)]
+class TimmFamily:
+    """What a network of timm says of its weights; ConvNeXtV2 and FCMAE say it themselves.
+
+    first_convolutions: the names of the weights that read the images. head_prefixes, norm_prefixes: of what a state may
+    lack, the head and the final norm. They are empty if timm does not state them.
+    """
+
+    def __init__(self, network: nn.Module) -> None:
+        config = getattr(network, "pretrained_cfg", {})
+        heads = _as_tuple(config.get("classifier"))
+        self.first_convolutions = tuple(f"{name}.weight" for name in _as_tuple(config.get("first_conv")))
+        self.head_prefixes = tuple(f"{name}." for name in heads)
+        # An encoder that was pretrained alone lacks the norm that timm's ConvNeXts have in their head.
+        self.norm_prefixes = ("head.norm.",) if "head.fc" in heads else ()
 
 
-def optional_prefixes(network: nn.Module) -> tuple[tuple[str, ...], tuple[str, ...]]:
-    """Return the prefixes that a state may lack: of the head, and of the final norm or FCMAE's decoder."""
-    if isinstance(network, ConvNeXtV2):
-        return ("head.",), ("norm.",)
-    if isinstance(network, FCMAE):
-        return (), _DECODER
-    classifier = getattr(network, "pretrained_cfg", {}).get("classifier") or ()  # timm: one name or several
-    names = (classifier,) if isinstance(classifier, str) else tuple(classifier)
-    # An encoder that was pretrained alone lacks the norm that timm's ConvNeXts have in their head.
-    return tuple(f"{name}." for name in names), ("head.norm.",) if "head.fc" in names else ()
+def _as_tuple(names: str | Sequence[str] | None) -> tuple[str, ...]:
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
+def family_of(network: nn.Module) -> Any:
+    """Return what answers as TimmFamily does: a network of ours itself."""
+    return network if hasattr(network, "head_prefixes") else TimmFamily(network)
 
 
 def refuse_misfits(
@@ -140,7 +148,8 @@ def refuse_misfits(
         has = str(tuple(given[name].shape)) if name in given else "missing"
         wants = str(tuple(wanted[name].shape)) if name in wanted else "unexpected"
         if has == wants and not (given[name].is_floating_point() and wanted[name].is_floating_point()):
-            has, wants = f"{has} {given[name].dtype}", f"{wants} {wanted[name].dtype}"  # all floats are of one kind
+            has = f"{has} {given[name].dtype}"  # all floats are of one kind
+            wants = f"{wants} {wanted[name].dtype}"
         if has != wants:
             rows.append((name, has, wants))
     if not rows:

@@ -6,9 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from models.convnextv2 import ConvNeXtV2
-from models.fcmae import FCMAE
-from models.weights.fit import Fit, fit_prefix, fit_state, is_meta, optional_prefixes
+from models.weights.fit import Fit, TimmFamily, family_of, fit_prefix, fit_state, is_meta
 from models.weights.layouts import recognise, strip_wrappers
 from models.weights.timm_hub import filter_state, read_timm
 from utils.errors import UserError, about
@@ -54,7 +52,7 @@ def initialise_from(
     if not is_meta(network):
         network.load_state_dict(fit.given, strict=False)
     log.info(
-        "init_from: %s, layout %s: %d tensors loaded; not loaded whole, of the network: %s; of the file: %s",
+        "init_from: %s, layout %s: %d tensors loaded; left at their initial values: %s; unused tensors of the file: %s",
         origin["source"], origin["layout"], len(fit.given), *(", ".join(names) or "none" for names in fit[1:]),
     )  # fmt: skip
     return origin
@@ -67,7 +65,7 @@ def convert(network: nn.Module, state: Mapping[str, Tensor]) -> tuple[str, dict[
     include the official layout.
     """
     layout, official = recognise(state)
-    if isinstance(network, ConvNeXtV2 | FCMAE):
+    if not isinstance(family_of(network), TimmFamily):
         return layout, official
     if layout in ("timm", "other"):
         return layout, filter_state(network, strip_wrappers(state))
@@ -110,9 +108,11 @@ def _keep_head(network: nn.Module, fit: Fit, source: str, known: list[Any] | Non
     known: the file's class names, or None; wanted: the run's. Raises UserError (`task.head`) if the file has no head
     for these classes.
     """
-    advice, head = "set task.head=random or fitted", optional_prefixes(network)[0]
+    advice = "set task.head=random or fitted"
+    head = family_of(network).head_prefixes
     if known is not None and (len(known) != len(wanted) or any(name not in known for name in wanted)):
-        theirs, ours = ([name for name in a if name not in b] for a, b in ((known, wanted), (wanted, known)))
+        theirs = [name for name in known if name not in wanted]
+        ours = [name for name in wanted if name not in known]
         raise UserError(
             f"task.head: kept, but {source} has {len(known)} classes and this run {len(wanted)}: only in the file "
             f"{_shorten(theirs)}, only in this run {_shorten(ours)}; {advice}, or rename the folders to the file's "
@@ -140,24 +140,37 @@ def _find_origin(source: str, path: Path, layout: str, metadata: dict[str, Any])
     repository on the hub. A torch file with the layout and the single entry of Meta's released files is presumed to be
     one of them.
     """
-    earlier, is_run = metadata.get("origin"), "task" in metadata
-    earlier = earlier if isinstance(earlier, dict) else {}
     origin = {"source": source if is_reference(source) else str(path), "layout": layout}
-    if is_run and "license" not in earlier:
-        return origin
-    licence, reason = earlier.get("license"), "the file states it"
-    if licence is None and not is_run:
-        config, reason = _read_config_beside(path), "its config.json states it"
-        pretrained = config.get("pretrained_cfg")  # timm's entry
-        licence = config.get("license") or (pretrained.get("license") if isinstance(pretrained, dict) else None)
-        if licence is None:
-            licence, reason = stated_license(source), "its model card states it"
-        if licence is None and layout == "official" and metadata.get("entries") == ["model"]:
-            licence, reason = RELEASED_LICENCE, "presumed: the file has the layout of the weights that Meta released"
-    if isinstance(licence, str) and licence != "unknown":
-        licence = licence[:_MAX_TEXT]
-        log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence, reason)
-    elif not is_run:
+    earlier = metadata.get("origin")
+    stated = earlier.get("license") if isinstance(earlier, dict) else None
+    if "task" in metadata:  # a run: what it began with has a licence, or nothing has
+        if not isinstance(earlier, dict) or "license" not in earlier:
+            return origin
+        return {**origin, "license": _log_licence(path, stated, "the file states it")}
+    licence, reason = _find_licence(source, path, layout, metadata, stated)
+    return {**origin, "license": _log_licence(path, licence, reason)}
+
+
+def _find_licence(source: str, path: Path, layout: str, metadata: Mapping[str, Any], stated: Any) -> tuple[Any, str]:
+    """Return the licence of a file that is not a run's, and who states it."""
+    if stated is not None:
+        return stated, "the file states it"
+    config = _read_config_beside(path)
+    pretrained = config.get("pretrained_cfg")  # timm's entry
+    of_timm = pretrained.get("license") if isinstance(pretrained, dict) else None
+    if (licence := config.get("license") or of_timm) is not None:
+        return licence, "its config.json states it"
+    if (licence := stated_license(source)) is not None:
+        return licence, "its model card states it"
+    if layout == "official" and metadata.get("entries") == ["model"]:
+        return RELEASED_LICENCE, "presumed: the file has the layout of the weights that Meta released"
+    return None, ""
+
+
+def _log_licence(path: Path, licence: Any, reason: str) -> str | None:
+    """Return a licence from a file, or None if it is unknown."""
+    if not isinstance(licence, str) or licence == "unknown":
         log.info("licence of %s: not stated; Meta's weights of ConvNeXt V2 are %s", path, RELEASED_LICENCE)
-        licence = None
-    return {**origin, "license": licence}
+        return None
+    log.warning("licence of %s: %s (%s); it applies to weights trained from these", path, licence[:_MAX_TEXT], reason)
+    return licence[:_MAX_TEXT]

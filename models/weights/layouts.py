@@ -177,7 +177,7 @@ _BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.dwconv\.weight")
 
 
 class Geometry(NamedTuple):
-    """Depths and dims of the stages, the stem's stride (1: a 3x3 kernel), input channels, and classes (0: no head)."""
+    """Depths and dims of the stages, the stem's stride, input channels, and classes (0: no head)."""
 
     depths: tuple[int, ...]
     dims: tuple[int, ...]
@@ -198,13 +198,13 @@ def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
         if match := _BLOCK.fullmatch(name):
             blocks.setdefault(int(match[1]), {})[int(match[2])] = tensor.shape[0]
     stem = state["downsample_layers.0.0.weight"]
-    kernel = stem.shape[-1]
+    head = state.get("head.weight", ())
     return Geometry(
-        depths=tuple(len(blocks[stage]) for stage in sorted(blocks)),
-        dims=tuple(blocks[stage][0] for stage in sorted(blocks)),
-        stem_stride=1 if kernel == 3 else kernel,
+        depths=tuple(len(widths) for _, widths in sorted(blocks.items())),
+        dims=tuple(widths[0] for _, widths in sorted(blocks.items())),
+        stem_stride=stem.shape[-1],
         in_channels=stem.shape[1],
-        num_classes=state["head.weight"].shape[0] if "head.weight" in state else 0,
+        num_classes=len(head),
     )
 
 
@@ -218,5 +218,5 @@ def describe_held(state: Mapping[str, Tensor]) -> str:
     channels = "" if found.in_channels == 3 else f" model.in_channels={found.in_channels}"
     if found.size is not None and found.stem_stride == 4:
         return f"model=convnextv2_{found.size}{channels}"
-    depths, dims = (str(list(values)).replace(" ", "") for values in (found.depths, found.dims))
-    return f"model.depths={depths} model.dims={dims} model.stem_stride={found.stem_stride}{channels}"
+    sizes = f"model.depths={list(found.depths)},model.dims={list(found.dims)}".replace(" ", "").replace(",m", " m")
+    return f"{sizes} model.stem_stride={found.stem_stride}{channels}"

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from models.config import TimmConfig
-from models.weights.fit import first_convolutions, optional_prefixes
+from models.weights.fit import TimmFamily
 from utils.errors import UserError
 from utils.record.logging import get_logger
 
@@ -35,13 +35,14 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     if not (config.get("url") or config.get("hf_hub_id") or config.get("file")):
         tags = ", ".join(timm.list_pretrained(f"{config['architecture']}.*")[:8]) or "none"
         raise UserError(f"timm has no weights for {name}; with weights: {tags}")
-    stems = first_convolutions(network)
+    family = TimmFamily(network)
+    stems = family.first_convolutions
     channels = network.get_parameter(stems[0]).shape[1] if stems else 3
     loaded = load_timm(name, num_classes=network.num_classes, in_chans=channels)
-    state, licence = filter_state(network, loaded.state_dict()), config.get("license")  # positions are interpolated
+    state = filter_state(network, loaded.state_dict())  # positions are interpolated
+    licence = config.get("license")
     if config.get("num_classes") != network.num_classes:  # the head is random
-        head = optional_prefixes(network)[0]
-        state = {name: tensor for name, tensor in state.items() if not name.startswith(head)}
+        state = {name: tensor for name, tensor in state.items() if not name.startswith(family.head_prefixes)}
     log.warning("licence of timm's %s: %s; it applies to weights trained from these", name, licence)
     return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 
@@ -86,12 +87,7 @@ def filter_state(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, T
     converter fails. In the last case, `refuse_misfits` will list the names that do not fit.
     """
     convert = getattr(sys.modules[type(network).__module__], "checkpoint_filter_fn", None)
-    head = optional_prefixes(network)[0]
-    shapes, expected = (
-        {name: tensor.shape for name, tensor in tensors.items() if not name.startswith(head)}
-        for tensors in (state, network.state_dict())
-    )
-    if convert is None or shapes == expected:
+    if convert is None or _shapes(network, state) == _shapes(network, network.state_dict()):
         return dict(state)
     try:
         return dict(convert(dict(state), network))
@@ -133,3 +129,9 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
         "eval_resize": "squash" if config.crop_mode == "squash" else "crop",
         "interpolation": config.interpolation,
     }
+
+
+def _shapes(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Return the shapes of all tensors but the head's."""
+    head = TimmFamily(network).head_prefixes
+    return {name: tensor.shape for name, tensor in state.items() if not name.startswith(head)}

@@ -21,10 +21,10 @@ def parse(values):
 
 
 def test_build_passes_every_value_on():
-    changes = {"in_channels": 4, "depths": [1, 2], "stem_stride": 1, "drop_path_rate": 0.2, "head_init_scale": 0}
+    changes = {"in_channels": 4, "depths": [1, 2], "stem_stride": 2, "drop_path_rate": 0.2, "head_init_scale": 0}
     network = build_network(parse({**SMALL, **changes}), 7)
     assert isinstance(network, ConvNeXtV2)
-    assert (network.in_channels, network.depths, network.dims, network.stem_stride) == (4, (1, 2), (4, 8), 1)
+    assert (network.in_channels, network.depths, network.num_features, network.total_stride) == (4, (1, 2), 8, 4)
     assert network.stages[1][1].drop_path.rate == 0.2
     assert network.head.weight.shape == (7, 8) and (network.head.weight == 0).all()
 

@@ -10,7 +10,6 @@ from tests.models.test_fcmae import build, draw_masks, randomise
 VARIANTS = {
     "plain": {},
     "grey, patches of 2 x 2 sites": {"image_hw": (48, 32), "in_channels": 1, "patch_px": 16},
-    "stem stride 1": {"encoder": {"stem_stride": 1}},
     "stem stride 4, two stages": {"encoder": {"stem_stride": 4, "depths": [1, 2], "dims": [8, 12]}},
     "four stages, wide map": {
         "patch_px": 16, "image_hw": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
