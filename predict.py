@@ -116,13 +116,15 @@ class PredictConfig(Strict):
 
 def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
     """Return the options for rows. An excluded tag has an infinite threshold."""
-    text, least = config.text, np.float32(0.0)
+    text = config.text
+    least = np.float32(0.0)
     if predictor.output.has_tags:
-        file = config.thresholds if isinstance(config.thresholds, str) else None
+        file, each = (config.thresholds, {}) if isinstance(config.thresholds, str) else (None, dict(config.thresholds))
         least = predictor.choose_thresholds(weights, config.profile, config.threshold, file)
         least = np.broadcast_to(least, len(predictor.names))
-        for name, value in () if isinstance(config.thresholds, str) else config.thresholds:
-            least = least if value is None else np.where(predictor.categories == CATEGORIES[name], value, least)
+        for name, value in each.items():
+            if value is not None:
+                least = np.where(predictor.categories == CATEGORIES[name], value, least)
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
     return predictor.options(config.top, least, mcut=config.profile == MCUT, max_tags=text.max_tags, order=text.order)
@@ -148,7 +150,8 @@ def choose_destination(config: PredictConfig, predictor: Predictor, images: Imag
 
     Raises UserError (`output`, `existing`, `like`) if the destination does not suit the weights.
     """
-    output, columns = Path(config.output), predictor.output.columns
+    output = Path(config.output)
+    columns = predictor.output.columns
     if config.like is not None:
         found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
         query = stack_rows(chain.from_iterable(found), "like")[1][0]
@@ -205,15 +208,17 @@ def predict_all(
         paths, predictor.preprocessing, runtime, max_pixels=config.max_pixels, batch_size=config.batch_size
     )
     for batch in track(loader, len(loader), "predicting"):
-        readable, rows = batch["weight"] > 0, []
+        readable = batch["weight"] > 0
+        is_image = readable | (batch["key"] != 0)  # not padding
         predicted = iter(predict(batch["images"][readable]) if readable.any() else ())
-        for is_readable, index, key in zip(readable.tolist(), batch["sample_id"].tolist(), batch["key"].tolist()):
+        rows = []
+        for index in batch["sample_id"][is_image].tolist():
             path = str(paths[index])
-            if is_readable:
-                rows.append({"path": path, **next(predicted)})
-            elif key:  # 0 for padding
+            if path in reasons:
                 log.warning("unreadable image %s: %s", path, reasons[path])
                 rows.append({"path": path, "error": reasons[path]})
+            else:
+                rows.append({"path": path, **next(predicted)})
         yield rows
 
 
@@ -222,11 +227,14 @@ def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
     return lambda images: embedding_rows(predictor.embed(images))
 
 
-def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
+def describe(
+    config: PredictConfig, options: RowOptions, weights: str, rules: TagRules, mirror: np.ndarray | None
+) -> list[Any]:
     """Return what the rows depend on beside the images. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
-    return [weights, settings, sha256_text(repr(np.asarray(options.thresholds).tolist())), rules.hash, replaces]
+    values = sha256_text(repr([np.asarray(options.thresholds).tolist(), None if mirror is None else mirror.tolist()]))
+    return [weights, settings, values, rules.hash, replaces]
 
 
 def join_texts(
@@ -268,7 +276,8 @@ def main(config: PredictConfig, job: Job) -> str:
     # --------------------------------------------------------------------------- 2. The images and the destination
     predictor.mirror = choose_mirror(config, predictor, is_search)
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
-    version, output, rules = sha256_file(weights), Path(config.output), read_text_rules(config.text)
+    version = sha256_file(weights)
+    rules = read_text_rules(config.text)
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
     stored = read_embeddings(Path(config.input), version) if is_stored else {}
     images = Images("", []) if is_stored else find_images(config.input, "input")
@@ -276,21 +285,21 @@ def main(config: PredictConfig, job: Job) -> str:
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
     if is_stored:
-        with output_errors("output", output):
+        with output_errors("output", Path(config.output)):
             rows = zip(stored, embedding_rows(stored.values()))
             destination.write_all({"path": path, **row} for path, row in rows)
-        return f"wrote {output}"
+        return f"wrote {config.output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    map_of = None if predictor.mirror is None else predictor.mirror.tolist()
-    folder, command = destination.folder, [*describe(config, options, version, rules), map_of]
-    with open_journal("output", folder or output, command, is_folder=folder is not None) as journal:
+    command = describe(config, options, version, rules, predictor.mirror)
+    folder = destination.folder
+    with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)
         paths = choose_paths(config, images, destination, predicted.known)
         predict = embed_with(predictor) if is_search else lambda images: predictor.rows(images, options)
         found = predict_all(predictor, paths, config, predict)
         predicted.write(join_texts(found, destination, config, rules), destination)
-    written = "files beside the images" if config.output == "beside" else output
+    written = "files beside the images" if config.output == "beside" else config.output
     return f"wrote {written}: {len(paths)} images, {len(images.paths) - len(paths)} there already"
 
 
