@@ -81,7 +81,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     assert (front["license"], front["pipeline_tag"]) == ("cc-by-nc-4.0", "image-classification")
     (result,) = front["model-index"][0]["results"]
     assert result["dataset"]["split"] == "validation" and {"top1", "loss"} <= {m["type"] for m in result["metrics"]}
-    assert "- images: `8`\n- validation images: `4`" in text and "- optimiser: `adamw`" in text
+    assert "- images: `8`\n- validation images: `4`" in text and "- precision: `" in text
     assert "95 % interval" in text and 'optim.name="adamw"' in text and "data.root" not in text
     assert str(place) not in text and "N/A" not in text and text.endswith("## Thanks\n\nto all, with ***\n")
 

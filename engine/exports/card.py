@@ -48,16 +48,6 @@ _LIMITS = {
     "features": "Its outputs are features for further training or search; they name nothing.",
     None: "Its pictures show what its training images and the base model show, with their faults.",
 }
-_RECIPE = {  # ten lines of a recipe, with `peak learning rate` and `precision`
-    "script": "script",
-    "model": "model.name",
-    "images of an update": "loop.batch_size",
-    "optimiser": "optim.name",
-    "weight decay": "optim.weight_decay",
-    "schedule": "schedule.name",
-    "average of weights": "loop.ema_decay",
-    "seed": "seed",
-}
 _NO_FIGURES = ("seconds", "step", "epoch")
 
 
@@ -86,20 +76,15 @@ class Card:
         """Write README.md and its pictures. more: Markdown to append."""
         run = self.weights.run
         measured = _find_figures(self.weights, Path(self.run_dir) if self.run_dir else run and run.path)
-        recipe, config = ({}, {}) if run is None else _read_recipe(run, self.metadata)
+        config = _read_config(run)
         pictures = _find_pictures(run, measured.prefix) if config else {}
         for path in pictures.values():
             (folder / _PICTURES).mkdir(exist_ok=True)
             (folder / _PICTURES / path.name).write_bytes(path.read_bytes())
-        lines = [
-            *self._introduce(),
-            *self._describe_training(recipe, config),
-            *_show_results(measured, self.thresholds),
-            *(f"![{caption}]({_PICTURES}/{path.name})\n" for caption, path in pictures.items()),
-            *(f"- {code_span(prompt)}" for prompt in self._prompts()),
-            "",
-            *self._state_limits(),
-        ]
+        lines = [*self._introduce(), *self._describe_training(config), *_show_results(measured, self.thresholds)]
+        lines += [f"![{caption}]({_PICTURES}/{path.name})\n" for caption, path in pictures.items()]
+        lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
+        lines += ["", *self._state_limits()]
         front = yaml.safe_dump(hide_secrets_in(self._front_matter(measured)), sort_keys=False, width=10**6)
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip()
         text = f"---\n{front}---\n\n{text}\n"
@@ -140,10 +125,11 @@ class Card:
             text = snippets.image_program(form.template, metadata, file)
         return f"```python\n{text.rstrip()}\n```"
 
-    def _describe_training(self, recipe: Mapping[str, Any], config: Mapping[str, Any]) -> list[str]:
-        trained_on = {name.replace("_", " "): value for name, value in dict_of(self.metadata, "trained_on").items()}
-        known = {name: value for name, value in trained_on.items() if isinstance(value, int | str)}
-        lines = ["## Training", "", *_list({**known, **recipe, "step of these weights": self.metadata.get("step")})]
+    def _describe_training(self, config: Mapping[str, Any]) -> list[str]:
+        trained_on = dict_of(self.metadata, "trained_on").items()
+        known = {name.replace("_", " "): value for name, value in trained_on if isinstance(value, int | str)}
+        known |= {"step of these weights": self.metadata.get("step"), "precision": self.metadata.get("precision")}
+        lines = ["## Training", "", *_list(known)]
         if config:
             values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
             lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
@@ -225,17 +211,13 @@ def _list(facts: Mapping[str, Any]) -> list[str]:
     return [*(f"- {name}: {code_span(value)}" for name, value in facts.items() if value is not None), ""]
 
 
-def _read_recipe(run: RunReader, metadata: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return lines about the training, and the run's configuration without paths; nothing if it is damaged."""
+def _read_config(run: RunReader | None) -> dict[str, Any]:
+    """Return a run's configuration without paths; nothing if it is damaged."""
     try:
-        config = flatten(run.config)
+        return {} if run is None else _public(flatten(run.config))
     except UserError as error:  # the weights are whole
-        log.warning("README.md: without recipe and pictures: %s", error)
-        return {}, {}
-    rates = [row["lr"] for row in run.rows if isinstance(row.get("lr"), float)]
-    recipe = {name: config.get(key) for name, key in _RECIPE.items()}
-    recipe |= {"peak learning rate": max(rates, default=None), "precision": metadata.get("precision")}
-    return recipe, _public(config)
+        log.warning("README.md: without configuration and pictures: %s", error)
+        return {}
 
 
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:

@@ -75,18 +75,16 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Report
         metadata = {**metadata, **kept.facts(), "preprocessing": preprocessing}
         tag_forms.write_tags(folder, kept, _thresholds(weights, config))
         report = tag_forms.describe_changes(vocabulary, kept)
-    return report | _write_library(libraries.write_timm, libraries.load_timm, network, metadata, folder, config)
+    return report | _write_library(libraries.TIMM, network, metadata, folder, config)
 
 
 def write_transformers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
     """Write a folder of transformers."""
-    write, load = libraries.write_transformers, libraries.load_transformers
-    return _write_library(write, load, weights.model.network, weights.metadata, folder, config)
+    return _write_library(libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config)
 
 
-def _write_library(write: Any, load: Any, network: nn.Module, metadata: Any, folder: Path, config: Any) -> Report:
-    difference = libraries.write_compared(write, load, network, metadata, folder, config.accepted)
-    return {"max_abs_diff": difference}
+def _write_library(library: libraries.Library, network: nn.Module, metadata: Any, folder: Path, config: Any) -> Report:
+    return {"max_abs_diff": libraries.write_compared(library, network, metadata, folder, config.accepted)}
 
 
 def write_safetensors(weights: Weights, folder: Path, config: "ExportConfig") -> Report:

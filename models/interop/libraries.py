@@ -11,7 +11,7 @@ Source: huggingface/pytorch-image-models:timm/models/_hub.py load_model_config_f
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -195,22 +195,31 @@ def _state_images(library: str, metadata: Metadata) -> Preprocessing:
     raise UserError(f"format: the image transforms of {library} {reason}")
 
 
-def write_compared(
-    write: Callable[[nn.Module, Metadata, Path], None], load: Callable[[Path], Outputs],
-    network: nn.Module, metadata: Metadata, folder: Path, tolerance: float,
-) -> float:  # fmt: skip
+class Library(NamedTuple):
+    """How a library's files are written, and loaded as its users do."""
+
+    write: Callable[[nn.Module, Metadata, Path], None]
+    load: Callable[[Path], Outputs]
+
+
+TIMM = Library(write_timm, load_timm)
+TRANSFORMERS = Library(write_transformers, load_transformers)
+
+
+def write_compared(library: Library, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float) -> float:
     """Write a network's files into an empty folder and load them like their users; return the largest difference.
 
     A copy with varied weights comes first, because with small weights a wrong converter gives almost the right outputs.
     Raises UserError (`format`, `tolerance`).
     """
-    tried = [(network.eval(), "the output of the target's own network")]
     if any("grn" in name for name, _ in network.named_parameters()):  # tensors of timm networks are not converted
-        tried.insert(0, (vary_weights(network), "a copy with varied weights"))
-    for tested, name in tried:
-        write(tested, metadata, folder)
-        difference, largest = _compare(tested, load(folder), metadata)
-        refuse_difference(difference / max(largest, 1.0) if tested is not network else difference, tolerance, name)
+        varied = vary_weights(network)
+        library.write(varied, metadata, folder)
+        difference, largest = _compare(varied, library.load(folder), metadata)
+        refuse_difference(difference / max(largest, 1.0), tolerance, "a copy with varied weights")
+    library.write(network.eval(), metadata, folder)
+    difference, _ = _compare(network, library.load(folder), metadata)
+    refuse_difference(difference, tolerance, "the output of the target's own network")
     return difference
 
 

@@ -197,15 +197,11 @@ def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
     for name, tensor in state.items():
         if match := _BLOCK.fullmatch(name):
             blocks.setdefault(int(match[1]), {})[int(match[2])] = tensor.shape[0]
+    stages = [widths for _, widths in sorted(blocks.items())]
+    depths = tuple(len(widths) for widths in stages)
+    dims = tuple(widths[0] for widths in stages)
     stem = state["downsample_layers.0.0.weight"]
-    head = state.get("head.weight", ())
-    return Geometry(
-        depths=tuple(len(widths) for _, widths in sorted(blocks.items())),
-        dims=tuple(widths[0] for _, widths in sorted(blocks.items())),
-        stem_stride=stem.shape[-1],
-        in_channels=stem.shape[1],
-        num_classes=len(head),
-    )
+    return Geometry(depths, dims, stem.shape[-1], stem.shape[1], num_classes=len(state.get("head.weight", ())))
 
 
 def describe_held(state: Mapping[str, Tensor]) -> str:
