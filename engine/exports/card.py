@@ -246,8 +246,7 @@ def _find_figures(weights: Weights, folder: Path | None) -> Figures:
     """Return the figures of these weights: of evaluate.py on `val`, or else of the run's evaluation at their step."""
     metadata, run = weights.metadata, weights.run
     if measured := read_figures(weights, folder):
-        images = "other images than the run's" if measured.get("data") else "the validation images"
-        return Figures(images, _numbers(measured), "evaluate_")
+        return Figures("the validation images", _numbers(measured), "evaluate_")
     rows = [row for row in (run.rows if run else ()) if row.get("kind") == "evaluate"]
     averaged = "ema/" if metadata.get("average") else ""
     for row in rows:

@@ -58,17 +58,8 @@ def make_tagger():
 def place(tmp_path_factory):
     """Return a folder with the repository for all programs, and the images."""
     folder = tmp_path_factory.mktemp("tools")
-    write_json(
-        folder / "metrics.json",
-        {
-            "weights": "/home/me/w",
-            "weights_hash": "hash",
-            "split": "val",
-            "data": "/home/me/b",
-            "mAP": 0.71,
-            "seconds": 3.0,
-        },
-    )
+    measured = {"weights": "/home/me/w", "weights_hash": "hash", "split": "val", "mAP": 0.71, "seconds": 3.0}
+    write_json(folder / "metrics.json", measured)
     report = export("wd_repository", *make_tagger(), folder / "repo", thresholds=THRESHOLDS, run_dir=str(folder))
     assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]
     for number, (width, height, mode) in enumerate(IMAGES):
@@ -142,7 +133,7 @@ def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_an
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("---\nlibrary_name: timm\npipeline_tag")
     assert "- mAP: 0.71\n" in readme and "high_recall" in readme
-    assert "/home/me" not in readme and "seconds" not in readme and "Measured on other images than the run's:" in readme
+    assert "/home/me" not in readme and "seconds" not in readme and "Measured on the validation images:" in readme
     found, _ = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
     assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])
