@@ -13,12 +13,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import yaml
-from pydantic import create_model
 
 from engine.exports.format import Format
 from engine.exports.weights import Weights
-from engine.tasks.kind import ImageTrainingConfig
-from engine.tasks.kinds import KINDS
+from engine.tasks.kinds import KINDS, training_schema
 from models.interop import snippets
 from models.interop.metadata import base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
@@ -223,8 +221,9 @@ def _read_config(run: RunReader | None) -> dict[str, Any]:
 def _public(config: Mapping[str, Any]) -> dict[str, Any]:
     """Return a run's recipe without paths of a disk; a name on the hub stays."""
     kind = KINDS.get(config.get("task.name"))
-    parts = {} if kind is None else {"task": (kind.config, ...), "model": (kind.model, ...)}
-    paths = path_keys(create_model("Run", __base__=ImageTrainingConfig, **parts))
+    if kind is None:
+        return {}
+    paths = path_keys(training_schema(kind.scripts[0]))
 
     def is_path(key: str, value: Any) -> bool:
         values = value if isinstance(value, list) else [value]
