@@ -14,9 +14,7 @@ import timm
 import torch
 import transformers
 import yaml
-from PIL import Image
 
-from data.augment.transforms import EvalTransform
 from engine.exports.card import Card
 from engine.exports.formats import FORMATS
 from engine.exports.weights import Weights
@@ -83,13 +81,6 @@ def normalised(model, count=3, size=(64, 64)):
     return images, model.normalise(images)
 
 
-def picture(seed=0, size=(90, 150)):
-    """A smooth picture: on noise, the rounding of two resizers differs much."""
-    generator = np.random.default_rng(seed)
-    coarse = Image.fromarray(generator.integers(0, 256, (6, 9, 3), dtype=np.uint8))
-    return coarse.resize((size[1], size[0]), Image.Resampling.BICUBIC)
-
-
 # --- timm
 
 
@@ -123,32 +114,6 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
                 lines.count("---") == 2
                 and r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
             )
-
-
-SQUASHED = {"eval_resize": "squash", "eval_crop": 1.0, "interpolation": "bilinear"}
-
-
-# transformers cuts half a pixel lower than torchvision where the margin is odd, as with 0.95.
-@pytest.mark.parametrize(
-    ("form", "preprocessing"),
-    [("timm", {"eval_crop": 0.95}), ("timm", SQUASHED), ("transformers", {}), ("transformers", SQUASHED)],
-)
-def test_preprocessing_is_equal(form, preprocessing, tmp_path):
-    """The picture through their own transform, and through ours; their networks: test_export_snippets.py."""
-    model, metadata = make(geometry(), **preprocessing)
-    export(form, model, metadata, tmp_path)
-    image = picture()
-    if form == "timm":
-        loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-        transform = timm.data.create_transform(**timm.data.resolve_model_data_config(loaded), is_training=False)
-        inputs = transform(image)[None]
-    else:
-        inputs = transformers.AutoImageProcessor.from_pretrained(tmp_path)(image, return_tensors="pt")["pixel_values"]
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)
-    ours = model.normalise(EvalTransform(metadata["preprocessing"])(pixels)[None])
-    assert inputs.shape == ours.shape
-    # Both round to bytes after the resize: at most two grey levels apart.
-    assert (inputs - ours).abs().max() < 2.5 / 255 / min(STD)
 
 
 # --- what cannot be expressed
