@@ -89,7 +89,7 @@ class Weights:
 
 
 class MovedBase(Strict):
-    """Where the base model of the weights and a VAE of another file lie now, if they were moved."""
+    """The present paths of the base model and of a separate VAE, if they have moved since training."""
 
     path: PathText | None
     vae: PathText | None

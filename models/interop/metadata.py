@@ -1,4 +1,4 @@
-"""What exports read from the metadata of a weight file, which a stranger may have written: licence, origin, names."""
+"""The licence, origin and names in the metadata of a weight file, which a stranger may have written."""
 
 import re
 from collections.abc import Mapping
