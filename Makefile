@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-full demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu simd clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
@@ -47,20 +47,22 @@ install-interop: install  ## a tool that reads a tagger's exports, in an environ
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0
 
-demo: install  ## the whole main job on the embedded glyphs, six minutes on two CPU cores
-	PYTHON=$(PY) bash bench/demo.sh
+demo: install  ## the best classifier of the embedded glyphs that four minutes give, its export and predictions; six minutes
+	$(PY) workshop.py recipe=demo
 
-demo-full: install  ## the demo and its controls: from scratch, and both with all labels; thirteen minutes
-	PYTHON=$(PY) bash bench/demo.sh full
+demo-fcmae: install  ## what pretraining does: FCMAE and fine-tuning, and two starts from scratch, in equal minutes; ten minutes
+	$(PY) workshop.py recipe=demo_fcmae
 
-demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; six minutes on two cores
-	PYTHON=$(PY) bash bench/demo_tagger.sh
+demo-tagger: install  ## a tagger, from pictures with words to a file that programs for taggers read; five minutes
+	$(PY) workshop.py recipe=demo_tagger
 
-demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports in diffusers; four minutes on two cores
-	PYTHON=$(PY) bash bench/demo_sdxl.sh
+TONES := collections/tones
+demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports; six minutes
+	test -d $(TONES) || $(PY) bench/tiny_sdxl.py tones $(TONES)
+	$(PY) workshop.py recipe=demo_sdxl data.root=$(TONES)/shapes
 
 SHAPES := collections/shapes
-workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; nine minutes on two cores
+workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that draws tags, on one page; ten minutes
 	test -d $(SHAPES) || $(PY) bench/tiny_sdxl.py pictures $(SHAPES)
 	$(PY) workshop.py data.root=$(SHAPES)
 

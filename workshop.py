@@ -4,9 +4,10 @@
     python workshop.py data.root=PATH run_dir=outputs/mine             in another folder
     python workshop.py data.root=PATH dry_run=true                     print the commands that are left
     python workshop.py data.root=PATH ~stages.sdxl_export              without a stage
+    python workshop.py recipe=demo                                     a classifier of the embedded glyphs (make demo)
 
-Each stage writes a folder in `run_dir`, the last one report.html. conf/workshop.yaml is the recipe. Typed again after a
-kill, a full disk or an error, the command goes on.
+Each stage writes a folder in `run_dir`, the last one report.html. Recipes are in conf/recipe. Typed again after a kill,
+a full disk or an error, the command goes on.
 """
 
 from utils.start import begin
@@ -19,7 +20,6 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from itertools import chain
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -34,17 +34,18 @@ from utils.config.help import ROOT
 from utils.config.schema import PathText, Strict
 from utils.errors import EXIT_OK, UserError
 from utils.io.files import file_lock, output_errors, read_json, readable, write_json
-from utils.io.safe_text import hide_secrets
+from utils.io.safe_text import Lines, hide_secrets
 from utils.ranks.processes import end_with_parent
+from utils.record.figures import show_rows
 from utils.record.logging import get_logger
 from utils.record.report import PAGE, write_page
-from utils.record.run_reader import LOCK_FILE
+from utils.record.run_reader import LOCK_FILE, RESULT_FILE
 
 log = get_logger(__name__)
 
-_STAGES = "stages.json"  # the finished stages: command, images, seconds
+_STAGES = "stages.json"  # the finished stages
 Source = dict[str, str]  # command and images of a stage
-Done = dict[str, dict[str, Any]]  # the same of finished stages, with their seconds
+Done = dict[str, dict[str, Any]]  # the sources of finished stages, with their seconds
 
 
 def _is_command(text: str) -> str:
@@ -54,7 +55,10 @@ def _is_command(text: str) -> str:
 
 
 class Stage(Strict):
-    """A command, in which $DATA is the images and $RUN is `run_dir`, and the files in `run_dir` that it leaves."""
+    """A command, and the files in `run_dir` that it leaves.
+
+    $DATA is the images, $ROOT their folder, and $RUN is `run_dir`.
+    """
 
     command: Annotated[str, AfterValidator(_is_command)]
     leaves: Annotated[list[PathText], Field(min_length=1)]
@@ -71,10 +75,12 @@ class WorkshopConfig(Strict):
 
 def complete_command(command: str, config: WorkshopConfig, job: Job) -> list[str]:
     """Return the words of a command. $DATA becomes what the command line says about the images."""
-    more = (word for word in job.overrides if word.startswith("data.") and not word.startswith("data.root="))
-    data = [f"data={config.data.name}", f"data.root={config.data.root}", *more]
-    words = (data if word == "$DATA" else [word.replace("$RUN", config.run_dir)] for word in shlex.split(command))
-    return list(chain.from_iterable(words))
+    data = [f"data={config.data.name}", f"data.root={config.data.root}"]
+    data += [word for word in job.overrides if word.startswith("data.") and not word.startswith("data.root=")]
+    words = []
+    for word in shlex.split(command):
+        words += data if word == "$DATA" else [word.replace("$RUN", config.run_dir).replace("$ROOT", config.data.root)]
+    return words
 
 
 def run_stage(name: str, words: list[str]) -> float:
@@ -82,7 +88,8 @@ def run_stage(name: str, words: list[str]) -> float:
 
     A stop signal is passed on, so that the stage can save. A stage ends with a killed workshop.
     """
-    started, script = time.monotonic(), [sys.executable, str(ROOT / words[0]), *words[1:]]
+    started = time.monotonic()
+    script = [sys.executable, str(ROOT / words[0]), *words[1:]]
     log.info("== %s: python %s", name, hide_secrets(shlex.join(words)))
     process = subprocess.Popen(script, start_new_session=True, preexec_fn=end_with_parent)
     try:
@@ -97,42 +104,54 @@ def run_stage(name: str, words: list[str]) -> float:
     return round(time.monotonic() - started, 1)
 
 
-def show_stages(config: WorkshopConfig, title: str, done: Done) -> None:
-    """Write the page: the seconds of the stages, their pictures, the figures in their JSON files, their commands."""
-    run_dir, figures, pictures = Path(config.run_dir), {}, {}
+def show_stages(config: WorkshopConfig, title: str, done: Done) -> str:
+    """Write the page: seconds, commands, pictures, and the figures in JSON files. Return the stages as a table."""
+    run_dir = Path(config.run_dir)
+    stages = []
+    pictures = {}
+    figures: dict[str, list[dict[str, Any]]] = {}
     for name, stage in config.stages.items():
-        for file in (run_dir / file for file in stage.leaves):
+        row = {"stage": name, "seconds": done[name]["seconds"], "best": ""}
+        for leaf in stage.leaves:
+            file = run_dir / leaf
             with readable(file, file.suffix):
                 if file.suffix == ".png":
                     pictures[f"{name}: {file.name}"] = np.array(Image.open(file).convert("RGB"))
                 elif file.suffix == ".json":
-                    values = read_json(file).items()
-                    rows = [{"figure": key, "value": value} for key, value in values if type(value) in (int, float)]
-                    figures[f"{name}: {file.name}"] = rows
-    seconds = {f"{name}, seconds": done[name]["seconds"] for name in config.stages}
-    commands = {"commands": [{"stage": name, "command": done[name]["command"]} for name in config.stages]}
-    seconds |= {"all stages, seconds": sum(seconds.values())}
-    write_page(run_dir / PAGE, title, seconds, {**figures, **commands}, pictures)
+                    found = read_json(file)
+                    numbers = [(key, value) for key, value in found.items() if type(value) in (int, float)]
+                    figures[f"{name}: {file.name}"] = [{"figure": key, "value": value} for key, value in numbers]
+                    if file.name == RESULT_FILE:
+                        row["best"] = f"{found['metric']} {found['value']:.4g}"
+        stages.append(row)
+    commands = [{"stage": name, "command": done[name]["command"]} for name in config.stages]
+    seconds = sum(row["seconds"] for row in stages)
+    write_page(
+        run_dir / PAGE,
+        title,
+        {"all stages, seconds": seconds},
+        {"stages": stages, **figures, "commands": commands},
+        pictures,
+    )
+    return show_rows(stages)
 
 
 def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done:
-    """Return the finished stages: their command is the same, and their files are there.
+    """Return the finished stages, whose files are there.
 
-    Raises UserError (`run_dir`) if a stage was made of other images, or of what an earlier stage left before a change.
+    Raises UserError (`run_dir`) if a stage was made by another command or of other images.
     """
-    run_dir, changed, done = Path(config.run_dir), None, {}
+    run_dir = Path(config.run_dir)
     path = run_dir / _STAGES
     with readable(path, "JSON", "remove it"):
         earlier = read_json(path) if path.is_file() else {}
+    done = {}
     for name, source in sources.items():
-        known = {"images": source["images"], **earlier.get(name, {})}
-        if known["images"] != source["images"]:
-            raise UserError(f"run_dir: {run_dir} was made of other images than {config.data.root} has; name another")
-        if known.get("command") != source["command"]:
-            changed = changed or name
-        elif changed is not None:
-            raise UserError(f"run_dir: {run_dir} has {name} after another stages.{changed}.command; name another one")
-        elif all((run_dir / file).exists() for file in config.stages[name].leaves):
+        known = earlier.get(name, source)
+        for key, what in (("images", "other images"), ("command", f"another stages.{name}.command")):
+            if known[key] != source[key]:
+                raise UserError(f"run_dir: {run_dir} has the stage {name} of {what}; name another folder")
+        if name in earlier and all((run_dir / file).exists() for file in config.stages[name].leaves):
             done[name] = known
     return done
 
@@ -141,7 +160,8 @@ def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done
 def main(config: WorkshopConfig, job: Job) -> str:
     """Run the stages that are not finished, then write the page."""
     # ------------------------------------------------------------------------------- 1. The images and what is left
-    collection, run_dir = load_collection(config.data), Path(config.run_dir)
+    collection = load_collection(config.data)
+    run_dir = Path(config.run_dir)
     log.info("%s", describe_collection(collection))
     commands = {name: complete_command(stage.command, config, job) for name, stage in config.stages.items()}
     sources = {
@@ -170,7 +190,7 @@ def main(config: WorkshopConfig, job: Job) -> str:
             write_json(run_dir / _STAGES, done)
 
         # ---------------------------------------------------------------------------------------------- 3. The page
-        show_stages(config, f"Workshop: {describe_collection(collection)}", done)
+        log.info("%s", Lines(show_stages(config, f"Workshop: {describe_collection(collection)}", done)))
     return f"{len(done)} stages, {sum(stage['seconds'] for stage in done.values()):.0f} s; {run_dir / PAGE}"
 
 

@@ -30,9 +30,12 @@ from data.layouts.glyphs import draw_glyphs
 from utils.config.help import ROOT
 
 FASHION = Path("/usr/share/datasets/fashion-mnist")
-EMOJI_FONT, EMOJI_LIST = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf", "/usr/share/unicode/emoji/emoji-test.txt"
+EMOJI_FONT = "/usr/share/fonts/truetype/noto/NotoColorEmoji.ttf"
+EMOJI_LIST = "/usr/share/unicode/emoji/emoji-test.txt"
 CLOTHES = ["t-shirt", "trouser", "pullover", "dress", "coat", "sandal", "shirt", "sneaker", "bag", "ankle_boot"]
-TEXTURES_OF_CLASS, TEXTURES_OF_VAL, TEXTURE_PX = 250, 50, 96
+TEXTURES_OF_CLASS = 250
+TEXTURES_OF_VAL = 50
+TEXTURE_PX = 96
 
 
 def save(image: Image.Image, folder: Path, split: str, label: str, name: str) -> None:
@@ -45,17 +48,15 @@ def save(image: Image.Image, folder: Path, split: str, label: str, name: str) ->
 def copy_glyphs(folder: Path) -> None:
     """The embedded collection's labelled images; STIX, a typeface that no training sees, validates."""
     with TemporaryDirectory() as drawn:
-        draw_glyphs(root := Path(drawn) / "glyphs")
+        root = Path(drawn) / "glyphs"
+        draw_glyphs(root)
         table = pq.read_table(root / "manifest.parquet", columns=["path", "label", "split"]).to_pylist()
-        names = {
-            label: f"{number:03d}"
-            for number, label in enumerate(sorted({row["label"] for row in table if row["label"]}))
-        }
-        for row in table:
-            if row["label"]:
-                name = row["path"].replace("/", "_").removesuffix(".png")
-                with Image.open(root / row["path"]) as image:
-                    save(image, folder, row["split"], names[row["label"]], name)
+        rows = [row for row in table if row["label"]]
+        labels = sorted({row["label"] for row in rows})
+        for row in rows:
+            name = row["path"].replace("/", "_").removesuffix(".png")
+            with Image.open(root / row["path"]) as image:
+                save(image, folder, row["split"], f"{labels.index(row['label']):03d}", name)
 
 
 def draw_fashion(folder: Path) -> None:
@@ -70,7 +71,8 @@ def draw_fashion(folder: Path) -> None:
 
 def draw_emoji(folder: Path) -> None:
     """Emoji by their group of Unicode, without skin tones; variants of one meaning are in one split."""
-    font, group = ImageFont.truetype(EMOJI_FONT, 109), ""
+    font = ImageFont.truetype(EMOJI_FONT, 109)
+    group = ""
     for line in Path(EMOJI_LIST).read_text().splitlines():
         if line.startswith("# group: "):
             group = re.sub(r"\W+", "_", line[9:].lower())
@@ -92,7 +94,8 @@ def noise(rng: np.random.Generator, size: int, slope: float, stretch: float = 1.
     """Return random noise [size, size] in 0..1 with a power spectrum of this slope, stretched along one direction."""
     y, x = np.meshgrid(np.fft.fftfreq(size), np.fft.fftfreq(size), indexing="ij")
     angle = rng.uniform(0, np.pi)
-    along, across = x * np.cos(angle) + y * np.sin(angle), y * np.cos(angle) - x * np.sin(angle)
+    along = x * np.cos(angle) + y * np.sin(angle)
+    across = y * np.cos(angle) - x * np.sin(angle)
     radius = np.hypot(along * stretch, across) + 1 / size
     field = np.fft.ifft2(np.fft.fft2(rng.standard_normal((size, size))) * radius**-slope).real
     return (field - field.min()) / np.ptp(field)
@@ -102,7 +105,8 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
     """Return one surface [size, size] in 0..1; kind 0..23: six families of four kinds."""
     family, variant = divmod(kind, 4)
     y, x = np.meshgrid(np.arange(size), np.arange(size), indexing="ij")
-    angle, period = rng.uniform(0, 2 * np.pi), rng.uniform(7, 16)
+    angle = rng.uniform(0, 2 * np.pi)
+    period = rng.uniform(7, 16)
     u = x * np.cos(angle) + y * np.sin(angle)
     v = y * np.cos(angle) - x * np.sin(angle)
     if family == 0:  # clouds: the slope of the spectrum
@@ -111,15 +115,20 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
         return noise(rng, size, 1.3, (2.0, 4.0, 8.0, 16.0)[variant])
     if family == 2:  # waves: sine, saw, double, bent
         phase = (u / period + (6 * noise(rng, size, 2.0) if variant == 3 else 0)) % 1
-        wave, double = np.sin(2 * np.pi * phase), np.sin(4 * np.pi * phase)
+        wave = np.sin(2 * np.pi * phase)
+        double = np.sin(4 * np.pi * phase)
         return (wave / 2 + 0.5, phase, (wave + double) / 3.6 + 0.5, wave / 2 + 0.5)[variant]
     if family == 3:  # grids: checks, bricks, dots, lines
-        p, q = u / period, v / period
+        p = u / period
+        q = v / period
         row = np.floor(q)
-        return (
-            (np.floor(p) + row) % 2, (((p / 2 + row % 2 / 2) % 1 > 0.08) & (q % 1 > 0.14)).astype(float),
-            (np.hypot(p % 1 - 0.5, q % 1 - 0.5) < 0.3).astype(float), ((p % 1 < 0.15) | (q % 1 < 0.15)).astype(float),
-        )[variant]  # fmt: skip
+        if variant == 0:
+            return (np.floor(p) + row) % 2
+        if variant == 1:
+            return (((p / 2 + row % 2 / 2) % 1 > 0.08) & (q % 1 > 0.14)).astype(float)
+        if variant == 2:
+            return (np.hypot(p % 1 - 0.5, q % 1 - 0.5) < 0.3).astype(float)
+        return ((p % 1 < 0.15) | (q % 1 < 0.15)).astype(float)
     points = rng.uniform(0, size, (int((size / period) ** 2) + 3, 2))
     if family == 4:  # cells: flat, nearest, edges, cones of Manhattan
         gaps = np.abs(np.stack([x, y], -1)[:, :, None] - points)
@@ -127,18 +136,26 @@ def texture(kind: int, rng: np.random.Generator, size: int) -> np.ndarray:
         first, second = np.sort(far, -1)[..., :2].transpose(2, 0, 1)
         flat = rng.uniform(0, 1, len(points))[far.argmin(-1)]
         return (flat, first / period, np.clip((second - first) / 3, 0, 1), first / period)[variant]
-    picture = Image.new("L", (size, size))  # scattered: discs, rings, squares, strokes
+    return scatter(variant, points, rng, size)
+
+
+def scatter(variant: int, points: np.ndarray, rng: np.random.Generator, size: int) -> np.ndarray:
+    """Return discs, rings, squares or strokes at the points."""
+    picture = Image.new("L", (size, size))
     draw = ImageDraw.Draw(picture)
     for cx, cy in points:
-        radius, shade = rng.uniform(2, 6), int(rng.uniform(90, 255))
-        box = (cx - radius, cy - radius, cx + radius, cy + radius)
+        radius = rng.uniform(2, 6)
+        shade = int(rng.uniform(90, 255))
         turn = rng.uniform(0, np.pi)
-        end = (cx + 2 * radius * np.cos(turn), cy + 2 * radius * np.sin(turn))
-        if variant < 2:
-            draw.ellipse(box, **({"fill": shade} if variant == 0 else {"outline": shade, "width": 2}))
+        box = (cx - radius, cy - radius, cx + radius, cy + radius)
+        if variant == 0:
+            draw.ellipse(box, fill=shade)
+        elif variant == 1:
+            draw.ellipse(box, outline=shade, width=2)
         elif variant == 2:
             draw.regular_polygon((cx, cy, radius), 4, rotation=np.degrees(turn), fill=shade)
         else:
+            end = (cx + 2 * radius * np.cos(turn), cy + 2 * radius * np.sin(turn))
             draw.line((cx, cy, *end), fill=shade, width=2)
     return np.asarray(picture) / 255
 

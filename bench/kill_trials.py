@@ -34,17 +34,7 @@ SETTINGS = [  # one rank accumulates over four micro-batches, two ranks over two
 ]  # fmt: skip
 
 
-def read_arguments(arguments):
-    """Return the bench's own values, and the overrides that go to the runs."""
-    values = {"kills": "50", "ranks": "1", "seed": "0", "script": "finetune.py", "out": None}
-    overrides = []
-    for argument in arguments:
-        key, _, value = argument.partition("=")
-        if key in values:
-            values[key] = value
-        else:
-            overrides.append(argument)
-    return values, overrides
+DEFAULTS = {"kills": "50", "ranks": "1", "seed": "0", "script": "finetune.py", "out": ""}
 
 
 def last_step(folder):
@@ -85,9 +75,10 @@ def kill_once(started, folder, draw, seconds, aimed):
 
 def compare(straight, killed, steps):
     """Return what differs between two runs that ended: nothing, where all went well."""
-    one, other = checkpoint_tensors(straight, steps), checkpoint_tensors(killed, steps)
-    different = [name for name in one.keys() | other.keys()
-                 if name not in one or name not in other or not torch.equal(one[name], other[name])]  # fmt: skip
+    one = checkpoint_tensors(straight, steps)
+    other = checkpoint_tensors(killed, steps)
+    different = [*(one.keys() ^ other.keys())]
+    different += [name for name in one.keys() & other.keys() if not torch.equal(one[name], other[name])]
     for name in ("train", "evaluate", "epoch"):
         if rows(straight / "metrics.jsonl", name) != rows(killed / "metrics.jsonl", name):
             different.append(f"metrics.jsonl: {name}")
@@ -97,42 +88,46 @@ def compare(straight, killed, steps):
 
 
 def main():
-    values, overrides = read_arguments(sys.argv[1:])
-    kills, ranks, draw = int(values["kills"]), int(values["ranks"]), random.Random(int(values["seed"]))
+    pairs = [argument.partition("=")[::2] for argument in sys.argv[1:]]
+    values = DEFAULTS | {key: value for key, value in pairs if key in DEFAULTS}
+    overrides = [argument for argument in sys.argv[1:] if argument.partition("=")[0] not in DEFAULTS]
+    script = values["script"]
+    kills = int(values["kills"])
+    ranks = int(values["ranks"])
+    draw = random.Random(int(values["seed"]))
     steps = STEPS_PER_KILL * kills
     folder = Path(values["out"] or tempfile.mkdtemp(prefix="kill_trials_"))
     folder.mkdir(parents=True, exist_ok=True)
     data = make_collection(folder / "images")
-    task = "fcmae" if values["script"].startswith("pretrain") else "classification"
-    straight, killed = folder / "uninterrupted", folder / "killed"
+    task = "fcmae" if script.startswith("pretrain") else "classification"
     settings = [*SETTINGS, f"loop.total_steps={steps}", *overrides]
+    straight = folder / "uninterrupted"
+    killed = folder / "killed"
 
     began = time.monotonic()
-    run(values["script"], common(task, data, straight, *settings), folder, ranks=ranks)
-    inside, done, aimed, ended = 0, 0, 0, 0
+    run(script, common(task, data, straight, *settings), folder, ranks=ranks)
     command = common(task, data, killed, *settings)
-    while done < kills and not ended:
+    found = []  # of each kill: whether it was inside a save
+    while len(found) < kills:
         # Twice the mean remaining time, since a moment is drawn from 0 on, but short enough that the run does not end.
         remaining = max(0, steps - last_step(killed) - STEPS_PER_KILL)
-        seconds = min(2 * remaining / (kills - done), remaining / 2) * STEP_SEC
-        aims = done % 3 == 2
-        found = kill_once(start(values["script"], command, folder, ranks), killed, draw, seconds, aims)
-        ended += found is None
-        done += found is not None
-        aimed += aims and found is not None
-        inside += bool(found)
-    run(values["script"], command, folder, ranks=ranks)
+        seconds = min(2 * remaining / (kills - len(found)), remaining / 2) * STEP_SEC
+        is_aimed = len(found) % 3 == 2
+        inside = kill_once(start(script, command, folder, ranks), killed, draw, seconds, is_aimed)
+        if inside is None:
+            break
+        found.append(inside)
+    run(script, command, folder, ranks=ranks)
     different = compare(straight, killed, steps)
-    row = {
-        "script": values["script"], "ranks": ranks, "overrides": overrides, "steps": steps, "kills": done,
-        "inside_a_save": inside, "aimed_at_a_save": aimed, "equal_bit_for_bit": not different,
-        "different": different[:10], "minutes": round((time.monotonic() - began) / 60, 1),
-    }  # fmt: skip
+    row = {"script": script, "ranks": ranks, "overrides": overrides, "steps": steps, "kills": len(found)}
+    row |= {"inside_a_save": sum(found), "aimed_at_a_save": len(found) // 3}
+    row |= {"equal_bit_for_bit": not different, "different": different[:10]}
+    row["minutes"] = round((time.monotonic() - began) / 60, 1)
     OUT.mkdir(parents=True, exist_ok=True)
     with open(OUT / "kill_trials.jsonl", "a") as stream:
         stream.write(json.dumps(row) + "\n")
     sys.stdout.write(json.dumps(row, indent=2) + "\n")
-    sys.exit(0 if not different and done == kills else 1)
+    sys.exit(0 if not different and len(found) == kills else 1)
 
 
 if __name__ == "__main__":

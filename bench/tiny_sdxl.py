@@ -1,8 +1,8 @@
 """What the demo of SDXL and the workshop begin with: pictures, and a tiny base model whose VAE has seen such.
 
-python bench/tiny_sdxl.py FOLDER VAE_STEPS               (bench/demo_sdxl.sh): FOLDER gets shapes/, orange/ and base/
+python bench/tiny_sdxl.py tones FOLDER                   (make demo-sdxl): shapes/ and orange/, with captions
 python bench/tiny_sdxl.py pictures FOLDER                (make workshop): shapes, a tenth of them with tags
-python bench/tiny_sdxl.py base FOLDER VAE_STEPS IMAGES   (workshop.py): a base model whose VAE has seen the images
+python bench/tiny_sdxl.py base FOLDER MINUTES IMAGES     (workshop.py): a base model whose VAE learns IMAGES so long
 
 The VAE alone is trained, by a plain loop. U-Net and text encoders stay as they are drawn: drawn encoders tell a few
 captions apart.
@@ -12,6 +12,7 @@ import itertools
 import random
 import shutil
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -41,9 +42,15 @@ SHAPES = ("circle", "square", "triangle")
 TONES = {"black": (0, 0, 0), "grey": (128, 128, 128), "white": (255, 255, 255), "orange": (250, 140, 20)}
 SIZES_HW = ((128, 128), (96, 160), (160, 96))
 CAPTIONS = ["black", "white", "red circle", "green square", "blue triangle", "yellow circle"]
-_EACH, _TAGGED_EVERY = 18, 10  # pictures of a combination of words, circles and squares twice; each tenth has tags
-_READ, _MAX_PIXELS = 256, 100_000_000  # pictures of a folder
-_CROP_PX, _BATCH = 64, 6  # parts of pictures that the VAE is trained on
+_EACH = 18  # pictures of a combination of words, circles and squares twice
+_TAGGED_EVERY = 10  # pictures
+_EACH_CAPTION = 48
+_READ = 256  # pictures of a folder
+_MAX_PIXELS = 100_000_000
+_CROP_PX = 64  # parts of pictures that the VAE is trained on
+_BATCH = 6
+_VAE_LR = 0.03  # the highest
+_FIRST_SHARE = 0.02  # of it, for the first update
 _LOGVAR = -8.0  # of the VAE's latents: it is not trained, as no loss asks for it
 
 
@@ -63,7 +70,8 @@ def draw_shape(
     image = Image.new("RGB", (width, height), ground)
     side = min(size_hw) * draw.uniform(0.5, 0.7)
     left, top = (draw.uniform(0.4, 0.6) * (length - side) for length in (width, height))
-    right, bottom = left + side, top + side
+    right = left + side
+    bottom = top + side
     pen = ImageDraw.Draw(image)
     if shape == "circle":
         pen.ellipse((left, top, right, bottom), fill=colour)
@@ -87,6 +95,15 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
             (folder / f"{name}.txt").write_text(caption)
 
 
+def write_tones(folder: Path) -> None:
+    """Write shapes/, the captioned pictures of a base model, and orange/, a tone that is new to it."""
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
+    write_pictures(unfinished / "shapes", CAPTIONS, _EACH_CAPTION)
+    write_pictures(unfinished / "orange", ["orange", "black", "white"], _EACH_CAPTION // 2)
+    unfinished.rename(folder)
+
+
 def write_tagged(folder: Path) -> None:
     """Write PNGs of coloured shapes on grounds of four tones; each tenth has its tags in a .txt file beside it."""
     unfinished = folder.with_name(f".{folder.name}")
@@ -106,7 +123,8 @@ def write_tagged(folder: Path) -> None:
 def read_pictures(folder: Path) -> list[Image.Image]:
     """Return up to _READ images of a folder, evenly spaced, cropped to one size; without the unreadable ones."""
     paths = find_images(str(folder), "images").paths
-    source, pictures = Images(paths, Decoder(3, _MAX_PIXELS)), []
+    source = Images(paths, Decoder(3, _MAX_PIXELS))
+    pictures = []
     for row in range(0, len(paths), -(-len(paths) // _READ)):
         with suppress(UnreadableImage):
             picture = Image.fromarray(source.read(row)["image"].permute(1, 2, 0).numpy())
@@ -114,21 +132,15 @@ def read_pictures(folder: Path) -> list[Image.Image]:
     return pictures
 
 
-def draw_pictures(captions: list[str]) -> tuple[list[Image.Image], list[Image.Image]]:
-    """Return what the demo's VAE is trained on, and pictures of the captions."""
-    draw, size_hw, colours = random.Random(1), SIZES_HW[0], [*COLOURS.values(), *TONES.values()]
-    mixed = [draw_shape(draw.choice(SHAPES), *draw.choices(colours, k=2), size_hw, draw) for _ in range(256)]
-    return mixed, [draw_picture(caption, size_hw, draw) for caption in captions * 8]
-
-
-def write_base(folder: Path, vae_steps: int, mixed: list[Image.Image], typical: list[Image.Image]) -> float:
+def write_base(folder: Path, minutes: float, pictures: list[Image.Image]) -> float:
     """Write a tiny SDXL as a folder of diffusers; returns the mean error of its VAE's pictures, of 255.
 
-    mixed: what the VAE is trained on. typical: the pictures whose latents get mean 0 and deviation 1.
+    The VAE is trained on the pictures, and their latents get mean 0 and deviation 1.
     """
     networks = draw_networks()
-    error = train_vae(networks["vae"], to_tensor(mixed), vae_steps)
-    scale_latents(networks["vae"], to_tensor(typical))
+    images = to_tensor(pictures)
+    error = train_vae(networks["vae"], images, 60 * minutes)
+    scale_latents(networks["vae"], images)
     write_diffusers(
         folder, networks, build_tokenizer(), prediction_type="v_prediction", zero_terminal_snr=True,
         dtype=torch.float32, zeros_for_empty_prompt=False,
@@ -141,20 +153,24 @@ def to_tensor(pictures: list[Image.Image]) -> Tensor:
     return torch.from_numpy(np.stack([np.asarray(picture) for picture in pictures])).permute(0, 3, 1, 2) / 127.5 - 1.0
 
 
-def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
-    """Train a VAE on crops of images [N, 3, H, W] from -1 to 1; returns the mean L1 error of its last pictures.
+def train_vae(vae: nn.Module, images: Tensor, seconds: float) -> float:
+    """Train a VAE so long on crops of images [N, 3, H, W] from -1 to 1; returns the L1 error of its last pictures.
 
     The encoder learns the mean colour and brightness of 8 x 8 pixels, and the decoder to make pictures of them, noisy
     as a U-Net's latents are. Trained through each other, both would need minutes to find more than brightness.
     """
     torch.manual_seed(0)
     begin_linear(vae)
-    optimizer = create_optimizer_v2(vae, opt="muon", lr=0.03, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min(1.0, 5 * (step + 1) / steps, 1.25 - 1.25 * step / steps)
-    )
-    crop, errors = RandomCrop(_CROP_PX), []
-    for _ in range(steps):
+    optimizer = create_optimizer_v2(vae, opt="muon", lr=_VAE_LR, weight_decay=0.0)
+    crop = RandomCrop(_CROP_PX)
+    errors = []
+    started = time.monotonic()
+    while not errors or time.monotonic() < started + seconds:
+        share = (time.monotonic() - started) / seconds
+        rise = 5 * share + _FIRST_SHARE
+        fall = 1.25 - 1.25 * min(share, 1.0)
+        for group in optimizer.param_groups:
+            group["lr"] = _VAE_LR * min(1.0, rise, fall)
         batch = torch.stack([crop(images[number]) for number in torch.randint(len(images), (_BATCH,))])
         means = functional.avg_pool2d(batch, 8)
         latents = torch.cat([means, means.mean(dim=1, keepdim=True)], dim=1)
@@ -163,7 +179,6 @@ def train_vae(vae: nn.Module, images: Tensor, steps: int) -> float:
         optimizer.zero_grad()
         (error + latent_error).backward()
         optimizer.step()
-        schedule.step()
         errors.append(error.item())
     return float(np.mean(errors[-10:]))
 
@@ -188,7 +203,8 @@ def scale_latents(vae: nn.Module, images: Tensor) -> None:
     latents = vae.encode(images).latent_dist.mode()
     mean = latents.mean(dim=(0, 2, 3))
     std = latents.std(dim=(0, 2, 3)) * VAE_SCALING_FACTOR
-    encoder, decoder = vae.quant_conv, vae.post_quant_conv
+    encoder = vae.quant_conv
+    decoder = vae.post_quant_conv
     encoder.weight[:4] /= std[:, None, None, None]
     encoder.bias[:4] = (encoder.bias[:4] - mean) / std
     decoder.bias += decoder.weight[:, :, 0, 0] @ mean
@@ -196,19 +212,15 @@ def scale_latents(vae: nn.Module, images: Tensor) -> None:
 
 
 def main():
-    words = sys.argv[1:]
-    if words[0] == "pictures":
-        write_tagged(Path(words[1]))
-        return
-    if words[0] == "base":
-        pictures = read_pictures(Path(words[3]))
-        error = write_base(Path(words[1]), int(words[2]), pictures, pictures)
+    kind, folder, *more = sys.argv[1:]
+    if kind == "pictures":
+        write_tagged(Path(folder))
+    elif kind == "tones":
+        write_tones(Path(folder))
     else:
-        out = Path(words[0])
-        write_pictures(out / "shapes", CAPTIONS, 48)
-        write_pictures(out / "orange", ["orange", "black", "white"], 24)  # the LoRA learns orange
-        error = write_base(out / "base", int(words[1]), *draw_pictures(CAPTIONS))
-    sys.stdout.write(f"error of the VAE's pictures: {error:.1f} of 255\n")
+        minutes, images = more
+        error = write_base(Path(folder), float(minutes), read_pictures(Path(images)))
+        sys.stdout.write(f"error of the VAE's pictures: {error:.1f} of 255\n")
 
 
 if __name__ == "__main__":
