@@ -27,7 +27,6 @@ from timm.loss import LabelSmoothingCrossEntropy
 from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.utils import AverageMeter, ModelEmaV3, dispatch_clip_grad
-from torch.utils.flop_counter import FlopCounterMode
 
 from bench.measure import Comparison, build_bench_run, read_group, run_bench
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
@@ -147,13 +146,10 @@ def compare(name, setting, device, quick):
     count = 2 if quick else COUNT[device.type]
     steps = 1 if quick else STEPS[device.type]
     torch.compiler.reset()
-    with FlopCounterMode(display=False) as counter, torch.device("meta"):
-        timm.create_model(name, num_classes=CLASSES)(torch.empty(count, 3, size, size))
-    facts = {"teraflop": 3 * counter.get_total_flops() / 1e12}  # a backward pass takes twice a forward pass
     batch = make_batch(size, count, device)
     ours = our_turn(make_task(name, size), batch, steps, setting)
     theirs = TimmScript(timm.create_model(name, num_classes=CLASSES), batch, steps, setting)
-    return Comparison({"atelier": ours, "timm fused": theirs}, steps, 3 if setting.compile else 1, facts)
+    return Comparison({"atelier": ours, "timm fused": theirs}, steps, 3 if setting.compile else 1)
 
 
 def settings(device, quick):

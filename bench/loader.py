@@ -2,10 +2,10 @@
 
 python bench/loader.py [data.root=PATH] [augment=light] [seconds=90] [any key of train.py]
 
-Two measurements, both with the readers of training, by workers and augment.on_device: reading alone; and reading for
-training steps of the configured network, which decides, because on a CPU workers take the cores that training needs.
-The settings take turns; each turn opens its stream anew, warms it up, and counts for the same time. Figures are
-medians, with the least and the greatest. seconds: of all turns together. `quick` is for the tests.
+The readers of training read for training steps of the configured network, by workers and augment.on_device: on a CPU
+workers take the cores that training needs. The settings take turns; each turn opens its stream anew, warms it up, and
+counts for the same time. Figures are medians, with the least and the greatest. seconds: of all turns together. `quick`
+is for the tests.
 """
 
 import itertools
@@ -33,11 +33,12 @@ from models.image_model import Normalise
 from utils.ranks.processes import count_cores
 from utils.record.figures import align_columns
 
-SECONDS, QUICK_SECONDS = 90.0, 3.0
-_READ_SHARE, _STEP_SHARE = 0.35, 0.6  # of the seconds
+SECONDS = 90.0
+QUICK_SECONDS = 3.0
+_STEP_SHARE = 0.95  # of the seconds
 _NEAR = 0.95  # of the best: a simpler setting is taken
 _CLASSES = 100
-_HEAD = ("measured", "workers", "on_device", "batch", "images/s", "least to greatest")
+_HEAD = ("workers", "on_device", "batch", "images/s", "least to greatest")
 
 
 class Setting(NamedTuple):
@@ -73,7 +74,8 @@ class Streams:
 
     def batches(self, setting):
         """Yield batches of a setting without an end."""
-        self.machine.workers, size = setting.workers, setting.batch_size
+        self.machine.workers = setting.workers
+        size = setting.batch_size
         for (batch,) in self._loaders[setting.on_device].steps(self._step, size, size):
             self._step += 1
             yield batch
@@ -84,7 +86,8 @@ class TrainingStep:
 
     def __init__(self, config, runtime):
         torch.manual_seed(config.seed)
-        augment, self.runtime = config.augment, runtime
+        augment = config.augment
+        self.runtime = runtime
         check_image_size(config.model, tuple(augment.image_size_hw))
         self.network = build_network(config.model, _CLASSES).to(runtime.device)
         if runtime.channels_last:
@@ -103,12 +106,14 @@ class TrainingStep:
 
 def images_per_sec(batches, step, setting, seconds, device):
     """Return the images per second of one turn, after a warm-up in which each worker gives its first batch."""
-    warm_until, number = time.perf_counter() + 0.3 * seconds, 0
+    warm_until = time.perf_counter() + 0.3 * seconds
+    number = 0
     while number <= setting.workers or time.perf_counter() < warm_until:
         step(next(batches))
         number += 1
     synchronise(device)
-    started, count = time.perf_counter(), 0
+    started = time.perf_counter()
+    count = 0
     while count == 0 or time.perf_counter() - started < seconds:
         step(next(batches))
         count += 1
@@ -122,7 +127,7 @@ def synchronise(device):
         torch.cuda.synchronize()
 
 
-def measure_settings(streams, settings, seconds, turns, step=lambda batch: None):
+def measure_settings(streams, settings, seconds, turns, step):
     """Return images per second of each setting and turn, within about `seconds` in all."""
     each = seconds / (1.4 * turns * len(settings))
     found = {setting: [] for setting in settings}
@@ -147,50 +152,48 @@ def choose(found):
 def list_workers(quick):
     """Return the numbers of workers to try: 0, 1, 2, 4 .. and the cores."""
     cores = count_cores()
-    doubled = [0, *(2**power for power in range(cores.bit_length()) if 2**power <= cores), cores]
-    return sorted(set(doubled))[: 2 if quick else None]
+    doubled = [2**power for power in range(cores.bit_length())]
+    return sorted({0, *doubled, cores})[: 2 if quick else None]
 
 
-def rates_table(what, found):
+def rates_table(found):
     """Return the table of a measurement."""
-    rows = [
-        (what, str(setting.workers), str(setting.on_device).lower(), str(setting.batch_size),
-         f"{statistics.median(rates):,.0f}", f"{min(rates):,.0f} to {max(rates):,.0f}")
-        for setting, rates in found.items()
-    ]  # fmt: skip
-    return align_columns([_HEAD, *rows])
+    rows = [_HEAD]
+    for setting, rates in found.items():
+        values = str(setting.workers), str(setting.on_device).lower(), str(setting.batch_size)
+        spread = f"{min(rates):,.0f} to {max(rates):,.0f}"
+        rows.append((*values, f"{statistics.median(rates):,.0f}", spread))
+    return align_columns(rows)
 
 
 def measure(config, seconds, quick):
     """Measure, print and write the figures of a configuration."""
-    runtime, turns = choose_runtime(config.runtime), 1 if quick else 3
+    runtime = choose_runtime(config.runtime)
+    turns = 1 if quick else 3
     streams = Streams(config, runtime)
     size = min(config.loop.micro_batch_size, config.loop.batch_size)
     settings = [Setting(choice, count, size) for choice in streams.choices for count in list_workers(quick)]
-    reading = measure_settings(streams, settings, _READ_SHARE * seconds, turns)
-    print(rates_table("reading alone", reading), flush=True)
-
     step = TrainingStep(config, runtime)
     training = measure_settings(streams, settings, _STEP_SHARE * seconds, turns, step)
-    print(rates_table("training step", training), flush=True)
+    print(rates_table(training), flush=True)
     same = itertools.repeat(next(streams.batches(settings[0])))
     alone = images_per_sec(same, step, settings[0], 0.05 * seconds, runtime.device)
     chosen = choose(training)
-    advised = {"runtime.workers": chosen.workers, "augment.on_device": str(chosen.on_device).lower()}
     rate = statistics.median(training[chosen])
-    print(
-        f"with the settings advised, training gets {rate:,.0f} images/s; the network alone takes {alone:,.0f}",
-        flush=True,
-    )
-    print(" ".join(f"{key}={value}" for key, value in advised.items()), flush=True)
+    print(f"with the settings advised, training gets {rate:,.0f} images/s; the network alone takes {alone:,.0f}")
+    print(f"runtime.workers={chosen.workers} augment.on_device={str(chosen.on_device).lower()}", flush=True)
 
 
 def main():
-    words, quick = sys.argv[1:], "quick" in sys.argv
-    seconds = next((word.partition("=")[2] for word in words if word.startswith("seconds=")), None)
-    seconds = float(seconds or (QUICK_SECONDS if quick else SECONDS))
-    words = [word for word in words if word != "quick" and not word.startswith("seconds=")]
-    sys.argv[1:] = words  # what is left is the command line of train.py
+    quick = "quick" in sys.argv
+    seconds = QUICK_SECONDS if quick else SECONDS
+    words = []  # of train.py
+    for word in sys.argv[1:]:
+        if word.startswith("seconds="):
+            seconds = float(word.removeprefix("seconds="))
+        elif word != "quick":
+            words.append(word)
+    sys.argv[1:] = words
     replace(train.main, main=lambda config, job: measure(config, seconds, quick))()
 
 

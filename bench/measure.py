@@ -13,7 +13,6 @@ two neighbouring turns.
 """
 
 import json
-import platform
 import statistics
 import sys
 import time
@@ -24,7 +23,6 @@ from typing import Any
 import torch
 import yaml
 from pydantic import TypeAdapter
-from torch.profiler import ProfilerActivity, profile
 
 from engine.config import RuntimeConfig, TrainingConfig
 from engine.plan import Plan
@@ -40,7 +38,6 @@ OUT = ROOT / "outputs/bench"
 # Nothing is due in a run with these values of `loop`.
 BENCH_LOOP = {"log_every_steps": 10**9, "evaluate_every_epochs": 1e9, "checkpoint_every_steps": 10**9}
 _PAUSE_SEC = 0.3  # before a turn on a CPU: idle threads of another side's own pool spin for a while
-_OPERATIONS = 6  # of a profile
 
 Turn = Callable[[], Any]
 Row = dict[str, Any]
@@ -50,9 +47,8 @@ Row = dict[str, Any]
 class Comparison:
     """Sides of one setting: name -> a function that makes `steps` steps. The first is ours, and compared with each.
 
-    warmup: calls of each side that are not counted. facts: what else a row says; `teraflop`, the arithmetic of a step
-    of our side, gives our rate. clock: what gives the seconds, such as time.process_time where one thread does the
-    work; None: the device's.
+    warmup: calls of each side that are not counted. facts: what else a row says. clock: what gives the seconds, such as
+    time.process_time where one thread does the work; None: the device's.
     """
 
     sides: dict[str, Turn]
@@ -69,7 +65,7 @@ def run_bench(settings: Callable[[torch.device, bool], Settings], turns: int = 5
     """Measure the settings and print each as soon as it is there.
 
     The command's words: `quick`, two turns of tiny sizes, whose figures mean nothing; `rows`, one line of JSON for each
-    ratio, with a profile of our side, in place of a table; and any text, for settings with that text in their name.
+    ratio in place of a table; and any text, for settings with that text in their name.
     """
     words = sys.argv[1:]
     quick = "quick" in words
@@ -94,11 +90,7 @@ def measure(name: str, comparison: Comparison, device: torch.device, turns: int)
     peaks = {side: warm_up(turn, comparison, device) for side, turn in comparison.sides.items()}
     times = take_turns(comparison, device, turns)
     ours, *others = comparison.sides
-    facts = dict(comparison.facts)
     medians = {side: round(statistics.median(found), 3) for side, found in times.items()}
-    if "teraflop" in facts:
-        facts["ours_teraflop_per_sec"] = round(1e3 * facts["teraflop"] / medians[ours], 1)
-    facts["profile_percent"] = top_operations(comparison.sides[ours], device)
     rows = []
     for theirs in others:
         ratios = [above / below for above, below in zip(times[ours], times[theirs])]
@@ -108,7 +100,7 @@ def measure(name: str, comparison: Comparison, device: torch.device, turns: int)
         row["ms"] = [medians[ours], medians[theirs]]
         if device.type == "cuda":
             row["peak_gib"] = [peaks[ours], peaks[theirs]]
-        rows.append({**row, **facts})
+        rows.append({**row, **comparison.facts})
     return rows
 
 
@@ -159,26 +151,6 @@ def table(rows: list[Row]) -> str:
         spread = f"{row['figure']:.3f} ({low:.3f} to {high:.3f})"
         cells.append((row["setting"], row["ours"], ours_ms, row["theirs"], theirs_ms, spread))
     return align_columns(cells)
-
-
-def device_name(device: torch.device) -> str:
-    """Return the name of the machine that a figure was measured on."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
-
-
-def top_operations(turn: Turn, device: torch.device) -> dict[str, float]:
-    """Return the operations that take most of a turn, in percent of the time of all."""
-    activities = [ProfilerActivity.CPU]
-    key = "self_cpu_time_total"
-    if device.type == "cuda":
-        activities.append(ProfilerActivity.CUDA)
-        key = "self_device_time_total"
-    with profile(activities=activities) as found:
-        turn()
-    times = {event.key[:60]: getattr(event, key) for event in found.key_averages()}
-    total = sum(times.values()) or 1
-    names = sorted(times, key=lambda name: -times[name])[:_OPERATIONS]
-    return {name: round(100 * times[name] / total, 1) for name in names}
 
 
 def repeated(step: Callable[[], Any], steps: int) -> Turn:

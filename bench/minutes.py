@@ -79,7 +79,7 @@ AUGMENTATIONS = {
 NOT_MIRRORED = ["glyphs", "glyphs_tenth"]  # a user knows that a mirrored letter is another one
 # `Train: 0 [  10/30 ( 37%)]  ...  Time: 0.191s,  334.74/s  (0.328s,  195.01/s)`: the mean rate of the epoch so far.
 TIMM_LINE = re.compile(r"Train: (\d+) \[ *(\d+)/.*?Time: .*?\(.*?s, +([\d.]+)/s\)")
-MEANS = ["steps", "train_sec", "wall_sec", "cpu_sec"]  # columns of the table
+MEANS = ["steps", "wall_sec", "cpu_sec"]  # columns of the table
 
 
 def make_trial(arm, name, minutes, seed=0, settings=None):
@@ -135,8 +135,8 @@ class Bench:
         row = {**trial, **found, "wall_sec": round(wall_sec, 1), "cpu_sec": round(cpu_sec, 1)}
         self.journal.add(row)
         busy = "" if 0.9 < cpu_sec / wall_sec < 1.1 else "; WALL AND CPU TIME DIFFER: is the core busy?"
-        found = f"top-1 {row['top1']:.4f}, {row['steps']} steps, {wall_sec:.1f} s, CPU {cpu_sec:.1f} s{busy}"
-        sys.stderr.write(f"{time.strftime('%H:%M:%S')} {trial['trial']}: {found}\n")
+        found = f"top-1 {row['top1']:.4f}, {row['steps']} steps, {wall_sec:.1f} s{busy}"
+        sys.stderr.write(f"{trial['trial']}: {found}\n")
         shutil.rmtree(out / "run", ignore_errors=True)  # weights
         return row
 
@@ -245,8 +245,7 @@ def table(rows):
         ours = errors.get((name, minutes, "ours"), math.nan)
         line["errors, ours / theirs"] = ours / errors[name, minutes, arm] if arm == "timm" else None
         for column in MEANS:
-            line[column] = round(statistics.mean(row.get(column, row["wall_sec"]) for row in runs))
-        line["trials"] = sum(row["seed"] == 0 for row in found)
+            line[column] = round(statistics.mean(row[column] for row in runs))
         line["best settings"] = " ".join(map(str, best.values()))
         lines.append(line)
     return show_rows(lines) if lines else "no runs"

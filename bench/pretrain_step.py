@@ -1,10 +1,9 @@
-"""FCMAE in sparse against dense execution of the same network at 224 px: a whole step's time, activation memory.
+"""FCMAE in sparse against dense execution of the same network at 224 px: a whole step's time.
 
 python bench/pretrain_step.py [quick] [TEXT OF A SETTING]        (on an idle machine; quick: the smallest network)
 
 Both sides run `Learner.update` with AdamW on the same weights, images and masks, on a GPU as a CUDA graph. `bound`: the
-ratio of their multiply-adds, counted by torch's flop counter over the forward pass. `activation_memory`: the ratio of
-the bytes that autograd keeps for the backward pass, each storage counted once, without parameters.
+ratio of their multiply-adds, counted by torch's flop counter over the forward pass.
 """
 
 import sys
@@ -15,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from bench.measure import Comparison, build_bench_run, read_group, repeated, run_bench, runtime_of
+from bench.measure import Comparison, build_bench_run, read_group, repeated, run_bench
 from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig
 from engine.tasks.kind import Setup
 from models.config import ConvNeXtV2Config
@@ -57,24 +56,6 @@ def count_flops(task, batch):
     return counter.get_total_flops()
 
 
-def saved_bytes(task, batch, runtime):
-    """Return the bytes that autograd keeps between the passes, without parameters and the batch."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in [*task.parameters(), *task.buffers(), *batch.values()]}
-    storages = {}
-
-    def note(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            storages[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor), runtime.autocast():
-        output = task(batch, 0.0)  # held, so that no storage is freed and its address used again
-    found = sum(storages.values())
-    del output
-    return found
-
-
 def stepper(task, batch, precision):
     """Return a function that makes one whole update."""
     machine = {"device": "auto", "precision": precision, "deterministic": False, "cuda_graphs": True}
@@ -88,16 +69,10 @@ def compare(size, precision, compiled, device):
     torch.compiler.reset()
     tasks = {execution: make_task(size, execution, device) for execution in ("sparse", "dense")}
     flops = {name: count_flops(task, batch) for name, task in tasks.items()}
-    runtime = runtime_of(precision)
-    memory = {name: saved_bytes(task, batch, runtime) for name, task in tasks.items()}
     if compiled:
         for task in tasks.values():
             task.compile()
-    facts = {
-        "teraflop": 3 * flops["sparse"] / 1e12,  # a backward pass takes twice a forward pass
-        "bound": round(flops["sparse"] / flops["dense"], 3),
-        "activation_memory": round(memory["sparse"] / memory["dense"], 3),
-    }
+    facts = {"bound": round(flops["sparse"] / flops["dense"], 3)}
     sides = {name: repeated(stepper(task, batch, precision), STEPS) for name, task in tasks.items()}
     return Comparison(sides, STEPS, 2, facts)
 

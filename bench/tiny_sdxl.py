@@ -97,27 +97,21 @@ def write_pictures(folder: Path, captions: list[str], each: int) -> None:
 
 def write_tones(folder: Path) -> None:
     """Write shapes/, the captioned pictures of a base model, and orange/, a tone that is new to it."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
-    write_pictures(unfinished / "shapes", CAPTIONS, _EACH_CAPTION)
-    write_pictures(unfinished / "orange", ["orange", "black", "white"], _EACH_CAPTION // 2)
-    unfinished.rename(folder)
+    write_pictures(folder / "shapes", CAPTIONS, _EACH_CAPTION)
+    write_pictures(folder / "orange", ["orange", "black", "white"], _EACH_CAPTION // 2)
 
 
 def write_tagged(folder: Path) -> None:
     """Write PNGs of coloured shapes on grounds of four tones; each tenth has its tags in a .txt file beside it."""
-    unfinished = folder.with_name(f".{folder.name}")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
-    unfinished.mkdir(parents=True)
+    folder.mkdir(parents=True)
     draw = random.Random(0)
     combinations = list(itertools.product(COLOURS, SHAPES + SHAPES[:2], TONES)) * _EACH
     draw.shuffle(combinations)
     for number, (colour, shape, tone) in enumerate(combinations):
         image = draw_shape(shape, COLOURS[colour], TONES[tone], draw.choice(SIZES_HW), draw)
-        image.save(unfinished / f"{number:04}.png")
+        image.save(folder / f"{number:04}.png")
         if number % _TAGGED_EVERY == 0:
-            (unfinished / f"{number:04}.txt").write_text(f"{colour}, {shape}, {tone} ground")
-    unfinished.rename(folder)
+            (folder / f"{number:04}.txt").write_text(f"{colour}, {shape}, {tone} ground")
 
 
 def read_pictures(folder: Path) -> list[Image.Image]:
@@ -212,15 +206,18 @@ def scale_latents(vae: nn.Module, images: Tensor) -> None:
 
 
 def main():
-    kind, folder, *more = sys.argv[1:]
-    if kind == "pictures":
-        write_tagged(Path(folder))
-    elif kind == "tones":
-        write_tones(Path(folder))
-    else:
+    kind, place, *more = sys.argv[1:]
+    folder = Path(place)
+    if kind == "base":
         minutes, images = more
-        error = write_base(Path(folder), float(minutes), read_pictures(Path(images)))
+        error = write_base(folder, float(minutes), read_pictures(Path(images)))
         sys.stdout.write(f"error of the VAE's pictures: {error:.1f} of 255\n")
+        return
+    unfinished = folder.with_name(f".{folder.name}")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a killed call
+    write = {"pictures": write_tagged, "tones": write_tones}[kind]
+    write(unfinished)
+    unfinished.rename(folder)
 
 
 if __name__ == "__main__":

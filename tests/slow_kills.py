@@ -91,32 +91,40 @@ RANGE = ["lr_finder.enabled=true", "lr_finder.steps=100", "lr_finder.max_share=1
          "loop.evaluate_every_epochs=3"]  # fmt: skip
 
 
+SAVES = ["loop.checkpoint_every_steps=3", "loop.micro_batch_size=2", "loop.ema_decay=0.95", "runtime.workers=2",
+         "model.drop_path_rate=0.2"]  # fmt: skip
+
+
 @pytest.mark.parametrize(
-    ("task", "words", "steps", "longest_sec"),
+    ("task", "words", "steps", "longest_sec", "number"),
     [
-        ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15),
-        ("diffusion", DRAWN, 14, 0.5),
-        ("classification", RANGE, 100, 0.3),
+        ("fcmae", ["task.probe.k=3", "task.probe.every_epochs=0.1"], 14, 0.15, signal.SIGTERM),
+        ("diffusion", DRAWN, 14, 0.5, signal.SIGTERM),
+        ("classification", RANGE, 100, 0.3, signal.SIGTERM),
+        ("classification", SAVES, 60, 0.5, signal.SIGKILL),
+        ("fcmae", SAVES, 60, 0.5, signal.SIGKILL),
     ],
 )
-def test_a_run_that_is_stopped_at_random_moments(task, words, steps, longest_sec, tmp_path):
+def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, number, tmp_path):
     """It leaves within seconds, and its rows and weights are those of an undisturbed run."""
-    data, script = support.make_collection(tmp_path / "data"), support.SCRIPTS[task]
+    data = support.make_collection(tmp_path / "data")
+    script = support.SCRIPTS[task]
     overrides = support.common(task, data, "run", *OFTEN, f"loop.total_steps={steps}", *words)
     support.run(script, [*overrides, "run_dir=straight"], tmp_path)
     draw, seconds, statuses = random.Random(task), [], []
-    for number in range(MOMENTS):
+    for part in range(MOMENTS):
         started = support.start(script, overrides, tmp_path)
-        marks = ("the first step", "resumed from", "range test") if number else ("",)
+        marks = ("the first step", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
         while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
             time.sleep(0.01)
-        time.sleep(moment(number, longest_sec, draw))
+        time.sleep(moment(part, longest_sec, draw))
         began = time.monotonic()
-        started.signal(signal.SIGTERM)
+        started.signal(number)
         statuses += started.wait()
         seconds.append(time.monotonic() - began)
     support.run(script, overrides, tmp_path)
-    assert set(statuses[1:]) <= {0, 75} and 75 in statuses and max(seconds) < 5, seconds
+    ended = -signal.SIGKILL if number == signal.SIGKILL else 75
+    assert set(statuses[1:]) <= {0, ended} and ended in statuses and max(seconds) < 5, seconds
     support.assert_same_rows(tmp_path / "straight", tmp_path / "run")
     straight, stopped = (support.checkpoint_tensors(tmp_path / name, steps) for name in ("straight", "run"))
     assert all(torch.equal(straight[name], stopped[name]) for name in straight)

@@ -52,7 +52,7 @@ def test_the_best_of_a_rivals_trials_runs_with_all_seeds_and_a_killed_bench_goes
     _, _, ours, timm, _ = (line.split() for line in said.out.splitlines())
     assert ours[2:7] == ["ours", "0.8000", "(0.8000", "to", "0.8000)"]
     assert timm[2:9] == ["timm", "0.5400", "(0.5400", "to", "0.5400)", "0.4348", "50"]  # 12 s at 0.25 s of CPU a step
-    assert timm[-5:] == ["4", "0.001", "resnet18", "mild", "64"]
+    assert timm[-4:] == ["0.001", "resnet18", "mild", "64"]
 
     journal = tmp_path / "found.jsonl"
     journal.write_text("".join(journal.read_text().splitlines(keepends=True)[:-3]) + '{"trial": "tor')

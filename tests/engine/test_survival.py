@@ -1,6 +1,6 @@
 """Survival: whole runs that are killed, signalled, refused by the disk, fed what is not finite, and end as they should.
 
-Equality of whole runs bit for bit, exit statuses, and messages. The long form, fifty kills, is bench/kill_trials.py;
+Equality of whole runs bit for bit, exit statuses, and messages; tests/slow_kills.py kills at random moments;
 tests/tasks/troubled.py is the fine-tuning that meets the trouble. What needs no process of its own runs in the test's.
 """
 
