@@ -105,35 +105,24 @@ def run_stage(name: str, words: list[str]) -> float:
 
 
 def show_stages(config: WorkshopConfig, title: str, done: Done) -> str:
-    """Write the page: seconds, commands, pictures, and the figures in JSON files. Return the stages as a table."""
+    """Write the page: seconds, best figures, commands and pictures of the stages. Return the first two as a table."""
     run_dir = Path(config.run_dir)
-    stages = []
+    rows = []
     pictures = {}
-    figures: dict[str, list[dict[str, Any]]] = {}
     for name, stage in config.stages.items():
         row = {"stage": name, "seconds": done[name]["seconds"], "best": ""}
-        for leaf in stage.leaves:
-            file = run_dir / leaf
+        rows.append(row)
+        for file in (run_dir / leaf for leaf in stage.leaves):
             with readable(file, file.suffix):
                 if file.suffix == ".png":
                     pictures[f"{name}: {file.name}"] = np.array(Image.open(file).convert("RGB"))
-                elif file.suffix == ".json":
+                elif file.name == RESULT_FILE:
                     found = read_json(file)
-                    numbers = [(key, value) for key, value in found.items() if type(value) in (int, float)]
-                    figures[f"{name}: {file.name}"] = [{"figure": key, "value": value} for key, value in numbers]
-                    if file.name == RESULT_FILE:
-                        row["best"] = f"{found['metric']} {found['value']:.4g}"
-        stages.append(row)
-    commands = [{"stage": name, "command": done[name]["command"]} for name in config.stages]
-    seconds = sum(row["seconds"] for row in stages)
-    write_page(
-        run_dir / PAGE,
-        title,
-        {"all stages, seconds": seconds},
-        {"stages": stages, **figures, "commands": commands},
-        pictures,
-    )
-    return show_rows(stages)
+                    row["best"] = f"{found['metric']} {found['value']:.4g}"
+    stages = [{**row, "command": done[row["stage"]]["command"]} for row in rows]
+    seconds = sum(row["seconds"] for row in rows)
+    write_page(run_dir / PAGE, title, {"all stages, seconds": seconds}, {"stages": stages}, pictures)
+    return show_rows(rows)
 
 
 def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done:
@@ -146,13 +135,12 @@ def find_finished(sources: Mapping[str, Source], config: WorkshopConfig) -> Done
     with readable(path, "JSON", "remove it"):
         earlier = read_json(path) if path.is_file() else {}
     done = {}
-    for name, source in sources.items():
-        known = earlier.get(name, source)
-        for key, what in (("images", "other images"), ("command", f"another stages.{name}.command")):
-            if known[key] != source[key]:
-                raise UserError(f"run_dir: {run_dir} has the stage {name} of {what}; name another folder")
-        if name in earlier and all((run_dir / file).exists() for file in config.stages[name].leaves):
-            done[name] = known
+    for name in (name for name in sources if name in earlier):
+        if not sources[name].items() <= earlier[name].items():
+            found = f"{name} of another stages.{name}.command, or of other images"
+            raise UserError(f"run_dir: {run_dir} has the stage {found}; name another folder")
+        if all((run_dir / file).exists() for file in config.stages[name].leaves):
+            done[name] = earlier[name]
     return done
 
 
@@ -164,24 +152,21 @@ def main(config: WorkshopConfig, job: Job) -> str:
     run_dir = Path(config.run_dir)
     log.info("%s", describe_collection(collection))
     commands = {name: complete_command(stage.command, config, job) for name, stage in config.stages.items()}
-    sources = {
-        name: {"command": hide_secrets(shlex.join(words)), "images": collection.fingerprint}
-        for name, words in commands.items()
-    }
+    texts = {name: hide_secrets(shlex.join(words)) for name, words in commands.items()}
+    sources = {name: {"command": text, "images": collection.fingerprint} for name, text in texts.items()}
     done = find_finished(sources, config)
     left = [name for name in commands if name not in done]
     if done:
         log.info("finished already: %s", ", ".join(done))
     if config.dry_run:
         for name in left:
-            log.info("%s: python %s", name, sources[name]["command"])
+            log.info("%s: python %s", name, texts[name])
         return f"dry run: {len(left)} of {len(commands)} stages are left"
 
     # ---------------------------------------------------------------------------------------------- 2. The stages
     refusal = f"run_dir: another workshop is writing to {run_dir}; wait for it or give another run_dir"
     with output_errors("run_dir", run_dir), file_lock(run_dir / LOCK_FILE, refusal):
         for name in left:
-            write_json(run_dir / _STAGES, done)
             seconds = run_stage(name, commands[name])
             for file in config.stages[name].leaves:
                 if not (run_dir / file).exists():
@@ -191,7 +176,7 @@ def main(config: WorkshopConfig, job: Job) -> str:
 
         # ---------------------------------------------------------------------------------------------- 3. The page
         log.info("%s", Lines(show_stages(config, f"Workshop: {describe_collection(collection)}", done)))
-    return f"{len(done)} stages, {sum(stage['seconds'] for stage in done.values()):.0f} s; {run_dir / PAGE}"
+    return f"{len(done)} stages; {run_dir / PAGE}"
 
 
 if __name__ == "__main__":

@@ -78,7 +78,7 @@ def test_a_recipe_runs_through_and_nothing_is_repeated(recipe, tmp_path, monkeyp
     finished = read_json(tmp_path / "run/stages.json")
     assert [*finished] == [*stages] and {*map(show_name, PICTURES[recipe])} <= {*page.pictures}
     if recipe == "images":
-        assert "calibrate: metrics.json" in page.text and "mAP" in page.text
+        assert "mAP" in page.text
         texts = [len(list((tmp_path / folder).glob("*.txt"))) for folder in ("run/images", "images")]
         assert texts == [80, 40]
     assert work(stages, tmp_path, *words) and read_json(tmp_path / "run/stages.json") == finished

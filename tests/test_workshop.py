@@ -36,7 +36,8 @@ if trouble.exists():
         sys.exit(f"{name}.py: {error}")
 from PIL import Image
 Image.new("RGB", (8, 8), name).save(run / f"{name}.png")
-(run / f"{name}.json").write_text('{"score": 0.5, "text": "<b>"}')
+(run / name).mkdir(exist_ok=True)
+(run / name / "result.json").write_text('{"metric": "top1", "value": 0.5}')
 """
 
 
@@ -67,7 +68,7 @@ def recipe(tmp_path):
     script = f"'{tmp_path}/it is a stub.py'"
     make_images(tmp_path / "Anna's images")
     return {
-        name: Stage(command=f"{script} {name} $RUN $DATA", leaves=[f"{name}.json", f"{name}.png"])
+        name: Stage(command=f"{script} {name} $RUN $DATA", leaves=[f"{name}/result.json", f"{name}.png"])
         for name in ("red", "blue")
     }
 
@@ -87,7 +88,7 @@ def test_a_killed_workshop_goes_on_and_repeats_no_finished_stage_and_keeps_none_
     order = lambda: (tmp_path / "order.txt").read_text().split()  # noqa: E731
     assert order() == ["red", "blue"]
     assert work(recipe, tmp_path, "dry_run=true") == "dry run: 1 of 2 stages are left"
-    assert work(recipe, tmp_path).startswith("2 stages, ") and order()[2:] == ["blue"]
+    assert work(recipe, tmp_path).startswith("2 stages; ") and order()[2:] == ["blue"]
     work(recipe, tmp_path)
     assert len(order()) == 3
     (tmp_path / "run/blue.png").unlink()
@@ -110,7 +111,7 @@ def test_the_page_shows_the_seconds_pictures_figures_and_commands(recipe, tmp_pa
     work(recipe, tmp_path)
     page = Page((tmp_path / "run/report.html").read_text())
     assert page.pictures == ["red: red.png", "blue: blue.png"]
-    assert "all stages, seconds" in page.text and "score" in page.text and f"data.root={tmp_path}/Anna" in page.text
+    assert "all stages, seconds" in page.text and "top1 0.5" in page.text and f"data.root={tmp_path}/Anna" in page.text
     assert {*read_json(tmp_path / "run/stages.json")["red"]} == {"command", "images", "seconds"}
 
 
