@@ -6,7 +6,7 @@ VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
 
-.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu clean
 
 help:  ## this list
 	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
@@ -97,18 +97,6 @@ bench: install  ## side-by-side measurements; run it on an idle machine
 
 bench-gpu: install-sdxl  ## GPU tests and benches in eight minutes of one GPU; adds figures to docs/gpu.jsonl, and goes on from it
 	$(PY) bench/gpu.py
-
-DECODERS := from PIL import features; print(*filter(features.check, "jpg zlib webp avif jpg_2000 libtiff littlecms2".split()))
-
-simd: install  ## replace Pillow by pillow-simd, if that reads every format (needs a C compiler and the headers of their libraries)
-	@before=$$($(PY) -c '$(DECODERS)'); pillow=$$($(PY) -m pip freeze | grep -i '^pillow==') || { echo "there is no Pillow to replace"; exit 1; }; \
-	$(PY) -m pip uninstall --quiet --yes pillow; \
-	$(PY) -m pip install --quiet --no-deps --no-binary pillow-simd pillow-simd; \
-	after=" $$($(PY) -c '$(DECODERS)') "; \
-	for name in $$before; do case "$$after" in *" $$name "*) ;; *) lost="$$lost $$name" ;; esac; done; \
-	test -z "$$lost" && exit; \
-	$(PY) -m pip uninstall --quiet --yes pillow-simd; $(PY) -m pip install --quiet --no-deps "$$pillow"; \
-	echo "pillow-simd could not be built with$$lost: $$pillow is back"; exit 1
 
 clean:  ## remove environment, outputs and drawn collections
 	rm -rf $(VENV) $(INTEROP) outputs collections .pytest_cache .ruff_cache
