@@ -27,6 +27,7 @@ from data.augment.config import AugmentConfig
 from data.augment.views import training_views
 from data.open import Data, load_collection, open_images
 from data.stream.loader import no_fields
+from engine.run.length import wait_for
 from engine.update.runtime import choose_runtime
 from models.build import build_network, check_image_size
 from models.image_model import Normalise
@@ -111,20 +112,14 @@ def images_per_sec(batches, step, setting, seconds, device):
     while number <= setting.workers or time.perf_counter() < warm_until:
         step(next(batches))
         number += 1
-    synchronise(device)
+    wait_for(device)
     started = time.perf_counter()
     count = 0
     while count == 0 or time.perf_counter() - started < seconds:
         step(next(batches))
         count += 1
-    synchronise(device)
+    wait_for(device)
     return count * setting.batch_size / (time.perf_counter() - started)
-
-
-def synchronise(device):
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
 
 
 def measure_settings(streams, settings, seconds, turns, step):
