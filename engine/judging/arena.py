@@ -49,8 +49,11 @@ class Arena:
     def __init__(
         self, models: Mapping[str, Predictor], data: DataConfig, config: ArenaConfig, runtime: Runtime, batch_size: int
     ) -> None:
-        self._models, self._data, self._min_support = models, data, config.min_support
-        self._runtime, self._batch_size = runtime, batch_size
+        self._models = models
+        self._data = data
+        self._min_support = config.min_support
+        self._runtime = runtime
+        self._batch_size = batch_size
         with about("models"):
             self._outputs = {name: known_outputs(name, predictor) for name, predictor in models.items()}
         self._shared = share_tags(self._outputs)
@@ -64,10 +67,14 @@ class Arena:
         Tables: `arena`, a row per model, best mAP first; `arena_groups`, all metrics per category; `arena_tags`, the AP
         of each tag. Image: `pr_curves`. Raises UserError (`job.min_support`, `models`).
         """
-        rows, groups, wholes, tags = [], [], {}, {}
+        rows = []
+        groups = []
+        wholes = {}
+        tags = {}
         for name in self._models:
             scores, images = self._measure(name)
-            tables, wholes[name] = scores.tables(), scores.groups["all"]
+            tables = scores.tables()
+            wholes[name] = scores.groups["all"]
             categories = {"all", *map(category_name, scores.vocabulary.categories)}
             groups += [{"model": name, **row} for row in tables["tag_groups"] if row["group"] in categories]
             shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN}
@@ -84,7 +91,8 @@ class Arena:
 
     def _measure(self, name: str) -> tuple[TagScores, int]:
         """Return a model's scores on the shared tags with enough support, and the number of readable images."""
-        predictor, shared = self._models[name], self._shared
+        predictor = self._models[name]
+        shared = self._shared
         outputs = [self._outputs[name][key] for key in shared.columns]
         preprocessing = predictor.preprocessing
         source = open_images(self._collection, self._data, preprocessing)

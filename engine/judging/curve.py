@@ -35,12 +35,14 @@ _DRAWS = 1000
 
 def train_curve(config: ImageTrainingConfig, job: Job) -> str:
     """Train on each share, predict, and write plots/learning_curve.png and learning_curve.json; return their line."""
-    path, given = default_run_dir(config.model_dump(mode="json"), job), config.loop.per_class
+    path = default_run_dir(config.model_dump(mode="json"), job)
+    given = config.loop.per_class
     limits = [max(1, round(share * given)) if isinstance(given, int) else share * (given or 1.0) for share in _SHARES]
     images = _count_images(config, limits)
     if config.dry_run:
         return f"{train(config, job)}; the curve: {', '.join(f'{count:,}' for count in images)} images"
-    words, jobs = [word for word in job.overrides if word.partition("=")[0] not in ("curve", "run_dir")], []
+    words = [word for word in job.overrides if word.partition("=")[0] not in ("curve", "run_dir")]
+    jobs = []
     for share, most in zip(_SHARES, limits):
         folder, more = (path, []) if share == 1 else (path / f"curve_{100 * share:g}", [f"loop.per_class={most}"])
         jobs.append(SweepJob((*words, *more, f"run_dir={folder}"), str(folder)))
@@ -49,16 +51,20 @@ def train_curve(config: ImageTrainingConfig, job: Job) -> str:
     results = [RunReader(Path(each.folder)).result or {} for each in jobs]
     if any(result.get("value") is None for result in results):
         raise UserError(f"curve: a run in {path} has no best figure, so there is no curve; see its log.txt")
-    curve, metric = fit_curve(images, results), results[-1]["metric"]
+    curve = fit_curve(images, results)
+    metric = results[-1]["metric"]
     if environment_rank() == 0:
         from utils.record.plots import plot_learning_curve  # imports matplotlib
 
-        points, plot = [*curve["runs"], curve["twice"]], path / "plots" / "learning_curve.png"
+        points = [*curve["runs"], curve["twice"]]
+        plot = path / "plots" / "learning_curve.png"
         values = np.array([[point["value"], *(point["interval"] or [point["value"]] * 2)] for point in points])
-        law, counts = curve["law"], [point["images"] for point in points]
+        law = curve["law"]
+        counts = [point["images"] for point in points]
         with output_errors("run_dir", path):
             write_json(path / "learning_curve.json", {"metric": metric, **curve})
-            errors, fitted = _turn(values, results), law["a"] + law["b"] * np.array(counts) ** -law["c"]
+            errors = _turn(values, results)
+            fitted = law["a"] + law["b"] * np.array(counts) ** -law["c"]
             plot_learning_curve(counts, errors, fitted, f"{path.name}: {metric}", plot)
     shown = ", ".join(f"{run['value']:.4g} with {run['images']:,}" for run in curve["runs"])
     twice = f"{curve['twice']['value']:.4g}{show_interval(curve['twice']['interval'])}"
@@ -72,7 +78,8 @@ def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) ->
         raise UserError(f"curve: loop.count={loop.count} is not of each class; set loop.per_class")
     if loop.total_steps == 0:
         raise UserError("curve: trains three runs; remove loop.total_steps=0")
-    kind, collection = KINDS[config.task.name], load_collection(config.data)
+    kind = KINDS[config.task.name]
+    collection = load_collection(config.data)
     if len(collection.rows("val")) == 0:
         raise UserError(f"curve: {collection.root} has no validation images; set data.validation_fraction")
     setup = kind.set_up(config, collection)
@@ -94,7 +101,8 @@ def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[
     The interval, 95 %, is of a run with twice the images: the law is fitted again to errors with the noise that their
     intervals state, and the prediction has the noise of the last one. Without intervals there is none.
     """
-    keys, ends = ("value", "interval"), None
+    keys = ("value", "interval")
+    ends = None
     runs = [{"images": count, **{key: result.get(key) for key in keys}} for count, result in zip(images, results)]
     errors = _turn(np.array([run["value"] for run in runs]), results)
     (law, *_), (predicted, *_) = fit_law(np.array(images), errors[None])
@@ -109,13 +117,16 @@ def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[
 
 def fit_law(images: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return a, b and c of the law, [D, 3], and its error at twice the last number of images, [D]. errors: [D, N]."""
-    powers, found = (images / images[-1]) ** -_EXPONENTS[:, None], []  # [C, N]
+    powers = (images / images[-1]) ** -_EXPONENTS[:, None]  # [C, N]
+    found = []
     for free in ([1, 1], [1, 0], [0, 1]):  # a and b, or one of them where the other would be negative
         design = np.stack([np.ones_like(powers), powers], axis=2) * free
         values = np.einsum("ckn,dn->dck", np.linalg.pinv(design), errors)
         gaps = ((np.einsum("cnk,dck->dcn", design, values) - errors[:, None]) ** 2).sum(2)
         found.append((values, np.where((values < 0).any(2), np.inf, gaps)))
     values, gaps = (np.concatenate(column, axis=1) for column in zip(*found))
-    rows, best = np.arange(len(errors)), gaps.argmin(1)
-    (a, b), c = values[rows, best].T, np.tile(_EXPONENTS, 3)[best]
+    rows = np.arange(len(errors))
+    best = gaps.argmin(1)
+    (a, b) = values[rows, best].T
+    c = np.tile(_EXPONENTS, 3)[best]
     return np.stack([a, b * images[-1] ** c, c], axis=1), a + b * 2.0**-c

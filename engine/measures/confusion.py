@@ -48,7 +48,9 @@ class Confusion:
     def macro_scalars(self) -> dict[str, float]:
         """Return the mean accuracy and mean F1 over the classes that have samples."""
         held = np.flatnonzero(self.samples)
-        samples, predicted, correct = self.samples[held], self.predicted[held], self.correct[held]
+        samples = self.samples[held]
+        predicted = self.predicted[held]
+        correct = self.correct[held]
         return {
             "mean_class_accuracy": float((correct / samples).mean()),
             "macro_f1": float((2 * correct / (samples + predicted)).mean()),

@@ -14,11 +14,13 @@ _PART_OF_MATRIX = 24  # otherwise, this many of the most confused ones
 
 def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarray:
     """Draw the whole confusion matrix, or with many classes only the most confused ones."""
-    samples, number = confusion.samples, len(class_names)
+    samples = confusion.samples
+    number = len(class_names)
     wrong = f"{int((samples - confusion.correct).sum()):,} of {int(samples.sum()):,}"
     is_whole = number <= _WHOLE_MATRIX
     classes = list(range(number)) if is_whole else confusion.most_confused(_PART_OF_MATRIX)
-    counts, names = confusion.counts[classes][:, classes].toarray(), [class_names[index] for index in classes]
+    counts = confusion.counts[classes][:, classes].toarray()
+    names = [class_names[index] for index in classes]
     shown = f"Confusion matrix of {number}" if is_whole else f"The {len(classes)} most confused of {number:,}"
     title = f"{shown} classes; images wrong in all: {wrong}\nnumbers are per cent of the row's images"
     title += "" if is_whole else "; other: classes that are not shown"

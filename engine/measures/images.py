@@ -8,7 +8,8 @@ from torch.nn import functional as F
 
 from utils.ranks import distributed
 
-_WINDOW_PX, _WINDOW_STD = 11, 1.5
+_WINDOW_PX = 11
+_WINDOW_STD = 1.5
 
 
 def measure_psnr(images: Tensor, decoded: Tensor) -> Tensor:
@@ -32,7 +33,8 @@ def measure_ssim(images: Tensor, decoded: Tensor) -> Tensor:
         window = torch.outer(weights, weights).expand(values.shape[1], 1, size, size)
         return F.conv2d(values, window, groups=values.shape[1])
 
-    first, second = blur(images), blur(decoded)
+    first = blur(images)
+    second = blur(decoded)
     spread = blur(images.square()) - first.square(), blur(decoded.square()) - second.square()
     shared = blur(images * decoded) - first * second
     near = (2 * first * second + 0.01**2) / (first.square() + second.square() + 0.01**2)

@@ -22,7 +22,8 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     similarity: the mean cosine with the real picture of the caption, each vector less the mean of the real ones: 1 for
     equal pictures, about 0 for pictures that are not nearer to their partner than to the others.
     """
-    leaked, centre = (drawn.tags & others).sum() - (real.tags & others).sum(), real.vectors.mean(axis=0)
+    leaked = (drawn.tags & others).sum() - (real.tags & others).sum()
+    centre = real.vectors.mean(axis=0)
     return {
         "recall": float(drawn.tags[prompted].mean()),
         "real_recall": float(real.tags[prompted].mean()),
@@ -33,7 +34,8 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:
     """Return the cosine of each pair of vectors [N, D], float64 [N]; 0 for a zero vector."""
-    first, second = first.astype(np.float64), second.astype(np.float64)
+    first = first.astype(np.float64)
+    second = second.astype(np.float64)
     norms = np.linalg.norm(first, axis=1) * np.linalg.norm(second, axis=1)
     return (first * second).sum(axis=1) / np.maximum(norms, 1e-12)
 

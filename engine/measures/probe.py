@@ -59,7 +59,8 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
         log.warning("probe: skipped: features are not finite, or no image of the training or validation set was read")
         return {}
     mean, scale = standardise(train)
-    train, val = (train - mean) / scale, (val - mean) / scale
+    train = (train - mean) / scale
+    val = (val - mean) / scale
     classes, targets = torch.unique(train_labels, return_inverse=True)
     neighbours = KNeighborsClassifier(
         min(k, len(train)), metric="cosine", weights=lambda far: np.exp(-far / TEMPERATURE)
@@ -82,7 +83,8 @@ def _score(train: Tensor, train_labels: Tensor, val: Tensor, val_labels: Tensor,
 
 def standardise(features: Tensor) -> tuple[Tensor, Tensor]:
     """Return mean and standard deviation [C] of features [N, C]; infinity for constant ones, so they become 0."""
-    mean, std = features.mean(dim=0), features.std(dim=0, correction=0)
+    mean = features.mean(dim=0)
+    std = features.std(dim=0, correction=0)
     # Ignore the rounding errors of a constant.
     return mean, torch.where(std > 1e-6 * mean.abs(), std, torch.inf)
 

@@ -28,8 +28,10 @@ _FIXED = int(edge_below(DEFAULT_LOGIT))
 _LEVELS = edge_below(logit(np.arange(100) / 100))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
-_Z, _KNOWN = 1.645, 0.1  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
-_HARDEST, _HARDEST_SUPPORT = 100, 10  # rows of the table, and the least positives of a tag in it
+_Z = 1.645  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
+_KNOWN = 0.1
+_HARDEST = 100  # rows of the table, and the least positives of a tag in it
+_HARDEST_SUPPORT = 10
 
 
 def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -78,7 +80,8 @@ class Group:
     def row(self) -> dict[str, float]:
         """Return the group's scores."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
-        f1, (_, _, mean_f1, mean_mcc) = self.micro()[2], self.macro
+        f1 = self.micro()[2]
+        (_, _, mean_f1, mean_mcc) = self.macro
         figures = {
             "mAP": self.mean_ap,
             "macro_f1": mean_f1[macro],
@@ -96,7 +99,8 @@ class Group:
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
     """Return the tags of each group as bool [T], by name: all but ratings, categories, bands of training images."""
-    counts, categories = np.asarray(vocabulary.counts), np.asarray(vocabulary.categories)
+    counts = np.asarray(vocabulary.counts)
+    categories = np.asarray(vocabulary.categories)
     is_rating = categories == RATING
     members = {"all": ~is_rating | is_rating.all()}
     for number in np.unique(categories):
@@ -114,14 +118,19 @@ class TagScores:
     """
 
     def __init__(self, counts: TagCounts, vocabulary: Vocabulary) -> None:
-        self.counts, self.vocabulary = counts, vocabulary
+        self.counts = counts
+        self.vocabulary = vocabulary
         self.ap = counts.average_precision()
         members = _members(vocabulary)
         member = np.stack(list(members.values())).astype(np.float64)  # [G, T]
-        sums, device, per_tag = 0.0, counts.scores.device, []
+        sums = 0.0
+        device = counts.scores.device
+        per_tag = []
         for tags, tp, predicted in counts.tails():
-            tp, predicted = tp.double(), predicted.double()
-            positives, total = tp[:, :1], predicted[:, :1]
+            tp = tp.double()
+            predicted = predicted.double()
+            positives = tp[:, :1]
+            total = predicted[:, :1]
             f1 = 2 * tp / (predicted + positives).clamp(min=1)
             spread = (predicted * (total - predicted) * positives * (total - positives)).sqrt()
             mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
@@ -133,13 +142,16 @@ class TagScores:
             middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)
             per_tag.append(torch.cat([positives, best, middle], dim=1))
         support, self.best_f1, edges = torch.cat(per_tag).cpu().numpy().T
-        self.support, self.best_edge, held = support.astype(np.int64), edges.astype(np.int64), support > 0
+        self.support = support.astype(np.int64)
+        self.best_edge = edges.astype(np.int64)
+        held = support > 0
         if not held.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
         means = member @ np.stack([held, ~held, np.nan_to_num(self.ap), self.best_f1], axis=1)
         self.groups: dict[str, Group] = {}
         for name, (size, empty, ap, best), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
-            counted, mean = curves[:2].astype(np.int64), max(1.0, size)
+            counted = curves[:2].astype(np.int64)
+            mean = max(1.0, size)
             self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean, best / mean)
 
     def scalars(self) -> dict[str, float]:
@@ -152,7 +164,8 @@ class TagScores:
         places: `tags.place` of images drawn by chance; images: how many the counts are of.
         """
         held = _members(self.vocabulary)["all"] & (self.support > 0)
-        device, weights = self.counts.histograms.device, held / max(1, held.sum())
+        device = self.counts.histograms.device
+        weights = held / max(1, held.sum())
         changes = self.counts.influences(*(torch.from_numpy(array).to(device) for array in (places, weights)))
         return float((images * changes.square().mean()).sqrt())
 
@@ -198,9 +211,11 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
     rows = []
     for index, profile in enumerate(CATEGORY_PROFILES):
         for number, name in groups.items():
-            (edge, note, is_few), group = chosen[number][index], reported.groups[name]
+            (edge, note, is_few) = chosen[number][index]
+            group = reported.groups[name]
             if is_few and number != OVERALL:
-                edge, note = chosen[OVERALL][index][0], f"{note}: the threshold of all tags"
+                edge = chosen[OVERALL][index][0]
+                note = f"{note}: the threshold of all tags"
                 chosen[number][index] = edge, note, False
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
             rows.append(_measured(profile, number, name, edge, counts, note))
@@ -231,8 +246,10 @@ def _choose_edges(group: Group, least_precision: float, least_recall: float) -> 
     precision, recall, _ = group.micro()
     images = group.predicted[0] / (group.num_tags + group.num_empty)
     positives = min(group.support, images)
-    sure, whole = lower_bound(precision, np.minimum(group.predicted, images)), lower_bound(1.0, positives)
-    precise, complete = sure >= least_precision, np.flatnonzero(lower_bound(recall, positives) >= least_recall)
+    sure = lower_bound(precision, np.minimum(group.predicted, images))
+    whole = lower_bound(1.0, positives)
+    precise = sure >= least_precision
+    complete = np.flatnonzero(lower_bound(recall, positives) >= least_recall)
     edges = (
         equal_point(precision, recall),
         int(precise.argmax() if precise.any() else sure.argmax()),

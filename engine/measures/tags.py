@@ -23,7 +23,11 @@ from utils.ranks import distributed
 
 _UNIT = math.log(0.65 / 0.35) / 40  # so that 0.35, 0.5 and 0.65 are edges
 # Bounds in units: bins are one unit wide between the inner bounds, and `_COARSE` units outside.
-_LOWEST, _FINE_FROM, _FINE_TO, _HIGHEST, _COARSE = -1600, -704, 320, 1600, 8
+_LOWEST = -1600
+_FINE_FROM = -704
+_FINE_TO = 320
+_HIGHEST = 1600
+_COARSE = 8
 _UNITS = np.r_[_LOWEST:_FINE_FROM:_COARSE, _FINE_FROM:_FINE_TO, _FINE_TO:_HIGHEST:_COARSE]
 EDGES = _UNITS * _UNIT  # [BINS] ascending logits; the outer bins also hold all logits beyond them
 BINS = len(EDGES)
@@ -92,12 +96,15 @@ class TagCounts:
         """
         total = torch.zeros(len(places), dtype=torch.float64, device=places.device)
         for tags, tp, predicted in self.tails():
-            positives, predicted = self.histograms[tags, 1].double(), predicted.double().clamp(min=1)
-            precision, count = tp / predicted, tp[:, :1].double().clamp(min=1)
+            positives = self.histograms[tags, 1].double()
+            predicted = predicted.double().clamp(min=1)
+            precision = tp / predicted
+            count = tp[:, :1].double().clamp(min=1)
             lacks = -(positives * precision / predicted).cumsum(1)
             has = lacks + (positives / predicted).cumsum(1) + precision
             has -= (positives * precision).sum(1, keepdim=True) / count
-            table, index = torch.cat([lacks, has], dim=1) / count, places[:, tags].T.long()
+            table = torch.cat([lacks, has], dim=1) / count
+            index = places[:, tags].T.long()
             total += weights[tags].double() @ table.gather(1, index.clamp(min=0)).where(index >= 0, 0.0)
         return total
 
@@ -141,17 +148,20 @@ class TagHistograms:
             tags = slice(start, start + _TAGS)
             # [C, B], so that a row's bins stay in the processor's cache.
             scores, known = (tensor[:, tags].T.float().contiguous() for tensor in (logits, targets))
-            used, hits = valid & ~known.isnan(), known > 0.5
+            used = valid & ~known.isnan()
+            hits = known > 0.5
             scores = torch.where(used & ~scores.isnan(), scores, -torch.inf)
             self._counts[tags].scatter_add_(1, _bin_of(scores) + BINS * hits, used.int())
-            scores, hits = torch.cat([self._scores[tags], scores], dim=1), torch.cat([self._hits[tags], hits], dim=1)
+            scores = torch.cat([self._scores[tags], scores], dim=1)
+            hits = torch.cat([self._hits[tags], hits], dim=1)
             self._scores[tags], order = scores.topk(_KEPT, dim=1, sorted=False)
             self._hits[tags] = hits.gather(1, order)
 
     def reduce(self) -> TagCounts:
         """Return the counts of all ranks."""
         assert self._counts is not None, "no batch was added"
-        counts, parts = distributed.all_reduce_sum(self._counts).view(self.num_tags, 2, BINS), []
+        counts = distributed.all_reduce_sum(self._counts).view(self.num_tags, 2, BINS)
+        parts = []
         for pair in zip(self._scores.split(_TAGS), self._hits.split(_TAGS)):
             gathered = (distributed.gather_rows(kept).view(-1, *kept.shape) for kept in pair)  # [ranks, C, 256]
             scores, hits = (kept.transpose(0, 1).flatten(1) for kept in gathered)

@@ -30,23 +30,29 @@ from utils.start import STARTED
 
 log = get_logger(__name__)
 
-UNIT_PX, FINE_PX = 64, 96  # of timing; of the features of weights
+UNIT_PX = 64  # of timing; of the features of weights
+FINE_PX = 96
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
-_SAMPLE, _SAMPLE_SHARE = 1000, 0.025  # images that are decoded for the facts, and at most this share of the minutes
+_SAMPLE = 1000  # images that are decoded for the facts, and at most this share of the minutes
+_SAMPLE_SHARE = 0.025
 # Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.91, fashion 0.70, glyphs 0.43): from
 # here on mirrored images train.
 MIRRORS = 0.85
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
 _SMALL_PX = 16  # side of the pictures in which they are compared
-_FINE, _LEAST_FINE = 600, 50  # images for features
+_FINE = 600  # images for features
+_LEAST_FINE = 50
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
 # EfficientNet-Lite0 with ImageNet's weights, two minutes of one core, and the best from scratch: 1,485 emoji 0.826 in
 # 4.8 epochs of 96 px, 0.755; 148 emoji 0.665, 0.634; 1,485 photographs 0.751, 0.642.
 LEAST_EPOCHS = 4
 _FINE_BATCH = 32
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
-_BATCH, _OWN_BATCH, _WARM_UP, _TIMED_SEC = 128, 8, 2, 1.0
+_BATCH = 128
+_OWN_BATCH = 8
+_WARM_UP = 2
+_TIMED_SEC = 1.0
 _UPDATE = 5  # as a multiple of the time of a forward pass: EfficientNet-Lite0 at 96 px, one core, 5.7
 
 
@@ -122,8 +128,10 @@ def draw_sample(
     source = open_images(collection, config.data, {"channels": 3, "shortest_px": most_px})
     started = time.monotonic()
     deadline = started + _SAMPLE_SHARE * 60 * config.loop.minutes
-    kept, sides = [], []
-    finer, small = [torch.zeros(0, 3, FINE_PX, FINE_PX)], [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
+    kept = []
+    sides = []
+    finer = [torch.zeros(0, 3, FINE_PX, FINE_PX)]
+    small = [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
     for row in _choose_rows(rows, labels):
         if time.monotonic() > deadline:
             break
@@ -207,7 +215,9 @@ def _most_telling(
     names: of timm's. None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. rate: of
     the reference network.
     """
-    best, most, deadline = None, 0.0, time.monotonic() + _PROBE_SHARE * seconds
+    best = None
+    most = 0.0
+    deadline = time.monotonic() + _PROBE_SHARE * seconds
     for name in names:
         try:
             features, image_sec = _read_features(name, sample.fine, deadline, runtime)
@@ -216,8 +226,10 @@ def _most_telling(
             continue
         if len(features) < _LEAST_FINE:
             break  # the time is over
-        labels, update_sec = sample.labels[: len(features)], _UPDATE * image_sec
-        plain, right = nearest_right(sample.small[: len(features)], labels), nearest_right(features, labels)
+        labels = sample.labels[: len(features)]
+        update_sec = _UPDATE * image_sec
+        plain = nearest_right(sample.small[: len(features)], labels)
+        right = nearest_right(features, labels)
         epochs = _SHARE * seconds / update_sec / max(images, 1)
         log.info(
             "the plan: nearest neighbours by features of %s are right %.2f times, by pictures %.2f; %.1f epochs of %d "
@@ -225,7 +237,8 @@ def _most_telling(
         )  # fmt: skip
         if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, len(labels))):
             cost = rate * update_sec * (UNIT_PX / FINE_PX) ** 2
-            best, most = Network(name, 0, cost, is_pretrained=True), right - plain
+            best = Network(name, 0, cost, is_pretrained=True)
+            most = right - plain
     return best
 
 
@@ -238,7 +251,8 @@ def _read_features(name: str, images: Tensor, deadline: float, runtime: Runtime)
     stated = stated_preprocessing(_config(name))
     network = load_timm(name, num_classes=0).to(runtime.device).eval()
     mean, std = (torch.tensor(stated[key])[:, None, None] for key in ("mean", "std"))
-    found, started = [], time.monotonic()
+    found = []
+    started = time.monotonic()
     for batch in ((images / 255 - mean) / std).split(_FINE_BATCH):
         if time.monotonic() > deadline:
             break
@@ -277,7 +291,8 @@ def compare_mirrored(small: Tensor, labels: Tensor) -> float:
     """
     if len(small) < 2:
         return 1.0
-    plain, mirrored = nearest_right(small, labels), nearest_right(small, labels, small.flip(3))
+    plain = nearest_right(small, labels)
+    mirrored = nearest_right(small, labels, small.flip(3))
     return min(1.0, (mirrored + _error(plain, len(small))) / plain) if plain else 1.0
 
 
@@ -313,7 +328,8 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
         repeat, _ = record_graph(update, runtime.device)
     except RuntimeError:  # the network waits for the GPU, as its training will
         repeat = update
-    started, count = time.monotonic(), 0
+    started = time.monotonic()
+    count = 0
     while time.monotonic() < started + _TIMED_SEC:
         repeat()
         wait_for(runtime.device)

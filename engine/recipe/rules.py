@@ -32,7 +32,8 @@ _REFERENCE_IMAGES = 400_000
 # 100 s of one core: 1,485 emoji 0.734 in 146 epochs, 0.760 in 82 of twice the width; with RandAugment 0.749 of widths
 # from 16, 0.760 from 32, 0.759 from 48; 600 textures 0.798 in 362, 0.823 in 203, 0.772 in 77 of a resnet18d; 148 emoji
 # 0.587 in 1,507, 0.616 in 847.
-_MOST_EPOCHS, _MOST_FOR_FEW = 60, 1.75
+_MOST_EPOCHS = 60
+_MOST_FOR_FEW = 1.75
 _NETWORKS = (
     Network("resnet10t", 16, 0.7),
     REFERENCE,
@@ -41,7 +42,8 @@ _NETWORKS = (
     Network("resnet18d", 64, 3.0),
     Network("resnet34d", 64, 5.5),
 )
-_STEP_PX, _SIZE_SHARE = 32, 2.2
+_STEP_PX = 32
+_SIZE_SHARE = 2.2
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,8 @@ def _cost_of_px(side: int) -> float:
 
 def choose_px(facts: Facts) -> int:
     """Return the side of the images: up to their own, if the time allows its cost; of a pretrained network from 96."""
-    network, most = facts.network, min(facts.side_px + _STEP_PX // 2, facts.most_px)
+    network = facts.network
+    most = min(facts.side_px + _STEP_PX // 2, facts.most_px)
     if network is not None and network.is_pretrained:
         fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS  # as a cost of an image
         return max(
@@ -101,13 +104,16 @@ _SMALL_CHANGES = [
 # Textures of any colour, 25 images a class, 80 s of a core: 0.13 without, 0.48 without the hue, 0.75 with it.
 _ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"]
 _MANY_EPOCHS = 60  # 250 images a class: 0.76 with it and 0.81 without in 8 epochs, 0.88 in 22 and 0.90 in 31
-_POLICY, _POLICY_EPOCHS = "rand-m9-mstd0.5-inc1", (50, 500)
+_POLICY = "rand-m9-mstd0.5-inc1"
+_POLICY_EPOCHS = (50, 500)
 _MIX_EPOCHS = 150
 # Letters of unseen typefaces, a core, without mixup and erasing, and with both: 12,298 in 21 epochs 0.810, 0.881; 1,230
 # in 155 0.667, 0.731; 1,025 in 100 0.497, 0.584. In shorter runs: 12,298 in 14 epochs 0.855 (three runs), with erasing
 # alone 0.846 (four); 1,230 in 88 (110,000 images seen) 0.712, 0.699 (four).
-_LETTER_EPOCHS, _LETTERS_SEEN = 20, 150_000
-_IMAGE, _NO_WEIGHTS = "augment.image_size_hw", "init_from=null"
+_LETTER_EPOCHS = 20
+_LETTERS_SEEN = 150_000
+_IMAGE = "augment.image_size_hw"
+_NO_WEIGHTS = "init_from=null"
 # Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
 RULES = (
     Rule(
@@ -302,12 +308,14 @@ def _choose_words(
     is_own = any(_touches(word, "model") for word in given) or config.init_from is not None
     looks_for_weights = given == job.overrides
     facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks_for_weights)
-    chosen, lines = [], []
+    chosen = []
+    lines = []
     longer = replace(facts, reference=2 * facts.reference)
     for rule in RULES:
         if not (facts.has_classes or rule.for_tags):
             continue
-        words, later = rule.words(facts), rule.words(longer)
+        words = rule.words(facts)
+        later = rule.words(longer)
         if kept := [word for word in given if any(_touches(word, group) for group in rule.groups)]:
             lines.append((" ".join(kept), "as set"))
             continue

@@ -30,7 +30,8 @@ from utils.config.entry_point import Job
 from utils.contracts import Batch
 from utils.ranks import distributed
 
-_MISTAKES, _PREDICTIONS = 48, 40  # images in a picture
+_MISTAKES = 48  # images in a picture
+_PREDICTIONS = 40
 _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 
@@ -76,7 +77,8 @@ class ClassificationTask(ImageTask):
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and labels [B], or targets [B, K] if images are mixed."""
-        images, labels = self.normalise(batch["images"]), batch["labels"]
+        images = self.normalise(batch["images"])
+        labels = batch["labels"]
         if not self.mixing.is_on:
             return images, labels
         targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
@@ -94,14 +96,20 @@ class ClassificationTask(ImageTask):
         Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
         samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`, `predictions`.
         """
-        names, most = self.class_names, min(5, len(self.class_names))
-        means, counts, decisions = Means(), ConfusionCounts(len(names)), TagHistograms(1)
-        mistakes, shown = TopSamples(_MISTAKES), TopSamples(_PREDICTIONS)
+        names = self.class_names
+        most = min(5, len(self.class_names))
+        means = Means()
+        counts = ConfusionCounts(len(names))
+        decisions = TagHistograms(1)
+        mistakes = TopSamples(_MISTAKES)
+        shown = TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
-            labels, valid = batch["labels"], batch["weight"] > 0
+            labels = batch["labels"]
+            valid = batch["weight"] > 0
             logits = self.network(self.normalise(batch["images"])).float()
             top = logits.topk(most, dim=1)
-            hits, predicted = top.indices == labels[:, None], top.indices[:, 0]
+            hits = top.indices == labels[:, None]
+            predicted = top.indices[:, 0]
             loss = F.cross_entropy(logits, labels, reduction="none")
             means.add({"loss": loss, "top1": hits[:, 0], f"top{most}": hits.any(dim=1)}, valid)
             counts.add(labels, predicted, valid)
@@ -111,9 +119,12 @@ class ClassificationTask(ImageTask):
             decisions.add(prob.logit()[:, None], hits[:, :1], valid)
             mistakes.add(prob, valid & ~hits[:, 0], fields)
             shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
-        scalars, confusion = means.reduce(), counts.reduce()
+        scalars = means.reduce()
+        confusion = counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
-        wrong, some, decided = mistakes.reduce(), shown.reduce(), decisions.reduce()
+        wrong = mistakes.reduce()
+        some = shown.reduce()
+        decided = decisions.reduce()
         if distributed.is_main():
             images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
             report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
@@ -129,7 +140,8 @@ class ClassificationTask(ImageTask):
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the loss, the first class and its probability; margin: of the label over the best other class."""
-        logits, labels = self.network(self.normalise(batch["images"])).float(), batch["labels"][:, None]
+        logits = self.network(self.normalise(batch["images"])).float()
+        labels = batch["labels"][:, None]
         probs = logits.softmax(dim=1)
         prob, first = probs.max(dim=1)
         margin = probs.gather(1, labels)[:, 0] - probs.scatter(1, labels, -torch.inf).amax(dim=1)
@@ -143,7 +155,8 @@ class ClassificationTask(ImageTask):
 class ClassificationKind(Kind):
     """Labelled images. The classes are those in the training split."""
 
-    config, task = ClassificationTaskConfig, ClassificationTask
+    config = ClassificationTaskConfig
+    task = ClassificationTask
     names = ("class_names",)
     output = "classes"
     next_commands = (

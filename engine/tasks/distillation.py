@@ -71,9 +71,11 @@ class DistillationTaskConfig(MixingConfig, TagRulesConfig):
 def find_student(setup: Setup) -> tuple[Kind, Setup]:
     """Return the kind and setup of the student as a model of its own: a tagger, a classifier, or a backbone."""
     if "tag_names" in setup.facts:
-        kind, more = TaggingKind(), {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
+        kind = TaggingKind()
+        more = {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
-        kind, more = ClassificationKind(), {"name": "classification", "head": "random", "allow_missing_classes": True}
+        kind = ClassificationKind()
+        more = {"name": "classification", "head": "random", "allow_missing_classes": True}
     else:
         return Kind(), setup
     shared = setup.task.model_dump(include=kind.config.model_fields.keys())
@@ -88,17 +90,22 @@ def _run(network: nn.Module, images: Tensor, *, features: bool) -> Tensor:
 class DistillationTask(Task):
     """Own the student, which is a complete task, and the teacher. Weight files contain only the student."""
 
-    trained, averaged, helpers = ("student.network",), ("student.network",), ("teacher",)
+    trained = ("student.network",)
+    averaged = ("student.network",)
+    helpers = ("teacher",)
     exported = ("student.network",)
     may_be_recorded = True
 
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         kind, student = find_student(setup)
-        self.student, self.mixing = kind.build(student), Mixing(setup.task)
+        self.student = kind.build(student)
+        self.mixing = Mixing(setup.task)
         self.metadata = {**self.student.metadata, "task": student.task.model_dump()}
-        self._config, teacher = setup.task, setup.facts.get("teacher")
-        self._is_labelled, self.teacher = setup.facts.get("labelled", False), None
+        self._config = setup.task
+        teacher = setup.facts.get("teacher")
+        self._is_labelled = setup.facts.get("labelled", False)
+        self.teacher = None
         if self._is_labelled:
             self.best_metric, self.best_is_lowest = self.student.best_metric, self.student.best_is_lowest
         if teacher is None:
@@ -109,10 +116,12 @@ class DistillationTask(Task):
             networks = (self.student.network, self.teacher)
             widths = (getattr(network, "head_hidden_size", network.num_features) for network in networks)
             self.projection = nn.Linear(*widths)
-        ours, theirs = setup.preprocessing, teacher["preprocessing"]
+        ours = setup.preprocessing
+        theirs = teacher["preprocessing"]
         mean = [(b - a) / scale for a, b, scale in zip(ours["mean"], theirs["mean"], ours["std"])]
         std = [b / scale for b, scale in zip(theirs["std"], ours["std"])]
-        self.renormalise, self._teacher_hw = Normalise(mean, std, len(mean)), tuple(theirs["image_size_hw"])
+        self.renormalise = Normalise(mean, std, len(mean))
+        self._teacher_hw = tuple(theirs["image_size_hw"])
 
     @about("task.teacher")
     def load_helpers(self, use: Use) -> None:
@@ -162,7 +171,8 @@ class DistillationTask(Task):
 
     def _differ(self, logits: Tensor, target: Tensor) -> Tensor:
         """Return the cross-entropy summed over tags, or the KL divergence of classes, of each sample [B]."""
-        logits, target = logits / self._config.temperature, target / self._config.temperature
+        logits = logits / self._config.temperature
+        target = target / self._config.temperature
         if "tag_names" in self.metadata:
             return bce(logits, target.sigmoid()).sum(dim=1)
         return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
@@ -200,7 +210,9 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
         shapes, metadata = read_weights(path, shapes_only=True)
         kinds = {"tagging": TaggingKind(), "classification": ClassificationKind()}
         setup = check_weights(path, shapes, metadata, kinds)[1]
-        model, preprocessing, names = setup.model, dict(setup.preprocessing), dict(setup.facts)
+        model = setup.model
+        preprocessing = dict(setup.preprocessing)
+        names = dict(setup.facts)
         outputs = len(next(iter(names.values())))
     else:
         import timm
@@ -226,8 +238,10 @@ class DistillationKind(Kind):
     Training uses no labels; evaluation does, if `val` has any.
     """
 
-    config, task = DistillationTaskConfig, DistillationTask
-    output, network = "features", "student.network"
+    config = DistillationTaskConfig
+    task = DistillationTask
+    output = "features"
+    network = "student.network"
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the teacher, the names of its outputs if the student learns them, and whether `val` has labels."""
@@ -239,7 +253,8 @@ class DistillationKind(Kind):
             raise UserError(f"task.targets: {task.targets}, but {task.teacher} has no head; set task.targets=features")
         facts = {"teacher": teacher, **names}
         if "tag_names" in names:
-            counts, is_rating = np.array(names["tag_counts"]), np.array(names["tag_categories"]) == RATING
+            counts = np.array(names["tag_counts"])
+            is_rating = np.array(names["tag_categories"]) == RATING
             # The number of images: each has one rating. Without ratings, take the most frequent tag's count.
             facts["tag_priors"] = (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
         kind, student = find_student(Setup(config.model, task, facts=facts))

@@ -131,7 +131,8 @@ class FCMAETask(ImageTask):
         With labelled samples in `probe_train` and `probe_val`, also return the accuracies of probes of the encoder's
         mean features.
         """
-        means, images = Means(), {}
+        means = Means()
+        images = {}
         for batch in loaders["val"]:
             inputs, pred, loss = self._reconstruct(batch)
             means.add({"loss": loss}, batch["weight"] > 0)
@@ -147,7 +148,8 @@ class FCMAETask(ImageTask):
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Draw rows of originals, inputs with grey masked patches, and reconstructions, for a few images of a batch."""
         few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
-        images, mask = images[few], batch["mask"][few]
+        images = images[few]
+        mask = batch["mask"][few]
         painted = self.network.reconstruct(images, pred[few].float(), mask)
         removed = self._removed(images, mask)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
@@ -163,9 +165,11 @@ class FCMAEKind(Kind):
     Labels are only used to probe the encoder, never to train it.
     """
 
-    config, task = FCMAETaskConfig, FCMAETask
+    config = FCMAETaskConfig
+    task = FCMAETask
     scripts = ("pretrain_fcmae",)
-    output, network = "features", "network.encoder"
+    output = "features"
+    network = "network.encoder"
     next_commands = ("python finetune.py init_from={run} {data}",)
 
     def preprocessing(self, config: ImageTrainingConfig) -> dict[str, Any]:
@@ -175,7 +179,8 @@ class FCMAEKind(Kind):
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return all rows, and a function that adds a sample's mask, bool [L], True for removed patches."""
-        patch_px, mask_ratio = _patch_px(setup.model, setup.task), setup.task.mask_ratio
+        patch_px = _patch_px(setup.model, setup.task)
+        mask_ratio = setup.task.mask_ratio
 
         def mask(example: Example) -> dict[str, Tensor]:
             height, width = example.views[IMAGES].shape[-2:]
@@ -186,7 +191,8 @@ class FCMAEKind(Kind):
 
     def streams(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the data of a run. The probe runs every `task.probe.every_epochs`."""
-        streams, every = super().streams(data, setup, config), setup.task.probe.every_epochs
+        streams = super().streams(data, setup, config)
+        every = setup.task.probe.every_epochs
         probes = {name: every for name in streams.evaluation if name.startswith("probe_")}
         return replace(streams, every_epochs=probes)
 
@@ -196,7 +202,8 @@ class FCMAEKind(Kind):
         loaders = {"val": data.prepared(rows, self.samples(data.collection, setup)[1], setup.preprocessing)}
         if training and setup.task.probe.every_epochs is None:
             return loaders
-        collection, probe = data.collection, setup.task.probe
+        collection = data.collection
+        probe = setup.task.probe
         class_ids = collection.class_ids(collection.class_names("train"))
         train, val = choose_probe_rows(
             class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images

@@ -39,7 +39,8 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
     with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does not
     end in one linear layer.
     """
-    network, head = task.network, find_head(task.network)
+    network = task.network
+    head = find_head(task.network)
     norms = [module for module in network.modules() if isinstance(module, nn.LayerNorm) and module.bias is not None]
     seen: dict[nn.Module, Tensor] = {}  # outputs of layer norms, and the head's input
     hooks = [norm.register_forward_hook(lambda norm, _, output: seen.update({norm: output})) for norm in norms]
@@ -61,7 +62,9 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
             "set task.head=random"
         )
     mean, scale = standardise(features)
-    weight, bias, result = head.weight.double().cpu(), head.bias.double().cpu(), "weights drawn"
+    weight = head.weight.double().cpu()
+    bias = head.bias.double().cpu()
+    result = "weights drawn"
     if fit:
         standard = (features - mean) / scale
         weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
@@ -92,7 +95,8 @@ def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Te
     trials = []  # per penalty: loss, scale and accuracy
 
     def quality(held_out: Tensor, labels: Tensor) -> float:
-        scores, accuracy = held_out.float(), (held_out.argmax(dim=1) == labels).double().mean().item()
+        scores = held_out.float()
+        accuracy = (held_out.argmax(dim=1) == labels).double().mean().item()
         trials.append((*min((float(F.cross_entropy(by * scores, labels)), by) for by in _SCALES), accuracy))
         return -trials[-1][0]
 

@@ -229,7 +229,8 @@ class Kind:
 
     def training(self, data: Data, setup: Setup, config: ImageTrainingConfig) -> Streams:
         """Return the training stream of a run or phase, with its fingerprints and descriptions."""
-        collection, views = data.collection, self.views(setup, config.augment)
+        collection = data.collection
+        views = self.views(setup, config.augment)
         is_usable, fields = self.samples(collection, setup)
         rows = training_rows(collection, config.loop, is_usable)
         train = data.train(rows, fields, views, sampler=self.sampler(collection, setup, config, rows))

@@ -88,5 +88,7 @@ class Mixing(nn.Module):
 
 def _box_side(place: Tensor, size: int, ratio: Tensor) -> Tensor:
     """Return which of `size` pixels a box covers, bool [size]; its centre is at `place` (0 to 1)."""
-    pixels, centre, half = torch.arange(size, device=ratio.device), (place * size).long(), (size * ratio).long() // 2
+    pixels = torch.arange(size, device=ratio.device)
+    centre = (place * size).long()
+    half = (size * ratio).long() // 2
     return (pixels >= centre - half) & (pixels < centre + half)

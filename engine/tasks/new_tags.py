@@ -40,21 +40,25 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     The penalty of each tag minimises its loss on a fifth of the images; near-duplicates are on one side.
     Raises UserError (`task.append_to`) if there are not enough images.
     """
-    found, first = read_features(task, data, rows, setup), setup.facts["known_tags"]
+    found = read_features(task, data, rows, setup)
+    first = setup.facts["known_tags"]
     rows = rows[list(found)]
     groups = np.unique(data.collection.leads(rows)[rows], return_inverse=True)[1]
     if not groups.any():
         raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
-    features, head = torch.stack(list(found.values())).double(), find_head(task.network)
+    features = torch.stack(list(found.values())).double()
+    head = find_head(task.network)
     targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
     for number, row in enumerate(rows.tolist()):
         targets[number, index.unknown_of(row)] = torch.nan
         targets[number, index.of_row(row)] = 1.0
-    (mean, scale), held_out = standardise(features), torch.from_numpy(groups % _FOLDS == 0)
+    (mean, scale) = standardise(features)
+    held_out = torch.from_numpy(groups % _FOLDS == 0)
     features = (features - mean) / scale
     weight, bias = distributed.rank_zero_call(lambda: _fit(features, targets[:, first:], held_out))
     weight = weight / scale
-    head.weight[first:], head.bias[first:] = weight, bias - weight @ mean
+    head.weight[first:] = weight
+    head.bias[first:] = bias - weight @ mean
     log.info("task.append_to: %d new tags, fitted to %s images", len(weight), f"{len(rows):,}")
 
 
@@ -68,7 +72,8 @@ def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -
     keys = np.array([record_key(*made_by, digest) for digest in hashes])
     is_missing = store.is_missing(keys)
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
-    key_of, ids = dict(zip(rows.tolist(), keys.tolist())), ("sample_id", "weight")
+    key_of = dict(zip(rows.tolist(), keys.tolist()))
+    ids = ("sample_id", "weight")
     for batch in data.prepared(rows[is_missing], no_fields, setup.preprocessing) if is_missing.any() else ():
         for row, weight, features in zip(*(batch[name].tolist() for name in ids), model.embed(batch["images"])):
             if weight > 0:

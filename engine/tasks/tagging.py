@@ -55,7 +55,8 @@ log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
 _SAMPLE = 1_000  # images that tell the error of the mAP
-_MISTAKES, _LINES = 24, 3  # images in the picture, and tags of each kind of mistake under an image
+_MISTAKES = 24  # images in the picture, and tags of each kind of mistake under an image
+_LINES = 3
 _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
 _Amount = Annotated[float, Field(ge=0, le=100)]
@@ -165,7 +166,8 @@ class TaggingTask(ImageTask):
         self.mixing = Mixing(config)
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
         # Facts for training only; weight files do not have them.
-        orientation, priors = facts.get("orientation"), facts.get("tag_priors")
+        orientation = facts.get("orientation")
+        priors = facts.get("tag_priors")
         self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
         self._priors = None if priors is None else torch.tensor(priors, device="cpu")
         if priors is not None:
@@ -186,7 +188,8 @@ class TaggingTask(ImageTask):
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
-        images, targets = batch["images"], read_targets(batch, len(self.vocabulary))
+        images = batch["images"]
+        targets = read_targets(batch, len(self.vocabulary))
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
@@ -259,8 +262,11 @@ class TaggingTask(ImageTask):
         wrong_by, missed_by: how far the probability of each error is from the tag's threshold.
         """
         logits, targets, loss = self._predict(batch)
-        probs, targets = logits.sigmoid().cpu().numpy(), targets.cpu().numpy()
-        has, lacks, found = targets == 1, targets == 0, probs >= self.thresholds
+        probs = logits.sigmoid().cpu().numpy()
+        targets = targets.cpu().numpy()
+        has = targets == 1
+        lacks = targets == 0
+        found = probs >= self.thresholds
         margin = np.where(has, probs, np.inf).min(axis=1) - np.where(lacks, probs, -np.inf).max(axis=1)
         tags = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
         names = np.array(self.vocabulary.names, object)
@@ -340,9 +346,11 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     state, metadata = read_weights(path, which=source.weights)
     if "tag_names" not in metadata:
         return
-    known, state = read_facts(path, metadata), convert(network, state)[1]
+    known = read_facts(path, metadata)
+    state = convert(network, state)[1]
     pairs = {row: known.columns[key] for key, row in vocabulary.columns.items() if key in known.columns}
-    rows, old = list(pairs), list(pairs.values())
+    rows = list(pairs)
+    old = list(pairs.values())
     for name, head in output_layers(network, "init_from", "name another file").items():
         weight, bias = (state.get(f"{name}.{part}", torch.empty(0)) for part in ("weight", "bias"))
         if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.weight[0].numel():
@@ -350,13 +358,15 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
         weight = weight.reshape(-1, *head.weight.shape[1:])
         head.weight.copy_(weight.mean(0))
         head.bias.copy_(prior_bias(priors))
-        head.weight[rows], head.bias[rows] = weight[old].to(head.weight), bias[old].to(head.bias)
+        head.weight[rows] = weight[old].to(head.weight)
+        head.bias[rows] = bias[old].to(head.bias)
     log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 
 def index_of(collection: Collection, setup: Setup) -> TagIndex:
     """Return a collection's tags as output numbers. Raises UserError (`task.rating_s`, `data.root`)."""
-    rules, only_used = read_rules(setup.task, "task."), setup.task.append_to is not None
+    rules = read_rules(setup.task, "task.")
+    only_used = setup.task.append_to is not None
     return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, only_used)
 
 
@@ -387,7 +397,8 @@ def read_flips(collection: Collection) -> np.ndarray | None:
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
     """Return how frequent each tag is among the rows that have a tag and a known label of it."""
-    rows, width = rows[index.tagged[rows]], len(vocabulary)
+    rows = rows[index.tagged[rows]]
+    width = len(vocabulary)
     return (index.count(rows, width) / np.maximum(index.count_known(rows, width), 1)).tolist()
 
 
@@ -416,7 +427,8 @@ def choose_vocabulary(config: TaggingTaskConfig, collection: Collection) -> Voca
 class TaggingKind(Kind):
     """Images with at least one tag of the vocabulary."""
 
-    config, task = TaggingTaskConfig, TaggingTask
+    config = TaggingTaskConfig
+    task = TaggingTask
     names = FACTS
     output = "tags"
     evaluation_command = "python evaluate.py run_dir={run} calibrate=true"
@@ -433,7 +445,8 @@ class TaggingKind(Kind):
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
-        vocabulary, known = choose_vocabulary(config.task, collection), None
+        vocabulary = choose_vocabulary(config.task, collection)
+        known = None
         if config.task.append_to is not None:
             known = vocabulary_of(read_tagger(config.init_from).facts)
             vocabulary = append_tags(known, vocabulary)
