@@ -59,20 +59,18 @@ class Confusion:
     def class_rows(self, names: Sequence[str]) -> list[dict[str, Any]]:
         """Return a row per class, with None for scores that would divide by zero and for missing confusions."""
         worst = {label: (names[prediction], count) for label, prediction, count in reversed(self.mistakes)}
-        columns = zip(names, self.samples.tolist(), self.predicted.tolist(), self.correct.tolist())
-        return [
-            {
-                "class": name,
-                "samples": samples,
-                "predicted": predicted,
-                "correct": correct,
-                "recall": correct / samples if samples else None,
-                "precision": correct / predicted if predicted else None,
-                "f1": 2 * correct / (samples + predicted) if samples else None,
-                **dict(zip(("confused_with", "confused_count"), worst.get(number, (None, None)))),
-            }
-            for number, (name, samples, predicted, correct) in enumerate(columns)
-        ]
+        rows = []
+        for number, name in enumerate(names):
+            samples = int(self.samples[number])
+            predicted = int(self.predicted[number])
+            correct = int(self.correct[number])
+            row = {"class": name, "samples": samples, "predicted": predicted, "correct": correct}
+            row["recall"] = correct / samples if samples else None
+            row["precision"] = correct / predicted if predicted else None
+            row["f1"] = 2 * correct / (samples + predicted) if samples else None
+            row["confused_with"], row["confused_count"] = worst.get(number, (None, None))
+            rows.append(row)
+        return rows
 
     def pair_rows(self, names: Sequence[str], most: int) -> list[dict[str, Any]]:
         """Return a row for each of the `most` most frequent wrong pairs."""

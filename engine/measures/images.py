@@ -61,8 +61,8 @@ class ChannelStatistics:
         covariance = means[1:, 1:] - torch.outer(means[0, 1:], means[0, 1:])
         stds = covariance.diagonal().clamp_min(0).sqrt()
         correlation = covariance / torch.outer(stds, stds).clamp_min(1e-300)
-        return [
-            {"channel": channel, "mean": mean, "std": std}
-            | {f"correlation_{other}": value for other, value in enumerate(row)}
-            for channel, (mean, std, row) in enumerate(zip(means[0, 1:].tolist(), stds.tolist(), correlation.tolist()))
-        ]
+        rows = []
+        for channel, (mean, std) in enumerate(zip(means[0, 1:].tolist(), stds.tolist())):
+            others = {f"correlation_{other}": value for other, value in enumerate(correlation[channel].tolist())}
+            rows.append({"channel": channel, "mean": mean, "std": std, **others})
+        return rows

@@ -24,12 +24,10 @@ def judge_pictures(prompted: np.ndarray, others: np.ndarray, drawn: Seen, real: 
     """
     leaked = (drawn.tags & others).sum() - (real.tags & others).sum()
     centre = real.vectors.mean(axis=0)
-    return {
-        "recall": float(drawn.tags[prompted].mean()),
-        "real_recall": float(real.tags[prompted].mean()),
-        "leakage": float(leaked / len(others)),
-        "similarity": float(cosines(drawn.vectors - centre, real.vectors - centre).mean()),
-    }
+    figures = {"recall": drawn.tags[prompted].mean(), "real_recall": real.tags[prompted].mean()}
+    figures["leakage"] = leaked / len(others)
+    figures["similarity"] = cosines(drawn.vectors - centre, real.vectors - centre).mean()
+    return {name: float(value) for name, value in figures.items()}
 
 
 def cosines(first: np.ndarray, second: np.ndarray) -> np.ndarray:

@@ -6,7 +6,7 @@ decisions on all tags. Macro scores are means over the tags with positives, as s
 
 import math
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any
 
 import numpy as np
@@ -28,10 +28,10 @@ _FIXED = int(edge_below(DEFAULT_LOGIT))
 _LEVELS = edge_below(logit(np.arange(100) / 100))
 _BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
-_Z = 1.645  # of the normal distribution at 95 %; how precisely `balanced` knows a recall of 0.5
-_KNOWN = 0.1
-_HARDEST = 100  # rows of the table, and the least positives of a tag in it
-_HARDEST_SUPPORT = 10
+_Z = 1.645  # of the normal distribution at 95 %
+_KNOWN = 0.1  # how precisely `balanced` knows a recall of 0.5
+_HARDEST = 100  # rows of the table
+_HARDEST_SUPPORT = 10  # the least positives of a tag in it
 
 
 def rates(tp: np.ndarray, predicted: np.ndarray, positives: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -81,18 +81,11 @@ class Group:
         """Return the group's scores."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1 = self.micro()[2]
-        (_, _, mean_f1, mean_mcc) = self.macro
-        figures = {
-            "mAP": self.mean_ap,
-            "macro_f1": mean_f1[macro],
-            "macro_pr_threshold": PROBS[macro],
-            "macro_mcc": mean_mcc[macro],
-            "micro_f1": f1[micro],
-            "micro_pr_threshold": PROBS[micro],
-            "macro_f1_at_0.35": mean_f1[_FIXED],
-            "micro_f1_at_0.35": f1[_FIXED],
-            "macro_best_f1": self.mean_best_f1,
-        }
+        mean_f1, mean_mcc = self.macro[2:]
+        figures = {"mAP": self.mean_ap, "macro_f1": mean_f1[macro], "macro_pr_threshold": PROBS[macro]}
+        figures |= {"macro_mcc": mean_mcc[macro], "micro_f1": f1[micro], "micro_pr_threshold": PROBS[micro]}
+        figures |= {"macro_f1_at_0.35": mean_f1[_FIXED], "micro_f1_at_0.35": f1[_FIXED]}
+        figures["macro_best_f1"] = self.mean_best_f1
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
         return {name: float(value) for name, value in figures.items()} | counts
 
@@ -174,13 +167,12 @@ class TagScores:
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)
         figures = np.stack([self.ap, self.best_f1, PROBS[self.best_edge], precision, recall], axis=1)
         names = ("ap", "best_f1", "best_threshold", "precision", "recall")
-        words = self.vocabulary
-        tags = [
-            {"tag": name, "category": category_name(category), "training_images": count, "support": support,
-             **dict(zip(names, values if support else [None] * len(names)))}
-            for name, category, count, support, values in zip(
-                words.names, words.categories, words.counts, self.support.tolist(), figures.tolist())
-        ]  # fmt: skip
+        tags = []
+        for number, support in enumerate(self.support.tolist()):
+            category = category_name(self.vocabulary.categories[number])
+            row = {"tag": self.vocabulary.names[number], "category": category}
+            row |= {"training_images": self.vocabulary.counts[number], "support": support}
+            tags.append(row | dict(zip(names, figures[number].tolist() if support else repeat(None))))
         hardest = sorted((row for row in tags if row["support"] >= _HARDEST_SUPPORT), key=lambda row: row["ap"])
         held = {name: group for name, group in self.groups.items() if group.num_tags}
         decisions = (decision_rows(name, group.predicted, group.tp, group.support) for name, group in held.items())
@@ -211,7 +203,7 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
     rows = []
     for index, profile in enumerate(CATEGORY_PROFILES):
         for number, name in groups.items():
-            (edge, note, is_few) = chosen[number][index]
+            edge, note, is_few = chosen[number][index]
             group = reported.groups[name]
             if is_few and number != OVERALL:
                 edge = chosen[OVERALL][index][0]

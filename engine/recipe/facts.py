@@ -5,6 +5,7 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
@@ -30,30 +31,26 @@ from utils.start import STARTED
 
 log = get_logger(__name__)
 
-UNIT_PX = 64  # of timing; of the features of weights
-FINE_PX = 96
+UNIT_PX = 64  # of timing
+FINE_PX = 96  # of the features of weights
 _MOST_PX = 224  # the largest that a plan chooses, if the recipe's own images are not larger
-_SAMPLE = 1000  # images that are decoded for the facts, and at most this share of the minutes
-_SAMPLE_SHARE = 0.025
-# Of the nearest neighbours' accuracy, the share that mirrored images keep (emoji 0.91, fashion 0.70, glyphs 0.43): from
-# here on mirrored images train.
-MIRRORS = 0.85
+_SAMPLE = 1000  # images that are decoded for the facts
+_SAMPLE_SHARE = 0.025  # of the minutes, at most, is for that
+MIRRORS = 0.85  # train on mirrored images if mirroring keeps this share of the nearest neighbours' accuracy
 _LEAST_FOR_COLOUR = 200  # of them, for a word on colours
 _OF_A_CLASS = 8  # images, at least, if the largest classes have as many
 _SMALL_PX = 16  # side of the pictures in which they are compared
 _FINE = 600  # images for features
-_LEAST_FINE = 50
+_LEAST_FINE = 50  # with fewer, features are not compared
 _PROBE_SHARE = 0.04  # of the minutes is for features of weights
-# EfficientNet-Lite0 with ImageNet's weights, two minutes of one core, and the best from scratch: 1,485 emoji 0.826 in
-# 4.8 epochs of 96 px, 0.755; 148 emoji 0.665, 0.634; 1,485 photographs 0.751, 0.642.
-LEAST_EPOCHS = 4
+LEAST_EPOCHS = 4  # of a pretrained network
 _FINE_BATCH = 32
 _SHARE = 0.85  # of the minutes is training; the rest is the start, evaluation and files
-_BATCH = 128
-_OWN_BATCH = 8
-_WARM_UP = 2
+_BATCH = 128  # of timing the reference network
+_OWN_BATCH = 8  # of timing the user's network
+_WARM_UP = 2  # updates before a timing
 _TIMED_SEC = 1.0
-_UPDATE = 5  # as a multiple of the time of a forward pass: EfficientNet-Lite0 at 96 px, one core, 5.7
+_UPDATE = 5  # the time of an update, as a multiple of that of a forward pass
 
 
 @dataclass(frozen=True)
@@ -181,12 +178,9 @@ def find_facts(
         side_px=int(np.median(sample.sides_px or [0])),
         most_px=most_px,
         has_classes=labels is not None,
-        mirrors=1.0 if sample.labels is None else compare_mirrored(sample.small, sample.labels),
-        border=round(sample.small[:, :, 0].median().item()) if len(sample.small) else 0,
-        colours=sample.labels is None or tells_colour(sample.small, sample.labels),
-        grey=len(sample.small) > 0 and bool((sample.small == sample.small[:, :1]).all()),
         reference=0.0,
         bf16=has_fast_bf16(runtime.device.type),
+        **look_at(sample),
     )
     network = None
     if is_own:
@@ -201,6 +195,19 @@ def find_facts(
     ranks = distributed.planned_world_size()  # each reads its part of the first epoch, then the memory cache has all
     reference = count_fitting(left, len(rows), first_sec / ranks, step_sec / ranks)
     return replace(facts, network=network, reference=reference)
+
+
+def look_at(sample: Sample) -> dict[str, Any]:
+    """Return the facts that the small pictures of a sample tell."""
+    small, labels = sample.small, sample.labels
+    facts = {"mirrors": 1.0, "border": 0, "colours": True, "grey": False}
+    if labels is not None:
+        facts["mirrors"] = compare_mirrored(small, labels)
+        facts["colours"] = tells_colour(small, labels)
+    if len(small):
+        facts["border"] = round(small[:, :, 0].median().item())
+        facts["grey"] = bool((small == small[:, :1]).all())
+    return facts
 
 
 def _config(name: str, channels: list[int] | None = None) -> TimmConfig:

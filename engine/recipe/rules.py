@@ -27,13 +27,9 @@ log = get_logger(__name__)
 
 _CROPS = 0.6  # below it, as a share like MIRRORS, the place and the size of a figure tell its class
 _SHRINK = 2  # as a multiple of the size in training: larger images are reduced when they are decoded
-# At which the reference network is the best: 12,298 glyphs, four minutes, 0.853 of widths from 16, 0.828 from 32.
-_REFERENCE_IMAGES = 400_000
-# 100 s of one core: 1,485 emoji 0.734 in 146 epochs, 0.760 in 82 of twice the width; with RandAugment 0.749 of widths
-# from 16, 0.760 from 32, 0.759 from 48; 600 textures 0.798 in 362, 0.823 in 203, 0.772 in 77 of a resnet18d; 148 emoji
-# 0.587 in 1,507, 0.616 in 847.
-_MOST_EPOCHS = 60
-_MOST_FOR_FEW = 1.75
+_REFERENCE_IMAGES = 400_000  # with about this many images of time, the reference network is the best of _NETWORKS
+_MOST_EPOCHS = 60  # beyond them, a wider network gains more
+_MOST_FOR_FEW = 1.75  # but its cost grows at most by this factor
 _NETWORKS = (
     Network("resnet10t", 16, 0.7),
     REFERENCE,
@@ -48,7 +44,10 @@ _SIZE_SHARE = 2.2
 
 @dataclass(frozen=True)
 class Rule:
-    """Words for the command line, and why. groups: any word of the user for one, or below it, keeps the rule out."""
+    """Words for the command line, and why.
+
+    groups: if the command sets one of these keys, or a key below it, the rule is skipped.
+    """
 
     groups: Sequence[str]
     words: Callable[[Facts], Sequence[str]]
@@ -101,20 +100,17 @@ _SMALL_CHANGES = [
     "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]",
     "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
 ]  # fmt: skip
-# Textures of any colour, 25 images a class, 80 s of a core: 0.13 without, 0.48 without the hue, 0.75 with it.
 _ANY_COLOUR = ["augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"]
-_MANY_EPOCHS = 60  # 250 images a class: 0.76 with it and 0.81 without in 8 epochs, 0.88 in 22 and 0.90 in 31
+_MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY = "rand-m9-mstd0.5-inc1"
 _POLICY_EPOCHS = (50, 500)
 _MIX_EPOCHS = 150
-# Letters of unseen typefaces, a core, without mixup and erasing, and with both: 12,298 in 21 epochs 0.810, 0.881; 1,230
-# in 155 0.667, 0.731; 1,025 in 100 0.497, 0.584. In shorter runs: 12,298 in 14 epochs 0.855 (three runs), with erasing
-# alone 0.846 (four); 1,230 in 88 (110,000 images seen) 0.712, 0.699 (four).
+# Longer runs learn letters by heart without mixup and erasing.
 _LETTER_EPOCHS = 20
 _LETTERS_SEEN = 150_000
 _IMAGE = "augment.image_size_hw"
 _NO_WEIGHTS = "init_from=null"
-# Measured on glyphs, Fashion-MNIST, emoji and textures; docs/results.md#by-minutes has the figures.
+# docs/results.md#by-minutes has the measurements.
 RULES = (
     Rule(
         ["model", "init_from"],
@@ -141,7 +137,6 @@ RULES = (
         lambda facts: [_word(_IMAGE, [choose_px(facts)] * 2)],
         lambda facts: f"the images have {facts.side_px} px{' or more' if facts.side_px == facts.most_px else ''}",
     ),
-    # 1,485 JPEGs of 800 x 600 px, two minutes of one core: 0.642 with it, 0.616 without (42 s late).
     Rule(
         ["augment.shrink", "loop.phases"],
         lambda facts: ["augment.shrink=true"] if facts.side_px > _SHRINK * choose_px(facts) else [],
@@ -150,7 +145,7 @@ RULES = (
     Rule(
         ["augment.horizontal_flip"],
         lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= MIRRORS else 0.0}"],
-        lambda facts: f"the nearest neighbours of mirrored images are right {facts.mirrors:.2f} times as often",
+        lambda facts: f"a mirrored image finds its class {facts.mirrors:.2f} times as often",
         for_tags=False,
     ),
     Rule(
@@ -169,9 +164,6 @@ RULES = (
         lambda facts: f"the mean colour tells nothing of the class, in about {epochs_of(facts):.0f} epochs",
         for_tags=False,
     ),
-    # One core, with it and without: 1,485 emoji, 475 updates, loss 0.798 and 0.843, 950 updates 0.760 and 0.821; 1,485
-    # photographs, 600 updates, top-1 0.683 and 0.621; 148 emoji, 600 updates, 1.238, with cutmix, 950 updates, 1.193.
-    # A tenth of Fashion-MNIST, two minutes: 0.901 and 0.906.
     Rule(
         ["augment.rand_augment", "augment.on_device"],
         lambda facts: [f"augment.rand_augment={_POLICY}"] if _takes_policy(facts) else [],
@@ -201,14 +193,11 @@ RULES = (
         lambda facts: "small images have no margin",
         for_tags=False,
     ),
-    # The pretrained network of facts.py on emoji, 96 px: AdamW 0.826 at 2e-3, 0.779 at 5e-3, Muon 0.764, one cycle
-    # 0.774; without a fitted head 0.717. Four minutes: 0.823, at 128 px 0.818.
     Rule(
         ["optim"],
         lambda facts: _choose_optimiser(facts)[0],
         lambda facts: _choose_optimiser(facts)[1],
     ),
-    # The same network, two minutes: 0.826 in 112 updates of 64, 0.774 in 40 of 128.
     Rule(
         ["loop.batch_size", "loop.micro_batch_size"],
         lambda facts: ["loop.batch_size=64"] if choose_network(facts).is_pretrained else [],
@@ -242,11 +231,7 @@ def _mixes_letters(facts: Facts) -> bool:
 
 
 def _mixing_words(facts: Facts) -> list[str]:
-    """Return mixup for letters, and cutmix for few images.
-
-    Cutmix in 100 s of one core, with it and without: 600 textures in 203 epochs 0.843, 0.823; 1,230 glyphs in 63 0.682,
-    0.682; 1,485 emoji in 82 0.748, 0.760 (two seeds). 12,298 glyphs in 300 s: 0.798, 0.810.
-    """
+    """Return mixup for letters, and cutmix for few images."""
     if _mixes_letters(facts):
         return ["task.mixup_alpha=0.4"]
     if _is_letters(facts) or epochs_of(facts) < _MIX_EPOCHS or _takes_policy(facts):

@@ -55,8 +55,8 @@ log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
 _SAMPLE = 1_000  # images that tell the error of the mAP
-_MISTAKES = 24  # images in the picture, and tags of each kind of mistake under an image
-_LINES = 3
+_MISTAKES = 24  # images in the picture
+_LINES = 3  # tags of each kind of mistake under an image
 _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
 _Amount = Annotated[float, Field(ge=0, le=100)]
