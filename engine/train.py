@@ -15,6 +15,7 @@ import shlex
 from data.open import Data, load_collection
 from engine.config import TrainingConfig
 from engine.recipe.pretrained import use_pretrained
+from engine.recipe.rules import plan_recipe
 from engine.run.checkpoint import will_resume
 from engine.run.seen import draw_seen
 from engine.run.start import build_task, describe_run, open_run, start_ranks
@@ -39,7 +40,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
     # --------------------------------------------------------------------------------------------------- 2. The data
     collection = load_collection(config.data)
     if config.loop.minutes is not None:
-        config, job = kind.plan(config, job, collection, runtime)
+        config, job = plan_recipe(config, job, kind, collection, runtime)
     path = default_run_dir(config.model_dump(mode="json"), job)
     resumes = distributed.rank_zero_call(lambda: will_resume(config, path))
     setup = kind.set_up(config, collection)

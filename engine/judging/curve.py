@@ -6,7 +6,7 @@ command, and therefore the whole of its length, `loop.minutes` too. The law erro
 errors; a or b is 0 where it would be negative.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,21 +54,24 @@ def train_curve(config: ImageTrainingConfig, job: Job) -> str:
     curve = fit_curve(images, results)
     metric = results[-1]["metric"]
     if environment_rank() == 0:
-        from utils.record.plots import plot_learning_curve  # imports matplotlib
-
-        points = [*curve["runs"], curve["twice"]]
-        plot = path / "plots" / "learning_curve.png"
-        values = np.array([[point["value"], *(point["interval"] or [point["value"]] * 2)] for point in points])
-        law = curve["law"]
-        counts = [point["images"] for point in points]
         with output_errors("run_dir", path):
-            write_json(path / "learning_curve.json", {"metric": metric, **curve})
-            errors = _turn(values, results)
-            fitted = law["a"] + law["b"] * np.array(counts) ** -law["c"]
-            plot_learning_curve(counts, errors, fitted, f"{path.name}: {metric}", plot)
+            _write(path, {"metric": metric, **curve}, results)
     shown = ", ".join(f"{run['value']:.4g} with {run['images']:,}" for run in curve["runs"])
     twice = f"{curve['twice']['value']:.4g}{show_interval(curve['twice']['interval'])}"
     return f"learning curve: {show_evaluated(metric)} {shown} images; twice as many would give {twice}: {path}/plots"
+
+
+def _write(path: Path, curve: Mapping[str, Any], results: Sequence[dict[str, Any]]) -> None:
+    """Write learning_curve.json, and draw the curve with the runs' intervals."""
+    from utils.record.plots import plot_learning_curve  # imports matplotlib
+
+    write_json(path / "learning_curve.json", curve)
+    points = [*curve["runs"], curve["twice"]]
+    values = np.array([[point["value"], *(point["interval"] or [point["value"]] * 2)] for point in points])
+    counts = np.array([point["images"] for point in points])
+    a, b, c = curve["law"].values()
+    title = f"{path.name}: {curve['metric']}"
+    plot_learning_curve(counts, _turn(values, results), a + b * counts**-c, title, path / "plots/learning_curve.png")
 
 
 def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) -> list[int]:
@@ -101,9 +104,11 @@ def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[
     The interval, 95 %, is of a run with twice the images: the law is fitted again to errors with the noise that their
     intervals state, and the prediction has the noise of the last one. Without intervals there is none.
     """
-    keys = ("value", "interval")
+    runs = [
+        {"images": count, "value": result["value"], "interval": result.get("interval")}
+        for count, result in zip(images, results)
+    ]
     ends = None
-    runs = [{"images": count, **{key: result.get(key) for key in keys}} for count, result in zip(images, results)]
     errors = _turn(np.array([run["value"] for run in runs]), results)
     (law, *_), (predicted, *_) = fit_law(np.array(images), errors[None])
     if all(run["interval"] for run in runs):
@@ -116,17 +121,21 @@ def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[
 
 
 def fit_law(images: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a, b and c of the law, [D, 3], and its error at twice the last number of images, [D]. errors: [D, N]."""
+    """Return a, b and c of the law, [D, 3], and its error at twice the last number of images, [D]. errors: [D, N].
+
+    For each exponent, a and b are a least-squares line through the powers; the exponent of the smallest gap is taken.
+    """
     powers = (images / images[-1]) ** -_EXPONENTS[:, None]  # [C, N]
-    found = []
-    for free in ([1, 1], [1, 0], [0, 1]):  # a and b, or one of them where the other would be negative
-        design = np.stack([np.ones_like(powers), powers], axis=2) * free
-        values = np.einsum("ckn,dn->dck", np.linalg.pinv(design), errors)
-        gaps = ((np.einsum("cnk,dck->dcn", design, values) - errors[:, None]) ** 2).sum(2)
-        found.append((values, np.where((values < 0).any(2), np.inf, gaps)))
-    values, gaps = (np.concatenate(column, axis=1) for column in zip(*found))
-    rows = np.arange(len(errors))
-    best = gaps.argmin(1)
-    (a, b) = values[rows, best].T
-    c = np.tile(_EXPONENTS, 3)[best]
+    mean = errors.mean(1, keepdims=True)
+    slopes = (errors - mean) @ powers.T / (len(images) * powers.var(1))  # [D, C]
+    slopes = np.maximum(slopes, 0)
+    levels = mean - slopes * powers.mean(1)
+    proportional = np.maximum(errors @ powers.T / np.square(powers).sum(1), 0)
+    slopes = np.where(levels < 0, proportional, slopes)
+    levels = np.maximum(levels, 0)
+    gaps = np.square(levels[..., None] + slopes[..., None] * powers - errors[:, None]).sum(2)
+    best = (np.arange(len(errors)), gaps.argmin(1))
+    a = levels[best]
+    b = slopes[best]
+    c = _EXPONENTS[best[1]]
     return np.stack([a, b * images[-1] ** c, c], axis=1), a + b * 2.0**-c

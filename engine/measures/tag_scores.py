@@ -64,7 +64,7 @@ class Group:
     num_empty: int  # tags without positives
     tp: np.ndarray  # [BINS]
     predicted: np.ndarray  # [BINS]
-    macro: np.ndarray  # [4, BINS]: precision, recall, F1, MCC, averaged over `num_tags`
+    macro: np.ndarray  # [3, BINS]: precision, recall, F1, averaged over `num_tags`
     mean_ap: float
     mean_best_f1: float
 
@@ -81,9 +81,9 @@ class Group:
         """Return the group's scores."""
         micro, macro = (equal_point(*curves[:2]) for curves in (self.micro(), self.macro))
         f1 = self.micro()[2]
-        mean_f1, mean_mcc = self.macro[2:]
+        mean_f1 = self.macro[2]
         figures = {"mAP": self.mean_ap, "macro_f1": mean_f1[macro], "macro_pr_threshold": PROBS[macro]}
-        figures |= {"macro_mcc": mean_mcc[macro], "micro_f1": f1[micro], "micro_pr_threshold": PROBS[micro]}
+        figures |= {"micro_f1": f1[micro], "micro_pr_threshold": PROBS[micro]}
         figures |= {"macro_f1_at_0.35": mean_f1[_FIXED], "micro_f1_at_0.35": f1[_FIXED]}
         figures["macro_best_f1"] = self.mean_best_f1
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
@@ -123,13 +123,10 @@ class TagScores:
             tp = tp.double()
             predicted = predicted.double()
             positives = tp[:, :1]
-            total = predicted[:, :1]
             f1 = 2 * tp / (predicted + positives).clamp(min=1)
-            spread = (predicted * (total - predicted) * positives * (total - positives)).sqrt()
-            mcc = (tp * total - predicted * positives) / spread.clamp(min=1)
-            # For a tag without positives, the last four are 0.
-            curves = [tp, predicted, tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1, mcc]
-            sums = sums + torch.from_numpy(member[:, tags]).to(device) @ torch.stack(curves)  # [6, G, BINS]
+            # For a tag without positives, the last three are 0.
+            curves = [tp, predicted, tp / predicted.clamp(min=1), tp / positives.clamp(min=1), f1]
+            sums = sums + torch.from_numpy(member[:, tags]).to(device) @ torch.stack(curves)  # [5, G, BINS]
             best = f1.amax(1, keepdim=True)
             order = (f1 == best).cumsum(1)
             middle = (order >= (order[:, -1:] + 1) // 2).int().argmax(1, keepdim=True)

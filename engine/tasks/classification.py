@@ -19,14 +19,12 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
-from engine.recipe.rules import plan_recipe
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import prepare_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
-from utils.config.entry_point import Job
 from utils.contracts import Batch
 from utils.ranks import distributed
 
@@ -157,6 +155,7 @@ class ClassificationKind(Kind):
 
     config = ClassificationTaskConfig
     task = ClassificationTask
+    is_planned = True
     names = ("class_names",)
     output = "classes"
     next_commands = (
@@ -168,12 +167,9 @@ class ClassificationKind(Kind):
         """Return the class names, checked against the validation split."""
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
 
-    def plan(
-        self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
-    ) -> tuple[ImageTrainingConfig, Job]:
-        """Let the rules of engine/recipe/rules.py choose the recipe of train.py."""
-        labels = collection.class_ids(self.find_facts(config, collection)["class_names"])
-        return plan_recipe(config, job, collection, labels, runtime)
+    def labels_for_plan(self, config: ImageTrainingConfig, collection: Collection) -> np.ndarray:
+        """Return the class of each row."""
+        return collection.class_ids(self.find_facts(config, collection)["class_names"])
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""

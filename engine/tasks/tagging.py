@@ -29,7 +29,6 @@ from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms, place
 from engine.measures.top_samples import TopSamples
-from engine.recipe.rules import plan_recipe
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
@@ -41,7 +40,6 @@ from models.weights.initialise import convert
 from optim.schedules import linear
 from utils import rng
 from utils.config.bounds import BelowOne, Count
-from utils.config.entry_point import Job
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
@@ -429,6 +427,7 @@ class TaggingKind(Kind):
 
     config = TaggingTaskConfig
     task = TaggingTask
+    is_planned = True
     names = FACTS
     output = "tags"
     evaluation_command = "python evaluate.py run_dir={run} calibrate=true"
@@ -436,12 +435,6 @@ class TaggingKind(Kind):
         "python export.py format=wd14 run_dir={run}",
         "python predict.py weights={run} input=FOLDER output=predictions.jsonl",
     )
-
-    def plan(
-        self, config: ImageTrainingConfig, job: Job, collection: Collection, runtime: Runtime
-    ) -> tuple[ImageTrainingConfig, Job]:
-        """Let the rules of engine/recipe/rules.py that need no classes choose the recipe of train.py."""
-        return plan_recipe(config, job, collection, None, runtime)
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
