@@ -5,8 +5,9 @@ words that the rules choose are kept in minutes.json, so that a resumed run has 
 """
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -42,17 +43,15 @@ _STEP_PX = 32
 _SIZE_SHARE = 2.2
 
 
-@dataclass(frozen=True)
-class Rule:
-    """Words for the command line, and why.
+class Rule(NamedTuple):
+    """Words for the command line, none if it does not apply, and why.
 
     groups: if the command sets one of these keys, or a key below it, the rule is skipped.
     """
 
     groups: Sequence[str]
-    words: Callable[[Facts], Sequence[str]]
-    why: Callable[[Facts], str]
-    for_tags: bool = True
+    words: Sequence[str]
+    why: str
 
 
 def cost_of(facts: Facts) -> float:
@@ -108,111 +107,65 @@ _MIX_EPOCHS = 150
 # Longer runs learn letters by heart without mixup and erasing.
 _LETTER_EPOCHS = 20
 _LETTERS_SEEN = 150_000
-_IMAGE = "augment.image_size_hw"
 _NO_WEIGHTS = "init_from=null"
-# docs/results.md#by-minutes has the measurements.
-RULES = (
-    Rule(
-        ["model", "init_from"],
-        lambda facts: _network_words(choose_network(facts)),
-        lambda facts: _why_network(facts),
-    ),
-    Rule(
-        ["model", "init_from", "augment.mean", "augment.std"],
-        lambda facts: (
-            ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"]
-            if facts.grey and not choose_network(facts).is_pretrained
-            else []
-        ),
-        lambda facts: "no image has a colour",
-    ),
-    Rule(
-        ["task.head"],
-        lambda facts: ["task.head=fitted"] if choose_network(facts).is_pretrained else [],
-        lambda facts: "its features tell the classes before the first step",
-        for_tags=False,
-    ),
-    Rule(
-        [_IMAGE],
-        lambda facts: [_word(_IMAGE, [choose_px(facts)] * 2)],
-        lambda facts: f"the images have {facts.side_px} px{' or more' if facts.side_px == facts.most_px else ''}",
-    ),
-    Rule(
-        ["augment.shrink", "loop.phases"],
-        lambda facts: ["augment.shrink=true"] if facts.side_px > _SHRINK * choose_px(facts) else [],
-        lambda facts: "crops of smaller images cost less",
-    ),
-    Rule(
-        ["augment.horizontal_flip"],
-        lambda facts: [f"augment.horizontal_flip={0.5 if facts.mirrors >= MIRRORS else 0.0}"],
-        lambda facts: f"a mirrored image finds its class {facts.mirrors:.2f} times as often",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.crop_scale"],
-        lambda facts: (
-            [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
-            if _is_letters(facts)
-            else [_word("augment.crop_scale", [0.5 if facts.mirrors >= MIRRORS else 0.7, 1.0])]
-        ),
-        lambda facts: "the same share says how far the place and the size of a figure tell its class",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.color_jitter"],
-        lambda facts: [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR,
-        lambda facts: f"the mean colour tells nothing of the class, in about {epochs_of(facts):.0f} epochs",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.rand_augment", "augment.on_device"],
-        lambda facts: [f"augment.rand_augment={_POLICY}"] if _takes_policy(facts) else [],
-        lambda facts: f"the images show things, in about {epochs_of(facts):.0f} epochs",
-    ),
-    Rule(
-        ["task.cutmix_alpha", "task.mixup_alpha"],
-        lambda facts: _mixing_words(facts),
-        lambda facts: f"there are about {epochs_of(facts):.0f} epochs",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.random_erasing"],
-        lambda facts: ["augment.random_erasing=0.25"] if _mixes_letters(facts) else [],
-        lambda facts: f"letters are learned by heart in about {epochs_of(facts):.0f} epochs",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.on_device", "augment.rand_augment", "augment.pad"],
-        lambda facts: [] if _takes_policy(facts) else ["augment.on_device=true"],
-        lambda facts: "whole batches are changed in less time",
-        for_tags=False,
-    ),
-    Rule(
-        ["augment.eval_crop"],
-        lambda facts: ["augment.eval_crop=1.0"],
-        lambda facts: "small images have no margin",
-        for_tags=False,
-    ),
-    Rule(
-        ["optim"],
-        lambda facts: _choose_optimiser(facts)[0],
-        lambda facts: _choose_optimiser(facts)[1],
-    ),
-    Rule(
-        ["loop.batch_size", "loop.micro_batch_size"],
-        lambda facts: ["loop.batch_size=64"] if choose_network(facts).is_pretrained else [],
-        lambda facts: "few updates fit",
-    ),
-    Rule(
-        ["schedule"],
-        lambda facts: (
-            ["schedule=cosine"]
-            if choose_network(facts).is_pretrained
-            else ["schedule=onecycle", "schedule.cycle_momentum=false"]
-        ),
-        lambda facts: "it is good at any length",
-    ),
-)
+
+
+def list_rules(facts: Facts) -> list[Rule]:
+    """Return the rules with their words for these facts; docs/results.md#by-minutes has the measurements."""
+    network = choose_network(facts)
+    rules = [_choose_weights(facts, network)]
+    is_grey = facts.grey and not network.is_pretrained
+    one_channel = ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"] if is_grey else []
+    rules.append(Rule(["model", "init_from", "augment.mean", "augment.std"], one_channel, "no image has a colour"))
+
+    side = choose_px(facts)
+    image_size = _word("augment.image_size_hw", [side] * 2)
+    more = " or more" if facts.side_px == facts.most_px else ""
+    rules.append(Rule(["augment.image_size_hw"], [image_size], f"the images have {facts.side_px} px{more}"))
+    shrink = ["augment.shrink=true"] if facts.side_px > _SHRINK * side else []
+    rules.append(Rule(["augment.shrink", "loop.phases"], shrink, "crops of smaller images cost less"))
+
+    policy = [f"augment.rand_augment={_POLICY}"] if _takes_policy(facts) else []
+    why = f"the images show things, in about {epochs_of(facts):.0f} epochs"
+    rules.append(Rule(["augment.rand_augment", "augment.on_device"], policy, why))
+    if facts.has_classes:
+        rules += _rules_for_classes(facts, network)
+
+    rules.append(_choose_optimiser(facts, network))
+    few = ["loop.batch_size=64"] if network.is_pretrained else []
+    rules.append(Rule(["loop.batch_size", "loop.micro_batch_size"], few, "few updates fit"))
+    one_cycle = ["schedule=onecycle", "schedule.cycle_momentum=false"]
+    schedule = ["schedule=cosine"] if network.is_pretrained else one_cycle
+    rules.append(Rule(["schedule"], schedule, "it is good at any length"))
+    return rules
+
+
+def _rules_for_classes(facts: Facts, network: Network) -> list[Rule]:
+    """Return the rules that need the classes of images."""
+    epochs = f"about {epochs_of(facts):.0f} epochs"
+    head = ["task.head=fitted"] if network.is_pretrained else []
+    rules = [Rule(["task.head"], head, "its features tell the classes before the first step")]
+
+    mirrors = facts.mirrors >= MIRRORS
+    flip = [f"augment.horizontal_flip={0.5 if mirrors else 0.0}"]
+    why = f"a mirrored image finds its class {facts.mirrors:.2f} times as often"
+    rules.append(Rule(["augment.horizontal_flip"], flip, why))
+    crops = [_word("augment.crop_scale", [0.5 if mirrors else 0.7, 1.0])]
+    if _is_letters(facts):
+        crops = [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
+    why = "the same share says how far the place and the size of a figure tell its class"
+    rules.append(Rule(["augment.crop_scale"], crops, why))
+    colours = [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR
+    rules.append(Rule(["augment.color_jitter"], colours, f"the mean colour tells nothing of the class, in {epochs}"))
+
+    rules.append(Rule(["task.cutmix_alpha", "task.mixup_alpha"], _mixing_words(facts), f"there are {epochs}"))
+    erasing = ["augment.random_erasing=0.25"] if _mixes_letters(facts) else []
+    rules.append(Rule(["augment.random_erasing"], erasing, f"letters are learned by heart in {epochs}"))
+    on_device = [] if _takes_policy(facts) else ["augment.on_device=true"]
+    why = "whole batches are changed in less time"
+    rules.append(Rule(["augment.on_device", "augment.rand_augment"], on_device, why))
+    rules.append(Rule(["augment.eval_crop"], ["augment.eval_crop=1.0"], "small images have no margin"))
+    return rules
 
 
 def _takes_policy(facts: Facts) -> bool:
@@ -239,26 +192,24 @@ def _mixing_words(facts: Facts) -> list[str]:
     return ["task.cutmix_alpha=1.0", "task.mix_probability=0.5"]
 
 
-def _choose_optimiser(facts: Facts) -> tuple[list[str], str]:
-    if choose_network(facts).is_pretrained:
-        return ["optim=adamw", "optim.lr=2e-3"], "the network is pretrained"
-    if facts.bf16:
-        return ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"], "it beats SGD"
-    return ["optim=sgd_train", "optim.lr=0.2"], "Muon is slow without bf16"
-
-
-def _why_network(facts: Facts) -> str:
-    if choose_network(facts).is_pretrained:
-        return "features of its weights tell more of the class than small pictures"
-    found = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
-    more = "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
-    return found + (more if facts.shows_things else "")
-
-
-def _network_words(network: Network) -> list[str]:
+def _choose_optimiser(facts: Facts, network: Network) -> Rule:
     if network.is_pretrained:
-        return ["model=timm", f"model.name={network.name}", "init_from=timm"]
-    return ["model=timm", f"model.name={network.name}", _word("model.channels", network.channels)]
+        return Rule(["optim"], ["optim=adamw", "optim.lr=2e-3"], "the network is pretrained")
+    if not facts.bf16:
+        return Rule(["optim"], ["optim=sgd_train", "optim.lr=0.2"], "Muon is slow without bf16")
+    muon = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
+    return Rule(["optim"], muon, "it beats SGD")
+
+
+def _choose_weights(facts: Facts, network: Network) -> Rule:
+    words = ["model=timm", f"model.name={network.name}"]
+    if network.is_pretrained:
+        why = "features of its weights tell more of the class than small pictures"
+        return Rule(["model", "init_from"], [*words, "init_from=timm"], why)
+    why = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
+    if facts.shows_things:
+        why += "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
+    return Rule(["model", "init_from"], [*words, _word("model.channels", network.channels)], why)
 
 
 def _word(key: str, values: Sequence[float]) -> str:
@@ -296,20 +247,14 @@ def _choose_words(
     chosen = []
     lines = []
     longer = replace(facts, reference=2 * facts.reference)
-    for rule in RULES:
-        if not (facts.has_classes or rule.for_tags):
-            continue
-        words = rule.words(facts)
-        later = rule.words(longer)
+    for rule, later in zip(list_rules(facts), list_rules(longer)):
         if kept := [word for word in given if any(_touches(word, group) for group in rule.groups)]:
             lines.append((" ".join(kept), "as set"))
-            continue
-        if not words:
-            continue
-        chosen += words
-        changes = [word for word in later if word not in words]
-        more = f"; in twice the time {' '.join(changes)}" if changes else ""
-        lines.append((" ".join(words), f"because {rule.why(facts)}{more}"))
+        elif rule.words:
+            chosen += rule.words
+            changes = [word for word in later.words if word not in rule.words]
+            more = f"; in twice the time {' '.join(changes)}" if changes else ""
+            lines.append((" ".join(rule.words), f"because {rule.why}{more}"))
     log.debug("plan: %s", facts)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen
