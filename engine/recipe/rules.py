@@ -15,7 +15,7 @@ from data.collection.collection import Collection
 from engine.recipe.facts import FINE_PX, LEAST_EPOCHS, MIRRORS, REFERENCE, UNIT_PX, Facts, Network, find_facts
 from engine.recipe.pretrained import use_pretrained
 from engine.run.length import read_minutes
-from engine.tasks.kind import ImageTrainingConfig
+from engine.tasks.kind import ImageTrainingConfig, Kind
 from engine.update.runtime import Runtime
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines
@@ -217,18 +217,18 @@ def _word(key: str, values: Sequence[float]) -> str:
 
 
 def plan_recipe(
-    config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
+    config: ImageTrainingConfig, job: Job, kind: Kind, collection: Collection, runtime: Runtime
 ) -> tuple[ImageTrainingConfig, Job]:
     """Return the configuration and the job with the words of the rules, or those that the run's first start chose.
 
-    labels: the class of each row of the collection, negative for none; None: it has tags. Other scripts than train.py
-    keep the recipe of the command.
+    Other scripts than train.py, and kinds without a plan, keep the recipe of the command.
     """
-    if job.script != "train":
+    if job.script != "train" or not kind.is_planned:
         return config, job
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
+        labels = kind.labels_for_plan(config, collection)
         words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
     else:
         words = before[1]
@@ -239,7 +239,10 @@ def plan_recipe(
 def _choose_words(
     config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
 ) -> list[str]:
-    """Find the facts, apply the rules and log the plan, and what twice the time would change."""
+    """Find the facts, apply the rules and log the plan, and what twice the time would change.
+
+    labels: the class of each row of the collection, negative for none; None: it has tags.
+    """
     given = [word for word in job.overrides if word != _NO_WEIGHTS]
     is_own = any(_touches(word, "model") for word in given) or config.init_from is not None
     looks_for_weights = given == job.overrides
