@@ -55,9 +55,8 @@ class Streams:
 
     @property
     def evaluation_samples(self) -> int:
-        """The number of samples that every evaluation reads; 0: there is no validation image."""
-        every = [loader for name, loader in self.evaluation.items() if name not in self.every_epochs]
-        return sum(getattr(loader, "samples", 0) for loader in every)
+        """The samples of `val`; 0: there is no validation image."""
+        return getattr(self.evaluation.get("val"), "samples", 0)
 
 
 @dataclass

@@ -200,9 +200,7 @@ def judged_stream(
         return {name: Ragged(torch.as_tensor(value, dtype=torch.int64)) for name, value in values.items()}
 
     views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), judge.preprocessing)}
-    stream = data.evaluation(chosen, add, views)
-    stream.samples = 0  # `val` has them already
-    return stream
+    return data.evaluation(chosen, add, views)
 
 
 def read_texts(batch: Batch) -> list[str]:
