@@ -153,12 +153,14 @@ def make_executor(launch: LaunchConfig, folder: Path) -> _Executor:
         cpus_per_task=launch.cpus_per_rank,
         time=launch.time_min,
         signal_delay_s=launch.stop_before_end_sec,
+        wckey=None,
+    )
+    executor.update_parameters(
         setup=[*launch.setup, "trap : TERM USR1 USR2  # the tasks save; this script continues after them"],
         teardown=[f"{python} -m submit.job {shlex.quote(str(folder))} $?"],
         stderr_to_stdout=True,
         srun_args=srun,
         additional_parameters=options,
-        wckey=None,
     )
     return executor
 
