@@ -57,7 +57,7 @@ demo-tagger: install  ## a tagger, from pictures with words to a file that progr
 	$(PY) workshop.py recipe=demo_tagger
 
 TONES := collections/tones
-demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports; six minutes
+demo-sdxl: install-sdxl  ## a tiny SDXL with and without zero terminal SNR, a LoRA, their exports; nine minutes
 	test -d $(TONES) || $(PY) bench/tiny_sdxl.py tones $(TONES)
 	$(PY) workshop.py recipe=demo_sdxl data.root=$(TONES)/shapes
 

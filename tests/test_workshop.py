@@ -1,9 +1,9 @@
 """workshop.py on a recipe of two tiny commands: order, kills, repetition, a full disk, its page, and wrong recipes."""
 
 import os
+import re
 import signal
 import time
-from html.parser import HTMLParser
 
 import pytest
 
@@ -41,24 +41,9 @@ Image.new("RGB", (8, 8), name).save(run / f"{name}.png")
 """
 
 
-class Page(HTMLParser):
-    """The pictures and the text of a page whose elements all end."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.open, self.pictures, self.text = [], [], ""
-        self.feed(text)
-        assert self.open == []
-
-    def handle_starttag(self, tag, attributes):
-        self.pictures += [dict(attributes)["alt"]] if tag == "img" else []
-        self.open += [tag] if tag not in ("img", "meta") else []
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
-
-    def handle_data(self, data):
-        self.text += data
+def read_pictures(page):
+    """Return the names of a page's pictures."""
+    return re.findall(r'<img alt="([^"]*)"', page)
 
 
 @pytest.fixture
@@ -109,9 +94,9 @@ def test_a_killed_workshop_goes_on_and_repeats_no_finished_stage_and_keeps_none_
 
 def test_the_page_shows_the_seconds_pictures_figures_and_commands(recipe, tmp_path):
     work(recipe, tmp_path)
-    page = Page((tmp_path / "run/report.html").read_text())
-    assert page.pictures == ["red: red.png", "blue: blue.png"]
-    assert "all stages, seconds" in page.text and "top1 0.5" in page.text and f"data.root={tmp_path}/Anna" in page.text
+    page = (tmp_path / "run/report.html").read_text()
+    assert read_pictures(page) == ["red: red.png", "blue: blue.png"]
+    assert "all stages, seconds" in page and "top1 0.5" in page and f"data.root={tmp_path}/Anna" in page
     assert {*read_json(tmp_path / "run/stages.json")["red"]} == {"command", "images", "seconds"}
 
 
