@@ -1,9 +1,9 @@
 """`train.py curve=true`: a learning curve, and what twice the labels would give.
 
 A quarter and a half of each class are trained on in RUN/curve_25 and RUN/curve_50, then all of it in RUN: jobs like
-those of a sweep (`sweep.at_once` and `sweep.gpus` hold), so the same command continues. Each has the words of the
-command, and therefore the whole of its length, `loop.minutes` too. The law error = a + b n^-c is fitted to the three
-errors; a or b is 0 where it would be negative.
+those of a sweep (`sweep.at_once` and `sweep.gpus` hold), so the same command continues. Each run repeats the command's
+words, so each takes its full length (with `loop.minutes`, the full time). The law error = a + b n^-c is fitted to the
+three errors; a or b is 0 where it would be negative.
 """
 
 from collections.abc import Mapping, Sequence

@@ -120,7 +120,7 @@ class FCMAETask(ImageTask):
         return repeat_sites(mask.reshape(-1, *self.network.grid_of(images.shape[-2:])), self.network.patch_px)
 
     def _reconstruct(self, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the normalised images, the predicted patches and the loss per sample [B]."""
+        """Return the normalised images, the predicted patches and the loss of each sample [B]."""
         images = self.normalise(batch["images"])
         pred = self.network(images, batch["mask"])
         return images, pred, self.network.loss_per_sample(images, pred, batch["mask"])

@@ -10,22 +10,14 @@ from sklearn import metrics as reference
 from torch import nn
 
 from engine.measures.confusion import ConfusionCounts
-from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
+from engine.tasks.classification import ClassificationTask
 from engine.tasks.kind import Setup
-from models.config import ConvNeXtV2Config
+from tests.engine.test_tasks import CLASSIFY, MODEL
 from tests.in_process import TINY, run
 from tests.support import make_collection
 from utils.record.report import write_table
 
-MODEL = ConvNeXtV2Config(
-    family="convnextv2", name="tiny", in_channels=1, depths=[1, 1], dims=[8, 16], stem_stride=2, drop_path_rate=0.0,
-    head_init_scale=1.0,
-)  # fmt: skip
-CONFIG = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
-    mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=True,
-    head="random",
-)  # fmt: skip
+GREY = MODEL.model_copy(update={"in_channels": 1})
 
 
 class Lookup(nn.Module):
@@ -41,7 +33,7 @@ class Lookup(nn.Module):
 
 def make_task(logits, names):
     preprocessing = {"image_size_hw": [8, 8], "mean": [0.0], "std": [1.0]}
-    task = ClassificationTask(Setup(MODEL, CONFIG, preprocessing, {"class_names": names}))
+    task = ClassificationTask(Setup(GREY, CLASSIFY, preprocessing, {"class_names": names}))
     task.network = Lookup(logits)
     return task.eval()
 
