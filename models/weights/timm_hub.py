@@ -118,13 +118,12 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
             f"{config.crop_pct} and interpolation {config.interpolation}, which augment cannot express; choose "
             "another network, or set init_from=FILE (the weight file) and your own augment"
         )
-    mean, std = list(config.mean), list(config.std)
-    if model.in_channels != len(mean):
-        mean, std = ([sum(values) / len(values)] * model.in_channels for values in (mean, std))
+    levels = {"mean": list(config.mean), "std": list(config.std)}
+    if model.in_channels != len(config.mean):
+        levels = {name: [sum(values) / len(values)] * model.in_channels for name, values in levels.items()}
     return {
         "image_size_hw": list(config.input_size[1:]),
-        "mean": mean,
-        "std": std,
+        **levels,
         "eval_crop": float(config.crop_pct),
         "eval_resize": "squash" if config.crop_mode == "squash" else "crop",
         "interpolation": config.interpolation,
