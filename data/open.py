@@ -26,7 +26,8 @@ from torch import Tensor
 
 from data.augment.transforms import EvalTransform
 from data.augment.views import evaluation_views
-from data.collection.collection import CACHE, Collection, index_collection
+from data.collection.collection import Collection
+from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
@@ -137,15 +138,20 @@ class Data:
         run_path: Path | None,
         dry_run: bool = False,
     ) -> None:
-        self.collection, self.source, self.dry_run = collection, source, dry_run
+        self.collection = collection
+        self.source = source
+        self.dry_run = dry_run
         self.fingerprints = {"data.root": collection.fingerprint}
-        self.machine, self.batch_size, self._seed = machine, batch_size, seed
+        self.machine = machine
+        self.batch_size = batch_size
+        self._seed = seed
         self.unreadable = UnreadableLog(None if dry_run or run_path is None else run_path / "unreadable.jsonl")
 
     def read_from(self, source: Source, fingerprints: Mapping[str, str]) -> "Data":
         """Return a copy that reads from another source, such as a cache of latents."""
         other = copy.copy(self)
-        other.source, other.fingerprints = source, {**self.fingerprints, **fingerprints}
+        other.source = source
+        other.fingerprints = {**self.fingerprints, **fingerprints}
         return other
 
     def train(

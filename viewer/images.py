@@ -15,8 +15,9 @@ from nicegui import app
 from PIL import Image
 from pydantic import ValidationError
 
-from data.collection.collection import CACHE, Collection, index_collection
+from data.collection.collection import Collection
 from data.collection.concepts import find_folders
+from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
 from data.images.bytes import image_key, open_contents
 from data.images.convert import convert, load_upright

@@ -5,36 +5,26 @@ collection = Collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
-import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-from pyarrow.feather import write_feather
-from pydantic import TypeAdapter
 
-from data.collection.concepts import CONCEPT, ConceptConfig, count_positions, recognise_concepts
-from data.collection.split import FINGERPRINTS, count_twins, lead_rows
+from data.collection.concepts import CONCEPT, count_positions
+from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, TWINS, map_index
+from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.remote import is_remote
-from data.layouts.sidecars import FAULT, list_faults, refuse_faults
-from data.layouts.table import MEASURED, PLACES, SCHEMA, SPLITS, TYPES, count_values, hash_table, show_some
-from data.layouts.unused import Unused, say_unused
+from data.layouts.sidecars import FAULT, refuse_faults
+from data.layouts.table import MEASURED, PLACES, SPLITS, TYPES, count_values, show_some
 from utils.errors import UserError
-from utils.io.files import sha256_text, write_atomically
-from utils.io.memo import files_key
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
-_FINGERPRINT, _UNUSED, _TWINS, _CONCEPTS = b"fingerprint", b"unused", b"twins", b"concepts"
-_CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
 _MARGIN = " " * 14  # of a table on the start screen
-_INDEX = 12  # format version; increment it to rebuild every index
 
 
 class Row:
@@ -44,7 +34,8 @@ class Row:
 
     def __init__(self, columns: Mapping[str, pa.ChunkedArray], index: int) -> None:
         """Keep the columns and the index, without reading."""
-        self._columns, self._index = columns, index
+        self._columns = columns
+        self._index = index
 
     def __getattr__(self, name: str) -> Any:
         """Return a column's value; tags as a tuple. Raises AttributeError for an unknown column."""
@@ -66,11 +57,12 @@ class Collection:
     def __init__(self, root: str, arrow: Path) -> None:
         """Map the index; root: a folder or a URL."""
         self.root = root if is_remote(root) else Path(root).expanduser()
-        self.arrow, self.table = arrow, _map_index(arrow)
+        self.arrow = arrow
+        self.table = map_index(arrow)
         assert self.table is not None, arrow
-        self.fingerprint: str = self.table.schema.metadata[_FINGERPRINT].decode()
-        self.twins = int(self.table.schema.metadata.get(_TWINS, 0))
-        self.concepts = _CONCEPT_LIST.validate_json(self.table.schema.metadata.get(_CONCEPTS, b"[]"))
+        self.fingerprint: str = self.table.schema.metadata[FINGERPRINT].decode()
+        self.twins = int(self.table.schema.metadata.get(TWINS, 0))
+        self.concepts = CONCEPT_LIST.validate_json(self.table.schema.metadata.get(CONCEPTS, b"[]"))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
@@ -110,7 +102,8 @@ class Collection:
 
     def leads(self, rows: np.ndarray) -> np.ndarray:
         """Return the first of `rows` with an equal or similar image, or the row itself, int64 [N], for all rows."""
-        leads, known = np.arange(len(self)), [name for name in FINGERPRINTS if name in self._columns]
+        leads = np.arange(len(self))
+        known = [name for name in FINGERPRINTS if name in self._columns]
         leads[rows] = rows[lead_rows(self.table.select(["path", *known]).take(rows), FINGERPRINTS)]
         return leads
 
@@ -139,48 +132,10 @@ class Collection:
         return np.nan_to_num(sizes).astype(np.int64)
 
 
-def index_collection(
-    root: str,
-    *,
-    validation_fraction: float,
-    cache: Path,
-    on_bad_sidecar: Literal["stop", "skip"] = "stop",
-    concepts: Sequence[ConceptConfig] = (),
-    corrections: bool = True,
-) -> Path:
-    """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
-
-    The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
-    reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
-    and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
-    corrections: take those of the collection, if it has any. Raises UserError (`data.root`, `data.corrections`).
-    """
-    files, read = recognise_concepts(root, concepts, validation_fraction, cache, unused := Unused(), corrections)
-    stated = {_CONCEPTS: _CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
-    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
-    target = cache / f"{key}.arrow" if files else None
-    if target is not None and (known := _map_index(target)) is not None:
-        log.debug("data.root: %s is unchanged; using its index", files[0])
-        say_unused(json.loads(known.schema.metadata[_UNUSED]))
-        return target
-    table = list_faults(read(), cache, unused, on_bad_sidecar, fields=())
-    lines = unused.describe(len(table))
-    say_unused(lines)
-    fingerprint = hash_table(table)
-    if concepts:
-        fingerprint = sha256_text(f"{fingerprint} {stated[_CONCEPTS]}")[:16]
-    target = target or cache / f"{fingerprint}.arrow"
-    if _map_index(target) is None:
-        metadata = {_FINGERPRINT: fingerprint, _UNUSED: json.dumps(lines), _TWINS: str(count_twins(table))}
-        table = table.replace_schema_metadata({**metadata, **stated})
-        # Uncompressed, for memory mapping, and in the chunks of the table.
-        write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
-    return target
-
-
 def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
     """Return the table of a collection's concepts, for its training samples; warn of unused triggers."""
-    ids, concepts = collection.concept_ids()[rows], collection.concepts
+    ids = collection.concept_ids()[rows]
+    concepts = collection.concepts
     counts = np.bincount(ids, minlength=len(concepts))
     positions = count_positions(concepts, counts)
     lines = [f"{'images':>8} {'repeats':>8} {'of a step':>9}  folder"]
@@ -194,7 +149,8 @@ def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
             if named == 0 < count:
                 why = "no caption has %r, so it is not trained; captions.prefix puts it before each"
                 log.warning(f"data.concepts.%d.trigger: {why}", number, concept.trigger)
-        repeats, share = each / max(count, 1), each / positions.sum()
+        repeats = each / max(count, 1)
+        share = each / positions.sum()
         lines.append(f"{count:>8,} {repeats:>8.4g} {share:>9.1%}  {', '.join(filter(None, notes))}")
     return f"\n{_MARGIN}".join(lines)
 
@@ -206,7 +162,9 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     of several images without validation images, unless `allow_missing` or no class has any.
     """
     collection.refuse_faults("label")
-    root, (train, val) = str(collection.root), map(collection.class_names, ("train", "val"))
+    root = str(collection.root)
+    train = collection.class_names("train")
+    val = collection.class_names("val")
     rows = collection.rows("train")
     ids, _ = np.unique(np.stack([collection.class_ids(train), lead_rows(collection.table)])[:, rows], axis=1)
     several = {train[number] for number in np.flatnonzero(np.bincount(ids[ids >= 0]) > 1)}  # one cannot be split
@@ -232,12 +190,3 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
             "every class, or set task.allow_missing_classes=true"
         )
     return train
-
-
-def _map_index(arrow: Path) -> pa.Table | None:
-    """Map an index; None if it is missing, damaged or has another schema, so that it is made again."""
-    with suppress(pa.ArrowException, OSError):
-        table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
-        if pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA):
-            return table
-    return None

@@ -1,28 +1,20 @@
 """Concepts: folders that make one collection, each with its own repeats or share, captions and weight.
 
-A concept is an index per row, the column CONCEPT. `data.concepts` is the table; the index of a collection keeps it.
+A concept is an index per row, the column CONCEPT. `data.concepts` is the table; the index of a collection keeps it
+(data/collection/index.py joins the folders).
 """
 
 import os
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from pathlib import Path
+from collections.abc import Sequence
 from typing import Self
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 from pydantic import model_validator
 
-from data.collection.split import assign_validation
-from data.layouts.corrections import correct, read_corrections
 from data.layouts.folders import REPEATS
-from data.layouts.names import CORRECTIONS, CSV, JSONL, PARQUET, POSTS, is_image_name, is_passed_over
-from data.layouts.recognise import recognise
+from data.layouts.names import CSV, JSONL, PARQUET, POSTS, is_image_name, is_passed_over
 from data.layouts.remote import is_remote
-from data.layouts.table import PLACES, build_table, replace_column
 from data.layouts.tables import find_one
-from data.layouts.unused import Unused
 from data.layouts.walk import check_root, list_folder
 from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
@@ -59,59 +51,6 @@ class ConceptConfig(Strict):
         return self
 
 
-Split = Callable[[pa.Table, float], pa.Table]  # `assign_validation`, and then the corrections
-
-
-def recognise_concepts(
-    root: str, concepts: Sequence[ConceptConfig], fraction: float, cache: Path, unused: Unused, corrections: bool
-) -> tuple[list[Path], Callable[[], pa.Table]]:
-    """Return the files of `recognise` for `root`, or for its concepts, and how to read one table with splits.
-
-    Each concept is split as a collection of its own. corrections: take those of each.
-    Raises UserError (`data.root`, or `data.concepts.N.path`, or `data.corrections`).
-    """
-
-    def find(folder: str) -> tuple[list[Path], Callable[[], pa.Table], Split]:
-        files, read = recognise(folder, cache, unused)
-        decisions = {} if not corrections or is_remote(folder) else read_corrections(base := check_root(folder))
-        if not decisions:
-            return files, read, assign_validation
-        file = base / CORRECTIONS
-        log.info("data.corrections: %s has decisions on %s labels and lists of tags", file, f"{len(decisions):,}")
-        split = lambda table, fraction: correct(assign_validation(table, fraction), decisions, unused)  # noqa: E731
-        return files and [*files, file], read, split
-
-    if not concepts:
-        files, read, split = find(root)
-        return files, lambda: split(read(), fraction)
-    base, folders, found = os.path.abspath(os.path.expanduser(root)), find_folders(root, concepts), []
-    for number, folder in enumerate(folders):
-        if folder in folders[:number]:
-            raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
-        with _naming(number):
-            found.append(find(folder))
-
-    def read_all() -> pa.Table:
-        tables = []
-        for number, (concept, (_, read, split)) in enumerate(zip(concepts, found)):
-            with _naming(number):
-                table = _read_one(concept, read, fraction, split)
-            inner = [each for each in folders if each.startswith(os.path.join(folders[number], ""))]
-            tables.append(_place(table, number, base, folders[number], inner))
-        packed = [PLACES.keys() <= set(table.column_names) for table in tables]
-        if any(packed) and not all(packed):
-            one, other = (concepts[packed.index(is_packed)].path for is_packed in (True, False))
-            raise UserError(f"data.concepts: {one!r} has shards and {other!r} has files; pack all of them, or none")
-        try:
-            joined = pa.concat_tables(tables, promote_options="default")
-        except pa.ArrowException as error:
-            raise UserError(f"data.concepts: the manifests have a column of several types ({error})") from error
-        return build_table(dict(zip(joined.column_names, joined.columns)))
-
-    files = [own for own, _, _ in found]
-    return sum(files, []) if all(files) else [], read_all
-
-
 def find_repeats(root: str) -> list[ConceptConfig]:
     """Return the folders `10_name` of sd-scripts as concepts: all folders of the root, or those in its img and reg.
 
@@ -125,7 +64,8 @@ def find_repeats(root: str) -> list[ConceptConfig]:
     matches = [REPEATS.fullmatch(name) for _, name in names]
     if None in matches or any(is_image_name(each.name) for _, each in found):
         return []
-    priors, concepts = [part for part, _ in names].count("reg"), []
+    priors = [part for part, _ in names].count("reg")
+    concepts = []
     for (part, name), match in sorted(zip(names, matches)):
         how = {"share": 0.5 / priors, "is_prior": True} if part == "reg" else {"repeats": int(match[1])}
         concepts.append(ConceptConfig(path=os.path.join(part, name), trigger=match[2], **how))
@@ -136,46 +76,6 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
     """Return the absolute folder of each concept."""
     base = os.path.abspath(os.path.expanduser(root))
     return [os.path.abspath(os.path.join(base, os.path.expanduser(concept.path))) for concept in concepts]
-
-
-def _read_one(concept: ConceptConfig, read: Callable[[], pa.Table], fraction: float, split: Split) -> pa.Table:
-    """Return the table of a concept, with its splits, and with the trigger as the caption of rows without a text."""
-    table = read()
-    if concept.is_prior:
-        table, fraction = replace_column(table, "split", pa.array(["train"] * len(table))), 0.0
-    table = split(table, fraction)
-    if concept.trigger is not None:
-        has_caption = pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False)
-        has_text = pc.or_(has_caption, pc.greater(pc.list_value_length(table["tags"]), 0))
-        table = replace_column(table, "caption", pc.if_else(has_text, table["caption"], concept.trigger))
-    return table
-
-
-def _place(table: pa.Table, number: int, base: str, folder: str, inner: Sequence[str]) -> pa.Table:
-    """Return a concept's table with the index, and paths relative to `base`, or absolute outside it.
-
-    Rows in the folders `inner`, of other concepts, are dropped, and so is the column `group`, which only counts within
-    a manifest.
-    """
-    prefix = os.path.relpath(folder, base) if folder.startswith(os.path.join(base, "")) else folder
-    for name in {"path", "shard"} & set(table.column_names):
-        paths = (os.path.join("" if folder == base else prefix, path) for path in table[name].to_pylist())
-        table = replace_column(table, name, pa.array(paths, pa.string()))
-    if inner := tuple(os.path.join(each, "") for each in inner):
-        whole = (os.path.join(base, path) for path in table["path"].to_pylist())
-        table = table.filter(pa.array([not path.startswith(inner) for path in whole], pa.bool_()))
-    table = replace_column(table, CONCEPT, pa.array(np.full(len(table), number)))
-    return table.drop_columns([name for name in table.column_names if name == "group"])
-
-
-@contextmanager
-def _naming(number: int) -> Iterator[None]:
-    """Let a UserError about data.root name the path of a concept."""
-    try:
-        yield
-    except UserError as error:
-        error.args = (str(error).replace("data.root", f"data.concepts.{number}.path"),)
-        raise
 
 
 def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np.ndarray:
@@ -189,7 +89,8 @@ def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np
     if len(without := np.flatnonzero((shares > 0) & (counts == 0))):
         path = concepts[without[0]].path
         raise UserError(f"data.concepts.{without[0]}.share: no training image of {path!r} can have it; remove it")
-    total, most = shares.sum(), 1.0 if fixed.any() else np.inf
+    total = shares.sum()
+    most = 1.0 if fixed.any() else np.inf
     if total >= most or (total == 0 and not fixed.any()):
         raise UserError(f"data.concepts: the shares sum to {total:g}; above 0 is allowed, beside repeats below 1")
     if fixed.any():

@@ -13,10 +13,12 @@ from collections.abc import Iterator
 import numpy as np
 from PIL import Image
 
-_SIDE_PX, _FREQUENCIES = 32, 8
+_SIDE_PX = 32
+_FREQUENCIES = 8
 _DISTANCE = 4  # maximum number of different bits between duplicates
 # Hashes at most 4 bits apart agree in one of these 5 bands of 13 bits (the last has 11).
-_SHIFTS, _BAND = range(0, 63, 13), 2**13 - 1
+_SHIFTS = range(0, 63, 13)
+_BAND = 2**13 - 1
 _WAVES = np.cos(np.pi / _SIDE_PX * np.outer(np.arange(_FREQUENCIES), np.arange(_SIDE_PX) + 0.5))
 _BITS = np.arange(-1, _FREQUENCIES**2 - 1).reshape(_FREQUENCIES, _FREQUENCIES)  # bit numbers; -1 for the mean
 _ODD = sum(1 << int(bit) for bit in _BITS[:, 1::2].flat)
@@ -50,9 +52,12 @@ def _near_pairs(hashes: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     both = np.concatenate([hashes, hashes ^ _ODD])
     for shift in _SHIFTS:
         order = np.argsort(both >> shift & _BAND, kind="stable")
-        values, owners = both[order], order % len(hashes)
+        values = both[order]
+        owners = order % len(hashes)
         bands = values >> shift & _BAND
-        ends, rows, apart = np.searchsorted(bands, bands, side="right"), np.arange(len(both)), 0
+        ends = np.searchsorted(bands, bands, side="right")
+        rows = np.arange(len(both))
+        apart = 0
         while len(rows):
             apart += 1
             rows = rows[rows + apart < ends[rows]]

@@ -46,8 +46,10 @@ class Search:
     """The rows of a collection, found by terms. Parts that take long are kept."""
 
     def __init__(self, collection: Collection) -> None:
-        self.collection, self._table = collection, collection.table
-        self._lists, self.leads = cache(self._read_lists), cache(lambda: lead_rows(self._table, FINGERPRINTS))
+        self.collection = collection
+        self._table = collection.table
+        self._lists = cache(self._read_lists)
+        self.leads = cache(lambda: lead_rows(self._table, FINGERPRINTS))
         self.columns = list(self._table.column_names)
         filled = [name for name in self.columns if self._table[name].null_count < len(collection)]
         self.columns += ["aspect"] if {"width", "height"} <= {*self.columns} else []
@@ -75,7 +77,8 @@ class Search:
         """Count the values, or tags, of a column of texts over some rows, the most frequent first."""
         if name not in TAG_LISTS:
             return count_values(self._table[name].take(rows))
-        (names, ids, offsets), chosen = self._lists(name), np.zeros(len(self.collection), bool)
+        names, ids, offsets = self._lists(name)
+        chosen = np.zeros(len(self.collection), bool)
         chosen[rows] = True
         counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
         return {names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
@@ -104,7 +107,8 @@ class Search:
 
     def _has_tag(self, name: str, value: str) -> np.ndarray:
         names, ids, offsets = self._lists(name)
-        wanted, has = parse_tag(value), np.zeros(len(self.collection), bool)
+        wanted = parse_tag(value)
+        has = np.zeros(len(self.collection), bool)
         is_name = re.compile(".*".join(map(re.escape, wanted.name.split("*")))).fullmatch
         tags = map(parse_tag, names)
         chosen = [wanted.category in (None, tag.category or 0) and bool(is_name(tag.name)) for tag in tags]

@@ -94,7 +94,8 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray
     leads = np.arange(len(table))
     names = (name for name in prints if name in table.column_names and table[name].null_count < len(table))
     if (name := next(names, None)) is not None:
-        members, groups = np.flatnonzero(pc.is_valid(table[name]).to_numpy()), table[name].drop_null().to_numpy()
+        members = np.flatnonzero(pc.is_valid(table[name]).to_numpy())
+        groups = table[name].drop_null().to_numpy()
         groups = group_duplicates(groups) if name == "phash" else groups
         _, first, group = np.unique(groups, return_index=True, return_inverse=True)
         leads[members] = members[first][group]

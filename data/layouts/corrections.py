@@ -56,7 +56,9 @@ Decisions = dict[tuple[str, str], list[Decision]]  # by path and field, the late
 
 def read_corrections(root: Path) -> Decisions:
     """Return the decisions. Warns of lines that are cut off. Raises UserError (`data.corrections`)."""
-    file, found, cut = root / CORRECTIONS, Decisions(), []
+    file = root / CORRECTIONS
+    found = Decisions()
+    cut = []
     refuse_link_out(root, file)
     for number, line in enumerate(file.read_bytes().split(b"\n") if file.is_file() else (), start=1):
         try:
@@ -76,7 +78,8 @@ def read_corrections(root: Path) -> Decisions:
 
 def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
     """Append decisions: all of them, or none. Raises UserError (`data.corrections`), DiskFull for lack of room."""
-    file, text = root / CORRECTIONS, "".join(f"{each.model_dump_json()}\n" for each in decisions)
+    file = root / CORRECTIONS
+    text = "".join(f"{each.model_dump_json()}\n" for each in decisions)
     refuse_link_out(root, file)
     refusal = f"data.corrections: another process is writing {file}; try again"
     with ExitStack() as stack:
@@ -100,12 +103,16 @@ class Desk:
     """The decisions about a collection: those in its file, and those that the file could not take yet. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
-        self._root, self._lock, self._waiting = root, Lock(), list[Decision]()
-        self._saved, self._version = Decisions(), None
+        self._root = root
+        self._lock = Lock()
+        self._waiting = list[Decision]()
+        self._saved = Decisions()
+        self._version = None
 
     def sync(self, new: Sequence[Decision] = ()) -> tuple[Decisions, str]:
         """Append decisions, and those that wait; return all of them, and why some wait on."""
-        file, fault = self._root / CORRECTIONS, ""
+        file = self._root / CORRECTIONS
+        fault = ""
         with self._lock:
             self._waiting += new
             try:
@@ -114,7 +121,8 @@ class Desk:
                     self._waiting.clear()
                 version = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
                 if version != self._version:
-                    self._saved, self._version = read_corrections(self._root), version
+                    self._saved = read_corrections(self._root)
+                    self._version = version
             except (OSError, UserError) as error:
                 fault = f"{len(self._waiting)} decisions wait here and are tried again: {error}"
             decisions = {key: [*lines] for key, lines in self._saved.items()}
@@ -138,7 +146,8 @@ def drop_undone(stack: Sequence[Decision]) -> list[Decision]:
 
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
     """Return the lines of a text with other tags, on a line each if they were; lines that are no tags stay."""
-    lines, added = text.split("\n"), [tag for tag in now if tag not in before]
+    lines = text.split("\n")
+    added = [tag for tag in now if tag not in before]
     split = [[line.strip()] if line.strip() in before else split_tags(line) for line in lines]
     ours = [number for number, tags in enumerate(split) if tags and {*tags} <= {*before}]
     separator = "\n" if len(ours) > 1 and all(len(split[number]) == 1 for number in ours) else ", "
@@ -161,7 +170,8 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
     changed = table.take(rows).to_pylist()
     for row in changed:
         for field in ("label", "tags"):
-            before, stack = row[field], decisions.get((row["path"], field), ())
+            before = row[field]
+            stack = decisions.get((row["path"], field), ())
             if last := settle(before, stack):
                 row[field] = last.now
             elif stack and stack[-1].now != stack[-1].was:

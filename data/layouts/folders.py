@@ -36,7 +36,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_BY_ID, _BY_HASH = re.compile(r"(\d{2,4})/(\d{1,18})"), re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
+_BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
+_BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
@@ -64,10 +65,12 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
     known = dict(zip(sidecars, known))
     try:
-        rows, metadata = read_tables(root, tables, images, unused), read_metadata(root, images, unused)
+        rows = read_tables(root, tables, images, unused)
+        metadata = read_metadata(root, images, unused)
     except (OSError, ValueError) as error:  # UserError is one
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
-        rows, metadata = {}, {next(iter(images)): fault}
+        rows = {}
+        metadata = {next(iter(images)): fault}
     none = Sidecar()
     records = [known.get(path, none).updated(rows.get(path, none)).updated(metadata.get(path, none)) for path in images]
     if count := sum(record != none for record in records):
@@ -153,7 +156,8 @@ def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidec
     An image is a post if its sidecar has an id and tags, or if its folder follows from its id or hash: with
     `0123/4000123.jpg` (id % 1000), `ab/ab12....webp`.
     """
-    ids, posts = [], 0
+    ids = []
+    posts = 0
     for path, label, sidecar in zip(paths, labels, sidecars):
         name = f"{label}/{os.path.splitext(os.path.basename(path))[0]}".lower()
         number = _BY_ID.fullmatch(name)

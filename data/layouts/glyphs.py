@@ -41,7 +41,9 @@ TRAIN_FACES = (
 )
 VAL_FACES = ("STIXGeneral", "STIXGeneralBol", "STIXGeneralBolIta", "STIXGeneralItalic")
 
-_SIDE_PX, _FONT_PX, _BASELINE_PX = 64, 44, 46
+_SIDE_PX = 64
+_FONT_PX = 44
+_BASELINE_PX = 46
 _FACES_OF_A_CLASS = 14  # of 16
 _MERGED_IN = "DejaVuSans"
 
@@ -145,7 +147,8 @@ def _draw_into(root: Path) -> None:
         file = root / "images" / face / f"{name_code(code)}.png"
         file.parent.mkdir(parents=True, exist_ok=True)
         image.save(file, compress_type=zlib.Z_RLE)  # gives the same bytes with zlib and zlib-ng
-        png, (caption, tags) = file.read_bytes(), describe_code(code)
+        png = file.read_bytes()
+        caption, tags = describe_code(code)
         columns = {"path": file.relative_to(root).as_posix(), "size": len(png), "tags": tags, "caption": caption}
         columns |= {"split": "val" if face in VAL_FACES else "train", "sha256": hashlib.sha256(png).hexdigest()}
         rows.append({"face": face, "code": code, **columns})

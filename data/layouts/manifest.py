@@ -62,7 +62,8 @@ def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
     table = build_table({**dict(zip(table.column_names, table.columns)), "split": _read_splits(file, table["split"])})
-    paths, where = table["path"], f"{str(file)!r}, column path"
+    paths = table["path"]
+    where = f"{str(file)!r}, column path"
     repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
     if len(repeated):
         raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
@@ -145,7 +146,8 @@ def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
 
 def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
     """Raise UserError if a packed row is not inside a shard of the collection."""
-    shards, where = pc.unique(table["shard"]).drop_null(), f"{str(file)!r}, column shard"
+    shards = pc.unique(table["shard"]).drop_null()
+    where = f"{str(file)!r}, column shard"
     _check_spelling(shards, where)
     ends = np.full(len(table), np.inf)
     if root is not None:

@@ -106,7 +106,8 @@ def _path_of(record: dict[str, Any]) -> Any:
 
 def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:
     """Read an entry; without tags, its caption is a list of tags. `probs` of predict.py has the tags' categories."""
-    tags, probs = record.get("tags"), record.get("probs")
+    tags = record.get("tags")
+    probs = record.get("probs")
     if isinstance(tags, str):
         tags = split_tags(tags)
         if isinstance(probs, dict) and all(isinstance(names, dict) for names in probs.values()):

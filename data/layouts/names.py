@@ -10,14 +10,16 @@ MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which b
 SUFFIXES = (".caption", ".txt", ".json")  # of sidecars, files beside an image
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
 # Tables. Those of a manifest and of posts, the corrections and kohya's `meta_*` are at the root alone.
-MANIFESTS = PARQUET, JSONL, CSV = ("manifest.parquet", "manifest.jsonl", "manifest.csv")
+PARQUET = "manifest.parquet"
+JSONL = "manifest.jsonl"
+CSV = "manifest.csv"
+MANIFESTS = (PARQUET, JSONL, CSV)
 TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face's imagefolder has them in any folder
 POSTS = ("posts.parquet", "posts.jsonl")  # as Danbooru gives them
-CORRECTIONS, UNDO = (
-    "corrections.jsonl",
-    "corrections_undo.jsonl",
-)  # of the page of view.py, and of job=apply_corrections
-PACKED, GLYPHS = "pack.json", "glyphs.json"  # what job=pack and the embedded collection write beside their images
+CORRECTIONS = "corrections.jsonl"  # of the page of view.py
+UNDO = "corrections_undo.jsonl"  # of job=apply_corrections
+PACKED = "pack.json"  # of job=pack, beside its shards
+GLYPHS = "glyphs.json"  # of the embedded collection
 _OURS = (*MANIFESTS, CORRECTIONS, UNDO, PACKED, GLYPHS)
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
 SYSTEM_NAMES = frozenset(

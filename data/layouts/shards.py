@@ -36,7 +36,8 @@ from utils.record.progress import track
 
 log = get_logger(__name__)
 
-_TAR, _PARQUET = ".tar", ".parquet"
+_TAR = ".tar"
+_PARQUET = ".parquet"
 _ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 _BATCH_ROWS = 64
@@ -54,7 +55,8 @@ def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
 
     There is none if the folder has an image. Tables beside tar files are about them, as img2dataset writes them.
     """
-    names, others = [], Unused()
+    names = []
+    others = Unused()
     for folder, _, files in walk_folders(root, others):
         if any(map(is_image_name, files)):
             return {}
@@ -73,7 +75,8 @@ def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
 def read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
     """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core."""
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
-    tables, results = [], map(_read_shard, shards)
+    tables = []
+    results = map(_read_shard, shards)
     if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         lost = "shards that end the process that reads them"
         results = map_in_processes(_read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
@@ -113,7 +116,8 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     with open(file, "rb", buffering=0) as stream:
         for member in _read_members(stream.fileno(), name, unused):
             path = member.name.removeprefix("./")
-            where, (stem, suffix) = f"{name}/{path}", os.path.splitext(path)
+            where = f"{name}/{path}"
+            stem, suffix = os.path.splitext(path)
             suffix = suffix.lower()
             if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
                 unused.add(OTHERS, *([where] if member.type in _PLAIN else []))
@@ -130,9 +134,12 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             else:
                 texts.setdefault(stem, {})[suffix] = where
                 contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
-    rows, stems, read = [], {os.path.splitext(path)[0] for path in images}, set()
+    rows = []
+    stems = {os.path.splitext(path)[0] for path in images}
+    read = set()
     for path, member in images.items():
-        stem, key = os.path.splitext(path)[0], re.sub(r"\.[^/]*$", "", path)
+        stem = os.path.splitext(path)[0]
+        key = re.sub(r"\.[^/]*$", "", path)
         if stem not in texts and key != stem and key in stems:
             unused.add("further images of a sample", f"{name}/{path}")
             continue
@@ -151,10 +158,13 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
 
 def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar file, up to its end or to the first damaged header."""
-    end, offset, about = os.fstat(descriptor).st_size, 0, {}
+    end = os.fstat(descriptor).st_size
+    offset = 0
+    about = {}
     try:
         while (block := os.pread(descriptor, _BLOCK, offset)).strip(b"\0"):
-            header, content = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace"), offset + _BLOCK
+            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
+            content = offset + _BLOCK
             size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
             is_about = header.type in _ABOUT
             if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
@@ -162,7 +172,9 @@ def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfil
             if is_about:
                 about |= _read_about(header.type, os.pread(descriptor, size, content))
             else:
-                header.name, header.offset_data, header.size = about.get("path", header.name), content, size
+                header.name = about.get("path", header.name)
+                header.offset_data = content
+                header.size = size
                 if any(key.startswith("GNU.sparse") for key in about):
                     header.type = tarfile.GNUTYPE_SPARSE
                 yield header
@@ -182,7 +194,8 @@ def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
     """Return what a member says about the next one: `path`, `size` and others."""
     if kind in _NAMES:
         return {_NAMES[kind]: content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
-    records, start = {}, 0
+    records = {}
+    start = 0
     while record := _RECORD.match(content, start):
         start += int(record[1])
         if start <= record.end():
@@ -216,7 +229,8 @@ def _read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
     with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
-        whole, rows = mapped.read_buffer(), []
+        whole = mapped.read_buffer()
+        rows = []
         for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
             batch.validate(full=True)
             rows += _rows_of(name, batch, whole, len(rows), unused)

@@ -78,7 +78,9 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
     where: the position of the text, for messages. one_per_line: if the text has several lines, each is one tag, commas
     included, as written by Hydrus, and only sentences are captions.
     """
-    caption, tags, sentences = clean(text), [], []
+    caption = clean(text)
+    tags = []
+    sentences = []
     one_per_line = one_per_line and "\n" in caption
     for line in caption.split("\n"):
         pieces = [line] * bool(line.strip()) if one_per_line else split_tags(line)
@@ -99,7 +101,9 @@ def parse_record(where: str, record: dict[str, Any]) -> Sidecar:
 
     where: the position of the record, for faults.
     """
-    number, values, faults = record.get("id"), {}, []
+    number = record.get("id")
+    values = {}
+    faults = []
     for field, read in _READERS.items():
         try:
             values[field] = read(record)
@@ -120,7 +124,8 @@ def _read_tags(record: dict[str, Any]) -> tuple[str, ...] | None:
     parts = [part for part in fields if part[0] in order or isinstance(part[2], str | list)]
     parts.sort(key=lambda part: order.get(part[0], len(order)))
     if isinstance(record.get("tags"), dict):
-        parts, whole = [(category, "tags", value) for category, value in record["tags"].items()], None
+        parts = [(category, "tags", value) for category, value in record["tags"].items()]
+        whole = None
     words = {category: _words(name, value) for category, name, value in parts if value is not None}
     if whole is None and not words:
         return None
@@ -197,7 +202,8 @@ def read_texts(image: str, texts: Mapping[str, str], read: Callable[[str], bytes
         try:
             text = decode(read(name := texts[suffix]))
             if suffix == ".json":
-                record, found = load_json(text, repr(name)) if text.strip() else {"tags": None}, Sidecar()
+                record = load_json(text, repr(name)) if text.strip() else {"tags": None}
+                found = Sidecar()
                 if isinstance(record, dict) and any(map(is_field, record)):
                     found = parse_record(repr(name), record)
                 else:
@@ -241,7 +247,8 @@ def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     A link may lead into the collection, or into the folder `beside`, the target of the image's link: a folder may link
     to images and their sidecars.
     """
-    target, real = os.path.realpath(file), os.path.realpath(root)
+    target = os.path.realpath(file)
+    real = os.path.realpath(root)
     if file.is_symlink() and os.path.dirname(target) != beside and not target.startswith(real.rstrip("/") + "/"):
         raise UserError(
             f"data.root: {str(file)!r} is a link out of the collection, to {target!r}; replace it by the file, or "

@@ -12,19 +12,18 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-SCHEMA = pa.schema(
-    [
-        ("path", pa.string()),  # POSIX, relative to the root
-        ("size", pa.int64()),  # bytes
-        ("sha256", pa.string()),  # null unless prepare.py has filled it in
-        ("split", pa.string()),
-        ("label", pa.string()),
-        ("tags", pa.list_(pa.field("item", pa.string()))),
-        ("rating", pa.string()),
-        ("caption", pa.string()),
-        ("weight", pa.float32()),  # weight in the loss; 0 excludes the image from training
-    ]
-)
+_COLUMNS = {
+    "path": pa.string(),  # POSIX, relative to the root
+    "size": pa.int64(),  # bytes
+    "sha256": pa.string(),  # null unless prepare.py has filled it in
+    "split": pa.string(),
+    "label": pa.string(),
+    "tags": pa.list_(pa.field("item", pa.string())),
+    "rating": pa.string(),
+    "caption": pa.string(),
+    "weight": pa.float32(),  # weight in the loss; 0 excludes the image from training
+}
+SCHEMA = pa.schema([*_COLUMNS.items()])
 # Columns that prepare.py fills from the files. They are not in the fingerprint, because they only depend on the files'
 # content: runs can be resumed after the manifest is written again.
 MEASURED = {

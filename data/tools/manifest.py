@@ -7,8 +7,8 @@ from typing import Literal
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.collection.collection import CACHE
 from data.collection.duplicates import group_duplicates
+from data.collection.index import CACHE
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections

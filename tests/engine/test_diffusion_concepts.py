@@ -5,8 +5,9 @@ import torch
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
-from data.collection.collection import Collection, index_collection
+from data.collection.collection import Collection
 from data.collection.concepts import ConceptConfig
+from data.collection.index import index_collection
 from data.tags.captions import Captions
 from tests.data.collection.test_collection import put
 from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch

@@ -8,7 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from data.collection.collection import Collection, index_collection
+from data.collection.collection import Collection
+from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
 from tests.viewer.conftest import HOSTILE, serve

@@ -10,7 +10,8 @@ from PIL import Image
 
 import data.collection.collection
 import data.layouts.table
-from data.collection.collection import Collection, check_classes, index_collection
+from data.collection.collection import Collection, check_classes
+from data.collection.index import index_collection
 from data.layouts.table import SCHEMA, build_table, count_values, hash_table
 from data.open import describe_collection
 from data.tools.predictions import find_images

@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from data.collection.collection import Collection, describe_concepts, index_collection
+from data.collection.collection import Collection, describe_concepts
 from data.collection.concepts import ConceptConfig, count_positions, find_repeats, share_out
+from data.collection.index import index_collection
 from tests.data.collection.test_collection import columns, put
 from utils.errors import UserError
 

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from data.collection.collection import Collection, index_collection
+from data.collection.collection import Collection
+from data.collection.index import index_collection
 from data.collection.search import Search, quote_value
 from utils.errors import UserError
 

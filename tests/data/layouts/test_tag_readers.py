@@ -13,7 +13,8 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from data.collection.collection import Collection, index_collection
+from data.collection.collection import Collection
+from data.collection.index import index_collection
 from data.layouts.sidecars import FIELDS
 from tests.data.collection.test_collection import load, put
 from tests.support import write_manifest

@@ -1,0 +1,198 @@
+"""Index a collection: read it, or the folders of its concepts, once into an Arrow file that all processes map."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+from pyarrow.feather import write_feather
+from pydantic import TypeAdapter
+
+from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
+from data.collection.split import assign_validation, count_twins
+from data.layouts.corrections import Decisions, correct, read_corrections
+from data.layouts.names import CORRECTIONS
+from data.layouts.recognise import Layout, recognise
+from data.layouts.remote import is_remote
+from data.layouts.sidecars import list_faults
+from data.layouts.table import PLACES, SCHEMA, build_table, hash_table, replace_column
+from data.layouts.unused import Unused, say_unused
+from data.layouts.walk import check_root
+from utils.errors import UserError
+from utils.io.files import sha256_text, write_atomically
+from utils.io.memo import files_key
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
+
+CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
+FINGERPRINT = b"fingerprint"
+_UNUSED = b"unused"
+TWINS = b"twins"
+CONCEPTS = b"concepts"
+CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
+_INDEX = 12  # format version; increment it to rebuild every index
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A folder of a collection. decisions: the corrections to take. unused: what its reading leaves."""
+
+    folder: str
+    layout: Layout
+    decisions: Decisions
+    unused: Unused
+
+    def files(self) -> list[Path]:
+        """Return the files that determine its rows."""
+        return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
+
+    def read(self, fraction: float, is_prior: bool = False) -> pa.Table:
+        """Return its table with splits and corrections. is_prior: all of it is for training."""
+        table = self.layout.read()
+        if is_prior:
+            table = replace_column(table, "split", pa.array(["train"] * len(table)))
+            fraction = 0.0
+        table = assign_validation(table, fraction)
+        return correct(table, self.decisions, self.unused) if self.decisions else table
+
+
+def index_collection(
+    root: str,
+    *,
+    validation_fraction: float,
+    cache: Path,
+    on_bad_sidecar: Literal["stop", "skip"] = "stop",
+    concepts: Sequence[ConceptConfig] = (),
+    corrections: bool = True,
+) -> Path:
+    """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
+
+    The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
+    reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
+    and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
+    corrections: take those of the collection, if it has any. Raises UserError (`data.root`, `data.corrections`).
+    """
+    unused = Unused()
+    parts = _find_parts(root, concepts, cache, unused, corrections)
+    files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
+    stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
+    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
+    target = cache / f"{key}.arrow" if files else None
+    if target is not None and (known := map_index(target)) is not None:
+        log.debug("data.root: %s is unchanged; using its index", files[0])
+        say_unused(json.loads(known.schema.metadata[_UNUSED]))
+        return target
+    table = _read_parts(parts, concepts, root, validation_fraction)
+    table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
+    lines = unused.describe(len(table))
+    say_unused(lines)
+    fingerprint = hash_table(table)
+    if concepts:
+        fingerprint = sha256_text(f"{fingerprint} {stated[CONCEPTS]}")[:16]
+    target = target or cache / f"{fingerprint}.arrow"
+    if map_index(target) is None:
+        metadata = {FINGERPRINT: fingerprint, _UNUSED: json.dumps(lines), TWINS: str(count_twins(table))}
+        table = table.replace_schema_metadata({**metadata, **stated})
+        # Uncompressed, for memory mapping, and in the chunks of the table.
+        write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
+    return target
+
+
+def _find_parts(
+    root: str, concepts: Sequence[ConceptConfig], cache: Path, unused: Unused, corrections: bool
+) -> list[_Part]:
+    """Return the folder of each concept, or `root` alone. Raises UserError (`data.root`, `data.concepts.N.path`)."""
+    if not concepts:
+        return [_find_part(root, cache, unused, corrections)]
+    folders = find_folders(root, concepts)
+    parts = []
+    for number, folder in enumerate(folders):
+        if folder in folders[:number]:
+            raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
+        with _naming(number):
+            parts.append(_find_part(folder, cache, unused, corrections))
+    return parts
+
+
+def _find_part(folder: str, cache: Path, unused: Unused, corrections: bool) -> _Part:
+    layout = recognise(folder, cache, unused)
+    decisions = read_corrections(check_root(folder)) if corrections and not is_remote(folder) else {}
+    if decisions:
+        count = f"{len(decisions):,}"
+        log.info("data.corrections: %s/%s decides on %s labels and lists of tags", folder, CORRECTIONS, count)
+    return _Part(folder, layout, decisions, unused)
+
+
+def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: float) -> pa.Table:
+    """Return one table. Each concept is split as a collection of its own. Raises UserError."""
+    if not concepts:
+        return parts[0].read(fraction)
+    base = os.path.abspath(os.path.expanduser(root))
+    tables = []
+    for number, (concept, part) in enumerate(zip(concepts, parts)):
+        with _naming(number):
+            table = _add_trigger(part.read(fraction, concept.is_prior), concept.trigger)
+        inner = [each.folder for each in parts if each.folder.startswith(os.path.join(part.folder, ""))]
+        tables.append(_place(table, number, base, part.folder, inner))
+    packed = [PLACES.keys() <= set(table.column_names) for table in tables]
+    if any(packed) and not all(packed):
+        one = concepts[packed.index(True)].path
+        other = concepts[packed.index(False)].path
+        raise UserError(f"data.concepts: {one!r} has shards and {other!r} has files; pack all of them, or none")
+    try:
+        joined = pa.concat_tables(tables, promote_options="default")
+    except pa.ArrowException as error:
+        raise UserError(f"data.concepts: the manifests have a column of several types ({error})") from error
+    return build_table(dict(zip(joined.column_names, joined.columns)))
+
+
+def _add_trigger(table: pa.Table, trigger: str | None) -> pa.Table:
+    """Return a table with the trigger of a concept as the caption of rows without a caption and tags."""
+    if trigger is None:
+        return table
+    has_caption = pc.not_equal(pc.utf8_trim_whitespace(table["caption"]), "").fill_null(False)
+    has_text = pc.or_(has_caption, pc.greater(pc.list_value_length(table["tags"]), 0))
+    return replace_column(table, "caption", pc.if_else(has_text, table["caption"], trigger))
+
+
+def _place(table: pa.Table, number: int, base: str, folder: str, inner: Sequence[str]) -> pa.Table:
+    """Return a concept's table with the index, and paths relative to `base`, or absolute outside it.
+
+    Rows in the folders `inner`, of other concepts, are dropped, and so is the column `group`, which only counts within
+    a manifest.
+    """
+    prefix = os.path.relpath(folder, base) if folder.startswith(os.path.join(base, "")) else folder
+    for name in {"path", "shard"} & set(table.column_names):
+        paths = (os.path.join("" if folder == base else prefix, path) for path in table[name].to_pylist())
+        table = replace_column(table, name, pa.array(paths, pa.string()))
+    if inner := tuple(os.path.join(each, "") for each in inner):
+        whole = (os.path.join(base, path) for path in table["path"].to_pylist())
+        table = table.filter(pa.array([not path.startswith(inner) for path in whole], pa.bool_()))
+    table = replace_column(table, CONCEPT, pa.array(np.full(len(table), number)))
+    return table.drop_columns([name for name in table.column_names if name == "group"])
+
+
+@contextmanager
+def _naming(number: int) -> Iterator[None]:
+    """Let a UserError about data.root name the path of a concept."""
+    try:
+        yield
+    except UserError as error:
+        error.args = (str(error).replace("data.root", f"data.concepts.{number}.path"),)
+        raise
+
+
+def map_index(arrow: Path) -> pa.Table | None:
+    """Map an index; None if it is missing, damaged or has another schema, so that it is made again."""
+    with suppress(pa.ArrowException, OSError):
+        table = pa.ipc.open_file(pa.memory_map(str(arrow))).read_all()
+        if pa.schema(list(table.schema)[: len(SCHEMA)]).equals(SCHEMA):
+            return table
+    return None
