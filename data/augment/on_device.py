@@ -19,9 +19,11 @@ from data.stream.order import Draw
 from utils import rng
 from utils.contracts import Batch
 
-IMAGES, AUGMENT = "images", "augment"
+IMAGES = "images"
+AUGMENT = "augment"
 _BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _CHANGES = range(4)
-_BLENDS, _NONE = (_BRIGHTNESS, _CONTRAST, _SATURATION), -1
+_BLENDS = (_BRIGHTNESS, _CONTRAST, _SATURATION)
+_NONE = -1
 _MOST_NUMBERS = 15  # of a sample's draws
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
@@ -55,7 +57,9 @@ def inverse_matrix(change: Augmentation, size_hw: Sequence[int]) -> list[float]:
 
     The flip comes last.
     """
-    centre, (height, width), sign = [0.0, 0.0], size_hw, -1.0 if change.mirrored else 1.0
+    centre = [0.0, 0.0]
+    height, width = size_hw
+    sign = -1.0 if change.mirrored else 1.0
     xx, xy, x, yx, yy, y = _get_inverse_affine_matrix(  # in pixels
         centre, change.angle, change.translate, change.scale, change.shear
     )
@@ -175,7 +179,8 @@ def sample_affine(images: Tensor, matrices: Tensor, fill: float) -> Tensor:
     # Pixel centres, in coordinates from -1 to 1 over the image.
     indices = (torch.arange(count, device=images.device, dtype=torch.float32) for count in images.shape[-2:])
     ys, xs = ((index + 0.5) * (2.0 / len(index)) - 1.0 for index in indices)
-    xs, ys = xs.view(1, 1, -1), ys.view(1, -1, 1)
+    xs = xs.view(1, 1, -1)
+    ys = ys.view(1, -1, 1)
     rows = matrices.view(-1, 2, 3, 1, 1)
     grid = images.new_empty(len(images), *images.shape[-2:], 2)
     for row, into in zip(rows.unbind(1), grid.unbind(-1)):
@@ -221,7 +226,8 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     Source: HSV to RGB, f(n) = v - v s max(0, min(k, 4 - k, 1)) with k = (n + h / 60 degrees) mod 6.
     """
     red, green, blue = images.unbind(1)
-    high, low = images.amax(dim=1), images.amin(dim=1)
+    high = images.amax(dim=1)
+    low = images.amin(dim=1)
     span = high - low
     divisor = torch.where(span > 0, span, 1.0)
     hue = torch.where(

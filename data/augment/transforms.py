@@ -143,13 +143,17 @@ class ResizedCrop(v2.RandomResizedCrop):
 
     def make_params(self, flat_inputs: list[Any]) -> dict[str, Any]:
         """Return top, left, height and width of a crop, as torchvision's own, which takes 60 us for an image."""
-        (height, width), (least, most), (low, high) = flat_inputs[0].shape[-2:], self.scale, self._log_ratio
+        height, width = flat_inputs[0].shape[-2:]
+        least, most = self.scale
+        low, high = self._log_ratio
         for area, ratio, down, right in torch.rand(_TRIES, 4).tolist():
             area = height * width * (least + (most - least) * area)
             ratio = math.exp(low + (high - low) * ratio)
-            wide, tall = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
+            wide = round(math.sqrt(area * ratio))
+            tall = round(math.sqrt(area / ratio))
             if 0 < wide <= width and 0 < tall <= height:
-                top, left = int(down * (height - tall + 1)), int(right * (width - wide + 1))
+                top = int(down * (height - tall + 1))
+                left = int(right * (width - wide + 1))
                 return {"top": top, "left": left, "height": tall, "width": wide}
         return super().make_params(flat_inputs)
 
@@ -162,7 +166,8 @@ class TrainTransform:
     """
 
     def __init__(self, config: AugmentConfig, background: Any = DEFAULT) -> None:
-        size_hw, crop = config.image_size_hw, ResizedCrop(config)
+        size_hw = config.image_size_hw
+        crop = ResizedCrop(config)
         pad = functools.partial(letterbox, image_size_hw=size_hw, background=background, pad=config.pad)
         self._steps: list[Any] = [pad, crop]
         if config.on_device:

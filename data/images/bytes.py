@@ -37,7 +37,8 @@ class Files:
     """Encoded images, each in a file. paths: the path of a row below `root`."""
 
     def __init__(self, root: str, paths: Callable[[int], str]) -> None:
-        self._root, self.name_of = root, paths
+        self._root = root
+        self.name_of = paths
 
     def file_of(self, row: int) -> FileRange | None:
         """Return the local file of a row, or its range of a shard."""
@@ -115,7 +116,8 @@ class _RemoteShards(_Shards):
         return self.check(row, content)
 
     def _request(self, rows: Sequence[int]) -> dict[int, bytes | Exception]:
-        files, find = open_store(str(self.collection.root))[0], super().file_of
+        files = open_store(str(self.collection.root))[0]
+        find = super().file_of
         pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new pool, because a fork has no threads
         answer = pool.submit(_read_ranges, files, {row: find(row) for row in rows})
         pool.shutdown(wait=False)
@@ -137,7 +139,8 @@ def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> 
     results: dict[int, bytes | Exception] = {}
     for key, (path, offset, length) in ranges.items():
         number = bisect_right(joined, (path, offset, float("inf"))) - 1
-        content, start = contents[number], offset - starts[number]
+        content = contents[number]
+        start = offset - starts[number]
         results[key] = content[start : start + length] if isinstance(content, bytes) else content
     return results
 
@@ -169,7 +172,9 @@ class Images(Source):
     """Decoded images of a collection or of a list of files, as `image`, uint8 [channels, H, W]."""
 
     def __init__(self, images: Collection | Sequence[Path], decoder: "Decoder") -> None:
-        self.listing, self.contents, self.decoder = images, open_contents(images), decoder
+        self.listing = images
+        self.contents = open_contents(images)
+        self.decoder = decoder
         self.file_of, self.prefetch = self.contents.file_of, self.contents.prefetch
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:

@@ -38,7 +38,8 @@ _COUNTED = ("hits", "misses", "refused")  # refused: images that could not be wr
 _PROCESSES = 256  # rows of counters; processes of a run mostly have consecutive ids
 _FREE_SHARE = 0.5  # maximum share of the free memory for `auto`
 _WORTH_SHARE = 0.5  # share of the images that must fit for `auto`; below it, the page cache of the files is better
-_ESTIMATE_IMAGES, _ESTIMATE_SLACK = 32, 1.25
+_ESTIMATE_IMAGES = 32
+_ESTIMATE_SLACK = 1.25
 _LEFT_SHARE = 0.1  # share of the initially free memory below which no image is added
 _CHECKED_BYTES = 2**28  # bytes between two checks of the free memory
 _WORD_BYTES = 8
@@ -52,8 +53,11 @@ class Cached(Source):
     """
 
     def __init__(self, inner: Source, records: "LimitedStore | Pool", key_of: Callable[[int], Any], name: str) -> None:
-        self.inner, self.blank = inner, inner.blank
-        self.records, self.key_of, self._name = records, key_of, name
+        self.inner = inner
+        self.blank = inner.blank
+        self.records = records
+        self.key_of = key_of
+        self._name = name
         # Each process, loader workers included, has its own row, so no lock is needed.
         self._counts = torch.zeros(_PROCESSES, len(_COUNTED), dtype=torch.int64).share_memory_()
         self._counted = self._counts.numpy()
@@ -156,7 +160,8 @@ class Pool:
         descriptor = os.memfd_create("atelier-images")
         os.ftruncate(descriptor, first + budget)
         pool = cls(descriptor, rows)
-        pool._next[0], pool._end[0] = first, first + budget
+        pool._next[0] = first
+        pool._end[0] = first + budget
         return pool
 
     def used_bytes(self) -> int:
@@ -245,7 +250,8 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
     for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
         with suppress(UnreadableImage):  # the loader reports it
             sizes.append(source.read(int(row))[IMAGE].numel())
-    room, whole = _FREE_SHARE * free, len(collection) * sum(sizes) / max(1, len(sizes) - 1)
+    room = _FREE_SHARE * free
+    whole = len(collection) * sum(sizes) / max(1, len(sizes) - 1)
     if room < _WORTH_SHARE * whole:
         log.info(
             "data.cache.memory_gib: decoded images are not cached: all need about %.1f GiB, but %.1f are free; set a "

@@ -90,7 +90,9 @@ class Decoder:
         is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
         if not is_plain or (self.icc and "icc_profile" in image.info):
             return None
-        height, width, grey = image.height, image.width, image.mode == "L" and self.channels == 1
+        height = image.height
+        width = image.width
+        grey = image.mode == "L" and self.channels == 1
         # A buffer with the size from the header: libjpeg refuses a file in which it finds a larger image.
         room = np.empty((height, width, 1 if grey else 3), np.uint8)
         try:

@@ -86,7 +86,8 @@ def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = Fal
         kind, detail = _explain_header(content[:256]) if isinstance(error, UnidentifiedImageError) else _explain(error)
         missing = [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]
         if missing and kind in (DAMAGED, CUT_OFF, UNKNOWN):
-            kind, detail = NO_DECODER, f"it needs {missing[0]}; install another Pillow"
+            kind = NO_DECODER
+            detail = f"it needs {missing[0]}; install another Pillow"
         raise UnreadableImage(name, kind, detail) from error
 
 
@@ -133,7 +134,8 @@ def _scale_transparency(image: Image.Image) -> None:
 
 def _select_chunks(content: bytes, kept: tuple[bytes, ...]) -> bytes:
     """Return a PNG's critical chunks and, if their checksums are right, the ancillary ones in `kept`."""
-    parts, start = [_PNG], len(_PNG)
+    parts = [_PNG]
+    start = len(_PNG)
     while start + 12 <= len(content):  # length, type, data, checksum
         length, kind = struct.unpack_from(">I4s", content, start)
         chunk = content[start : start + 12 + length]

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 _SUM_BYTES = 8  # size of the checksum; keeps the content aligned to words
-_USES, _KEY = "uses", "S32"
+_USES = "uses"
+_KEY = "S32"
 _is_record = re.compile(r"[0-9a-f]{32}|\.[0-9a-f]{32}\.\d+\.tmp").fullmatch  # or what a killed process left
 _FULL = 0.9  # eviction removes the oldest records down to this share of the limit
 
@@ -116,7 +117,8 @@ class LimitedStore(Store):
 
     def __init__(self, folder: Path, limit_bytes: int) -> None:
         super().__init__(folder)
-        self._limit, self._used = limit_bytes, folder / "used"  # a file that holds the total size
+        self._limit = limit_bytes
+        self._used = folder / "used"  # a file that holds the total size
         with output_errors("data.cache.folder", folder):
             folder.mkdir(parents=True, exist_ok=True)
         with suppress(OSError):  # a read-only disk; a record that must be written raises it again

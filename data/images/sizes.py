@@ -22,7 +22,8 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 SIZES = Path("outputs/cache/upright_sizes.jsonl")
-_WIDTH, _HEIGHT = 0x0100, 0x0101  # tags of TIFF
+_WIDTH = 0x0100  # a tag of TIFF
+_HEIGHT = 0x0101
 
 
 def read_upright_size(path: str | os.PathLike[str]) -> tuple[int, int]:

@@ -50,7 +50,8 @@ def _group_by_area(value: Any) -> Any:
         flat = set(map(tuple, _FLAT.validate_python(value, strict=True)))
     except ValidationError:
         return value
-    groups, all_differ = [], len({Ratio(*size) for size in flat}) == len(flat)
+    groups = []
+    all_differ = len({Ratio(*size) for size in flat}) == len(flat)
     for size in sorted(flat, key=math.prod):
         is_larger = not groups or (not all_differ and math.prod(size) > _SAME_AREA * math.prod(groups[-1][0]))
         if is_larger or Ratio(*size) in (Ratio(*other) for other in groups[-1]):
@@ -182,7 +183,8 @@ def fit_into(
 def place(image: Tensor, fit: Fit, flip: bool) -> Tensor:
     """Resize, flip and crop an image [C, H, W] into its bucket: [C, h, w]."""
     image = resize(image, fit.resized_hw.tolist(), "bicubic")
-    (top, left), (height, width) = fit.crop_top_left.tolist(), fit.target_hw.tolist()
+    top, left = fit.crop_top_left.tolist()
+    height, width = fit.target_hw.tolist()
     return (image.flip(-1) if flip else image)[:, top : top + height, left : left + width]
 
 
@@ -205,7 +207,8 @@ class Buckets:
         if len(self.rows) == 0:
             return "no image has a bucket"
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
-        areas, images = self.sizes_hw.prod(axis=1), len(np.unique(self.rows))
+        areas = self.sizes_hw.prod(axis=1)
+        images = len(np.unique(self.rows))
         enlarged = np.count_nonzero(zoom > 1)
         several = f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
         return (
@@ -270,7 +273,9 @@ def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray,
 def _fill(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
     """Return the buckets of rows, as `make_buckets`."""
     target = _choose(np.maximum(sizes_hw, 1), config.sizes(), config)
-    rows, sizes_hw, target = np.tile(rows, len(target)), np.tile(sizes_hw, (len(target), 1)), target.reshape(-1, 2)
+    rows = np.tile(rows, len(target))
+    sizes_hw = np.tile(sizes_hw, (len(target), 1))
+    target = target.reshape(-1, 2)
     known = (sizes_hw > 0).all(axis=1)
     sizes_hw = np.maximum(sizes_hw, 1)
     small = known & (_measure_fit(sizes_hw, target)[0] > config.max_upscale)
@@ -303,7 +308,8 @@ def choose_sizes(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -
     fit: of each area's sizes, keep the `fit` that crop least. min_images: while a bucket has fewer images, remove the
     thinnest, and its images go to the next one. Sizes of small=native stay. The buckets before are logged.
     """
-    areas, before = config.sizes(), _fill(rows, sizes_hw, config)
+    areas = config.sizes()
+    before = _fill(rows, sizes_hw, config)
     log.info("buckets, before task.buckets.fit and min_images: %s", before.describe())
     target = before.sizes_hw[before.groups]
     if config.fit is not None:
@@ -339,9 +345,11 @@ def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndar
     shapes, images = np.unique(shapes, return_counts=True)
     lost = np.zeros((len(shapes) + 1, len(ratios)))  # of the images up to each shape, in each size
     lost[1:] = np.cumsum(images[:, None] * -np.expm1(-np.abs(shapes[:, None] - ratios)), axis=0)
-    sizes, middle = np.arange(len(ratios)), np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
+    sizes = np.arange(len(ratios))
+    middle = np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
     change = np.where(np.tri(len(ratios), dtype=bool), np.inf, lost[middle, sizes[:, None]] - lost[middle, sizes])
-    total, steps = np.zeros(len(ratios)), []
+    total = np.zeros(len(ratios))
+    steps = []
     for _ in range(min(count, len(ratios)) - 1):
         steps.append((total[:, None] + change).argmin(axis=0))
         total = (total[:, None] + change).min(axis=0)

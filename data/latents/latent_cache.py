@@ -28,7 +28,8 @@ from utils.record.progress import track
 
 STORED = torch.float16  # dtype of network outputs in the caches
 _VERSION = 1  # version of decoding and `place`; increment it to encode everything again
-_CHANNELS, SHRINK = 4, 8  # SDXL latents
+_CHANNELS = 4  # of SDXL's latents
+SHRINK = 8  # pixels for each of them
 _FLIP_DRAW = 4  # counter for a sample's key; the loader uses 1 and 2, buckets 3
 
 # uint8 images [B, 3, H, W] on the device -> mean and log variance [B, 4, h, w]; in the order of SDXL's VAE, unscaled.
@@ -53,8 +54,11 @@ class LatentCache(Source):
         inputs: Sequence[Any],
         hashes: list[str],
     ) -> None:
-        self.store, self.collection, self.buckets = store, collection, buckets
-        self._flip, self.variants = config.flip, 2 if config.flip > 0 else 1
+        self.store = store
+        self.collection = collection
+        self.buckets = buckets
+        self._flip = config.flip
+        self.variants = 2 if config.flip > 0 else 1
         digests = bytes.fromhex("".join(f"{digest[:32]:0>32}" for digest in hashes))
         words = np.frombuffer(digests, ">u8").astype(np.uint64).reshape(-1, 1, 2)
         variant = np.arange(self.variants, dtype=np.uint64)[:, None]
@@ -89,8 +93,10 @@ class LatentCache(Source):
 
         Raises UserError as `TensorStore.put` does.
         """
-        is_missing, buckets = self.store.is_missing(self.keys), self.buckets
-        chosen, variants = is_missing.any(axis=1), np.flatnonzero(is_missing.any(axis=0)).tolist()
+        is_missing = self.store.is_missing(self.keys)
+        buckets = self.buckets
+        chosen = is_missing.any(axis=1)
+        variants = np.flatnonzero(is_missing.any(axis=0)).tolist()
         if not variants:
             return
 

@@ -65,8 +65,10 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
     Raises UserError (`task.mask.source`): a mask that is unreadable, of another size than its image, or an image of the
     collection itself; in training, no mask at all.
     """
-    is_alpha, sizes = source == "alpha", dict(zip(rows.tolist(), sizes_hw.tolist()))
-    concepts, ids = collection.concepts, collection.concept_ids()
+    is_alpha = source == "alpha"
+    sizes = dict(zip(rows.tolist(), sizes_hw.tolist()))
+    concepts = collection.concepts
+    ids = collection.concept_ids()
 
     def list_files(row: int) -> list[Path]:
         path = collection.absolute_path(row)
@@ -81,7 +83,8 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
         files = {row: file for row in sizes if (file := next(filter(os.path.isfile, list_files(row)), None))}
         values = measure_once(list(files.values()), partial(in_threads, _measure), _MEASURED, "reading masks")
         images = set() if is_alpha else {os.path.abspath(collection.absolute_path(row)) for row in range(len(ids))}
-        masks, wrong = {}, []
+        masks = {}
+        wrong = []
         for (row, file), (size_hw, sha256, has_alpha) in zip(files.items(), values):
             if size_hw != sizes[row] and not is_alpha:
                 wrong.append(f"{file} is {size_hw or 'unreadable'}, its image {sizes[row]}")
@@ -124,7 +127,11 @@ class Masked(Source):
     def __init__(
         self, inner: Source, masks: Masks, buckets: Buckets, find_fit: FindFit, store: TensorStore | None
     ) -> None:
-        self.inner, self._masks, self._buckets, self._find_fit, self._store = inner, masks, buckets, find_fit, store
+        self.inner = inner
+        self._masks = masks
+        self._buckets = buckets
+        self._find_fit = find_fit
+        self._store = store
         self.file_of, self.prefetch, self.readings = inner.file_of, inner.prefetch, inner.readings
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
@@ -140,7 +147,8 @@ class Masked(Source):
         return {MASK: torch.ones(1, *(self._buckets.sizes_hw[group] // SHRINK).tolist(), dtype=STORED)}
 
     def _read_mask(self, row: int, key: int, group: int) -> Record:
-        (path, sha256, is_alpha), (fit, flip) = self._masks[row], self._find_fit(row, key, group)
+        path, sha256, is_alpha = self._masks[row]
+        fit, flip = self._find_fit(row, key, group)
         name = record_key(MASK, _VERSION, sha256, is_alpha, [part.tolist() for part in fit], flip)
         if self._store is not None and (record := self._store.read(name)) is not None:
             return record

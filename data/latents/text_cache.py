@@ -42,7 +42,9 @@ class TextCache:
     """
 
     def __init__(self, store: TensorStore, inputs: Mapping[str, Any], length: int) -> None:
-        self.store, self._inputs, self._length = store, inputs, length
+        self.store = store
+        self._inputs = inputs
+        self._length = length
 
     def _key(self, caption: str) -> str:
         return record_key(self._inputs, caption)

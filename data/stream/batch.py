@@ -59,7 +59,8 @@ def collate(samples: Iterable[Sample], count: int, *, channels_last: bool = Fals
                 columns.setdefault(name, []).append(value)
     for name, column in columns.items():
         if isinstance(column[0], Ragged):
-            lengths, values = [0, *(len(item.values) for item in column)], [item.values for item in column]
+            lengths = [0, *(len(item.values) for item in column)]
+            values = [item.values for item in column]
             room = 1 << sum(lengths).bit_length()
             batch[name] = torch.cat([*values, values[0].new_zeros(room - sum(lengths))])
             batch[f"{name}_offsets"] = torch.tensor(lengths).cumsum(0)
@@ -92,7 +93,9 @@ class Packed:
 
 def pack(batch: Batch) -> Packed:
     """Return a copy of a batch in shared memory. Raises RuntimeError if there is no room."""
-    parts, layout, start = [], [], 0
+    parts = []
+    layout = []
+    start = 0
     for name, tensor in batch.items():
         content = tensor.as_strided([tensor.numel()], [1]).view(torch.uint8)  # in the order of its memory
         layout.append((name, tensor.dtype, tensor.shape, tensor.stride(), start))
@@ -126,7 +129,8 @@ def to_device(batch: Batch | Packed, device: torch.device) -> Batch:
         return Packed(to_device({"data": batch.data}, device)["data"], batch.layout).unpack()
     if device.type != "cuda":
         return {name: tensor.to(device) for name, tensor in batch.items()}
-    copies, current = _copy_stream(device), torch.cuda.current_stream(device)
+    copies = _copy_stream(device)
+    current = torch.cuda.current_stream(device)
     with torch.cuda.stream(copies):
         moved = {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}
     current.wait_stream(copies)

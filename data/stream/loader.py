@@ -40,7 +40,8 @@ log = get_logger(__name__)
 
 _Problems = list[tuple[str, str]]  # the name of an image and why it is unreadable
 # Counters for keys derived from a sample's key.
-_FIELDS_KEY, _VIEW_KEY = 1, 2
+_FIELDS_KEY = 1
+_VIEW_KEY = 2
 
 
 @dataclass
@@ -100,9 +101,14 @@ class Loader(Dataset):
         *,
         training: bool,
     ) -> None:
-        self.collection, self.source, self.machine = collection, source, machine
-        self.views, self.fields, self.training = dict(views), fields, training
-        self._report, self._hooks = report, [view.on_device for view in views.values() if hasattr(view, "on_device")]
+        self.collection = collection
+        self.source = source
+        self.machine = machine
+        self.views = dict(views)
+        self.fields = fields
+        self.training = training
+        self._report = report
+        self._hooks = [view.on_device for view in views.values() if hasattr(view, "on_device")]
 
     def __getitems__(self, draws: list[Draw]) -> tuple[Batch | Packed, _Problems]:
         """Return the batch of some draws, and the (name, reason) of each unreadable image; runs in a worker."""
@@ -122,7 +128,8 @@ class Loader(Dataset):
             record = self.source.read(draw.index, draw.key, draw.group)
         except UnreadableImage as error:
             problems.append((error.path, error.reason))
-            weight, record = 0.0, self.source.blank(draw.group)
+            weight = 0.0
+            record = self.source.blank(draw.group)
         weight = 0.0 if draw.position < 0 else weight  # padding
         views = {}
         for number, (name, transform) in enumerate(self.views.items()):
@@ -183,7 +190,9 @@ class UnreadableLog:
     """
 
     def __init__(self, file: Path | None) -> None:
-        self._file, self._lines, self.seen = file, None, set()
+        self._file = file
+        self._lines = None
+        self.seen = set()
         text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
         for line in text.split("\n"):
             with suppress(ValueError, TypeError, KeyError, RecursionError):  # an incomplete or damaged line
@@ -210,7 +219,9 @@ class TrainStream:
     """The endless stream of training steps: each is a list of this rank's micro-batches on the device."""
 
     def __init__(self, loader: Loader, sampler: Sampler, unreadable: UnreadableLog) -> None:
-        self.loader, self.sampler, self.unreadable = loader, sampler, unreadable
+        self.loader = loader
+        self.sampler = sampler
+        self.unreadable = unreadable
         self.epoch_length, self.chunk = sampler.epoch_length, sampler.chunk
 
     @property
@@ -240,7 +251,8 @@ class TrainStream:
 
     def steps(self, start_step: int, batch_size: int, micro_batch_size: int) -> Iterator[list[Batch]]:
         """Yield the micro-batches of each step, from `start_step` on; batch_size: over all ranks."""
-        rank, ranks = distributed.rank(), distributed.world_size()
+        rank = distributed.rank()
+        ranks = distributed.world_size()
         draws = train_batches(self.sampler, batch_size, micro_batch_size, start_step, rank, ranks)
         batches = self.loader.load(draws, self.sampler)
         while True:
@@ -256,7 +268,11 @@ class EvaluationStream:
     def __init__(
         self, loader: Loader, rows: Sequence[int], batch_size: int, groups: np.ndarray | None = None, seed: int = 0
     ) -> None:
-        self.loader, self.rows, self.batch_size, self.groups, self._seed = loader, rows, batch_size, groups, seed
+        self.loader = loader
+        self.rows = rows
+        self.batch_size = batch_size
+        self.groups = groups
+        self._seed = seed
         self.samples = len(rows)  # over all ranks
 
     def in_batches(self, size: int) -> "EvaluationStream":
@@ -272,5 +288,6 @@ class EvaluationStream:
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield batches on the device."""
-        rank, ranks = distributed.rank(), distributed.world_size()
+        rank = distributed.rank()
+        ranks = distributed.world_size()
         return self.loader.load(evaluation_batches(self.rows, self.batch_size, self._seed, self.groups, rank, ranks))

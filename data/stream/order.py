@@ -62,7 +62,9 @@ class Turns:
         cells, sizes = np.unique(np.stack([concepts, groups]), axis=1, return_counts=True)
         slots = sum(share_out(sizes * (cells[0] == concept), count) for concept, count in enumerate(positions))
         cell = np.repeat(np.arange(len(slots)), slots)
-        self.groups, self._size, self._slots = cells[1][cell], sizes[cell], slots[cell]
+        self.groups = cells[1][cell]
+        self._size = sizes[cell]
+        self._slots = slots[cell]
         self._first, self._turn = (np.cumsum(each)[cell] - each[cell] for each in (sizes, slots))
         self._turn = np.arange(len(cell)) - self._turn
 
@@ -83,7 +85,9 @@ class Sampler:
     def __init__(self, rows: Sequence[int], seed: int, turns: Turns | None = None) -> None:
         if len(rows) == 0:
             raise UserError("data.root: there is no sample to train on; check the splits and labels of the collection")
-        self.rows, self.seed, self.turns = rows, seed, turns
+        self.rows = rows
+        self.seed = seed
+        self.turns = turns
         self.epoch_length = len(rows) if turns is None else len(turns.groups)
 
     def row_of(self, slot: int, lap: int) -> int:
@@ -162,7 +166,9 @@ class _BlockSampler(Sampler):
 
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
         super().__init__(rows, seed)
-        self.block, self.window, self.reads_blocks = block, block * window, False
+        self.block = block
+        self.window = block * window
+        self.reads_blocks = False
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
@@ -182,7 +188,8 @@ class _BlockSampler(Sampler):
 
     def _row(self, epoch: int, offset: int) -> int:
         """Return the row at an offset in the blocks of an epoch, before windows are shuffled."""
-        blocks, (block, inner) = self.epoch_length // self.block, divmod(offset, self.block)
+        blocks = self.epoch_length // self.block
+        block, inner = divmod(offset, self.block)
         if block < blocks:  # a full block
             block = _order(self.seed, rng.hash_counters(epoch, 4), blocks)(block)
         first = rng.hash_counters(self.seed, epoch, 5) % self.epoch_length
@@ -201,7 +208,8 @@ class GroupedSampler(Sampler):
         self, rows: Sequence[int], groups: np.ndarray, chunk: int, seed: int, turns: Turns | None = None
     ) -> None:
         super().__init__(rows, seed, turns)
-        self.chunk, groups = chunk, groups if turns is None else turns.groups
+        self.chunk = chunk
+        groups = groups if turns is None else turns.groups
         self._groups, numbers, counts = np.unique(groups, return_inverse=True, return_counts=True)
         self._members = np.split(np.argsort(numbers, kind="stable"), np.cumsum(counts)[:-1])
         # Chunks of each group before each epoch of a cycle, [chunk + 1, groups]. The phases spread the chunks of small
@@ -302,7 +310,8 @@ def evaluation_batches(
     only on the row, so masks and noise of an evaluation are the same at every step and for any number of ranks.
     """
     for group, positions, starts in plan_batches(rows, batch_size, groups, world_size):
-        mine, padding = positions[rank::world_size], Draw(-1, int(rows[positions[0]]), 0, group)
+        mine = positions[rank::world_size]
+        padding = Draw(-1, int(rows[positions[0]]), 0, group)
         for start in starts:
             chosen = [(int(position), int(rows[position])) for position in mine[start : start + batch_size]]
             draws = [Draw(position, row, rng.sample_key(seed, row, 1), group) for position, row in chosen]

@@ -13,7 +13,8 @@ if TYPE_CHECKING:  # who only reads bytes or headers needs no torch
 
 IMAGE = "image"  # the name of the image in a record
 
-_GAP_BYTES, _JOINED_BYTES = 2**16, 2**23  # ranges closer than this are joined, up to a size
+_GAP_BYTES = 2**16  # ranges closer than this are joined
+_JOINED_BYTES = 2**23  # up to this size
 
 Record = dict[str, "Tensor"]
 
@@ -24,7 +25,9 @@ class UnreadableImage(Exception):
     def __init__(self, path: str, kind: str, detail: str) -> None:
         """Pass all arguments on, because pickling restores an exception from them."""
         super().__init__(path, kind, detail)
-        self.path, self.kind, self.reason = path, kind, f"{kind} ({detail})"
+        self.path = path
+        self.kind = kind
+        self.reason = f"{kind} ({detail})"
 
     def __str__(self) -> str:
         """Return `path: kind (detail)`."""

@@ -32,7 +32,8 @@ log = get_logger(__name__)
 
 Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
-_STATED, _HELD = 2_000, 200_000  # tags in the header of a file, and in memory while they are counted
+_STATED = 2_000  # tags in the header of a file
+_HELD = 200_000  # tags in memory while they are counted
 
 Category = Literal["artist", "character", "copyright", "general", "meta", "rating", "quality", "year"]
 # Tags that published SDXL models were trained with. Collections state them as general or meta, if at all.
@@ -141,7 +142,8 @@ class CaptionConfig(Strict):
             return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
         keep = self.keep_first if len(parts) == 1 else len(split[0])
         others = tags[keep : len(tags) - len(split[2])] if len(parts) == 3 else tags[keep:]
-        categories, kept = self.find_categories(others, text), torch.arange(len(others))
+        categories = self.find_categories(others, text)
+        kept = torch.arange(len(others))
         if generator is not None:
             dropout = self.dropout or {}
             rates = torch.tensor([dropout.get(category, self.tag_dropout) for category in categories])
@@ -190,7 +192,8 @@ class CaptionConfig(Strict):
 
     def _split_marked(self, text: str) -> list[str]:
         """Split a text into tags, but not within the brackets of emphasis."""
-        separator, hidden = self._separator, "\0" * len(self._separator)
+        separator = self._separator
+        hidden = "\0" * len(self._separator)
         for start, end in read_emphasis(text).spans if self.emphasis else ():
             text = text[:start] + text[start:end].replace(separator, hidden) + text[end:]
         return [piece.replace(hidden, separator) for piece in split_tags(text, separator)]

@@ -81,8 +81,11 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
-    pairs, dropped, uncovered = [], [], []
-    forbids, named = _any_of(rules.never_flip), _any_of([*rules.never_flip, *rules.symmetric])
+    pairs = []
+    dropped = []
+    uncovered = []
+    forbids = _any_of(rules.never_flip)
+    named = _any_of([*rules.never_flip, *rules.symmetric])
     no_flip = [output for output, tag in enumerate(vocabulary.names) if forbids.fullmatch(tag)]
     for (category, tag), output in vocabulary.columns.items():
         mirror = rules.mirror(tag, category)

@@ -151,7 +151,8 @@ def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
         rows = [(reader.line_num, row) for row in reader if row]
     header = [name.strip().lower() for name in rows[0][1]] if rows else []
     first, second, status = (next((header.index(name) for name in names if name in header), None) for names in _HEADERS)
-    has_header, pairs = first not in (None, second) and second is not None, []
+    has_header = first not in (None, second) and second is not None
+    pairs = []
     for line, row in rows[has_header:]:
         texts = [row]
         if has_header and len(row) == len(header):

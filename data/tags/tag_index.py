@@ -84,10 +84,12 @@ class TagIndex(TagRows):
 
     def count_known(self, rows: np.ndarray, width: int) -> np.ndarray:
         """Count the images of `rows`, each once, that have a known label of each output, int64 [width]."""
-        chosen, sizes = np.zeros(len(self.unknown), bool), np.diff(self.set_offsets)
+        chosen = np.zeros(len(self.unknown), bool)
+        sizes = np.diff(self.set_offsets)
         chosen[rows] = True
         owners = self.owners()
-        ids, owners = self.ids[chosen[owners]], owners[chosen[owners]]
+        ids = self.ids[chosen[owners]]
+        owners = owners[chosen[owners]]
         members = np.repeat(np.arange(len(sizes)), sizes) * width + self.set_ids
         had = ids[np.isin(self.unknown[owners].astype(np.int64) * width + ids, members)]
         used = np.bincount(self.unknown[rows], minlength=len(sizes))
@@ -97,7 +99,9 @@ class TagIndex(TagRows):
     def describe(self, vocabulary: Vocabulary) -> str:
         """Describe in one line how many images have tags."""
         is_rating = np.asarray(vocabulary.categories) == RATING
-        rows, tagged, rated = len(self.tagged), self.tagged.sum(), is_rating[self.ids].sum()
+        rows = len(self.tagged)
+        tagged = self.tagged.sum()
+        rated = is_rating[self.ids].sum()
         line = f"{tagged:,} of {rows:,} images have a tag of the vocabulary, {rated:,} a known rating"
         unknown = (rows - self.count_known(np.arange(rows), len(vocabulary)))[~is_rating].sum()
         return line + (f"; {unknown:,} labels of tags are unknown" if unknown else "")
@@ -147,8 +151,12 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used
     no row has are unknown in all. Logs texts that are not in the vocabulary.
     Raises UserError (`<key>rating_s`) if images are rated `s` or `safe` and the rules do not define it.
     """
-    mapper, nothing = _Mapper(vocabulary, rules), np.zeros(0, np.int64)
-    ids, lengths, unknown, tagged = array("i"), [], [], []
+    mapper = _Mapper(vocabulary, rules)
+    nothing = np.zeros(0, np.int64)
+    ids = array("i")
+    lengths = []
+    unknown = []
+    tagged = []
     names = [name for name in (*TAG_LISTS, "rating") if name in table.column_names]
     for batch in table.select(names).to_batches(_CHUNK_ROWS):
         for row in batch.to_pylist():
@@ -175,7 +183,8 @@ class _Mapper:
     """
 
     def __init__(self, vocabulary: Vocabulary, rules: TagRules) -> None:
-        self._columns, self._rules = vocabulary.columns, rules
+        self._columns = vocabulary.columns
+        self._rules = rules
         named = [key for key in vocabulary.columns if key[0] != RATING]
         # The category of a name: general if it has one, else the category of its first output.
         self._categories = {name: category for category, name in reversed(named)}

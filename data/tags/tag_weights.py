@@ -61,7 +61,9 @@ class ImageTags(TagRows):
 
 def read_tags(collection: Collection, captions: Captions) -> ImageTags:
     """Return the tags of each row, or the tags in its caption if it has none; each once, in any spelling."""
-    parse, first, views = functools.cache(parse_tag), {}, map(collection.row, range(len(collection)))
+    parse = functools.cache(parse_tag)
+    first = {}
+    views = map(collection.row, range(len(collection)))
     rules = map(captions.of, range(len(collection)))
     texts = (
         (view.tags or _find_tags(own.read(view), own), own.keep_tokens_separator) for view, own in zip(views, rules)
@@ -85,7 +87,8 @@ def find_tag_facts(
     factors = tags.factors(config)
     owners = tags.owners()
     counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
-    ids, owners = tags.ids[counted], owners[counted]
+    ids = tags.ids[counted]
+    owners = owners[counted]
     sizes = np.bincount(owners, minlength=len(collection))
     shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
     counts = tags.count(rows, len(factors))

@@ -104,9 +104,11 @@ def read_any_vocabulary(path: Path) -> Vocabulary:
         tags = table.get("index_to_tag") or table.get("idx_to_tag") or table
         tags = [tags[index] for index in sorted(tags, key=int)]
         tags = [tag if isinstance(tag, dict) else {"tag": tag} for tag in tags]
-        named, counts = table.get("tag_to_category", {}), table.get("tag_frequencies", {})
+        named = table.get("tag_to_category", {})
+        counts = table.get("tag_frequencies", {})
         has_bare = RATINGS.keys() <= {tag["tag"] for tag in tags}  # ratings without a prefix
-        found, is_rated = list[tuple[Tag, int]](), False
+        found = list[tuple[Tag, int]]()
+        is_rated = False
         for text, category in ((tag["tag"].strip(), tag.get("category") or named.get(tag["tag"])) for tag in tags):
             tag = parse_tag(text)
             number = tag.category or GENERAL

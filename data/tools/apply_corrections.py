@@ -50,18 +50,23 @@ class ApplyCorrections(Tool):
 
 
 def _apply(root: Path) -> str:
-    file, decisions = find_manifest(root), read_corrections(root)
+    file = find_manifest(root)
+    decisions = read_corrections(root)
     if file is None or scanned_at(file) is not None:
         file = find_one(root, POSTS)
     if file is not None:
         raise UserError(f"data.root: sidecars are not read beside {file}; {CORRECTIONS} is taken anyway, or edit it")
-    table, (images, sidecars, _) = _read_rows(root, decisions), scan_folder(root, Unused())
+    table = _read_rows(root, decisions)
+    images, sidecars, _ = scan_folder(root, Unused())
     pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
     changes = [(row, now, field) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]]
     say_unused(left.describe())
-    stems, undo = Counter(os.path.splitext(path)[0] for path in images), AppendFile(root / UNDO)
+    stems = Counter(os.path.splitext(path)[0] for path in images)
+    undo = AppendFile(root / UNDO)
     for row, now, field in changes:
-        path, own, stem = row["path"], sidecars.get(row["path"], ()), os.path.splitext(row["path"])[0]
+        path = row["path"]
+        own = sidecars.get(row["path"], ())
+        stem = os.path.splitext(row["path"])[0]
         texts = {os.path.splitext(name)[1].lower(): decode(_read(root, name)) for name in reversed(own)}
         for suffix, text in _rewrite(path, texts, row["tags"], field, now[field]).items():
             name = next((name for name in own if name.lower().endswith(suffix)), f"{stem}{suffix}")
@@ -96,7 +101,8 @@ def _rewrite(path: str, texts: Mapping[str, str], tags: list[str], field: str, v
 
 
 def _restore(root: Path) -> str:
-    lines, kept = _read(root, UNDO).decode().split("\n"), []
+    lines = _read(root, UNDO).decode().split("\n")
+    kept = []
     if not any(lines):
         raise UserError(f"job.undo: true, but there is no {root / UNDO}: nothing was applied")
     for text in reversed(lines):

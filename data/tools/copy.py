@@ -41,7 +41,10 @@ from utils.record.progress import track
 log = get_logger(__name__)
 
 _WARNED = 20  # warnings about images that are copied unchanged
-_DONE = _PRESENT, _COPIED, _SHRUNK = "present", "copied", "shrunk"
+_PRESENT = "present"
+_COPIED = "copied"
+_SHRUNK = "shrunk"
+_DONE = (_PRESENT, _COPIED, _SHRUNK)
 _MEASURED = ("size", "sha256", "width", "height", "mode", "orientation", "transparent")  # of the file itself
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _WEBP_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA")
@@ -59,7 +62,8 @@ class Shrink(NamedTuple):
 
     def reduce(self, image: Image.Image) -> bytes | None:
         """Return the file of a smaller image, or of a WebP, with the same metadata; None for the file as it is."""
-        name, longest_px = "WEBP" if self.is_webp else image.format, self.longest_px or max(image.size)
+        name = "WEBP" if self.is_webp else image.format
+        longest_px = self.longest_px or max(image.size)
         if max(image.size) <= longest_px and name == image.format:
             return None
         if name not in _WRITTEN or getattr(image, "n_frames", 1) > 1:
@@ -78,7 +82,8 @@ class Shrink(NamedTuple):
         if mode != image.mode:  # otherwise a JPEG would be decoded at full size
             image = image.convert(mode)
         image.thumbnail((longest_px, longest_px), Image.Resampling.LANCZOS, reducing_gap=3.0)
-        image, content = image.convert("I;16") if is_wide else image, io.BytesIO()
+        image = image.convert("I;16") if is_wide else image
+        content = io.BytesIO()
         image.save(content, format=name, **options)
         return content.getvalue()
 
@@ -101,19 +106,25 @@ class Copy(Tool):
 
     def run(self, data: DataConfig) -> str:
         """Copy. Raises UserError (`job.to`, `data.root`)."""
-        root, target = check_root(data.root), Path(self.to).expanduser().resolve()
+        root = check_root(data.root)
+        target = Path(self.to).expanduser().resolve()
         if target.is_relative_to(root.resolve()) or root.resolve().is_relative_to(target):
             raise UserError(f"job.to: {self.to!r} is inside data.root, or data.root inside it; set another folder")
-        collection, is_webp, shrink = load_collection(data), self.format == "webp", None
+        collection = load_collection(data)
+        is_webp = self.format == "webp"
+        shrink = None
         refuse_shards(data.root, collection.table)
-        images, manifest = self._choose(collection), find_manifest(root)
-        others, table = dict.fromkeys(_sidecars_of(root, images)), None
+        images = self._choose(collection)
+        manifest = find_manifest(root)
+        others = dict.fromkeys(_sidecars_of(root, images))
+        table = None
         if self.longest_px or is_webp:
             shrink = Shrink(self.longest_px, self.quality, data.max_pixels, is_webp)
         if is_webp:
             collection.refuse_faults(*FIELDS)
             _refuse_twins(images)
-            others, table = filter(is_mask_name, others), collection.table
+            others = filter(is_mask_name, others)
+            table = collection.table
         elif manifest is not None:
             table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
         with open_journal("job.to", target, is_folder=True):
@@ -124,13 +135,15 @@ class Copy(Tool):
                 save_manifest(target, _rename(table, names, shrink), None if is_webp else scanned_at(manifest))
                 if not is_webp:
                     shutil.copystat(manifest, target / PARQUET)  # so that no copied sidecar is newer
-        shrunk, kept = "", [(path, what) for path, (_, what) in copies.items() if what not in _DONE]
+        shrunk = ""
+        kept = [(path, what) for path, (_, what) in copies.items() if what not in _DONE]
         for path, why in kept[:_WARNED]:
             log.warning("%s is copied unchanged: %s", path, why)
         if shrink:
             how = "images as WebP" if is_webp else f"images longer than {self.longest_px} pixels"
             shrunk = f"downsampled {done.count(_SHRUNK):,} {how}, {len(kept):,} could not be; "
-        count, new = f"{len(images):,} of {len(collection):,}", len(done) - done.count(_PRESENT)
+        count = f"{len(images):,} of {len(collection):,}"
+        new = len(done) - done.count(_PRESENT)
         return f"{count} images are in {target}; {shrunk}copied {new:,} of {len(done):,} files"
 
     def _choose(self, collection: Collection) -> list[str]:
@@ -170,10 +183,13 @@ def _copy_file(root: Path, target: Path, shrink: Shrink | None, path: str) -> tu
 
     Raises UserError (`job.to`) if the copy exists and differs.
     """
-    source, content, done = root / path, None, _COPIED
+    source = root / path
+    content = None
+    done = _COPIED
     webp = f"{os.path.splitext(path)[0]}.webp" if shrink is not None and shrink.is_webp else path
     for name in filter(lambda name: (target / name).exists(), dict.fromkeys((path, webp))):
-        ours, theirs = source.stat(), (target / name).stat()
+        ours = source.stat()
+        theirs = (target / name).stat()
         if ours.st_mtime_ns != theirs.st_mtime_ns or (shrink is None and ours.st_size != theirs.st_size):
             raise UserError(f"job.to: {str(target / name)!r} differs from {str(source)!r}; set an empty folder")
         if ours.st_ctime_ns < theirs.st_ctime_ns:  # else the original was changed, with its old time and size

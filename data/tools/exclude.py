@@ -38,7 +38,8 @@ from utils.record.progress import track
 Changes = Mapping[str, Mapping[str, Any]]  # column of a manifest -> path -> value
 
 _TEXTS = ("caption", "tags", "label", "rating")
-_SHEETS, _SHOWN = 60, 8  # groups of duplicates in the report, and images per group
+_SHEETS = 60  # groups of duplicates in the report
+_SHOWN = 8  # images of a group
 
 
 class Finder(Tool):
@@ -56,7 +57,8 @@ class Finder(Tool):
 
     def run(self, data: DataConfig) -> str:
         """List the images, and exclude them if `apply` is true."""
-        root, (reasons, changes) = check_root(data.root), self.choose(data)
+        root = check_root(data.root)
+        reasons, changes = self.choose(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
@@ -92,7 +94,9 @@ def _read_reasons(table: pa.Table) -> list[str | None]:
 
 def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.Table, int]:
     """Return a manifest with weight 0 and a reason for each image, and how many rows `job` excludes now."""
-    weights, now, ours = [], [], 0
+    weights = []
+    now = []
+    ours = 0
     for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table)):
         can_change = before is None or before.startswith(f"{job}: ")
         now.append(before if not can_change else f"{job}: {reasons[path]}" if path in reasons else None)
@@ -133,7 +137,8 @@ class Duplicates(Finder):
 
     def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
-        root, table = check_root(data.root), load_collection(data).table
+        root = check_root(data.root)
+        table = load_collection(data).table
         refuse_shards(root, table)
         rows = table.select(["path", "size", "weight", *_TEXTS]).to_pylist()
         found = {  # without images that other jobs exclude: a group must not keep one of those
@@ -192,11 +197,13 @@ def find_groups(facts: dict[str, FileFacts], match: str) -> list[list[str]]:
 
 def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarray:
     """Draw the first images of a group with names and sizes; the kept image in blue."""
-    pixels, captions = [], []
+    pixels = []
+    captions = []
     for path in group[:_SHOWN]:
         pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
         height, width = pixels[-1].shape[:2]
-        texts, color = (path.rpartition("/")[2], f"{width} x {height}"), RIGHT if path == group[0] else WRONG
+        texts = (path.rpartition("/")[2], f"{width} x {height}")
+        color = RIGHT if path == group[0] else WRONG
         captions.append([(shorten(legible(text), 30), color) for text in texts])
     title = f"{len(group):,} images like {shorten(legible(group[0]), 60)}"
     return image_grid(pixels, captions, title, columns=4, tile_px=226)

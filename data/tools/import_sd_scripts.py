@@ -98,7 +98,8 @@ class Import(Tool):
     def run(self, data: DataConfig) -> str:
         """Convert the file. Raises UserError (`job.source`, `job.output`)."""
         subsets, notes = self._read_subsets()
-        values, notes = _convert(subsets, notes), list(dict.fromkeys(notes))
+        values = _convert(subsets, notes)
+        notes = list(dict.fromkeys(notes))
         head = ["@package _global_", f"From {self.source} of sd-scripts. Other than there:", *notes]
         text = "".join(f"# {line}\n" for line in head) + yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
         with output_errors("job.output", Path(self.output)):
@@ -109,11 +110,14 @@ class Import(Tool):
 
     def _read_subsets(self) -> tuple[list[_Options], list[str]]:
         """Return the options of each subset, and notes. A subset goes before its dataset, and that before general."""
-        file, subsets, notes = Path(self.source), [], []
+        file = Path(self.source)
+        subsets = []
+        notes = []
         with about("job.source"), readable(file, "dataset_config"):
             text = file.read_text(encoding="utf-8")
             read = json.loads(text) if file.suffix == ".json" else tomllib.loads(text)
-            general, datasets = {**read.pop("general", {})}, read.pop("datasets", [])
+            general = {**read.pop("general", {})}
+            datasets = read.pop("datasets", [])
             levels = [
                 {"general": general, f"datasets.{number}": dataset, f"datasets.{number}.subsets.{index}": subset}
                 for number, dataset in enumerate(datasets)
@@ -157,10 +161,13 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
     places: dict[str, _Options] = {}
     for subset in subsets:
         places.setdefault(os.path.abspath(os.path.expanduser(subset.image_dir)), subset)
-    root, sizes = os.path.commonpath(places), sorted(set(map(size_hw, subsets)))
-    captions, priors = [subset.captions() for subset in places.values()], sum(each.is_reg for each in places.values())
+    root = os.path.commonpath(places)
+    sizes = sorted(set(map(size_hw, subsets)))
+    captions = [subset.captions() for subset in places.values()]
+    priors = sum(each.is_reg for each in places.values())
     common = {key: value for key, value in captions[0].items() if all(own[key] == value for own in captions)}
-    concepts, has_masks = [], any(subset.alpha_mask for subset in subsets)
+    concepts = []
+    has_masks = any(subset.alpha_mask for subset in subsets)
     for (folder, subset), own in zip(places.items(), captions):
         how = {"share": 0.5 / priors, "is_prior": True} if subset.is_reg else {"repeats": subset.num_repeats}
         concept = {"path": os.path.relpath(folder, root), **how, "trigger": subset.class_tokens}

@@ -47,11 +47,13 @@ class Manifest(Tool):
         Raises UserError (`data.root`) as `read_folder` does, for a link out of the root, for a folder that is not
         writable or whose manifest another command writes, and for a manifest that this job did not write.
         """
-        folder, verify = check_root(data.root), self.verify or self.duplicates
+        folder = check_root(data.root)
+        verify = self.verify or self.duplicates
         with open_journal("data.root", folder / PARQUET):
             if (manifest := find_manifest(folder)) is not None:
                 refuse_foreign(manifest)
-            scanned_ns, table = time.time_ns(), read_folder(folder, unused := Unused())
+            scanned_ns = time.time_ns()
+            table = read_folder(folder, unused := Unused())
             table = list_faults(table, CACHE, unused, data.on_bad_sidecar)
             say_unused(unused.describe(len(table)))
             paths = table["path"].to_pylist()

@@ -73,7 +73,9 @@ class Pack(Tool):
         Raises UserError: `job.output` if the folder has other content or cannot be written; `data.root` if an image
         cannot be read or its SHA-256 differs from the manifest.
         """
-        shards, members, output = _plan_shards(collection, self.shard_mib * _MIB), [], Path(self.output)
+        shards = _plan_shards(collection, self.shard_mib * _MIB)
+        members = []
+        output = Path(self.output)
         classes = {label: number for number, label in enumerate(collection.class_names("train"))}
         with open_journal("job.output", output, is_folder=True):
             _claim(output, {"collection": collection.fingerprint, "shard_mib": self.shard_mib, "version": _VERSION})
@@ -119,7 +121,8 @@ def _claim(output: Path, plan: dict[str, Any]) -> None:
 def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> None:
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
         for record, content in _read_rows(collection, rows):
-            key, suffix = member_key(record["path"]), os.path.splitext(record["path"])[1].lower()
+            key = member_key(record["path"])
+            suffix = os.path.splitext(record["path"])[1].lower()
             members = {suffix if suffix in IMAGE_SUFFIXES else ".img": content}
             known = {name: value for name, value in record.items() if value is not None}
             members[".json"] = json.dumps(known, ensure_ascii=False, sort_keys=True).encode()
@@ -129,7 +132,8 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
                 members[".txt"] = text.encode()
             for name, member in members.items():
                 header = tarfile.TarInfo(key + name)
-                header.size, header.mode = len(member), 0o644
+                header.size = len(member)
+                header.mode = 0o644
                 tar.addfile(header, io.BytesIO(member))
 
 
