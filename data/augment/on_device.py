@@ -89,13 +89,12 @@ class DeviceAugment:
 
         change = Augmentation(next(numbers) < self._config.horizontal_flip)
         if affine is not None:
-            shift, shear = affine.translate, affine.shear_degrees
-            change = change._replace(
-                angle=between(-affine.degrees, affine.degrees),
-                translate=tuple(round(between(-shift * side, shift * side)) for side in reversed(self._size_hw)),
-                scale=between(*affine.scale),
-                shear=(between(-shear, shear), between(-shear, shear)),
-            )
+            shifts = [affine.translate * side for side in reversed(self._size_hw)]
+            angle = between(-affine.degrees, affine.degrees)
+            moved = tuple(round(between(-shift, shift)) for shift in shifts)
+            scale = between(*affine.scale)
+            shear = tuple(between(-affine.shear_degrees, affine.shear_degrees) for _ in range(2))
+            change = change._replace(angle=angle, translate=moved, scale=scale, shear=shear)
         if jitter is not None:
             ranges = (jitter.brightness, jitter.contrast, jitter.saturation)
             factors = [between(max(0.0, 1.0 - most), 1.0 + most) for most in ranges]
@@ -230,12 +229,8 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
     low = images.amin(dim=1)
     span = high - low
     divisor = torch.where(span > 0, span, 1.0)
-    hue = torch.where(
-        high == red,
-        (green - blue) / divisor,
-        torch.where(high == green, (blue - red) / divisor + 2.0, (red - green) / divisor + 4.0),
-    )
-    hue = hue + (turns * 6.0).view(-1, 1, 1)
+    hue = torch.where(high == green, (blue - red) / divisor + 2.0, (red - green) / divisor + 4.0)
+    hue = torch.where(high == red, (green - blue) / divisor, hue) + (turns * 6.0).view(-1, 1, 1)
     channels = []
     for start in (5.0, 3.0, 1.0):
         sector = (hue + start) % 6.0

@@ -1,7 +1,6 @@
 """Buckets: the training sizes for images of many shapes, and how an image is fitted into one.
 
     sizes_hw = image_sizes(collection, rows, cache)
-    config = choose_sizes(rows, sizes_hw, config)    # of training rows, if config.depends_on_images
     buckets = make_buckets(collection, rows, sizes_hw, config)
     fit = fit_into(size_hw, bucket_hw, choose_corner)
     pixels = place(image, fit, flip=False)
@@ -25,7 +24,7 @@ from data.images.decode import resize
 from data.layouts.table import show_some
 from data.stream.order import Draw, Views
 from utils import rng
-from utils.config.bounds import Count, Fraction, Pixels, Share, Side
+from utils.config.bounds import Fraction, Pixels, Share, Side
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.record.logging import get_logger
@@ -67,8 +66,7 @@ class BucketConfig(Strict):
     `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
     largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes, or one for each area.
     assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
-    (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). fit, min_images: see
-    `choose_sizes`. crop: the crop position.
+    (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). crop: the crop position.
     small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
     trained at its own size, rounded down to `step_px` (native). An image that would lose more than `max_crop` of its
     area is skipped. flip: probability of a horizontal flip.
@@ -81,18 +79,11 @@ class BucketConfig(Strict):
     max_px: _UnitSide
     sizes_hw: Annotated[Annotated[list[_Sizes], Field(min_length=1)] | None, BeforeValidator(_group_by_area)]
     assign: Literal["no_upscale", "nearest", "all"]
-    fit: Count | None
-    min_images: Count
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
     max_upscale: Annotated[float, Field(ge=1, le=1000)]
     max_crop: Share
     flip: Fraction
-
-    @property
-    def depends_on_images(self) -> bool:
-        """Whether the sizes depend on the training images; see `choose_sizes`."""
-        return self.fit is not None or self.min_images > 1
 
     def for_evaluation(self) -> "BucketConfig":
         """Return the same buckets without chance: no flip, and crops from the centre."""
@@ -210,14 +201,13 @@ class Buckets:
         areas = self.sizes_hw.prod(axis=1)
         images = len(np.unique(self.rows))
         enlarged = np.count_nonzero(zoom > 1)
-        several = f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
-        return (
-            f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {images:,} images"
-            f"{several if images < len(self.rows) else ''}; "
-            f"cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst; {enlarged:,} enlarged"
-            + (f", up to {zoom.max():.1f} times" if enlarged else "")
-            + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
-        )
+        line = f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {images:,} images"
+        if images < len(self.rows):
+            line += f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
+        line += f"; cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst; {enlarged:,} enlarged"
+        if enlarged:
+            line += f", up to {zoom.max():.1f} times"
+        return line + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
 
     def refuse_none(self, count: int) -> None:
         """Raise UserError if none of `count` images has a bucket."""
@@ -263,15 +253,6 @@ def _choose(image_hw: np.ndarray, areas: Sequence[np.ndarray], config: BucketCon
 
 def make_buckets(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
     """Assign rows with sizes [N, 2] (0 if unknown) to buckets; warn of rows without one."""
-    buckets = _fill(rows, sizes_hw, config)
-    for reason, without in buckets.dropped.items():
-        names = show_some(collection.table["path"].take(without[:6]).to_pylist())
-        log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
-    return buckets
-
-
-def _fill(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Buckets:
-    """Return the buckets of rows, as `make_buckets`."""
     target = _choose(np.maximum(sizes_hw, 1), config.sizes(), config)
     rows = np.tile(rows, len(target))
     sizes_hw = np.tile(sizes_hw, (len(target), 1))
@@ -296,67 +277,10 @@ def _fill(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> Bucke
     _, firsts = np.unique(rows[kept] * len(buckets) + groups.reshape(-1), return_index=True)
     left_out = {reason: np.setdiff1d(rows[chosen], rows[kept]) for reason, chosen in reasons.items()}
     dropped = {reason: without for reason, without in left_out.items() if len(without)}
+    for reason, without in dropped.items():
+        names = show_some(collection.table["path"].take(without[:6]).to_pylist())
+        log.warning("buckets: %s images are not used: %s: %s", f"{len(without):,}", reason, names)
     return Buckets(rows[kept][firsts], groups.reshape(-1)[firsts], buckets, sizes_hw[kept][firsts], dropped)
-
-
-# ------------------------------------------------------------------------------------------- sizes for one collection
-
-
-def choose_sizes(rows: np.ndarray, sizes_hw: np.ndarray, config: BucketConfig) -> BucketConfig:
-    """Return a config that states the sizes which `fit` and `min_images` choose for rows of sizes [N, 2] (0: unknown).
-
-    fit: of each area's sizes, keep the `fit` that crop least. min_images: while a bucket has fewer images, remove the
-    thinnest, and its images go to the next one. Sizes of small=native stay. The buckets before are logged.
-    """
-    areas = config.sizes()
-    before = _fill(rows, sizes_hw, config)
-    log.info("buckets, before task.buckets.fit and min_images: %s", before.describe())
-    target = before.sizes_hw[before.groups]
-    if config.fit is not None:
-        images = [before.image_hw[_is_one_of(target, sizes)] for sizes in areas]
-        areas = [fit_sizes(sizes, fitted, config.fit) for sizes, fitted in zip(areas, images)]
-    _, firsts = np.unique(before.rows, return_index=True)
-    image_hw = before.image_hw[firsts[_is_one_of(target[firsts], np.concatenate(config.sizes()))]]
-    while config.min_images > 1 and len(image_hw):
-        used, counts = np.unique(_choose(image_hw, areas, config).reshape(-1, 2), axis=0, return_counts=True)
-        is_last = len(used) == 1 or counts.min() >= config.min_images
-        used = used if is_last else np.delete(used, counts.argmin(), axis=0)
-        areas = [sizes[_is_one_of(sizes, used)] for sizes in areas if _is_one_of(sizes, used).any()]
-        if is_last:
-            break
-    chosen = [sizes.tolist() for sizes in areas]
-    log.info("buckets, after: %s", "; ".join(", ".join(f"{h} x {w}" for h, w in sizes) for sizes in chosen))
-    return config.model_copy(update={"sizes_hw": chosen, "fit": None, "min_images": 1})
-
-
-def _is_one_of(sizes_hw: np.ndarray, others_hw: np.ndarray) -> np.ndarray:
-    """Return whether each size [N, 2] is one of others [K, 2], bool [N]."""
-    return np.isin(sizes_hw @ (2**32, 1), others_hw @ (2**32, 1))
-
-
-def fit_sizes(sizes_hw: np.ndarray, image_hw: np.ndarray, count: int) -> np.ndarray:
-    """Return the `count` sizes, of [K, 2], that crop least of images [N, 2], each in the size of the nearest ratio.
-
-    An image of log ratio x in a bucket of log ratio r loses 1 - exp(-|x - r|) of its area. A dynamic programme over the
-    sorted ratios: after size i, size j takes over the images of larger ratios from the middle of both on.
-    """
-    sizes_hw = sizes_hw[np.argsort(sizes_hw[:, 0] / sizes_hw[:, 1], kind="stable")]
-    ratios, shapes = (np.log(sizes[:, 0] / sizes[:, 1]) for sizes in (sizes_hw, image_hw))
-    shapes, images = np.unique(shapes, return_counts=True)
-    lost = np.zeros((len(shapes) + 1, len(ratios)))  # of the images up to each shape, in each size
-    lost[1:] = np.cumsum(images[:, None] * -np.expm1(-np.abs(shapes[:, None] - ratios)), axis=0)
-    sizes = np.arange(len(ratios))
-    middle = np.searchsorted(shapes, (ratios[:, None] + ratios) / 2)
-    change = np.where(np.tri(len(ratios), dtype=bool), np.inf, lost[middle, sizes[:, None]] - lost[middle, sizes])
-    total = np.zeros(len(ratios))
-    steps = []
-    for _ in range(min(count, len(ratios)) - 1):
-        steps.append((total[:, None] + change).argmin(axis=0))
-        total = (total[:, None] + change).min(axis=0)
-    chosen = [int((total + lost[-1]).argmin())]
-    for step in reversed(steps):
-        chosen.append(int(step[chosen[-1]]))
-    return sizes_hw[chosen[::-1]]
 
 
 def draw_fit(image_hw: np.ndarray, bucket_hw: np.ndarray, key: int, config: BucketConfig) -> tuple[Fit, bool]:

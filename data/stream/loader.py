@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -145,14 +146,17 @@ class Loader(Dataset):
         Raises UserError (`runtime.workers`) if workers lack shared memory.
         """
         workers = self.machine.workers
+        of_workers: dict[str, Any] = {}
+        if workers > 0:
+            of_workers["prefetch_factor"] = self.machine.prefetch_batches
+            of_workers["multiprocessing_context"] = _WorkerContext()
         loader = DataLoader(
             self,
             batch_sampler=read_ahead(batches, self.source, sampler),
             num_workers=workers,
-            prefetch_factor=self.machine.prefetch_batches if workers > 0 else None,
+            **of_workers,
             collate_fn=lambda loaded: loaded,
             worker_init_fn=_start_worker,
-            multiprocessing_context=_WorkerContext() if workers > 0 else None,
             pin_memory=self.machine.device.type == "cuda",
             generator=torch.Generator(),  # otherwise torch draws the base seed from its global generator
         )

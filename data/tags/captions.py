@@ -176,15 +176,10 @@ class CaptionConfig(Strict):
         return escape(spell(tag)) if self.emphasis else spell(tag)
 
     def describe_emphasis(self, texts: Iterable[str]) -> str:
-        """Say how many texts have emphasis and how it is read; "" if none has."""
-        reads = [(text, read_emphasis(text)) for text in texts if MARK.search(text)]
-        found = [read for text, read in reads if read.plain != text]
-        if not self.emphasis:
-            return f"{len(found):,} have emphasis, which is text (task.captions.emphasis=false)" if found else ""
-        weights = [weight for read in found for chunk in read.chunks for _, weight in chunk] or [1.0]
-        unmatched = sum(read.unmatched > 0 for _, read in reads)
-        how = f"weights from {min(weights):.2g} to {max(weights):.2g}; brackets without a partner, which are text"
-        return f"{len(found):,} have emphasis, with {how}, are in {unmatched:,}"
+        """Say how many texts have emphasis, and whether it is read; "" if none has."""
+        count = sum(read_emphasis(text).plain != text for text in texts if MARK.search(text))
+        how = "" if self.emphasis else ", which is text"
+        return f"{count:,} have emphasis{how} (task.captions.emphasis={str(self.emphasis).lower()})" if count else ""
 
     @property
     def _separator(self) -> str:

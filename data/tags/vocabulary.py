@@ -1,4 +1,4 @@
-"""Build a vocabulary from the tags of a collection, or read the one of another tagger."""
+"""Build a vocabulary from the tags of a collection, or read one."""
 
 from collections import Counter
 from dataclasses import replace
@@ -14,7 +14,7 @@ from data.tags.tag_index import map_tags
 from utils.config.bounds import Count
 from utils.config.schema import PathText
 from utils.errors import UserError, about
-from utils.formats.spelling import PREFIXES, Tag, parse_tag
+from utils.formats.spelling import Tag, parse_tag
 from utils.formats.vocabulary import (
     CATEGORIES,
     CHARACTER,
@@ -25,14 +25,13 @@ from utils.formats.vocabulary import (
     category_name,
     read_vocabulary,
 )
-from utils.io.files import read_json, readable
+from utils.io.files import readable
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 _MAX_LENGTH = 255  # longer names are sentences
 _SHOWN = 3  # tags in a message
-_PADDING = ("<PAD>", "<UNK>")
 
 
 class VocabularyConfig(TagRulesConfig):
@@ -90,36 +89,19 @@ def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
 
 
 def read_any_vocabulary(path: Path) -> Vocabulary:
-    """Read the vocabulary of a run, selected_tags.csv, or the tags of another tagger in a .json or .txt file.
+    """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt file, one on each line. Raises UserError.
 
-    Text: a tag on each line. JSON: {"0": {"tag": ..., "category": ...}} (tag_mapping.json), or index_to_tag or
-    idx_to_tag, perhaps with tag_frequencies and tag_to_category (vocabulary.json). The order is kept, without padding;
-    if one tag is a rating, the four ratings come first. Tags without a category are general. Raises UserError.
+    The order of the lines is kept; if one is a rating, the four ratings come first. A tag without a category is general.
     """
-    if path.suffix not in (".json", ".txt"):
+    if path.suffix != ".txt":
         return read_vocabulary(path)
     with readable(path, "vocabulary"):
-        lines = path.read_text(encoding="utf-8-sig").split("\n") if path.suffix == ".txt" else ()
-        table = read_json(path) if path.suffix == ".json" else dict(enumerate(lines))
-        tags = table.get("index_to_tag") or table.get("idx_to_tag") or table
-        tags = [tags[index] for index in sorted(tags, key=int)]
-        tags = [tag if isinstance(tag, dict) else {"tag": tag} for tag in tags]
-        named = table.get("tag_to_category", {})
-        counts = table.get("tag_frequencies", {})
-        has_bare = RATINGS.keys() <= {tag["tag"] for tag in tags}  # ratings without a prefix
-        found = list[tuple[Tag, int]]()
-        is_rated = False
-        for text, category in ((tag["tag"].strip(), tag.get("category") or named.get(tag["tag"])) for tag in tags):
-            tag = parse_tag(text)
-            number = tag.category or GENERAL
-            if category is not None or (has_bare and text in RATINGS):
-                number = PREFIXES.get((category or "rating").lower(), CATEGORIES["meta"])
-            if number == RATING:
-                is_rated = True
-            elif tag.name and text not in _PADDING:
-                found.append((Tag(number, tag.name), int(counts.get(text, 0))))
-        found = [(Tag(RATING, name), 1) for name in RATINGS if is_rated] + found
-        return _complete(found)
+        tags = [parse_tag(line) for line in path.read_text(encoding="utf-8-sig").split("\n") if line.strip()]
+        is_rated = any(tag.category == RATING for tag in tags)
+        ratings = [(Tag(RATING, name), 1) for name in RATINGS if is_rated]
+        return _complete(
+            ratings + [(Tag(tag.category or GENERAL, tag.name), 0) for tag in tags if tag.category != RATING]
+        )
 
 
 def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]:

@@ -51,10 +51,7 @@ class Cache(Tool):
 def _describe(path: Path, unused: int) -> TableRow:
     """Return a row on a cache: a folder or a file."""
     states = [file.stat() for file in (path, *path.rglob("*")) if file.is_file()]
-    return {
-        "cache": str(path),
-        "files": len(states),
-        "GiB": sum(state.st_size for state in states) / GIB,
-        "written": time.strftime("%Y-%m-%d", time.localtime(max((state.st_mtime for state in states), default=0))),
-        "unused": unused,
-    }
+    written = time.localtime(max((state.st_mtime for state in states), default=0))
+    size = sum(state.st_size for state in states) / GIB
+    day = time.strftime("%Y-%m-%d", written)
+    return {"cache": str(path), "files": len(states), "GiB": size, "written": day, "unused": unused}

@@ -122,13 +122,13 @@ def _count_values(collection: Collection, facts: list[FileFacts]) -> dict[str, l
 def _summarise(collection: Collection) -> dict[str, float]:
     """Return the figures of a collection by their names."""
     lengths = pc.list_value_length(collection.table["tags"]).to_numpy()
-    return {
-        "images": len(collection),
-        **{f"images of {split}": len(collection.rows(split)) for split in SPLITS},
-        "images without a tag": int((lengths == 0).sum()),
-        "tags per image": round(float(lengths.mean()), 2),
-        "GiB": round(pc.sum(collection.table["size"]).as_py() / 2**30, 3),
-    }
+    figures = {"images": len(collection)}
+    for split in SPLITS:
+        figures[f"images of {split}"] = len(collection.rows(split))
+    figures["images without a tag"] = int((lengths == 0).sum())
+    figures["tags per image"] = round(float(lengths.mean()), 2)
+    figures["GiB"] = round(pc.sum(collection.table["size"]).as_py() / 2**30, 3)
+    return figures
 
 
 def _measurements(facts: list[FileFacts]) -> dict[str, np.ndarray]:

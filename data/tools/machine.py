@@ -2,8 +2,9 @@
 
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -46,19 +47,21 @@ class Machine(Tool):
         log.info("torch.compile: %s", f"not possible without {lacks}" if lacks else "possible")
         log.info("decoders: %s", decoder_versions())
         warn_of_missing_libraries()
-        needs_folder = data.name != "glyphs" and not is_remote(data.root)
         refused = []
-        for check in (
-            lambda: choose_device(self.device),
-            lambda: choose_precision(self.precision, device),
-            lambda: check_compile(device) if self.compile is True else None,
-            lambda: check_root(data.root) if needs_folder else None,
-            lambda: _check_writable(Path(self.run_dir)),
-        ):
+
+        def attempt(check: Callable[..., Any], *arguments: Any) -> None:
             try:
-                check()
+                check(*arguments)
             except UserError as error:
                 refused.append(str(error))
+
+        attempt(choose_device, self.device)
+        attempt(choose_precision, self.precision, device)
+        if self.compile is True:
+            attempt(check_compile, device)
+        if data.name != "glyphs" and not is_remote(data.root):
+            attempt(check_root, data.root)
+        attempt(_check_writable, Path(self.run_dir))
         for folder in filter(Path.is_dir, (Path("/dev/shm"), Path(self.run_dir))):
             usage = shutil.disk_usage(folder)
             log.info("%s: %.1f of %.1f GiB free", folder, usage.free / _GIB, usage.total / _GIB)

@@ -119,16 +119,14 @@ def _measure_image(image: Image.Image) -> FileFacts:
     grey = Image.fromarray(pixels).convert("L")
     grey.thumbnail((_SIDE_PX, _SIDE_PX))
     levels = np.asarray(grey, np.float32)
-    inner = levels[1:-1, 1:-1]
-    edges = levels[:-2, 1:-1] + levels[2:, 1:-1] + levels[1:-1, :-2] + levels[1:-1, 2:] - 4 * inner
-    return FileFacts(
-        format=image.format,
-        width=upright.width,
-        height=upright.height,
-        mode=mode,
+    edges = np.diff(levels, 2, axis=0)[:, 1:-1] + np.diff(levels, 2, axis=1)[1:-1]
+    facts = FileFacts(format=image.format, width=upright.width, height=upright.height, mode=mode)
+    facts = facts._replace(
         orientation=orientation if orientation in UPRIGHT else 1,
         transparent=transparent,
         phash=perceptual_hash(pixels),
+    )
+    return facts._replace(
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
     )

@@ -16,7 +16,7 @@ from data.collection.collection import Collection, describe_concepts
 from data.config import DataConfig
 from data.images.record_store import TensorStore, record_key
 from data.images.sizes import SIZES, image_hashes, image_sizes
-from data.latents.buckets import Buckets, choose_sizes, fitted_views, make_buckets, views_of
+from data.latents.buckets import Buckets, fitted_views, make_buckets, views_of
 from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.latents.text_cache import TextCache, vary_caption
@@ -63,17 +63,6 @@ class SDXLTrainingConfig(TaskTrainingConfig):
 
 class BucketedKind(Kind):
     """Images in the buckets of `task.buckets`."""
-
-    def set_up(self, config: TrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None) -> Setup:
-        """Return the setup of a new run. Its task states the sizes that the training images choose; they are facts."""
-        setup = super().set_up(config, collection, facts)
-        buckets = config.task.buckets
-        if not buckets.depends_on_images:
-            return setup
-        rows = training_rows(collection, config.loop)
-        buckets = choose_sizes(rows, image_sizes(collection, rows, SIZES), buckets)
-        task = config.task.model_copy(update={"buckets": buckets})
-        return replace(setup, task=task, facts={**setup.facts, "bucket_sizes_hw": buckets.sizes_hw})
 
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
         """Return nothing: weight files do not describe images."""

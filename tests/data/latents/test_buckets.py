@@ -1,7 +1,5 @@
 """Buckets: the rule, the nearest ratio, fits whose coordinates an index image gives back, images that fit nowhere."""
 
-import itertools
-
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,9 +13,7 @@ from data.latents.buckets import (
     BucketConfig,
     Fit,
     assign,
-    choose_sizes,
     fit_into,
-    fit_sizes,
     fitted_views,
     make_buckets,
     place,
@@ -29,8 +25,6 @@ from tests.data.collection.test_collection import load
 RULE = {"areas_px": [1024**2], "step_px": 64, "min_px": 512, "max_px": 2048, "sizes_hw": None}
 POLICY = {
     "assign": "no_upscale",
-    "fit": None,
-    "min_images": 1,
     "crop": "centre",
     "small": "keep",
     "max_upscale": 1.5,
@@ -176,30 +170,6 @@ def test_size_decides_between_areas_and_the_ratio_within_one(tmp_path, how, size
     assert made.sizes_hw[made.groups][:, 0].tolist() == wanted
     assert [made.number_of(*pair) for pair in zip(made.rows, made.groups)] == list(range(len(wanted)))
     assert ("3 samples an epoch" in made.describe()) == (how == "all")
-
-
-def test_fitted_sizes_crop_least_of_all_choices():
-    candidates, image_hw = sdxl_sizes(1024**2, 128, 512, 2048), np.random.default_rng(0).integers(300, 2000, (60, 2))
-
-    def lost(sizes_hw):
-        target = sizes_hw[assign(image_hw, sizes_hw)]
-        return (1 - (target / (image_hw * (target / image_hw).max(axis=1, keepdims=True))).prod(axis=1)).sum()
-
-    for count in (1, 2, 4):
-        best = min(lost(np.array(chosen)) for chosen in itertools.combinations(candidates.tolist(), count))
-        fitted = fit_sizes(candidates, image_hw, count)
-        assert len(fitted) == count and lost(fitted) == pytest.approx(best, rel=1e-9)
-        assert fit_sizes(candidates, image_hw[::-1], count).tolist() == fitted.tolist()
-
-
-def test_thin_buckets_are_joined_and_a_config_states_what_was_chosen(log):
-    sizes = np.array([(1024, 1024)] * 9 + [(1216, 832)] * 2 + [(1152, 896)] * 3 + [(500, 500)] * 2 + [(0, 0)])
-    chosen = choose_sizes(np.arange(17), sizes, config(areas_px=[512**2, 1024**2], min_images=4))
-    assert chosen.sizes_hw == [[[1024, 1024], [1152, 896]]] and not chosen.depends_on_images
-    assert "before" in log.text and "1152 x 896" in log.text
-    fitted = choose_sizes(np.arange(17), sizes, config(fit=2))
-    assert fitted.sizes_hw == [[[1024, 1024], [1152, 896]]]
-    assert BucketConfig.model_validate(fitted.model_dump(mode="json")) == fitted
 
 
 def test_sizes_that_the_network_cannot_take_are_refused():

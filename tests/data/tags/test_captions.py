@@ -59,8 +59,7 @@ def test_emphasis_stays_whole_and_brackets_of_tags_are_escaped(tmp_path):
     assert marked.split(text) == ["a", "b", "c", "d (e)", ":("] != config().split(text)
     assert texts(collection_of(tmp_path, SIDECARS), source="tags", emphasis=True)[0] == r"hatsune miku, hat \(x\), ^_^"
     assert config().describe_emphasis(["a cat", "a :("]) == "" and "1 have" in config().describe_emphasis([text, "a"])
-    described = marked.describe_emphasis([text, "[e]", "a cat"])
-    assert "2 have" in described and "0.91 to 1.2" in described and described.endswith("in 1")
+    assert marked.describe_emphasis([text, "[e]", "a cat"]).startswith("2 have")
 
 
 def test_lines_of_a_caption_are_alternatives(tmp_path):

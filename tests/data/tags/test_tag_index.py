@@ -241,39 +241,14 @@ def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
         make_vocabulary(collection, wanted(ignore="nowhere"), "vocabulary.")
 
 
-FOREIGN = {
-    "tags.txt": "1girl\n\nblue eyes\ncharacter:miku\nrating:safe\n",
-    "vocabulary.json": {
-        "tag_to_index": {"1girl": 2},
-        "index_to_tag": {"10": "general", "3": "blue_eyes", "2": "1girl", "0": "<PAD>", "1": "<UNK>", "4": "miku"}
-        | {str(n): name for n, name in enumerate(["sensitive", "questionable", "explicit"], start=11)},
-        "tag_to_category": {"miku": "Character"},
-        "tag_frequencies": {"1girl": 7},
-    },
-    "tag_mapping.json": {
-        str(row): {"tag": tag, "category": category}
-        for row, (tag, category) in enumerate(
-            [("1girl", "General"), ("general", "Rating"), ("blue_eyes", "General"), ("miku", "Character")]
-        )
-    },
-}
-
-
-@pytest.mark.parametrize("name", FOREIGN)
-def test_vocabularies_of_other_taggers_are_read(tmp_path, name):
-    text = FOREIGN[name]
-    (tmp_path / name).write_text(text if isinstance(text, str) else json.dumps(text))
-    read = read_any_vocabulary(tmp_path / name)
+def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
+    (tmp_path / "tags.txt").write_text("1girl\n\nblue eyes\ncharacter:miku\nrating:safe\n")
+    read = read_any_vocabulary(tmp_path / "tags.txt")
     assert read.names == (*RATINGS, "1girl", "blue_eyes", "miku") and read.categories == (9, 9, 9, 9, 0, 0, 4)
-    assert read.counts == (1, 1, 1, 1, 7 * (name == "vocabulary.json"), 0, 0)
-    assert read.tag_ids == (*RATINGS.values(), 4, 5, 6)
-
-
-@pytest.mark.parametrize("text", ['{"a": "b"}', "[]", '{"0": {"name": "a"}}', '{"0": "a", "1": "A"}'])
-def test_a_file_that_is_no_vocabulary_is_refused(tmp_path, text):
-    (tmp_path / "tags.json").write_text(text)
-    with pytest.raises(UserError, match=r"tags\.json is not a readable vocabulary"):
-        read_any_vocabulary(tmp_path / "tags.json")
+    assert read.counts == (1, 1, 1, 1, 0, 0, 0) and read.tag_ids == (*RATINGS.values(), 4, 5, 6)
+    (tmp_path / "tags.txt").write_text("a\nA")
+    with pytest.raises(UserError, match=r"tags\.txt is not a readable vocabulary"):
+        read_any_vocabulary(tmp_path / "tags.txt")
 
 
 @FUZZ
