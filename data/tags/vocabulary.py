@@ -91,7 +91,7 @@ def _complete(chosen: list[tuple[Tag, int]]) -> Vocabulary:
 def read_any_vocabulary(path: Path) -> Vocabulary:
     """Read the vocabulary of a run, selected_tags.csv, or the tags of a .txt file, one on each line. Raises UserError.
 
-    The order of the lines is kept; if one is a rating, the four ratings come first. A tag without a category is general.
+    The order of the lines is kept; if one is a rating, the four ratings come first. A bare tag is a general one.
     """
     if path.suffix != ".txt":
         return read_vocabulary(path)
