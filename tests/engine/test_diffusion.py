@@ -213,7 +213,7 @@ RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samp
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     """In three buckets of two areas, from latents and texts of caches."""
     own = [*SHORT, *RESUMED, "data.root=images", "task.latent_cache=latents", "task.text_cache=texts"]
-    own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[64,96]]]"]
+    own += ["task.text_variants=2", "task.buckets.sizes_hw=[[[32,32]],[[64,64],[96,64]]]"]
     own += ["task.buckets.assign=all", "task.captions.emphasis=true"]
     own += ["task.captions.order=[year,general]", "task.captions.dropout={general: 0.5}"]
     own += ["task.mask={source: masks, floor: 0.1, normalise: true}"]
