@@ -141,15 +141,16 @@ def run_all(recorder, folder, monkeypatch):
         run_sdxl(go, f"data.root={images}")
         (folder / "prompts.txt").write_text("a")
         go("predict", "weights=sdxl", "prompts=prompts.txt", "output=pictures", "pictures.image_size_hw=[64,64]")
-    tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae"]
+    tuned = [*small, on_glyphs, *ON_DISK, "run_dir=tuned", "init_from=fcmae", "loop.keep_weights_every=1"]
     go("finetune", *tuned)
     go("finetune", *tuned, "loop.total_steps=3", "optim.lr=0.1", "resume_allow=[optim.lr]")
     tagging = [*small, *folders, "lr_finder.enabled=false", "optim=adamw", "schedule=cosine"]
     go("train", *tagging, "task=tagging", "task.min_count=1", "task.loss.name=asl", "run_dir=asl")
-    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "task.targets=features", "run_dir=distilled")
+    go("finetune", *tagging, "task=distillation", "task.teacher=asl", "run_dir=distilled")
     go("tests.tasks.multicrop", *SHORT, f"data.root={images}", "run_dir=multicrop")
     on_cpu = ["runtime.device=cpu", "runtime.threads=1"]
     go("evaluate", "run_dir=tuned", *on_cpu)
+    go("evaluate", "job=grid", "run_dir=tuned", *on_cpu)
     go("export", "run_dir=tuned")
     go("evaluate", "run_dir=asl", "calibrate=true", *on_cpu)
     go("export", "run_dir=asl", "format=wd14")
@@ -189,6 +190,7 @@ PROVED = {
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
     *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps", "prior")),  # tests/engine/test_judge.py
     *(f"LibraryConfig.{name}" for name in ("name", "extra")),  # tests/engine/test_resume.py
+    *(f"RuleConfig.{name}" for name in ("lr_scale", "weight_decay", "freeze_steps", "betas")),  # tests/optim
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
     "PageConfig.alerts",
