@@ -57,15 +57,16 @@ class Search:
 
     def find(self, text: str) -> np.ndarray:
         """Return the rows that all terms accept; a term of copies puts them side by side. Raises UserError."""
-        found = np.zeros(len(self.collection), bool)
-        chosen = np.ones(len(self.collection), bool)
-        for minus, name, sign, value in _TERM.findall(text):
-            if (minus, sign, value) == ("", "", "OR"):
-                found |= chosen
-                chosen[:] = True
+        sides: list[list[tuple[str, ...]]] = [[]]
+        for term in _TERM.findall(text):
+            if term == ("", "", "", "OR"):
+                sides.append([])
             else:
-                chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
-        rows = np.flatnonzero(found | chosen)
+                sides[-1].append(term)
+        if len(sides) > 1 and not all(sides):
+            raise UserError(f"{text}: OR needs a term on both of its sides")
+        accepted = [self._accepts_all(terms) for terms in sides]
+        rows = np.flatnonzero(np.logical_or.reduce(accepted))
         return rows[np.argsort(self.leads()[rows], kind="stable")] if "copies" in self.names(text) else rows
 
     def names(self, text: str) -> set[str]:
@@ -82,6 +83,13 @@ class Search:
         chosen[rows] = True
         counts = np.bincount(ids[np.repeat(chosen, np.diff(offsets))], minlength=len(names))
         return {names[number]: int(counts[number]) for number in np.argsort(-counts) if counts[number]}
+
+    def _accepts_all(self, terms: list[tuple[str, ...]]) -> np.ndarray:
+        """Return whether each row has what all terms ask for, bool [N]."""
+        chosen = np.ones(len(self.collection), bool)
+        for minus, name, sign, value in terms:
+            chosen &= self._accepts(_unquote(name), sign, _unquote(value)) != bool(minus)
+        return chosen
 
     def _accepts(self, name: str, sign: str, value: str) -> np.ndarray:
         """Return whether each row has a tag, or a value in a column, bool [N]."""

@@ -34,14 +34,16 @@ def search(tmp_path):
     (quote_value(ROWS[0]["tags"][2]), "a"), ("label=ca", ""), ("label:CA", "a"), ("-label=cat", "bc"), ("tags>1", "ab"),
     ('caption:"red house"', "a"), ("split=val", "b"), ("width>=300", "b"), ("width<300", "a"), ("-width<300", "bc"),
     ("aspect>1", "a"), ("copies>1", "ac"), ("copies>0", "acb"), ("weight=0", "c"), ('"a b"<=0.5', "a"),
-    ("width<300 OR label=o", "ab"), ("hat OR", "abc"), ("-label=o hat OR (", ""),
+    ("width<300 OR label=o", "ab"), ("-label=o hat OR (", ""),
     ("path:c.p", "c"), ("(", ""), ('"', ""), ("caption:<script", "c"),
 ])  # fmt: skip
 def test_terms(search, text, rows):
     assert [search.collection.row(row).path[0] for row in search.find(text)] == list(rows)
 
 
-@pytest.mark.parametrize("term", ["nothing>3", "lable:cat", "unknown_tags:x", "width>wide", "label<3"])
+@pytest.mark.parametrize(
+    "term", ["nothing>3", "lable:cat", "unknown_tags:x", "width>wide", "label<3", "hat OR", "OR hat"]
+)
 def test_a_term_that_cannot_be_compared_is_named(search, term):
     with pytest.raises(UserError, match=term[:5]):
         search.find(term)
