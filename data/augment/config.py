@@ -97,10 +97,12 @@ class AugmentConfig(Strict):
             return None
         height, width = self.image_size_hw
         evaluation = max(height, width) / (self.eval_crop if self.eval_resize == "crop" else 1)
-        scale, (least, most) = self.crop_scale[0], self.crop_ratio
+        scale = self.crop_scale[0]
+        least, most = self.crop_ratio
         wide = max(1 / math.sqrt(scale * least), 1 / most)
         high = max(math.sqrt(most / scale), least)
-        stretch, affine = 1.0, self.affine
+        stretch = 1.0
+        affine = self.affine
         if affine is not None and not self.on_device:
             stretch = max(1.0, affine.scale[1] * (1 + math.tan(math.radians(affine.shear_degrees))) ** 2)
         return math.ceil(max(evaluation, stretch * max(width * wide, height * high)))

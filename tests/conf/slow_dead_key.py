@@ -112,7 +112,8 @@ def run_all(recorder, folder, monkeypatch):
 
     small, folders = [*SMALL_MODEL, *SHORT], ["data=image_folder", f"data.root={images}", *ON_DISK]
     on_glyphs = f"data.root={glyphs}"
-    go("pretrain_fcmae", *small, on_glyphs, "task.decoder_dim=8", "run_dir=fcmae")
+    length = ["loop.total_steps=null", "loop.total_epochs=0.2"]
+    go("pretrain_fcmae", *small, on_glyphs, *length, "task.decoder_dim=8", "run_dir=fcmae")
     others = {
         "adan": [
             "optim=adan",
@@ -197,7 +198,8 @@ PROVED = {
     *(f"AlertsConfig.{name}" for name in ("throughput_share", "disk_gib", "no_step_sec", "command", "webhook")),
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py and test_watch.py
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
-    "LatentPerceptualConfig.min_snr",  # tests/models/test_sdxl_perceptual.py
+    *(f"LatentPerceptualConfig.{name}" for name in ("weight", "min_snr")),  # tests/models/test_sdxl_perceptual.py
+    *(f"TimestepsConfig.{name}" for name in ("mean", "std", "shift")),  # by one call: tests/models/test_sdxl_step.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "Stage.leaves",  # of finished stages: tests/test_workshop.py
     "SweepConfig.name",
