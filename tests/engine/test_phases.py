@@ -31,7 +31,7 @@ RUNS = {  # script, words, and the sides of the images or latents of each update
 @pytest.mark.parametrize("task", RUNS)
 def test_sizes_follow_each_other_and_a_run_killed_at_a_boundary_resumes_exactly(task, tmp_path, monkeypatch):
     if task == "diffusion":
-        pytest.importorskip("diffusers")
+        pytest.importorskip("diffusers", reason="make install-sdxl")
     script, words, expected = RUNS[task]
     words = [
         *words,
