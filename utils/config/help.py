@@ -75,8 +75,7 @@ def _read(folder: Path, name: str) -> Iterator[str]:
 def read_values(group: str, name: str) -> dict[str, Any]:
     """Return the values of a group's file and of those that it builds on."""
     own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    values: dict[str, Any] = {}
-    for base in own.pop("defaults", ()):
-        if isinstance(base, str) and base != "_self_":
-            values |= read_values(group, base)
-    return values | own
+    from omegaconf import OmegaConf  # takes longer than --help
+
+    bases = [read_values(group, base) for base in own.pop("defaults", ()) if isinstance(base, str)]
+    return OmegaConf.to_container(OmegaConf.merge(*bases, own))
