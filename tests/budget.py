@@ -48,7 +48,10 @@ def list_files() -> list[str]:
 
 
 def is_table(statement: ast.stmt) -> bool:
-    """Return whether a statement names a table of literals: one of a module or a class."""
+    """Return whether a statement names a table of literals: of a module, a class, or a function's outermost block.
+
+    The last is more than the rule grants: eight functions have such a table of 62 to 104 nodes, a named row a line.
+    """
     is_named = isinstance(statement, (ast.Assign, ast.AnnAssign)) and statement.col_offset in (0, 4)
     return is_named and isinstance(statement.value, _LITERALS)
 
