@@ -364,7 +364,6 @@ def export(form, model, metadata, folder, whole=None, thresholds=None, **setting
     values |= {
         "backbone_only": False,
         "dynamic_size": False,
-        "latent_statistics": False,
         "dry_run": False,
         "model": {"path": None, "vae": None},
         "hub": {"name": None, "private": True, "dry_run": False},

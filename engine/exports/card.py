@@ -3,37 +3,29 @@
 An unknown fact has no line. Texts may be a stranger's: they are shown as code.
 """
 
-import json
 import math
-import os
 import re
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
 
 from engine.exports.format import Format
 from engine.exports.weights import Weights
-from engine.tasks.kinds import KINDS, training_schema
 from models.interop import snippets
 from models.interop.metadata import base_model, dict_of, label_names, licence_of
 from models.outputs import OUTPUTS
-from utils.config.recipe import flatten, is_free
-from utils.config.schema import path_keys
 from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets_in, safe_lines
-from utils.record.figures import COUNTS, interval, show_cell, show_interval, show_name, show_rows
-from utils.record.logging import get_logger
-from utils.record.run_reader import RunReader
-
-log = get_logger(__name__)
+from utils.record.figures import COUNTS, interval, show_cell, show_interval, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
-_PICTURES = "pictures"  # the folder of a card's pictures
+_SAMPLES = "plots/evaluate_samples.png"  # of a run
 # Licences that the hub knows by name; another one is `other`, with its name.
 _LICENCES = re.compile(
     r"apache-2\.0|mit|(bigscience-|creativeml-|bigcode-)?openrail(\+\+|-m)?|cc0-1\.0|cc-by(-nc)?(-sa|-nd)?-[234]\.0"
@@ -46,7 +38,7 @@ _LIMITS = {
     "features": "Its outputs are features for further training or search; they name nothing.",
     None: "Its pictures show what its training images and the base model show, with their faults.",
 }
-_NO_FIGURES = ("seconds", "step", "epoch")
+_NO_FIGURES = ("seconds", "step")
 
 
 @dataclass(frozen=True)
@@ -71,19 +63,17 @@ class Card:
         return self.weights.metadata
 
     def write(self, folder: Path, more: str = "") -> None:
-        """Write README.md and its pictures. more: Markdown to append."""
+        """Write README.md, and for SDXL a picture of samples. more: Markdown to append."""
         run = self.weights.run
-        measured = _find_figures(self.weights, Path(self.run_dir) if self.run_dir else run and run.path)
-        config = _read_config(run)
-        pictures = _find_pictures(run, measured.prefix) if config else {}
-        for path in pictures.values():
-            (folder / _PICTURES).mkdir(exist_ok=True)
-            (folder / _PICTURES / path.name).write_bytes(path.read_bytes())
-        lines = [*self._introduce(), *self._describe_training(config), *_show_results(measured, self.thresholds)]
-        lines += [f"![{caption}]({_PICTURES}/{path.name})\n" for caption, path in pictures.items()]
+        place = Path(self.run_dir) if self.run_dir else run and run.path
+        figures = read_figures(self.weights, place)
+        lines = [*self._introduce(), *self._describe_training(), *_show_results(figures, self.thresholds)]
         lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
+        if figures and (place / _SAMPLES).is_file():
+            shutil.copy(place / _SAMPLES, folder / "samples.png")
+            lines += ["", "![samples](samples.png)"]
         lines += ["", *self._state_limits()]
-        front = yaml.safe_dump(hide_secrets_in(self._front_matter(measured)), sort_keys=False, width=10**6)
+        front = yaml.safe_dump(hide_secrets_in(self._front_matter(figures)), sort_keys=False, width=10**6)
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip()
         text = f"---\n{front}---\n\n{text}\n"
         if more:
@@ -123,15 +113,11 @@ class Card:
             text = snippets.image_program(form.template, metadata, file)
         return f"```python\n{text.rstrip()}\n```"
 
-    def _describe_training(self, config: Mapping[str, Any]) -> list[str]:
+    def _describe_training(self) -> list[str]:
         trained_on = dict_of(self.metadata, "trained_on").items()
         known = {name.replace("_", " "): value for name, value in trained_on if isinstance(value, int | str)}
         known |= {"step of these weights": self.metadata.get("step"), "precision": self.metadata.get("precision")}
-        lines = ["## Training", "", *_list(known)]
-        if config:
-            values = [f"{key}={json.dumps(value)}" for key, value in config.items()]
-            lines += ["<details><summary>Configuration</summary>", "", "```", *values, "```", "", "</details>", ""]
-        return lines
+        return ["## Training", "", *_list(known)]
 
     def _prompts(self) -> list[str]:
         """Return the texts that a task of pictures generates in training."""
@@ -155,7 +141,7 @@ class Card:
             lines.append("It forbids commercial use, also of these weights.")
         return lines
 
-    def _front_matter(self, measured: "Figures") -> dict[str, Any]:
+    def _front_matter(self, figures: Mapping[str, float]) -> dict[str, Any]:
         """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
         front: dict[str, Any] = {}
         if (licence := licence_of(self.metadata)) is not None:
@@ -173,31 +159,20 @@ class Card:
         front["tags"] = ["atelier", *([str(name)] if name else [])]
         if prompts := self._prompts():
             front["widget"] = [{"text": prompt} for prompt in prompts]
-        if "pipeline_tag" in front and measured.values:
-            metrics = [{"type": name, "value": value} for name, value in measured.values.items() if name not in COUNTS]
-            dataset = {"type": "images", "name": measured.images, "split": "validation"}
+        if "pipeline_tag" in front and figures:
+            metrics = [{"type": name, "value": value} for name, value in figures.items() if name not in COUNTS]
+            dataset = {"type": "images", "name": "the validation images", "split": "validation"}
             result = {"task": {"type": front["pipeline_tag"]}, "dataset": dataset, "metrics": metrics}
             front["model-index"] = [{"name": self.weights.title, "results": [result]}]
         return front
 
 
-class Figures(NamedTuple):
-    """What was measured of the weights.
-
-    images: a name of the measured images. prefix: of the names of their pictures, or None without pictures.
-    """
-
-    images: str = ""
-    values: Mapping[str, float] = {}
-    prefix: str | None = None
-
-
-def _show_results(measured: Figures, thresholds: ThresholdTable | None) -> list[str]:
+def _show_results(figures: Mapping[str, float], thresholds: ThresholdTable | None) -> list[str]:
     lines = []
-    if values := measured.values:
-        lines += ["## Results", "", f"Measured on {measured.images}:", ""]
-        for name, value in values.items():
-            lines.append(f"- {name}: {show_cell(value)}{show_interval(interval(name, values))}")
+    if figures:
+        lines += ["## Results", "", "Measured on the validation images:", ""]
+        for name, value in figures.items():
+            lines.append(f"- {name}: {show_cell(value)}{show_interval(interval(name, figures))}")
         lines += ["", "Other intervals are not computed.", ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
         fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
@@ -209,65 +184,14 @@ def _list(facts: Mapping[str, Any]) -> list[str]:
     return [*(f"- {name}: {code_span(value)}" for name, value in facts.items() if value is not None), ""]
 
 
-def _read_config(run: RunReader | None) -> dict[str, Any]:
-    """Return a run's configuration without paths; nothing if it is damaged."""
-    try:
-        return {} if run is None else _public(flatten(run.config))
-    except UserError as error:  # the weights are whole
-        log.warning("README.md: without configuration and pictures: %s", error)
-        return {}
-
-
-def _public(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a run's recipe without paths of a disk; a name on the hub stays."""
-    kind = KINDS.get(config.get("task.name"))
-    if kind is None:
-        return {}
-    paths = path_keys(training_schema(kind.scripts[0]))
-
-    def is_path(key: str, value: Any) -> bool:
-        values = value if isinstance(value, list) else [value]
-        texts = [text for text in values if isinstance(text, str) and not text.startswith("hf:")]
-        return any(key in paths or os.path.isabs(text) for text in texts)
-
-    return {key: value for key, value in config.items() if not is_free(key) and not is_path(key, value)}
-
-
-def _find_pictures(run: RunReader, prefix: str | None) -> dict[str, Path]:
-    """Return a run's pictures by caption. prefix: of the pictures of these weights, or None without them."""
-    names = {"curves": "curves"}  # without images of the collection
-    names |= {} if prefix is None else {name: f"{prefix}{name}" for name in ("samples", "pr_curves", "confusion")}
-    files = {show_name(name): run.path / f"plots/{file}.png" for name, file in names.items()}
-    return {caption: path for caption, path in files.items() if path.is_file()}
-
-
-def _find_figures(weights: Weights, folder: Path | None) -> Figures:
-    """Return the figures of these weights: of evaluate.py on `val`, or else of the run's evaluation at their step."""
-    metadata, run = weights.metadata, weights.run
-    if measured := read_figures(weights, folder):
-        return Figures("the validation images", _numbers(measured), "evaluate_")
-    rows = [row for row in (run.rows if run else ()) if row.get("kind") == "evaluate"]
-    averaged = "ema/" if metadata.get("average") else ""
-    for row in rows:
-        numbers = {name.removeprefix("ema/"): value for name, value in row.items() if name.startswith(averaged)}
-        is_same = any(name.startswith("ema/") for name in row) == bool(averaged)
-        if row["step"] == metadata.get("step") and is_same:
-            prefix = "" if row is rows[-1] else None
-            return Figures("the validation images, in training", _numbers(numbers), prefix)
-    return Figures()
-
-
-def read_figures(weights: Weights, folder: str | Path | None) -> dict[str, Any]:
+def read_figures(weights: Weights, folder: Path | None) -> dict[str, float]:
     """Return the figures of evaluate.py in a run's folder if they are of these weights on `val`, or nothing."""
     try:
         measured = dict(read_json(Path(folder or "") / "metrics.json"))
     except (OSError, ValueError, TypeError):
         return {}
-    is_ours = (measured.get("weights_hash"), measured.get("split")) == (weights.metadata.get("weights_hash"), "val")
-    return measured if is_ours else {}
-
-
-def _numbers(measured: Mapping[str, Any]) -> dict[str, float]:
+    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
+        return {}
     numbers = {name: value for name, value in measured.items() if isinstance(value, int | float)}
     return {name: value for name, value in numbers.items() if name not in _NO_FIGURES and math.isfinite(value)}
 

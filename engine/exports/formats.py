@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import nn
 
-from engine.exports.card import Card, read_figures
+from engine.exports.card import Card
 from engine.exports.format import Format
 from engine.exports.sdxl_facts import modelspec_facts
 from engine.exports.weights import MovedBase, Weights
@@ -129,28 +129,13 @@ def _thresholds(weights: Weights, config: "ExportConfig") -> ThresholdTable | No
 
 
 def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write only the LoRA, for ComfyUI, the web UIs and sd-scripts."""
-    return _write_lora(lora.write_kohya, weights, folder, config)
-
-
-def write_lora_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write only the LoRA, for diffusers."""
-    trained = weights.setup.task.lora
-    if trained is not None and trained.kind != "lora":
-        raise UserError(
-            f"format: lora_diffusers is for kind=lora, not {trained.kind}; set format=kohya, or diffusers (merged)"
-        )
-    return _write_lora(lora.write_diffusers, weights, folder, config)
-
-
-def _write_lora(write: Any, weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write a LoRA, read it again, and compare the changes of all layers and a DoRA's magnitudes."""
+    """Write only the LoRA, read it again, and compare the changes of all layers and a DoRA's magnitudes."""
     if weights.setup.task.lora is None:
         raise UserError(f"format: {config.format} is for a LoRA, but this run trained the U-Net; set single_file")
     if values := unlike_sdxls(weights.setup.model.vae_values):
         log.warning("format: the LoRA learnt latents of a VAE with %s, unlike SDXL's; use it with this VAE", values)
-    path = folder / FORMATS[config.format].file
-    write(path, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
+    path = folder / FORMATS["kohya"].file
+    lora.write_kohya(path, weights.task.adapter, _DTYPES[config.precision], _facts(weights, config))
     with torch.device("meta"):
         shapes = open_networks(weights.setup.model, ("unet", *ENCODERS))
     read = read_lora(path, shapes)
@@ -260,31 +245,8 @@ def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
 def write_vae_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
     """Write a VAE for diffusers."""
     vae = weights.task.vae
-    if config.latent_statistics:
-        measured = read_figures(weights, config.run_dir)
-        if "latent_mean_0" not in measured:
-            raise UserError("latent_statistics: first run evaluate.py with these run_dir and weights; it measures them")
-        channels = range(vae.config.latent_channels)
-        mean = [measured[f"latent_mean_{channel}"] for channel in channels]
-        std = [measured[f"latent_std_{channel}"] for channel in channels]
-        vae.register_to_config(latents_mean=mean, latents_std=std, scaling_factor=1.0, shift_factor=None)
     checkpoint_files.write_vae_folder(folder, vae, _DTYPES[config.precision])
     return _compare_vae(vae, load_vae(folder), config)
-
-
-def write_vae_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write a VAE with the base model's other networks in a single file."""
-    model = weights.setup.model
-    vae = weights.task.vae
-    if model.path is None:
-        raise UserError("format: vae_single_file needs the other networks of a base model; set format=vae")
-    base = describe(model.path)
-    noise = {name: base[name] for name in ("prediction_type", "zero_terminal_snr", "shift")}
-    networks = open_networks(model, [part for part in PARTS if part != "vae"]) | {"vae": vae}
-    path = folder / FORMATS["vae_single_file"].file
-    dtype = _DTYPES[config.precision]
-    checkpoint_files.write_single_file(path, networks, dtype=dtype, facts=_facts(weights, config), **noise)
-    return _compare_vae(vae, load_vae(path), config)
 
 
 # ---------------------------------------------------------------------------------------------------------- the table
@@ -295,7 +257,6 @@ _FOLDER = 'from_pretrained(".")'
 _ON_BASE = 'from_pretrained($base)\npipeline.load_lora_weights(".", weight_name="$file")'
 _tagger = partial(Format, of=("tags",), template="wd14", fp16=True)
 _sdxl = partial(Format, of=("diffusion",), library="diffusers", template="sdxl", fp16=True)
-_lora = partial(_sdxl, load=_ON_BASE, is_adapter=True)
 _vae = partial(Format, of=("autoencoder",), library="diffusers", template="vae", fp16=True)
 
 FORMATS = {
@@ -305,13 +266,11 @@ FORMATS = {
     "safetensors": Format("model.safetensors", write_safetensors),
     "wd14": _tagger("model.onnx", write_wd14),
     "wd_repository": _tagger("model.onnx", write_repository, library="timm"),
-    "kohya": _lora("lora.safetensors", write_kohya),
-    "lora_diffusers": _lora("pytorch_lora_weights.safetensors", write_lora_diffusers),
+    "kohya": _sdxl("lora.safetensors", write_kohya, load=_ON_BASE, is_adapter=True),
     "single_file": _sdxl("model.safetensors", write_single_file, load=_FILE),
     "diffusers": _sdxl("model_index.json", write_diffusers, load=_FOLDER),
     "vae": _vae("vae.safetensors", write_vae, load=_VAE_FILE),
     "vae_diffusers": _vae("config.json", write_vae_diffusers, load=_FOLDER),
-    "vae_single_file": _vae("model.safetensors", write_vae_single_file, load=_VAE_FILE),
 }
 
 
@@ -335,7 +294,6 @@ class ExportConfig(Strict):
     tolerance: Positive | None
     backbone_only: bool
     thresholds: PathText | None
-    latent_statistics: bool
     license: str | None
     author: str | None
     description: str | None
@@ -361,10 +319,6 @@ class ExportConfig(Strict):
             raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
         if self.dynamic_size and not row.dynamic:
             raise ValueError(f"dynamic_size: format={self.format} ignores it; remove it, or set format=onnx")
-        if self.latent_statistics and self.format != "vae_diffusers":
-            raise ValueError(
-                f"latent_statistics: format={self.format} cannot state them; remove it, or set format=vae_diffusers"
-            )
         return self
 
 

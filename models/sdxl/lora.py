@@ -3,14 +3,11 @@
 Only the tensors of the changes are trained. The frozen networks are not modified: forward hooks add the change to a
 layer's output, so a checkpoint has only these tensors.
 
-There are two file layouts for other tools (`StableDiffusionXLPipeline.load_lora_weights(FILE or FOLDER)`).
-kohya: one .safetensors file for ComfyUI, the web UIs, sd-scripts and diffusers. Layers have the names of SDXL's
-original U-Net, with underscores; alpha is a separate tensor. Other kinds have the names of LyCORIS.
-diffusers: a folder with pytorch_lora_weights.safetensors. Layers have the names of diffusers' networks; B contains
-alpha / rank, because older releases do not read alpha from these files.
+Other tools read kohya's layout: one .safetensors file for ComfyUI, the web UIs, sd-scripts and, of kind `lora`,
+diffusers (`StableDiffusionXLPipeline.load_lora_weights(FILE)`). Layers have the names of SDXL's original U-Net, with
+underscores; alpha is a separate tensor. Other kinds have the names of LyCORIS.
 
-Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:networks/lora.py and library/train_util.py,
-huggingface/diffusers:loaders/lora_pipeline.py.
+Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:networks/lora.py and library/train_util.py.
 """
 
 import fnmatch
@@ -216,8 +213,8 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, 
     tensors = {}
     for name, layer in lora.layers().items():
         stem = kohya_name(name)
-        own = layer.change().tensors
-        tensors |= {f"{stem}.{_KOHYA.get(key, key)}": tensor for key, tensor in own.items()}
+        for key, tensor in layer.change().tensors.items():
+            tensors[f"{stem}.{_KOHYA.get(key, key)}"] = tensor.detach().to(dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
     arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}
     if config.kind != "lora":
@@ -229,22 +226,7 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, 
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha),
         "ss_network_args": json.dumps(arguments),
+        "sshs_model_hash": NO_HASH,
     }
-    _write(path, tensors, dtype, {**facts, "implementation": GENERATIVE_MODELS}, metadata)
-
-
-def write_diffusers(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, str]) -> None:
-    """Write a LoRA in diffusers' layout, scaled by alpha / rank. facts: see `write_kohya`."""
-    tensors = {}
-    for name, layer in lora.layers().items():
-        tensors[f"{name}.lora_A.weight"] = layer.lora_A.weight
-        tensors[f"{name}.lora_B.weight"] = layer.change().scale * layer.lora_B.weight
-    _write(path, tensors, dtype, {**facts, "implementation": "diffusers"}, {"format": "pt"})
-
-
-def _write(
-    path: Path, tensors: Mapping[str, Tensor], dtype: torch.dtype, facts: dict[str, str], metadata: dict[str, str]
-) -> None:
-    cast = {name: x.detach() if name.endswith("alpha") else x.detach().to(dtype) for name, x in tensors.items()}
-    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora"}
-    write_modelspec(path, cast, facts, {**metadata, "sshs_model_hash": NO_HASH})
+    facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora", "implementation": GENERATIVE_MODELS}
+    write_modelspec(path, tensors, facts, metadata)

@@ -3,25 +3,16 @@
 import numpy as np
 import pytest
 from PIL import Image
-from safetensors import safe_open
 
 from tests.engine.test_diffusion_exports import (  # noqa: F401 (fixtures)
     LORA,
     SHORT,
-    compare_lora,
     compare_whole,
     differ,
     place,
     wanted,
 )
 from tests.in_process import run
-from utils.errors import UserError
-
-
-def test_a_lora_of_diffusers_beside_the_base_gives_the_pictures_of_the_run(place, wanted):  # noqa: F811
-    compare_lora("lora_diffusers", place, wanted)
-    with safe_open(place / "lora_lora_diffusers/pytorch_lora_weights.safetensors", "pt") as file:
-        assert file.metadata()["modelspec.license"] == "openrail++"
 
 
 @pytest.mark.parametrize("name", ["lora", "whole"])
@@ -36,8 +27,6 @@ def test_other_kinds_of_lora_give_the_pictures_of_the_run(kind, place):  # noqa:
     run("finetune_sdxl", [*words, f"run_dir={kind}"], place)
     for form in ("kohya", "single_file"):
         run("export", [f"run_dir={kind}", f"format={form}"], place)
-    with pytest.raises(UserError, match=rf"^format: lora_diffusers is for kind=lora, not {kind}"):
-        run("export", [f"run_dir={kind}", "format=lora_diffusers"], place)
     more = ["task.lora.alpha=2.0", "loop.total_steps=0", f"run_dir={kind}-2"]
     run("finetune_sdxl", [*words, *more, f"init_from={lora}"], place)
     (place / "prompts.txt").write_text("tag 1, tag 2\n")

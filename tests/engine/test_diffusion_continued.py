@@ -31,8 +31,10 @@ def place(tmp_path_factory):
     make_collection(folder / "images", per_class=4, validation=1)
     run("finetune_sdxl", [*SHORT, *LORA, "loop.total_steps=2", "run_dir=lora"], folder)
     run("finetune_sdxl", [*SHORT, "task.lora=null", "loop.total_steps=2", "run_dir=unet"], folder)
-    for name, form in (("lora", "kohya"), ("lora", "lora_diffusers"), ("unet", "single_file")):
+    for name, form in (("lora", "kohya"), ("unet", "single_file")):
         run("export", [f"run_dir={name}", "weights=last", f"format={form}", "license=cc-by-nc-4.0"], folder)
+    scaled = {name: 2 * tensor if "lora_B" in name else tensor for name, tensor in last(folder / "lora").items()}
+    save_file(scaled, folder / "pytorch_lora_weights.safetensors", {"modelspec.license": "cc-by-nc-4.0"})
     return folder
 
 
@@ -43,7 +45,7 @@ def last(run_dir):
 FILES = {
     "ours": "lora",
     "kohya": "lora/export/kohya/lora.safetensors",
-    "diffusers": "lora/export/lora_diffusers/pytorch_lora_weights.safetensors",
+    "diffusers": "pytorch_lora_weights.safetensors",
     "unet": "unet",
     "single_file": "unet/export/single_file/model.safetensors",
 }

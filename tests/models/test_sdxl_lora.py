@@ -1,4 +1,4 @@
-"""LoRA of SDXL's networks: training, merging, and both file layouts, which diffusers reads as its own."""
+"""LoRA of SDXL's networks: training, merging, and its file, which diffusers reads as its own."""
 
 import copy
 
@@ -15,7 +15,7 @@ from torch import nn
 
 from models.sdxl.changes import Change
 from models.sdxl.family import draw_networks
-from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_diffusers, write_kohya
+from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_kohya
 from models.sdxl.lora_files import merge_lora
 from optim.config import OptimConfig
 from optim.groups import build_groups
@@ -169,12 +169,11 @@ def test_targets_that_match_nothing_are_refused(changes, complaint):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("layout", ["kohya", "diffusers"])
-def test_diffusers_reads_every_layer(layout, tmp_path):
+def test_diffusers_reads_every_layer(tmp_path):
     networks = build_networks()
     lora = vary(build_lora(networks, **ALL))
-    path = tmp_path / "pytorch_lora_weights.safetensors"
-    (write_kohya if layout == "kohya" else write_diffusers)(path, lora, torch.float32, FACTS)
+    path = tmp_path / "lora.safetensors"
+    write_kohya(path, lora, torch.float32, FACTS)
     theirs = StableDiffusionXLPipeline(
         vae=None, tokenizer=None, tokenizer_2=None, scheduler=EulerDiscreteScheduler(), **build_networks()
     )
