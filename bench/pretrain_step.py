@@ -31,10 +31,12 @@ STEPS = 3
 def make_task(size, execution, device):
     """Return the task with the weights of seed 0."""
     model = read_group(ConvNeXtV2Config, "model", f"convnextv2_{size}")
-    config = read_group(FCMAETaskConfig, "task", "fcmae", execution=execution)
+    config = read_group(FCMAETaskConfig, "task", "fcmae")
     torch.manual_seed(0)
     preprocessing = {"image_size_hw": [224, 224], "mean": [0.5] * 3, "std": [0.5] * 3}
-    return FCMAETask(Setup(model, config, preprocessing)).to(device)
+    task = FCMAETask(Setup(model, config, preprocessing)).to(device)
+    task.network.execution = execution
+    return task
 
 
 def make_batch(size, device):

@@ -53,13 +53,15 @@ class FCMAE(nn.Module):
     Encoder and decoder work on the grid of the total stride. A patch may be several sites wide, and each site predicts
     its own pixels. Images have a whole number of patches; all images of a batch have one size. The decoder and the mask
     token start normal with std .02, like the encoder. `execution` is "sparse" (models/sparse.py computes visible sites
-    and predicts removed patches only) or "dense" (all sites, with masked ones set to 0): the same function, but slower.
+    and predicts removed patches only) or, for comparison, "dense" (all sites, with masked ones set to 0): the same
+    function, but slower.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
     Differs: plain tensors instead of MinkowskiEngine's, GRN per sample, any channels and image shape, patches wider
     than the stride, and a single initialisation (the published code initialises the encoder twice, finally with std 1).
     """
 
+    execution: Literal["sparse", "dense"] = "sparse"
     # The weights that read the images, and prefixes of what a state may lack: it has no head, and may lack the decoder.
     first_convolutions = ("encoder.downsample_layers.0.0.weight",)
     head_prefixes = ()
@@ -73,16 +75,12 @@ class FCMAE(nn.Module):
         mask_ratio: float,
         decoder_dim: int,
         decoder_depth: int,
-        norm_pix_loss: bool,
-        execution: Literal["sparse", "dense"],
     ) -> None:
         super().__init__()
         # A head's parameters would get no gradient, which DDP refuses.
         assert encoder.num_classes == 0 and patch_px % encoder.total_stride == 0, (encoder.num_classes, patch_px)
         self.patch_px = patch_px
         self.mask_ratio = mask_ratio
-        self.norm_pix_loss = norm_pix_loss
-        self.execution = execution
         self.patch_sites = patch_px // encoder.total_stride  # sites of the encoder's last map per side of a patch
 
         self.encoder = encoder
@@ -154,22 +152,19 @@ class FCMAE(nn.Module):
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].
 
-        images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. With `norm_pix_loss`, each target patch is normalised
-        by its own mean and standard deviation. The pixels of visible patches do not affect the loss.
+        images: [B, C, H, W]; pred: [B, M, P]; mask: bool [B, L]. Each target patch is normalised by its own mean and
+        standard deviation. The pixels of visible patches do not affect the loss.
         """
         target, mean, std = self._target(images, mask)
         return (pred.float() - (target - mean) / std).square().mean(dim=(1, 2))
 
-    def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor | float, Tensor | float]:
+    def _target(self, images: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the removed patches, float32 [B, M, P], and their mean and standard deviation [B, M, 1].
 
-        The variance is unbiased, and 1e-6 is added to it, so that a constant patch stays finite. Without
-        `norm_pix_loss`, return 0 and 1.
+        The variance is unbiased, and 1e-6 is added to it, so that a constant patch stays finite.
         """
         removed = self.split(mask)[1][..., None]
         target = patchify(images.float(), self.patch_px).take_along_dim(removed, dim=1)
-        if not self.norm_pix_loss:
-            return target, 0.0, 1.0
         variance, mean = torch.var_mean(target, dim=-1, keepdim=True, correction=1)
         return target, mean, (variance + 1e-6).sqrt()
 
@@ -177,7 +172,7 @@ class FCMAE(nn.Module):
     def reconstruct(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the images with the masked patches replaced by `pred`, float32 [B, C, H, W].
 
-        If targets are normalised, the prediction is scaled back by the target patch's mean and standard deviation.
+        The prediction is scaled back by the target patch's mean and standard deviation.
         """
         _, mean, std = self._target(images, mask)
         patches = patchify(images.float(), self.patch_px)

@@ -40,7 +40,7 @@ def make_setup(task):
     if task in ("tagging", "distillation"):
         orientation = {"pairs": [[4, 5]], "dropped": [6], "no_flip": [6]}
         facts = Vocabulary(tuple(NAMES), (9, 9, 9, 9, 0, 0, 4), (5,) * 7, tuple(range(7))).facts()
-        facts |= {"orientation": orientation, "tag_priors": [0.1] * 7, "labelled": True}
+        facts |= {"orientation": orientation, "tag_priors": [0.1] * 7}
         stated = {**preprocessing, "image_size_hw": [32, 32]}
         facts["teacher"] = {"model": model.model_dump(), "preprocessing": stated, "outputs": 7}
     return kind, Setup(model, config, preprocessing, facts)
@@ -64,7 +64,6 @@ def make_batch(task, setup, device):
         if task in ("tagging", "distillation"):
             sample["tags"] = Ragged(torch.zeros(number, dtype=torch.int64))
             sample["unknown_tags"] = Ragged(torch.zeros(1, dtype=torch.int64))
-            sample |= {"flip": torch.tensor(0, dtype=torch.int8)}
         if task == "diffusion":
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
             sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}

@@ -143,15 +143,10 @@ class Mirror(nn.Module):
         for name, tensor in (("permutation", permutation), ("dropped", dropped), ("no_flip", no_flip)):
             self.register_buffer(name, tensor, persistent=False)
 
-    def forward(self, images: Tensor, targets: Tensor, flip: Tensor | None, keys: Tensor) -> tuple[Tensor, Tensor]:
-        """Return images [B, C, H, W] and targets [B, T], some mirrored; without a host synchronisation.
-
-        flip: int8 [B]: -1 never, 1 always, 0 (or None) at random by the key [B], but never with a tag of `no_flip`.
-        """
+    def forward(self, images: Tensor, targets: Tensor, keys: Tensor) -> tuple[Tensor, Tensor]:
+        """Return images [B, C, H, W] and targets [B, T], some mirrored by their keys [B]; without a host sync."""
         coin = rng.uniform(keys, (), _COIN_DRAW) < 0.5
         mirrored = coin & ~(targets.index_select(1, self.no_flip) > 0.5).any(dim=1)
-        if flip is not None:
-            mirrored = torch.where(flip == 0, mirrored, flip > 0)
         exchanged = targets.index_select(1, self.permutation).masked_fill(self.dropped, 0)
         return (
             torch.where(mirrored.view(-1, 1, 1, 1), images.flip(-1), images),

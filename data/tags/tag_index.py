@@ -107,10 +107,6 @@ class TagIndex(TagRows):
         return line + (f"; {unknown:,} labels of tags are unknown" if unknown else "")
 
 
-class NoKnownTag(UserError):
-    """No image has a tag of the vocabulary."""
-
-
 def index_tags(
     collection: Collection, vocabulary: Vocabulary, rules: TagRules, cache: Path, only_used: bool = False
 ) -> TagIndex:
@@ -118,7 +114,7 @@ def index_tags(
 
     only_used: see `map_tags`.
 
-    Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, and NoKnownTag.
+    Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, or if no image has a tag of the vocabulary.
     """
 
     collection.refuse_faults(*TAG_LISTS, "rating")
@@ -132,7 +128,7 @@ def index_tags(
         index = map_tags(collection.table, vocabulary, rules, only_used)
         if not index.tagged.any():
             names = [name for category, name in vocabulary.columns if category != RATING]
-            raise NoKnownTag(
+            raise UserError(
                 f"data.root: none of the {len(collection):,} images of {str(collection.root)!r} has a tag of the "
                 f"vocabulary ({len(names):,} tags, such as {', '.join(names[:_SHOWN])}); give them "
                 "sidecars or a manifest (docs/collections.md), or choose another vocabulary"

@@ -24,7 +24,7 @@ from engine.update.runtime import Runtime
 from models.predictor import Predictor, known_outputs
 from utils.config.bounds import Count
 from utils.errors import UserError, about
-from utils.formats.vocabulary import RATING, Vocabulary, category_name
+from utils.formats.vocabulary import RATING, Vocabulary
 from utils.record.logging import get_logger
 from utils.record.progress import track
 
@@ -75,8 +75,7 @@ class Arena:
             scores, images = self._measure(name)
             tables = scores.tables()
             wholes[name] = scores.groups["all"]
-            categories = {"all", *map(category_name, scores.vocabulary.categories)}
-            groups += [{"model": name, **row} for row in tables["tag_groups"] if row["group"] in categories]
+            groups += [{"model": name, **row} for row in tables["tag_groups"]]
             shown = {figure: tables["tag_groups"][0][figure] for figure in _SHOWN}
             rows.append({"model": name, **shown, "images": images})
             for row in tables["tags"]:
@@ -97,7 +96,7 @@ class Arena:
         preprocessing = predictor.preprocessing
         source = open_images(self._collection, self._data, preprocessing)
         data = Data(self._collection, source, self._runtime, seed=0, batch_size=self._batch_size, run_path=None)
-        loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index, None), preprocessing)
+        loader = data.prepared(np.flatnonzero(self._index.tagged), tag_fields(self._index), preprocessing)
         histograms = TagHistograms(len(shared))
         for batch in track(loader, len(loader), f"measuring {name}"):
             probs = predictor.predict(batch["images"])[:, outputs]

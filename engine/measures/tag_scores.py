@@ -1,10 +1,9 @@
-"""A tagger's scores (all tags, each category, bands of frequency, each tag) and its thresholds.
+"""A tagger's scores (all tags, each category, each tag) and its thresholds.
 
 P = R is the threshold at which precision equals recall, to the nearest edge of the histograms. Micro scores count the
 decisions on all tags. Macro scores are means over the tags with positives, as scikit-learn's with `labels` set to them.
 """
 
-import math
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
@@ -26,7 +25,6 @@ log = get_logger(__name__)
 PROBS = 1 / (1 + np.exp(-EDGES))  # the edges as probabilities
 _FIXED = int(edge_below(DEFAULT_LOGIT))
 _LEVELS = edge_below(logit(np.arange(100) / 100))
-_BANDS = (0, 100, 1_000, 10_000)  # the least number of training images in each band
 _PRIOR = 50  # weight of a category's threshold in a tag's, in positives of the tag
 _Z = 1.645  # of the normal distribution at 95 %
 _KNOWN = 0.1  # how precisely `balanced` knows a recall of 0.5
@@ -91,17 +89,13 @@ class Group:
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the tags of each group as bool [T], by name: all but ratings, categories, bands of training images."""
-    counts = np.asarray(vocabulary.counts)
+    """Return the tags of each group as bool [T], by name: all but ratings, then the categories."""
     categories = np.asarray(vocabulary.categories)
     is_rating = categories == RATING
     members = {"all": ~is_rating | is_rating.all()}
     for number in np.unique(categories):
         members[category_name(number)] = categories == number
-    for least, limit in zip(_BANDS, (*_BANDS[1:], math.inf)):
-        name = f"{least:,} or more images" if limit == math.inf else f"{least:,} to {limit - 1:,} images"
-        members[name] = (counts >= least) & (counts < limit)
-    return {name: member for name, member in members.items() if member.any()}
+    return members
 
 
 class TagScores:

@@ -2,7 +2,7 @@
 
 `task.targets` says which outputs. Logits are divided by the temperature; their loss is the cross-entropy summed over
 tags, or the KL divergence of classes. Features are the pooled input of the head: the loss compares a linear map of the
-student's with the teacher's, standardised per image. Labels only measure the student.
+student's with the teacher's, standardised per image. No labels are read; evaluate.py measures the student by them.
 
 A student of logits is a tagger or classifier with the teacher's tags or classes. It writes the weight files of
 task=tagging or task=classification, which need no teacher. A student of features has no head.
@@ -17,17 +17,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import TypeAdapter
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from data.collection.collection import Collection
-from data.open import Data
-from data.stream.loader import no_fields
 from data.tags.rules import TagRulesConfig
-from data.tags.tag_index import NoKnownTag
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
@@ -45,16 +41,13 @@ from utils.contracts import Batch
 from utils.errors import UserError, about, close_names
 from utils.formats.vocabulary import RATING
 from utils.io.weights import InitFrom, find_weights, read_weights
-from utils.record.logging import get_logger
 
-log = get_logger(__name__)
-
-_BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=0.0, clip=0.0)
+_BCE = TagLossConfig(name="bce", gamma_neg=0.0, clip=0.0)
 _UNUSED = {"vocabulary": None, "append_to": None, "orientation": None}  # the tags are the teacher's
 
 
 class DistillationTaskConfig(MixingConfig, TagRulesConfig):
-    """The teacher and what is learned of it. Tag rules apply to the labels of validation images, as in task=tagging.
+    """The teacher and what is learned of it. evaluate.py measures the student by labels that the tag rules read.
 
     teacher: a run or weight file of one of our taggers or classifiers, or the name of a timm network with weights.
     """
@@ -75,11 +68,11 @@ def find_student(setup: Setup) -> tuple[Kind, Setup]:
         more = {"name": "tagging", **_UNUSED, "min_count": 1, "loss": _BCE}
     elif "class_names" in setup.facts:
         kind = ClassificationKind()
-        more = {"name": "classification", "head": "random", "allow_missing_classes": True}
+        more = {"name": "classification", "head": "random", "allow_missing_classes": True, "label_smoothing": 0.0}
     else:
         return Kind(), setup
     shared = setup.task.model_dump(include=kind.config.model_fields.keys())
-    return kind, replace(setup, task=kind.config(**{**shared, **more, "label_smoothing": 0.0}))
+    return kind, replace(setup, task=kind.config(**{**shared, **more}))
 
 
 def _run(network: nn.Module, images: Tensor, *, features: bool) -> Tensor:
@@ -104,10 +97,7 @@ class DistillationTask(Task):
         self.metadata = {**self.student.metadata, "task": student.task.model_dump()}
         self._config = setup.task
         teacher = setup.facts.get("teacher")
-        self._is_labelled = setup.facts.get("labelled", False)
         self.teacher = None
-        if self._is_labelled:
-            self.best_metric, self.best_is_lowest = self.student.best_metric, self.student.best_is_lowest
         if teacher is None:
             return
         self.teacher = build_network(TypeAdapter(ModelConfig).validate_python(teacher["model"]), teacher["outputs"])
@@ -177,16 +167,10 @@ class DistillationTask(Task):
             return bce(logits, target.sigmoid()).sum(dim=1)
         return F.kl_div(logits.log_softmax(1), target.log_softmax(1), reduction="none", log_target=True).sum(dim=1)
 
-    def describe_images(self, batch: Batch) -> pa.Table:
-        """Describe images by their labels, or by the loss."""
-        return self.student.describe_images(batch) if self._is_labelled else super().describe_images(batch)
-
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure `val` by its labels if it has any, else by the loss. Raises UserError without a teacher."""
+        """Measure `val` by the loss. Raises UserError without a teacher."""
         if self.teacher is None:
             raise UserError("weights: a student of features can be measured only in its run, with its teacher")
-        if self._is_labelled:
-            return self.student.evaluate(loaders, step)
         progress = torch.ones(())  # not used in evaluation
         return Report(measure_means(loaders["val"], lambda batch: {"loss": self.forward(batch, progress).loss}))
 
@@ -233,10 +217,7 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
 
 
 class DistillationKind(Kind):
-    """A student and its teacher. Outside its run, a student of logits is a tagger or a classifier.
-
-    Training uses no labels; evaluation does, if `val` has any.
-    """
+    """A student and its teacher. Outside its run, a student of logits is a tagger or a classifier."""
 
     config = DistillationTaskConfig
     task = DistillationTask
@@ -244,7 +225,7 @@ class DistillationKind(Kind):
     network = "student.network"
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the teacher, the names of its outputs if the student learns them, and whether `val` has labels."""
+        """Return the teacher, and the names of its outputs if the student learns them."""
         task = config.task
         teacher, names = find_teacher(task.teacher, config.model.in_channels)
         if task.targets == "features":
@@ -257,21 +238,8 @@ class DistillationKind(Kind):
             is_rating = np.array(names["tag_categories"]) == RATING
             # The number of images: each has one rating. Without ratings, take the most frequent tag's count.
             facts["tag_priors"] = (counts / max(counts[is_rating].sum(), counts.max(), 1)).tolist()
-        kind, student = find_student(Setup(config.model, task, facts=facts))
-        try:
-            labelled = bool(names) and bool(kind.samples(collection, student)[0][collection.rows("val")].any())
-        except NoKnownTag as error:
-            log.warning("evaluation measures the loss, because there are no labels: %s", error)
-            labelled = False
-        return {**facts, "labelled": labelled}
+        return facts
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write what the student's kind writes."""
         find_student(setup)[0].write(folder, setup)
-
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`: the labelled images of `rows`, or all if no validation image has a label."""
-        if setup.facts.get("labelled"):
-            kind, student = find_student(setup)
-            return kind.evaluation(data, student, rows, training=training)
-        return {"val": data.prepared(rows, no_fields, setup.preprocessing)}

@@ -56,8 +56,6 @@ class FCMAETaskConfig(TaskConfig):
     patch_px: Side | None
     decoder_dim: Width
     decoder_depth: Depth  # at least one block, or nothing of the image would reach a masked site
-    norm_pix_loss: bool
-    execution: Literal["sparse", "dense"]
     probe: ProbeConfig
 
 
@@ -101,8 +99,6 @@ class FCMAETask(ImageTask):
             mask_ratio=config.mask_ratio,
             decoder_dim=config.decoder_dim,
             decoder_depth=config.decoder_depth,
-            norm_pix_loss=config.norm_pix_loss,
-            execution=config.execution,
         )
         self.probe_k = config.probe.k
 

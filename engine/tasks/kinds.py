@@ -3,8 +3,8 @@
 | name | script | rows | fields | output |
 |---|---|---|---|---|
 | classification | finetune.py, train.py | labelled images | labels | classes |
-| tagging | finetune.py, train.py | images with tags | tags, unknown_tags, flip | tags |
-| distillation | finetune.py, train.py | all images, or labelled ones | labels | the teacher's, or features |
+| tagging | finetune.py, train.py | images with tags | tags, unknown_tags | tags |
+| distillation | finetune.py, train.py | all images | none | the teacher's, or features |
 | fcmae | pretrain_fcmae.py | all images | mask | features |
 | diffusion | finetune_sdxl.py | captioned images | token_ids, is_dropped, strata, tags | none |
 | autoencoder | finetune_vae.py | all images | none | none |

@@ -20,7 +20,6 @@ class MixingConfig(TaskConfig):
     mixup_alpha: Alpha
     cutmix_alpha: Alpha
     mix_probability: Fraction  # of mixing a batch
-    mix_switch_probability: Fraction  # of cutmix, if both are on
 
 
 def name_targets(targets: Tensor, names: Sequence[str]) -> list[str]:
@@ -34,8 +33,11 @@ class Mixing(nn.Module):
 
     def __init__(self, config: MixingConfig) -> None:
         super().__init__()
-        self._mixup, self._cutmix = config.mixup_alpha, config.cutmix_alpha
-        self._probability, self._switch = config.mix_probability, config.mix_switch_probability
+        self._mixup = config.mixup_alpha
+        self._cutmix = config.cutmix_alpha
+        self._probability = config.mix_probability
+        is_on = config.mixup_alpha > 0, config.cutmix_alpha > 0
+        self._cuts = is_on[1] / max(1, sum(is_on))  # the share of cutmix: half, as published, if both are on
 
     @property
     def is_on(self) -> bool:
@@ -70,7 +72,7 @@ class Mixing(nn.Module):
         """
         mixes, cuts, y, x = torch.rand(4, device=device)
         mixes = mixes < self._probability
-        cuts = mixes & (cuts < (0.0 if self._cutmix == 0 else 1.0 if self._mixup == 0 else self._switch))
+        cuts = mixes & (cuts < self._cuts)
         shares = [self._draw_share(alpha, device) for alpha in (self._mixup, self._cutmix)]
         share = torch.where(mixes, torch.where(cuts, shares[1], shares[0]), 1.0)
         ratio = torch.where(cuts, (1.0 - share).sqrt(), 0.0)

@@ -1,34 +1,28 @@
 """New tags on a frozen tagger (`task.append_to`): logistic regressions of the tags that it lacks, as rows of its head.
 
-The head's input is computed once for each image and kept by content in CACHE. Nothing else of the network changes.
+Nothing else of the network changes.
 """
 
-from pathlib import Path
+from collections.abc import Iterator
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.images.record_store import TensorStore, record_key
-from data.images.sizes import image_hashes
 from data.open import Data
 from data.stream.loader import no_fields
 from data.tags.tag_index import TagIndex
-from engine.measures.probe import PENALTIES, standardise
-from engine.task import IMAGE_HASHES
+from engine.measures.probe import PENALTIES, gather_features, standardise
 from engine.tasks.kind import ImageTask, Setup
 from models.image_model import ImageModel, find_head
-from models.weights.fit import family_of
+from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.weights import hash_tensors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-CACHE = Path("outputs/cache/features")
-_VERSION = 1  # version of decoding and preprocessing; increment it to compute everything again
 _FOLDS = 5  # one of them chooses the penalties
 _STEPS = 200
 
@@ -40,19 +34,18 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     The penalty of each tag minimises its loss on a fifth of the images; near-duplicates are on one side.
     Raises UserError (`task.append_to`) if there are not enough images.
     """
-    found = read_features(task, data, rows, setup)
+    features, found = read_features(task, data, rows, setup)
     first = setup.facts["known_tags"]
-    rows = rows[list(found)]
+    rows = found.numpy()
     groups = np.unique(data.collection.leads(rows)[rows], return_inverse=True)[1]
     if not groups.any():
         raise UserError(f"task.append_to: {len(rows)} images could be read to fit the new tags; give two or more")
-    features = torch.stack(list(found.values())).double()
     head = find_head(task.network)
     targets = torch.zeros(len(rows), head.out_features, dtype=torch.float64)
     for number, row in enumerate(rows.tolist()):
         targets[number, index.unknown_of(row)] = torch.nan
         targets[number, index.of_row(row)] = 1.0
-    (mean, scale) = standardise(features)
+    mean, scale = standardise(features)
     held_out = torch.from_numpy(groups % _FOLDS == 0)
     features = (features - mean) / scale
     weight, bias = distributed.rank_zero_call(lambda: _fit(features, targets[:, first:], held_out))
@@ -62,26 +55,17 @@ def fit_new_tags(task: ImageTask, data: Data, rows: np.ndarray, index: TagIndex,
     log.info("task.append_to: %d new tags, fitted to %s images", len(weight), f"{len(rows):,}")
 
 
-def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> dict[int, Tensor]:
-    """Return the head's input [C] by position in `rows`, without unreadable images. New ones are computed and kept."""
-    head = family_of(task.network).head_prefixes
-    frozen = {name: tensor for name, tensor in task.network.state_dict().items() if not name.startswith(head)}
-    made_by = _VERSION, hash_tensors(frozen), setup.preprocessing
-    store = TensorStore(CACHE, "task.append_to")
-    hashes = image_hashes(data.collection, rows, IMAGE_HASHES)
-    keys = np.array([record_key(*made_by, digest) for digest in hashes])
-    is_missing = store.is_missing(keys)
+def read_features(task: ImageTask, data: Data, rows: np.ndarray, setup: Setup) -> tuple[Tensor, Tensor]:
+    """Return the head's input, float64 [N, C], for those of `rows` whose image can be read, and these rows [N]."""
     model = ImageModel(task.network, task.normalise, "tags").to(data.machine.device).eval()
-    key_of = dict(zip(rows.tolist(), keys.tolist()))
-    ids = ("sample_id", "weight")
-    for batch in data.prepared(rows[is_missing], no_fields, setup.preprocessing) if is_missing.any() else ():
-        for row, weight, features in zip(*(batch[name].tolist() for name in ids), model.embed(batch["images"])):
-            if weight > 0:
-                store.put(key_of[row], data.collection.row(row).path, {"features": features})
-    store.finish()
+
+    def embed() -> Iterator[tuple[Tensor, Batch]]:
+        for batch in data.prepared(rows, no_fields, setup.preprocessing):
+            yield model.embed(batch["images"]), batch | {"labels": batch["sample_id"]}
+
+    found = gather_features(embed())
     task.train()
-    records = {number: store.read(key) for number, key in enumerate(keys.tolist())}
-    return {number: record["features"] for number, record in records.items() if record is not None}
+    return found
 
 
 def _fit(features: Tensor, targets: Tensor, held_out: Tensor) -> tuple[Tensor, Tensor]:

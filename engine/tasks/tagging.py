@@ -4,7 +4,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import asdict, astuple
 from functools import reduce
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal, TypeVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -37,7 +37,6 @@ from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
-from optim.schedules import linear
 from utils import rng
 from utils.config.bounds import BelowOne, Count
 from utils.config.schema import PathText, Strict
@@ -57,21 +56,14 @@ _MISTAKES = 24  # images in the picture
 _LINES = 3  # tags of each kind of mistake under an image
 _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
 _EPS = 1e-8  # from the published code of the asymmetric loss
-_Amount = Annotated[float, Field(ge=0, le=100)]
-_Number = TypeVar("_Number")
-_Pair = Annotated[list[_Number], Field(min_length=2, max_length=2)]
 
 
 class TagLossConfig(Strict):
-    """The loss. A parameter is a number, or a pair: it then changes linearly from the first value to the second.
-
-    Only the asymmetric loss has parameters.
-    """
+    """The loss. Only the asymmetric loss has parameters."""
 
     name: Literal["bce", "asl"]  # binary cross-entropy or asymmetric loss
-    gamma_pos: _Amount | _Pair[_Amount]
-    gamma_neg: _Amount | _Pair[_Amount]
-    clip: BelowOne | _Pair[BelowOne]
+    gamma_neg: Annotated[float, Field(ge=0, le=100)]
+    clip: BelowOne
 
 
 class TaggingTaskConfig(MixingConfig, TagRulesConfig):
@@ -89,7 +81,6 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
     min_count: Count
     orientation: PathText | None
     loss: TagLossConfig
-    label_smoothing: BelowOne
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise UserError for a mirror that would ignore the tags."""
@@ -121,12 +112,11 @@ def read_tagger(file: str) -> Setup:
     return check_weights(Path(file), *read_weights(Path(file), shapes_only=True), {"tagging": TaggingKind()})[1]
 
 
-def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
-    """Return the loss per sample and tag, float32 [B, T]. progress: how much of the run is done, 0 to 1."""
+def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss per sample and tag, float32 [B, T]."""
     if config.name == "bce":
         return bce(logits.float(), targets)
-    values = (config.gamma_pos, config.gamma_neg, config.clip)
-    return asymmetric(logits.float(), targets, *(linear(*v, progress) if isinstance(v, list) else v for v in values))
+    return asymmetric(logits.float(), targets, config.gamma_neg, config.clip)
 
 
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
@@ -134,19 +124,18 @@ def bce(logits: Tensor, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def asymmetric(
-    logits: Tensor, targets: Tensor, gamma_pos: Tensor | float, gamma_neg: Tensor | float, clip: Tensor | float
-) -> Tensor:
+def asymmetric(logits: Tensor, targets: Tensor, gamma_neg: float, clip: float) -> Tensor:
     """Return the asymmetric loss. Its focusing weights get no gradient, as in the published training.
 
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
-    Differs: log p is exact even for a positive with p < 1e-8, which therefore keeps its gradient.
+    Differs: gamma+ is 0, its published value; log p is exact even for a positive with p < 1e-8, which therefore keeps
+    its gradient.
     """
     absent = ((-logits).sigmoid() + clip).clamp(max=1)  # 1 - p_m
     log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
     with torch.no_grad():
         prob = logits.sigmoid() * targets + absent * (1 - targets)  # of the target
-        weight = (1 - prob) ** (gamma_pos * targets + gamma_neg * (1 - targets))
+        weight = (1 - prob) ** (gamma_neg * (1 - targets))
     return -log_likelihood * weight
 
 
@@ -158,17 +147,18 @@ class TaggingTask(ImageTask):
 
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, outputs=len(setup.facts["tag_names"]))
-        config, facts = setup.task, setup.facts
-        self.vocabulary = vocabulary_of(facts)
-        self.loss, self.label_smoothing, self.append_to = config.loss, config.label_smoothing, config.append_to
-        self.mixing = Mixing(config)
+        self.vocabulary = vocabulary_of(setup.facts)
+        self.loss = setup.task.loss
+        self.append_to = setup.task.append_to
+        self.mixing = Mixing(setup.task)
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
+        self.mirror = None
+        self._priors = None
         # Facts for training only; weight files do not have them.
-        orientation = facts.get("orientation")
-        priors = facts.get("tag_priors")
-        self.mirror = None if orientation is None else Mirror(orientation, len(self.vocabulary))
-        self._priors = None if priors is None else torch.tensor(priors, device="cpu")
-        if priors is not None:
+        if "orientation" in setup.facts:
+            self.mirror = Mirror(setup.facts["orientation"], len(self.vocabulary))
+        if "tag_priors" in setup.facts:
+            self._priors = torch.tensor(setup.facts["tag_priors"], device="cpu")
             for head in output_layers(self.network, "model.name", "choose another network").values():
                 head.bias.data.copy_(prior_bias(self._priors))
 
@@ -182,14 +172,14 @@ class TaggingTask(ImageTask):
         """Return each sample's loss."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
-        return StepOutput(self.label_losses(logits, targets, progress), self._logs(logits, targets, batch["weight"]))
+        return StepOutput(self.label_losses(logits, targets), self._logs(logits, targets, batch["weight"]))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
         images = batch["images"]
         targets = read_targets(batch, len(self.vocabulary))
         if self.training and self.mirror is not None:
-            images, targets = self.mirror(images, targets, batch.get("flip"), batch["key"])
+            images, targets = self.mirror(images, targets, batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
@@ -197,11 +187,10 @@ class TaggingTask(ImageTask):
         images, targets = self.views(batch)
         return self.normalise.undo(images), name_targets(targets, self.vocabulary.names)
 
-    def label_losses(self, logits: Tensor, targets: Tensor, progress: Tensor) -> Tensor:
+    def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""
-        known = ~targets.isnan()
-        soft = targets.nan_to_num() * (1 - self.label_smoothing) + self.label_smoothing / 2
-        return tag_loss(self.loss, logits, soft, progress).where(known, 0.0).sum(dim=1)
+        losses = tag_loss(self.loss, logits, targets.nan_to_num())
+        return losses.where(~targets.isnan(), 0.0).sum(dim=1)
 
     @torch.no_grad()
     def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
@@ -231,12 +220,12 @@ class TaggingTask(ImageTask):
             logits, targets, loss = self._predict(batch)
             valid = batch["weight"] > 0
             means.add({"loss": loss}, valid)
-            if leads is None:
-                parts[0].add(logits, targets, valid)
-            else:
+            shares = [valid]
+            if leads is not None:
                 to_fit = is_fitted(torch.from_numpy(leads)[batch["sample_id"].cpu()]).to(valid.device)
-                parts[0].add(logits, targets, valid & to_fit)
-                parts[1].add(logits, targets, valid & ~to_fit)
+                shares = [valid & to_fit, valid & ~to_fit]
+            for part, share in zip(parts, shares):
+                part.add(logits, targets, share)
             places = {"sample_id": batch["sample_id"], "places": place(logits, targets)}
             sample.add(rng.uniform(batch["sample_id"], ()), valid, places)
             worst.add(loss, valid, _find_mistakes(batch, logits.sigmoid(), targets))
@@ -266,13 +255,12 @@ class TaggingTask(ImageTask):
         lacks = targets == 0
         found = probs >= self.thresholds
         margin = np.where(has, probs, np.inf).min(axis=1) - np.where(lacks, probs, -np.inf).max(axis=1)
-        tags = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
-        names = np.array(self.vocabulary.names, object)
-        columns = {name: pa.array([names[row] for row in mask], pa.list_(pa.string())) for name, mask in tags.items()}
+        masks = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
+        names = np.broadcast_to(np.array(self.vocabulary.names, object), probs.shape)
+        columns = {name: _select(names, mask, pa.string()) for name, mask in masks.items()}
         distance = np.abs(probs - self.thresholds)
-        values = {"probability": (probs, found), "wrong_by": (distance, tags["wrong"])}
-        for name, (numbers, mask) in (values | {"missed_by": (distance, tags["missed"])}).items():
-            columns[name] = pa.array([row[kept] for row, kept in zip(numbers, mask)], pa.list_(pa.float32()))
+        columns["probability"] = _select(probs, found, pa.float32())
+        columns |= {f"{name}_by": _select(distance, masks[name], pa.float32()) for name in ("wrong", "missed")}
         return pa.table({**columns, "loss": loss.cpu().numpy(), "margin": margin})
 
     def calibrate(
@@ -307,6 +295,11 @@ class TaggingTask(ImageTask):
         images, targets = self.views(batch)
         logits = self.network(images).float()
         return logits, targets, bce(logits, targets.nan_to_num()).where(~targets.isnan(), 0.0).sum(dim=1)
+
+
+def _select(values: np.ndarray, mask: np.ndarray, kind: pa.DataType) -> pa.Array:
+    """Return a list for each row: its values where the mask is true."""
+    return pa.array([row[kept] for row, kept in zip(values, mask)], pa.list_(kind))
 
 
 def _find_mistakes(batch: Batch, probs: Tensor, targets: Tensor) -> dict[str, Tensor]:
@@ -351,9 +344,8 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     old = list(pairs.values())
     for name, head in output_layers(network, "init_from", "name another file").items():
         weight, bias = (state.get(f"{name}.{part}", torch.empty(0)) for part in ("weight", "bias"))
-        if len(weight) != len(known) or len(bias) != len(known) or weight[0].numel() != head.weight[0].numel():
+        if len(weight) != len(known) or weight.shape[1:] != head.weight.shape[1:]:
             raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger")
-        weight = weight.reshape(-1, *head.weight.shape[1:])
         head.weight.copy_(weight.mean(0))
         head.bias.copy_(prior_bias(priors))
         head.weight[rows] = weight[old].to(head.weight)
@@ -368,29 +360,15 @@ def index_of(collection: Collection, setup: Setup) -> TagIndex:
     return index_tags(collection, vocabulary_of(setup.facts), rules, CACHE, only_used)
 
 
-def tag_fields(index: TagIndex, flip: np.ndarray | None) -> Fields:
-    """Return a function that adds a sample's tags, its unknown ones, and `flip` for `Mirror`."""
+def tag_fields(index: TagIndex) -> Fields:
+    """Return a function that adds a sample's tags and its unknown ones."""
 
     def add(example: Example) -> Sample:
         row = example.draw.index
-        outputs = dict(zip(TAG_LISTS, (index.of_row(row), index.unknown_of(row))))
-        fields = {name: Ragged(torch.from_numpy(ids.astype(np.int64))) for name, ids in outputs.items()}
-        return fields if flip is None else {**fields, "flip": int(flip[row])}
+        outputs = zip(TAG_LISTS, (index.of_row(row), index.unknown_of(row)))
+        return {name: Ragged(torch.from_numpy(ids.astype(np.int64))) for name, ids in outputs}
 
     return add
-
-
-def read_flips(collection: Collection) -> np.ndarray | None:
-    """Return the signs of a manifest's column `flip`, int8 [N], 0 for empty cells; None without the column.
-
-    Raises UserError (`data.root`) if the column is not numeric.
-    """
-    if "flip" not in collection.table.column_names:
-        return None
-    flips = collection.column("flip")
-    if flips.dtype.kind not in "if":
-        raise UserError(f"data.root: the column flip of {str(collection.root)!r} is not numeric; write -1, 0 or 1")
-    return np.sign(np.nan_to_num(flips)).astype(np.int8)
 
 
 def measure_priors(index: TagIndex, rows: np.ndarray, vocabulary: Vocabulary) -> list[float]:
@@ -474,4 +452,4 @@ class TaggingKind(Kind):
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows with at least one tag other than a rating, and a function that adds the tags."""
         index = index_of(collection, setup)
-        return index.tagged, tag_fields(index, read_flips(collection))
+        return index.tagged, tag_fields(index)

@@ -210,7 +210,7 @@ PROVED = {
     *(f"DistillationTaskConfig.{name}" for name in ("rating_s", "aliases", "implications")),  # as those of tagging
     "NoiseConfig.convert",  # of a base model: tests/engine/test_diffusion_exports.py
     # All go to the network by one call: tests/models/test_build.py, test_fcmae.py. The name is for messages.
-    *(f"FCMAETaskConfig.{name}" for name in ("decoder_dim", "decoder_depth", "norm_pix_loss", "execution")),
+    *(f"FCMAETaskConfig.{name}" for name in ("decoder_dim", "decoder_depth")),
     *(
         f"ConvNeXtV2Config.{name}"
         for name in ("name", "depths", "dims", "stem_stride", "drop_path_rate", "head_init_scale")

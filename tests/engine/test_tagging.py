@@ -7,12 +7,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from bench.measure import read_group
 from data.layouts.table import build_table
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from engine.exports.weights import open_weights
 from engine.tasks.kind import Setup
-from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, TagLossConfig, measure_priors, prior_bias, read_targets
+from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias, read_targets
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
 from tests.support import make_collection, rows
@@ -29,12 +30,7 @@ PRIORS = [0.5, 0.25, 0.1, 0.1, 0.4, 0.3, 0.9, 0.0]
 FACTS = {
     **VOCABULARY.facts(), "tag_priors": PRIORS, "orientation": {"pairs": [[4, 5]], "dropped": [7], "no_flip": [6]},
 }  # fmt: skip
-BCE = TagLossConfig(name="bce", gamma_pos=0.0, gamma_neg=4.0, clip=0.05)
-CONFIG = TaggingTaskConfig(
-    name="tagging", vocabulary=None, append_to=None, min_count=1, rating_s=None, aliases=None, implications=None,
-    orientation=None, loss=BCE, label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0, mix_probability=1.0,
-    mix_switch_probability=0.5,
-)  # fmt: skip
+CONFIG = read_group(TaggingTaskConfig, "task", "tagging", min_count=1)
 TAGS = [[0, 4], [1, 5, 6], [4, 7], [2], [0, 4, 5], [3, 7], [1, 6], [0]]
 
 
@@ -66,18 +62,13 @@ def test_the_head_begins_with_the_frequencies():
     assert make(facts=VOCABULARY.facts()).network.head.bias.abs().max() == 0  # as a file is rebuilt
 
 
-def test_the_loss_is_a_sum_over_tags_with_smoothing():
-    task, logits = make(facts=VOCABULARY.facts(), label_smoothing=0.1), torch.randn(8, 8)
-    targets = read_targets(make_tags(), 8)
-    losses = F.binary_cross_entropy_with_logits(logits, targets.nan_to_num() * 0.9 + 0.05, reduction="none")
-    expected = losses.where(~targets.isnan(), 0.0).sum(1)
-    torch.testing.assert_close(task.label_losses(logits, targets, 0.0), expected)
-
-
 def test_an_unknown_rating_masks_its_four_columns_alone():
     task, batch = make(facts=VOCABULARY.facts()), make_tags([[4], [5, 6]])
     targets = read_targets(batch, 8)
     assert targets[:, :4].isnan().all() and targets[:, 4:].tolist() == [[1, 0, 0, 0], [0, 1, 1, 0]]
+    logits = torch.randn(2, 8)
+    losses = F.binary_cross_entropy_with_logits(logits[:, 4:], targets[:, 4:], reduction="none")
+    torch.testing.assert_close(task.label_losses(logits, targets), losses.sum(1))
     task(batch, 0.0).loss.sum().backward()
     rows = task.network.head.weight.grad.abs().sum(1)
     assert (rows[:4] == 0).all() and (rows[4:] > 0).all() and (task.network.head.bias.grad[:4] == 0).all()
@@ -97,7 +88,7 @@ def test_mixup_takes_the_ratings_out_where_either_is_unknown():
 
 
 def test_images_and_tags_are_mirrored_together_and_in_training_alone():
-    """Left and right change places, the tag without a partner goes, no image with text is mirrored but where told."""
+    """Left and right change places, the tag without a partner goes, no image with text is mirrored."""
     task, batch = make(), make_tags([[0, 4]] * 20 + [[1, 5, 7]] * 20 + [[2, 4, 6]] * 20)
     plain = task.normalise(batch["images"])
     images, targets = task.views(batch)
@@ -105,8 +96,6 @@ def test_images_and_tags_are_mirrored_together_and_in_training_alone():
     assert 3 < mirrored[:20].sum() < 17 and 3 < mirrored[20:40].sum() < 17 and not mirrored[40:].any()
     assert torch.equal(targets[:20, 5] == 1, mirrored[:20]) and torch.equal(targets[:20, 4] == 0, mirrored[:20])
     assert torch.equal(targets[20:40, 7] == 0, mirrored[20:40])
-    told = task.views(batch | {"flip": torch.tensor([1, -1, 0] * 20, dtype=torch.int8)})[0]
-    assert torch.equal(told[::3], plain[::3].flip(-1)) and torch.equal(told[1::3], plain[1::3])
     images, targets = task.eval().views(batch)
     assert torch.equal(images, plain) and torch.equal(targets.nan_to_num(), read_targets(batch, 8).nan_to_num())
 

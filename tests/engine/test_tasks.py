@@ -5,9 +5,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from bench.measure import build_bench_run
+from bench.measure import build_bench_run, read_group
 from engine.tasks.classification import ClassificationTask, ClassificationTaskConfig
-from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, ProbeConfig, patch_count
+from engine.tasks.fcmae import FCMAETask, FCMAETaskConfig, patch_count
 from engine.tasks.kind import Setup
 from engine.update.runtime import Runtime
 from models.config import ConvNeXtV2Config
@@ -19,14 +19,8 @@ MODEL = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 1], dims=[16, 32], stem_stride=2, drop_path_rate=0.0,
     head_init_scale=1.0,
 )  # fmt: skip
-FCMAE = FCMAETaskConfig(
-    name="fcmae", mask_ratio=0.6, patch_px=None, decoder_dim=32, decoder_depth=1, norm_pix_loss=True,
-    execution="sparse", probe=ProbeConfig(every_epochs=None, train_images=10, val_images=10, k=3),
-)  # fmt: skip
-CLASSIFY = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, mix_probability=1.0, mix_switch_probability=0.5,
-    cutmix_alpha=0.0, allow_missing_classes=False, head="random",
-)  # fmt: skip
+FCMAE = read_group(FCMAETaskConfig, "task", "fcmae", decoder_dim=32)
+CLASSIFY = read_group(ClassificationTaskConfig, "task", "classification", label_smoothing=0.0)
 PREPROCESSING = {"image_size_hw": [32, 32], "mean": [0.5] * 3, "std": [0.5] * 3}
 
 

@@ -8,6 +8,7 @@ import onnx
 import pytest
 import torch
 
+from bench.measure import read_group
 from engine.exports.formats import FORMATS
 from engine.exports.weights import load_predictor, open_weights
 from engine.tasks.classification import ClassificationKind, ClassificationTaskConfig
@@ -22,10 +23,7 @@ CONVNEXT = ConvNeXtV2Config(
     family="convnextv2", name="tiny", in_channels=3, depths=[1, 2], dims=[16, 32], stem_stride=2, drop_path_rate=0.1,
     head_init_scale=1.0,
 )  # fmt: skip
-TASK = ClassificationTaskConfig(
-    name="classification", label_smoothing=0.0, mixup_alpha=0.0, cutmix_alpha=0.0,
-    mix_probability=1.0, mix_switch_probability=0.5, allow_missing_classes=False, head="random",
-)  # fmt: skip
+TASK = read_group(ClassificationTaskConfig, "task", "classification")
 CPU = torch.device("cpu")
 HUGE = CONVNEXT.model_dump() | {"dims": [8192, 8192]}
 

@@ -14,7 +14,7 @@ VARIANTS = {
     "four stages, wide map": {
         "patch_px": 16, "image_hw": (64, 160), "encoder": {"depths": [1, 1, 2, 1], "dims": [4, 8, 12, 16]}
     },
-    "two decoder blocks, plain pixels, mask ratio .3": {"decoder_depth": 2, "norm_pix_loss": False, "mask_ratio": 0.3},
+    "two decoder blocks, mask ratio .3": {"decoder_depth": 2, "mask_ratio": 0.3},
 }  # fmt: skip
 
 

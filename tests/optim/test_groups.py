@@ -46,8 +46,7 @@ def classifier():
 
 def fcmae():
     network = FCMAE(
-        encoder=encoder(0), patch_px=32, decoder_dim=8, decoder_depth=1, norm_pix_loss=True,
-        mask_ratio=0.5, execution="sparse",
+        encoder=encoder(0), patch_px=32, decoder_dim=8, decoder_depth=1, mask_ratio=0.5,
     )  # fmt: skip
     return owner(network)
 

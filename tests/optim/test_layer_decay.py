@@ -56,7 +56,6 @@ def test_an_fcmae_has_its_encoders_layers_and_a_decoder_above_them(kind):
     with torch.device("meta"):
         network = FCMAE(
             encoder=encoder, patch_px=32, mask_ratio=0.5, decoder_dim=8, decoder_depth=1,
-            norm_pix_loss=True, execution="sparse",
         )  # fmt: skip
     found = layer_scales(network, kind, 0.5)
     for name, scale in layer_scales(encoder, kind, 0.5).items():
