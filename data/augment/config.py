@@ -8,7 +8,6 @@ from pydantic import AfterValidator, Field, model_validator
 from utils.config.bounds import Fraction, Share, Side
 from utils.config.schema import Strict
 
-_Jitter = Annotated[float, Field(ge=0, le=100)]
 _Zoom = Annotated[float, Field(ge=0.01, le=100)]
 _POLICY = r"^rand(-(m\d{1,2}|n[1-9]\d?|p[01]?\.?\d*|mstd\d{1,3}(\.\d*)?|mmax\d{1,2}|inc[01]))*$"
 
@@ -33,15 +32,14 @@ class AffineConfig(Strict):
 
 
 class ColorJitterConfig(Strict):
-    """Random changes of colour, in a random order.
+    """Random changes of colour.
 
-    brightness, contrast, saturation: b means a factor between max(0, 1 - b) and 1 + b. hue: h means a rotation of the
-    colour circle by -h to h turns. Saturation and hue do not change grey images. Source: torchvision's ColorJitter.
+    strength: brightness, contrast and saturation each change by a factor between 1 - strength and 1 + strength. hue: h
+    means a rotation of the colour circle by -h to h turns. Saturation and hue do not change grey images.
+    Source: torchvision's ColorJitter.
     """
 
-    brightness: _Jitter
-    contrast: _Jitter
-    saturation: _Jitter
+    strength: Fraction
     hue: Annotated[float, Field(ge=0, le=0.5)]
 
 
@@ -49,9 +47,9 @@ class AugmentConfig(Strict):
     """From a decoded image to the network's input. In training, the steps run in the order of these fields.
 
     With `on_device`, workers only decode, crop and resize; data/augment/on_device.py applies the other steps to whole
-    batches on the device. The random distributions are the same. Differs: `affine` acts on the resized image, so its
+    batches on the device. The ranges of the draws are the same. Differs: `affine` acts on the resized image, so its
     shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs the
-    image a little; `color_jitter` rounds once at the end and not after each change.
+    image a little; `color_jitter` changes brightness, contrast, saturation and hue in this order, and rounds once.
     """
 
     image_size_hw: Annotated[list[Side], _Pair]
@@ -66,7 +64,6 @@ class AugmentConfig(Strict):
     # A policy of timm, which fills with the mean and ignores unknown sections.
     rand_augment: Annotated[str, Field(pattern=_POLICY)] | None
     random_erasing: Fraction
-    erasing_noise: Literal["uniform", "normal"]  # normal: with `mean` and `std`
     on_device: bool
     shrink: bool  # reduce large images to the size that crops need when decoding (`shortest_px`)
     # crop: resize the shorter side to image size / `eval_crop`, then take the centre. squash: resize both sides.

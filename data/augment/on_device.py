@@ -21,25 +21,17 @@ from utils.contracts import Batch
 
 IMAGES = "images"
 AUGMENT = "augment"
-_BRIGHTNESS, _CONTRAST, _SATURATION, _HUE = _CHANGES = range(4)
-_BLENDS = (_BRIGHTNESS, _CONTRAST, _SATURATION)
-_NONE = -1
-_MOST_NUMBERS = 15  # of a sample's draws
+_MOST_NUMBERS = 11  # of a sample's draws
 _LUMINANCE = (0.2989, 0.587, 0.114)  # as torchvision
 _NOISE_DRAW = 0xE7A5E  # draw number for utils/rng.py; tasks use small numbers
-
-
-# The parameters of a sample, [P=20]: `inverse_matrix`; the factors; the blends before and after the hue, as numbers of
-# brightness, contrast and saturation in order of application, padded with -1; the erased rectangle.
-_WIDTHS = (6, 4, len(_BLENDS), len(_BLENDS), 4)
+_WIDTHS = (6, 4, 4)  # of a sample's parameters, [P=14]: `inverse_matrix`; the factors; the erased rectangle
 
 
 class Augmentation(NamedTuple):
     """The random changes of one image, with the meaning of torchvision's arguments.
 
     angle, shear (x, y): degrees. translate (x, y): pixels of the resized image. factors: brightness, contrast,
-    saturation (1: unchanged) and hue (0: unchanged); order: the order of these four. erased_px: top, left, height,
-    width; height 0 erases nothing.
+    saturation (1: unchanged) and hue (0: unchanged). erased_px: top, left, height, width; height 0 erases nothing.
     """
 
     mirrored: bool = False
@@ -48,7 +40,6 @@ class Augmentation(NamedTuple):
     scale: float = 1.0
     shear: tuple[float, float] = (0.0, 0.0)
     factors: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 0.0)
-    order: tuple[int, ...] = (0, 1, 2, 3)
     erased_px: tuple[int, int, int, int] = (0, 0, 0, 0)
 
 
@@ -73,7 +64,6 @@ class DeviceAugment:
         self._config = config
         self._size_hw = tuple(config.image_size_hw)
         self._erasing = NoiseErasing(config) if config.random_erasing > 0 else None
-        self._turns_hue = config.color_jitter is not None and config.color_jitter.hue > 0
 
     def __call__(self, image: Tensor, draw: Draw) -> Tensor:
         """Return the parameters of a sample, float32 [P]."""
@@ -96,13 +86,8 @@ class DeviceAugment:
             shear = tuple(between(-affine.shear_degrees, affine.shear_degrees) for _ in range(2))
             change = change._replace(angle=angle, translate=moved, scale=scale, shear=shear)
         if jitter is not None:
-            ranges = (jitter.brightness, jitter.contrast, jitter.saturation)
-            factors = [between(max(0.0, 1.0 - most), 1.0 + most) for most in ranges]
-            places = [next(numbers) for _ in _CHANGES]
-            change = change._replace(
-                factors=(*factors, between(-jitter.hue, jitter.hue)),
-                order=tuple(sorted(range(len(places)), key=places.__getitem__)),
-            )
+            factors = [between(1.0 - jitter.strength, 1.0 + jitter.strength) for _ in range(3)]
+            change = change._replace(factors=(*factors, between(-jitter.hue, jitter.hue)))
         if self._erasing is not None and torch.rand(()) < self._erasing.p:
             erased = self._erasing.make_params([torch.zeros(()).expand(1, *self._size_hw)])  # only the size is used
             if erased["v"] is not None:  # None if no rectangle fits
@@ -111,12 +96,8 @@ class DeviceAugment:
 
     def pack(self, change: Augmentation) -> Tensor:
         """Return the parameters for the device, float32 [P]."""
-        hue_index = change.order.index(_HUE) if self._turns_hue else len(change.order)
-        parts = change.order[:hue_index], change.order[hue_index:]
-        before, after = ([number for number in part if number in _BLENDS] for part in parts)
-        padded = [*before, *[_NONE] * len(after), *after, *[_NONE] * len(before)]
         matrix = inverse_matrix(change, self._size_hw)
-        return torch.tensor([*matrix, *change.factors, *padded, *change.erased_px], dtype=torch.float32)
+        return torch.tensor([*matrix, *change.factors, *change.erased_px], dtype=torch.float32)
 
     def on_device(self, batch: Batch) -> Batch:
         """Return the batch with augmented images, without the parameters."""
@@ -125,43 +106,26 @@ class DeviceAugment:
 
     def apply(self, images: Tensor, parameters: Tensor, keys: Tensor) -> Tensor:
         """Return augmented images, uint8 [B, C, H, W]; parameters [B, P], keys [B] for the noise."""
-        matrix, factors, before_hue, after_hue, erased_px = parameters.split(_WIDTHS, dim=1)
+        matrix, factors, erased_px = parameters.split(_WIDTHS, dim=1)
         changed = images
         if self._config.affine is not None:
             changed = sample_affine(images.float(), matrix, float(self._config.fill))
         elif self._config.horizontal_flip > 0:
             changed = torch.where(_per_image(matrix[:, 0] < 0), images.flip(-1), images)
         if self._config.color_jitter is not None:
-            changed = self._change_colours(changed.float(), factors, before_hue, after_hue)
+            changed = change_colours(changed.float(), factors, turns_hue=self._config.color_jitter.hue > 0)
         if changed.is_floating_point():
             changed = changed.round_().clamp_(0, 255).to(torch.uint8)
         if self._erasing is None:
             return changed
         inside = rectangles(erased_px, changed.shape[-2:])
-        return torch.where(inside, self._noise(keys, changed.shape), changed)
+        return torch.where(inside, noise_of(keys, changed.shape), changed)
 
-    def _change_colours(self, images: Tensor, factors: Tensor, before_hue: Tensor, after_hue: Tensor) -> Tensor:
-        """Apply brightness, contrast, saturation and hue in the order of each sample; float images from 0 to 255."""
-        for number in before_hue.unbind(1):
-            images = blend(images, factors, number)
-        if not self._turns_hue:
-            return images
-        if images.shape[1] == 3:
-            images = turn_hue(images, factors[:, _HUE])
-        for number in after_hue.unbind(1):
-            images = blend(images, factors, number)
-        return images
 
-    def _noise(self, keys: Tensor, shape: torch.Size) -> Tensor:
-        """Return noise from each sample's key, uint8 [B, C, H, W]: uniform bytes, or normal with mean and std."""
-        _, channels, height, width = shape
-        if self._config.erasing_noise == "uniform":
-            words = (rng.uniform(keys, (1, height, width), _NOISE_DRAW) * 2.0**24).to(torch.int32)  # 24 random bits
-            return torch.cat([(words >> 8 * channel) & 255 for channel in range(channels)], dim=1).to(torch.uint8)
-        noise = rng.normal(keys, (channels, height, width), _NOISE_DRAW)
-        for channel, (mean, std) in enumerate(zip(self._config.mean, self._config.std)):
-            noise[:, channel].mul_(255.0 * std).add_(255.0 * mean)
-        return noise.round_().clamp_(0, 255).to(torch.uint8)
+def noise_of(keys: Tensor, shape: torch.Size) -> Tensor:
+    """Return noise from each sample's key: uniform bytes, uint8 [B, C, H, W], C at most 3."""
+    words = (rng.uniform(keys, (1, *shape[-2:]), _NOISE_DRAW) * 2.0**24).to(torch.int32)  # 24 random bits
+    return torch.cat([(words >> 8 * channel) & 255 for channel in range(shape[1])], dim=1).to(torch.uint8)
 
 
 def _per_image(values: Tensor) -> Tensor:
@@ -205,18 +169,21 @@ def exact_mean(grey: Tensor) -> Tensor:
     return total.float() / (256.0 * grey.shape[-2] * grey.shape[-1])
 
 
-def blend(images: Tensor, factors: Tensor, number: Tensor) -> Tensor:
-    """Change brightness, contrast or saturation of float images from 0 to 255.
+def change_colours(images: Tensor, factors: Tensor, *, turns_hue: bool) -> Tensor:
+    """Change brightness, contrast, saturation and hue of float images from 0 to 255, in this order; factors [B, 4].
 
-    factors: [B, 4]. number: the change for each image, [B]; other numbers leave an image unchanged.
-    The result is factor x image + (1 - factor) x target; the target is black, the mean grey, or the grey levels.
+    Differs: torchvision draws the order, too.
     """
-    chosen = number[:, None] == torch.arange(len(_BLENDS), device=number.device)
-    factor = torch.where(chosen, factors[:, : len(_BLENDS)], 0.0).sum(dim=1) + (~chosen.any(dim=1))
-    grey = luminance(images)
-    mean = _per_image(exact_mean(grey) * chosen[:, _CONTRAST])
-    target = torch.where(_per_image(chosen[:, _SATURATION]), grey, mean) * _per_image(1.0 - factor)
-    return (images * _per_image(factor)).add_(target).clamp_(0, 255)
+    brightness, contrast, saturation, hue = factors.unbind(1)
+    images = (images * _per_image(brightness)).clamp_(0, 255)
+    images = blend(images, contrast, _per_image(exact_mean(luminance(images))))
+    images = blend(images, saturation, luminance(images))
+    return turn_hue(images, hue) if turns_hue and images.shape[1] == 3 else images
+
+
+def blend(images: Tensor, factors: Tensor, target: Tensor) -> Tensor:
+    """Return factor x image + (1 - factor) x target, from 0 to 255; factors [B]."""
+    return (images * _per_image(factors)).add_(target * _per_image(1.0 - factors)).clamp_(0, 255)
 
 
 def turn_hue(images: Tensor, turns: Tensor) -> Tensor:

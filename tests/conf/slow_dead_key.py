@@ -125,7 +125,7 @@ def run_all(recorder, folder, monkeypatch):
             "tracking.mode=offline",
             "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
             "augment.random_erasing=1.0",
-            "augment.color_jitter={brightness: 0.2, contrast: 0.2, saturation: 0.2, hue: 0.1}",
+            "augment.color_jitter={strength: 0.2, hue: 0.1}",
             "augment.rand_augment=rand-m9-mstd0.5-inc1",
         ],
         "sgd": ["optim=sgd", "schedule=onecycle", "tracking=tensorboard"],

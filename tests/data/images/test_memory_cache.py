@@ -73,7 +73,7 @@ def test_no_transform_changes_what_is_kept(collection):
     values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {
         "image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0, "pad": "square",
         "affine": {"degrees": 5.0, "translate": 0.1, "scale": [0.9, 1.1], "shear_degrees": 5.0},
-        "color_jitter": {"brightness": 0.4, "contrast": 0.4, "saturation": 0.4, "hue": 0.1},
+        "color_jitter": {"strength": 0.4, "hue": 0.1},
         "rand_augment": "rand-m9-mstd0.5-inc1",
     }  # fmt: skip
     erased = values | {"affine": None, "color_jitter": None, "rand_augment": None, "pad": "none"}
