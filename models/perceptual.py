@@ -140,13 +140,11 @@ class PatchDiscriminator(nn.Sequential):
     Differs: group norm, so that neither the ranks nor the micro-batches change the result.
     """
 
-    def __init__(self, width: int, layers: int) -> None:
-        widths = [width * min(2**level, 8) for level in range(layers + 1)]
-        blocks: list[nn.Module] = [nn.Conv2d(3, width, 4, 2, 1), nn.LeakyReLU(0.2)]
-        for level, (narrow, wide) in enumerate(zip(widths, widths[1:])):
-            stride = 2 if level < layers - 1 else 1
+    def __init__(self) -> None:
+        blocks: list[nn.Module] = [nn.Conv2d(3, 64, 4, 2, 1), nn.LeakyReLU(0.2)]
+        for narrow, wide, stride in ((64, 128, 2), (128, 256, 2), (256, 512, 1)):
             blocks += [nn.Conv2d(narrow, wide, 4, stride, 1, bias=False), nn.GroupNorm(8, wide), nn.LeakyReLU(0.2)]
-        super().__init__(*blocks, nn.Conv2d(widths[-1], 1, 4, 1, 1))
+        super().__init__(*blocks, nn.Conv2d(512, 1, 4, 1, 1))
         for module in self.modules():
             if isinstance(module, nn.Conv2d):
                 nn.init.normal_(module.weight, 0.0, 0.02)

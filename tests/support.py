@@ -59,7 +59,7 @@ TINY = {
         "model=sdxl_tiny",
         "task.latent_cache=null",
         "task.caption_chunks=1",
-        "task.buckets.sizes_hw=[[64,64],[64,96],[96,64]]",
+        "task.buckets.sizes_hw=[[[64,64],[64,96],[96,64]]]",
         "task.buckets.crop=random",
         "task.buckets.flip=0.5",
         "task.captions.shuffle=true",
@@ -70,11 +70,9 @@ TINY = {
     "autoencoder": [
         "model=sdxl_tiny",
         "task.crop_px=32",
-        "task.buckets.sizes_hw=[[64,64],[64,96],[96,64]]",
+        "task.buckets.sizes_hw=[[[64,64],[64,96],[96,64]]]",
         "task.discriminator.weight=0.05",
         "task.discriminator.start_step=3",
-        "task.discriminator.width=8",
-        "task.discriminator.layers=2",
         "optim.lr=1e-4",  # at larger ones, two players multiply rounding errors
     ],
     "flow": [],

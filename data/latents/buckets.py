@@ -11,12 +11,11 @@ Sizes are (height, width) in pixels, after EXIF rotation.
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from fractions import Fraction as Ratio
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Literal, NamedTuple
 
 import numpy as np
 import torch
-from pydantic import BeforeValidator, Field, PositiveInt, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from data.collection.collection import Collection
@@ -35,28 +34,7 @@ _UNIT = 32
 _UnitSide = Annotated[Side, Field(multiple_of=_UNIT)]  # the VAE reduces by 8, the U-Net by another 4
 _Sizes = Annotated[list[Annotated[list[_UnitSide], Field(min_length=2, max_length=2)]], Field(min_length=1)]
 _FIT_DRAW = 3  # counter for a sample's key; the loader uses 1 and 2
-_SAME_AREA = 1.25  # sizes_hw whose areas differ by less count as one area, if a ratio occurs twice
 _MORE_CROP = 0.1  # no image goes to an area that crops this share more of it than another area does
-_FLAT = TypeAdapter(list[Annotated[list[PositiveInt], Field(min_length=2, max_length=2)]])
-
-
-def _group_by_area(value: Any) -> Any:
-    """Return a flat list of sizes as one list for each area, if it has several sizes of one ratio; else as one list.
-
-    Any other value is returned as it is.
-    """
-    try:
-        flat = set(map(tuple, _FLAT.validate_python(value, strict=True)))
-    except ValidationError:
-        return value
-    groups = []
-    all_differ = len({Ratio(*size) for size in flat}) == len(flat)
-    for size in sorted(flat, key=math.prod):
-        is_larger = not groups or (not all_differ and math.prod(size) > _SAME_AREA * math.prod(groups[-1][0]))
-        if is_larger or Ratio(*size) in (Ratio(*other) for other in groups[-1]):
-            groups.append([])
-        groups[-1].append(list(size))
-    return [sorted(group) for group in groups]
 
 
 class BucketConfig(Strict):
@@ -64,7 +42,7 @@ class BucketConfig(Strict):
 
     The default sizes are, for each of `areas_px`, a square of about this area, and for every side from `min_px` to
     `max_px` in steps of `step_px` the longest other side with at most this area; the two limits are those of the
-    largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes, or one for each area.
+    largest area, and in proportion of another one. sizes_hw replaces them: a list of sizes for each area.
     assign: the area of an image, if there are several: the largest that does not enlarge it, or else the smallest
     (no_upscale); the one that changes its size least (nearest); or a bucket of each (all). crop: the crop position.
     small: an image that would be enlarged more than `max_upscale` times is enlarged anyway (keep), skipped (drop), or
@@ -77,7 +55,7 @@ class BucketConfig(Strict):
     step_px: _UnitSide
     min_px: _UnitSide
     max_px: _UnitSide
-    sizes_hw: Annotated[Annotated[list[_Sizes], Field(min_length=1)] | None, BeforeValidator(_group_by_area)]
+    sizes_hw: Annotated[list[_Sizes], Field(min_length=1)] | None
     assign: Literal["no_upscale", "nearest", "all"]
     crop: Literal["centre", "random"]
     small: Literal["keep", "drop", "native"]
@@ -200,13 +178,11 @@ class Buckets:
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
         areas = self.sizes_hw.prod(axis=1)
         images = len(np.unique(self.rows))
-        enlarged = np.count_nonzero(zoom > 1)
         line = f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {images:,} images"
         if images < len(self.rows):
             line += f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
-        line += f"; cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst; {enlarged:,} enlarged"
-        if enlarged:
-            line += f", up to {zoom.max():.1f} times"
+        line += f"; cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst"
+        line += f"; {np.count_nonzero(zoom > 1):,} enlarged, by at most {zoom.max():.1f} times"
         return line + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
 
     def refuse_none(self, count: int) -> None:
@@ -226,7 +202,7 @@ class Buckets:
         return int(first + np.searchsorted(self.groups[first:end], group))
 
     def draw_fit(self, row: int, key: int, group: int, config: BucketConfig) -> tuple[Fit, bool]:
-        """Return `draw_fit` of a row's image."""
+        """Return how a row's image fills a bucket, and whether it is mirrored, from the sample's key."""
         return draw_fit(self.image_hw[self.number_of(row, group)], self.sizes_hw[group], key, config)
 
 

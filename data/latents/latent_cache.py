@@ -42,12 +42,11 @@ class LatentCache(Source):
     inputs: what the latents depend on beside the images, such as a hash of the VAE. hashes: from `image_hashes`.
     fits: [samples, variants, 2]; variant 1 is the mirror image. keys: record keys [samples, variants], 32 hexadecimal
     digits.
-    store: None for the fits alone.
     """
 
     def __init__(
         self,
-        store: TensorStore | None,
+        store: TensorStore,
         collection: Collection,
         buckets: Buckets,
         config: BucketConfig,

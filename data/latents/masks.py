@@ -1,7 +1,7 @@
 """Masks: where in an image the loss counts, from alpha channels or from pictures beside the images.
 
     masks = find_masks(collection, rows, sizes_hw, config, training=True)
-    source = Masked(images or latents, masks, buckets, find_fit, store)
+    source = Masked(images or latents, masks, buckets, find_fit)
     source.read(row, key, group)["mask"]      float16 [1, h / 8, w / 8], from 0 to 1
 
 A mask is resized, mirrored and cropped as its image is, and averaged over the pixels of each latent.
@@ -20,7 +20,6 @@ from torch.nn import functional
 from data.collection.collection import Collection
 from data.images.convert import convert, is_transparent, load_upright
 from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
-from data.images.record_store import TensorStore, record_key
 from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
@@ -37,7 +36,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 MASK = "mask"
-_VERSION = 1  # of decoding and averaging; increment it to make cached masks again
 _MEASURED = Path("outputs/cache/masks.jsonl")
 _BESIDE = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
 
@@ -119,23 +117,17 @@ def _measure(path: Path) -> list[Any]:
 
 
 class Masked(Source):
-    """The records of another source with the mask of their image: ones for an image without a mask.
+    """The records of another source with the mask of their image: ones for an image without a mask."""
 
-    store: keeps masks, by the content of their file and their fit; None: they are made for each sample.
-    """
-
-    def __init__(
-        self, inner: Source, masks: Masks, buckets: Buckets, find_fit: FindFit, store: TensorStore | None
-    ) -> None:
+    def __init__(self, inner: Source, masks: Masks, buckets: Buckets, find_fit: FindFit) -> None:
         self.inner = inner
         self._masks = masks
         self._buckets = buckets
         self._find_fit = find_fit
-        self._store = store
         self.file_of, self.prefetch, self.readings = inner.file_of, inner.prefetch, inner.readings
 
     def read(self, row: int, key: int = 0, group: int = 0) -> Record:
-        """Return a record with its mask. Raises UnreadableImage for either, and UserError as `TensorStore.put` does."""
+        """Return a record with its mask. Raises UnreadableImage for either."""
         record = self.inner.read(row, key, group)
         return record | (self._read_mask(row, key, group) if row in self._masks else self._whole(group))
 
@@ -147,17 +139,9 @@ class Masked(Source):
         return {MASK: torch.ones(1, *(self._buckets.sizes_hw[group] // SHRINK).tolist(), dtype=STORED)}
 
     def _read_mask(self, row: int, key: int, group: int) -> Record:
-        path, sha256, is_alpha = self._masks[row]
-        fit, flip = self._find_fit(row, key, group)
-        name = record_key(MASK, _VERSION, sha256, is_alpha, [part.tolist() for part in fit], flip)
-        if self._store is not None and (record := self._store.read(name)) is not None:
-            return record
-
+        path, _, is_alpha = self._masks[row]
         with open_image(read_file(path), path, DEFAULT_MAX_PIXELS) as opened:
             image = load_upright(opened)
             pixels = convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
-        placed = place(torch.from_numpy(pixels).permute(2, 0, 1), fit, flip)
-        record = {MASK: functional.avg_pool2d(placed.float() / 255, SHRINK).to(STORED)}
-        if self._store is not None:
-            self._store.put(name, path, record)
-        return record
+        placed = place(torch.from_numpy(pixels).permute(2, 0, 1), *self._find_fit(row, key, group))
+        return {MASK: functional.avg_pool2d(placed.float() / 255, SHRINK).to(STORED)}

@@ -192,7 +192,7 @@ def _convert(subsets: list[_Options], notes: list[str]) -> dict[str, Any]:
         if one("bucket_no_upscale", lambda subset: subset.bucket_no_upscale):
             buckets |= {"small": "native", "max_upscale": 1.0}
     else:
-        buckets["sizes_hw"] = [*map(list, sizes)]
+        buckets["sizes_hw"] = [[list(size)] for size in sizes]
     batch_size = one("batch_size", lambda subset: subset.batch_size)
     fraction = one("validation_split", lambda subset: subset.validation_split)
     return {

@@ -55,6 +55,7 @@ _CAPTION = 30  # characters of a prompt below a picture
 class DrawConfig(PictureConfig):
     """Settings of prompts that have none of their own. seeds: each prompt is drawn with each seed, or with its own."""
 
+    negative: str
     seeds: Annotated[list[Seed], Field(min_length=1)]
 
     def complete_all(self, prompts: Sequence[str | Prompt]) -> list[Prompt]:

@@ -28,7 +28,7 @@ from data.open import Data, describe_collection
 from data.stream.loader import no_fields
 from data.stream.order import Draw, View, build_sampler
 from engine.config import TrainingConfig
-from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
+from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, Streams, Task, Use, log_mean
@@ -43,7 +43,7 @@ from models.perceptual import (
     pyramid_distance,
 )
 from models.sdxl.networks import SDXLConfig, describe, open_networks
-from utils.config.bounds import BatchSize, CountOrZero, Depth, Factor, Side, Width
+from utils.config.bounds import BatchSize, CountOrZero, Factor, Side
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -56,12 +56,11 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _STRIDE_PX = 8  # pixels of a latent's side
+_LEAST_PX = 24  # that the discriminator takes
 _WORST = 4  # pictures of an evaluation
 _AMPLIFIED = 4  # times the difference in a picture
 _MOST_ADAPTIVE = 1e4  # as published
 _LEAST_NORM = 1e-4  # as published
-
-_Px = Annotated[Side, Field(multiple_of=_STRIDE_PX)]
 
 
 class DiscriminatorConfig(Strict):
@@ -72,8 +71,6 @@ class DiscriminatorConfig(Strict):
 
     weight: Factor
     start_step: CountOrZero | None
-    width: Annotated[Width, Field(multiple_of=8)]
-    layers: Depth
 
 
 class AutoencoderTaskConfig(TaskConfig):
@@ -83,7 +80,7 @@ class AutoencoderTaskConfig(TaskConfig):
     pixel_loss: Literal["l1", "l2"]
     perceptual: PerceptualConfig
     discriminator: DiscriminatorConfig
-    crop_px: _Px
+    crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
     chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     buckets: BucketConfig
 
@@ -94,11 +91,6 @@ class AutoencoderTaskConfig(TaskConfig):
             raise ValueError(
                 "task.discriminator.start_step: must be given with a weight; set the step at which the decoder is "
                 "good without it, such as 2000, or task.discriminator.weight=0.0"
-            )
-        if player.weight and self.crop_px < 3 * 2**player.layers:
-            raise ValueError(
-                f"task.crop_px: {self.crop_px} is too small for task.discriminator.layers={player.layers}; set at "
-                f"least {-(-3 * 2**player.layers // _STRIDE_PX) * _STRIDE_PX}, or fewer layers"
             )
         return self
 
@@ -138,7 +130,7 @@ class AutoencoderTask(Task):
         self.discriminator = None
         player = config.discriminator
         if player.weight:
-            self.discriminator = PatchDiscriminator(player.width, player.layers)
+            self.discriminator = PatchDiscriminator()
             self.trained = (*self.trained, "discriminator")
             last = self.vae.decoder.conv_out.weight
             self.register_buffer("updates", torch.zeros((), dtype=torch.int64))
@@ -230,34 +222,28 @@ class AutoencoderTask(Task):
     # ---------------------------------------------------------------------------------------------------- evaluation
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
-        """Measure the images of `val`, each decoded from its latents' mean, and the latents; draw the worst images."""
+        """Measure the images of `val`, each decoded from its latents' mean, and draw the worst ones."""
         means = Means()
         worst = TopSamples(_WORST)
-        latents = ChannelStatistics()
         for batch in loaders["val"]:
-            figures, mean, decoded = self._measure(batch)
+            figures, decoded = self._measure(batch)
             valid = batch["weight"] > 0
             means.add(figures, valid)
-            latents.add(mean, valid)
             kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
             worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
-        scalars = means.reduce()
-        rows = latents.rows()
-        scalars |= {f"latent_{name}_{row['channel']}": row[name] for name in ("mean", "std") for row in rows}
-        return Report(scalars, {"latents": rows}, {"worst": _draw_worst(worst.reduce())})
+        return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
 
     def describe_images(self, batch: Batch) -> pa.Table:
         """Return the figures of each image."""
         return pa.table({name: values.float().cpu().numpy() for name, values in self._measure(batch)[0].items()})
 
-    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor, Tensor]:
-        """Return the figures of each image [B], the latents' means, and the decoded images."""
+    def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
+        """Return the figures of each image [B], and the decoded images."""
         images = _to_levels(batch["images"])
-        mean = self._encode(images)
-        decoded = self._decode(mean)
+        decoded = self._decode(self._encode(images))
         loss, parts = self._compare(images, decoded)
         shown = (images + 1) / 2, (decoded.clamp(-1, 1) + 1) / 2
-        return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, mean, decoded
+        return {"loss": loss, "psnr": measure_psnr(*shown), "ssim": measure_ssim(*shown), **parts}, decoded
 
 
 def _to_levels(images: Tensor) -> Tensor:

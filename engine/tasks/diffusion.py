@@ -31,12 +31,23 @@ from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
 from engine.measures.means import measure_means
-from engine.task import FILE_HASHES, Report, StepOutput, Task, Use, join_exported, log_mean, split_exported, visiting
+from engine.task import (
+    FILE_HASHES,
+    Report,
+    StepOutput,
+    Task,
+    Use,
+    join_exported,
+    log_mean,
+    networks_of,
+    split_exported,
+    visiting,
+)
 from engine.tasks.judge import Judge, JudgeConfig, gather, read_texts
 from engine.tasks.kind import Setup, TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
-from models.sdxl.lora import LoRA, LoRAConfig
+from models.sdxl.lora import ADAPTED, LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
@@ -67,14 +78,12 @@ class NoiseConfig(Strict):
     """The prediction type and the noise schedule.
 
     convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
-    shift_by_resolution: more noise for larger images; at 1024 x 1024 px, SDXL's own schedule.
     offset: strength of a random brightness in the noise; 0 is off.
     """
 
     prediction_type: sdxl.PredictionType
     zero_terminal_snr: bool
     convert: bool
-    shift_by_resolution: bool
     offset: Fraction
 
     @model_validator(mode="after")
@@ -101,11 +110,9 @@ class LossConfig(Strict):
 
 
 class TimestepsConfig(Strict):
-    """How to draw timesteps. mean and std belong to logit_normal. shift: see `shift_times` in models/sdxl/step.py."""
+    """How to draw timesteps. shift: see `shift_times` in models/sdxl/step.py."""
 
     sampling: sdxl.TimestepSampling
-    mean: Annotated[float, Field(ge=-10, le=10)]
-    std: Positive
     shift: Annotated[float, Field(ge=0.01, le=100)]
 
 
@@ -133,7 +140,7 @@ class DiffusionTaskConfig(TaskConfig):
     @property
     def trains_text(self) -> bool:
         """Whether the text encoders change in training."""
-        return self.train_text_encoders or (self.lora is not None and self.lora.text_encoders)
+        return self.train_text_encoders or (self.lora is not None and self.lora.trains_text)
 
     @property
     def stated_noise(self) -> dict[str, Any]:
@@ -173,8 +180,8 @@ class DiffusionTaskConfig(TaskConfig):
             )
         if self.lora is not None and self.train_text_encoders:
             raise ValueError(
-                "task.train_text_encoders: true trains the whole encoders, but task.lora is set; set "
-                "task.lora.text_encoders=true to train them by LoRA, or task.lora=null"
+                "task.train_text_encoders: true trains the whole encoders, but task.lora is set; add "
+                "'text_encoder*_proj' to task.lora.targets to train them by LoRA, or set task.lora=null"
             )
         if config.model.frozen_dtype == "float8" and (self.lora is None or config.runtime.parallel == "fsdp"):
             raise ValueError(
@@ -183,17 +190,11 @@ class DiffusionTaskConfig(TaskConfig):
             )
         if self.text_cache is not None and self.trains_text:
             raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
-        captions = [self.captions]
         for number, concept in enumerate(config.data.concepts or ()):
             key = f"data.concepts.{number}"
             if concept.mask and self.mask is None:
                 raise ValueError(f"{key}.mask: true, but task.mask is null; set task.mask to their source")
-            captions.append(self.captions.changed(f"{key}.captions", concept.captions))
-        if self.text_cache is not None and any(own.varies_tags for own in captions) and self.text_variants == 1:
-            raise ValueError(
-                "task.text_cache: the cache holds one text per caption, but task.captions shuffles or drops tags; set "
-                "task.text_variants=8, for example, or task.text_cache=null"
-            )
+            self.captions.changed(f"{key}.captions", concept.captions)
 
 
 class TagBalance(nn.Module):
@@ -231,16 +232,15 @@ class DiffusionTask(Task):
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
         self.unet = self.vae = self.text_encoder = self.text_encoder_2 = self.judge = None
-        whole = ("unet", *ENCODERS)
         if config.lora is None:
-            trained = whole if config.train_text_encoders else ("unet",)
+            trained = ADAPTED if config.train_text_encoders else ("unet",)
             self.take(open_networks(setup.model, trained))
             if config.train_text_encoders:
                 freeze_unused(self.text_encoder)
         else:
             trained = ("adapter",)
             with torch.device("meta"):
-                shapes = open_networks(setup.model, whole)
+                shapes = open_networks(setup.model, ADAPTED)
             self.adapter = LoRA(shapes, config.lora)
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
@@ -249,7 +249,6 @@ class DiffusionTask(Task):
         if config.loss.perceptual is not None:
             used.add("vae")
         self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - used)
-        self._encoded: dict[tuple[str, str], EncodedPrompt] = {}  # with a text cache
         self._prior: list[np.ndarray] = []  # the base model's pictures of task.judge.prior
         if config.judge is not None:
             self.helpers += ("judge",)
@@ -325,7 +324,7 @@ class DiffusionTask(Task):
     def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[dict[str, Tensor], str]:
         """Return a file's tensors as those of `adapter`, and advice if they do not fit."""
         with torch.device("meta"):
-            shapes = open_networks(self._model, ("unet", *ENCODERS))
+            shapes = open_networks(self._model, ADAPTED)
         changes = read_lora(path, shapes)
         kinds = " and ".join(sorted({change.kind for change in changes.values()}))
         if kinds != lora.kind:
@@ -337,7 +336,7 @@ class DiffusionTask(Task):
         ranks = sorted({change.rank or lora.rank for change in changes.values()})
         return tensors, (
             f"task.lora has rank {lora.rank} on {len(self.adapter.names)} layers, the file {ranks} on "
-            f"{len(changes)}: set task.lora.rank, targets, conv and text_encoders to those of the file."
+            f"{len(changes)}: set task.lora.rank and targets to those of the file."
         )
 
     # ------------------------------------------------------------------------------------------------------ training
@@ -357,17 +356,14 @@ class DiffusionTask(Task):
         if "concept_weight" in batch:
             loss = loss * batch["concept_weight"]
         if self.tag_balance is not None:
-            tag_weight = self.tag_balance(batch)
-            loss = loss * tag_weight
-            # The effective share of n samples is sum(w)**2 / sum(w**2) / n, and the mean of w is 1.
-            logs["effective_share"] = tuple((batch["weight"] * tag_weight**power).sum() for power in (1, 2))
+            loss = loss * self.tag_balance(batch)
         return StepOutput(loss, logs)
 
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the figures of each sample [B], and its timestep.
 
-        error: the mean squared error; loss: weighted by noise level; perceptual: the latent perceptual loss, if on;
-        mask_share: the mean of the mask, with `task.mask`, which weighs every error.
+        error: the mean squared error, weighed by the mask; loss: weighted by noise level; perceptual: the latent
+        perceptual loss, if on.
         """
         kind = self._config.noise.prediction_type
         loss = self._config.loss
@@ -387,8 +383,6 @@ class DiffusionTask(Task):
         error = squared.mean(dim=(1, 2, 3))
         weight = sdxl.loss_weight(loss.weighting, kind, level.snr, loss.gamma, loss.floor)
         figures = {"loss": error * weight, "error": error}
-        if counts is not None:
-            figures["mask_share"] = batch[MASK].float().mean(dim=(1, 2, 3))
         if loss.perceptual is not None:
             predicted = sdxl.denoise(kind, noisy, pred, level)
             if counts is not None:
@@ -398,11 +392,10 @@ class DiffusionTask(Task):
 
     def _draw_levels(self, batch: Batch) -> tuple[sdxl.NoiseLevel, Tensor]:
         """Return the noise level of each sample, and the U-Net's timesteps [B]."""
-        noise, times = self._config.noise, self._config.timesteps
-        options = times.model_dump(exclude={"sampling"})
-        drawn = sdxl.draw_times(times.sampling, batch["key"], batch["strata"], **options)
-        shift = sdxl.resolution_shift(batch["fit"][:, 4:]) if noise.shift_by_resolution else None
-        return sdxl.find_levels(noise.prediction_type, drawn, sdxl.NoiseLevel(self.alphas, self.sigmas), shift)
+        config = self._config.timesteps
+        times = sdxl.draw_times(config.sampling, batch["key"], batch["strata"], shift=config.shift)
+        kind = self._config.noise.prediction_type
+        return sdxl.find_levels(kind, times, sdxl.NoiseLevel(self.alphas, self.sigmas))
 
     def _find_counts(self, batch: Batch) -> Tensor:
         """Return how much the loss counts at each place, float32 [B, 1, h, w]."""
@@ -514,26 +507,19 @@ class DiffusionTask(Task):
     def _encode(self, prompts: Sequence[Prompt]) -> list[EncodedPrompt]:
         """Encode prompts, and the empty prompt in the same way as training.
 
-        With a text cache, the text encoders are loaded for new prompts, and then leave the memory.
+        With a text cache, the text encoders are loaded, and then leave the memory.
         """
-        options = self._config.encoding
-        if self._config.text_cache is None:
-            encoders = [self.text_encoder, self.text_encoder_2]
-            with visiting(self.alphas.device, *encoders):
-                return [encode_prompt(encoders, prompt, **options) for prompt in prompts]
-        new = [prompt for prompt in prompts if (prompt.text, prompt.negative) not in self._encoded]
-        if new:
-            loaded = open_networks(self._model, ENCODERS, frozen=True)
-            encoders = [network.to(self.alphas.device) for network in loaded.values()]
-            for prompt in new:
-                self._encoded[prompt.text, prompt.negative] = encode_prompt(encoders, prompt, **options)
-        return [self._encoded[prompt.text, prompt.negative] for prompt in prompts]
+        encoders = [self.text_encoder, self.text_encoder_2]
+        if self._config.text_cache is not None:
+            encoders = [*open_networks(self._model, ENCODERS, frozen=True).values()]
+        with visiting(self.alphas.device, *encoders):
+            return [encode_prompt(encoders, prompt, **self._config.encoding) for prompt in prompts]
 
     def _judge(self, stream: Iterable[Batch]) -> Report:
         """Return the judge's report on pictures of held-out captions and `task.judge.prior`, always at one noise."""
         config = self._config.judge
         held = gather(stream, len(self.judge.names))
-        texts = enumerate([*(each.caption for each in held), *config.prior], self._config.samples.seed)
+        texts = enumerate([*(each.caption for each in held), *config.prior])
         prompts = [self._config.samples.complete(Prompt(text=text, steps=config.steps), seed) for seed, text in texts]
         pictures = self.sample(prompts)
         if config.prior and not self._prior:
@@ -557,4 +543,4 @@ class DiffusionTask(Task):
         return pictures
 
     def _attach(self) -> None:
-        self.adapter.attach({name: getattr(self, name) for name in ("unet", *ENCODERS)})
+        self.adapter.attach(networks_of(self, ADAPTED))

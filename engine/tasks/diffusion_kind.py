@@ -25,7 +25,7 @@ from data.stream.batch import Ragged, Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler
 from data.stream.source import IMAGE, Source
-from data.tags.captions import CaptionConfig, Captions, Vary, count_tags, describe_captions
+from data.tags.captions import CaptionConfig, Captions, count_tags, describe_captions
 from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
 from engine.config import TrainingConfig
 from engine.recipe.memory import fit_memory
@@ -38,7 +38,7 @@ from models.sdxl.family import ENCODERS
 from models.sdxl.networks import SDXLConfig, base_files, describe, frozen_dtype, load_vae, open_networks
 from models.sdxl.step import encode_captions, encode_images
 from models.sdxl.tokenizer import LENGTH, count_chunks, tokenize
-from models.sdxl.vae import AS_STATED
+from models.sdxl.vae import unlike_sdxls
 from utils.config.entry_point import Job
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -51,7 +51,7 @@ log = get_logger(__name__)
 _TEXTS_AT_ONCE = 16
 
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
-VaryBy = Callable[[CaptionConfig], Vary]
+VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
 
 
 class SDXLTrainingConfig(TaskTrainingConfig):
@@ -98,11 +98,8 @@ class DiffusionKind(BucketedKind):
         if model.vae is not None:
             with torch.device("meta"):
                 load_vae(model.vae)
-            base = model.model_copy(update={"vae": None, "vae_values": AS_STATED}).settled().vae_values
-            named = {name: value for name, value in model.vae_values if value != getattr(base, name)}
-            if named:
-                unlike = "unlike the base model's VAE: the U-Net learns other latents"
-                log.warning("model.vae: %s has %s, %s", model.vae, named, unlike)
+            if named := unlike_sdxls(model.vae_values):
+                log.warning("model.vae: %s has %s, unlike SDXL's: the U-Net learns other latents", model.vae, named)
         if task.tag_weights is None:
             return {}
         rows = training_rows(collection, config.loop)
@@ -196,7 +193,7 @@ def caption_fields(
         row = example.draw.index
         config = rules.of(row)
         generator = example.generator if example.training else None
-        text, is_dropped = config.draw(config.read(example.row), generator, vary(config))
+        text, is_dropped = config.draw(config.read(example.row), generator, partial(vary, config))
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
         if concepts:
@@ -225,27 +222,27 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         texts = own.read(data.collection.row(row))
         pairs += [(text, own) for text in (texts if training else texts[:1])]
     chunks = _count_chunks(pairs, task, "training" if training else "validation")
-    if task.text_cache is None:
-
-        def add_tokens(caption: str) -> dict[str, Tensor]:
-            ids, weights = tokenize([caption], chunks, emphasis=captions.emphasis)
-            return {"token_ids": ids[0]} if weights is None else {"token_ids": ids[0], "token_weights": weights[0]}
-
-        return _encode_bytes if data.dry_run else add_tokens, _vary_tags
-
-    def count_variants(own: CaptionConfig) -> int:
-        return task.text_variants if training and own.varies_tags else 1
-
-    def make_variant(own: CaptionConfig, text: str, number: int) -> str:
-        return vary_caption(text, number, own.vary_tags) if training else own.complete(text)
-
-    def vary(own: CaptionConfig) -> Vary:
-        variants = count_variants(own)
-        return lambda text, generator: make_variant(own, text, int(torch.randint(variants, (), generator=generator)))
-
+    vary = CaptionConfig.vary_tags
+    if task.text_cache is not None:
+        vary = partial(_draw_variant, most=task.text_variants)
     if data.dry_run:
         return _encode_bytes, vary
-    to_encode = [make_variant(own, text, number) for text, own in pairs for number in range(count_variants(own))]
+    if task.text_cache is None:
+        return partial(_encode_tokens, chunks=chunks, emphasis=captions.emphasis), vary
+    to_encode = [""]
+    for text, own in pairs:
+        if training:
+            variants = range(_count_variants(own, task.text_variants))
+            to_encode += [vary_caption(text, number, own.vary_tags) for number in variants]
+        else:
+            to_encode.append(own.complete(text))
+    return _cache_texts(data, setup, to_encode, chunks).read, vary
+
+
+def _cache_texts(data: Data, setup: Setup, texts: Sequence[str], chunks: int) -> TextCache:
+    """Return the text cache, which has `texts`."""
+    task = setup.task
+    emphasis = task.captions.emphasis
 
     @cache  # loaded only if a text is missing
     def encoders() -> list[torch.nn.Module]:
@@ -253,18 +250,28 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
         return [networks[name].to(data.machine.device) for name in ENCODERS]
 
     def encode(texts: list[str]) -> tuple[Tensor, Tensor]:
-        return encode_captions(encoders(), texts, chunks, emphasis=captions.emphasis)
+        return encode_captions(encoders(), texts, chunks, emphasis=emphasis)
 
-    inputs = {"encoders": _fingerprint(setup.model, ENCODERS), "most_chunks": task.caption_chunks}
-    inputs["emphasis"] = captions.emphasis
-    records = TensorStore(Path(task.text_cache), "task.text_cache")
-    store = TextCache(records, inputs, chunks * LENGTH)
-    store.fill(["", *to_encode], encode, _TEXTS_AT_ONCE)
-    return store.read, vary
+    fingerprint = _fingerprint(setup.model, ENCODERS)
+    inputs = {"encoders": fingerprint, "most_chunks": task.caption_chunks, "emphasis": emphasis}
+    store = TextCache(TensorStore(Path(task.text_cache), "task.text_cache"), inputs, chunks * LENGTH)
+    store.fill(texts, encode, _TEXTS_AT_ONCE)
+    return store
 
 
-def _vary_tags(own: CaptionConfig) -> Vary:
-    return own.vary_tags
+def _encode_tokens(caption: str, *, chunks: int, emphasis: bool) -> dict[str, Tensor]:
+    ids, weights = tokenize([caption], chunks, emphasis=emphasis)
+    return {"token_ids": ids[0]} if weights is None else {"token_ids": ids[0], "token_weights": weights[0]}
+
+
+def _count_variants(own: CaptionConfig, most: int) -> int:
+    return most if own.varies_tags else 1
+
+
+def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, most: int) -> str:
+    """Return one of the texts of a caption in the text cache."""
+    number = int(torch.randint(_count_variants(own, most), (), generator=generator))
+    return vary_caption(text, number, own.vary_tags)
 
 
 def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
@@ -304,27 +311,22 @@ def _read(
     collection = data.collection
     buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
     fields = caption_fields(data, task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
-    store = None
+    read = data
     if task.latent_cache is None:
-        read = data
-        views = fitted_views(buckets.sizes_hw, task.buckets)
         find_fit = partial(buckets.draw_fit, config=task.buckets)
-    elif data.dry_run:
-        hashes = [""] * len(buckets.rows)
-        if task.buckets.crop == "random":  # only then a crop depends on the image's bytes
-            hashes = image_hashes(collection, buckets.rows, IMAGE_HASHES)
-        read = data
-        find_fit = LatentCache(None, collection, buckets, task.buckets, (), hashes).find_fit
-        views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
+        views = fitted_views(buckets.sizes_hw, task.buckets)
     else:
-        latents, store = _cache_latents(data, setup, buckets)
-        read = data.read_from(latents, latents.fingerprints)
-        views = {}
+        latents = _open_latents(data, setup, buckets)
         find_fit = latents.find_fit
+        views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
+        if not data.dry_run:
+            _fill_latents(latents, data, setup)
+            read = data.read_from(latents, latents.fingerprints)
+            views = {}
     if task.mask is not None:
         masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
         digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
-        read = read.read_from(Masked(read.source, masks, buckets, find_fit, store), {"task.mask": digest})
+        read = read.read_from(Masked(read.source, masks, buckets, find_fit), {"task.mask": digest})
 
     def add(example: Example) -> Sample:
         return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
@@ -332,19 +334,21 @@ def _read(
     return buckets, read, views, add
 
 
-def _cache_latents(data: Data, setup: Setup, buckets: Buckets) -> tuple[LatentCache, TensorStore]:
-    """Return the cache of the latents of images in their buckets, filled, and its records."""
+def _open_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
+    """Return the cache of the latents of images in their buckets."""
     task = setup.task
     decoder = data.source.decoder
-    padding = setup.model.settled().vae_values.padding_mode
+    padding = setup.model.settled().vae_values["padding_mode"]
     inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
-    latents = LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
-    if store.is_missing(latents.keys).any():
+    return LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)
+
+
+def _fill_latents(latents: LatentCache, data: Data, setup: Setup) -> None:
+    if latents.store.is_missing(latents.keys).any():
         vae = open_networks(setup.model, ("vae",), frozen=True)["vae"].to(data.machine.device)
         latents.fill(partial(encode_images, vae), data.source, data.machine, data.batch_size, data.unreadable)
-    return latents, store
 
 
 def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:

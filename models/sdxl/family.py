@@ -88,66 +88,66 @@ def draw_networks(*, tiny: bool = True) -> Networks:
         return {part: build_part(part, config) for part, config in list_configs(tiny=tiny).items()}
 
 
+class _Sizes(NamedTuple):
+    unet: list[int]  # widths of the levels
+    blocks: list[int]  # transformer blocks of each level
+    number: int  # width of an embedded number
+    vae: list[int]
+    text: tuple[int, int]  # widths of the encoders
+    layers: tuple[int, int]
+    inner: int  # width within a text layer, as a multiple of its own
+
+
+_PUBLISHED = _Sizes([320, 640, 1280], [1, 2, 10], 256, [128, 256, 512, 512], (768, 1280), (12, 32), 4)
+_TINY = _Sizes([16, 32, 32], [1, 1, 2], 16, [16, 16, 32, 32], (32, 48), (2, 2), 2)  # 0.8 million in the U-Net
+_UNET = {
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "use_linear_projection": True,
+    "addition_embed_type": "text_time",
+}
+_VAE = {
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+    "layers_per_block": 2,
+    "scaling_factor": VAE_SCALING_FACTOR,
+    "force_upcast": True,  # its maps exceed float16
+}
+_TEXT = {"vocab_size": 49_408, "max_position_embeddings": 77, "layer_norm_eps": 1e-5}
+_ACTIVATIONS = ("quick_gelu", "gelu")
+
+
 def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
-    """Return the configs of the networks: the published ones, or tiny ones (a U-Net of 0.8 million parameters).
-
-    Attention heads are 64 wide; a network narrower than 128 has one head.
-    """
-    if tiny:
-        widths = [16, 32, 32]
-        vae_widths = [16, 16, 32, 32]
-        text_widths = (32, 48)
-        time_width = 16
-        depths = [1, 1, 2]
-        text_depths = (2, 2)
-    else:
-        widths = [320, 640, 1280]
-        vae_widths = [128, 256, 512, 512]
-        text_widths = (768, 1280)
-        time_width = 256
-        depths = [1, 2, 10]
-        text_depths = (12, 32)
+    """Return the configs of the networks: the published ones, or tiny ones."""
+    sizes = _TINY if tiny else _PUBLISHED
     unet = {
-        "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-        "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
-        "block_out_channels": widths,
-        "transformer_layers_per_block": depths,
-        "attention_head_dim": [max(1, width // 64) for width in widths],  # diffusers' name for the number of heads
-        "norm_num_groups": min(32, widths[0] // 4),
-        "cross_attention_dim": sum(text_widths),
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": time_width,
-        "projection_class_embeddings_input_dim": 6 * time_width + text_widths[1],
+        **_UNET,
+        "block_out_channels": sizes.unet,
+        "transformer_layers_per_block": sizes.blocks,
+        "attention_head_dim": list(map(_heads, sizes.unet)),  # diffusers' name for the number of heads
+        "norm_num_groups": min(32, sizes.unet[0] // 4),
+        "cross_attention_dim": sum(sizes.text),
+        "addition_time_embed_dim": sizes.number,
+        "projection_class_embeddings_input_dim": 6 * sizes.number + sizes.text[1],
     }
-    vae = {
-        "down_block_types": ["DownEncoderBlock2D"] * 4,
-        "up_block_types": ["UpDecoderBlock2D"] * 4,
-        "block_out_channels": vae_widths,
-        "layers_per_block": 2,
-        "norm_num_groups": min(32, vae_widths[0] // 4),
-        "scaling_factor": VAE_SCALING_FACTOR,
-        "force_upcast": True,  # its maps exceed float16
-    }
-    texts = [
-        _text_config(width, depth, activation, tiny=tiny)
-        for width, depth, activation in zip(text_widths, text_depths, ("quick_gelu", "gelu"))
-    ]
-    return dict(zip(PARTS, (unet, vae, *texts)))
+    vae = {**_VAE, "block_out_channels": sizes.vae, "norm_num_groups": min(32, sizes.vae[0] // 4)}
+    configs = {"unet": unet, "vae": vae}
+    for part, width, layers, activation in zip(ENCODERS, sizes.text, sizes.layers, _ACTIVATIONS):
+        configs[part] = {
+            **_TEXT,
+            "hidden_size": width,
+            "intermediate_size": sizes.inner * width,
+            "projection_dim": width,
+            "num_hidden_layers": layers,
+            "num_attention_heads": _heads(width),
+            "hidden_act": activation,
+        }
+    return configs
 
 
-def _text_config(width: int, depth: int, activation: str, *, tiny: bool) -> dict[str, Any]:
-    return {
-        "vocab_size": 49_408,
-        "hidden_size": width,
-        "intermediate_size": (2 if tiny else 4) * width,
-        "projection_dim": width,
-        "num_hidden_layers": depth,
-        "num_attention_heads": max(1, width // 64),
-        "max_position_embeddings": 77,
-        "hidden_act": activation,
-        "layer_norm_eps": 1e-5,
-    }
+def _heads(width: int) -> int:
+    """Return the number of attention heads, which are 64 wide; a network narrower than 128 has one."""
+    return max(1, width // 64)
 
 
 def build_part(part: str, config: Mapping[str, Any]) -> nn.Module:

@@ -12,7 +12,7 @@ Source: Hu et al. 2021 (arXiv 2106.09685), section 4.1; kohya-ss/sd-scripts:netw
 
 import fnmatch
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +32,8 @@ from utils.config.bounds import Positive, Width
 from utils.config.schema import Strict
 from utils.errors import UserError, close_names
 
+ADAPTED = ("unet", *ENCODERS)
+
 
 class LoRAConfig(Strict):
     """Describe a LoRA, or another kind of adapter. Its update has the given rank, and is scaled by alpha / rank."""
@@ -40,9 +42,13 @@ class LoRAConfig(Strict):
     factor: Annotated[int, Field(ge=-1)]  # of a LoKr: the size of its smaller matrix; -1: near the root
     rank: Width
     alpha: Positive
-    targets: list[str] = Field(min_length=1)  # patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`
-    conv: bool  # targets may include convolutions, in addition to linear layers
-    text_encoders: bool  # targets may include layers of both text encoders, in addition to the U-Net
+    # Patterns such as `unet.*.attn1.to_q` or `text_encoder*.q_proj`, of linear layers and convolutions.
+    targets: list[Annotated[str, Field(pattern=r"^(unet\.|text_encoder)")]] = Field(min_length=1)
+
+    @property
+    def trains_text(self) -> bool:
+        """Whether there are targets in the text encoders."""
+        return any(pattern.startswith("text_encoder") for pattern in self.targets)
 
 
 class LoRALayer(nn.Module):
@@ -111,8 +117,8 @@ class LoRA(nn.Module):
         """
         super().__init__()
         self.config = config
-        layers = find_layers(networks, conv=config.conv, texts=config.text_encoders)
-        self.names = _choose(layers, config)
+        layers = find_layers(networks)
+        self.names = _choose(layers, config.targets)
         for name in self.names:
             _place(self, name, LoRALayer(layers[name], config))
         self._hooks: list[RemovableHandle] = []
@@ -124,7 +130,7 @@ class LoRA(nn.Module):
     def attach(self, networks: Mapping[str, nn.Module]) -> None:
         """Add the updates to the outputs of these networks' layers, after detaching from earlier networks."""
         self.detach()
-        targets = find_layers(networks, texts=self.config.text_encoders)
+        targets = find_layers(networks)
         for name, update in self.layers().items():
             update.begin(targets[name])
             self._hooks.append(targets[name].register_forward_hook(update.add_to))
@@ -142,21 +148,18 @@ class LoRA(nn.Module):
         add_changes(networks, {name: layer.change() for name, layer in self.layers().items()})
 
 
-def find_layers(
-    networks: Mapping[str, nn.Module], *, conv: bool = True, texts: bool = True
-) -> dict[str, nn.Linear | nn.Conv2d]:
-    """Return the layers that can be targets, by network and name. texts: also those of the text encoders."""
-    kinds = (nn.Linear, nn.Conv2d) if conv else nn.Linear
+def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.Conv2d]:
+    """Return the layers that can be targets, by network and name: of the U-Net, and of the text encoders, if given."""
     layers = {}
-    for network in ("unet", *ENCODERS) if texts else ("unet",):
+    for network in ADAPTED:
+        if network not in networks:
+            continue
         prefix = text_prefix(network, networks[network])
+        unused = unused_layer(networks[network]) if network == "text_encoder" else None
         for name, layer in networks[network].named_modules():
-            if isinstance(layer, kinds):
+            if isinstance(layer, nn.Linear | nn.Conv2d) and (unused is None or unused not in f".{name}"):
                 layers[f"{network}.{prefix}{name}"] = layer
-    if not texts:
-        return layers
-    unused = unused_layer(networks["text_encoder"])
-    return {name: layer for name, layer in layers.items() if not (name.startswith("text_encoder.") and unused in name)}
+    return layers
 
 
 def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change], strength: float = 1.0) -> None:
@@ -167,21 +170,15 @@ def add_changes(networks: Mapping[str, nn.Module], changes: Mapping[str, Change]
         weight.copy_(weight.float() + strength * change.on(weight))
 
 
-def _choose(layers: Mapping[str, nn.Module], config: LoRAConfig) -> list[str]:
+def _choose(layers: Mapping[str, nn.Module], targets: Sequence[str]) -> list[str]:
     """Return the names of the target layers, in the networks' order."""
-    for index, pattern in enumerate(config.targets):
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in layers):
-            raise UserError(
-                f"task.lora.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}. "
-                "Convolutions need task.lora.conv=true, text encoders task.lora.text_encoders=true"
-            )
-    chosen = [name for name in layers if any(fnmatch.fnmatchcase(name, pattern) for pattern in config.targets)]
-    if config.text_encoders and not any(name.startswith(ENCODERS) for name in chosen):
-        raise UserError(
-            "task.lora.text_encoders: true, but no pattern of task.lora.targets matches a layer of them; set it to "
-            "false, or add a pattern such as 'text_encoder*.q_proj'"
-        )
-    return chosen
+    chosen: set[str] = set()
+    for index, pattern in enumerate(targets):
+        matching = fnmatch.filter(layers, pattern)
+        if not matching:
+            raise UserError(f"task.lora.targets.{index}: {pattern!r} matches no layer; {close_names(pattern, layers)}")
+        chosen.update(matching)
+    return [name for name in layers if name in chosen]
 
 
 def _place(root: nn.Module, name: str, layer: nn.Module) -> None:
@@ -216,7 +213,8 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, 
         for key, tensor in layer.change().tensors.items():
             tensors[f"{stem}.{_KOHYA.get(key, key)}"] = tensor.detach().to(dtype)
         tensors[f"{stem}.alpha"] = torch.tensor(config.alpha)
-    arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if config.conv else {}
+    has_conv = any("conv" in name for name in lora.names)
+    arguments = {"conv_dim": config.rank, "conv_alpha": config.alpha} if has_conv else {}
     if config.kind != "lora":
         arguments |= {"algo": config.kind.replace("dora", "lora"), "dora_wd": config.kind == "dora"}
     metadata = {

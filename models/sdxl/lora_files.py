@@ -12,14 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from models.sdxl.changes import Change
-from models.sdxl.family import ENCODERS, PARTS
-from models.sdxl.lora import LoRAConfig, add_changes, find_layers, kohya_name
+from models.sdxl.family import PARTS
+from models.sdxl.lora import ADAPTED, LoRAConfig, add_changes, find_layers, kohya_name
 from models.sdxl.networks import unused_layer
 from utils.errors import UserError
 from utils.io.files import readable
 from utils.io.weights import read_header, read_weights
 
-_ADAPTED = ("unet", *ENCODERS)
 _ENDINGS = {
     **dict.fromkeys((".lora_down.weight", ".lora_A.weight", ".lora.down.weight"), "lora_A.weight"),
     **dict.fromkeys((".lora_up.weight", ".lora_B.weight", ".lora.up.weight"), "lora_B.weight"),
@@ -85,12 +84,12 @@ def _flat(name: str) -> str:
 def _stated_alphas(texts: Mapping[str, str], metadata: Mapping[str, Any]) -> dict[str, float]:
     """Return the alpha of each network for layers without one: of a run of ours, or of a newer file of diffusers."""
     if isinstance(task := metadata.get("task"), dict) and task.get("lora") is not None:
-        return dict.fromkeys(_ADAPTED, LoRAConfig.model_validate(task["lora"]).alpha)
+        return dict.fromkeys(ADAPTED, LoRAConfig.model_validate(task["lora"]).alpha)
     stated = json.loads(texts.get("lora_adapter_metadata", "{}"))
     for option in ("alpha_pattern", "use_rslora", "use_dora"):
-        if any(stated.get(f"{network}.{option}") for network in _ADAPTED):
+        if any(stated.get(f"{network}.{option}") for network in ADAPTED):
             raise ValueError(f"lora_adapter_metadata has {option}, which is not supported")
-    return {network: float(stated[key]) for network in _ADAPTED if (key := f"{network}.lora_alpha") in stated}
+    return {network: float(stated[key]) for network in ADAPTED if (key := f"{network}.lora_alpha") in stated}
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from models.sdxl.names import drop_unused, from_folder, from_single_file, load_p
 from models.sdxl.step import build_noise_table
 from models.sdxl.vae import (
     AS_STATED,
+    SDXLS,
     VAEValues,
     read_vae,
     refuse_other_encoder,
@@ -37,7 +38,7 @@ State = dict[str, Tensor]
 _TINY_WIDTH = 16  # channels of the first level of the tiny U-Net and VAE
 _MAX_TEXT = 200  # characters of a text from a file
 # Configuration that is read, or that does not change the networks.
-_FREE = (*VAEValues.model_fields, "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
+_FREE = (*SDXLS, "shift_factor", "force_upcast", "sample_size", "upcast_attention", "_class_name", "_name_or_path")
 # What a scheduler has if its file does not say it. The betas of SCHEDULE must be named: diffusers has other defaults.
 _SCHEDULE_DEFAULTS = {
     "num_train_timesteps": family.TIMESTEP_COUNT, "trained_betas": None, "use_flow_sigmas": False,

@@ -24,14 +24,17 @@ _Steps = Annotated[int, Field(ge=1, le=TIMESTEP_COUNT)]
 
 
 class Prompt(Strict):
-    """A picture's text with settings of its own; None: that of all prompts."""
+    """A picture's text with settings of its own; None: that of all prompts.
+
+    negative: "" is the empty prompt, as in training. guidance_rescale: Lin et al. 2023, section 3.4.
+    """
 
     text: str
-    negative: str | None = None
+    negative: str = ""
     image_size_hw: _Size | None = None
     steps: _Steps | None = None
     guidance: Factor | None = None
-    guidance_rescale: Fraction | None = None
+    guidance_rescale: Fraction = 0.7  # as published
     seed: Seed | None = None
 
 
@@ -42,33 +45,27 @@ PromptText = Annotated[  # a text, or a mapping
 
 
 class PictureConfig(Strict):
-    """Settings of pictures. negative: "" is the empty prompt, as in training.
+    """Settings of pictures."""
 
-    guidance_rescale: Lin et al. 2023, section 3.4.
-    """
-
-    negative: str
     image_size_hw: _Size
     steps: _Steps
     guidance: Factor
-    guidance_rescale: Fraction
 
     def complete(self, prompt: str | Prompt, seed: int) -> Prompt:
         """Return a prompt with all settings. seed: if it has none."""
-        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_none=True)
-        shared = {name: getattr(self, name) for name in PictureConfig.model_fields}
+        own = {"text": prompt} if isinstance(prompt, str) else prompt.model_dump(exclude_unset=True, exclude_none=True)
+        shared = self.model_dump(include=Prompt.model_fields.keys())
         return Prompt.model_construct(**{**shared, "seed": seed, **own})
 
 
 class SamplesConfig(PictureConfig):
-    """Pictures of an evaluation, one per prompt, with fixed noise. seed: of the first; each next picture adds 1."""
+    """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
 
     prompts: list[PromptText]
-    seed: Seed
 
     def complete_all(self) -> list[Prompt]:
         """Return the prompts with all settings."""
-        return [self.complete(prompt, self.seed + number) for number, prompt in enumerate(self.prompts)]
+        return [self.complete(prompt, number) for number, prompt in enumerate(self.prompts)]
 
 
 class EncodedPrompt(NamedTuple):

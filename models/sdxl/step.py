@@ -113,18 +113,9 @@ class NoiseLevel(NamedTuple):
         """Return the signal-to-noise ratio, [B]."""
         return (self.alpha / self.sigma).square()
 
-    def at(self, timesteps: Tensor, shift: Tensor | None = None) -> "NoiseLevel":
-        """Return the noise levels at timesteps [B] (int64); `shift` [B] multiplies sigma / alpha.
-
-        This moves log SNR by -2 ln(shift). The timestep stays in 0..T-1, and an alpha of 0 stays 0.
-        Source: Hoogeboom et al. 2023 (arXiv 2301.11093), "Adjusting noise schedules".
-        """
-        alpha = self.alpha[timesteps]
-        sigma = self.sigma[timesteps]
-        if shift is None:
-            return NoiseLevel(alpha, sigma)
-        length = torch.hypot(alpha, shift * sigma)
-        return NoiseLevel(alpha / length, shift * sigma / length)
+    def at(self, timesteps: Tensor) -> "NoiseLevel":
+        """Return the noise levels at timesteps [B] (int64)."""
+        return NoiseLevel(self.alpha[timesteps], self.sigma[timesteps])
 
     def over(self, latents: Tensor) -> tuple[Tensor, Tensor]:
         """Return alpha and sigma in a shape that broadcasts over latents [B, ...]."""
@@ -145,15 +136,6 @@ def build_noise_table(zero_terminal_snr: bool) -> NoiseLevel:
     return NoiseLevel(alphas.float(), (1.0 - alphas.square()).sqrt().float())
 
 
-def resolution_shift(hw: Tensor, base_px: float = 1024) -> Tensor:
-    """Return the `shift` [B] for image sizes [B, 2] in pixels: 1 for an area of `base_px` squared, 2 for four times it.
-
-    More pixels average out more noise, so a larger image needs more noise to hide the same coarse content.
-    Source: Hoogeboom et al. 2023 (arXiv 2301.11093), "Adjusting noise schedules".
-    """
-    return hw.float().prod(dim=-1).sqrt() / base_px
-
-
 def draw_noise(keys: Tensor, latents: Tensor, offset: float) -> Tensor:
     """Return standard normal noise in the latents' shape, float32, from keys [B] (a batch's `key`).
 
@@ -166,18 +148,10 @@ def draw_noise(keys: Tensor, latents: Tensor, offset: float) -> Tensor:
     return noise
 
 
-def draw_times(
-    kind: TimestepSampling,
-    keys: Tensor,
-    strata: Tensor | None = None,
-    *,
-    mean: float = 0.0,
-    std: float = 1.0,
-    shift: float = 1.0,
-) -> Tensor:
+def draw_times(kind: TimestepSampling, keys: Tensor, strata: Tensor | None = None, *, shift: float = 1.0) -> Tensor:
     """Return times from 0, the image, to below 1, noise, float32 [B], from keys [B] (a batch's `key`) on their device.
 
-    logit_normal: the sigmoid of a normal number of `mean` and `std`; a positive mean prefers noise.
+    logit_normal: the sigmoid of a standard normal number.
     stratified: uniform within one of n equal parts of the range, so that a step with one sample per part covers all of
     it. strata: int64 [B, 2], the part 0..n-1 and n, such as a sample's position in the global batch and its size.
     shift: see `shift_times`; 1 is off.
@@ -185,7 +159,7 @@ def draw_times(
     "low-discrepancy sampler", for strata. Differs: they shift evenly spaced times by one random number.
     """
     if kind == "logit_normal":
-        time = torch.sigmoid(mean + std * rng.normal(keys, (), TIMESTEP_DRAW))
+        time = torch.sigmoid(rng.normal(keys, (), TIMESTEP_DRAW))
     else:
         time = rng.uniform(keys, (), TIMESTEP_DRAW)
     if kind == "stratified":
@@ -194,7 +168,7 @@ def draw_times(
     return shift_times(time, shift).clamp(max=1 - 2**-24)  # a time may round up to 1
 
 
-def shift_times(times: Tensor, shift: Tensor | float) -> Tensor:
+def shift_times(times: Tensor, shift: float) -> Tensor:
     """Return times in 0..1 moved towards noise: as levels of flow, sigma / alpha is multiplied by `shift`.
 
     Source: Esser et al. 2024 (arXiv 2403.03206), equation 23.
@@ -202,19 +176,16 @@ def shift_times(times: Tensor, shift: Tensor | float) -> Tensor:
     return shift * times / (1 + (shift - 1) * times)
 
 
-def find_levels(
-    prediction_type: PredictionType, times: Tensor, table: NoiseLevel, shift: Tensor | None = None
-) -> tuple[NoiseLevel, Tensor]:
+def find_levels(prediction_type: PredictionType, times: Tensor, table: NoiseLevel) -> tuple[NoiseLevel, Tensor]:
     """Return the noise levels at times [B] of `draw_times`, and the U-Net's timesteps [B], from 0 to below 1000.
 
-    table: of epsilon and v; `shift` [B] leaves their timesteps. With flow, a timestep is the noise level x 1000, as for
-    diffusers' flow schedulers and comfyanonymous/ComfyUI:comfy/model_sampling.py, ModelSamplingDiscreteFlow.
+    table: of epsilon and v. With flow, a timestep is the noise level x 1000, as for diffusers' flow schedulers and
+    comfyanonymous/ComfyUI:comfy/model_sampling.py, ModelSamplingDiscreteFlow.
     """
-    if prediction_type != "flow":
-        timesteps = (times * TIMESTEP_COUNT).long()
-        return table.at(timesteps, shift), timesteps
-    sigma = times if shift is None else shift_times(times, shift)
-    return NoiseLevel(1 - sigma, sigma), sigma * TIMESTEP_COUNT
+    timesteps = times * TIMESTEP_COUNT
+    if prediction_type == "flow":
+        return NoiseLevel(1 - times, times), timesteps
+    return table.at(timesteps.long()), timesteps.long()
 
 
 def add_noise(latents: Tensor, noise: Tensor, level: NoiseLevel) -> Tensor:

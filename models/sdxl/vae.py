@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, model_validator
+from pydantic import ConfigDict, Field, TypeAdapter
 from torch import Tensor, nn
+from typing_extensions import TypedDict
 
 from models.sdxl.family import CHANNELS, PREFIXES, VAE_SCALING_FACTOR
 from models.sdxl.folders import local_base, read_config, weight_files
@@ -27,25 +28,25 @@ _Channels = Annotated[list[_Number], Field(min_length=CHANNELS, max_length=CHANN
 _Deviations = Annotated[list[Positive], Field(min_length=CHANNELS, max_length=CHANNELS)]
 
 
-class VAEValues(Strict):
-    """How outputs become latents, and the padding of convolutions. null: as the VAE states, or else as SDXL's."""
+class VAEValues(TypedDict, total=False):
+    """How outputs become latents, and the padding of convolutions. What is absent is as the VAE states it."""
 
-    scaling_factor: Positive | None
-    shift_factor: _Number | None
-    latents_mean: _Channels | None
-    latents_std: _Deviations | None
-    padding_mode: Literal["zeros", "reflect", "replicate", "circular"] | None
+    __pydantic_config__ = ConfigDict(**Strict.model_config)
 
-    @model_validator(mode="after")
-    def _fits_together(self) -> "VAEValues":
-        if (self.latents_mean is None) != (self.latents_std is None):
-            raise ValueError("latents_mean and latents_std belong together: give both or none")
-        if self.shift_factor and any(self.latents_mean or ()):
-            raise ValueError("shift_factor and latents_mean are two ways to say the same: set one of them to 0")
-        return self
+    scaling_factor: Positive
+    latents_mean: _Channels
+    latents_std: _Deviations
+    padding_mode: Literal["zeros", "reflect", "replicate", "circular"]
 
 
-AS_STATED = VAEValues(**dict.fromkeys(VAEValues.model_fields))
+_VALUES = TypeAdapter(VAEValues)
+AS_STATED: VAEValues = {}
+SDXLS: VAEValues = {
+    "scaling_factor": VAE_SCALING_FACTOR,
+    "latents_mean": [0.0] * CHANNELS,
+    "latents_std": [1.0] * CHANNELS,
+    "padding_mode": "zeros",
+}
 
 
 # ------------------------------------------------------------------------------------------------- where a VAE lies
@@ -132,54 +133,47 @@ def refuse_other_encoder(path: Path, vae: nn.Module) -> None:
 # ----------------------------------------------------------------------------------------------------------- values
 
 
-def settle_values(values: VAEValues, path: str | Path | None, *, is_replaced: bool = False) -> VAEValues:
+def settle_values(given: VAEValues, path: str | Path | None, *, is_replaced: bool = False) -> VAEValues:
     """Return the values of a run: given ones, else those that the VAE at `path` states, else SDXL's.
 
     is_replaced: another VAE than the base model's. Raises UserError if it states statistics of its latents that are not
     given: SDXL's U-Net has not been trained with any.
     """
-    given = values.model_dump(exclude_none=True)
-    found = {} if path is None else stated_config(path)
-    stated = {name: found.get(name) for name in VAEValues.model_fields}
-    if stated["shift_factor"] and stated["latents_mean"] == [stated["shift_factor"]] * CHANNELS:
-        stated["latents_mean"] = [0.0] * CHANNELS  # `set_values` states a shift twice
-    with readable(Path(path or ""), "VAE"):
-        known = VAEValues.model_validate(stated).model_dump(exclude_none=True)
-    plain = {"latents_mean": [0.0] * CHANNELS, "latents_std": [1.0] * CHANNELS}
-    statistics = {name: known[name] for name in plain if name in known}
-    if is_replaced and "latents_mean" not in given and statistics not in ({}, plain):
-        words = " ".join(f"'model.vae_values.{name}={value}'" for name, value in plain.items())
+    if path is None:
+        return {**SDXLS, **given}
+    config = stated_config(path)
+    stated = {name: config[name] for name in SDXLS if config.get(name) is not None}
+    shift = [config.get("shift_factor") or 0.0] * CHANNELS
+    with readable(Path(path), "VAE"):
+        known = _VALUES.validate_python({**SDXLS, "latents_mean": shift, **stated})
+    is_shift = known["latents_mean"] in (shift, SDXLS["latents_mean"])
+    has_statistics = not is_shift or known["latents_std"] != SDXLS["latents_std"]
+    if is_replaced and has_statistics and "latents_mean" not in given:
         raise UserError(
-            f"{path} states {statistics}, with which SDXL's U-Net was not trained; set {words} to keep the U-Net's "
-            "latents, or both keys to the stated numbers, which takes a long run"
+            f"{path} states latents_mean {known['latents_mean']} and latents_std {known['latents_std']}, with which "
+            "SDXL's U-Net was not trained; set 'model.vae_values={latents_mean: [0.0, 0.0, 0.0, 0.0], latents_std: "
+            "[1.0, 1.0, 1.0, 1.0]}' to keep the U-Net's latents, or the stated numbers, which takes a long run"
         )
-    if given.get("shift_factor") or any(given.get("latents_mean", ())):  # one replaces the other
-        known = {name: value for name, value in known.items() if name not in ("shift_factor", "latents_mean")}
-    default = {"scaling_factor": VAE_SCALING_FACTOR, "shift_factor": 0.0, "padding_mode": "zeros", **plain}
-    return VAEValues(**{**default, **known, **given})
+    return {**known, **given}
 
 
 def unlike_sdxls(values: VAEValues) -> dict[str, Any]:
-    """Return the settled values that are not SDXL's."""
-    usual = settle_values(AS_STATED, None)
-    return {name: value for name, value in values if value not in (None, getattr(usual, name))}
+    """Return the values that are not SDXL's."""
+    return {name: value for name, value in values.items() if value != SDXLS[name]}
 
 
 def set_values(vae: nn.Module, values: VAEValues) -> None:
     """Write settled values into a VAE's configuration, and set the padding of its convolutions."""
-    mean = [values.shift_factor + number for number in values.latents_mean]
-    is_plain = not any(mean) and set(values.latents_std) == {1.0}
-    vae.register_to_config(
-        scaling_factor=values.scaling_factor,
-        shift_factor=values.shift_factor or None,
-        latents_mean=None if is_plain else mean,
-        latents_std=None if is_plain else values.latents_std,
-    )
-    if values.padding_mode != "zeros":
-        vae.register_to_config(padding_mode=values.padding_mode)
+    own = {"scaling_factor": values["scaling_factor"], "latents_mean": None, "latents_std": None}
+    if {"latents_mean", "latents_std"} & unlike_sdxls(values).keys():
+        own |= {"latents_mean": values["latents_mean"], "latents_std": values["latents_std"]}
+    padding = values["padding_mode"]
+    if padding != "zeros":
+        own["padding_mode"] = padding
+    vae.register_to_config(**own)
     for layer in vae.modules():
         if isinstance(layer, nn.Conv2d) and any(layer.padding):
-            layer.padding_mode = values.padding_mode
+            layer.padding_mode = padding
 
 
 def latent_scale(vae: nn.Module) -> tuple[Tensor, Tensor]:
@@ -199,14 +193,12 @@ def fold_values(vae: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Tensor
     ratio = factor / torch.tensor(VAE_SCALING_FACTOR).double()
     if not mean.any() and (ratio == 1).all():
         return dict(state)
-    inner = state["quant_conv.weight"].double()
+    folded = dict(state)
+    scale = torch.cat([ratio, torch.ones_like(ratio)])  # the means, then the log variances
+    shift = torch.cat([-mean * ratio, 2 * ratio.log()])
+    folded["quant_conv.weight"] = state["quant_conv.weight"].double() * scale.view(-1, 1, 1, 1)
+    folded["quant_conv.bias"] = state["quant_conv.bias"].double() * scale + shift
     outer = state["post_quant_conv.weight"].double()
-    rows = torch.cat([ratio, torch.ones_like(ratio)])  # the means, then the log variances
-    shifts = torch.cat([-mean * ratio, 2 * ratio.log()])
-    folded = {
-        "quant_conv.weight": inner * rows.view(-1, 1, 1, 1),
-        "quant_conv.bias": state["quant_conv.bias"].double() * rows + shifts,
-        "post_quant_conv.weight": outer / ratio.view(1, -1, 1, 1),
-        "post_quant_conv.bias": state["post_quant_conv.bias"].double() + outer[:, :, 0, 0] @ mean,
-    }
-    return {**state, **{name: tensor.to(state[name].dtype) for name, tensor in folded.items()}}
+    folded["post_quant_conv.weight"] = outer / ratio.view(1, -1, 1, 1)
+    folded["post_quant_conv.bias"] = state["post_quant_conv.bias"].double() + outer[:, :, 0, 0] @ mean
+    return {name: tensor.to(state[name].dtype) for name, tensor in folded.items()}

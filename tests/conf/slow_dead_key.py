@@ -199,7 +199,6 @@ PROVED = {
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py and test_watch.py
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
     *(f"LatentPerceptualConfig.{name}" for name in ("weight", "min_snr")),  # tests/models/test_sdxl_perceptual.py
-    *(f"TimestepsConfig.{name}" for name in ("mean", "std", "shift")),  # by one call: tests/models/test_sdxl_step.py
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "Stage.leaves",  # of finished stages: tests/test_workshop.py
     "SweepConfig.name",

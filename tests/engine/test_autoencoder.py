@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from engine.exports.weights import MovedBase, open_weights
-from engine.measures.images import ChannelStatistics, measure_psnr, measure_ssim
+from engine.measures.images import measure_psnr, measure_ssim
 from engine.plan import Plan
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
@@ -109,14 +109,9 @@ def test_figures_equal_numpys():
                 (window * a * b).sum() - m for a, b, m in ((x, x, mx * mx), (y, y, my * my), (x, y, mx * my))
             )
             found.append((2 * mx * my + 1e-4) * (2 * both + 9e-4) / ((mx**2 + my**2 + 1e-4) * (vx + vy + 9e-4)))
-    np.testing.assert_allclose(measure_ssim(images, other), np.reshape(found, (2, -1)).mean(axis=1), rtol=1e-4)
-    statistics, maps = ChannelStatistics(), torch.randn(5, 4, 3, 2) + 2
-    statistics.add(maps[:3], torch.tensor([True, False, True]))
-    statistics.add(maps[3:], torch.tensor([True, True]))
-    sites = maps[[0, 2, 3, 4]].double().transpose(0, 1).flatten(1).numpy()
-    table = statistics.rows()
-    np.testing.assert_allclose([row["std"] for row in table], sites.std(axis=1), rtol=1e-12)
-    np.testing.assert_allclose([row["correlation_2"] for row in table], np.corrcoef(sites)[2], rtol=1e-10)
+    np.testing.assert_allclose(
+        measure_ssim(images, other), np.reshape(found, (2, -1)).mean(axis=1), rtol=1e-4, atol=1e-5
+    )
 
 
 def test_the_adaptive_weight_is_the_ratio_of_gradients_whatever_the_micro_batches():
@@ -149,12 +144,12 @@ def test_the_distance_without_weights_sees_blur_and_the_discriminator_sees_patch
     error = torch.full((1, 1, 1, 2), 1e-7).copysign(torch.tensor([1.0, -1.0])).requires_grad_()
     assert torch.autograd.grad(absolute_error(error).sum(), error)[0].abs().max() < 1e-4  # rounding is no direction
     assert pyramid_distance(first, first).eq(0).all() and (pyramid_distance(first, blurred) > 0.1).all()
-    assert PatchDiscriminator(8, 2)(first).shape == (2, 1, 6, 6)
+    assert PatchDiscriminator()(first).shape == (2, 1, 2, 2)
 
 
 REFUSED = {
     "task.discriminator.start_step": ["task.discriminator.start_step=null"],
-    "task.crop_px: 8": ["task.crop_px=8"],
+    "task.crop_px: must": ["task.crop_px=16"],
     "task.crop_px: 128": ["task.crop_px=128"],
     "task.perceptual.network: must": ["task.perceptual.path=FILE"],
     "task.perceptual.network": ["task.perceptual.network=vgg17"],

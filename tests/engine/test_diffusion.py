@@ -84,9 +84,6 @@ def test_the_loss_of_flow_is_that_of_its_definition():
         found = task.unet(noisy, steps, encoder_hidden_states=prompts, added_cond_kwargs=added).sample
         wanted = (found - (noise - latents)).square().mean(dim=(1, 2, 3))
         torch.testing.assert_close(losses(task, batch), wanted)
-        large = build(*FLOW, "task.timesteps.shift=3.0", "task.noise.offset=0.1", "task.noise.shift_by_resolution=true")
-        batch["fit"][:, 4:] = 1024  # nothing is shifted
-        torch.testing.assert_close(losses(large, batch), losses(task, batch))
 
 
 @pytest.mark.parametrize(
@@ -119,15 +116,14 @@ def test_the_loss_counts_inside_the_mask_and_by_the_floor_outside(normalise, out
     task.predict = masked.predict = lambda noisy, *_: torch.zeros_like(noisy) + added
 
     def measure():
-        return losses(task, make_batch()), masked(make_batch() | {"mask": mask}, SimpleNamespace())
+        return losses(task, make_batch()), losses(masked, make_batch() | {"mask": mask})
 
     plain, first = measure()
-    torch.testing.assert_close(first.loss[1:], plain[1:] * torch.tensor([1.0 if normalise else 0.25, 1.0, 1.0]))
-    assert [part.item() for part in first.logs["mask_share"]] == [2.5, 4.0]
+    torch.testing.assert_close(first[1:], plain[1:] * torch.tensor([1.0 if normalise else 0.25, 1.0, 1.0]))
     for column, factor in ((7, outside), (0, inside)):
         added[0, :, :, column] = 1000.0
         changed, found = measure()
-        torch.testing.assert_close(found.loss[0] - first.loss[0], factor * (changed[0] - plain[0]), rtol=1e-3, atol=0)
+        torch.testing.assert_close(found[0] - first[0], factor * (changed[0] - plain[0]), rtol=1e-3, atol=0)
         added.zero_()
 
 
@@ -240,7 +236,7 @@ def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
     assert first.shape == (2, 64, 64, 3) and first.std() > 0
     assert (task.sample() == first).all()
     assert (build("task.samples.prompts=[black]").eval().sample()[0] == first[0]).all()
-    other = build("task.samples.prompts=[black]", "task.samples.seed=1").eval().sample()
+    other = build("task.samples.prompts=[{text: black, seed: 1}]").eval().sample()
     assert (other[0] != first[0]).any()
     batch = make_batch() | {"sample_id": torch.arange(4)}
     reports = [task.evaluate({"val": [batch]}, step) for step in (0, 5)]
@@ -275,8 +271,8 @@ def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
         pass
     assert set(task.offloaded) == {"vae", *ENCODERS}
     assert torch.equal(losses(task, batch), wanted[0]) and np.array_equal(task.sample()[0], wanted[1])
-    learns = ["task.lora.text_encoders=true", "task.lora.targets=[unet.*.to_q,text_encoder*.q_proj]"]
-    assert build(*learns, "task.loss.perceptual={weight: 1.0, min_snr: 3.0}").offloaded == ()
+    learns = "task.lora.targets=[unet.*.to_q,text_encoder*.q_proj]"
+    assert build(learns, "task.loss.perceptual={weight: 1.0, min_snr: 3.0}").offloaded == ()
 
 
 @pytest.mark.parametrize("kind", ["float8", "bfloat16"])

@@ -19,9 +19,8 @@ SHORT = [
     *TINY["diffusion"], "runtime=reference", "runtime.device=cpu", "runtime.threads=1", "loop.batch_size=4",
     "optim.lr=0.03", "data.root=images",
 ]  # fmt: skip
-LORA = ["task.lora.alpha=8.0", "task.lora.rank=4", "task.lora.targets=['*attn?.to_*','text*_proj']"]
-LORA += ["task.lora.text_encoders=true"]
-FEW = ["task.lora.text_encoders=false", "task.lora.targets=['unet.*attn1.to_q']"]
+LORA = ["task.lora.alpha=8.0", "task.lora.rank=4", "task.lora.targets=['unet.*attn?.to_*','text_encoder*_proj']"]
+FEW = "task.lora.targets=['unet.*attn1.to_q']"
 
 
 @pytest.fixture(scope="module")
@@ -82,7 +81,7 @@ def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):
             [*LORA, "task.lora.rank=16", "init_from=lora"],
             r"(?s)^init_from: .*rank 16 on 148 layers, the file \[4\] on",
         ),
-        ([*LORA, *FEW, "init_from=lora"], r"(?s)^init_from: .*rank 4 on 17 layers, the file \[4\] on 148"),
+        ([*LORA, FEW, "init_from=lora"], r"(?s)^init_from: .*rank 4 on 17 layers, the file \[4\] on 148"),
         ([*LORA, "init_from=unet"], r"^init_from: .*unet.*is no LoRA"),
         ([*LORA, "task.lora.kind=loha", "init_from=lora"], r"^task\.lora\.kind: loha, but .*lora.* is a lora"),
         (["task.lora=null", "init_from=lora"], "(?s)^init_from: .*a LoRA needs task.lora"),

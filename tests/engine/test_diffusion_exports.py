@@ -30,7 +30,7 @@ SHORT = [
     "loop.batch_size=4", "optim.lr=0.03", "model.path=base", "data.root=images",
     f"task.samples.prompts=[{','.join(repr(prompt) for prompt in PROMPTS)}]",
 ]  # fmt: skip
-LORA = ["task.lora.targets=['*']", "task.lora.conv=true", "task.lora.text_encoders=true", "task.lora.alpha=8.0"]
+LORA = ["task.lora.targets=['unet.*','text_encoder*']", "task.lora.alpha=8.0"]
 
 
 @pytest.fixture(scope="module")

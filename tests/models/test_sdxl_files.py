@@ -26,7 +26,7 @@ from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
 from utils.errors import UserError
 from utils.io.weights import read_header
 
-NOISE = {**V_ZTSNR, "convert": False, "shift_by_resolution": False, "offset": 0.0}
+NOISE = {**V_ZTSNR, "convert": False, "offset": 0.0}
 FACTS = {"title": "toy", "license": "openrail++"}
 # What config.json of each network of stabilityai/stable-diffusion-xl-base-1.0 says, and no shape shows.
 PUBLISHED = {
@@ -251,8 +251,8 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
         ("model_index.json", "_class_name", "StableDiffusionPipeline"),
         ("unet/config.json", "attention_head_dim", [4, 4, 4]),
         ("unet/config.json", "resnet_time_scale_shift", "scale_shift"),
-        ("vae/config.json", "shift_factor", "0.1"),
-        ("vae/config.json", "latents_mean", [0.1, 0, 0, 0]),
+        ("vae/config.json", "scaling_factor", "0.1"),
+        ("vae/config.json", "latents_mean", [0.1, 0, 0]),
         ("text_encoder/config.json", "layer_norm_eps", 1e-6),
     ],
 )

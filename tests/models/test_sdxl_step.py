@@ -12,7 +12,7 @@ from models.sdxl.step import (
     draw_times,
     find_levels,
     loss_weight,
-    resolution_shift,
+    shift_times,
     target,
 )
 
@@ -21,8 +21,8 @@ KEYS = torch.randint(0, 2**62, (4096,), generator=torch.Generator().manual_seed(
 LATENTS, NOISE = torch.randn(2, 6, 4, 8, 8, generator=torch.Generator().manual_seed(1))
 
 
-def level_at(timesteps, *, zero, shift=None):
-    return build_noise_table(zero).at(timesteps, shift)
+def level_at(timesteps, *, zero):
+    return build_noise_table(zero).at(timesteps)
 
 
 @pytest.mark.parametrize("zero", [False, True])
@@ -37,16 +37,6 @@ def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
     noisy = theirs.add_noise(LATENTS, NOISE, TIMESTEPS)
     torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
-
-
-def test_the_shift_multiplies_the_noise_and_stays_finite():
-    shift = torch.tensor([0.5, 1.0, 2.0, 2.0, 4.0, 2.0])
-    plain, moved = level_at(TIMESTEPS, zero=True), level_at(TIMESTEPS, zero=True, shift=shift)
-    torch.testing.assert_close(moved.snr, plain.snr / shift.square())
-    torch.testing.assert_close(moved.alpha.square() + moved.sigma.square(), torch.ones(6))
-    assert moved.alpha[-1] == 0 and moved.sigma[-1] == 1
-    sizes = torch.tensor([[1024, 1024], [2048, 2048], [2048, 512], [512, 512]])
-    assert resolution_shift(sizes).tolist() == [1, 2, 1, 0.5]
 
 
 def test_literal_weights():
@@ -105,7 +95,7 @@ def test_flow_goes_from_the_latents_to_the_noise(shift):
         shift=shift
     )
     times = 1 - torch.arange(0, 1000, 167) / 1000
-    level, timesteps = find_levels("flow", times, build_noise_table(False), torch.full((6,), shift))
+    level, timesteps = find_levels("flow", shift_times(times, shift), build_noise_table(False))
     torch.testing.assert_close(timesteps, scheduler.timesteps[::167])
     noisy = add_noise(LATENTS, NOISE, level)
     torch.testing.assert_close(noisy, scheduler.scale_noise(LATENTS, scheduler.timesteps[::167], NOISE))

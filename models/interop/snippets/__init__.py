@@ -115,7 +115,7 @@ def sdxl_program(template: str, load: str, task: Mapping[str, Any], file: str, b
 
     samples = SamplesConfig.model_validate(task["samples"])
     noise = task["noise"]
-    values = samples.complete(samples.prompts[0] if samples.prompts else "...", samples.seed).model_dump()
+    values = samples.complete(samples.prompts[0] if samples.prompts else "...", 0).model_dump()
     values |= {name: ascii(values[name]) for name in ("text", "negative")}
     values["height"], values["width"] = values["image_size_hw"]
     scheduler = scheduler_config(noise["prediction_type"], noise["zero_terminal_snr"], task["timesteps"]["shift"])

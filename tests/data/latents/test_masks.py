@@ -11,10 +11,7 @@ from torch.nn.functional import avg_pool2d
 
 from data.images.bytes import Images
 from data.images.decode import Decoder
-from data.images.record_store import TensorStore
-from data.images.sizes import image_hashes
 from data.latents.buckets import fitted_views, make_buckets
-from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.stream.order import Draw
 from data.stream.source import IMAGE, UnreadableImage
@@ -58,7 +55,7 @@ def opened(request, tmp_path, monkeypatch):
 
 def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
     images, buckets, find = opened
-    masked = Masked(images, find(), buckets, partial(buckets.draw_fit, config=RANDOM), None)
+    masked = Masked(images, find(), buckets, partial(buckets.draw_fit, config=RANDOM))
     seen, view = set(), fitted_views(buckets.sizes_hw, RANDOM)["images"]
     for key in range(12):
         record = masked.read(key % 2, key, 0)
@@ -67,21 +64,6 @@ def test_a_mask_is_cut_and_mirrored_as_its_image(opened):
         torch.testing.assert_close(record["mask"].float(), expected, rtol=0, atol=1.5 / 255)
         seen.add(record["mask"].numpy().tobytes())
     assert len(seen) == 12 and masked.read(2, 0, 0)["mask"].eq(1).all() and masked.blank(0)["mask"].eq(1).all()
-
-
-def test_masks_are_kept_beside_the_latents_whose_keys_stay(opened, tmp_path, monkeypatch):
-    images, buckets, find = opened
-    hashes = image_hashes(images.listing, buckets.rows, tmp_path / "hashes.json")
-    store = TensorStore(tmp_path / "store", "cache.latents")
-    latents = LatentCache(store, images.listing, buckets, RANDOM, ("vae",), hashes)
-    for key in latents.keys.flatten().tolist():
-        store.put(key.decode(), "x", {"latent_mean": torch.zeros(4, 12, 8)})
-    first, second = (Masked(latents, find(), buckets, latents.find_fit, kept) for kept in (store, None))
-    records = [(first.read(row, key, 0), second.read(row, key, 0)) for row in (0, 1, 2) for key in range(4)]
-    assert all(torch.equal(one["mask"], other["mask"]) and "latent_mean" in one for one, other in records)
-    monkeypatch.setattr("data.latents.masks.open_image", None)  # all are kept
-    assert torch.equal(first.read(1, 3, 0)["mask"], records[7][0]["mask"])
-    assert len(list((tmp_path / "store").glob("??/*"))) == 3 * 2 + 2 * 2
 
 
 def test_a_concept_without_masks_has_none(opened, monkeypatch):
@@ -94,7 +76,7 @@ def test_a_concept_without_masks_has_none(opened, monkeypatch):
 def test_a_mask_that_is_damaged_later_is_an_unreadable_image(opened):
     images, buckets, find = opened
     masks = find()
-    masked = Masked(images, masks, buckets, partial(buckets.draw_fit, config=RANDOM), None)
+    masked = Masked(images, masks, buckets, partial(buckets.draw_fit, config=RANDOM))
     with open(masks[1][0], "r+b") as file:
         file.truncate(150)
     with pytest.raises(UnreadableImage):
