@@ -64,8 +64,8 @@ def test_a_subset_goes_before_its_dataset_and_that_before_general(tmp_path):
     [
         ("flip_aug = true", "task.buckets.flip", 0.5),
         ("random_crop = true", "task.buckets.crop", "random"),
-        ("resolution = 512", "task.buckets.sizes_hw", [[512, 512]]),
-        ("resolution = [500, 512]", "task.buckets.sizes_hw", [[512, 480]]),
+        ("resolution = 512", "task.buckets.sizes_hw", [[[512, 512]]]),
+        ("resolution = [500, 512]", "task.buckets.sizes_hw", [[[512, 480]]]),
         ("enable_bucket = true\nbucket_no_upscale = true", "task.buckets.small", "native"),
         ("enable_bucket = true\nbucket_reso_steps = 32", "task.buckets.step_px", 32),
         ("enable_wildcard = true", "task.captions.lines", "one_of"),
