@@ -24,7 +24,7 @@ from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.collection.collection import Collection, Row
 from data.stream.batch import Packed, Ragged, Sample, collate, pack, to_device
-from data.stream.order import Draw, Sampler, Views, evaluation_batches, plan_batches, train_batches
+from data.stream.order import BlockSampler, Draw, Sampler, Views, evaluation_batches, plan_batches, train_batches
 from data.stream.read_ahead import read_ahead
 from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
@@ -140,11 +140,8 @@ class Loader(Dataset):
         fields = {} if row is None else self.fields(Example(draw, row, self.training, record, views))
         return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
 
-    def load(self, batches: Iterable[list[Draw]], sampler: Sampler | None = None) -> Iterator[Batch]:
-        """Yield batches on the device; sampler: names further rows to read ahead.
-
-        Raises UserError (`runtime.workers`) if workers lack shared memory.
-        """
+    def load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
+        """Yield batches on the device. Raises UserError (`runtime.workers`) if workers lack shared memory."""
         workers = self.machine.workers
         of_workers: dict[str, Any] = {}
         if workers > 0:
@@ -152,7 +149,7 @@ class Loader(Dataset):
             of_workers["multiprocessing_context"] = _WorkerContext()
         loader = DataLoader(
             self,
-            batch_sampler=read_ahead(batches, self.source, sampler),
+            batch_sampler=batches,
             num_workers=workers,
             **of_workers,
             collate_fn=lambda loaded: loaded,
@@ -258,7 +255,9 @@ class TrainStream:
         rank = distributed.rank()
         ranks = distributed.world_size()
         draws = train_batches(self.sampler, batch_size, micro_batch_size, start_step, rank, ranks)
-        batches = self.loader.load(draws, self.sampler)
+        if isinstance(self.sampler, BlockSampler) and self.sampler.reads_ahead and rank == 0:
+            draws = read_ahead(draws, self.loader.source, self.sampler)
+        batches = self.loader.load(draws)
         while True:
             yield list(itertools.islice(batches, batch_size // ranks // micro_batch_size))
 

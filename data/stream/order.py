@@ -104,10 +104,6 @@ class Sampler:
         row, group = self.at(position)
         return Draw(position, row, rng.sample_key(self.seed, position), group)
 
-    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
-        """Return further rows to read ahead with the batch of `count` positions from `first`; begins: the first one."""
-        return []
-
     def examples(self) -> list[tuple[int, int]]:
         """Return (row, group) of one sample for each shape."""
         return [self.at(0)]
@@ -153,7 +149,7 @@ class _BalancedSampler(Sampler):
         return number, epoch * rounds + extra_of_class + turn
 
 
-class _BlockSampler(Sampler):
+class BlockSampler(Sampler):
     """Every sample once per epoch, in blocks of neighbours, so that shards are read nearly in sequence.
 
     Each epoch splits the rows, as a circle with a random start, into blocks of `block` rows. The blocks are ordered
@@ -161,33 +157,36 @@ class _BlockSampler(Sampler):
     About one in `window` samples shares the block of its neighbour. Therefore a block should not hold a single class;
     job=pack shuffles rows before it writes shards.
 
-    reads_blocks: read whole blocks ahead, one window before they are needed.
+    reads_ahead: whether a run reads the blocks of a window before it is drawn from (data/stream/read_ahead.py).
     """
 
     def __init__(self, rows: Sequence[int], seed: int, *, block: int = 256, window: int = 32) -> None:
         super().__init__(rows, seed)
         self.block = block
         self.window = block * window
-        self.reads_blocks = False
+        self.reads_ahead = False
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, 0)."""
+        window = self.window_at(position)
+        epoch, offset = divmod(window.start, self.epoch_length)
+        order = _order(self.seed, rng.hash_counters(epoch, offset // self.window, 3), len(window))
+        return self._row(window.start + order(position - window.start)), 0
+
+    def window_at(self, position: int) -> range:
+        """Return the positions of the window that has this one."""
+        offset = position % self.epoch_length
+        start = offset - offset % self.window
+        first = position - offset + start
+        return range(first, first + min(self.window, self.epoch_length - start))
+
+    def stored_rows(self, window: range) -> list[int]:
+        """Return the rows of a window, block after block."""
+        return [self._row(position) for position in window]
+
+    def _row(self, position: int) -> int:
+        """Return the row at a position before windows are shuffled."""
         epoch, offset = divmod(position, self.epoch_length)
-        number, index = divmod(offset, self.window)
-        start = offset - index
-        width = min(self.window, self.epoch_length - start)
-        return self._row(epoch, start + _order(self.seed, rng.hash_counters(epoch, number, 3), width)(index)), 0
-
-    def rows_ahead(self, first: int, count: int, begins: bool) -> list[int]:
-        """Return `count` rows of the next window in block order; at first, also this window from its beginning."""
-        if not self.reads_blocks:
-            return []
-        window_start = first - first % self.epoch_length % self.window
-        positions = range(window_start if begins else first + self.window, first + count + self.window)
-        return [self._row(*divmod(position, self.epoch_length)) for position in positions]
-
-    def _row(self, epoch: int, offset: int) -> int:
-        """Return the row at an offset in the blocks of an epoch, before windows are shuffled."""
         blocks = self.epoch_length // self.block
         block, inner = divmod(offset, self.block)
         if block < blocks:  # a full block
@@ -261,8 +260,8 @@ def build_sampler(
     if name == "shuffled" or turns is not None:
         return Sampler(rows, seed, turns)
     if name == "blocks":
-        sampler = _BlockSampler(_as_stored(rows, collection), seed)
-        sampler.reads_blocks = _has_room_for(sampler.window, collection)
+        sampler = BlockSampler(_as_stored(rows, collection), seed)
+        sampler.reads_ahead = _has_room_for(sampler.window, collection)
         return sampler
     class_ids = collection.class_ids(collection.class_names("train"))[rows]
     if without := np.count_nonzero(class_ids < 0):

@@ -65,7 +65,7 @@ class Source:
         raise NotImplementedError
 
     def file_of(self, row: int) -> FileRange | None:
-        """Return what `read` will read from a local disk, so that it can be read ahead; or None."""
+        """Return what `read` reads of a local disk, or None."""
         return None
 
     def prefetch(self, rows: Iterable[int]) -> None:

@@ -23,7 +23,6 @@ from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
-from tests.data.stream.test_read_ahead import Asked
 from utils import rng
 from utils.config.help import CONF
 from utils.contracts import Machine
@@ -150,12 +149,6 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
     with pytest.raises(UserError, match=r"^runtime\.workers: .*No space left on device.* set runtime\.workers=0"):
         take(train_stream(folder, workers=1), 1)
-
-
-def test_the_files_of_coming_steps_are_asked_for(folder, monkeypatch):
-    asked = Asked()
-    monkeypatch.setattr("data.stream.read_ahead.will_need", asked)
-    take(train_stream(folder), 1, between=lambda: asked.wait_for(range(30)))
 
 
 # --- what a batch holds

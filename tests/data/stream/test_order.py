@@ -1,6 +1,7 @@
 """The stream. Properties of every sampler, purity of positions, exactness over ranks and micro-batches."""
 
 import itertools
+import os
 import random
 from collections import Counter
 from itertools import islice
@@ -9,17 +10,19 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from data.stream import read_ahead
 from data.stream.order import (
+    BlockSampler,
     GroupedSampler,
     Sampler,
     Turns,
     _BalancedSampler,
-    _BlockSampler,
     build_sampler,
     evaluation_batches,
     plan_batches,
     train_batches,
 )
+from data.stream.source import FileRange
 from utils import rng
 from utils.errors import UserError
 
@@ -32,7 +35,7 @@ CHUNK = 4
 CONCEPTS, POSITIONS = np.repeat([0, 1, 3], [5, 30, 2]), np.array([15, 12, 0, 3])  # three times, a share, none, a share
 SAMPLERS = {
     "shuffled": lambda seed: Sampler(ROWS, seed),
-    "blocks": lambda seed: _BlockSampler(ROWS, seed, block=5, window=3),
+    "blocks": lambda seed: BlockSampler(ROWS, seed, block=5, window=3),
     "balanced": lambda seed: _BalancedSampler(ROWS, CLASS_IDS, seed),
     "grouped": lambda seed: GroupedSampler(ROWS, GROUPS, CHUNK, seed),
     "concepts": lambda seed: Sampler(ROWS, seed, Turns(CONCEPTS, GROUPS * 0, POSITIONS, seed)),
@@ -77,7 +80,7 @@ def test_a_far_position_is_found_at_once(monkeypatch, name):
 
 def test_an_empty_split_is_refused():
     none = np.empty(0, dtype=np.int64)
-    for make in (Sampler, _BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
+    for make in (Sampler, BlockSampler, lambda *given: GroupedSampler(none, none, 4, 0)):
         with pytest.raises(UserError, match=r"^data\.root: there is no sample"):
             make(none, 0)
 
@@ -88,7 +91,7 @@ def test_an_empty_split_is_refused():
 @pytest.mark.parametrize("count", [1, 2, 4, 5, 37, 60, 64, 1000])
 def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
     rows = np.arange(count) * 5
-    for sampler in (Sampler(rows, 2**40), _BlockSampler(rows, 3, block=5, window=3)):
+    for sampler in (Sampler(rows, 2**40), BlockSampler(rows, 3, block=5, window=3)):
         assert sampler.epoch_length == count and sampler.chunk is None
         for epoch in (0, 1, 999):
             assert sorted(epoch_rows(sampler, epoch)) == rows.tolist()
@@ -98,27 +101,25 @@ def test_every_epoch_of_a_shuffled_stream_and_of_blocks_is_a_permutation(count):
 
 
 def test_a_window_has_whole_blocks_of_neighbours():
-    found = epoch_rows(_BlockSampler(np.arange(67), 0, block=5, window=3), 1)
+    found = epoch_rows(BlockSampler(np.arange(67), 0, block=5, window=3), 1)
     for start in (0, 15, 30, 45):  # the last window has one block and the two rows that fill none
         rows = {*found[start : start + 15]}
         begins = [row for row in rows if (row - 1) % 67 not in rows]
         assert len(rows) == 15 and len(begins) <= 3, "a row in it whose neighbour is not begins a block"
 
 
-@pytest.mark.parametrize("start", [0, 2])
-def test_blocks_are_read_ahead_a_window_before_they_are_drawn_from(start):
-    sampler = _BlockSampler(np.arange(67), 0, block=5, window=3)
-    sampler.reads_blocks = True
-    asked, jumps, micro = set(), 0, list(islice(train_batches(sampler, 10, 5, start), 40))
-    for number, batch in enumerate(micro):
-        rows = sampler.rows_ahead(batch[0].position, 5, number == 0)
-        asked |= {(row, (start * 10 + 5 * number) // 67) for row in rows}
-        assert {draw.index for draw in batch} <= {row for row, _ in asked}
-        jumps += sum((after - before) % 67 != 1 for before, after in zip(rows, rows[1:])) if number else 0
-        assert len(rows) == 5 or number == 0
-    assert jumps < 60, "neighbours but for the ends of blocks"
-    sampler.reads_blocks = False
-    assert sampler.rows_ahead(0, 5, True) == []
+def test_each_window_is_read_while_the_one_before_is_drawn_from(tmp_path, monkeypatch):
+    read = []
+    monkeypatch.setattr(os, "pread", lambda file, length, start: read.append(start // 10**6))
+    monkeypatch.setattr(read_ahead, "Thread", lambda target, args, **_: SimpleNamespace(start=lambda: target(*args)))
+    (tmp_path / "shard").touch()
+    source = SimpleNamespace(file_of=lambda row: FileRange(tmp_path / "shard", row * 10**6, 10))
+    sampler = BlockSampler(np.arange(67), 0, block=5, window=3)
+    batches = train_batches(sampler, 5, 5, 0)
+    for number, batch in enumerate(islice(read_ahead.read_ahead(batches, source, sampler), 30)):
+        assert batch[0].position == 5 * number
+        known = sampler.window_at(sampler.window_at(5 * number).stop).stop
+        assert sorted(read) == sorted(sampler.at(position)[0] for position in range(15, known))
 
 
 # --- concepts
