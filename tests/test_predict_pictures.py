@@ -58,7 +58,7 @@ def test_pictures_equal_those_of_diffusers_on_the_exported_folder_and_carry_thei
     assert text == "a dog\nNegative prompt: grey, low: quality"
     assert settings.startswith("3, Sampler: DDIM, CFG scale: 3, Seed: 7, Size: 64x96, Model hash: ")
     assert settings.endswith(", Model: lora, CFG Rescale: 0.7, Version: Atelier")
-    assert Image.open(prompts / "drawn/sheet-00000.png").width > 3 * 256 and not (prompts / "drawn/.journal").exists()
+    assert not (prompts / "drawn/.journal").exists()
 
 
 def test_a_lora_beside_a_base_equals_its_run_and_strength_scales_it(prompts, caplog):

@@ -41,15 +41,10 @@ from utils.io.files import readable, refuse_links_out, sha256_file, write_atomic
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weights import find_weights, read_weights
-from utils.record.figures import INK
 from utils.record.logging import get_logger
-from utils.record.pictures import image_grid, legible, shorten
 from utils.record.progress import track
 
 log = get_logger(__name__)
-
-_ON_A_SHEET = 64  # pictures
-_CAPTION = 30  # characters of a prompt below a picture
 
 
 class DrawConfig(PictureConfig):
@@ -186,7 +181,7 @@ def _read_strength(text: str) -> tuple[str, float]:
 def draw(
     painter: Painter, prompts: Sequence[Prompt], folder: Path, existing: Literal["skip", "overwrite"] | None
 ) -> int:
-    """Write NUMBER-SEED.png for each prompt, and sheets of all. Return the number of pictures that were drawn now.
+    """Write NUMBER-SEED.png for each prompt. Return the number of pictures that were drawn now.
 
     A killed call of the same command goes on. Raises UserError (`existing`) for pictures of other commands.
     """
@@ -211,21 +206,7 @@ def draw(
             # Before the file, which would otherwise count as another command's.
             journal.add([file.name, hashlib.sha256(content).hexdigest()])
             write_atomically(file, lambda temporary, content=content: temporary.write_bytes(content), flush=False)
-        for start in range(0, len(files), _ON_A_SHEET):
-            sheet = _draw_sheet([*files.items()][start : start + _ON_A_SHEET], painter.name)
-            write_atomically(folder / f"sheet-{start:05}.png", lambda file, sheet=sheet: file.write_bytes(sheet))
     return len(waiting)
-
-
-def _draw_sheet(drawn: Sequence[tuple[Path, Prompt]], title: str) -> bytes:
-    """Return a PNG of pictures with their prompts and seeds."""
-    images = []
-    captions = []
-    for file, prompt in drawn:
-        with readable(file, "PNG"), Image.open(file) as image:
-            images.append(np.asarray(image.convert("RGB")))
-        captions.append([(legible(shorten(prompt.text, _CAPTION)), INK), (f"seed {prompt.seed}", INK)])
-    return to_png(image_grid(images, captions, legible(title), columns=4, tile_px=256))
 
 
 def to_png(pixels: np.ndarray, parameters: str | None = None) -> bytes:

@@ -11,15 +11,14 @@ from typing import Any, Self
 import torch
 from torch import nn
 
-from engine.task import Task, Use, fingerprint_helpers, join_exported
-from engine.tasks.kind import Kind, Setup, check_weights
+from engine.task import Task, Use, fingerprint_helpers
+from engine.tasks.kind import Kind, Setup, load_task, read_setup
 from engine.tasks.kinds import KINDS
 from models.image_model import ImageModel
 from models.outputs import NAME_KEYS
 from models.predictor import Predictor, onnx_predictor, torch_predictor
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
-from utils.io.weights import read_weights
 from utils.record.run_reader import RunReader, run_of
 
 
@@ -103,22 +102,12 @@ def open_weights(
     needs_output: refuse a task without an output for a single image, before anything large is read. Raises UserError
     for a file that Atelier did not write, or for helpers that the run was not trained with.
     """
-    shapes, metadata = read_weights(path, shapes_only=True)
-    moved = {} if base is None else {key: value for key, value in base if value is not None}
-    for key in moved:
-        if not isinstance(metadata.get("model"), dict) or metadata["model"].get(key) is None:
-            raise UserError(f"model.{key}: {path} has none; remove model.{key}")
-    if moved:
-        metadata["model"] = {**metadata["model"], **moved}
-    kind, setup = check_weights(path, shapes, metadata, KINDS)
+    moved = {} if base is None else base.model_dump(exclude_none=True)
+    kind, setup, metadata = read_setup(path, KINDS, moved)
     if needs_output and kind.output is None:
         name = setup.task.name
         raise UserError(f"{path} is of task {name!r}, which has no output for a single image; use evaluate.py")
-    tensors, _ = read_weights(path)
-    task = kind.build(setup)
-    task.load_helpers(use)
-    task.load_state_dict(join_exported(task, tensors, {}), strict=False)
-    task.eval()
+    task = load_task(path, kind, setup, use)
     task.origin = origin if isinstance(origin := metadata.get("origin"), dict) else None
     metadata |= {"output": kind.output}
     model = whole = None

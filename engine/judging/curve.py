@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.optimize import nnls
 
 from data.collection.choose import training_rows
 from data.open import load_collection
@@ -22,7 +23,7 @@ from utils.config.help import ROOT
 from utils.config.sweep import SweepJob, run_jobs
 from utils.errors import UserError
 from utils.io.files import output_errors, write_json
-from utils.record.figures import show_evaluated, show_interval
+from utils.record.figures import show_evaluated
 from utils.record.logging import environment_rank
 from utils.record.run_folder import default_run_dir
 from utils.record.run_reader import RunReader
@@ -30,7 +31,6 @@ from utils.record.run_reader import RunReader
 _SHARES = (0.25, 0.5, 1.0)
 _LEAST = 4  # images of a class on average, in the smallest run
 _EXPONENTS = np.linspace(0.02, 3, 150)
-_DRAWS = 1000
 
 
 def train_curve(config: ImageTrainingConfig, job: Job) -> str:
@@ -55,23 +55,24 @@ def train_curve(config: ImageTrainingConfig, job: Job) -> str:
     metric = results[-1]["metric"]
     if environment_rank() == 0:
         with output_errors("run_dir", path):
-            _write(path, {"metric": metric, **curve}, results)
+            _write(path, {"metric": metric, **curve}, results[-1]["is_lowest_best"])
     shown = ", ".join(f"{run['value']:.4g} with {run['images']:,}" for run in curve["runs"])
-    twice = f"{curve['twice']['value']:.4g}{show_interval(curve['twice']['interval'])}"
-    return f"learning curve: {show_evaluated(metric)} {shown} images; twice as many would give {twice}: {path}/plots"
+    twice = f"twice as many would give {curve['twice']['value']:.4g}"
+    return f"learning curve: {show_evaluated(metric)} {shown} images; {twice}: {path}/plots"
 
 
-def _write(path: Path, curve: Mapping[str, Any], results: Sequence[dict[str, Any]]) -> None:
-    """Write learning_curve.json, and draw the curve with the runs' intervals."""
+def _write(path: Path, curve: Mapping[str, Any], is_error: bool) -> None:
+    """Write learning_curve.json, and draw the curve."""
     from utils.record.plots import plot_learning_curve  # imports matplotlib
 
     write_json(path / "learning_curve.json", curve)
     points = [*curve["runs"], curve["twice"]]
-    values = np.array([[point["value"], *(point["interval"] or [point["value"]] * 2)] for point in points])
     counts = np.array([point["images"] for point in points])
+    values = np.array([point["value"] for point in points])
     a, b, c = curve["law"].values()
     title = f"{path.name}: {curve['metric']}"
-    plot_learning_curve(counts, _turn(values, results), a + b * counts**-c, title, path / "plots/learning_curve.png")
+    fitted = a + b * counts**-c
+    plot_learning_curve(counts, _turn(values, is_error), fitted, title, path / "plots/learning_curve.png")
 
 
 def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) -> list[int]:
@@ -94,48 +95,30 @@ def _count_images(config: ImageTrainingConfig, limits: Sequence[int | float]) ->
     return [len(rows) for rows in runs]
 
 
-def _turn(values: np.ndarray, results: Sequence[dict[str, Any]]) -> np.ndarray:
-    return values if results[-1]["is_lowest_best"] else 1 - values
+def _turn(values: Any, is_error: bool) -> Any:
+    """Return figures as errors, or errors as figures."""
+    return values if is_error else 1 - values
 
 
 def fit_curve(images: Sequence[int], results: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """Return the runs, the law, and what twice the images would give, as JSON values. results: of RunReader.
-
-    The interval, 95 %, is of a run with twice the images: the law is fitted again to errors with the noise that their
-    intervals state, and the prediction has the noise of the last one. Without intervals there is none.
-    """
-    runs = [
-        {"images": count, "value": result["value"], "interval": result.get("interval")}
-        for count, result in zip(images, results)
-    ]
-    ends = None
-    errors = _turn(np.array([run["value"] for run in runs]), results)
-    (law, *_), (predicted, *_) = fit_law(np.array(images), errors[None])
-    if all(run["interval"] for run in runs):
-        noise = np.ptp([run["interval"] for run in runs], axis=1) / (2 * 1.96)
-        noise = np.random.default_rng(0).normal(size=(_DRAWS, len(runs) + 1)) * [*noise, noise[-1]]
-        drawn = fit_law(np.array(images), errors + noise[:, :-1])[1] + noise[:, -1]
-        ends = sorted(_turn(np.quantile(drawn, [0.025, 0.975]).clip(0), results).tolist())
-    twice = {"images": 2 * images[-1], "value": float(_turn(predicted, results)), "interval": ends}
-    return {"runs": runs, "law": dict(zip("abc", law.tolist())), "twice": twice}
+    """Return the runs, the law, and what twice the images would give, as JSON values. results: of RunReader."""
+    runs = [{"images": count, "value": result["value"]} for count, result in zip(images, results)]
+    is_error = results[-1]["is_lowest_best"]
+    errors = _turn(np.array([run["value"] for run in runs]), is_error)
+    a, b, c = fit_law(np.array(images), errors)
+    most = 2 * images[-1]
+    twice = {"images": most, "value": _turn(a + b * most**-c, is_error)}
+    return {"runs": runs, "law": {"a": a, "b": b, "c": c}, "twice": twice}
 
 
-def fit_law(images: np.ndarray, errors: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return a, b and c of the law, [D, 3], and its error at twice the last number of images, [D]. errors: [D, N].
+def fit_law(images: np.ndarray, errors: np.ndarray) -> tuple[float, float, float]:
+    """Return a, b and c of the law for errors, [N].
 
-    For each exponent, a and b are a least-squares line through the powers; the exponent of the smallest gap is taken.
+    For each exponent, a and b are a least-squares fit without negative values; the closest one is taken.
     """
     powers = (images / images[-1]) ** -_EXPONENTS[:, None]  # [C, N]
-    mean = errors.mean(1, keepdims=True)
-    slopes = (errors - mean) @ powers.T / (len(images) * powers.var(1))  # [D, C]
-    slopes = np.maximum(slopes, 0)
-    levels = mean - slopes * powers.mean(1)
-    proportional = np.maximum(errors @ powers.T / np.square(powers).sum(1), 0)
-    slopes = np.where(levels < 0, proportional, slopes)
-    levels = np.maximum(levels, 0)
-    gaps = np.square(levels[..., None] + slopes[..., None] * powers - errors[:, None]).sum(2)
-    best = (np.arange(len(errors)), gaps.argmin(1))
-    a = levels[best]
-    b = slopes[best]
-    c = _EXPONENTS[best[1]]
-    return np.stack([a, b * images[-1] ** c, c], axis=1), a + b * 2.0**-c
+    fits = [nnls(np.stack([np.ones(len(images)), each], axis=1), errors) for each in powers]
+    best = int(np.argmin([gap for _, gap in fits]))
+    a, b = fits[best][0].tolist()
+    c = float(_EXPONENTS[best])
+    return a, b * float(images[-1]) ** c, c

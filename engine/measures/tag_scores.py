@@ -4,6 +4,7 @@ P = R is the threshold at which precision equals recall, to the nearest edge of 
 decisions on all tags. Macro scores are means over the tags with positives, as scikit-learn's with `labels` set to them.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 from typing import Any
@@ -89,13 +90,11 @@ class Group:
 
 
 def _members(vocabulary: Vocabulary) -> dict[str, np.ndarray]:
-    """Return the tags of each group as bool [T], by name: all but ratings, then the categories."""
+    """Return the tags of each group as bool [T], by name: all but ratings, then each category."""
     categories = np.asarray(vocabulary.categories)
     is_rating = categories == RATING
     members = {"all": ~is_rating | is_rating.all()}
-    for number in np.unique(categories):
-        members[category_name(number)] = categories == number
-    return members
+    return members | {category_name(number): categories == number for number in np.unique(categories)}
 
 
 class TagScores:
@@ -188,23 +187,22 @@ def calibrate(fitted: TagScores, reported: TagScores, precision: float, recall: 
     reaches the tag's best F1; `balanced` is its category's threshold.
     """
     vocabulary = fitted.vocabulary
-    groups = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
-    groups = {number: name for number, name in groups.items() if fitted.groups[name].support} | {OVERALL: "all"}
-    chosen = {number: _choose_edges(fitted.groups[name], precision, recall) for number, name in groups.items()}
+    names = {int(number): category_name(number) for number in np.unique(vocabulary.categories)}
+    names = {number: name for number, name in names.items() if fitted.groups[name].support}
+    overall = _choose_edges(fitted.groups["all"], precision, recall)
+    chosen = {number: _choose_edges(fitted.groups[name], precision, recall, overall) for number, name in names.items()}
+    chosen[OVERALL] = overall
+    names[OVERALL] = "all"
     rows = []
     for index, profile in enumerate(CATEGORY_PROFILES):
-        for number, name in groups.items():
-            edge, note, is_few = chosen[number][index]
+        for number, name in names.items():
+            edge, note = chosen[number][index]
             group = reported.groups[name]
-            if is_few and number != OVERALL:
-                edge = chosen[OVERALL][index][0]
-                note = f"{note}: the threshold of all tags"
-                chosen[number][index] = edge, note, False
             counts = int(group.tp[edge]), int(group.predicted[edge]), group.support
             rows.append(_measured(profile, number, name, edge, counts, note))
             if note:
                 log.warning("thresholds: %s of %s: %s", profile, name, note)
-    balanced = np.array([chosen.get(number, chosen[OVERALL])[0][0] for number in vocabulary.categories])
+    balanced = np.array([chosen.get(number, overall)[0][0] for number in vocabulary.categories])
     weighted = fitted.support * EDGES[fitted.best_edge] + _PRIOR * EDGES[balanced]
     edges = edge_below(weighted / (fitted.support + _PRIOR))
     counts = np.stack([*reported.counts.at(edges), reported.support], axis=1).tolist()
@@ -221,8 +219,13 @@ def lower_bound(rate: np.ndarray | float, count: np.ndarray | float) -> np.ndarr
     return (rate * count + _Z**2 / 2 - _Z * spread) / (count + _Z**2)
 
 
-def _choose_edges(group: Group, least_precision: float, least_recall: float) -> list[tuple[int, str | None, bool]]:
-    """Return for each of CATEGORY_PROFILES the edge, a note if its promise is not kept, and if positives are too few.
+_Choice = tuple[int, str | None]  # an edge, and a note if its promise is not kept
+
+
+def _choose_edges(
+    group: Group, least_precision: float, least_recall: float, overall: Sequence[_Choice] | None = None
+) -> list[_Choice]:
+    """Return the choice for each of CATEGORY_PROFILES. overall: those of all tags, for a group with few positives.
 
     Decisions on the tags of an image are not independent, so a rate counts at most as many samples as there are images.
     """
@@ -230,21 +233,26 @@ def _choose_edges(group: Group, least_precision: float, least_recall: float) -> 
     images = group.predicted[0] / (group.num_tags + group.num_empty)
     positives = min(group.support, images)
     sure = lower_bound(precision, np.minimum(group.predicted, images))
-    whole = lower_bound(1.0, positives)
     precise = sure >= least_precision
     complete = np.flatnonzero(lower_bound(recall, positives) >= least_recall)
-    edges = (
-        equal_point(precision, recall),
-        int(precise.argmax() if precise.any() else sure.argmax()),
-        int(complete[-1] if len(complete) else np.flatnonzero(recall >= least_recall)[-1]),
-    )
-    aims = f"a recall known to {_KNOWN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"
-    few = 0.5 - lower_bound(0.5, positives) > _KNOWN, whole < least_precision, whole < least_recall
-    notes = [f"{group.support:,} positives on {images:,.0f} images are too few for {aim}" for aim in aims]
-    notes = [note if is_few else None for note, is_few in zip(notes, few)]
-    if not few[1] and not precise.any():
-        notes[1] = f"{aims[1]} is not reached; sure is {sure.max():.2f}"
-    return list(zip(edges, notes, few))
+    if not len(complete):
+        complete = np.flatnonzero(recall >= least_recall)
+    edges = [equal_point(precision, recall), int(precise.argmax() if precise.any() else sure.argmax()), complete[-1]]
+    aims = [f"a recall known to {_KNOWN:g}", f"precision {least_precision:g}", f"recall {least_recall:g}"]
+    most = lower_bound(1.0, positives)  # that can be promised
+    is_few = [0.5 - lower_bound(0.5, positives) > _KNOWN, most < least_precision, most < least_recall]
+    choices = []
+    for index, edge in enumerate(edges):
+        note = None
+        if is_few[index]:
+            note = f"{group.support:,} positives on {images:,.0f} images are too few for {aims[index]}"
+            if overall is not None:
+                edge = overall[index][0]
+                note += ": the threshold of all tags"
+        elif index == 1 and not precise.any():
+            note = f"{aims[index]} is not reached; sure is {sure.max():.2f}"
+        choices.append((int(edge), note))
+    return choices
 
 
 def _measured(

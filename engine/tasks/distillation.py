@@ -27,7 +27,7 @@ from data.tags.rules import TagRulesConfig
 from engine.measures.means import measure_means
 from engine.task import Report, StepOutput, Task, Use
 from engine.tasks.classification import ClassificationKind
-from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, check_weights
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
 from engine.tasks.mixing import Mixing, MixingConfig
 from engine.tasks.tagging import TaggingKind, TagLossConfig, bce
 from models.build import build_network
@@ -191,9 +191,7 @@ def find_teacher(source: str, channels: int) -> tuple[dict[str, Any], dict[str, 
     channels: the channels of the student's images. Raises UserError (`task.teacher`).
     """
     if path := _find_file(source):
-        shapes, metadata = read_weights(path, shapes_only=True)
-        kinds = {"tagging": TaggingKind(), "classification": ClassificationKind()}
-        setup = check_weights(path, shapes, metadata, kinds)[1]
+        setup = read_setup(path, {"tagging": TaggingKind(), "classification": ClassificationKind()})[1]
         model = setup.model
         preprocessing = dict(setup.preprocessing)
         names = dict(setup.facts)

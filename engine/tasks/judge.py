@@ -24,8 +24,8 @@ from data.stream.loader import EvaluationStream, Example
 from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
 from engine.measures.judging import Seen, cosines, judge_pictures, tag_rows
-from engine.task import Report, join_exported
-from engine.tasks.kind import check_weights
+from engine.task import Report
+from engine.tasks.kind import load_task, read_setup
 from engine.tasks.tagging import TaggingKind
 from models.image_model import ImageModel
 from models.predictor import known_outputs, onnx_predictor, torch_predictor
@@ -36,7 +36,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import parse_tag
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, RATING
-from utils.io.weights import find_weights, read_weights
+from utils.io.weights import find_weights
 from utils.ranks import distributed
 from utils.record.figures import INK
 from utils.record.logging import get_logger
@@ -93,10 +93,8 @@ class Judge(nn.Module):
         if self.path.suffix == ".onnx":
             self._predictor = onnx_predictor(self.path, torch.device("cpu"))
         else:
-            shapes, metadata = read_weights(self.path, shapes_only=True)
-            kind, setup = check_weights(self.path, shapes, metadata, {"tagging": TaggingKind()})
-            task = kind.build(setup)
-            task.load_state_dict(join_exported(task, read_weights(self.path)[0], {}), strict=False)
+            kind, setup, metadata = read_setup(self.path, {"tagging": TaggingKind()})
+            task = load_task(self.path, kind, setup, "export")
             self._model.append(ImageModel(task.network, setup.normalise(), kind.output).eval())
             self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))
         self.names = self._predictor.names

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Self
 import numpy as np
 import torch
 from pydantic import TypeAdapter, model_validator
-from torch import Tensor
 
 from data.augment.config import AugmentConfig
 from data.augment.views import training_views
@@ -29,7 +28,7 @@ from data.stream.loader import Fields, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
 from engine.config import TrainingConfig
-from engine.task import Streams, Task, split_exported
+from engine.task import Streams, Task, Use, join_exported, split_exported
 from engine.update.runtime import Runtime
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
@@ -43,7 +42,7 @@ from utils.contracts import Batch
 from utils.errors import UserError, close_names
 from utils.formats.background import DEFAULT
 from utils.io.files import canonical_json, readable, sha256_text
-from utils.io.weights import InitFrom
+from utils.io.weights import InitFrom, read_weights
 
 
 class TaskConfig(Strict):
@@ -251,14 +250,19 @@ class Kind:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
 
 
-def check_weights(
-    path: Path, shapes: Mapping[str, Tensor], metadata: dict[str, Any], kinds: Mapping[str, Kind]
-) -> tuple[Kind, Setup]:
-    """Return the kind, one of `kinds`, and the setup of a weight file, from its header alone.
+def read_setup(
+    path: Path, kinds: Mapping[str, Kind], moved: Mapping[str, str] | None = None
+) -> tuple[Kind, Setup, dict[str, Any]]:
+    """Return the kind, one of `kinds`, the setup and the metadata of a weight file, from its header alone.
 
-    shapes: its tensors on the meta device. The file may come from a stranger. Raises UserError that names the first
-    missing or wrong value of the metadata, or the tensors that do not fit it.
+    moved: keys of `model` that have another value now. The file may come from a stranger. Raises UserError that names
+    the first missing or wrong value of the metadata, or the tensors that do not fit it.
     """
+    shapes, metadata = read_weights(path, shapes_only=True)
+    for key, value in (moved or {}).items():
+        if not isinstance(metadata.get("model"), dict) or metadata["model"].get(key) is None:
+            raise UserError(f"model.{key}: {path} has none; remove model.{key}")
+        metadata["model"] = {**metadata["model"], key: value}
     if "model" not in metadata or not isinstance(metadata.get("task"), dict):
         raise UserError(
             f"{path} was not written by a run of Atelier, or holds a backbone, which is for init_from. To turn a "
@@ -281,4 +285,12 @@ def check_weights(
         task = kind.build(setup)
     expected, _ = split_exported(task, task.state_dict())
     refuse_misfits(shapes, expected, str(path), "Export or train the file again.")
-    return kind, setup
+    return kind, setup, metadata
+
+
+def load_task(path: Path, kind: Kind, setup: Setup, use: Use) -> Task:
+    """Return the task of a weight file that `read_setup` has checked, with the helpers that `use` needs."""
+    task = kind.build(setup)
+    task.load_helpers(use)
+    task.load_state_dict(join_exported(task, read_weights(path)[0], {}), strict=False)
+    return task.eval()

@@ -30,7 +30,7 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms, place
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, check_weights
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, read_setup
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.tasks.new_tags import fit_new_tags
 from engine.update.runtime import Runtime
@@ -109,7 +109,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
 
 def read_tagger(file: str) -> Setup:
     """Return the setup of a tagger's weight file. Raises UserError for another file."""
-    return check_weights(Path(file), *read_weights(Path(file), shapes_only=True), {"tagging": TaggingKind()})[1]
+    return read_setup(Path(file), {"tagging": TaggingKind()})[1]
 
 
 def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:

@@ -81,14 +81,12 @@ def plot_range_test(
 
 @style()
 def plot_learning_curve(images: Sequence[int], errors: np.ndarray, fitted: np.ndarray, title: str, path: Path) -> None:
-    """Plot errors, [N, 3] with their intervals, over numbers of images, and the fitted ones. The last is predicted."""
+    """Plot errors, [N], over numbers of images, and the fitted ones. The last is predicted."""
     figure = Figure(figsize=(8.4, 4.8), layout="tight")
     axis = figure.add_subplot(title=title, xlabel="training images", ylabel="error", xscale="log")
     axis.plot(images, fitted, label="fitted")
-    bars = {"fmt": "o", "capsize": 4}
-    lengths = np.abs(np.sort(errors[:, 1:], axis=1) - errors[:, :1]).T
-    axis.errorbar(images[:-1], errors[:-1, 0], lengths[:, :-1], label="measured", **bars)
-    axis.errorbar(images[-1:], errors[-1:, 0], lengths[:, -1:], label="predicted", **bars)
+    axis.plot(images[:-1], errors[:-1], "o", label="measured")
+    axis.plot(images[-1:], errors[-1:], "o", label="predicted")
     axis.set_xticks(images, [f"{count:,}" for count in images], minor=False)
     axis.minorticks_off()
     axis.legend()
