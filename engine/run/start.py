@@ -40,7 +40,6 @@ from utils.ranks.signals import Stopped, StopRequest
 from utils.record.figures import show_lines
 from utils.record.logging import get_logger
 from utils.record.run_folder import ENVIRONMENT_FILE, default_run_dir, environment_state, open_run_folder, write_config
-from utils.record.trackers import choose_mode
 
 log = get_logger(__name__)
 AnyTask = TypeVar("AnyTask", bound=Task)
@@ -55,7 +54,6 @@ def start_ranks(config: TrainingConfig) -> Runtime:
     config.check_fused(runtime.precision, world_size)
     if config.runtime.parallel == "fsdp":
         check_shardable(config.optim)
-    distributed.rank_zero_call(lambda: choose_mode(config.tracking))  # refuses online without a key
     if not config.optim.keeps_layout:  # averages would miss replaced memory
         runtime = replace(runtime, channels_last=False)
     distributed.check_same("configuration", recipe_hash(config.model_dump(mode="json")))

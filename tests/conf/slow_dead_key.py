@@ -105,6 +105,7 @@ def run_all(recorder, folder, monkeypatch):
     """Run every script so that every kind of every group is used once; returns group of scripts -> reads."""
     glyphs, images = draw_few_glyphs(folder / "glyphs"), make_images(folder / "images")
     reads = defaultdict(set)
+    monkeypatch.setenv("WANDB_MODE", "offline")
 
     def go(script, *overrides):
         run(script, overrides, folder)
@@ -122,7 +123,6 @@ def run_all(recorder, folder, monkeypatch):
             "loop.sampling=balanced",
             "loop.early_stop_epochs=1.0",
             "tracking=wandb",
-            "tracking.mode=offline",
             "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}",
             "augment.random_erasing=1.0",
             "augment.color_jitter={strength: 0.2, hue: 0.1}",

@@ -119,8 +119,6 @@ def test_an_option_of_a_group_builds(group, name, glyphs, tmp_path):
     overrides += [f"data.root={glyphs}", "dry_run=true", "runtime.device=cpu", *SMALL.get(name, [])]
     if script in ("finetune_sdxl", "finetune_vae"):
         overrides += ["model.path=null"] if name == "sdxl" else ["model=sdxl_tiny"]
-    if name == "wandb":
-        overrides.append("tracking.mode=offline")  # online needs an account
     if name == "adamw8bit" and find_spec("bitsandbytes") is None:
         with pytest.raises(UserError, match=r"^optim.name: adamw8bit .* `pip install bitsandbytes`"):
             run(script, overrides, tmp_path)

@@ -34,7 +34,7 @@ def test_a_job_continues_after_a_signal_a_preemption_and_the_loss_of_each_node(c
 
     Our ranks miss the second node; the first takes the job's own script along, and SLURM requeues it.
     """
-    submission = start("launch.sbatch={partition:low}", "tracking=wandb", "tracking.mode=offline")
+    submission = start("launch.sbatch={partition:low}", "tracking=wandb")
     first, second = cluster.names
 
     def wait_for_resumption(number):

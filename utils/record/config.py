@@ -20,7 +20,6 @@ class WandbTrackingConfig(Strict):
     name: Literal["wandb"]
     samples: bool
     project: Annotated[str, Field(min_length=1, max_length=128, pattern=r"^[^/\\#?%:]+$")]
-    mode: Literal["auto", "online", "offline", "disabled"]  # auto: WANDB_MODE, else online if there is an API key
 
 
 TrackingConfig = Annotated[FileTrackingConfig | WandbTrackingConfig, Field(discriminator="name")]
