@@ -1,7 +1,7 @@
 """The schema of `loop`, `runtime` and the keys of every training script. Defaults are in conf/."""
 
 import math
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -46,7 +46,7 @@ class _LoopConfig(Strict):
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     batch_size: BatchSize
-    micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of a rank
+    micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of an update
     sampling: Literal["shuffled", "blocks", "balanced"]
     find: TermsText | None  # training images, by the terms of data/collection/search.py
     per_class: Count | Share | None
@@ -54,19 +54,20 @@ class _LoopConfig(Strict):
     clip_grad_norm: Positive | None
     ema_decay: BelowOne | None
     ema_warmup: bool
-    ema_start_step: CountOrZero
     log_every_steps: Count
     evaluate_every_epochs: Literal["auto"] | Duration
     checkpoint_every_steps: Count
     checkpoint_every_minutes: Duration | None
-    keep_checkpoints: Count
     keep_weights_every: Count | None
-    max_skipped_steps: Annotated[int, Field(ge=0, lt=100)] | None
     phases: Annotated[list[PhaseConfig], Field(min_length=1)] | None
 
     def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
-        """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError (`loop.batch_size`)."""
-        cap = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
+        """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError."""
+        cap = self.micro_batch_size
+        if cap == "auto":
+            if world_size > 1:
+                raise UserError("loop.micro_batch_size: auto is for one process; set what it found on one device")
+            cap = self.batch_size
         return split_batch(self.batch_size, world_size, cap, chunk)
 
 
@@ -92,15 +93,16 @@ class RuntimeConfig(MachineConfig):
     grad_checkpointing: bool
     offload: bool
     memory_gib: Positive | None
-    explain: bool
 
 
 class _LRFinderConfig(Strict):
-    """A range test before the first update finds the peak learning rate (engine/run/lr_finder.py)."""
+    """A range test before the first update finds the peak learning rate (engine/run/lr_finder.py).
 
-    enabled: bool
+    enabled: auto makes one unless `optim.lr` is set or the run is short.
+    """
+
+    enabled: Literal["auto"] | bool
     steps: Annotated[int, Field(ge=100, le=10**6)]
-    max_share: Share  # the test is skipped if its steps are a larger share of the run's
 
 
 class TrainingConfig(Strict):
@@ -147,30 +149,19 @@ class TrainingConfig(Strict):
         """Raise UserError if the run needs all gradients before an update, with `optim.fused_backward`."""
         if not getattr(self.optim, "fused_backward", False):
             return
-        reason = None
         micro, accum = self.loop.split(1, getattr(self.task, "chunk", None))
-        if world_size > 1:
-            reason = f"{world_size} ranks sum their gradients first: run one process"
-        elif accum > 1:
-            reason = (
-                f"{accum} micro-batches of {micro} add up their gradients first: set loop.batch_size={micro}, or "
-                f"loop.micro_batch_size (and task.chunk of SDXL and its VAE) to {self.loop.batch_size}"
+        wrong = {
+            f"{world_size} ranks: run one process": world_size > 1,
+            f"{accum} micro-batches of {micro} (loop.micro_batch_size; task.chunk of SDXL and its VAE)": accum > 1,
+            "loop.clip_grad_norm: set null": self.loop.clip_grad_norm is not None,
+            "runtime.precision=fp16: set bf16": precision == "fp16",
+        }
+        reasons = [reason for reason, is_wrong in wrong.items() if is_wrong]
+        if reasons:
+            raise UserError(
+                f"optim.fused_backward: true updates each parameter before there are all gradients, which excludes "
+                f"{reasons[0]}; or set it to false"
             )
-        elif self.loop.clip_grad_norm is not None:
-            reason = "loop.clip_grad_norm needs the norm of all gradients: set it to null"
-        elif precision == "fp16":
-            reason = "the loss scale of runtime.precision=fp16 needs all gradients: set bf16"
-        if reason is not None:
-            raise UserError(f"optim.fused_backward: true, but {reason}; or set optim.fused_backward=false")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _search_unless_set(cls, values: Any) -> Any:
-        """Replace `lr_finder.enabled=auto`: a range test, unless `optim.lr` is set."""
-        match values:
-            case {"lr_finder": {"enabled": "auto"} as finder, "optim": {"lr": rate}}:
-                return {**values, "lr_finder": {**finder, "enabled": rate is None}}
-        return values
 
     @model_validator(mode="after")
     def _phases_fit(self) -> Self:
@@ -190,7 +181,7 @@ class TrainingConfig(Strict):
                 f"init_weights: ema, but init_from={self.init_from} has no averaged weights; set "
                 "init_from=RUN_OR_FILE, or init_weights=model"
             )
-        if self.lr_finder.enabled and self.optim.lr is not None:
+        if self.lr_finder.enabled is True and self.optim.lr is not None:
             raise ValueError(
                 f"optim.lr: {self.optim.lr:g} is not used, because the range test finds the learning rate; set "
                 "lr_finder.enabled=false to train at this rate, or optim.base_lr as the fallback"
@@ -203,11 +194,6 @@ class TrainingConfig(Strict):
                     f"{key}: optim=schedulefree averages the weights itself, over all steps; set schedule=constant "
                     "(its warm-up counts) and loop.ema_decay=null"
                 )
-        if self.loop.micro_batch_size == "auto" and self.runtime.parallel == "fsdp":
-            raise ValueError(
-                "loop.micro_batch_size: auto does not work with runtime.parallel=fsdp; set a number, or "
-                "runtime.parallel=ddp"
-            )
         if self.loop.ema_decay is not None and getattr(self.optim, "bf16_weights", False):
             raise ValueError(
                 f"optim.bf16_weights: true, and loop.ema_decay={self.loop.ema_decay:g} would average in bfloat16, "

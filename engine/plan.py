@@ -7,7 +7,6 @@ from itertools import accumulate
 from engine.config import TrainingConfig
 from engine.task import Streams
 from optim.config import OneCycleConfig
-from utils.errors import UserError
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -24,6 +23,7 @@ _EVALUATION_SHARE = 0.2
 # pictures of an evaluation two seconds.
 _TIMED_SHARE = 0.15
 _EVALUATIONS_A_MINUTE = 1.5
+_TEST_SHARE = 0.1  # of a run's updates, from which lr_finder.enabled=auto makes no range test
 
 
 @dataclass(frozen=True)
@@ -44,10 +44,6 @@ class Plan:
     evaluate_every_epochs: float = 1.0
     range_test_steps: int = 0  # updates before the first one (engine/run/lr_finder.py)
     phase_ends: tuple[int, ...] = ()
-
-    def may_be_best(self, step: int) -> bool:
-        """Return whether weights after `step` updates may be the best ones: those trained at the run's own size."""
-        return not self.phase_ends or step > self.phase_ends[-1]
 
     def epoch_at(self, step: int) -> float:
         """Return the epochs read after `step` updates, as a fraction."""
@@ -115,20 +111,14 @@ def make_plan(
 
 
 def _count_steps(config: TrainingConfig, per_epoch: float) -> int:
-    """Return the updates of the run. Raises UserError if the average would begin after its end."""
+    """Return the updates of the run."""
     loop = config.loop
-    total = loop.total_steps
-    if total is None:
-        epochs = loop.total_epochs
-        if epochs == "auto":
-            epochs = min(max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)), _MOST_EPOCHS)
-        total = max(1, math.ceil(epochs * per_epoch - 1e-9))
-    if loop.ema_start_step and (loop.ema_decay is None or loop.ema_start_step >= total > 0):
-        raise UserError(
-            f"loop.ema_start_step: {loop.ema_start_step} has no effect in a run of {total} steps with loop.ema_decay="
-            f"{'null' if loop.ema_decay is None else loop.ema_decay}; set an earlier step and a decay, or 0"
-        )
-    return total
+    if loop.total_steps is not None:
+        return loop.total_steps
+    epochs = loop.total_epochs
+    if epochs == "auto":
+        epochs = min(max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)), _MOST_EPOCHS)
+    return max(1, math.ceil(epochs * per_epoch - 1e-9))
 
 
 def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
@@ -162,12 +152,9 @@ def _evaluate_every(config: TrainingConfig, epochs: float, share: float) -> floa
 
 def _count_test_steps(config: TrainingConfig, total: int) -> int:
     finder = config.lr_finder
-    if not finder.enabled:
+    if not finder.enabled or config.optim.lr is not None:
         return 0
-    if finder.steps <= finder.max_share * total:
-        return finder.steps
-    log.warning(
-        "lr_finder: skipped: %d updates are more than lr_finder.max_share=%g of this run's %d; the rate is %.3g",
-        finder.steps, finder.max_share, total, _peak_rate(config),
-    )  # fmt: skip
-    return 0
+    if finder.enabled == "auto" and finder.steps > _TEST_SHARE * total:
+        log.warning("lr_finder: the run is too short for a test of %d updates; enabled=true makes one", finder.steps)
+        return 0
+    return finder.steps

@@ -40,7 +40,7 @@ def build_optimizer(config: OptimConfig, groups: list[dict], lr: float) -> torch
 def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Optimizer:
     match config.name:
         case "adamw":
-            return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, fused=True)
+            return torch.optim.AdamW(groups, lr=lr, betas=tuple(config.betas), fused=True)
         case "adamw8bit" | "prodigy" | "schedulefree":
             package, module, name = _PACKAGES[config.name]
             try:
@@ -51,7 +51,7 @@ def _build(config: OptimConfig, groups: list[dict], lr: float) -> torch.optim.Op
                     f"`pip install {package}`, or set optim=adamw"
                 ) from error
             extra = getattr(config, "extra", {})
-            return chosen(groups, lr=lr, betas=tuple(config.betas), eps=config.eps, **extra)
+            return chosen(groups, lr=lr, betas=tuple(config.betas), **extra)
         case "sgd":
             optimizer = torch.optim.SGD(groups, lr, config.momentum, nesterov=config.momentum > 0, fused=True)
             # torch would create the buffers in the first step, and leave them uninitialised if that step is skipped.

@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Positive, Rate, Share
+from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Rate, Share
 from utils.config.schema import Strict
 
 _JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradients or steps together, or not tried
@@ -34,7 +34,6 @@ class _Optim(Strict):
 
 class _AdamW(_Optim):
     betas: Annotated[list[BelowOne], Field(min_length=2, max_length=2)]
-    eps: Positive
 
 
 class AdamWConfig(_AdamW):

@@ -13,11 +13,8 @@ from torch import Tensor, nn
 from utils.ranks.sharded import own_part
 
 
-def ema_decay_at(step: int, decay: float, *, warmup: bool, start_step: int) -> float:
-    """Return the decay after update number `step`, counted from 0; before `start_step` the average is the weights."""
-    if step < start_step:
-        return 0.0
-    step -= start_step
+def ema_decay_at(step: int, decay: float, *, warmup: bool) -> float:
+    """Return the decay after update number `step`, counted from 0."""
     return min(decay, (1 + step) / (10 + step)) if warmup else decay
 
 

@@ -14,7 +14,7 @@ Script = Literal[*SCRIPTS]
 
 
 class LaunchConfig(Strict):
-    """A script, the resources of its job, and what to do after it is queued."""
+    """A script, the resources of its job, and its limits."""
 
     script: Script
     folder: PathText
@@ -30,7 +30,6 @@ class LaunchConfig(Strict):
     command: Annotated[list[str], Field(min_length=1)] | None  # runs the script in place of python, e.g. a container
     setup: list[str]
     sbatch: dict[str, bool | int | str] | None  # further options by name
-    wait: bool
     dry_run: bool
 
     @model_validator(mode="after")

@@ -6,6 +6,7 @@ the script was stopped: on a failure SLURM would kill the other tasks, which may
 """
 
 import os
+import re
 import shlex
 import signal
 import socket
@@ -18,17 +19,38 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
-from submit.queue import NoAnswer, ask, job_state
 from utils.errors import EXIT_LOST_RANK, EXIT_OK, EXIT_STOPPED, EXIT_USER_ERROR
 from utils.io.files import ignore_write_errors, read_json, write_json, write_text
 from utils.record.logging import restart_count
 from utils.record.run_reader import NOTE_VARIABLE, write_progress
 
+_ANSWER_SEC = 60
 _AGAIN_SEC = 5.0
 _PATIENCE_SEC = 600  # for SLURM to end a job
 # Signals that end a script: a request before its handler was set, or a kill (by the kernel if memory is full).
 _STOPPING = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 _KILLING = (signal.SIGKILL, signal.SIGSEGV, signal.SIGBUS)
+
+
+class NoAnswer(Exception):
+    """SLURM's controller does not answer, for example during a restart. The message is the command's error."""
+
+
+def ask(*command: str) -> str:
+    """Return the output of a SLURM command; empty if SLURM does not know the job (any more). Raises NoAnswer."""
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=_ANSWER_SEC)
+    except subprocess.TimeoutExpired:
+        raise NoAnswer(f"{command[0]} has not answered within {_ANSWER_SEC} s") from None
+    if done.returncode != 0 and "Invalid job id" not in done.stderr:
+        raise NoAnswer(" ".join(done.stderr.split()))
+    return done.stdout
+
+
+def job_state(job: str) -> str:
+    """Return a job's state, such as RUNNING; UNKNOWN if SLURM does not know the job (any more). Raises NoAnswer."""
+    found = re.search(r"\bJobState=(\w+)", ask("scontrol", "--oneliner", "show", "job", job))
+    return "UNKNOWN" if found is None else found.group(1)
 
 
 @dataclass

@@ -34,7 +34,6 @@ from submitit.core.utils import FailedJobError, FailedSubmissionError
 
 from submit.config import LaunchConfig
 from submit.job import ScriptJob
-from submit.queue import wait_for
 from utils.config.entry_point import Job, entry_point, quote_paths
 from utils.config.help import ROOT
 from utils.config.schema import Strict, path_keys
@@ -59,8 +58,8 @@ class SubmitConfig(Strict):
 
 
 @entry_point("slurm", SubmitConfig)
-def main(config: SubmitConfig, job: Job) -> str | None:
-    """Check the command, copy the code, queue the job and, with launch.wait, wait for its end."""
+def main(config: SubmitConfig, job: Job) -> str:
+    """Check the command, copy the code and queue the job."""
     launch = config.launch
     # ------------------------------------------------------------------------------------------------- 1. The check
     sweep = None
@@ -83,13 +82,7 @@ def main(config: SubmitConfig, job: Job) -> str | None:
     # ------------------------------------------------------------------------------------------------- 3. The queue
     tasks = [ScriptJob(launch.script, words, folder, Path.cwd(), launch.command, sweep) for words in jobs]
     ids = queue_jobs(launch, folder, tasks)
-    log.info("job %s: %s.py in %s", ids[0].partition("_")[0], launch.script, folder)
-    log.info("its logs, one for each task: %s", folder / "logs" / "*_log.out")
-
-    # ---------------------------------------------------------------------------------------------------- 4. The end
-    if launch.wait and (status := wait_for(ids, folder)) != EXIT_OK:
-        raise SystemExit(status)
-    return None
+    return f"job {ids[0].partition('_')[0]}: {launch.script}.py in {folder}; its logs: {folder}/logs/*_log.out"
 
 
 def list_jobs(script: str, words: list[str]) -> tuple[str, list[list[str]]]:

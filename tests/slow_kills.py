@@ -87,8 +87,7 @@ def test_a_command_that_was_killed_is_typed_again(script, words, longest_sec, pl
 
 OFTEN = ["loop.batch_size=8", "loop.evaluate_every_epochs=0.3"]
 DRAWN = ["task.samples.prompts=[a cat,a dog]", "task.samples.steps=9", "task.latent_cache=latents"]
-RANGE = ["lr_finder.enabled=true", "lr_finder.steps=100", "lr_finder.max_share=1", "optim.lr=null",
-         "loop.evaluate_every_epochs=3"]  # fmt: skip
+RANGE = ["lr_finder.enabled=true", "lr_finder.steps=100", "optim.lr=null", "loop.evaluate_every_epochs=3"]
 
 
 SAVES = ["loop.checkpoint_every_steps=3", "loop.micro_batch_size=2", "loop.ema_decay=0.95", "runtime.workers=2",

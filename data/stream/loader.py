@@ -170,11 +170,6 @@ class Loader(Dataset):
                 "more shared memory (/dev/shm; docker run --shm-size=8g)"
             ) from None
 
-    def repeat(self, draw: Draw, size: int) -> Batch:
-        """Return a batch that repeats one sample `size` times, on the device, with weight 1."""
-        batch = collate([self.read(draw, [])] * size, size, channels_last=self.machine.channels_last)
-        return self.to_device({**batch, "weight": torch.ones(size)})
-
     def to_device(self, batch: Batch | Packed) -> Batch:
         """Return a batch on the device, after the hooks of the views."""
         batch = to_device(batch, self.machine.device)
@@ -233,11 +228,6 @@ class TrainStream:
     def readings(self) -> Mapping[str, float]:
         """Return the metrics of this rank's caches."""
         return self.loader.source.readings()
-
-    def trial_batches(self, size: int) -> Iterator[Batch]:
-        """Yield for each shape a batch of `size` equal samples with weight 1, independent of the stream."""
-        for row, group in self.sampler.examples():
-            yield self.loader.repeat(Draw(0, row, rng.sample_key(self.sampler.seed, 0), group), size)
 
     def path_of(self, sample_id: int) -> str:
         """Return the path of a sample, for messages."""

@@ -104,10 +104,6 @@ class Sampler:
         row, group = self.at(position)
         return Draw(position, row, rng.sample_key(self.seed, position), group)
 
-    def examples(self) -> list[tuple[int, int]]:
-        """Return (row, group) of one sample for each shape."""
-        return [self.at(0)]
-
 
 class _BalancedSampler(Sampler):
     """Every class equally often; the samples of a class take turns, in another order each lap.
@@ -222,10 +218,6 @@ class GroupedSampler(Sampler):
         self._group = np.repeat(np.tile(np.arange(len(counts)), chunk), chunks.ravel())
         firsts = chunks.cumsum().reshape(chunks.shape) - chunks
         self._turn = np.arange(len(self._group)) + np.repeat((before[:-1] - firsts).ravel(), chunks.ravel())
-
-    def examples(self) -> list[tuple[int, int]]:
-        """Return (row, group) of one sample for each group."""
-        return [(self.row_of(members[0], 0), int(group)) for members, group in zip(self._members, self._groups)]
 
     def at(self, position: int) -> tuple[int, int]:
         """Return (row, group)."""

@@ -16,7 +16,7 @@ from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.open import open_images
 from data.stream.source import IMAGE, UnreadableImage
-from engine.run.length import count_fitting, wait_for
+from engine.run.length import wait_for
 from engine.tasks.kind import ImageTrainingConfig
 from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
@@ -193,7 +193,8 @@ def find_facts(
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
     ranks = distributed.planned_world_size()  # each reads its part of the first epoch, then the memory cache has all
-    reference = count_fitting(left, len(rows), first_sec / ranks, step_sec / ranks)
+    cached = left - len(rows) * first_sec / ranks  # seconds after the first epoch
+    reference = len(rows) + cached * ranks / step_sec if cached > 0 else left * ranks / first_sec
     return replace(facts, network=network, reference=reference)
 
 

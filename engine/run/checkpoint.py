@@ -54,6 +54,7 @@ from utils.record.run_reader import RunReader
 log = get_logger(__name__)
 
 FORMAT = 2
+KEPT = 2  # of the newest checkpoints, beside the best one
 _NAME = re.compile(r"step_(\d{8,})")
 
 
@@ -155,7 +156,7 @@ class Saver:
                 save_checkpoint(path, copies, state, texts)
                 for group, name in names.items():
                     link_or_copy(path / f"{group}.safetensors", folder / f"weights/{name}_weights.safetensors")
-                remove_others(path.parent, self._loop.keep_checkpoints, step, state["best"]["step"])
+                remove_others(path.parent, step, state["best"]["step"])
 
         writer = ThreadPoolExecutor(1, "checkpoint writer")
         self._written = writer.submit(write)
@@ -228,15 +229,15 @@ def _remove(path: Path) -> None:
     shutil.rmtree(hidden)
 
 
-def remove_others(folder: Path, keep: int, step: int, best_step: int | None) -> None:
-    """Keep the newest `keep` checkpoints up to `step` (just saved) and the best one; remove all others.
+def remove_others(folder: Path, step: int, best_step: int | None) -> None:
+    """Keep the newest checkpoints up to `step` (just saved) and the best one; remove all others.
 
     Checkpoints beyond `step` are damaged, or the run resumed from an earlier one.
     """
     for path in folder.glob(".step_*.tmp-*"):
         shutil.rmtree(path, ignore_errors=True)
     every = list_checkpoints(folder)
-    kept = [path for path in every if step_of(path) <= step][-keep:]
+    kept = [path for path in every if step_of(path) <= step][-KEPT:]
     for path in every:
         if path not in kept and step_of(path) != best_step:
             _remove(path)

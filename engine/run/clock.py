@@ -36,11 +36,9 @@ class Clock:
             self.waited += now - self._since
         self._since = now
 
-    def end_step(self) -> bool:
-        """Note that an update is done; return whether it is the first of this process."""
-        is_first = not self._has_stepped
+    def end_step(self) -> None:
+        """Note that an update is done."""
         self._has_stepped = True
-        return is_first
 
     def mark(self, step: int) -> Mark:
         """Return the moment after `step` updates."""

@@ -6,7 +6,7 @@ machine. The minutes include the start of the script, evaluations, and the files
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import closing
 from pathlib import Path
 from time import monotonic
@@ -17,12 +17,10 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
-from utils.contracts import Batch
 from utils.errors import UserError
 from utils.io.files import output_errors, read_json, write_json
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
-from utils.record.figures import show_duration
 from utils.record.logging import get_logger
 from utils.start import STARTED
 
@@ -30,7 +28,7 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
+_SHARE = 0.02  # of the time for the timing of updates, of each of `loop.phases`
 _MOST_UPDATES = 50  # of a timing
 _SLOW = 8  # with slower updates than so many in a timing, one warm-up update is enough
 _DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
@@ -85,110 +83,82 @@ def _of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
 def fit_minutes(run: Run) -> None:
     """Measure, choose the number of steps, write it, and give the run its plan, unless an earlier start did.
 
-    Raises UserError (`loop.minutes`) if no step fits; warns if no epoch does.
+    Raises UserError (`loop.minutes`) if no step fits.
     """
     minutes = run.config.loop.minutes
-    plan = run.plan
     file = run.folder.path / _FILE
     if minutes is None or file.exists():
         return
+    world_size = run.plan.world_size
 
     def plan_of(steps: int) -> Plan:
-        return plan_streams(_of_length(run.config, steps), run.streams, plan.world_size)
+        return plan_streams(_of_length(run.config, steps), run.streams, world_size)
 
     step_sec = _time_steps(run, _SHARE * 60 * minutes)
     evaluation_sec = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - _END_SEC
-    epoch = plan.epoch_length // plan.batch_size
-    steps = distributed.rank_zero_call(lambda: _count_steps(left, epoch, step_sec, evaluation_sec, plan_of))
-    step = f"{step_sec[0]:.3g} s, after the first epoch {step_sec[1]:.3g} s"
-    found = f"a step takes {step}, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
+    steps = distributed.rank_zero_call(lambda: _count_steps(left, step_sec, evaluation_sec, plan_of))
+    found = f"a step takes {step_sec:.3g} s, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
     if steps < 1:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {found}; set more")
     run.use_plan(plan_of(steps))
-    epochs = run.plan.epoch_at(steps)
-    log.info("loop.minutes=%g: %s steps, %.3g epochs; %s", minutes, f"{steps:,}", epochs, found)
-    if epochs < 1:
-        needed = show_duration(start_sec + left / epochs)
-        log.warning("loop.minutes: %g are too few for an epoch, which needs about %s", minutes, needed)
-    run.recorder.ends_at = STARTED + 60 * minutes
-    facts = {"minutes": minutes, "steps": steps, "step_sec": step_sec, "evaluation_sec": evaluation_sec}
-    facts["words"] = list(run.folder.job.planned)
+    log.info("loop.minutes=%g: %s steps, %.3g epochs; %s", minutes, f"{steps:,}", run.plan.epoch_at(steps), found)
     if distributed.is_main():
         with output_errors("run_dir", file):
-            write_json(file, facts)
+            write_json(file, {"minutes": minutes, "steps": steps, "words": list(run.folder.job.planned)})
 
 
-def count_fitting(seconds: float, first: int, first_sec: float, later_sec: float) -> float:
-    """Return how many fit into the seconds, if the first ones take `first_sec` each, and later ones `later_sec`."""
-    more = seconds - first * first_sec
-    return first + more / later_sec if more > 0 else seconds / first_sec
-
-
-def _count_steps(
-    left: float, epoch: int, step_sec: tuple[float, float], evaluation_sec: float, plan_of: Callable[[int], Plan]
-) -> int:
-    """Return the number of steps that leave time for their evaluations and for a range test.
-
-    epoch: steps of the first epoch. step_sec: of a step in it, and of a later one.
-    """
-    steps = int(count_fitting(left, epoch, *step_sec))
+def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
+    """Return the number of steps that leave time for their evaluations and for a range test."""
+    steps = int(left / step_sec)
     while steps >= 1:  # fewer steps may have fewer evaluations
         plan = plan_of(steps)
         evaluations = math.ceil(plan.epoch_at(steps) / plan.evaluate_every_epochs - 1e-9)
-        fewer = int(count_fitting(left - evaluations * evaluation_sec, epoch, *step_sec)) - plan.range_test_steps
+        fewer = int((left - evaluations * evaluation_sec) / step_sec) - plan.range_test_steps
         if fewer >= steps:
             break
         steps = fewer
     return steps
 
 
-def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
-    """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
+def _time_steps(run: Run, seconds: float) -> float:
+    """Return the mean seconds of an update, of all streams by their share of the run.
 
-    The same updates are timed twice, of all streams by their share, and undone. An update that takes more than
-    `seconds` is timed once.
+    seconds: for the updates of a stream.
     """
-    learner = run.learner
-    ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
+    shares = [phase.fraction for phase in run.config.loop.phases or ()]
+    shares.append(1 - math.fsum(shares))
+    return math.fsum(share * _time_stream(run, number, seconds) for number, share in enumerate(shares))
 
-    def time_updates(batches: Iterator[list[Batch]], count: int) -> float:
+
+def _time_stream(run: Run, phase: int, seconds: float) -> float:
+    """Return the mean seconds of an update of one stream. The updates are undone."""
+    learner = run.learner
+
+    def time_updates(count: int) -> float:
         started = monotonic()
         for number in range(count):
             run.recorder.phase(0, f"loop.minutes, update {number + 1}")
             check_stop()
             learner.update(next(batches))
-        wait_for(run.learner.runtime.device)
-        return (monotonic() - started) / count
+        wait_for(learner.runtime.device)
+        return distributed.rank_zero_call(lambda: (monotonic() - started) / count)
 
-    def of_rank_zero(value: float) -> float:
-        return distributed.rank_zero_call(lambda: value)
-
-    def time_stream(phase: int, count: int | None = None) -> tuple[int, float]:
-        with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
-            about = 0.0
-            for number in range(_WARM_UP + 1):
-                about = of_rank_zero(time_updates(batches, 1))
-                if number and about > seconds:  # the first may compile
-                    return 0, about
-                if number and about > seconds / _SLOW:
-                    break
-            fitting = max(1, int(seconds / max(about, 1e-6)))
-            count = count or min(_MOST_UPDATES, fitting)
-            if ahead:
-                time_updates(batches, min(_DRAIN * ahead, fitting))
-            return count, time_updates(batches, count)
-
-    shares = [phase.fraction for phase in run.config.loop.phases or ()]
-    shares.append(1 - math.fsum(shares))
-    first_sec = later_sec = 0.0
-    for number, share in enumerate(shares):
-        count, first = time_stream(number)
-        later = time_stream(number, count)[1] if count else first
-        first_sec += share * first
-        later_sec += share * min(later, (first + later) / 2)  # the least of both would be 2 % too short
-    return first_sec, later_sec
+    with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
+        time_updates(1)  # may compile
+        about = 0.0
+        for _ in range(_WARM_UP):
+            about = time_updates(1)
+            if about > seconds / _SLOW:
+                break
+        count = min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))
+        if count < 1:
+            return about
+        ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
+        if ahead:
+            time_updates(min(_DRAIN * ahead, count))
+        return time_updates(count)
 
 
 def _time_evaluation(run: Run) -> float:

@@ -5,10 +5,9 @@ Run.fit -> train_one_epoch -> Learner.update -> forward_backward (engine/update/
 
 import math
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,10 +16,10 @@ import torch
 
 from engine.config import TrainingConfig
 from engine.plan import Plan
-from engine.run.advice import Advice, advise
+from engine.run.advice import advise
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
-from engine.run.recorder import MUCH_WAITING, Recorder, show_memory
+from engine.run.recorder import MUCH_WAITING, Recorder
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from engine.update.learner import Learner
 from engine.update.parallel import reshard
@@ -42,11 +41,6 @@ from utils.record.run_reader import RESULT_FILE
 log = get_logger(__name__)
 
 _SHOWN = 3  # figures of an evaluation in the log line
-
-
-def name_lines(name: str, lines: Sequence[str]) -> list[tuple[str, str]]:
-    """Return lines for `show_lines`, the first one named."""
-    return [(name if number == 0 else "", line) for number, line in enumerate(lines)]
 
 
 @dataclass(frozen=True)
@@ -93,7 +87,7 @@ class Run:
         self.last_report: dict[str, float] = {}
         self.last_evaluated = 0
         self.found_lr: float | None = None
-        self._tables: Mapping[str, Any] | None = None  # of the newest evaluation; None: another process made it
+        self._tables: Mapping[str, Any] = {}  # of this process's newest evaluation
 
     @property
     def step(self) -> int:
@@ -255,6 +249,7 @@ class Run:
         self.last_report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
         self.last_evaluated = step
         self._tables = report.tables
+        self._write_result({})
         if self.last_report:
             recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
@@ -267,11 +262,11 @@ class Run:
             recorder.plot(step, draws=draws)
 
     def _is_best(self, report: Report) -> bool:
-        """Return whether a report is the best so far, of weights that may be the best."""
+        """Return whether a report is the best so far."""
         task = self.learner.task
         best = self.best.value
         value = report.scalars.get(task.best_metric, math.nan)
-        if not math.isfinite(value) or not self.plan.may_be_best(self.step):
+        if not math.isfinite(value):
             return False
         return best is None or (value < best if task.best_is_lowest else value > best)
 
@@ -303,8 +298,7 @@ class Run:
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
                 loader = self._fit(loader)
                 batches = self._watch(name, loader, most)
-                total = len(loader) if isinstance(loader, Sized) else None
-                due[name] = track(batches, total, f"evaluating {name}") if most is None else batches
+                due[name] = track(batches, len(loader), f"evaluating {name}") if most is None else batches
         return due
 
     def _fit(self, loader: Iterable[Batch]) -> Iterable[Batch]:
@@ -363,45 +357,39 @@ class Run:
         self.last_evaluated = state["last_evaluated"]
         self.recorder.load_state(state)
         log.info("resumed from %s at step %d", path, self.step)
-        if state["found_lr"] is not None and all(saved.get(key) == now.get(key) for key in ("lr", "base_lr")):
+        if state["found_lr"] is not None and self.config.optim.lr is None:
             self.use_lr(state["found_lr"])
             log.info("the peak learning rate is %.3g, found by this run's range test", self.found_lr)
 
     # -------------------------------------------------------------------------------------------------------- the end
 
-    def close(self, *, finished: bool) -> None:
-        """Write the run's result for its sweep, and close the recorder."""
+    def _write_result(self, found: Mapping[str, Any]) -> None:
+        """Write the best figure, and what would improve it, on rank 0."""
+        task = self.learner.task
+        result = {"metric": task.best_metric, "value": self.best.value, "step": self.best.step}
+        if self.best.value is not None:
+            result["interval"] = self.best.interval
+        if found:
+            result["help"] = found
         file = self.folder.path / RESULT_FILE
-        if distributed.is_main() and (self._tables is not None or not file.exists()):
+        if distributed.is_main():
             with ignore_write_errors(file):
-                write_json(file, self._result)
-        self.recorder.close(completed_step=self.step if finished and self.is_complete else None)
+                write_json(file, {**result, "is_lowest_best": task.best_is_lowest})
 
-    @cached_property
-    def _advice(self) -> Advice:
-        """What would improve a complete run, on rank 0."""
+    def _advise(self) -> list[str]:
+        """Return the lines that say what would improve the run, and add them to its result."""
         streams = self.streams
-        if self.best.value is None or not self.is_complete:
-            return {}, []
-        return advise(
+        found, lines = advise(
             self.folder.path,
-            self._tables or {},
+            self._tables,
             self.recorder.rows,
             metric=self.learner.task.best_metric,
             images=streams.evaluation_samples,
             class_images=streams.class_images,
         )
-
-    @property
-    def _result(self) -> dict[str, Any]:
-        """The best figure, and what would improve it."""
-        task = self.learner.task
-        result = {"metric": task.best_metric, "value": self.best.value, "step": self.best.step}
-        if self.best.value is not None:
-            result["interval"] = self.best.interval
-        if self._advice[0]:
-            result["help"] = self._advice[0]
-        return result | {"is_lowest_best": task.best_is_lowest}
+        if found:
+            self._write_result(found)
+        return lines
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
@@ -409,21 +397,19 @@ class Run:
         self._warn_at_end()
         rows: list[tuple[str, str]] = []
         best = ""
-        lines: Sequence[str] = ()
         if self.best.step is not None:
             best = "best_weights.safetensors, "
             rows.append(("best", self._show_best()))
-            if distributed.is_main():
-                _, lines = self._advice
         rows += [
             ("weights", f"{folder}/weights/{best}last_weights.safetensors"),
-            ("memory", show_memory(self.learner)),
             ("curves", f"{folder}/plots/curves.png"),
             ("tables", f"{folder}/tables, training_log.txt"),
-            *name_lines("to improve", lines),
-            *name_lines("next", next_commands),
         ]
-        title = f"finished: {self.step:,} steps in {show_duration(seconds)}"
+        if best:
+            rows += [("to improve", line) for line in self._advise()]
+        rows += [("next", command) for command in next_commands]
+        end = "finished" if self.step >= self.plan.total_steps else "stopped early by loop.early_stop_epochs"
+        title = f"{end}: {self.step:,} steps in {show_duration(seconds)}"
         log.info("%s", Lines(show_lines(title, rows)))
 
     def _show_best(self) -> str:
@@ -435,13 +421,7 @@ class Run:
         return f"{show_evaluated(metric)} {value} at epoch {epoch:g}; last {last:.4g}"
 
     def _warn_at_end(self) -> None:
-        """Say that the run has stopped early, could not read images, or waited for data."""
-        if self.step < self.plan.total_steps:
-            log.info(
-                "stopped early: %s is best at step %d (%.4f), loop.early_stop_epochs=%g epochs ago or more; "
-                "its weights are in weights/best_weights.safetensors",
-                self.learner.task.best_metric, self.best.step, self.best.value, self.config.loop.early_stop_epochs,
-            )  # fmt: skip
+        """Say that the run could not read images, or waited for data."""
         unreadable = self.streams.train.unreadable_count
         if unreadable:
             log.warning(

@@ -4,7 +4,7 @@ import json
 import math
 import resource
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,16 +16,14 @@ from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.run.clock import Clock, Mark
 from engine.run.skips import SkipWatch
-from engine.task import Report, checkpointed_state, networks_of
+from engine.task import Report
 from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
-from optim.groups import parameters_of
 from utils.contracts import Batch, TrainStream
 from utils.io.files import AppendFile, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
 from utils.ranks import distributed
-from utils.ranks.sharded import own_part
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
@@ -35,18 +33,16 @@ from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
 from utils.record.run_reader import write_progress
 from utils.record.trackers import Tracker, start_tracker
-from utils.start import STARTED
 
 log = get_logger(__name__)
 
 MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the bar and the summary report it
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
-_LATE_SHARE = 0.1  # of loop.minutes
 _TELL_SEC = 5.0  # between two writes of the progress
 _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
 
 
-# ------------------------------------------------------------------------------------------- means, seconds and memory
+# --------------------------------------------------------------------------------------------------- means and samples
 
 
 class _Meter:
@@ -87,40 +83,6 @@ class _Meter:
         return means
 
 
-def show_memory(learner: Learner) -> str:
-    """Return the memory by part as one line: `weights 9.56 GiB, gradients 812.0 MiB`.
-
-    Gradients count as in the backward pass; a fused one has one at a time. On a GPU, `activations` is the peak without
-    the other parts.
-    """
-    task = learner.task
-    device = learner.runtime.device
-    averages = [] if learner.averages is None else list(learner.averages.tensors().values())
-    states = [value for state in learner.optimizer.state.values() for value in state.values()]
-    helpers = networks_of(task, task.helpers).values()
-    trained = [parameter.nbytes for parameter in parameters_of(learner.optimizer)]
-    sizes = {
-        "weights": _count_bytes(checkpointed_state(task).values()),
-        "gradients": sum(trained) if learner.fused is None else max(trained),
-        "optimiser state": _count_bytes(value for value in states if isinstance(value, Tensor)),
-        "averages": _count_bytes(tensor for tensor in averages if tensor.device.type == device.type),
-        "frozen networks": _count_bytes(tensor for network in helpers for tensor in network.state_dict().values()),
-    }
-    if device.type == "cuda":
-        peak = torch.cuda.max_memory_allocated(device)
-        sizes |= {"activations": peak - sum(sizes.values()), "peak": peak}
-    sizes["averages on the host"] = sum(tensor.nbytes for tensor in averages if tensor.device.type != device.type)
-    return ", ".join(f"{name} {_show_size(size)}" for name, size in sizes.items() if size > 0)
-
-
-def _count_bytes(tensors: Iterable[Tensor]) -> int:
-    return sum(own_part(tensor).nbytes for tensor in tensors)
-
-
-def _show_size(size: int) -> str:
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
-
-
 class _SampleLog(AppendFile):
     """One rank's samples of each step (`tracking.samples`), to audit exactness or explain loss spikes.
 
@@ -153,15 +115,14 @@ class _SampleLog(AppendFile):
 class Recorder:
     """Record one run. The run starts `watchdog` and `bar`; `open` opens the files.
 
-    ends_at: when `loop.minutes` are over, of time.monotonic. stage, samples: what the main thread does, for messages.
+    stage, samples: what the main thread does, for messages.
     """
 
     def __init__(self, config: TrainingConfig, plan: Plan, learner: Learner, folder: Path) -> None:
         self.folder = folder
         self.watchdog = Watchdog(config.runtime.hang_timeout_sec)
-        self.skips = SkipWatch(config.loop.max_skipped_steps)
+        self.skips = SkipWatch()
         self.clock = Clock()
-        self.ends_at: float | None = None
         self.stage = "the start"
         self.samples = "a batch"
         self._device = learner.runtime.device
@@ -277,8 +238,7 @@ class Recorder:
         self.epoch_meter.add(result)
         self.skips.add(step, batches, result)
         self.bar.advance(step)
-        if self.clock.end_step():
-            log.info("memory at the first step: %s", show_memory(self._learner))
+        self.clock.end_step()
 
     def _tell(self, state: str) -> None:
         """Write what the run is doing, for who watches it."""
@@ -335,22 +295,10 @@ class Recorder:
         share = self.clock.wait_share
         waits = f"  data {share:.0%}" if share > MUCH_WAITING else ""
         self.bar.advance(step, description=plan.show_epochs(step), figures=figures + waits)
-        self._warn_if_late()
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)
             self.skips.check(step, last=step == plan.total_steps)
-
-    def _warn_if_late(self) -> None:
-        """Say once that the steps of loop.minutes take longer than they did when they were timed."""
-        if self.ends_at is None or self.bar.left_sec is None:
-            return
-        late = time.monotonic() + self.bar.left_sec - self.ends_at
-        if late > _LATE_SHARE * (self.ends_at - STARTED):
-            log.warning(
-                "loop.minutes: steps have become slower; they are kept, and end about %s late", show_duration(late)
-            )
-            self.ends_at = None
 
     def _scheduled(self, step: int) -> dict[str, float]:
         """Return the rate of update number `step` (from 1), the momentum if it is scheduled, and Prodigy's d."""

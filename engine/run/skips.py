@@ -26,8 +26,9 @@ from utils.record.metrics_log import keep_rows
 
 log = get_logger(__name__)
 
-WINDOW_STEPS = 100  # `loop.max_skipped_steps` limits the skipped ones among these
-EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run, even with limit null
+WINDOW_STEPS = 100
+MOST_SKIPPED = 50  # of the last WINDOW_STEPS; more end the run
+EMPTY_STEPS = 10  # this many steps in a row without a readable image end the run
 _SHOWN = 8  # steps and paths in the log; the file has all
 _REASONS = {
     "loss": "its loss was not finite on rank {}",
@@ -47,8 +48,7 @@ def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int]
 class SkipWatch:
     """Count skipped steps. steps: (number from 1, cause) of each one among the last WINDOW_STEPS."""
 
-    def __init__(self, limit: int | None) -> None:
-        self.limit = limit
+    def __init__(self) -> None:
         self.steps: list[tuple[int, str]] = []
         self._unread: deque[tuple[int, list[Batch], StepResult]] = deque(maxlen=WINDOW_STEPS)
         self._path_of: Callable[[int], str] = str
@@ -104,18 +104,16 @@ class SkipWatch:
 
         last: whether this is the run's last step; a run shorter than EMPTY_STEPS is checked there.
         """
-        empty = {number for number, what in self.steps if what == "weight"}
-        newest = range(max(1, step - EMPTY_STEPS + 1), step + 1)
-        if (last or len(newest) == EMPTY_STEPS) and empty.issuperset(newest):
+        empty = [number for number, what in self.steps if what == "weight" and number > step - EMPTY_STEPS]
+        if len(empty) == (min(step, EMPTY_STEPS) if last else EMPTY_STEPS):
             raise UserError(
-                f"data.root: no image of steps {newest[0]} to {step} could be read; see the warnings above and "
+                f"data.root: no image of steps {empty[0]} to {step} could be read; see the warnings above and "
                 "unreadable.jsonl. These steps changed no weight. Restore the images and run the same command again; "
                 "prepare.py job=manifest lists unreadable images"
             )
-        if self.limit is not None and len(self.steps) > self.limit:
+        if len(self.steps) > MOST_SKIPPED:
             raise UserError(
-                f"loop.max_skipped_steps: {len(self.steps)} of the last {min(step, WINDOW_STEPS)} steps before step "
-                f"{step} were skipped, first step {self.steps[0][0]}, {len(empty)} of them without a readable image; "
-                f"{self.limit} are allowed. skipped_steps.jsonl has the causes and samples. Start another run with "
-                "a lower learning rate (optim.lr, lr_finder.enabled=false), loop.clip_grad_norm, or a higher limit"
+                f"optim.lr: {len(self.steps)} of the last {WINDOW_STEPS} steps before step {step} were skipped, first "
+                f"step {self.steps[0][0]}; skipped_steps.jsonl has the causes and samples. Start another run with a "
+                "lower learning rate (optim.lr, lr_finder.enabled=false) or loop.clip_grad_norm"
             )

@@ -100,11 +100,6 @@ def _start_screen(
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
     rows = [*streams.described.items(), ("training", _show_length(config, plan, streams))]
-    if plan.phase_ends:
-        phases = zip(plan.phase_ends, config.loop.phases)
-        rows.append(
-            ("phases", "; ".join(f"{each.image_size_hw or each.areas_px} px to step {end}" for end, each in phases))
-        )
     rows += [
         ("rate", f"{_show_rate(config, plan)}, {config.optim.name}, schedule {config.schedule.name}"),
         ("machine", _show_machine(config, plan, runtime)),
@@ -156,11 +151,7 @@ def open_run(
         if is_free(config.runtime):
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
-        learner, recorder = run.learner, run.recorder
-        learner.micro_batches.keep_in(folder.path / "micro_batch_size.json", runtime.device_name)
-        if config.loop.micro_batch_size == "auto" and distributed.is_distributed():
-            for each in streams.in_order:
-                learner.rehearse(each.trial_batches(plan.micro_batch_size))
+        recorder = run.recorder
         checkpoint = distributed.rank_zero_call(lambda: choose_checkpoint(config, folder.path, plan.total_steps))
         if checkpoint is not None:
             run.restore(checkpoint)
@@ -178,7 +169,7 @@ def open_run(
             recorder.watchdog.stop()
         except BaseException as error:  # KeyboardInterrupt too: in a notebook the process lives on
             _fail(run, error)
-        run.close(finished=finished)
+        recorder.close(completed_step=run.step if finished and run.is_complete else None)
     if not finished:
         log.warning("stopped at step %d; saved in %s; the same command continues from there", run.step, folder.path)
         raise SystemExit(EXIT_STOPPED)

@@ -1,22 +1,15 @@
 """The micro-batch size, halved when the device runs out of memory.
 
-A run begins with `loop.micro_batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory
-changes nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order,
-batch and learning rate stay. micro_batch_size.json in the run folder keeps the size; another device begins anew.
-
-A rank that runs out of memory would leave the others waiting in a collective. With several ranks, `auto` therefore
-tries every shape before training, and all ranks halve together (`Learner.rehearse`). A rank that runs out of memory
-later ends the run; the same command resumes with the smaller size.
+A run begins with `loop.micro_batch_size`, or with all samples (`auto`). A pass that runs out of memory changes nothing:
+the update is repeated with micro-batches half as large, as are all later updates. Samples, order, batch and learning
+rate stay. A rank that runs out of memory would leave the others waiting in a collective, so it ends the run.
 """
 
 from collections.abc import Sequence
-from pathlib import Path
 
 from engine.split import largest_divisor
 from utils.contracts import Batch
 from utils.errors import UserError
-from utils.io.files import ignore_write_errors, read_json, write_json
-from utils.ranks import distributed
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -32,28 +25,19 @@ def out_of_memory(stage: str, samples: str) -> UserError:
     """Return the error of a device that ran out of memory in `stage`. samples: from `show_samples`."""
     return UserError(
         f"loop.micro_batch_size: the device is out of memory in {stage}, with {samples} at once; set a smaller "
-        "loop.micro_batch_size, runtime.grad_checkpointing=true, or a smaller model or image; the same command resumes"
+        "loop.micro_batch_size, runtime.grad_checkpointing=true, or a smaller model or image; the run then resumes"
     )
 
 
 class MicroBatches:
     """The largest micro-batch, `size`, which is halved when it does not fit.
 
-    may_halve: false for a fused backward pass, which cannot be repeated: it has updated parameters.
+    may_halve: false for several ranks, and for a fused backward pass, which has updated parameters.
     """
 
     def __init__(self, size: int, *, may_halve: bool = True) -> None:
         self.size = size
         self._may_halve = may_halve
-        self._file: Path | None = None
-        self._device = ""
-
-    def keep_in(self, file: Path, device: str) -> None:
-        """Write halved sizes to a file of the run, and take the size that an earlier start found on an equal device."""
-        self._file = file
-        self._device = device
-        if self._may_halve:
-            self.size = distributed.rank_zero_call(lambda: read_size(file, self.size, device))
 
     def split(self, batches: Sequence[Batch]) -> list[Batch]:
         """Cut the loader's micro-batches to at most `size` samples each; samples and order stay the same."""
@@ -72,12 +56,6 @@ class MicroBatches:
         self.size = largest_divisor(samples, samples // 2)
         log.warning("out of memory with %s at once; from now on %d", show_samples(part), self.size)
 
-    def keep(self) -> None:
-        """Write the size for later starts of the run."""
-        if self._file is not None:
-            with ignore_write_errors(self._file):
-                write_json(self._file, {"size": self.size, "device": self._device})
-
 
 def _cut(batch: Batch, first: int, size: int) -> Batch:
     """Return `size` samples from `first` on; ragged fields (data/stream/batch.py) keep all values, with new offsets."""
@@ -88,12 +66,3 @@ def _cut(batch: Batch, first: int, size: int) -> Batch:
             part[name] = batch[name]
             part[offsets] = batch[offsets][first : first + size + 1]
     return part
-
-
-def read_size(file: Path, begin: int, device: str) -> int:
-    """Return the size that an earlier start of the run found on an equal device, or `begin`."""
-    try:
-        found = read_json(file) if file.exists() else {}
-        return min(begin, found["size"]) if found.get("device") == device else begin
-    except (ValueError, TypeError, AttributeError, KeyError) as error:
-        raise UserError(f"loop.micro_batch_size: {file} is damaged; remove it to search again") from error

@@ -4,7 +4,7 @@ learner = Learner(task, config, plan, runtime)
 result = learner.update(batches)
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from engine.config import TrainingConfig
 from engine.plan import Plan
 from engine.task import Task, checkpointed_state, networks_of, split_exported
-from engine.update.batch_size import MicroBatches, out_of_memory, show_samples
+from engine.update.batch_size import MicroBatches
 from engine.update.graphs import UpdateGraphs
 from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_task
 from engine.update.runtime import Runtime, choose_compile
@@ -68,7 +68,8 @@ class Learner:
         if not skips_on_device(self.optimizer):
             log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
-        self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=self.fused is None)
+        may_halve = self.fused is None and not distributed.is_distributed()  # else other ranks wait in a collective
+        self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
         self.scale = first_scale(runtime)
         self.graphs = self.record_updates() if self._may_record() else None
         self.averages: Averages | None = None
@@ -101,7 +102,7 @@ class Learner:
         self.task.after_step(self.step, progress, result.applied)
         if self.averages is not None:
             loop = self.config.loop
-            decay = ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup, start_step=loop.ema_start_step)
+            decay = ema_decay_at(self.step, loop.ema_decay, warmup=loop.ema_warmup)
             self.averages.update(decay, result.applied)
         self.step += 1
         return result
@@ -118,9 +119,6 @@ class Learner:
                 pass  # the error holds the activations
             self._undo_passes(before)
             self.micro_batches.halve(parts[0])
-            self.micro_batches.keep()
-            if distributed.is_distributed():  # the others wait in a collective
-                raise out_of_memory("training", show_samples(parts[0]))
         self._apply(result)
         return result
 
@@ -197,37 +195,6 @@ class Learner:
         self._buffers.put_back(before)
         if self.runtime.device.type == "cuda":
             torch.cuda.empty_cache()
-
-    def rehearse(self, trials: Iterable[Batch]) -> None:
-        """Halve the micro-batches on all ranks until every rank can make a pass over each trial's shape."""
-        device = self.runtime.device
-        trained = sum(parameter.nbytes for parameter in parameters_of(self.optimizer))
-        # Memory for the optimiser's state and DDP's gradient buckets, which do not exist yet.
-        reserve = torch.empty(3 * trained if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
-        for trial in trials:
-            while True:
-                part = self.micro_batches.split([trial])[0]
-                if all(distributed.gather_objects(self._fits(part))):
-                    break
-                self.micro_batches.halve(part)
-        del reserve
-        if device.type == "cuda":
-            torch.cuda.empty_cache()
-            torch.cuda.reset_peak_memory_stats(device)
-
-    def _fits(self, batch: Batch) -> bool:
-        """Return whether a pass over a micro-batch fits this rank's memory; no rank waits, and no state changes."""
-        device = self.runtime.device
-        before = self._buffers.copy()
-        one = torch.ones((), device=device)
-        try:
-            with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []), distributed.alone():
-                forward_backward(self.task, batch, 0 * one, one, self.runtime)
-            return True
-        except torch.OutOfMemoryError:
-            return False
-        finally:
-            self._undo_passes(before)
 
     @contextmanager
     def evaluated(self) -> Iterator[None]:

@@ -93,7 +93,7 @@ def choose_workers(requested: str | int, device: str) -> int:
 def start_machine(config: MachineConfig) -> Runtime:
     """Start the process group and logging, and resolve the settings for this machine."""
     distributed.init_process_group(choose_device(config.device), _GROUP_PATIENCE * config.hang_timeout_sec)
-    setup_logging(explain=isinstance(config, RuntimeConfig) and config.explain)
+    setup_logging()
     return choose_runtime(config)
 
 

@@ -132,8 +132,7 @@ def run_all(recorder, folder, monkeypatch):
         "timm": ["model=timm", "model.name=test_resnet", "optim=timm", "loop.ema_decay=0.9"],
     }
     rarely = ["loop.evaluate_every_epochs=50", "loop.checkpoint_every_steps=50"]  # not at each of 100 steps
-    search = ["lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100",
-              "loop.max_skipped_steps=null", *rarely]  # fmt: skip
+    search = ["lr_finder.enabled=true", "loop.total_steps=100", *rarely]
     cosine = ["schedule=cosine", "schedule.warmup_steps=0"]
     own = {"adan": ["task.decoder_dim=8", *SMALL_MODEL], "sgd": [*SMALL_MODEL, *search], "timm": cosine}
     for script, (name, overrides) in zip(("pretrain_fcmae", "train", "finetune"), others.items(), strict=True):

@@ -70,7 +70,7 @@ def test_sharded_killed_and_resumed(collection, tmp_path):
 def test_a_step_that_is_not_finite_changes_no_rank(collection, tmp_path):
     """A loss of one rank, then one element of the gradient, which one rank alone holds; then nothing can be read."""
     settings = [
-        "loop.total_steps=9", "loop.batch_size=9", "loop.checkpoint_every_steps=1", "loop.keep_checkpoints=9",
+        "loop.total_steps=9", "loop.batch_size=9", "loop.checkpoint_every_steps=1",
         "loop.ema_decay=0.9", "loop.clip_grad_norm=1.0", "optim.lr=0.001", FSDP,
     ]  # fmt: skip
     path = tmp_path / "run"

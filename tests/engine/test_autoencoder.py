@@ -31,7 +31,7 @@ from utils.errors import UserError
 SHORT = [
     *TINY["autoencoder"], "model.path=base", "data.root=images", "runtime=reference", "runtime.device=cpu",
     "runtime.threads=1", "loop.total_steps=6", "loop.batch_size=4", "loop.micro_batch_size=2", "optim.lr=1e-3",
-    "loop.ema_decay=0.9", "loop.checkpoint_every_steps=2", "loop.log_every_steps=1", "loop.keep_checkpoints=9",
+    "loop.ema_decay=0.9", "loop.checkpoint_every_steps=2", "loop.log_every_steps=1",
 ]  # fmt: skip
 
 

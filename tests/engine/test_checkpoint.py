@@ -96,19 +96,19 @@ def test_weights_that_are_not_finite_are_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("there", "keep", "step", "best", "left"),
+    ("there", "step", "best", "left"),
     [
-        ([10, 20, 30, 40], 2, 40, 10, [10, 30, 40]),
-        ([9, 99_999_999, 100_000_000, 123_456_789], 2, 123_456_789, None, [100_000_000, 123_456_789]),
-        ([400, 600, 1000, 1200], 2, 600, None, [400, 600]),
+        ([10, 20, 30, 40], 40, 10, [10, 30, 40]),
+        ([9, 99_999_999, 100_000_000, 123_456_789], 123_456_789, None, [100_000_000, 123_456_789]),
+        ([400, 600, 1000, 1200], 600, None, [400, 600]),
     ],
 )
-def test_retention_keeps_the_newest_and_the_best(there, keep, step, best, left, tmp_path):
+def test_retention_keeps_the_newest_and_the_best(there, step, best, left, tmp_path):
     for number in there:
         make(tmp_path, number)
     half = tmp_path / ".step_00000030.tmp-1"
     shutil.copytree(tmp_path / f"step_{step:08d}", half)
-    remove_others(tmp_path, keep=keep, step=step, best_step=best)
+    remove_others(tmp_path, step, best)
     assert steps_in(tmp_path) == left and not half.exists()
 
 
@@ -117,7 +117,7 @@ def test_retention_keeps_the_newest_and_the_best(there, keep, step, best, left, 
 
 def test_what_is_written_is_the_state_of_the_moment_one_write_after_another(tmp_path):
     folder = RunFolder(tmp_path, {"task": {}, "model": {}}, Job("finetune", {}, []))
-    saver, go = Saver(folder, SimpleNamespace(loop=SimpleNamespace(keep_checkpoints=2)), {}), threading.Event()
+    saver, go = Saver(folder, SimpleNamespace(loop=None), {}), threading.Event()
     weight = torch.ones(4, 3)
     task = SimpleNamespace(origin=None, metadata={})
     runtime, schedule = SimpleNamespace(precision="fp32"), SimpleNamespace(lr=0.1)

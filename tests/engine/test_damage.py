@@ -6,7 +6,7 @@ import pytest
 
 from tests.in_process import TINY, make_images, run, run_command
 
-SETTINGS = [*TINY, "data.root=images", "run_dir=run", "loop.keep_checkpoints=9"]
+SETTINGS = [*TINY, "data.root=images", "run_dir=run"]
 DAMAGE = {
     "cut": b'{"script": "finetune", "da',
     "not UTF-8": b"\xff\xfe{}\n",

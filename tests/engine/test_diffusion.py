@@ -202,8 +202,7 @@ def assert_equal_runs(first, second, step):
     assert samples_by_step(first) == samples_by_step(second)
 
 
-RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samples=true", "loop.ema_decay=0.9",
-           "loop.ema_start_step=2"]  # fmt: skip
+RESUMED = ["loop.total_steps=6", "loop.checkpoint_every_steps=3", "tracking.samples=true", "loop.ema_decay=0.9"]
 
 
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):

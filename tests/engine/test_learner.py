@@ -179,7 +179,7 @@ def test_two_players_in_one_optimiser_move_as_in_two_passes_with_two_optimisers(
     task = Players()
     alone, plan = copy.deepcopy(task), Plan(1, BATCH, BATCH, 1, 10 * BATCH, 100, 0, 5e-3)
     learner = Learner(task, config, plan, choose_runtime(config.runtime))
-    options = {"weight_decay": 0.0, "eps": config.optim.eps, "fused": True}
+    options = {"weight_decay": 0.0, "fused": True}
     for_generator = torch.optim.AdamW(alone.generator.parameters(), plan.lr, tuple(config.optim.betas), **options)
     for_discriminator = torch.optim.AdamW(alone.discriminator.parameters(), 4 * plan.lr, (0.0, 0.99), **options)
     for _ in range(3):

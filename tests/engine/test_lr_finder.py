@@ -166,7 +166,7 @@ def test_no_trace_is_left_of_it(case):
 # ------------------------------------------------------------------------------------------------------------ the run
 
 SEARCH = [
-    "lr_finder.enabled=true", "lr_finder.max_share=1.0", "loop.total_steps=100", "optim=sgd", "schedule=onecycle",
+    "lr_finder.enabled=true", "loop.total_steps=100", "optim=sgd", "schedule=onecycle",
     "loop.checkpoint_every_steps=50", "loop.evaluate_every_epochs=1000", "loop.clip_grad_norm=1.0",
 ]  # fmt: skip
 

@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from engine.plan import Plan
 from engine.update.learner import Learner
 from tests.in_process import TINY, make_images, run, run_until_killed
 from tests.support import checkpoint_tensors, common, rows
@@ -56,12 +55,6 @@ def test_sizes_follow_each_other_and_a_run_killed_at_a_boundary_resumes_exactly(
     whole, killed = (checkpoint_tensors(tmp_path / name, 8) for name in ("whole", "killed"))
     assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
     assert rows(tmp_path / "whole/metrics.jsonl") == rows(tmp_path / "killed/metrics.jsonl")
-
-
-def test_weights_are_best_at_the_own_size_of_the_run():
-    plan = Plan(1, 8, 8, 1, 64, 16, 0, 0.1, phase_ends=(8, 12))
-    assert [step for step in range(17) if plan.may_be_best(step)] == [13, 14, 15, 16]
-    assert Plan(1, 8, 8, 1, 64, 0, 0, 0.1).may_be_best(0)
 
 
 WRONG = {

@@ -25,7 +25,7 @@ def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim
         loop=_LoopConfig.model_validate(read("loop", "default", **loop)),
         optim=TypeAdapter(OptimConfig).validate_python(read("optim", "adamw", **(optim or {}))),
         schedule=TypeAdapter(ScheduleConfig).validate_python(read("schedule", "cosine", **(warmup or {}))),
-        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100, "max_share": 0.1} | (finder or {})),
+        lr_finder=SimpleNamespace(**{"enabled": False, "steps": 100} | (finder or {})),
     )
     sizes = {"world_size": world_size, "epoch_length": epoch_length, "evaluation_samples": evaluation_samples}
     return make_plan(config, **sizes)
@@ -100,10 +100,13 @@ def test_the_number_of_ranks_changes_neither_length_nor_rate():
     assert [(each.micro_batch_size, each.accum_steps) for each in plans] == [(48, 5), (40, 3), (40, 2), (30, 1)]
 
 
-@pytest.mark.parametrize("steps, has_one", [(999, False), (1000, True)])
-def test_a_range_test_is_at_most_a_share_of_the_run(steps, has_one, log):
-    found = plan(epoch_length=10, total_steps=steps, finder={"enabled": True})
-    assert found.range_test_steps == 100 * has_one and has_one != ("lr_finder.max_share" in log.text)
+@pytest.mark.parametrize(
+    ("steps", "enabled", "lr", "test"),
+    [(999, "auto", None, 0), (1000, "auto", None, 100), (1000, "auto", 0.1, 0), (200, True, None, 100)],
+)
+def test_a_range_test_that_nobody_asked_for_is_at_most_a_share_of_the_run(steps, enabled, lr, test, log):
+    found = plan(epoch_length=10, total_steps=steps, finder={"enabled": enabled}, optim={"lr": lr})
+    assert found.range_test_steps == test and ("too short for a test" in log.text) == (steps == 999)
 
 
 # --- ends of epochs
@@ -185,10 +188,3 @@ def test_evaluations_read_a_fifth_of_what_training_reads_or_come_five_times(trai
     due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
     images = [made.batch_size * (step - before) for before, step in zip([0, *due], due[:-1])]
     assert all(count > validation - made.batch_size for count in images) or "evaluate_every_epochs" in loop
-
-
-@pytest.mark.parametrize("loop", [{"ema_decay": 0.9, "total_steps": 20}, {"ema_decay": None, "total_steps": 99}])
-def test_an_average_that_never_starts_is_refused(loop):
-    with pytest.raises(UserError, match=r"^loop\.ema_start_step: 20 "):
-        plan(epoch_length=1000, ema_start_step=20, **loop)
-    assert plan(epoch_length=1000, ema_start_step=20, ema_decay=0.9, total_steps=21)

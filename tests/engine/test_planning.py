@@ -36,7 +36,7 @@ def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
     monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: 500.0)
     monkeypatch.setattr(facts, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: (20.0, 20.0))
+    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: 20.0)
     monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
     root = make_images(tmp_path / "images")
@@ -49,7 +49,7 @@ def words(tmp_path, monkeypatch):
 def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tmp_path, monkeypatch):
     run("train", words, tmp_path)
     config = RunReader(tmp_path / "run").config
-    assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, False)
+    assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, "auto")
     assert config["augment"]["image_size_hw"] == [32, 32]  # as set
     assert not config["augment"]["on_device"]  # which cannot be, with what is set
     kept = json.loads((tmp_path / "run/minutes.json").read_text())["words"]

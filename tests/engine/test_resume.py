@@ -52,25 +52,26 @@ def left(place):
 
 
 def test_a_save_between_a_whole_checkpoint_and_a_damaged_one_stays(place):
-    """The folder holds 2 and a damaged 4; the run goes on at 2, saves 3 and keeps one checkpoint."""
-    finetune(place, "loop.total_steps=4", "loop.checkpoint_every_steps=2", "loop.keep_checkpoints=2")
+    """The folder holds 2 and a damaged 4; the run goes on at 2 and saves 3."""
+    finetune(place, "loop.total_steps=4", "loop.checkpoint_every_steps=2")
     flip_a_bit(place / "run/checkpoints/step_00000004/weights.safetensors")
-    settings = ["loop.checkpoint_every_steps=9", "loop.keep_checkpoints=1"]
-    said = finetune(place, "loop.total_steps=3", *settings)
+    said = finetune(place, "loop.total_steps=3", "loop.checkpoint_every_steps=9")
     assert "step_00000004 is damaged" in said and "at step 2" in said
     assert "WARNING resume: the next save removes the checkpoints beyond step 2" in said
-    assert left(place) == [3]
-    assert "at step 3" in finetune(place, "loop.total_steps=5", *settings)
-    assert left(place) == [3, 5]  # 3 is the best
+    assert left(place) == [2, 3]
+    assert "at step 3" in finetune(place, "loop.total_steps=5", "loop.checkpoint_every_steps=9")
+    assert left(place) == [3, 5]
     assert not list((place / "run/checkpoints").glob(".*"))
 
 
-def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_made(place):
+def test_the_same_command_with_a_checkpoint_named_continues_from_what_it_has_made(place, monkeypatch):
     """The folder holds 2 to 8, the command names 4, and is killed twice: before its first save and after it."""
     length = ["loop.total_steps=9", "loop.checkpoint_every_steps=2"]
-    finetune(place, *length, "loop.keep_checkpoints=9", kill_at_step=8)
+    with monkeypatch.context() as patch:
+        patch.setattr("engine.run.checkpoint.KEPT", 9)
+        finetune(place, *length, kill_at_step=8)
     assert left(place) == [2, 4, 6, 8]
-    named = [*length, "loop.keep_checkpoints=2", "resume=run/checkpoints/step_00000004"]
+    named = [*length, "resume=run/checkpoints/step_00000004"]
 
     assert "resumed from run/checkpoints/step_00000004" in finetune(place, *named, kill_at_step=5)
     assert left(place) == [2, 4, 6, 8]  # until the next save
@@ -156,7 +157,8 @@ def test_the_best_weights_are_those_of_the_best_figure(values, is_lowest, killed
     """Of two equal figures those of the first; one that is not finite is never the best."""
     find(monkeypatch, dict(enumerate(values, start=1)))
     monkeypatch.setattr(ClassificationTask, "best_is_lowest", is_lowest)
-    settings = ["loop.total_steps=4", "loop.evaluate_every_epochs=0.5", "loop.keep_checkpoints=9", "optim.lr=0.01"]
+    monkeypatch.setattr("engine.run.checkpoint.KEPT", 9)
+    settings = ["loop.total_steps=4", "loop.evaluate_every_epochs=0.5", "optim.lr=0.01"]
     if killed_at is not None:
         finetune(place, *settings, kill_at_step=killed_at)
     finetune(place, *settings)

@@ -14,7 +14,6 @@ from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
 
 CONFIG = RuntimeConfig(
-    explain=False,
     device="cpu", precision="fp32", compile="auto", channels_last=False, workers=0, prefetch_batches=1, threads=1,
     deterministic=False, grad_checkpointing=False, offload=False, memory_gib=None, parallel="ddp",
     hang_timeout_sec=60.0, cuda_graphs=True,

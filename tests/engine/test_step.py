@@ -316,9 +316,9 @@ def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alo
 # --- steps of which nothing could be read
 
 
-def watched(results, limit=None):
+def watched(results):
     """A watch over steps from 1 on, given as (applied, weight), and how many of them there are."""
-    watch = SkipWatch(limit)
+    watch = SkipWatch()
     for number, (applied, weight) in enumerate(results, start=1):
         watch.add(number, [make_batch(2)], result(0.0, weight, applied=applied))
     watch.read(len(results))
@@ -337,7 +337,7 @@ GOOD, EMPTY, BAD = (1.0, 8.0), (0.0, 0.0), (0.0, 8.0)
         ([GOOD] * 5 + [EMPTY] * 5 + [BAD] + [EMPTY] * 5, False, False),
     ],
 )
-def test_a_run_of_which_nothing_can_be_read_ends_for_any_limit(results, last, ends):
+def test_a_run_of_which_nothing_can_be_read_ends(results, last, ends):
     watch, step = watched(results)
     if not ends:
         watch.check(step, last=last)
@@ -347,9 +347,10 @@ def test_a_run_of_which_nothing_can_be_read_ends_for_any_limit(results, last, en
         watch.check(step, last=last)
 
 
-def test_skipped_steps_count_for_a_hundred_steps():
-    watch, step = watched([BAD] * 3 + [GOOD] * 97, limit=2)
-    with pytest.raises(UserError, match=r"^loop\.max_skipped_steps: 3 of the last 100 steps"):
+def test_skipped_steps_count_for_a_hundred_steps(monkeypatch):
+    monkeypatch.setattr("engine.run.skips.MOST_SKIPPED", 2)
+    watch, step = watched([BAD] * 3 + [GOOD] * 97)
+    with pytest.raises(UserError, match=r"^optim\.lr: 3 of the last 100 steps"):
         watch.check(step, last=False)
     for number, left in ((101, [2, 3]), (102, [3]), (103, [])):
         watch.add(number, [make_batch(2)], result(0.0, 8.0))

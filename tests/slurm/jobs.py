@@ -1,9 +1,11 @@
-"""What the tests of jobs share: a tiny training, and a submission that goes on while a test disturbs it."""
+"""What the tests of jobs share: a tiny training, and its submission."""
 
 import json
+import re
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 from tests.in_process import SMALL_MODEL
 from tests.support import ROOT, rows
@@ -13,61 +15,57 @@ TRAINING = [
     "runtime.device=cpu", "runtime.threads=1", "loop.log_every_steps=1", "loop.evaluate_every_epochs=1000",
     "loop.checkpoint_every_steps=100", "data=image_folder", "optim.lr=0.01",
 ]  # fmt: skip
-TWO_NODES = ["launch.nodes=2", "launch.gpus_per_node=0", "launch.wait=true"]
+TWO_NODES = ["launch.nodes=2", "launch.gpus_per_node=0"]
 
 
 class Submission:
-    """A `python submit/slurm.py` that goes on, in a folder of its own."""
+    """What `python submit/slurm.py` has queued from a folder; `said` is what it printed."""
 
-    def __init__(self, cluster, folder, words):
-        self.cluster, self.folder = cluster, folder
-        command = [sys.executable, str(ROOT / "submit/slurm.py"), *words]
-        self.process = subprocess.Popen(
-            command, cwd=folder, env=cluster.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
+    def __init__(self, cluster, folder, words, status=0):
+        self.cluster, self.place = cluster, folder
+        done = subprocess.run(
+            [sys.executable, str(ROOT / "submit/slurm.py"), *words], cwd=folder, env=cluster.environment,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=240,
+        )  # fmt: skip
+        self.said = done.stdout
+        assert done.returncode == status, self.said
+        queued = re.search(r"job (\d+): \w+\.py in (.+?);", self.said)
+        self.job, self.folder = (queued[1], Path(queued[2])) if queued else (None, None)
 
-    def wait_for(self, status):
-        """Return what was printed, after the end with this exit status."""
-        output, _ = self.process.communicate(timeout=240)
-        assert self.process.returncode == status, f"{output}\n{self.story()}"
-        return output
+    @property
+    def ends(self):
+        """The statuses of the jobs that have ended, by their index in the array, and their restarts."""
+        found = {int(file.stem[4:]): json.loads(file.read_text()) for file in self.folder.glob("end_*.json")}
+        return {index: (end["status"], end["restarts"]) for index, end in sorted(found.items())}
+
+    def wait_for(self, *ends):
+        """Wait for the end of the jobs, each with (status, restarts)."""
+        wait_until(lambda: len(self.ends) == len(ends), f"the end:\n{self.story()}", 240)
+        assert list(self.ends.values()) == list(ends), self.story()
 
     def story(self):
         """What a failed test shows: the tasks' logs without their steps, and what SLURM's controller did."""
-        logs = [file.read_text() for file in sorted(self.folder.glob("outputs/slurm/*/logs/*_log.out"))]
+        logs = [file.read_text() for file in sorted(self.folder.glob("logs/*_log.out"))]
         lines = [line for log in logs for line in log.splitlines() if "train loss" not in line]
         return "\n".join([*lines, (self.cluster.folder / "log/slurmctld.log").read_text()])
 
     def wait_until(self, found, what, seconds=90):
-        """Wait until `found()` holds, while the submission goes on."""
+        """Wait until `found()` holds, while the jobs go on."""
 
         def is_there():
             there = found()
-            assert there or self.process.poll() is None, f"{self.process.communicate()[0]}\n{self.story()}"
+            assert there or not self.ends, self.story()
             return there
 
         wait_until(is_there, what, seconds)
 
     def wait_for_step(self, step):
-        file = self.folder / "run/metrics.jsonl"
+        file = self.place / "run/metrics.jsonl"
         self.wait_until(lambda: file.exists() and len(rows(file, "train")) >= step, f"step {step}")
-
-    @property
-    def job(self):
-        """The number of the job."""
-        (folder,) = self.folder.glob("outputs/slurm/*")
-        self.wait_until(lambda: list(folder.glob("logs/*_submitted.pkl")), "the job")
-        return next(folder.glob("logs/*_submitted.pkl")).name.partition("_")[0]
 
     def log(self, task=0):
         """The log of a task, empty where there is none yet."""
-        return "".join(file.read_text() for file in self.folder.glob(f"outputs/slurm/*/logs/*_{task}_log.out"))
-
-    def assert_ended(self, status, restarts):
-        """Assert what the job has left of its end."""
-        (file,) = self.folder.glob("outputs/slurm/*/end_0.json")
-        end = json.loads(file.read_text())
-        assert end == {"status": status, "restarts": restarts}, f"{end}\n{self.story()}"
+        return "".join(file.read_text() for file in self.folder.glob(f"logs/*_{task}_log.out"))
 
 
 def wait_until(found, what, seconds=90):

@@ -18,19 +18,19 @@ pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossibl
 def test_a_sweep_is_one_array(cluster, images, tmp_path):
     """A job that fails does not end the others; the same sweep again runs what is missing; the table has them all."""
     words = ["--multirun", "optim.lr=0.01,0.02", "sweep.name=rates", "launch.gpus_per_node=0",
-             "launch.wait=true", *(word for word in TRAINING if not word.startswith("optim.lr")), f"data.root={images}",
+             *(word for word in TRAINING if not word.startswith("optim.lr")), f"data.root={images}",
              "loop.total_steps=4"]  # fmt: skip
     folder = list_jobs("finetune", split_words(words)[1])[1][1][-1].removeprefix("run_dir=")
     in_the_way = tmp_path / folder  # no folder: its job fails
     in_the_way.parent.mkdir(parents=True)
     in_the_way.touch()
-    said = Submission(cluster, tmp_path, words).wait_for(2)
-    assert re.findall(r"job \d+_(\d) has ended with status 2", said) == ["1"]
+    Submission(cluster, tmp_path, words).wait_for((0, 0), (2, 0))
     assert len(list(tmp_path.glob("outputs/sweeps/rates/*/complete.json"))) == 1
     in_the_way.unlink()
-    said = Submission(cluster, tmp_path, words).wait_for(0)
-    assert "1 of the 2 jobs are complete already" in said and said.count("has ended with status 0") == 1
-    assert "2 of the 2 jobs are complete already" in Submission(cluster, tmp_path, words).wait_for(0)
+    again = Submission(cluster, tmp_path, words)
+    again.wait_for((0, 0))
+    assert "1 of the 2 jobs are complete already" in again.said
+    assert "2 of the 2 jobs are complete already" in Submission(cluster, tmp_path, words).said
     table = subprocess.run(
         [sys.executable, "-m", "utils.record.sweep_table", str(tmp_path / "outputs/sweeps/rates")],
         cwd=ROOT, check=True, capture_output=True, text=True,
@@ -57,19 +57,17 @@ def test_a_script_in_a_container_is_requeued_from_outside(cluster, images, tmp_p
     (tmp_path / "bin/apptainer").chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}:{os.environ['PATH']}")
     image = f"launch.command=[apptainer,exec,--bind,/data,image.sif,'{sys.executable}']"
-    words = [image, "launch.gpus_per_node=0", "launch.wait=true", *TRAINING, f"data.root={images}"]
+    words = [image, "launch.gpus_per_node=0", *TRAINING, f"data.root={images}"]
     submission = submit(cluster, tmp_path, *words, "loop.total_steps=600")
     submission.wait_for_step(100)
     ask(cluster, "scancel", "--signal=USR2", submission.job)
-    submission.wait_for(0)
-    submission.assert_ended(0, restarts=1)
-    (folder,) = tmp_path.glob("outputs/slurm/*")
+    submission.wait_for((0, 1))
     (call,) = set((tmp_path / "calls").read_text().splitlines())
-    assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {folder}/code/finetune.py ")
+    assert call.startswith(f"exec --bind /data image.sif {sys.executable} -u {submission.folder}/code/finetune.py ")
 
 
 def test_what_slurm_refuses_is_said_in_its_words(cluster, images, tmp_path):
     words = [*TRAINING, f"data.root={images}", "loop.total_steps=20", "launch.gpus_per_node=0"]
-    output = submit(cluster, tmp_path, "launch.sbatch={partition:none}", *words).wait_for(2)
+    output = Submission(cluster, tmp_path, ["launch.sbatch={partition:none}", *words], status=2).said
     assert re.search(r"launch: SLURM refuses the job: .*[Ii]nvalid partition", output), output
     assert "Traceback" not in output and ask(cluster, "squeue", "-h") == ""

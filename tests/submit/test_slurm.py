@@ -11,15 +11,13 @@ from types import SimpleNamespace
 import pytest
 
 from submit import slurm
-from submit.job import ScriptJob, _meaning, finish
-from submit.queue import list_active, wait_for
+from submit.job import NoAnswer, ScriptJob, _meaning, finish
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, configure
 from tests.support import ROOT, fork_command
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.files import write_text
-from utils.record.logging import setup_logging
 from utils.record.run_reader import RunReader, write_progress
 
 
@@ -135,30 +133,6 @@ def test_no_slurm_is_said(tmp_path, monkeypatch):
         queue_jobs(launch(), tmp_path, [])
 
 
-def test_slurm_that_does_not_answer_is_asked_again(tmp_path, monkeypatch, capfd):
-    """A controller that is restarted for a moment is no end of a job."""
-    answers = iter([(1, "down"), (0, "7|RUNNING|None"), (1, "down"), (0, "")])
-    (tmp_path / "end_0.json").write_text(json.dumps({"status": 0, "restarts": 1}))
-
-    def ask(*_, **__):
-        code, said = next(answers)
-        return SimpleNamespace(returncode=code, stdout=said, stderr="slurm_load_jobs error: Unable to contact")
-
-    monkeypatch.setattr("submit.queue.subprocess.run", ask)
-    monkeypatch.setattr("submit.queue._LOOK_SEC", 0.0)
-    setup_logging()
-    assert wait_for(["7"], tmp_path) == 0
-    said = capfd.readouterr().err
-    assert said.count("SLURM does not answer") == 2 and "job 7: RUNNING" in said and "after 1 restarts" in said
-    assert next(answers, None) is None
-
-
-def test_the_members_of_an_array_are_asked_for_at_once(monkeypatch):
-    lines = "7_0|RUNNING|None\n7_1|PENDING|JobArrayTaskLimit\n7_9|RUNNING|None\n"
-    monkeypatch.setattr("submit.queue.ask", lambda *command: lines)
-    assert list_active(["7_0", "7_1", "7_2"]) == {"7_0": "RUNNING", "7_1": "PENDING (JobArrayTaskLimit)"}
-
-
 def test_a_script_that_a_signal_ends_was_stopped_or_lost():
     statuses = {0: 0, 2: 2, 75: 75, -15: 75, -12: 75, -9: 70, -11: 70, -6: 134}
     assert {status: _meaning(status) for status in statuses} == statuses
@@ -200,7 +174,13 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     monkeypatch.setenv("SLURM_NTASKS", "2")
     monkeypatch.setenv("SLURM_RESTART_COUNT", "5")
     asked, slept = [], []
-    monkeypatch.setattr("submit.job.job_state", lambda job: "RUNNING")
+
+    def state(job):
+        if not slept:  # a controller that is restarted for a moment is no end of a job
+            raise NoAnswer
+        return "RUNNING"
+
+    monkeypatch.setattr("submit.job.job_state", state)
     monkeypatch.setattr("submit.job.ask", lambda *words: asked.append(words[1:]))
     monkeypatch.setattr("submit.job.time.sleep", slept.append)
     limits = {"trains": True, "max_requeues": 9, "max_lost_ranks": 2}

@@ -8,7 +8,8 @@ kill_rank RANK STEP MARKER       this rank kills itself before this step (from 1
 kill_worker STEP MARKER          a loader's worker of rank 0 is killed before this step, unless MARKER is there
 little_memory SIZE ...           the device of each rank takes a batch of so many samples in training
 skip_steps                       three steps are skipped: the fourth's losses are NaN on the last rank, the sixth has a
-                                 gradient that is NaN in one row, and in the eighth no image weighs anything
+                                 gradient that is NaN in one row, in the eighth no image weighs anything; no checkpoint
+                                 is removed
 hang_reading POSITION            reading the sample at this position of the stream never ends; its process is told
 """
 
@@ -136,6 +137,7 @@ def skip_steps():
         return update(learner, batches, *arguments, **named)
 
     task.forward, Learner.update = poisoned, weightless
+    engine.run.checkpoint.KEPT = 9
 
 
 def hang_reading(position):

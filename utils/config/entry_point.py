@@ -62,8 +62,6 @@ _INSTEAD = {
     "sweep": "sweep.name=NAME",
     "sweeper": "sweep.trials=N",
     "launcher": "sweep.at_once=N, or python submit/slurm.py,",
-    "job_logging": "runtime.explain=true",
-    "verbose": "runtime.explain=true",
 }
 _OTHER = "a key that --help lists"
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text

@@ -29,8 +29,6 @@ FREE_KEYS = (
     "loop.early_stop_epochs",
     "loop.micro_batch_size",
     "loop.*_every*",
-    "loop.keep_checkpoints",
-    "loop.max_skipped_steps",
     "task.probe.*",
     "optim.fused_backward",  # changes no bit
 )

@@ -12,8 +12,7 @@ import re
 import sys
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from types import ModuleType
@@ -29,7 +28,6 @@ RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run 
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
-_is_alone = False
 T = TypeVar("T")
 
 
@@ -161,18 +159,7 @@ def _has_group() -> bool:
 
 def is_distributed() -> bool:
     """Return whether there is a process group of more than one rank."""
-    return not _is_alone and _has_group() and _dist().get_world_size() > 1
-
-
-@contextmanager
-def alone() -> Iterator[None]:
-    """Make this rank a world of one inside the context: no function of this module waits for other ranks."""
-    global _is_alone
-    _is_alone = True
-    try:
-        yield
-    finally:
-        _is_alone = False
+    return _has_group() and _dist().get_world_size() > 1
 
 
 def rank() -> int:

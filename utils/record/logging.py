@@ -75,10 +75,10 @@ def place_of(rank: int) -> str:
     return "" if rank == 0 else f"[rank {rank}] "
 
 
-def setup_logging(*, explain: bool = False) -> None:
+def setup_logging() -> None:
     """Send messages to stderr: INFO and above from rank 0, warnings from other ranks, marked with their rank.
 
-    DEBUG messages give reasons, such as for the value of an `auto`. log.txt has them; stderr has them with `explain`.
+    DEBUG messages give reasons, such as for the value of an `auto`; log.txt alone has them.
     """
     rank = environment_rank()
     logger = logging.getLogger(ROOT)
@@ -88,8 +88,7 @@ def setup_logging(*, explain: bool = False) -> None:
         logger.removeHandler(handler)
         handler.close()
     handler = _StderrHandler()
-    shown = logging.DEBUG if explain else logging.INFO
-    handler.setLevel(shown if rank == 0 else logging.WARNING)
+    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     handler.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
     logger.addHandler(handler)
     logger.addHandler(MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))  # kept for log.txt
