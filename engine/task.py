@@ -216,11 +216,11 @@ def split_exported(task: Task, tensors: Mapping[str, Tensor]) -> tuple[dict[str,
     return exported, {name: tensor for name, tensor in tensors.items() if not name.startswith(networks)}
 
 
-def join_exported(task: Task, exported: Mapping[str, Tensor], rest: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Undo `split_exported`."""
+def join_exported(task: Task, exported: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors of a weight file by their full names."""
     networks = task.exported
     prefix = f"{networks[0]}." if len(networks) == 1 else ""
-    return {f"{prefix}{name}": tensor for name, tensor in exported.items()} | dict(rest)
+    return {f"{prefix}{name}": tensor for name, tensor in exported.items()}
 
 
 def fingerprint_helpers(task: Task) -> dict[str, str]:

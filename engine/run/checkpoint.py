@@ -315,15 +315,22 @@ def will_resume(config: TrainingConfig, folder: Path) -> bool:
     UserError if the newest one has another recipe. A damaged one is ignored: an earlier one is then chosen.
     """
     resume = _resume_of(config)
+    if resume != "auto":
+        return resume != "never"
     existing = list_checkpoints(folder / "checkpoints")
-    if resume == "auto" and existing:
+    if existing:
         try:
             saved = read_state(existing[-1])["config"]
         except (OSError, ValueError, KeyError):
             return True
-        values = hide_secrets_in(config.model_dump(mode="json"))
-        check_resumable(saved, values, config.resume_allow, str(existing[-1]))
-    return bool(existing) if resume == "auto" else resume != "never"
+        _check_recipe(config, saved, existing[-1])
+    return bool(existing)
+
+
+def _check_recipe(config: TrainingConfig, saved: Mapping[str, Any], path: Path) -> list[str]:
+    """Return how a run's recipe differs from its checkpoint's, by `resume_allow`. Raises UserError for other keys."""
+    values = hide_secrets_in(config.model_dump(mode="json"))
+    return check_resumable(saved, values, config.resume_allow, str(path))
 
 
 def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) -> Path | None:
@@ -354,8 +361,7 @@ def choose_checkpoint(config: TrainingConfig, folder: Path, total_steps: int) ->
     if chosen is None:
         return None
     state = read_state(chosen)
-    values = hide_secrets_in(config.model_dump(mode="json"))
-    for line in check_resumable(state["config"], values, config.resume_allow, str(chosen)):
+    for line in _check_recipe(config, state["config"], chosen):
         log.warning("resume_allow accepts %s", line)
     if state["step"] > total_steps:
         raise UserError(

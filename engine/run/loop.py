@@ -249,7 +249,7 @@ class Run:
         self.last_report = {f"{prefix}{name}": value for name, value in report.scalars.items()}
         self.last_evaluated = step
         self._tables = report.tables
-        self._write_result({})
+        self._write_result()
         if self.last_report:
             recorder.add_row(step, "evaluate", {"epoch": self.plan.epoch_at(step), **self.last_report})
         shown = [f"{show_evaluated(name)} {value:.4g}" for name, value in list(self.last_report.items())[:_SHOWN]]
@@ -363,33 +363,16 @@ class Run:
 
     # -------------------------------------------------------------------------------------------------------- the end
 
-    def _write_result(self, found: Mapping[str, Any]) -> None:
+    def _write_result(self, advice: Sequence[str] = ()) -> None:
         """Write the best figure, and what would improve it, on rank 0."""
         task = self.learner.task
-        result = {"metric": task.best_metric, "value": self.best.value, "step": self.best.step}
-        if self.best.value is not None:
-            result["interval"] = self.best.interval
-        if found:
-            result["help"] = found
+        result = {"metric": task.best_metric, **asdict(self.best), "is_lowest_best": task.best_is_lowest}
+        if advice:
+            result["help"] = advice
         file = self.folder.path / RESULT_FILE
         if distributed.is_main():
             with ignore_write_errors(file):
-                write_json(file, {**result, "is_lowest_best": task.best_is_lowest})
-
-    def _advise(self) -> list[str]:
-        """Return the lines that say what would improve the run, and add them to its result."""
-        streams = self.streams
-        found, lines = advise(
-            self.folder.path,
-            self._tables,
-            self.recorder.rows,
-            metric=self.learner.task.best_metric,
-            images=streams.evaluation_samples,
-            class_images=streams.class_images,
-        )
-        if found:
-            self._write_result(found)
-        return lines
+                write_json(file, result)
 
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
@@ -405,8 +388,10 @@ class Run:
             ("curves", f"{folder}/plots/curves.png"),
             ("tables", f"{folder}/tables, training_log.txt"),
         ]
-        if best:
-            rows += [("to improve", line) for line in self._advise()]
+        advice = advise(folder, self._tables, self.streams.class_images)
+        if advice:
+            self._write_result(advice)
+        rows += [("to improve", line) for line in advice]
         rows += [("next", command) for command in next_commands]
         end = "finished" if self.step >= self.plan.total_steps else "stopped early by loop.early_stop_epochs"
         title = f"{end}: {self.step:,} steps in {show_duration(seconds)}"

@@ -171,10 +171,8 @@ def _write(folder: Path, curve: _Curve, about: dict[str, Any]) -> None:
         write_json(file, {**about, **asdict(curve), "smoothed": smoothed})
     if not curve.losses:
         return
-    rate = about["taken"]
-    outcome = "no answer" if rate is None else f"takes {rate:.3g}"
-    title = f"{folder.resolve().name}: range test, {len(curve.losses)} updates, {outcome}"
+    title = f"{folder.resolve().name}: range test, {len(curve.losses)} updates"
     picture = folder / "plots/lr_finder_plot.png"
     with ignore_write_errors(picture):
-        plot_range_test(curve.rates, (curve.losses, smoothed), rate, title, picture)
+        plot_range_test(curve.rates, (curve.losses, smoothed), about["taken"], title, picture)
     log.info("lr_finder: see %s", picture)

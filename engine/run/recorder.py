@@ -27,7 +27,7 @@ from utils.ranks import distributed
 from utils.ranks.watchdog import Watchdog
 from utils.record.figures import show_duration
 from utils.record.logging import get_logger
-from utils.record.metrics_log import MetricsLog, Row, keep_rows
+from utils.record.metrics_log import MetricsLog, keep_rows
 from utils.record.progress import Bar
 from utils.record.report import keep_pictures, write_report
 from utils.record.run_folder import mark_complete
@@ -174,11 +174,6 @@ class Recorder:
         if self._tracking.samples:
             self._samples = _SampleLog(self.folder, step)
         self.skips.open(self.folder, train.path_of, step)
-
-    @property
-    def rows(self) -> Sequence[Row]:
-        """The rows of metrics so far, on rank 0."""
-        return () if self._metrics is None else self._metrics.rows
 
     @property
     def _files(self) -> list[AppendFile]:

@@ -100,9 +100,10 @@ def _start_screen(
     count = sum(parameter.numel() for network in networks.values() for parameter in network.parameters())
     source = "" if config.init_from is None else f", begins with {config.init_from}"
     rows = [*streams.described.items(), ("training", _show_length(config, plan, streams))]
+    rate = "found by a range test before the first update" if plan.range_test_steps else f"{plan.lr:.3g}"
     rows += [
-        ("rate", f"{_show_rate(config, plan)}, {config.optim.name}, schedule {config.schedule.name}"),
-        ("machine", _show_machine(config, plan, runtime)),
+        ("rate", f"{rate}, {config.optim.name}, schedule {config.schedule.name}"),
+        ("machine", _show_machine(plan, runtime)),
     ]
     return show_lines(f"{config.task.name}, {config.model.name}, {count:,} parameters{source}", rows)
 
@@ -114,25 +115,14 @@ def _show_length(config: TrainingConfig, plan: Plan, streams: Streams) -> str:
     steps = f"{epoch}, {plan.total_steps:,} in all, of {plan.batch_size} images each"
     evaluation = f"evaluated every {plan.evaluate_every_epochs:.3g} epochs"
     if streams.evaluation_samples == 0:
-        stops = "" if config.loop.early_stop_epochs is None else ", and loop.early_stop_epochs has no effect"
-        evaluation = f"no validation images: no evaluation loss and no best weights; the last are exported{stops}"
+        evaluation = "no validation images: no evaluation loss and no best weights; the last are exported"
     return f"{plan.shown_epoch(plan.total_steps):g} epochs of {steps}; {evaluation}"
 
 
-def _show_rate(config: TrainingConfig, plan: Plan) -> str:
-    if plan.range_test_steps:
-        return "found by a range test before the first update"
-    if config.optim.lr is not None:
-        return f"{plan.lr:.3g} (optim.lr)"
-    return f"{plan.lr:.3g} (optim.base_lr={config.optim.base_lr:g} x {plan.batch_size} / 256)"
-
-
-def _show_machine(config: TrainingConfig, plan: Plan, runtime: Runtime) -> str:
+def _show_machine(plan: Plan, runtime: Runtime) -> str:
     ranks = "" if plan.world_size == 1 else f"{plan.world_size} ranks, each "
     batches = ""
-    if config.loop.micro_batch_size == "auto":
-        batches = ", micro-batches as large as memory allows"
-    elif plan.accum_steps > 1:
+    if plan.accum_steps > 1:
         batches = f", {plan.accum_steps} micro-batches of {plan.micro_batch_size} an update"
     threads = f"{torch.get_num_threads()} threads, {runtime.workers} loader workers"
     return f"{ranks}{runtime.device_name}, {runtime.precision}, {threads}{batches}"

@@ -302,7 +302,7 @@ class DiffusionTask(Task):
             tensors = from_single_file("unet", tensors)
         refuse_misfits(tensors, split_exported(self, self.state_dict())[0], str(path), advice)
         if not is_meta(self):
-            self.load_state_dict(join_exported(self, tensors, {}), strict=False)
+            self.load_state_dict(join_exported(self, tensors), strict=False)
         stated = metadata.get("origin") or (read_header(path)[1] if path.suffix == ".safetensors" else {})
         with readable(path, "weight"):
             own = stated.get("license") or stated.get("modelspec.license") or stated_license(source.source)

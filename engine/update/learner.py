@@ -21,7 +21,7 @@ from engine.update.parallel import is_sharded, no_sync, take_gradients, wrap_tas
 from engine.update.runtime import Runtime, choose_compile
 from engine.update.step import StepResult, clip_gradients, first_scale, forward_backward, next_scale, reduce_figures
 from optim.alone import FusedBackward, step_by_gradients, store_in_bf16
-from optim.build import at_average, build_optimizer, can_be_recorded, skips_on_device, to_training_point
+from optim.build import at_average, build_optimizer, can_be_recorded, to_training_point
 from optim.ema import Averages, ema_decay_at
 from optim.groups import build_groups, drop_frozen_gradients, parameters_of, set_group_values
 from optim.schedules import GroupValues, Schedule
@@ -65,8 +65,6 @@ class Learner:
             group["params"] = sharded.own_parts(group["params"])
         self.optimizer = build_optimizer(config.optim, groups, plan.lr)
         to_training_point(self.optimizer)
-        if not skips_on_device(self.optimizer):
-            log.warning("optim: %s cannot skip a step on the device; each step waits for the GPU", config.optim.name)
         self.fused = FusedBackward(self.optimizer) if getattr(config.optim, "fused_backward", False) else None
         may_halve = self.fused is None and not distributed.is_distributed()  # else other ranks wait in a collective
         self.micro_batches = MicroBatches(plan.micro_batch_size, may_halve=may_halve)
