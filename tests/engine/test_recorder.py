@@ -71,16 +71,6 @@ def test_pictures_that_take_time_are_drawn_with_the_curves(tmp_path, clock, monk
     assert {path.name for path in (tmp_path / "plots/steps/00000020").iterdir()} == {"made.png", "slow.png"}
 
 
-@pytest.mark.parametrize(("left_sec", "says"), [(540.0, False), (700.0, True)])
-def test_a_machine_that_becomes_slower_is_said_once(left_sec, says, tmp_path, clock, monkeypatch, log):
-    recorder = make_recorder(tmp_path)
-    monkeypatch.setattr(engine.run.recorder.time, "monotonic", lambda: engine.run.recorder.STARTED + 60.0)
-    recorder.ends_at, recorder.bar = engine.run.recorder.STARTED + 600.0, SimpleNamespace(left_sec=left_sec)
-    recorder._warn_if_late()
-    recorder._warn_if_late()
-    assert log.text.count("steps have become slower; they are kept, and end about 2:40 late") == says
-
-
 def train_to(recorder, clock, first, last, evaluation=5.0):
     """Pass steps of 0.2 s each, then an evaluation."""
     for step in range(first, last):
