@@ -93,15 +93,8 @@ class Judge(nn.Module):
         if self.path.suffix == ".onnx":
             self._predictor = onnx_predictor(self.path, torch.device("cpu"))
         else:
-<<<<<<< HEAD
             kind, setup, metadata = read_setup(self.path, {"tagging": TaggingKind()})
             task = load_task(self.path, kind, setup, "export")
-=======
-            shapes, metadata = read_weights(self.path, shapes_only=True)
-            kind, setup = check_weights(self.path, shapes, metadata, {"tagging": TaggingKind()})
-            task = kind.build(setup)
-            task.load_state_dict(join_exported(task, read_weights(self.path)[0]), strict=False)
->>>>>>> 52bbff57 (Advice is lines of the last screen; a run's result is written at each evaluation; one reader of a checkpoint's recipe)
             self._model.append(ImageModel(task.network, setup.normalise(), kind.output).eval())
             self._predictor = torch_predictor(self._model[0], {**metadata, "output": kind.output}, torch.device("cpu"))
         self.names = self._predictor.names

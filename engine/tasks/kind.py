@@ -292,5 +292,5 @@ def load_task(path: Path, kind: Kind, setup: Setup, use: Use) -> Task:
     """Return the task of a weight file that `read_setup` has checked, with the helpers that `use` needs."""
     task = kind.build(setup)
     task.load_helpers(use)
-    task.load_state_dict(join_exported(task, read_weights(path)[0], {}), strict=False)
+    task.load_state_dict(join_exported(task, read_weights(path)[0]), strict=False)
     return task.eval()
