@@ -221,14 +221,14 @@ def plan_recipe(
 ) -> tuple[ImageTrainingConfig, Job]:
     """Return the configuration and the job with the words of the rules, or those that the run's first start chose.
 
-    Other scripts than train.py, and kinds without a plan, keep the recipe of the command.
+    Other scripts than train.py, and kinds without classes or tags, keep the recipe of the command.
     """
-    if job.script != "train" or not kind.is_planned:
+    if job.script != "train" or kind.output not in ("classes", "tags"):
         return config, job
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
-        labels = kind.labels_for_plan(config, collection)
+        labels = collection.class_ids(collection.class_names("train")) if kind.output == "classes" else None
         words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
     else:
         words = before[1]
@@ -239,7 +239,7 @@ def plan_recipe(
 def _choose_words(
     config: ImageTrainingConfig, job: Job, collection: Collection, labels: np.ndarray | None, runtime: Runtime
 ) -> list[str]:
-    """Find the facts, apply the rules and log the plan, and what twice the time would change.
+    """Find the facts, apply the rules and log the plan.
 
     labels: the class of each row of the collection, negative for none; None: it has tags.
     """
@@ -249,15 +249,12 @@ def _choose_words(
     facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks_for_weights)
     chosen = []
     lines = []
-    longer = replace(facts, reference=2 * facts.reference)
-    for rule, later in zip(list_rules(facts), list_rules(longer)):
+    for rule in list_rules(facts):
         if kept := [word for word in given if any(_touches(word, group) for group in rule.groups)]:
             lines.append((" ".join(kept), "as set"))
         elif rule.words:
             chosen += rule.words
-            changes = [word for word in later.words if word not in rule.words]
-            more = f"; in twice the time {' '.join(changes)}" if changes else ""
-            lines.append((" ".join(rule.words), f"because {rule.why}{more}"))
+            lines.append((" ".join(rule.words), f"because {rule.why}"))
     log.debug("plan: %s", facts)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen

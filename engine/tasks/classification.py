@@ -20,7 +20,7 @@ from engine.measures.tag_scores import decision_rows
 from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, log_mean
-from engine.tasks.head import prepare_head
+from engine.tasks.head import fit_head
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.update.runtime import Runtime
@@ -29,7 +29,6 @@ from utils.contracts import Batch
 from utils.ranks import distributed
 
 _MISTAKES = 48  # images in a picture
-_PREDICTIONS = 40
 _PAIRS = 1000  # rows of the table of confusions
 HEAD_IMAGES = 16384  # enough for a good linear head, fitted in seconds
 
@@ -40,14 +39,14 @@ class ClassificationTaskConfig(MixingConfig):
     name: Literal["classification"]
     label_smoothing: BelowOne
     allow_missing_classes: bool
-    head: Literal["random", "standardised", "fitted", "kept"]
+    head: Literal["random", "fitted", "kept"]
 
     def check_run(self, config: ImageTrainingConfig) -> None:
         """Raise ValueError for task.head=kept without init_from."""
         if self.head == "kept" and config.init_from is None:
             raise ValueError(
                 "task.head: kept needs the head of init_from, but init_from is null; set init_from to a run or a "
-                "weight file, or set task.head=random or standardised"
+                "weight file, or set task.head=random"
             )
 
 
@@ -60,7 +59,8 @@ class ClassificationTask(ImageTask):
     def __init__(self, setup: Setup) -> None:
         super().__init__(setup, outputs=len(setup.facts["class_names"]))
         self.class_names = list(setup.facts["class_names"])
-        self.label_smoothing, self.head = setup.task.label_smoothing, setup.task.head
+        self.label_smoothing = setup.task.label_smoothing
+        self.head = setup.task.head
         self.keep_head = self.head == "kept"
         self.mixing = Mixing(setup.task)
 
@@ -92,15 +92,14 @@ class ClassificationTask(ImageTask):
         """Measure all samples of `val`.
 
         Scalars: loss, top-1, top-5 (top-K with fewer classes), and accuracy and F1, averaged over the classes that have
-        samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`, `predictions`.
+        samples. Tables: `classes`, `confusions`, `decisions`. Images: `confusion`, `mistakes`.
         """
         names = self.class_names
-        most = min(5, len(self.class_names))
+        most = min(5, len(names))
         means = Means()
         counts = ConfusionCounts(len(names))
         decisions = TagHistograms(1)
         mistakes = TopSamples(_MISTAKES)
-        shown = TopSamples(_PREDICTIONS)
         for batch in loaders["val"]:
             labels = batch["labels"]
             valid = batch["weight"] > 0
@@ -116,12 +115,10 @@ class ClassificationTask(ImageTask):
             fields |= {"predicted": predicted, "prob": prob}
             decisions.add(prob.logit()[:, None], hits[:, :1], valid)
             mistakes.add(prob, valid & ~hits[:, 0], fields)
-            shown.add(~batch["key"], valid, fields)  # a row's key is random and fixed, so the same rows are shown
         scalars = means.reduce()
         confusion = counts.reduce()
         report = Report({**scalars, **confusion.macro_scalars()})
         wrong = mistakes.reduce()
-        some = shown.reduce()
         decided = decisions.reduce()
         if distributed.is_main():
             images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
@@ -132,22 +129,23 @@ class ClassificationTask(ImageTask):
             report.images = {
                 "confusion": lambda: draw_confusion(confusion, names),
                 "mistakes": lambda: draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),
-                "predictions": lambda: draw_predictions(some, names, f"The same images each time, of {images}"),
             }
         return report
 
     def describe_images(self, batch: Batch) -> pa.Table:
-        """Return the loss, the first class and its probability; margin: of the label over the best other class."""
+        """Return the label, the first class and its probability, and the loss."""
         logits = self.network(self.normalise(batch["images"])).float()
-        labels = batch["labels"][:, None]
-        probs = logits.softmax(dim=1)
-        prob, first = probs.max(dim=1)
-        margin = probs.gather(1, labels)[:, 0] - probs.scatter(1, labels, -torch.inf).amax(dim=1)
-        loss = F.cross_entropy(logits, labels[:, 0], reduction="none")
-        columns = {"label": labels[:, 0], "prediction": first, "probability": prob, "wrong": first != labels[:, 0]}
-        columns = {name: column.cpu().numpy() for name, column in (columns | {"loss": loss, "margin": margin}).items()}
+        labels = batch["labels"]
+        prob, first = logits.softmax(dim=1).max(dim=1)
         names = np.array(self.class_names, object)
-        return pa.table(columns | {name: names[columns[name]] for name in ("label", "prediction")})
+        columns = {
+            "label": names[labels.cpu()],
+            "prediction": names[first.cpu()],
+            "probability": prob.cpu().numpy(),
+            "wrong": (first != labels).cpu().numpy(),
+            "loss": F.cross_entropy(logits, labels, reduction="none").cpu().numpy(),
+        }
+        return pa.table(columns)
 
 
 class ClassificationKind(Kind):
@@ -155,7 +153,6 @@ class ClassificationKind(Kind):
 
     config = ClassificationTaskConfig
     task = ClassificationTask
-    is_planned = True
     names = ("class_names",)
     output = "classes"
     next_commands = (
@@ -166,10 +163,6 @@ class ClassificationKind(Kind):
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the class names, checked against the validation split."""
         return {"class_names": check_classes(collection, config.task.allow_missing_classes)}
-
-    def labels_for_plan(self, config: ImageTrainingConfig, collection: Collection) -> np.ndarray:
-        """Return the class of each row."""
-        return collection.class_ids(self.find_facts(config, collection)["class_names"])
 
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""
@@ -184,11 +177,11 @@ class ClassificationKind(Kind):
     def prepare(
         self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime
     ) -> None:
-        """Standardise the features of a new head, or fit the head, according to `task.head`."""
-        if task.head not in ("standardised", "fitted"):
+        """Fit the head, with `task.head=fitted`."""
+        if task.head != "fitted":
             return
         is_usable, fields = self.samples(data.collection, setup)
         rows = spread(training_rows(data.collection, config.loop, is_usable), HEAD_IMAGES)
         # Augmented as in training: a head fitted to plain images is overconfident, and the first steps undo the fit.
         loader = data.evaluation(rows, fields, self.views(setup, config.augment))
-        prepare_head(task, loader, runtime, fit=task.head == "fitted")
+        fit_head(task, loader, runtime)

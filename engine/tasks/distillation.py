@@ -106,12 +106,9 @@ class DistillationTask(Task):
             networks = (self.student.network, self.teacher)
             widths = (getattr(network, "head_hidden_size", network.num_features) for network in networks)
             self.projection = nn.Linear(*widths)
-        ours = setup.preprocessing
-        theirs = teacher["preprocessing"]
-        mean = [(b - a) / scale for a, b, scale in zip(ours["mean"], theirs["mean"], ours["std"])]
-        std = [b / scale for b, scale in zip(theirs["std"], ours["std"])]
-        self.renormalise = Normalise(mean, std, len(mean))
-        self._teacher_hw = tuple(theirs["image_size_hw"])
+        stated = teacher["preprocessing"]
+        self.teacher_normalise = Normalise(stated["mean"], stated["std"], setup.model.in_channels)
+        self._teacher_hw = tuple(stated["image_size_hw"])
 
     @about("task.teacher")
     def load_helpers(self, use: Use) -> None:
@@ -133,17 +130,18 @@ class DistillationTask(Task):
         self.origin = self.student.origin
 
     def _mix(self, batch: Batch) -> Tensor:
-        images = self.student.normalise(batch["images"])
+        """Return mixed images, float32 from 0 to 1."""
+        images = batch["images"].float() / 255.0
         return self.mixing(images, images.new_zeros(len(images), 0), batch["weight"])[0]
 
     def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
         """Return mixed images."""
-        return self.student.normalise.undo(self._mix(batch)), [""] * len(batch["weight"])
+        return (self._mix(batch) * 255.0).round(), [""] * len(batch["weight"])
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
         images = self._mix(batch)
-        learned = _run(self.student.network, images, features=self._learns_features)
+        learned = _run(self.student.network, self.student.normalise(images), features=self._learns_features)
         taught = self._teach(images)
         if not self._learns_features:
             return StepOutput(self._config.temperature**2 * self._differ(learned, taught))
@@ -153,8 +151,8 @@ class DistillationTask(Task):
 
     @torch.no_grad()
     def _teach(self, images: Tensor) -> Tensor:
-        """Return the teacher's logits or features; images: normalised for the student."""
-        images = self.renormalise(images)
+        """Return the teacher's logits or features; images: float32 from 0 to 1."""
+        images = self.teacher_normalise(images)
         if images.shape[-2:] != self._teacher_hw:
             images = F.interpolate(images, self._teacher_hw, mode="bicubic", antialias=True)
         return _run(self.teacher, images, features=self._learns_features)

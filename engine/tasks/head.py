@@ -1,9 +1,8 @@
-"""Initialise a new head (`task.head`): standardise its input features, or fit the head like a linear probe.
+"""Fit a new head like a linear probe (`task.head=fitted`), in closed form, in seconds.
 
-After training without labels, features differ little between images, and a head learns small differences slowly.
-`standardised` sets the scale and shift of a layer norm directly before the head, so that each feature has mean 0 and
-standard deviation 1. A random head sends random gradients into a trained network for hundreds of steps. `fitted` solves
-for the head in closed form, in seconds.
+A random head sends random gradients into a trained network for hundreds of steps. After training without labels,
+features also differ little between images, and a head learns small differences slowly. A layer norm directly before the
+head therefore gets the scale and shift with which each feature has mean 0 and standard deviation 1.
 
 Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning; standardised features, He et al. 2021
 (arXiv 2111.06377), section A.1. Differs: the probe is a ridge regression, scaled to minimise the cross-entropy of
@@ -32,12 +31,11 @@ _SCALES = tuple(2.0 ** (step / 2) for step in range(33))  # 1 to 65536; scores o
 
 
 @torch.no_grad()
-def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, fit: bool) -> None:
-    """Standardise the head's input over the loader's images; with `fit`, also fit the head to their labels.
+def fit_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime) -> None:
+    """Standardise the head's input over the loader's images, and fit the head to their labels by ridge regression.
 
-    The fitted weights are a ridge regression of the classes. Without `fit`, the random weights stay. All ranks call it
-    with equal batch sizes and get the same head. Raises UserError if no image could be read, or if the network does not
-    end in one linear layer.
+    All ranks call it with equal batch sizes and get the same head. Raises UserError if no image could be read, or if
+    the network does not end in one linear layer.
     """
     network = task.network
     head = find_head(task.network)
@@ -58,17 +56,12 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
     task.train()
     if len(features) == 0 or not features.isfinite().all():
         raise UserError(
-            f"task.head: {len(features)} images could be read to prepare the head, or their features are not finite; "
+            f"task.head: {len(features)} images could be read to fit the head, or their features are not finite; "
             "set task.head=random"
         )
     mean, scale = standardise(features)
-    weight = head.weight.double().cpu()
-    bias = head.bias.double().cpu()
-    result = "weights drawn"
-    if fit:
-        standard = (features - mean) / scale
-        weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
-        result = f"weights fitted; leave-one-out loss {loss:.3f}, accuracy {accuracy:.3f}"
+    standard = (features - mean) / scale
+    weight, bias, loss, accuracy = distributed.rank_zero_call(lambda: _fit(standard, labels, head.out_features))
     # Layers between norm and head (dropout, flatten) return their input, so the norm's output shares its memory.
     features_in = seen.pop(head)
     same = features_in.data_ptr(), features_in.numel()
@@ -77,13 +70,15 @@ def prepare_head(task: ImageTask, loader: Iterable[Batch], runtime: Runtime, *, 
         weight = weight / scale
         bias = bias - weight @ mean
     else:
-        # A constant feature (infinite scale) is left unchanged; a fitted head gives it no weight.
-        mean, scale = (torch.where(scale.isfinite(), value, other) for value, other in ((mean, 0.0), (scale, 1.0)))
+        # A constant feature (infinite scale) is left unchanged; the head gives it no weight.
+        mean = mean.where(scale.isfinite(), 0.0)
+        scale = scale.where(scale.isfinite(), 1.0)
         norm.weight.copy_(norm.weight.cpu() / scale)
         norm.bias.copy_((norm.bias.cpu() - mean) / scale)
     head.weight.copy_(weight)
     head.bias.copy_(bias)
-    log.info("task.head: features standardised over %s images; %s", f"{len(labels):,}", result)
+    line = "task.head: fitted to %s images; leave-one-out loss %.3f, accuracy %.3f"
+    log.info(line, f"{len(labels):,}", loss, accuracy)
 
 
 def _fit(features: Tensor, labels: Tensor, num_classes: int) -> tuple[Tensor, Tensor, float, float]:

@@ -132,7 +132,6 @@ class Kind:
     model: ClassVar[Any] = ModelConfig  # the schema of the `model` group
     task: ClassVar[type[Task]] = ImageTask
     scripts: ClassVar[tuple[str, ...]] = ("train", "finetune")  # the root scripts that train it
-    is_planned: ClassVar[bool] = False  # whether `loop.minutes` of train.py chooses the recipe
     names: ClassVar[tuple[str, ...]] = ()  # the facts in its weight files; other facts are for training only
     # The output of `network` for one image, a name in models/outputs.py, or None if single images have no output.
     output: ClassVar[str | None] = None
@@ -153,9 +152,6 @@ class Kind:
             f"runtime.memory_gib: {config.runtime.memory_gib:g}, but only task=diffusion predicts its memory; set it "
             "to null"
         )
-
-    def labels_for_plan(self, config: ImageTrainingConfig, collection: Collection) -> np.ndarray | None:
-        """Return the class of each row, negative for none, by which `loop.minutes` plans; None: by no classes."""
 
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the task's facts about the collection. Raises UserError if the collection does not suit the task."""

@@ -42,7 +42,7 @@ from utils.config.bounds import BelowOne, Count
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
-from utils.formats.thresholds import DEFAULT, DEFAULT_LOGIT, PER_TAG, ThresholdTable, find_thresholds
+from utils.formats.thresholds import DEFAULT, PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import FACTS, FILE, RATING, Vocabulary, read_facts, vocabulary_of, write_vocabulary
 from utils.io.weights import InitFrom, find_weights, read_weights
 from utils.ranks import distributed
@@ -172,7 +172,7 @@ class TaggingTask(ImageTask):
         """Return each sample's loss."""
         images, targets = self.views(batch)
         logits = self.network(images).float()
-        return StepOutput(self.label_losses(logits, targets), self._logs(logits, targets, batch["weight"]))
+        return StepOutput(self.label_losses(logits, targets))
 
     def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """Return images for the network, and targets [B, T]. In training, both are mirrored and mixed."""
@@ -191,15 +191,6 @@ class TaggingTask(ImageTask):
         """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""
         losses = tag_loss(self.loss, logits, targets.nan_to_num())
         return losses.where(~targets.isnan(), 0.0).sum(dim=1)
-
-    @torch.no_grad()
-    def _logs(self, logits: Tensor, targets: Tensor, weight: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return precision and recall over all tags at the default threshold."""
-        valid = (weight > 0)[:, None] & ~targets.isnan()
-        predicted = (logits > DEFAULT_LOGIT) & valid
-        positive = (targets > 0.5) & valid
-        hits = (predicted & positive).sum().float()
-        return {"precision": (hits, predicted.sum().float()), "recall": (hits, positive.sum().float())}
 
     # -------------------------------------------------------------------------------------------------- evaluation
 
@@ -244,7 +235,7 @@ class TaggingTask(ImageTask):
         return report, counts
 
     def describe_images(self, batch: Batch) -> pa.Table:
-        """Return the tags, those above `thresholds`, the errors and the loss; margin: lowest tag over highest other.
+        """Return the tags, those above `thresholds`, the errors and the loss.
 
         wrong_by, missed_by: how far the probability of each error is from the tag's threshold.
         """
@@ -254,14 +245,13 @@ class TaggingTask(ImageTask):
         has = targets == 1
         lacks = targets == 0
         found = probs >= self.thresholds
-        margin = np.where(has, probs, np.inf).min(axis=1) - np.where(lacks, probs, -np.inf).max(axis=1)
         masks = {"tags": has, "prediction": found, "wrong": found & lacks, "missed": has & ~found}
         names = np.broadcast_to(np.array(self.vocabulary.names, object), probs.shape)
         columns = {name: _select(names, mask, pa.string()) for name, mask in masks.items()}
         distance = np.abs(probs - self.thresholds)
         columns["probability"] = _select(probs, found, pa.float32())
         columns |= {f"{name}_by": _select(distance, masks[name], pa.float32()) for name in ("wrong", "missed")}
-        return pa.table({**columns, "loss": loss.cpu().numpy(), "margin": margin})
+        return pa.table({**columns, "loss": loss.cpu().numpy()})
 
     def calibrate(
         self, batches: Iterable[Batch], leads: np.ndarray, precision: float, recall: float
@@ -405,7 +395,6 @@ class TaggingKind(Kind):
 
     config = TaggingTaskConfig
     task = TaggingTask
-    is_planned = True
     names = FACTS
     output = "tags"
     evaluation_command = "python evaluate.py run_dir={run} calibrate=true"

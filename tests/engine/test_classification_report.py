@@ -157,5 +157,5 @@ def test_training_and_evaluate_write_the_same_tables(tmp_path):
     for name in ("classes", "confusions", "decisions"):
         files = [tmp_path / f"run/tables/{prefix}{name}.csv" for prefix in ("", "evaluate_")]
         assert files[0].read_text() == files[1].read_text()
-    for name in ("confusion", "mistakes", "predictions"):
+    for name in ("confusion", "mistakes"):
         assert all((tmp_path / f"run/plots/{prefix}{name}.png").exists() for prefix in ("", "evaluate_"))

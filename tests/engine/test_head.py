@@ -1,6 +1,5 @@
 """How a head begins: it recognises what a linear layer can, on standardised features, and whole runs begin with it."""
 
-import copy
 import shutil
 
 import pytest
@@ -8,8 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from engine.tasks.head import prepare_head
-from models.image_model import find_head
+from engine.tasks.head import fit_head
 from tests.engine.test_tasks import make_batch, make_classifier
 from tests.engine.test_tasks import runtime as runtime  # a fixture
 from tests.in_process import TINY, run
@@ -36,17 +34,20 @@ def measure(task, batches):
     return F.cross_entropy(logits, labels).item(), (logits.argmax(1) == labels).double().mean().item()
 
 
-def test_the_fitted_head_recognises_and_nothing_else_changes(runtime):
+@pytest.mark.parametrize("norm", [True, False])
+def test_the_fitted_head_recognises_and_nothing_else_changes(norm, runtime):
     task, batches = make_classifier(), make_batches()
+    if not norm:
+        task.network.norm = nn.Identity()
     before = {name: tensor.clone() for name, tensor in task.network.state_dict().items()}
     loss_before, _ = measure(task, batches)
     state = torch.random.get_rng_state()
-    prepare_head(task, batches, runtime, fit=True)
+    fit_head(task, batches, runtime)
     assert torch.equal(state, torch.random.get_rng_state())
     loss, share = measure(task, batches)
     assert share > 0.75 and loss < 0.7 * loss_before and task.network.training
     after = task.network.state_dict()
-    changed = {"head.weight", "head.bias", "norm.weight", "norm.bias"}
+    changed = {"head.weight", "head.bias"} | ({"norm.weight", "norm.bias"} if norm else set())
     assert {name for name in after if not torch.equal(after[name], before[name])} == changed
 
 
@@ -55,33 +56,10 @@ def test_a_head_that_would_not_recognise_other_images_starts_cautious(runtime):
     task, batches = make_classifier(), make_batches(count=2)
     for number, batch in enumerate(batches):
         batch["labels"] = torch.randint(4, (8,), generator=torch.Generator().manual_seed(number))
-    prepare_head(task, batches, runtime, fit=True)
+    fit_head(task, batches, runtime)
     with torch.no_grad():
         logits = task.network(task.normalise(batches[0]["images"]))
     assert F.softmax(logits, dim=1).max() < 0.6
-
-
-def features_of(task, batches):
-    """What the head is given, all images."""
-    given = []
-    hook = find_head(task.network).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    measure(task.eval(), batches)
-    hook.remove()
-    return torch.cat(given)
-
-
-@pytest.mark.parametrize("norm", [True, False])
-def test_without_a_fit_the_head_keeps_its_drawn_weights_for_standardised_features(norm, runtime):
-    task, batches = make_classifier(), make_batches()
-    if not norm:
-        task.network.norm = nn.Identity()
-    head = copy.deepcopy(task.network.head)
-    raw = features_of(task, batches)
-    prepare_head(task, batches, runtime, fit=False)
-    standard = (raw - raw.mean(dim=0)) / raw.std(dim=0, correction=0)
-    with torch.no_grad():
-        torch.testing.assert_close(task.network.head(features_of(task, batches)), head(standard), atol=1e-4, rtol=0)
-    assert torch.equal(task.network.head.weight, head.weight) == norm
 
 
 def test_padding_and_unreadable_images_are_ignored(runtime):
@@ -91,12 +69,12 @@ def test_padding_and_unreadable_images_are_ignored(runtime):
         if junk:
             bad = make_batch(size=8, seed=99) | {"labels": torch.zeros(8, dtype=torch.int64)}
             batches.append(bad | {"weight": torch.zeros(8), "sample_id": torch.arange(8) + 1000})
-        prepare_head(task, batches, runtime, fit=True)
+        fit_head(task, batches, runtime)
         heads.append(task.network.head.weight.clone())
     assert torch.equal(*heads)
     unreadable = [batch | {"weight": torch.zeros(8)} for batch in batches]
     with pytest.raises(ValueError, match=r"^task\.head: 0 images could be read"):
-        prepare_head(task, unreadable, runtime, fit=True)
+        fit_head(task, unreadable, runtime)
 
 
 # --- whole runs
@@ -119,7 +97,7 @@ def test_a_run_begins_with_it_and_resumes_without_it(place):
     given = ["task.head=fitted", "run_dir=fitted"]
     finetune(place, *given)
     text = (place / "fitted/log.txt").read_text()
-    assert "task.head: features standardised over 24 images; weights fitted; leave-one-out loss " in text
+    assert "task.head: fitted to 24 images; leave-one-out loss " in text
     finetune(place, *given, "loop.total_steps=4")
     assert "task.head" not in (place / "fitted/log.txt").read_text()[len(text) :]
 

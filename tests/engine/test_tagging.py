@@ -83,8 +83,7 @@ def test_mixup_takes_the_ratings_out_where_either_is_unknown():
     assert unknown[:, :4].tolist() == [[True] * 4, [False] * 4, [False] * 4, [True] * 4] and not unknown[:, 4:].any()
     share = float(targets[1, 1])
     assert 0 < share < 1 and targets[2].tolist() == pytest.approx([0, 1 - share, share, 0, 0, 1 - share, share, 0])
-    output = task(batch, 0.0)
-    assert output.loss.isfinite().all() and all(value.isfinite() for pair in output.logs.values() for value in pair)
+    assert task(batch, 0.0).loss.isfinite().all()
 
 
 def test_images_and_tags_are_mirrored_together_and_in_training_alone():
