@@ -414,7 +414,7 @@ class DiffusionTask(Task):
         return losses.index_put((low,), perceptual_loss(self.vae, *outputs))
 
     def predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor, pooled: Tensor, ids: Tensor) -> Tensor:
-        """Return the U-Net's output, float32 [B, 4, h, w]. On the meta device, its shapes (engine/recipe/memory.py).
+        """Return the U-Net's output, float32 [B, 4, h, w]. On fake tensors, its shapes (engine/recipe/memory.py).
 
         ids: float32 [B, 6], never cast: bfloat16 rounds sizes from 1,024 to 2,048 to multiples of 8.
         Source: Podell et al. 2023 (arXiv 2307.01952), section 2.2, micro-conditioning.
