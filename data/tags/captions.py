@@ -31,6 +31,7 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
+_SEPARATOR = ", "  # between tags
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
 _HELD = 200_000  # tags in memory while they are counted
@@ -58,7 +59,7 @@ class CaptionConfig(Strict):
     source: the caption as it is, or the tags in words; a row without it uses the other. lines: use one of the lines of
     a caption at random (the first in evaluation), always the first, or all as one text. caption_dropout: probability
     that the caption is dropped. dropout_to: the input for a dropped caption: the embedding of the empty text, or zeros.
-    The text is split into tags at separators, unless it is a sentence (`is_sentence`). The first `keep_first` tags
+    The text is split into tags at commas, unless it is a sentence (`is_sentence`). The first `keep_first` tags
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
     these categories come first, in this order; those of other categories follow. dropout: by category, in place of
     `tag_dropout`. keep_tokens_separator: what is before it stays in front, in place of `keep_first`, and what is after
@@ -68,7 +69,6 @@ class CaptionConfig(Strict):
 
     source: Literal["caption", "tags"]
     lines: Literal["one_of", "first", "join"]
-    separator: Annotated[str, Field(min_length=1)]
     keep_first: CountOrZero
     shuffle: bool
     tag_dropout: Fraction
@@ -100,16 +100,14 @@ class CaptionConfig(Strict):
         """Return the texts of a row, at least one, which may be empty. Only `lines=one_of` returns several."""
         lines = [line.strip() for line in (row.caption or "").split("\n") if line.strip()]
         if not lines or self.source == "tags":
-            tags = self.separator.join(filter(None, map(self.spell, row.tags or ())))
+            tags = _SEPARATOR.join(filter(None, map(self.spell, row.tags or ())))
             lines = [tags] if tags or not lines else lines
         if self.lines == "join":
-            lines = [self.separator.join(lines)]
-        lines = lines[:1] if self.lines == "first" else lines
-        if self.order or self.dropout:
-            lines = list(map(Text, lines))
-            for line in lines:
-                line.tags = row.tags or ()
-        return lines
+            lines = [_SEPARATOR.join(lines)]
+        texts = list(map(Text, lines[:1] if self.lines == "first" else lines))
+        for text in texts:
+            text.tags = row.tags or ()
+        return texts
 
     def draw(self, texts: list[str], generator: torch.Generator | None, vary: Vary) -> tuple[str, bool]:
         """Return the caption of a sample from the texts of its row, and whether it is dropped ("").
@@ -139,21 +137,25 @@ class CaptionConfig(Strict):
         tags = [*itertools.chain(*split)]
         if (generator is None and not self.order) or (tags and is_sentence(tags)):
             tags = [text] if len(parts) == 1 else tags
-            return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
-        keep = self.keep_first if len(parts) == 1 else len(split[0])
-        others = tags[keep : len(tags) - len(split[2])] if len(parts) == 3 else tags[keep:]
-        categories = self.find_categories(others, text)
-        kept = torch.arange(len(others))
+        else:
+            first = self.keep_first if len(parts) == 1 else len(split[0])
+            end = len(tags) - len(split[2]) if len(parts) == 3 else len(tags)
+            tags[first:end] = self._choose(tags[first:end], text, generator)
+        return _SEPARATOR.join(filter(None, [self.prefix, *tags, self.suffix]))
+
+    def _choose(self, tags: list[str], text: str, generator: torch.Generator | None) -> list[str]:
+        """Return tags of a text in their order; with a generator, without those that are dropped."""
+        categories = self.find_categories(tags, text)
+        kept = torch.arange(len(tags))
         if generator is not None:
             dropout = self.dropout or {}
             rates = torch.tensor([dropout.get(category, self.tag_dropout) for category in categories])
-            kept = kept[torch.rand(len(others), generator=generator) >= rates]
+            kept = kept[torch.rand(len(tags), generator=generator) >= rates]
             if self.shuffle:
                 kept = kept[torch.randperm(len(kept), generator=generator)]
         ranks = {category: rank for rank, category in enumerate(self.order or ())}
         chosen = sorted(kept.tolist(), key=lambda index: ranks.get(categories[index], len(ranks)))
-        tags[keep : keep + len(others)] = [others[index] for index in chosen]
-        return self.separator.join(filter(None, [self.prefix, *tags, self.suffix]))
+        return [tags[index] for index in chosen]
 
     def find_categories(self, pieces: Sequence[str], text: str) -> list[str]:
         """Return the category of each tag of a text: of the row's tag, its own, or by _KNOWN; else general."""
@@ -168,8 +170,8 @@ class CaptionConfig(Strict):
 
     def split(self, text: str) -> list[str]:
         """Split a text into tags, without emphasis."""
-        text = text.replace(self.keep_tokens_separator, self.separator) if self.keep_tokens_separator else text
-        return split_tags(read_emphasis(text).plain if self.emphasis else text, self._separator)
+        text = text.replace(self.keep_tokens_separator, _SEPARATOR) if self.keep_tokens_separator else text
+        return split_tags(read_emphasis(text).plain if self.emphasis else text)
 
     def spell(self, tag: str) -> str:
         """Return a tag in words, as part of a caption."""
@@ -181,17 +183,11 @@ class CaptionConfig(Strict):
         how = "" if self.emphasis else ", which is text"
         return f"{count:,} have emphasis{how} (task.captions.emphasis={str(self.emphasis).lower()})" if count else ""
 
-    @property
-    def _separator(self) -> str:
-        return self.separator.strip() or self.separator
-
     def _split_marked(self, text: str) -> list[str]:
         """Split a text into tags, but not within the brackets of emphasis."""
-        separator = self._separator
-        hidden = "\0" * len(self._separator)
         for start, end in read_emphasis(text).spans if self.emphasis else ():
-            text = text[:start] + text[start:end].replace(separator, hidden) + text[end:]
-        return [piece.replace(hidden, separator) for piece in split_tags(text, separator)]
+            text = text[:start] + text[start:end].replace(",", "\0") + text[end:]
+        return [piece.replace("\0", ",") for piece in split_tags(text)]
 
 
 class Captions:
@@ -230,9 +226,7 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     if len(without := rows[counts["empty"]]):
         names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
         log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(without):,}", names)
-    lines = pc.match_substring(table["caption"], "\n").fill_null(False).to_numpy()[rows] & counts.get("caption", False)
-    several = f"; {lines.sum():,} have several lines (task.captions.lines={config.lines})" if lines.any() else ""
-    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any()) + several
+    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
 
 
 def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> dict[str, dict[str, int]]:

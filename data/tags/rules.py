@@ -16,8 +16,6 @@ from utils.formats.spelling import AMBIGUOUS_RATINGS, Tag, parse_rating, parse_t
 from utils.io.files import canonical_json, readable, sha256_text
 
 Category = Literal["general", "artist", "copyright", "character", "meta"]
-# Names of columns in dumps: an alias or a tag, what it means or implies, and whether it is in use.
-_HEADERS = (("antecedent_name", "alias", "from", "tag"), ("consequent_name", "implied_tag", "to", "tag"), ("status",))
 
 
 class TagRulesConfig(Strict):
@@ -139,28 +137,16 @@ def _read_tables(rating_s: str | None, aliases: str | None, implications: str | 
 
 
 def _read_pairs(path: str | None, key: str) -> list[tuple[Tag, Tag]]:
-    """Read a CSV file with two columns of tags, or a dump of a booru; [] for None. Raises UserError (`key`).
-
-    A dump names the columns `antecedent_name` and `consequent_name`, and may have a `status`; or it has no header, and
-    in each row a tag, its category and count, and its aliases, as tag completion uses it.
-    """
+    """Read a CSV file with two columns of tags; [] for None. Raises UserError (`key`)."""
     if path is None:
         return []
     with about(key), readable(Path(path), "CSV"), open(path, encoding="utf-8-sig", newline="") as stream:
         reader = csv.reader(stream)
         rows = [(reader.line_num, row) for row in reader if row]
-    header = [name.strip().lower() for name in rows[0][1]] if rows else []
-    first, second, status = (next((header.index(name) for name in names if name in header), None) for names in _HEADERS)
-    has_header = first not in (None, second) and second is not None
     pairs = []
-    for line, row in rows[has_header:]:
-        texts = [row]
-        if has_header and len(row) == len(header):
-            texts = [[row[first], row[second]]] if status is None or row[status].lower() == "active" else []
-        elif key.endswith("aliases") and len(row) == 4 and (row[1] + row[2]).isdecimal():
-            texts = [[alias, row[0]] for alias in row[3].split(",") if alias.strip()]
-        for tags in ([parse_tag(text) for text in pair] for pair in texts):
-            if len(tags) != 2 or not all(tag.name for tag in tags):
-                raise UserError(f"{key}: {path}, line {line}: {row}; write two tags, such as a,b")
-            pairs.append(tuple(tags))
+    for line, row in rows:
+        tags = tuple(map(parse_tag, row))
+        if len(tags) != 2 or not all(tag.name for tag in tags):
+            raise UserError(f"{key}: {path}, line {line}: {row}; write two tags, such as a,b")
+        pairs.append(tags)
     return pairs

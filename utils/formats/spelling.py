@@ -82,9 +82,9 @@ def join_tags(words: Iterable[str], separator: str) -> str:
     return separator.join(first.values())
 
 
-def split_tags(text: str, separator: str = ",") -> list[str]:
-    """Split a text into tags at lines and separators, but not at an escaped one (`\\,`)."""
-    pieces = re.split(rf"(?<!\\){re.escape(separator)}|\n", text)
+def split_tags(text: str) -> list[str]:
+    """Split a text into tags at lines and commas, but not at an escaped one (`\\,`)."""
+    pieces = re.split(r"(?<!\\),|\n", text)
     return [piece.strip() for piece in pieces if piece.strip()]
 
 

@@ -113,20 +113,6 @@ def test_aliases_and_implications(tmp_path):
     assert rules.hash != rules_of(tmp_path, "kitty,cat\n").hash != NO_RULES.hash
 
 
-ALIASES = {
-    "alias,tag\ncat ears,animal ears\n": [("cat_ears", "animal_ears")],
-    "id,antecedent_name,consequent_name,status\n1,a,b,active\n2,c,d,deleted\n": [("a", "b")],
-    '1girl,0,41,"1girls,sole_female"\nsolo,0,40,\n': [("1girls", "1girl"), ("sole_female", "1girl")],
-}
-
-
-@pytest.mark.parametrize("text, pairs", ALIASES.items())
-def test_dumps_of_aliases(tmp_path, text, pairs):
-    rules = rules_of(tmp_path, text, "tag,implied_tag\nx,y\n")
-    assert [(name, tag.name) for name, tag in rules.aliases.items()] == pairs
-    assert rules.implications == {"x": [Tag(None, "y")]}
-
-
 def test_bad_rules_are_refused_by_line(tmp_path):
     for aliases, implications, message in (
         ("a,b\nb,c\nc,a\n", "", r"^task.aliases: a -> b -> c -> a "),
