@@ -1,6 +1,6 @@
 """Weights of images by the frequency of their tags, so that common subjects do not dominate rare ones.
 
-facts = find_tag_facts(collection, rows, config, captions)    # from which a task computes the weights
+weights = weigh_images(collection, rows, config, captions)
 """
 
 import functools
@@ -79,17 +79,17 @@ def _find_tags(texts: list[str], captions: CaptionConfig) -> list[str]:
     return [tag for tags in map(captions.split, texts) if tags and not is_sentence(tags) for tag in tags]
 
 
-def find_tag_facts(
-    collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: Captions
-) -> dict[str, list[float]]:
-    """Return counts, factors and shares [T] of the tags of `rows`; an image weighs sum(shares * weights) on average."""
+def weigh_images(collection: Collection, rows: np.ndarray, config: TagWeightsConfig, captions: Captions) -> np.ndarray:
+    """Return the weight of each image, float64 [N]: the mean over its tags that weigh anything, or 1 without any.
+
+    Tags are counted in `rows`, whose images weigh 1 on average.
+    """
     tags = read_tags(collection, captions)
-    factors = tags.factors(config)
+    weights = config.weigh(tags.count(rows, len(tags.names)), tags.factors(config))
     owners = tags.owners()
-    counted = np.isin(owners, rows) & (factors[tags.ids] > 0)
-    ids = tags.ids[counted]
-    owners = owners[counted]
-    sizes = np.bincount(owners, minlength=len(collection))
-    shares = np.bincount(ids, 1 / sizes[owners], minlength=len(factors)) / max(np.count_nonzero(sizes), 1)
-    counts = tags.count(rows, len(factors))
-    return {"counts": counts.tolist(), "factors": factors.tolist(), "shares": shares.tolist()}
+    values = weights[tags.ids]
+    sizes = np.bincount(owners, values > 0, minlength=len(collection))
+    sums = np.bincount(owners, values, minlength=len(collection))
+    means = sums / np.maximum(sizes, 1)
+    tagged = rows[sizes[rows] > 0]
+    return np.where(sizes > 0, means / (means[tagged].mean() if len(tagged) else 1.0), 1.0)

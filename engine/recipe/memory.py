@@ -78,7 +78,7 @@ def _storages(tree: Any) -> dict[int, torch.UntypedStorage]:
 def predict_memory(config: TrainingConfig, precision: str) -> float:
     """Return the GiB of a training step."""
     samples = config.task.samples.model_copy(update={"prompts": []})
-    plain = config.task.model_copy(update={"samples": samples, "judge": None, "tag_weights": None})
+    plain = config.task.model_copy(update={"samples": samples, "judge": None})
     with torch.device("meta"):
         task = DiffusionTask(Setup(config.model, plain))
         task.load_helpers("training")

@@ -19,20 +19,18 @@ from pydantic import Field, model_validator
 from torch import Tensor
 from torch.func import functional_call
 
-from data.collection.choose import training_rows
 from data.collection.collection import Collection
 from data.config import WholeData
-from data.images.sizes import SIZES, image_sizes
-from data.latents.buckets import BucketConfig, Buckets, fitted_views, make_buckets
-from data.open import Data, describe_collection
+from data.latents.buckets import BucketConfig, fitted_views
+from data.open import Data
 from data.stream.loader import no_fields
-from data.stream.order import Draw, View, build_sampler
+from data.stream.order import Draw, View
 from engine.config import TrainingConfig
 from engine.measures.images import measure_psnr, measure_ssim
 from engine.measures.means import Means
 from engine.measures.top_samples import TopSamples
-from engine.task import Report, StepOutput, Streams, Task, Use, log_mean
-from engine.tasks.diffusion_kind import BucketedKind
+from engine.task import Report, StepOutput, Task, Use, log_mean
+from engine.tasks.diffusion_kind import BucketedKind, Reading, find_buckets
 from engine.tasks.kind import Setup, TaskConfig, TaskTrainingConfig
 from models.perceptual import (
     PatchDiscriminator,
@@ -152,8 +150,7 @@ class AutoencoderTask(Task):
         if self._model.vae is not None:
             self.origin = {"source": self._model.vae, "layout": "VAE", "license": stated_license(self._model.vae)}
         elif (path := self._model.path) is not None:
-            known = describe(path)
-            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
+            self.origin = {"source": path, "layout": "VAE", "license": describe(path)["license"]}
 
     # ------------------------------------------------------------------------------------------------------ training
 
@@ -290,30 +287,17 @@ class AutoencoderKind(BucketedKind):
                     network.load()
         return {}
 
-    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the training stream. Raises UserError (`task.crop_px`, `task.buckets`)."""
-        collection = data.collection
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the images of some rows, in training random crops. Raises UserError (`task.crop_px`)."""
         crop_px = setup.task.crop_px
-        rows = training_rows(collection, config.loop)
-        buckets = _assign(data, setup, rows)
-        buckets.refuse_none(len(rows))
-        if (least := buckets.sizes_hw.min()) < crop_px:
-            raise UserError(f"task.crop_px: {crop_px} is larger than a bucket's side of {least} px; set at most that")
-        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
-        views = {"images": _crops(fitted_views(buckets.sizes_hw, setup.task.buckets)["images"], crop_px)}
-        described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        train = data.train(buckets.rows, no_fields, views, sampler=sampler)
-        return Streams(train, {}, data.fingerprints, described=described)
-
-    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`: whole images in their buckets, cropped in the centre."""
-        buckets = _assign(data, setup, rows)
-        views = {"images": fitted_views(buckets.sizes_hw, setup.task.buckets.for_evaluation())["images"]}
-        return {"val": data.evaluation(buckets.rows, no_fields, views, groups=buckets.groups)}
-
-
-def _assign(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
-    return make_buckets(data.collection, rows, image_sizes(data.collection, rows, SIZES), setup.task.buckets)
+        buckets = find_buckets(data, setup, rows)
+        view = fitted_views(buckets.sizes_hw, setup.task.buckets)["images"]
+        if training:
+            least = buckets.sizes_hw.min(initial=crop_px)
+            if least < crop_px:
+                raise UserError(f"task.crop_px: {crop_px} is more than a bucket's side of {least} px; set at most that")
+            view = _crops(view, crop_px)
+        return buckets, data, {"images": view}, no_fields
 
 
 def _crops(fitted: View, crop_px: int) -> View:

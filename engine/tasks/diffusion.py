@@ -7,9 +7,8 @@ Noise, timesteps and sampled latents are drawn on the device from each sample's 
     token_ids [B, chunks, 77], and token_weights with task.captions.emphasis; from the cache prompt_embeds [B, L, D] and
         pooled_prompt_embeds [B, P]
     is_dropped [B] bool: the caption was dropped; strata [B, 2]: the sample's position in the global batch, and its size
-    concept_weight [B], and is_prior [B] bool, if `data.concepts` has one
+    loss_weight [B], in training, by concept and tags; is_prior [B] bool, if `data.concepts` has one
     mask [B, 1, h, w] float16, with task.mask: where the loss counts
-    ragged tags, with task.tag_weights: `TagBalance` computes the sample's weight
 
 Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other parts of a step, with the equations.
 """
@@ -26,7 +25,6 @@ from torch import Tensor, nn
 from data.collection.concepts import find_repeats
 from data.latents.buckets import BucketConfig
 from data.latents.masks import MASK, MaskConfig
-from data.stream.batch import multi_hot
 from data.tags.captions import CaptionConfig
 from data.tags.tag_weights import TagWeightsConfig
 from engine.config import TrainingConfig
@@ -197,26 +195,6 @@ class DiffusionTaskConfig(TaskConfig):
             self.captions.changed(f"{key}.captions", concept.captions)
 
 
-class TagBalance(nn.Module):
-    """Weights of tags, float32 [T], with mean 1 over the collection's images; facts: data/tags/tag_weights.py."""
-
-    def __init__(self, config: TagWeightsConfig, facts: Mapping[str, Sequence[float]]) -> None:
-        super().__init__()
-        weights = config.weigh(np.array(facts["counts"]), np.array(facts["factors"]))
-        mean = weights @ np.array(facts["shares"])
-        weights = torch.from_numpy((weights / (mean or 1.0)).astype(np.float32))
-        self.register_buffer("weights", weights, persistent=False)
-
-    @torch.compiler.disable  # the number of tags changes with each batch
-    @torch.no_grad()
-    def forward(self, batch: Batch) -> Tensor:
-        """Return the mean weight of each sample's tags, float32 [B], or 1 without tags."""
-        has = multi_hot(batch["tags"], batch["tags_offsets"], len(self.weights))
-        sums = (has * self.weights).sum(dim=1)
-        sizes = (has * (self.weights > 0)).sum(dim=1)
-        return torch.where(sizes > 0, sums / sizes.clamp_min(1), 1.0)
-
-
 class DiffusionTask(Task):
     """Own SDXL's networks, trained and frozen, and the LoRA if there is one."""
 
@@ -226,8 +204,6 @@ class DiffusionTask(Task):
         self._config = config
         self._model = setup.model
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images
-        tags = setup.facts.get("tag_weights")  # for training only; weight files do not have it
-        self.tag_balance = None if tags is None else TagBalance(config.tag_weights, tags)
         table = sdxl.build_noise_table(config.noise.zero_terminal_snr)
         self.register_buffer("alphas", table.alpha, persistent=False)  # on the device, so that no step copies them
         self.register_buffer("sigmas", table.sigma, persistent=False)
@@ -249,12 +225,9 @@ class DiffusionTask(Task):
         if config.loss.perceptual is not None:
             used.add("vae")
         self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - used)
-        self._prior: list[np.ndarray] = []  # the base model's pictures of task.judge.prior
         if config.judge is not None:
             self.helpers += ("judge",)
             self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False}
-            if config.judge.prior:
-                self.choices["judge.drift"] = True
 
     def take(self, networks: Networks) -> None:
         for name, network in networks.items():
@@ -313,13 +286,12 @@ class DiffusionTask(Task):
 
     def _refuse_other_noise(self, path: Path, metadata: Mapping[str, Any]) -> None:
         task = metadata.get("task")
-        theirs = task.get("noise") if isinstance(task, dict) else None
-        if self._config.noise.convert or not isinstance(theirs, dict):
+        stated = task.get("noise") if isinstance(task, dict) else None
+        if self._config.noise.convert or not isinstance(stated, dict):
             return
-        for name in ("prediction_type", "zero_terminal_snr"):
-            ours = getattr(self._config.noise, name)
-            if theirs.get(name) != ours:
-                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {theirs.get(name)}; set that")
+        for name, ours in self._config.noise.model_dump(include={"prediction_type", "zero_terminal_snr"}).items():
+            if stated.get(name) != ours:
+                raise UserError(f"task.noise.{name}: {ours}, but {path} was trained with {stated.get(name)}; set that")
 
     def _read_lora(self, path: Path, lora: LoRAConfig) -> tuple[dict[str, Tensor], str]:
         """Return a file's tensors as those of `adapter`, and advice if they do not fit."""
@@ -353,10 +325,8 @@ class DiffusionTask(Task):
             loss = loss + self._config.loss.perceptual.weight * figures["perceptual"]
         if "is_prior" in batch:
             logs["prior_loss"] = log_mean(loss, batch["weight"] * batch["is_prior"])
-        if "concept_weight" in batch:
-            loss = loss * batch["concept_weight"]
-        if self.tag_balance is not None:
-            loss = loss * self.tag_balance(batch)
+        if "loss_weight" in batch:
+            loss = loss * batch["loss_weight"]
         return StepOutput(loss, logs)
 
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
@@ -459,19 +429,10 @@ class DiffusionTask(Task):
         images = batch["images"].float()
         if MASK in batch:
             images = images * nn.functional.interpolate(self._find_counts(batch), images.shape[-2:])
-        weights = batch.get("concept_weight", torch.ones(len(images)))
-        weights = weights if self.tag_balance is None else weights * self.tag_balance(batch)
-        captions = read_texts(batch)
         texts = []
-        for index, weight in enumerate(weights.tolist()):
-            height, width, top, left, *_ = batch["fit"][index].tolist()
-            lines = [f"of {height} x {width}, crop {top}, {left}"]
-            if weight != 1:
-                lines.append(f"weight {weight:.3g}")
-            if "is_prior" in batch and batch["is_prior"][index]:
-                lines.append("prior")
-            lines.append("(caption dropped)" if batch["is_dropped"][index] else captions[index] or "(empty caption)")
-            texts.append("\n".join(lines))
+        for fit, weight, caption in zip(batch["fit"].tolist(), batch["loss_weight"].tolist(), read_texts(batch)):
+            height, width, top, left, *_ = fit
+            texts.append(f"of {height} x {width}, crop {top}, {left}, weight {weight:.3g}\n{caption or '(no caption)'}")
         return images, texts
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
@@ -516,31 +477,13 @@ class DiffusionTask(Task):
             return [encode_prompt(encoders, prompt, **self._config.encoding) for prompt in prompts]
 
     def _judge(self, stream: Iterable[Batch]) -> Report:
-        """Return the judge's report on pictures of held-out captions and `task.judge.prior`, always at one noise."""
-        config = self._config.judge
-        held = gather(stream, len(self.judge.names))
-        texts = enumerate([*(each.caption for each in held), *config.prior])
-        prompts = [self._config.samples.complete(Prompt(text=text, steps=config.steps), seed) for seed, text in texts]
-        pictures = self.sample(prompts)
-        if config.prior and not self._prior:
-            self._prior = self._sample_base(prompts[len(held) :])
-        pairs = list(zip(pictures[len(held) :], self._prior))
-        device = self.alphas.device
-        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures[: len(held)], pairs, device))
-
-    def _sample_base(self, prompts: Sequence[Prompt]) -> list[np.ndarray]:
-        """Return pictures of the base model, from which the trained one may have moved far in a resumed run."""
-        if self._config.lora is not None:
-            self.adapter.detach()
-            pictures = self.sample(prompts)
-            self._attach()
-            return pictures
-        trained = {name: getattr(self, name) for name in self.trained}
-        base = open_networks(self._model, self.trained).items()
-        self.take({name: nn.Module.to(network, self.alphas.device, self.unet.dtype).eval() for name, network in base})
-        pictures = self.sample(prompts)
-        self.take(trained)
-        return pictures
+        """Return the judge's report on pictures of held-out captions, always at the same noise."""
+        held = gather(stream)
+        steps = self._config.judge.steps
+        prompts = [Prompt(text=each.caption, steps=steps) for each in held]
+        complete = [self._config.samples.complete(prompt, seed) for seed, prompt in enumerate(prompts)]
+        pictures = self.sample(complete)
+        return distributed.rank_zero_call(lambda: self.judge.report(held, pictures, self.alphas.device))
 
     def _attach(self) -> None:
         self.adapter.attach(networks_of(self, ADAPTED))

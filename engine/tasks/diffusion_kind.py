@@ -1,6 +1,5 @@
 """SDXL as a kind of training: captioned images in buckets, read from files or from caches of latents and texts."""
 
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache, partial
@@ -21,17 +20,17 @@ from data.latents.latent_cache import LatentCache
 from data.latents.masks import Masked, find_masks
 from data.latents.text_cache import TextCache, vary_caption
 from data.open import Data, describe_collection
-from data.stream.batch import Ragged, Sample
+from data.stream.batch import Sample
 from data.stream.loader import Example, Fields
 from data.stream.order import Views, build_sampler
 from data.stream.source import IMAGE, Source
 from data.tags.captions import CaptionConfig, Captions, count_tags, describe_captions
-from data.tags.tag_weights import ImageTags, find_tag_facts, read_tags
+from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
 from engine.recipe.memory import fit_memory
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
 from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
-from engine.tasks.judge import Judge, judged_stream
+from engine.tasks.judge import Judge, judged_stream, text_field
 from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
 from engine.update.runtime import Runtime
 from models.sdxl.family import ENCODERS
@@ -50,6 +49,8 @@ log = get_logger(__name__)
 
 _TEXTS_AT_ONCE = 16
 
+Reading = tuple[Buckets, Data, Views, Fields]
+
 Encode = Callable[[str], Mapping[str, Tensor]]  # from a caption to the network's inputs
 VaryBy = Callable[[CaptionConfig, str, torch.Generator], str]  # as CaptionConfig.vary_tags
 
@@ -67,6 +68,33 @@ class BucketedKind(Kind):
     def preprocessing(self, config: TrainingConfig) -> dict[str, Any]:
         """Return nothing: weight files do not describe images."""
         return {}
+
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the buckets, data, views and fields of some rows. parts: samples of a step, over all ranks."""
+        raise NotImplementedError
+
+    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
+        """Return the training stream, in buckets."""
+        collection = data.collection
+        rows = training_rows(collection, config.loop)
+        buckets, read, views, fields = self.read(data, setup, rows, config.loop.batch_size, training=True)
+        buckets.refuse_none(len(rows))
+        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, setup.task.chunk)
+        train = read.train(buckets.rows, fields, views, sampler=sampler)
+        described = {"collection": describe_collection(collection), "images": buckets.describe()}
+        trained_on = {"buckets": buckets.count()}
+        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on)
+
+    def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
+        """Return `val`, in buckets, with centred crops and whole captions."""
+        still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
+        buckets, read, views, fields = self.read(data, replace(setup, task=still), rows, 1, training=False)
+        return {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
+
+
+def find_buckets(data: Data, setup: Setup, rows: np.ndarray) -> Buckets:
+    """Return the buckets of some rows."""
+    return make_buckets(data.collection, rows, image_sizes(data.collection, rows, SIZES), setup.task.buckets)
 
 
 class DiffusionKind(BucketedKind):
@@ -88,29 +116,23 @@ class DiffusionKind(BucketedKind):
         return fit_memory(config, job.overrides, runtime.precision, distributed.planned_world_size())
 
     def find_facts(self, config: TrainingConfig, collection: Collection) -> dict[str, Any]:
-        """Return the counts of tags if images have weights by them, and otherwise no facts.
+        """Check the base model and its VAE. There are no facts.
 
         Raises UserError (`task.noise`) if the base model was trained with another prediction type or noise schedule.
         """
-        task, model = config.task, config.model
+        model = config.model
         if model.path is not None:
-            check_noise(model.path, task.noise)
+            check_noise(model.path, config.task.noise)
         if model.vae is not None:
             with torch.device("meta"):
                 load_vae(model.vae)
             if named := unlike_sdxls(model.vae_values):
                 log.warning("model.vae: %s has %s, unlike SDXL's: the U-Net learns other latents", model.vae, named)
-        if task.tag_weights is None:
-            return {}
-        rows = training_rows(collection, config.loop)
-        return {"tag_weights": find_tag_facts(collection, rows, task.tag_weights, Captions(task.captions, collection))}
+        return {}
 
     def source(self, collection: Collection, config: DataConfig, setup: Setup, *, repeats: bool) -> Source:
-        """Return the images. With a latent cache they are read once, so they are not cached."""
-        if setup.task.latent_cache is not None:
-            no_cache = config.cache.model_copy(update={"disk_gib": 0.0, "memory_gib": 0.0})
-            config = config.model_copy(update={"cache": no_cache})
-        return super().source(collection, config, setup, repeats=repeats)
+        """Return the images. With a latent cache they are read once, so they are not kept in memory."""
+        return super().source(collection, config, setup, repeats=repeats and setup.task.latent_cache is None)
 
     def streams(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
         """Return the data of a run. This fills the caches first, except in a dry run."""
@@ -126,27 +148,40 @@ class DiffusionKind(BucketedKind):
         trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
         return replace(streams, described=described, trained_on=trained_on)
 
-    def training(self, data: Data, setup: Setup, config: TrainingConfig) -> Streams:
-        """Return the training stream, in buckets."""
+    def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:
+        """Return the data of some rows, from files or from caches, which are filled first."""
         task = setup.task
         collection = data.collection
-        rows = training_rows(collection, config.loop)
-        tags = None if task.tag_weights is None else read_tags(collection, Captions(task.captions, collection))
-        buckets, read, views, fields = _read(data, setup, rows, config.loop.batch_size, tags, training=True)
-        buckets.refuse_none(len(rows))
-        described = {"collection": describe_collection(collection), "images": buckets.describe()}
-        sampler = build_sampler("shuffled", buckets.rows, collection, config.seed, buckets.groups, task.chunk)
-        train = read.train(buckets.rows, fields, views, sampler=sampler)
-        trained_on = {"buckets": buckets.count()}
-        return Streams(train, {}, read.fingerprints, described=described, trained_on=trained_on)
+        buckets = find_buckets(data, setup, rows)
+        encode, vary = _read_texts(data, setup, rows, training=training)
+        weights = _weigh_rows(collection, rows, task)
+        fields = caption_fields(collection, task.captions, encode, vary, parts, weights)
+        read = data
+        if task.latent_cache is None:
+            find_fit = partial(buckets.draw_fit, config=task.buckets)
+            views = fitted_views(buckets.sizes_hw, task.buckets)
+        else:
+            latents = _open_latents(data, setup, buckets)
+            find_fit = latents.find_fit
+            views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
+            if not data.dry_run:
+                _fill_latents(latents, data, setup)
+                read = data.read_from(latents, latents.fingerprints)
+                views = {}
+        if task.mask is not None:
+            masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
+            digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
+            read = read.read_from(Masked(read.source, masks, buckets, find_fit), {"task.mask": digest})
+
+        def add(example: Example) -> Sample:
+            return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
+
+        return buckets, read, views, add
 
     def evaluation(self, data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> dict[str, Iterable[Batch]]:
-        """Return `val`, in buckets, with centred crops and whole captions, and the pictures of `judge`, if it is on."""
+        """Return `val`, and the pictures of `judge`, if it is on."""
+        loaders = super().evaluation(data, setup, rows, training=training)
         judge = setup.task.judge
-        still = setup.task.model_copy(update={"buckets": setup.task.buckets.for_evaluation()})
-        setup = replace(setup, task=still)
-        buckets, read, views, fields = _read(data, setup, rows, 1, None, training=False)
-        loaders = {"val": read.evaluation(buckets.rows, fields, views, groups=buckets.groups)}
         if judge is not None:
             loaders["judge"] = judged_stream(Judge(judge), judge, data, setup.task.captions, rows)
         return loaders
@@ -178,15 +213,15 @@ def check_noise(path: str, noise: NoiseConfig) -> None:
 
 
 def caption_fields(
-    data: Data, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, tags: ImageTags | None
+    collection: Collection, captions: CaptionConfig, encode: Encode, vary: VaryBy, parts: int, weights: np.ndarray
 ) -> Fields:
-    """Return a function that adds a sample's caption, position in the step, concept, and tags, if they weigh.
+    """Return a function that adds a sample's caption, position in the step, concept, and in training its weight.
 
-    vary: see `CaptionConfig.draw`, for the rules of a row. parts: samples of a step, over all ranks.
+    vary: see `CaptionConfig.draw`, for the rules of a row. parts: see `BucketedKind.read`. weights: of each row's loss.
     """
-    rules = Captions(captions, data.collection)
-    concepts = data.collection.concepts
-    concept_of = data.collection.concept_ids()
+    rules = Captions(captions, collection)
+    concepts = collection.concepts
+    concept_of = collection.concept_ids()
     has_priors = any(concept.is_prior for concept in concepts)
 
     def add(example: Example) -> Sample:
@@ -196,15 +231,23 @@ def caption_fields(
         text, is_dropped = config.draw(config.read(example.row), generator, partial(vary, config))
         strata = torch.tensor([example.draw.position % parts, parts])
         fields = {**encode(text), "is_dropped": is_dropped, "strata": strata}
-        if concepts:
-            fields["concept_weight"] = concepts[concept_of[row]].weight
+        if example.training:
+            fields["loss_weight"] = float(weights[row])
         if has_priors:
             fields["is_prior"] = concepts[concept_of[row]].is_prior
-        if tags is not None:
-            fields["tags"] = Ragged(torch.tensor(tags.of_row(row)).long())
         return fields
 
     return add
+
+
+def _weigh_rows(collection: Collection, rows: np.ndarray, task: DiffusionTaskConfig) -> np.ndarray:
+    """Return the factor of each row's loss, float64 [N], by its concept and its tags."""
+    weights = np.ones(len(collection))
+    if collection.concepts:
+        weights *= np.array([concept.weight for concept in collection.concepts])[collection.concept_ids()]
+    if task.tag_weights is not None:
+        weights *= weigh_images(collection, rows, task.tag_weights, Captions(task.captions, collection))
+    return weights
 
 
 def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -> tuple[Encode, VaryBy]:
@@ -226,7 +269,7 @@ def _read_texts(data: Data, setup: Setup, rows: np.ndarray, *, training: bool) -
     if task.text_cache is not None:
         vary = partial(_draw_variant, most=task.text_variants)
     if data.dry_run:
-        return _encode_bytes, vary
+        return text_field, vary
     if task.text_cache is None:
         return partial(_encode_tokens, chunks=chunks, emphasis=captions.emphasis), vary
     to_encode = [""]
@@ -275,16 +318,10 @@ def _draw_variant(own: CaptionConfig, text: str, generator: torch.Generator, *, 
 
 
 def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTaskConfig, split: str) -> int:
-    """Return the chunks of the longest caption, at most `task.caption_chunks`; log what is special and what is cut."""
+    """Return the chunks of the longest caption, at most `task.caption_chunks`; log emphasis, and what is cut."""
     captions = task.captions
     if summary := captions.describe_emphasis([text for text, _ in pairs]):
         log.info("captions: of %s %s captions %s", f"{len(pairs):,}", split, summary)
-    counts: Counter[str] = Counter()
-    for text, own in pairs:
-        if own.order or own.dropout:
-            counts.update(own.find_categories(own.split(text), text))
-    if counts:
-        log.info("captions: tags of %s captions by category: %s", split, dict(counts.most_common()))
     needed = [count_chunks(own.complete(text), emphasis=captions.emphasis) for text, own in pairs] or [1]
     chunks = min(max(needed), task.caption_chunks)
     if max(needed) > chunks:
@@ -293,45 +330,6 @@ def _count_chunks(pairs: Sequence[tuple[str, CaptionConfig]], task: DiffusionTas
             f"{sum(number > chunks for number in needed):,}", f"{len(pairs):,}", split, chunks, max(needed),
         )  # fmt: skip
     return chunks
-
-
-def _encode_bytes(caption: str) -> dict[str, Ragged]:
-    """Return the caption of a sample of a dry run."""
-    return {"caption": Ragged(torch.tensor([*caption.encode()], dtype=torch.uint8))}
-
-
-def _read(
-    data: Data, setup: Setup, rows: np.ndarray, parts: int, tags: ImageTags | None, *, training: bool
-) -> tuple[Buckets, Data, Views, Fields]:
-    """Return the buckets, data, views and fields of some rows, from files or from caches, which are filled first.
-
-    parts, tags: see `caption_fields`.
-    """
-    task = setup.task
-    collection = data.collection
-    buckets = make_buckets(collection, rows, image_sizes(collection, rows, SIZES), task.buckets)
-    fields = caption_fields(data, task.captions, *_read_texts(data, setup, rows, training=training), parts, tags)
-    read = data
-    if task.latent_cache is None:
-        find_fit = partial(buckets.draw_fit, config=task.buckets)
-        views = fitted_views(buckets.sizes_hw, task.buckets)
-    else:
-        latents = _open_latents(data, setup, buckets)
-        find_fit = latents.find_fit
-        views = views_of(lambda image, draw: find_fit(draw.index, draw.key, draw.group))
-        if not data.dry_run:
-            _fill_latents(latents, data, setup)
-            read = data.read_from(latents, latents.fingerprints)
-            views = {}
-    if task.mask is not None:
-        masks = find_masks(collection, buckets.rows, buckets.image_hw, task.mask.source, training=training)
-        digest = record_key([[row, sha256] for row, (_, sha256, _) in masks.items()])
-        read = read.read_from(Masked(read.source, masks, buckets, find_fit), {"task.mask": digest})
-
-    def add(example: Example) -> Sample:
-        return {**{name: part for name, part in example.record.items() if name != IMAGE}, **fields(example)}
-
-    return buckets, read, views, add
 
 
 def _open_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
@@ -355,5 +353,5 @@ def _fingerprint(model: SDXLConfig, parts: tuple[str, ...]) -> str:
     """Return a hash of some networks' files, or of the single file that has them all."""
     files = base_files(model, parts)
     hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
-    dtypes = sorted({str(frozen_dtype(model, part)).removeprefix("torch.") for part in parts})
-    return record_key(model.name if model.path is None else "", hashes, *dtypes)
+    dtype = str(frozen_dtype(model, parts[0])).removeprefix("torch.")
+    return record_key(model.name if model.path is None else "", hashes, dtype)

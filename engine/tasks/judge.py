@@ -1,7 +1,7 @@
 """A judge for SDXL: a tagger looks at pictures that are drawn for held-out captions (`task.judge`).
 
-    stream = judged_stream(Judge(config), data, captions, rows)     # held-out pictures with their captions and tags
-    report = judge.report(gather(stream), drawn, prior, device)
+    stream = judged_stream(Judge(config), config, data, captions, rows)     # held-out pictures with captions and tags
+    report = judge.report(gather(stream), drawn, device)
 
 The figures are exact on any number of ranks: pictures are drawn on all of them, and looked at one by one on rank 0.
 """
@@ -19,12 +19,12 @@ from torch import Tensor, nn
 from data.augment.transforms import EvalTransform
 from data.images.convert import convert
 from data.open import Data
-from data.stream.batch import Ragged, Sample, multi_hot
+from data.stream.batch import Ragged, Sample
 from data.stream.loader import EvaluationStream, Example
 from data.tags.captions import CaptionConfig, Captions
 from data.tags.tag_weights import read_tags
-from engine.measures.judging import Seen, cosines, judge_pictures, tag_rows
-from engine.task import Report
+from engine.measures.judging import Seen, judge_pictures, tag_rows
+from engine.task import Report, visiting
 from engine.tasks.kind import load_task, read_setup
 from engine.tasks.tagging import TaggingKind
 from models.image_model import ImageModel
@@ -40,27 +40,24 @@ from utils.io.weights import find_weights
 from utils.ranks import distributed
 from utils.record.figures import INK
 from utils.record.logging import get_logger
-from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
+from utils.record.pictures import RIGHT, WRONG, Line, image_grid, legible, shorten
 
 log = get_logger(__name__)
 
 _SHOWN = 5  # unknown tags in a message
 _WIDTH = 26  # characters of a line below a picture
 _LINES = 3  # lines of missing or leaked tags
-_Pair = tuple[np.ndarray, np.ndarray]
 
 
 class JudgeConfig(Strict):
     """weights: a run or weight file of a tagger, or a folder in the WD form.
 
     prompts: the number of held-out captions to draw. steps: of the sampler; None: those of `task.samples`.
-    prior: texts whose pictures should stay those of the base model.
     """
 
     weights: PathText
     prompts: Count
     steps: Count | None = None
-    prior: list[str] = []
 
 
 class Held(NamedTuple):
@@ -110,46 +107,37 @@ class Judge(nn.Module):
 
     def look(self, images: Sequence[Tensor], device: torch.device) -> Seen:
         """Return what the tagger sees, image by image: other batches would change the last digits."""
-        predictor = self._predictor
-        for model in self._model:
-            predictor = torch_predictor(model, predictor.metadata, device)
-        with torch.autocast(device.type, enabled=False):
-            probs = np.concatenate([predictor.predict(image[None]) for image in images])
+        with visiting(device, *self._model), torch.autocast(device.type, enabled=False):
+            predictor = self._predictor
+            for model in self._model:
+                predictor = torch_predictor(model, predictor.metadata, device)
             embed = predictor.embed if predictor.embeds else predictor.predict
-            vectors = np.concatenate([embed(image[None]) for image in images])
-        for model in self._model:
-            model.cpu()
-        return Seen(probs >= self._thresholds, vectors)
+            probs = [predictor.predict(image[None]) for image in images]
+            vectors = [embed(image[None]) for image in images]
+        return Seen(np.concatenate(probs) >= self._thresholds, np.concatenate(vectors))
 
-    def report(
-        self, held: Sequence[Held], drawn: Sequence[np.ndarray], prior: Sequence[_Pair], device: torch.device
-    ) -> Report:
-        """Judge the pictures of the captions of `held`. prior: pictures of now and of the base model.
-
-        Scalars `judge.*`: those of `judge_pictures`, and `drift`: 1 less the mean cosine of the pairs of `prior`.
-        """
+    def report(self, held: Sequence[Held], drawn: Sequence[np.ndarray], device: torch.device) -> Report:
+        """Judge the pictures of the captions of `held`. Scalars `judge.*`: those of `judge_pictures`."""
         prompted = np.stack([each.prompted for each in held])
         others = np.stack([each.others for each in held])
         real = self.look([each.image for each in held], device)
-        seen = self._look_at(drawn, device)
+        seen = self.look([prepare(picture, self.preprocessing) for picture in drawn], device)
         figures = judge_pictures(prompted, others, seen, real)
-        if prior:
-            now, base = (self._look_at(pictures, device).vectors for pictures in zip(*prior))
-            figures["drift"] = float(1 - cosines(now, base).mean())
-        captions = [[(shorten(each.caption, _WIDTH), INK)] for each in held]
-        for sign, color, tags in (("-", RIGHT, prompted & ~seen.tags), ("+", WRONG, others & seen.tags)):
-            for lines, row in zip(captions, tags):
-                names = [self.names[tag] for tag in np.flatnonzero(row)[:_LINES]]
-                lines += [(shorten(f"{sign} {name}", _WIDTH), color) for name in names]
-        captions = [[(legible(text), color) for text, color in lines] for lines in captions]
         title = "  ".join(f"{name} {value:.3g}" for name, value in figures.items())
         title += "\n- prompted and not seen, in blue; + seen and not prompted, in red"
+        captions = [self._describe(each, tags) for each, tags in zip(held, seen.tags)]
         grid = image_grid(drawn, captions, title, columns=4, tile_px=226)
         scalars = {f"judge.{name}": value for name, value in figures.items()}
         return Report(scalars, {"judge": tag_rows(self.names, prompted, others, seen, real)}, {"judge": grid})
 
-    def _look_at(self, pictures: Sequence[np.ndarray], device: torch.device) -> Seen:
-        return self.look([prepare(picture, self.preprocessing) for picture in pictures], device)
+    def _describe(self, held: Held, seen: np.ndarray) -> list[Line]:
+        """Return the lines below a drawn picture: its caption, what is missing, and what is seen unprompted."""
+        missing = np.flatnonzero(held.prompted & ~seen)[:_LINES]
+        leaked = np.flatnonzero(held.others & seen)[:_LINES]
+        lines = [(held.caption, INK)]
+        lines += [(f"- {self.names[tag]}", RIGHT) for tag in missing]
+        lines += [(f"+ {self.names[tag]}", WRONG) for tag in leaked]
+        return [(legible(shorten(text, _WIDTH)), color) for text, color in lines]
 
 
 def judged_stream(
@@ -157,13 +145,22 @@ def judged_stream(
 ) -> EvaluationStream:
     """Return `config.prompts` of `rows`, evenly spread, whose captions have a tag that the judge knows.
 
-    Fields beside `images`: `caption`, in UTF-8; `prompted`, the outputs of the tags in the caption; `others`, those of
-    the other tags of the training split. Raises UserError (`task.judge.weights`) if the judge knows no tag.
+    Fields beside `images`: `caption`, in UTF-8, and bool [T] of the judge's outputs: `prompted`, the tags in the
+    caption, and `others`, the other tags of the training split. Raises UserError (`task.judge.weights`) if the judge
+    knows no tag.
     """
     collection = data.collection
     rules = Captions(captions, collection)
     tags = read_tags(collection, rules)
-    outputs = np.array([judge.outputs.get(parse_tag(name).name, -1) for name in tags.names], dtype=np.int64)
+    width = len(judge.names)
+    outputs = np.array([judge.outputs.get(parse_tag(name).name, width) for name in tags.names], dtype=np.int64)
+
+    def mark(ids: np.ndarray) -> np.ndarray:
+        """Return which outputs are those of some tags; unknown ones go to a place behind them."""
+        marked = np.zeros(width + 1, dtype=bool)
+        marked[outputs[ids]] = True
+        return marked[:width]
+
     texts: dict[int, str] = {}
     prompted: dict[int, np.ndarray] = {}
     wanted: set[int] = set()  # tags
@@ -172,33 +169,36 @@ def judged_stream(
         texts[row] = own.complete(own.read(collection.row(row))[0])
         shown = tags.of_row(row)[np.array(tags.find_shown(row, texts[row], own), bool)]
         wanted.update(shown.tolist())
-        prompted[row] = np.unique(outputs[shown][outputs[shown] >= 0])
-    unknown = [tags.names[tag] for tag in sorted(wanted) if outputs[tag] < 0]
-    usable = [row for row, ids in prompted.items() if len(ids)]
+        prompted[row] = mark(shown)
+    unknown = [tags.names[tag] for tag in sorted(wanted) if outputs[tag] == width]
+    usable = [row for row, marked in prompted.items() if marked.any()]
     named = f"{len(unknown):,} of the {len(wanted):,} tags of the validation captions, such as {unknown[:_SHOWN]}"
     if not usable:
         raise UserError(
-            f"task.judge.weights: {judge.path} does not know {named}; it knows {len(judge.names):,} tags, such as "
+            f"task.judge.weights: {judge.path} does not know {named}; it knows {width:,} tags, such as "
             f"{judge.names[:_SHOWN]}. Name a tagger of these tags; without validation images whose captions have tags, "
             "set task.judge=null"
         )
     places = np.linspace(0, len(usable) - 1, min(config.prompts, len(usable)))
     chosen = np.array(usable)[places.round().astype(int)]
-    asked = sum(len(prompted[row]) for row in chosen.tolist())
+    asked = sum(int(prompted[row].sum()) for row in chosen.tolist())
     log.info("judge: %s, %d prompts with %d tags", judge.path, len(chosen), asked)
     if unknown:
         log.warning("task.judge.weights: %s does not know %s; they are not judged", judge.path, named)
-    trained = outputs[tags.count(collection.rows("train"), len(outputs)) > 0]
-    trained = trained[trained >= 0]
+    trained = mark(np.flatnonzero(tags.count(collection.rows("train"), len(outputs))))
 
     def add(example: Example) -> Sample:
         row = example.draw.index
-        others = np.setdiff1d(trained, prompted[row])
-        values = {"caption": [*texts[row].encode()], "prompted": prompted[row], "others": others}
-        return {name: Ragged(torch.as_tensor(value, dtype=torch.int64)) for name, value in values.items()}
+        marked = torch.from_numpy(prompted[row])
+        return {**text_field(texts[row]), "prompted": marked, "others": torch.from_numpy(trained) & ~marked}
 
     views = {"images": lambda image, draw: prepare(image.permute(1, 2, 0).numpy(), judge.preprocessing)}
     return data.evaluation(chosen, add, views)
+
+
+def text_field(caption: str) -> dict[str, Ragged]:
+    """Return the `caption` of a sample, for `read_texts`."""
+    return {"caption": Ragged(torch.tensor([*caption.encode()], dtype=torch.uint8))}
 
 
 def read_texts(batch: Batch) -> list[str]:
@@ -208,15 +208,12 @@ def read_texts(batch: Batch) -> list[str]:
     return [letters[start:end].decode(errors="replace") for start, end in zip(ends, ends[1:])]
 
 
-def gather(stream: Iterable[Batch], width: int) -> list[Held]:
-    """Return the readable pictures of all ranks, in the collection's order. width: the judge's outputs."""
+def gather(stream: Iterable[Batch]) -> list[Held]:
+    """Return the readable pictures of all ranks, in the collection's order."""
     held = []
     for batch in stream:
-        prompted, others = (
-            multi_hot(batch[name], batch[f"{name}_offsets"], width).bool().cpu().numpy()
-            for name in ("prompted", "others")
-        )
-        parts = zip(batch["sample_id"].tolist(), read_texts(batch), prompted, others, batch["images"].cpu())
+        tags = (batch[name].cpu().numpy() for name in ("prompted", "others"))
+        parts = zip(batch["sample_id"].tolist(), read_texts(batch), *tags, batch["images"].cpu())
         held += [Held(*part) for part, weight in zip(parts, batch["weight"].tolist()) if weight > 0]
     held = sorted(chain.from_iterable(distributed.gather_objects(held)), key=lambda each: each.row)
     if not held:

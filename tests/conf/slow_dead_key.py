@@ -188,7 +188,7 @@ PROVED = {
     ),  # tests/engine/test_diffusion_exports.py
     "HubConfig.dry_run",
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
-    *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps", "prior")),  # tests/engine/test_judge.py
+    *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps")),  # tests/engine/test_judge.py
     *(f"LibraryConfig.{name}" for name in ("name", "extra")),  # tests/engine/test_resume.py
     *(f"RuleConfig.{name}" for name in ("lr_scale", "weight_decay", "freeze_steps", "betas")),  # tests/optim
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py

@@ -58,9 +58,9 @@ def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(
 def test_the_weight_of_a_concept_scales_its_loss_and_priors_are_logged_without_it():
     task, batch = build(), make_batch()
     plain = losses(task, batch).detach()
-    own = {"concept_weight": torch.tensor([1.0, 0.5, 2.0, 1.0]), "is_prior": torch.tensor([False, True, True, False])}
+    own = {"loss_weight": torch.tensor([1.0, 0.5, 2.0, 1.0]), "is_prior": torch.tensor([False, True, True, False])}
     output = task(batch | own, torch.zeros(()))
-    torch.testing.assert_close(output.loss, plain * own["concept_weight"])
+    torch.testing.assert_close(output.loss, plain * own["loss_weight"])
     total, count = output.logs["prior_loss"]
     torch.testing.assert_close(total / count, plain[1:3].mean())
 

@@ -24,7 +24,7 @@ SHORT = [
     "loop.checkpoint_every_steps=1", "data.root=images", "task.captions.caption_dropout=0",
     "loop.best=judge.similarity",
 ]  # fmt: skip
-JUDGE = "task.judge={{weights: {}, prompts: 3, prior: [a house]}}"
+JUDGE = "task.judge={{weights: {}, prompts: 3}}"
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +51,7 @@ def judged(folder):
 
 def test_a_run_is_judged_and_its_figure_chooses_the_checkpoint(place):
     figures, log = judged(place / "run"), (place / "run/log.txt").read_text()
-    names = ("recall", "real_recall", "leakage", "similarity", "drift")
+    names = ("recall", "real_recall", "leakage", "similarity")
     assert {f"judge.{name}" for name in names} == figures[0].keys()
     assert all(row["judge.real_recall"] == 1 for row in figures) and figures[0] != figures[-1]
     assert "3 prompts with 3 tags" in log and "1 of the 4 tags" in log and "'extra'" in log
@@ -76,14 +76,12 @@ def test_a_killed_run_and_evaluate_give_the_same_figures(place):
     assert {name: measured[name] for name in whole} == whole
 
 
-@pytest.mark.parametrize("more", [["task.text_cache=texts", "task.text_variants=2"], ["task.lora=null"]])
-def test_the_drift_of_the_base_model_is_zero_and_two_ranks_judge_as_one(place, more):
-    words = [*SHORT, JUDGE.format("wd"), "loop.total_steps=0", f"run_dir={more[0]}", *more]
+def test_two_ranks_judge_as_one(place):
+    """With a text cache, so that the text encoders are loaded for the pictures."""
+    words = [*SHORT, JUDGE.format("wd"), "loop.total_steps=0", "task.text_cache=texts", "run_dir=one"]
     run("finetune_sdxl", words, place)
-    assert abs(judged(place / more[0])[0]["judge.drift"]) < 1e-9
-    if more == ["task.lora=null"]:
-        start("finetune_sdxl.py", [*words, "run_dir=two"], place, ranks=2).wait()
-        assert judged(place / "two") == judged(place / more[0])
+    start("finetune_sdxl.py", [*words, "run_dir=two"], place, ranks=2).wait()
+    assert judged(place / "two") == judged(place / "one") != []
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from data.tags.captions import Captions
-from data.tags.tag_weights import ImageTags, TagWeightsConfig, find_tag_facts, read_tags
+from data.tags.tag_weights import ImageTags, TagWeightsConfig, read_tags, weigh_images
 from tests.data.tags.test_captions import collection_of, config
 
 
@@ -27,19 +27,21 @@ def test_a_tag_weighs_by_its_rarity_within_limits_and_by_its_category():
     )
 
 
-def test_shares_give_the_mean_weight_of_images_as_a_slow_reference_does(tmp_path):
-    """Only images of `rows` and tags that weigh anything count; TagBalance divides by this mean."""
+def test_weights_equal_those_of_a_slow_reference_and_average_to_one(tmp_path):
+    """Only images of `rows` and tags that weigh anything count."""
     generator = np.random.default_rng(0)
     rows = [[f"tag_{tag}" for tag in np.flatnonzero(generator.random(9) < 0.3)] for _ in range(12)] + [[], ["meta:x"]]
+    some = np.arange(1, 14, 2)
     names = [f"{number:02}.png" for number in range(len(rows))]
     manifest = [{"path": name, "tags": tags} for name, tags in zip(names, rows)]
-    collection, some = collection_of(tmp_path, {"manifest.jsonl": manifest}, names), np.arange(1, 14, 2)
-    factors = rule(factors={"meta": 0.0})
-    facts = find_tag_facts(collection, some, factors, Captions(config(), collection))
-    weights = factors.weigh(np.array(facts["counts"]), np.array(facts["factors"]))
-    named = dict(zip(read_tags(collection, Captions(config(), collection)).names, weights))
-    kept = [[named[tag] for tag in rows[row] if named[tag]] for row in some]
-    assert weights @ facts["shares"] == pytest.approx(np.mean([np.mean(row) for row in kept if row]))
+    collection = collection_of(tmp_path, {"manifest.jsonl": manifest}, names)
+    found = weigh_images(collection, some, rule(factors={"meta": 0.0}), Captions(config(), collection))
+    tags = [f"tag_{number}" for number in range(9)]
+    counts = np.array([sum(tag in rows[row] for row in some) for tag in (*tags, "meta:x")])
+    weights = dict(zip(tags, rule().weigh(counts, np.ones(10))))
+    means = {row: np.mean([weights[tag] for tag in rows[row]]) for row in range(12) if rows[row]}
+    mean = np.mean([means[row] for row in some if row in means])
+    assert found == pytest.approx([means.get(row, mean) / mean for row in range(14)])
 
 
 def test_tags_come_from_captions_where_there_are_none_but_not_from_sentences(tmp_path):
