@@ -22,7 +22,7 @@ import torch
 from models.image_model import ImageModel
 from models.interop.inference_form import to_inference_form
 from models.interop.metadata import licence_entry
-from models.interop.onnx_precision import to_fp16
+from models.interop.onnx_precision import SumsInFloat32, to_fp16
 from models.interop.parity import refuse_difference, vary_weights
 from models.predictor import open_session
 from utils.errors import UserError
@@ -73,10 +73,11 @@ def _write_and_compare(
     model: ImageModel, metadata: Mapping[str, Any], path: Path, samples: Sequence[torch.Tensor], precision: str
 ) -> tuple[float, float]:
     """Write a model's file, traced with the last sample; returns the result of `_compare`."""
-    rewritten = to_inference_form(model)
-    proto = _trace(rewritten, samples[-1], dynamic_size=samples[0].shape[2:] != samples[-1].shape[2:])
+    traced = to_inference_form(model)
     if precision == "fp16":
-        proto = to_fp16(proto, rewritten)
+        traced = to_fp16(traced)
+    with SumsInFloat32():
+        proto = _trace(traced, samples[-1], dynamic_size=samples[0].shape[2:] != samples[-1].shape[2:])
     _clean(proto, metadata, model)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
