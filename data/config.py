@@ -27,7 +27,6 @@ class DataConfig(Strict):
     validation_fraction: used only if the collection has no validation split.
     on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
-    icc: convert images from their colour profile to sRGB; outside training, the weights can also ask for it.
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
     corrections: take what reviewers decided, if the collection has a `corrections.jsonl`.
     """
@@ -38,7 +37,6 @@ class DataConfig(Strict):
     on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None
-    icc: bool
     cache: CacheConfig
     concepts: list[ConceptConfig] | None = None  # a run from before this key has none
     corrections: bool = True  # a run from before this key has no such file

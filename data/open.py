@@ -96,13 +96,11 @@ def prepare_image(content: bytes, name: str, preprocessing: Mapping[str, Any], *
     return EvalTransform(preprocessing)(image)[None]
 
 
-def _decoder_of(
-    preprocessing: Mapping[str, Any], max_pixels: int, background: Any = None, icc: bool = False
-) -> Decoder:
-    """Return the decoder for a preprocessing; background, icc: if set, they replace those of the training."""
+def _decoder_of(preprocessing: Mapping[str, Any], max_pixels: int, background: Any = None) -> Decoder:
+    """Return the decoder for a preprocessing; background: if set, it replaces that of the training."""
     stated = Decoding.model_validate(preprocessing)
     background = stated.background if background is None else background
-    return Decoder(stated.channels, max_pixels, background, icc or stated.icc, stated.shortest_px)
+    return Decoder(stated.channels, max_pixels, background, stated.shortest_px)
 
 
 def open_images(
@@ -113,7 +111,7 @@ def open_images(
     preprocessing: of a weight file, as for `load_files`. repeats: images are read several times, so a memory cache
     helps. Raises UserError: `model.in_channels` if it is not 1 or 3; `data.cache.folder` as `keep_on_disk` does.
     """
-    decoder = _decoder_of(preprocessing, config.max_pixels, config.background, config.icc)
+    decoder = _decoder_of(preprocessing, config.max_pixels, config.background)
     images = Images(collection, decoder)
     source: Source = keep_on_disk(images, config.cache) if config.cache.disk_gib > 0 else images
     return keep_in_memory(source, collection, config.cache) if repeats else source

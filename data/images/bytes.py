@@ -9,7 +9,6 @@ import hashlib
 import os
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -29,7 +28,6 @@ TAR = ".tar"
 DAMAGED_SHARD = "the shard has other bytes there"
 NO_ANSWER = "the store did not return the bytes"
 _OPEN_SHARDS = 64  # open shards per process
-_PATIENCE_SEC = 120  # for a batch, including the store's retries
 _BLANK_PX = 64  # side of the image that replaces an unreadable one
 
 
@@ -118,13 +116,7 @@ class _RemoteShards(_Shards):
     def _request(self, rows: Sequence[int]) -> dict[int, bytes | Exception]:
         files = open_store(str(self.collection.root))[0]
         find = super().file_of
-        pool = ThreadPoolExecutor(1, thread_name_prefix="fetch")  # a new pool, because a fork has no threads
-        answer = pool.submit(_read_ranges, files, {row: find(row) for row in rows})
-        pool.shutdown(wait=False)
-        try:
-            return answer.result(_PATIENCE_SEC)
-        except TimeoutError:
-            return dict.fromkeys(rows, TimeoutError(f"within {_PATIENCE_SEC} s"))
+        return _read_ranges(files, {row: find(row) for row in rows})
 
 
 def _read_ranges(files: AbstractFileSystem, ranges: Mapping[int, FileRange]) -> dict[int, bytes | Exception]:

@@ -1,10 +1,7 @@
 """Convert the pixels of any image mode to 8 bits, upright, on a background."""
 
-import functools
-import io
-
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image
 
 from data.images.open import Unsupported
 
@@ -79,29 +76,3 @@ def _to_eight_bit(image: Image.Image, colour: tuple[int, int, int] | None) -> Im
         coloured[pixels == clear] = colour
         return Image.fromarray(coloured)
     return Image.fromarray(grey)
-
-
-def to_srgb(image: Image.Image) -> Image.Image:
-    """Convert a loaded image from its embedded ICC profile to sRGB.
-
-    It is unchanged without a profile, with a broken or mismatched profile, or with 16 bits.
-    """
-    profile = image.info.get("icc_profile")
-    if not profile or image.mode not in ("L", "P", "RGB", "RGBA", "CMYK"):
-        return image
-    if is_transparent(image):
-        image = image.convert("RGBA")
-    elif image.mode == "P":
-        image = image.convert("RGB")
-    try:
-        return _srgb_transform(profile, image.mode).apply(image)
-    except (ImageCms.PyCMSError, ValueError):
-        return image
-
-
-@functools.lru_cache(maxsize=16)
-def _srgb_transform(profile: bytes, mode: str) -> ImageCms.ImageCmsTransform:
-    """Return the transform from a profile to sRGB; cached, because building one is slow."""
-    source = ImageCms.getOpenProfile(io.BytesIO(profile))
-    target = "RGBA" if mode == "RGBA" else "RGB"
-    return ImageCms.buildTransform(source, ImageCms.createProfile("sRGB"), mode, target)

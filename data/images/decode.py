@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from data.images.convert import UPRIGHT, convert, load_upright, read_orientation, to_srgb
+from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
 from data.images.open import open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
@@ -36,15 +36,14 @@ class Decoder:
 
     Applies EXIF rotation, puts transparent images on `background`, scales 16-bit grey to 8 bits, converts CMYK, and
     takes the largest image of an icon. max_pixels: larger images are refused from their header; Pillow's own limit
-    (DEFAULT_MAX_PIXELS) also applies. icc: convert from an embedded profile to sRGB. shortest_px: reduce images with a
-    longer shorter side to it; a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices.
+    (DEFAULT_MAX_PIXELS) also applies. shortest_px: reduce images with a longer shorter side to it; a JPEG is decoded
+    at 1/2, 1/4 or 1/8 scale if that suffices.
     Raises UserError (`model.in_channels`).
     """
 
     channels: int
     max_pixels: int
     background: Any = DEFAULT
-    icc: bool = False
     shortest_px: int | None = None
 
     def __post_init__(self) -> None:
@@ -56,7 +55,7 @@ class Decoder:
         shrunk = f"shorter side {self.shortest_px}, torch {torch.__version__}" if self.shortest_px else "whole"
         return (
             f"{_RULES}: {decoder_versions()}; {self.channels} channels; on {background_rgb(self.background)}; "
-            f"icc {self.icc}; up to {self.max_pixels} pixels; {shrunk}"
+            f"up to {self.max_pixels} pixels; {shrunk}"
         )
 
     def __call__(self, content: bytes, name: str) -> Tensor:
@@ -75,8 +74,7 @@ class Decoder:
         scaled = image.size != whole  # before loading, which may change the size from the header
         pixels = self._decode_jpeg(content, image)
         if pixels is None:
-            upright = load_upright(image)
-            pixels = convert(to_srgb(upright) if self.icc else upright, self.channels, background_rgb(self.background))
+            pixels = convert(load_upright(image), self.channels, background_rgb(self.background))
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
         short, long = sorted(whole if scaled else pixels.shape[:2])
         if self.shortest_px is None or short <= self.shortest_px:
@@ -87,8 +85,7 @@ class Decoder:
 
     def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
-        is_plain = image.format in ("JPEG", "MPO") and image.mode in ("L", "RGB")
-        if not is_plain or (self.icc and "icc_profile" in image.info):
+        if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
             return None
         height = image.height
         width = image.width

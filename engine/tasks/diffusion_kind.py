@@ -337,7 +337,7 @@ def _open_latents(data: Data, setup: Setup, buckets: Buckets) -> LatentCache:
     task = setup.task
     decoder = data.source.decoder
     padding = setup.model.settled().vae_values["padding_mode"]
-    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, decoder.icc, padding)
+    inputs = (_fingerprint(setup.model, ("vae",)), decoder.background, padding)
     store = TensorStore(Path(task.latent_cache), "task.latent_cache")
     hashes = image_hashes(data.collection, buckets.rows, IMAGE_HASHES)
     return LatentCache(store, data.collection, buckets, task.buckets, inputs, hashes)

@@ -161,7 +161,7 @@ class Kind:
         """Return how evaluation prepares an image."""
         background = DEFAULT if config.data.background is None else config.data.background
         preprocessing = config.augment.preprocessing(config.model.in_channels)
-        return {**preprocessing, "icc": config.data.icc, "background": background}
+        return {**preprocessing, "background": background}
 
     def set_up(
         self, config: ImageTrainingConfig, collection: Collection, facts: Mapping[str, Any] | None = None

@@ -101,7 +101,7 @@ class TaggingTaskConfig(MixingConfig, TagRulesConfig):
         tagger = read_tagger(path)
         stated = {key: value for key, value in tagger.preprocessing.items() if key in AugmentConfig.model_fields}
         augment = config.augment.model_copy(update=stated)
-        data = config.data.model_copy(update={"background": None, "icc": False})
+        data = config.data.model_copy(update={"background": None})
         loop = config.loop.model_copy(update={"total_steps": 0})
         changes = {"init_from": path, "model": tagger.model, "augment": augment, "data": data, "loop": loop}
         return config.model_copy(update=changes)

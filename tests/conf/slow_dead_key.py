@@ -226,7 +226,7 @@ PROVED = {
 REFUSED = {
     "finetune_sdxl": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
     "finetune_vae": ("TrainingConfig.init_weights", "_LoopConfig.sampling"),
-    "prepare": ("CacheConfig.", "DataConfig.icc", "DataConfig.background"),
+    "prepare": ("CacheConfig.", "DataConfig.background"),
     "evaluate": ("CacheConfig.memory_gib",),
     "view": ("CacheConfig.", "DataConfig.", "TextConfig."),  # test_images.py and test_try.py in tests/viewer/
     "workshop": ("CacheConfig.", "DataConfig."),  # the words go to the stages: tests/test_workshop.py

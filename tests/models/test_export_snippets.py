@@ -13,7 +13,7 @@ import numpy as np
 import onnxruntime
 import pytest
 import torch
-from PIL import Image, ImageCms
+from PIL import Image
 
 from data.open import prepare_image
 from engine.exports.card import Card
@@ -61,14 +61,6 @@ def turned():
     return exif.tobytes()
 
 
-def swapped_profile():
-    """An sRGB profile whose red and blue primaries are exchanged, so that the conversion shows."""
-    content = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
-    red, blue = content.find(b"rXYZ"), content.find(b"bXYZ")
-    content[red : red + 4], content[blue : blue + 4] = b"bXYZ", b"rXYZ"
-    return bytes(content)
-
-
 DEEP = Image.fromarray((np.linspace(0, 65535, 90 * 150).reshape(90, 150)).astype(np.uint16))
 FILES = {
     "alpha": encode(half_transparent(), "PNG"),
@@ -79,13 +71,12 @@ FILES = {
     "16-bit grey": encode(DEEP, "PNG"),
     "CMYK": encode(smooth(400, 333, "CMYK"), "JPEG", quality=95),
     "palette": encode(smooth(150, 99, "RGB").quantize(32), "PNG", transparency=3),
-    "profile": encode(smooth(150, 99, "RGB"), "PNG", icc_profile=swapped_profile()),
 }
 STATED = [
     {"background": [255, 0, 40]},
     {"background": "drop", "interpolation": "bilinear", "eval_resize": "squash", "eval_crop": 1.0},
     {"shortest_px": 73, "channels": 1, "mean": [0.5], "std": [0.25]},
-    {"shortest_px": 80, "icc": True, "background": 7, **PADDED},
+    {"shortest_px": 80, "background": 7, **PADDED},
     {"image_size_hw": [32, 96], "eval_crop": 0.95},
 ]
 
@@ -140,7 +131,7 @@ def test_every_step_is_in_the_program():
     _, metadata = make(geometry(stages=2))
     others = {
         "image_size_hw": [64, 96], "interpolation": "bilinear", "pad": "square", "eval_resize": "squash",
-        "eval_crop": 0.5, "channels": 1, "background": "drop", "icc": True, "shortest_px": 73,
+        "eval_crop": 0.5, "channels": 1, "background": "drop", "shortest_px": 73,
     }  # fmt: skip
     assert others.keys() | {"mean", "std"} == Preprocessing.model_fields.keys()  # these are in the ONNX file
     plain = image_program("onnx", metadata, "model.onnx")

@@ -41,7 +41,7 @@ def runs(tmp_path_factory, animals):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("a", "bare", "other"):
         data = {"name": "image_folder", "root": str(animals), "validation_fraction": 0.34, "on_bad_sidecar": "stop",
-                "max_pixels": 10**6, "background": None, "icc": False,
+                "max_pixels": 10**6, "background": None,
                 "cache": {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}}  # fmt: skip
         (make_run(folder / name) / "config.json").write_text(json.dumps({"data": data}))
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]

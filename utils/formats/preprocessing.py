@@ -6,7 +6,7 @@ other libraries (models/interop/libraries.py), and the program in an export's ca
 
 | step | keys |
 |---|---|
-| decode upright, in sRGB with `icc`; 16-bit grey as 8 bits | icc |
+| decode upright; 16-bit grey as 8 bits | |
 | put transparent pixels on the background; RGB or grey | background, channels |
 | reduce a longer shorter side to `shortest_px`; a JPEG is decoded at a smaller scale | shortest_px |
 | centre the image on a square of the background | pad, background |
@@ -34,7 +34,6 @@ class Decoding(BaseModel):
 
     channels: int
     background: Background = DEFAULT
-    icc: bool = False
     shortest_px: Annotated[int, Field(ge=1)] | None = None
 
     @property

@@ -16,15 +16,6 @@ _OPEN = 'image = Image.open("image.png")'
 _DRAFT = """whole = image.size
 image.draft(None, ($shortest_px, $shortest_px))  # a JPEG is decoded at a smaller scale"""
 _UPRIGHT = "image = ImageOps.exif_transpose(image)"
-_TO_SRGB = """import io
-from PIL import ImageCms
-if image.mode == "P" or "transparency" in image.info:
-    image = image.convert("RGBA")
-profile = image.info.get("icc_profile")
-if profile and image.mode in ("L", "RGB", "RGBA", "CMYK"):
-    source, target = ImageCms.getOpenProfile(io.BytesIO(profile)), ImageCms.createProfile("sRGB")
-    mode = "RGBA" if image.mode == "RGBA" else "RGB"
-    image = ImageCms.profileToProfile(image, source, target, outputMode=mode)"""
 _TO_EIGHT_BITS = """if image.mode.startswith("I"):  # grey of 16 bits
     image = Image.fromarray(((np.asarray(image).astype(int) + 128) // 257).astype(np.uint8))"""
 _ON_BACKGROUND = """image = image.convert("RGBA")
@@ -71,8 +62,6 @@ def image_program(template: str, metadata: Mapping[str, Any], file: str) -> str:
 def read_image(stated: Preprocessing) -> str:
     """Return the lines that read `image`: upright, on the background of the training, shrunk and padded as there."""
     parts = [_OPEN, _UPRIGHT, _TO_EIGHT_BITS, _WITHOUT_ALPHA if stated.colour is None else _ON_BACKGROUND]
-    if stated.icc:
-        parts.insert(2, _TO_SRGB)
     if stated.shortest_px is not None:
         parts.insert(1, _DRAFT)
         parts.append(_SHRINK)

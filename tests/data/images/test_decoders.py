@@ -81,12 +81,10 @@ def test_a_plain_jpeg_has_pillows_pixels(name, mode, channels, by_simplejpeg, mo
 
 
 def test_other_kinds_are_left_to_pillow(by_simplejpeg, monkeypatch):
-    profile = PLAIN["profile"]
-    for content, icc in [
-        (encoded(photo().convert("CMYK")), False), (encoded(photo(), **profile), True),
-        (encoded(photo(), "TIFF", compression="jpeg"), False), (encoded(photo(), "WEBP"), False),
-    ]:  # fmt: skip
-        decoder = Decoder(3, LIMIT, icc=icc)
+    decoder = Decoder(3, LIMIT)
+    for content in (
+        encoded(photo().convert("CMYK")), encoded(photo(), "TIFF", compression="jpeg"), encoded(photo(), "WEBP"),
+    ):  # fmt: skip
         assert torch.equal(decoder(content, "x"), by_pillow(monkeypatch, decoder, content))
     assert by_simplejpeg == []
 
@@ -120,47 +118,14 @@ def test_nothing_is_enlarged(form, shortest_px):
     assert torch.equal(Decoder(3, LIMIT, shortest_px=shortest_px)(content, "x"), Decoder(3, LIMIT)(content, "x"))
 
 
-# --------------------------------------------------------------------------------------------------------- profiles
-
-
-def swapped_profile():
-    """sRGB with its red and green primaries exchanged."""
-    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
-    return profile.replace(b"rXYZ", b"????", 1).replace(b"gXYZ", b"rXYZ", 1).replace(b"????", b"gXYZ", 1)
-
-
-@pytest.mark.parametrize("form", ["JPEG", "PNG", "WEBP", "TIFF"])
-def test_a_profile_is_applied_on_request(form):
-    content = encoded(Image.new("RGB", (16, 16), (255, 0, 0)), form, icc_profile=swapped_profile(), quality=100)
-    as_stored, converted = (Decoder(3, LIMIT, icc=icc)(content, "x")[:, 8, 8].tolist() for icc in (False, True))
-    assert np.abs(np.array(as_stored) - (255, 0, 0)).max() <= 3
-    assert np.abs(np.array(converted) - (0, 255, 0)).max() <= 3
-
-
-@pytest.mark.parametrize("mode", ["RGBA", "P"])
-def test_a_profile_leaves_transparency_where_it_was(mode):
-    image = Image.new("RGBA", (2, 1), (255, 0, 0, 255))
-    image.putpixel((1, 0), (0, 0, 0, 0))
-    content = encoded(image.quantize() if mode == "P" else image, "PNG", icc_profile=swapped_profile())
-    shown, clear = Decoder(3, LIMIT, 77, icc=True)(content, "x")[:, 0].T.tolist()
-    assert np.abs(np.array(shown) - (0, 255, 0)).max() <= 3 and clear == [77] * 3
-
-
-@pytest.mark.parametrize("mode,profile", [("L", None), ("RGB", b"no profile"), ("I;16", None)])
-def test_a_profile_that_does_not_suit_the_pixels_is_ignored(mode, profile):
-    image = Image.fromarray(np.full((4, 4), 40_000, np.uint16)) if mode == "I;16" else photo().convert(mode)
-    content = encoded(image, "PNG", icc_profile=profile or swapped_profile())
-    assert torch.equal(Decoder(3, LIMIT, icc=True)(content, "x"), Decoder(3, LIMIT)(content, "x"))
-
-
 # --------------------------------------------------------------------------------------------------------- identities
 
 
 def test_an_identity_names_all_that_pixels_depend_on(monkeypatch):
     first = Decoder(3, LIMIT)
-    changes = {"channels": 1, "max_pixels": 5, "background": 7, "icc": True, "shortest_px": 64}
+    changes = {"channels": 1, "max_pixels": 5, "background": 7, "shortest_px": 64}
     found = {first.identity(), *(replace(first, **{key: value}).identity() for key, value in changes.items())}
-    assert set(changes) == set(asdict(first)) and len(found) == 6
+    assert set(changes) == set(asdict(first)) and len(found) == 5
     assert replace(first, background=[255, 255, 255]).identity() == first.identity()
     monkeypatch.setattr(decode, "version", lambda name: "0")
     assert first.identity() not in found

@@ -1,12 +1,9 @@
 """Shards in an object store: a local S3 server stands for it; what it refuses, lacks, cuts or holds back is said."""
 
-import time
-
 import fsspec
 import pytest
 
 from data.augment.transforms import EvalTransform
-from data.images import bytes as images
 from data.images.bytes import NO_ANSWER, open_contents
 from data.open import open_images
 from data.stream.loader import no_fields
@@ -112,12 +109,6 @@ def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, sto
     monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: [PermissionError("Forbidden")] * len(paths))
     error = refused(packed)
     assert error.kind == NO_ANSWER and "PermissionError" in error.reason
-
-
-def test_a_slow_store_is_given_up(packed, store, monkeypatch):
-    monkeypatch.setattr(images, "_PATIENCE_SEC", 0.2)
-    monkeypatch.setattr(store, "cat_ranges", lambda paths, *a, **k: time.sleep(0.5) or [b""] * len(paths))
-    assert "within 0.2 s" in refused(packed).reason
 
 
 def test_what_cannot_be_had_ends_the_start(place, store, monkeypatch):
