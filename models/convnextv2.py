@@ -1,10 +1,7 @@
-"""ConvNeXt V2 for any number of channels, any image shape and 2 to 5 stages, dense or with masked sites.
+"""ConvNeXt V2 for any number of channels, any image shape and 2 to 5 stages.
 
 Parameters have the published names. The sizes are in conf/model/convnextv2_*.yaml, and models/build.py builds the
-network.
-
-Masked execution (`visible`) is FCMAE's sparse convolution in dense tensors. Convolutions read 0 at masked sites, and
-GRN uses visible sites only, so nothing under the mask can reach a visible output.
+network. models/sparse.py computes some sites of an image alone.
 """
 
 import re
@@ -17,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from models.depthwise import DepthwiseConv2d
-from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, Sites, select_visible
+from models.layers import GRN, ChannelsFirstLayerNorm, DropPath, Sites
 
 _GROUP_LAST = 12  # the last layer for layer decay of kind `group`
 
@@ -32,11 +29,6 @@ def init_weights(module: nn.Module) -> None:
         nn.init.normal_(module.weight, std=0.02)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
-
-
-def repeat_sites(visible: Tensor, factor: int) -> Tensor:
-    """Repeat each site of a bool mask [B, h, w] to factor x factor sites: [B, h * factor, w * factor]."""
-    return visible.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 class Block(nn.Module):
@@ -54,22 +46,17 @@ class Block(nn.Module):
         self.pwconv2 = nn.Linear(4 * dim, dim)
         self.drop_path = DropPath(drop_path_rate)
 
-    def forward(self, x: Tensor, visible: Tensor | None = None, sites: Sites | None = None) -> Tensor:
-        """Return [B, C, H, W], 0 at masked sites; with `sites`, tokens [B, V, r, r, C] from such tokens.
-
-        x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None for a dense map. sites: only these are
-        computed (models/sparse.py).
-        """
+    def forward(self, x: Tensor, sites: Sites | None = None) -> Tensor:
+        """Return a map [B, C, H, W] from one; with `sites`, tokens [B, V, r, r, C] of these sites from such tokens."""
         if sites is None:
-            branch = self.dwconv(select_visible(x, visible)).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
+            branch = self.dwconv(x).permute(0, 2, 3, 1)  # channels last: [B, H, W, C]
         else:  # GRN takes its norm over dimensions 1 and 2, which have only the visible sites
             branch = sites.from_map(self.dwconv(sites.to_map(x))).view(sites.batch, -1, 1, x.shape[-1])
         branch = F.gelu(self.pwconv1(self.norm(branch)))
-        branch = self.drop_path(self.pwconv2(self.grn(branch, visible)))
+        branch = self.drop_path(self.pwconv2(self.grn(branch)))
         if sites is not None:
             return x + branch.view(x.shape)
-        # Select again, because the biases have filled the masked sites.
-        return select_visible(x + branch.permute(0, 3, 1, 2), visible)
+        return x + branch.permute(0, 3, 1, 2)
 
 
 class ConvNeXtV2(nn.Module):
@@ -80,7 +67,7 @@ class ConvNeXtV2(nn.Module):
     and the head is scaled by `head_init_scale`. With `num_classes` 0 there is no head and no final norm.
 
     Source: Woo et al. 2023 (arXiv 2301.00808); facebookresearch/ConvNeXt-V2:models/convnextv2.py.
-    Differs: 2 to 5 stages, stem stride 2, and `visible` (the published sparse twin needs MinkowskiEngine).
+    Differs: 2 to 5 stages, and stem stride 2.
     """
 
     # The weights that read the images, and prefixes of what a state may lack: the head, and the final norm.
@@ -149,21 +136,11 @@ class ConvNeXtV2(nn.Module):
         self.head = nn.Identity()
         self.num_classes = num_classes
 
-    def forward_features(self, images: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return the last feature map [B, C_last, h, w], 0 at masked sites.
-
-        images: float [B, C, H, W]; visible: bool [B, h, w] with h = H / total_stride, True = kept, or None for all.
-        Masked pixels may have any value, even NaN. With a mask, H and W must be multiples of `total_stride`.
-        """
-        if visible is not None:
-            height, width = (side * self.total_stride for side in visible.shape[-2:])
-            assert images.shape[-2:] == (height, width), (images.shape, visible.shape, self.total_stride)
-            images = select_visible(images, repeat_sites(visible, self.total_stride))
+    def forward_features(self, images: Tensor) -> Tensor:
+        """Return the last feature map [B, C_last, h, w] of images [B, C, H, W]."""
         x = images
-        for index, (downsample, stage) in enumerate(zip(self.downsample_layers, self.stages)):
-            kept = None if visible is None else repeat_sites(visible, 2 ** (len(self.stages) - 1 - index))
-            # The biases of downsampling fill masked sites; the block zeroes them in its input and output.
-            x = self.run_stage(stage, downsample(x), kept)
+        for downsample, stage in zip(self.downsample_layers, self.stages):
+            x = self.run_stage(stage, downsample(x))
         return x
 
     def last_layer(self, kind: str) -> int:
@@ -197,11 +174,11 @@ class ConvNeXtV2(nn.Module):
         """Let blocks keep only their input and recompute the rest in the backward pass (timm's name)."""
         self.grad_checkpointing = enable
 
-    def run_stage(self, stage: nn.Sequential, x: Tensor, *masks: Tensor | Sites | None) -> Tensor:
-        """Apply the blocks of a stage to `x` and the masks of `Block`, with gradient checkpointing if it is set."""
+    def run_stage(self, stage: nn.Sequential, x: Tensor, sites: Sites | None = None) -> Tensor:
+        """Apply the blocks of a stage, with gradient checkpointing if it is set."""
         for block in stage:
             if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *masks, use_reentrant=False)
+                x = checkpoint(block, x, sites, use_reentrant=False)
             else:
-                x = block(x, *masks)
+                x = block(x, sites)
         return x

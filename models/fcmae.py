@@ -4,13 +4,12 @@ A mask is bool [B, L] over the patch grid in row-major order, True = removed; a 
 """
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from models.convnextv2 import Block, ConvNeXtV2, init_weights, repeat_sites
+from models.convnextv2 import Block, ConvNeXtV2, init_weights
 from models.layers import patchify, unpatchify
 from models.sparse import encode_visible, place_sites
 from utils.errors import UserError
@@ -30,6 +29,11 @@ def draw_mask(generator: torch.Generator, num_patches: int, mask_ratio: float) -
     mask = torch.zeros(num_patches, dtype=torch.bool, device=generator.device)
     mask[order[: count_removed(num_patches, mask_ratio)]] = True
     return mask
+
+
+def repeat_sites(sites: Tensor, factor: int) -> Tensor:
+    """Repeat each site of a bool map [B, h, w] to factor x factor sites: [B, h * factor, w * factor]."""
+    return sites.repeat_interleave(factor, dim=1).repeat_interleave(factor, dim=2)
 
 
 def check_patch_grid(total_stride: int, image_size_hw: tuple[int, int], patch_px: int) -> None:
@@ -52,16 +56,14 @@ class FCMAE(nn.Module):
 
     Encoder and decoder work on the grid of the total stride. A patch may be several sites wide, and each site predicts
     its own pixels. Images have a whole number of patches; all images of a batch have one size. The decoder and the mask
-    token start normal with std .02, like the encoder. `execution` is "sparse" (models/sparse.py computes visible sites
-    and predicts removed patches only) or, for comparison, "dense" (all sites, with masked ones set to 0): the same
-    function, but slower.
+    token start normal with std .02, like the encoder. Only visible sites are computed (models/sparse.py), and only
+    removed patches are predicted.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 3; facebookresearch/ConvNeXt-V2:models/fcmae.py.
     Differs: plain tensors instead of MinkowskiEngine's, GRN per sample, any channels and image shape, patches wider
     than the stride, and a single initialisation (the published code initialises the encoder twice, finally with std 1).
     """
 
-    execution: Literal["sparse", "dense"] = "sparse"
     # The weights that read the images, and prefixes of what a state may lack: it has no head, and may lack the decoder.
     first_convolutions = ("encoder.downsample_layers.0.0.weight",)
     head_prefixes = ()
@@ -131,23 +133,21 @@ class FCMAE(nn.Module):
         grid_hw = self.grid_of(images.shape[-2:])
         visible, removed = self.split(mask)
         gaps = repeat_sites(mask.view(len(mask), *grid_hw), self.patch_sites)[:, None]
-        targets = place_sites(removed, grid_hw, self.patch_sites)
-        if self.execution == "sparse":
-            tokens = encode_visible(self.encoder, images, visible, self.patch_px)
-            tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
-            x = place_sites(visible, grid_hw, self.patch_sites).to_map(tokens)
-        else:
-            x = self.proj(self.encoder.forward_features(images, ~gaps[:, 0]))
+        x = self.encode(images, visible)
         x = self.decoder(torch.where(gaps, self.mask_token.to(x.dtype), x))
-        if self.execution == "sparse":
-            pixels = F.linear(targets.from_map(x), self.pred.weight.flatten(1), self.pred.bias)
-        else:
-            pixels = targets.from_map(self.pred(x))
+        sites = place_sites(removed, grid_hw, self.patch_sites).from_map(x)
+        pixels = F.linear(sites, self.pred.weight.flatten(1), self.pred.bias)
         # A pixel's row in its patch is (site row, row in the site), and likewise for columns.
         stride = self.encoder.total_stride
         side = self.patch_sites
         pixels = pixels.reshape(-1, removed.shape[1], side, side, stride, stride, self.encoder.in_channels)
         return pixels.transpose(3, 4).flatten(2)
+
+    def encode(self, images: Tensor, visible: Tensor) -> Tensor:
+        """Return the decoder's input [B, C, h, w] at the visible patches, int64 [B, V]; other sites have any values."""
+        tokens = encode_visible(self.encoder, images, visible, self.patch_px)
+        tokens = F.linear(tokens, self.proj.weight.flatten(1), self.proj.bias)
+        return place_sites(visible, self.grid_of(images.shape[-2:]), self.patch_sites).to_map(tokens)
 
     def loss_per_sample(self, images: Tensor, pred: Tensor, mask: Tensor) -> Tensor:
         """Return the mean squared error over each sample's removed patches, float32 [B].

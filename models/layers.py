@@ -1,24 +1,10 @@
-"""The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, masking, and patches.
-
-A layer with an argument `visible` (bool, True = kept) treats masked sites as absent. It selects with `torch.where` and
-never multiplies by the mask, because 0 * NaN and 0 * inf are NaN.
-"""
+"""The layers of ConvNeXt V2: GRN, layer norm over channels, stochastic depth, visible sites, and patches."""
 
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-
-
-def select_visible(x: Tensor, visible: Tensor | None) -> Tensor:
-    """Set the masked sites of `x` to 0, even if they are NaN or infinite.
-
-    x: float [B, C, H, W]; visible: bool [B, H, W], True = kept, or None, which returns `x` itself.
-    """
-    if visible is None:
-        return x
-    return torch.where(visible[:, None], x, 0.0)
 
 
 class _Gather(torch.autograd.Function):
@@ -120,8 +106,7 @@ class GRN(nn.Module):
     gamma and beta start at 0, so the layer starts as the identity.
 
     Source: Woo et al. 2023 (arXiv 2301.00808), section 4 and algorithm 1.
-    Differs: the denominator is the mean over channels, as in the published code, not the sum of equation 2. With a
-    mask, the norm covers visible sites only.
+    Differs: the denominator is the mean over channels, as in the published code, not the sum of equation 2.
     """
 
     def __init__(self, num_channels: int, eps: float = 1e-6) -> None:
@@ -130,14 +115,11 @@ class GRN(nn.Module):
         self.gamma = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
         self.beta = nn.Parameter(torch.zeros(1, 1, 1, num_channels))
 
-    def forward(self, x: Tensor, visible: Tensor | None = None) -> Tensor:
-        """Return [B, H, W, C] in the dtype of `x`. Masked sites get beta, for any values in `x`.
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [B, H, W, C] in the dtype of `x`.
 
-        x: float [B, H, W, C]; visible: bool [B, H, W], True = kept, or None for all sites. The norm is computed in
-        float32 or wider, even under autocast. Its gradient at norm 0 is 0.
+        The norm is computed in float32 or wider, even under autocast. Its gradient at norm 0 is 0.
         """
-        if visible is not None:
-            x = torch.where(visible[..., None], x, 0.0)
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():  # the compiler fuses the passes itself
             return _Response.apply(x, self.gamma, self.beta, self.eps)
         return respond(x, self.gamma, self.beta, self.eps)[0]

@@ -10,8 +10,7 @@ Legend of shapes
     r sites per side of a patch: 8, 4, 2, 1 over four stages if a patch is one site of the last map
     tokens [B, V, r, r, C]: patches in ascending order, sites of a patch by row
 
-Masked pixels are never read, so they may be NaN. `ConvNeXtV2.forward_features(images, visible)` runs the same network
-on dense tensors; it is the reference for the tests and bench/pretrain_step.py.
+Masked pixels are never read, so they may be NaN.
 """
 
 import torch
@@ -71,5 +70,5 @@ def encode_visible(encoder: ConvNeXtV2, images: Tensor, patches: Tensor, patch_p
             norm, convolution = encoder.downsample_layers[index]
             tokens = _strided_convolution(convolution, nn.LayerNorm.forward(norm, tokens))  # channels are last
         sites = place_sites(patches, (height // patch_px, width // patch_px), tokens.shape[2])
-        tokens = encoder.run_stage(stage, tokens, None, sites)
+        tokens = encoder.run_stage(stage, tokens, sites)
     return tokens

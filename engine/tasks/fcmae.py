@@ -22,8 +22,7 @@ from engine.measures.probe import measure_probes
 from engine.task import Report, StepOutput, Streams
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig
 from models.config import ConvNeXtV2Config, ModelConfig
-from models.convnextv2 import repeat_sites
-from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
+from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask, repeat_sites
 from utils.config.bounds import Count, Depth, Duration, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch

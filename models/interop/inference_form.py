@@ -37,7 +37,7 @@ class ChannelScale(nn.Module):
 
 
 class InferenceBlock(nn.Module):
-    """A block of ConvNeXt V2 without mask, stochastic depth and gradients."""
+    """A block of ConvNeXt V2 for whole maps, without stochastic depth and gradients."""
 
     def __init__(self, block: Block) -> None:
         super().__init__()
@@ -46,7 +46,7 @@ class InferenceBlock(nn.Module):
         self.pwconv2 = copy.deepcopy(block.pwconv2)
         self.pwconv2.bias.data += block.pwconv2.weight.data @ block.grn.beta.data.flatten()
 
-    def forward(self, x: Tensor, visible: None = None) -> Tensor:
+    def forward(self, x: Tensor, sites: None = None) -> Tensor:
         """Return [B, C, H, W]."""
         branch = self.pwconv1(self.norm(self.dwconv(x).permute(0, 2, 3, 1)))
         branch = branch * (torch.erf(branch / math.sqrt(2.0)) + 1.0) * 0.5

@@ -12,12 +12,10 @@ from utils.errors import UserError
 SETTINGS = {"patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1}
 
 
-def build(*, in_channels=3, encoder=None, execution="sparse", **changes):
+def build(*, in_channels=3, encoder=None, **changes):
     settings = {"depths": [1, 1, 1], "dims": [8, 12, 16], "stem_stride": 2, "drop_path_rate": 0.0, "head_init_scale": 1}
     encoder = ConvNeXtV2(in_channels=in_channels, num_classes=0, **{**settings, **(encoder or {})})
-    fcmae = FCMAE(encoder=encoder, **{**SETTINGS, **changes})
-    fcmae.execution = execution
-    return fcmae
+    return FCMAE(encoder=encoder, **{**SETTINGS, **changes})
 
 
 def randomise(network):
@@ -52,11 +50,10 @@ def test_patches_that_cannot_be_are_refused():
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("execution", ["sparse", "dense"])
-def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site(execution):
+def test_a_patch_of_several_sites_takes_each_pixel_from_its_own_site():
     """With a `pred` that tells each site's place in the map, the patches must show it."""
     torch.manual_seed(0)
-    fcmae = build(patch_px=16, execution=execution, decoder_depth=0)
+    fcmae = build(patch_px=16, decoder_depth=0)
     images, mask = torch.randn(1, 3, 32, 48), draw_masks(1, fcmae)
     sites = torch.arange(4 * 6.0).view(1, 1, 4, 6)
     fcmae.decoder = nn.Sequential()
@@ -94,10 +91,9 @@ def test_loss_equals_the_slow_reference(patch_px):
     torch.testing.assert_close(fcmae.loss_per_sample(images, pred, mask).double(), expected, rtol=1e-6, atol=0)
 
 
-@pytest.mark.parametrize(("execution", "stem_stride"), [("sparse", 4), ("dense", 2)])
-def test_masked_pixels_reach_neither_prediction_nor_gradients(execution, stem_stride):
+def test_masked_pixels_reach_neither_prediction_nor_gradients():
     torch.manual_seed(0)
-    fcmae = randomise(build(patch_px=16, execution=execution, encoder={"stem_stride": stem_stride}))
+    fcmae = randomise(build(patch_px=16, encoder={"stem_stride": 4}))
     images, mask = torch.randn(2, 3, 32, 48), draw_masks(2, fcmae)
     removed = mask_pixels(mask, fcmae)
     outcomes = []

@@ -4,7 +4,9 @@ import copy
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from models.fcmae import FCMAE
 from tests.models.test_fcmae import build, draw_masks, randomise
 
 VARIANTS = {
@@ -18,6 +20,31 @@ VARIANTS = {
 }  # fmt: skip
 
 
+class DenseFCMAE(FCMAE):
+    """The same function on whole maps: convolutions read 0 at removed sites, and GRN sums over visible ones."""
+
+    def encode(self, images, visible):
+        grid = self.grid_of(images.shape[-2:])
+        kept = images.new_zeros(len(images), grid[0] * grid[1], dtype=torch.bool).scatter(1, visible, True)
+        kept = kept.view(-1, 1, *grid)
+
+        def mask(x):
+            """Set removed sites to 0."""
+            return F.interpolate(kept.to(x), x.shape[-2:]) * x
+
+        x = mask(images)
+        for downsample, stage in zip(self.encoder.downsample_layers, self.encoder.stages):
+            x = mask(downsample(x))
+            for block in stage:
+                own = F.conv2d(x, block.dwconv.weight, block.dwconv.bias, padding=3, groups=x.shape[1])
+                own = F.gelu(block.pwconv1(block.norm(own.permute(0, 2, 3, 1))))
+                norms = mask(own.permute(0, 3, 1, 2)).square().sum((2, 3))[:, None, None].sqrt()
+                share = norms / (norms.mean(-1, keepdim=True) + 1e-6)
+                own = block.pwconv2(own * (1 + block.grn.gamma * share) + block.grn.beta)
+                x = mask(x + own.permute(0, 3, 1, 2))
+        return self.proj(x)
+
+
 def both(variant, **changes):
     """One network in sparse and in dense execution, all parameters drawn, float64; images and masks."""
     torch.manual_seed(0)
@@ -25,7 +52,7 @@ def both(variant, **changes):
     size = settings.pop("image_hw", (32, 48))
     sparse = randomise(build(**settings)).double()
     dense = copy.deepcopy(sparse)
-    dense.execution = "dense"
+    dense.__class__ = DenseFCMAE
     images = torch.randn(3, settings.get("in_channels", 3), *size, dtype=torch.float64)
     return sparse, dense, images, draw_masks(3, sparse, size)
 
