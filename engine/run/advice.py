@@ -25,17 +25,17 @@ def advise(run: Path, tables: Mapping[str, Table], class_images: Sequence[int]) 
     worst = sorted((number for number, count in enumerate(wrong) if count), key=lambda number: -wrong[number])
     lines = []
     if worst:
-        shown = [
-            f"{classes[number]['class']} {wrong[number] / sum(wrong):.0%} (accuracy {classes[number]['recall']:.2g}, "
-            f"{class_images[number]:,} images)"
-            for number in worst[:_SHOWN]
-        ]
+        shown = []
+        for number in worst[:_SHOWN]:
+            row = classes[number]
+            share = wrong[number] / sum(wrong)
+            shown.append(f"{row['class']} {share:.0%} (accuracy {row['recall']:.2g}, {class_images[number]:,} images)")
         lines.append(f"most errors: {', '.join(shown)}")
     sure, differ = _count_sure(decisions)
     if 0 < 2 * differ < sure:  # else the network is no judge of labels
         command = shlex.join(["python", "evaluate.py", f"run_dir={run}", "split=all", "per_image=true"])
-        shown = f"{differ:,} of {sure:,} sure predictions differ from the label"
-        lines.append(f"labels to check: {shown}; {command}, then Review in view.py")
+        differing = f"{differ:,} of {sure:,} sure predictions differ from the label"
+        lines.append(f"labels to check: {differing}; {command}, then Review in view.py")
     return lines
 
 

@@ -102,7 +102,9 @@ def fit_minutes(run: Run) -> None:
     found = f"a step takes {step_sec:.3g} s, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
     if steps < 1:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {found}; set more")
-    run.use_plan(plan_of(steps))
+    run.plan = plan_of(steps)
+    run.learner.use_length(run.plan)
+    run.recorder.use_plan(run.plan)
     log.info("loop.minutes=%g: %s steps, %.3g epochs; %s", minutes, f"{steps:,}", run.plan.epoch_at(steps), found)
     if distributed.is_main():
         with output_errors("run_dir", file):

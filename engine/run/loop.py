@@ -41,6 +41,10 @@ from utils.record.run_reader import RESULT_FILE
 log = get_logger(__name__)
 
 _SHOWN = 3  # figures of an evaluation in the log line
+_WAITING = (
+    "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
+    "small files into shards (prepare.py job=pack), or set augment.on_device=true"
+)
 
 
 @dataclass(frozen=True)
@@ -125,10 +129,8 @@ class Run:
         plan = self.plan
         started = time.perf_counter()
         if self.is_complete:
-            log.info(
-                "the run is complete: %d of %d steps are done; to train longer, raise loop.total_epochs or give "
-                "another run_dir", self.step, plan.total_steps,
-            )  # fmt: skip
+            done = f"{self.step} of {plan.total_steps} steps are done"
+            log.info("the run is complete: %s; raise loop.total_epochs, or give another run_dir", done)
             return
         if self.step == 0 and plan.total_steps > 0:
             self._draw_before()
@@ -174,8 +176,7 @@ class Run:
             stops, saves = self._poll(is_stop_requested(), self.saver.is_due())
             evaluates = self.owes_evaluation
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
-            logs = step % loop.log_every_steps == 0 or may_end
-            if logs:
+            if step % loop.log_every_steps == 0 or may_end:
                 recorder.log_step(step)
                 if not evaluates:
                     recorder.plot(step, draws=recorder.may_draw(step))
@@ -221,12 +222,6 @@ class Run:
         self._phase = phase
         yield from self.streams.in_order[phase].steps(step, self.plan.batch_size, self.plan.micro_batch_size)
 
-    def use_plan(self, plan: Plan) -> None:
-        """Replace the plan, before the first update; only its length may differ (`loop.minutes`)."""
-        self.plan = plan
-        self.learner.use_length(plan)
-        self.recorder.use_plan(plan)
-
     def use_lr(self, lr: float) -> None:
         """Replace the configured peak learning rate with the one that the range test found."""
         self.found_lr = lr
@@ -266,9 +261,8 @@ class Run:
         task = self.learner.task
         best = self.best.value
         value = report.scalars.get(task.best_metric, math.nan)
-        if not math.isfinite(value):
-            return False
-        return best is None or (value < best if task.best_is_lowest else value > best)
+        is_better = best is None or (value < best if task.best_is_lowest else value > best)
+        return is_better and math.isfinite(value)
 
     def _draw_before(self) -> None:
         """Show what the task draws before the first update, such as pictures of the base model."""
@@ -291,22 +285,17 @@ class Run:
             reshard(learner.model)
 
     def _due_loaders(self, most: int | None) -> Mapping[str, Iterable[Batch]]:
-        """Return the loaders due at this step."""
+        """Return the loaders due at this step, in batches that fit the device if micro-batches are chosen or halved."""
+        size = self.learner.micro_batches.size
+        is_chosen = self.config.loop.micro_batch_size == "auto" or size < self.plan.micro_batch_size
         due = {}
         for name, loader in self.streams.evaluation.items():
             every = self.streams.every_epochs.get(name)
             if every is None or self.plan.is_due(self.step, every, since=self.last_evaluated):
-                loader = self._fit(loader)
+                loader = loader.in_batches(size) if is_chosen else loader
                 batches = self._watch(name, loader, most)
                 due[name] = track(batches, len(loader), f"evaluating {name}") if most is None else batches
         return due
-
-    def _fit(self, loader: Iterable[Batch]) -> Iterable[Batch]:
-        """Return a loader with batches that fit the device, if micro-batches are chosen or halved."""
-        size = self.learner.micro_batches.size
-        if self.config.loop.micro_batch_size == "auto":
-            return loader.in_batches(size)
-        return loader if size == self.plan.micro_batch_size else loader.in_batches(min(size, loader.batch_size))
 
     def _watch(self, name: str, loader: Iterable[Batch], most: int | None) -> Iterator[Batch]:
         """Yield a loader's batches; each counts as progress."""
@@ -345,7 +334,7 @@ class Run:
             log.warning("resume_allow accepts %s", line)
         saved = state["config"]["optim"]
         now = self.folder.config["optim"]
-        is_same = (saved["name"], saved.get("opt")) == (now["name"], now.get("opt"))
+        is_same = all(saved.get(key) == now.get(key) for key in ("name", "opt"))
         if not is_same:
             log.warning("resume: %s starts without state: the checkpoint's optimiser is %s", now["name"], saved["name"])
         learner.load_state(read_groups(path, state), state["optimizer"] if is_same else None, str(path))
@@ -377,7 +366,6 @@ class Run:
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
         folder = self.folder.path
-        self._warn_at_end()
         rows: list[tuple[str, str]] = []
         best = ""
         if self.best.step is not None:
@@ -388,6 +376,12 @@ class Run:
             ("curves", f"{folder}/plots/curves.png"),
             ("tables", f"{folder}/tables, training_log.txt"),
         ]
+        unreadable = self.streams.train.unreadable_count
+        if unreadable:
+            rows.append(("unreadable", f"{unreadable} images, each with weight 0; see unreadable.jsonl"))
+        share = self.recorder.clock.wait_share
+        if share > MUCH_WAITING:
+            rows.append(("waiting", _WAITING.format(share)))
         advice = advise(folder, self._tables, self.streams.class_images)
         if advice:
             self._write_result(advice)
@@ -404,20 +398,3 @@ class Run:
         value = f"{self.best.value:.4g}{show_interval(self.best.interval)}"
         epoch = self.plan.shown_epoch(self.best.step)
         return f"{show_evaluated(metric)} {value} at epoch {epoch:g}; last {last:.4g}"
-
-    def _warn_at_end(self) -> None:
-        """Say that the run could not read images, or waited for data."""
-        unreadable = self.streams.train.unreadable_count
-        if unreadable:
-            log.warning(
-                "unreadable images: %d, each with weight 0, including earlier starts of this run; see unreadable.jsonl",
-                unreadable,
-            )
-        share = self.recorder.clock.wait_share
-        if share > MUCH_WAITING:
-            log.warning(
-                "%.0f %% of the training time was spent waiting for data: raise runtime.workers or "
-                "data.cache.memory_gib, pack small files into shards (prepare.py job=pack), or set "
-                "augment.on_device=true",
-                100 * share,
-            )
