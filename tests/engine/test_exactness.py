@@ -116,18 +116,3 @@ def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):
         assert sorted(listed) == [f"train/A/broken{number}.png" for number in range(3)]
     said = (uninterrupted / "log.txt").read_text()
     assert "train/A/broken0.png" in said and "its weight is 0" in said
-
-
-def test_evaluation_is_exact_on_any_number_of_ranks(collection, tmp_path, task="classification"):
-    """The same figures on 1, 2 and 3 ranks, with a last batch that is not full (15 images by 4)."""
-    figures, tables = [], []
-    settings = ["loop.total_steps=1", "loop.batch_size=12", "loop.micro_batch_size=4", "optim.lr=0.0"]
-    for ranks in (1, 2, 3):
-        run(SCRIPTS[task], common(task, collection, tmp_path / f"{ranks}", *settings), tmp_path, ranks=ranks)
-        figures.append(rows(tmp_path / f"{ranks}/metrics.jsonl", "evaluate")[-1])
-        tables.append([file.read_text() for file in sorted((tmp_path / f"{ranks}").glob("tables/*.csv"))])
-    assert tables[0] == tables[1] == tables[2] and bool(tables[0]) == (task == "classification")
-    for other in figures[1:]:
-        assert other.keys() == figures[0].keys()
-        for name, value in figures[0].items():
-            assert other[name] == (pytest.approx(value, rel=1e-6) if isinstance(value, float) else value), name

@@ -3,15 +3,12 @@
 import itertools
 import json
 import math
-import os
 import shutil
-import signal
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-import engine.run.recorder
 from engine.run.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
@@ -221,26 +218,6 @@ def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched,
     run("finetune", [*base, *SEARCH, *given, "loop.total_steps=103", f"run_dir={path}"], folder)
     assert "the peak learning rate is" not in capsys.readouterr().err
     assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(103, 0.5, 103)
-
-
-def test_a_run_that_is_stopped_in_it_ends_as_a_stopped_run(searched, monkeypatch):
-    folder, base = searched
-    command = [*base, *SEARCH, f"run_dir={folder}/stopped"]
-    phase = engine.run.recorder.Recorder.phase
-
-    def stop_at_the_third(self, step, name):
-        if name.startswith("range test, update 3 "):
-            os.kill(os.getpid(), signal.SIGTERM)
-        phase(self, step, name)
-
-    with monkeypatch.context() as patched:
-        patched.setattr(engine.run.recorder.Recorder, "phase", stop_at_the_third)
-        with pytest.raises(SystemExit) as stop:
-            run("finetune", command, folder)
-    assert stop.value.code == 75
-    assert not (folder / "stopped/lr_finder.json").exists() and not list((folder / "stopped").glob("checkpoints/*"))
-    run("finetune", command, folder)
-    assert found_by(folder / "stopped")["losses"] == found_by(folder / "run")["losses"]
 
 
 def test_a_rate_beside_a_range_test_is_refused():

@@ -1,5 +1,6 @@
 """The plan. Properties (splitting a batch, ends of epochs), literal tables (steps, warm-up, rate), refusals."""
 
+import itertools
 import math
 from fractions import Fraction
 from types import SimpleNamespace
@@ -35,18 +36,12 @@ def plan(*, epoch_length, world_size=1, evaluation_samples=0, finder=None, optim
 
 
 def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a_chunk():
-    for world in (1, 2, 3, 5, 8):
-        for share in (1, 2, 7, 12, 36, 60, 97):
-            for cap in (1, 2, 5, 8, 35, 200):
-                micro, accum = split_batch(share * world, world, cap, None)
-                assert micro * accum * world == share * world and micro <= cap
-                assert not any(share % larger == 0 for larger in range(micro + 1, min(share, cap) + 1))
-    for world in (1, 2, 3, 4, 6):
-        for chunk in (1, 2, 4, 5, 6, 12, 16):  # 5 and 16 do not divide the batch
-            for cap in (1, 4, 5, 100):
-                micro, accum = split_batch(24, world, cap, chunk)
-                assert micro * accum == 24 // world and micro <= cap
-                assert all(start // chunk == (start + micro - 1) // chunk for start in range(0, 240, micro))
+    shares, caps, chunks = (1, 2, 7, 12, 36, 60, 97), (1, 2, 5, 8, 35, 200), (None, 1, 2, 4, 5, 6, 12, 16)
+    for world, share, cap, chunk in itertools.product((1, 2, 3, 5, 8), shares, caps, chunks):
+        micro, accum = split_batch(share * world, world, cap, chunk)
+        assert micro * accum == share and micro <= cap
+        within = share if chunk is None else math.gcd(share, chunk)
+        assert micro == max(size for size in range(1, cap + 1) if within % size == 0)
 
 
 @pytest.mark.parametrize("global_size, world", [(4096, 24), (3, 8)])

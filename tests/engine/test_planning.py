@@ -18,17 +18,9 @@ from tests.test_weights_commands import RESNET, fill_cache
 from utils.record.run_reader import RunReader
 
 FACTS = Facts(
-    images=1000,
-    side_px=100,
-    most_px=224,
-    has_classes=True,
-    mirrors=1.0,
-    border=255,
-    colours=True,
-    grey=False,
-    reference=1e5,
-    bf16=True,
-)
+    images=1000, side_px=100, most_px=224, has_classes=True, mirrors=1.0, border=255, colours=True, grey=False,
+    reference=1e5, bf16=True,
+)  # fmt: skip
 
 
 @pytest.fixture
@@ -124,20 +116,33 @@ def test_more_time_gives_larger_images_and_networks():
     assert sides == sorted(sides) and sides[0] == 64 and sides[-1] == 96  # the images have 100 px
     assert costs == sorted(costs)
     assert choose_network(times[0]).width == 16 and choose_network(times[-1]).name == "resnet34d"
+    assert choose_network(replace(FACTS, images=10**4)).width < choose_network(replace(FACTS, images=50)).width
 
 
-def test_large_images_are_reduced_when_they_are_read():
-    assert chosen(FACTS, "augment.shrink") == []
-    assert chosen(replace(FACTS, side_px=224), "augment.shrink") == ["augment.shrink=true"]
+LONG = {"mirrors": 0.3, "reference": 4e5}  # of letters
+LETTERS = "augment.fill task.mixup_alpha augment.random_erasing"
+RULES = [
+    ({}, "augment.rand_augment"),
+    ({"side_px": 224}, "augment.rand_augment augment.shrink"),
+    ({"images": 10**4}, ""),
+    ({"images": 50}, "task.cutmix_alpha"),
+    ({"mirrors": 0.3}, "augment.fill"),
+    ({"mirrors": 0.3, "images": 12_000}, "augment.fill"),
+    (LONG | {"images": 12_000}, LETTERS),
+    (LONG, LETTERS),
+    (LONG | {"images": 100}, LETTERS),
+    ({"mirrors": 0.7, "images": 12_000, "reference": 4e5}, ""),
+    ({"colours": False}, "augment.color_jitter"),
+    ({"colours": False, "images": 10**5}, ""),  # few epochs
+]
+KEYS = {key for _, keys in RULES for key in keys.split()}
 
 
-def test_few_images_get_a_wider_network_and_are_changed_more():
-    many, some, few = (replace(FACTS, images=images) for images in (10**4, 10**3, 50))
-    assert choose_network(many).width < choose_network(few).width
-    assert chosen(some, "augment.rand_augment") and not chosen(some, "augment.on_device")  # they exclude each other
-    assert not chosen(many, "augment.rand_augment") and chosen(many, "augment.on_device")
-    assert not chosen(replace(some, mirrors=0.3), "augment.rand_augment")  # of letters
-    assert chosen(few, "task.cutmix_alpha") and not chosen(some, "task.cutmix_alpha")
+@pytest.mark.parametrize(("changes", "keys"), RULES)
+def test_the_rules_for_facts(changes, keys):
+    known = replace(FACTS, **changes)
+    assert {key for key in KEYS if chosen(known, key)} == {*keys.split()}
+    assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)  # they exclude each other
 
 
 def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):
@@ -148,16 +153,6 @@ def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):
     assert config["model"]["in_channels"] == len(config["augment"]["mean"]) == 1
     weights = Network("resnet50", 0, 1.0, is_pretrained=True)  # of three channels
     assert not chosen(replace(FACTS, grey=True, network=weights), "model.in_channels")
-
-
-def test_letters_are_mixed_and_erased_in_long_runs_of_many_epochs():
-    letters = replace(FACTS, images=12_000, mirrors=0.3)
-    keys = ("task.mixup_alpha", "augment.random_erasing")
-    long = replace(letters, reference=4e5)
-    assert not any(chosen(each, key) for key in keys for each in (letters, replace(letters, images=1_000)))
-    for many in (long, replace(long, images=1_000), replace(long, images=100)):
-        assert all(chosen(many, key) for key in keys) and not chosen(many, "task.cutmix_alpha")
-        assert not any(chosen(replace(many, mirrors=0.7), key) for key in keys)  # no letters
 
 
 @pytest.mark.parametrize("mirrors", [True, False])
@@ -179,6 +174,3 @@ def test_colours_that_tell_nothing_are_changed():
     assert tells_colour(images, bright) and not tells_colour(images, random)
     assert tells_colour(images[:50], random[:50])  # too few to tell
     assert chosen(replace(FACTS, mirrors=0.3), "augment.fill") == ["augment.fill=255"]
-    assert chosen(FACTS, "augment.color_jitter") == []
-    assert "hue:0.5" in chosen(replace(FACTS, colours=False), "augment.color_jitter")[0]
-    assert chosen(replace(FACTS, colours=False, images=10**5), "augment.color_jitter") == []  # few epochs

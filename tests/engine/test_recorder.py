@@ -20,7 +20,9 @@ from engine.task import Report
 from engine.update.runtime import choose_runtime
 from optim.schedules import GroupValues
 from tests.in_process import SHORT, SMALL_MODEL, TINY, configure, make_images, run
+from tests.support import rows
 from utils.io.files import read_json
+from utils.record.run_reader import RunReader
 
 PICTURE = np.zeros((4, 4, 3), np.uint8)
 STREAM = SimpleNamespace(readings=dict, path_of=str)
@@ -126,16 +128,13 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
         assert read_json(tmp_path / "run/complete.json") == {"step": steps}
     lines = read_log(tmp_path)
     assert [(line["step"], line["epoch"]) for line in lines] == [("2", "1"), ("4", "2"), ("6", "3")]
-    every = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in every if row["kind"] == "epoch"] == [2, 4, 6]
-    losses = {row["step"]: row["loss"] for row in every if row["kind"] == "train"}
-    for line in lines:
-        step = int(line["step"])
-        assert float(line["train_loss"]) == pytest.approx((losses[step - 1] + losses[step]) / 2, rel=1e-5)
-    columns = ["epoch", "train_loss", "train_accuracy", "val_loss", "top1", "top2", "lr", "momentum"]
-    columns += ["images_per_sec", "seconds", "peak_memory_gib"]
-    assert set(columns) <= set(lines[0])
-    assert all(float(line[name]) >= 0 for line in lines for name in columns)
+    assert [row["step"] for row in rows(tmp_path / "run/metrics.jsonl", "epoch")] == [2, 4, 6]
+    losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
+    means = [(first + second) / 2 for first, second in zip(losses[::2], losses[1::2])]
+    assert [float(line["train_loss"]) for line in lines] == pytest.approx(means, rel=1e-5)
+    columns = "epoch train_loss train_accuracy val_loss top1 top2 lr momentum images_per_sec seconds peak_memory_gib"
+    assert {*columns.split()} <= {*lines[0]}
+    assert all(float(line[name]) >= 0 for line in lines for name in columns.split())
 
 
 def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
@@ -143,10 +142,9 @@ def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkey
     root = make_images(tmp_path / "images")
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
     run("finetune", command, tmp_path)
-    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
-    rows = [row for row in rows if row["kind"] == "train"]
-    rates = [row["data/l1_hit_rate"] for row in rows]
+    found = [row for row in RunReader(tmp_path / "run").rows if row["kind"] == "train"]
+    rates = [row["data/l1_hit_rate"] for row in found]
     assert rates == sorted(rates) and 0 < rates[-1] < 1
-    assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in rows) and rows[-1]["data/wait_sec"] > 0
+    assert all(row["data/l1_gib"] > 0 and row["data/wait_sec"] >= 0 for row in found) and found[-1]["data/wait_sec"] > 0
     said = (tmp_path / "run/log.txt").read_text()
     assert "was spent waiting for data: " in said

@@ -184,26 +184,15 @@ def test_a_requeued_job_goes_on_where_the_command_says_never(place, monkeypatch)
     assert left(place)[-1] == 3 and [row["step"] for row in rows(place / "run/metrics.jsonl", "train")] == [1, 2, 3]
 
 
-@pytest.mark.parametrize(
-    "words",
-    [["optim=prodigy", "+optim.extra.d_coef=1e4", "loop.batch_size=8"], ["optim=schedulefree", "optim.lr=0.01"]],
-)
-def test_optimisers_with_a_state_of_all_parameters_resume_exactly(words, place):
-    """Prodigy's d rises and is logged. Schedule-free's files hold its average x, as the one that it evaluates."""
-    words = [*words, "schedule=constant", "schedule.warmup_steps=2", "loop.total_steps=4", "loop.log_every_steps=1"]
-    words += ["loop.checkpoint_every_steps=2"]
-    run("finetune", [*QUIET, *words, "run_dir=whole"], place)
-    finetune(place, *words, kill_at_step=3)
-    assert "at step 2" in finetune(place, *words)
-    whole, killed = (checkpoint_tensors(place / run, 4) for run in ("whole", "run"))
-    assert_same_tensors(whole, killed)
-    figures = [rows(place / run / "metrics.jsonl", "train") for run in ("whole", "run")]
-    assert [row["loss"] for row in figures[0]] == [row["loss"] for row in figures[1]]
+@pytest.mark.parametrize("words", [["optim=prodigy", "+optim.extra.d_coef=1e4"], ["optim=schedulefree"]])
+def test_the_rate_of_prodigy_is_logged_and_the_files_of_schedule_free_hold_its_average(words, place):
+    finetune(place, *words, "schedule=constant", "loop.total_steps=4", "loop.batch_size=8")
     if words[0] == "optim=prodigy":
-        d = [row["d"] for row in figures[0]]
-        assert d == [row["d"] for row in figures[1]] and d[-1] > d[0] == 1e-6
+        d = [row["d"] for row in rows(place / "run/metrics.jsonl", "train")]
+        assert d[-1] > d[0] == 1e-6
         return
+    state = checkpoint_tensors(place / "run", 4)
     for name, weights in load_file(place / "run/weights/last_weights.safetensors").items():
-        y, z = (whole[f"optimizer/network.{name}/{key}"] for key in "yz")
+        y, z = (state[f"optimizer/network.{name}/{key}"] for key in "yz")
         torch.testing.assert_close(weights, (y - 0.1 * z) / 0.9, rtol=1e-4, atol=1e-6)  # y = 0.9 x + 0.1 z
         assert not torch.equal(weights, y)

@@ -94,22 +94,3 @@ def test_swapped_holds_the_average_and_gives_the_weights_back_bit_for_bit():
     same_bits(copied(model), own)
     same_bits(averaged(ema), average)
     assert [parameter.data_ptr() for parameter in model.parameters()] == addresses  # optimiser and DDP hold them
-
-
-def test_averages_of_several_networks_are_those_of_each_alone_and_continue_from_a_checkpoint():
-    models = {"unet": made(), "encoder": made()}
-    averages, later = Averages(models), Averages(models)
-    alone = {name: average_of(model) for name, model in models.items()}
-    for step in range(6):
-        for number, (name, model) in enumerate(models.items()):
-            wander(model, 10 * step + number)
-            alone[name].update(0.9, ONE)
-        averages.update(0.9, ONE)
-        if step == 2:
-            for name, tensor in later.tensors().items():
-                tensor.copy_(averages.tensors()[name])
-        elif step > 2:
-            later.update(0.9, ONE)
-    expected = {f"{name}.{key}": tensor for name, own in alone.items() for key, tensor in averaged(own).items()}
-    same_bits(averages.tensors(), expected)
-    same_bits(later.tensors(), expected)

@@ -9,7 +9,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
 from optim.groups import build_groups as build
-from optim.groups import drop_frozen_gradients, is_vector, set_group_values
+from optim.groups import is_vector, set_group_values
 from optim.schedules import GroupValues
 from utils.config.help import read_values
 from utils.errors import UserError
@@ -101,24 +101,6 @@ def test_rules_set_what_they_state_and_nothing_else():
         assert found[name]["fixed_decay"] == 0.0 and found[name]["lr_scale"] == usual[name]["lr_scale"] < 1
     assert values["network.head.weight"] == (10.0, 3, None)
     assert values["network.head.bias"] == (10.0, 3, 0.3)
-
-
-def test_frozen_groups_do_not_change_and_nor_does_their_state():
-    task = classifier()
-    rules = [rule("network.stages.*", freeze_steps=2)]
-    optimizer = torch.optim.AdamW(build_groups(task, config(rules=rules)), lr=0.1, weight_decay=0.1)
-    before = {name: parameter.detach().clone() for name, parameter in task.named_parameters()}
-    moved = []
-    for step in range(3):
-        for parameter in task.parameters():
-            parameter.grad = torch.ones_like(parameter)
-        drop_frozen_gradients(optimizer, step)
-        optimizer.step()
-        moved.append({name for name, parameter in task.named_parameters() if not torch.equal(parameter, before[name])})
-    frozen = {name for name in before if name.startswith("network.stages.")}
-    assert moved == [set(before) - frozen, set(before) - frozen, set(before)]
-    steps = {name: optimizer.state[parameter]["step"].item() for name, parameter in task.named_parameters()}
-    assert {steps[name] for name in frozen} == {1.0} and {steps[name] for name in set(before) - frozen} == {3.0}
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,7 @@
     python -m tests.slurm.cluster stop FOLDER
 
 It needs root, and Debian's packages slurm-wlm and munge (`make test-slurm` installs them). The nodes n1, n2, ... have
-four CPUs and two pretended GPUs each, and all of them are this machine. Jobs in the partition `low` give way to those
+four CPUs each, and all of them are this machine. Jobs in the partition `low` give way to those
 in `main`: they are signalled, and requeued after a grace time. Nothing under /etc is changed but the names of the nodes
 in /etc/hosts, which `stop` takes away.
 """
@@ -21,7 +21,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-CPUS, GPUS, MEMORY_MIB, GRACE_SEC = 4, 2, 8000, 10
+CPUS, MEMORY_MIB, GRACE_SEC = 4, 8000, 10
 PROGRAMS = ("slurmctld", "slurmd", "munged", "sinfo", "sbatch")
 _HOSTS = Path("/etc/hosts")
 _START_SEC = 60.0
@@ -67,7 +67,6 @@ SlurmctldTimeout=30
 SlurmdTimeout=120
 ReturnToService=2
 MaxArraySize=1001
-GresTypes=gpu
 FirstJobId={first_job}
 {nodes}
 PartitionName=main Nodes={names} Default=YES MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
@@ -159,21 +158,17 @@ class Cluster:
         return f"# SLURM of {self.folder}"
 
     def _write_files(self) -> None:
-        for name in ("log", "state", "run", "munge", "dev", *(f"state/{name}" for name in self.names)):
+        for name in ("log", "state", "run", "munge", *(f"state/{name}" for name in self.names)):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         (self.folder / "munge").chmod(0o700)
         key = self.folder / "munge/munge.key"
         if not key.exists():
             key.write_bytes(os.urandom(1024))
             key.chmod(0o600)
-        for number in range(GPUS):  # a GPU needs a device file of its own
-            device = self.folder / f"dev/gpu{number}"
-            if not device.exists():
-                os.mknod(device, 0o666 | 0o020000, os.makedev(1, 3))
         host = socket.gethostname().partition(".")[0]
         nodes = "\n".join(
             f"NodeName={name} NodeHostname={host} NodeAddr=127.0.0.1 Port={self.port + number} CPUs={CPUS} "
-            f"RealMemory={MEMORY_MIB} Gres=gpu:{GPUS} State=UNKNOWN"
+            f"RealMemory={MEMORY_MIB} State=UNKNOWN"
             for number, name in enumerate(self.names, start=1)
         )
         # Jobs are not numbered from 1 again: submitit would read the results of an older cluster's job.
@@ -183,7 +178,6 @@ class Cluster:
             host=host, port=self.port, folder=self.folder, first_job=first, nodes=nodes, names=names, grace=GRACE_SEC
         )
         (self.folder / "slurm.conf").write_text(text)
-        (self.folder / "gres.conf").write_text(f"NodeName={names} Name=gpu File={self.folder}/dev/gpu[0-{GPUS - 1}]\n")
 
     def _name_the_nodes(self, names: list[str]) -> None:
         """Name these nodes of this cluster in /etc/hosts, and no others; another cluster may be doing the same."""
