@@ -11,7 +11,6 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
 
 from utils.errors import EXIT_USER_ERROR
 
@@ -22,15 +21,7 @@ _M_MMAP_MAX = -4
 _MOST = 2**31 - 1  # mallopt takes an int
 
 
-class _Clocks(NamedTuple):
-    """The time, and the seconds of all processes and of this one on the cores that it may use."""
-
-    now: float
-    everyone: float
-    own: float
-
-
-_first = _Clocks(0.0, 0.0, 0.0)
+_busy_before: float | None = None
 
 
 def begin(documentation: str) -> None:
@@ -38,11 +29,11 @@ def begin(documentation: str) -> None:
 
     documentation: the script's docstring. Ends with a message on a system other than Linux.
     """
-    global _first
+    global _busy_before
     if not hasattr(os, "sched_getaffinity"):
         sys.stderr.write("Atelier needs Linux; on Windows use WSL, on macOS a Linux container or virtual machine\n")
         sys.exit(EXIT_USER_ERROR)
-    _first = _read_clocks()
+    _busy_before = _busy_sec()
     keep_freed_memory()
     if {"--help", "-h"} & set(sys.argv) and documentation == sys.modules["__main__"].__doc__:
         from utils.config.help import describe
@@ -65,7 +56,8 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
-def _read_clocks() -> _Clocks:
+def _busy_sec() -> float:
+    """Return the seconds that other processes have used of the cores that this one may use."""
     cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
     with suppress(OSError), open("/proc/stat") as file:
@@ -73,13 +65,11 @@ def _read_clocks() -> _Clocks:
             words = line.split()
             if words[0] in cores:
                 ticks += sum(int(words[field]) for field in _BUSY)
-    return _Clocks(time.monotonic(), ticks / os.sysconf("SC_CLK_TCK"), time.process_time())
+    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
 
 
 def cores_of_others() -> float:
     """Return how many of this process's cores others have used on average since the process began."""
-    if not _first.now:  # a test or a notebook, which did not call `begin`
+    if _busy_before is None:  # a test or a notebook, which did not call `begin`
         return 0.0
-    clocks = _read_clocks()
-    others = clocks.everyone - _first.everyone - (clocks.own - _first.own)
-    return max(0.0, others) / max(clocks.now - _first.now, 1e-3)
+    return max(0.0, _busy_sec() - _busy_before) / (time.monotonic() - STARTED)

@@ -1,7 +1,7 @@
 """`train.py curve=true`: a learning curve, and what twice the labels would give.
 
 A quarter and a half of each class are trained on in RUN/curve_25 and RUN/curve_50, then all of it in RUN: jobs like
-those of a sweep (`sweep.at_once` and `sweep.gpus` hold), so the same command continues. Each run repeats the command's
+those of a sweep (`sweep.gpus` holds), so the same command continues. Each run repeats the command's
 words, so each takes its full length (with `loop.minutes`, the full time). The law error = a + b n^-c is fitted to the
 three errors; a or b is 0 where it would be negative.
 """

@@ -23,7 +23,6 @@ def draw_confusion(confusion: Confusion, class_names: Sequence[str]) -> np.ndarr
     names = [class_names[index] for index in classes]
     shown = f"Confusion matrix of {number}" if is_whole else f"The {len(classes)} most confused of {number:,}"
     title = f"{shown} classes; images wrong in all: {wrong}\nnumbers are per cent of the row's images"
-    title += "" if is_whole else "; other: classes that are not shown"
     return pictures.confusion_matrix(counts, samples[classes], names, title)
 
 

@@ -201,7 +201,7 @@ PROVED = {
     "Copy.name",  # selects the job; downsample.yaml builds on copy.yaml
     "Stage.leaves",  # of finished stages: tests/test_workshop.py
     "SweepConfig.name",
-    *(f"SweepConfig.{name}" for name in ("at_once", "gpus", "trials")),  # of the words: utils/config/test_sweep.py
+    *(f"SweepConfig.{name}" for name in ("gpus", "trials")),  # of the words: utils/config/test_sweep.py
     "LaunchConfig.ranks_per_node",  # by its own property `ranks_on_node`: tests/submit/test_slurm.py
     # The first two on the nodes: tests/submit/test_slurm.py.
     *(f"LaunchConfig.{name}" for name in ("max_requeues", "max_lost_ranks", "nodes")),

@@ -50,7 +50,7 @@ from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
 from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
-from utils.record.run_reader import run_of, settings_of
+from utils.record.run_reader import run_of
 from utils.record.sweep_table import read_jobs, sweep_table
 
 log = get_logger(__name__)
@@ -61,7 +61,7 @@ _INSTEAD = {
     "run": "run_dir=PATH",
     "sweep": "sweep.name=NAME",
     "sweeper": "sweep.trials=N",
-    "launcher": "sweep.at_once=N, or python submit/slurm.py,",
+    "launcher": "sweep.gpus=[0,1], or python submit/slurm.py,",
 }
 _OTHER = "a key that --help lists"
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
@@ -229,8 +229,7 @@ class Command(Generic[Schema]):
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
         sweep = parse_sweep(arguments)
         statuses = run_sweep(sweep, sys.argv[0])
-        failed = {job: status for job, status in statuses.items() if status not in (EXIT_OK, EXIT_STOPPED)}
-        jobs = read_jobs(Path(sweep.base), {settings_of(job.words): status for job, status in failed.items()})
+        jobs = read_jobs(Path(sweep.base))
         if jobs and environment_rank() == 0:
             log.info("%s", Lines(sweep_table(jobs)))
         return max(statuses.values(), default=EXIT_OK)

@@ -1,6 +1,6 @@
-"""Sweeps: run the jobs of a --multirun as processes, in turn, several at once, or one on each GPU.
+"""Sweeps: run the jobs of a --multirun as processes, in turn or one on each GPU.
 
-    python finetune.py --multirun optim.lr=0.001,0.003 seed=0,1,2 sweep.name=rates sweep.at_once=2
+    python finetune.py --multirun optim.lr=0.001,0.003 seed=0,1,2 sweep.name=rates
     python finetune.py --multirun optim.lr=0.001,0.003 sweep.gpus=[0,1]
     python finetune.py --multirun 'optim.lr=tag(log,interval(1e-4,1e-2))' sweep.trials=20
 
@@ -27,7 +27,7 @@ from hydra.core.override_parser.types import IntervalSweep, Override
 from omegaconf import OmegaConf
 from pydantic import Field
 
-from utils.config.bounds import Count, CountOrZero, Processes
+from utils.config.bounds import Count, CountOrZero
 from utils.config.help import CONF
 from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
@@ -50,8 +50,7 @@ class SweepConfig(Strict):
     """A sweep, with its run folders in outputs/sweeps/<name>/."""
 
     name: PathText
-    at_once: Processes | None  # jobs at the same time; null: 1, or one for each of `gpus`
-    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # each job gets one as CUDA_VISIBLE_DEVICES
+    gpus: Annotated[list[CountOrZero], Field(min_length=1)] | None  # a job at a time for each
     trials: Count | None  # the number of jobs whose values Optuna chooses
 
 
@@ -141,11 +140,9 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
     A stop signal is forwarded to the running jobs, no further job starts, and the sweep raises SystemExit(75). A
     launcher starts the sweep on each rank: then jobs run in turn, and each rank starts its process of a job.
     """
-    gpus: Sequence[int | None] = settings.gpus or [None]
-    at_once = settings.at_once or len(gpus)
-    if detect_world().size > 1 and (at_once > 1 or settings.gpus or settings.trials):
-        raise UserError("sweep.at_once: jobs at once and searches have one rank each; start it without a launcher")
-    free = list(itertools.islice(itertools.cycle(gpus), at_once))
+    if detect_world().size > 1 and (settings.gpus or settings.trials):
+        raise UserError("sweep.gpus, sweep.trials: their jobs have one rank each; start the sweep without a launcher")
+    free: list[int | None] = [*(settings.gpus or [None])]
     running: dict[subprocess.Popen, tuple[SweepJob, int | None]] = {}
     statuses: dict[SweepJob, int] = {}
     forwarded = False
@@ -159,7 +156,7 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
                     _tell(job, None)
                 else:
                     gpu = free.pop(0)
-                    running[_start(job, script, gpu, in_turn=at_once == 1)] = job, gpu
+                    running[_start(job, script, gpu)] = job, gpu
             if not running:
                 break
             time.sleep(_LOOK_SEC)
@@ -177,15 +174,17 @@ def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> di
     return statuses
 
 
-def _start(job: SweepJob, script: str, gpu: int | None, *, in_turn: bool) -> subprocess.Popen:
-    """Start a job. Its output goes to the terminal if jobs run in turn, else to a file beside its folder."""
+def _start(job: SweepJob, script: str, gpu: int | None) -> subprocess.Popen:
+    """Start a job. Its output goes to the terminal, or with a GPU of its own to a file beside its folder."""
     folder = Path(job.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
     environment = {"WANDB_RUN_GROUP": folder.parent.name, **os.environ}
+    output = nullcontext()
     if gpu is not None:
         environment["CUDA_VISIBLE_DEVICES"] = str(gpu)
-    log.info("started%s: %s", "" if gpu is None else f" on GPU {gpu}", folder if in_turn else f"see {folder}.log")
-    with nullcontext() if in_turn else open(f"{folder}.log", "ab") as stream:
+        output = open(f"{folder}.log", "ab")  # noqa: SIM115 (closed below)
+    log.info("started: %s", folder)
+    with output as stream:
         # In a new session: the sweep forwards Ctrl-C as a request to save.
         return subprocess.Popen(
             [sys.executable, script, *job.words],

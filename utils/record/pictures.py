@@ -1,10 +1,11 @@
-"""Pictures of predictions, by torchvision's make_grid and matplotlib.
+"""Pictures of predictions, by Pillow and matplotlib.
 
 All functions take and return uint8 arrays: an image is [H, W, C] with 1 or 3 channels, a picture is [H', W', 3].
 matplotlib takes 0.3 s to import, so functions import it.
 """
 
 import functools
+import math
 import re
 import textwrap
 import unicodedata
@@ -12,10 +13,9 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 
 import numpy as np
-import torch
 from PIL import Image, ImageOps
-from torch.nn.functional import pad
-from torchvision.utils import make_grid
+
+from utils.record.figures import INK
 
 RIGHT = "#08519c"
 WRONG = "#be181d"
@@ -73,28 +73,19 @@ def shorten(text: str, most: int) -> str:
 
 
 def wrap(text: str, most_lines: int, width: int = 27) -> list[str]:
-    """Return a text as legible lines of `width` characters, of which a wide one counts twice; the last may end in …."""
-    text = legible(text, width * most_lines)
-    spaced = "".join(f"{char}\0" if unicodedata.east_asian_width(char) in "WF" else char for char in text)
-    lines = textwrap.wrap(spaced, width, max_lines=most_lines, placeholder="…")
-    return [line.replace("\0", "") for line in lines]
+    """Return a text as legible lines of `width` characters; the last may end in …."""
+    return textwrap.wrap(legible(text, width * most_lines), width, max_lines=most_lines, placeholder="…")
 
 
-def _to_tile(image: np.ndarray, tile_px: int) -> torch.Tensor:
-    """Return [3, tile_px, tile_px]: a framed image, as large as fits, on white.
-
-    Small images grow by whole factors, so that their pixels stay visible.
-    """
-    picture = Image.fromarray(np.repeat(image, 3, axis=2) if image.shape[2] == 1 else np.ascontiguousarray(image))
+def _to_tile(image: np.ndarray, tile_px: int) -> Image.Image:
+    """Return a framed image, as large as fits. Small ones grow by whole factors, so that their pixels stay visible."""
+    picture = Image.fromarray(np.ascontiguousarray(image.squeeze(2) if image.shape[2] == 1 else image))
     inside = tile_px - 2
     if (factor := inside // max(picture.size)) >= 2:
         picture = ImageOps.scale(picture, factor, Image.Resampling.NEAREST)
     else:
         picture = ImageOps.contain(picture, (inside, inside), Image.Resampling.LANCZOS)
-    framed = ImageOps.expand(picture, 1, _FRAME)  # else a white image has no visible edge
-    tile = Image.new("RGB", (tile_px, tile_px), "white")
-    tile.paste(framed, ((tile_px - framed.width) // 2, tile_px - framed.height))
-    return torch.from_numpy(np.array(tile)).permute(2, 0, 1)
+    return ImageOps.expand(picture.convert("RGB"), 1, _FRAME)  # else a white image has no visible edge
 
 
 def image_grid(
@@ -111,26 +102,24 @@ def image_grid(
     from utils.record.plots import figure_to_image
 
     texts = [text for lines in captions for text, _ in lines]
-    cell = max([tile_px, *(_CHARACTER_PX * len(text) for text in texts)])
-    below = _LINE_PX * max(map(len, captions), default=0)
-    left = (cell - tile_px) // 2
-    room = (left, cell - tile_px - left, 0, below)
-    tiles = [pad(_to_tile(image, tile_px), room, value=255) for image in images]
-    tiles = tiles or [torch.full((3, 1, cell), 255, dtype=torch.uint8)]
-    columns = min(columns, len(tiles))
-    grid = make_grid(torch.stack(tiles), columns, _PADDING_PX, pad_value=255).permute(1, 2, 0).numpy()
+    columns = max(1, min(columns, len(images)))
+    width = _PADDING_PX + max([tile_px, *(_CHARACTER_PX * len(text) for text in texts)])
+    height = _PADDING_PX + tile_px + _LINE_PX * max(map(len, captions), default=0)
+    grid = Image.new("RGB", (width * columns, height * math.ceil(len(images) / columns) + 1), "white")
     with _style(texts):
-        figure = Figure(figsize=(grid.shape[1] / 110, grid.shape[0] / 110))
+        figure = Figure(figsize=(grid.width / 110, grid.height / 110))
         axis = figure.add_axes((0, 0, 1, 1))
-        axis.imshow(grid, interpolation="nearest")
         axis.axis("off")
         axis.set_title(title)
-        for index, lines in enumerate(captions):
+        for index, (image, lines) in enumerate(zip(images, captions)):
             row, column = divmod(index, columns)
-            x = column * (cell + _PADDING_PX) + _PADDING_PX + cell / 2
-            y = row * (tile_px + below + _PADDING_PX) + _PADDING_PX + tile_px + _LINE_PX / 2
+            middle = column * width + width // 2
+            bottom = row * height + _PADDING_PX + tile_px
+            tile = _to_tile(image, tile_px)
+            grid.paste(tile, (middle - tile.width // 2, bottom - tile.height))
             for number, (text, color) in enumerate(lines):
-                axis.text(x, y + number * _LINE_PX, text, color=color, ha="center", va="center")
+                axis.text(middle, bottom + (number + 0.5) * _LINE_PX, text, color=color, ha="center", va="center")
+        axis.imshow(grid, interpolation="nearest")
         return figure_to_image(figure)
 
 
@@ -140,35 +129,23 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
     counts: [N, N], row true, column predicted. samples: [N], the images of each class, including predictions of other
     classes than these N.
     """
-    import matplotlib
     from matplotlib.figure import Figure
 
     from utils.record.plots import figure_to_image
 
-    percent = 100 * np.asarray(counts) / np.maximum(samples, 1)[:, None]
-    others = 100 * (samples - counts.sum(axis=1)) / np.maximum(samples, 1)
+    percent = 100 * counts / np.maximum(samples, 1)[:, None]
     columns = [shorten(legible(name), 24) for name in names]
-    form = "{}  ({:,}, other {:.0f})" if others.any() else "{}  ({:,})"
-    rows = list(map(form.format, columns, samples, others))
-    cell = 0.46  # inches
-    if len(names) <= 12:
-        cell = 0.9 if len(names) <= 6 else 0.7
+    rows = [f"{name}  ({images:,})" for name, images in zip(columns, samples)]
+    side = 1 + 0.5 * len(names)  # inches
     with _style(rows):
-        figure = Figure(figsize=(cell * len(names), cell * len(names)))
-        axis = figure.add_axes((0, 0, 1, 1))
-        axis.imshow(percent, cmap="Blues")
+        figure = Figure(figsize=(side, side))
+        axis = figure.add_subplot(title=title, xlabel="predicted", ylabel="true (images)")
+        axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)
         axis.grid(False)
-        axis.xaxis.tick_top()
-        axis.xaxis.set_label_position("top")
-        axis.tick_params("x", labelrotation=0 if max(map(len, columns)) * 0.1 < cell else 90)
-        axis.set(xlabel="predicted", ylabel="true (images)")
-        axis.set_xticks(range(len(names)), columns)
+        axis.set_xticks(range(len(names)), columns, rotation=90)
         axis.set_yticks(range(len(names)), rows)
-        axis.set_title(title, pad=12)
-        middle = (percent.max() + percent.min()) / 2
-        light, dark = matplotlib.colormaps["Blues"]([0.0, 1.0])
-        for row, column in np.argwhere(np.asarray(counts) > 0):
+        for row, column in np.argwhere(counts):
             value = percent[row, column]
-            color = light if value >= middle else dark
-            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color, in_layout=False)
+            color = "white" if value > 50 else INK
+            axis.text(column, row, f"{value:.0f}", ha="center", va="center", color=color)
         return figure_to_image(figure)

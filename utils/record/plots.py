@@ -64,6 +64,7 @@ def plot_range_test(
         axis.axvline(taken, color=ORANGE, label=f"taken: {taken:.2g}")
     first = raw[: len(raw) // 4 + 1]
     axis.set_ylim(min(smoothed), 1.1 * max(first))
+    axis.xaxis.set_major_formatter("{x:g}")
     axis.legend()
     _save(figure, path)
 

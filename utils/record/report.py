@@ -19,7 +19,7 @@ from PIL import Image
 
 from utils.io.files import write_atomically, write_text
 from utils.io.safe_text import hide_secrets
-from utils.record.figures import show_cell, show_name
+from utils.record.figures import show_name, show_rows
 
 PAGE = "report.html"
 STEPS = "plots/steps"
@@ -28,10 +28,7 @@ _SHOWN_ROWS = 30  # of a table on the page
 _KEPT_STEPS = 24  # with pictures
 _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; color: #212529; max-width: 70rem; margin: 2rem auto; padding: 0 1rem }
-h1 { font-size: 1.3rem; overflow-wrap: anywhere } h2 { font-size: 1.1rem; margin-top: 2rem }
-nav a { margin-right: 1rem } img { max-width: 100% } div { overflow-x: auto } p { color: #666 }
-table { border-collapse: collapse } th, td { padding: .15rem .7rem; border-bottom: 1px solid #ddd; text-align: left }
-td.n { text-align: right; font-variant-numeric: tabular-nums }
+h1 { font-size: 1.3rem; overflow-wrap: anywhere } pre { overflow-x: auto } img { max-width: 100% }
 """
 
 
@@ -82,38 +79,22 @@ def write_page(
     images: Mapping[str, np.ndarray],
 ) -> None:
     """Write report.html: figures, images [H, W, 3] uint8, and the first rows of each table. Raises OSError."""
-    title = hide_secrets(title)
+    title = escape(hide_secrets(title))
     figures = [{"figure": show_name(name), "value": value} for name, value in scalars.items()]
-    parts = {"figures": _table(figures, len(figures))}
-    parts |= {show_name(name): _picture(name, image) for name, image in images.items()}
-    parts |= {show_name(name): _table(rows, _SHOWN_ROWS) for name, rows in tables.items() if rows}
-    links = ""
-    sections = ""
-    for number, (name, part) in enumerate(parts.items()):
-        links += f'<a href="#p{number}">{escape(name)}</a>'
-        sections += f'<h2 id="p{number}">{escape(name)}</h2>\n{part}\n'
+    parts = {"figures": escape(show_rows(figures))}
+    parts |= {name: _picture(name, image) for name, image in images.items()}
+    parts |= {name: escape(show_rows(rows[:_SHOWN_ROWS])) for name, rows in tables.items() if rows}
+    sections = "".join(f"<h2>{escape(show_name(name))}</h2><pre>{part}</pre>\n" for name, part in parts.items())
     write_text(
         path,
         f"""<!doctype html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">
 <meta http-equiv="Content-Security-Policy" content="default-src 'none'; img-src data:; style-src 'unsafe-inline'">
-<style>{_STYLE}</style><title>{escape(title)}</title></head>
-<body><h1>{escape(title)}</h1><nav>{links}</nav>
+<style>{_STYLE}</style><title>{title}</title></head>
+<body><h1>{title}</h1><p>The first {_SHOWN_ROWS} rows of each table; tables/ has all.</p>
 {sections}</body></html>
 """,
     )
-
-
-def _table(rows: Sequence[TableRow], limit: int) -> str:
-    head = "".join(f"<th>{escape(name)}</th>" for name in rows[0])
-    lines = "\n".join(f"<tr>{''.join(map(_cell, row.values()))}</tr>" for row in rows[:limit])
-    more = f"<p>The first {limit} of {len(rows):,} rows; tables/ has all.</p>" if len(rows) > limit else ""
-    return f"<div><table><tr>{head}</tr>\n{lines}</table></div>{more}"
-
-
-def _cell(value: object) -> str:
-    kind = ' class="n"' if isinstance(value, int | float) else ""
-    return f"<td{kind}>{escape(show_cell(value))}</td>"
 
 
 def _picture(name: str, image: np.ndarray) -> str:

@@ -5,8 +5,9 @@
 Each job is a run folder, whether it ran here or on a cluster. Jobs may still be running.
 """
 
+import math
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
@@ -21,52 +22,49 @@ _SEED = "seed="
 
 @dataclass(frozen=True)
 class SweptRun:
-    """A job: its overrides, its state (one of STATES, or `failed` with a status) and `RunReader.result`."""
+    """A job: its overrides, its state (one of STATES) and `RunReader.result`."""
 
     overrides: frozenset[str]
     state: str
     result: dict[str, Any] | None = None
 
 
-def read_jobs(folder: Path, failed: Mapping[frozenset[str], int] | None = None) -> list[SweptRun]:
-    """Return the jobs in a sweep's folder. failed: exit statuses by overrides, also of jobs without a run folder."""
-    states: dict[frozenset[str], str] = {}
-    results = {}
-    for run in [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]:
-        settings = run.settings
-        states[settings] = run.state
-        results[settings] = run.result
-    states |= {overrides: f"failed ({status})" for overrides, status in (failed or {}).items()}
-    return [SweptRun(overrides, state, results.get(overrides)) for overrides, state in states.items()]
+def read_jobs(folder: Path) -> list[SweptRun]:
+    """Return the jobs in a sweep's folder that have a run folder."""
+    runs = [RunReader(file.parent) for file in sorted(folder.glob(f"*/{OVERRIDES_FILE}"))]
+    return [SweptRun(run.settings, run.state, run.result) for run in runs]
 
 
 def sweep_table(jobs: Sequence[SweptRun]) -> str:
     """Return a table of mean and spread of the metric, a row for all jobs that differ only by their seed.
 
-    The best mean comes first, jobs without a value last. Columns without information are omitted.
+    The best mean comes first, jobs without a value last.
     """
     shared = frozenset.intersection(*(job.overrides for job in jobs))
-    results = [job.result for job in jobs if job.result is not None]
-    metric = str(results[0]["metric"]) if results else "value"
-    sign = 1 if any(result["is_lowest_best"] for result in results) else -1
     groups: dict[str, list[SweptRun]] = {}
     for job in jobs:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)
-    ranked = []
-    for settings, group in groups.items():
-        values = [job.result["value"] for job in group if job.result and job.result["value"] is not None]
-        cells = [settings, str(len(group)), "-", "-", ", ".join(dict.fromkeys(job.state for job in group))]
-        rank = float("inf")
-        if values:
-            rank = sign * mean(values)
-            cells[2] = f"{mean(values):.4f}"
-        if len(values) > 1:
-            cells[3] = f"{min(values):.4f} to {max(values):.4f}"
-        ranked.append((rank, len(ranked), cells))
-    rows = [["settings", "runs", metric, "least to greatest", "state"], *(cells for *_, cells in sorted(ranked))]
-    columns = [column for column in zip(*rows) if set(column[1:]) - {"-", "1"}]
-    return align_columns(list(zip(*columns)))
+    metric = next((str(job.result["metric"]) for job in jobs if job.result), "value")
+    rows = [["settings", "runs", metric, "least to greatest", "state"]]
+    for settings, group in sorted(groups.items(), key=lambda pair: _rank(pair[1])):
+        values = _values(group)
+        average = f"{mean(values):.4f}" if values else "-"
+        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
+        rows.append([settings, str(len(group)), average, spread, ", ".join(dict.fromkeys(job.state for job in group))])
+    return align_columns(rows)
+
+
+def _values(group: Sequence[SweptRun]) -> list[float]:
+    results = [job.result for job in group if job.result]
+    return [result["value"] for result in results if result["value"] is not None]
+
+
+def _rank(group: Sequence[SweptRun]) -> float:
+    """Return what is lowest for the best group."""
+    values = _values(group)
+    is_lowest_best = any(job.result["is_lowest_best"] for job in group if job.result)
+    return mean(values) * (1 if is_lowest_best else -1) if values else math.inf
 
 
 def main(folder: str) -> int:

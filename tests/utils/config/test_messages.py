@@ -100,7 +100,7 @@ FROM_HYDRA = [
     (["optim.lr"], "optim.lr: ", "optim.lr=VALUE"),
     (["seed=${nothing}"], "seed: ", "'nothing' not found"),
     (["data.root=\udcff"], "'data.root': must be UTF-8", "udcff"),
-    (["sweep.at_once=0", "--multirun"], "sweep.at_once: ", "found 0"),
+    (["sweep.trials=0", "--multirun"], "sweep.trials: ", "found 0"),
 ]
 
 

@@ -101,7 +101,7 @@ def test_jobs_run_at_once_on_the_gpus_given_and_know_their_sweep(script):
 
 
 def test_what_is_missing_runs_again_and_a_job_that_fails_or_is_killed_does_not_end_the_others(script):
-    words = ["sweep.name=f", "sweep.at_once=2", "n=4"]
+    words = ["sweep.name=f", "sweep.gpus=[0,0]", "n=4"]
     assert run(script, "top=1,bad,killed,2", *words) == {"top=1": 0, "top=bad": 3, "top=killed": 128 + 9, "top=2": 0}
     before = started("f")
     assert run(script, "top=1,bad,2,4", *words) == {"top=1": 0, "top=bad": 3, "top=2": 0, "top=4": 0}
@@ -135,7 +135,7 @@ def test_a_search_comes_near_the_best_and_goes_on_where_it_stopped(script):
 
 
 def test_trials_of_the_same_values_are_not_under_way_together(script):
-    words = ["top=wait1,wait1", "sweep.name=k", "sweep.trials=3", "sweep.at_once=3"]
+    words = ["top=wait1,wait1", "sweep.name=k", "sweep.trials=3", "sweep.gpus=[0,0,0]"]
     assert len(run(script, *words)) == 1
 
 
@@ -151,10 +151,10 @@ def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
     assert job.trial.study.direction.name == "MAXIMIZE"
 
 
-def test_a_search_without_a_range_and_jobs_at_once_under_a_launcher_are_refused(script, monkeypatch):
+def test_a_search_without_a_range_and_jobs_on_gpus_under_a_launcher_are_refused(script, monkeypatch):
     with pytest.raises(UserError, match=r"^sweep.trials: nothing is swept"):
         run(script, "top=1", "sweep.trials=2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^sweep.at_once: "):
-        run(script, "top=1,2", "sweep.at_once=2")
+    with pytest.raises(UserError, match=r"^sweep.gpus, sweep.trials: "):
+        run(script, "top=1,2", "sweep.gpus=[0]")

@@ -3,7 +3,7 @@
 import base64
 import io
 import re
-from html.parser import HTMLParser
+from html import escape
 
 import numpy as np
 from PIL import Image
@@ -13,36 +13,16 @@ from utils.record.report import keep_pictures, write_page, write_report
 EVIL = '<script>alert("x")</script>&'
 
 
-class Reader(HTMLParser):
-    """Collect tags, attributes and the text of cells."""
-
-    def __init__(self):
-        super().__init__()
-        self.tags, self.links, self.text = [], [], []
-
-    def handle_starttag(self, tag, attributes):
-        self.tags.append(tag)
-        self.links += [value for name, value in attributes if name in ("src", "href")]
-
-    def handle_data(self, data):
-        self.text.append(data)
-
-
 def test_a_page_is_complete_and_escaped(tmp_path):
     image = np.arange(60, dtype=np.uint8).reshape(4, 5, 3)
     tables = {"tags": [{"tag": EVIL, EVIL: 0.123456, "n": 1234, "none": None}] * 40, "empty": []}
     write_page(tmp_path / "report.html", EVIL, {"macro_f1": 0.5, "samples": 12.0}, tables, {EVIL: image})
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    reader = Reader()
-    reader.feed(page)
-    assert "script" not in reader.tags and reader.text.count(EVIL) == 2 + 1 + 30  # title, column, cells
-    assert {"macro f1", "0.5", "12", "0.1235", "1,234"} <= set(reader.text) and "empty" not in page
-    assert "The first 30 of 40 rows" in page
-    (picture,) = (link for link in reader.links if not link.startswith("#"))
-    content = base64.b64decode(picture.removeprefix("data:image/png;base64,"))
-    assert (np.asarray(Image.open(io.BytesIO(content))) == image).all()
-    anchors = set(re.findall(r'id="(\w+)"', page))
-    assert {link[1:] for link in reader.links if link.startswith("#")} == anchors
+    assert "<script" not in page and page.count(escape(EVIL)) == 2 + 1 + 30  # title, column, cells
+    assert re.search("macro f1 +0.5\nsamples +12</pre>", page) and re.search("0.1235 +1,234\n", page)
+    assert "empty" not in page
+    (content,) = re.findall('src="data:image/png;base64,(.*?)"', page)
+    assert (np.asarray(Image.open(io.BytesIO(base64.b64decode(content)))) == image).all() and page.count("src=") == 1
 
 
 def test_pictures_are_kept_by_step_and_of_many_every_second(tmp_path):

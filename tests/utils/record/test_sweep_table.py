@@ -38,19 +38,6 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
         assert [line.split()[0][-1] for line in sweep_table(runs).splitlines()[1:]] == order
 
 
-def test_the_table_says_what_failed_and_what_has_no_run_folder(tmp_path):
-    for rate in (1, 2):
-        make_run(tmp_path / str(rate), [f"optim.lr={rate}"], 0.25 * rate, complete=rate == 1)
-    failed = {frozenset([f"optim.lr={rate}"]): status for rate, status in ((0, 2), (2, 1))}
-    lines = sweep_table(read_jobs(tmp_path, failed)).splitlines()
-    assert [line.split(maxsplit=2) for line in lines] == [
-        ["settings", "top1", "state"],
-        ["optim.lr=2", "0.5000", "failed (1)"],
-        ["optim.lr=1", "0.2500", "finished"],
-        ["optim.lr=0", "-", "failed (2)"],
-    ]
-
-
 def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
     assert main(str(tmp_path)) == 2
     assert f"sweep_table: {tmp_path} holds no job of a sweep; give outputs/sweeps/NAME" in capsys.readouterr().err
