@@ -63,9 +63,8 @@ class Streams:
         self.source = open_images(collection, config.data, {"channels": config.model.in_channels})
         data = Data(collection, self.source, self.machine, seed=config.seed, batch_size=1, run_path=None)
         self.rows = collection.rows("train")
-        self.choices = (False, True) if config.augment.rand_augment is None else (False,)
         self._loaders = {
-            choice: data.train(self.rows, no_fields, training_views(self.augment(choice))) for choice in self.choices
+            choice: data.train(self.rows, no_fields, training_views(self.augment(choice))) for choice in (False, True)
         }
         self._step = 0  # turns read on where the last one stopped
 
@@ -167,7 +166,7 @@ def measure(config, seconds, quick):
     turns = 1 if quick else 3
     streams = Streams(config, runtime)
     size = min(config.loop.micro_batch_size, config.loop.batch_size)
-    settings = [Setting(choice, count, size) for choice in streams.choices for count in list_workers(quick)]
+    settings = [Setting(choice, count, size) for choice in (False, True) for count in list_workers(quick)]
     step = TrainingStep(config, runtime)
     training = measure_settings(streams, settings, _STEP_SHARE * seconds, turns, step)
     print(rates_table(training), flush=True)

@@ -3,7 +3,7 @@
 import math
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import AfterValidator, Field
 
 from utils.config.bounds import Fraction, Share, Side
 from utils.config.schema import Strict
@@ -46,10 +46,10 @@ class ColorJitterConfig(Strict):
 class AugmentConfig(Strict):
     """From a decoded image to the network's input. In training, the steps run in the order of these fields.
 
-    With `on_device`, workers only decode, crop and resize; data/augment/on_device.py applies the other steps to whole
-    batches on the device. The ranges of the draws are the same. Differs: `affine` acts on the resized image, so its
-    shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs the
-    image a little; `color_jitter` changes brightness, contrast, saturation and hue in this order, and rounds once.
+    With `on_device`, workers decode, crop, resize and apply the policy; data/augment/on_device.py applies the other
+    steps to whole batches on the device, from draws of the same ranges. Differs: `affine` acts on the resized image.
+    So its shift is relative to the image size, no crop can remove the uncovered area, and its bilinear sampling blurs
+    the image a little. `color_jitter` changes brightness, contrast, saturation and hue in this order, and rounds once.
     """
 
     image_size_hw: Annotated[list[Side], _Pair]
@@ -113,12 +113,3 @@ class AugmentConfig(Strict):
         names = ("affine", "color_jitter", "rand_augment", "random_erasing")
         steps += [name for name in names if getattr(self, name)]
         return f"{height} x {width} px; {', '.join(steps)}"
-
-    @model_validator(mode="after")
-    def _is_of_one_piece(self) -> "AugmentConfig":
-        if self.on_device and self.rand_augment is not None:
-            raise ValueError(
-                f"augment.on_device: true, but augment.rand_augment ({self.rand_augment}) only runs in the workers; "
-                "set augment.on_device=false, or augment.rand_augment=null and augment.color_jitter"
-            )
-        return self

@@ -155,7 +155,7 @@ class ResizedCrop(v2.RandomResizedCrop):
 class TrainTransform:
     """Affine map, random resized crop, flip, colours, RandAugment and erasing, all in the worker (`augment`).
 
-    With `augment.on_device`, only the crop. background: the colour of the padding of `augment.pad`, the first step.
+    With `augment.on_device`, only the crop and RandAugment. background: the colour of the padding (`augment.pad`).
     Source: RandAugment, Cubuk et al. 2019 (arXiv 1909.13719); random erasing, Zhong et al. 2017 (arXiv 1708.04896).
     """
 
@@ -163,8 +163,10 @@ class TrainTransform:
         size_hw = config.image_size_hw
         crop = ResizedCrop(config)
         pad = functools.partial(letterbox, image_size_hw=size_hw, background=background, pad=config.pad)
+        policy = [] if config.rand_augment is None else on_pillow(PolicyAugment(config))
         self._steps: list[Any] = [pad, crop]
         if config.on_device:
+            self._steps += policy
             return
         if (affine := random_affine(config)) is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
@@ -173,8 +175,7 @@ class TrainTransform:
             self._steps.append(lambda image: image.flip(-1) if torch.rand(()) < config.horizontal_flip else image)
         if (jitter := color_jitter(config)) is not None:
             self._steps.append(jitter)
-        if config.rand_augment is not None:
-            self._steps += on_pillow(PolicyAugment(config))
+        self._steps += policy
         if config.random_erasing > 0:
             self._steps.append(NoiseErasing(config))
 

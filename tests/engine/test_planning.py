@@ -43,7 +43,7 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
     config = RunReader(tmp_path / "run").config
     assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, "auto")
     assert config["augment"]["image_size_hw"] == [32, 32]  # as set
-    assert not config["augment"]["on_device"]  # which cannot be, with what is set
+    assert not config["augment"]["on_device"]  # as the policy is set
     kept = json.loads((tmp_path / "run/minutes.json").read_text())["words"]
     assert "optim=muon" in kept and not any("image_size_hw" in word for word in kept)
     monkeypatch.setattr(planning, "find_facts", None)  # it is not planned again
@@ -142,7 +142,7 @@ KEYS = {key for _, keys in RULES for key in keys.split()}
 def test_the_rules_for_facts(changes, keys):
     known = replace(FACTS, **changes)
     assert {key for key in KEYS if chosen(known, key)} == {*keys.split()}
-    assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)  # they exclude each other
+    assert bool(chosen(known, "augment.on_device")) != ("augment.rand_augment" in keys)
 
 
 def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):

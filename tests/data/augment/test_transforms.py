@@ -60,7 +60,6 @@ def test_each_option_changes_the_image_by_the_draw_alone(option, channels):
     [
         ({"rand_augment": "rand-m9-msdt0.5"}, "rand_augment"),
         ({"affine": {**OPTIONS["affine"]["affine"], "scale": [1.2, 0.8]}}, "affine.scale"),
-        ({"on_device": True, "rand_augment": "rand-m9"}, "augment.on_device"),
     ],
 )
 def test_values_out_of_range_are_refused(change, key):
