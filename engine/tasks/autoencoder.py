@@ -13,7 +13,6 @@ from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
 from pydantic import Field, model_validator
 from torch import Tensor
@@ -75,7 +74,6 @@ class AutoencoderTaskConfig(TaskConfig):
     """The VAE's decoder. crop_px: of training."""
 
     name: Literal["autoencoder"]
-    pixel_loss: Literal["l1", "l2"]
     perceptual: PerceptualConfig
     discriminator: DiscriminatorConfig
     crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
@@ -183,13 +181,11 @@ class AutoencoderTask(Task):
 
     def _compare(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         """Return the loss of each image [B] without the players', and its parts."""
-        config = self._config
-        error = decoded - images
-        pixel = absolute_error(error) if config.pixel_loss == "l1" else error.square().mean(dim=(1, 2, 3))
+        pixel = absolute_error(decoded - images)
         with torch.autocast(images.device.type, enabled=False):
             distance = pyramid_distance if self.perceptual is None else self.perceptual
             perceptual = distance(images, decoded)
-        return pixel + config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
+        return pixel + self._config.perceptual.weight * perceptual, {"pixel": pixel, "perceptual": perceptual}
 
     def _play(self, images: Tensor, decoded: Tensor) -> tuple[Tensor, Tensor]:
         """Return the decoder's loss against the discriminator, and the discriminator's, each with its own gradients."""
@@ -229,10 +225,6 @@ class AutoencoderTask(Task):
             kept = {"sample_id": batch["sample_id"], "psnr": figures["psnr"]}
             worst.add(-figures["psnr"], valid, {**kept, "images": batch["images"], "decoded": _to_bytes(decoded)})
         return Report(means.reduce(), images={"worst": _draw_worst(worst.reduce())})
-
-    def describe_images(self, batch: Batch) -> pa.Table:
-        """Return the figures of each image."""
-        return pa.table({name: values.float().cpu().numpy() for name, values in self._measure(batch)[0].items()})
 
     def _measure(self, batch: Batch) -> tuple[dict[str, Tensor], Tensor]:
         """Return the figures of each image [B], and the decoded images."""

@@ -59,7 +59,7 @@ from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
-from utils.io.files import readable, sha256_text
+from utils.io.files import readable
 from utils.io.hub import stated_license
 from utils.io.memo import hash_once
 from utils.io.weights import InitFrom, read_header, read_weights
@@ -255,10 +255,10 @@ class DiffusionTask(Task):
         """Continue a LoRA or trained networks, or keep those of the base model (`model.path`); set `origin`."""
         if (path := self._model.path) is not None:
             known = describe(path)
-            files = [] if self.alphas.is_meta else base_files(self._model, ("unet",))
-            hashes = distributed.rank_zero_call(lambda: [hash_once(file, FILE_HASHES) for file in files])
-            digest = hashes[0] if len(hashes) == 1 else sha256_text("".join(hashes))
-            self.origin = {"source": path, "layout": known["layout"], "license": known["license"], "sha256": digest}
+            self.origin = {"source": path, "layout": known["layout"], "license": known["license"]}
+            if not self.alphas.is_meta:
+                first, *_ = base_files(self._model, ("unet",))
+                self.origin["sha256"] = distributed.rank_zero_call(lambda: hash_once(first, FILE_HASHES))
         if source is not None:
             with about("init_from"):
                 self._continue(source)
