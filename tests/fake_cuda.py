@@ -25,6 +25,7 @@ import tempfile
 import traceback
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
 _SHIM = """
 static signed char count = 0;
@@ -131,17 +132,16 @@ class Device(TorchDispatchMode):
             self.waits.append(f"{what} at {Path(own[-1].filename).name}:{own[-1].lineno}")
 
 
+def _strides(tensor):
+    return tuple(stride for stride, size in zip(tensor.stride(), tensor.shape) if size > 1)
+
+
 def _check_fused(name, args, kwargs):
     """Check what torch's fused kernels require on CUDA: equal devices, dtypes, shapes and strides."""
     lists = [value for value in args[:4] if isinstance(value, list | tuple) and len(value)]
     for members in zip(*lists):
-        first = members[0]
-        for tensor in members:
-            same = tensor.device == first.device and tensor.dtype == first.dtype
-            assert same, f"{name}: {tensor.device} {tensor.dtype} beside {first.device} {first.dtype}"
-            assert tensor.shape == first.shape, f"{name}: {tensor.shape} and {first.shape}"
-            wide = [axis for axis, size in enumerate(first.shape) if size > 1]
-            assert all(tensor.stride(axis) == first.stride(axis) for axis in wide), f"{name}: other strides"
+        forms = {(str(tensor.device), tensor.dtype, tensor.shape, _strides(tensor)) for tensor in members}
+        assert len(forms) == 1, f"{name}: {forms}"
     flag, place = kwargs.get("found_inf"), lists[0][0].device
     assert flag is None or (flag.device == place and flag.dtype == torch.float32), f"{name}: found_inf {flag}"
     for step in args[5] if name != "aten::_fused_sgd_" else []:
@@ -176,16 +176,6 @@ def _apply(self, fn, recurse=True):
     return self
 
 
-class _Event:
-    def __init__(self, *arguments, **named):
-        pass
-
-    def record(self, *arguments):
-        pass
-
-    synchronize = record
-
-
 @contextlib.contextmanager
 def fake_gpu():
     """Pretend a machine with one GPU; yields the Device."""
@@ -203,7 +193,7 @@ def fake_gpu():
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "manual_seed", lambda _: None),
         (torch.cuda, "reset_peak_memory_stats", lambda _: None),
-        (torch.cuda, "Event", _Event),
+        (torch.cuda, "Event", mock.MagicMock),
         (torch.cuda, "_lazy_init", lambda: None),
         (torch.cuda, "is_current_stream_capturing", lambda: False),
         (fake_tensor, "init_gpu_context", lambda _: None),  # torch 2.11 would make a real tensor
@@ -213,19 +203,14 @@ def fake_gpu():
     with FakeTensorMode(allow_non_fake_inputs=True) as mode, sdpa_kernel(SDPBackend.MATH):
         avoids = mode.avoid_device_init  # asked before torch.cuda.is_available is replaced
         replaced.append((FakeTensorMode, "avoid_device_init", property(lambda self: avoids)))
-        originals = [(holder, name, getattr(holder, name)) for holder, name, _ in replaced]
-        for holder, name, value in replaced:
-            setattr(holder, name, value)
-        if _shim is not None:
-            _shim.set_device_count(127)
-        try:
+        with contextlib.ExitStack() as stack:
+            for holder, name, value in replaced:
+                stack.enter_context(mock.patch.object(holder, name, value))
+            if _shim is not None:
+                _shim.set_device_count(127)
+                stack.callback(_shim.set_device_count, 0)
             with device, HostArrays():
                 yield device
-        finally:
-            for holder, name, value in originals:
-                setattr(holder, name, value)
-            if _shim is not None:
-                _shim.set_device_count(0)
 
 
 # ------------------------------------------------------------------------------------------------------------ the cases

@@ -12,7 +12,7 @@ from models.sdxl import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
-PLAYER = {"weight": 0.5, "start_step": 1, "width": 8, "layers": 2}
+PLAYER = {"weight": 0.5, "start_step": 1}
 SIZE, BATCH, NAMES = 64, 4, [f"name {index}" for index in range(7)]
 
 

@@ -37,6 +37,9 @@ def test_the_table_velocity_and_noisy_latents_equal_those_of_diffusers(zero):
     torch.testing.assert_close(target("v_prediction", LATENTS, NOISE, level), velocity, rtol=1e-4, atol=1e-4)
     noisy = theirs.add_noise(LATENTS, NOISE, TIMESTEPS)
     torch.testing.assert_close(add_noise(LATENTS, NOISE, level), noisy, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(denoise("v_prediction", noisy, velocity, level), LATENTS, rtol=1e-3, atol=1e-3)
+    if not zero:
+        torch.testing.assert_close(denoise("epsilon", noisy, NOISE, level), LATENTS, rtol=1e-3, atol=1e-2)
 
 
 def test_literal_weights():

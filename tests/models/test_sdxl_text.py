@@ -10,6 +10,8 @@ from open_clip.transformer import TextTransformer
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 from models.sdxl import tokenizer
+from models.sdxl.family import PREFIXES
+from models.sdxl.names import part_state, to_single_file
 from models.sdxl.step import encode_text, find_text
 from models.sdxl.tokenizer import BOS, EOT, build_tokenizer, count_chunks, pad_second, tokenize
 from utils.errors import missing_extra
@@ -68,23 +70,13 @@ def make_encoder(kind, width):
     return model
 
 
-def to_open_clip(model, width):
-    """Return open_clip's tower with a transformers encoder's weights."""
+def to_open_clip(part, model, width):
+    """Return open_clip's tower with a transformers encoder's weights, as a single file has them."""
     theirs = TextTransformer(width=width, heads=4, layers=3, output_dim=24).eval()
-    ours = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
-    state = {"token_embedding.weight": ours["embeddings.token_embedding.weight"],
-             "positional_embedding": ours["embeddings.position_embedding.weight"],
-             "text_projection": ours.get("text_projection.weight", torch.zeros(24, width)).T}  # fmt: skip
-    names = {"ln_1": "layer_norm1", "ln_2": "layer_norm2", "attn.out_proj": "self_attn.out_proj",
-             "mlp.c_fc": "mlp.fc1", "mlp.c_proj": "mlp.fc2"}  # fmt: skip
-    for part in ("weight", "bias"):
-        state[f"ln_final.{part}"] = ours[f"final_layer_norm.{part}"]
-        for layer in range(3):
-            block, from_block = f"transformer.resblocks.{layer}", f"encoder.layers.{layer}"
-            state |= {f"{block}.{new}.{part}": ours[f"{from_block}.{old}.{part}"] for new, old in names.items()}
-            projections = [ours[f"{from_block}.self_attn.{name}_proj.{part}"] for name in "qkv"]
-            state[f"{block}.attn.in_proj_{part}"] = torch.cat(projections)
-    theirs.load_state_dict(state)
+    state = {"text_projection.weight": torch.zeros(24, width), **part_state(part, model)}
+    single = to_single_file("text_encoder_2", state)
+    prefix = PREFIXES["text_encoder_2"]
+    theirs.load_state_dict({name.removeprefix(prefix): tensor for name, tensor in single.items()})
     return theirs
 
 
@@ -96,12 +88,15 @@ def test_embeddings_equal_those_of_open_clip():
     assert embeds.shape == (3, 154, 80) and pooled.shape == (3, 24)
     assert find_text(embeds).sum(dim=1).tolist() == [154, 77, 77]
     with_zeros = pad_second(ids)
+    towers = to_open_clip("text_encoder", first, 32), to_open_clip("text_encoder_2", second, 48)
     for chunk in range(2):
         used = slice(None) if chunk == 0 else slice(1)  # the second chunk has words of the first caption alone
         part = embeds[used, 77 * chunk : 77 * (chunk + 1)]
-        theirs = to_open_clip(first, 32).forward_intermediates(ids[used, chunk], output_fmt="NLC")
+        theirs = towers[0].forward_intermediates(ids[used, chunk], output_fmt="NLC")
         torch.testing.assert_close(part[..., :32], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
-        theirs = to_open_clip(second, 48).forward_intermediates(with_zeros[used, chunk], output_fmt="NLC")
+        theirs = to_open_clip("text_encoder_2", second, 48).forward_intermediates(
+            with_zeros[used, chunk], output_fmt="NLC"
+        )
         torch.testing.assert_close(part[..., 32:], theirs["text_intermediates"][-2], atol=1e-4, rtol=1e-4)
         if chunk == 0:
             torch.testing.assert_close(pooled, theirs["text_features"], atol=1e-4, rtol=1e-4)
@@ -114,16 +109,15 @@ def test_emphasis_moves_a_tokens_output_away_from_the_empty_text():
     captions = ["a (cat:1.5), [on] BREAK BREAK ({mat})", "a dog", "(word:0.5) " * 100]
     ids, weights = tokenize(captions, 2, emphasis=True)
     assert [count_chunks(text, emphasis=True) for text in captions] == [2, 1, 2]
-    words = [["a cat, on", "mat"], ["a dog"], ["word " * 75, "word " * 25]]
-    for number, chunks in enumerate(words):
-        assert ids[number, : len(chunks)].equal(tokenize(chunks, 1)[0][:, 0])
-    values = {(0, 0, 2): 1.5, (0, 0, 4): 1 / 1.1, (0, 1, 1): 1.32}
-    values |= {(2, chunk, place): 0.5 for chunk, count in enumerate((75, 25)) for place in range(1, count + 1)}
-    (plain, pooled), empty = encode_text(*encoders, ids), encode_text(*encoders, tokenize([""], 1)[0])[0][0]
-    wanted = plain.clone()
-    for (number, chunk, place), value in values.items():
-        wanted[number, 77 * chunk + place] = empty[place] + value * (plain[number, 77 * chunk + place] - empty[place])
+    assert ids[0].equal(tokenize(["a cat, on", "mat"], 1)[0][:, 0])
+    assert ids[1:].equal(tokenize(["a dog", "word " * 100], 2)[0])
+    wanted = torch.ones(3, 2, 77)
+    wanted[0, 0, 2], wanted[0, 0, 4], wanted[0, 1, 1] = 1.5, 1 / 1.1, 1.32
+    wanted[2, 0, 1:76] = wanted[2, 1, 1:26] = 0.5
+    torch.testing.assert_close(weights, wanted)
+    plain, pooled = encode_text(*encoders, ids)
+    empty = encode_text(*encoders, tokenize([""], 1)[0])[0].repeat(1, 2, 1)
     embeds, same = encode_text(*encoders, ids, weights)
-    torch.testing.assert_close(embeds, wanted, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(embeds, empty + wanted.view(3, 154, 1) * (plain - empty), rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(same, pooled, rtol=1e-5, atol=1e-5)
     assert tokenize(captions, 2, emphasis=False)[1] is None and count_chunks(captions[2]) == 10

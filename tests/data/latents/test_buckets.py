@@ -13,6 +13,7 @@ from data.latents.buckets import (
     BucketConfig,
     Fit,
     assign,
+    draw_fit,
     fit_into,
     fitted_views,
     make_buckets,
@@ -76,19 +77,16 @@ def test_an_index_image_gives_back_the_recorded_coordinates(is_random, flip):
 
 
 def test_a_view_and_its_conditions_are_of_one_fit():
-    image = torch.stack([torch.arange(200).expand(100, 200)] * 3).to(torch.uint8)
-    sizes, settings = np.array([[64, 64], [64, 96]]), config(crop="random", flip=0.5)
-    views = fitted_views(sizes, settings).values()
+    image = torch.rand(3, 100, 200)
+    settings = config(crop="random", flip=0.5)
+    views = fitted_views(np.array([[64, 64], [64, 96]]), settings)
     seen = set()
     for key in range(20):
-        pixels, found = (view(image, Draw(key, 0, key, 1)) for view in views)
-        fit = fit_into(np.array([100, 200]), np.array([64, 96]))
-        original, (top, left), target = found.split(2)
-        assert pixels.shape == (3, 64, 96) and original.tolist() == [100, 200] and target.tolist() == [64, 96]
-        mirrored = bool(pixels[0, 0, 0] > pixels[0, 0, -1])
-        first = pixels[0, 0, -1 if mirrored else 0].item() * fit.resized_hw[1] / 200
-        assert abs(first - (fit.resized_hw[1] - 96 - int(left) if mirrored else int(left))) <= 2 and top == 0
-        seen.add((mirrored, int(left)))
+        pixels, found = (views[name](image, Draw(key, 0, key, 1)) for name in ("images", "fit"))
+        fit, is_mirrored = draw_fit(np.array([100, 200]), np.array([64, 96]), key, settings)
+        assert torch.equal(pixels, place(image, fit, is_mirrored)) and found.tolist() == fit.conditions().tolist()
+        assert found.tolist() == [100, 200, 0, found[3], 64, 96]
+        seen.add((is_mirrored, int(found[3])))
     assert {mirrored for mirrored, _ in seen} == {False, True} and len(seen) > 10
 
 
