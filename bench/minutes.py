@@ -3,7 +3,7 @@
     python bench/minutes.py [minutes=2] [collections=FOLDER] [names=glyphs,...] [seeds=3] [core=0] [journal=PATH]
         [timm_script=TIMM/train.py]
 
-collections: what bench/four_collections.py drew: NAME and NAME_tenth. timm_script: `train.py` of a checkout of
+collections: what bench/draw_collections.py drew: NAME and NAME_tenth. timm_script: `train.py` of a checkout of
 huggingface/pytorch-image-models that fits the installed timm and has --train-batches-per-epoch; without it, only ours
 runs. For two cores, start two commands with names, cores and journals of their own.
 
@@ -48,7 +48,7 @@ from utils.record.run_reader import RunReader
 DEFAULTS = {
     "minutes": "2",
     "collections": str(OUT / "collections"),
-    "names": "glyphs,fashion,emoji,textures",
+    "names": "glyphs,fashion,emoji",
     "seeds": "3",
     "core": str(min(os.sched_getaffinity(0))),
     "journal": str(OUT / "minutes.jsonl"),
@@ -262,7 +262,7 @@ def read_words(words):
     for name in given["names"].split(","):
         root = Path(given["collections"]) / name
         if not root.is_dir():
-            sys.exit(f"minutes: names: {root} is not a folder; bench/four_collections.py draws them")
+            sys.exit(f"minutes: names: {root} is not a folder; bench/draw_collections.py draws them")
     return given
 
 
