@@ -2,12 +2,14 @@
 
 import secrets
 import socket
-from http.cookies import SimpleCookie
+from contextlib import suppress
 from pathlib import Path
-from urllib.parse import parse_qs
 
 from nicegui import app, ui
+from starlette.datastructures import MutableHeaders
 from starlette.formparsers import MultiPartParser
+from starlette.requests import HTTPConnection
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from data.config import DataConfig
@@ -17,7 +19,7 @@ from utils.record.run_index import RunIndex
 from viewer import collection, curves, images, review, run, runs, try_image, watch
 from viewer.config import PageConfig
 from viewer.networks import Networks
-from viewer.site import Site
+from viewer.site import Site, set_looks
 from viewer.try_image import MAX_BYTES
 
 log = get_logger(__name__)
@@ -42,51 +44,42 @@ class Guard:
         """Pass a request on, or answer 403."""
         if scope["type"] not in ("http", "websocket"):
             return await self._inner(scope, receive, send)
-        headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
-        given = parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]
-        known = SimpleCookie(headers.get("cookie", "")).get(_COOKIE)
-        is_new = self._token is not None and self._is_token(given)
+        request = HTTPConnection(scope)
+        given = request.query_params.get("token", "")
+        is_new = self._is_token(given)
         if self._token is None:
-            is_allowed = headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
+            is_allowed = request.headers.get("host", "").rsplit(":", 1)[0] in _LOOPBACK
         else:
-            is_allowed = is_new or (known is not None and self._is_token(known.value))
+            is_allowed = is_new or self._is_token(request.cookies.get(_COOKIE, ""))
         # Without a length, a body would have no bound.
-        is_allowed &= int(headers.get("content-length", 0)) <= MAX_BYTES and "transfer-encoding" not in headers
-        if not is_allowed:
-            if scope["type"] == "websocket":
-                return await send({"type": "websocket.close", "code": 1008})
-            await send({"type": "http.response.start", "status": 403, "headers": [(b"content-type", b"text/plain")]})
-            return await send(
-                {"type": "http.response.body", "body": b"open the address that view.py prints; uploads are bounded"}
-            )
+        is_bounded = "transfer-encoding" not in request.headers
+        is_bounded &= int(request.headers.get("content-length", 0)) <= MAX_BYTES
+        if not (is_allowed and is_bounded):
+            refusal = PlainTextResponse("open the address that view.py prints; uploads are bounded", 403)
+            return await refusal(scope, receive, send)
 
         async def remember(message: dict) -> None:
             if message["type"] == "http.response.start" and is_new:  # whatever else is given stays out of headers
-                cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/".encode()
-                message["headers"] = [*message["headers"], (b"set-cookie", cookie)]
+                cookie = f"{_COOKIE}={given}; HttpOnly; SameSite=Strict; Path=/"
+                MutableHeaders(scope=message).append("set-cookie", cookie)
             await send(message)
 
         return await self._inner(scope, receive, remember)
 
     def _is_token(self, word: str) -> bool:
-        return secrets.compare_digest(word.encode(), self._token.encode())
+        return self._token is not None and secrets.compare_digest(word.encode(), self._token.encode())
 
 
 def choose_port(host: str, first: int) -> int:
     """Return the first free port. Raises UserError (`view.port`) if the next ones are used, too."""
-    for port in range(first, first + _PORTS):
-        with socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind((host, port))
-            except PermissionError as error:
-                raise UserError(f"view.port: {port} cannot be used ({error}); set 1024 or more") from None
-            except OSError:
-                continue
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    last = first + _PORTS - 1
+    for port in range(first, last + 1):
+        with suppress(OSError), socket.create_server((host, port), family=family):
             if port != first:
                 log.info("port %d is in use; taking %d", first, port)
             return port
-    raise UserError(f"view.port: {first} to {first + _PORTS - 1} are in use; set another")
+    raise UserError(f"view.port: {first} to {last} are in use or refused; set another of 1024 or more")
 
 
 def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networks) -> None:
@@ -105,15 +98,17 @@ def serve(roots: list[str], data: DataConfig, view: PageConfig, networks: Networ
     index = RunIndex([Path(root) for root in roots])
     site = Site(index, images.Shelf(index, data if data.root else None), networks, view.alerts)
     images.add_route(site.shelf)
+    set_looks()
     for page in (runs, run, curves, collection, try_image, review, watch):
         page.add_page(site)
     MultiPartParser.spool_max_size = MAX_BYTES  # uploads stay in memory
     app.add_middleware(Guard, token=token)
-    shown = f"http://{f'[{host}]' if ':' in host else host}:{port}/"
-    how = "" if token is None else "?token=, followed by the token,"
-    app.on_startup(lambda: log.info("open %s%s in a browser; Ctrl+C ends it", shown, how))
-    address = shown if token is None else f"{shown}?token={token}"
+    name = f"[{host}]" if ":" in host else host
+    address = f"http://{name}:{port}/"
+    how = "" if token is None else "?token=TOKEN"
+    app.on_startup(lambda: log.info("open %s%s in a browser; Ctrl+C ends it", address, how))
+    opened = address if token is None else f"{address}?token={token}"
     ui.run(
-        host=host, port=port, title="Atelier", reload=False, show=address if view.open else False,
+        host=host, port=port, title="Atelier", reload=False, show=opened if view.open else False,
         show_welcome_message=False, favicon="🖼", dark=None, uvicorn_logging_level="error",
     )  # fmt: skip

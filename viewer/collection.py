@@ -131,14 +131,12 @@ def show_folder(root: str) -> str:
 
 
 def list_collections(shelf: Shelf) -> Iterator[tuple[str, str, str, list[str]]]:
-    """Yield names of collections, their folders', their roots with what tells them from others there, and runs."""
+    """Yield names of collections, of their folders, their roots with settings, and the names of runs."""
     runs = shelf.of_runs()
-    configs = dict(shelf.configs)
-    for name, config in configs.items():
-        same = [other.index_settings() for other in configs.values() if other.root == config.root]
-        own = [f"{key}={each}" for key, each in config.index_settings().items() if any(it[key] != each for it in same)]
+    for name, config in dict(shelf.configs).items():
+        settings = [f"{key}={value}" for key, value in config.index_settings().items() if value]
         trained = [run_name(shelf.runs, run) for run, its in runs.items() if its == name]
-        yield name, show_folder(config.root), escape_controls("  ".join([config.root, *own])), trained
+        yield name, show_folder(config.root), escape_controls("  ".join([config.root, *settings])), trained
 
 
 def add_page(site: Site) -> None:
@@ -191,16 +189,14 @@ class _Browser:
 
     async def build(self, text: str) -> None:
         """Build the page for some terms."""
-        with ui.row().classes("items-center no-wrap w-full"):
-            self._terms = ui.input(value=text, placeholder='1girl -hat character:* split=val caption:"red house"')
-            self._terms.props("clearable dense outlined aria-label=find").classes("col")
+        with ui.row(wrap=False):
+            self._terms = ui.input(
+                value=text, placeholder='1girl -hat character:* split=val caption:"red house" copies>1'
+            )
+            self._terms.props("aria-label=find").classes("col")
             self._terms.on("keydown.enter", self._find)
-            ui.button("Find", on_click=self._find).props("no-caps unelevated")
-        with ui.row().classes("items-center").style("gap: 4px"):
-            self._said = ui.label()
-            rest = {"split": "=val", "copies": ">1", "reason": ":unreadable", "weight": "=0"}
-            for term in (name + rest[name] for name in rest if name in self._search.columns):
-                ui.button(term, on_click=functools.partial(self._add, term)).props("flat dense no-caps")
+            ui.button("Find", on_click=self._find)
+        self._said = ui.label()
         names = ["tags", "label", "split", "rating"]
         if self._collection.table["label"].null_count < len(self._collection):
             names.sort(key="label".__ne__)  # it comes first
@@ -248,7 +244,7 @@ class _Browser:
         facts = await background.io_bound(describe_image, self._shelf, self._name, self._collection, row)
         self._box.clear()
         with self._box, ui.card().classes("w-full") as card, ui.element("div").classes("charts w-full"):
-            shown = ui.image(image_address(self._name, self._collection, row, 1024)).props("fit=contain no-spinner")
+            shown = ui.image(image_address(self._name, self._collection, row, 1024))
             shown.style("height: min(60vh, 90vw)")
             with ui.element("div").classes("facts"):
                 for key, value in facts.items():

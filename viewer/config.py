@@ -10,9 +10,7 @@ from utils.config.schema import Strict
 class AlertsConfig(Strict):
     """When a run that trains raises an alert, and who is told."""
 
-    throughput_share: Annotated[float, Field(gt=0, lt=1)]
     disk_gib: Annotated[float, Field(ge=0)]
-    no_step_sec: Annotated[float, Field(gt=0)]
     command: Annotated[list[str], Field(min_length=1)] | None
     webhook: Annotated[str, Field(pattern=r"^https?://[!-~]+$")] | None
 

@@ -1,6 +1,5 @@
 """Live curves of one run or of several, and `/compare?run=...&run=...`, which overlays runs."""
 
-import os
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -85,7 +84,7 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
     charts = dict[str, ui.echart]()
     titles = set[int]()
     drawn = []
-    with ui.row().classes("items-center w-full"):
+    with ui.row():
         smoothing = ui.slider(min=0, max=0.99, step=0.01, value=0.6).props("label aria-label=smoothing").classes("w-40")
         ui.label("smoothing").classes("muted")
         logarithmic = ui.switch("logarithmic")
@@ -114,7 +113,7 @@ async def show_curves(read: Callable[[], dict[str, Curves]], nothing: str) -> No
                         titles.add(group)
                         heading = ui.label([*GROUPS][group]).classes("text-subtitle1")
                         heading.style(f"grid-column: 1 / -1; order: {2 * group}")
-                    with ui.card().props("flat bordered").classes("q-pa-sm").style(f"order: {2 * group + 1}"):
+                    with ui.card().style(f"order: {2 * group + 1}"):
                         ui.label(escape_controls(title_curve(figure))).classes("text-weight-medium")
                         charts[figure] = ui.echart(options).classes("chart")
             else:
@@ -146,10 +145,8 @@ def add_page(site: Site) -> None:
         named = {name: path for name, path in every.items() if f"{name}/".startswith(wanted)}
         if wanted and not named:
             raise HTTPException(404, "no such run")
-        shared = os.path.commonpath([os.path.dirname(name) for name in named] or ["."])
-        paths = {escape_controls(os.path.relpath(name, shared)): path for name, path in named.items()}
         with site.page("Compare runs"):
             await show_curves(
-                lambda: {name: index.curves(path) for name, path in paths.items()},
+                lambda: {escape_controls(name): index.curves(path) for name, path in named.items()},
                 "No figures: mark runs in the table of runs and choose Compare.",
             )

@@ -1,6 +1,5 @@
 """The collections that the page knows, and their images: `/image/COLLECTION/FINGERPRINT/ROW?px=256`."""
 
-import functools
 import io
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,22 +18,17 @@ from data.collection.collection import Collection
 from data.collection.concepts import find_folders
 from data.collection.index import CACHE, index_collection
 from data.config import DataConfig
-from data.images.bytes import image_key, open_contents
+from data.images.bytes import open_contents
 from data.images.convert import convert, load_upright
 from data.images.open import open_image
-from data.images.record_store import LimitedStore
 from data.layouts.remote import is_remote
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import canonical_json, sha256_text
-from utils.record.logging import get_logger
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 
-log = get_logger(__name__)
-
-_LIMIT_BYTES = 2**30  # of all thumbnails on disk
 _LARGEST_PX = 2048  # the side of one
 _QUALITY = 92  # of its JPEG
 # Shown in the place of an image. The answer is 200: a 404 would be an error in the browser's console.
@@ -95,7 +89,8 @@ class Shelf:
                 settings = config.index_settings() | {"corrections": config.corrections and corrected}
                 arrow = index_collection(config.root, cache=CACHE, **settings)
                 if opened is None or opened.arrow != arrow:
-                    self._open[name, corrected] = opened = Collection(config.root, arrow)
+                    opened = Collection(config.root, arrow)
+                    self._open[name, corrected] = opened
                     self._shown[name, opened.fingerprint] = opened
             return opened
 
@@ -137,30 +132,21 @@ def reduce_image(content: bytes, name: str, max_pixels: int, px: int) -> bytes:
 
 
 def add_route(shelf: Shelf) -> None:
-    """Add the route of images. Thumbnails are kept by the state of the file, in a folder of bounded size."""
-    thumbnails = functools.cache(lambda: LimitedStore(Path("outputs/cache/thumbnails"), _LIMIT_BYTES))
+    """Add the route of images."""
 
     @app.get("/image/{name}/{fingerprint}/{row}")
     def image(
         name: str, fingerprint: str, row: int, px: Annotated[int, Query(ge=16, le=_LARGEST_PX)] = 256
     ) -> Response:
-        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=60"}
-        content = None
+        headers = {"X-Content-Type-Options": "nosniff", "Cache-Control": "private, max-age=600"}
         try:
             collection = shelf.find(name, fingerprint)
             if collection.fingerprint != fingerprint or not 0 <= row < len(collection):
                 raise HTTPException(404, "no such image; the collection may have changed: load the page again")
-            limit = shelf.config(name).max_pixels
-            contents = open_contents(collection)
-            key = image_key(contents, row, f"jpeg {px} {limit}")
-            if key is None or (content := thumbnails().get(key)) is None:
-                content = reduce_image(shelf.read(name, collection, row), contents.name_of(row), limit, px)
-                if key is not None:
-                    thumbnails().add(key, content)
+            content = shelf.read(name, collection, row)
+            picture = reduce_image(content, collection.row(row).path, shelf.config(name).max_pixels, px)
         except UnreadableImage:
             return Response(_UNREADABLE, media_type="image/svg+xml", headers=headers)
-        except UserError as error:  # a collection that cannot be read; or a full disk, which only costs time
-            log.warning("%s", error)
-            if content is None:
-                raise HTTPException(503, str(error)) from None
-        return Response(bytes(content), media_type="image/jpeg", headers=headers)
+        except UserError as error:  # a collection that cannot be read
+            raise HTTPException(503, str(error)) from None
+        return Response(picture, media_type="image/jpeg", headers=headers)

@@ -11,7 +11,6 @@ import numpy as np
 from PIL import Image
 
 from data.images.bytes import image_key, open_contents
-from data.images.open import open_image
 from data.stream.source import UnreadableImage
 from data.tags.rules import TextConfig, read_text_rules
 from data.tools import predictions
@@ -19,7 +18,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import MCUT, thresholds_path
 from utils.formats.vocabulary import FILE, category_name
-from utils.io.files import ignore_write_errors, readable, sha256_file
+from utils.io.files import ignore_write_errors, readable, sha256_text
 from utils.record.run_index import is_inside
 from viewer.images import Shelf, image_address
 
@@ -81,10 +80,11 @@ class Networks:
     def _is_below(self, path: Path) -> bool:
         return any(is_inside(path, root) for root in self.roots)
 
-    def get(self, path: Path) -> "Predictor":
-        """Return the predictor of a weight file as it is now. Raises UserError (`weights`)."""
+    def get(self, path: Path) -> tuple["Predictor", str]:
+        """Return the predictor of a weight file as it is now, and its version. Raises UserError (`weights`)."""
         with about("weights"), self._lock:
-            return self._load(path, path.stat().st_mtime_ns)
+            changed = path.stat().st_mtime_ns
+            return self._load(path, changed), sha256_text(f"{path} {changed}")
 
     def ask(self, weights: str, profile: str, content: bytes, name: str) -> Answer:
         """Return the answer about an encoded image.
@@ -92,7 +92,7 @@ class Networks:
         Raises UnreadableImage, UserError (`weights`, `thresholds`, `profile`).
         """
         path = self.find(weights)
-        predictor = self.get(path)
+        predictor, _ = self.get(path)
         output = predictor.output
         with self._lock:  # one image is decoded at a time
             images = _prepare(predictor, content, name)
@@ -111,12 +111,6 @@ class Networks:
             caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
         bars = _make_bars(predictor, values, row, None if options.mcut or not output.has_tags else least)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
-        with open_image(content, name, _MAX_PIXELS) as image:
-            frames = getattr(image, "n_frames", 1)
-        if frames > 1:
-            facts += f", the first of {frames} frames"
-        if not predictor.names:
-            facts += f"; {len(values)} features from {values.min():.3g} to {values.max():.3g}"
         return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)
 
     def nearest(
@@ -133,12 +127,8 @@ class Networks:
                 return predictor.embed(_prepare(predictor, content, name))[0]
 
         path = self.find(weights)
+        predictor, version = self.get(path)
         opened = shelf.open(collection, again=True)
-        changed = path.stat().st_mtime_ns
-        version = sha256_file(path)
-        predictor = self.get(path)
-        if path.stat().st_mtime_ns != changed:
-            raise UserError(f"weights: {path} was written meanwhile; find again")
         contents = open_contents(opened)
         vectors = dict[str | int, np.ndarray]()
         file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
@@ -155,7 +145,7 @@ class Networks:
                 with suppress(UnreadableImage):
                     vectors[keys[row]] = embed(shelf.read(collection, opened, row), contents.name_of(row))
         finally:
-            kept = {key: vectors[key] for row, key in keys.items() if key in vectors and key != row}
+            kept = {key: vectors[key] for key in keys.values() if key in vectors and isinstance(key, str)}
             if waiting and kept:
                 lines = zip(kept, predictions.embedding_rows(kept.values()))
                 with ignore_write_errors(file), self._lock:

@@ -1,7 +1,6 @@
 """Parts of several pages: colours, tables with a choice, and how values are shown."""
 
 import shlex
-import time
 from asyncio import Lock
 from collections.abc import Awaitable, Callable, Sequence
 from pathlib import Path
@@ -20,13 +19,9 @@ COLOURS = (ACCENT, "#d9480f", "#2b8a3e", "#862e9c", "#0b7285", "#a61e4d", "#e677
 STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", "warning", "positive")))
 
 
-def show_command(title: str, words: Sequence[str]) -> None:
+def show_command(words: Sequence[str]) -> None:
     """Show a command, and a button that copies it."""
-    command = shlex.join(words)
-    with ui.row().classes("items-center no-wrap w-full"):
-        ui.label(escape_controls(command)).classes("mono col").style("overflow-wrap: anywhere")
-        copy = ui.button(icon="content_copy", on_click=lambda: ui.clipboard.write(command))
-        copy.props(f"flat round dense aria-label='copy the command: {title}'")
+    ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
 
 
 async def filtered_table(
@@ -36,12 +31,12 @@ async def filtered_table(
 
     Returns the function that fills it again.
     """
-    with ui.row().classes("items-center w-full"):
+    with ui.row():
         chosen = ui.select({name: escape_controls(name) for name in names}, value=names[0])
-        chosen.props(f"dense outlined options-dense aria-label='{label}'")
-        find = ui.input(placeholder="filter").props("clearable dense outlined aria-label=filter")
+        chosen.props(f"aria-label='{label}'")
+        find = ui.input(placeholder="filter").props("aria-label=filter")
     table = ui.table(columns=[], rows=[], row_key=key).classes("w-full").style("height: 70vh")
-    table.props("flat bordered virtual-scroll dense wrap-cells :rows-per-page-options=[0]")
+    table.props("virtual-scroll dense :rows-per-page-options=[0]")
     find.bind_value_to(table, "filter", forward=lambda text: text or "")
     lock = Lock()
 
@@ -52,15 +47,6 @@ async def filtered_table(
     chosen.on_value_change(refill)
     await refill()
     return refill
-
-
-def ago(seconds: float) -> str:
-    """Return how long ago a time, in seconds since 1970, was."""
-    passed = max(0.0, time.time() - seconds)
-    if passed < 60:
-        return "now"
-    unit, length = next(each for each in (("d", 86_400), ("h", 3_600), ("min", 60)) if passed >= each[1])
-    return f"{passed / length:.0f} {unit} ago"
 
 
 def run_name(index: RunIndex, path: Path) -> str:

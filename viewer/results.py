@@ -54,14 +54,14 @@ async def show_thresholds(path: Path) -> None:
     if not groups:
         ui.label("No counts by threshold yet: evaluations of classifiers and taggers write them.").classes("muted")
         return
-    with ui.row().classes("items-center w-full"):
+    with ui.row():
         chosen = ui.select({name: escape_controls(name) for name in groups}, value=next(iter(groups)))
-        chosen.props("dense outlined options-dense aria-label=group")
+        chosen.props("aria-label=group")
         level = ui.slider(min=0, max=0.99, step=0.01, value=0.5).props("aria-label=threshold")
         level.classes("col").style("min-width: 200px")
     said = ui.label().classes("text-weight-medium").style("min-height: 3em")
     with ui.element("div").classes("w-full charts"):
-        charts = [ui.echart({}).classes("chart") for _ in range(3)]
+        charts = [ui.echart({}).classes("chart") for _ in range(2)]
 
     def draw() -> None:
         text, options = draw_decisions(groups[chosen.value], level.value)
@@ -85,16 +85,13 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[d
         return draw_line(name, colour, to_points(across, values))
 
     ends = np.array([0.0, 1.0])
-    here = slice(row, row + 1)
     precision = np.where(predicted > 0, precision, np.nan)
     rates = zip(("precision", "recall", "F1"), COLOURS, (precision, recall, f1))
     by_threshold = [line(name, colour, thresholds, rate) for name, colour, rate in rates]
     by_threshold.append(line("chosen", GREY, np.full(2, threshold), ends))
-    chosen = line("chosen", COLOURS[1], recall[here], precision[here])
     reliability = line("share correct", ACCENT, *tables.reliability(decisions))
     charts = {
         "threshold": by_threshold,
-        "recall": [line("precision", ACCENT, recall, precision), chosen],
         "probability": [reliability, line("ideal", GREY, ends, ends)],
     }
     return text, [plot(lines, {"name": name, "min": 0, "max": 1}) for name, lines in charts.items()]
@@ -107,7 +104,7 @@ async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
     chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")
-    chosen.props("dense outlined options-dense aria-label=mistakes").style("max-width: 480px")
+    chosen.props("aria-label=mistakes").style("max-width: 480px")
     if rows:
         names = list(dict.fromkeys(name for row in rows for name in (row["true"], row["predicted"])))[:_CLASSES]
         ui.label(f"Per cent of a label's images (row); the {len(names)} most confused classes").classes("muted")
@@ -146,14 +143,14 @@ def draw_confused(rows: list[dict[str, str]], names: list[str]) -> dict[str, Any
 async def _show_images(path: Path, shelf: Shelf, rows: list[dict[str, Any]] | None) -> None:
     if rows is None:
         ui.label("No table of images yet. This command writes it:").classes("muted")
-        show_command("table of images", ["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
+        show_command(["python", "evaluate.py", f"run_dir={path}", "per_image=true"])
         return
     addresses = await background.io_bound(find_addresses, path, shelf, [row["path"] for row in rows])
     with ui.element("div").classes("w-full tiles"):
         for row, address in zip(rows, addresses):
             with ui.column().classes("gap-1"):
                 if address:
-                    ui.image(address).props("fit=contain ratio=1 no-spinner").classes("w-full")
+                    ui.image(address).props("ratio=1").classes("w-full")
                 for text in describe_image(row):
                     ui.label(escape_controls(text)).style("overflow-wrap: anywhere")
     if not any(addresses):

@@ -12,7 +12,7 @@ from nicegui import run as background
 from nicegui import ui
 from nicegui.events import KeyEventArguments
 
-from data.layouts.corrections import Decision, Decisions, Desk, drop_undone, settle
+from data.layouts.corrections import Decision, Decisions, Desk, settle
 from data.layouts.table import count_values
 from utils.errors import UserError
 from utils.formats.spelling import Tag, parse_tag, write_tag
@@ -76,6 +76,12 @@ def switch_tags(had: Sequence[str], tags: Sequence[str], names: Sequence[str]) -
     return [tag for tag in dict.fromkeys([*had, *tags, *names]) if tag in kept]
 
 
+def _judge(now: Any, was: Any, says: Any) -> str:
+    if now == was:
+        return "rejected"
+    return "accepted" if now == says else "edited"
+
+
 class Review:
     """The questions in one tab. here: the shown one; marked: others that a key is for, too; by: the tab."""
 
@@ -87,14 +93,12 @@ class Review:
         self.here = 0
         self.marked = set[int]()
         self.by = ""
-
-    def _stack(self, number: int) -> list[Decision]:
-        return self.decisions.get((self.questions[number].path, self.field), [])
+        self._before: list[dict[int, Any]] = []  # what the decisions of this page replaced
 
     def last(self, number: int) -> Decision | None:
         """Return the decision about an image that counts."""
-        had = self.questions[number].had
-        last = settle(had, self._stack(number))
+        path, _, had, *_ = self.questions[number]
+        last = settle(had, self.decisions.get((path, self.field), ()))
         return last if last and (last.verdict != "undone" or last.now != had) else None
 
     def screen(self) -> range:
@@ -109,8 +113,11 @@ class Review:
 
     def shown(self, number: int) -> Any:
         """Return what was decided about an image, or else what the network says."""
+        return self._decided(number, self.questions[number].says)
+
+    def _decided(self, number: int, otherwise: Any) -> Any:
         last = self.last(number)
-        return last.now if last else self.questions[number].says
+        return last.now if last else otherwise
 
     def choices(self) -> dict[str, bool]:
         """Return the classes or tags of the keys 1 to 9 for the shown image, and whether it has them as it is shown."""
@@ -166,23 +173,24 @@ class Review:
         return lines
 
     def _undo(self) -> list[Decision]:
-        """Return the lines that go back behind this tab's last decisions, and show their first image."""
-        stacks = {each: drop_undone(self._stack(each)) for each in range(len(self.questions)) if self.last(each)}
-        own = {each: stack for each, stack in stacks.items() if stack and stack[-1].by == self.by}
-        newest = max((stack[-1].at for stack in own.values()), default="")
-        last = {each: stack for each, stack in own.items() if stack[-1].at == newest}
-        values = {each: stack[-2].now if stack[1:] else stack[-1].was for each, stack in last.items()}
+        """Return the lines that take this page's last decisions back, and show their first image."""
+        values = self._before.pop() if self._before else {}
         self.here = min(values, default=self.here)
-        return self._write(values, "undone")
+        return self._write(values, is_undone=True)
 
-    def _write(self, values: Mapping[int, Any], verdict: str | None = None) -> list[Decision]:
+    def _write(self, values: Mapping[int, Any], *, is_undone: bool = False) -> list[Decision]:
         at = datetime.now(UTC).isoformat(timespec="microseconds")
+        before = {number: self._decided(number, self.questions[number].had) for number in values}
         lines = []
         for number, now in values.items():
             path, _, was, says, _ = self.questions[number]
-            kind = verdict or ("rejected" if now == was else "accepted" if now == says else "edited")
-            lines.append(Decision(path=path, field=self.field, was=was, now=now, verdict=kind, by=self.by, at=at))
+            verdict = "undone"
+            if not is_undone:
+                verdict = _judge(now, was, says)
+            lines.append(Decision(path=path, field=self.field, was=was, now=now, verdict=verdict, by=self.by, at=at))
             self.decisions.setdefault((path, self.field), []).append(lines[-1])
+        if lines and not is_undone:
+            self._before.append(before)
         return lines
 
 
@@ -247,7 +255,7 @@ class ReviewPage:
         self._address = address
         self._desk = desk
         self._newest = 0  # the number of the last request to the desk
-        with ui.row().classes("items-center w-full"):
+        with ui.row():
             for title, key in _BUTTONS.items():
                 self._add_button(key).set_text(title)
             self._progress = ui.label()
@@ -267,17 +275,17 @@ class ReviewPage:
     def _add_button(self, key: str) -> ui.button:
         """Add a button that does what a key does. A click leaves the focus where it was, so that keys go on acting."""
         button = ui.button(on_click=functools.partial(self._press, key))
-        button.props("no-caps dense unelevated padding='4px 12px'")
+        button.props("dense padding='4px 12px'")
         return button.on("mousedown.prevent", js_handler="() => {}")
 
     def _build_image(self) -> None:
-        self._picture = ui.image().props("fit=contain no-spinner no-transition").classes("large")
+        self._picture = ui.image().props("no-transition").classes("large")
         self._title = ui.label().classes("mono").style("overflow-wrap: anywhere")
         with ui.row():
             self._chips = [self._add_button(str(number + 1)) for number in range(_CHOICES)]
         if self._review.field == "label":
             other = ui.select(self._review.classes, label="another class", with_input=True).classes("w-full")
-            self._other = other.props("dense outlined")
+            self._other = other
             other.on_value_change(lambda event: event.value and self._choose(event.value))
 
     def _draw(self) -> None:

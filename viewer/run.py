@@ -1,8 +1,6 @@
-"""`/run/...`: one run: its curves, pictures, tables, settings, files and log, live."""
+"""`/run/...`: one run: its curves, pictures, tables, settings and log, live."""
 
-import html
 import re
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from urllib.parse import quote
@@ -11,7 +9,6 @@ from fastapi import HTTPException
 from fastapi.responses import FileResponse
 from nicegui import app, ui
 from nicegui import run as background
-from PIL import Image
 
 from utils.config.recipe import flatten
 from utils.io.safe_text import escape_controls
@@ -47,17 +44,15 @@ def add_page(site: Site) -> None:
     @ui.page("/run/{name:path}")
     async def show(name: str) -> None:
         path = find_run(index, name)
-        curves = partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING)
         tabs = {
-            "Curves": curves,
+            "Curves": partial(show_curves, lambda: {"": index.curves(path)}, _NOTHING),
             "Pictures": partial(_show_pictures, name, path),
             "Tables": partial(show_tables, path),
             "Thresholds": partial(show_thresholds, path),
-            "Mistakes": partial(show_mistakes, name, path, site.shelf),
         }
         tabs |= {
+            "Mistakes": partial(show_mistakes, name, path, site.shelf),
             "Settings": partial(_show_settings, index, path),
-            "Files": partial(_show_files, path),
             "Log": partial(_show_log, path),
             "Commands": partial(_show_commands, path),
         }
@@ -85,16 +80,16 @@ def add_page(site: Site) -> None:
             bar.on_value_change(lambda event: build(event.value))
 
 
-def find_pictures(run: Path) -> dict[str, dict[int | None, tuple[str, float]]]:
-    """Return the readable pictures of a run by name and, of evaluations, step: path below it, width over height."""
-    found: dict[str, dict[int | None, tuple[str, float]]] = {}
+def find_pictures(run: Path) -> dict[str, dict[int | None, str]]:
+    """Return the paths of a run's pictures below it, by name and, of evaluations, step."""
+    found: dict[str, dict[int | None, str]] = {}
     for file in sorted(file for folder in ("plots", "samples") for file in (run / folder).rglob("*")):
         if file.suffix in _PICTURES and is_inside(file, run) and file.name != "curves.png":  # they are live
             inside = file.relative_to(run).as_posix()
-            with suppress(OSError, ValueError), Image.open(file) as picture:
-                shape = picture.width / picture.height
-                step = int(file.parent.name) if inside.startswith(f"{STEPS}/") else None
-                found.setdefault(inside if step is None else f"plots/{file.name}", {})[step] = inside, shape
+            if inside.startswith(f"{STEPS}/"):
+                found.setdefault(f"plots/{file.name}", {})[int(file.parent.name)] = inside
+            else:
+                found.setdefault(inside, {})[None] = inside
     for by_step in found.values():  # the newest is also among the kept ones
         if len(by_step) > 1:
             by_step.pop(None, None)
@@ -105,33 +100,33 @@ async def _show_pictures(name: str, path: Path) -> None:
     pictures = await background.io_bound(find_pictures, path)
     if _SEEN not in pictures:
         ui.label("This command draws what the network sees, augmented and with labels:").classes("muted")
-        show_command("what the network sees", [*_command_of(path), "dry_run=true"])
+        show_command([*_command_of(path), "dry_run=true"])
     if not pictures:
         ui.label("No pictures yet: evaluations make them.").classes("muted")
-    for title, by_step in sorted(pictures.items(), key=lambda item: (item[0] != _SEEN, None in item[1], item[0])):
-        with ui.card().props("flat bordered").classes("q-pa-sm w-full"):
-            _show_picture(name, title, by_step)
-            if title == "plots/samples.png":
-                ui.label(_read_settings(path).get("task.samples.prompts", "")).classes("muted")
+    for title in sorted(pictures, key=lambda title: (title != _SEEN, None in pictures[title], title)):
+        with ui.card().classes("w-full"):
+            _show_picture(name, title, pictures[title])
 
 
-def _show_picture(name: str, title: str, by_step: dict[int | None, tuple[str, float]]) -> None:
+def _show_picture(name: str, title: str, by_step: dict[int | None, str]) -> None:
     """Show a picture, and a slider over its steps."""
     steps = [*by_step]
-    with ui.row().classes("items-center w-full"):
+    last = len(steps) - 1
+    with ui.row():
         said = ui.label().classes("mono")
-        if len(steps) > 1:
-            slider = ui.slider(min=0, max=len(steps) - 1, step=1, value=len(steps) - 1).props("aria-label=step")
+        if last > 0:
+            slider = ui.slider(min=0, max=last, step=1, value=last).props("aria-label=step")
             slider.classes("col").style("min-width: 160px; max-width: 480px")
             slider.on_value_change(lambda event: draw(event.value))
-    shown = ui.image().style("max-width: 1200px").props(f"fit=contain no-spinner alt='{html.escape(title)}'")
+    shown = ui.image().style("max-width: 1200px")
+    shown.props["alt"] = title
 
     def draw(number: int) -> None:
-        file, shape = by_step[steps[number]]
-        said.set_text(escape_controls(title) + ("" if steps[number] is None else f", step {steps[number]}"))
-        shown.props(f"ratio={shape:.4f}").set_source(f"/picture/{quote(name)}?file={quote(file)}")
+        step = steps[number]
+        said.set_text(escape_controls(title) + ("" if step is None else f", step {step}"))
+        shown.set_source(f"/picture/{quote(name)}?file={quote(by_step[step])}")
 
-    draw(len(steps) - 1)
+    draw(last)
 
 
 def _read_settings(path: Path) -> dict[str, str]:
@@ -158,20 +153,6 @@ async def _show_settings(index: RunIndex, path: Path) -> None:
         table.rows = rows
 
     await filtered_table([alone, *others], alone, "key", fill)
-
-
-async def _show_files(path: Path) -> None:
-    folders = [file for file in (path / "checkpoints").glob("*") if file.is_dir()]
-    rows = []
-    for file in (*sorted((path / "weights").glob("*.safetensors")), *sorted(folders)):
-        parts = [part for part in file.rglob("*") if part.is_file()] if file.is_dir() else [file]
-        size = sum(part.lstat().st_size for part in parts) / 2**20
-        rows.append({"file": escape_controls(file.relative_to(path).as_posix()), "size": f"{size:,.1f} MiB"})
-    if not rows:
-        ui.label("No weights yet: the first checkpoint writes them.").classes("muted")
-        return
-    columns = [{"name": name, "label": name, "field": name, "align": "left"} for name in ("file", "size")]
-    ui.table(columns=columns, rows=rows, row_key="file").props("flat bordered dense").classes("w-full")
 
 
 async def _show_log(path: Path) -> None:
@@ -229,4 +210,4 @@ async def _show_commands(path: Path) -> None:
     }
     for title, command in commands.items():
         ui.label(title).classes("text-weight-medium q-mt-sm")
-        show_command(title, command)
+        show_command(command)

@@ -1,6 +1,7 @@
 """`/`: every run below the given folders, live."""
 
 import math
+import time
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
@@ -8,6 +9,7 @@ from statistics import mean
 from typing import Any
 from urllib.parse import quote, urlencode
 
+import numpy as np
 from nicegui import app, ui
 from nicegui import run as background
 
@@ -16,7 +18,7 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, ago, run_name
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, run_name
 from viewer.site import Site
 
 _SPARK_PX = (96, 24)
@@ -36,10 +38,10 @@ _SLOTS = {
     "state": '<q-td :props="props"><q-badge :color="props.row.colour">{{ props.row.state }}</q-badge></q-td>',
     "run": """<q-td :props="props"><q-btn flat round dense size="sm" :aria-label="'pin ' + props.row.run"
         :aria-pressed="props.row.pinned" :icon="props.row.pinned ? 'star' : 'star_border'"
-        @click="$parent.$emit('toggle', ['pinned', props.row.path])" />
+        @click="$parent.$emit('pin', props.row.path)" />
         <a v-if="props.row.link" :href="props.row.link" class="text-weight-medium">{{ props.row.run }}</a>
-        <details v-else class="inline-block" :open="props.row.unfolded">
-        <summary @click.prevent="$parent.$emit('toggle', ['unfolded', props.row.path])">{{ props.row.run }}</summary>
+        <details v-else class="inline-block" :open="props.expand">
+        <summary @click.prevent="props.expand = !props.expand">{{ props.row.run }}</summary>
         <pre class="mono">{{ props.row.ranking }}</pre><div v-for="job in props.row.jobs"><q-badge :color="job.colour">
         {{ job.state }}</q-badge> <a :href="job.link">{{ job.run }}</a> {{ job.shown }}</div></details></q-td>""",
     "share": (
@@ -51,7 +53,6 @@ _SLOTS = {
         f'<q-td :props="props"><svg width="{_SPARK_PX[0]}" height="{_SPARK_PX[1]}" aria-hidden="true">'
         f'<polyline :points="props.row.spark" fill="none" stroke="{ACCENT}" stroke-width="1.5" /></svg></q-td>'
     ),
-    "changed": '<q-td :props="props">{{ props.row.ago }}</q-td>',
 }
 
 
@@ -59,11 +60,12 @@ def make_row(index: RunIndex, state: RunState) -> dict[str, Any]:
     """Return a run's row of the table."""
     name = run_name(index, state.path)
     shown = "" if state.best is None else f"{show_name(state.metric)} {show_cell(round(state.best, 4))}"
-    row = {key: getattr(state, key) for key in ("state", "task", "model", "best", "changed")}
-    row |= {"name": name, "path": str(state.path), "link": f"/run/{quote(name)}", "jobs": [name]}
+    row = {key: getattr(state, key) for key in ("state", "task", "model", "best")}
+    row |= {"name": name, "path": str(state.path), "link": f"/run/{quote(name)}"}
     row["run"] = state.path.name if name.endswith("/.") else name.partition("/")[2]
     row |= {"colour": STATE_COLOURS[state.state], "shown": shown, "spark": spark_points(state.spark)}
-    return row | _progress_of(state) | {"ago": ago(state.changed)}
+    row["changed"] = time.strftime("%Y-%m-%d %H:%M", time.localtime(state.changed))
+    return row | _progress_of(state)
 
 
 def _progress_of(state: RunState) -> dict[str, Any]:
@@ -78,13 +80,14 @@ def _progress_of(state: RunState) -> dict[str, Any]:
     return {"share": share, "steps": steps}
 
 
-def make_rows(index: RunIndex, states: list[RunState], **marked: Collection[str]) -> list[dict[str, Any]]:
-    """Return rows, `pinned` ones first. A sweep is one row, with its best run's figures. marked: paths, by mark."""
+def make_rows(index: RunIndex, states: list[RunState], pinned: Collection[str]) -> list[dict[str, Any]]:
+    """Return rows, those with `pinned` paths first. A sweep is one row, with its best run's figures."""
     groups: dict[Path, list[RunState]] = {}
     for state in states:
         groups.setdefault(state.path.parent if state.job else state.path, []).append(state)
     rows = [_fold(index, path, its) if its[0].job else make_row(index, its[0]) for path, its in groups.items()]
-    rows = [row | {name: row["path"] in paths for name, paths in marked.items()} for row in rows]
+    for row in rows:
+        row["pinned"] = row["path"] in pinned
     return sorted(rows, key=lambda row: not row["pinned"])
 
 
@@ -102,13 +105,12 @@ def _fold(index: RunIndex, path: Path, states: list[RunState]) -> dict[str, Any]
 
 def spark_points(values: tuple[float, ...]) -> str:
     """Return the points of a curve in an SVG of _SPARK_PX."""
-    if len(values) < 2:
+    if not values:
         return ""
     width, height = _SPARK_PX
-    high = max(values)
-    scale = (height - 4) / (high - min(values) or 1.0)
-    step = width / (len(values) - 1)
-    return " ".join(f"{number * step:.1f},{2 + (high - value) * scale:.1f}" for number, value in enumerate(values))
+    across = np.linspace(0, width, len(values))
+    down = np.interp(values, [min(values), max(values)], [height - 2, 2])
+    return " ".join(f"{x:.1f},{y:.1f}" for x, y in zip(across, down))
 
 
 def add_page(site: Site) -> None:
@@ -117,17 +119,17 @@ def add_page(site: Site) -> None:
     @ui.page("/")
     async def show() -> None:
         with site.page("Runs"):
-            with ui.row().classes("items-center no-wrap w-full"):
-                find = ui.input(placeholder="filter by name, task, model or state").props("clearable dense outlined")
-                find.classes("col").props("aria-label='filter'")
-                compare = ui.button("Compare").props("no-caps unelevated")
+            with ui.row(wrap=False):
+                find = ui.input(placeholder="filter by name, task, model or state").classes("col")
+                find.props("aria-label=filter")
+                compare = ui.button("Compare")
             table = ui.table(columns=_COLUMNS, rows=[], row_key="name", pagination={"rowsPerPage": 50})
             table.set_selection("multiple")
-            compare.bind_enabled_from(table, "selected", backward=lambda its: sum(len(row["jobs"]) for row in its) > 1)
+            compare.bind_enabled_from(table, "selected", backward=bool)
             compare.on_click(
                 lambda: ui.navigate.to(f"/compare?{urlencode([('run', row['name']) for row in table.selected])}")
             )
-            table.classes("w-full").props("flat bordered loading").props[":sort-method"] = _SORT
+            table.classes("w-full").props("loading").props[":sort-method"] = _SORT
             for name, template in _SLOTS.items():
                 table.add_slot(f"body-cell-{name}", template)
             table.add_slot(
@@ -139,19 +141,18 @@ def add_page(site: Site) -> None:
             find.bind_value_to(table, "filter", forward=lambda text: text or "")
 
             async def refresh() -> None:
-                marked = {name: app.storage.general.get(name, []) for name in ("pinned", "unfolded")}
-                rows = make_rows(site.index, await background.io_bound(site.index.states), **marked)
+                states = await background.io_bound(site.index.states)
+                rows = make_rows(site.index, states, app.storage.general.get("pinned", []))
                 if rows != table.rows or table.props.get("loading"):
                     names = {row["name"] for row in table.selected}
                     table.rows = rows
                     table.selected = [row for row in rows if row["name"] in names]
                     table.props(remove="loading")
 
-            async def toggle(name: str, path: str) -> None:
-                kept = app.storage.general.get(name, [])
-                app.storage.general[name] = [other for other in kept if other != path] + [path] * (path not in kept)
+            async def pin(path: str) -> None:
+                pinned = {*app.storage.general.get("pinned", [])}
+                app.storage.general["pinned"] = [*(pinned ^ {path})]
                 await refresh()
 
-            table.on("toggle", lambda event: toggle(*event.args))
-            ui.timer(0, lambda: find.bind_value(app.storage.tab, "filter"), once=True)
+            table.on("pin", lambda event: pin(event.args))
             ui.timer(REFRESH_SEC, refresh)

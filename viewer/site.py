@@ -34,6 +34,22 @@ summary { display: list-item; font-weight: 500 }
 """
 
 
+def set_looks() -> None:
+    """Set how elements look on all pages."""
+    looks = {
+        ui.button: "no-caps unelevated",
+        ui.card: "flat bordered",
+        ui.image: "fit=contain no-spinner",
+        ui.input: "dense outlined clearable",
+        ui.select: "dense outlined options-dense",
+        ui.table: "flat bordered wrap-cells",
+    }
+    for element, look in looks.items():
+        element.default_props(look)
+    ui.card.default_classes("q-pa-sm")
+    ui.row.default_classes("items-center w-full")
+
+
 @dataclass
 class Site:
     """The parts that pages use. alerts: the number of those raised now, which every header shows."""
@@ -46,19 +62,16 @@ class Site:
 
     @contextmanager
     def page(self, title: str) -> Iterator[None]:
-        """Frame a page: its header with the way back, and light or dark as the system has it."""
+        """Frame a page: its header with the way back."""
         ui.colors(primary=ACCENT)
         ui.add_css(_STYLE)
         ui.page_title(f"{title} - Atelier")
-        dark = ui.dark_mode(None)
         with ui.header().classes("items-center no-wrap gap-3 q-px-md q-py-sm").style("background: #212529"):
             ui.link("Atelier", "/").classes("text-white text-weight-bold no-underline text-subtitle1")
             ui.link("Collections", "/collection").classes(_LINK)
             ui.link("Try", "/try").classes(_LINK)
             ui.link("", "/watch").bind_text_from(self, "alerts", _show_alerts).classes(_LINK)
             ui.label(title).classes("text-white ellipsis col text-right").style("opacity: .8")
-            button = ui.button(icon="contrast", on_click=lambda: dark.set_value(not dark.value))
-            button.props("flat round dense color=white aria-label='light or dark'").tooltip("light or dark")
         yield
 
 

@@ -65,12 +65,12 @@ class TryPage:
 
     def _build_choices(self) -> None:
         first = next(iter(self._own), None)
-        with ui.row().classes("w-full items-center"):
+        with ui.row():
             label = "Run, weight file, or folder with a WD tagger"
             weights = ui.select([*self._own], label=label, value=first, with_input=True, new_value_mode="add-unique")
-            self._weights = weights.props("dense outlined aria-label=weights").classes("col").style("min-width: 260px")
+            self._weights = weights.props("aria-label=weights").classes("col").style("min-width: 260px")
             profiles = [PER_TAG, *CATEGORY_PROFILES, MCUT]
-            self._profile = ui.select(profiles, label="Thresholds", value=PER_TAG).props("dense outlined")
+            self._profile = ui.select(profiles, label="Thresholds", value=PER_TAG)
             self._profile.style("min-width: 160px")
         for choice in (self._weights, self._profile):
             choice.on_value_change(self._ask)
@@ -82,12 +82,12 @@ class TryPage:
         ui.run_javascript(_PASTE.format(upload.id))
 
     def _build_search(self, collections: dict[str, str]) -> None:
-        with ui.row().classes("w-full items-center"):
+        with ui.row():
             self._collection = ui.select(collections, label="Collection", value=self._own.get(self._weights.value))
-            self._collection.props("dense outlined").classes("col")
-            self._search = ui.button("Find its nearest images", on_click=self._find).props("unelevated no-caps")
+            self._collection.classes("col")
+            self._search = ui.button("Find its nearest images", on_click=self._find)
             self._progress = ui.linear_progress(0, show_value=False).style("width: 120px")
-            self._stop = ui.button("Stop", on_click=lambda: self._stop.set_visibility(False)).props("flat no-caps")
+            self._stop = ui.button("Stop", on_click=lambda: self._stop.set_visibility(False)).props("flat")
             self._stop.visible = False
 
     def _refuse(self) -> None:
@@ -152,17 +152,17 @@ class TryPage:
         self._alike.clear()
         with self._alike:
             for address, text in found:
-                ui.image(address).props("fit=contain no-spinner").tooltip(escape_controls(text))
+                ui.image(address).tooltip(escape_controls(text))
 
 
 def _show_answer(answer: Answer) -> None:
-    with ui.card().props("flat bordered").classes("q-pa-sm"):
-        ui.image(answer.seen).props("fit=contain no-spinner alt='the image'").classes("seen")
+    with ui.card():
+        ui.image(answer.seen).props("alt='the image'").classes("seen")
         if answer.caption:
             ui.label(escape_controls(answer.caption)).classes("mono").style("overflow-wrap: anywhere")
-            ui.button("Copy caption", on_click=lambda: ui.clipboard.write(answer.caption)).props("flat no-caps")
+            ui.button("Copy caption", on_click=lambda: ui.clipboard.write(answer.caption)).props("flat")
     for category, bars in answer.bars.items():
-        with ui.card().props("flat bordered").classes("q-pa-sm no-wrap").style("gap: 4px"):
+        with ui.card().classes("no-wrap").style("gap: 4px"):
             ui.label(escape_controls(category)).classes("text-weight-medium")
             for bar in bars:
                 _show_bar(bar)

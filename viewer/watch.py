@@ -24,6 +24,8 @@ from viewer.site import Site
 log = get_logger(__name__)
 _CHECK_SEC = 10.0  # between two checks
 _TELL_SEC = 10.0  # for the command, and for the webhook
+_NO_STEP_SEC = 1800.0  # without a step or a batch of an evaluation
+_SLOW_SHARE = 0.5  # of the images per second before
 _RECENT = 3  # rows of training, whose median speed is compared with the median before
 _GPUS = ["nvidia-smi", "--query-gpu=name,utilization.gpu,memory.used,memory.total", "--format=csv,noheader"]
 _SLOT = """<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">{{ props.row.what }}</a>
@@ -32,9 +34,9 @@ _SLOT = """<q-td :props="props"><a v-if="props.row.link" :href="props.row.link">
 # What may be wrong with a run that trains.
 RULES = {
     "the training loss is not finite": lambda run, curves, _: _last(curves, "epoch") > _last(curves, "loss"),
-    "the images per second have fallen": lambda run, curves, limits: _speed(curves) < limits.throughput_share,
+    "the images per second have fallen": lambda run, curves, _: _speed(curves) < _SLOW_SHARE,
     "its disk is nearly full": lambda run, _, limits: psutil.disk_usage(str(run.path)).free < limits.disk_gib * 2**30,
-    "no step for long": lambda run, _, limits: time.time() - run.told > limits.no_step_sec,
+    "no step for long": lambda run, *_: time.time() - run.told > _NO_STEP_SEC,
 }
 
 
@@ -104,12 +106,15 @@ class Watch:
             share = re.match(r"\d+", busy)  # [N/A] on a part of a GPU
             found.append((f"GPU {name}", f"{busy} busy, memory {text}", int(share[0]) / 100 if share else 0.0, ""))
         busy = psutil.cpu_percent()
-        roots = [root for root in self._index.roots if root.is_dir()]
-        disks = {f"disk of {root}": psutil.disk_usage(str(root)) for root in roots}
         found.append(("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100, ""))
-        for name, part in {"memory": psutil.virtual_memory(), **disks}.items():
-            free = part.total * (1 - part.percent / 100) if name == "memory" else part.free  # a quota may be smaller
-            found.append((name, f"{free / 2**30:.1f} of {part.total / 2**30:.1f} GiB free", part.percent / 100, ""))
+        memory = psutil.virtual_memory()
+        spaces = [("memory", memory.available, memory.total)]
+        for root in filter(Path.is_dir, self._index.roots):
+            disk = psutil.disk_usage(str(root))
+            spaces.append((f"disk of {root}", disk.free, disk.total))
+        for name, free, total in spaces:
+            text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+            found.append((name, text, 1 - free / total, ""))
         keys = ("id", "what", "text", "share", "link")
         return [dict(zip(keys, (number, escape_controls(row[0]), *row[1:]))) for number, row in enumerate(found)]
 
@@ -129,7 +134,7 @@ def add_page(site: Site) -> None:
         with site.page("Watch"):
             said = ui.label().style("white-space: pre-wrap")
             table = ui.table(columns=[{"name": "row", "align": "left"}], rows=[]).classes("w-full")
-            table.props("flat bordered wrap-cells hide-header").add_slot("body-cell-row", _SLOT)
+            table.props("hide-header").add_slot("body-cell-row", _SLOT)
 
             async def refresh() -> None:
                 table.rows = await background.io_bound(watch.rows)

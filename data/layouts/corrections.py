@@ -136,14 +136,6 @@ def settle(value: Any, stack: Sequence[Decision]) -> Decision | None:
     return stack[-1] if any(value in (each.was, each.now) for each in stack) else None
 
 
-def drop_undone(stack: Sequence[Decision]) -> list[Decision]:
-    """Return the decisions that were not taken back."""
-    kept: list[Decision] = []
-    for each in stack:
-        kept = kept[:-1] if each.verdict == "undone" else [*kept, each]
-    return kept
-
-
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
     """Return the lines of a text with other tags, on a line each if they were; lines that are no tags stay."""
     lines = text.split("\n")

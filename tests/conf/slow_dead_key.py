@@ -194,7 +194,7 @@ PROVED = {
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
     "PageConfig.alerts",
-    *(f"AlertsConfig.{name}" for name in ("throughput_share", "disk_gib", "no_step_sec", "command", "webhook")),
+    *(f"AlertsConfig.{name}" for name in ("disk_gib", "command", "webhook")),
     "ViewConfig.runs",  # all of view.py: tests/viewer/test_pages.py and test_watch.py
     *(f"MaskConfig.{name}" for name in ("source", "floor", "normalise")),  # tests/engine/test_diffusion.py
     *(f"LatentPerceptualConfig.{name}" for name in ("weight", "min_snr")),  # tests/models/test_sdxl_perceptual.py

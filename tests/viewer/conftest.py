@@ -1,19 +1,21 @@
 """view.py over runs with hostile names, and a page in a browser that fails its test for anything odd."""
 
+import json
 import os
 import re
 import socket
 import subprocess
 import sys
 import time
-from contextlib import suppress
+from contextlib import contextmanager, suppress
+from tempfile import TemporaryDirectory
 
 import numpy as np
 import pytest
 from PIL import Image
 from playwright.sync_api import sync_playwright
 
-from tests.support import ROOT
+from tests.support import ROOT, data_config
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run, said
 
@@ -34,30 +36,58 @@ def runs(tmp_path_factory):
     return folder
 
 
+def add_data(run, **data):
+    """Let a run be trained on a collection; data: of `data_config`."""
+    file = run / "config.json"
+    config = json.loads(file.read_text()) | {"data": data_config(**data).model_dump(mode="json")}
+    file.write_text(json.dumps(config))
+    return run
+
+
+@contextmanager
 def serve(*words):
-    """Start view.py; return the process and the address that it prints."""
-    command = [sys.executable, "view.py", "view.open=false", *words]
+    """Start view.py with a storage of its own; yields the address that it prints."""
+    command = [sys.executable, "view.py", "view.open=false", "view.port=18080", *words]
     # NiceGUI behaves otherwise in a test of pytest.
     own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
-    process = subprocess.Popen(command, cwd=ROOT, env=own, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
-    address = None
-    while address is None and (text := process.stderr.readline()):
-        address = re.search(r"http://\S+", text)
-    assert address, "view.py has ended"
-    port = int(re.search(r":(\d+)/", address[0])[1])
-    for _ in range(100):  # the address is printed a moment before the port is bound
-        with suppress(OSError), socket.create_connection(("127.0.0.1", port)):
-            break
-        time.sleep(0.1)
-    return process, address[0]
+    with TemporaryDirectory() as storage:
+        own["NICEGUI_STORAGE_PATH"] = storage
+        process = subprocess.Popen(command, cwd=ROOT, env=own, stderr=subprocess.PIPE, text=True)
+        try:
+            address = None
+            while address is None and (text := process.stderr.readline()):
+                address = re.search(r"http://[^/]+:(\d+)/", text)
+            assert address, "view.py has ended"
+            for _ in range(100):  # the address is printed a moment before the port is bound
+                with suppress(OSError), socket.create_connection(("127.0.0.1", int(address[1]))):
+                    break
+                time.sleep(0.1)
+            yield address[0].rstrip("/")
+        finally:
+            process.terminate()
+            process.wait()
 
 
 @pytest.fixture(scope="module")
-def address(runs):
-    process, address = serve(f"runs={runs}", "view.port=18080")
-    yield address.rstrip("/")
-    process.terminate()
-    process.wait()
+def words(runs):
+    """The command's words."""
+    return [f"runs={runs}"]
+
+
+@pytest.fixture(scope="module")
+def address(words):
+    with serve(*words) as address:
+        yield address
+
+
+def assert_fits(page):
+    """Nothing is wider than the window, whatever its width, light or dark."""
+    for width in (360, 1280, 1600):
+        page.set_viewport_size({"width": width, "height": 900})
+        for scheme in ("light", "dark"):
+            page.emulate_media(color_scheme=scheme)
+            page.wait_for_timeout(200)
+            assert page.evaluate("document.documentElement.scrollWidth") <= width
 
 
 @pytest.fixture(scope="module")

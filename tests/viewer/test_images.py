@@ -1,6 +1,5 @@
 """The collections that the page knows, and the route of their images."""
 
-import json
 import os
 import subprocess
 import sys
@@ -11,8 +10,9 @@ from fastapi import FastAPI
 from fastapi.testclient import TestClient
 from PIL import Image
 
-from tests.support import ROOT, data_config
+from tests.support import ROOT
 from tests.utils.record.test_run_index import make_run
+from tests.viewer.conftest import add_data
 from utils.record.run_index import RunIndex
 from viewer import images
 from viewer.collection import list_collections
@@ -27,9 +27,7 @@ def shelf(tmp_path, monkeypatch):
         Image.fromarray(np.full((100, 400, 3), 90, np.uint8)).save(tmp_path / name)
     (tmp_path / "photos/b.png").write_bytes(b"<script>")
     (tmp_path / "photos/d.png").symlink_to(tmp_path / "secret.png")
-    run = make_run(tmp_path / "runs/a")
-    config = data_config(root="photos").model_dump(mode="json")
-    (run / "config.json").write_text(json.dumps({"data": config}))
+    add_data(make_run(tmp_path / "runs/a"), root="photos")
     return images.Shelf(RunIndex([tmp_path / "runs"]), None)
 
 
@@ -54,30 +52,13 @@ def test_images_are_reduced_kept_and_never_from_outside(shelf, tmp_path, monkeyp
     assert images.find_rows(collection, ["c.jpg", "x"]).tolist() == [2, -1]
 
 
-@pytest.mark.parametrize("is_full", [False, True])
-def test_a_thumbnail_is_kept_and_a_full_disk_costs_only_time(shelf, tmp_path, monkeypatch, is_full):
-    def refuse(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(images, "app", app := FastAPI())
-    monkeypatch.setattr(images, "image_key", lambda *_: "a" * 32)
-    monkeypatch.setattr(images.LimitedStore, "put", refuse) if is_full else None
-    images.add_route(shelf)
-    (name,) = shelf.of_runs().values()
-    address = images.image_address(name, shelf.open(name), 0)
-    first = TestClient(app).get(address)
-    (tmp_path / "photos/a.png").unlink()
-    again = TestClient(app).get(address)
-    assert first.status_code == 200 and (again.content == first.content) != is_full
-
-
 def test_collections_of_one_root_are_told_apart(shelf, tmp_path):
-    config = data_config(root="photos", validation_fraction=0.25).model_dump(mode="json")
-    (make_run(tmp_path / "runs/b") / "config.json").write_text(json.dumps({"data": config}))
-    (_, *first), (_, *second) = list_collections(shelf)
-    root = tmp_path / "photos"
-    assert first == ["photos", f"{root}  validation_fraction=0.1", ["0/a"]]
-    assert second == ["photos", f"{root}  validation_fraction=0.25", ["0/b"]]
+    add_data(make_run(tmp_path / "runs/b"), root="photos", validation_fraction=0.25)
+    for (_, title, about, runs), fraction, run in zip(
+        list_collections(shelf), (0.1, 0.25), ("0/a", "0/b"), strict=True
+    ):
+        assert title == "photos" and about.startswith(f"{tmp_path}/photos  validation_fraction={fraction} ")
+        assert runs == [run]
 
 
 def test_a_changed_collection_has_another_address(shelf, tmp_path):

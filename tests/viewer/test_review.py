@@ -12,7 +12,7 @@ from data.collection.collection import Collection
 from data.collection.index import index_collection
 from data.layouts.names import CORRECTIONS
 from tests.utils.record.test_run_index import make_run
-from tests.viewer.conftest import HOSTILE, serve
+from tests.viewer.conftest import HOSTILE, add_data, assert_fits, serve
 from utils.record.tables import find_differences, images_root
 from viewer.review import Review, ask
 
@@ -40,10 +40,7 @@ def animals(tmp_path_factory):
 def runs(tmp_path_factory, animals):
     folder = tmp_path_factory.mktemp("runs")
     for name in ("a", "bare", "other"):
-        data = {"name": "image_folder", "root": str(animals), "validation_fraction": 0.34, "on_bad_sidecar": "stop",
-                "max_pixels": 10**6, "background": None,
-                "cache": {"memory_gib": 0.0, "disk_gib": 0.0, "folder": "x"}}  # fmt: skip
-        (make_run(folder / name) / "config.json").write_text(json.dumps({"data": data}))
+        add_data(make_run(folder / name), root=str(animals), validation_fraction=0.34)
     paths = [f"{name}/{number}.png" for name in CLASSES for number in range(3)]
     one = {"path": ["cat/0.png"], "label": ["cat"], "prediction": ["dog"], "wrong": [True], "loss": [1.0]}
     write_table(folder / "other", "/elsewhere", **one)
@@ -87,14 +84,6 @@ def test_tags_are_toggled_and_undone():
     assert [line.now for line in review.press("u")] == [had] and review.press("u") == []
 
 
-def test_undo_goes_behind_a_manifest_that_has_the_correction():
-    first, review = (Review([ask("a.png", 1.0, label, had)]) for label, had in (("dog", "cat"), ("fox", "dog")))
-    first.press("Enter")
-    review.decisions = first.decisions
-    assert [(line.now, line.verdict) for line in review.press("u")] == [("cat", "undone")]
-    assert review.press("u") == [] and review.shown(0) == "cat"
-
-
 def test_the_page(page, address, browser, animals, runs, tmp_path):
     def wait(text):
         page.get_by_text(text, exact=False).first.wait_for()
@@ -120,9 +109,7 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     hostile = CLASSES[0]
     assert saved() == [("0.png", "cat", "accepted"), ("1.png", hostile, "rejected"), ("1.png", hostile, "undone"),
                         ("1.png", "dog", "edited"), ("2.png", "dog", "edited")]  # fmt: skip
-    for width in (360, 1600):
-        page.set_viewport_size({"width": width, "height": 900})
-        assert page.evaluate("document.documentElement.scrollWidth") <= width
+    assert_fits(page)
     assert page.locator("img[onerror]").count() == 0 and page.get_by_text("<img src=x").count() >= 1
     other = browser.new_page()
     other.goto(page.url)
@@ -138,14 +125,11 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
     page.wait_for_timeout(2_500)
     assert saved()[-1] == ("0.png", "dog", "accepted")
     other.close()
-    process, again = serve(f"runs={runs}", "view.port=18090")
-    try:
+    with serve(f"runs={runs}") as again:
         tab = browser.new_page()
-        tab.goto(f"{again}review?run=0/a")
+        tab.goto(f"{again}/review?run=0/a")
         tab.get_by_text("4 of 6 decided").wait_for()
         tab.close()
-    finally:
-        process.terminate()
     arrow = index_collection(str(animals), validation_fraction=0.34, cache=tmp_path)  # as the next training does
     labels = Collection(str(animals), arrow).table["label"].to_pylist()
     assert labels == ["cat", "dog", "dog", "dog", "cat", "cat", *["dog"] * 3]

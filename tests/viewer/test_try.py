@@ -19,8 +19,8 @@ from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
-from tests.support import data_config, make_collection, thresholds_of
-from tests.viewer.conftest import HOSTILE
+from tests.support import make_collection, thresholds_of
+from tests.viewer.conftest import HOSTILE, add_data
 from utils.contracts import Machine
 from utils.errors import UserError
 from utils.formats.thresholds import write_thresholds
@@ -66,8 +66,8 @@ def runs(tmp_path_factory):
     write_weights(weights, task.network.state_dict(), metadata)
     table = thresholds_of(VOCABULARY, {0: 0.5, 4: 0.1}, {(0, "black_hair"): 0.9, (0, HOSTILE): 0.01})
     write_thresholds(weights.with_name("best_thresholds.csv"), table, hash_tensors(task.network.state_dict())[:16])
-    config = {"script": "finetune", "data": data_config(root=str(folder / "images")).model_dump(mode="json")}
-    (folder / "tagger/config.json").write_text(json.dumps(config))
+    (folder / "tagger/config.json").write_text('{"script": "finetune"}')
+    add_data(folder / "tagger", root=str(folder / "images"))
     return folder
 
 
@@ -114,7 +114,7 @@ ODD = {
     "cmyk": (encode(noise(40, 60, 4).convert("CMYK"), "JPEG"), "32 x 32 pixels"),
     "animated": (
         encode(noise(9, 9, 3), "GIF", save_all=True, append_images=[noise(9, 9), Image.new("RGB", (9, 9))]),
-        "the first of 3 frames",
+        "32 x 32 pixels",
     ),
     "one pixel": (encode(Image.new("LA", (1, 1))), "32 x 32 pixels"),
     "16 bits": (encode(Image.fromarray(np.full((9, 9), 40_000, np.uint16))), "32 x 32 pixels"),
@@ -228,7 +228,6 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
         used.clear()
         steps = networks.nearest(str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png")
         shares = [next(steps)]
-        os.utime(weights)  # a run writes better ones meanwhile
         shares += [] if stop else steps
         steps.close()
         assert len({*map(id, used)}) == 1
