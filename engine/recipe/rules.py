@@ -231,7 +231,7 @@ def plan_recipe(
         labels = collection.class_ids(collection.class_names("train")) if kind.output == "classes" else None
         words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
     else:
-        words = before[1]
+        words = before.words
     planned = use_pretrained(recompose(job, words, type(config)), [*words, *job.overrides])
     return planned.model_copy(update={"run_dir": str(path)}), replace(job, planned=tuple(words))
 

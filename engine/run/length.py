@@ -17,8 +17,9 @@ from engine.config import TrainingConfig
 from engine.plan import Plan, plan_streams
 from engine.run.loop import Run
 from engine.run.lr_finder import undone
+from utils.config.schema import Strict
 from utils.errors import UserError
-from utils.io.files import output_errors, read_json, write_json
+from utils.io.files import output_errors, write_json
 from utils.ranks import distributed
 from utils.ranks.signals import check_stop
 from utils.record.logging import get_logger
@@ -36,6 +37,14 @@ _BATCHES = 8  # of an evaluation
 _END_SEC = 4.5  # the last pictures and weights
 
 
+class Found(Strict):
+    """What the first start of a run has found. words: the recipe that `loop.minutes` planned."""
+
+    minutes: float
+    steps: int
+    words: list[str]
+
+
 def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) -> TrainingConfig:
     """Return the config with the number of steps that an earlier start of the run has found, if it has.
 
@@ -49,12 +58,12 @@ def use_minutes(config: TrainingConfig, folder: Path, overrides: Iterable[str]) 
     beside = [word for word in lengths if not word.endswith("=null")]
     if beside:
         raise UserError(f"loop.minutes: {minutes:g} sets the length, and so does {beside[0]}; give one of them")
-    steps, _ = read_minutes(folder, minutes) or (None, ())
-    return _of_length(config, steps)
+    found = read_minutes(folder, minutes)
+    return _of_length(config, None if found is None else found.steps)
 
 
-def read_minutes(folder: Path, minutes: float) -> tuple[int, list[str]] | None:
-    """Return the steps and the words that an earlier start of the run has found; None without one.
+def read_minutes(folder: Path, minutes: float) -> Found | None:
+    """Return what an earlier start of the run has found; None without one.
 
     Raises UserError (`loop.minutes`) for other minutes, or for a damaged file.
     """
@@ -62,18 +71,15 @@ def read_minutes(folder: Path, minutes: float) -> tuple[int, list[str]] | None:
     if not file.exists():
         return None
     try:
-        found = read_json(file)
-        before = float(found["minutes"])
-        steps = int(found["steps"])
-        words = [str(word) for word in found.get("words", ())]
-    except (ValueError, TypeError, KeyError) as error:
+        found = Found.model_validate_json(file.read_bytes())
+    except ValueError as error:
         raise UserError(f"loop.minutes: {file} is damaged; give another run_dir") from error
-    if before != minutes:
+    if found.minutes != minutes:
         raise UserError(
-            f"loop.minutes: {minutes:g}, but {folder} was planned for {before:g}; set loop.minutes={before:g}, or give "
-            "another run_dir"
+            f"loop.minutes: {minutes:g}, but {folder} was planned for {found.minutes:g}; set "
+            f"loop.minutes={found.minutes:g}, or give another run_dir"
         )
-    return steps, words
+    return found
 
 
 def _of_length(config: TrainingConfig, steps: int | None) -> TrainingConfig:
@@ -108,7 +114,7 @@ def fit_minutes(run: Run) -> None:
     log.info("loop.minutes=%g: %s steps, %.3g epochs; %s", minutes, f"{steps:,}", run.plan.epoch_at(steps), found)
     if distributed.is_main():
         with output_errors("run_dir", file):
-            write_json(file, {"minutes": minutes, "steps": steps, "words": list(run.folder.job.planned)})
+            write_json(file, Found(minutes=minutes, steps=steps, words=list(run.folder.job.planned)).model_dump())
 
 
 def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:

@@ -19,7 +19,7 @@ from engine.plan import Plan
 from engine.run.advice import advise
 from engine.run.checkpoint import Saver, read_groups, read_state
 from engine.run.lr_finder import find_lr
-from engine.run.recorder import MUCH_WAITING, Recorder
+from engine.run.recorder import Recorder
 from engine.task import Report, Streams, Task, fingerprint_helpers
 from engine.update.learner import Learner
 from engine.update.parallel import reshard
@@ -41,6 +41,7 @@ from utils.record.run_reader import RESULT_FILE
 log = get_logger(__name__)
 
 _SHOWN = 3  # figures of an evaluation in the log line
+_MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the last screen has it
 _WAITING = (
     "{:.0%} of the training time was spent waiting for data: raise runtime.workers or data.cache.memory_gib, pack "
     "small files into shards (prepare.py job=pack), or set augment.on_device=true"
@@ -366,13 +367,9 @@ class Run:
     def _report_end(self, seconds: float, next_commands: Sequence[str]) -> None:
         """Log the summary of a finished run. seconds: of this process."""
         folder = self.folder.path
-        rows: list[tuple[str, str]] = []
-        best = ""
-        if self.best.step is not None:
-            best = "best_weights.safetensors, "
-            rows.append(("best", self._show_best()))
+        rows = [] if self.best.step is None else [("best", self._show_best())]
         rows += [
-            ("weights", f"{folder}/weights/{best}last_weights.safetensors"),
+            ("weights", f"{folder}/weights"),
             ("curves", f"{folder}/plots/curves.png"),
             ("tables", f"{folder}/tables, training_log.txt"),
         ]
@@ -380,7 +377,7 @@ class Run:
         if unreadable:
             rows.append(("unreadable", f"{unreadable} images, each with weight 0; see unreadable.jsonl"))
         share = self.recorder.clock.wait_share
-        if share > MUCH_WAITING:
+        if share > _MUCH_WAITING:
             rows.append(("waiting", _WAITING.format(share)))
         advice = advise(folder, self._tables, self.streams.class_images)
         if advice:

@@ -36,7 +36,6 @@ from utils.record.trackers import Tracker, start_tracker
 
 log = get_logger(__name__)
 
-MUCH_WAITING = 0.1  # share of training time spent waiting for data from which the bar and the summary report it
 _FIRST_PLOT_SEC = 10.0  # a shorter run draws only at its end
 _TELL_SEC = 5.0  # between two writes of the progress
 _PLOT_PAUSE = 50  # as a multiple of the drawing time, so drawing takes at most 2 % of the time
@@ -281,15 +280,12 @@ class Recorder:
         self.add_row(step, "train", {"epoch": plan.epoch_at(step), **means, **scheduled, **speed, **readings})
         rates = [f"  {name} {scheduled[name]:.3g}" for name in ("lr", "d") if name in scheduled]
         figures = f"train loss {means['loss']:.4g}{''.join(rates)}"
-        rate = speed["images_per_sec"]
         log.info(
             "step %d/%d (epoch %.4g)  %s  %s images/s  %s left",
             step, plan.total_steps, plan.shown_epoch(step), figures,
-            f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}", show_duration(self.bar.left_sec),
+            f"{speed['images_per_sec']:,.2f}", show_duration(self.bar.left_sec),
         )  # fmt: skip
-        share = self.clock.wait_share
-        waits = f"  data {share:.0%}" if share > MUCH_WAITING else ""
-        self.bar.advance(step, description=plan.show_epochs(step), figures=figures + waits)
+        self.bar.advance(step, description=plan.show_epochs(step), figures=figures)
         if means["skipped_steps"]:
             log.warning("%d steps were skipped before step %d", means["skipped_steps"], step)
             self.skips.read(step)

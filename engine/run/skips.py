@@ -41,8 +41,8 @@ def _sample_ids(batches: Sequence[Batch], result: StepResult) -> tuple[list[int]
     """Return the ids of this rank's samples with a loss that is not finite, and the ids of all its samples."""
     every = torch.cat([batch["sample_id"] for batch in batches])
     weight = torch.cat([batch["weight"] for batch in batches])
-    bad = every[~torch.isfinite(torch.cat(list(result.losses))) & (weight > 0)] if result.losses else every[:0]
-    return bad.tolist(), every.tolist()
+    is_bad = ~torch.isfinite(torch.cat(list(result.losses))) & (weight > 0)
+    return every[is_bad].tolist(), every.tolist()
 
 
 class SkipWatch:
@@ -79,13 +79,14 @@ class SkipWatch:
         every = distributed.gather_objects([_sample_ids(batches, result) for _, batches, result in skipped])
         rows = [self._describe(number, result, ids) for (number, _, result), *ids in zip(skipped, *every)]
         self.steps += [(row["step"], row["what"]) for row in rows]
-        for row in rows[:_SHOWN] if distributed.is_main() else ():
+        if self._path is None:
+            return
+        for row in rows[:_SHOWN]:
             reason = _REASONS[row["what"]].format(", ".join(map(str, row["ranks"])))
             log.warning("step %d was skipped: %s; samples: %s", row["step"], reason, ", ".join(row["paths"][:_SHOWN]))
-        if self._path is not None:
-            with ignore_write_errors(self._path), closing(AppendFile(self._path)) as file:
-                file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
-                file.sync()
+        with ignore_write_errors(self._path), closing(AppendFile(self._path)) as file:
+            file.write("".join(f"{json.dumps(row, ensure_ascii=False)}\n" for row in rows))
+            file.sync()
 
     def _describe(self, number: int, result: StepResult, ids: Sequence[tuple[list[int], list[int]]]) -> dict[str, Any]:
         """Return the row of a skipped step. ids: of each rank, from `_sample_ids`."""
@@ -95,8 +96,7 @@ class SkipWatch:
             what = "loss"
         elif result.weight == 0:
             what = "weight"
-        named = [bad if ranks else samples for bad, samples in ids]
-        paths = [self._path_of(sample) for samples in named for sample in samples]
+        paths = [self._path_of(sample) for bad, samples in ids for sample in (bad if ranks else samples)]
         return {"step": number, "ranks": ranks, "what": what, "paths": paths}
 
     def check(self, step: int, *, last: bool) -> None:

@@ -31,7 +31,7 @@ class StepResult:
     figures: Tensor  # [N, 2] float64: (sum, count) over all samples, by name; 0 if skipped, but for `skipped_steps`
     applied: Tensor  # 0 if the update was skipped, else 1
     weight: Tensor  # sum of the samples' weights; 0 (no image could be read) skips the update
-    losses: Sequence[Tensor] = ()  # [B] of each micro-batch of this rank, detached
+    losses: Sequence[Tensor]  # [B] of each micro-batch of this rank, detached
 
     @property
     def sums(self) -> dict[str, Tensor]:

@@ -78,25 +78,27 @@ def test_on_a_gpu(task, precision, collection, tmp_path):
     test_killed_and_resumed_equals_uninterrupted_bit_for_bit(collection, tmp_path, task, more)
 
 
-def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification", more=()):
-    """One rank with one micro-batch, one with four, two ranks: the same weights to summation order."""
-    settings = [
-        "loop.total_steps=6",
-        "loop.batch_size=16",
-        "loop.checkpoint_every_steps=6",
-        "optim.lr=0.001",
-        *more,
-    ]
-    variants = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
-    for name, (ranks, cap) in variants.items():
-        overrides = common(task, collection, tmp_path / name, *settings, f"loop.micro_batch_size={cap}")
-        run(SCRIPTS[task], overrides, tmp_path, ranks=ranks)
-    one = checkpoint_tensors(tmp_path / "one", 6)
-    for name in ("accumulated", "two"):
+def assert_variants_are_equal(task, data, folder, settings, variants):
+    """Six steps of each of the variants, name -> (ranks, words), to summation order; return what they printed."""
+    length = ["loop.total_steps=6", "loop.batch_size=16", "loop.checkpoint_every_steps=6", "optim.lr=0.001"]
+    printed = {}
+    for name, (ranks, *words) in variants.items():
+        overrides = common(task, data, folder / name, *length, *settings, *words)
+        printed[name] = run(SCRIPTS[task], overrides, folder, ranks=ranks)
+    first, *others = (folder / name for name in variants)
+    for other in others:
         # Adam divides by the root of tiny second moments, so a parameter may move by 1e-4 of a learning rate more.
-        assert_same_tensors(one, checkpoint_tensors(tmp_path / name, 6), tolerance=2e-5)
-        assert samples_by_step(tmp_path / name) == samples_by_step(tmp_path / "one")
-        assert_same_rows(tmp_path / name, tmp_path / "one")
+        assert_same_tensors(checkpoint_tensors(first, 6), checkpoint_tensors(other, 6), tolerance=2e-5)
+        assert samples_by_step(first) == samples_by_step(other)
+        assert_same_rows(first, other)
+    return printed
+
+
+def test_two_ranks_equal_one_at_the_same_global_batch(collection, tmp_path, task="classification", more=()):
+    """One rank with one micro-batch, one with four, two ranks: the same weights, losses and evaluations."""
+    sizes = {"one": (1, 16), "accumulated": (1, 4), "two": (2, 8)}
+    variants = {name: (ranks, f"loop.micro_batch_size={size}") for name, (ranks, size) in sizes.items()}
+    assert_variants_are_equal(task, collection, tmp_path, more, variants)
 
 
 def test_balanced_sampling_with_unreadable_files_resumes_exactly(tmp_path):

@@ -100,20 +100,6 @@ def test_a_state_saved_in_files_continues_bit_for_bit(case, tmp_path):
     assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
-@pytest.mark.parametrize(
-    ("key", "more"), [("schedule.name", ["schedule=cosine"]), ("loop.ema_decay", ["loop.ema_decay=0.9"])]
-)
-def test_schedule_free_is_its_own_average(key, more):
-    with pytest.raises(ConfigError, match=rf"{key}: .*optim=schedulefree averages"):
-        make_learner("optim=schedulefree", "schedule=constant", *more)
-
-
-@pytest.mark.parametrize("more", ["runtime.precision=fp32", "loop.ema_decay=0.9"])
-def test_bf16_weights_need_autocast_and_have_no_average(more):
-    with pytest.raises((UserError, ConfigError), match=r"optim\.bf16_weights: true"):
-        make_learner("optim.bf16_weights=true", "runtime.precision=bf16", more)
-
-
 def test_the_average_is_that_of_the_weights_after_each_update():
     learner, batch = make_learner("loop.ema_decay=0.9", "loop.ema_warmup=true"), make_batch()
 
@@ -140,13 +126,6 @@ def test_half_of_a_network_is_frozen_by_its_dotted_name():
     ]  # fmt: skip
     assert task.network["decoder"].training and not task.network["encoder"].training
     assert set(checkpointed_state(task)) == {"network.decoder.weight", "network.decoder.bias"}
-
-
-def test_the_state_of_another_network_is_refused():
-    learner, other = make_learner(), make_learner("model.dims=[8,24]")
-    tensors, others = other.state()
-    with pytest.raises(UserError, match=r"^resume: here is a checkpoint of another model: \d+ tensors of weights"):
-        learner.load_state(tensors, others, "here")
 
 
 FUSED = {
@@ -192,6 +171,25 @@ def test_a_gradient_that_is_not_finite_skips_its_own_parameter_in_a_fused_pass()
     assert learner.update([batch]).applied == 0
     unchanged = {name for name, parameter in parameters.items() if torch.equal(parameter, before[name])}
     assert unchanged == {"network.head.weight"}
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("optim=schedulefree schedule=cosine", "schedule.name: .*optim=schedulefree averages"),
+        ("optim=schedulefree schedule=constant loop.ema_decay=0.9", "loop.ema_decay: .*optim=schedulefree averages"),
+        ("optim.bf16_weights=true runtime.precision=fp32", "optim.bf16_weights: true"),
+        ("optim.bf16_weights=true runtime.precision=bf16 loop.ema_decay=0.9", "optim.bf16_weights: true"),
+    ],
+)
+def test_what_excludes_each_other_is_refused(words, said):
+    with pytest.raises((UserError, ConfigError), match=said):
+        make_learner(*words.split())
+
+
+def test_the_state_of_another_network_is_refused():
+    with pytest.raises(UserError, match=r"^resume: here is a checkpoint of another model: \d+ tensors of weights"):
+        make_learner().load_state(*make_learner("model.dims=[8,24]").state(), "here")
 
 
 @pytest.mark.parametrize(

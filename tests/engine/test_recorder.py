@@ -138,7 +138,7 @@ def test_an_epoch_that_an_end_has_cut_has_one_row(tmp_path):
 
 
 def test_a_run_records_its_waits_and_caches_and_says_what_helps(tmp_path, monkeypatch):
-    monkeypatch.setattr(engine.run.loop, "MUCH_WAITING", 0.0)
+    monkeypatch.setattr(engine.run.loop, "_MUCH_WAITING", 0.0)
     root = make_images(tmp_path / "images")
     command = [*SMALL_MODEL, *SHORT, "data=image_folder", f"data.root={root}", "loop.total_steps=6", "run_dir=run"]
     run("finetune", command, tmp_path)

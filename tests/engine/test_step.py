@@ -300,9 +300,8 @@ def test_the_scale_doubles_after_enough_finite_steps(monkeypatch):
 def result(loss, count, applied=1.0, norm=2.0, **logs):
     pairs = [(loss, count), *logs.values(), (norm * applied, applied), (1 - applied, 1.0)]
     figures = torch.tensor(pairs, dtype=torch.float64)
-    return StepResult(
-        ("loss", *logs, "grad_norm", "skipped_steps"), figures, torch.tensor(applied), torch.tensor(count)
-    )
+    names = ("loss", *logs, "grad_norm", "skipped_steps")
+    return StepResult(names, figures, torch.tensor(applied), torch.tensor(count), [torch.zeros(2)])
 
 
 def test_means_weigh_steps_by_their_counts_and_skipped_ones_count_as_skipped_alone():
