@@ -1,8 +1,6 @@
 """Transforms. Properties: shape and bytes, draws from the seed alone, each option changes the image it should;
 evaluation is what it is by definition, of strips too."""
 
-import math
-
 import numpy as np
 import pytest
 import torch
@@ -73,25 +71,6 @@ def evaluate(image, size_hw, eval_crop=0.875, interpolation="bilinear", eval_res
     return EvalTransform({**stated, "channels": 1, "mean": [0.5], "std": [0.5], "eval_resize": eval_resize})(image)
 
 
-def by_definition(image, size_hw, eval_crop, interpolation):
-    """The whole image to image size / eval_crop by its shorter side, then the centre."""
-    wanted = [math.floor(side / eval_crop) for side in size_hw]
-    factor = max(target / side for target, side in zip(wanted, image.shape[-2:]))
-    resized_hw = [max(least, int(side * factor + 1e-6)) for least, side in zip(size_hw, image.shape[-2:])]
-    mode = InterpolationMode(interpolation)
-    return v2.functional.center_crop(v2.functional.resize(image, resized_hw, mode, antialias=True), list(size_hw))
-
-
-@pytest.mark.parametrize(("image_hw", "axis"), [((8, 401), -1), ((402, 8), -2), ((100, 2999), -1)])
-def test_evaluation_of_a_strip_sees_the_same_centre(image_hw, axis):
-    ramp = torch.linspace(0, 255 * 20, image_hw[axis]).sin().mul(100).add(128).round().to(torch.uint8)
-    image = ramp.view(-1, 1) if axis == -2 else ramp.view(1, -1)
-    image = image.expand(3, *image_hw).contiguous()
-    found = evaluate(image, (28, 24))
-    whole = by_definition(image, (28, 24), 0.875, "bilinear")
-    assert (found.int() - whole.int()).abs().float().mean() < 2
-
-
 @pytest.mark.parametrize("image_hw", [(1, 50_000), (100_000, 100)])
 def test_a_strip_is_not_blown_up_before_its_centre_is_cut(image_hw):
     image = torch.full((3, *image_hw), 77, dtype=torch.uint8)
@@ -126,12 +105,15 @@ def test_squash_resizes_both_sides_and_crops_nothing():
     assert squashed.min() < 3 < 20 < cropped.min()
 
 
-@pytest.mark.parametrize("image_hw", [(90, 150), (151, 89), (64, 64), (333, 500), (40, 41)])
+@pytest.mark.parametrize("image_hw", [(90, 150), (151, 89), (64, 64), (333, 500), (40, 41), (9, 901), (1802, 24)])
 def test_evaluation_is_torchvisions_resize_and_centre_crop(image_hw):
-    """As published: Resize(256) and CenterCrop(224), in small."""
+    """As published: Resize(256) and CenterCrop(224), in small. Only the middle of a strip is resized."""
     image = torch.randint(0, 256, (3, *image_hw), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
     published = v2.Compose([v2.Resize(64, interpolation=InterpolationMode.BICUBIC), v2.CenterCrop(56)])
-    assert torch.equal(evaluate(image, (56, 56), 0.875, "bicubic"), published(image))
+    found, wanted = evaluate(image, (56, 56), 0.875, "bicubic"), published(image)
+    if max(image_hw) < 900:
+        assert torch.equal(found, wanted)
+    assert (found.int() - wanted.int()).abs().float().mean() < 2
 
 
 # --- padding to a square, and the filters of the resize

@@ -270,25 +270,21 @@ def test_a_worker_that_hangs_is_ended_with_the_stream(folder, tmp_path):
 # --- batches
 
 
-def test_numbers_and_images_whose_channels_come_last_are_joined():
-    pixels = torch.arange(2 * 5 * 7 * 3, dtype=torch.uint8).view(2, 5, 7, 3)
-    samples = [{"images": image.permute(2, 0, 1), "key": 2**62 + n, "weight": 0.5} for n, image in enumerate(pixels)]
-    batch = collate(iter(samples), 2)
-    assert torch.equal(batch["images"], pixels.permute(0, 3, 1, 2)) and batch["images"].is_contiguous()
-    assert batch["key"].tolist() == [2**62, 2**62 + 1] and batch["weight"].dtype == torch.float32
-    with pytest.raises(AssertionError):
-        collate([samples[0], {**samples[1], "images": samples[1]["images"][:1]}], 2)  # which could be broadcast
-
-
-def test_a_batch_has_its_images_alone_in_the_memory_format_of_the_run():
+@pytest.mark.parametrize("channels_last", [False, True])
+def test_samples_are_joined_and_images_alone_have_the_memory_format_of_the_run(channels_last):
     """Also where a transform has made planes of some."""
     pixels = torch.arange(3 * 5 * 7, dtype=torch.uint8).view(3, 5, 7)
-    last = pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1).flip(-1)
-    samples = [{"images": images, "latent": images.float()} for images in (pixels, last)]
-    planes, last = (collate(iter(samples), 2, channels_last=choice) for choice in (False, True))
-    assert all(torch.equal(planes[name], last[name]) for name in planes.keys() | last.keys())
-    assert last["images"].is_contiguous(memory_format=torch.channels_last) and not last["images"].is_contiguous()
-    assert last["latent"].is_contiguous()
+    images = [pixels, pixels.permute(1, 2, 0).contiguous().permute(2, 0, 1).flip(-1)]
+    samples = [
+        {"images": image, "latent": image.float(), "key": 2**62 + n, "weight": 0.5} for n, image in enumerate(images)
+    ]
+    batch = collate(iter(samples), 2, channels_last=channels_last)
+    for name, wanted in (("images", images), ("latent", [image.float() for image in images])):
+        last = torch.channels_last if channels_last and name == "images" else torch.contiguous_format
+        assert torch.equal(batch[name], torch.stack(wanted)) and batch[name].is_contiguous(memory_format=last)
+    assert batch["key"].tolist() == [2**62, 2**62 + 1] and batch["weight"].dtype == torch.float32
+    with pytest.raises(AssertionError):
+        collate([samples[0], {**samples[1], "images": pixels[:1]}], 2)  # which could be broadcast
 
 
 def test_a_packed_batch_keeps_values_types_and_strides():

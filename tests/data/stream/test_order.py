@@ -128,18 +128,18 @@ def test_each_window_is_read_while_the_one_before_is_drawn_from(tmp_path, monkey
 @pytest.mark.parametrize("name", ["concepts", "concepts in groups"])
 def test_concepts_have_their_positions_and_their_samples_take_turns(name):
     """In chunks, what fills none moves to a later epoch, so the counts are those of a cycle."""
-    sampler, total, cycle = SAMPLERS[name](7), Counter(), CHUNK if name.endswith("groups") else 1
-    rows = [sampler.at(position) for position in range(10 * cycle * sampler.epoch_length)]
-    every = dict(zip(ROWS.tolist(), zip(CONCEPTS.tolist(), GROUPS.tolist())))
-    for start in range(0, len(rows), cycle * sampler.epoch_length):
-        part = rows[start : start + cycle * sampler.epoch_length]
-        assert Counter(every[row][0] for row, _ in part) == {0: 15 * cycle, 1: 12 * cycle, 3: 3 * cycle}
-        assert cycle == 1 or all(every[row][1] == group for row, group in part)
-        total.update(row for row, _ in part)
+    sampler, cycle = SAMPLERS[name](7), CHUNK if name.endswith("groups") else 1
+    length, groups = cycle * sampler.epoch_length, GROUPS if cycle > 1 else GROUPS * 0
+    cell_of = dict(zip(ROWS.tolist(), zip(CONCEPTS.tolist(), groups.tolist())))
+    total = Counter()
+    for start in range(0, 10 * length, length):
+        drawn = [sampler.at(position) for position in range(start, start + length)]
+        assert Counter(cell_of[row][0] for row, _ in drawn) == {0: 15 * cycle, 1: 12 * cycle, 3: 3 * cycle}
+        assert all(cell_of[row][1] == group for row, group in drawn)
+        total.update(row for row, _ in drawn)
     assert {total[row] for row in ROWS[:5]} == {3 * 10 * cycle}, "whole repeats are exact"
-    counts = Counter(every[row] if cycle > 1 else every[row][0] for row in ROWS.tolist())
-    for cell in counts:
-        shown = [total[row] for row in ROWS.tolist() if cell == (every[row] if cycle > 1 else every[row][0])]
+    for cell in set(cell_of.values()):
+        shown = [total[row] for row, own in cell_of.items() if own == cell]
         assert max(shown) - min(shown) <= 1, (cell, shown)
 
 
@@ -160,36 +160,21 @@ def balanced_cases():
 
 
 @pytest.mark.parametrize("name", balanced_cases())
-def test_class_counts_of_an_epoch_and_from_the_start_differ_by_at_most_one(name):
-    """Which classes come once more takes turns."""
+def test_classes_occur_equally_often_and_show_all_their_samples_before_they_repeat_one(name):
+    """Which classes come once more takes turns. The draws of a class are whole laps, over the ends of epochs too."""
     ids = balanced_cases()[name]
     sampler = _BalancedSampler(np.arange(len(ids)), ids, 0)
+    epochs = [epoch_rows(sampler, epoch) for epoch in range(20)]
     assert sampler.epoch_length == len(ids)
-    counts = Counter(dict.fromkeys(ids.tolist(), 0))
-    for epoch in range(20):
-        of_epoch = Counter(int(ids[row]) for row in epoch_rows(sampler, epoch))
-        counts.update(of_epoch)
-        assert set(of_epoch) == set(ids.tolist())
-        assert all(max(of.values()) - min(of.values()) <= 1 for of in (of_epoch, counts)), epoch
-
-
-@pytest.mark.parametrize("name", balanced_cases())
-@pytest.mark.parametrize("seed", [0, 1])
-def test_a_class_shows_all_its_samples_before_it_repeats_one(name, seed):
-    """Over epochs' ends too: the draws of a class are whole laps, each a permutation of its samples."""
-    ids = balanced_cases()[name]
-    sampler = _BalancedSampler(np.arange(len(ids)), ids, seed)
-    drawn = {number: [] for number in set(ids.tolist())}
-    for epoch in range(12):
-        for row in epoch_rows(sampler, epoch):
-            drawn[int(ids[row])].append(row)
-    for number, rows in drawn.items():
+    for number, rows in enumerate(epochs):
+        for of in (Counter(ids[rows].tolist()), Counter(ids[sum(epochs[: number + 1], [])].tolist())):
+            assert set(of) == set(ids.tolist()) and max(of.values()) - min(of.values()) <= 1, number
+    for number in set(ids.tolist()):
         members = np.flatnonzero(ids == number).tolist()
-        laps = [rows[start : start + len(members)] for start in range(0, len(rows), len(members))]
-        assert all(sorted(lap) == members for lap in laps[:-1])
-        assert len(set(laps[-1])) == len(laps[-1])
-    long = [rows for number, rows in drawn.items() if (ids == number).sum() >= 5]
-    assert all(rows[:5] != rows[5:10] for rows in long)  # each lap has an order of its own
+        drawn = [row for rows in epochs for row in rows if ids[row] == number]
+        laps = [drawn[start : start + len(members)] for start in range(0, len(drawn), len(members))]
+        assert all(sorted(lap) == members for lap in laps[:-1]) and len(set(laps[-1])) == len(laps[-1])
+        assert len(members) < 5 or laps[0] != laps[1]  # each lap has an order of its own
 
 
 def test_a_known_balanced_order():
@@ -308,31 +293,19 @@ def evaluation(rows, batch_size, world=1, groups=None, seed=0):
 
 @pytest.mark.parametrize("world", [1, 2, 3])
 @pytest.mark.parametrize("batch_size", [1, 4, 100])
-def test_evaluation_in_groups_takes_each_row_once_and_mixes_no_shapes(world, batch_size):
-    rows = np.arange(23) * 3
-    groups = np.where(rows % 2, 5, np.where(rows % 5 == 0, 9, 2))
-    made = evaluation(rows, batch_size, world, groups)
-    draws = [draw for batches in made for batch in batches for draw in batch]
-    assert sorted(draw.index for draw in draws if draw.position >= 0) == rows.tolist()
-    group_of = dict(zip(rows.tolist(), groups.tolist()))
-    assert all(draw.group == group_of[draw.index] for draw in draws)
-    for each in zip(*made):  # the same step on all ranks
-        assert len({draw.group for batch in each for draw in batch}) == len({len(batch) for batch in each}) == 1
-
-
-@pytest.mark.parametrize("world", [1, 3])
-@pytest.mark.parametrize("count", [1, 2, 7, 37])
-@pytest.mark.parametrize("batch_size", [1, 6, 100])
-def test_evaluation_takes_each_row_once_in_equally_many_batches(world, count, batch_size):
+@pytest.mark.parametrize(("count", "kinds"), [(1, 1), (2, 1), (7, 1), (37, 1), (23, 3)])
+def test_evaluation_takes_each_row_once_and_mixes_no_shapes(world, batch_size, count, kinds):
     rows = np.arange(count) * 3 + 1
-    made = evaluation(rows, batch_size, world)
+    groups = np.arange(count) ** 2 % kinds
+    made = evaluation(rows, batch_size, world, None if kinds == 1 else groups)
     draws = [draw for each in made for batch in each for draw in batch]
-    real = [draw for draw in draws if draw.position >= 0]
-    assert sorted(draw.index for draw in real) == rows.tolist()
-    assert all(rows[draw.position] == draw.index for draw in real)
-    assert all(draw.position == -1 and draw.index in rows for draw in draws if draw.position < 0)
-    assert len({len(batch) for each in made for batch in each}) == 1  # one size: nothing is compiled twice
-    assert len(made[0][0]) <= batch_size
+    assert sorted(draw.index for draw in draws if draw.position >= 0) == rows.tolist()
+    assert all(rows[draw.position] == draw.index for draw in draws if draw.position >= 0)
+    assert {(draw.index, draw.group) for draw in draws} == set(zip(rows.tolist(), groups.tolist()))
+    for each in zip(*made):  # the same step on all ranks
+        assert len({(draw.group, len(batch)) for batch in each for draw in batch}) == 1
+        assert len(each[0]) <= batch_size
+    assert kinds > 1 or len({len(batch) for batch in made[0]}) == 1  # nothing is compiled twice
 
 
 def test_a_rows_key_in_evaluation_depends_on_the_row_alone():
