@@ -81,7 +81,7 @@ def _timm_class(opt: str) -> type[torch.optim.Optimizer]:
 
 
 def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
-    """Raise UserError if a library's optimiser cannot be built or step, or has no betas for the schedule or a rule."""
+    """Raise UserError if a library's optimiser cannot be built or step, or has no betas for the schedule."""
     parameter = nn.Parameter(torch.ones(2, 2))
     parameter.grad = torch.ones(2, 2)
     try:
@@ -98,14 +98,7 @@ def check_optimizer(config: OptimConfig, schedule: ScheduleConfig) -> None:
         key = "extra" if hasattr(config, "extra") else "name"
         raise UserError(f"optim.{key}: {getattr(config, 'opt', config.name)} refuses its keys: {error}") from error
     moves = isinstance(schedule, OneCycleConfig) and schedule.cycle_momentum
-    betas = optimizer.param_groups[0].get("betas", ())
-    for index, rule in enumerate(config.rules):
-        if rule.betas is not None and len(rule.betas) != len(betas):
-            raise UserError(
-                f"optim.rules.{index}.betas: {rule.betas}, but optim.name={config.name} takes {len(betas) or 'none'}; "
-                "give as many, or choose another optimiser"
-            )
-    if moves and not betas and config.name == "timm":
+    if moves and config.name == "timm" and "betas" not in optimizer.param_groups[0]:
         raise UserError(
             f"schedule.cycle_momentum: true changes beta1, which timm's {config.opt} does not have; set "
             "schedule.cycle_momentum=false, or another optimiser, such as optim=sgd, optim=adamw or optim=muon"

@@ -17,7 +17,6 @@ class RuleConfig(Strict):
     lr_scale: Factor | None = None  # multiplies the scale of layer decay
     weight_decay: Factor | None = None  # fixed, not scheduled; also for vectors
     freeze_steps: Count | None = None  # the first updates, which leave the parameters unchanged
-    betas: Annotated[list[BelowOne], Field(min_length=2, max_length=3)] | None = None  # fixed: no schedule changes them
 
 
 class _Optim(Strict):
@@ -59,8 +58,8 @@ class LibraryConfig(_AdamW):
 
     @model_validator(mode="after")
     def _treats_parameters_alike(self) -> Self:
-        fields = ("lr_scale" if self.name == "prodigy" else "freeze_steps", "betas")
-        values = {f"rules.{n}.{name}": getattr(rule, name) for n, rule in enumerate(self.rules) for name in fields}
+        field = "lr_scale" if self.name == "prodigy" else "freeze_steps"
+        values = {f"rules.{number}.{field}": getattr(rule, field) for number, rule in enumerate(self.rules)}
         values |= {"layer_decay": self.layer_decay} if self.name == "prodigy" else {}
         for key, value in values.items():
             if value not in (None, 1.0):

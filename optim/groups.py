@@ -25,7 +25,6 @@ class GroupSettings(NamedTuple):
     lr_scale: float
     fixed_decay: float | None  # from a rule, or 0 for vectors; None: scheduled
     freeze_steps: int
-    fixed_betas: tuple[float, ...] | None  # from a rule; None: the optimiser's, and beta1 may be scheduled
 
 
 def is_vector(parameter: nn.Parameter) -> bool:
@@ -59,11 +58,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
         rule = rules[name]
         scale = scales.get(name, 1.0) * rule.get("lr_scale", 1.0)
         decay = rule.get("weight_decay", 0.0 if is_vector(parameter) else None)
-        betas = tuple(rule["betas"]) if "betas" in rule else None
-        settings = GroupSettings(scale, decay, rule.get("freeze_steps", 0), betas)
+        settings = GroupSettings(scale, decay, rule.get("freeze_steps", 0))
         group = groups.setdefault(settings, {"params": [], "names": [], **settings._asdict(), "weight_decay": 0.0})
-        if betas:
-            group["betas"] = betas
         group["params"].append(parameter)
         group["names"].append(name)
     return [groups[settings] for settings in sorted(groups, key=_rank)]
@@ -71,8 +67,8 @@ def build_groups(task: nn.Module, networks: Mapping[str, nn.Module], config: Opt
 
 def _rank(settings: GroupSettings) -> tuple[Any, ...]:
     """Return the place of a group; scheduled weight decay comes after a fixed one."""
-    scale, decay, freeze_steps, betas = settings
-    return scale, math.inf if decay is None else decay, freeze_steps, betas or ()
+    scale, decay, freeze_steps = settings
+    return scale, math.inf if decay is None else decay, freeze_steps
 
 
 def layer_scales(network: nn.Module, kind: str, decay: float) -> dict[str, float]:
@@ -130,28 +126,27 @@ def _apply_rules(names: Sequence[str], rules: Sequence[RuleConfig]) -> dict[str,
 
 
 def groups_table(groups: list[dict]) -> str:
-    """Return the groups as a table: rate scale, weight decay, frozen steps, betas, tensors, parameters, an example."""
-    rows = [("lr scale", "decay", "frozen", "betas", "tensors", "parameters", "first")]
+    """Return the groups as a table: rate scale, weight decay, frozen steps, tensors, parameters, an example."""
+    rows = [("lr scale", "decay", "frozen", "tensors", "parameters", "first")]
     for group in groups:
         fixed = group["fixed_decay"]
         decay = "yes" if fixed is None else f"{fixed:g}"
-        betas = ", ".join(map(str, group["fixed_betas"] or ()))
         count = sum(parameter.numel() for parameter in group["params"])
         names = group["names"]
-        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], betas, len(names), f"{count:,}", names[0])
+        row = (f"{group['lr_scale']:.5f}", decay, group["freeze_steps"], len(names), f"{count:,}", names[0])
         rows.append(tuple(map(str, row)))
     return align_columns(rows)
 
 
 def set_group_values(optimizer: torch.optim.Optimizer, values: GroupValues) -> None:
-    """Set every group's lr times its scale, weight decay, and momentum or beta1 (Muon has both) unless fixed."""
+    """Set every group's lr times its scale, weight decay unless fixed, and momentum or beta1 (Muon has both)."""
     for group in optimizer.param_groups:
         group["lr"] = values.lr * group["lr_scale"]
         fixed = group["fixed_decay"]
         group["weight_decay"] = values.weight_decay if fixed is None else fixed
         if values.momentum is None:
             continue
-        if "betas" in group and group["fixed_betas"] is None:
+        if "betas" in group:
             group["betas"] = (values.momentum, *group["betas"][1:])
         if "momentum" in group:
             group["momentum"] = values.momentum

@@ -118,7 +118,7 @@ def run_all(recorder, folder, monkeypatch):
     others = {
         "adan": [
             "optim=adan",
-            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1, betas: [0, 0, 0]}]",
+            "optim.rules=[{match: '*.bias', lr_scale: 0.5, weight_decay: 0.1, freeze_steps: 1}]",
             "schedule=constant",
             "loop.sampling=balanced",
             "loop.early_stop_epochs=1.0",
@@ -190,7 +190,7 @@ PROVED = {
     "HubConfig.private",  # both after an export: tests/test_weights_commands.py
     *(f"JudgeConfig.{name}" for name in ("weights", "prompts", "steps")),  # tests/engine/test_judge.py
     *(f"LibraryConfig.{name}" for name in ("name", "extra")),  # tests/engine/test_resume.py
-    *(f"RuleConfig.{name}" for name in ("lr_scale", "weight_decay", "freeze_steps", "betas")),  # tests/optim
+    *(f"RuleConfig.{name}" for name in ("lr_scale", "weight_decay", "freeze_steps")),  # tests/optim
     "LoRAConfig.factor",  # of kind lokr: tests/models/test_sdxl_lora.py
     *(f"PageConfig.{name}" for name in ("host", "port", "open", "token")),
     "PageConfig.alerts",

@@ -47,31 +47,12 @@ def set_gradients(model, step, poison=None):
         next(model.parameters()).grad[0, 0] = poison
 
 
-@pytest.mark.parametrize(("file", "betas"), [("adamw", [0.9, 0.999]), ("adan", [0.98, 0.92, 0.99])])
-def test_a_rule_gives_its_parameters_other_betas_and_a_schedule_keeps_them(file, betas):
-    """Each parameter moves as under an optimiser that has these betas for all."""
-    other, moved = [0.5, *betas[1:]], []
-    all_other = {"betas": other} if file == "adamw" else {"extra": {"betas": other}}
-    for changes in ({"rules": [{"match": "2.*", "betas": other}]}, {}, all_other):
-        model = network()
-        optimizer = build(file, model, **changes)
-        for step in range(3):
-            if "rules" in changes:
-                set_group_values(optimizer, GroupValues(0.05, 0.1, momentum=betas[0]))
-            set_gradients(model, step)
-            optimizer.step()
-        moved.append(dict(model.named_parameters()))
-    ruled, usual, others = moved
-    assert all(torch.equal(ruled[name], (others if name[0] == "2" else usual)[name]) for name in ruled)
-    assert not torch.equal(usual["2.weight"], others["2.weight"])
-
-
 def test_a_rule_that_changes_on_resume_counts():
     """A state has nothing of the settings of a group."""
-    first, second = (build("adamw", network(), rules=[{"match": "2.*", "betas": [beta, 0.9]}]) for beta in (0.5, 0.1))
+    first, second = (build("adamw", network(), rules=[{"match": "2.*", "lr_scale": scale}]) for scale in (0.5, 0.1))
     tensors, others = optimizer_state(first)
     load_optimizer_state(second, tensors, others, "here")
-    assert {group["fixed_betas"] for group in second.param_groups} == {None, (0.1, 0.9)} and others == {}
+    assert {group["lr_scale"] for group in second.param_groups} == {0.1, 1.0} and others == {}
 
 
 def test_rounding_is_unbiased_and_goes_to_a_neighbour():
@@ -172,14 +153,10 @@ REFUSED = [
     ("timm", {"opt": "nadamw", "extra": {"betas": [1.5, 0.9]}}, "optim.extra: "),
     ("timm", {"opt": "sgdw"}, "optim.extra: .*momentum"),  # timm's own default
     ("timm", {"opt": "adafactor"}, "schedule.cycle_momentum: .* adafactor"),
-    *((file, {"rules": [{"match": "*", "betas": betas}]}, rf"optim\.rules\.0\.betas: .* takes {count};")
-      for file, betas, count in (("sgd", [0.5] * 2, "none"), ("adan", [0.5] * 2, 3), ("adamw", [0.5] * 3, 2))),
     ("prodigy", {"layer_decay": 0.9}, "optim.layer_decay: 0.9"),
     ("prodigy", {"lr": 1e-4}, "optim.lr: 0.0001"),
     ("prodigy", {"rules": [{"match": "2.*", "lr_scale": 0.1}]}, "optim.rules.0.lr_scale: 0.1"),
-    ("prodigy", {"rules": [{"match": "2.*", "betas": [0.5, 0.9]}]}, "optim.rules.0.betas"),
     ("schedulefree", {"rules": [{"match": "2.*", "freeze_steps": 9}]}, "optim.rules.0.freeze_steps: 9"),
-    ("schedulefree", {"rules": [{"match": "2.*", "betas": [0.5, 0.9]}]}, "optim.rules.0.betas"),
 ]  # fmt: skip
 
 

@@ -88,4 +88,4 @@ def test_scancel_is_an_end(cluster, start):
     submission = start(step=20)
     ask(cluster, "scancel", submission.job)
     wait_until(lambda: ask(cluster, "squeue", "-h") == "", "the end")
-    assert not submission.ends and "SIGTERM" in submission.log()
+    assert not submission.ends and "finetune.py has ended with status 75" in submission.log()
