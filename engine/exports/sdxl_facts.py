@@ -14,7 +14,6 @@ from engine.exports.weights import Weights
 from engine.tasks.diffusion import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
 from models.sdxl.changes import SHOWN
-from models.sdxl.vae import unlike_sdxls
 
 
 def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[str, str]:
@@ -25,48 +24,31 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
     source = Path(str(dict_of(metadata, "origin").get("source") or "SDXL")).name
     what = "VAE"
     facts: dict[str, Any] = {"title": weights.title, "date": date.today().isoformat(), "author": given["author"]}
-    facts |= licence_entry(metadata)
+    facts |= {**licence_entry(metadata), "ss_output_name": weights.title}
     if isinstance(task, DiffusionTaskConfig):
         what = "U-Net" if task.lora is None else f"{SHOWN[task.lora.kind]} of rank {task.lora.rank}"
-        model = weights.setup.model
-        facts |= {
-            "trigger_phrase": given["trigger"],
-            "ss_sd_model_name": source,
-            "ss_vae_name": Path(model.vae or "").name,
-            "ss_vae_values": unlike_sdxls(model.vae_values),
-            **_describe_training(task, metadata),
-        }
-    described = f"{what} of {source}, after {metadata['step']} steps" + (f" on {images} images" if images else "")
-    facts |= {"description": given["description"] or described, "ss_output_name": weights.title}
-    known = {name: value for name, value in facts.items() if value not in (None, "", {})}
+        facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}
+    described = f"{what} of {source}, after {metadata['step']} steps"
+    if images:
+        described += f" on {images} images"
+    facts["description"] = given["description"] or described
+    known = {name: value for name, value in facts.items() if value not in (None, "")}
     return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
 
 
 def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
     trained_on = dict_of(metadata, "trained_on")
-    facts = {
-        "prediction_type": task.noise.prediction_type,
-        "ss_new_sd_model_hash": dict_of(metadata, "origin").get("sha256"),
-        "ss_num_train_images": trained_on.get("images"),
-        "ss_learning_rate": metadata.get("lr"),
-        "ss_steps": metadata["step"],
-        "ss_tag_frequency": trained_on.get("tag_frequency"),
-        "ss_zero_terminal_snr": task.noise.zero_terminal_snr,
-        "ss_discrete_flow_shift": task.stated_noise.get("shift"),
-        "ss_noise_offset": task.noise.offset,
-        "ss_min_snr_gamma": task.loss.gamma if task.loss.weighting == "min_snr" else None,
-        "ss_caption_dropout_rate": task.captions.caption_dropout,
-        "ss_mixed_precision": metadata.get("precision"),
-    }
-    buckets = [((width, height), count) for height, width, count in trained_on.get("buckets") or ()]
-    if buckets:
+    facts: dict[str, Any] = {"prediction_type": task.noise.prediction_type}
+    facts["ss_new_sd_model_hash"] = dict_of(metadata, "origin").get("sha256")
+    facts["ss_num_train_images"] = trained_on.get("images")
+    facts["ss_tag_frequency"] = trained_on.get("tag_frequency")
+    facts["ss_learning_rate"] = metadata.get("lr")
+    facts["ss_steps"] = metadata["step"]
+    facts["ss_mixed_precision"] = metadata.get("precision")
+    facts["ss_zero_terminal_snr"] = task.noise.zero_terminal_snr
+    facts["ss_discrete_flow_shift"] = task.stated_noise.get("shift")
+    if buckets := trained_on.get("buckets"):
         # The bucket of most images; of several, the largest, then the squarest.
-        (width, height), _ = max(buckets, key=lambda one: (one[1], math.prod(one[0]), min(one[0])))
-        numbered = {str(n): {"resolution": size, "count": count} for n, (size, count) in enumerate(buckets)}
-        facts |= {
-            "resolution": f"{width}x{height}",
-            "ss_resolution": f"({width}, {height})",
-            "ss_enable_bucket": True,
-            "ss_bucket_info": {"buckets": numbered},
-        }
+        height, width, _ = max(buckets, key=lambda one: (one[2], math.prod(one[:2]), min(one[:2])))
+        facts["resolution"] = f"{width}x{height}"
     return facts

@@ -141,17 +141,6 @@ class TagScores:
         """Return the scores of all tags."""
         return {name: float(value) for name, value in self.groups["all"].row().items()}
 
-    def mean_ap_error(self, places: np.ndarray, images: float) -> float:
-        """Return the standard error of the mAP of all tags, if other images had been drawn, as the bootstrap has it.
-
-        places: `tags.place` of images drawn by chance; images: how many the counts are of.
-        """
-        held = _members(self.vocabulary)["all"] & (self.support > 0)
-        device = self.counts.histograms.device
-        weights = held / max(1, held.sum())
-        changes = self.counts.influences(*(torch.from_numpy(array).to(device) for array in (places, weights)))
-        return float((images * changes.square().mean()).sqrt())
-
     def tables(self) -> dict[str, list[dict[str, Any]]]:
         """Return `tag_groups`, `tags` (as in the vocabulary; None without positives), `hardest_tags`, `decisions`."""
         precision, recall, _ = rates(*self.counts.at(self.best_edge), self.support)

@@ -48,12 +48,6 @@ def _bin_of(logits: Tensor) -> Tensor:
     return steps.floor_().to(torch.int64) - (_FINE_FROM + (_LOWEST - _FINE_FROM) // _COARSE)
 
 
-def place(logits: Tensor, targets: Tensor) -> Tensor:
-    """Return where `TagHistograms` counts each logit, int16 [B, T]: its bin, plus BINS with the tag; -1 if unknown."""
-    found = _bin_of(logits.float().nan_to_num(nan=-math.inf)) + BINS * (targets > 0.5)
-    return found.masked_fill_(targets.isnan(), -1).to(torch.int16)
-
-
 @dataclass(frozen=True)
 class TagCounts:
     """The counts of all ranks."""
@@ -86,27 +80,6 @@ class TagCounts:
         """Return each tag's AP [T], as scikit-learn defines it; NaN for a tag without positives."""
         parts = zip(*(tensor.split(_TAGS) for tensor in (self.histograms, self.scores, self.hits)))
         return torch.cat([_average_precision(*part) for part in parts]).cpu().numpy()
-
-    def influences(self, places: Tensor, weights: Tensor) -> Tensor:
-        """Return how one more image at these places changes the weighted sum of the APs, float64 [N].
-
-        It is the derivative by the image's weight, with AP by bins. Over all counted images the sum is 0, and that of
-        the squares is the variance of the bootstrap, to first order. places: [N, T], of `place`; weights: [T].
-        Source: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 21.
-        """
-        total = torch.zeros(len(places), dtype=torch.float64, device=places.device)
-        for tags, tp, predicted in self.tails():
-            positives = self.histograms[tags, 1].double()
-            predicted = predicted.double().clamp(min=1)
-            precision = tp / predicted
-            count = tp[:, :1].double().clamp(min=1)
-            lacks = -(positives * precision / predicted).cumsum(1)
-            has = lacks + (positives / predicted).cumsum(1) + precision
-            has -= (positives * precision).sum(1, keepdim=True) / count
-            table = torch.cat([lacks, has], dim=1) / count
-            index = places[:, tags].T.long()
-            total += weights[tags].double() @ table.gather(1, index.clamp(min=0)).where(index >= 0, 0.0)
-        return total
 
 
 def _average_precision(histograms: Tensor, scores: Tensor, hits: Tensor) -> Tensor:

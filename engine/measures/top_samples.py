@@ -29,13 +29,10 @@ class TopSamples:
 
     def reduce(self) -> dict[str, np.ndarray]:
         """Return the fields of the best samples of all ranks, best first."""
-        kept = {name: tensor.cpu() for name, tensor in self._kept.items()}
-        # Gather scores first, so that only the selected samples send their images.
-        scores = {name: kept[name] for name in ("sample_id", "score")}
-        chosen = self._best(_join(distributed.gather_objects(scores)))["sample_id"]
-        selected = torch.isin(kept["sample_id"], chosen) & (kept["score"] != -torch.inf)
-        parts = distributed.gather_objects({name: tensor[selected] for name, tensor in kept.items()})
-        return {name: tensor.numpy() for name, tensor in self._best(_join(parts)).items()}
+        parts = distributed.gather_objects({name: tensor.cpu() for name, tensor in self._kept.items()})
+        best = self._best(_join(parts))
+        eligible = best["score"] != -torch.inf
+        return {name: tensor[eligible].numpy() for name, tensor in best.items()}
 
 
 def _join(parts: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:

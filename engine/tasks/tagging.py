@@ -27,7 +27,7 @@ from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_voc
 from engine.measures.drawings import draw_pr_curves, draw_tag_mistakes
 from engine.measures.means import Means
 from engine.measures.tag_scores import TagScores, calibrate, is_fitted
-from engine.measures.tags import TagCounts, TagHistograms, place
+from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, read_setup
@@ -37,7 +37,6 @@ from engine.update.runtime import Runtime
 from models.image_model import output_layers
 from models.weights.fit import is_meta
 from models.weights.initialise import convert
-from utils import rng
 from utils.config.bounds import BelowOne, Count
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
@@ -51,7 +50,6 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/tags")
-_SAMPLE = 1_000  # images that tell the error of the mAP
 _MISTAKES = 24  # images in the picture
 _LINES = 3  # tags of each kind of mistake under an image
 _LOWEST = -8.0  # bias; the logit of a tag without training images is -infinity
@@ -205,7 +203,6 @@ class TaggingTask(ImageTask):
         """Return the report, and the counts of samples to fit thresholds to and of others; without leads, of all."""
         means = Means()
         worst = TopSamples(_MISTAKES)
-        sample = TopSamples(_SAMPLE)
         parts = [TagHistograms(len(self.vocabulary)) for _ in range(1 if leads is None else 2)]
         for batch in batches:
             logits, targets, loss = self._predict(batch)
@@ -217,15 +214,12 @@ class TaggingTask(ImageTask):
                 shares = [valid & to_fit, valid & ~to_fit]
             for part, share in zip(parts, shares):
                 part.add(logits, targets, share)
-            places = {"sample_id": batch["sample_id"], "places": place(logits, targets)}
-            sample.add(rng.uniform(batch["sample_id"], ()), valid, places)
             worst.add(loss, valid, _find_mistakes(batch, logits.sigmoid(), targets))
         counts = [part.reduce() for part in parts]
         scores = TagScores(reduce(TagCounts.join, counts), self.vocabulary)
         measured = means.reduce()
         kept = worst.reduce()
         report = Report({"loss": measured["loss"], **scores.scalars(), "samples": measured["samples"]})
-        report.scalars["mAP_error"] = scores.mean_ap_error(sample.reduce()["places"], measured["samples"])
         if distributed.is_main():
             report.tables = scores.tables()
             report.images = {

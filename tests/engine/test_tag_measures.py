@@ -130,21 +130,6 @@ def test_tables(scores):
     assert len(rows) == 3
 
 
-def test_the_error_of_the_mean_ap_is_that_of_a_bootstrap_over_images(scores):
-    places = tags.place(LOGITS, MASKED)[VALID].numpy()
-    changes = scores.counts.influences(torch.from_numpy(places), torch.ones(TAGS))
-    assert changes.sum() == pytest.approx(0, abs=1e-6 * float(changes.abs().sum()))
-    draws, found = np.random.default_rng(0), []
-    pairs = [(truth, logits) for truth, logits in zip(MASKED[VALID, 4:].T.numpy(), LOGITS[VALID, 4:].T.numpy())]
-    for _ in range(200):
-        weight = np.bincount(draws.integers(len(places), size=len(places)), minlength=len(places))
-        aps = [metrics.average_precision_score(*pair, sample_weight=weight) for pair in pairs if pair[0] @ weight]
-        found.append(np.mean(aps))
-    exact = np.std(found)
-    assert scores.mean_ap_error(places, len(places)) == pytest.approx(exact, rel=0.2)
-    assert scores.mean_ap_error(places[:300], len(places)) == pytest.approx(exact, rel=0.3)
-
-
 def test_two_ranks_equal_one(monkeypatch):
     whole, first, second = fill().reduce(), fill([450], slice(450)), fill([225] * 2, slice(450, None))
     theirs = {torch.float32: second._scores, torch.bool: second._hits}

@@ -5,7 +5,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 INK = "#212529"  # the colour of texts in plots and pictures
-COUNTS = ("samples", "support", "tags", "tags_without_positives", "mAP_error")  # figures that measure nothing
+COUNTS = ("samples", "support", "tags", "tags_without_positives")  # figures that measure nothing
 # Of curves: the groups, and what the names of their figures match. The last group that matches has the figure.
 GROUPS = {
     "Loss and metrics": "",
@@ -80,18 +80,14 @@ def show_rows(rows: Sequence[Mapping[str, Any]]) -> str:
 def interval(name: str, figures: Mapping[str, float]) -> tuple[float, float] | None:
     """Return the 95 % interval of an evaluation's figure; None if it has none.
 
-    Of top1, top5, ...: Wilson's, of a share of `samples` independent images. Of mAP: twice 1.96 of its error wide.
+    Of top1, top5, ...: Wilson's, of a share of `samples` independent images.
     """
-    value = figures[name]
-    error = figures.get(f"{name}_error")
-    if error is not None:
-        return max(0.0, value - 1.96 * error), min(1.0, value + 1.96 * error)
     images = figures.get("samples")
     if not images or not re.fullmatch(r"top\d+", name):
         return None
     from scipy.stats import binomtest
 
-    found = binomtest(round(value * images), round(images)).proportion_ci(method="wilson")
+    found = binomtest(round(figures[name] * images), round(images)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
 
 
