@@ -1,7 +1,7 @@
 """Shards: WebDataset tar files, and Arrow and Parquet files of Hugging Face `datasets`.
 
-The headers of a tar file are followed here, because `tarfile.open` ends without a word at a damaged one and trusts
-every size. Members with the same key belong together.
+`tarfile` ends without a word at a damaged header, so the place where it ends is checked here. Members with the same key
+belong together.
 
 An Arrow file has an image column, a struct of bytes and path. It stores image bytes uncompressed, so a row is a byte
 range of it. A Parquet file is compressed: it is unpacked once into an Arrow file in the cache, as `datasets` does.
@@ -9,10 +9,10 @@ range of it. A Parquet file is compressed: it is unpacked once into an Arrow fil
 
 import os
 import re
-import tarfile  # noqa: TID251 (it parses single headers)
+import tarfile  # noqa: TID251 (members are listed)
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -42,12 +42,6 @@ _ROWS = pa.schema([*{**TYPES, "id": pa.int64(), FAULT: pa.string()}.items()])
 _PARALLEL_FROM = 8  # shards; with fewer, starting processes takes longer
 _BATCH_ROWS = 64
 _MAX_TEXT_BYTES = 2**20
-_BLOCK = tarfile.BLOCKSIZE
-_PLAIN = (tarfile.REGTYPE, tarfile.AREGTYPE, tarfile.CONTTYPE)
-_EMPTY = (tarfile.LNKTYPE, tarfile.SYMTYPE, tarfile.CHRTYPE, tarfile.BLKTYPE, tarfile.DIRTYPE, tarfile.FIFOTYPE)
-_NAMES = {tarfile.GNUTYPE_LONGNAME: "path", tarfile.GNUTYPE_LONGLINK: "linkpath"}
-_ABOUT = (tarfile.XHDTYPE, tarfile.SOLARIS_XHDTYPE, *_NAMES)  # members about the next one
-_RECORD = re.compile(rb"(\d{1,9}) ([^=]+)=")  # of a pax header: its length in bytes, and a name
 
 
 def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
@@ -113,15 +107,15 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     images: dict[str, tarfile.TarInfo] = {}
     texts: dict[str, dict[str, str]] = {}  # their names, by stem and suffix
     contents: dict[str, bytes] = {}
-    with open(file, "rb", buffering=0) as stream:
-        for member in _read_members(stream.fileno(), name, unused):
+    with open(file, "rb") as stream:
+        for member in _read_members(stream, name, unused):
             path = member.name.removeprefix("./")
             where = f"{name}/{path}"
             stem, suffix = os.path.splitext(path)
             suffix = suffix.lower()
             if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                unused.add(OTHERS, *([where] if member.type in _PLAIN else []))
-            elif member.type not in _PLAIN or re.search(OUTSIDE, path):
+                unused.add(OTHERS, *([where] if _is_plain(member) else []))
+            elif not _is_plain(member) or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", where)
             elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):
                 unused.add("masks, hidden names and thumbnails in shards", where)
@@ -156,52 +150,31 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
     return rows
 
 
-def _read_members(descriptor: int, name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
+def _read_members(stream: IO[bytes], name: str, unused: Unused) -> Iterator[tarfile.TarInfo]:
     """Yield the members of a tar file, up to its end or to the first damaged header."""
-    end = os.fstat(descriptor).st_size
+    end = os.fstat(stream.fileno()).st_size
     offset = 0
-    about = {}
     try:
-        while (block := os.pread(descriptor, _BLOCK, offset)).strip(b"\0"):
-            header = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
-            content = offset + _BLOCK
-            size = 0 if header.type in _EMPTY else int(about.get("size", header.size))
-            is_about = header.type in _ABOUT
-            if not 0 <= size <= (min(end - content, _MAX_TEXT_BYTES) if is_about else end - content):
-                raise ValueError(f"a member of {size:,} bytes")
-            if is_about:
-                about |= _read_about(header.type, os.pread(descriptor, size, content))
-            else:
-                header.name = about.get("path", header.name)
-                header.offset_data = content
-                header.size = size
-                if any(key.startswith("GNU.sparse") for key in about):
-                    header.type = tarfile.GNUTYPE_SPARSE
-                yield header
-                about = {}
-            offset = content + -(-size // _BLOCK) * _BLOCK
-        fault = "" if block else "the mark of its end is missing"
-        while not fault and (block := os.pread(descriptor, _MAX_TEXT_BYTES, offset)):
-            fault = "its end is followed by more" if block.strip(b"\0") else ""
-            offset += 0 if fault else len(block)
-    except (tarfile.HeaderError, ValueError, OSError) as error:
+        with tarfile.open(fileobj=stream, mode="r:", encoding="utf-8", errors="backslashreplace") as tar:
+            for member in tar:
+                offset = member.offset
+                if _is_plain(member) and not 0 <= member.size <= end - member.offset_data:
+                    raise ValueError(f"a member of {member.size:,} bytes")
+                yield member
+            offset = tar.offset
+        rest = os.pread(stream.fileno(), _MAX_TEXT_BYTES, offset)
+        fault = "" if rest else "the mark of its end is missing"
+        if rest.strip(b"\0"):
+            fault = "its end is followed by more" if rest.startswith(bytes(tarfile.BLOCKSIZE)) else "no header"
+    except (tarfile.TarError, ValueError, OSError, RecursionError) as error:
         fault = str(error)
     if fault:
         unused.add("ends of damaged shards", f"{name} from byte {offset:,} of {end:,} ({fault})")
 
 
-def _read_about(kind: bytes, content: bytes) -> dict[str, str]:
-    """Return what a member says about the next one: `path`, `size` and others."""
-    if kind in _NAMES:
-        return {_NAMES[kind]: content.partition(b"\0")[0].decode("utf-8", "backslashreplace")}
-    records = {}
-    start = 0
-    while record := _RECORD.match(content, start):
-        start += int(record[1])
-        if start <= record.end():
-            raise ValueError("a pax record without a value")
-        records[record[2].decode()] = content[record.end() : start - 1].decode("utf-8", "backslashreplace")
-    return records
+def _is_plain(member: tarfile.TarInfo) -> bool:
+    """Return whether a member's content is in the file as it is."""
+    return member.isreg() and not member.issparse()
 
 
 def _unpack_parquet(file: Path, cache: Path) -> Path:
