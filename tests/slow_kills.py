@@ -49,7 +49,7 @@ JOB = ["data=image_folder", "data.root=new", "data.validation_fraction=0.0"]
 PICTURES = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "pictures.seeds=[0,1]"]
 COMMANDS = [  # script, words, the longest time until a kill in seconds
     *(("predict", [*TAGS, f"output={name}"], 0.6) for name in ("x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside")),
-    ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20", "job.format=webp"], 0.6),
+    ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20"], 0.6),
     ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.05),
     ("export", ["format=wd14", "run_dir=../run", "output=made"], 2.0),
     ("predict", ["weights=../base", "prompts=../prompts.txt", *PICTURES, "device=cpu", "output=drawn"], 1.0),

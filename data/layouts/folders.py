@@ -9,13 +9,14 @@ passed over; links are followed.
 import itertools
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import pyarrow as pa
 
 from data.layouts.metadata import read_metadata, read_posts, read_tables
 from data.layouts.names import (
+    CORRECTIONS,
     IMAGE_SUFFIXES,
     PARQUET,
     POSTS,
@@ -24,6 +25,7 @@ from data.layouts.names import (
     is_image_name,
     is_mask_name,
     is_table,
+    masked_stem,
 )
 from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
 from data.layouts.table import SPLIT_NAMES, build_table
@@ -104,6 +106,19 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         unused.add(ORPHANS, *orphans)
     return images, sidecars, tables
+
+
+def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
+    """Return the files that describe images: sidecars, masks, and the tables of all folders."""
+    found = []
+    chosen = set(images)
+    for folder, _, names in walk_folders(root, Unused()):
+        here = [name for name in names if folder + name in chosen]
+        stems = {os.path.splitext(name)[0] for name in here}
+        found += itertools.chain(*pair_sidecars(folder, here, names)[0].values())
+        found += (folder + name for name in names if masked_stem(name) in stems)
+        found += (path for path in map(folder.__add__, names) if is_table(path) or path == CORRECTIONS)
+    return sorted(set(found))
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:

@@ -36,8 +36,14 @@ def is_image_name(name: str) -> bool:
 
 def is_mask_name(name: str) -> bool:
     """Return whether a file name belongs to a mask."""
-    stem, suffix = os.path.splitext(name.lower())
-    return suffix in IMAGE_SUFFIXES and stem.endswith(MASK_ENDINGS)
+    return masked_stem(name) is not None
+
+
+def masked_stem(name: str) -> str | None:
+    """Return the name, without its suffix, of the image that a mask belongs to; None if it is no mask."""
+    stem, suffix = os.path.splitext(name)
+    ending = next((ending for ending in MASK_ENDINGS if stem.lower().endswith(ending)), None)
+    return stem[: -len(ending)] if ending and suffix.lower() in IMAGE_SUFFIXES else None
 
 
 def is_passed_over(name: str) -> bool:

@@ -4,11 +4,10 @@ A `Finder` also restores images that an earlier call excluded and this one does 
 the user's: it writes a changed copy into the folder for reports.
 """
 
-import itertools
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -35,9 +34,7 @@ from utils.io.journal import open_journal
 from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
 from utils.record.progress import track
 
-Changes = Mapping[str, Mapping[str, Any]]  # column of a manifest -> path -> value
-
-_TEXTS = ("caption", "tags", "label", "rating")
+_TEXTS = ("caption", "tags", "label")
 _SHEETS = 60  # groups of duplicates in the report
 _SHOWN = 8  # images of a group
 
@@ -48,17 +45,14 @@ class Finder(Tool):
     report: PathText
     apply: bool
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
-        """Return the reason for each image to exclude, and values by column of the manifest; both by path.
-
-        Raises UserError.
-        """
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
+        """Return the reason for each image to exclude, and numbers of groups; both by path. Raises UserError."""
         raise NotImplementedError
 
     def run(self, data: DataConfig) -> str:
         """List the images, and exclude them if `apply` is true."""
         root = check_root(data.root)
-        reasons, changes = self.choose(data)
+        reasons, groups = self.choose(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
@@ -68,10 +62,10 @@ class Finder(Tool):
         with open_journal("data.root", folder / PARQUET):
             table = read_own_manifest(root) if is_ours else read_table(file, Unused())
             table, count = exclude(table, self.name, reasons)
-            for name, values in changes.items():
-                before = table[name].to_pylist() if name in table.column_names else [None] * len(table)
-                now = [values.get(path, value) for path, value in zip(table["path"].to_pylist(), before)]
-                table = replace_column(table, name, pa.array(now, TYPES[name]))
+            if groups:
+                known = table["group"].to_pylist() if "group" in table.column_names else [None] * len(table)
+                now = [groups.get(path, number) for path, number in zip(table["path"].to_pylist(), known)]
+                table = replace_column(table, "group", pa.array(now, TYPES["group"]))
             save_manifest(folder, table)
         copied = f" in {folder / PARQUET}; to use it, put it in the place of your {file.name}" if not is_ours else ""
         return f"{count:,} images excluded ({listing}){copied}"
@@ -113,7 +107,7 @@ class Filter(Finder):
     name: Literal["filter"]
     find: TermsText | None
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
         """Return the images that are found. Raises UserError (`data.root`, `job.find`)."""
         if self.find is None:
             return {}, {}
@@ -127,15 +121,13 @@ class Duplicates(Finder):
     """Write a page with groups of duplicates, and exclude or list all images but one of each; write column `group`.
 
     The one with the most of caption, tags and label is kept, of these the largest. match: near: similar images,
-    mirrored ones included; exact: equal bytes. join: keep the largest, with the tags of all, and the caption, label and
-    rating of the first image that has one.
+    mirrored ones included; exact: equal bytes.
     """
 
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
-    join: bool
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], Changes]:
+    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
         table = load_collection(data).table
@@ -148,19 +140,21 @@ class Duplicates(Finder):
         facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
 
         def rank(path: str) -> tuple[int, int, int, str]:  # most texts first, then most pixels, then most bytes
-            texts = 0 if self.join else sum(bool(found[path][name]) for name in ("caption", "tags", "label"))
+            texts = sum(bool(found[path][name]) for name in _TEXTS)
             return -texts, -(facts[path].width or 0) * (facts[path].height or 0), -found[path]["size"], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
-        changes = {"group": {path: -number for number, group in enumerate(groups, start=1) for path in group}}
-        for name in _TEXTS if self.join else ():  # negative, because the groups of job=manifest are hashes
-            changes[name] = {group[0]: _join([found[path][name] for path in group]) for group in groups}
-        sizes = {path: {"width": fact.width, "height": fact.height} for path, fact in facts.items()}
-        rows = [
-            {"group": number, "path": path, "kept": index == 0, **sizes[path]}
-            for number, group in enumerate(groups, start=1)
-            for index, path in enumerate(group)
-        ]
+        numbers: dict[str, int] = {}
+        reasons: dict[str, str] = {}
+        rows = []
+        for number, group in enumerate(groups, start=1):
+            for path in group:
+                width, height = facts[path].width, facts[path].height
+                is_kept = path == group[0]
+                rows.append({"group": number, "path": path, "kept": is_kept, "width": width, "height": height})
+                numbers[path] = -number  # negative, because the groups of job=manifest are hashes
+                if not is_kept:
+                    reasons[path] = f"a duplicate: {group[0]} is kept"
         shown = [group for group in groups if facts[group[0]].kind is None][:_SHEETS]
         sheets = {
             f"group_{number:03}": _draw_group(root, group, Decoder(3, data.max_pixels))
@@ -168,14 +162,7 @@ class Duplicates(Finder):
         }
         figures = {"groups": len(groups), "images in them": len(rows)}
         save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, sheets)
-        return {path: f"a duplicate: {group[0]} is kept" for group in groups for path in group[1:]}, changes
-
-
-def _join(values: Sequence[Any]) -> Any:
-    """Return all tags of some images, each once, or the first text."""
-    if isinstance(values[0], list):
-        return list(dict.fromkeys(itertools.chain(*values)))
-    return next(filter(None, values), None)
+        return reasons, numbers
 
 
 def find_groups(facts: dict[str, FileFacts], match: str) -> list[list[str]]:

@@ -169,15 +169,14 @@ def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
 
 
-def test_the_largest_stays_with_the_texts_of_all_in_a_copy_of_a_manifest_of_the_users(root, tmp_path):
-    rows = ["path,split,caption,tags", 'cat/2.jpg,val,mine,"red,hat"', 'dog/copy.png,train,,"hat,big"']
-    content = "\n".join([*rows, "dog/1.png,train,other,"])
+def test_a_manifest_of_the_users_is_changed_in_a_copy(root, tmp_path):
+    content = "path,split,caption\ncat/2.jpg,val,mine\ndog/copy.png,train,\ndog/1.png,train,other"
     (root / "manifest.csv").write_text(content)
-    words = ["job=duplicates", *FOLDER, "job.apply=true", "job.join=true"]
+    words = ["job=duplicates", *FOLDER, "job.apply=true"]
     assert "put it in the place of your manifest.csv" in run("prepare", words, tmp_path)
     cat, dog, other = pq.read_table(tmp_path / "outputs/care/manifest.parquet").to_pylist()
-    assert (cat["weight"], cat["group"], dog["caption"], dog["group"], dog["weight"]) == (0.0, -1, "mine", -1, None)
-    assert dog["tags"] == ["hat", "big", "red"] and other["caption"] == "other"
+    assert (cat["weight"], cat["group"], dog["group"], dog["weight"]) == (None, -1, -1, 0.0)
+    assert cat["caption"] == "mine" and other["group"] is None
     assert (root / "manifest.csv").read_text() == content
 
 

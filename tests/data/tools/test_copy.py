@@ -1,6 +1,7 @@
 """job=copy and job=downsample. Literal sets of files; run again they copy nothing; refusals. A smaller copy has the
 metadata and the mode of its image."""
 
+import io
 import os
 
 import numpy as np
@@ -9,12 +10,9 @@ import pytest
 from PIL import Image, ImageCms
 from PIL.PngImagePlugin import PngInfo
 
-from data.open import load_collection
-from data.tools.copy import Shrink, copy_files
-from tests.data.collection.test_collection import load
+from data.tools.copy import reduce
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run, run_command
-from tests.support import data_config
 from utils.errors import UserError
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
@@ -54,7 +52,7 @@ def test_tables_that_describe_the_images_go_with_them(root, tmp_path):
         (root / name).write_text("file_name\n" if name.endswith("csv") else "")
     run("prepare", [*COPY, "job.find=hat"], tmp_path)
     copied = {path.relative_to(tmp_path / "part").as_posix() for path in (tmp_path / "part").rglob("meta*")}
-    assert copied == {"metadata.csv", "x/metadata.jsonl", "meta_tags.jsonl"}
+    assert copied == {"metadata.csv", "x/metadata.jsonl", "y/metadata.csv", "meta_tags.jsonl"}
 
 
 def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
@@ -102,37 +100,6 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
             assert name == "a.jpg" or image.text["parameters"] == "a prompt, ü"
 
 
-def test_webp_has_new_names_and_a_manifest_that_says_all(root, tmp_path):
-    """Text beside `x.jpg`, tables, splits and labels name files: the manifest has them, and no file is left behind."""
-    picture(1, (120, 60)).save(root / "x/d.jpg", exif=b"Exif\0\0II*\0\x08\0\0\0\0\0\0\0\0\0", icc_profile=PROFILE)
-    (root / "x/d.jpg.txt").write_text("red\nlong, hat")
-    (root / "x/metadata.jsonl").write_text('{"file_name": "a.png", "text": "a caption"}\n')
-    picture(2, (90, 60)).convert("CMYK").save(root / "x/e.jpg")
-    picture(3, (90, 60)).save(root / "y/f.webp")
-    (root / "x/a-masklabel.png").write_bytes(b"a mask")
-    words = ["job=downsample", *COPY[1:3], "data.validation_fraction=0.4", "job.format=webp", "job.longest_px=90"]
-    for count in (4, 0):  # the second finds all there
-        assert f"downsampled {count} images as WebP, {min(count, 1)} could not be" in run(
-            "prepare", [*words, "job.to=w"], tmp_path
-        )
-    names = ["x/a-masklabel.png", "x/a.webp", "x/b.webp", "x/d.webp", "x/e.jpg", "y/c.webp", "y/f.webp"]
-    assert sorted(str(file.relative_to(tmp_path / "w")) for file in (tmp_path / "w").rglob("*.*")) == [
-        "manifest.parquet", *names
-    ]  # fmt: skip
-    assert (tmp_path / "w/y/f.webp").read_bytes() == (root / "y/f.webp").read_bytes()
-    before, after = (
-        load_collection(data_config(root=str(root), validation_fraction=0.4)),
-        load(tmp_path / "w", tmp_path),
-    )
-    for name in ("split", "label", "tags", "caption", "rating", "weight"):
-        assert after.table[name].equals(before.table[name])
-    with Image.open(tmp_path / "w/x/d.webp") as image:
-        assert image.format == "WEBP" and image.size == (90, 45) and image.info["icc_profile"] == PROFILE
-    Image.new("RGB", (5, 5)).save(root / "x/a.bmp")
-    with pytest.raises(UserError, match=r"^job.format: .*'x/a.bmp' and 'x/a.png'"):
-        run("prepare", [*words, "job.to=v"], tmp_path)
-
-
 def test_jobs_that_read_files_refuse_shards(root, tmp_path):
     run("prepare", ["job=pack", "job.output=shards", *COPY[1:-1]], tmp_path)
     jobs = (["copy", "job.to=v"], ["duplicates"])
@@ -163,8 +130,7 @@ def test_every_mode_is_resized_smoothly(mode, tmp_path):
     wide = np.linspace(0, 65535, 90 * 60).reshape(60, 90).astype(np.uint16)
     image = Image.fromarray(wide) if mode == "I;16" else picture(7, (90, 60)).convert("P" if mode == "clear" else mode)
     image.save(tmp_path / "x.png", **({"transparency": 3} if mode == "clear" else {}))
-    assert copy_files(tmp_path, tmp_path / "small", ["x.png"], Shrink(40, 95, 10**8, False)) == [("x.png", "shrunk")]
-    with Image.open(tmp_path / "small/x.png") as small:
+    with Image.open(tmp_path / "x.png") as large, Image.open(io.BytesIO(reduce(large, 40))) as small:
         assert small.size == (40, 27) and small.mode == MODES[mode]
         reference = image if mode == "I;16" else image.convert(MODES[mode])
         there = np.asarray(reference.convert("I") if mode == "I;16" else reference, float)
