@@ -26,7 +26,7 @@ from utils.formats.spelling import parse_tag
 from utils.formats.vocabulary import category_name
 from utils.io.safe_text import escape_controls
 from viewer.images import Shelf, image_address
-from viewer.parts import filtered_table, run_name
+from viewer.parts import filtered_table, make_columns, run_name
 from viewer.site import Site
 
 _TILE_PX = 158  # the least width of a tile, with its gap
@@ -235,9 +235,7 @@ class _Browser:
     async def _fill(self, table: ui.table, column: str) -> None:
         if not table.columns:
             table.on("rowClick", lambda event: self._add(event.args[1]["term"]))
-        names = {"shown": column, "images": "count", "share": "share", "lift": "x usual"}
-        shared = {"sortable": True, "align": "left"}
-        table.columns = [{"name": key, "label": names[key], "field": key, **shared} for key in names]
+        table.columns = make_columns({"shown": column, "images": "count", "share": "share", "lift": "x usual"})
         table.rows = await background.io_bound(value_rows, self._search, self._found, column)
 
     async def _open(self, row: int) -> None:

@@ -2,8 +2,9 @@
 
 import shlex
 from asyncio import Lock
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from fastapi import HTTPException
 from nicegui import ui
@@ -22,6 +23,12 @@ STATE_COLOURS = dict(zip(STATES, ("primary", "warning", "negative", "negative", 
 def show_command(words: Sequence[str]) -> None:
     """Show a command, and a button that copies it."""
     ui.code(escape_controls(shlex.join(words)), language="bash").classes("w-full")
+
+
+def make_columns(labels: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Return the columns of a table that can be sorted. labels: by the field of a row."""
+    shared = {"align": "left", "sortable": True}
+    return [{"name": field, "label": label, "field": field, **shared} for field, label in labels.items()]
 
 
 async def filtered_table(

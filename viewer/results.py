@@ -15,7 +15,7 @@ from utils.record import tables
 from utils.record.figures import show_name
 from viewer.curves import draw_line, plot, redraw, to_points
 from viewer.images import Shelf, find_rows, image_address
-from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, show_command
+from viewer.parts import ACCENT, COLOURS, GREY, filtered_table, make_columns, show_command
 
 _CLASSES = 40  # in a matrix
 _IMAGES = 48  # shown at once
@@ -35,17 +35,10 @@ async def show_tables(path: Path) -> None:
 
     async def fill(table: ui.table, name: str) -> None:
         names, rows = await background.io_bound(tables.read_table, files[name])
-        cells = [[tables.to_cell(cell) for cell in row] for row in rows]
-        numbers = [str(number) for number in range(len(names))]
-        sides = ["left" if isinstance(cell, str) else "right" for cell in [*cells, names][0]]
-        titles = [escape_controls(show_name(name)) for name in names]
-        table.columns = [
-            {"name": number, "label": title, "field": number, "align": side, "sortable": True}
-            for number, title, side in zip(numbers, titles, sides)
-        ]
-        table.rows = [{"id": place, **dict(zip(numbers, row))} for place, row in enumerate(cells)]
+        table.columns = make_columns({name: escape_controls(show_name(name)) for name in names})
+        table.rows = [{**dict(zip(names, map(tables.to_cell, row))), "": place} for place, row in enumerate(rows)]
 
-    await filtered_table([*files], "table", "id", fill)
+    await filtered_table([*files], "table", "", fill)
 
 
 async def show_thresholds(path: Path) -> None:

@@ -16,7 +16,7 @@ from utils.record.report import STEPS
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 from viewer.curves import show_curves
-from viewer.parts import REFRESH_SEC, filtered_table, find_run, run_name, show_command
+from viewer.parts import REFRESH_SEC, filtered_table, find_run, make_columns, run_name, show_command
 from viewer.results import show_mistakes, show_tables, show_thresholds
 from viewer.site import Site
 
@@ -140,16 +140,14 @@ async def _show_settings(index: RunIndex, path: Path) -> None:
     others = {run_name(index, other): other for other in find_runs(index.roots) if other != path}
 
     async def fill(table: ui.table, name: str) -> None:
-        columns = [("key", "Key"), ("value", "This run")]
+        labels = {"key": "Key", "value": "This run"}
         rows = [{"key": key, "value": value} for key, value in settings.items()]
         if name != alone:
             other = await background.io_bound(_read_settings, others[name])
-            columns.append(("other", escape_controls(name)))
+            labels["other"] = escape_controls(name)
             keys = (key for key in {**settings, **other} if settings.get(key) != other.get(key))
             rows = [{"key": key, "value": settings.get(key, ""), "other": other.get(key, "")} for key in keys]
-        table.columns = [
-            {"name": name, "label": label, "field": name, "align": "left", "sortable": True} for name, label in columns
-        ]
+        table.columns = make_columns(labels)
         table.rows = rows
 
     await filtered_table([alone, *others], alone, "key", fill)

@@ -18,7 +18,7 @@ from utils.record.figures import show_cell, show_duration, show_name
 from utils.record.run_index import RunIndex, RunState
 from utils.record.run_reader import STATES
 from utils.record.sweep_table import sweep_table
-from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, run_name
+from viewer.parts import ACCENT, REFRESH_SEC, STATE_COLOURS, make_columns, run_name
 from viewer.site import Site
 
 _SPARK_PX = (96, 24)
@@ -26,10 +26,6 @@ _NAMES = {
     "state": "State", "run": "Run", "task": "Task", "model": "Model", "share": "Steps", "best": "Best",
     "spark": "Training loss", "changed": "Changed",
 }  # fmt: skip
-_COLUMNS = [
-    {"name": name, "label": label, "field": name, "align": "left", "sortable": name != "spark"}
-    for name, label in _NAMES.items()
-]
 # Pinned runs stay first.
 _SORT = """(rows, by, down) => rows.slice().sort((a, b) =>
     b.pinned - a.pinned || (a[by] < b[by] ? -1 : a[by] > b[by] ? 1 : 0) * (down ? -1 : 1))"""
@@ -123,7 +119,7 @@ def add_page(site: Site) -> None:
                 find = ui.input(placeholder="filter by name, task, model or state").classes("col")
                 find.props("aria-label=filter")
                 compare = ui.button("Compare")
-            table = ui.table(columns=_COLUMNS, rows=[], row_key="name", pagination={"rowsPerPage": 50})
+            table = ui.table(columns=make_columns(_NAMES), rows=[], row_key="name", pagination={"rowsPerPage": 50})
             table.set_selection("multiple")
             compare.bind_enabled_from(table, "selected", backward=bool)
             compare.on_click(

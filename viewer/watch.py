@@ -96,27 +96,31 @@ class Watch:
 
     def rows(self) -> list[dict[str, Any]]:
         """Return rows of alerts, GPUs (as nvidia-smi has them), CPU, memory, and disks of the folders with runs."""
-        names = sorted((run_name(self._index, path), alert) for path, alert in self.raised)
-        found = [(name, alert, 1.0, f"/run/{quote(name)}") for name, alert in names]
+        found: list[dict[str, Any]] = []
+
+        def add(what: str, text: str, share: float, link: str = "") -> None:
+            row = {"id": len(found), "what": escape_controls(what), "text": text, "share": share, "link": link}
+            found.append(row)
+
+        for name, alert in sorted((run_name(self._index, path), alert) for path, alert in self.raised):
+            add(name, alert, 1.0, f"/run/{quote(name)}")
         try:
             gpus = subprocess.run(_GPUS, capture_output=True, text=True, timeout=_TELL_SEC, check=True).stdout
         except (OSError, subprocess.SubprocessError):  # a machine without them
             gpus = ""
         for name, busy, text in (line.split(", ", 2) for line in gpus.splitlines()):
             share = re.match(r"\d+", busy)  # [N/A] on a part of a GPU
-            found.append((f"GPU {name}", f"{busy} busy, memory {text}", int(share[0]) / 100 if share else 0.0, ""))
+            add(f"GPU {name}", f"{busy} busy, memory {text}", int(share[0]) / 100 if share else 0.0)
         busy = psutil.cpu_percent()
-        found.append(("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100, ""))
+        add("CPU", f"{busy:.0f} % of {psutil.cpu_count()} cores", busy / 100)
         memory = psutil.virtual_memory()
         spaces = [("memory", memory.available, memory.total)]
         for root in filter(Path.is_dir, self._index.roots):
             disk = psutil.disk_usage(str(root))
             spaces.append((f"disk of {root}", disk.free, disk.total))
         for name, free, total in spaces:
-            text = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
-            found.append((name, text, 1 - free / total, ""))
-        keys = ("id", "what", "text", "share", "link")
-        return [dict(zip(keys, (number, escape_controls(row[0]), *row[1:]))) for number, row in enumerate(found)]
+            add(name, f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free", 1 - free / total)
+        return found
 
 
 def add_page(site: Site) -> None:
