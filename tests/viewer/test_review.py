@@ -137,25 +137,26 @@ def test_the_page(page, address, browser, animals, runs, tmp_path):
 
 def test_a_key_is_for_what_has_the_focus(page, address, animals):
     """Enter presses a button or follows a link and decides nothing; after a click, keys are for the page."""
-    read = lambda: [json.loads(line)["verdict"] for line in (animals / CORRECTIONS).read_text().splitlines()]  # noqa: E731
+    file = animals / CORRECTIONS
+    verdicts = [json.loads(line)["verdict"] for line in file.read_text().splitlines()]
 
-    def wait_for(verdicts):
+    def wait_for(*new):
         page.wait_for_timeout(700)
-        assert read() == verdicts
+        verdicts.extend(new)
+        assert [json.loads(line)["verdict"] for line in file.read_text().splitlines()] == verdicts
 
-    before = read()
     page.goto(f"{address}/review?run=0/a")
     page.get_by_text("decided").first.wait_for()
     page.get_by_role("button", name="Reject").focus()
-    page.keyboard.press("Enter"), wait_for([*before, "rejected"])
-    page.keyboard.press("1"), wait_for([*before, "rejected"])  # the button has the focus
+    page.keyboard.press("Enter"), wait_for("rejected")
+    page.keyboard.press("1"), wait_for()  # the button has the focus
     page.get_by_role("link", name="Collections").focus()
-    page.keyboard.press("r"), wait_for([*before, "rejected"])
-    page.get_by_role("button", name="Undo").click(), wait_for([*before, "rejected", "undone"])
+    page.keyboard.press("r"), wait_for()
+    page.get_by_role("button", name="Undo").click(), wait_for("undone")
     page.evaluate("document.activeElement.blur()")
-    page.get_by_role("button", name="Reject").click(), wait_for([*before, "rejected", "undone", "rejected"])
-    page.keyboard.press("u"), wait_for([*before, "rejected", "undone", "rejected", "undone"])
+    page.get_by_role("button", name="Reject").click(), wait_for("rejected")
+    page.keyboard.press("u"), wait_for("undone")
     page.get_by_role("link", name="Collections").focus()
     page.keyboard.press("Enter")
     page.wait_for_url("**/collection")
-    wait_for([*before, "rejected", "undone", "rejected", "undone"])
+    wait_for()

@@ -17,9 +17,10 @@ from data.stream.source import UnreadableImage
 from engine.exports.weights import load_predictor
 from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind
+from models.predictor import Predictor
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
-from tests.support import make_collection, thresholds_of
+from tests.support import data_config, make_collection, thresholds_of
 from tests.viewer.conftest import HOSTILE, add_data
 from utils.contracts import Machine
 from utils.errors import UserError
@@ -211,47 +212,40 @@ def test_a_request_without_a_bound_is_refused(header):
 
 def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    weights, shelf, used = runs / "tagger/weights/best_weights.safetensors", Shelf(RunIndex([runs]), None), []
+    root = make_collection(tmp_path / "images", per_class=4, classes="AB", validation=2)
+    shelf = Shelf(RunIndex([]), data_config(root=str(root)))
+    (name,) = shelf.configs
+    files = sorted(root.rglob("*.png"))
+    embed, used = Predictor.embed, []
+    monkeypatch.setattr(Predictor, "embed", lambda self, images: used.append(self) or embed(self, images))
+    question = str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png"
+    networks = open_networks(runs)
 
-    def load(path):
-        predictor = load_predictor(path, CPU)
-        embed = predictor.embed
-        predictor.embed = lambda images: used.append(predictor) or embed(images)
-        return predictor
-
-    networks, name = Networks([runs], load, None), shelf.of_run(runs / "tagger")
-    files = sorted((runs / "images").rglob("*.png"))
-    for file in files:
-        os.utime(file)
-
-    def find(stop=False):
+    def find():
         used.clear()
-        steps = networks.nearest(str(runs / "tagger"), shelf, name, files[3].read_bytes(), "x.png")
-        shares = [next(steps)]
-        shares += [] if stop else steps
-        steps.close()
-        assert len({*map(id, used)}) == 1
-        return [share for share, _ in shares], shares[-1][1]
+        *_, (share, found) = networks.nearest(*question)
+        assert share == 1.0 and len({*map(id, used)}) == 1
+        return found
 
-    assert find(stop=True) == ([0.0], [])
-    monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
-    shares, found = find()
-    assert shares == [0.0, 1.0] and len(used) == 13 and len(found) == 12
-    assert found[0] == (image_address(name, shelf.open(name), 3), f"1.000  {files[3].relative_to(runs / 'images')}")
-    assert find()[1] == found and len(used) == 1  # the query alone
+    steps = networks.nearest(*question)
+    assert next(steps) == (0.0, [])
+    steps.close()
+    found = find()
+    assert len(used) == 13 and len(found) == 12
+    assert found[0] == (image_address(name, shelf.open(name), 3), f"1.000  {files[3].relative_to(root)}")
+    assert find() == found and len(used) == 1  # the query alone
     Image.new("RGB", (9, 9)).save(files[5])
     files[6].write_bytes(b"no image")
-    assert len(find()[1]) == 11 and len(used) == 2
+    assert len(find()) == 11 and len(used) == 2
     (kept,) = tmp_path.glob("outputs/cache/embeddings/*.npz")
     kept.write_bytes(b"cut")
-    assert len(find()[1]) == 11 and len(used) == 12
-    contents = [file.read_bytes() for file in files]
+    assert len(find()) == 11 and len(used) == 12
+    os.utime(runs / "tagger/weights/best_weights.safetensors", (1, 1))  # others
+    assert len(find()) == 11 and len(used) == 12
     for file in files:
         file.write_bytes(b"no image")
     with pytest.raises(UserError, match=r"^data.root: .*no image"):
-        list(networks.nearest(str(weights), shelf, name, contents[3], "x.png"))
-    for file, content in zip(files, contents):  # for the tests below
-        file.write_bytes(content)
+        find()
 
 
 # --- the page

@@ -1,12 +1,10 @@
 """Alerts: when they are raised and to whom they are told; sweeps, pins and alerts in a browser."""
 
-import json
 import os
 import sys
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, HTTPServer
 
+import httpx
 import pytest
 
 from tests.utils.record.test_curves import line
@@ -74,28 +72,21 @@ def test_an_alert_is_told_once_until_it_clears(watch, tmp_path):
     assert sorted(file.name for file in tmp_path.iterdir()) == ["runs", "told.txt"]
 
 
-def test_a_webhook_is_posted_to_and_failures_are_said(watch, tmp_path):
+def test_a_webhook_is_posted_to_and_failures_are_said(watch, tmp_path, monkeypatch):
     posted = []
 
-    class Hook(BaseHTTPRequestHandler):
-        def do_POST(self):
-            posted.append(json.loads(self.rfile.read(int(self.headers["content-length"]))))
-            self.send_response(500 if len(posted) > 1 else 200)
-            self.end_headers()
+    def post(url, json, timeout):
+        posted.append((url, json))
+        return httpx.Response(200 if len(posted) == 1 else 500, request=httpx.Request("POST", url))
 
-        def log_message(self, *_):
-            pass
-
-    server = HTTPServer(("127.0.0.1", 0), Hook)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    watch = watch(command=["no-such-program"], webhook=f"http://127.0.0.1:{server.server_port}/")
-    make_run(tmp_path / "runs/a", progress_json=said("failed"))
-    watch.check()
-    assert posted == [{"text": "runs/a: ended without finishing"}] and "no-such-program" in watch.failures["command"]
-    make_run(tmp_path / "runs/b", progress_json=said("failed"))
-    watch.check()
-    server.shutdown()
-    assert "500" in watch.failures["webhook"] and len(posted) == 2
+    monkeypatch.setattr(httpx, "post", post)
+    watch = watch(command=["no-such-program"], webhook="http://hook/")
+    for number, run in enumerate("ab", start=1):
+        make_run(tmp_path / "runs" / run, progress_json=said("failed"))
+        watch.check()
+        assert posted[number - 1 :] == [("http://hook/", {"text": f"runs/{run}: ended without finishing"})]
+        assert "no-such-program" in watch.failures["command"] and ("webhook" in watch.failures) == (number == 2)
+    assert "500" in watch.failures["webhook"]
 
 
 def test_the_rows_of_this_machine(watch, tmp_path, monkeypatch):
