@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
@@ -351,6 +352,20 @@ def checkpoint_tensors(run_dir, step):
     files = sorted(folder.glob("*.safetensors"))
     assert files, f"{folder} has no tensors"
     return {f"{file.stem}/{name}": tensor for file in files for name, tensor in load_file(file).items()}
+
+
+def assert_same_tensors(first, second, tolerance=0.0):
+    """Compare tensors by name."""
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        difference = (tensor.double() - second[name].double()).abs().max() if tensor.numel() else torch.tensor(0.0)
+        assert difference <= tolerance and tensor.dtype == second[name].dtype, f"{name} differs by {difference:.3e}"
+
+
+def assert_equal_runs(one, other, steps):
+    """Compare the last checkpoints and all rows of two runs bit for bit."""
+    assert_same_tensors(checkpoint_tensors(one, steps), checkpoint_tensors(other, steps))
+    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
 
 
 def export(form, model, metadata, folder, whole=None, thresholds=None, **settings):

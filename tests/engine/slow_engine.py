@@ -9,15 +9,17 @@ from safetensors.torch import load_file
 from tests.engine import test_exactness as exactness
 from tests.engine import test_fsdp as fsdp
 from tests.engine import test_golden as golden
-from tests.engine.test_exactness import CHEAP, TASKS, assert_same_tensors
+from tests.engine.test_exactness import CHEAP, TASKS
 from tests.engine.test_fsdp import FSDP
 from tests.engine.test_lr_finder import SEARCH, searched  # noqa: F401 (a fixture)
-from tests.engine.test_survival import HERE, SMALL, TROUBLED, assert_equal_runs, straight  # noqa: F401 (a fixture)
+from tests.engine.test_survival import HERE, SMALL, TROUBLED, straight  # noqa: F401 (a fixture)
 from tests.in_process import run as run_here
 from tests.support import (
     ROOT,
     SCRIPTS,
+    assert_equal_runs,
     assert_same_rows,
+    assert_same_tensors,
     checkpoint_tensors,
     command,
     common,

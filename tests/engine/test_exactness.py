@@ -12,7 +12,9 @@ from tests.in_process import run_until_killed
 from tests.support import (
     OF_DIFFUSERS,
     SCRIPTS,
+    assert_equal_runs,
     assert_same_rows,
+    assert_same_tensors,
     checkpoint_tensors,
     common,
     make_collection,
@@ -36,13 +38,6 @@ NOISY = {
 }
 
 
-def assert_same_tensors(first, second, tolerance=0.0):
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        difference = (tensor.double() - second[name].double()).abs().max() if tensor.numel() else torch.tensor(0.0)
-        assert difference <= tolerance, f"{name} differs by {difference:.3e}"
-
-
 def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     collection, tmp_path, task="classification", more=(), ranks=1
 ):
@@ -61,8 +56,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(
     # Steps beyond the checkpoint are made again, mid-epoch (54 images by 8); the one of step 8 may not be written yet.
     assert "at step 8" in printed or "at step 4" in printed
 
-    assert_same_tensors(checkpoint_tensors(uninterrupted, 20), checkpoint_tensors(killed, 20))
-    assert rows(uninterrupted / "metrics.jsonl") == rows(killed / "metrics.jsonl")
+    assert_equal_runs(uninterrupted, killed, 20)
     assert training_log(uninterrupted) == training_log(killed)
     assert rows(uninterrupted / "samples/rank_00000.jsonl") == rows(killed / "samples/rank_00000.jsonl")
     assert [row["step"] for row in rows(killed / "metrics.jsonl", "train")] == list(range(1, 21))

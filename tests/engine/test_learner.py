@@ -16,6 +16,7 @@ from engine.update.learner import Learner
 from engine.update.runtime import choose_runtime
 from engine.update.step import first_scale
 from tests.in_process import SHORT, SMALL_MODEL, configure
+from tests.support import assert_same_tensors
 from utils.config.messages import ConfigError
 from utils.errors import UserError
 from utils.io.weights import write_tensors
@@ -96,8 +97,7 @@ def test_a_state_saved_in_files_continues_bit_for_bit(case, tmp_path):
     second.step = first.step
     for learner in (first, second):
         learner.update([batch])
-    left, right = tensors_of(first), tensors_of(second)
-    assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+    assert_same_tensors(tensors_of(first), tensors_of(second))
 
 
 def test_the_average_is_that_of_the_weights_after_each_update():
@@ -156,8 +156,8 @@ def test_a_fused_backward_pass_makes_the_ordinary_update_bit_for_bit_and_frees_g
             assert all(parameter.grad is None for parameter in learner.task.parameters())
         assert results[0].names == results[1].names and torch.equal(results[0].figures, results[1].figures)
         assert results[1].applied == (not spoil)
-        left, right = tensors_of(plain), tensors_of(fused)
-        assert left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left), step
+        right = tensors_of(fused)
+        assert_same_tensors(tensors_of(plain), right)
         kept = [name for name in before if spoil or (step < 2 and "/head." in name)]  # its first update makes its state
         assert all(torch.equal(before[name], right[name]) for name in kept) and bool(kept) == (step < 4), step
 

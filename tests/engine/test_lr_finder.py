@@ -13,7 +13,7 @@ from engine.run.lr_finder import _Curve, range_test, rate_at, suggest, undone
 from optim.schedules import GroupValues, Schedule
 from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, tensors_of
 from tests.in_process import TINY, configure, make_images, run
-from tests.support import rows
+from tests.support import assert_same_tensors, rows
 from utils.config.messages import ConfigError
 from utils.io.weights import read_weights
 from utils.ranks.signals import Stopped, StopRequest
@@ -156,7 +156,7 @@ def test_no_trace_is_left_of_it(case):
         swept = tensors_of(learner)
         assert not all(torch.equal(swept[name], tensor) for name, tensor in tensors.items() if "weights/" in name)
     after, rest_after = everything(learner)
-    assert after.keys() == tensors.keys() and all(torch.equal(after[name], tensors[name]) for name in tensors)
+    assert_same_tensors(after, tensors)
     assert rest_after == rest
 
 
@@ -197,8 +197,9 @@ def test_the_run_equals_one_whose_rate_was_given(searched):
     assert (folder / "run/plots/lr_finder_plot.png").stat().st_size > 10_000
     given = [override for override in SEARCH if not override.startswith("lr_finder")]
     run("finetune", [*base, *given, f"optim.lr={found['taken']!r}", f"run_dir={folder}/given"], folder)
-    first, second = (read_weights(folder / name / "weights/last_weights.safetensors")[0] for name in ("run", "given"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
+    assert_same_tensors(
+        *(read_weights(folder / name / "weights/last_weights.safetensors")[0] for name in ("run", "given"))
+    )
     rates, given = ([row["lr"] for row in rows(folder / f"{name}/metrics.jsonl", "train")] for name in ("run", "given"))
     assert max(rates) == pytest.approx(found["taken"], rel=0.05) and rates == given
 

@@ -3,11 +3,10 @@
 import json
 
 import pytest
-import torch
 
 from engine.run import length as minutes
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, rows
+from tests.support import assert_equal_runs
 from utils.errors import UserError
 
 LENGTH = "loop.total_steps=2"  # of TINY
@@ -47,9 +46,7 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     assert found == {"minutes": 10, "steps": 12, "words": []}  # and 3 evaluations
     plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
     run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
-    first, second = (checkpoint_tensors(tmp_path / name, 12) for name in ("run", "plain"))
-    assert first.keys() == second.keys() and all(torch.equal(first[name], second[name]) for name in first)
-    assert rows(tmp_path / "run/metrics.jsonl") == rows(tmp_path / "plain/metrics.jsonl")
+    assert_equal_runs(tmp_path / "run", tmp_path / "plain", 12)
     with pytest.raises(UserError, match=r"loop\.minutes: 5, but .*run was planned for 10; set loop\.minutes=10"):
         run("finetune", [*words, "loop.minutes=5", "resume_allow=[loop.minutes]"], tmp_path)
 

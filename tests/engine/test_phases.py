@@ -1,11 +1,10 @@
 """Smaller images in the first updates of a run (`loop.phases`)."""
 
 import pytest
-import torch
 
 from engine.update.learner import Learner
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, common, rows
+from tests.support import assert_equal_runs, common
 from utils.errors import UserError
 
 BUCKETS = [
@@ -52,9 +51,7 @@ def test_sizes_follow_each_other_and_a_run_killed_at_a_boundary_resumes_exactly(
     run_until_killed(script, common(task, images, tmp_path / "killed", *words), tmp_path, step=4)
     run(script, common(task, images, tmp_path / "killed", *words), tmp_path)
     assert sides[:8] == expected and sides[8:] == expected
-    whole, killed = (checkpoint_tensors(tmp_path / name, 8) for name in ("whole", "killed"))
-    assert whole.keys() == killed.keys() and all(torch.equal(whole[name], killed[name]) for name in whole)
-    assert rows(tmp_path / "whole/metrics.jsonl") == rows(tmp_path / "killed/metrics.jsonl")
+    assert_equal_runs(tmp_path / "whole", tmp_path / "killed", 8)
 
 
 WRONG = {

@@ -14,9 +14,8 @@ from safetensors.torch import load_file
 from engine.run.checkpoint import Saver
 from engine.tasks.classification import ClassificationTask
 from tests.engine.test_checkpoint import flip_a_bit, steps_in
-from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_same_rows, checkpoint_tensors, rows
+from tests.support import assert_same_rows, assert_same_tensors, checkpoint_tensors, rows
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from engine.exports.weights import open_weights
 from tests.engine.test_checkpoint import replace_state
 from tests.in_process import SHORT, make_images, run
-from tests.support import rows
+from tests.support import assert_same_tensors, rows
 from utils.errors import UserError
 from utils.io.weights import read_weights, write_weights
 
@@ -47,7 +47,7 @@ def test_the_teacher_is_exported_and_the_student_is_checkpointed(place):
     exported = load_file(place / "multicrop/weights/best_weights.safetensors")
     checkpoint = place / "multicrop/checkpoints/step_00000003"
     weights, rest = (load_file(checkpoint / f"{name}.safetensors") for name in ("weights", "task"))
-    assert exported.keys() == weights.keys() and all(torch.equal(exported[name], weights[name]) for name in exported)
+    assert_same_tensors(exported, weights)
     assert {name.partition(".")[0] for name in rest} == {"student", "centre", "outputs"}
     assert not torch.equal(rest["student.head.weight"], exported["head.weight"])
     last = place / "multicrop/weights/last_weights.safetensors"

@@ -11,10 +11,9 @@ import time
 import pytest
 
 import engine.run.checkpoint
-from tests.engine.test_exactness import assert_same_tensors
 from tests.in_process import TINY, make_images, run_until_killed
 from tests.in_process import run as run_here
-from tests.support import checkpoint_tensors, common, rows, run, start
+from tests.support import assert_equal_runs, common, rows, run, start
 from tests.tasks import troubled
 from utils.errors import UserError
 from utils.io.files import read_json
@@ -59,11 +58,6 @@ def start_troubled(trouble, collection, run_dir, *settings):
     return start(TROUBLED, overrides, run_dir.parent, variables={"TROUBLE": trouble}), overrides
 
 
-def assert_equal_runs(one, other, steps=40):
-    assert_same_tensors(checkpoint_tensors(one, steps), checkpoint_tensors(other, steps))
-    assert rows(one / "metrics.jsonl") == rows(other / "metrics.jsonl")
-
-
 # --- kills
 
 
@@ -81,7 +75,7 @@ def test_a_kill_inside_a_save_leaves_the_checkpoint_before_it(collection, straig
     half, whole = checkpoints(killed)
     assert re.fullmatch(r"\.step_00000020\.tmp-\d+", half) and whole == "step_00000010"
     assert "at step 10" in run("finetune.py", overrides, tmp_path)
-    assert_equal_runs(straight, killed)
+    assert_equal_runs(straight, killed, 40)
     assert not list((killed / "checkpoints").glob(".*"))
 
 
@@ -101,7 +95,7 @@ def test_a_signal_to_all_processes_of_a_rank_saves_and_leaves(collection, straig
     step = rows(stopped / "metrics.jsonl")[-1]["step"]
     assert checkpoints(stopped)[-1] == f"step_{step:08d}" and step < 40
     run("finetune.py", overrides, tmp_path)
-    assert_equal_runs(straight, stopped)
+    assert_equal_runs(straight, stopped, 40)
 
 
 def test_a_checkpoint_is_due_by_time_too_and_changes_no_result(tmp_path):
@@ -179,7 +173,7 @@ def test_a_disk_that_is_full_for_a_while(small_disk, collection, straight, tmp_p
     filler.unlink()
     assert started.wait() == [0]
     assert "Traceback" not in started.output
-    assert_equal_runs(straight, full)
+    assert_equal_runs(straight, full, 40)
 
 
 # --- processes
@@ -194,7 +188,7 @@ def test_a_killed_worker_is_named_with_what_to_do(collection, straight, tmp_path
         started.output,
     )
     run("finetune.py", overrides, tmp_path)
-    assert_equal_runs(straight, killed)
+    assert_equal_runs(straight, killed, 40)
 
 
 # --- what is not finite

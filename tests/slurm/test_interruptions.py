@@ -5,10 +5,9 @@ import time
 
 import pytest
 
-from tests.engine.test_exactness import assert_same_tensors
 from tests.slurm.cluster import why_impossible
 from tests.slurm.jobs import TRAINING, TWO_NODES, ask, submit, wait_until
-from tests.support import checkpoint_tensors, rows, run
+from tests.support import assert_same_tensors, checkpoint_tensors, rows, run
 from utils.record.run_reader import RunReader
 
 pytestmark = pytest.mark.skipif(bool(why_impossible()), reason=str(why_impossible()))
