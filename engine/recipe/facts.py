@@ -2,10 +2,8 @@
 
 import math
 import time
-from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -22,6 +20,7 @@ from engine.update.graphs import record_graph
 from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
+from models.image_model import Normalise
 from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
@@ -88,12 +87,12 @@ class Facts:
     side_px: int
     most_px: int
     has_classes: bool
-    mirrors: float
     border: int
-    colours: bool
     grey: bool
     reference: float
     bf16: bool
+    mirrors: float = 1.0
+    colours: bool = True
     network: Network | None = None
 
     @property
@@ -104,43 +103,42 @@ class Facts:
 
 @dataclass(frozen=True)
 class Sample:
-    """Some training images: as small pictures (float32 [N, 3, 16, 16]), the first of them also finer, and classes."""
+    """Some training images and their classes: as pictures, float32 [N, 3, 16, 16], and finer, [N, 3, 96, 96]."""
 
     small: Tensor
     fine: Tensor
     labels: Tensor | None
-    sides_px: list[int]
+    side_px: int  # the median of the longer sides
     read_sec: float  # of an image
 
 
 def draw_sample(
-    config: ImageTrainingConfig,
-    collection: Collection,
-    rows: np.ndarray,
-    labels: np.ndarray | None,
-    most_px: int,
-    fine: int,
+    config: ImageTrainingConfig, collection: Collection, rows: np.ndarray, labels: np.ndarray | None, most_px: int
 ) -> Sample:
-    """Read some of the rows. labels: the class of each row of the collection; None: tags. fine: how many finer."""
+    """Read some of the rows. labels: the class of each row of the collection; None: tags.
+
+    Raises UserError (`data.root`) if no image can be read.
+    """
     source = open_images(collection, config.data, {"channels": 3, "shortest_px": most_px})
     started = time.monotonic()
-    deadline = started + _SAMPLE_SHARE * 60 * config.loop.minutes
     kept = []
+    small = []
+    fine = []
     sides = []
-    finer = [torch.zeros(0, 3, FINE_PX, FINE_PX)]
-    small = [torch.zeros(0, 3, _SMALL_PX, _SMALL_PX)]
-    for row in _choose_rows(rows, labels):
-        if time.monotonic() > deadline:
-            break
+    for row in _choose_rows(rows, labels).tolist():
         with suppress(UnreadableImage):
-            image = source.read(int(row))[IMAGE]
-            small.append(F.adaptive_avg_pool2d(image[None].float(), _SMALL_PX))
-            if len(finer) <= fine:
-                finer.append(F.interpolate(image[None].float(), (FINE_PX, FINE_PX), mode="bilinear", antialias=True))
+            image = source.read(row)[IMAGE].float()
+            small.append(F.adaptive_avg_pool2d(image, _SMALL_PX))
+            fine.append(F.interpolate(image[None], (FINE_PX, FINE_PX), mode="bilinear", antialias=True)[0])
             sides.append(min(max(image.shape[-2:]), most_px))
             kept.append(row)
-    found = None if labels is None else torch.from_numpy(labels[np.array(kept, np.int64)])
-    return Sample(torch.cat(small), torch.cat(finer), found, sides, (time.monotonic() - started) / max(len(kept), 1))
+        if time.monotonic() > started + _SAMPLE_SHARE * 60 * config.loop.minutes:
+            break
+    if not kept:
+        raise UserError(f"data.root: no training image of {str(collection.root)!r} can be read")
+    read_sec = (time.monotonic() - started) / len(kept)
+    classes = None if labels is None else torch.from_numpy(labels[kept])
+    return Sample(torch.stack(small), torch.stack(fine), classes, int(np.median(sides)), read_sec)
 
 
 def _choose_rows(rows: np.ndarray, labels: np.ndarray | None) -> np.ndarray:
@@ -168,27 +166,33 @@ def find_facts(
     machine may be used.
     """
     seconds = 60 * config.loop.minutes
-    rows = training_rows(collection, config.loop, np.ones(len(collection), bool) if labels is None else labels >= 0)
+    rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     most_px = max(_MOST_PX, *config.augment.image_size_hw)
-    names = cached_names() if looks_for_weights and not is_own and labels is not None else []
-    sample = draw_sample(config, collection, rows, labels, most_px, _FINE if names else 0)
+    sample = draw_sample(config, collection, rows, labels, most_px)
     rate = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
+    border = round(sample.small[:, :, 0].median().item())
+    is_grey = bool((sample.small == sample.small[:, :1]).all())
+    is_fast = has_fast_bf16(runtime.device.type)
     facts = Facts(
         images=len(rows),
-        side_px=int(np.median(sample.sides_px or [0])),
+        side_px=sample.side_px,
         most_px=most_px,
         has_classes=labels is not None,
+        border=border,
+        grey=is_grey,
         reference=0.0,
-        bf16=has_fast_bf16(runtime.device.type),
-        **look_at(sample),
+        bf16=is_fast,
     )
+    if labels is not None:
+        mirrors = compare_mirrored(sample.small, sample.labels)
+        facts = replace(facts, mirrors=mirrors, colours=tells_colour(sample.small, sample.labels))
     network = None
     if is_own:
         side = max(config.augment.image_size_hw)
         own_rate = time_network(config.model, side, _OWN_BATCH, runtime) * (side / UNIT_PX) ** 2
         network = Network(config.model.name, 0, rate / own_rate, config.init_from is not None)
-    elif facts.shows_things:
-        network = _most_telling(names, sample, seconds, len(rows), rate, runtime)
+    elif looks_for_weights and labels is not None and facts.shows_things:
+        network = _most_telling(sample, seconds, len(rows), rate, runtime)
     step_sec = 1 / rate
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
@@ -198,55 +202,39 @@ def find_facts(
     return replace(facts, network=network, reference=reference)
 
 
-def look_at(sample: Sample) -> dict[str, Any]:
-    """Return the facts that the small pictures of a sample tell."""
-    small, labels = sample.small, sample.labels
-    facts = {"mirrors": 1.0, "border": 0, "colours": True, "grey": False}
-    if labels is not None:
-        facts["mirrors"] = compare_mirrored(small, labels)
-        facts["colours"] = tells_colour(small, labels)
-    if len(small):
-        facts["border"] = round(small[:, :, 0].median().item())
-        facts["grey"] = bool((small == small[:, :1]).all())
-    return facts
-
-
 def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
     return TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None, channels=channels)
 
 
-def _most_telling(
-    names: Sequence[str], sample: Sample, seconds: float, images: int, rate: float, runtime: Runtime
-) -> Network | None:
+def _most_telling(sample: Sample, seconds: float, images: int, rate: float, runtime: Runtime) -> Network | None:
     """Return the network of timm whose weights are on this machine and whose features tell most of the class.
 
-    names: of timm's. None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. rate: of
-    the reference network.
+    None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. rate: of the reference.
     """
     best = None
     most = 0.0
     deadline = time.monotonic() + _PROBE_SHARE * seconds
-    for name in names:
+    for name in cached_names():
         try:
-            features, image_sec = _read_features(name, sample.fine, deadline, runtime)
+            features, image_sec = _read_features(name, sample.fine[:_FINE], deadline, runtime)
         except UserError as error:
             log.info("the plan leaves out %s: %s", name, error)
             continue
-        if len(features) < _LEAST_FINE:
+        count = len(features)
+        if count < _LEAST_FINE:
             break  # the time is over
-        labels = sample.labels[: len(features)]
-        update_sec = _UPDATE * image_sec
-        plain = nearest_right(sample.small[: len(features)], labels)
+        labels = sample.labels[:count]
+        plain = nearest_right(sample.small[:count], labels)
         right = nearest_right(features, labels)
+        update_sec = _UPDATE * image_sec
         epochs = _SHARE * seconds / update_sec / max(images, 1)
-        log.info(
-            "the plan: nearest neighbours by features of %s are right %.2f times, by pictures %.2f; %.1f epochs of %d "
-            "px would fit", name, right, plain, epochs, FINE_PX,
-        )  # fmt: skip
-        if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, len(labels))):
-            cost = rate * update_sec * (UNIT_PX / FINE_PX) ** 2
-            best = Network(name, 0, cost, is_pretrained=True)
+        line = (
+            "the plan: by features of %s the nearest image is right %.2f times, by pictures %.2f; %.1f epochs would fit"
+        )
+        log.info(line, name, right, plain, epochs)
+        if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, count)):
             most = right - plain
+            best = Network(name, 0, rate * update_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True)
     return best
 
 
@@ -258,18 +246,18 @@ def _read_features(name: str, images: Tensor, deadline: float, runtime: Runtime)
     """
     stated = stated_preprocessing(_config(name))
     network = load_timm(name, num_classes=0).to(runtime.device).eval()
-    mean, std = (torch.tensor(stated[key])[:, None, None] for key in ("mean", "std"))
+    normalise = Normalise(stated["mean"], stated["std"], 3)
     found = []
     started = time.monotonic()
-    for batch in ((images / 255 - mean) / std).split(_FINE_BATCH):
+    for batch in normalise(images / 255).split(_FINE_BATCH):
         if time.monotonic() > deadline:
             break
         with runtime.autocast():
             found.append(network(batch.to(runtime.device)).float().cpu())
-        started = started if len(found) > 1 else time.monotonic()  # the first batch is slow
+        if len(found) == 1:
+            started = time.monotonic()  # after the first batch, which is slow
     features = torch.cat(found) if found else torch.zeros(0, 1)
-    features = features - features.mean(0)
-    return features, (time.monotonic() - started) / max(len(features) - _FINE_BATCH, 1)
+    return features - features.mean(0), (time.monotonic() - started) / max(len(features) - _FINE_BATCH, 1)
 
 
 def nearest_right(pictures: Tensor, labels: Tensor, queries: Tensor | None = None) -> float:
@@ -297,8 +285,6 @@ def compare_mirrored(small: Tensor, labels: Tensor) -> float:
     small: images as small pictures, float32 [N, 3, H, W]. The share is one standard error above what was found, so that
     few images do not speak against mirroring, and at most 1; 1 if the nearest are never right.
     """
-    if len(small) < 2:
-        return 1.0
     plain = nearest_right(small, labels)
     mirrored = nearest_right(small, labels, small.flip(3))
     return min(1.0, (mirrored + _error(plain, len(small))) / plain) if plain else 1.0

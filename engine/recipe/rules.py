@@ -5,7 +5,7 @@ words that the rules choose are kept in minutes.json, so that a resumed run has 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -44,13 +44,13 @@ _SIZE_SHARE = 2.2
 
 
 class Rule(NamedTuple):
-    """Words for the command line, none if it does not apply, and why.
+    """Words for the command line, and why.
 
     groups: if the command sets one of these keys, or a key below it, the rule is skipped.
     """
 
-    groups: Sequence[str]
-    words: Sequence[str]
+    groups: str
+    words: str
     why: str
 
 
@@ -66,14 +66,14 @@ def _cost_of_px(side: int) -> float:
 def choose_px(facts: Facts) -> int:
     """Return the side of the images: up to their own, if the time allows its cost; of a pretrained network from 96."""
     network = facts.network
-    most = min(facts.side_px + _STEP_PX // 2, facts.most_px)
+    least = UNIT_PX
+    fitting = _SIZE_SHARE * cost_of(facts)  # the most that an image may cost
     if network is not None and network.is_pretrained:
-        fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS  # as a cost of an image
-        return max(
-            (side for side in range(FINE_PX, most + 1, _STEP_PX) if _cost_of_px(side) <= fitting), default=FINE_PX
-        )
-    sides = range(UNIT_PX + _STEP_PX, most + 1, _STEP_PX)
-    return max((side for side in sides if _cost_of_px(side) <= _SIZE_SHARE * cost_of(facts)), default=UNIT_PX)
+        least = FINE_PX
+        fitting = 0.5 * facts.reference / network.cost / max(facts.images, 1) / LEAST_EPOCHS
+    most = min(facts.side_px + _STEP_PX // 2, facts.most_px)
+    sides = range(least, most + 1, _STEP_PX)
+    return max((side for side in sides if _cost_of_px(side) <= fitting), default=least)
 
 
 def choose_network(facts: Facts) -> Network:
@@ -95,11 +95,11 @@ def epochs_of(facts: Facts) -> float:
     return facts.reference / cost / max(facts.images, 1)
 
 
-_SMALL_CHANGES = [
-    "augment.crop_scale=[1.0,1.0]", "augment.crop_ratio=[1.0,1.0]",
-    "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}",
-]  # fmt: skip
-_ANY_COLOUR = ["augment.color_jitter={strength:0.4,hue:0.5}"]
+_SMALL_CHANGES = (
+    "augment.crop_scale=[1.0,1.0] augment.crop_ratio=[1.0,1.0] "
+    "augment.affine={degrees:8.0,translate:0.08,scale:[0.8,1.1],shear_degrees:10.0}"
+)
+_ANY_COLOUR = "augment.color_jitter={brightness:0.4,contrast:0.4,saturation:0.4,hue:0.5}"
 _MANY_EPOCHS = 60  # from here on changed colours gain more than they cost
 _POLICY = "rand-m9-mstd0.5-inc1"
 _POLICY_EPOCHS = (50, 500)
@@ -110,62 +110,57 @@ _LETTERS_SEEN = 150_000
 _NO_WEIGHTS = "init_from=null"
 
 
-def list_rules(facts: Facts) -> list[Rule]:
-    """Return the rules with their words for these facts; docs/results.md#by-minutes has the measurements."""
+def list_rules(facts: Facts) -> Iterator[Rule]:
+    """Yield the rules that apply, with their words for these facts; docs/results.md#by-minutes has the measurements."""
     network = choose_network(facts)
-    rules = [_choose_weights(facts, network)]
-    is_grey = facts.grey and not network.is_pretrained
-    one_channel = ["model.in_channels=1", "augment.mean=[0.5]", "augment.std=[0.5]"] if is_grey else []
-    rules.append(Rule(["model", "init_from", "augment.mean", "augment.std"], one_channel, "no image has a colour"))
-
     side = choose_px(facts)
-    image_size = _word("augment.image_size_hw", [side] * 2)
+    yield _choose_weights(facts, network)
+    if facts.grey and not network.is_pretrained:
+        words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
+        yield Rule("model init_from augment.mean augment.std", words, "no image has a colour")
     more = " or more" if facts.side_px == facts.most_px else ""
-    rules.append(Rule(["augment.image_size_hw"], [image_size], f"the images have {facts.side_px} px{more}"))
-    shrink = ["augment.shrink=true"] if facts.side_px > _SHRINK * side else []
-    rules.append(Rule(["augment.shrink", "loop.phases"], shrink, "crops of smaller images cost less"))
-
-    policy = [f"augment.rand_augment={_POLICY}"] if _takes_policy(facts) else []
-    why = f"the images show things, in about {epochs_of(facts):.0f} epochs"
-    rules.append(Rule(["augment.rand_augment", "augment.on_device"], policy, why))
+    words = f"augment.image_size_hw=[{side},{side}]"
+    yield Rule("augment.image_size_hw", words, f"the images have {facts.side_px} px{more}")
+    if facts.side_px > _SHRINK * side:
+        yield Rule("augment.shrink loop.phases", "augment.shrink=true", "crops of smaller images cost less")
+    if _takes_policy(facts):
+        why = f"the images show things, in about {epochs_of(facts):.0f} epochs"
+        yield Rule("augment.rand_augment augment.on_device", f"augment.rand_augment={_POLICY}", why)
     if facts.has_classes:
-        rules += _rules_for_classes(facts, network)
-
-    rules.append(_choose_optimiser(facts, network))
-    few = ["loop.batch_size=64"] if network.is_pretrained else []
-    rules.append(Rule(["loop.batch_size", "loop.micro_batch_size"], few, "few updates fit"))
-    one_cycle = ["schedule=onecycle", "schedule.cycle_momentum=false"]
-    schedule = ["schedule=cosine"] if network.is_pretrained else one_cycle
-    rules.append(Rule(["schedule"], schedule, "it is good at any length"))
-    return rules
+        yield from _rules_for_classes(facts, network)
+    yield _choose_optimiser(facts, network)
+    if network.is_pretrained:
+        yield Rule("loop.batch_size loop.micro_batch_size", "loop.batch_size=64", "few updates fit")
+    one_cycle = "schedule=onecycle schedule.cycle_momentum=false"
+    yield Rule("schedule", "schedule=cosine" if network.is_pretrained else one_cycle, "it is good at any length")
 
 
-def _rules_for_classes(facts: Facts, network: Network) -> list[Rule]:
-    """Return the rules that need the classes of images."""
+def _rules_for_classes(facts: Facts, network: Network) -> Iterator[Rule]:
+    """Yield the rules that need the classes of images."""
     epochs = f"about {epochs_of(facts):.0f} epochs"
-    head = ["task.head=fitted"] if network.is_pretrained else []
-    rules = [Rule(["task.head"], head, "its features tell the classes before the first step")]
-
+    if network.is_pretrained:
+        yield Rule("task.head", "task.head=fitted", "its features tell the classes before the first step")
     mirrors = facts.mirrors >= MIRRORS
-    flip = [f"augment.horizontal_flip={0.5 if mirrors else 0.0}"]
     why = f"a mirrored image finds its class {facts.mirrors:.2f} times as often"
-    rules.append(Rule(["augment.horizontal_flip"], flip, why))
-    crops = [_word("augment.crop_scale", [0.5 if mirrors else 0.7, 1.0])]
+    yield Rule("augment.horizontal_flip", f"augment.horizontal_flip={0.5 if mirrors else 0.0}", why)
+    crops = f"augment.crop_scale=[{0.5 if mirrors else 0.7},1.0]"
     if _is_letters(facts):
-        crops = [*_SMALL_CHANGES, f"augment.fill={facts.border}"]
-    why = "the same share says how far the place and the size of a figure tell its class"
-    rules.append(Rule(["augment.crop_scale"], crops, why))
-    colours = [] if facts.colours or epochs_of(facts) < _MANY_EPOCHS else _ANY_COLOUR
-    rules.append(Rule(["augment.color_jitter"], colours, f"the mean colour tells nothing of the class, in {epochs}"))
-
-    rules.append(Rule(["task.cutmix_alpha", "task.mixup_alpha"], _mixing_words(facts), f"there are {epochs}"))
-    erasing = ["augment.random_erasing=0.25"] if _mixes_letters(facts) else []
-    rules.append(Rule(["augment.random_erasing"], erasing, f"letters are learned by heart in {epochs}"))
-    on_device = [] if _takes_policy(facts) else ["augment.on_device=true"]
-    why = "whole batches are changed in less time"
-    rules.append(Rule(["augment.on_device", "augment.rand_augment"], on_device, why))
-    rules.append(Rule(["augment.eval_crop"], ["augment.eval_crop=1.0"], "small images have no margin"))
-    return rules
+        crops = f"{_SMALL_CHANGES} augment.fill={facts.border}"
+    yield Rule(
+        "augment.crop_scale", crops, "the same share says how far the place and the size of a figure tell its class"
+    )
+    if not facts.colours and epochs_of(facts) >= _MANY_EPOCHS:
+        yield Rule("augment.color_jitter", _ANY_COLOUR, f"the mean colour tells nothing of the class, in {epochs}")
+    if _mixes_letters(facts):
+        yield Rule("task.cutmix_alpha task.mixup_alpha", "task.mixup_alpha=0.4", f"there are {epochs}")
+        yield Rule("augment.random_erasing", "augment.random_erasing=0.25", f"letters are learned by heart in {epochs}")
+    elif not _is_letters(facts) and not _takes_policy(facts) and epochs_of(facts) >= _MIX_EPOCHS:
+        words = "task.cutmix_alpha=1.0 task.mix_probability=0.5"
+        yield Rule("task.cutmix_alpha task.mixup_alpha", words, f"there are {epochs}")
+    if not _takes_policy(facts):
+        why = "whole batches are changed in less time"
+        yield Rule("augment.on_device augment.rand_augment", "augment.on_device=true", why)
+    yield Rule("augment.eval_crop", "augment.eval_crop=1.0", "small images have no margin")
 
 
 def _takes_policy(facts: Facts) -> bool:
@@ -183,37 +178,25 @@ def _mixes_letters(facts: Facts) -> bool:
     return _is_letters(facts) and epochs >= _LETTER_EPOCHS and epochs * facts.images >= _LETTERS_SEEN
 
 
-def _mixing_words(facts: Facts) -> list[str]:
-    """Return mixup for letters, and cutmix for few images."""
-    if _mixes_letters(facts):
-        return ["task.mixup_alpha=0.4"]
-    if _is_letters(facts) or epochs_of(facts) < _MIX_EPOCHS or _takes_policy(facts):
-        return []
-    return ["task.cutmix_alpha=1.0", "task.mix_probability=0.5"]
-
-
 def _choose_optimiser(facts: Facts, network: Network) -> Rule:
     if network.is_pretrained:
-        return Rule(["optim"], ["optim=adamw", "optim.lr=2e-3"], "the network is pretrained")
+        return Rule("optim", "optim=adamw optim.lr=2e-3", "the network is pretrained")
     if not facts.bf16:
-        return Rule(["optim"], ["optim=sgd_train", "optim.lr=0.2"], "Muon is slow without bf16")
-    muon = ["optim=muon", "optim.lr=0.02", "optim.weight_decay=0.05", "+optim.extra.ns_steps=3"]
-    return Rule(["optim"], muon, "it beats SGD")
+        return Rule("optim", "optim=sgd_train optim.lr=0.2", "Muon is slow without bf16")
+    words = "optim=muon optim.lr=0.02 optim.weight_decay=0.05 +optim.extra.ns_steps=3"
+    return Rule("optim", words, "it beats SGD")
 
 
 def _choose_weights(facts: Facts, network: Network) -> Rule:
-    words = ["model=timm", f"model.name={network.name}"]
+    words = f"model=timm model.name={network.name}"
     if network.is_pretrained:
         why = "features of its weights tell more of the class than small pictures"
-        return Rule(["model", "init_from"], [*words, "init_from=timm"], why)
+        return Rule("model init_from", f"{words} init_from=timm", why)
     why = f"{facts.reference:,.0f} images of the narrow resnet10t at 64 px fit into the time"
     if facts.shows_things:
         why += "; this machine has no weights of timm that help: with some, model=timm model.name=NAME init_from=timm"
-    return Rule(["model", "init_from"], [*words, _word("model.channels", network.channels)], why)
-
-
-def _word(key: str, values: Sequence[float]) -> str:
-    return f"{key}=[{','.join(map(str, values))}]"
+    channels = ",".join(map(str, network.channels))
+    return Rule("model init_from", f"{words} model.channels=[{channels}]", why)
 
 
 def plan_recipe(
@@ -228,7 +211,8 @@ def plan_recipe(
     path = default_run_dir(config.model_dump(mode="json"), job)
     before = distributed.rank_zero_call(lambda: read_minutes(path, config.loop.minutes))
     if before is None:
-        labels = collection.class_ids(collection.class_names("train")) if kind.output == "classes" else None
+        facts = kind.find_facts(config, collection) if kind.output == "classes" else None
+        labels = None if facts is None else collection.class_ids(facts["class_names"])
         words = distributed.rank_zero_call(lambda: _choose_words(config, job, collection, labels, runtime))
     else:
         words = before.words
@@ -250,11 +234,11 @@ def _choose_words(
     chosen = []
     lines = []
     for rule in list_rules(facts):
-        if kept := [word for word in given if any(_touches(word, group) for group in rule.groups)]:
+        if kept := [word for word in given if any(_touches(word, group) for group in rule.groups.split())]:
             lines.append((" ".join(kept), "as set"))
-        elif rule.words:
-            chosen += rule.words
-            lines.append((" ".join(rule.words), f"because {rule.why}"))
+        else:
+            chosen += rule.words.split()
+            lines.append((rule.words, f"because {rule.why}"))
     log.debug("plan: %s", facts)
     log.info("%s", Lines(show_lines(f"the plan for {config.loop.minutes:g} minutes", lines)))
     return chosen

@@ -137,15 +137,11 @@ class ClassificationTask(ImageTask):
         logits = self.network(self.normalise(batch["images"])).float()
         labels = batch["labels"]
         prob, first = logits.softmax(dim=1).max(dim=1)
+        loss = F.cross_entropy(logits, labels, reduction="none")
+        columns = {"probability": prob, "wrong": first != labels, "loss": loss}
+        columns = {name: column.cpu().numpy() for name, column in columns.items()}
         names = np.array(self.class_names, object)
-        columns = {
-            "label": names[labels.cpu()],
-            "prediction": names[first.cpu()],
-            "probability": prob.cpu().numpy(),
-            "wrong": (first != labels).cpu().numpy(),
-            "loss": F.cross_entropy(logits, labels, reduction="none").cpu().numpy(),
-        }
-        return pa.table(columns)
+        return pa.table({"label": names[labels.cpu()], "prediction": names[first.cpu()], **columns})
 
 
 class ClassificationKind(Kind):

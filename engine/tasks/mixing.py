@@ -73,19 +73,12 @@ class Mixing(nn.Module):
         mixes, cuts, y, x = torch.rand(4, device=device)
         mixes = mixes < self._probability
         cuts = mixes & (cuts < self._cuts)
-        shares = [self._draw_share(alpha, device) for alpha in (self._mixup, self._cutmix)]
-        share = torch.where(mixes, torch.where(cuts, shares[1], shares[0]), 1.0)
+        alpha = torch.where(cuts, self._cutmix or self._mixup, self._mixup or self._cutmix)
+        share = torch.distributions.Beta(alpha, alpha, validate_args=False).sample().where(mixes, 1.0)
         ratio = torch.where(cuts, (1.0 - share).sqrt(), 0.0)
         rows, columns = (_box_side(*each, ratio) for each in ((y, height), (x, width)))
         box = rows[:, None] & columns
         return torch.where(cuts, 1.0 - box.sum() / (height * width), share), box
-
-    @staticmethod
-    def _draw_share(alpha: float, device: torch.device) -> Tensor:
-        if alpha == 0:
-            return torch.ones((), device=device)
-        alpha = torch.full((), alpha, device=device)
-        return torch.distributions.Beta(alpha, alpha, validate_args=False).sample()
 
 
 def _box_side(place: Tensor, size: int, ratio: Tensor) -> Tensor:

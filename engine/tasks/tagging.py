@@ -321,19 +321,19 @@ def continue_head(network: nn.Module, source: InitFrom, vocabulary: Vocabulary, 
     state, metadata = read_weights(path, which=source.weights)
     if "tag_names" not in metadata:
         return
-    known = read_facts(path, metadata)
+    known = read_facts(path, metadata).columns
     state = convert(network, state)[1]
-    pairs = {row: known.columns[key] for key, row in vocabulary.columns.items() if key in known.columns}
+    pairs = {row: known[key] for key, row in vocabulary.columns.items() if key in known}
     rows = list(pairs)
-    old = list(pairs.values())
     for name, head in output_layers(network, "init_from", "name another file").items():
-        weight, bias = (state.get(f"{name}.{part}", torch.empty(0)) for part in ("weight", "bias"))
-        if len(weight) != len(known) or weight.shape[1:] != head.weight.shape[1:]:
-            raise UserError(f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger")
-        head.weight.copy_(weight.mean(0))
-        head.bias.copy_(prior_bias(priors))
-        head.weight[rows] = weight[old].to(head.weight)
-        head.bias[rows] = bias[old].to(head.bias)
+        for part, parameter in head.named_parameters():
+            values = state.get(f"{name}.{part}", torch.empty(0))
+            if values.shape != (len(known), *parameter.shape[1:]):
+                raise UserError(
+                    f"init_from: {path} has no head of its {len(known)} tags; name the file of a whole tagger"
+                )
+            parameter.copy_(prior_bias(priors) if part == "bias" else values.mean(0))
+            parameter[rows] = values[list(pairs.values())].to(parameter)
     log.info("init_from: the head keeps %d tags of %s; new: %d", len(pairs), path, len(vocabulary) - len(pairs))
 
 

@@ -52,7 +52,7 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
 
 
 def chosen(facts, key):
-    return [word for rule in planning.list_rules(facts) for word in rule.words if word.startswith(f"{key}=")]
+    return [word for rule in planning.list_rules(facts) for word in rule.words.split() if word.startswith(f"{key}=")]
 
 
 def test_a_plan_takes_timms_weights_that_tell_the_classes_unless_the_command_has_its_own(words, tmp_path, monkeypatch):
