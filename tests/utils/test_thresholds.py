@@ -72,20 +72,17 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
     assert {number: first[number] for number in (0, 9)} == pytest.approx({0: 0.3, 9: 0.35})
 
 
-@pytest.mark.parametrize(
-    "weights, command", [(WEIGHTS, "run_dir=run weights=last"), (Path("x.onnx"), "export it again")]
-)
-def test_a_table_of_other_weights_is_refused_with_the_command(path, weights, command):
-    for weights_hash in ("4567", None):
-        with pytest.raises(UserError, match=rf"^thresholds: .*thresholds.csv .*{command}"):
-            find_thresholds(str(path), weights, weights_hash)
+@pytest.mark.parametrize("weights_hash", ["4567", None])
+def test_a_table_of_other_weights_is_refused_with_the_command(path, weights_hash):
+    with pytest.raises(UserError, match=r"^thresholds: .*thresholds.csv .*evaluate.py calibrate=true"):
+        find_thresholds(str(path), WEIGHTS, weights_hash)
 
 
 @pytest.mark.parametrize(
     "change, complaint",
     [
-        (lambda lines: lines[:-1], "3 tags"),
-        (lambda lines: [line for line in lines if ",high_recall," not in line], "high_recall"),
+        (lambda lines: lines[:-1], "not complete"),
+        (lambda lines: [line for line in lines if ",high_recall," not in line], "not complete"),
         (lambda lines: [lines[0], lines[1].replace("0.3", "1.5")], "0.threshold: .*less than"),
         (lambda lines: [], "not a readable thresholds"),
     ],

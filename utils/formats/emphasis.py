@@ -22,13 +22,11 @@ MARK = re.compile(
 class Emphasis(NamedTuple):
     """A text without its marks.
 
-    chunks: (text, weight) of each part, between BREAKs. spans: the first and last bracket of pairs. unmatched: how many
-    brackets have no partner.
+    chunks: (text, weight) of each part, between BREAKs. spans: the first and last bracket of pairs.
     """
 
     chunks: list[list[tuple[str, float]]]
     spans: list[tuple[int, int]]
-    unmatched: int
 
     @property
     def plain(self) -> str:
@@ -42,7 +40,6 @@ def read_emphasis(text: str) -> Emphasis:
     opened: list[tuple[str, int, int]] = []  # bracket, its piece, and its place in the text
     end = 0
     spans: list[tuple[int, int]] = []
-    unmatched = 0
     for found in MARK.finditer(text):
         mark = found[0]
         pieces += [[text[end : found.start()], 1.0], [found["escaped"] or mark, 1.0]]
@@ -55,16 +52,14 @@ def read_emphasis(text: str) -> Emphasis:
             wanted = _OPENING[mark[-1]]
             partner = next((each for each in reversed(opened) if each[0] == wanted), None)
             if partner is None:
-                unmatched += 1
                 continue
-            while opened.pop() is not partner:
-                unmatched += 1  # another kind of bracket between the two
+            del opened[opened.index(partner) :]  # with other kinds of brackets between the two
             _, first, place = partner
             pieces[first][0] = pieces[-1][0] = ""
             for piece in pieces[first:]:
                 piece[1] *= float(found["weight"] or _FACTORS[wanted])
             spans.append((place, end))
-    return Emphasis(_join([*pieces, [text[end:], 1.0]]), spans, unmatched + len(opened))
+    return Emphasis(_join([*pieces, [text[end:], 1.0]]), spans)
 
 
 def _join(pieces: list[list]) -> list[list[tuple[str, float]]]:

@@ -13,7 +13,6 @@ take a category's first row (deepghs/imgutils:imgutils/generic/multilabel_timm.p
 
 import csv
 import math
-import shlex
 from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -117,25 +116,13 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
         table = ThresholdTable(read[0]["vocabulary"], rows)
         source = read[0]["weights"]
         tags = Vocabulary.of(row.tag for row in rows if row.profile == PER_TAG)
+    advice = "calibrate its run, or of other files the weights alone, by evaluate.py calibrate=true"
     if weights_hash is None or source != weights_hash:
-        raise UserError(f"{path} was fitted to other weights than {weights} has now; fit it again: {_command(weights)}")
-    missing = [profile for profile in CATEGORY_PROFILES if OVERALL not in table.of_categories(profile)]
-    if missing or tags.hash != table.vocabulary:
-        raise UserError(
-            f"{path} is not complete: it has {len(tags)} tags, and profiles without a row of category {OVERALL}: "
-            f"{', '.join(missing) or 'none'}; write it again: {_command(weights)}"
-        )
+        raise UserError(f"{path} was fitted to other weights than {weights} has now; {advice}")
+    has_profiles = all(OVERALL in table.of_categories(profile) for profile in CATEGORY_PROFILES)
+    if tags.hash != table.vocabulary or not has_profiles:
+        raise UserError(f"{path} is not complete: rows of tags or profiles are missing; {advice}")
     return table
-
-
-def _command(weights: Path) -> str:
-    """Return the command that fits the thresholds of a weight file."""
-    if weights.suffix == ".onnx":
-        return "calibrate its run by evaluate.py calibrate=true, and export it again"
-    source = [f"weights={weights}", "data=image_folder", "data.root=PATH"]
-    if weights.parent.name == "weights":
-        source = [f"run_dir={weights.parents[1]}", f"weights={weights.stem.removesuffix('_weights')}"]
-    return shlex.join(["python", "evaluate.py", *source, "calibrate=true"])
 
 
 def mcut(probs: np.ndarray) -> np.ndarray:

@@ -3,6 +3,7 @@
 import argparse
 import hashlib
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -134,10 +135,8 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
         with open(path, "rb") as stream, torch.serialization.safe_globals([argparse.Namespace]):
             content = torch.load(stream, map_location="cpu", weights_only=True)  # noqa: TID251
     except Exception as error:  # on a damaged file torch raises KeyError, IndexError, struct.error and more
-        # torch's message begins with advice to turn weights_only off.
-        lines = [line for line in str(error).splitlines() if line.strip() and "`weights_only`" not in line]
-        reason = next((line for line in lines if "GLOBAL" in line or "function" in line), (lines or ["damaged"])[0])
-        reason = reason.rpartition("WeightsUnpickler error:")[2].strip()[:_SHOWN_CHARACTERS]
+        named = re.search(r"GLOBAL (\S+)", str(error))  # torch's message also advises to turn weights_only off
+        reason = f"it names {named[1]}" if named else type(error).__name__
         raise UserError(
             f"{path} is not a readable torch file of tensors alone, and no code in it was run ({reason}); give a "
             ".safetensors file of these weights"
@@ -208,16 +207,15 @@ def find_weights(run_or_file: str, which: str, *, onnx_first: bool = False) -> P
         raise UserError(f"{path} does not exist; name a run folder or a weight file")
     if not path.is_dir():
         return path
-    is_checkpoint = is_run(path) and not (path / "weights").is_dir()
-    if is_checkpoint:
+    if (path / "weights").is_dir():
+        return RunReader(path).weights(which)
+    if is_run(path):  # a checkpoint
         names = ("average_weights.safetensors", "weights.safetensors")
         names = {"last": names[1:], "ema": names[:1]}.get(which, names)
-    found = [path / name for name in names if (path / name).is_file()]
-    if is_checkpoint and not found:
-        raise UserError(f"the checkpoint {path} has no {names[0]}; name another, or other weights")
-    if found and (is_checkpoint or not is_run(path)):
-        return found[0]
-    return RunReader(path).weights(which)
+    for name in names:
+        if (path / name).is_file():
+            return path / name
+    raise UserError(f"{path} is no run folder and has no {' or '.join(names)}; name another, or a weight file")
 
 
 def is_run(path: Path) -> bool:

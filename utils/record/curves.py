@@ -9,7 +9,6 @@ steps, values = thin(steps, values, 2_000)    for a plot
 import math
 import os
 import threading
-from array import array
 from contextlib import suppress
 from pathlib import Path
 
@@ -34,7 +33,7 @@ class Curves:
 
     def _forget(self) -> None:
         self.size = 0
-        self._series = dict[tuple[str, str], tuple[array, array]]()
+        self._series = dict[tuple[str, str], tuple[list[int], list[float]]]()
 
     def read(self) -> bool:
         """Read rows that are new since the last call; from the beginning if a resume has written the file anew.
@@ -55,14 +54,10 @@ class Curves:
         return False
 
     def _add(self, row: Row) -> None:
-        kind = str(row.get("kind"))
         for name, value in row.items():
-            is_known = (kind, name) in self._series
-            if name == "step" or not isinstance(value, int | float) and not (value is None and is_known):
-                continue
-            with suppress(OverflowError):  # of a damaged row
-                number = math.nan if value is None else float(value)
-                steps, values = self._series.setdefault((kind, name), (array("q"), array("d")))
+            number = math.nan if value is None else value
+            if name != "step" and isinstance(number, int | float):
+                steps, values = self._series.setdefault((str(row.get("kind")), name), ([], []))
                 steps.append(row["step"])
                 values.append(number)
 

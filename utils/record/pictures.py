@@ -4,13 +4,11 @@ All functions take and return uint8 arrays: an image is [H, W, C] with 1 or 3 ch
 matplotlib takes 0.3 s to import, so functions import it.
 """
 
-import functools
 import math
 import re
 import textwrap
 import unicodedata
-from collections.abc import Iterable, Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageOps
@@ -24,47 +22,22 @@ _FRAME = (206, 212, 218)
 _LINE_PX = 18  # height of a caption's line
 _CHARACTER_PX = 8
 _PADDING_PX = 8  # between tiles
-_CODE_POINT = re.compile(r"U\+([0-9A-F]{4,6})")
-_LONGEST = 200  # characters of a name, which are checked for fonts
-
-
-@functools.cache
-def _font_of(char: str) -> str | None:
-    """Return an upright font that has a character, or None; matplotlib's own fonts come first."""
-    from matplotlib.font_manager import fontManager, get_font
-
-    fonts = sorted(fontManager.ttflist, key=lambda font: (font.name != "DejaVu Sans", font.name != "STIXGeneral"))
-    for font in fonts:
-        if font.style != "normal" or "Last Resort" in font.name:  # draws a box for every character
-            continue
-        if get_font(font.fname).get_char_index(ord(char)):
-            return font.name
-    return None
-
-
-def _style(texts: Iterable[str]) -> AbstractContextManager[None]:
-    """Return the matplotlib context with fonts for these texts."""
-    from utils.record.plots import style
-
-    fonts = filter(None, map(_font_of, sorted(set("".join(texts)))))
-    return style(list(dict.fromkeys(["DejaVu Sans", *fonts])))
+_CODE_POINT = re.compile(r"U\+(10[0-9A-F]{4}|[0-9A-F]{4,5})")
+_LONGEST = 200  # characters of a name
 
 
 def legible(name: str, longest: int = _LONGEST) -> str:
-    """Return a class's name for a picture.
+    """Return a class's name for a picture, on one line.
 
     A code point (`U+0041`, as in the glyphs) becomes its character, a combining one on a dotted circle, unless the
-    character is blank or no font has it. In other names, characters without a font become their code points.
+    character is blank.
     """
     named = _CODE_POINT.fullmatch(name)
-    if named is not None and int(named[1], 16) <= 0x10FFFF:
-        char = chr(int(named[1], 16))
-        kind = unicodedata.category(char)[0]
-        if kind in "ZC" or _font_of(char) is None:  # separators and controls are blank
-            return name
-        return f"◌{char}" if kind == "M" else char
-    flat = " ".join(name[:longest].split())
-    return "".join(char if _font_of(char) is not None else f"U+{ord(char):04X}" for char in flat)
+    char = chr(int(named[1], 16)) if named else " "
+    kind = unicodedata.category(char)[0]
+    if kind in "ZC":  # separators and controls
+        return " ".join(name[:longest].split())
+    return f"◌{char}" if kind == "M" else char
 
 
 def shorten(text: str, most: int) -> str:
@@ -99,14 +72,14 @@ def image_grid(
     """Draw a title and rows of images, each above the lines of its caption."""
     from matplotlib.figure import Figure
 
-    from utils.record.plots import figure_to_image
+    from utils.record.plots import figure_to_image, style
 
     texts = [text for lines in captions for text, _ in lines]
     columns = max(1, min(columns, len(images)))
     width = _PADDING_PX + max([tile_px, *(_CHARACTER_PX * len(text) for text in texts)])
     height = _PADDING_PX + tile_px + _LINE_PX * max(map(len, captions), default=0)
     grid = Image.new("RGB", (width * columns, height * math.ceil(len(images) / columns) + 1), "white")
-    with _style(texts):
+    with style():
         figure = Figure(figsize=(grid.width / 110, grid.height / 110))
         axis = figure.add_axes((0, 0, 1, 1))
         axis.axis("off")
@@ -131,13 +104,13 @@ def confusion_matrix(counts: np.ndarray, samples: np.ndarray, names: Sequence[st
     """
     from matplotlib.figure import Figure
 
-    from utils.record.plots import figure_to_image
+    from utils.record.plots import figure_to_image, style
 
     percent = 100 * counts / np.maximum(samples, 1)[:, None]
     columns = [shorten(legible(name), 24) for name in names]
     rows = [f"{name}  ({images:,})" for name, images in zip(columns, samples)]
     side = 1 + 0.5 * len(names)  # inches
-    with _style(rows):
+    with style():
         figure = Figure(figsize=(side, side))
         axis = figure.add_subplot(title=title, xlabel="predicted", ylabel="true (images)")
         axis.imshow(percent, cmap="Blues", vmin=0, vmax=100)

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from utils.io.files import write_atomically
@@ -27,13 +28,16 @@ _STYLE = {
     "axes.grid": True, "axes.axisbelow": True, "axes.formatter.useoffset": False, "grid.color": "#dee2e6",
     "axes.prop_cycle": matplotlib.cycler(color=[BLUE, ORANGE, GREEN, "#862e9c", "#0b7285", "#a61e4d"]),
 }  # fmt: skip
+# Characters are drawn by the first of these fonts that has them; the first two come with matplotlib.
+_FONTS = ("DejaVu Sans", "STIXGeneral", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Symbols2")
 _PANEL_INCHES = (5.4, 3.4)  # width and height of a panel with its labels
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
-def style(families: Sequence[str] = ("DejaVu Sans",)) -> AbstractContextManager[None]:
-    """Return the matplotlib context for all plots, with fonts of these families."""
-    return matplotlib.rc_context({**_STYLE, "font.family": list(families)})
+def style() -> AbstractContextManager[None]:
+    """Return the matplotlib context for all plots."""
+    found = fontManager.get_font_names()
+    return matplotlib.rc_context({**_STYLE, "font.family": [name for name in _FONTS if name in found]})
 
 
 def figure_to_image(figure: Figure) -> np.ndarray:

@@ -28,7 +28,6 @@ class RunState:
 
     path: Path
     state: str  # one of STATES
-    script: str
     task: str
     model: str
     step: int
@@ -100,7 +99,7 @@ class RunIndex:
         steps, losses = self.curves(path).series("train", "loss")
         told, *times = (_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt"))
         changed = max(told, *times)
-        names = {key: _name(config.get(key)) for key in ("script", "task", "model")}
+        names = {key: _name(config.get(key)) for key in ("task", "model")}
         if result is not None:
             names |= {"metric": escape_controls(str(result["metric"])), "best": _number(result["value"])}
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None

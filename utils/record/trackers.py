@@ -101,11 +101,11 @@ class _Wandb:
             silent=True, console="off", save_code=False, disable_git=True, x_save_requirements=False,
             x_disable_meta=True, init_timeout=_START_SEC, finish_timeout=_FINISH_SEC, finish_timeout_raises=True,
         )  # fmt: skip
+        named = {"id": file.read_text(encoding="utf-8").strip(), "name": folder.resolve().name}
+        named |= {"project": config["tracking"]["project"], "job_type": config["script"], "dir": folder.resolve()}
         self._run = wandb.init(
-            project=config["tracking"]["project"], mode=choose_mode(), id=file.read_text(encoding="utf-8").strip(),
-            name=folder.resolve().name, dir=folder.resolve(), job_type=config["script"], config=dict(config),
-            resume="allow", allow_val_change=True, settings=settings,
-        )  # fmt: skip
+            mode=choose_mode(), resume="allow", allow_val_change=True, config=dict(config), settings=settings, **named
+        )
         unsent = f"send it later: wandb sync {folder}/wandb/offline-run-*"
         log.info("W&B: %s", unsent if self._run.offline else self._run.url)
 

@@ -136,7 +136,7 @@ def test_a_forged_header_is_refused_by_name(tmp_path):
 
 
 def test_a_run_s_weights_are_found_by_name(tmp_path):
-    with pytest.raises(UserError, match="has no best weights; is it a run folder"):
+    with pytest.raises(UserError, match="is no run folder and has no model.safetensors"):
         find_weights(str(tmp_path), "best")
     write_weights(tmp_path / "weights/best_weights.safetensors", TENSORS, {})
     write_weights(tmp_path / "weights/last_weights.safetensors", TENSORS, {})
