@@ -296,20 +296,17 @@ def test_the_index_of_an_unchanged_manifest_is_not_made_again(opened, root, monk
 
 
 def test_columns_as_arrays(opened, root):
-    put(root, "a.png", "b.png", "c.png", "d.png")
-    columns = {"path": list("abcd"), "label": ["x", "y", "x", None], "tags": [["t", "u"], ["u"], ["u", "v"], None]}
-    columns |= {"weight": [0.5, None, None, None], "split": [None, None, "val", None]}
-    pq.write_table(pa.table({**columns, "path": [f"{name}.png" for name in "abcd"]}), root / "manifest.parquet")
+    paths = [f"{name}.png" for name in "abcdef"]
+    columns = {"path": paths, "label": ["x", "y", "x", None, "z", "z"], "split": [None, None, "val", None, None, "val"]}
+    columns |= {"weight": [0.5, None, None, None, 0, 0], "tags": [["t", "u"], ["u"], ["u", "v"], None, None, None]}
+    pq.write_table(pa.table(columns), put(root, *paths) / "manifest.parquet")
     collection = opened(root)
     ids = collection.class_ids(["y", "x"])
-    assert ids.tolist() == [1, 0, 1, -1] and ids.dtype == np.int64
-    assert collection.class_names("train") == ["x", "y"] and collection.class_names("val") == ["x"]
-    assert collection.weights().tolist() == [0.5, 1, 1, 1]
-    pq.write_table(pa.table({**columns, "path": [f"{name}.png" for name in "abcd"], "weight": [1.0, 0, 0, 1]}),
-                   root / "manifest.parquet")  # fmt: skip
-    weighted = opened(root)
-    assert [weighted.rows(split).tolist() for split in ("train", "val")] == [[0, 3], []]
-    assert weighted.class_names("train") == ["x"] and "without 2 of weight 0" in describe_collection(weighted)
+    assert ids.tolist() == [1, 0, 1, -1, -1, -1] and ids.dtype == np.int64
+    assert collection.weights().tolist() == [0.5, 1, 1, 1, 0, 0]
+    assert [collection.rows(split).tolist() for split in ("train", "val")] == [[0, 1, 3], [2]]
+    assert [collection.class_names(split) for split in ("train", "val")] == [["x", "y"], ["x"]]
+    assert "without 2 of weight 0" in describe_collection(collection)
     assert list(count_values(collection.table["tags"]).items()) == [("u", 3), ("t", 1), ("v", 1)]
 
 

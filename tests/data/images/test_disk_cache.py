@@ -54,23 +54,6 @@ def assert_equal(first, second):
     assert all(map(torch.equal, first, second))
 
 
-# ---------------------------------------------------------------------------------------------------- the same pixels
-
-
-@pytest.mark.parametrize("channels", [1, 3])
-def test_a_hit_equals_a_miss(channels, photos, tmp_path):
-    source = cached(photos, tmp_path / "cache", Decoder(channels, 10**6))
-    missed = read_all(source)
-    hit = read_all(source)
-    assert counted(source) == (COUNT, COUNT)
-    assert_equal(hit, missed)
-    for image, plain in zip(hit, read_all(source.inner)):
-        assert image.shape == plain.shape and (channels == 1 or image.stride() == plain.stride())
-        assert torch.equal(image, plain)
-        image.zero_()  # memory of its own
-    assert_equal(read_all(source), missed)
-
-
 def test_an_edited_file_is_read_again(photos, tmp_path):
     source = cached(photos, tmp_path / "cache")
     before = read_all(source)
@@ -84,7 +67,7 @@ def test_an_edited_file_is_read_again(photos, tmp_path):
         source.read(0)
 
 
-def test_loader_workers_fill_it_and_files_in_it_are_not_read_ahead(photos, tmp_path):
+def test_loader_workers_fill_it_and_files_in_it_are_not_read_again(photos, tmp_path):
     source = cached(photos, tmp_path / "cache")
     machine = Machine(torch.device("cpu"), channels_last=False, workers=2, prefetch_batches=2)
     views = {"images": lambda image, draw: image[:, :30, :40].float()}

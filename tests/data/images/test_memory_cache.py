@@ -16,7 +16,7 @@ from data.augment.config import AugmentConfig
 from data.augment.transforms import EvalTransform, TrainTransform
 from data.images import caches
 from data.images.bytes import Images
-from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory
+from data.images.caches import GIB, Cached, Pool, _choose_budget, _share_pool, keep_in_memory, keep_on_disk
 from data.images.decode import Decoder
 from data.stream.loader import Loader, no_fields
 from data.stream.order import Draw
@@ -51,14 +51,17 @@ def cached(collection, **changes):
 
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("shortest_px", [None, 50])
-def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, shortest_px, channels):
-    plain, kept = (make(collection, shortest_px=shortest_px, channels=channels) for make in (images, cached))
+@pytest.mark.parametrize("name", ["l1", "l2"])
+def test_a_hit_a_miss_and_no_cache_are_equal_in_pixels_and_strides(collection, name, shortest_px, channels, tmp_path):
+    plain = images(collection, shortest_px, channels)
+    on_disk = keep_on_disk(plain, cache_config(folder=str(tmp_path), disk_gib=0.05))
+    kept = on_disk if name == "l2" else cached(collection, shortest_px=shortest_px, channels=channels)
     for row in range(12):
         direct, miss, hit = (source.read(row)["image"] for source in (plain, kept, kept))
         assert torch.equal(direct, miss) and torch.equal(miss, hit)
         first = 1 if channels == 1 else 0  # the stride of one channel means nothing
         assert direct.stride()[first:] == miss.stride()[first:] == hit.stride()[first:]
-    assert kept.readings() == {"l1_hit_rate": 0.5, "l1_gib": kept.records.used_bytes() / GIB}
+    assert kept.readings() == {f"{name}_hit_rate": 0.5, f"{name}_gib": kept.records.used_bytes() / GIB}
 
 
 def test_an_unreadable_image_is_refused_each_time(collection):
@@ -70,14 +73,13 @@ def test_an_unreadable_image_is_refused_each_time(collection):
 
 
 def test_no_transform_changes_what_is_kept(collection):
-    values = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {
-        "image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0, "pad": "square",
+    values = yaml.safe_load((CONF / "augment/light.yaml").read_text())
+    values |= {"image_size_hw": [25, 25], "crop_scale": [1.0, 1.0], "random_erasing": 1.0}
+    others = {
+        "pad": "square", "rand_augment": "rand-m9-mstd0.5-inc1", "color_jitter": {"strength": 0.4, "hue": 0.1},
         "affine": {"degrees": 5.0, "translate": 0.1, "scale": [0.9, 1.1], "shear_degrees": 5.0},
-        "color_jitter": {"strength": 0.4, "hue": 0.1},
-        "rand_augment": "rand-m9-mstd0.5-inc1",
     }  # fmt: skip
-    erased = values | {"affine": None, "color_jitter": None, "rand_augment": None, "pad": "none"}
-    transforms = [TrainTransform(AugmentConfig(**config)) for config in (values, erased)]
+    transforms = [TrainTransform(AugmentConfig(**values | changes)) for changes in (others, {})]
     transforms.append(EvalTransform({**values, "channels": 3, "eval_resize": "squash"}))
     kept = cached(collection)
     before = [kept.read(row)["image"].clone() for row in range(12)]

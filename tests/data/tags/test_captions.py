@@ -150,17 +150,15 @@ def test_tags_are_dropped_by_category_and_shuffled_within_one(tmp_path):
     captions = config(
         order=CATEGORIES, dropout={"artist": 0.2, "general": 1.0, "meta": 0.0}, tag_dropout=0.5, shuffle=True
     )
-    general, artists = [f"g{n}" for n in range(5)], [f"artist:a{n}" for n in range(50)]
-    files = {"a.json": json.dumps({"tags": [*general, "meta:m", "best quality", *artists]})}
+    tags = ["g1", "g2", "meta:m", "best quality", *(f"artist:a{n}" for n in range(50))]
+    files = {"a.json": json.dumps({"tags": tags})}
     text = captions.read(collection_of(tmp_path, files, ["a.png"]).row(0))[0]
     drawn = [captions.vary_tags(text, torch.Generator().manual_seed(key)).split(", ") for key in range(60)]
-    kept = [[tag for tag in tags if tag[0] == "a"] for tags in drawn]
-    assert abs(np.mean([len(tags) for tags in kept]) / 50 - 0.8) < 0.03 and kept[0] != sorted(kept[0])
-    assert all(
-        tags == [*artists, *["best quality"] * (len(tags) - len(artists) - 1), "m"]
-        for tags, artists in zip(drawn, kept)
-    )
-    assert 15 < sum("best quality" in tags for tags in drawn) < 45
+    for tags in drawn:
+        artists = [tag for tag in tags if tag.startswith("a")]
+        assert tags in ([*artists, "m"], [*artists, "best quality", "m"]) and artists != sorted(artists)
+    lengths = [len(tags) - 1 - ("best quality" in tags) for tags in drawn]
+    assert abs(np.mean(lengths) / 50 - 0.8) < 0.03 and 15 < sum("best quality" in tags for tags in drawn) < 45
     for wrong in ({"order": ["artists"]}, {"dropout": {"artists": 0.1}}):
         with pytest.raises(ValidationError, match="artist"):
             config(**wrong)
