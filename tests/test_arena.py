@@ -1,6 +1,7 @@
 """evaluate.py job=compare: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
 import csv
+import itertools
 
 import numpy as np
 import onnx
@@ -19,6 +20,18 @@ ROWS = [(9, "general"), (9, "sensitive"), (0, "blue"), (0, "Green"), (0, "red"),
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0", "batch_size=5"]
 DATA = ["data=image_folder", "data.root=images"]
 ARENA = ["job=compare", *DATA, *ON_CPU, "rating_s=sensitive", "min_support=4"]
+
+
+def write_colours(root, counts, height=12, step=1):
+    """Write noisy images of each colour for each split; yield each file and its number."""
+    draw = np.random.default_rng(0)
+    for split, colour in itertools.product(counts, COLOURS):
+        (root / split / colour).mkdir(parents=True)
+        for number in range(counts[split]):
+            noise = draw.integers(-10, 10, (height, height + step * number, 3))
+            path = root / split / colour / f"{number}.png"
+            Image.fromarray(np.clip(np.array(COLOURS[colour]) + noise, 0, 255).astype(np.uint8)).save(path)
+            yield path, number
 
 
 def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch="batch", shape=(8, 8, 3)):
@@ -49,16 +62,9 @@ def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch
 def place(tmp_path_factory):
     """Return a folder with 36 tagged images of three colours, a run on them, and two taggers of others."""
     folder = tmp_path_factory.mktemp("arena")
-    draw = np.random.default_rng(0)
-    for split, count in (("train", 8), ("val", 4)):
-        for colour, level in COLOURS.items():
-            (folder / "images" / split / colour).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(level) + draw.integers(-10, 10, (12, 12 + number, 3)), 0, 255)
-                path = folder / "images" / split / colour / f"{number}.png"
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-                rare = ", rare" if number == 0 and split == "val" else ""
-                path.with_suffix(".txt").write_text(f"{colour}, rating:{'gs'[number % 2]}{rare}, extra")
+    for path, number in write_colours(folder / "images", {"train": 8, "val": 4}):
+        rare = ", rare" if number == 0 and path.parent.parent.name == "val" else ""
+        path.with_suffix(".txt").write_text(f"{path.parent.name}, rating:{'gs'[number % 2]}{rare}, extra")
     tagging = ["task=tagging", "task.min_count=1", "task.rating_s=sensitive", "augment.image_size_hw=[16,16]"]
     run("train", [*SMALL_MODEL, *SHORT, *DATA, *tagging, "run_dir=run"], folder)
     write_wd(folder / "wd")

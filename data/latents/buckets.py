@@ -86,15 +86,11 @@ class BucketConfig(Strict):
 
     @model_validator(mode="after")
     def _has_squares(self) -> "BucketConfig":
-        if not self.min_px**2 <= max(self.areas_px) <= self.max_px**2:
+        least, most = self.min_px**2, self.max_px**2
+        if not least <= max(self.areas_px) <= most or min(self.areas_px) < self.step_px**2:
             raise ValueError(
-                f"task.buckets.areas_px: {max(self.areas_px)} is not between min_px x min_px and max_px x max_px, "
-                f"{self.min_px**2} and {self.max_px**2}; change one of them"
-            )
-        if min(self.areas_px) < self.step_px**2:
-            raise ValueError(
-                f"task.buckets.areas_px: {min(self.areas_px)} has no room for a square of step_px, {self.step_px} px; "
-                "set a larger area or a smaller step"
+                f"task.buckets.areas_px: the largest of {self.areas_px} must be between min_px x min_px and "
+                f"max_px x max_px, {least} and {most}, and all at least step_px x step_px, {self.step_px**2}; set one"
             )
         return self
 
@@ -173,23 +169,23 @@ class Buckets:
 
     def describe(self) -> str:
         """Describe the buckets and the cropped area in one line."""
+        dropped = "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
         if len(self.rows) == 0:
-            return "no image has a bucket"
+            return f"no image has a bucket{dropped}"
         zoom, lost = _measure_fit(self.image_hw, self.sizes_hw[self.groups])
         areas = self.sizes_hw.prod(axis=1)
         images = len(np.unique(self.rows))
         line = f"{len(self.sizes_hw)} buckets of {areas.min():,} to {areas.max():,} px for {images:,} images"
         if images < len(self.rows):
-            line += f", each in several areas: {len(self.rows):,} samples an epoch (task.buckets.assign=all)"
+            line += f", each in several: {len(self.rows):,} samples an epoch"
         line += f"; cropped {lost.mean():.1%} of the area in the mean, {lost.max():.1%} at worst"
-        line += f"; {np.count_nonzero(zoom > 1):,} enlarged, by at most {zoom.max():.1f} times"
-        return line + "".join(f"; {len(rows):,} dropped: {reason}" for reason, rows in self.dropped.items())
+        line += f"; {np.count_nonzero(zoom > 1):,} enlarged, at most {max(zoom.max(), 1):.1f} times"
+        return line + dropped
 
-    def refuse_none(self, count: int) -> None:
-        """Raise UserError if none of `count` images has a bucket."""
+    def refuse_none(self) -> None:
+        """Raise UserError if no image has a bucket."""
         if len(self.rows) == 0:
-            counts = ", ".join(f"{len(dropped):,} {reason}" for reason, dropped in self.dropped.items())
-            raise UserError(f"task.buckets: none of {count:,} images has a bucket ({counts}); set other limits")
+            raise UserError(f"task.buckets: {self.describe()}; set other limits")
 
     def count(self) -> list[list[int]]:
         """Return height, width and number of images of each bucket."""

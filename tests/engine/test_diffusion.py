@@ -220,7 +220,7 @@ def test_killed_and_resumed_equals_uninterrupted_bit_for_bit(place):
     assert_equal_runs(place / "straight", place / "killed", 6)
     text = (place / "killed/log.txt").read_text()
     for said in ("task.mask: 3 of 47 images", "3 buckets",
-                 "47 images, each in several areas: 84 samples"):  # fmt: skip
+                 "47 images, each in several: 84 samples"):  # fmt: skip
         assert said in text
 
 

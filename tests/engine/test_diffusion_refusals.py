@@ -37,7 +37,10 @@ def refused(place, monkeypatch, capsys, *overrides):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["task.buckets.sizes_hw=[[[512,512]]]", "task.buckets.small=drop"], "buckets: none of 9 images has a bucket"),
+        (
+            ["task.buckets.sizes_hw=[[[512,512]]]", "task.buckets.small=drop"],
+            "buckets: no image has a bucket; 9 dropped",
+        ),
         (["loop.sampling=balanced"], "loop.sampling: balanced"),
     ],
 )

@@ -5,7 +5,6 @@ import csv
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
 
@@ -15,7 +14,7 @@ from engine.tasks.judge import Judge, JudgeConfig, prepare
 from tests.in_process import SHORT as SMALL_RUN
 from tests.in_process import SMALL_MODEL, run, run_command, run_until_killed
 from tests.support import TINY, rows, start
-from tests.test_arena import COLOURS, write_wd
+from tests.test_arena import write_colours, write_wd
 from utils.io.files import read_json
 
 SHORT = [
@@ -30,15 +29,9 @@ JUDGE = "task.judge={{weights: {}, prompts: 3}}"
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with 15 tagged images of three colours, a tagger of the WD form, and a judged run in `run`."""
-    folder, draw = tmp_path_factory.mktemp("judge"), np.random.default_rng(0)
-    for split, count in (("train", 3), ("val", 2)):
-        for colour, level in COLOURS.items():
-            (folder / "images" / split / colour).mkdir(parents=True)
-            for number in range(count):
-                pixels = np.clip(np.array(level) + draw.integers(-10, 10, (64, 64 + 8 * number, 3)), 0, 255)
-                path = folder / "images" / split / colour / f"{number}.png"
-                Image.fromarray(pixels.astype(np.uint8)).save(path)
-                path.with_suffix(".txt").write_text(f"{colour}, extra")
+    folder = tmp_path_factory.mktemp("judge")
+    for path, _ in write_colours(folder / "images", {"train": 3, "val": 2}, height=64, step=8):
+        path.with_suffix(".txt").write_text(f"{path.parent.name}, extra")
     write_wd(folder / "wd", scale=80.0)
     run("finetune_sdxl", [*SHORT, JUDGE.format("wd"), "run_dir=run"], folder)
     return folder

@@ -54,16 +54,8 @@ def test_literal_weights():
     for (kind, prediction_type), expected in weights.items():
         found = loss_weight(kind, prediction_type, snr, gamma=5.0, floor=0.0)
         torch.testing.assert_close(found, torch.tensor(expected, dtype=torch.float32))
-
-
-@pytest.mark.parametrize("floor", [0.25, 0.0])
-def test_the_terminal_step_has_a_gradient_with_a_floor(floor):
-    """Without one, min-SNR weights v by 0 at zero terminal SNR, and black images are never learnt."""
-    level = level_at(torch.tensor([999]), zero=True)
-    output = torch.zeros_like(LATENTS[:1], requires_grad=True)
-    error = output - target("v_prediction", LATENTS[:1], NOISE[:1], level)
-    (loss_weight("min_snr", "v_prediction", level.snr, 5.0, floor) * error.square().mean()).sum().backward()
-    assert output.grad.isfinite().all() and bool(output.grad.any()) == (floor > 0)
+    # Without a floor, pure noise is never trained, and black images are never learnt.
+    assert [loss_weight("min_snr", "v_prediction", torch.zeros(1), 5.0, each).item() for each in (0.25, 0)] == [0.25, 0]
 
 
 def strata_of(keys):
@@ -121,11 +113,3 @@ def test_flow_is_sampled_by_eulers_method():
         found, wanted = scheduler.step(found.sin(), timestep, found).prev_sample, wanted + (then - now) * wanted.sin()
     torch.testing.assert_close(found, wanted)
     torch.testing.assert_close(scheduler.sigmas[[0, -1]], torch.tensor([1.0, 0.0]), rtol=0, atol=1e-3)
-
-
-def test_offset_noise_shifts_channels_as_a_whole():
-    shape = torch.empty(4096, 4, 4, 4)
-    plain, offset = draw_noise(KEYS, shape, 0.0), draw_noise(KEYS, shape, 0.5)
-    added = (offset - plain) / 0.5
-    torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added), rtol=1e-3, atol=1e-5)
-    assert plain.std().item() == pytest.approx(1.0, abs=0.01) and added.std().item() == pytest.approx(1.0, abs=0.03)

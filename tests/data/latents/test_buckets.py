@@ -1,5 +1,7 @@
 """Buckets: the rule, the nearest ratio, fits whose coordinates an index image gives back, images that fit nowhere."""
 
+from types import SimpleNamespace
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -124,14 +126,18 @@ def test_sizes_come_from_the_manifest_or_the_headers_read_once(tmp_path, monkeyp
         monkeypatch.setattr("data.images.sizes.read_upright_size", lambda path: (1, 1) if path.exists() else None)
 
 
-def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
+def assign_all(image_hw, **changes):
+    """Return the buckets of images of these sizes."""
+    named = SimpleNamespace(table=pa.table({"path": [f"{number}.png" for number in range(len(image_hw))]}))
+    return make_buckets(named, np.arange(len(image_hw)), np.array(image_hw), config(**changes))
+
+
+def test_images_that_fit_nowhere_are_counted_and_named(log):
     sizes = [(512, 512), (4000, 1), (600, 400), (100, 70), (1000, 1050), (40, 20), (0, 0)]
-    folder = make_folder(tmp_path, [(9, 9)] * len(sizes))
-    rows, sizes_hw = np.arange(len(sizes)), np.array(sizes)[:, ::-1]
-    settings = {"areas_px": [512**2], "min_px": 256, "max_px": 1024}
+    sizes_hw = np.array(sizes)[:, ::-1]
 
     def buckets(small):
-        made = make_buckets(folder, rows, sizes_hw, config(small=small, **settings))
+        made = assign_all(sizes_hw, small=small, areas_px=[512**2], min_px=256, max_px=1024)
         return made, dict(zip(made.rows.tolist(), map(tuple, made.sizes_hw[made.groups].tolist())))
 
     kept, size_of = buckets("keep")
@@ -143,7 +149,7 @@ def test_images_that_fit_nowhere_are_counted_and_named(tmp_path, log):
     _, size_of = buckets("native")
     assert set(size_of) == {0, 2, 3, 4} and size_of[3] == (64, 64)
     assert [kept.number_of(*pair) for pair in zip(kept.rows, kept.groups)] == [0, 1, 2, 3, 4]
-    assert len(make_buckets(folder, rows, np.zeros_like(sizes_hw), config()).rows) == 0
+    assert len(assign_all(np.zeros_like(sizes_hw)).rows) == 0
 
 
 SQUARES = [[[512, 512]], [[768, 768]], [[1024, 1024]]]
@@ -160,10 +166,8 @@ SQUARES = [[[512, 512]], [[768, 768]], [[1024, 1024]]]
         ("no_upscale", None, [(512, 512), (1200, 800), (900, 600), (2000, 3000)], [512, 896, 640, 832]),
     ],
 )
-def test_size_decides_between_areas_and_the_ratio_within_one(tmp_path, how, sizes_hw, image_hw, wanted):
-    folder = make_folder(tmp_path, [(9, 9)] * len(image_hw))
-    settings = config(areas_px=[1024**2, 512**2, 768**2], sizes_hw=sizes_hw, assign=how)
-    made = make_buckets(folder, np.arange(len(image_hw)), np.array(image_hw), settings)
+def test_size_decides_between_areas_and_the_ratio_within_one(how, sizes_hw, image_hw, wanted):
+    made = assign_all(image_hw, areas_px=[1024**2, 512**2, 768**2], sizes_hw=sizes_hw, assign=how)
     assert made.sizes_hw[made.groups][:, 0].tolist() == wanted
     assert [made.number_of(*pair) for pair in zip(made.rows, made.groups)] == list(range(len(wanted)))
     assert ("3 samples an epoch" in made.describe()) == (how == "all")

@@ -84,13 +84,12 @@ def assert_right(cache):
     for number, (row, group) in enumerate(zip(cache.buckets.rows.tolist(), cache.buckets.groups.tolist())):
         for variant in range(cache.variants):
             record, fit = cache.read_variant(row, group, variant), cache.fit(number, variant)
-            mean, _ = Encoder()(place(files.read(row)["image"], fit, flip=variant == 1)[None])
-            assert torch.equal(record["latent_mean"], mean[0].half())
-            assert torch.equal(record["latent_logvar"], -mean[0].half())
-            original_hw, crop_top_left, target_hw = record["fit"].split(2)
-            assert crop_top_left.tolist() == fit.crop_top_left.tolist()
-            assert original_hw.tolist() == list(files.read(row)["image"].shape[-2:])
-            assert [side // 8 for side in target_hw.tolist()] == list(mean.shape[-2:])
+            image = files.read(row)["image"]
+            mean = Encoder()(place(image, fit, flip=variant == 1)[None])[0][0]
+            assert torch.equal(record["latent_mean"], mean.half())
+            assert torch.equal(record["latent_logvar"], -mean.half())
+            sides = [8 * side for side in mean.shape[-2:]]
+            assert record["fit"].tolist() == [*image.shape[-2:], *fit.crop_top_left, *sides]
 
 
 def test_what_changed_is_encoded_again_and_nothing_else(images):
@@ -133,9 +132,9 @@ def test_training_and_evaluation_read_the_cache(images):
     steps, mirrored, evaluated = loader.steps(0, 4, 4), [], []
     for _ in range(12):
         (batch,) = next(steps)
-        for number, row in enumerate(batch["sample_id"].tolist()):
-            variants = [cache.read_variant(row, groups[row], variant)["latent_mean"] for variant in range(2)]
-            mirrored.append(next(v for v in range(2) if torch.equal(variants[v], batch["latent_mean"][number])))
+        for row, key, latents in zip(batch["sample_id"].tolist(), batch["key"].tolist(), batch["latent_mean"]):
+            mirrored.append(int(cache.find_fit(row, key, groups[row])[1]))
+            assert torch.equal(cache.read_variant(row, groups[row], mirrored[-1])["latent_mean"], latents)
         assert batch["latent_mean"].dtype == torch.float16 and bool((batch["weight"] == 1).all())
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as in an evaluation
         for batch in data.evaluation(rows, tensors, {}, groups=groups):
