@@ -1,7 +1,6 @@
 """docs/new_task.md, followed word by word in a copy of the program: what it says to write is written, and trains."""
 
 import csv
-import json
 import re
 import shlex
 import shutil
@@ -11,6 +10,7 @@ import sys
 import pytest
 
 from tests.support import ROOT, make_collection, rows
+from utils.io.files import read_json
 
 PAGE = (ROOT / "docs/new_task.md").read_text(encoding="utf-8")
 SHORT = [
@@ -58,7 +58,7 @@ def test_the_page_builds_a_kind_that_every_command_knows(tmp_path):
     start(program, train, *SHORT)
     measured = rows(program / "outputs/score/metrics.jsonl", "evaluate")[-1]
     start(program, evaluate, "runtime.precision=fp32", "output=found.json")
-    found = json.loads((program / "found.json").read_text())
+    found = read_json(program / "found.json")
     for name in ("loss", "mean_absolute_error"):
         assert found[name] == pytest.approx(measured[name], rel=1e-5)
     start(program, predict)

@@ -34,6 +34,7 @@ from data.images.open import read_file
 from data.tools.manifest import Manifest
 from data.tools.pack import Pack
 from utils.config.help import CONF
+from utils.errors import UserError
 from utils.formats.background import DEFAULT
 from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 from utils.record import plots
@@ -161,6 +162,11 @@ def common(task, data, run_dir, *more):
         "tracking.samples=true",
         *more,
     ]
+
+
+def refuses(match):
+    """Expect a UserError with this text."""
+    return pytest.raises(UserError, match=match)
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from tests.in_process import SHORT, SMALL_MODEL, run
-from utils.errors import UserError
+from tests.support import refuses
 from utils.formats.thresholds import find_thresholds
 from utils.formats.vocabulary import Vocabulary, write_vocabulary
 from utils.io.files import read_json
@@ -123,5 +123,5 @@ CLASHES = {
 @pytest.mark.parametrize("clash", CLASHES)
 def test_models_that_cannot_be_compared_are_refused(clash, place, tmp_path):
     CLASHES[clash](tmp_path / "other")
-    with pytest.raises(UserError, match=r"^models: .*other"):
+    with refuses(r"^models: .*other"):
         run("evaluate", [*ARENA, f"models=[wd,{tmp_path / 'other'}]"], place)

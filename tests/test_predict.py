@@ -1,7 +1,6 @@
 """Rows of predict.py: each against the network applied to its file alone."""
 
 import csv
-import json
 
 import numpy as np
 import pytest
@@ -12,6 +11,7 @@ from data.augment.transforms import EvalTransform
 from engine.exports.weights import open_weights
 from tests.in_process import TINY, make_images, run
 from tests.support import rows
+from utils.io.files import read_json
 from utils.io.weights import read_weights
 
 
@@ -71,5 +71,5 @@ def test_the_background_of_training_goes_with_the_weights(tmp_path):
         Image.new("RGBA" if len(colour) == 4 else "RGB", (32, 32), colour).save(tmp_path / f"one/{name}.png")
         words = ["weights=run", f"input=one/{name}.png", "output=found.jsonl", "device=cpu"]
         run("predict", words, tmp_path)
-        results[name] = json.loads((tmp_path / "found.jsonl").read_text())["top"]
+        results[name] = read_json(tmp_path / "found.jsonl")["top"]
     assert results["clear"] == results["red"] != results["white"]

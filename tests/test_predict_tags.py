@@ -16,9 +16,8 @@ from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import rows
+from tests.support import refuses, rows
 from utils.config.messages import ConfigError
-from utils.errors import UserError
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
 from utils.formats.vocabulary import Vocabulary, category_name, write_vocabulary
@@ -100,7 +99,7 @@ def test_the_mean_with_the_mirror_image_exchanges_left_and_right(tmp_path):
     assert chosen.tolist() == [0, 2, 1, -1, -1]
     for predictor.mirror, wanted in ((None, [0, 1, 2, 3, 4]), (chosen, [2, 1.5, 2.5, 3, 4]), (np.arange(5), [2] * 5)):
         assert predictor.predict(images)[0] * 10 == pytest.approx(wanted)
-    with pytest.raises(UserError, match="^mirror: plain is for classes and tags"):
+    with refuses("^mirror: plain is for classes and tags"):
         predict.choose_mirror(SimpleNamespace(mirror="plain"), predictor, True)
 
 
@@ -213,7 +212,7 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
     ours = images / "val/A/000.txt"
     ours.write_text("\ufeffA girl, 1girl,\n rating:general\n", encoding="utf-8")
     words = ["threshold=0.89", "text.rating=last"]
-    with pytest.raises(UserError, match=r"^existing: null"):
+    with refuses(r"^existing: null"):
         go(place, "beside", *words)
     assert list(texts(images)) == ["val/A/000.txt"]
     assert go(place, "beside", *words, "existing=skip").endswith(": 3 images, 1 there already")
@@ -225,7 +224,7 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
     go(place, "beside", *words, "existing=overwrite")
     assert ours.read_text() == "1girl, long_hair, rating:explicit\n"
     ours.write_bytes(b"\xff")
-    with pytest.raises(UserError, match=r"^output: .*000\.txt is not UTF-8"):
+    with refuses(r"^output: .*000\.txt is not UTF-8"):
         go(place, "beside", *words, "existing=append")
 
 
@@ -278,12 +277,12 @@ def test_nothing_is_written_through_a_link(place, images, tmp_path):
     before = texts(tmp_path)
     assert ": 12 images, " in go(place, "beside", source="copy")  # which does not follow the link
     assert texts(tmp_path) == before and len(texts(images)) == 12
-    with pytest.raises(UserError, match=r"^output: .*copy/link/.* is a link out of "):
+    with refuses(r"^output: .*copy/link/.* is a link out of "):
         go(place, "beside", "existing=skip", source="copy/*/*/*.png")
     (tmp_path / "secret").write_text("secret")
     (images / "val/A/000.txt").unlink()
     (images / "val/A/000.txt").symlink_to(tmp_path / "secret")
-    with pytest.raises(UserError, match=r"^output: .* is a link out of "):
+    with refuses(r"^output: .* is a link out of "):
         go(place, "beside", "existing=append", source="copy")
     assert texts(tmp_path) == before and (tmp_path / "secret").read_text() == "secret"
 
@@ -297,7 +296,7 @@ def test_images_are_found_by_list_pattern_and_stdin(place, images, monkeypatch):
     go(place, "copy/texts/", source="-")
     assert list(texts(images / "texts")) == [f"{path[4:-4]}.txt" for path in PATHS]  # below val, which they share
     os.link(images / "val/A/000.png", os.fsencode(images) + b"/val/\xff.png")
-    with pytest.raises(UserError, match=r"^input: the file name .* is not UTF-8"):
+    with refuses(r"^input: the file name .* is not UTF-8"):
         go(place, "copy/x.jsonl")
 
 
@@ -337,7 +336,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
         write_thresholds(place / "other.csv", make_table(0.93), made)
         assert tags_of(place, "thresholds=other.csv") == ["1girl"]
         write_thresholds(place / "made/weights/best_thresholds.csv", make_table(), hash_of(place, "run"))
-        with pytest.raises(UserError, match=r"^thresholds: .*evaluate\.py run_dir=made weights=best calibrate=true$"):
+        with refuses(r"^thresholds: .*evaluate\.py run_dir=made weights=best calibrate=true$"):
             tags_of(place)
     finally:
         os.unlink(place / "made/weights/best_thresholds.csv")
@@ -385,7 +384,7 @@ def test_images_like_one_are_found_by_their_embeddings(place, images, exported):
         found = rows(place / "like.jsonl")
         assert [row["path"] for row in found] == [path for _, path in wanted] and found[0]["path"] == f"copy/{PATHS[1]}"
         assert [row["similarity"] for row in found] == pytest.approx([value for value, _ in wanted], abs=1e-5)
-    with pytest.raises(UserError, match=r"^input: ours\.npz has embeddings from other weights"):
+    with refuses(r"^input: ours\.npz has embeddings from other weights"):
         go(place, "like.csv", f"like=copy/{PATHS[1]}", source="ours.npz")
-    with pytest.raises(UserError, match=rf"^like: copy/{PATHS[3]} cannot be read"):
+    with refuses(rf"^like: copy/{PATHS[3]} cannot be read"):
         go(place, "like.csv", f"like=copy/{PATHS[3]}")

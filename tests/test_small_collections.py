@@ -1,16 +1,14 @@
 """Collections of a few images train by every script, with a validation image where one can be spared and without else;
 and a row for each image of an evaluation."""
 
-import json
-
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from tests.in_process import run
-from tests.support import TINY
-from utils.errors import UserError
+from tests.support import TINY, refuses
+from utils.io.files import read_json
 
 ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.workers=0"]
 SHORT = [*ON_CPU, "loop.total_steps=2", "data=image_folder", "data.root=in", "run_dir=run"]
@@ -69,15 +67,15 @@ def test_a_few_images_train_by_every_script(script, layout, count, words, is_val
     run(name, [*settings, *words], tmp_path)
     assert "the run is complete: 2 of 2" in capsys.readouterr().err
     if (script, count) == ("tagging", 2):  # one validation image
-        with pytest.raises(UserError, match="^calibrate: the images are too few"):
+        with refuses("^calibrate: the images are too few"):
             run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], tmp_path)
     if not is_validated:
         evaluate = ["run_dir=run", *ON_CPU, "batch_size=4"]
-        with pytest.raises(UserError, match="^split: in has no image of split=val"):
+        with refuses("^split: in has no image of split=val"):
             run("evaluate", evaluate, tmp_path)
         assert "run has no best weights, because it was not evaluated; using last_weights" in capsys.readouterr().err
         run("evaluate", [*evaluate, "split=train"], tmp_path)
-        assert json.loads((tmp_path / "run/metrics_train.json").read_text())["split"] == "train"
+        assert read_json(tmp_path / "run/metrics_train.json")["split"] == "train"
 
 
 def test_a_validation_image_without_a_bucket_ends_no_run(tmp_path, capsys):
@@ -106,7 +104,7 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
         run("evaluate", [*words, f"split={split}"], tmp_path)
         rows = images_of(tmp_path)
         file = "metrics.json" if split == "val" else f"metrics_{split}.json"
-        figures = json.loads((tmp_path / "run" / file).read_text())
+        figures = read_json(tmp_path / "run" / file)
         assert len(rows) == count and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
         assert np.mean([row["loss"] for row in rows]) == pytest.approx(figures["loss"], rel=1e-5)
         assert np.mean([not row["wrong"] for row in rows]) == figures["top1"]
@@ -114,7 +112,7 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
         for row in rows:
             assert row["label"] == row["path"][0] and row["wrong"] == (row["label"] != row["prediction"])
             assert 0.5 <= row["probability"] <= 1
-    with pytest.raises(UserError, match="calibrate: true fits a tagger's thresholds"):
+    with refuses("calibrate: true fits a tagger's thresholds"):
         run("evaluate", [*words, "split=train", "calibrate=true"], tmp_path)
 
 
@@ -130,7 +128,7 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
         run("evaluate", ["run_dir=run", *ON_CPU, "data.root=test", *words], tmp_path)
     run("evaluate", ["run_dir=run", *ON_CPU, "data.root=apart"], tmp_path)
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")} == own
-    found = {file: json.loads(file.read_text()) for file in (tmp_path / "run/evaluate").glob("*/metrics*.json")}
+    found = {file: read_json(file) for file in (tmp_path / "run/evaluate").glob("*/metrics*.json")}
     sizes = sorted(
         (file.parent.name.rpartition("-")[0], each["split"], each["samples"]) for file, each in found.items()
     )
@@ -145,7 +143,7 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
         ["run_dir=run", *ON_CPU, "data.root=../" + tmp_path.name + "/in", "data.validation_fraction=0.5"],
         tmp_path,
     )
-    again = json.loads((tmp_path / "run/metrics.json").read_text())
+    again = read_json(tmp_path / "run/metrics.json")
     assert again["samples"] == 2 and "data" not in again
     run("evaluate", ["run_dir=run", *ON_CPU, "split=train"], tmp_path)
     assert {"metrics_train.json", "report_train.html"} <= {file.name for file in (tmp_path / "run").glob("*.*")}
@@ -155,7 +153,7 @@ def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     fill(tmp_path / "in", "flat", 12)
     name, settings = SCRIPTS["tagging"]
     run(name, settings, tmp_path)
-    with pytest.raises(UserError, match="split: train"):
+    with refuses("split: train"):
         run("evaluate", ["run_dir=run", *ON_CPU, "split=train", "calibrate=true"], tmp_path)
     run("evaluate", ["run_dir=run", *ON_CPU, "batch_size=5", "per_image=true", "split=all"], tmp_path)
     for number, row in enumerate(sorted(images_of(tmp_path), key=lambda row: int(row["path"].split(".")[0]))):

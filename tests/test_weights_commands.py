@@ -14,9 +14,9 @@ from models.build import build_network
 from models.config import ConvNeXtV2Config
 from models.interop.parity import vary_weights
 from tests.in_process import SHORT, make_images, run
+from tests.support import refuses
 from tests.support import rows as rows_of
 from tests.utils.io.test_hub import COMMIT, server  # noqa: F401 (a fixture)
-from utils.errors import UserError
 from utils.io.files import read_json
 from utils.io.weights import read_weights, write_weights
 
@@ -74,7 +74,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
     run("evaluate", ["run_dir=run", "weights=best", *ON_CPU], place)
     (place / "more.md").write_text("## Thanks\n\nto all, with hf_abcdefghijklmnopqrstuvwxyz")
     words = ["format=safetensors", "run_dir=run", "weights=best", "output=carded"]
-    with pytest.raises(UserError, match=r"^card: none\.md .*Markdown"):
+    with refuses(r"^card: none\.md .*Markdown"):
         run("export", [*words, "card=none.md"], place)
     run("export", [*words, "card=more.md"], place)
     text = (place / "carded/README.md").read_text()
@@ -90,7 +90,7 @@ def test_the_card_of_an_export_says_how_the_weights_were_trained_and_names_no_pa
 def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, caplog, monkeypatch):  # noqa: F811
     words = ["format=safetensors", "run_dir=run", "weights=best", "output=shared", "hub=me/net"]
     for licence in ("unknown", "cc-by-nc-nd-4.0"):
-        with pytest.raises(UserError, match="^license: "):
+        with refuses("^license: "):
             run("export", [*words, f"license={licence}"], place)
     assert not (place / "shared").exists()
     with monkeypatch.context() as patch:
@@ -155,12 +155,12 @@ def test_the_licence_of_the_source_stays_with_the_run_and_its_exports(place):
 def test_a_file_of_features_only_is_for_init_from(place):
     run("export", ["format=safetensors", "run_dir=run", "backbone_only=true", "output=features"], place)
     file = "features/model.safetensors"
-    with pytest.raises(UserError, match=rf"^weights: {file} .*init_from={file}"):
+    with refuses(rf"^weights: {file} .*init_from={file}"):
         run("evaluate", [f"weights={file}", *DATA, *ON_CPU], place)
     run("finetune", [*SMALL, f"init_from={file}", "loop.total_steps=0", "run_dir=from_features"], place)
     tensors, found = read_weights(place / file)[0], weights_of(place, "from_features")[0]
     assert all(torch.equal(tensor, found[name]) for name, tensor in tensors.items())
-    with pytest.raises(UserError, match=r"^weights: .*init_from=fcmae\.pt"):
+    with refuses(r"^weights: .*init_from=fcmae\.pt"):
         run("predict", ["weights=fcmae.pt", "input=images", "output=f.jsonl"], place)
 
 
@@ -197,12 +197,12 @@ def test_timms_weights_come_from_its_cache_with_their_preprocessing(place, monke
     assert metadata["origin"] == {"source": f"timm {RESNET}", "layout": "timm", "license": config.license}
     run("evaluate", ["run_dir=timm", *ON_CPU], place)  # rebuilds the network without the hub
     # A kept head has the classes of its pretraining: another number is refused.
-    with pytest.raises(UserError, match=rf"^task\.head: kept, but timm {RESNET} has no head of these 2"):
+    with refuses(rf"^task\.head: kept, but timm {RESNET} has no head of these 2"):
         run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "task.head=kept", "run_dir=kept"], place)
 
 
 def test_weights_that_timm_cannot_give_are_refused(place, monkeypatch, tmp_path):
     use_cache(monkeypatch, tmp_path)
-    with pytest.raises(UserError, match="^init_from: "):
+    with refuses("^init_from: "):
         run("finetune", [*TIMM, f"model.name={RESNET}", "init_from=timm", "run_dir=refused"], place)
     assert not (place / "refused").exists()

@@ -8,8 +8,7 @@ import time
 import pytest
 
 from tests.in_process import configure, load_command, make_images, run_command, working_in
-from tests.support import start
-from utils.errors import UserError
+from tests.support import refuses, start
 from utils.io.files import read_json
 from workshop import Stage
 
@@ -80,12 +79,12 @@ def test_a_killed_workshop_goes_on_and_repeats_no_finished_stage_and_keeps_none_
     work(recipe, tmp_path)
     assert order()[3:] == ["blue"]
     other = Stage(command=f"{recipe['blue'].command} more", leaves=recipe["blue"].leaves)
-    with pytest.raises(UserError, match=r"^run_dir: .* blue of another stages\.blue\.command"):
+    with refuses(r"^run_dir: .* blue of another stages\.blue\.command"):
         work({**recipe, "blue": other}, tmp_path)
     work({**recipe, "green": other}, tmp_path)
     assert order()[4:] == ["blue"]
     (tmp_path / "Anna's images/train/A/000.txt").write_text("another")
-    with pytest.raises(UserError, match="^run_dir: .* other images"):
+    with refuses("^run_dir: .* other images"):
         work(recipe, tmp_path)
     work(recipe, tmp_path, "data.on_bad_sidecar=skip", run_dir="other")  # reaches both commands
     commands = [stage["command"] for stage in read_json(tmp_path / "other/stages.json").values()]
@@ -121,7 +120,7 @@ def test_a_stage_ends_with_the_workshop(number, status, tmp_path):
     while not (tmp_path / "pid.txt").exists() or not (pid := (tmp_path / "pid.txt").read_text()):
         assert started.processes[0].is_alive(), started.output
         time.sleep(0.02)
-    with pytest.raises(UserError, match="^run_dir: another workshop"):
+    with refuses("^run_dir: another workshop"):
         work({"red": Stage(command="x.py", leaves=["x"])}, tmp_path, "data.root=images")
     started.signal(number)
     assert started.wait() == [status]
@@ -134,7 +133,7 @@ def test_a_stage_ends_with_the_workshop(number, status, tmp_path):
 
 def test_what_a_recipe_has_wrong(recipe, tmp_path, monkeypatch, capfd):
     wrong = {"red": recipe["red"].model_copy(update={"leaves": ["red.jpg"]})}
-    with pytest.raises(UserError, match=r"^stages\.red\.leaves: red\.jpg "):
+    with refuses(r"^stages\.red\.leaves: red\.jpg "):
         work(wrong, tmp_path)
     (tmp_path / "empty").mkdir()
     for words, key in (

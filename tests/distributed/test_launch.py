@@ -1,6 +1,5 @@
 """Launching and ending: torchrun's own command, ranks that die, hang or are asked to stop. Properties of whole jobs."""
 
-import json
 import re
 import signal
 import time
@@ -10,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.support import common, rows, run, start
+from utils.io.files import read_json
 
 
 def wait_for(condition, seconds=90):
@@ -73,7 +73,7 @@ def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collectio
     for ranks in (1, 3):
         arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=4", "per_image=true"]
         run("evaluate.py", [f"run_dir={tmp_path}/run", *arguments], tmp_path, ranks=ranks)
-        found = json.loads((tmp_path / "run/metrics.json").read_text())
+        found = read_json(tmp_path / "run/metrics.json")
         assert found["step"] == 4 and found["samples"] == 15.0
         for name in ("loss", "top1", "top3"):
             assert found[name] == pytest.approx(trained[name], rel=1e-6)

@@ -1,7 +1,5 @@
 """The slow forms of this folder's tests: other tasks, ranks, settings and signals."""
 
-import json
-
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -30,6 +28,7 @@ from tests.support import (
     start,
 )
 from utils.hardware import missing_for_compile
+from utils.io.files import read_json
 
 needs_compiler = pytest.mark.skipif(missing_for_compile("cpu"), reason="needs a C++ compiler and Python's headers")
 FAST = ["runtime.compile=true", "runtime.channels_last=true", "runtime.precision=bf16", "runtime.deterministic=false"]
@@ -176,7 +175,7 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     for ranks in (1, 2):
         arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=5"]
         run("evaluate.py", [f"run_dir={tmp_path}/1", *arguments], tmp_path, ranks=ranks)
-        metrics = json.loads((tmp_path / "1/metrics.json").read_text())
+        metrics = read_json(tmp_path / "1/metrics.json")
         assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0]
 
 
@@ -184,10 +183,10 @@ def test_two_ranks_find_the_rate_of_one(searched):  # noqa: F811
     """With replicated and with sharded parameters; the run after it is the same up to summation order."""
     folder, base = searched
     run_here("finetune", [*base, *SEARCH, f"run_dir={folder}/one"], folder)
-    one = json.loads((folder / "one/lr_finder.json").read_text())
+    one = read_json(folder / "one/lr_finder.json")
     for name in ("ddp", "fsdp"):
         run("finetune.py", [*base, *SEARCH, f"runtime.parallel={name}", f"run_dir={folder}/{name}"], folder, ranks=2)
-        other = json.loads((folder / name / "lr_finder.json").read_text())
+        other = read_json(folder / name / "lr_finder.json")
         assert other["taken"] == one["taken"]
         assert other["losses"][:60] == pytest.approx(one["losses"][:60], rel=1e-4)  # before they diverge
         assert_same_rows(folder / "one", folder / name, 1e-3)

@@ -5,10 +5,9 @@ import torch
 
 from engine.update.batch_size import MicroBatches, show_samples
 from tests.in_process import TINY, make_images, run
-from tests.support import assert_equal_runs, common
+from tests.support import assert_equal_runs, common, refuses
 from tests.support import run as run_process
 from tests.tasks import troubled
-from utils.errors import UserError
 
 
 def test_batches_are_split_to_divisors():
@@ -39,7 +38,7 @@ def test_a_run_that_runs_out_equals_one_of_the_size_found(tmp_path, little_memor
     assert (tmp_path / "auto/log.txt").read_text().count("out of memory") == 2
 
     little_memory(0)
-    with pytest.raises(UserError, match=r"^loop.micro_batch_size: .*in training, with 1 samples of 3x\d+x\d+ at once"):
+    with refuses(r"^loop.micro_batch_size: .*in training, with 1 samples of 3x\d+x\d+ at once"):
         run("finetune", [*base, "run_dir=none"], tmp_path)
 
 
@@ -49,7 +48,7 @@ def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr("engine.tasks.classification.ClassificationTask.evaluate", full)
     base = [*TINY, f"data.root={make_images(tmp_path / 'images')}", *AUTO, "run_dir=run"]
-    with pytest.raises(UserError, match="^loop.micro_batch_size: .*in step 1: evaluating"):
+    with refuses("^loop.micro_batch_size: .*in step 1: evaluating"):
         run("finetune", base, tmp_path)
 
 

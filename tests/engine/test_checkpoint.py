@@ -18,8 +18,8 @@ from engine.run.checkpoint import (
     save_checkpoint,
 )
 from optim.state import load_optimizer_state, optimizer_state
+from tests.support import refuses
 from utils.config.entry_point import Job
-from utils.errors import UserError
 from utils.io.files import AppendFile, sha256_text
 from utils.record.run_folder import RunFolder
 
@@ -82,13 +82,13 @@ def test_a_run_whose_checkpoints_are_all_damaged_never_starts_from_zero(tmp_path
     assert find_checkpoint(tmp_path / "none") is None
     for step in (10, 20):
         flip_a_bit(make(tmp_path, step) / "state.json")
-    with pytest.raises(UserError, match="resume: all 2 checkpoints in .* are damaged"):
+    with refuses("resume: all 2 checkpoints in .* are damaged"):
         find_checkpoint(tmp_path)
 
 
 def test_weights_that_are_not_finite_are_refused(tmp_path):
     path = make(tmp_path, 10, value=torch.nan)
-    with pytest.raises(UserError, match=r"^resume: .*task\.safetensors has 6 values in w"):
+    with refuses(r"^resume: .*task\.safetensors has 6 values in w"):
         read_groups(path, read_state(path))
 
 
@@ -177,5 +177,5 @@ def test_optimiser_state_is_kept_by_name_for_any_groups():
     for parameter in parameters.values():
         for key, value in first.state[parameter].items():
             assert torch.equal(second.state[parameter][key], value)
-    with pytest.raises(UserError, match="resume: the optimiser of here has 'c/"):
+    with refuses("resume: the optimiser of here has 'c/"):
         load_optimizer_state(optimizer("ab"), *optimizer_state(first), "here")

@@ -1,6 +1,5 @@
 """`train.py curve=true`: its runs, the law, the prediction and what is refused."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -8,9 +7,8 @@ import pytest
 
 from engine.judging import curve
 from tests.in_process import TINY, run
-from tests.support import make_collection
-from utils.errors import UserError
-from utils.io.files import write_json
+from tests.support import make_collection, refuses
+from utils.io.files import read_json, write_json
 from utils.record.run_reader import RESULT_FILE
 
 IMAGES = [250, 500, 1000]
@@ -74,7 +72,7 @@ def test_the_runs_are_the_command_with_fewer_images_and_the_curve_is_in_its_fold
         {"loop.per_class=0.25", "run_dir=run/curve_25"}, {"loop.per_class=0.5", "run_dir=run/curve_50"},
         {"run_dir=run"},
     ]  # fmt: skip
-    found = json.loads((tmp_path / "run/learning_curve.json").read_text())
+    found = read_json(tmp_path / "run/learning_curve.json")
     assert [row["images"] for row in [*found["runs"], found["twice"]]] == [8, 16, 32, 64]
     assert (tmp_path / "run/plots/learning_curve.png").stat().st_size > 1000
 
@@ -92,6 +90,6 @@ def test_what_has_no_curve_is_refused(more, per_class, said, jobs, tmp_path):
     root = make_collection(
         tmp_path / "images", per_class=per_class or 16, classes="AB", validation=2 if per_class else 0
     )
-    with pytest.raises(UserError, match=said):
+    with refuses(said):
         run("train", [*WORDS, f"data.root={root}", *more], tmp_path)
     assert not jobs and not (tmp_path / "run").exists()

@@ -13,8 +13,7 @@ from tests.data.collection.test_collection import put
 from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch
 from tests.engine.test_diffusion_refusals import refused
 from tests.in_process import configure, run, run_command, run_until_killed
-from tests.support import rows
-from utils.errors import UserError
+from tests.support import refuses, rows
 from utils.record.run_reader import RunReader
 
 CONCEPTS = "data.concepts=[{path: dog, repeats: 3, trigger: sks}, {path: reg, share: 0.4, is_prior: true, weight: 0.5}]"
@@ -40,7 +39,7 @@ def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refuse
     assert_equal_runs(place / "straight", place / "killed", 6)
     train = rows(place / "straight/metrics.jsonl", "train")
     assert any(row["prior_loss"] is not None for row in train)
-    with pytest.raises(UserError, match="data.concepts"):
+    with refuses("data.concepts"):
         run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=killed"], place)
     run("finetune_sdxl", [*own, CONCEPTS.replace("repeats: 3", "repeats: 2"), "run_dir=other"], place)
     assert files == sorted(file.name for name in ("latents", "texts") for file in (place / name).rglob("*"))
@@ -51,7 +50,7 @@ def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(
     said = capsys.readouterr().err
     assert "1        3     50.0%  img/3_sks dog, trigger 'sks dog' in 1 captions" in said
     assert "1        3     50.0%  reg/1_dog, share 0.5, prior, trigger 'dog' in 1 captions" in said
-    with pytest.raises(UserError, match="none of the 2 images"):
+    with refuses("none of the 2 images"):
         run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "dry_run=true"], place)
 
 
@@ -93,7 +92,7 @@ def test_wrong_concepts_are_refused_by_key(concept, key, place, monkeypatch, cap
 
 @pytest.mark.parametrize("script", ["train", "finetune_vae", "prepare"])
 def test_other_scripts_refuse_concepts(script):
-    with pytest.raises(UserError, match="data.concepts: are for finetune_sdxl.py"):
+    with refuses("data.concepts: are for finetune_sdxl.py"):
         configure(script, ["data=image_folder", "data.root=x", "data.concepts=[{path: y}]"])
 
 

@@ -11,8 +11,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from models.sdxl.family import draw_networks
 from models.sdxl.lora_files import read_lora
 from tests.in_process import run
-from tests.support import TINY, make_collection
-from utils.errors import UserError
+from tests.support import TINY, make_collection, refuses
 from utils.io.weights import read_weights
 
 SHORT = [
@@ -97,7 +96,7 @@ def test_another_alpha_leaves_the_update_as_it_is(place, tmp_path):
 def test_what_does_not_continue_is_refused_before_images_are_encoded(words, said, place, tmp_path):
     for more in ([], ["dry_run=true"]):
         own = [f"task.latent_cache={tmp_path}/latents", f"run_dir={tmp_path}/run", "loop.total_steps=1"]
-        with pytest.raises(UserError, match=said):
+        with refuses(said):
             run("finetune_sdxl", [*SHORT, *words, *own, *more], place)
         assert not (tmp_path / "latents").exists()
 
@@ -124,7 +123,7 @@ def write_lora(path, changes, metadata=None):
     ],
 )
 def test_files_of_another_base_or_kind_are_refused(changes, metadata, said, tmp_path):
-    with pytest.raises(UserError, match=said):
+    with refuses(said):
         read_lora(write_lora(tmp_path / "other.safetensors", changes, metadata), draw_networks())
 
 

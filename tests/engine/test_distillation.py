@@ -17,8 +17,7 @@ from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run, run_until_killed
-from tests.support import checkpoint_tensors, rows, write_manifest
-from utils.errors import UserError
+from tests.support import checkpoint_tensors, refuses, rows, write_manifest
 from utils.io.files import read_json
 from utils.io.weights import read_weights
 
@@ -180,7 +179,7 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
     rebuilt = open_weights(path)
     assert rebuilt.kind.output == "features" and rebuilt.task.teacher is None
     assert rebuilt.model(torch.zeros(1, 3, 32, 32))[0].shape == (1, 12)
-    with pytest.raises(UserError, match="^weights: a student of features "):
+    with refuses("^weights: a student of features "):
         run("evaluate", ["run_dir=features", "runtime.device=cpu", "runtime.threads=1"], place)
     run("finetune", [*TAGGER, "init_from=features", "model.dims=[6,12]", "run_dir=tuned"], place)
 
@@ -190,9 +189,9 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
     [("resnet1888", "'resnet1888'.*resnet18"), ("images", "images"), ("features", "'distillation'")],
 )
 def test_a_wrong_teacher_is_named(teacher, said, place, features):
-    with pytest.raises(UserError, match=re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
+    with refuses(re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
         run("finetune", [*DISTIL, f"task.teacher={teacher}", "run_dir=x"], place)
-    with pytest.raises(UserError, match=r"^task\.teacher: .* takes images of 3 channels, but the student takes 1; set"):
+    with refuses(r"^task\.teacher: .* takes images of 3 channels, but the student takes 1; set"):
         find_teacher(str(place / "teacher"), 1)
 
 
@@ -200,5 +199,5 @@ def test_a_teacher_of_timm_states_its_preprocessing_and_has_a_head_or_none():
     teacher, names = find_teacher("resnet18", 3)
     assert teacher["preprocessing"]["image_size_hw"] == [224, 224] and len(names["class_names"]) == 1000
     assert find_teacher("vit_small_patch14_dinov2.lvd142m", 3)[1] == {}
-    with pytest.raises(UserError, match=r"^task.teacher: timm has no weights named 'resnet18.nosuch'"):
+    with refuses(r"^task.teacher: timm has no weights named 'resnet18.nosuch'"):
         find_teacher("resnet18.nosuch", 3)

@@ -11,6 +11,7 @@ import pytest
 
 from tests.engine.test_exactness import CHEAP
 from tests.support import SCRIPTS, common, rows, run
+from utils.io.files import read_json
 
 GOLDEN = Path(__file__).parent / "golden_losses.json"
 
@@ -20,7 +21,7 @@ def test_losses_of_twenty_steps(task, collection, tmp_path, request):
     settings = ["loop.total_steps=20", "loop.batch_size=16", "loop.micro_batch_size=8", "loop.clip_grad_norm=1.0"]
     run(SCRIPTS[task], common(task, collection, tmp_path / "run", *settings), tmp_path)
     losses = [row["loss"] for row in rows(tmp_path / "run/metrics.jsonl", "train")]
-    golden = json.loads(GOLDEN.read_text()) if GOLDEN.exists() else {}
+    golden = read_json(GOLDEN) if GOLDEN.exists() else {}
     if request.config.getoption("--update-golden"):
         GOLDEN.write_text(json.dumps({**golden, task: losses}, indent=1, sort_keys=True) + "\n")
         return

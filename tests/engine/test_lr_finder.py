@@ -1,7 +1,6 @@
 """The range test: that its updates are the run's, that it leaves no trace, and that its rate is the run's."""
 
 import itertools
-import json
 import math
 import shutil
 from types import SimpleNamespace
@@ -15,6 +14,7 @@ from tests.engine.test_learner import OURS, in_fp16, make_batch, make_learner, t
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import assert_same_tensors, rows
 from utils.config.messages import ConfigError
+from utils.io.files import read_json
 from utils.io.weights import read_weights
 from utils.ranks.signals import Stopped, StopRequest
 
@@ -184,7 +184,7 @@ def rate_of_cycle(steps, peak, update):
 
 
 def found_by(run_dir):
-    return json.loads((run_dir / "lr_finder.json").read_text())
+    return read_json(run_dir / "lr_finder.json")
 
 
 def test_the_run_equals_one_whose_rate_was_given(searched):
@@ -212,7 +212,7 @@ def test_a_resumed_run_does_not_search_again_unless_it_is_given_a_rate(searched,
     said = capsys.readouterr().err
     assert "resumed from" in said and "lr_finder" not in said and "the peak learning rate is" in said
     found = found_by(path)["taken"]
-    assert json.loads((path / "checkpoints/step_00000102/state.json").read_text())["found_lr"] == found
+    assert read_json(path / "checkpoints/step_00000102/state.json")["found_lr"] == found
     assert rows(path / "metrics.jsonl", "train")[-1]["lr"] == rate_of_cycle(102, found, 102)
 
     given = ["lr_finder.enabled=false", "optim.lr=0.5", "resume_allow=[optim.lr,lr_finder.enabled]"]

@@ -8,8 +8,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 from engine.recipe.memory import _LIBRARIES_GIB, fit_memory, predict_memory
 from tests.engine.test_diffusion import build, losses, make_batch
 from tests.in_process import configure
-from tests.support import TINY
-from utils.errors import UserError
+from tests.support import TINY, refuses
 
 WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 
@@ -45,5 +44,5 @@ def test_settings_are_chosen_until_a_step_fits_and_given_ones_stay():
     fitted = fit_memory(config, words, "bf16", 1)
     assert fitted.runtime.grad_checkpointing and not fitted.runtime.offload
     tight = config.model_copy(update={"runtime": config.runtime.model_copy(update={"memory_gib": 0.1})})
-    with pytest.raises(UserError, match=r"runtime\.memory_gib: 0\.1, but the least is about 0\.8"):
+    with refuses(r"runtime\.memory_gib: 0\.1, but the least is about 0\.8"):
         fit_memory(tight, words, "bf16", 1)

@@ -1,13 +1,11 @@
 """`loop.minutes`: the steps that fit into a time, kept by the run, and equal to a run of so many steps."""
 
-import json
-
 import pytest
 
 from engine.run import length as minutes
 from tests.in_process import TINY, make_images, run, run_until_killed
-from tests.support import assert_equal_runs
-from utils.errors import UserError
+from tests.support import assert_equal_runs, refuses
+from utils.io.files import read_json
 
 LENGTH = "loop.total_steps=2"  # of TINY
 MORE = ["loop.evaluate_every_epochs=2", "loop.ema_decay=0.9", "loop.checkpoint_every_steps=3"]
@@ -41,13 +39,13 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     words, timed = words
     run_until_killed("finetune", words, tmp_path, step=7)
     run("finetune", words, tmp_path)
-    found = json.loads((tmp_path / "run/minutes.json").read_text())
+    found = read_json(tmp_path / "run/minutes.json")
     assert timed.count == 1
     assert found == {"minutes": 10, "steps": 12, "words": []}  # and 3 evaluations
     plain = [word for word in words if not word.startswith(("loop.minutes", "run_dir"))]
     run("finetune", [*plain, "loop.total_steps=12", f"run_dir={tmp_path / 'plain'}"], tmp_path)
     assert_equal_runs(tmp_path / "run", tmp_path / "plain", 12)
-    with pytest.raises(UserError, match=r"loop\.minutes: 5, but .*run was planned for 10; set loop\.minutes=10"):
+    with refuses(r"loop\.minutes: 5, but .*run was planned for 10; set loop\.minutes=10"):
         run("finetune", [*words, "loop.minutes=5", "resume_allow=[loop.minutes]"], tmp_path)
 
 
@@ -62,7 +60,7 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
     ],
 )
 def test_what_is_no_length_is_refused(more, said, words, tmp_path):
-    with pytest.raises(UserError, match=said):
+    with refuses(said):
         run("finetune", [*words[0], *more], tmp_path)
     assert not (tmp_path / "run/minutes.json").exists()
 
@@ -71,9 +69,9 @@ def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, t
     run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)
     said = capsys.readouterr().err
     assert "1 steps, 0.5 epochs" in said
-    found = json.loads((tmp_path / "run/result.json").read_text())
+    found = read_json(tmp_path / "run/result.json")
     (low, high), value = found["interval"], found["value"]
     assert low < value < high and f"top-1 {value:.4g} (95 % interval: {low:.4g} to {high:.4g})" in said
     assert f"to improve  {found['help'][0]}" in said
     run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)  # a complete run keeps it
-    assert json.loads((tmp_path / "run/result.json").read_text()) == found
+    assert read_json(tmp_path / "run/result.json") == found

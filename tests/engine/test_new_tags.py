@@ -1,7 +1,5 @@
 """`task.append_to`: tags that a tagger lacks, fitted to its frozen features; what it had stays to the bit."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -14,6 +12,7 @@ from tests.in_process import SHORT, SMALL_MODEL, make_images, run
 from tests.support import make_collection
 from utils.formats.thresholds import find_thresholds
 from utils.formats.vocabulary import read_vocabulary
+from utils.io.files import read_json
 from utils.io.weights import read_weights
 
 DATA = ["task=tagging", "task.min_count=1", "data=image_folder", "data.root=images"]
@@ -87,7 +86,7 @@ def test_old_tags_that_the_collection_does_not_label_are_unknown_and_keep_their_
         run("evaluate", [f"run_dir={name}", *data], place)
         weights = place / name / "weights/best_weights.safetensors"
         table = find_thresholds(None, weights, read_weights(weights)[1]["weights_hash"])
-        found = json.loads((place / "found.json").read_text())
+        found = read_json(place / "found.json")
         return {(row.profile, row.name): row for row in table.rows}, found
 
     old, _ = calibrate("run", {"A": "square", "B": "disc, round"})

@@ -12,8 +12,8 @@ from engine.config import _LoopConfig
 from engine.plan import Plan, make_plan
 from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
+from tests.support import refuses
 from utils.config.help import read_values
-from utils.errors import UserError
 
 
 def read(group, name, **changes):
@@ -46,7 +46,7 @@ def test_the_micro_batch_is_the_largest_divisor_within_the_cap_and_lies_within_a
 
 @pytest.mark.parametrize("global_size, world", [(4096, 24), (3, 8)])
 def test_a_batch_that_does_not_divide_is_refused(global_size, world):
-    with pytest.raises(UserError, match="^loop.batch_size: "):
+    with refuses("^loop.batch_size: "):
         split_batch(global_size, world, 64, None)
 
 

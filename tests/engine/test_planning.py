@@ -1,6 +1,5 @@
 """The plan of `train.py loop.minutes`: rules over facts, kept by the run, never against a word of the command."""
 
-import json
 from dataclasses import replace
 
 import pytest
@@ -15,6 +14,7 @@ from engine.recipe.rules import choose_network, choose_px, epochs_of
 from engine.run import length as minutes
 from tests.in_process import make_images, run
 from tests.test_weights_commands import RESNET, fill_cache
+from utils.io.files import read_json
 from utils.record.run_reader import RunReader
 
 FACTS = Facts(
@@ -44,7 +44,7 @@ def test_a_plan_keeps_what_the_command_sets_and_a_resumed_run_its_plan(words, tm
     assert (config["optim"]["opt"], config["optim"]["lr"], config["lr_finder"]["enabled"]) == ("muon", 0.02, "auto")
     assert config["augment"]["image_size_hw"] == [32, 32]  # as set
     assert not config["augment"]["on_device"]  # as the policy is set
-    kept = json.loads((tmp_path / "run/minutes.json").read_text())["words"]
+    kept = read_json(tmp_path / "run/minutes.json")["words"]
     assert "optim=muon" in kept and not any("image_size_hw" in word for word in kept)
     monkeypatch.setattr(planning, "find_facts", None)  # it is not planned again
     run("train", words, tmp_path)

@@ -9,7 +9,7 @@ import torch
 from engine.config import RuntimeConfig
 from engine.run.start import keep_threads
 from engine.update.runtime import COMPILE_PAYS_AFTER_STEPS, choose_compile, choose_runtime
-from utils.errors import UserError
+from tests.support import refuses
 from utils.hardware import missing_for_compile
 from utils.ranks.distributed import GPUS_VARIABLE
 
@@ -65,7 +65,7 @@ def test_a_run_is_compiled_where_that_pays_and_what_is_missing_is_named(device, 
     for off in ({"deterministic": True}, {"compile": False}):
         assert not choose_compile(CONFIG.model_copy(update=off), device, least)
     wanted = CONFIG.model_copy(update={"compile": True})
-    with pytest.raises(UserError, match="^runtime.compile: true needs ") if missing else nullcontext():
+    with refuses("^runtime.compile: true needs ") if missing else nullcontext():
         assert choose_compile(wanted, device, 1)
 
 
@@ -165,7 +165,7 @@ def test_a_dry_run_for_a_job_with_gpus_needs_none_here(monkeypatch):
     """A login node has none; `submit/slurm.py` says that the job will have them."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     wanted = CONFIG.model_copy(update={"device": "cuda", "precision": "fp16"})
-    with pytest.raises(UserError, match="runtime.device: cuda was requested, but torch sees no GPU"):
+    with refuses("runtime.device: cuda was requested, but torch sees no GPU"):
         choose_runtime(wanted)
     monkeypatch.setenv(GPUS_VARIABLE, "1")
     assert choose_runtime(wanted).precision == "fp16"

@@ -12,8 +12,8 @@ from safetensors.torch import load_file
 from engine.exports.weights import open_weights
 from tests.engine.test_checkpoint import replace_state
 from tests.in_process import SHORT, make_images, run
-from tests.support import assert_same_tensors, rows
-from utils.errors import UserError
+from tests.support import assert_same_tensors, refuses, rows
+from utils.io.files import read_json
 from utils.io.weights import read_weights, write_weights
 
 OVERRIDES = [*SHORT, "data.root=images", "augment.image_size_hw=[32,32]", "loop.total_steps=3"]
@@ -35,7 +35,7 @@ ON_CPU = ["runtime.device=cpu", "runtime.threads=1", "runtime.precision=fp32", "
 @pytest.mark.parametrize("task", ["multicrop", "flow"])
 def test_evaluate_finds_what_the_run_found(task, place):
     run("evaluate", [f"run_dir={task}", f"output={task}.json", "batch_size=3", *ON_CPU], place)
-    found = json.loads((place / f"{task}.json").read_text())
+    found = read_json(place / f"{task}.json")
     last = {row["step"]: row for row in rows(place / task / "metrics.jsonl", "evaluate")}[found["step"]]
     # What is exported is judged: the average where there is one of it, else the network itself.
     judged = last["loss"] if task == "multicrop" else last["ema/loss"]
@@ -71,13 +71,13 @@ def test_a_frozen_network_is_not_checkpointed_and_a_changed_one_is_refused(place
     names = {name for file in checkpoint.glob("*.safetensors") for name in load_file(file)}
     assert not any("encoder" in name for name in names) and "velocity.label.weight" not in names  # bare names
     assert "label.weight" in load_file(checkpoint / "weights.safetensors")
-    state = json.loads((checkpoint / "state.json").read_text())
+    state = read_json(checkpoint / "state.json")
     metadata = read_weights(place / "flow/weights/best_weights.safetensors")[1]
     assert state["fingerprints"]["frozen.encoder"] == metadata["frozen"]["encoder"]
     changed = shutil.copytree(place / "flow", place / "changed") / "checkpoints/step_00000003"
     state["fingerprints"]["frozen.encoder"] = "another"
     replace_state(changed, json.dumps(state))
-    with pytest.raises(UserError, match=r"^resume: .*\n  frozen\.encoder: "):
+    with refuses(r"^resume: .*\n  frozen\.encoder: "):
         run("tests.tasks.flow", [*OVERRIDES, "run_dir=changed", "loop.ema_decay=0.9", "loop.total_steps=4"], place)
 
 
@@ -86,16 +86,16 @@ def test_evaluation_compares_the_frozen_networks_and_an_export_does_not_load_the
     path = tmp_path / "other.safetensors"
     write_weights(path, tensors, {**metadata, "frozen": {"encoder": "another", "critic": "which only training needs"}})
     assert open_weights(path).task.encoder is None
-    with pytest.raises(UserError, match=r"other\.safetensors was trained with another frozen encoder;"):
+    with refuses(r"other\.safetensors was trained with another frozen encoder;"):
         open_weights(path, "evaluation")
     write_weights(path, tensors, {**metadata, "frozen": {**metadata["frozen"], "critic": "which only training needs"}})
     assert open_weights(path, "evaluation").task.encoder is not None
 
 
 def test_what_a_task_has_no_output_for_is_refused(place):
-    with pytest.raises(UserError, match=r"^format: onnx is no format of flow/"):
+    with refuses(r"^format: onnx is no format of flow/"):
         run("export", ["run_dir=flow", "format=onnx"], place)
-    with pytest.raises(UserError, match=r"^output: .* predicts vectors"):
+    with refuses(r"^output: .* predicts vectors"):
         run("predict", ["weights=multicrop", "input=images/val", "output=features.csv", "device=cpu"], place)
 
 
@@ -103,5 +103,5 @@ def test_a_weight_file_without_a_fact_of_its_kind_is_refused(place, tmp_path):
     tensors, metadata = read_weights(place / "flow/weights/best_weights.safetensors")
     del metadata["class_names"]
     write_weights(tmp_path / "without.safetensors", tensors, metadata)
-    with pytest.raises(UserError, match=r"without\.safetensors has wrong metadata \(class_names: none\)"):
+    with refuses(r"without\.safetensors has wrong metadata \(class_names: none\)"):
         open_weights(tmp_path / "without.safetensors")

@@ -13,9 +13,8 @@ import pytest
 import engine.run.checkpoint
 from tests.in_process import TINY, make_images, run_until_killed
 from tests.in_process import run as run_here
-from tests.support import assert_equal_runs, common, rows, run, start
+from tests.support import assert_equal_runs, common, refuses, rows, run, start
 from tests.tasks import troubled
-from utils.errors import UserError
 from utils.io.files import read_json
 
 TROUBLED = "tests/tasks/troubled.py"
@@ -131,7 +130,7 @@ def test_a_refused_checkpoint_is_tried_again_but_the_last_one_is_an_error(steps,
     settings = [*HERE, f"data.root={collection}", "run_dir=run"]
     trouble(f"full_disk {steps}")
     if ends:
-        with pytest.raises(UserError, match=r"^run_dir: run/checkpoints/step_00000020 cannot be written"):
+        with refuses(r"^run_dir: run/checkpoints/step_00000020 cannot be written"):
             run_here("finetune", settings, tmp_path)
     else:
         run_here("finetune", settings, tmp_path)
@@ -222,6 +221,6 @@ def test_skipped_steps_are_counted_and_listed_with_their_samples(collection, tro
 def test_too_many_skipped_steps_end_the_run(collection, trouble, tmp_path, monkeypatch):
     trouble("nan 7 12")
     monkeypatch.setattr("engine.run.skips.MOST_SKIPPED", 3)
-    with pytest.raises(UserError, match=r"^optim.lr: 4 of the last 100 steps before step 10 .* first step 7;"):
+    with refuses(r"^optim.lr: 4 of the last 100 steps before step 10 .* first step 7;"):
         run_here("finetune", [*BAD, f"data.root={collection}"], tmp_path)
     assert checkpoints(tmp_path / "bad") == ["step_00000005"]

@@ -1,7 +1,5 @@
 """The tagger: its loss, mirror, head and facts on a batch, and whole runs on a folder of images with sidecars."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
@@ -16,10 +14,10 @@ from engine.tasks.kind import Setup
 from engine.tasks.tagging import TaggingKind, TaggingTaskConfig, measure_priors, prior_bias, read_targets
 from tests.engine.test_tasks import MODEL, PREPROCESSING, learn, make_batch, runtime  # noqa: F401 (a fixture)
 from tests.in_process import SHORT, SMALL_MODEL, configure, run
-from tests.support import make_collection, rows
+from tests.support import make_collection, refuses, rows
 from utils.config.messages import ConfigError
-from utils.errors import UserError
 from utils.formats.vocabulary import Vocabulary, read_vocabulary
+from utils.io.files import read_json
 from utils.io.weights import InitFrom, read_weights, write_weights
 
 VOCABULARY = Vocabulary(
@@ -123,7 +121,7 @@ def test_an_earlier_taggers_rows_are_found_by_name_and_new_ones_begin_with_their
 
     short = {**earlier.network.state_dict(), "head.weight": before.weight[:3], "head.bias": before.bias[:3]}
     write_weights(path, short, metadata)
-    with pytest.raises(UserError, match="^init_from: .* has no head of its 8 tags"):
+    with refuses("^init_from: .* has no head of its 8 tags"):
         task.initialise(InitFrom(str(path), "model"))
 
 
@@ -171,7 +169,7 @@ def test_a_run_learns_and_is_judged_by_its_map(place):
     assert last < 0.8 * first
     figures = {"loss", "mAP", "macro_f1", "micro_f1", "macro_f1_at_0.35", "macro_best_f1", "samples"}
     assert {f"ema/{name}" for name in figures} <= found[-1].keys()
-    state = json.loads((place / "run/checkpoints/step_00000060/state.json").read_text())
+    state = read_json(place / "run/checkpoints/step_00000060/state.json")
     assert state["best"]["value"] == max(row["ema/mAP"] for row in found) > 0.7
     files = " ".join(file.name for folder in ("tables", "plots") for file in (place / "run" / folder).iterdir())
     assert all(name in files for name in ("tags", "tag_groups", "pr_curves", "mistakes"))
@@ -196,15 +194,15 @@ def test_a_strangers_vocabulary_is_refused_by_its_key(name, value, place):
     tensors, metadata = read_weights(place / "run/weights/best_weights.safetensors")
     path = place / "stranger.safetensors"
     write_weights(path, tensors, {**metadata, name: value})
-    with pytest.raises(UserError, match=rf"^{path}.*{name}"):
+    with refuses(rf"^{path}.*{name}"):
         open_weights(path)
 
 
 def test_what_is_wrong_is_named_by_its_key(place):
     with pytest.raises(ConfigError, match="augment.horizontal_flip: 0.5 would mirror images without their tags"):
         configure("finetune", [*RUN, "augment.horizontal_flip=0.5"])
-    with pytest.raises(UserError, match="^task.rating_s: null"):
+    with refuses("^task.rating_s: null"):
         run("finetune", [*RUN, "task.rating_s=null", "run_dir=unwritten"], place)
-    with pytest.raises(UserError, match="^task.vocabulary: "):
+    with refuses("^task.vocabulary: "):
         run("finetune", [*RUN, "task.vocabulary=absent.csv", "run_dir=unwritten"], place)
     assert not (place / "unwritten").exists()

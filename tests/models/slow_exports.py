@@ -11,8 +11,7 @@ from models.predictor import open_session
 from tests.in_process import SHORT, make_images, run
 from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
-from tests.support import export
-from utils.errors import UserError
+from tests.support import export, refuses
 from utils.formats.vocabulary import read_vocabulary
 
 
@@ -30,7 +29,7 @@ def test_a_file_for_images_of_any_size(config, tmp_path):
 
 def test_a_network_of_one_size_is_refused_for_any(tmp_path):
     model, metadata = make(timm_config("test_vit3"), image_size_hw=(160, 160))
-    with pytest.raises(UserError, match=r"^dynamic_size: true, but VisionTransformer"):
+    with refuses(r"^dynamic_size: true, but VisionTransformer"):
         export_file(tmp_path, model, metadata, dynamic_size=True)
 
 

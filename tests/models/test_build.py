@@ -7,7 +7,7 @@ from pydantic import TypeAdapter
 from models.build import build_network, check_image_size
 from models.config import ModelConfig
 from models.convnextv2 import ConvNeXtV2
-from utils.errors import UserError
+from tests.support import refuses
 
 SMALL = {
     "family": "convnextv2", "name": "convnextv2_test", "in_channels": 3, "depths": [1, 1], "dims": [4, 8],
@@ -53,9 +53,9 @@ def test_what_timm_has_not_is_refused(changes, message):
 def test_an_image_size_is_tried_without_drawing_anything():
     state = torch.random.get_rng_state()
     check_image_size(parse({**TIMM, "name": "test_vit"}), (64, 64))  # timm calls it of fixed size, and it takes others
-    with pytest.raises(UserError, match=r"^augment\.image_size_hw: .*set \[32, 16\]"):
+    with refuses(r"^augment\.image_size_hw: .*set \[32, 16\]"):
         check_image_size(parse(SMALL), (28, 16))
-    with pytest.raises(UserError, match=r"^augment\.image_size_hw: .*=\[224,224\]"):
+    with refuses(r"^augment\.image_size_hw: .*=\[224,224\]"):
         check_image_size(parse({**TIMM, "name": "vit_tiny_patch16_224"}), (64, 64))
     assert torch.equal(state, torch.random.get_rng_state())
 
@@ -63,7 +63,7 @@ def test_an_image_size_is_tried_without_drawing_anything():
 def test_a_vit_is_made_for_another_size():
     values = {**TIMM, "name": "test_vit", "image_size_hw": [64, 32]}
     check_image_size(parse(values), (64, 32))
-    with pytest.raises(UserError, match=r"^model.image_size_hw: .*resnet18"):
+    with refuses(r"^model.image_size_hw: .*resnet18"):
         build_network(parse({**values, "name": "resnet18"}), 3)
 
 

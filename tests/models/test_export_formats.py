@@ -3,7 +3,6 @@
 The networks have varied weights, so that logits vary between images. Nothing here uses a network connection.
 """
 
-import json
 import socket
 from pathlib import Path
 
@@ -30,7 +29,8 @@ from models.predictor import open_session
 from models.weights.layouts import SIZES
 from models.weights.timm_hub import filter_state
 from tests import support
-from utils.errors import UserError
+from tests.support import refuses
+from utils.io.files import read_json
 from utils.io.weights import read_weights
 
 NAMES = ["ä", "b,c", "d"]
@@ -96,7 +96,7 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
         path = str(tmp_path / "model.safetensors")
         from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
         torch.testing.assert_close(from_file(inputs), wanted, atol=1e-4, rtol=1e-4)
-    assert json.loads((tmp_path / "config.json").read_text())["label_names"] == NAMES
+    assert read_json(tmp_path / "config.json")["label_names"] == NAMES
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 
 
@@ -130,7 +130,7 @@ def test_texts_of_strangers_are_text_in_the_card(tmp_path):
 def test_what_a_format_cannot_express_is_refused_with_the_reason(form, network, preprocessing, reason, tmp_path):
     model, metadata = make(geometry(**network))
     metadata["preprocessing"] |= preprocessing
-    with pytest.raises(UserError, match=rf"^format: .*{reason}"):
+    with refuses(rf"^format: .*{reason}"):
         export(form, model, metadata, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
@@ -148,7 +148,7 @@ def test_a_wrong_converter_is_found_and_nothing_is_kept(tmp_path, monkeypatch):
     with torch.no_grad():
         for parameter in model.network.parameters():
             parameter.mul_(1e-3)
-    with pytest.raises(UserError, match=r"^tolerance: a copy with varied weights"):
+    with refuses(r"^tolerance: a copy with varied weights"):
         export("timm", model, metadata, tmp_path / "x")
     assert not (tmp_path / "x").exists()
 

@@ -7,7 +7,7 @@ from torch import nn
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask
 from models.layers import patchify
-from utils.errors import UserError
+from tests.support import refuses
 
 SETTINGS = {"patch_px": 8, "mask_ratio": 0.6, "decoder_dim": 24, "decoder_depth": 1}
 
@@ -45,7 +45,7 @@ def test_a_mask_removes_the_stated_count():
 
 def test_patches_that_cannot_be_are_refused():
     for size, patch_px, key in (((32, 48), 12, "task.patch_px"), ((32, 40), 16, "augment.image_size_hw")):
-        with pytest.raises(UserError, match=f"^{key}: "):
+        with refuses(f"^{key}: "):
             check_patch_grid(8, size, patch_px)
 
 

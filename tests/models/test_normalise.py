@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from models.image_model import Normalise
-from utils.errors import UserError
+from tests.support import refuses
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 
 @pytest.mark.parametrize("given", [("mean", MEAN[:2], STD), ("std", MEAN, STD[:2])])
 def test_one_number_per_channel(given):
-    with pytest.raises(UserError, match=f"augment.{given[0]}: 2 numbers"):
+    with refuses(f"augment.{given[0]}: 2 numbers"):
         Normalise(*given[1:], 3)
 
 

@@ -22,8 +22,9 @@ from models.sdxl.networks import SDXLConfig, describe, load_networks, open_netwo
 from models.sdxl.step import build_noise_table
 from models.sdxl.vae import AS_STATED
 from tests.sdxl import EPSILON, V_ZTSNR, assert_equal, write_base
+from tests.support import refuses
 from tests.utils.io.test_hub import server  # noqa: F401 (a fixture)
-from utils.errors import UserError
+from utils.io.files import read_json
 from utils.io.weights import read_header
 
 NOISE = {**V_ZTSNR, "convert": False, "offset": 0.0}
@@ -177,7 +178,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
     for part, state in states(load_networks(other)).items():
         assert_equal(state, part_state(part, networks[part]))
     shutil.copy(stale, stale.with_name(f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"))
-    with pytest.raises(UserError, match="both"):
+    with refuses("both"):
         load_networks(other)
 
 
@@ -199,10 +200,10 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
 )
 def test_another_noise_schedule_is_never_sdxls(changes, word, folder, tmp_path):
     file = shutil.copytree(folder, tmp_path / "other") / "scheduler/scheduler_config.json"
-    new = {"_class_name": changes} if isinstance(changes, str) else {**json.loads(file.read_text()), **changes}
+    new = {"_class_name": changes} if isinstance(changes, str) else {**read_json(file), **changes}
     file.write_text(json.dumps(new))
     assert word in describe(tmp_path / "other")["other_noise"]
-    with pytest.raises(UserError, match="^task.noise: .*other"):
+    with refuses("^task.noise: .*other"):
         check_noise(str(tmp_path / "other"), NoiseConfig(**NOISE))
     check_noise(str(tmp_path / "other"), NoiseConfig(**{**NOISE, "convert": True}))
 
@@ -228,7 +229,7 @@ def test_a_base_model_that_says_flow_is_one(stated, folder, file, tmp_path):
         (path / "scheduler/scheduler_config.json").write_text(json.dumps(stated))
     assert (describe(path)["other_noise"], describe(path)["shift"]) == (None, 2.5)
     check_noise(str(path), NoiseConfig(**{**NOISE, **FLOW}))
-    with pytest.raises(UserError, match="prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
+    with refuses("prediction_type=flow task.noise.zero_terminal_snr=false; set that"):
         check_noise(str(path), NoiseConfig(**NOISE))
 
 
@@ -241,7 +242,7 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
     for zero in (True, False):
         check_noise(str(path), NoiseConfig(**{**NOISE, "zero_terminal_snr": zero}))
         assert f"as task.noise.zero_terminal_snr={zero}".lower() in caplog.text
-    with pytest.raises(UserError, match="^task.noise: .* of task.noise.prediction_type=v_prediction; set that"):
+    with refuses("^task.noise: .* of task.noise.prediction_type=v_prediction; set that"):
         check_noise(str(path), NoiseConfig(**{**NOISE, **EPSILON}))
 
 
@@ -258,14 +259,14 @@ def test_what_a_base_model_leaves_open_is_said(file, tmp_path, caplog):
 )
 def test_folders_are_refused(file, name, value, folder, tmp_path):
     other = shutil.copytree(folder, tmp_path / "other") / file
-    other.write_text(json.dumps({**json.loads(other.read_text()), name: value}))
-    with pytest.raises(UserError, match=rf"^model.path: .*{name if '/' in file else value}"), torch.device("meta"):
+    other.write_text(json.dumps({**read_json(other), name: value}))
+    with refuses(rf"^model.path: .*{name if '/' in file else value}"), torch.device("meta"):
         load_networks(tmp_path / "other")
 
 
 def test_a_torch_checkpoint_is_named_as_what_it_is(tmp_path):
     torch.save({}, path := tmp_path / "model.ckpt")
-    with pytest.raises(UserError, match="^model.path: .*model.ckpt is no .safetensors file"):
+    with refuses("^model.path: .*model.ckpt is no .safetensors file"):
         describe(path)
 
 
@@ -284,7 +285,7 @@ def test_single_files_are_refused(file, tmp_path):
     named = {"Stable Diffusion 1": {"cond_stage_model.transformer.x": ONE}, "mid_block.resnets.1.*missing": short}
     for said, other in named.items():
         save_file(other, tmp_path / "other.safetensors")
-        with pytest.raises(UserError, match=f"(?s)^model.path: .*{said}"):
+        with refuses(f"(?s)^model.path: .*{said}"):
             load_networks(tmp_path / "other.safetensors")
 
 
@@ -299,5 +300,5 @@ def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # no
     assert_equal(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
     assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
     server.commits = [{}]
-    with pytest.raises(UserError, match=r"^model\.path: hf:me/net@v2 has no model_index\.json"):
+    with refuses(r"^model\.path: hf:me/net@v2 has no model_index\.json"):
         describe("hf:me/net@v2")

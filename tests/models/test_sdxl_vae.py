@@ -18,7 +18,8 @@ from models.sdxl.networks import SDXLConfig, load_networks, load_vae
 from models.sdxl.step import decode_latents, encode_images
 from models.sdxl.vae import latent_scale, unlike_sdxls
 from tests.sdxl import V_ZTSNR, assert_equal, write_base
-from utils.errors import UserError
+from tests.support import refuses
+from utils.io.files import read_json
 
 NOISE = {**V_ZTSNR, "dtype": torch.float32, "facts": {"title": "toy"}}
 MEAN, STD = [0.1, -0.2, 0.3, 0.4], [0.5, 1.0, 1.5, 2.0]
@@ -50,7 +51,7 @@ def configure(vae, path=None, **values):
 def state(folder, **values):
     """Return a folder of a VAE whose config.json states values."""
     file = shutil.copytree(folder.parent / "model/vae", folder) / "config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+    file.write_text(json.dumps({**read_json(file), **values}))
     return folder
 
 
@@ -101,7 +102,7 @@ def test_values_are_given_or_stated_or_sdxls(stated, given, mean, factor, place)
 def test_stated_values_are_refused(values, said, place):
     folder = state(place / "refused", **values)
     try:
-        with pytest.raises(UserError, match=rf"^model\.vae: .*{said}"), torch.device("meta"):
+        with refuses(rf"^model\.vae: .*{said}"), torch.device("meta"):
             load_vae(folder, configure(folder).settled().vae_values)
     finally:
         shutil.rmtree(folder)
@@ -116,7 +117,7 @@ def test_what_is_no_vae_or_of_another_width_is_refused(place, tmp_path):
         (place / "other.safetensors", "no VAE"), (tmp_path / "wide", "16"), (tmp_path / "vae.pt", "no .safetensors"),
         (tmp_path / "none", "does not exist"), (tmp_path, "diffusion_pytorch_model"),
     ):  # fmt: skip
-        with pytest.raises(UserError, match=rf"^model\.vae: .*{said}"):
+        with refuses(rf"^model\.vae: .*{said}"):
             load_vae(path)
 
 

@@ -13,7 +13,7 @@ from models.interop.tag_forms import (
     to_wd_order,
 )
 from tests.models.test_export_formats import geometry, timm_config
-from utils.errors import UserError
+from tests.support import refuses
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.vocabulary import Vocabulary
 
@@ -67,20 +67,20 @@ def test_the_form_gives_what_the_network_gives(name, side):
 def test_networks_that_the_forms_cannot_hold_are_refused():
     model, _ = open_tagger(timm_config("test_resnet"))
     model.network.pretrained_cfg = {"classifier": "layer1", "first_conv": None}
-    with pytest.raises(UserError, match=r"^format: .*ResNet ends in Sequential"):
+    with refuses(r"^format: .*ResNet ends in Sequential"):
         make_graph(model, ROWS, [64, 64])
-    with pytest.raises(UserError, match=r"^format: .*BGR"):
+    with refuses(r"^format: .*BGR"):
         to_bgr(model.network, [64, 64])
     wrong, _ = open_tagger(geometry())
     wrong.network.forward_head = lambda features, pre_logits=False: features.new_zeros(len(features), len(ROWS))
-    with pytest.raises(UserError, match=r"^tolerance: "):
+    with refuses(r"^tolerance: "):
         make_graph(wrong, ROWS, [64, 64])
 
 
 def test_images_that_the_programs_prepare_otherwise_are_refused_or_warned_of(log):
     stated = Preprocessing(**open_tagger(geometry(), side=448)[1]["preprocessing"])
     for change in ({"image_size_hw": [64, 96]}, {"channels": 1}):
-        with pytest.raises(UserError, match="^format: "):
+        with refuses("^format: "):
             check_images(stated.model_copy(update=change))
     for change, warnings in (({}, 0), ({"image_size_hw": [384, 384]}, 1), ({"background": "black"}, 1)):
         log.clear()

@@ -12,7 +12,7 @@ from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from models.weights import fit, initialise
 from tests.models.test_fcmae import SETTINGS
-from utils.errors import UserError
+from tests.support import refuses
 from utils.io.weights import InitFrom, write_weights
 
 HEAD, NORM = ["head.weight", "head.bias"], ["norm.weight", "norm.bias"]
@@ -73,7 +73,7 @@ def test_a_misfit_is_refused_with_a_table_and_changes_nothing():
     state["downsample_layers.0.0.weight"] = torch.zeros(9, 3, 2, 2)
     state["stages.1.0.gamma"] = torch.zeros(12)
     state["head.bias"] = state["head.bias"].to(torch.int32)  # copying would turn integers into floats in silence
-    with pytest.raises(UserError, match=r"^6 of the tensors of the checkpoint do not fit") as caught:
+    with refuses(r"^6 of the tensors of the checkpoint do not fit") as caught:
         load_into(target, state, keep_head=True)
     for name in ("stages.0.0.grn.gamma", "(2, 24)", "(9, 3, 2, 2)", "unexpected", "torch.int32"):
         assert name in str(caught.value)
@@ -94,7 +94,7 @@ def test_a_timm_network_follows_the_same_rules():
     )
     name = next(name for name in state if name.endswith("running_mean"))
     del state[name]
-    with pytest.raises(UserError, match=f"{name}  missing"):
+    with refuses(f"{name}  missing"):
         load_into(other, state, keep_head=True)
 
 
@@ -126,7 +126,7 @@ def test_a_kept_head_of_other_classes_is_refused(tmp_path):
     target = build(num_classes=3)
     before = copy_state(target)
     path = save(tmp_path / "w.safetensors", build(num_classes=3), ["a", "c", "x"])
-    with pytest.raises(UserError, match=r"^task\.head: kept, but .*'x'.*'b'"):
+    with refuses(r"^task\.head: kept, but .*'x'.*'b'"):
         initialise_from(target, path, keep_head=True, class_names=["a", "b", "c"])
     assert loaded_names(target, before) == set(before)
     initialise_from(target, path, keep_head=False, class_names=["a", "b", "c"])  # a head that is drawn anew
@@ -136,5 +136,5 @@ def test_a_kept_head_of_other_classes_is_refused(tmp_path):
 def test_a_kept_head_that_the_file_has_not_is_refused(make, tmp_path):
     torch.save((source := make()).state_dict(), tmp_path / "w.pth")
     target = build_timm(3) if hasattr(source, "pretrained_cfg") else build(num_classes=3)
-    with pytest.raises(UserError, match=r"^task\.head: kept, but .* has no head of these 3 classes"):
+    with refuses(r"^task\.head: kept, but .* has no head of these 3 classes"):
         initialise_from(target, str(tmp_path / "w.pth"), keep_head=True, class_names=["a", "b", "c"])

@@ -11,8 +11,8 @@ from optim.config import OptimConfig
 from optim.groups import build_groups as build
 from optim.groups import is_vector, set_group_values
 from optim.schedules import GroupValues
+from tests.support import refuses
 from utils.config.help import read_values
-from utils.errors import UserError
 
 DEPTHS = [1, 2, 3, 1]
 
@@ -112,7 +112,7 @@ def test_rules_set_what_they_state_and_nothing_else():
     ],
 )
 def test_rules_that_cannot_be_are_refused(rules, message):
-    with pytest.raises(UserError, match=f"^{message}"):
+    with refuses(f"^{message}"):
         build_groups(classifier(), config(rules=rules))
 
 

@@ -1,6 +1,5 @@
 """What the tests of jobs share: a tiny training, and its submission."""
 
-import json
 import re
 import subprocess
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 
 from tests.in_process import SMALL_MODEL
 from tests.support import ROOT, rows
+from utils.io.files import read_json
 
 TRAINING = [
     *SMALL_MODEL, "augment.image_size_hw=[16,16]", "loop.batch_size=4", "loop.micro_batch_size=2", "runtime=reference",
@@ -35,7 +35,7 @@ class Submission:
     @property
     def ends(self):
         """The statuses of the jobs that have ended, by their index in the array, and their restarts."""
-        found = {int(file.stem[4:]): json.loads(file.read_text()) for file in self.folder.glob("end_*.json")}
+        found = {int(file.stem[4:]): read_json(file) for file in self.folder.glob("end_*.json")}
         return {index: (end["status"], end["restarts"]) for index, end in sorted(found.items())}
 
     def wait_for(self, *ends):

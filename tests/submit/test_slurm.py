@@ -14,10 +14,9 @@ from submit import slurm
 from submit.job import NoAnswer, ScriptJob, _meaning, finish
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
 from tests.in_process import TINY, configure
-from tests.support import ROOT, fork_command
+from tests.support import ROOT, fork_command, refuses
 from utils.config.messages import ConfigError
-from utils.errors import UserError
-from utils.io.files import write_text
+from utils.io.files import read_json, write_text
 from utils.record.run_reader import RunReader, write_progress
 
 
@@ -123,13 +122,13 @@ def test_jobs_of_a_sweep_are_those_that_are_not_complete(tmp_path, monkeypatch):
     (complete.parent / "overrides.txt").write_text("optim.lr=2\nrun_dir=outputs/sweeps/rates/lr=2\n")
     left = [[f"optim.lr={rate}", "sweep.name='rates'", f"run_dir=outputs/sweeps/rates/lr={rate}"] for rate in (1, 3)]
     assert slurm.list_jobs("finetune", words) == ("rates", left)
-    with pytest.raises(UserError, match=r"^sweep.trials: a search needs the results of the jobs before"):
+    with refuses(r"^sweep.trials: a search needs the results of the jobs before"):
         slurm.list_jobs("finetune", [*words, "sweep.trials=3"])
 
 
 def test_no_slurm_is_said(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
-    with pytest.raises(UserError, match=r"^launch: there is no sbatch here; submit on a login node"):
+    with refuses(r"^launch: there is no sbatch here; submit on a login node"):
         queue_jobs(launch(), tmp_path, [])
 
 
@@ -197,7 +196,7 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
     if end is None:
         assert asked == [("requeue", "7")] and slept
     else:
-        assert status == end and json.loads((tmp_path / "end_0.json").read_text()) == {"status": end, "restarts": 5}
+        assert status == end and read_json(tmp_path / "end_0.json") == {"status": end, "restarts": 5}
         assert asked == ([("update", "JobId=7", "Requeue=0")] if end == 70 else []) and not slept
 
 

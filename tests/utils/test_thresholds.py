@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from utils.errors import UserError
+from tests.support import refuses
 from utils.formats.thresholds import (
     CATEGORY_PROFILES,
     OVERALL,
@@ -74,7 +74,7 @@ def test_tools_that_take_the_first_row_of_a_category_get_balanced(path):
 
 @pytest.mark.parametrize("weights_hash", ["4567", None])
 def test_a_table_of_other_weights_is_refused_with_the_command(path, weights_hash):
-    with pytest.raises(UserError, match=r"^thresholds: .*thresholds.csv .*evaluate.py calibrate=true"):
+    with refuses(r"^thresholds: .*thresholds.csv .*evaluate.py calibrate=true"):
         find_thresholds(str(path), WEIGHTS, weights_hash)
 
 
@@ -89,15 +89,15 @@ def test_a_table_of_other_weights_is_refused_with_the_command(path, weights_hash
 )
 def test_a_file_that_is_no_whole_table_is_refused(path, change, complaint):
     path.write_text("\n".join(change(path.read_text().splitlines())))
-    with pytest.raises(UserError, match=rf"(?s)thresholds.csv .*{complaint}"):
+    with refuses(rf"(?s)thresholds.csv .*{complaint}"):
         find_thresholds(str(path), WEIGHTS, "0123")
 
 
 def test_no_file_and_no_text_are_refused(path):
-    with pytest.raises(UserError, match=r"^thresholds: .* No such file .* evaluate.py calibrate=true writes one"):
+    with refuses(r"^thresholds: .* No such file .* evaluate.py calibrate=true writes one"):
         find_thresholds(str(path.with_name("none.csv")), WEIGHTS, "0123")
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match=r"^thresholds: .* is not a readable thresholds file"):
+    with refuses(r"^thresholds: .* is not a readable thresholds file"):
         find_thresholds(str(path), WEIGHTS, "0123")
 
 

@@ -18,6 +18,7 @@ from playwright.sync_api import sync_playwright
 from tests.support import ROOT, data_config
 from tests.utils.record.test_curves import line
 from tests.utils.record.test_run_index import make_run, said
+from utils.io.files import read_json
 
 HOSTILE = "<img src=x onerror=alert(1)>"
 
@@ -39,7 +40,7 @@ def runs(tmp_path_factory):
 def add_data(run, **data):
     """Let a run be trained on a collection; data: of `data_config`."""
     file = run / "config.json"
-    config = json.loads(file.read_text()) | {"data": data_config(**data).model_dump(mode="json")}
+    config = read_json(file) | {"data": data_config(**data).model_dump(mode="json")}
     file.write_text(json.dumps(config))
     return run
 

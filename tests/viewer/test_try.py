@@ -2,7 +2,6 @@
 
 import asyncio
 import io
-import json
 import os
 import struct
 import zlib
@@ -20,12 +19,12 @@ from engine.tasks.tagging import TaggingKind
 from models.predictor import Predictor
 from tests.engine.test_tagging import CONFIG, MODEL
 from tests.in_process import configure, run
-from tests.support import data_config, make_collection, thresholds_of
+from tests.support import data_config, make_collection, refuses, thresholds_of
 from tests.viewer.conftest import HOSTILE, add_data
 from utils.contracts import Machine
-from utils.errors import UserError
 from utils.formats.thresholds import write_thresholds
 from utils.formats.vocabulary import Vocabulary
+from utils.io.files import read_json
 from utils.io.weights import hash_tensors, write_weights
 from utils.record.run_index import RunIndex
 from viewer.app import Guard
@@ -85,7 +84,7 @@ def test_tags_and_caption_are_those_of_predict(runs, tmp_path, profile, limit):
     for output in ("texts/", "rows.jsonl"):
         run("predict", [*words, f"output={output}"], tmp_path)
     assert caption == (tmp_path / "texts/a.txt").read_text().strip() and seen.size == (32, 32)
-    row = json.loads((tmp_path / "rows.jsonl").read_text())
+    row = read_json(tmp_path / "rows.jsonl")
     chosen = {category: {tag: prob for tag, prob, is_chosen, _ in tags if is_chosen} for category, tags in bars.items()}
     said = {**row["probs"], "rating": {row["rating"]: row["rating_prob"]}}
     assert {name: tags for name, tags in chosen.items() if tags} == {
@@ -179,7 +178,7 @@ def test_weights_are_found_below_the_roots_alone(place, text, word, monkeypatch)
     if word is None:
         assert networks.find(text).is_relative_to(place / "in")
     else:
-        with pytest.raises(UserError, match=rf"(?s)^weights: .*({word})"):
+        with refuses(rf"(?s)^weights: .*({word})"):
             networks.find(text)
 
 
@@ -244,7 +243,7 @@ def test_nearest_images_are_found_from_kept_embeddings(runs, tmp_path, monkeypat
     assert len(find()) == 11 and len(used) == 12
     for file in files:
         file.write_bytes(b"no image")
-    with pytest.raises(UserError, match=r"^data.root: .*no image"):
+    with refuses(r"^data.root: .*no image"):
         find()
 
 

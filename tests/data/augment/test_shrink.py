@@ -1,7 +1,6 @@
 """The size rule: no crop of an image at the bound is smaller than the network's input, and the bound is not idle."""
 
 import itertools
-import json
 
 import pytest
 import torch
@@ -10,10 +9,10 @@ import yaml
 from data.augment.config import AugmentConfig
 from data.augment.transforms import ResizedCrop
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import rows
+from tests.support import refuses, rows
 from utils import rng
 from utils.config.help import CONF
-from utils.errors import UserError
+from utils.io.files import read_json
 from utils.io.weights import read_weights
 
 LIGHT = yaml.safe_load((CONF / "augment/light.yaml").read_text()) | {"shrink": True}
@@ -66,7 +65,7 @@ def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     assert read_weights(weights)[1]["preprocessing"]["shortest_px"] == 19  # 16 / 0.875
     run("evaluate", ["run_dir=run", "weights=last", "runtime.device=cpu"], tmp_path)
     expected = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["loss"]
-    found = json.loads((tmp_path / "run/metrics.json").read_text())["loss"]
+    found = read_json(tmp_path / "run/metrics.json")["loss"]
     assert found == pytest.approx(expected, rel=1e-6)
-    with pytest.raises(UserError, match=r"augment.shrink: True in the run, False now"):
+    with refuses(r"augment.shrink: True in the run, False now"):
         run("finetune", [*command, "augment.shrink=false", "loop.total_steps=3"], tmp_path)

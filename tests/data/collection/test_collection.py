@@ -15,7 +15,7 @@ from data.collection.index import index_collection
 from data.layouts.table import SCHEMA, build_table, count_values, hash_table
 from data.open import describe_collection
 from data.tools.predictions import find_images
-from utils.errors import UserError
+from tests.support import refuses
 
 
 def put(root, *paths, text=None):
@@ -51,7 +51,7 @@ def opened(tmp_path):
 @pytest.fixture
 def refuse(opened, tmp_path):
     def refuse(root, *words):
-        with pytest.raises(UserError, match=r"^data\.root: ") as caught:
+        with refuses(r"^data\.root: ") as caught:
             opened(root)
         assert all(word in str(caught.value) for word in words), caught.value
         assert not (tmp_path / "cache").exists()
@@ -203,7 +203,7 @@ def test_a_sidecar_may_not_be_a_link_out_of_the_root(opened, root, tmp_path, end
     link = root / f"cat/a{ending}"
     for target in (secret, f"../../{secret.name}"):
         link.symlink_to(target)
-        with pytest.raises(UserError, match=rf"^data\.on_bad_sidecar: .*{link}.* link out of the collection.*{secret}"):
+        with refuses(rf"^data\.on_bad_sidecar: .*{link}.* link out of the collection.*{secret}"):
             opened(root).refuse_faults("caption")
         link.unlink()
     (root / f"inside{ending}").write_text('{"tags": ["ours"]}')
@@ -227,7 +227,7 @@ def test_sidecars_that_are_no_files_or_too_large_are_refused(opened, root):
         lambda: sidecar.symlink_to(root / "nowhere.txt"),
     ):
         make()
-        with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*a\.txt"):
+        with refuses(r"^data\.on_bad_sidecar: .*a\.txt"):
             opened(root).refuse_faults("tags")
         sidecar.unlink()
 
@@ -314,5 +314,5 @@ def test_columns_as_arrays(opened, root):
 
 
 def test_fewer_than_two_classes_are_refused(opened, root):
-    with pytest.raises(UserError, match=r"^data\.root: .* has 1 classes .*manifest\.csv"):
+    with refuses(r"^data\.root: .* has 1 classes .*manifest\.csv"):
         check_classes(opened(put(root, "train/a/a.png")), allow_missing=True)

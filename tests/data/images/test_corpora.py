@@ -4,7 +4,6 @@ Figures of the pixels, refusals, fuzzing with fixed seeds, and memory. Origins: 
 """
 
 import io
-import json
 import struct
 import sys
 import zlib
@@ -18,6 +17,7 @@ from data.images.open import CUT_OFF, DAMAGED, TOO_LARGE
 from data.stream.source import UnreadableImage
 from data.tools.measure import measure_file
 from tests.support import no_large_allocation, read_image
+from utils.io.files import read_json
 
 CORPORA = Path(__file__).parents[1] / "corpora"
 PNGS = sorted([*CORPORA.glob("pngsuite/**/*.png"), *CORPORA.glob("testpngs/*.png")])
@@ -35,7 +35,7 @@ def name_of(path):
 
 # A decoder written from the PNG specification gave these (this file at 51de259): height, width, mean of each channel on
 # white, and its mean weighted by cos(0), cos(1), ...
-FIGURES = json.loads((CORPORA / "pixels.json").read_text())
+FIGURES = read_json(CORPORA / "pixels.json")
 
 
 @pytest.mark.parametrize("path", PNGS, ids=name_of)

@@ -16,9 +16,8 @@ from data.images.decode import Decoder
 from data.stream.loader import EvaluationStream, Loader, no_fields
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load
-from tests.support import cache_config
+from tests.support import cache_config, refuses
 from utils.contracts import Machine
-from utils.errors import UserError
 
 COUNT, RGB = 12, Decoder(3, 10**6)
 
@@ -111,5 +110,5 @@ def test_a_filled_cache_on_a_read_only_disk_is_read(photos, small_disk, log):
 
 def test_a_folder_that_cannot_be_used_is_refused(photos, tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="^data.cache.folder: "):
+    with refuses("^data.cache.folder: "):
         cached(photos, tmp_path / "file" / "cache")

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from data.images.record_store import LimitedStore, Store, TensorStore, record_key
-from utils.errors import UserError
+from tests.support import refuses
 
 MANY = [record_key("record", number) for number in range(140)]
 KEYS = MANY[:40]
@@ -23,13 +23,13 @@ def test_records_of_tensors_come_back(tmp_path):
     assert found.keys() == RECORD.keys() and all(torch.equal(found[name], RECORD[name]) for name in found)
     assert all(found[name].dtype == RECORD[name].dtype for name in found)
     assert store.read(KEYS[1]) is None and store.is_missing(np.array(KEYS[:2])).tolist() == [False, True]
-    with pytest.raises(UserError, match=r"^cache\.test: 7\.png "):
+    with refuses(r"^cache\.test: 7\.png "):
         store.put(KEYS[0], "7.png", {"mean": torch.tensor([1.0, float("inf")])})
 
 
 def test_a_full_disk_is_a_users_error(small_disk):
     store = TensorStore(small_disk / "store", "cache.test")
-    with pytest.raises(UserError, match=r"^cache\.test: .*cannot be written"):
+    with refuses(r"^cache\.test: .*cannot be written"):
         for key in KEYS:
             store.put(key, "large", {"mean": torch.randn(200_000)})
 

@@ -17,7 +17,7 @@ from data.stream.order import Draw
 from data.stream.source import IMAGE, UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.data.latents.test_latent_cache import CONFIG
-from utils.errors import UserError
+from tests.support import refuses
 
 SIZE_HW = (90, 70)
 RANDOM = CONFIG.model_copy(update={"crop": "random", "flip": 0.5})
@@ -101,6 +101,6 @@ def test_a_mask_that_does_not_fit_is_refused_by_name(tmp_path, monkeypatch, sour
         (tmp_path / name).write_bytes(b"no image")
     if size is not None:
         Image.new("L", size).save(tmp_path / name)
-    with pytest.raises(UserError, match=r"^task\.mask\.source: ") as error:
+    with refuses(r"^task\.mask\.source: ") as error:
         find_masks(collection, np.arange(3), np.array([SIZE_HW] * 3), source, training=True)
     assert word in str(error.value) and (name or "").rpartition("/")[2] in str(error.value)

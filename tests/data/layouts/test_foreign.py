@@ -14,8 +14,7 @@ from data.images.bytes import open_contents
 from data.open import open_images
 from tests.data.collection.test_collection import load as load_into
 from tests.data.collection.test_collection import put
-from tests.support import data_config
-from utils.errors import UserError
+from tests.support import data_config, refuses
 
 
 def png(level):
@@ -89,7 +88,7 @@ def test_dangerous_members_are_skipped_and_named(tmp_path, load, log):
         and "'0.tar/good.json' is broken JSON" in log.text
     )
     write_tar(tmp_path / "other/0.tar", bad)
-    with pytest.raises(UserError, match=r"^data\.root: .*holds no image in 0\.tar; .*\.\./x\.png"):
+    with refuses(r"^data\.root: .*holds no image in 0\.tar; .*\.\./x\.png"):
         load(tmp_path / "other")
 
 
@@ -307,7 +306,7 @@ def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):
     (tmp_path / "none").mkdir()
     (tmp_path / "none/0.parquet").write_bytes(b"PAR1")
     for name in ("compressed", "text", "cut", "none"):
-        with pytest.raises(UserError, match=r"^data\.root: .*0\.(arrow|parquet)"):
+        with refuses(r"^data\.root: .*0\.(arrow|parquet)"):
             load(tmp_path / name)
 
 

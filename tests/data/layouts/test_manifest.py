@@ -16,8 +16,7 @@ from data.collection.collection import check_classes
 from data.layouts.manifest import find_manifest
 from data.layouts.table import MEASURED, SCHEMA
 from tests.data.collection.test_collection import columns, opened, put, refuse, root  # noqa: F401 (fixtures)
-from tests.support import write_manifest
-from utils.errors import UserError
+from tests.support import refuses, write_manifest
 
 
 def jsonl(root, rows):
@@ -207,7 +206,7 @@ def test_further_columns_are_kept_with_their_types(form, opened, root, log):
     assert collection.column("score").tolist() == [1.0, 2.5] and collection.column("hash").tolist() == ["f0", None]
     assert collection.column("width").dtype == np.int64 and collection.row(1).width == 8
     assert form == "csv" or ("column 'vector'" in log.text and "column 'extra'" in log.text)
-    with pytest.raises(UserError, match=r"^data.root: .*'height'.*job=manifest"):
+    with refuses(r"^data.root: .*'height'.*job=manifest"):
         collection.column("height")
 
 
@@ -271,7 +270,7 @@ def test_nobodys_manifest_is_overwritten(root):
         put(root, "a.png")
         write()
         before = find_manifest(root).read_bytes()
-        with pytest.raises(UserError, match=r"^data\.root: .*not overwritten"):
+        with refuses(r"^data\.root: .*not overwritten"):
             write_manifest(root)
         assert find_manifest(root).read_bytes() == before
         find_manifest(root).unlink()
@@ -282,7 +281,7 @@ def test_the_names_of_other_programs_are_read_and_a_column_that_is_no_label_is_n
     (root / "manifest.csv").write_text("file_name,class,text\na.png,x,one\nb.png,y,two\n")
     collection = opened(root)
     assert [(row.path, row.caption) for row in map(collection.row, range(2))] == [("a.png", "one"), ("b.png", "two")]
-    with pytest.raises(UserError, match="no column label, but class;"):
+    with refuses("no column label, but class;"):
         check_classes(collection, allow_missing=False)
     (root / "manifest.csv").write_text("filename,labels,text,caption\na.png,x,one,1\nb.png,y,two,2\n")
     assert columns(opened(root), "label", "caption", "text") == [("x", "1", "one"), ("y", "2", "two")]

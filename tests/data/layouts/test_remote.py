@@ -11,8 +11,7 @@ from data.stream.order import build_sampler
 from data.stream.source import FileRange, UnreadableImage, join_ranges
 from tests.data.collection.test_collection import load
 from tests.data.stream.test_loader import stream, take
-from tests.support import data_config, make_collection, pack_collection, write_manifest
-from utils.errors import UserError
+from tests.support import data_config, make_collection, pack_collection, refuses, write_manifest
 
 s3fs = pytest.importorskip("s3fs", reason="make install-cloud")
 server = pytest.importorskip("moto.server", reason="make install-cloud")
@@ -112,13 +111,13 @@ def test_what_the_store_lacks_cuts_or_refuses_is_an_unreadable_image(packed, sto
 
 
 def test_what_cannot_be_had_ends_the_start(place, store, monkeypatch):
-    with pytest.raises(UserError, match=r"^data\.root: .*'s3://pictures/absent'.*FileNotFoundError"):
+    with refuses(r"^data\.root: .*'s3://pictures/absent'.*FileNotFoundError"):
         load(f"{BUCKET}/absent", place / "cache")
     store.put(str(place / "files/manifest.parquet"), f"{BUCKET}/files/manifest.parquet")
-    with pytest.raises(UserError, match=r"^data\.root: manifest\.parquet lists files"):
+    with refuses(r"^data\.root: manifest\.parquet lists files"):
         load(f"{BUCKET}/files", place / "cache")
-    with pytest.raises(UserError, match=r"^data\.root: 'nonsense://x'.*install-cloud"):
+    with refuses(r"^data\.root: 'nonsense://x'.*install-cloud"):
         load("nonsense://x", place / "cache")
     monkeypatch.setattr(store, "cat_file", lambda *a, **k: (_ for _ in ()).throw(PermissionError("no")))
-    with pytest.raises(UserError, match=r"^data\.root: .*PermissionError"):
+    with refuses(r"^data\.root: .*PermissionError"):
         load(f"{BUCKET}/packed", place / "cache")

@@ -17,7 +17,7 @@ from data.collection.collection import Collection
 from data.collection.index import index_collection
 from data.layouts.sidecars import FIELDS
 from tests.data.collection.test_collection import load, put
-from tests.support import write_manifest
+from tests.support import refuses, write_manifest
 from utils.errors import UserError
 from utils.formats.spelling import KAOMOJI, Tag, parse_rating, parse_tag, with_spaces
 
@@ -45,7 +45,7 @@ def rows(root):
 
 
 def refused(root, *parts):
-    with pytest.raises(UserError, match=r"^data\.root: ") as caught:
+    with refuses(r"^data\.root: ") as caught:
         load(root, root / ".cache")
     assert all(part in str(caught.value) for part in parts), caught.value
 
@@ -263,11 +263,11 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
     assert list(collection.row(0).tags) == tags and message in log.text
     if field != "file":
         collection.refuse_faults(*{*FIELDS} - {field})
-    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
+    with refuses(r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
         collection.refuse_faults("tags" if field == "file" else field)
     (listing,) = (tmp_path / ".cache").glob("bad_sidecars_*.jsonl")
     assert message in str(caught.value) and str(listing) in str(caught.value) and message in listing.read_text()
-    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: "):
+    with refuses(r"^data\.on_bad_sidecar: "):
         write_manifest(tmp_path)
     write_manifest(tmp_path, on_bad_sidecar="skip")
     load(tmp_path, tmp_path / ".cache").refuse_faults("tags", "rating", "caption")
@@ -279,7 +279,7 @@ def test_a_bad_text_of_a_shard_is_skipped_where_that_is_set(tmp_path):
             info = tarfile.TarInfo(name)
             info.size = len(content)
             tar.addfile(info, io.BytesIO(content))
-    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .*0\.tar/a\.json.* the rating 5"):
+    with refuses(r"^data\.on_bad_sidecar: .*0\.tar/a\.json.* the rating 5"):
         load(tmp_path, tmp_path / ".cache").refuse_faults("rating")
     index = index_collection(str(tmp_path), validation_fraction=0.0, cache=tmp_path / ".cache", on_bad_sidecar="skip")
     collection = Collection(str(tmp_path), index)

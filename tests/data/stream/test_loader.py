@@ -23,10 +23,10 @@ from data.stream.batch import Ragged, collate, multi_hot, pack, to_device
 from data.stream.loader import Loader, TrainStream, UnreadableLog
 from data.stream.order import Draw, Sampler
 from tests.data.collection.test_collection import load
+from tests.support import refuses
 from utils import rng
 from utils.config.help import CONF
 from utils.contracts import Machine
-from utils.errors import UserError
 
 # More workers than cores are wanted here.
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")
@@ -147,7 +147,7 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
         raise RuntimeError("unable to allocate shared memory(shm) for file </torch_1>: No space left on device (28)")
 
     monkeypatch.setattr(torch.Tensor, "share_memory_", refuse)
-    with pytest.raises(UserError, match=r"^runtime\.workers: .*No space left on device.* set runtime\.workers=0"):
+    with refuses(r"^runtime\.workers: .*No space left on device.* set runtime\.workers=0"):
         take(train_stream(folder, workers=1), 1)
 
 
@@ -214,7 +214,7 @@ def test_three_unreadable_files_are_blank_weigh_nothing_and_are_told_once(damage
 
 
 def test_training_images_that_all_weigh_nothing_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^data\.root: no training image .* 2 have weight"):
+    with refuses(r"^data\.root: no training image .* 2 have weight"):
         training_rows(weighted(tmp_path, [0, 0]), SimpleNamespace(**ALL))
 
 
@@ -336,9 +336,9 @@ def test_terms_and_limits_choose_the_training_images(tmp_path):
     assert chosen() == chosen("path:.png") and len(chosen()) == 4
     assert chosen("path:train/cats/") == ["train/cats/one.png", "train/cats/two.png"]
     assert chosen("label=birds OR path:dogs") == ["train/birds/one.png", "train/dogs/one.png"]
-    with pytest.raises(UserError, match=r"^loop\.find: 'label=fish' finds none of the 4 training images"):
+    with refuses(r"^loop\.find: 'label=fish' finds none of the 4 training images"):
         chosen("label=fish")
-    with pytest.raises(UserError, match=r"^loop\.find: score>3: no such column"):
+    with refuses(r"^loop\.find: score>3: no such column"):
         chosen("score>3")
     assert chosen(per_class=1, count=9) == [path for path in chosen() if path != "train/cats/one.png"]
     assert chosen(per_class=0.5) == chosen(per_class=1) and chosen(per_class=1.0) == chosen()

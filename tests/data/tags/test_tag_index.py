@@ -13,7 +13,7 @@ from data.tags.rules import TagRules, TagRulesConfig, read_rules
 from data.tags.tag_index import index_tags, map_tags
 from data.tags.vocabulary import VocabularyConfig, make_vocabulary, read_any_vocabulary
 from tests.data.collection.test_collection import load
-from utils.errors import UserError
+from tests.support import refuses
 from utils.formats.spelling import Tag, parse_rating, parse_tag
 from utils.formats.vocabulary import FILE, RATINGS, Vocabulary, read_vocabulary, write_vocabulary
 
@@ -119,15 +119,15 @@ def test_bad_rules_are_refused_by_line(tmp_path):
         ("", "x,y\na\n", r"^task.implications: .*csv, line 2: \['a'\]"),
         ("", "a,  \n", r"^task.implications: .*csv, line 1: "),
     ):
-        with pytest.raises(UserError, match=message):
+        with refuses(message):
             rules_of(tmp_path, aliases, implications)
-    with pytest.raises(UserError, match=r"^task\.aliases: nowhere is not a readable"):
+    with refuses(r"^task\.aliases: nowhere is not a readable"):
         read(tmp_path, aliases="nowhere")
 
 
 def test_what_s_means_is_stated():
     table = of_rows([["a"], ["a"], ["rating:safe"], ["a"]], ["s", "Safe", None, "g"])
-    with pytest.raises(UserError, match=r"^task\.rating_s: null"):
+    with refuses(r"^task\.rating_s: null"):
         map_tags(table, vocabulary("a"), NO_RULES)
     for meaning, column in (("general", 0), ("sensitive", 1)):
         found = map_tags(table, vocabulary("a"), TagRules(meaning, {}, {}, "task."))
@@ -168,7 +168,7 @@ def test_the_index_is_made_once_and_mapped(tmp_path):
     index_tags(collection, vocabulary("x", "y"), NO_RULES, tmp_path / "cache")
     other = index_tags(collection, known, rules_of(tmp_path, "z,x"), tmp_path / "cache")
     assert len([*(tmp_path / "cache").iterdir()]) == 3 and other.of_row(1).tolist() == [5]
-    with pytest.raises(UserError, match=r"^data\.root: none of the 2 images of .* has a tag of the voc"):
+    with refuses(r"^data\.root: none of the 2 images of .* has a tag of the voc"):
         index_tags(collection, vocabulary("w"), NO_RULES, tmp_path / "cache")
     file.write_bytes(b"x")  # damaged: it is made again
     assert index_tags(collection, known, NO_RULES, tmp_path / "cache").of_row(0).tolist() == [3, 4, 5]
@@ -219,11 +219,9 @@ def test_implied_tags_count_and_other_categories_come_last(tmp_path):
 
 def test_a_vocabulary_without_a_tag_is_refused(tmp_path):
     collection = collection_of(tmp_path / "root", rows_with({"a": 1, "b": 3}))
-    with pytest.raises(
-        UserError, match=r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"
-    ):
+    with refuses(r"^vocabulary\.min_count: no tag of general, character is on 4 .*'b' on 3, 'a'"):
         make_vocabulary(collection, wanted(min_count=4), "vocabulary.")
-    with pytest.raises(UserError, match=r"^vocabulary\.ignore: nowhere is not a readable"):
+    with refuses(r"^vocabulary\.ignore: nowhere is not a readable"):
         make_vocabulary(collection, wanted(ignore="nowhere"), "vocabulary.")
 
 
@@ -233,7 +231,7 @@ def test_a_text_is_a_vocabulary_with_a_tag_on_each_line(tmp_path):
     assert read.names == (*RATINGS, "1girl", "blue_eyes", "miku") and read.categories == (9, 9, 9, 9, 0, 0, 4)
     assert read.counts == (1, 1, 1, 1, 0, 0, 0) and read.tag_ids == (*RATINGS.values(), 4, 5, 6)
     (tmp_path / "tags.txt").write_text("a\nA")
-    with pytest.raises(UserError, match=r"tags\.txt is not a readable vocabulary"):
+    with refuses(r"tags\.txt is not a readable vocabulary"):
         read_any_vocabulary(tmp_path / "tags.txt")
 
 

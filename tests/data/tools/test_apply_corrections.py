@@ -2,15 +2,13 @@
 
 import json
 
-import pytest
-
 from data.layouts.corrections import append_corrections
 from data.layouts.names import UNDO
 from data.tools.apply_corrections import ApplyCorrections, _restore
 from tests.data.collection.test_collection import columns, opened, put, root  # noqa: F401
 from tests.data.layouts.test_corrections import decide
-from tests.support import data_config
-from utils.errors import UserError
+from tests.support import data_config, refuses
+from utils.io.files import read_json
 
 HAD = ("path", "label", "tags", "caption")
 
@@ -44,22 +42,22 @@ def test_labels_and_tags_go_to_sidecars_and_back(root, opened, caplog):  # noqa:
         row[: 3 if row[0] in new else 4] for row in wanted
     ]
     assert (root / "cat/1.txt").read_text() == "1girl, red hair\n" and (root / "cat/4.txt").read_text() == "hat"
-    assert json.loads((root / "cat/2.json").read_text()) == {"tag_string": "hat sky", "score": 3, "tags": ["sky"]}
+    assert read_json(root / "cat/2.json") == {"tag_string": "hat sky", "score": 3, "tags": ["sky"]}
     assert apply(root).startswith("0 labels")
     (root / "cat/2.json").write_text("{}")
     apply(root, undo=True)
     assert "1 sidecars were edited since and stay: cat/2.json" in caplog.text
     assert contents(root) == {**before, "cat/2.json": b"{}"}
-    with pytest.raises(UserError, match=r"^job\.undo: "):
+    with refuses(r"^job\.undo: "):
         apply(root, undo=True)
 
 
 def test_where_sidecars_do_not_count(root, tmp_path):  # noqa: F811
     put(root, "1.png")
     (root / UNDO).write_text(json.dumps({"file": "../x", "before": "a", "after": ""}) + "\n")
-    with pytest.raises(UserError, match=r"^data\.root: .*leads out of the collection"):
+    with refuses(r"^data\.root: .*leads out of the collection"):
         _restore(root)
     (root / "manifest.csv").write_text("path,label\n1.png,cat\n")
-    with pytest.raises(UserError, match=r"^data\.root: .*manifest\.csv"):
+    with refuses(r"^data\.root: .*manifest\.csv"):
         apply(root)
     assert not (tmp_path / "x").exists()

@@ -13,7 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from data.tools.copy import reduce
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run, run_command
-from utils.errors import UserError
+from tests.support import refuses
 
 COPY = ["job=copy", "data=image_folder", "data.root=images", "data.validation_fraction=0.0", "job.to=part"]
 PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
@@ -64,7 +64,7 @@ def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
     assert less["tags"].to_pylist()[1] == ["hat"] and not {"sha256", "width"} & set(less.column_names)
     (tmp_path / "part/x/a.png").write_text("another")
     for to, word in (("part", "differs from"), ("images/part", "inside data.root")):
-        with pytest.raises(UserError, match=rf"^job.to: .*{word}"):
+        with refuses(rf"^job.to: .*{word}"):
             run("prepare", [*COPY, f"job.to={to}"], tmp_path)
 
 
@@ -104,7 +104,7 @@ def test_jobs_that_read_files_refuse_shards(root, tmp_path):
     run("prepare", ["job=pack", "job.output=shards", *COPY[1:-1]], tmp_path)
     jobs = (["copy", "job.to=v"], ["duplicates"])
     for job, *more in jobs:
-        with pytest.raises(UserError, match=r"^data.root: .*shards"):
+        with refuses(r"^data.root: .*shards"):
             run("prepare", [f"job={job}", *more, COPY[1], "data.root=shards"], tmp_path)
 
 

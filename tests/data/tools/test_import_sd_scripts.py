@@ -6,7 +6,7 @@ import pytest
 import yaml
 
 from tests.in_process import run
-from utils.errors import UserError
+from tests.support import refuses
 
 SUBSET = "[[datasets]]\n[[datasets.subsets]]\nimage_dir = 'a'\n"
 
@@ -123,7 +123,7 @@ def test_a_folder_in_several_resolutions_is_trained_in_each_and_json_is_read_too
     ],
 )
 def test_what_is_refused(text, words, tmp_path):
-    with pytest.raises(UserError, match=r"^job\.source: ") as caught:
+    with refuses(r"^job\.source: ") as caught:
         convert(tmp_path, text)
     assert all(word in str(caught.value) for word in words), caught.value
     assert not (tmp_path / "found.yaml").exists()

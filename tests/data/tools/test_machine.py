@@ -1,9 +1,7 @@
 """job=machine: what it finds, and that it refuses what a training would."""
 
-import pytest
-
 from tests.in_process import run
-from utils.errors import UserError
+from tests.support import refuses
 
 
 def test_a_machine_is_described(tmp_path, log):
@@ -18,7 +16,7 @@ def test_all_that_a_training_would_refuse_is_named_at_once(tmp_path, monkeypatch
     monkeypatch.setenv("CXX", "nope")
     (tmp_path / "file").touch()
     words = ["job.device=cuda", "job.precision=fp16", "job.compile=true", "job.run_dir=file"]
-    with pytest.raises(UserError, match="refused") as refused:
+    with refuses("refused") as refused:
         run("prepare", ["job=machine", *words, "data=image_folder", "data.root=nowhere"], tmp_path)
     keys = [line.split(":")[0].strip() for line in str(refused.value).splitlines()[1:]]
     assert keys == ["runtime.device", "runtime.precision", "runtime.compile", "data.root", "run_dir"]

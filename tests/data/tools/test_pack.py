@@ -20,8 +20,7 @@ from data.stream.order import build_sampler
 from data.stream.source import UnreadableImage
 from tests.data.collection.test_collection import load
 from tests.in_process import run
-from tests.support import make_collection, pack_collection, write_manifest
-from utils.errors import UserError
+from tests.support import make_collection, pack_collection, refuses, write_manifest
 
 
 @pytest.fixture(scope="module")
@@ -94,7 +93,7 @@ def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
         found = image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
         assert found.tolist() == sizes == [[10, 20], [30, 40], [0, 0]]
         pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
-    with pytest.raises(UserError, match=r"^data\.root: .*image sizes.*job=pack"):
+    with refuses(r"^data\.root: .*image sizes.*job=pack"):
         image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
 
 
@@ -147,7 +146,7 @@ def test_a_killed_pack_goes_on_and_writes_shards_that_are_cut_again(collections,
 def test_a_bad_label_is_not_packed_as_none(tmp_path):
     make_collection(tmp_path / "files", per_class=1)
     next((tmp_path / "files").rglob("*.png")).with_suffix(".json").write_text('{"label": 1.5}')
-    with pytest.raises(UserError, match=r"^data\.on_bad_sidecar: .* label: "):
+    with refuses(r"^data\.on_bad_sidecar: .* label: "):
         run("prepare", ["job=pack", "job.output=packed", "data=image_folder", "data.root=files"], tmp_path)
 
 
@@ -155,10 +154,10 @@ def test_a_folder_of_something_else_is_refused(collections, tmp_path, pack):
     files, _ = collections
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine/000000.tar").write_bytes(b"mine")
-    with pytest.raises(UserError, match=r"^job\.output: "):
+    with refuses(r"^job\.output: "):
         pack(files, tmp_path / "mine")
     pack(files, tmp_path / "packed")
-    with pytest.raises(UserError, match=r"^job\.output: "):
+    with refuses(r"^job\.output: "):
         pack(files, tmp_path / "packed", shard_mib=2)
 
 
@@ -169,10 +168,10 @@ def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monk
     image = tmp_path / "root/train/A/000.png"
     before = image.read_bytes()
     image.write_bytes(before[:-1] + b"x")
-    with pytest.raises(UserError, match=r"^data\.root: 'train/A/000.png' has the SHA-256 "):
+    with refuses(r"^data\.root: 'train/A/000.png' has the SHA-256 "):
         pack(files, tmp_path / "packed")
     image.unlink()
-    with pytest.raises(UserError, match=r"^data\.root: .*train/A/000.png"):
+    with refuses(r"^data\.root: .*train/A/000.png"):
         pack(files, tmp_path / "packed")
     image.write_bytes(before)
 
@@ -181,7 +180,7 @@ def test_wrong_and_absent_images_and_full_disks_stop_a_pack(tmp_path, pack, monk
 
     with monkeypatch.context() as patch:
         patch.setattr(tarfile.TarFile, "addfile", fill)
-        with pytest.raises(UserError, match=r"^job\.output: .*No space left"):
+        with refuses(r"^job\.output: .*No space left"):
             pack(files, tmp_path / "packed")
     assert sorted(file.name for file in (tmp_path / "packed").iterdir()) == ["pack.json"]
     pack(files, tmp_path / "packed")
@@ -247,5 +246,5 @@ def test_damage_is_an_unreadable_image_that_names_the_shard(changed):
     ids=str,
 )
 def test_an_index_that_cannot_be_is_refused(change, changed):
-    with pytest.raises(UserError, match=r"^data\.root: .*manifest\.parquet"):
+    with refuses(r"^data\.root: .*manifest\.parquet"):
         changed(change)

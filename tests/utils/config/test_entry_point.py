@@ -2,14 +2,13 @@
 folders; most in the test's own process, some as real processes.
 """
 
-import json
-
 import pytest
 
 from tests.in_process import TINY, compose, configure, load_command, make_images, working_in
 from tests.in_process import run_command as run_in_process
 from utils.config.entry_point import entry_point, quote_paths
 from utils.errors import UserError
+from utils.io.files import read_json
 from utils.record.run_folder import default_run_dir
 
 # One of each kind that Hydra's grammar refuses or reads as something else.
@@ -128,7 +127,7 @@ def test_a_run_folder_of_any_name_is_found_again(tmp_path, monkeypatch):
     assert run_in_process("evaluate", [f"run_dir=runs/{name}", "runtime.device=cpu"], tmp_path, monkeypatch) == 0
     found = [f"weights=runs/{name}", f"input={name}/val", f"output=runs/{name}/found.csv"]
     assert run_in_process("predict", found, tmp_path, monkeypatch) == 0
-    assert json.loads((tmp_path / "runs" / name / "metrics.json").read_text())["samples"] == 4
+    assert read_json(tmp_path / "runs" / name / "metrics.json")["samples"] == 4
     assert len((tmp_path / "runs" / name / "found.csv").read_text().splitlines()) == 1 + 4
 
 

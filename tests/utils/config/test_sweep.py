@@ -2,7 +2,6 @@
 place of a training.
 """
 
-import json
 import os
 import re
 import signal
@@ -12,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
+from tests.support import refuses
 from utils.config.sweep import _tell, _trials, parse_sweep, run_sweep
-from utils.errors import UserError
-from utils.io.files import write_json
+from utils.io.files import read_json, write_json
 from utils.record.run_reader import RESULT_FILE, RunReader
 
 # It writes what a run writes, from its own words; `wait` waits for SIGTERM and ends with status 75, `wait1` a second.
@@ -64,7 +63,7 @@ def run(script, *words):
 def started(name):
     """Return {job: (when, GPU)}."""
     files = Path("outputs/sweeps").glob(f"{name}/*/started.json")
-    return {file.parent.name: json.loads(file.read_text()) for file in files}
+    return {file.parent.name: read_json(file) for file in files}
 
 
 def test_jobs_are_all_choices_with_each_other():
@@ -152,9 +151,9 @@ def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
 
 
 def test_a_search_without_a_range_and_jobs_on_gpus_under_a_launcher_are_refused(script, monkeypatch):
-    with pytest.raises(UserError, match=r"^sweep.trials: nothing is swept"):
+    with refuses(r"^sweep.trials: nothing is swept"):
         run(script, "top=1", "sweep.trials=2")
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UserError, match=r"^sweep.gpus, sweep.trials: "):
+    with refuses(r"^sweep.gpus, sweep.trials: "):
         run(script, "top=1,2", "sweep.gpus=[0]")

@@ -9,6 +9,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 import pytest
 from huggingface_hub import constants
 
+from tests.support import refuses
 from utils.errors import DiskFull, UserError
 from utils.io import hub
 from utils.io.safe_text import hide_secrets
@@ -146,7 +147,7 @@ def test_an_upload_that_is_cut_stalls_and_fails_ends_as_one_commit(server, files
 
 def test_an_upload_that_is_typed_again_sends_no_file_twice(server, files):
     server.faults = {"commit": [500] * 9}
-    with pytest.raises(UserError, match="^hub: me/net: .*the same command continues"):
+    with refuses("^hub: me/net: .*the same command continues"):
         hub.upload(files, "me/net", private=True)
     assert not server.commits
     server.faults = {}
@@ -164,7 +165,7 @@ def test_a_hub_that_refuses_or_is_full_is_named_without_the_token(kind, status, 
 
 def test_a_private_upload_into_a_public_repository_is_refused(server, files):
     server.private = False
-    with pytest.raises(UserError, match=r"^hub\.private: "):
+    with refuses(r"^hub\.private: "):
         hub.upload(files, "me/net", private=True)
     assert not server.puts
 
@@ -174,13 +175,13 @@ def test_a_reference_is_read_from_the_hub_and_then_from_its_cache(server, monkey
     folder = hub.fetch("hf:me/net@main", ["no.bin", "model.safetensors"], beside=["README.md"])
     assert (folder / "model.safetensors").read_bytes() == b"weights"
     assert hub.fetch("hf:me/net/unet/config.json@main").read_bytes() == b"{}"
-    with pytest.raises(UserError, match=r"^hf:me/net@main has no a\.bin or b\.bin"):
+    with refuses(r"^hf:me/net@main has no a\.bin or b\.bin"):
         hub.fetch("hf:me/net@main", ["a.bin", "b.bin"])
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     assert hub.fetch("hf:me/net@main", ["no.bin", "model.safetensors"], beside=["README.md"]) == folder
-    with pytest.raises(UserError, match=r"^hf:me/net@main: .*hf download me/net other\.bin --revision main"):
+    with refuses(r"^hf:me/net@main: .*hf download me/net other\.bin --revision main"):
         hub.fetch("hf:me/net@main", ["other.bin"])
-    with pytest.raises(UserError, match="hf:OWNER/NAME@REVISION"):
+    with refuses("hf:OWNER/NAME@REVISION"):
         hub.fetch("hf:me/net", ["other.bin"])
 
 

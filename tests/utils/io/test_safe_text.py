@@ -10,6 +10,7 @@ import pytest
 
 from tests.in_process import TINY, make_images
 from tests.in_process import run as run_script
+from utils.io.files import read_json
 from utils.io.safe_text import HIDDEN, code_span, escape_controls, hide_secrets, hide_secrets_in, safe_lines
 
 KEY = "0123456789abcdef0123456789abcdef01234567"
@@ -131,6 +132,6 @@ def test_names_and_keys_in_a_whole_run(tmp_path, monkeypatch):
     for file in run_dir.iterdir():
         if file.is_file():
             assert "sesame" not in file.read_text(), file
-    assert json.loads((run_dir / "config.json").read_text())["run_dir"] == HIDDEN
+    assert read_json(run_dir / "config.json")["run_dir"] == HIDDEN
     assert f"run_dir='{HIDDEN}'" in (run_dir / "overrides.txt").read_text()
     run_script("finetune", [*overrides[:-1], "loop.total_steps=5"], tmp_path)  # and it goes on

@@ -7,7 +7,7 @@ import torch
 
 from engine.run.start import start_ranks
 from tests.in_process import TINY, configure, working_in
-from utils.errors import UserError
+from tests.support import refuses
 from utils.ranks import distributed
 from utils.ranks.distributed import World, detect_world
 from utils.record.logging import environment_rank
@@ -51,7 +51,7 @@ def test_a_port_in_use_is_said(monkeypatch):
         for name, value in variables.items():
             monkeypatch.setenv(name, value)
         said = rf"^MASTER_ADDR, MASTER_PORT: the ranks cannot meet at 127.0.0.1:{port}: .*{port}.*; name .* a free port"
-        with pytest.raises(UserError, match=said):
+        with refuses(said):
             distributed.init_process_group("cpu", timeout_sec=5.0)
 
 
@@ -79,7 +79,7 @@ def test_the_world_of_a_launcher_and_its_rank_before_there_is_a_group(case, monk
 
 def test_ranks_that_differ_are_refused(monkeypatch):
     monkeypatch.setattr(distributed, "gather_objects", lambda value: ["a", "b", "a"])
-    with pytest.raises(UserError, match=r"^version: ranks \[1\] differ from rank 0 \('b' against 'a'\); start all"):
+    with refuses(r"^version: ranks \[1\] differ from rank 0 \('b' against 'a'\); start all"):
         distributed.check_same("version", "a")
 
 
@@ -106,7 +106,7 @@ def test_a_start_compares_configuration_and_precision(tmp_path, monkeypatch):
 def test_a_rank_takes_the_gpu_of_its_local_rank(world, gpus, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     assert distributed.local_device_index(world) == expected
-    with pytest.raises(UserError, match=r"^runtime\.device: rank 9 needs GPU 9 of its node"):
+    with refuses(r"^runtime\.device: rank 9 needs GPU 9 of its node"):
         distributed.local_device_index(World(9, 16, 9, "torchrun"))
 
 

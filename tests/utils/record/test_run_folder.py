@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from tests.in_process import working_in
+from tests.support import refuses
 from utils.config.entry_point import Job
 from utils.config.help import ROOT
 from utils.errors import UserError
@@ -86,7 +87,7 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path, monkeypatch):
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr("utils.record.run_folder.write_json", full)
-    with pytest.raises(UserError, match="run_dir: .*No space left"), open_run_folder(config_for("x"), JOB) as folder:
+    with refuses("run_dir: .*No space left"), open_run_folder(config_for("x"), JOB) as folder:
         write_config(folder, {})
 
 
@@ -107,7 +108,7 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
     (tmp_path / "log.txt").symlink_to("/dev/full")
     for _ in range(2):  # the folder is let go of
         setup_logging()
-        with pytest.raises(UserError, match="^the mistake$"), open_run_folder(config_for(tmp_path), JOB):
+        with refuses("^the mistake$"), open_run_folder(config_for(tmp_path), JOB):
             get_logger("during").warning("password=%s", "a-secret-of-mine")
             raise UserError("the mistake")
         said = capsys.readouterr().err
@@ -117,11 +118,11 @@ def test_a_log_that_the_disk_refuses_hides_no_error(tmp_path, capsys):
 
 
 def test_a_folder_that_is_no_run_and_a_damaged_configuration_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"^run_dir: .* is not a run folder"):
+    with refuses(r"^run_dir: .* is not a run folder"):
         _ = RunReader(tmp_path).config
     for text in ('{"seed": NaN}', '{"seed": 1', "[]"):
         (tmp_path / "config.json").write_text(text)
-        with pytest.raises(UserError, match=r"^run_dir: .*config\.json is not a readable JSON file"):
+        with refuses(r"^run_dir: .*config\.json is not a readable JSON file"):
             _ = RunReader(tmp_path).config
 
 

@@ -13,6 +13,7 @@ import pytest
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import is_reading, rows
 from utils.config.messages import ConfigError
+from utils.io.files import read_json
 from utils.record.trackers import Tracker, _Wandb, choose_mode
 
 KEY = "0123456789abcdef" * 2 + "01234567"
@@ -111,7 +112,7 @@ def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(image
     (first,) = read_wandb(run_dir)
     assert (first["name"], first["project"], first["tags"]) == ("run", "tests", ["small", "glyphs"])
     assert first["id"] == (run_dir / "wandb_run_id.txt").read_text().strip()
-    saved = json.loads((run_dir / "config.json").read_text())
+    saved = read_json(run_dir / "config.json")
     assert {name: value for name, value in first["config"].items() if name != "_wandb"} == saved
     logged = {}
     for row in first["rows"]:
