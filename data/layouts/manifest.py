@@ -7,6 +7,7 @@ byte ranges of shards, and `path` is only a name.
 
 import functools
 import itertools
+import math
 import os
 import stat
 from collections.abc import Sequence
@@ -149,15 +150,14 @@ def _check_places(root: Path | None, file: Path, table: pa.Table) -> None:
     shards = pc.unique(table["shard"]).drop_null()
     where = f"{str(file)!r}, column shard"
     _check_spelling(shards, where)
-    ends = np.full(len(table), np.inf)
-    if root is not None:
-        sizes = np.array([*find_sizes(root, shards.to_pylist(), where), -1])
-        ends = sizes[pc.index_in(table["shard"], value_set=shards).fill_null(-1).to_numpy()]
-    offsets, lengths = (table[name].fill_null(-1).to_numpy() for name in ("offset", "length"))
-    inside = (offsets >= 0) & (lengths >= 0) & (offsets + lengths <= ends) & table["shard"].is_valid().to_numpy()
-    for row in np.flatnonzero(~inside).tolist():
-        values = {name: table[name][row].as_py() for name in ("path", *PLACES)}
-        raise UserError(f"data.root: {str(file)!r}: {values} is not inside a shard; pack the collection again")
+    sizes = [math.inf] * len(shards) if root is None else find_sizes(root, shards.to_pylist(), where)
+    ends = dict(zip(shards.to_pylist(), sizes))
+    names = ("path", *PLACES)
+    for values in zip(*(table[name].to_pylist() for name in names)):
+        _, shard, offset, length = values
+        if None in values or not 0 <= offset <= offset + length <= ends[shard]:
+            place = dict(zip(names, values))
+            raise UserError(f"data.root: {str(file)!r}: {place} is not inside a shard; pack the collection again")
 
 
 def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:

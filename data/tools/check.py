@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 _SHOWN = 30  # values of a column in the log
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")
-_DRAWN = ("width", "height", "aspect", "brightness", "sharpness")
+_DRAWN = ("width", "height", "brightness", "sharpness")
 
 
 class Check(Tool):
@@ -53,26 +53,17 @@ class Check(Tool):
                 reasons[path] = f"{reasons[path]}; {reason}" if path in reasons else reason
             found += f" ({list_files(self.report, self.name, reasons)})"
         collection = load_collection(data)
-        facts = self._measure(collection, data)
+        paths = [] if collection.is_packed or not self.verify else collection.table["path"].to_pylist()
+        facts = measure_files(Path(data.root), paths, data.max_pixels)
         tables = _count_values(collection, facts)
         tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
         for name, rows in tables.items():
             more = f", and {len(rows) - _SHOWN:,} more" if len(rows) > _SHOWN else ""
             if rows:
                 log.info("%s: %s%s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]), more)
-        columns = _measurements(facts)
-        pictures = {name: _draw_histogram(name, values) for name, values in columns.items()}
-        figures = _summarise(collection) | _quantiles(columns)
-        page = save_report(Path(self.report) / self.name, data.root, figures, tables, pictures)
+        pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
+        page = save_report(Path(self.report) / self.name, data.root, _summarise(collection), tables, pictures)
         return f"{describe_collection(collection)}; {found or 'no fault'}; {page}"
-
-    def _measure(self, collection: Collection, data: DataConfig) -> list[FileFacts]:
-        """Return the facts of each image; of shards, the sizes in their manifest."""
-        if not collection.is_packed:
-            paths = collection.table["path"].to_pylist()
-            return measure_files(Path(data.root), paths, data.max_pixels) if self.verify else []
-        sizes = collection.stated_sizes()
-        return [] if sizes is None else [FileFacts(width=w or None, height=h or None) for h, w in sizes.tolist()]
 
     def _find_faults(self, root: Path, max_pixels: int) -> Iterator[tuple[str, str, str]]:
         """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
@@ -132,20 +123,10 @@ def _summarise(collection: Collection) -> dict[str, float]:
 
 
 def _measurements(facts: list[FileFacts]) -> dict[str, np.ndarray]:
-    """Return the measured values of each kind, without kinds that nothing was measured of."""
-    values = {name: np.array([getattr(fact, name, None) for fact in facts], float) for name in _DRAWN}
-    values["aspect"] = values["width"] / values["height"]
-    finite = {name: column[np.isfinite(column)] for name, column in values.items()}  # NaN if not measured
-    return {name: column for name, column in finite.items() if len(column)}
-
-
-def _quantiles(columns: dict[str, np.ndarray]) -> dict[str, float]:
-    """Return the median and the two ends of each column."""
-    figures = {}
-    for name, values in columns.items():
-        for word, value in zip(("5 %", "median", "95 %"), np.quantile(values, [0.05, 0.5, 0.95]).tolist()):
-            figures[f"{name}, {word}"] = round(value, 4)
-    return figures
+    """Return the measured values of each kind, if images were measured."""
+    found = [fact for fact in facts if fact.kind is None]
+    values = {name: np.array([getattr(fact, name) for fact in found], float) for name in _DRAWN}
+    return values | {"aspect": values["width"] / values["height"]} if found else {}
 
 
 def _draw_histogram(title: str, values: np.ndarray) -> np.ndarray:

@@ -6,7 +6,6 @@ Nothing is written outside the image folder or the folder that the user sets, ev
 import base64
 import csv
 import glob
-import io
 import json
 import os
 import re
@@ -149,20 +148,24 @@ class RowFile(Destination):
         self._file = file
         self._columns = columns if file.suffix == ".csv" else None
         self._choose = choose
-        self._kept = file.read_bytes() if keep and file.is_file() else b""
-        if self._kept and not self._kept.endswith(b"\n"):
-            self._kept += b"\n"
         try:
-            lines = io.StringIO(self._kept.decode("utf-8"), newline="")
-            rows = map(json.loads, lines) if self._columns is None else csv.DictReader(lines)
-            self._done = {row["path"] for row in rows}
-            if self._kept and self._columns not in (None, rows.fieldnames):
-                raise ValueError(f"the columns {', '.join(rows.fieldnames)}")
+            self._kept = self._read() if keep and file.is_file() else []
+            self._done = {row["path"] for row in self._kept}
         except (ValueError, TypeError, KeyError, csv.Error) as error:
             raise UserError(
                 f"output: {file} has other rows than this prediction ({error}), so existing=skip cannot continue it; "
                 "set another file, or existing=overwrite"
             ) from None
+
+    def _read(self) -> list[Row]:
+        """Return the rows of the file. Raises ValueError for other columns."""
+        with open(self._file, encoding="utf-8", newline="") as lines:
+            if self._columns is None:
+                return list(map(json.loads, lines))
+            rows = csv.DictReader(lines)
+            if rows.fieldnames not in (None, self._columns):
+                raise ValueError(f"the columns {', '.join(rows.fieldnames)}")
+            return list(rows)
 
     def has(self, path: str) -> bool:
         """Return whether the image has a kept row."""
@@ -170,20 +173,17 @@ class RowFile(Destination):
 
     def write_all(self, rows: Iterable[Row]) -> None:
         """Write the kept rows and the others. The file gets its name when it is complete."""
+        new = (row for row in self._choose(rows) if not self.has(row["path"]))
+        every = chain(self._kept, new)
 
         def fill(file: Path) -> None:
             with open(file, "w", encoding="utf-8", newline="") as stream:
-                stream.write(self._kept.decode("utf-8"))
-                table = csv.DictWriter(stream, self._columns or [], restval="", extrasaction="ignore")
-                if self._columns is not None and not self._kept:
+                if self._columns is None:
+                    stream.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in every)
+                else:
+                    table = csv.DictWriter(stream, self._columns, restval="", extrasaction="ignore")
                     table.writeheader()
-                for row in self._choose(rows):
-                    if self.has(row["path"]):
-                        continue
-                    if self._columns is None:
-                        stream.write(json.dumps(row, ensure_ascii=False) + "\n")
-                    else:
-                        table.writerow(row)
+                    table.writerows(every)
 
         write_atomically(self._file, fill)
 
@@ -238,7 +238,8 @@ def find_excluded(names: Sequence[str], categories: Sequence[int], exclude: Sequ
     """Return for each tag whether it is excluded, bool [T]; warn of unknown texts in `exclude`."""
     texts = {parse_tag(text): text for text in exclude}
     both = [{Tag(None, parse_tag(name).name), Tag(number, name)} for name, number in zip(names, categories)]
-    if unknown := [text for tag, text in texts.items() if not any(tag in tags for tags in both)]:
+    known = set().union(*both)
+    if unknown := [text for tag, text in texts.items() if tag not in known]:
         log.warning("text.exclude: not among the tags of these weights: %s", ", ".join(unknown))
     return np.array([not tags.isdisjoint(texts) for tags in both])
 

@@ -106,21 +106,12 @@ def test_a_page_counts_the_values_and_shows_sizes(root, tmp_path):
     found = read_json(tmp_path / "outputs/care/check/check.json")
     figures, tables = found["figures"], found["tables"]
     assert (figures["images"], figures["images of train"], figures["images without a tag"]) == (6, 6, 3)
-    assert (figures["width, median"], figures["height, median"]) == (150, 101)
     assert tables["label"] == [{"label": "dog", "images": 4}, {"label": "cat", "images": 2}]
     assert tables["format"] == [{"format": "PNG", "images": 4}, {"format": "JPEG", "images": 1}]
     assert {"faults": CUT_OFF, "images": 1} in tables["faults"]
     assert tables["tags"][0] == {"tags": "red", "images": 3}
     page = (tmp_path / "outputs/care/check/report.html").read_text()
     assert page.count("data:image/png;base64,") == 5 and "http:" not in page and "https:" not in page
-
-
-def test_the_page_of_shards_is_of_their_manifest(root, tmp_path):
-    (root / "dog/cut.png").unlink()
-    run("prepare", ["job=pack", *FOLDER, "job.output=packed"], tmp_path)
-    assert "no fault" in run("prepare", ["job=check", *FOLDER, "data.root=packed"], tmp_path)
-    found = read_json(tmp_path / "outputs/care/check/check.json")
-    assert found["figures"]["width, median"] == 150 and found["tables"]["format"] == []
 
 
 def test_orphans_are_found_both_ways(root, tmp_path):
