@@ -53,14 +53,14 @@ def missing_for_compile(device: str) -> list[str]:
     compilers = os.environ.get(variable, "").split()[:1] or known  # flags may follow
     # The default scheme of Debian's Python names a folder in /usr/local without the headers.
     folders = {sysconfig.get_path("include"), sysconfig.get_path("include", "posix_prefix")}
-    needed = {
-        f"a compiler on the PATH ({' or '.join(compilers)}; {variable} sets it)": any(map(shutil.which, compilers)),
-        "Python's headers (Python.h, in the package python3-dev or python3-devel)": any(
-            Path(folder, "Python.h").is_file() for folder in folders
-        ),
-        "the package triton": device != "cuda" or find_spec("triton") is not None,
-    }
-    return [name for name, is_there in needed.items() if not is_there]
+    missing = []
+    if not any(map(shutil.which, compilers)):
+        missing.append(f"a compiler on the PATH ({' or '.join(compilers)}; {variable} sets it)")
+    if not any(Path(folder, "Python.h").is_file() for folder in folders):
+        missing.append("Python's headers (Python.h, in the package python3-dev or python3-devel)")
+    if device == "cuda" and find_spec("triton") is None:
+        missing.append("the package triton")
+    return missing
 
 
 def check_compile(device: str) -> None:

@@ -70,7 +70,7 @@ def check_resumable(saved: Mapping[str, Any], now: Mapping[str, Any], allowed: S
     lines = {}
     for key in sorted(old.keys() | new.keys()):
         if old.get(key) != new.get(key) and not is_free(key):  # a key that a run of before did not have is null
-            lines[key] = f"{key}: {old.get(key, '(absent)')!r} in the run, {new.get(key, '(absent)')!r} now"
+            lines[key] = f"{key}: {old.get(key)!r} in the run, {new.get(key)!r} now"
     refused = [key for key in lines if not is_free(key, allowed)]
     if refused:
         differences = "\n  ".join(lines[key] for key in refused)

@@ -8,11 +8,8 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
-
-_NAME_BYTES = 255
-_PATH_BYTES = 4095
 
 
 class Strict(BaseModel):
@@ -21,20 +18,9 @@ class Strict(BaseModel):
     model_config = ConfigDict(frozen=True, strict=True, extra="forbid", allow_inf_nan=False)
 
 
-def check_path(text: str) -> str:
-    """Return a path. Raises ValueError if no file system allows it: empty, too long, or with a NUL."""
-    content = text.encode()
-    if not text or "\0" in text or len(content) > _PATH_BYTES or max(map(len, content.split(b"/"))) > _NAME_BYTES:
-        raise ValueError(
-            f"must be a path of at most {_PATH_BYTES:,} bytes, with names of at most {_NAME_BYTES}, or null where that "
-            f"is allowed; found {len(content):,} bytes, {text[:_NAME_BYTES]!r}"
-        )
-    return text
-
-
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
-_IS_PATH = AfterValidator(check_path)
-PathText = Annotated[str, _IS_PATH]
+_IS_PATH = "path"
+PathText = Annotated[str, Field(min_length=1, max_length=4095, pattern=r"^([^/\x00]{0,255}(/|$))+$"), _IS_PATH]
 _IS_TERMS = "terms"
 TermsText = Annotated[str, _IS_TERMS]  # what data/collection/search.py finds; quoted, too, because of its = < and "
 

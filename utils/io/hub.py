@@ -10,7 +10,7 @@ from pathlib import Path, PurePosixPath
 
 import yaml
 
-from utils.errors import DiskFull, UserError
+from utils.errors import UserError
 from utils.io.safe_text import hide_secrets
 from utils.record.logging import get_logger
 
@@ -19,7 +19,6 @@ log = get_logger(__name__)
 _PREFIX = "hf:"
 _REFERENCE = re.compile(r"hf:([\w.-]+/[\w.-]+)(?:/([^@]+))?@([\w./-]+)")  # with or without a file
 _STALLED_SEC = 60.0  # without an answer; huggingface_hub then tries again, five times
-_FULL = (413, 507)
 _MAX_LICENCE = 200  # characters
 
 
@@ -30,18 +29,14 @@ def is_reference(source: str) -> bool:
 
 @contextmanager
 def _hub_errors(name: str, advice: str) -> Iterator[None]:
-    """Turn an error of the hub or of the way to it into a UserError, DiskFull for lack of room."""
+    """Turn an error of the hub or of the way to it into a UserError."""
     try:
         yield
     except UserError:
         raise
     except Exception as error:  # the libraries raise errors of many classes
-        while error.__cause__ is not None and getattr(error, "response", None) is None:
-            error = error.__cause__
-        response = getattr(error, "response", None)
-        kind = DiskFull if getattr(response, "status_code", None) in _FULL else UserError
         reason = hide_secrets(" ".join((str(error) or type(error).__name__).split()))
-        raise kind(f"{name}: {reason}; {advice}") from None
+        raise UserError(f"{name}: {reason}; {advice}") from None
 
 
 def fetch(reference: str, *wanted: Sequence[str], beside: Sequence[str] = ()) -> Path:

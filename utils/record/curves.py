@@ -86,13 +86,15 @@ def thin(steps: np.ndarray, values: np.ndarray, most: int) -> Series:
     count = len(steps) // (most // 2)
     if count < 2:
         return steps, values
-    whole = len(steps) // count * count
-    grouped = values[:whole].reshape(-1, count)
-    starts = np.arange(0, whole, count)
-    low = starts + np.nan_to_num(grouped, nan=np.inf).argmin(axis=1)
-    high = starts + np.nan_to_num(grouped, nan=-np.inf).argmax(axis=1)
-    kept = np.unique(np.concatenate([[0, len(steps) - 1], low, high]))
-    return steps[kept], values[kept]
+    kept = {0, len(steps) - 1}
+    for start in range(0, len(steps), count):
+        part = values[start : start + count]
+        if np.isnan(part).all():
+            kept.add(start)
+        else:
+            kept |= {start + int(np.nanargmin(part)), start + int(np.nanargmax(part))}
+    rows = sorted(kept)
+    return steps[rows], values[rows]
 
 
 def smooth(values: np.ndarray, weight: float) -> np.ndarray:

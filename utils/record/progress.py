@@ -28,7 +28,6 @@ T = TypeVar("T")
 
 _REDRAW_SEC = 0.25
 _LOG_SEC = 60.0
-_WIDE_COLUMNS = 110  # a narrower terminal shows figures without a bar
 
 _console = Console(stderr=True, soft_wrap=True)  # soft_wrap: a path in a log line is copied in one piece
 
@@ -49,8 +48,7 @@ class Bar:
         self.is_shown = environment_rank() == 0 and _console.file.isatty() and not _console.is_dumb_terminal
         # stdout goes where the user sends it. The time left follows from the mean speed.
         self._progress = Progress(
-            "[bold]{task.description}", *([BarColumn(20)] if _console.width >= _WIDE_COLUMNS else []),
-            MofNCompleteColumn(), "[green]{task.fields[figures]}",
+            "[bold]{task.description}", BarColumn(12), MofNCompleteColumn(), "[green]{task.fields[figures]}",
             TimeRemainingColumn(compact=True), "left", console=_console, auto_refresh=False, transient=True,
             redirect_stdout=False, speed_estimate_period=math.inf, disable=not self.is_shown,
         )  # fmt: skip

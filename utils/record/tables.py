@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from utils.io.safe_text import escape_controls
@@ -93,26 +92,20 @@ def images_root(run: Path) -> str:
 
 
 def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:
-    """Return path, distance and prediction of the images where network and label differ most, first.
+    """Return path, distance and prediction of the images of highest loss where network and label differ, by distance.
 
     The distance, 0 to 1, is by the probability of the label (cleanlab's self-confidence), or from a tag's threshold.
     The prediction is a class, or the tags to add (True) or to take away, the farthest from its threshold first. There
     are none without images.parquet. Raises OSError, ValueError.
     """
-    columns = _read_schema(run).names
-    if "label" in columns:
-        return [(row["path"], 1 - math.exp(-row["loss"]), row["prediction"]) for row in worst_images(run, most)]
-    if "wrong_by" not in columns:
-        return []
-    table = pq.read_table(run / IMAGES, columns=["path", "wrong", "wrong_by", "missed", "missed_by"]).combine_chunks()
-    by = np.full(len(table), -1.0)
-    for lists in (table["wrong_by"], table["missed_by"]):
-        np.maximum.at(by, pc.list_parent_indices(lists).to_numpy(), pc.list_flatten(lists).to_numpy())
-    rows = np.argsort(-by, kind="stable")[:most]
     found = []
-    for row in table.take(rows[by[rows] >= 0]).to_pylist():
+    for row in worst_images(run, most) or ():
+        if "label" in row:
+            found.append((row["path"], 1 - math.exp(-row["loss"]), row["prediction"]))
+            continue
         tags = [(distance, name, True) for distance, name in zip(row["wrong_by"], row["wrong"])]
         tags += [(distance, name, False) for distance, name in zip(row["missed_by"], row["missed"])]
-        tags.sort(key=lambda tag: -tag[0])
-        found.append((row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}))
-    return found
+        tags.sort(reverse=True)
+        if tags:
+            found.append((row["path"], tags[0][0], {name: is_added for _, name, is_added in tags}))
+    return sorted(found, key=lambda difference: -difference[1])

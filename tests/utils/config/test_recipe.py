@@ -53,7 +53,7 @@ def test_allowed_differences_are_returned_and_the_others_still_refused():
     now = changed(seed=1, optim__lr=0.2)
     del now["optim"]["betas"]
     assert check_resumable(CONFIG, now, ["optim.*", "seed"], "RUN") == [
-        "optim.betas: [0.9, 0.99] in the run, '(absent)' now",
+        "optim.betas: [0.9, 0.99] in the run, None now",
         "optim.lr: 0.1 in the run, 0.2 now",
         "seed: 0 in the run, 1 now",
     ]
