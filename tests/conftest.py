@@ -27,21 +27,15 @@ def collection(tmp_path_factory):
 
 
 @pytest.fixture
-def log(caplog):
+def log(caplog, monkeypatch):
     """Return caplog with what our loggers say, reasons (DEBUG) too, whatever other tests did to logging."""
     ours = logging.getLogger(ROOT)
-    loggers = [ours, *(logging.getLogger(name) for name in logging.root.manager.loggerDict if name.startswith(ROOT))]
-    before = [(logger, logger.level, logger.propagate, logger.disabled) for logger in loggers]
-    for logger in loggers:
-        logger.disabled = False
-    ours.propagate = False  # else a message comes twice
-    ours.setLevel(logging.DEBUG)
-    ours.addHandler(caplog.handler)
-    yield caplog
-    ours.removeHandler(caplog.handler)
-    for logger, level, propagate, disabled in before:
-        logger.setLevel(level)
-        logger.propagate, logger.disabled = propagate, disabled
+    for name in [name for name in logging.root.manager.loggerDict if name.startswith(ROOT)]:
+        monkeypatch.setattr(logging.getLogger(name), "disabled", False)
+    monkeypatch.setattr(ours, "propagate", False)  # else a message comes twice
+    monkeypatch.setattr(ours, "handlers", [*ours.handlers, caplog.handler])
+    caplog.set_level(logging.DEBUG, ROOT)
+    return caplog
 
 
 @pytest.fixture(autouse=True)
@@ -83,16 +77,6 @@ def skipping_without_extras():
 def pytest_addoption(parser):
     """Add the flag that rewrites the golden curves; the diff is for review."""
     parser.addoption("--update-golden", action="store_true", help="rewrite tests/engine/golden_losses.json")
-
-
-def pytest_collection_modifyitems(items):
-    """Let each of two processes begin with half of the slow files, so that no long test is the last one."""
-    halves = [], []
-    for slow in (True, False):
-        these = [item for item in items if item.path.name.startswith("slow_") is slow]
-        halves[0].extend(these[: len(these) // 2])
-        halves[1].extend(these[len(these) // 2 :])
-    items[:] = halves[0] + halves[1]
 
 
 @pytest.fixture

@@ -192,11 +192,11 @@ def draw_nothing(metrics, path, title):
     """Stand for `utils.record.plots.plot_curves`, which takes a third of the time of a run of some steps."""
 
 
-def _run_rank(script, overrides, cwd, variables, outputs, kill_at_step):
+def _run_rank(script, overrides, cwd, variables, output, kill_at_step):
     """Be one rank: in a session of its own, so that its loader's workers die with it."""
     os.setsid()
     multiprocessing.set_start_method("fork", force=True)  # the loader's workers start as in a process of a user's
-    for number, output in enumerate(outputs, start=1):
+    for number in (1, 2):
         os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
     os.environ.update(variables)
     os.chdir(cwd)
@@ -255,13 +255,12 @@ class Started:
         return self._output.read_text() if self._output.exists() else ""
 
 
-def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, outputs=None):
+def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None):
     """Start a script on so many ranks in `cwd`; SIGKILL itself before update `kill_at_step` (counted from 0).
 
     Several ranks get torchrun's variables beside `variables`. Only with a variable CURVES, curves are drawn.
-    outputs: the files of standard output and standard error, else one in `cwd`.
     """
-    outputs = outputs or [Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"] * 2
+    output = Path(cwd) / f"output_{random.getrandbits(40):010x}.txt"
     port = str(free_port())
     processes = []
     for rank in range(ranks):
@@ -271,12 +270,12 @@ def start(script, overrides, cwd, ranks=1, kill_at_step=None, variables=None, ou
                 "RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": str(ranks),
                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port,
             }  # fmt: skip
-        arguments = (script, overrides, str(cwd), own, list(map(str, outputs)), kill_at_step)
+        arguments = (script, overrides, str(cwd), own, str(output), kill_at_step)
         process = FORKS.Process(target=_run_rank, args=arguments)
         with chdir(ROOT):  # from elsewhere, the server would start without tests/preload.py
             process.start()
         processes.append(process)
-    return Started(processes, outputs[1])
+    return Started(processes, output)
 
 
 def run(script, overrides, cwd, ranks=1, expect=0, kill_at_step=None, variables=None):
@@ -298,14 +297,6 @@ def command(*arguments, cwd=ROOT, timeout=300, **variables):
     except subprocess.TimeoutExpired as expired:  # its own message has the first bytes alone
         said = (expired.stderr or b"").decode(errors="replace")
         raise AssertionError(f"{arguments[0]} is still running after {timeout} s:\n{said[-6000:]}") from None
-
-
-def fork_command(script, *words, cwd=ROOT, timeout=300, **variables):
-    """Run a script of the repository as `command("python", script, ...)` does, but in a fork."""
-    with tempfile.TemporaryDirectory() as folder:
-        outputs = [Path(folder) / name for name in ("output.txt", "errors.txt")]
-        [code] = start(script, list(map(str, words)), cwd, variables=variables, outputs=outputs).wait(timeout)
-        return subprocess.CompletedProcess((script, *words), code, *(path.read_text() for path in outputs))
 
 
 def is_reading(name):

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from tests.in_process import make_images
-from tests.support import fork_command
+from tests.support import command
 
 TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl"]
 
@@ -13,7 +13,7 @@ TABLES = ["step_overhead", "finetune_step", "pretrain_step", "sdxl"]
 @pytest.mark.parametrize("name", TABLES)
 def test_a_bench_prints_a_table_of_ratios(name):
     pytest.importorskip("diffusers" if name == "sdxl" else "torch", reason="make install-sdxl")
-    done = fork_command(f"bench/{name}.py", "quick", timeout=900)
+    done = command("python", f"bench/{name}.py", "quick", timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
     head, *rows = done.stdout.splitlines()
     assert rows and head.startswith("setting") and head.endswith("ratio (least to greatest)")
@@ -21,6 +21,6 @@ def test_a_bench_prints_a_table_of_ratios(name):
 
 def test_the_loader_bench_ends_with_the_settings_to_type(tmp_path):
     words = ["model=convnextv2_glyph", "augment=glyphs", "model.depths=[1,1]", "model.dims=[8,16]"]
-    done = fork_command("bench/loader.py", "quick", f"data.root={make_images(tmp_path / 'images')}", *words)
+    done = command("python", "bench/loader.py", "quick", f"data.root={make_images(tmp_path / 'images')}", *words)
     assert done.returncode == 0, done.stderr[-3000:]
     assert re.fullmatch(r"runtime\.workers=\d+ augment\.on_device=(true|false)", done.stdout.splitlines()[-1])

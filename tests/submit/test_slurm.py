@@ -13,8 +13,8 @@ import pytest
 from submit import slurm
 from submit.job import NoAnswer, ScriptJob, _meaning, finish
 from submit.slurm import FOLDERS, clean_environment, copy_code, queue_jobs, script_text
-from tests.in_process import TINY, configure
-from tests.support import ROOT, fork_command, refuses
+from tests.in_process import TINY, configure, run_command
+from tests.support import ROOT, refuses
 from utils.config.messages import ConfigError
 from utils.io.files import read_json, write_text
 from utils.record.run_reader import RunReader, write_progress
@@ -211,11 +211,12 @@ def test_the_end_of_a_job(noted, srun, before, end, tmp_path, monkeypatch):
 def test_a_script_is_checked_by_its_dry_run_with_the_ranks_of_the_job(
     script, words, said, tmp_path, monkeypatch, capsys, collection
 ):
-    def fork(command, *, env, **_):
-        changed = {name: value for name, value in env.items() if os.environ.get(name) != value}
-        return fork_command(f"{script}.py", *command[2:], cwd=tmp_path, **changed)
+    def dry_run(command, *, env, **_):
+        for name, value in env.items():
+            monkeypatch.setenv(name, value)
+        return SimpleNamespace(returncode=run_command(script, command[2:], tmp_path, monkeypatch), stderr="")
 
-    monkeypatch.setattr(slurm, "subprocess", SimpleNamespace(run=fork))
+    monkeypatch.setattr(slurm, "subprocess", SimpleNamespace(run=dry_run))
     size = ["nodes=8", "gpus_per_node=8"] if script == "finetune" else ["gpus_per_node=0"]
     words = [word.replace("=images", f"={collection}") for word in words]
     with pytest.raises(SystemExit) as refused:
