@@ -44,16 +44,19 @@ def place(tmp_path_factory):
     return folder
 
 
-TAGS = ["weights=../run", "input=new", "device=cpu", "batch_size=2", "workers=0"]
-JOB = ["data=image_folder", "data.root=new", "data.validation_fraction=0.0"]
-PICTURES = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "pictures.seeds=[0,1]"]
-COMMANDS = [  # script, words, the longest time until a kill in seconds
-    *(("predict", [*TAGS, f"output={name}"], 0.6) for name in ("x.jsonl", "meta_x.csv", "x.npz", "texts/", "beside")),
-    ("prepare", ["job=downsample", *JOB, "job.to=small", "job.longest_px=20"], 0.6),
-    ("prepare", ["job=pack", *JOB, "job.output=packed", "job.shard_mib=1"], 0.05),
-    ("export", ["format=wd14", "run_dir=../run", "output=made"], 2.0),
-    ("predict", ["weights=../base", "prompts=../prompts.txt", *PICTURES, "device=cpu", "output=drawn"], 1.0),
-]
+# The longest time until a kill in seconds, script, words.
+COMMANDS = """
+0.6  predict weights=../run input=new device=cpu batch_size=2 workers=0 output=x.jsonl
+0.6  predict weights=../run input=new device=cpu batch_size=2 workers=0 output=meta_x.csv
+0.6  predict weights=../run input=new device=cpu batch_size=2 workers=0 output=x.npz
+0.6  predict weights=../run input=new device=cpu batch_size=2 workers=0 output=texts/
+0.6  predict weights=../run input=new device=cpu batch_size=2 workers=0 output=beside
+0.6  prepare job=downsample data.root=new data=image_folder data.validation_fraction=0.0 job.longest_px=20 job.to=small
+0.05 prepare job=pack data.root=new data=image_folder data.validation_fraction=0.0 job.shard_mib=1 job.output=packed
+2.0  export format=wd14 run_dir=../run output=made
+1.0  predict weights=../base prompts=../prompts.txt pictures.image_size_hw=[64,64] pictures.steps=3 \
+     pictures.seeds=[0,1] device=cpu output=drawn
+""".replace("\\\n", "")
 
 
 def written(folder):
@@ -62,9 +65,10 @@ def written(folder):
     return {path: file.read_bytes() for path, file in files.items() if not path.parts[0].startswith("output")}
 
 
-@pytest.mark.parametrize(("script", "words", "longest_sec"), COMMANDS, ids=lambda value: str(value)[-24:])
-def test_a_command_that_was_killed_is_typed_again(script, words, longest_sec, place):
+@pytest.mark.parametrize("command", COMMANDS.strip().splitlines(), ids=lambda line: line.split()[-1])
+def test_a_command_that_was_killed_is_typed_again(command, place):
     """If it was killed after its work, existing texts and pictures are an error, as without a kill."""
+    longest_sec, script, *words = command.split()
     whole, killed = place / "whole", place / "killed"
     for folder in (whole, killed):
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,7 +79,7 @@ def test_a_command_that_was_killed_is_typed_again(script, words, longest_sec, pl
         started = support.start(f"{script}.py", words, killed)
         while started.processes[0].is_alive() and not list(killed.rglob("*.journal")):
             time.sleep(0.005)
-        time.sleep(moment(number, longest_sec, draw))
+        time.sleep(moment(number, float(longest_sec), draw))
         started.signal(signal.SIGKILL)
         started.wait()
         left += killed.rglob("*.journal")

@@ -12,7 +12,14 @@ from models.sdxl import family as sdxl_family
 from utils.formats.vocabulary import Vocabulary
 
 OF_DIFFUSERS = ("diffusion", "autoencoder")
-PLAYER = {"weight": 0.5, "start_step": 1}
+CHANGES = {
+    "classification": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "fcmae": {"decoder_dim": 16},
+    "tagging": {"mixup_alpha": 0.8, "cutmix_alpha": 1.0},
+    "distillation": {"teacher": "drawn"},
+    "diffusion": {"latent_cache": None},
+    "autoencoder": {"discriminator": {"weight": 0.5, "start_step": 1}},
+}
 SIZE, BATCH, NAMES = 64, 4, [f"name {index}" for index in range(7)]
 
 
@@ -27,14 +34,7 @@ def make_setup(task):
     if task in OF_DIFFUSERS:
         model = read_group(kind.model, "model", "sdxl_tiny")
         patch_configs()
-    config = {
-        "classification": lambda: read_group(kind.config, "task", "classification", mixup_alpha=0.8, cutmix_alpha=1.0),
-        "fcmae": lambda: read_group(kind.config, "task", "fcmae", decoder_dim=16),
-        "tagging": lambda: read_group(kind.config, "task", "tagging", mixup_alpha=0.8, cutmix_alpha=1.0),
-        "distillation": lambda: read_group(kind.config, "task", task, teacher="drawn", targets="logits"),
-        "diffusion": lambda: read_group(kind.config, "task", task, latent_cache=None),
-        "autoencoder": lambda: read_group(kind.config, "task", task, discriminator=PLAYER),
-    }[task]()
+    config = read_group(kind.config, "task", task, **CHANGES[task])
     preprocessing = {"image_size_hw": [SIZE, SIZE], "mean": [0.5] * 3, "std": [0.25] * 3, "channels": 3}
     facts = dict.fromkeys(kind.names, NAMES)
     if task in ("tagging", "distillation"):

@@ -5,7 +5,6 @@ from typing import Any, ClassVar, Literal
 
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,7 +20,7 @@ from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, label_fields
 from engine.tasks.mixing import Mixing, MixingConfig, name_targets
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
@@ -163,7 +162,7 @@ class ClassificationKind(Kind):
     def samples(self, collection: Collection, setup: Setup) -> tuple[np.ndarray, Fields]:
         """Return the rows of known classes, and a function that adds a sample's label."""
         class_ids = collection.class_ids(setup.facts["class_names"])
-        return class_ids >= 0, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
+        return class_ids >= 0, label_fields(class_ids)
 
     def count_classes(self, collection: Collection, setup: Setup, rows: np.ndarray) -> Sequence[int]:
         """Return the number of rows of each class."""

@@ -20,7 +20,7 @@ from data.stream.loader import Example, Fields
 from engine.measures.means import Means
 from engine.measures.probe import measure_probes
 from engine.task import Report, StepOutput, Streams
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig
+from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask, repeat_sites
 from utils.config.bounds import Count, Depth, Duration, Side, Width
@@ -142,16 +142,15 @@ class FCMAETask(ImageTask):
 
     def _draw(self, images: Tensor, pred: Tensor, batch: Batch) -> np.ndarray:
         """Draw rows of originals, inputs with grey masked patches, and reconstructions, for a few images of a batch."""
-        few = torch.linspace(0, len(images) - 1, min(_PICTURES, len(images)), device=images.device).round().long()
-        images = images[few]
-        mask = batch["mask"][few]
-        painted = self.network.reconstruct(images, pred[few].float(), mask)
+        images = images[:_PICTURES]
+        mask = batch["mask"][:_PICTURES]
+        painted = self.network.reconstruct(images, pred[:_PICTURES].float(), mask)
         removed = self._removed(images, mask)
         original, painted = (self.normalise.undo(row).permute(0, 2, 3, 1) for row in (images, painted))
         masked = torch.where(removed[..., None], _MASK_GREY, original)
         images = torch.cat([original, masked, painted]).cpu().numpy()
         title = "From the top: originals, masked inputs, reconstructions"
-        return pictures.image_grid(images, [()] * len(images), title, columns=len(few))
+        return pictures.image_grid(images, [()] * len(images), title, columns=len(mask))
 
 
 class FCMAEKind(Kind):
@@ -203,15 +202,10 @@ class FCMAEKind(Kind):
         train, val = choose_probe_rows(
             class_ids, collection.rows("train"), collection.rows("val"), probe.train_images, probe.val_images
         )
-        classes = len(np.unique(class_ids[train]))
-        found = f"{len(train):,} training and {len(val):,} validation images of {classes} classes"
-        if classes < 2 or len(val) == 0:
-            log.info("probe: off, with %s; task.probe.every_epochs=null silences this line", found)
+        if len(np.unique(class_ids[train])) < 2 or len(val) == 0:
+            log.info("probe: off, because fewer than two classes have images; task.probe.every_epochs=null is silent")
             return loaders
-        log.info("probe: %s", found)
-        return loaders | {
-            name: data.prepared(
-                rows, lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}, setup.preprocessing
-            )
-            for name, rows in (("probe_train", train), ("probe_val", val))
-        }
+        fields = label_fields(class_ids)
+        loaders["probe_train"] = data.prepared(train, fields, setup.preprocessing)
+        loaders["probe_val"] = data.prepared(val, fields, setup.preprocessing)
+        return loaders

@@ -246,6 +246,11 @@ class Kind:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
 
 
+def label_fields(class_ids: np.ndarray) -> Fields:
+    """Return a function that adds a sample's label. class_ids: int64 [N], for all rows."""
+    return lambda example: {"labels": torch.tensor(class_ids[example.draw.index])}
+
+
 def read_setup(
     path: Path, kinds: Mapping[str, Kind], moved: Mapping[str, str] | None = None
 ) -> tuple[Kind, Setup, dict[str, Any]]:

@@ -23,9 +23,8 @@ class MixingConfig(TaskConfig):
 
 
 def name_targets(targets: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the names of each sample's targets [B, K]; a part of one with its share, an unknown one with `?`."""
-    found = [[(names[index], row[index].item()) for index in row.nonzero()[:, 0]] for row in targets]
-    return [", ".join(f"{n} {f'{p:.0%}' if p == p else '?'}" if p != 1 else n for n, p in row) for row in found]
+    """Return the names of each sample's targets [B, K], without unknown ones."""
+    return [", ".join(names[index] for index in torch.nonzero(row > 0)[:, 0]) for row in targets]
 
 
 class Mixing(nn.Module):

@@ -8,7 +8,6 @@ images, and networks are built on the meta device.
 import re
 from functools import cache
 from types import SimpleNamespace
-from typing import NamedTuple
 
 import pytest
 
@@ -28,68 +27,39 @@ EXPERIMENTS = CONF / "experiment"
 IMAGENET, IMAGENET_22K, SMALL = 1_281_167, 14_197_122, 10_000  # images
 CLASSES = {IMAGENET: 1000, IMAGENET_22K: 21_841, SMALL: 10}
 
-# Rate scales of stem, a middle block, last block and head.
-SINGLE_12 = (0.9**12, 0.9**5, 0.9, 1.0)  # atto, femto, pico
-SINGLE_14 = (0.9**14, 0.9**6, 0.9, 1.0)  # nano
-SINGLE_18 = (0.9**18, 0.9**8, 0.9, 1.0)  # tiny
-
-
-def group(decay):
-    """Layer decay in twelve groups, of base, large and huge."""
-    return decay**13, decay**6, decay, 1.0
-
-
-class Row(NamedTuple):
-    """What a recipe of fine-tuning comes to."""
-
-    lr: float
-    steps: int
-    warmup_steps: int
-    scales: tuple
-    weight_decay: float
-    drop_path: float
-    mixup: float
-    cutmix: float
-    smoothing: float
-    ema: float | None = 0.9999
-    image: int = 224
-    epoch_length: int = IMAGENET
-
-
-LONG, TINY, LARGE = (750_684, 0), (375_342, 50_046), (125_114, 25_023)
-FINETUNE = {
-    "imagenet/finetune_atto": Row(8e-4, *LONG, SINGLE_12, 0.3, 0.1, 0.0, 0.0, 0.2),
-    "imagenet/finetune_femto": Row(8e-4, *LONG, SINGLE_12, 0.05, 0.0, 0.3, 0.3, 0.2),
-    "imagenet/finetune_pico": Row(8e-4, *LONG, SINGLE_12, 0.3, 0.0, 0.3, 0.3, 0.2),
-    "imagenet/finetune_nano": Row(8e-4, *LONG, SINGLE_14, 0.3, 0.1, 0.5, 0.5, 0.2),
-    "imagenet/finetune_tiny": Row(3.2e-3, *TINY, SINGLE_18, 0.05, 0.2, 0.8, 1.0, 0.1),
-    "imagenet/finetune_base": Row(2.5e-3, *LARGE, group(0.6), 0.05, 0.1, 0.8, 1.0, 0.1),
-    "imagenet/finetune_large": Row(2.5e-3, *LARGE, group(0.6), 0.05, 0.2, 0.8, 1.0, 0.1),
-    "imagenet/finetune_huge": Row(5e-3, 62_557, 12_511, group(0.75), 0.05, 0.3, 0.8, 1.0, 0.1),
-}
-LONG, SHORT = (225_206, 0), (75_069, 0)
-FINETUNE |= {
-    "imagenet22k/finetune_nano_224": Row(5e-5, *LONG, SINGLE_14, 1e-8, 0.1, 0.0, 0.0, 0.1),
-    "imagenet22k/finetune_nano_384": Row(5e-5, *LONG, SINGLE_14, 1e-8, 0.1, 0.0, 0.0, 0.1, image=384),
-    "imagenet22k/finetune_tiny_224": Row(5e-5, *LONG, SINGLE_18, 1e-8, 0.1, 0.0, 0.0, 0.1),
-    "imagenet22k/finetune_tiny_384": Row(5e-5, *LONG, SINGLE_18, 1e-8, 0.1, 0.0, 0.0, 0.1, image=384),
-    "imagenet22k/finetune_base_224": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.2, 0.0, 0.0, 0.1),
-    "imagenet22k/finetune_base_384": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.2, 0.0, 0.0, 0.1, image=384),
-    "imagenet22k/finetune_large_224": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.3, 0.0, 0.0, 0.1),
-    "imagenet22k/finetune_large_384": Row(5e-5, *SHORT, group(0.8), 1e-8, 0.3, 0.0, 0.0, 0.1, image=384),
-    "imagenet22k/finetune_huge_384": Row(5e-5, *SHORT, group(0.85), 1e-8, 0.5, 0.0, 0.0, 0.1, None, 384),
-    "imagenet22k/finetune_huge_512": Row(5e-5, *SHORT, group(0.85), 1e-8, 0.5, 0.0, 0.0, 0.1, None, 512),
-}
-LONG, MIXED = (311_949, 17_330), (0.8, 1.0, 0.1, None, 224, IMAGENET_22K)
-FINETUNE |= {
-    "imagenet22k/intermediate_nano": Row(4e-3, *LONG, SINGLE_14, 0.05, 0.0, *MIXED),
-    "imagenet22k/intermediate_tiny": Row(4e-3, *LONG, SINGLE_18, 0.05, 0.0, *MIXED),
-    "imagenet22k/intermediate_base": Row(4e-3, *LONG, group(0.8), 0.05, 0.1, *MIXED),
-    "imagenet22k/intermediate_large": Row(4e-3, *LONG, group(0.8), 0.05, 0.1, *MIXED),
-    "imagenet22k/intermediate_huge": Row(4e-3, *LONG, group(0.8), 0.05, 0.3, *MIXED),
-    # Ours, for 10,000 images.
-    "small_data/finetune": Row(8e-4, 15_625, 1562, SINGLE_18, 0.05, 0.1, 0.0, 0.0, 0.1, 0.998, 224, SMALL),
-}
+# Rate scales of stem, a middle block, last block and head: by layer, of 12 (atto to pico), 14 (nano) or 18 (tiny), or
+# in twelve groups (base, large and huge).
+SCALES = {"single_12": (12, 5, 1, 0), "single_14": (14, 6, 1, 0), "single_18": (18, 8, 1, 0), "group": (13, 6, 1, 0)}
+# What the recipes of fine-tuning come to. The last three: decay of the average, side of images, images of an epoch.
+FINETUNE = """
+recipe                         lr     steps   warmup layers    decay weight drop mix cut smooth ema    side length
+imagenet/finetune_atto         8e-4   750_684 0      single_12 0.9   0.3    0.1  0.0 0.0 0.2    0.9999 224  1_281_167
+imagenet/finetune_femto        8e-4   750_684 0      single_12 0.9   0.05   0.0  0.3 0.3 0.2    0.9999 224  1_281_167
+imagenet/finetune_pico         8e-4   750_684 0      single_12 0.9   0.3    0.0  0.3 0.3 0.2    0.9999 224  1_281_167
+imagenet/finetune_nano         8e-4   750_684 0      single_14 0.9   0.3    0.1  0.5 0.5 0.2    0.9999 224  1_281_167
+imagenet/finetune_tiny         3.2e-3 375_342 50_046 single_18 0.9   0.05   0.2  0.8 1.0 0.1    0.9999 224  1_281_167
+imagenet/finetune_base         2.5e-3 125_114 25_023 group     0.6   0.05   0.1  0.8 1.0 0.1    0.9999 224  1_281_167
+imagenet/finetune_large        2.5e-3 125_114 25_023 group     0.6   0.05   0.2  0.8 1.0 0.1    0.9999 224  1_281_167
+imagenet/finetune_huge         5e-3   62_557  12_511 group     0.75  0.05   0.3  0.8 1.0 0.1    0.9999 224  1_281_167
+imagenet22k/finetune_nano_224  5e-5   225_206 0      single_14 0.9   1e-8   0.1  0.0 0.0 0.1    0.9999 224  1_281_167
+imagenet22k/finetune_nano_384  5e-5   225_206 0      single_14 0.9   1e-8   0.1  0.0 0.0 0.1    0.9999 384  1_281_167
+imagenet22k/finetune_tiny_224  5e-5   225_206 0      single_18 0.9   1e-8   0.1  0.0 0.0 0.1    0.9999 224  1_281_167
+imagenet22k/finetune_tiny_384  5e-5   225_206 0      single_18 0.9   1e-8   0.1  0.0 0.0 0.1    0.9999 384  1_281_167
+imagenet22k/finetune_base_224  5e-5   75_069  0      group     0.8   1e-8   0.2  0.0 0.0 0.1    0.9999 224  1_281_167
+imagenet22k/finetune_base_384  5e-5   75_069  0      group     0.8   1e-8   0.2  0.0 0.0 0.1    0.9999 384  1_281_167
+imagenet22k/finetune_large_224 5e-5   75_069  0      group     0.8   1e-8   0.3  0.0 0.0 0.1    0.9999 224  1_281_167
+imagenet22k/finetune_large_384 5e-5   75_069  0      group     0.8   1e-8   0.3  0.0 0.0 0.1    0.9999 384  1_281_167
+imagenet22k/finetune_huge_384  5e-5   75_069  0      group     0.85  1e-8   0.5  0.0 0.0 0.1    none   384  1_281_167
+imagenet22k/finetune_huge_512  5e-5   75_069  0      group     0.85  1e-8   0.5  0.0 0.0 0.1    none   512  1_281_167
+imagenet22k/intermediate_nano  4e-3   311_949 17_330 single_14 0.9   0.05   0.0  0.8 1.0 0.1    none   224  14_197_122
+imagenet22k/intermediate_tiny  4e-3   311_949 17_330 single_18 0.9   0.05   0.0  0.8 1.0 0.1    none   224  14_197_122
+imagenet22k/intermediate_base  4e-3   311_949 17_330 group     0.8   0.05   0.1  0.8 1.0 0.1    none   224  14_197_122
+imagenet22k/intermediate_large 4e-3   311_949 17_330 group     0.8   0.05   0.1  0.8 1.0 0.1    none   224  14_197_122
+imagenet22k/intermediate_huge  4e-3   311_949 17_330 group     0.8   0.05   0.3  0.8 1.0 0.1    none   224  14_197_122
+small_data/finetune            8e-4   15_625  1_562  single_18 0.9   0.05   0.1  0.0 0.0 0.1    0.998  224  10_000
+"""  # the last one is ours, for 10,000 images
+NAMES, *LINES = (line.split() for line in FINETUNE.strip().splitlines())
+FINETUNE = {line[0]: SimpleNamespace(**dict(zip(NAMES, line))) for line in LINES}
 SIZES = ("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
 # Rate, steps, warm-up steps, images of an epoch.
 PRETRAIN = {f"imagenet/pretrain_{size}": (2.4e-3, 500_456, 12_511, IMAGENET) for size in SIZES}
@@ -155,11 +125,11 @@ def test_no_recipe_is_passed_over():
 @pytest.mark.parametrize("name", FINETUNE)
 def test_fine_tuning_to_the_letter(name):
     row = FINETUNE[name]
-    made = derive(name, row.epoch_length)
+    made = derive(name, int(row.length))
     config, plan = made.config, made.plan
     network, ours = made.task.network, name.startswith("small_data")
 
-    check_schedule(made, row.lr, row.steps, row.warmup_steps, 1e-6)
+    check_schedule(made, float(row.lr), int(row.steps), int(row.warmup), 1e-6)
     batches = {"imagenet/": 1024, "imagenet22k/intermediate": 4096, "imagenet22k/finetune": 512, "small_data/": 64}
     assert [plan.batch_size] == [batch for prefix, batch in batches.items() if name.startswith(prefix)]
     assert plan.micro_batch_size == 32 or not name.startswith("imagenet/")
@@ -169,28 +139,32 @@ def test_fine_tuning_to_the_letter(name):
     middle = {6: 3, 8: 4, 9: 4, 27: 13}[blocks]
     places = ("downsample_layers.0.0", f"stages.2.{middle}.dwconv", f"stages.3.{last}.pwconv2", "head")
     scales = [group_of(made, f"{place}.weight")["lr_scale"] for place in places]
-    assert scales == pytest.approx(row.scales, rel=1e-12)
+    assert scales == pytest.approx([float(row.decay) ** power for power in SCALES[row.layers]], rel=1e-12)
     assert group_of(made, "norm.weight")["lr_scale"] == 1.0
 
-    check_decay(made, row.weight_decay, [0.9, 0.999])
+    check_decay(made, float(row.weight), [0.9, 0.999])
     rates = [block.drop_path.rate for stage in network.stages for block in stage]
-    assert (rates[0], rates[-1]) == (0.0, pytest.approx(row.drop_path)) and rates == sorted(rates)
-    assert network.head.out_features == CLASSES[row.epoch_length] and config.model.head_init_scale == 0.001
+    assert (rates[0], rates[-1]) == (0.0, pytest.approx(float(row.drop))) and rates == sorted(rates)
+    assert network.head.out_features == CLASSES[int(row.length)] and config.model.head_init_scale == 0.001
 
     task = config.task
-    assert (task.mixup_alpha, task.cutmix_alpha, task.label_smoothing) == (row.mixup, row.cutmix, row.smoothing)
+    assert [task.mixup_alpha, task.cutmix_alpha, task.label_smoothing] == [
+        float(text) for text in (row.mix, row.cut, row.smooth)
+    ]
     assert task.mix_probability == 1.0 and task.head == ("fitted" if ours else "random")
 
     augment = config.augment
     assert (augment.rand_augment, augment.interpolation) == ("rand-m9-mstd0.5-inc1", "bicubic")
     assert augment.random_erasing == 0.25
-    assert augment.image_size_hw == [row.image, row.image]
-    assert augment.eval_resize == ("squash" if row.image >= 384 else "crop") and augment.eval_crop == 0.875
+    side = int(row.side)
+    assert augment.image_size_hw == [side, side]
+    assert augment.eval_resize == ("squash" if side >= 384 else "crop") and augment.eval_crop == 0.875
     assert (augment.crop_scale, augment.horizontal_flip) == ([0.35 if ours else 0.08, 1.0], 0.5)
 
-    assert (config.loop.ema_decay, config.loop.ema_warmup) == (row.ema, ours or row.ema is None)
-    if row.ema is not None and not ours:
-        assert ema_decay_at(0, row.ema, warmup=config.loop.ema_warmup) == 0.9999
+    ema = None if row.ema == "none" else float(row.ema)
+    assert (config.loop.ema_decay, config.loop.ema_warmup) == (ema, ours or ema is None)
+    if ema is not None and not ours:
+        assert ema_decay_at(0, ema, warmup=config.loop.ema_warmup) == 0.9999
 
 
 # ---------------------------------------------------------------------------------------------------------- pretraining

@@ -51,13 +51,24 @@ def look(task, batch, size):
     return [tensor.detach().double() for tensor in found]
 
 
-def test_the_loss_of_tags_is_that_of_the_formula():
-    task, batch = make(VOCABULARY.facts()).train(), make_tags()
+def loss_of_tags(soft, logits):
+    return -(soft.sigmoid() * F.logsigmoid(logits) + (-soft).sigmoid() * F.logsigmoid(-logits)).sum(1)
+
+
+def loss_of_classes(soft, logits):
+    return (soft.softmax(1) * (soft.log_softmax(1) - logits.log_softmax(1))).sum(1)
+
+
+@pytest.mark.parametrize(
+    ("names", "formula"), [(VOCABULARY.facts(), loss_of_tags), ({"class_names": list("abcdefgh")}, loss_of_classes)]
+)
+def test_the_loss_of_logits_is_the_formula_at_a_temperature(names, formula):
+    task, batch = make(names).train(), make_tags()
     output = task(batch, 0.0)
     taught, _, logits, _ = look(task, batch, (16, 16))
-    soft = (taught / 2).sigmoid()
-    teacher = -4 * (soft * F.logsigmoid(logits / 2) + (1 - soft) * F.logsigmoid(-logits / 2)).sum(1)
-    torch.testing.assert_close(output.loss.double(), teacher, rtol=1e-4, atol=1e-4)
+    expected = 4 * formula(taught / 2, logits / 2)
+    torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-4)
+    assert not hasattr(task, "projection") and (expected > 0).all()
     output.loss.sum().backward()
     assert all(parameter.grad is None for parameter in task.teacher.parameters()) and not task.teacher.training
     assert all(parameter.grad is not None for parameter in task.student.parameters())
@@ -74,17 +85,6 @@ def test_the_loss_of_features_is_that_of_the_formula():
     output.loss.sum().backward()
     assert all(parameter.grad is None for parameter in task.teacher.parameters())
     assert all(parameter.grad is not None for parameter in task.projection.parameters())
-
-
-def test_the_loss_of_classes_is_a_divergence_at_a_temperature():
-    names = {"class_names": list("abcd")}
-    task = make(names, outputs=4)
-    batch = make_tags() | {"labels": torch.zeros(8, dtype=torch.int64)}
-    taught, _, logits, _ = look(task, batch, (16, 16))
-    soft = (taught / 2).softmax(1)
-    expected = 4 * (soft * (soft.log() - (logits / 2).log_softmax(1))).sum(1)
-    torch.testing.assert_close(task(batch, 0.0).loss.double(), expected, rtol=1e-4, atol=1e-4)
-    assert not hasattr(task, "projection") and (expected > 0).all()
 
 
 @pytest.mark.parametrize("name", ["test_vit", "test_convnext"])

@@ -24,17 +24,17 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-import data.stream.loader
-import engine.run.checkpoint
-import engine.tasks.classification
 import finetune
+from data.stream.loader import EvaluationStream, Loader
+from engine.run import checkpoint
+from engine.tasks.classification import ClassificationTask
 from engine.update.learner import Learner
 from utils import rng
 from utils.ranks import distributed
 
 
 def slow_evaluation(seconds):
-    batches = data.stream.loader.EvaluationStream.__iter__
+    batches = EvaluationStream.__iter__
 
     def slow(self):
         for batch in batches(self):
@@ -42,33 +42,33 @@ def slow_evaluation(seconds):
             time.sleep(float(seconds))
             yield batch
 
-    data.stream.loader.EvaluationStream.__iter__ = slow
+    EvaluationStream.__iter__ = slow
 
 
 def slow_save(seconds):
-    checksum = engine.run.checkpoint.sha256_file
+    checksum = checkpoint.sha256_file
 
     def slow(path):
         os.write(2, b"saving slowly\n")
         time.sleep(float(seconds))
         return checksum(path)
 
-    engine.run.checkpoint.sha256_file = slow
+    checkpoint.sha256_file = slow
 
 
 def full_disk(first, last):
-    write = engine.run.checkpoint.write_tensors
+    write = checkpoint.write_tensors
 
     def full(path, *arguments):
         if int(first) <= int(path.parent.name.split(".")[1].removeprefix("step_")) <= int(last):
             raise OSError(28, "No space left on device")
         return write(path, *arguments)
 
-    engine.run.checkpoint.write_tensors = full
+    checkpoint.write_tensors = full
 
 
 def nan(first, last, rank=None):
-    forward = engine.tasks.classification.ClassificationTask.forward
+    forward = ClassificationTask.forward
     seed, batch_size = 0, 8  # of the tests that use it
     positions = range((int(first) - 1) * batch_size, int(last) * batch_size)
     keys = torch.tensor([rng.sample_key(seed, position) for position in positions])
@@ -81,7 +81,7 @@ def nan(first, last, rank=None):
         output.loss = output.loss + torch.where(bad, float("nan"), 0.0)
         return output
 
-    engine.tasks.classification.ClassificationTask.forward = poisoned
+    ClassificationTask.forward = poisoned
 
 
 def _before_step(step, marker, act):
@@ -107,7 +107,7 @@ def kill_worker(step, marker):
 
 
 def little_memory(*sizes):
-    forward = engine.tasks.classification.ClassificationTask.forward
+    forward = ClassificationTask.forward
     most = int(sizes[int(os.environ.get("RANK", "0"))])
 
     def limited(self, batch, progress):
@@ -115,12 +115,11 @@ def little_memory(*sizes):
             raise torch.OutOfMemoryError
         return forward(self, batch, progress)
 
-    engine.tasks.classification.ClassificationTask.forward = limited
+    ClassificationTask.forward = limited
 
 
 def skip_steps():
-    task = engine.tasks.classification.ClassificationTask
-    forward, update, now = task.forward, Learner.update, {"step": -1}
+    forward, update, now = ClassificationTask.forward, Learner.update, {"step": -1}
 
     def poisoned(self, batch, progress):
         output = forward(self, batch, progress)
@@ -136,12 +135,12 @@ def skip_steps():
             batch["weight"].zero_()
         return update(learner, batches, *arguments, **named)
 
-    task.forward, Learner.update = poisoned, weightless
-    engine.run.checkpoint.KEPT = 9
+    ClassificationTask.forward, Learner.update = poisoned, weightless
+    checkpoint.KEPT = 9
 
 
 def hang_reading(position):
-    read = data.stream.loader.Loader.read
+    read = Loader.read
 
     def hanging(self, draw, *given, **named):
         if draw.position == int(position):
@@ -149,17 +148,17 @@ def hang_reading(position):
             time.sleep(3600)
         return read(self, draw, *given, **named)
 
-    data.stream.loader.Loader.read = hanging
+    Loader.read = hanging
 
 
 # What the troubles replace.
 PATCHED = (
-    (data.stream.loader.EvaluationStream, "__iter__"),
-    (data.stream.loader.Loader, "read"),
-    (engine.run.checkpoint, "sha256_file"),
-    (engine.run.checkpoint, "write_tensors"),
+    (EvaluationStream, "__iter__"),
+    (Loader, "read"),
+    (checkpoint, "sha256_file"),
+    (checkpoint, "write_tensors"),
     (Learner, "update"),
-    (engine.tasks.classification.ClassificationTask, "forward"),
+    (ClassificationTask, "forward"),
 )
 
 

@@ -28,7 +28,7 @@ def test_help_has_the_docstring_and_the_keys_of_each_file(script):
     text = describe(FILES[script], TEXTS[script])
     title, _, examples = TEXTS[script].partition("\n")
     assert text.startswith(title + "\n") and text.endswith(examples)
-    config, job = configure(script, MANDATORY.get(script, []))
+    config, job = configure(script, MANDATORY.get(script, "").split())
     for group, name in job.choices.items():
         assert f"\n{group}={'null' if name == 'None' else name}  (" in text
     for key, value in config.model_dump().items():
