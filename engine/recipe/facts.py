@@ -298,7 +298,7 @@ def tells_colour(small: Tensor, labels: Tensor) -> bool:
     distance = torch.cdist(means, means).fill_diagonal_(torch.inf)
     right = (labels[distance.argmin(1)] == labels).float().mean().item()
     chance = (torch.bincount(labels).float() / len(labels)).square().sum().item()
-    return right > chance + 3 * math.sqrt(chance * (1 - chance) / len(small))
+    return right > chance + 3 * _error(chance, len(small))
 
 
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -> float:

@@ -11,7 +11,7 @@ Source: Hinton et al. 2015 (arXiv 1503.02531); Beyer et al. 2022 (arXiv 2106.052
 2022 (arXiv 2205.14141), equation 2, features, here pooled.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -118,11 +118,6 @@ class DistillationTask(Task):
         path = _find_file(self._config.teacher)
         state, _ = read_weights(path) if path else read_timm(self.teacher)
         load_into(self.teacher, state, keep_head=True)
-
-    def helper_files(self) -> Mapping[str, Sequence[Path]]:
-        """Return the teacher's file."""
-        path = _find_file(self._config.teacher)
-        return {} if path is None else {"teacher": [path]}
 
     def initialise(self, source: InitFrom | None) -> None:
         """Load the student's network from a run or file."""

@@ -12,7 +12,7 @@ from engine.tasks.distillation import DistillationTaskConfig, find_teacher
 from engine.tasks.kind import Setup
 from engine.tasks.kinds import KINDS
 from models.config import TimmConfig
-from models.image_model import Normalise
+from models.image_model import Normalise, find_head
 from tests.engine.test_tagging import RUN as TAGGER
 from tests.engine.test_tagging import VOCABULARY, make_tags
 from tests.engine.test_tasks import MODEL, PREPROCESSING
@@ -40,15 +40,12 @@ def make(names, outputs=8, teacher=None, size=(16, 16), **changes):
 
 
 def look(task, batch, size):
-    """The teacher's and the student's logits and features, by other paths."""
+    """The teacher's logits, and the student's logits and features, by other paths."""
     pixels = batch["images"] / 255
-    seen = Normalise([0.3, 0.4, 0.5], [0.2, 0.25, 0.5], 3)(pixels)
-    seen = F.interpolate(seen, size, mode="bicubic", antialias=True)
-    found = []
-    for network, images in ((task.teacher, seen), (task.student.network, task.student.normalise(pixels))):
-        pooled = network.norm(network.forward_features(images).mean((-2, -1)))
-        found += [network.head(pooled), pooled]
-    return [tensor.detach().double() for tensor in found]
+    seen = F.interpolate(Normalise([0.3, 0.4, 0.5], [0.2, 0.25, 0.5], 3)(pixels), size, mode="bicubic", antialias=True)
+    network = task.student.network
+    pooled = network.norm(network.forward_features(task.student.normalise(pixels)).mean((-2, -1)))
+    return [found.detach().double() for found in (task.teacher(seen), network.head(pooled), pooled)]
 
 
 def loss_of_tags(soft, logits):
@@ -65,7 +62,7 @@ def loss_of_classes(soft, logits):
 def test_the_loss_of_logits_is_the_formula_at_a_temperature(names, formula):
     task, batch = make(names).train(), make_tags()
     output = task(batch, 0.0)
-    taught, _, logits, _ = look(task, batch, (16, 16))
+    taught, logits, _ = look(task, batch, (16, 16))
     expected = 4 * formula(taught / 2, logits / 2)
     torch.testing.assert_close(output.loss.double(), expected, rtol=1e-4, atol=1e-4)
     assert not hasattr(task, "projection") and (expected > 0).all()
@@ -74,30 +71,21 @@ def test_the_loss_of_logits_is_the_formula_at_a_temperature(names, formula):
     assert all(parameter.grad is not None for parameter in task.student.parameters())
 
 
-def test_the_loss_of_features_is_that_of_the_formula():
-    task, batch = make({}, targets="features").train(), make_tags()
-    output = task(batch, 0.0)
-    wanted, features = look(task, batch, (16, 16))[1::2]
-    white = (wanted - wanted.mean(1, keepdim=True)) / (wanted.var(1, correction=0, keepdim=True) + 1e-5).sqrt()
+@pytest.mark.parametrize(("name", "size"), [(None, (16, 16)), ("test_vit", (64, 64)), ("test_convnext", (64, 64))])
+def test_the_loss_of_features_is_that_of_the_formula(name, size):
+    """Features are what the head of the teacher, ours or timm's, reads."""
+    teacher = name and TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None)
+    task, batch = make({}, outputs=7, teacher=teacher, size=size, targets="features").train(), make_tags()
+    output, given = task(batch, 0.0), []
+    find_head(task.teacher).register_forward_pre_hook(lambda _, inputs: given.append(inputs[0].double()))
+    features = look(task, batch, size)[2]
+    white = (given[0] - given[0].mean(1, keepdim=True)) / (given[0].var(1, correction=0, keepdim=True) + 1e-5).sqrt()
     gap = (task.projection(features.float()).double() - white).abs()
     smooth = torch.where(gap < 2, gap**2 / 4, gap - 1).mean(1)
     torch.testing.assert_close(output.loss.double(), smooth, rtol=1e-4, atol=1e-4)
     output.loss.sum().backward()
     assert all(parameter.grad is None for parameter in task.teacher.parameters())
     assert all(parameter.grad is not None for parameter in task.projection.parameters())
-
-
-@pytest.mark.parametrize("name", ["test_vit", "test_convnext"])
-def test_features_of_timms_networks_are_what_their_heads_read(name):
-    teacher = TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None)
-    task = make({}, outputs=7, teacher=teacher, size=(64, 64), targets="features").eval()
-    given = []
-    task.teacher.get_classifier().register_forward_pre_hook(lambda _, inputs: given.append(inputs[0]))
-    seen = torch.randn(2, 3, 64, 64)
-    task.teacher(seen)
-    features = task.teacher.forward_head(task.teacher.forward_features(seen), pre_logits=True)
-    torch.testing.assert_close(features, given[0])
-    assert task.projection.out_features == features.shape[1] and task(make_tags(), 0.0).loss.isfinite().all()
 
 
 # --- runs
@@ -172,6 +160,8 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
     write_manifest(place / "bare")
     run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
                      "data.root=images", "run_dir=classes"], place)  # fmt: skip
+    run("evaluate", ["run_dir=classes", "runtime.device=cpu", "runtime.threads=1", "output=classes.json"], place)
+    assert "top1" in read_json(place / "classes.json")
     rebuilt = open_weights(place / "classes/weights/best_weights.safetensors")
     assert rebuilt.kind.output == "classes" and rebuilt.task.class_names == ["A", "B"]
 
