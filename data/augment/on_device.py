@@ -208,8 +208,9 @@ def turn_hue(images: Tensor, turns: Tensor) -> Tensor:
 def rectangles(edges: Tensor, size_hw: Sequence[int]) -> Tensor:
     """Return masks [B, 1, H, W], True inside the rectangle of each sample; edges [B, 4]: top, left, height, width."""
     inside = []
-    for first, length, count in ((edges[:, 0], edges[:, 2], size_hw[0]), (edges[:, 1], edges[:, 3], size_hw[1])):
-        indices = torch.arange(count, device=edges.device)[None, :]
-        inside.append((indices >= first[:, None]) & (indices < (first + length)[:, None]))
+    for axis, count in enumerate(size_hw):
+        indices = torch.arange(count, device=edges.device)
+        first = edges[:, axis, None]
+        inside.append((indices >= first) & (indices < first + edges[:, axis + 2, None]))
     rows, columns = inside
     return rows[:, None, :, None] & columns[:, None, None, :]

@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 from torchvision.transforms import InterpolationMode, v2
 
-from data.augment.config import AugmentConfig
+from data.augment.config import AffineConfig, AugmentConfig
 from data.images.decode import resize
 from data.stream.order import Draw
 from utils import rng
@@ -102,24 +102,16 @@ def on_pillow(transform: Callable[[Image.Image], Image.Image]) -> list[Any]:
     return [v2.functional.to_pil_image, transform, v2.functional.pil_to_tensor]
 
 
-def random_affine(config: AugmentConfig) -> v2.RandomAffine | None:
+def random_affine(affine: AffineConfig, fill: int) -> v2.RandomAffine:
     """Return the random affine map of `augment.affine`."""
-    if (affine := config.affine) is None:
-        return None
     return v2.RandomAffine(
         affine.degrees,
         translate=(affine.translate, affine.translate),
         scale=tuple(affine.scale),
         shear=[-affine.shear_degrees, affine.shear_degrees] * 2,
         interpolation=InterpolationMode.BILINEAR,
-        fill=config.fill,
+        fill=fill,
     )
-
-
-def color_jitter(config: AugmentConfig) -> v2.ColorJitter | None:
-    """Return the random colour changes of `augment.color_jitter`."""
-    jitter = config.color_jitter
-    return None if jitter is None else v2.ColorJitter(*[jitter.strength] * 3, jitter.hue)
 
 
 class ResizedCrop(v2.RandomResizedCrop):
@@ -168,13 +160,13 @@ class TrainTransform:
         if config.on_device:
             self._steps += policy
             return
-        if (affine := random_affine(config)) is not None:
+        if config.affine is not None:
             # Before the resize: after it, training images would be blurred and validation images not.
-            self._steps = [pad, *on_pillow(affine), crop]
+            self._steps = [pad, *on_pillow(random_affine(config.affine, config.fill)), crop]
         if config.horizontal_flip > 0:
             self._steps.append(lambda image: image.flip(-1) if torch.rand(()) < config.horizontal_flip else image)
-        if (jitter := color_jitter(config)) is not None:
-            self._steps.append(jitter)
+        if (jitter := config.color_jitter) is not None:
+            self._steps.append(v2.ColorJitter(*[jitter.strength] * 3, jitter.hue))
         self._steps += policy
         if config.random_erasing > 0:
             self._steps.append(NoiseErasing(config))

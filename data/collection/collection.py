@@ -140,8 +140,13 @@ def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
     positions = count_positions(concepts, counts)
     lines = [f"{'images':>8} {'repeats':>8} {'of a step':>9}  folder"]
     for number, (concept, count, each) in enumerate(zip(concepts, counts, positions)):
-        notes = [concept.path, "" if concept.share is None else f"share {concept.share:g}", "prior" * concept.is_prior]
-        notes += [f"weight {concept.weight:g}" * (concept.weight != 1)]
+        notes = [concept.path]
+        if concept.share is not None:
+            notes.append(f"share {concept.share:g}")
+        if concept.is_prior:
+            notes.append("prior")
+        if concept.weight != 1:
+            notes.append(f"weight {concept.weight:g}")
         if concept.trigger:
             captions = collection.table["caption"].take(rows[ids == number])
             named = pc.sum(pc.match_substring(captions, concept.trigger)).as_py() or 0
@@ -149,9 +154,8 @@ def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
             if named == 0 < count:
                 why = "no caption has %r, so it is not trained; captions.prefix puts it before each"
                 log.warning(f"data.concepts.%d.trigger: {why}", number, concept.trigger)
-        repeats = each / max(count, 1)
         share = each / positions.sum()
-        lines.append(f"{count:>8,} {repeats:>8.4g} {share:>9.1%}  {', '.join(filter(None, notes))}")
+        lines.append(f"{count:>8,} {each / max(count, 1):>8.4g} {share:>9.1%}  {', '.join(notes)}")
     return f"\n{_MARGIN}".join(lines)
 
 

@@ -64,13 +64,16 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     is_lead = leads == np.arange(len(table))
     rows = np.flatnonzero(is_lead & (labels >= 0))
     rows = rows[np.lexsort((hashes[rows], labels[rows]))]  # by class and hash
-    counts = np.bincount(labels[rows], minlength=len(names))
+    classes = labels[rows]
+    counts = np.bincount(classes, minlength=len(names))
     shares = np.where(counts > 1, np.clip(np.floor(fraction * counts + 0.5), 1, np.maximum(counts - 1, 1)), 0)
-    chosen[rows] = np.arange(len(rows)) - np.repeat(np.cumsum(counts) - counts, counts) < np.repeat(shares, counts)
+    ranks = np.arange(len(rows)) - (np.cumsum(counts) - counts)[classes]
+    chosen[rows] = ranks < shares[classes]
     free = np.flatnonzero(is_lead & (labels < 0))
-    for wanted, row in () if len(free) == 0 else ((True, hashes[free].argmin()), (False, hashes[free].argmax())):
-        if (chosen[is_lead] != wanted).all():
-            chosen[free[row]] = wanted and is_lead.sum() > 1
+    if len(free) and not chosen[is_lead].any():
+        chosen[free[hashes[free].argmin()]] = is_lead.sum() > 1
+    elif len(free) and chosen[is_lead].all():
+        chosen[free[hashes[free].argmax()]] = False
     if single := sorted(names.take(pa.array(np.flatnonzero(counts == 1))).to_pylist()):
         log.warning(
             "data.root: %d classes have a single image (of weight above 0), which stays in training: %s; add a second "

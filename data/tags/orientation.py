@@ -33,8 +33,6 @@ log = get_logger(__name__)
 
 MAPS = ("booru", "glyphs")
 _MIRRORED = (GENERAL, CATEGORIES["meta"])
-_SIDED = re.compile(r"(?<![a-z])(left|right)")  # not bright, copyright or upright
-_SHOWN = 20  # names in a message
 _COIN_DRAW = 0xF11B  # draw number for utils/rng.py; tasks use small numbers
 
 _Two = Annotated[list[Annotated[str, Field(min_length=1)]], Field(min_length=2, max_length=2)]
@@ -76,36 +74,30 @@ def build_orientation(vocabulary: Vocabulary, name: str, key: str) -> dict[str, 
     """Return how a mirror image changes the outputs of a vocabulary; name: `booru`, `glyphs`, or the path of a map.
 
     pairs: outputs that are exchanged. dropped: outputs that a mirrored image loses. no_flip: outputs whose images are
-    not mirrored. Logs names with left or right that the map does not cover.
+    not mirrored.
     Raises UserError (`key`) with the file if a map cannot be read, or if mirroring a tag twice gives another tag.
     """
     path = Path(__file__).with_name(f"orientation_{name}.yaml") if name in MAPS else Path(name)
     rules = _read(path, key)
     pairs = []
     dropped = []
-    uncovered = []
     forbids = _any_of(rules.never_flip)
-    named = _any_of([*rules.never_flip, *rules.symmetric])
     no_flip = [output for output, tag in enumerate(vocabulary.names) if forbids.fullmatch(tag)]
     for (category, tag), output in vocabulary.columns.items():
         mirror = rules.mirror(tag, category)
         other = vocabulary.columns.get((category, mirror))
-        if mirror == tag:
-            is_open = category in _MIRRORED and _SIDED.search(tag) and not named.fullmatch(tag)
-            uncovered += [tag] if is_open else []
-        elif (back := rules.mirror(mirror, category)) != tag:
+        if (back := rules.mirror(mirror, category)) != tag:
             raise UserError(
                 f"{key}: {path}: {tag!r} becomes {mirror!r}, then {back!r}; write patterns that match both, name "
                 "the tag in symmetric, or each tag in one of pairs"
             )
-        elif other is None:
+        if other is None:
             dropped.append(output)
         elif output < other:
             pairs.append([output, other])
     log.debug(
         "%s=%s: a mirrored image exchanges %d pairs of tags and drops %d tags; images with one of %d tags are not "
-        "mirrored; tags with left or right, but not in the map: %s",
-        key, name, len(pairs), len(dropped), len(no_flip), ", ".join(uncovered[:_SHOWN]) or "none",
+        "mirrored", key, name, len(pairs), len(dropped), len(no_flip),
     )  # fmt: skip
     return {"pairs": pairs, "dropped": dropped, "no_flip": no_flip}
 
