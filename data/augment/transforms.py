@@ -195,15 +195,11 @@ class EvalTransform:
         image = letterbox(image, size_hw, stated.background, stated.pad)
         if stated.squashes:
             return resize(image, size_hw, stated.interpolation)
+        longest = math.ceil(LONGEST * min(image.shape[-2:]) * max(size_hw) / min(size_hw))
+        for axis in (-2, -1):
+            ends = max(0, image.shape[axis] - longest) // 2
+            image = image.narrow(axis, ends, image.shape[axis] - 2 * ends)
         factor = max(resized / side for resized, side in zip(stated.resized_hw, image.shape[-2:]))
-        resized_hw = []
-        for axis, least, shown in zip((-2, -1), size_hw, stated.resized_hw):
-            side = image.shape[axis]
-            most = math.ceil(LONGEST * shown / factor)
-            resized = int(side * factor + 1e-6)  # down, as torchvision; 1e-6: for the side that sets the factor
-            if side > most:  # the remainders keep the centre and its rounding as in torchvision
-                kept = most + (side - most) % 2
-                image = image.narrow(axis, (side - kept) // 2, kept)
-                resized = int(kept * factor) + (resized - int(kept * factor)) % 4
-            resized_hw.append(max(least, resized))
+        # Down, as torchvision; 1e-6: for the side that sets the factor.
+        resized_hw = [max(least, int(side * factor + 1e-6)) for least, side in zip(size_hw, image.shape[-2:])]
         return v2.functional.center_crop(resize(image, resized_hw, stated.interpolation), size_hw)

@@ -34,7 +34,6 @@ Vary = Callable[[str, torch.Generator], str]  # from a text to a random caption
 _SEPARATOR = ", "  # between tags
 _LONGEST_TAG = 100  # characters; longer pieces are sentences
 _STATED = 2_000  # tags in the header of a file
-_HELD = 200_000  # tags in memory while they are counted
 
 Category = Literal["artist", "character", "copyright", "general", "meta", "rating", "quality", "year"]
 # Tags that published SDXL models were trained with. Collections state them as general or meta, if at all.
@@ -235,16 +234,16 @@ def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> 
     A short caption without a separator counts as a tag, as in sd-scripts, whose files hold these counts.
     """
     counts = Counter[tuple[str, str]]()
-    for row, config in ((collection.row(row), captions.of(row)) for row in rows.tolist()):
-        folder = PurePosixPath(row.path).parent
-        folder = folder.name if folder.is_absolute() else folder.as_posix()  # a file names no place of this machine
-        tags = {tag.lower() for text in config.read(row) for tag in config.split(text) if len(tag) <= _LONGEST_TAG}
-        counts.update((folder, tag) for tag in tags)
-        if len(counts) > _HELD:
-            counts = Counter(dict(counts.most_common(_HELD // 2)))
+    for index in rows.tolist():
+        row = collection.row(index)
+        config = captions.of(index)
+        folder = PurePosixPath(row.path).parent.name or collection.root.name
+        tags = itertools.chain.from_iterable(map(config.split, config.read(row)))
+        short = dict.fromkeys((folder, tag.lower()) for tag in tags if len(tag) <= _LONGEST_TAG)
+        counts.update(short.keys())
     found: dict[str, dict[str, int]] = {}
-    for (folder, tag), count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))[:_STATED]:
-        found.setdefault(collection.root.name if folder == "." else folder, {})[tag] = count
+    for (folder, tag), count in counts.most_common(_STATED):
+        found.setdefault(folder, {})[tag] = count
     return found
 
 
