@@ -55,7 +55,7 @@ from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
-from utils.formats.thresholds import MCUT, PER_TAG
+from utils.formats.thresholds import PER_TAG
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
@@ -87,7 +87,7 @@ class PredictConfig(Strict):
         Annotated[PathText, Tag("file")] | Annotated[CategoryThresholds, Tag("each")],
         Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
     ]
-    profile: Literal["per_tag", "balanced", "high_precision", "high_recall", "mcut"]
+    profile: Literal["per_tag", "balanced", "high_precision", "high_recall"]
     mirror: PathText | None  # a map of left and right, or `plain`; None: images are not mirrored
     text: TextConfig
     pictures: DrawConfig
@@ -127,7 +127,7 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
                 least = np.where(predictor.categories == CATEGORIES[name], value, least)
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
-    return predictor.options(config.top, least, mcut=config.profile == MCUT, max_tags=text.max_tags, order=text.order)
+    return predictor.options(config.top, least, max_tags=text.max_tags, order=text.order)
 
 
 def choose_mirror(config: PredictConfig, predictor: Predictor, is_search: bool) -> np.ndarray | None:

@@ -58,12 +58,10 @@ def output_layers(network: nn.Module, key: str, advice: str) -> dict[str, nn.Lin
 
 def find_head(network: nn.Module) -> nn.Linear:
     """Return the layer from the embedding to the logits. Raises UserError (`task.head`) if it is not linear."""
-    head = network.get_classifier() if hasattr(network, "get_classifier") else getattr(network, "head", None)
-    if not isinstance(head, nn.Linear) or head.bias is None:
-        raise UserError(
-            f"task.head: a network that ends in one linear layer with a bias is needed, but {type(network).__name__} "
-            f"ends in {type(head).__name__}; set task.head=random"
-        )
+    head, *others = output_layers(network, "task.head", "set task.head=random").values()
+    if others or not isinstance(head, nn.Linear):
+        name = type(network).__name__
+        raise UserError(f"task.head: one linear layer is needed, but {name} ends in others; set task.head=random")
     return head
 
 

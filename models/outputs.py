@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from utils.formats.thresholds import DEFAULT, mcut
 from utils.formats.vocabulary import RATING, category_name
 
 
@@ -24,7 +23,6 @@ class RowOptions(NamedTuple):
     has_ratings: bool  # False if no training image had a rating, so that outputs for ratings mean nothing
     top: int  # classes per image
     thresholds: np.ndarray  # the least probability, per tag [K] or for all tags
-    mcut: bool = False  # use the image's MCut threshold if it is higher
     max_tags: int | None = None  # keep only the most probable tags of an image
     order: Literal["score", "vocabulary"] = "score"
 
@@ -53,8 +51,7 @@ def _row_of_classes(values: np.ndarray, options: RowOptions) -> Row:
 def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     """Return the tags in their order, their probabilities by category, and the most probable rating."""
     names, categories, has_ratings, *_ = options
-    least = np.maximum(options.thresholds, _cut(values, categories)) if options.mcut else options.thresholds
-    tags = np.flatnonzero((values >= least) & (categories != RATING))
+    tags = np.flatnonzero((values >= options.thresholds) & (categories != RATING))
     tags = tags[np.argsort(-values[tags], kind="stable")][: options.max_tags]
     if options.order == "vocabulary":
         tags = np.sort(tags)
@@ -66,15 +63,6 @@ def _row_of_tags(values: np.ndarray, options: RowOptions) -> Row:
     for index in tags.tolist():
         probs.setdefault(category_name(int(categories[index])), {})[names[index]] = round(float(values[index]), 6)
     return {**row, "tags": [names[index] for index in tags.tolist()], "probs": probs}
-
-
-def _cut(values: np.ndarray, categories: np.ndarray) -> np.ndarray:
-    """Return each tag's MCut threshold [K], computed per category of one image."""
-    least = np.full(len(values), DEFAULT, dtype=np.float32)
-    for number in np.unique(categories):
-        if (members := categories == number).sum() > 1:  # one probability has no gap
-            least[members] = mcut(values[None, members])
-    return least
 
 
 _PROBS = ("logits", "probs")

@@ -20,7 +20,7 @@ from utils.errors import UserError
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.spelling import parse_tag
 from utils.formats.thresholds import DEFAULT as DEFAULT_THRESHOLD
-from utils.formats.thresholds import MCUT, MCUT_FLOOR, PER_TAG, find_thresholds
+from utils.formats.thresholds import PER_TAG, find_thresholds
 from utils.formats.vocabulary import (
     FACTS,
     FILE,
@@ -106,8 +106,8 @@ class Predictor:
         It is `threshold`, or by `profile` from `file` or the table beside the weights, or that of the metadata, or the
         default. Raises UserError (`thresholds`, `profile`).
         """
-        if threshold is not None or profile == MCUT:
-            return np.float32(MCUT_FLOOR if threshold is None else threshold)
+        if threshold is not None:
+            return np.float32(threshold)
         if (table := find_thresholds(file, weights, self.weights_hash)) is not None:
             vocabulary = Vocabulary.of(zip(self.categories.tolist(), self.names))
             return np.array(table.of_tags(vocabulary, profile), dtype=np.float32)

@@ -6,7 +6,6 @@ import itertools
 import numpy as np
 import onnx
 import pytest
-from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
 from tests.in_process import SHORT, SMALL_MODEL, run
@@ -36,20 +35,15 @@ def write_colours(root, counts, height=12, step=1):
 
 def write_wd(folder, rows=ROWS, columns=(0, 0, 0, 1, 2, 0, 0), scale=12.0, batch="batch", shape=(8, 8, 3)):
     """Write a tagger whose probabilities are sigmoid(scale * (mean of an input's channel / 255 - 0.5))."""
-    weights = scale / 255 * np.eye(3, dtype=np.float32)[:, list(columns)]
-    tensors = {"w": weights, "b": np.full(len(columns), -scale / 2, np.float32), "axes": np.array([1, 2])}
-    nodes = [
-        helper.make_node("ReduceMean", ["x", "axes"], ["mean"], keepdims=0),
-        helper.make_node("Gemm", ["mean", "w", "b"], ["logits"]),
-        helper.make_node("Sigmoid", ["logits"], ["probs"]),
-    ]
-    graph = helper.make_graph(
-        nodes, "g",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [batch, *shape])],
-        [helper.make_tensor_value_info("probs", TensorProto.FLOAT, [batch, len(columns)])],
-        [numpy_helper.from_array(tensor, name) for name, tensor in tensors.items()],
-    )  # fmt: skip
-    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=9)
+    listed = (scale / 255 * np.eye(3)[:, list(columns)]).ravel().tolist()
+    weights, bias = (", ".join(map(str, numbers)) for numbers in (listed, [-scale / 2] * len(columns)))
+    model = onnx.parser.parse_model(f"""<ir_version: 9, opset_import: ["": 18]>
+        g (float[{", ".join(map(str, (batch, *shape)))}] x) => (float[{batch}, {len(columns)}] probs)
+        <float[3, {len(columns)}] w = {{{weights}}}, float[{len(columns)}] b = {{{bias}}}, int64[2] axes = {{1, 2}}> {{
+            mean = ReduceMean<keepdims=0>(x, axes)
+            logits = Gemm(mean, w, b)
+            probs = Sigmoid(logits)
+        }}""")
     folder.mkdir(exist_ok=True)
     onnx.save(model, folder / "model.onnx")
     categories, names = zip(*rows)

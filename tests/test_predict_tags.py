@@ -16,11 +16,11 @@ from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
 from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import refuses, rows
+from tests.support import refuses, rows, thresholds_of
 from utils.config.messages import ConfigError
 from utils.formats.spelling import join_tags
-from utils.formats.thresholds import CATEGORY_PROFILES, OVERALL, PER_TAG, Threshold, ThresholdTable, write_thresholds
-from utils.formats.vocabulary import Vocabulary, category_name, write_vocabulary
+from utils.formats.thresholds import write_thresholds
+from utils.formats.vocabulary import Vocabulary, write_vocabulary
 from utils.io.weights import read_weights, write_weights
 
 # As training leaves it, not in the WD order. Each tag with the probability that the made weights give it.
@@ -42,16 +42,6 @@ def row_of(thresholds=0.35, **options):
     return OUTPUTS["tags"].make_row(VALUES, RowOptions(NAMES, CATEGORIES, True, 1, thresholds, **options))
 
 
-def text_of(tags, predicted=None, **config):
-    config, rating = TextConfig(**TEXT | config), {} if predicted is None else {"rating": predicted}
-    categories = {name: category_name(number) for number, name in KEYS if number != 9}
-    probs = {}
-    for name in tags:
-        probs.setdefault(categories.get(name, "general"), {})[name] = 0.5
-    words = spell_tags({"tags": tags, "probs": probs, **rating}, config, read_text_rules(config))
-    return join_tags(words, config.separator)
-
-
 # ------------------------------------------------------------------------------------------------------ rows and texts
 
 
@@ -71,9 +61,6 @@ def test_a_row_has_the_rating_and_the_tags_by_category():
         ({"order": "vocabulary", "max_tags": 2}, ["long_hair", "1girl"]),  # the most probable ones
         ({"thresholds": np.where(CATEGORIES == 4, 0.85, np.where(CATEGORIES == 0, 0.6, np.inf))},
          ["1girl", "long_hair", "^_^"]),
-        # The gaps: 0.9 to 0.6 of general tags, 0.8 to 0.1 of characters; a category of one tag has 0.35.
-        ({"mcut": True, "thresholds": 0.15}, ["1girl", "long_hair", "miku_(series)", "painter"]),
-        ({"mcut": True, "thresholds": 0.92}, ["1girl"]),
     ],
 )  # fmt: skip
 def test_which_tags_in_which_order(options, tags):
@@ -103,25 +90,20 @@ def test_the_mean_with_the_mirror_image_exchanges_left_and_right(tmp_path):
         predict.choose_mirror(SimpleNamespace(mirror="plain"), predictor, True)
 
 
-def test_the_text_of_tags():
-    tags = row_of(0.35)["tags"]
-    assert text_of(tags) == "1girl, long_hair, miku_(series), ^_^, painter, hat_(x)"
-    assert text_of(tags, spaces=True, escape=True) == r"1girl, long hair, miku \(series\), ^_^, painter, hat \(x\)"
-    assert text_of(tags, categories=True) == "1girl, long_hair, character:miku_(series), ^_^, artist:painter, hat_(x)"
-    assert text_of(["a"], "explicit") == "a"
-    assert text_of(["a", "b"], "explicit", rating="first", separator=" | ") == "rating:explicit | a | b"
-    assert text_of(["general"], "general", rating="last") == "general, rating:general"
-    assert text_of(["^_^", "o_o", "a_b", "t_t"], spaces=True) == "^_^, o_o, a b, t t"  # kaomoji keep theirs
-
-
 @pytest.mark.parametrize(
     ("config", "text"),
     [
-        ({"category_order": ["character", "artist"]}, "miku_(series), painter, 1girl, long_hair, ^_^, hat_(x)"),
+        ({}, "1girl, long_hair, miku_(series), ^_^, painter, hat_(x)"),
+        # Kaomoji keep their underscores.
+        ({"spaces": True, "escape": True}, r"1girl, long hair, miku \(series\), ^_^, painter, hat \(x\)"),
+        ({"categories": True}, "1girl, long_hair, character:miku_(series), ^_^, artist:painter, hat_(x)"),
+        ({"rating": "first", "separator": " | ", "first_tags": ["^_^"]},
+         "rating:explicit | ^_^ | 1girl | long_hair | miku_(series) | painter | hat_(x)"),
+        ({"rating": "last", "category_order": ["character", "artist"]},
+         "miku_(series), painter, 1girl, long_hair, ^_^, hat_(x), rating:explicit"),
         ({"first_tags": ["Hat \\(x\\)", "absent", "^_^"], "category_order": ["character"]},
          "hat_(x), ^_^, miku_(series), 1girl, long_hair, painter"),
-        ({"expand_series": True}, "1girl, long_hair, miku, series, ^_^, painter, hat_(x)"),  # hat is no character
-        ({"expand_series": True, "categories": True, "escape": True},
+        ({"expand_series": True, "categories": True, "escape": True},  # hat is no character
          r"1girl, long_hair, character:miku, copyright:series, ^_^, artist:painter, hat_\(x\)"),
         ({"aliases": "1girl,one girl\nlong_hair,^_^\n"}, "one_girl, ^_^, miku_(series), painter, hat_(x)"),
         # Of two that imply each other, the first stays.
@@ -133,7 +115,8 @@ def test_the_text_is_arranged(config, text, tmp_path):
     for name in {"aliases", "drop_implied"} & config.keys():
         (tmp_path / "table.csv").write_text(config[name])
         config = {**config, name: str(tmp_path / "table.csv")}
-    assert text_of(row_of(0.35)["tags"], **config) == text
+    config = TextConfig(**TEXT | config)
+    assert join_tags(spell_tags(row_of(0.35), config, read_text_rules(config)), config.separator) == text
 
 
 def test_excluded_tags_are_found_in_any_spelling(log):
@@ -147,13 +130,9 @@ def test_excluded_tags_are_found_in_any_spelling(log):
 
 
 def make_table(threshold=0.0):
-    """Return thresholds: each profile's of the category's number / 10, and per tag one below its probability."""
-    per_tag = [Threshold(number, name, threshold or value - 0.01, None, None, None, 0, PER_TAG)
-               for (number, name), value in PROBS.items()]  # fmt: skip
-    least = {"balanced": 0.62, "high_precision": 0.85, "high_recall": 0.35}
-    categories = [Threshold(number, category_name(number), least[profile] - 0.3 * (number == 4), None, None, None, 0,
-                            profile) for profile in CATEGORY_PROFILES for number in (0, 4, OVERALL)]  # fmt: skip
-    return ThresholdTable(VOCABULARY.hash, tuple(categories + per_tag))
+    """Return thresholds: of categories, and per tag one below its probability."""
+    own = {key: threshold or value - 0.01 for key, value in PROBS.items()}
+    return thresholds_of(VOCABULARY, {0: 0.62, 1: 0.62, 4: 0.32}, own)
 
 
 @pytest.fixture(scope="module")
@@ -331,7 +310,6 @@ def test_thresholds_beside_a_run_are_used(place, images):
         for word in ("threshold=0.7", "profile=balanced"):
             words = [word, "thresholds.character=0.35", "thresholds.general=0.9"]
             assert tags_of(place, *words) == ["1girl", "long_hair", "miku_(series)"]
-        assert tags_of(place, "profile=mcut") == ["1girl", "long_hair", "miku_(series)", "painter"]
         write_thresholds(place / "other.csv", make_table(0.93), made)
         assert tags_of(place, "thresholds=other.csv") == ["1girl"]
         write_thresholds(place / "made/weights/best_thresholds.csv", make_table(), hash_of(place, "run"))
@@ -340,7 +318,7 @@ def test_thresholds_beside_a_run_are_used(place, images):
     finally:
         os.unlink(place / "made/weights/best_thresholds.csv")
     with pytest.raises(ConfigError, match="threshold: "):
-        tags_of(place, "threshold=0.5", "profile=mcut")
+        tags_of(place, "threshold=0.5", "profile=balanced")
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ from data.tags.rules import TextConfig, read_text_rules
 from data.tools import predictions
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
-from utils.formats.thresholds import MCUT, thresholds_path
+from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, category_name
 from utils.io.files import ignore_write_errors, readable, sha256_text
 from utils.record.run_index import is_inside
@@ -104,12 +104,12 @@ class Networks:
                 excluded = predictions.find_excluded(predictor.names, predictor.categories, self._text.exclude)
                 least = np.where(excluded, np.inf, least)
         text = self._text
-        options = predictor.options(1, least, mcut=profile == MCUT, max_tags=text.max_tags, order=text.order)
+        options = predictor.options(1, least, max_tags=text.max_tags, order=text.order)
         row = output.make_row(values, options)
         caption = row.get("class", "")
         if output.has_tags:
             caption = join_tags(predictions.spell_tags(row, text, read_text_rules(text)), text.separator)
-        bars = _make_bars(predictor, values, row, None if options.mcut or not output.has_tags else least)
+        bars = _make_bars(predictor, values, row, least if output.has_tags else None)
         facts = f"{name}, as the network sees it: {images.shape[3]} x {images.shape[2]} pixels"
         return Answer(bars, caption, Image.fromarray(images[0].permute(1, 2, 0).numpy().squeeze()), facts)
 

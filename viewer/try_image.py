@@ -8,7 +8,7 @@ from nicegui import run as background
 
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
-from utils.formats.thresholds import CATEGORY_PROFILES, MCUT, PER_TAG
+from utils.formats.thresholds import CATEGORY_PROFILES, PER_TAG
 from utils.io.safe_text import escape_controls
 from viewer.collection import list_collections
 from viewer.images import Shelf
@@ -69,7 +69,7 @@ class TryPage:
             label = "Run, weight file, or folder with a WD tagger"
             weights = ui.select([*self._own], label=label, value=first, with_input=True, new_value_mode="add-unique")
             self._weights = weights.props("aria-label=weights").classes("col").style("min-width: 260px")
-            profiles = [PER_TAG, *CATEGORY_PROFILES, MCUT]
+            profiles = [PER_TAG, *CATEGORY_PROFILES]
             self._profile = ui.select(profiles, label="Thresholds", value=PER_TAG)
             self._profile.style("min-width: 160px")
         for choice in (self._weights, self._profile):

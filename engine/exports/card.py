@@ -173,7 +173,7 @@ def _show_results(figures: Mapping[str, float], thresholds: ThresholdTable | Non
         lines += ["## Results", "", "Measured on the validation images:", ""]
         for name, value in figures.items():
             lines.append(f"- {name}: {show_cell(value)}{show_interval(interval(name, figures))}")
-        lines += ["", "Other intervals are not computed.", ""]
+        lines.append("")
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
         fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
         lines += [fitted, "", "```", show_rows(rows), "```", ""]

@@ -26,5 +26,4 @@ class Format(NamedTuple):
     template: str | None = None
     load: str = ""
     fp16: bool = False  # takes precision=fp16
-    dynamic: bool = False  # takes dynamic_size=true
     is_adapter: bool = False  # holds a change of the base model, and needs it

@@ -39,7 +39,7 @@ from utils.formats.preprocessing import Preprocessing
 from utils.formats.thresholds import PER_TAG, ThresholdTable, find_thresholds
 from utils.formats.vocabulary import vocabulary_of
 from utils.io.files import readable
-from utils.io.weights import WEIGHT_NAMES, read_weights, write_weights
+from utils.io.weights import WEIGHT_NAMES, write_weights
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -54,8 +54,8 @@ Report = dict[str, Any]  # entries of export.json
 def write_onnx(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
     """Write an ONNX file."""
     path = folder / ("model_fp16.onnx" if config.precision == "fp16" else "model.onnx")
-    settings = config.precision, config.accepted, config.dynamic_size
-    return {"file": path.name, "onnx_max_abs_diff": export_onnx(weights.model, weights.metadata, path, *settings)}
+    difference = export_onnx(weights.model, weights.metadata, path, config.precision, config.accepted)
+    return {"file": path.name, "onnx_max_abs_diff": difference}
 
 
 def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
@@ -89,13 +89,8 @@ def _write_library(library: libraries.Library, network: nn.Module, metadata: Any
 
 def write_safetensors(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
     """Write a weight file of Atelier: the tensors, and the metadata needed to rebuild the network."""
-    path = folder / "model.safetensors"
-    state = weights.whole.state_dict()
-    write_weights(path, state, weights.metadata)
-    read, _ = read_weights(path)
-    if not all(torch.equal(tensor, read[name]) for name, tensor in state.items()):
-        raise UserError(f"output: {path.name} was not written as it is; check the disk, and export again")
-    return {"max_abs_diff": 0.0}
+    write_weights(folder / "model.safetensors", weights.whole.state_dict(), weights.metadata)
+    return {}
 
 
 def write_wd14(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
@@ -110,7 +105,7 @@ def write_wd14(weights: Weights, folder: Path, config: "ExportConfig") -> Report
     if thresholds is not None:
         metadata["thresholds"] = thresholds.of_tags(kept, PER_TAG)
     path = folder / FORMATS["wd14"].file
-    difference = export_onnx(graph, metadata, path, config.precision, config.accepted, config.dynamic_size)
+    difference = export_onnx(graph, metadata, path, config.precision, config.accepted)
     tag_forms.write_tags(folder, kept, thresholds)
     tag_forms.write_head(folder, graph.network)
     return {"onnx_max_abs_diff": difference, **tag_forms.describe_changes(vocabulary, kept)}
@@ -174,49 +169,34 @@ def whole_networks(weights: Weights) -> Networks:
     return networks
 
 
-def _open_whole(weights: Weights) -> Networks:
-    """Return the networks to write. Warn of what other programs ignore."""
-    networks = whole_networks(weights)
-    if padding := networks["vae"].config.get("padding_mode"):
-        log.warning("format: other programs ignore padding_mode=%s of the VAE: pictures differ at borders", padding)
-    return networks
-
-
 def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write the whole model as a folder of diffusers, which is read back and compared."""
-    networks = _open_whole(weights)
-    dtype = _DTYPES[config.precision]
+    """Write the whole model as a folder of diffusers."""
     zeros = weights.setup.task.captions.dropout_to == "zeros"
-    noise = weights.setup.task.stated_noise
-    checkpoint_files.write_diffusers(
-        folder, networks, build_tokenizer(), dtype=dtype, zeros_for_empty_prompt=zeros, **noise
-    )
-    states = checkpoint_files.cast_states(networks, dtype, folds=False)
-    return _compare_whole(folder, networks, states, noise, config)
+    more = {"tokenizer": build_tokenizer(), "zeros_for_empty_prompt": zeros}
+    return _write_whole(partial(checkpoint_files.write_diffusers, **more), weights, folder, config)
 
 
 def write_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
-    """Write the whole model as a single file, which is read back and compared."""
-    networks = _open_whole(weights)
+    """Write the whole model as a single file."""
+    write = partial(checkpoint_files.write_single_file, facts=_facts(weights, config))
+    return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
+
+
+def _write_whole(write: Any, weights: Weights, path: Path, config: "ExportConfig") -> Report:
+    """Write a file or folder, read it again, and compare its tensors, its noise schedule and what its VAE decodes.
+
+    Raises UserError (`output`, `tolerance`) if something differs.
+    """
+    networks = whole_networks(weights)
+    if padding := networks["vae"].config.get("padding_mode"):
+        log.warning("format: other programs ignore padding_mode=%s of the VAE: pictures differ at borders", padding)
     dtype = _DTYPES[config.precision]
     noise = weights.setup.task.stated_noise
-    path = folder / FORMATS["single_file"].file
-    checkpoint_files.write_single_file(path, networks, dtype=dtype, facts=_facts(weights, config), **noise)
-    states = checkpoint_files.cast_states(networks, dtype, folds=True)
-    return _compare_whole(path, networks, states, noise, config)
-
-
-def _compare_whole(
-    path: Path, networks: Networks, states: Any, noise: dict[str, Any], config: "ExportConfig"
-) -> Report:
-    """Read a file or folder again, and compare its tensors, its noise schedule and what its VAE decodes.
-
-    states: the tensors that were written, by network. Raises UserError (`output`, `tolerance`) if something differs.
-    """
+    write(path, networks, dtype=dtype, **noise)
     said = describe(path)
     read = load_networks(path)
     wrong = [name for name, value in noise.items() if (said[name] or False) != value]
-    for part, state in states.items():
+    for part, state in checkpoint_files.cast_states(networks, dtype, folds=path.is_file()).items():
         found = part_state(part, read[part])
         wrong += [f"{part}.{name}" for name, one in state.items() if not torch.equal(found[name], one.float())]
     if wrong:
@@ -260,7 +240,7 @@ _sdxl = partial(Format, of=("diffusion",), library="diffusers", template="sdxl",
 _vae = partial(Format, of=("autoencoder",), library="diffusers", template="vae", fp16=True)
 
 FORMATS = {
-    "onnx": Format("model.onnx", write_onnx, template="onnx", fp16=True, dynamic=True),
+    "onnx": Format("model.onnx", write_onnx, template="onnx", fp16=True),
     "timm": Format("model.safetensors", write_timm, library="timm", template="timm"),
     "transformers": Format("model.safetensors", write_transformers, library="transformers", template="transformers"),
     "safetensors": Format("model.safetensors", write_safetensors),
@@ -290,7 +270,6 @@ class ExportConfig(Strict):
     weights: PathText
     output: PathText | None
     precision: Literal["fp32", "fp16"]
-    dynamic_size: bool
     tolerance: Positive | None
     backbone_only: bool
     thresholds: PathText | None
@@ -314,11 +293,8 @@ class ExportConfig(Strict):
             raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and self.output is None:
             raise ValueError("output: must be given without a run_dir; add output=FOLDER")
-        row = FORMATS[self.format]
-        if self.precision == "fp16" and not row.fp16:
+        if self.precision == "fp16" and not FORMATS[self.format].fp16:
             raise ValueError(f"precision: format={self.format} ignores it; remove precision, or set format=onnx")
-        if self.dynamic_size and not row.dynamic:
-            raise ValueError(f"dynamic_size: format={self.format} ignores it; remove it, or set format=onnx")
         return self
 
 

@@ -44,8 +44,6 @@ def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -
     facts["ss_tag_frequency"] = trained_on.get("tag_frequency")
     facts["ss_learning_rate"] = metadata.get("lr")
     facts["ss_steps"] = metadata["step"]
-    facts["ss_mixed_precision"] = metadata.get("precision")
-    facts["ss_zero_terminal_snr"] = task.noise.zero_terminal_snr
     facts["ss_discrete_flow_shift"] = task.stated_noise.get("shift")
     if buckets := trained_on.get("buckets"):
         # The bucket of most images; of several, the largest, then the squarest.

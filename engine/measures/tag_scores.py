@@ -65,7 +65,6 @@ class Group:
     predicted: np.ndarray  # [BINS]
     macro: np.ndarray  # [3, BINS]: precision, recall, F1, averaged over `num_tags`
     mean_ap: float
-    mean_best_f1: float
 
     @property
     def support(self) -> int:
@@ -84,7 +83,6 @@ class Group:
         figures = {"mAP": self.mean_ap, "macro_f1": mean_f1[macro], "macro_pr_threshold": PROBS[macro]}
         figures |= {"micro_f1": f1[micro], "micro_pr_threshold": PROBS[micro]}
         figures |= {"macro_f1_at_0.35": mean_f1[_FIXED], "micro_f1_at_0.35": f1[_FIXED]}
-        figures["macro_best_f1"] = self.mean_best_f1
         counts = {"tags": self.num_tags, "tags_without_positives": self.num_empty, "support": self.support}
         return {name: float(value) for name, value in figures.items()} | counts
 
@@ -130,12 +128,12 @@ class TagScores:
         held = support > 0
         if not held.any():
             raise UserError("data.root: no image of the validation split has a tag of the vocabulary")
-        means = member @ np.stack([held, ~held, np.nan_to_num(self.ap), self.best_f1], axis=1)
+        means = member @ np.stack([held, ~held, np.nan_to_num(self.ap)], axis=1)
         self.groups: dict[str, Group] = {}
-        for name, (size, empty, ap, best), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
+        for name, (size, empty, ap), curves in zip(members, means, sums.cpu().numpy().swapaxes(0, 1)):
             counted = curves[:2].astype(np.int64)
             mean = max(1.0, size)
-            self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean, best / mean)
+            self.groups[name] = Group(int(size), int(empty), *counted, curves[2:] / mean, ap / mean)
 
     def scalars(self) -> dict[str, float]:
         """Return the scores of all tags."""

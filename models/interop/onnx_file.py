@@ -33,21 +33,17 @@ OPSET = 18
 IR_VERSION = 9
 _MAX_BYTES = 2**31 - 2**22  # protobuf's limit is 2 GiB; 4 MiB are for the graph itself
 _CHECKED_BATCHES = (1, 5)
-_LARGEST_SIDE = 4096  # pixels, with dynamic_size
 _GRAPH_TOLERANCE = 1e-3  # for the float32 graph with varied weights, when exporting fp16
 _LEAST_OUTPUT = 1e-9  # avoids a division by 0 for a head of zeros
 
 
-def export_onnx(
-    model: ImageModel, metadata: Mapping[str, Any], path: Path, precision: str, accepted: float, dynamic_size: bool
-) -> float:
+def export_onnx(model: ImageModel, metadata: Mapping[str, Any], path: Path, precision: str, accepted: float) -> float:
     """Write the file and return the largest difference between its outputs and PyTorch's.
 
-    accepted: the largest difference, relative to the largest output. dynamic_size: the file takes images of any size.
+    accepted: the largest difference, relative to the largest output.
 
     Also compare a copy with varied weights, because with small weights a wrong graph gives almost the right outputs.
-    Raises UserError: `tolerance` if either differs by more; `format` if the weights are too large for an ONNX file;
-    `dynamic_size` for a network with one image size.
+    Raises UserError: `tolerance` if either differs by more; `format` if the weights are too large for an ONNX file.
     """
     size = sum(tensor.nbytes for tensor in model.state_dict().values())
     if size > _MAX_BYTES:
@@ -55,7 +51,7 @@ def export_onnx(
             f"format: {metadata['model']['name']} has {size / 2**30:.2f} GiB of weights, but an ONNX file holds at "
             "most 2 GiB; export a smaller network, or predict with the weight file: predict.py weights=RUN"
         )
-    samples = _draw_samples(metadata["preprocessing"], model, dynamic_size)
+    samples = _draw_samples(metadata["preprocessing"])
     varied = model.with_network(vary_weights(model.network))
     if precision == "fp16" and not any("grn" in name for name, _ in varied.named_parameters()):
         # In float32, because the maps of a network without GRN may exceed fp16 with varied weights.
@@ -77,57 +73,37 @@ def _write_and_compare(
     if precision == "fp16":
         traced = to_fp16(traced)
     with SumsInFloat32():
-        proto = _trace(traced, samples[-1], dynamic_size=samples[0].shape[2:] != samples[-1].shape[2:])
+        proto = _trace(traced, samples[-1])
     _clean(proto, metadata, model)
     onnx.checker.check_model(proto)
     onnx.save(proto, path)
     return _compare(model, path, samples)
 
 
-def _draw_samples(preprocessing: Mapping[str, Any], model: ImageModel, dynamic_size: bool) -> list[torch.Tensor]:
-    """Return images of noise in [0, 1] in all sizes to compare. The model is traced with the last."""
-    height, width = preprocessing["image_size_hw"]
-    shapes = [(count, height, width) for count in _CHECKED_BATCHES]
-    if dynamic_size:
-        stride = getattr(model.network, "total_stride", 32)
-        shapes.insert(0, (2, height + stride, width + 2 * stride))
+def _draw_samples(preprocessing: Mapping[str, Any]) -> list[torch.Tensor]:
+    """Return images of noise in [0, 1] in all batch sizes to compare. The model is traced with the last."""
+    shape = preprocessing["channels"], *preprocessing["image_size_hw"]
     generator = torch.Generator().manual_seed(0)
-    return [torch.rand(count, preprocessing["channels"], *size, generator=generator) for count, *size in shapes]
+    return [torch.rand(count, *shape, generator=generator) for count in _CHECKED_BATCHES]
 
 
-def _trace(model: ImageModel, sample: torch.Tensor, dynamic_size: bool) -> onnx.ModelProto:
-    """Return the graph of a model for any batch size and, with `dynamic_size`, for any image size."""
-    dims: dict[int, Any] = {0: torch.export.Dim("batch")}
-    if dynamic_size:
-        dims |= {axis: torch.export.Dim(name, max=_LARGEST_SIDE) for axis, name in ((2, "height"), (3, "width"))}
-    try:
-        with warnings.catch_warnings(), torch.no_grad():
-            warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change
-            proto = torch.onnx.export(
-                model,
-                (model.form.to_input(sample),),
-                dynamo=True,
-                opset_version=OPSET,
-                input_names=[model.form.input],
-                output_names=list(model.form.outputs),
-                dynamic_shapes={"images": dims},
-                verbose=False,
-            ).model_proto
-    except torch.onnx.errors.OnnxExporterError as error:
-        if not dynamic_size:
-            raise
-        raise _one_size(model, str(error.__cause__ or error).strip().splitlines()[0]) from error
-    sides = proto.graph.input[0].type.tensor_type.shape.dim[2:]
-    if dynamic_size and not all(side.dim_param for side in sides):
-        raise _one_size(model, f"it was traced for {' x '.join(str(side.dim_value) for side in sides)} pixels only")
-    return proto
-
-
-def _one_size(model: ImageModel, reason: str) -> UserError:
-    name = type(model.network).__name__
-    return UserError(
-        f"dynamic_size: true, but {name} cannot be exported for images of any size ({reason}); set dynamic_size=false"
-    )
+def _trace(model: ImageModel, sample: torch.Tensor) -> onnx.ModelProto:
+    """Return the graph of a model for any batch size."""
+    inputs = (model.form.to_input(sample),)
+    sizes = {"images": {0: torch.export.Dim("batch")}}
+    with warnings.catch_warnings(), torch.no_grad():
+        warnings.simplefilter("ignore")  # deprecations inside the exporter, which a user cannot change
+        program = torch.onnx.export(
+            model,
+            inputs,
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=[model.form.input],
+            output_names=list(model.form.outputs),
+            dynamic_shapes=sizes,
+            verbose=False,
+        )
+    return program.model_proto
 
 
 def _clean(proto: onnx.ModelProto, metadata: Mapping[str, Any], model: ImageModel) -> None:

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from models.fcmae import FCMAE
-from models.weights.layouts import describe_held
 from utils.errors import UserError
 from utils.record.figures import align_columns
 from utils.record.logging import get_logger
@@ -140,7 +139,7 @@ def family_of(network: nn.Module) -> Any:
 
 
 def refuse_misfits(
-    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str = "the checkpoint", advice: str = ""
+    given: Mapping[str, Tensor], wanted: Mapping[str, Tensor], file: str = "the checkpoint", advice: str = _ADVICE
 ) -> None:
     """Raise UserError unless both have the same names, shapes and kinds of numbers."""
     rows = []
@@ -157,7 +156,4 @@ def refuse_misfits(
     shown = [("name", "in the checkpoint", "in the network"), *rows[:_MAX_ROWS]]
     table = indent(align_columns(shown), "  ")
     more = f"\n  ... and {len(rows) - _MAX_ROWS} more" if len(rows) > _MAX_ROWS else ""
-    if not advice:
-        held = describe_held(given)
-        advice = f"The checkpoint has {held}: set that, or name another file." if held else _ADVICE
     raise UserError(f"{len(rows)} of the tensors of {file} do not fit the network:\n{table}{more}\n{advice}")

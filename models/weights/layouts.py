@@ -3,72 +3,58 @@
 | layout | written by |
 |---|---|
 | official | facebookresearch/ConvNeXt-V2's released files and fine-tuning, and Atelier |
-| minkowski | facebookresearch/ConvNeXt-V2's pretraining, whose encoder has MinkowskiEngine's layers |
-| timm, transformers, mmpretrain | these libraries, for ConvNeXt V2 |
+| timm, transformers | these libraries, for ConvNeXt V2 |
 | other | any other network, under its own names |
 
-Each layout has its own names for stem, blocks and head. The tables have templates that translate in both directions:
+Each layout has its own names for stem, blocks and head. The table has templates that translate in both directions:
 `{s}` is the number of a stage, `{b}` the number of a block. Only GRN and pointwise layers differ in shape.
 
-Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py and utils.py remap_checkpoint_keys (`minkowski`),
-huggingface/pytorch-image-models:timm/models/convnext.py, huggingface/transformers:models/convnextv2,
-open-mmlab/mmpretrain:models/backbones/convnext.py.
+Source: facebookresearch/ConvNeXt-V2:models/convnextv2.py, huggingface/pytorch-image-models:timm/models/convnext.py,
+huggingface/transformers:models/convnextv2.
 """
 
-import math
 import re
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Literal, NamedTuple, get_args
 
 from torch import Tensor
 
-Layout = Literal["official", "timm", "transformers", "mmpretrain"]
+Layout = Literal["official", "timm", "transformers"]
 
-# The names of a layer (for GRN, of a tensor): official, timm's, and transformers' without `convnextv2.`.
-_NAMES = {
-    "downsample_layers.0.0": ("stem.0", "embeddings.patch_embeddings"),
-    "downsample_layers.0.1": ("stem.1", "embeddings.layernorm"),
-    "downsample_layers.{s}.0": ("stages.{s}.downsample.0", "encoder.stages.{s}.downsampling_layer.0"),
-    "downsample_layers.{s}.1": ("stages.{s}.downsample.1", "encoder.stages.{s}.downsampling_layer.1"),
-    "stages.{s}.{b}.dwconv": ("stages.{s}.blocks.{b}.conv_dw", "encoder.stages.{s}.layers.{b}.dwconv"),
-    "stages.{s}.{b}.norm": ("stages.{s}.blocks.{b}.norm", "encoder.stages.{s}.layers.{b}.layernorm"),
-    "stages.{s}.{b}.pwconv1": ("stages.{s}.blocks.{b}.mlp.fc1", "encoder.stages.{s}.layers.{b}.pwconv1"),
-    "stages.{s}.{b}.grn.gamma": ("stages.{s}.blocks.{b}.mlp.grn.weight", "encoder.stages.{s}.layers.{b}.grn.weight"),
-    "stages.{s}.{b}.grn.beta": ("stages.{s}.blocks.{b}.mlp.grn.bias", "encoder.stages.{s}.layers.{b}.grn.bias"),
-    "stages.{s}.{b}.pwconv2": ("stages.{s}.blocks.{b}.mlp.fc2", "encoder.stages.{s}.layers.{b}.pwconv2"),
-    "norm": ("head.norm", "layernorm"),
-    "head": ("head.fc", "classifier"),
-}
-
-
-def _list_templates(layout: Layout) -> list[str]:
-    """Return the names of a layout's tensors in the order of `_NAMES`; `{leaf}` is weight or bias."""
-    templates = []
-    for official, (timm, transformers) in _NAMES.items():
-        other = official.replace("dwconv", "depthwise_conv").replace("pwconv", "pointwise_conv")
-        name = {
-            "official": official,
-            "timm": timm,
-            "transformers": transformers if official == "head" else f"convnextv2.{transformers}",
-            "mmpretrain": {"norm": "backbone.norm3", "head": "head.fc"}.get(official, f"backbone.{other}"),
-        }[layout]
-        templates.append(name if ".grn." in official else f"{name}.{{leaf}}")
-    return templates
+_STAGE = "convnextv2.encoder.stages.{s}"
+_BLOCK = f"{_STAGE}.layers.{{b}}"
+# The names of a layer (for GRN, of a tensor) in each layout.
+_NAMES = [
+    ("downsample_layers.0.0", "stem.0", "convnextv2.embeddings.patch_embeddings"),
+    ("downsample_layers.0.1", "stem.1", "convnextv2.embeddings.layernorm"),
+    ("downsample_layers.{s}.0", "stages.{s}.downsample.0", f"{_STAGE}.downsampling_layer.0"),
+    ("downsample_layers.{s}.1", "stages.{s}.downsample.1", f"{_STAGE}.downsampling_layer.1"),
+    ("stages.{s}.{b}.dwconv", "stages.{s}.blocks.{b}.conv_dw", f"{_BLOCK}.dwconv"),
+    ("stages.{s}.{b}.norm", "stages.{s}.blocks.{b}.norm", f"{_BLOCK}.layernorm"),
+    ("stages.{s}.{b}.pwconv1", "stages.{s}.blocks.{b}.mlp.fc1", f"{_BLOCK}.pwconv1"),
+    ("stages.{s}.{b}.grn.gamma", "stages.{s}.blocks.{b}.mlp.grn.weight", f"{_BLOCK}.grn.weight"),
+    ("stages.{s}.{b}.grn.beta", "stages.{s}.blocks.{b}.mlp.grn.bias", f"{_BLOCK}.grn.bias"),
+    ("stages.{s}.{b}.pwconv2", "stages.{s}.blocks.{b}.mlp.fc2", f"{_BLOCK}.pwconv2"),
+    ("norm", "head.norm", "convnextv2.layernorm"),
+    ("head", "head.fc", "classifier"),
+]
+_LEAVES = ["" if ".grn." in names[0] else ".{leaf}" for names in _NAMES]  # weight or bias
 
 
 def _compile(template: str) -> re.Pattern[str]:
     """Return the pattern of a template. The prefix is optional, because a backbone saved alone lacks it."""
     text = re.sub(r"\\{([sb])\\}", r"(?P<\1>\\d+)", re.escape(template)).replace(r"\{leaf\}", "(?P<leaf>weight|bias)")
-    return re.compile(re.sub(r"^(convnextv2|backbone)\\\.", r"(?:\1\.)?", text))
+    return re.compile(text.replace(r"convnextv2\.", r"(?:convnextv2\.)?"))
 
 
-_TEMPLATES = {layout: _list_templates(layout) for layout in get_args(Layout)}
+_COLUMNS = dict(zip(get_args(Layout), zip(*_NAMES)))
+_TEMPLATES = {layout: [name + leaf for name, leaf in zip(names, _LEAVES)] for layout, names in _COLUMNS.items()}
 _PATTERNS = {layout: [_compile(template) for template in templates] for layout, templates in _TEMPLATES.items()}
-_DWCONV = list(_NAMES).index("stages.{s}.{b}.dwconv")
+_DWCONV = _TEMPLATES["official"].index("stages.{s}.{b}.dwconv.{leaf}")
 # From DDP, torch.compile, and wrappers that hold a network as `model` or `network`.
 _WRAPPERS = ("module.", "_orig_mod.", "model.", "network.")
 _ENCODER = "encoder."
-_MINKOWSKI_LAYER = re.compile(r"\.(linear|ln)(?=\.(weight|bias)$)")
 
 
 def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
@@ -77,8 +63,6 @@ def recognise(state: Mapping[str, Tensor]) -> tuple[str, dict[str, Tensor]]:
     Prefixes of wrappers are removed; an FCMAE keeps the prefix `encoder.` and its decoder.
     """
     state = strip_wrappers(state)
-    if any(name.endswith(".kernel") or _MINKOWSKI_LAYER.search(name) for name in state):
-        return "minkowski", _minkowski_to_dense(state)
     for layout in get_args(Layout):
         if is_in_layout(state, layout):
             return layout, translate(state, layout, "official")
@@ -120,46 +104,11 @@ def _reshape_for(name: str, tensor: Tensor, layout: Layout) -> Tensor:
     """Return a tensor in a layout's shape: GRN, and pointwise layers saved as convolutions, are reshaped."""
     if ".grn." in name:
         flat = tensor.numel() == tensor.shape[-1]
-        return tensor.reshape(-1 if layout in ("timm", "mmpretrain") else (1, 1, 1, -1)) if flat else tensor
+        return tensor.reshape(-1 if layout == "timm" else (1, 1, 1, -1)) if flat else tensor
     pointwise = translate_name(name, layout, "official")
     if tensor.ndim == 4 and tensor.shape[2:] == (1, 1) and pointwise is not None and ".pwconv" in pointwise:
         return tensor.flatten(1)
     return tensor
-
-
-def _minkowski_to_dense(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a state of MinkowskiEngine's layers under official dense names; `encoder.` and the decoder are kept.
-
-    | dense | MinkowskiEngine |
-    |---|---|
-    | dwconv.weight (C, 1, k, k) | dwconv.kernel (k * k, C) |
-    | 1.weight (out, in, k, k) | 1.kernel (k * k, in, out) |
-    | bias (C) | bias (1, C) of a convolution; linear.bias (C), ln.bias (C) |
-    | pwconv1.weight, norm.weight | pwconv1.linear.weight, norm.ln.weight |
-    | grn.gamma (1, 1, 1, C) | grn.gamma (1, C) |
-    """
-    dense = {}
-    for name, tensor in state.items():
-        if name.endswith(".kernel"):
-            dense[f"{name.removesuffix('.kernel')}.weight"] = _kernel_to_weight(tensor)
-            continue
-        if ".grn." in name and tensor.ndim == 2:
-            tensor = tensor[None, None]
-        elif name.endswith(".bias") and tensor.ndim == 2:
-            tensor = tensor.flatten()
-        dense[_MINKOWSKI_LAYER.sub("", name)] = tensor
-    return dense
-
-
-def _kernel_to_weight(kernel: Tensor) -> Tensor:
-    """Convert a kernel to a weight. Its first spatial coordinate runs fastest, so the spatial axes are swapped."""
-    side = math.isqrt(kernel.shape[0]) if kernel.ndim in (2, 3) else 0
-    if side == 0 or side * side != kernel.shape[0]:
-        return kernel  # not square: the network will refuse its shape
-    if kernel.ndim == 2:
-        kernel = kernel[:, None]
-    _, inputs, outputs = kernel.shape
-    return kernel.permute(2, 1, 0).reshape(outputs, inputs, side, side).transpose(2, 3).contiguous()
 
 
 # The published sizes: depths and dims.
@@ -173,7 +122,7 @@ SIZES = {
     "large": ((3, 3, 27, 3), (192, 384, 768, 1536)),
     "huge": ((3, 3, 27, 3), (352, 704, 1408, 2816)),
 }
-_BLOCK = re.compile(r"stages\.(\d+)\.(\d+)\.dwconv\.weight")
+_DEPTHWISE = re.compile(r"stages\.(\d+)\.\d+\.dwconv\.weight")
 
 
 class Geometry(NamedTuple):
@@ -193,26 +142,8 @@ class Geometry(NamedTuple):
 
 def read_geometry(state: Mapping[str, Tensor]) -> Geometry:
     """Return the geometry of a state under official names."""
-    blocks: dict[int, dict[int, int]] = {}
-    for name, tensor in state.items():
-        if match := _BLOCK.fullmatch(name):
-            blocks.setdefault(int(match[1]), {})[int(match[2])] = tensor.shape[0]
-    stages = [widths for _, widths in sorted(blocks.items())]
-    depths = tuple(len(widths) for widths in stages)
-    dims = tuple(widths[0] for widths in stages)
+    depths = Counter(match[1] for name in state if (match := _DEPTHWISE.fullmatch(name)))
+    dims = tuple(len(state[f"stages.{stage}.0.dwconv.weight"]) for stage in range(len(depths)))
     stem = state["downsample_layers.0.0.weight"]
-    return Geometry(depths, dims, stem.shape[-1], stem.shape[1], num_classes=len(state.get("head.weight", ())))
-
-
-def describe_held(state: Mapping[str, Tensor]) -> str:
-    """Return, for messages, the `model` settings of a ConvNeXt V2's state in any layout; "" for other networks."""
-    official = {name.removeprefix("encoder."): tensor for name, tensor in recognise(state)[1].items()}
-    try:
-        found = read_geometry(official)
-    except (KeyError, IndexError):
-        return ""
-    channels = "" if found.in_channels == 3 else f" model.in_channels={found.in_channels}"
-    if found.size is not None and found.stem_stride == 4:
-        return f"model=convnextv2_{found.size}{channels}"
-    sizes = f"model.depths={list(found.depths)},model.dims={list(found.dims)}".replace(" ", "").replace(",m", " m")
-    return f"{sizes} model.stem_stride={found.stem_stride}{channels}"
+    classes = len(state.get("head.weight", ()))
+    return Geometry(tuple(depths[stage] for stage in sorted(depths)), dims, stem.shape[-1], stem.shape[1], classes)

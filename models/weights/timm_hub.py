@@ -47,18 +47,24 @@ def read_timm(network: nn.Module) -> tuple[dict[str, Tensor], dict[str, Any]]:
     return state, {"source": f"timm {name}", "layout": "timm", "license": licence}
 
 
+def _find_config(name: str) -> Any:
+    """Return what timm states for a network's weights, or None if it has none of this name."""
+    import timm
+
+    try:
+        return timm.get_pretrained_cfg(name)
+    except RuntimeError:  # an unknown tag
+        return None
+
+
 def cached_names() -> list[str]:
     """Return the networks of timm whose weights are in its cache and that take any image size, small files first."""
-    import timm
     from huggingface_hub import constants
 
     sizes = {}
     for folder in Path(constants.HF_HUB_CACHE).glob(f"{_CACHED}*"):
         name = folder.name.removeprefix(_CACHED)
-        try:
-            config = timm.get_pretrained_cfg(name) if timm.is_model(name) else None
-        except RuntimeError:  # an unknown tag
-            config = None
+        config = _find_config(name)
         if config is not None and not config.fixed_input_size:
             sizes[name] = sum(file.stat().st_size for file in folder.glob("snapshots/*/*"))
     return sorted(sizes, key=sizes.__getitem__)
@@ -104,10 +110,7 @@ def stated_preprocessing(model: TimmConfig) -> dict[str, Any]:
     """
     import timm
 
-    try:
-        config = timm.get_pretrained_cfg(model.name) if timm.is_model(model.name) else None
-    except RuntimeError:  # an unknown tag
-        config = None
+    config = _find_config(model.name)
     if config is None:
         known = ", ".join(timm.list_pretrained(f"{model.name.split('.')[0]}.*")[:8]) or "none for that network"
         raise UserError(f"timm has no weights named {model.name!r}; it has {known}")

@@ -7,30 +7,11 @@ import pytest
 import torch
 
 from engine.exports.weights import load_predictor
-from models.predictor import open_session
 from tests.in_process import SHORT, make_images, run
-from tests.models.test_export_formats import export_file, geometry, make, normalised, timm_config
+from tests.models.test_export_formats import timm_config
 from tests.models.test_tag_exports import ROWS, VOCABULARY, open_tagger
-from tests.support import export, refuses
+from tests.support import export
 from utils.formats.vocabulary import read_vocabulary
-
-
-@pytest.mark.parametrize("config", [geometry(), timm_config("test_resnet")], ids=["convnextv2", "timm"])
-def test_a_file_for_images_of_any_size(config, tmp_path):
-    model, metadata = make(config)
-    _, _, path = export_file(tmp_path, model, metadata, dynamic_size=True)
-    session = open_session(path, torch.device("cpu"))
-    for size in ((64, 64), (96, 160), (33, 71)):
-        images, _ = normalised(model, 2, size)
-        with torch.no_grad():
-            wanted = model(images)[0].numpy()
-        np.testing.assert_allclose(session.run(None, {"images": images.numpy()})[0], wanted, atol=1e-4)
-
-
-def test_a_network_of_one_size_is_refused_for_any(tmp_path):
-    model, metadata = make(timm_config("test_vit3"), image_size_hw=(160, 160))
-    with refuses(r"^dynamic_size: true, but VisionTransformer"):
-        export_file(tmp_path, model, metadata, dynamic_size=True)
 
 
 @pytest.mark.parametrize("name", ["test_resnet", "test_vit"])

@@ -51,7 +51,7 @@ def exported(tmp_path_factory):
     """Return a folder with a classifier as w.safetensors and as model.onnx, and its task."""
     folder = tmp_path_factory.mktemp("exported")
     task = write_classifier(folder / "w.safetensors")
-    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4, False) < 1e-4
+    assert export_onnx(*load_image_model(folder / "w.safetensors"), folder / "model.onnx", "fp32", 1e-4) < 1e-4
     return folder, task
 
 
@@ -104,18 +104,14 @@ def test_metadata_of_a_weight_file_are_checked(change, named, tmp_path):
 
 
 def save_graph(path, metadata=None, location=None):
-    """Write an ONNX file x + w, w in another file where `location` names it."""
-    weights = onnx.helper.make_tensor("w", onnx.TensorProto.FLOAT, [8], [0.0] * 8)
+    """Write an ONNX file that returns its input; it has a tensor in another file where `location` names it."""
+    proto = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> g (float[8] x) => (float[8] probs) { probs = Identity(x) }'
+    )
     if location is not None:
-        weights.ClearField("float_data")
-        weights.data_location = onnx.TensorProto.EXTERNAL
-        for key, value in (("location", location), ("offset", "0"), ("length", "32")):
-            entry = weights.external_data.add()
-            entry.key, entry.value = key, value
-    taken, given = (onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, (8,)) for name in ("x", "probs"))
-    nodes = [onnx.helper.make_node("Add", ["x", "w"], ["probs"])]
-    graph = onnx.helper.make_graph(nodes, "g", [taken], [given], [weights])
-    proto = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", 18)], ir_version=10)
+        elsewhere = onnx.TensorProto.EXTERNAL
+        weights = proto.graph.initializer.add(name="w", data_type=1, dims=[8], data_location=elsewhere)
+        weights.external_data.add(key="location", value=location)
     if metadata is not None:
         onnx.helper.set_model_props(proto, {"atelier": metadata})
     path.write_bytes(proto.SerializeToString())

@@ -81,6 +81,10 @@ def normalised(model, count=3, size=(64, 64)):
     return images, model.normalise(images)
 
 
+def assert_near(found, wanted):
+    torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+
+
 # --- timm
 
 
@@ -92,28 +96,24 @@ def test_timm_loads_the_folder_and_the_file(tmp_path):
     with torch.no_grad():
         wanted = model.network(inputs)
         assert wanted.std(dim=0).mean() > 0.05
-        torch.testing.assert_close(loaded(inputs), wanted, atol=1e-4, rtol=1e-4)
+        assert_near(loaded(inputs), wanted)
         path = str(tmp_path / "model.safetensors")
         from_file = timm.create_model("convnextv2_atto", num_classes=3, checkpoint_path=path).eval()
-        torch.testing.assert_close(from_file(inputs), wanted, atol=1e-4, rtol=1e-4)
+        assert_near(from_file(inputs), wanted)
     assert read_json(tmp_path / "config.json")["label_names"] == NAMES
     assert "license: cc-by-nc-4.0" in (tmp_path / "README.md").read_text().splitlines()
 
 
 def test_texts_of_strangers_are_text_in_the_card(tmp_path):
     texts = {"source": "a\n---\n<script>`` x", "layout": "[a](https://x)", "license": 'mit"\ntags: [forged]'}
-    for origin in (texts, "no object"):
-        model, metadata = make(geometry())
+    model, metadata = make(geometry())
+    for origin in ("no object", texts):
         weights = Weights(Path("w"), model, model.network, {**metadata, "origin": origin})
         Card(weights, "safetensors", FORMATS["safetensors"], "model.safetensors").write(tmp_path)
-        lines = (tmp_path / "README.md").read_text().splitlines()
-        if origin == texts:
-            front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
-            assert (front["license"], front["license_name"]) == ("other", texts["license"])
-            assert (
-                lines.count("---") == 2
-                and r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
-            )
+    lines = (tmp_path / "README.md").read_text().splitlines()
+    front = yaml.safe_load("\n".join(lines[1 : lines.index("---", 1)]))
+    assert (front["license"], front["license_name"]) == ("other", texts["license"]) and lines.count("---") == 2
+    assert r"Trained from ```a\n---\n<script>`` x``` (layout `[a](https://x)`)." in lines
 
 
 # --- what cannot be expressed
@@ -166,7 +166,7 @@ def test_a_backbone_goes_to_every_format(tmp_path):
     with torch.no_grad():
         wanted = model.network.forward_features(inputs)
         for found in (theirs(inputs)[-1], other(inputs).last_hidden_state):
-            torch.testing.assert_close(found, wanted, atol=1e-4, rtol=1e-4)
+            assert_near(found, wanted)
 
 
 def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
@@ -180,10 +180,10 @@ def test_the_backbone_of_a_timm_network_gives_what_ours_gives(tmp_path):
         ours = Weights(Path("w"), model, model.network, metadata).without_head()
         other = Weights(Path("w"), theirs, theirs.network, their_metadata).without_head()
         for opened in (ours, other):
-            torch.testing.assert_close(opened.model(images)[0], wanted, atol=1e-4, rtol=1e-4)
+            assert_near(opened.model(images)[0], wanted)
         export("timm", other.model, other.metadata, tmp_path)
         loaded = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
-        torch.testing.assert_close(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted, atol=1e-4, rtol=1e-4)
+        assert_near(loaded.forward_features(inputs).mean(dim=(2, 3)), wanted)
 
 
 def test_files_with_the_networks_own_names(tmp_path):
@@ -203,9 +203,9 @@ def test_files_with_the_networks_own_names(tmp_path):
 # --- ONNX
 
 
-def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3, dynamic_size=False):
+def export_file(tmp_path, model, metadata, precision="fp32", accepted=1e-3):
     path = tmp_path / "model.onnx"
-    return export_onnx(model, metadata, path, precision, accepted, dynamic_size), onnx.load(path), path
+    return export_onnx(model, metadata, path, precision, accepted), onnx.load(path), path
 
 
 def test_fp16_sums_in_float32(tmp_path):

@@ -5,7 +5,6 @@ Norm scales are near 1 and GRN is not the identity, so that logits vary between 
 
 import argparse
 import functools
-import re
 from typing import get_args
 
 import pytest
@@ -47,43 +46,6 @@ def fcmae(in_channels=3):
     return FCMAE(encoder=ours(0, in_channels), **settings)
 
 
-def mmpretrain_state(network):
-    """The names of mmpretrain's ConvNeXt V2, typed here by hand."""
-    names = {".dwconv.": ".depthwise_conv.", ".pwconv1.": ".pointwise_conv1.", ".pwconv2.": ".pointwise_conv2."}
-    state = {}
-    for name, tensor in network.state_dict().items():
-        for old, new in names.items():
-            name = name.replace(old, new)
-        if name.startswith("head."):
-            state[name.replace("head.", "head.fc.")] = tensor
-        else:
-            state["backbone." + ("norm3." + name[5:] if name.startswith("norm.") else name)] = (
-                tensor.flatten() if ".grn." in name else tensor
-            )
-    return state
-
-
-def sparse_of(dense):
-    """A state of FCMAE, or of its encoder under `encoder.`, as the official pretraining saves it."""
-    sparse = {}
-    for name, tensor in dense.items():
-        layer, _, leaf = name.rpartition(".")
-        if not name.startswith("encoder.") or name.startswith("encoder.downsample_layers.0."):
-            sparse[name] = tensor
-        elif ".grn." in name:
-            sparse[name] = tensor.reshape(1, -1)
-        elif tensor.ndim == 4:  # entry x * k + y of a kernel is row y and column x of the weight
-            rows = [tensor[:, :, y, x].T for x in range(tensor.shape[3]) for y in range(tensor.shape[2])]
-            sparse[f"{layer}.kernel"] = torch.cat(rows) if tensor.shape[1] == 1 else torch.stack(rows)
-        elif layer.endswith(("pwconv1", "pwconv2")):
-            sparse[f"{layer}.linear.{leaf}"] = tensor
-        elif layer.endswith("norm") or re.search(r"downsample_layers\.\d+\.0$", layer):
-            sparse[f"{layer}.ln.{leaf}"] = tensor
-        else:  # the bias of a convolution
-            sparse[name] = tensor.reshape(1, -1)
-    return sparse
-
-
 def images():
     return torch.randn(3, 3, 64, 64, generator=torch.Generator().manual_seed(1))
 
@@ -98,7 +60,7 @@ def logits(network, pictures=None):
 
 @functools.cache
 def sources():
-    """Networks of all libraries with their states, as (logits, state) by layout; minkowski: a whole FCMAE's."""
+    """Networks of all libraries with their states, as (logits, state) by layout; fcmae: a whole FCMAE's."""
     official, theirs, hugging = (vary_weights(make()) for make in (ours, timm_network, transformers_network))
     whole = fcmae()
     whole.encoder.load_state_dict(vary_weights(ours(0)).state_dict())
@@ -106,8 +68,7 @@ def sources():
         "official": (logits(official), official.state_dict()),
         "timm": (logits(theirs), theirs.state_dict()),
         "transformers": (logits(hugging), hugging.state_dict()),
-        "mmpretrain": (logits(official), mmpretrain_state(official)),
-        "minkowski": (logits(vary_weights(ours(0))), sparse_of(whole.state_dict())),
+        "fcmae": (logits(vary_weights(ours(0))), whole.state_dict()),
     }
 
 
@@ -116,26 +77,24 @@ def start(network, path, which="model", keep_head=True):
     return initialise_from(network, InitFrom(str(path), which), keep_head=keep_head)
 
 
-LAYOUTS = [*get_args(Layout), "minkowski"]
-
-
 @pytest.mark.parametrize(
     ("layout", "target", "prefix"),
-    [*((layout, "ours", "") for layout in LAYOUTS), ("transformers", "timm", "_orig_mod.module."),
-     ("minkowski", "timm", "")],
+    [*((layout, "ours", "") for layout in (*get_args(Layout), "fcmae")),
+     ("transformers", "timm", "_orig_mod.module."), ("fcmae", "timm", "")],
 )  # fmt: skip
 def test_every_layout_gives_the_logits_of_its_library(layout, target, prefix, tmp_path):
     wanted, state = sources()[layout]
     path = tmp_path / "weights.ckpt"
     content = {f"{prefix}{name}": tensor for name, tensor in state.items()}
-    if layout == "minkowski":  # as the official pretraining saves it
+    if layout == "fcmae":  # as the official pretraining saves it
         content = {"model": content, "optimizer": {"state": {}}, "epoch": 799, "args": argparse.Namespace(lr=1e-3)}
     torch.save(content, path)
-    classes = 0 if layout == "minkowski" else CLASSES
+    classes = 0 if layout == "fcmae" else CLASSES
     network = (ours if target == "ours" else timm_network)(classes)
-    assert start(network, path) == {"source": str(path), "layout": layout, "license": None}
+    known = layout.replace("fcmae", "official")
+    assert start(network, path) == {"source": str(path), "layout": known, "license": None}
     network.eval()
-    if layout == "minkowski" and target == "timm":  # timm's pooled features are normalised; compare the maps
+    if layout == "fcmae" and target == "timm":  # timm's pooled features are normalised; compare the maps
         with torch.no_grad():
             assert torch.allclose(network.forward_features(images()).mean(dim=(2, 3)), wanted, atol=1e-5)
         return

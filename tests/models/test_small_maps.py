@@ -5,6 +5,7 @@ import torch
 from torch import nn
 
 from models.small_maps import SmallMapConv2d, use_small_maps
+from tests.models.outcome import outcome
 
 
 @pytest.mark.parametrize("kernel, stride, shape", [(3, 1, (2, 1)), (3, 2, (4, 3)), (5, 1, (1, 2)), (3, 2, (3, 4))])
@@ -15,14 +16,10 @@ def test_small_maps_equal_torch(kernel, stride, shape, monkeypatch):
     ours[0].load_state_dict(theirs.state_dict())
     use_small_maps(ours)
     monkeypatch.setattr("torch.is_autocast_enabled", lambda device: True)  # in float64
-    x, found = torch.randn(3, 64, *shape, dtype=torch.float64), []
-    for network in (ours, theirs):
-        images = x.clone().requires_grad_()
-        output = network(images)
-        output.square().sum().backward()
-        found.append([output, images.grad, *(parameter.grad for parameter in network.parameters())])
-    assert found[0][0].is_contiguous(memory_format=torch.channels_last)
-    torch.testing.assert_close(*found, rtol=1e-11, atol=1e-11)
+    x = torch.randn(3, 64, *shape, dtype=torch.float64)
+    found = outcome(ours, x)
+    assert found[0].is_contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(found, outcome(theirs, x), rtol=1e-11, atol=1e-11)
 
 
 def test_other_convolutions_stay():

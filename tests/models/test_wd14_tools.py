@@ -1,9 +1,7 @@
 """The exports of a tagger in the programs that read them: the same tags as the network itself gives in PyTorch.
 
-timm runs as it is, imgutils in slow_wd14_tools.py. What
-kohya-ss/sd-scripts and pythongosssss/ComfyUI-WD14-Tagger, which are no packages, do to images and probabilities is
-written down here, for images of SIDE in place of 448 px. No program resizes as another does, so tags are equal on
-images of the file's size, and nearly so on others.
+timm runs as it is, imgutils in slow_wd14_tools.py. sd-scripts and ComfyUI-WD14-Tagger, which are no packages, read the
+file as the program in its README.md does, for images of SIDE in place of 448 px.
 """
 
 import csv
@@ -12,7 +10,6 @@ import shutil
 
 import numpy as np
 import onnx
-import onnxruntime
 import pytest
 import timm
 import torch
@@ -137,53 +134,6 @@ def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_an
     found, _ = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
     assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])
-
-
-# --- kohya-ss/sd-scripts 48d368f, finetune/tag_images_by_wd14_tagger.py (up to fc40a27 it drops alpha)
-
-
-def sd_scripts_image(image):
-    """Return [SIDE, SIDE, 3] BGR. OpenCV's INTER_AREA, which shrinks, is Pillow's BOX."""
-    if image.mode in ("RGBA", "LA"):
-        white = Image.new("RGB", image.size, (255, 255, 255))
-        white.paste(image, mask=image.split()[-1])
-        image = white
-    pixels = np.array(image.convert("RGB"))[:, :, ::-1]
-    side = max(pixels.shape[:2])
-    pads = [((side - length) // 2, side - length - (side - length) // 2) for length in pixels.shape[:2]]
-    square = Image.fromarray(np.ascontiguousarray(np.pad(pixels, (*pads, (0, 0)), constant_values=255)))
-    resample = Image.Resampling.BOX if side >= SIDE else Image.Resampling.LANCZOS
-    return np.asarray(square.resize((SIDE, SIDE), resample)).astype(np.float32)
-
-
-def sd_scripts(folder, images, threshold=0.35):
-    """Return captions, with `--onnx --remove_underscore --use_rating_tags` and a batch of all images."""
-    session = onnxruntime.InferenceSession(folder / "model.onnx", providers=["CPUExecutionProvider"])
-    batch = np.stack([sd_scripts_image(image) for image in images])
-    probs = session.run(None, {session.get_inputs()[0].name: batch})[0]
-    with open(folder / "selected_tags.csv", encoding="utf-8") as stream:
-        header, *rows = csv.reader(stream)
-    assert header[:3] == ["tag_id", "name", "category"]
-    ratings, general, character = (
-        [name.replace("_", " ") if len(name) > 3 else name for _, name, found, *_ in rows if found == category]
-        for category in "904"
-    )
-    captions = []
-    for prob in probs:
-        tags = [name for name, p in zip([*general, *character], prob[4:], strict=True) if p >= threshold]
-        captions.append(", ".join([ratings[prob[:4].argmax()], *tags]))
-    return captions
-
-
-def test_sd_scripts_writes_our_tags(place, wanted):
-    found = sd_scripts(place / "repo", [Image.open(place / f"{number}.png") for number in range(len(IMAGES))])
-    ours = [
-        [max(("general", "questionable", "explicit"), key=lambda name: probs[RATING, name]),
-         *(name.replace("_", " ") if len(name) > 3 else name for _, name in passed(probs, lambda _: 0.35))]
-        for probs in wanted
-    ]  # fmt: skip
-    assert found[0] == ", ".join(ours[0])  # names with commas split below
-    assert_like([caption.split(", ") for caption in found], [", ".join(tags).split(", ") for tags in ours])
 
 
 # --- timm, as neggles/wdv3-timm 2f49e85 uses it

@@ -4,7 +4,6 @@ import csv
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from tests.support import refuses
@@ -15,7 +14,6 @@ from utils.formats.thresholds import (
     Threshold,
     ThresholdTable,
     find_thresholds,
-    mcut,
     write_thresholds,
 )
 from utils.formats.vocabulary import Vocabulary
@@ -99,7 +97,3 @@ def test_no_file_and_no_text_are_refused(path):
     path.write_bytes(b"\xff\xfe\x00")
     with refuses(r"^thresholds: .* is not a readable thresholds file"):
         find_thresholds(str(path), WEIGHTS, "0123")
-
-
-def test_mcut_cuts_in_the_middle_of_the_largest_gap():
-    assert mcut(np.array([[0.1, 0.9, 0.8, 0.3], [0.0, 0.2, 1.0, 0.1]])) == pytest.approx([0.55, 0.6])

@@ -17,7 +17,6 @@ from collections.abc import Set
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-import numpy as np
 from pydantic import TypeAdapter
 
 from utils.config.bounds import Fraction
@@ -33,8 +32,6 @@ CATEGORY_PROFILES = ("balanced", "high_precision", "high_recall")
 PER_TAG = "per_tag"
 DEFAULT = 0.35  # as in most tools
 DEFAULT_LOGIT = math.log(DEFAULT / (1 - DEFAULT))
-MCUT = "mcut"
-MCUT_FLOOR = 0.15  # the floor for characters is from deepghs/imgutils:imgutils/tagging/wd14.py
 OVERALL = -1  # the category of all tags
 _KEPT = "of the tagger before task.append_to: the collection does not label all of its tags"
 
@@ -123,15 +120,3 @@ def find_thresholds(named: str | None, weights: Path, weights_hash: str | None) 
     if tags.hash != table.vocabulary or not has_profiles:
         raise UserError(f"{path} is not complete: rows of tags or profiles are missing; {advice}")
     return table
-
-
-def mcut(probs: np.ndarray) -> np.ndarray:
-    """Return a threshold for each image [B]: the middle of the largest gap in its sorted probabilities [B, n >= 2].
-
-    Source: Largeron, Moulin and Géry 2012, MCut: A Thresholding Strategy for Multi-label Classification.
-    """
-    ranked = np.sort(probs, axis=1)[:, ::-1]
-    higher = ranked[:, :-1]
-    lower = ranked[:, 1:]
-    gap = (higher - lower).argmax(axis=1)[:, None]
-    return np.take_along_axis((higher + lower) / 2, gap, 1)[:, 0]
