@@ -26,7 +26,6 @@ from pydantic import Discriminator, Field, Tag, create_model, model_validator
 from torch import Tensor
 
 from data.open import load_files
-from data.tags.orientation import Mirror, build_orientation
 from data.tags.rules import TagRules, TextConfig, read_text_rules
 from data.tools.predictions import (
     Destination,
@@ -56,7 +55,7 @@ from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import PER_TAG
-from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING, Vocabulary
+from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.hardware import choose_device
 from utils.io.files import output_errors, sha256_file, sha256_text
 from utils.io.journal import open_journal
@@ -88,7 +87,6 @@ class PredictConfig(Strict):
         Discriminator(lambda value: "file" if isinstance(value, str) else "each"),
     ]
     profile: Literal["per_tag", "balanced", "high_precision", "high_recall"]
-    mirror: PathText | None  # a map of left and right, or `plain`; None: images are not mirrored
     text: TextConfig
     pictures: DrawConfig
     lora: PathList  # FILE or FILE:STRENGTH
@@ -128,21 +126,6 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
         if text.exclude:
             least = np.where(find_excluded(predictor.names, predictor.categories, text.exclude), np.inf, least)
     return predictor.options(config.top, least, max_tags=text.max_tags, order=text.order)
-
-
-def choose_mirror(config: PredictConfig, predictor: Predictor, is_search: bool) -> np.ndarray | None:
-    """Return `Predictor.mirror`. Outputs that the mirror image loses, or that forbid it, such as texts, have none."""
-    if config.mirror is None:
-        return None
-    if is_search or not predictor.names:
-        raise UserError(f"mirror: {config.mirror} is for classes and tags, not for embeddings and features; remove it")
-    if config.mirror == "plain":
-        return np.arange(len(predictor.names))
-    vocabulary = Vocabulary.of(zip(predictor.categories.tolist(), predictor.names))
-    orientation = build_orientation(vocabulary, config.mirror, "mirror")
-    outputs = Mirror(orientation, len(vocabulary)).permutation.numpy()
-    outputs[[*orientation["dropped"], *orientation["no_flip"]]] = -1
-    return outputs
 
 
 def choose_destination(config: PredictConfig, predictor: Predictor, images: Images, weights: str) -> Destination:
@@ -227,13 +210,11 @@ def embed_with(predictor: Predictor) -> Callable[[Tensor], Iterable[Row]]:
     return lambda images: embedding_rows(predictor.embed(images))
 
 
-def describe(
-    config: PredictConfig, options: RowOptions, weights: str, rules: TagRules, mirror: np.ndarray | None
-) -> list[Any]:
+def describe(config: PredictConfig, options: RowOptions, weights: str, rules: TagRules) -> list[Any]:
     """Return what the rows depend on beside the images. weights: the hash of the weights."""
     settings = config.model_dump(mode="json", exclude={"input", "weights", "existing", "workers", "dry_run"})
     replaces = config.existing if config.existing in ("append", "overwrite") else None
-    values = sha256_text(repr([np.asarray(options.thresholds).tolist(), None if mirror is None else mirror.tolist()]))
+    values = sha256_text(repr(np.asarray(options.thresholds).tolist()))
     return [weights, settings, values, rules.hash, replaces]
 
 
@@ -274,7 +255,6 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
-    predictor.mirror = choose_mirror(config, predictor, is_search)
     options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version = sha256_file(weights)
     rules = read_text_rules(config.text)
@@ -291,7 +271,7 @@ def main(config: PredictConfig, job: Job) -> str:
         return f"wrote {config.output}"
 
     # --------------------------------------------------------------------------------------------- 3. The predictions
-    command = describe(config, options, version, rules, predictor.mirror)
+    command = describe(config, options, version, rules)
     folder = destination.folder
     with open_journal("output", folder or Path(config.output), command, is_folder=folder is not None) as journal:
         predicted = Predicted(journal, images.paths)

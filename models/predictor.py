@@ -68,10 +68,8 @@ class Predictor:
 
     run: a function of uint8 images [B, C, H, W] and an output name (`probs`, `features` or `embedding`) that returns
     this output, float32 [B, ...]. weights_hash: of the weights in training, or None. thresholds: [K], or None.
-    mirror: each output in the mirror image, int [K], -1 for none; `predict` returns the mean of both. None: off.
     """
 
-    mirror: np.ndarray | None = None
     embeds: bool = True  # False: an ONNX file without an embedding
 
     def __init__(self, metadata: Mapping[str, Any], run: Callable[[Tensor, str], np.ndarray]) -> None:
@@ -87,12 +85,8 @@ class Predictor:
         self.preprocessing: dict[str, Any] = dict(metadata["preprocessing"])
 
     def predict(self, images: Tensor) -> np.ndarray:
-        """Return probabilities float32 [B, K], or features [B, C], for uint8 images [B, C, H, W]; see `mirror`."""
-        values = self._run(images, self.output.heads[-1])
-        if self.mirror is None:
-            return values
-        mirrored = self._run(images.flip(-1), self.output.heads[-1])[:, self.mirror]
-        return np.where(self.mirror < 0, values, (values + mirrored) / 2)
+        """Return probabilities float32 [B, K], or features [B, C], for uint8 images [B, C, H, W]."""
+        return self._run(images, self.output.heads[-1])
 
     def embed(self, images: Tensor) -> np.ndarray:
         """Return embeddings float32 [B, D] for uint8 images [B, C, H, W]. Raises UserError (`weights`) without any."""

@@ -4,13 +4,11 @@ import csv
 import io
 import os
 import shutil
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 
-import predict
 from data.tags.rules import TextConfig, read_text_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
@@ -73,21 +71,6 @@ def test_ratings_that_no_training_image_had_mean_nothing():
         predictor = Predictor({**metadata, "tag_counts": counts}, lambda images, _: np.array([[0.1, 0.9]], np.float32))
         (row,) = predictor.rows(None, predictor.options(1, np.full(2, 0.5)))
         assert ("rating" in row) is has_ratings and row["tags"] == ["cat"]
-
-
-def test_the_mean_with_the_mirror_image_exchanges_left_and_right(tmp_path):
-    """A made network: tag i is as probable as column i of the image is bright."""
-    names = ["hat", "left", "right", "text", "facing_left"]
-    (tmp_path / "map.yaml").write_text("pairs: [[left, right], [facing_left, facing_right]]\nnever_flip: [text]\n")
-    metadata = {"output": "tags", "preprocessing": {}, "tag_names": names, "tag_categories": [0] * 5}
-    predictor = Predictor(metadata, lambda images, _: images[:, 0, 0].numpy() / np.float32(10))
-    images = torch.arange(5, dtype=torch.uint8).view(1, 1, 1, 5)  # mirrored: 4 3 2 1 0
-    chosen = predict.choose_mirror(SimpleNamespace(mirror=str(tmp_path / "map.yaml")), predictor, False)
-    assert chosen.tolist() == [0, 2, 1, -1, -1]
-    for predictor.mirror, wanted in ((None, [0, 1, 2, 3, 4]), (chosen, [2, 1.5, 2.5, 3, 4]), (np.arange(5), [2] * 5)):
-        assert predictor.predict(images)[0] * 10 == pytest.approx(wanted)
-    with refuses("^mirror: plain is for classes and tags"):
-        predict.choose_mirror(SimpleNamespace(mirror="plain"), predictor, True)
 
 
 @pytest.mark.parametrize(

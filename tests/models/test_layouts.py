@@ -113,24 +113,23 @@ def test_an_encoder_goes_into_an_fcmae_with_a_fresh_decoder(make, tmp_path):
     assert all(torch.equal(tensor, expected[name]) for name, tensor in target.encoder.state_dict().items())
 
 
-@pytest.mark.parametrize(("ending", "which"), [("", "model"), ("_ema", "ema")])
-def test_the_weights_or_their_average_are_taken_as_asked(ending, which, tmp_path):
-    networks = {name: ours() for name in ("", "_ema")}
-    content = {f"state_dict{name}": network.state_dict() for name, network in networks.items()}
-    torch.save({**content, "epoch": "best-ema", "optimizer": {"state": {}}}, tmp_path / "checkpoint-best-ema.pth.tar")
-    start(target := ours(), tmp_path / "checkpoint-best-ema.pth.tar", which)
-    assert torch.equal(target.head.weight, networks[ending].head.weight)
-
-
-def test_an_average_is_read_from_a_file_that_says_so_only(tmp_path):
-    """Released and converted files say nothing: their plain weights must not pass for an average."""
-    path, source = tmp_path / "w.safetensors", vary_weights(ours())
-    write_weights(path, source.state_dict(), {"task": {}})
+def test_the_weights_or_their_average_are_taken_as_asked(tmp_path):
+    """Released and converted files do not say that they hold an average: plain weights must not pass for one."""
+    networks, both = {"model": ours(), "ema": ours()}, "checkpoint-best-ema.pth.tar"
+    content = {"state_dict": networks["model"].state_dict(), "state_dict_ema": networks["ema"].state_dict()}
+    torch.save({**content, "epoch": "best-ema", "optimizer": {"state": {}}}, tmp_path / both)
+    path = tmp_path / "w.safetensors"
+    write_weights(path, content["state_dict_ema"], {"task": {}})
     with refuses(r"^init_weights: ema"):
         start(ours(), path, "ema")
-    write_weights(path, source.state_dict(), {"task": {}, "average": True})
-    start(target := ours(), path, "ema")
-    assert torch.equal(target.head.weight, source.head.weight)
+    write_weights(path, content["state_dict_ema"], {"task": {}, "average": True})
+    for file, which in (
+        ("checkpoint-best-ema.pth.tar", "model"),
+        ("checkpoint-best-ema.pth.tar", "ema"),
+        (path, "ema"),
+    ):
+        start(target := ours(), tmp_path / file, which)
+        assert torch.equal(target.head.weight, networks[which].head.weight)
 
 
 # --- the stem

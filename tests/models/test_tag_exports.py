@@ -2,9 +2,7 @@
 
 import pytest
 
-from models.build import build_network
 from models.image_model import ImageModel, Normalise
-from models.interop.parity import vary_weights
 from models.interop.tag_forms import (
     check_images,
     describe_changes,
@@ -12,7 +10,7 @@ from models.interop.tag_forms import (
     to_bgr,
     to_wd_order,
 )
-from tests.models.test_export_formats import geometry, timm_config
+from tests.models.test_export_formats import geometry, make, timm_config
 from tests.support import refuses
 from utils.formats.preprocessing import Preprocessing
 from utils.formats.vocabulary import Vocabulary
@@ -25,14 +23,11 @@ ROWS = [4, -1, -1, 2, 1, 7, 0, 5, 6]
 
 
 def open_tagger(config, side=64, vocabulary=VOCABULARY, **preprocessing):
-    preprocessing = {
-        "image_size_hw": [side, side], "mean": MEAN, "std": STD, "eval_crop": 1.0, "interpolation": "bicubic",
-        "eval_resize": "crop", "channels": 3, "background": "white", "pad": "square",
-    } | preprocessing  # fmt: skip
-    network = vary_weights(build_network(config, len(vocabulary)))
-    metadata = {"task": {"name": "tagging"}, "model": config.model_dump(), "preprocessing": preprocessing, "step": 7,
-                "output": "tags", **vocabulary.facts()}  # fmt: skip
-    return ImageModel(network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
+    stated = {"mean": MEAN, "std": STD, "eval_crop": 1.0, "background": "white", "pad": "square", **preprocessing}
+    model, metadata = make(config, len(vocabulary), (side, side), **stated)
+    del metadata["class_names"], metadata["origin"]
+    metadata |= {"task": {"name": "tagging"}, "output": "tags", **vocabulary.facts()}
+    return ImageModel(model.network, Normalise(MEAN, STD, 3), "tags").eval(), metadata
 
 
 def test_the_order_of_wd_files_fills_every_place(caplog):
