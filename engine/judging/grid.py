@@ -12,7 +12,7 @@ from PIL import Image
 from engine.exports.painter import to_png
 from engine.task import Report
 from utils.errors import UserError
-from utils.record.figures import INK, show_cell
+from utils.record.figures import INK
 from utils.record.pictures import image_grid, legible, shorten
 from utils.record.run_reader import RunReader
 
@@ -35,8 +35,7 @@ def to_part(run: str, step: int, report: Report) -> dict[str, Any]:
     if report.samples:
         texts, images = zip(*report.samples)
         captions = [[(legible(shorten(text, 30)), INK)] for text in texts]
-        figure = "".join(f", {name} {show_cell(value)}" for name, value in [*report.scalars.items()][:1])
-        title = f"{shorten(legible(run), 40)}, step {step:,}{figure}"
+        title = f"{shorten(legible(run), 40)}, step {step:,}"
         drawn = image_grid(images, captions, title, columns=len(images), tile_px=258)  # with a frame
         part["drawn"] = base64.b64encode(to_png(drawn)).decode()
     return part

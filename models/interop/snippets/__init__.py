@@ -67,13 +67,10 @@ def read_image(stated: Preprocessing) -> str:
         parts.append(_SHRINK)
     if stated.pad == "square":
         parts.append(_PAD)
-    values = {
-        "shortest_px": stated.shortest_px,
-        "longest_px": stated.longest_px,
-        "mode": "L" if stated.channels == 1 else "RGB",
-        "colour": (*(stated.colour or ()), 255),
-        "levels": tuple(stated.levels) if stated.channels == 3 else stated.levels[0],
-    }
+    is_grey = stated.channels == 1
+    values = {"shortest_px": stated.shortest_px, "longest_px": stated.longest_px, "mode": "L" if is_grey else "RGB"}
+    values["colour"] = (*(stated.colour or ()), 255)
+    values["levels"] = stated.levels[0] if is_grey else tuple(stated.levels)
     return Template("\n".join(parts)).substitute(values)
 
 
