@@ -46,19 +46,19 @@ log = get_logger(__name__)
 
 _DTYPES = {"fp32": torch.float32, "fp16": torch.float16}
 _SCRATCH = ".export-"
-Report = dict[str, Any]  # entries of export.json
+Entry = dict[str, Any]  # of export.json
 
 # ------------------------------------------------------------------------------------------------ networks for images
 
 
-def write_onnx(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_onnx(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write an ONNX file."""
     path = folder / ("model_fp16.onnx" if config.precision == "fp16" else "model.onnx")
     difference = export_onnx(weights.model, weights.metadata, path, config.precision, config.accepted)
     return {"file": path.name, "onnx_max_abs_diff": difference}
 
 
-def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a folder of timm. A tagger has the outputs and selected_tags.csv of wd14.
 
     timm's taggers take BGR, like the published ones. Mean and standard deviation keep the order red, green, blue:
@@ -66,7 +66,7 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Report
     """
     network = weights.model.network
     metadata = weights.metadata
-    report: Report = {}
+    report: Entry = {}
     if weights.model.output.has_tags:
         vocabulary = vocabulary_of(metadata)
         preprocessing = {**metadata["preprocessing"], "pad": "none"}  # programs pad before they call timm
@@ -78,22 +78,22 @@ def write_timm(weights: Weights, folder: Path, config: "ExportConfig") -> Report
     return report | _write_library(libraries.TIMM, network, metadata, folder, config)
 
 
-def write_transformers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_transformers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a folder of transformers."""
     return _write_library(libraries.TRANSFORMERS, weights.model.network, weights.metadata, folder, config)
 
 
-def _write_library(library: libraries.Library, network: nn.Module, metadata: Any, folder: Path, config: Any) -> Report:
+def _write_library(library: libraries.Library, network: nn.Module, metadata: Any, folder: Path, config: Any) -> Entry:
     return {"max_abs_diff": libraries.write_compared(library, network, metadata, folder, config.accepted)}
 
 
-def write_safetensors(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_safetensors(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a weight file of Atelier: the tensors, and the metadata needed to rebuild the network."""
     write_weights(folder / "model.safetensors", weights.whole.state_dict(), weights.metadata)
     return {}
 
 
-def write_wd14(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_wd14(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write an ONNX file in the WD form (models/interop/tag_forms.py), and the form's other files."""
     vocabulary = vocabulary_of(weights.metadata)
     stated = Preprocessing.model_validate(weights.metadata["preprocessing"])
@@ -111,7 +111,7 @@ def write_wd14(weights: Weights, folder: Path, config: "ExportConfig") -> Report
     return {"onnx_max_abs_diff": difference, **tag_forms.describe_changes(vocabulary, kept)}
 
 
-def write_repository(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_repository(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write one folder for all programs: the files of timm and of wd14, which share selected_tags.csv."""
     return {**write_timm(weights, folder, config), **write_wd14(weights, folder, config)}
 
@@ -123,7 +123,7 @@ def _thresholds(weights: Weights, config: "ExportConfig") -> ThresholdTable | No
 # --------------------------------------------------------------------------------------------------------------- SDXL
 
 
-def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write only the LoRA, read it again, and compare the changes of all layers and a DoRA's magnitudes."""
     if weights.setup.task.lora is None:
         raise UserError(f"format: {config.format} is for a LoRA, but this run trained the U-Net; set single_file")
@@ -169,20 +169,20 @@ def whole_networks(weights: Weights) -> Networks:
     return networks
 
 
-def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a folder of diffusers."""
     zeros = weights.setup.task.captions.dropout_to == "zeros"
     more = {"tokenizer": build_tokenizer(), "zeros_for_empty_prompt": zeros}
     return _write_whole(partial(checkpoint_files.write_diffusers, **more), weights, folder, config)
 
 
-def write_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_single_file(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write the whole model as a single file."""
     write = partial(checkpoint_files.write_single_file, facts=_facts(weights, config))
     return _write_whole(write, weights, folder / FORMATS["single_file"].file, config)
 
 
-def _write_whole(write: Any, weights: Weights, path: Path, config: "ExportConfig") -> Report:
+def _write_whole(write: Any, weights: Weights, path: Path, config: "ExportConfig") -> Entry:
     """Write a file or folder, read it again, and compare its tensors, its noise schedule and what its VAE decodes.
 
     Raises UserError (`output`, `tolerance`) if something differs.
@@ -204,7 +204,7 @@ def _write_whole(write: Any, weights: Weights, path: Path, config: "ExportConfig
     return _compare_vae(networks["vae"], read["vae"], config)
 
 
-def _compare_vae(vae: nn.Module, read: nn.Module, config: "ExportConfig") -> Report:
+def _compare_vae(vae: nn.Module, read: nn.Module, config: "ExportConfig") -> Entry:
     """Compare what both VAEs decode, each with its own values. Raises UserError (`tolerance`)."""
     latents = torch.randn(1, vae.config.latent_channels, 8, 8, generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -214,7 +214,7 @@ def _compare_vae(vae: nn.Module, read: nn.Module, config: "ExportConfig") -> Rep
     return {"vae_max_abs_diff": difference}
 
 
-def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a VAE for ComfyUI. It is read back, and its pictures are compared. A frozen encoder is the base model's."""
     path = folder / FORMATS["vae"].file
     vae = weights.task.vae
@@ -222,7 +222,7 @@ def write_vae(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
     return _compare_vae(vae, load_vae(path), config)
 
 
-def write_vae_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Report:
+def write_vae_diffusers(weights: Weights, folder: Path, config: "ExportConfig") -> Entry:
     """Write a VAE for diffusers."""
     vae = weights.task.vae
     checkpoint_files.write_vae_folder(folder, vae, _DTYPES[config.precision])
@@ -306,7 +306,7 @@ def find_format(name: str, weights: Weights) -> Format:
     return FORMATS[name]
 
 
-def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Report:
+def write_export(weights: Weights, folder: Path, config: ExportConfig) -> Entry:
     """Write the files of `config.format` into a folder, and return the report.
 
     Raises UserError (`format`, `tolerance`, `output`). In that case nothing is written and older files stay.

@@ -83,7 +83,7 @@ def _describe_images(stated: Preprocessing) -> dict[str, Any]:
     }
 
 
-def load_timm(folder: Path) -> Outputs:
+def open_timm(folder: Path) -> Outputs:
     """Load a folder in timm; the function returns logits, or a backbone's last feature map."""
     import timm
 
@@ -141,7 +141,7 @@ def write_transformers(network: nn.Module, metadata: Metadata, folder: Path) -> 
     (folder / "preprocessor_config.json").write_text(processor + "\n", encoding="utf-8")
 
 
-def load_transformers(folder: Path) -> Outputs:
+def open_transformers(folder: Path) -> Outputs:
     """Load a folder in transformers; the function returns logits, or a backbone's last feature map."""
     from transformers import ConvNextV2ForImageClassification, ConvNextV2Model
 
@@ -202,8 +202,8 @@ class Library(NamedTuple):
     load: Callable[[Path], Outputs]
 
 
-TIMM = Library(write_timm, load_timm)
-TRANSFORMERS = Library(write_transformers, load_transformers)
+TIMM = Library(write_timm, open_timm)
+TRANSFORMERS = Library(write_transformers, open_transformers)
 
 
 def write_compared(library: Library, network: nn.Module, metadata: Metadata, folder: Path, tolerance: float) -> float:
