@@ -8,7 +8,6 @@ seen or chosen in one of its lines. The verdict `undone` goes back to what count
 
 import os
 from collections.abc import Sequence
-from contextlib import ExitStack
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, Self
@@ -26,6 +25,7 @@ from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.formats.spelling import join_tags, split_tags
 from utils.io.files import file_lock, output_errors
+from utils.io.memo import file_version
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -82,20 +82,20 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
     text = "".join(f"{each.model_dump_json()}\n" for each in decisions)
     refuse_link_out(root, file)
     refusal = f"data.corrections: another process is writing {file}; try again"
-    with ExitStack() as stack:
-        stack.enter_context(output_errors("data.corrections", file))
-        stack.enter_context(file_lock(file, refusal, _PATIENCE_SEC))
-        lines = stack.enter_context(open(file, "r+b", buffering=0))
-        size = lines.seek(0, os.SEEK_END)
-        lines.seek(max(size - 1, 0))
-        cut = b"" if lines.read(1) in (b"", b"\n") else b"\n"  # a killed process has left a part of a line
-        rest = memoryview(cut + text.encode())
+    with (
+        output_errors("data.corrections", file),
+        file_lock(file, refusal, _PATIENCE_SEC),
+        open(file, "r+b", buffering=0) as lines,
+    ):
+        before = lines.read()
+        is_whole = before.endswith(b"\n") or not before  # a killed process leaves a part of a line
+        rest = memoryview((text if is_whole else f"\n{text}").encode())
         try:
             while rest:
                 rest = rest[lines.write(rest) :]
             os.fsync(lines.fileno())
         except OSError:
-            lines.truncate(size)
+            lines.truncate(len(before))
             raise
 
 
@@ -119,8 +119,8 @@ class Desk:
                 if self._waiting:
                     append_corrections(self._root, self._waiting)
                     self._waiting.clear()
-                version = file.exists() and (file.stat().st_size, file.stat().st_mtime_ns)
-                if version != self._version:
+                version = file_version(file)
+                if version is None or version != self._version:
                     self._saved = read_corrections(self._root)
                     self._version = version
             except (OSError, UserError) as error:

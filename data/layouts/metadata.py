@@ -69,22 +69,24 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
 
     Raises UserError (`data.root`) if the file cannot be read, or if there is more than one.
     """
-    files = [file for file in sorted(root.glob("meta_*")) if is_metadata(file.name)]
-    read = {file: entries for file in files if (entries := _read_entries(root, file))}
-    find_one(root, [file.name for file in read])
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
-    others = [file.name for file in files if file not in read and file.stem not in by_key]
-    unused.add("files with the name of kohya's metadata, but no entry per image", *others)
+    found: dict[str, dict[str, Any]] = {}
+    for name in sorted(filter(is_metadata, os.listdir(root))):
+        if entries := _read_entries(root, root / name):
+            found[name] = entries
+        elif os.path.splitext(name)[0] not in by_key:
+            unused.add("files with the name of kohya's metadata, but no entry per image", name)
+    find_one(root, found)
     sidecars: dict[str, Sidecar] = {}
-    for file, entries in read.items():
+    for name, entries in found.items():
         for key, record in entries.items():
             parts = key.replace("\\", "/").split("/")
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
             if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
-                sidecars[path] = _parse_entry(f"{str(file)!r}, {key!r}", record, unused)
+                sidecars[path] = _parse_entry(f"{str(root / name)!r}, {key!r}", record, unused)
             else:
-                unused.add(f"entries of {file.name} without an image", key)
-        log.info("%s: %s of %s entries match an image", file.name, f"{len(sidecars):,}", f"{len(entries):,}")
+                unused.add(f"entries of {name} without an image", key)
+        log.info("%s: %s of %s entries match an image", name, f"{len(sidecars):,}", f"{len(entries):,}")
     return sidecars
 
 

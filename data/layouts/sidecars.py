@@ -87,9 +87,7 @@ def parse_text(where: str, text: str, unused: Unused, one_per_line: bool = False
         if pieces and is_sentence(pieces):
             sentences.append(line.strip())
         else:
-            long = {piece for piece in pieces if piece.count(" ") > 2 and is_sentence([piece])}
-            sentences += long
-            tags += [piece for piece in pieces if piece not in long] if long else pieces
+            tags += pieces
     if sentences and tags:
         unused.add("texts with sentences among tags, which are captions and no tags", where)
     caption = "\n".join(sentences) if one_per_line else caption

@@ -60,13 +60,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     paths: dict[Path, None] = {}
     unused = Unused()
     for path in map(Path, names):
-        inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
-        # A pattern or folder that names a hidden folder means it.
-        seen = [file for file in inside if not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
-        files = sorted(file for file in seen if is_image_name(file.name) and file.is_file())
-        files = [path] if path.is_file() else files
-        if path.is_dir():
-            unused.add(OTHERS, *(str(file) for file in seen if not has_reader(file.name) and file.is_file()))
+        files = [path] if path.is_file() else _list_images(path, unused)
         if not files:
             raise UserError(
                 f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') with images; known "
@@ -80,7 +74,16 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     for path in paths:
         if str(path) != str(path).encode(errors="replace").decode():
             raise UserError(f"{key}: the file name {str(path)!r} is not UTF-8; rename the file")
-    return Images(os.path.commonpath([os.path.abspath(folder) for folder in folders]), list(paths))
+    return Images(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
+
+
+def _list_images(path: Path, unused: Unused) -> list[Path]:
+    """Return the images in a folder or of a pattern, sorted. One that names a hidden folder means it."""
+    inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
+    files = [file for file in inside if file.is_file() and not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
+    if path.is_dir():
+        unused.add(OTHERS, *(str(file) for file in files if not has_reader(file.name)))
+    return sorted(file for file in files if is_image_name(file.name))
 
 
 class Predicted:
