@@ -18,9 +18,8 @@ TABLES = ("metadata.jsonl", "metadata.csv", "metadata.parquet")  # Hugging Face'
 POSTS = ("posts.parquet", "posts.jsonl")  # as Danbooru gives them
 CORRECTIONS = "corrections.jsonl"  # of the page of view.py
 UNDO = "corrections_undo.jsonl"  # of job=apply_corrections
-PACKED = "pack.json"  # of job=pack, beside its shards
 GLYPHS = "glyphs.json"  # of the embedded collection
-_OURS = (*MANIFESTS, CORRECTIONS, UNDO, PACKED, GLYPHS)
+_OURS = (*MANIFESTS, CORRECTIONS, UNDO, GLYPHS)
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
 SYSTEM_NAMES = frozenset(
     ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")

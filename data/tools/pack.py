@@ -12,7 +12,7 @@ import io
 import itertools
 import json
 import os
-import tarfile  # noqa: TID251 (shards are written, and their members listed)
+import tarfile  # noqa: TID251 (shards are written)
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -28,7 +28,7 @@ from data.config import DataConfig
 from data.images.bytes import TAR, member_key, open_contents
 from data.images.sizes import upright_size
 from data.layouts.manifest import save_manifest
-from data.layouts.names import IMAGE_SUFFIXES, PACKED
+from data.layouts.names import IMAGE_SUFFIXES
 from data.layouts.sidecars import FIELDS
 from data.layouts.table import PLACES, SPLITS, TYPES, replace_column, take_rows
 from data.open import load_collection
@@ -37,7 +37,7 @@ from data.tools.tool import Tool
 from utils import rng
 from utils.config.schema import PathText
 from utils.errors import UserError
-from utils.io.files import read_json, write_atomically, write_json
+from utils.io.files import write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
@@ -74,18 +74,21 @@ class Pack(Tool):
         cannot be read or its SHA-256 differs from the manifest.
         """
         shards = _plan_shards(collection, self.shard_mib * _MIB)
-        members = []
         output = Path(self.output)
         classes = {label: number for number, label in enumerate(collection.class_names("train"))}
-        with open_journal("job.output", output, is_folder=True):
-            _claim(output, {"collection": collection.fingerprint, "shard_mib": self.shard_mib, "version": _VERSION})
+        plan = [collection.fingerprint, self.shard_mib, _VERSION]
+        with open_journal("job.output", output, plan, is_folder=True) as journal:
+            members = list(itertools.chain.from_iterable(journal.parts()))
+            if not members and any(output.glob("[!.]*")):
+                raise UserError(f"job.output: {str(output)!r} is not empty; name a new folder")
+            packed = {member["shard"] for member in members}
             for name, rows in track(shards.items(), len(shards), "packing the images"):
-                images = _list_images(output / name)
-                if len(images) < len(rows):
+                if name not in packed:
                     write = functools.partial(_write_shard, collection=collection, rows=rows, classes=classes)
-                    write_atomically(output / name, write)
-                    images = _list_images(output / name)
-                members += images
+                    places = write_atomically(output / name, write)
+                    found = [{"shard": name, **place} for place in places]
+                    journal.add(found)
+                    members += found
             table = take_rows(collection.table, pa.array(np.concatenate([np.empty(0, np.int64), *shards.values()])))
             columns = {name: [member[name] for member in members] for name in (*PLACES, "sha256", "width", "height")}
             for name, values in {**columns, "size": columns["length"]}.items():
@@ -107,25 +110,18 @@ def _plan_shards(collection: Collection, limit: int) -> dict[str, np.ndarray]:
     return {f"{number:06}{TAR}": rows for number, rows in enumerate(groups)}
 
 
-def _claim(output: Path, plan: dict[str, Any]) -> None:
-    """Write the plan into an empty folder, or check that it was written with the same plan."""
-    if not any(output.glob("[!.]*")):
-        write_json(output / PACKED, plan)
-    if not (output / PACKED).is_file() or read_json(output / PACKED) != plan:
-        raise UserError(
-            f"job.output: {str(output)!r} is not empty, and has no shards of this collection with the same "
-            "job.shard_mib; name a new folder"
-        )
-
-
-def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> None:
+def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: dict[str, int]) -> list[dict[str, Any]]:
+    """Write a shard; return byte range, SHA-256 and size of each image."""
+    places = []
     with tarfile.open(file, "w", format=tarfile.USTAR_FORMAT) as tar:
         for record, content in _read_rows(collection, rows):
+            known = {name: record.get(name) for name in ("sha256", "width", "height")}
+            places.append({"offset": tar.offset + tarfile.BLOCKSIZE, "length": len(content), **known})
             key = member_key(record["path"])
             suffix = os.path.splitext(record["path"])[1].lower()
             members = {suffix if suffix in IMAGE_SUFFIXES else ".img": content}
-            known = {name: value for name, value in record.items() if value is not None}
-            members[".json"] = json.dumps(known, ensure_ascii=False, sort_keys=True).encode()
+            stated = {name: value for name, value in record.items() if value is not None}
+            members[".json"] = json.dumps(stated, ensure_ascii=False, sort_keys=True).encode()
             if record["label"] in classes:
                 members[".cls"] = str(classes[record["label"]]).encode()
             if text := record["caption"] or ", ".join(record["tags"]):
@@ -135,6 +131,7 @@ def _write_shard(file: Path, collection: Collection, rows: np.ndarray, classes: 
                 header.size = len(member)
                 header.mode = 0o644
                 tar.addfile(header, io.BytesIO(member))
+    return places
 
 
 def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[str, Any], bytes]]:
@@ -167,15 +164,3 @@ def _read_rows(collection: Collection, rows: np.ndarray) -> Iterator[tuple[dict[
 
     for start in range(0, len(rows), _READ_AT_ONCE):
         yield from in_threads(load, rows[start : start + _READ_AT_ONCE].tolist())
-
-
-def _list_images(file: Path) -> list[dict[str, Any]]:
-    """Return byte range, SHA-256 and size of each image in a shard; fewer if it is incomplete, none if missing."""
-    images = []
-    with suppress(FileNotFoundError, tarfile.TarError), tarfile.open(file, "r:") as tar:
-        for image, member in itertools.pairwise(tar):
-            if member.name.endswith(".json"):  # directly after its image
-                record = json.load(tar.extractfile(member))
-                known = {name: record.get(name) for name in ("sha256", "width", "height")}
-                images.append({"shard": file.name, "offset": image.offset_data, "length": image.size, **known})
-    return images

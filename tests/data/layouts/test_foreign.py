@@ -161,10 +161,8 @@ def test_the_output_of_img2dataset_is_read(tmp_path, load, log):
     write_tar(tmp_path / "root/00000.tar", {"0.jpg": png(1), "0.json": record(caption="a", sha256="0")})
     write_parquet(tmp_path / "root/00000.parquet", pa.table({"key": ["0"], "url": ["x"]}))
     (tmp_path / "root/00000_stats.json").write_text("{}")
-    (tmp_path / "root/pack.json").write_text("{}")  # of job=pack
     assert load(tmp_path / "root").row(0).caption == "a"
     assert "1 tables beside tar files: 00000.parquet" in log.text and "00000_stats" in log.text
-    assert "pack.json" not in log.text
 
 
 def test_shards_are_scanned_again_only_where_a_file_changes(tmp_path, load, monkeypatch):
