@@ -38,7 +38,7 @@ from engine.judging.measured import Measured, choose_images, open_measured
 from engine.judging.per_image import ImageRows
 from engine.task import Report
 from engine.update.runtime import Runtime, start_machine
-from utils.config.bounds import BatchSize
+from utils.config.bounds import Count
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
@@ -274,7 +274,7 @@ class EvaluateConfig(Strict):
 
     job: Annotated[Evaluate | Compare | Grid, Field(discriminator="name")]
     data: DataConfig | None
-    batch_size: BatchSize
+    batch_size: Count
     dry_run: bool
     runtime: MachineConfig
 

@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 import yaml
+from omegaconf import OmegaConf
 from pydantic import TypeAdapter
 
 from engine.config import RuntimeConfig, TrainingConfig
@@ -30,7 +31,7 @@ from engine.run.loop import Run
 from engine.task import Streams
 from engine.update.runtime import Runtime, choose_runtime
 from utils.config.entry_point import Job
-from utils.config.help import CONF, ROOT, read_values
+from utils.config.help import CONF, ROOT
 from utils.record.figures import align_columns
 from utils.record.run_folder import RunFolder
 
@@ -159,6 +160,13 @@ def repeated(step: Callable[[], Any], steps: int) -> Turn:
 
 
 # -------------------------------------------------------------------------------------------------- parts of the engine
+
+
+def read_values(group: str, name: str) -> Row:
+    """Return the values of a group's file and of those that it builds on."""
+    own = OmegaConf.load(CONF / group / f"{name}.yaml")
+    bases = [read_values(group, base) for base in own.pop("defaults", ()) if isinstance(base, str)]
+    return OmegaConf.to_container(OmegaConf.merge(*bases, own))
 
 
 def read_group(kind: Any, group: str, option: str, **changes: Any) -> Any:

@@ -8,7 +8,6 @@ from pydantic import Field, model_validator
 from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from utils.config.bounds import (
-    BatchSize,
     BelowOne,
     Count,
     CountOrZero,
@@ -45,8 +44,8 @@ class _LoopConfig(Strict):
     minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
-    batch_size: BatchSize
-    micro_batch_size: Literal["auto"] | BatchSize  # auto: all samples of an update
+    batch_size: Count
+    micro_batch_size: Literal["auto"] | Count  # auto: all samples of an update
     sampling: Literal["shuffled", "blocks", "balanced"]
     find: TermsText | None  # training images, by the terms of data/collection/search.py
     per_class: Count | Share | None

@@ -7,7 +7,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from utils.config.bounds import BelowOne, Depth, Factor, Side, Width
+from utils.config.bounds import BelowOne, Count, Factor, Side, Width
 from utils.config.schema import Strict
 
 
@@ -18,7 +18,7 @@ class ConvNeXtV2Config(Strict):
     name: str = Field(min_length=1)
     in_channels: Width
     # Bounded, because they may also come from a stranger's weight file.
-    depths: list[Depth] = Field(min_length=2, max_length=5)
+    depths: list[Count] = Field(min_length=2, max_length=5)
     dims: list[Width] = Field(min_length=2, max_length=5)
     stem_stride: Literal[2, 4]
     drop_path_rate: BelowOne

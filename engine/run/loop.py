@@ -86,7 +86,6 @@ class Run:
         self.learner = Learner(task, config, plan, runtime)
         self.recorder = Recorder(config, plan, self.learner, folder.path)
         self.saver = Saver(folder, config, {"trained_on": trained_on, **({"frozen": helpers} if helpers else {})})
-        self._poll = distributed.Poll()
         self._phase = 0
         self.best = Best()
         self.last_report: dict[str, float] = {}
@@ -174,7 +173,7 @@ class Run:
             recorder.add_step(step, batches, result)
 
             # 4. Log, evaluate and save. Figures come before the checkpoint, so that a resumed run has them.
-            stops, saves = self._poll(is_stop_requested(), self.saver.is_due())
+            stops, saves = distributed.poll(step, is_stop_requested(), self.saver.is_due())
             evaluates = self.owes_evaluation
             may_end = step == plan.total_steps or (evaluates and loop.early_stop_epochs is not None)
             if step % loop.log_every_steps == 0 or may_end:

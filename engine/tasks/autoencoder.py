@@ -40,7 +40,7 @@ from models.perceptual import (
     pyramid_distance,
 )
 from models.sdxl.networks import SDXLConfig, describe, open_networks
-from utils.config.bounds import BatchSize, CountOrZero, Factor, Side
+from utils.config.bounds import Count, CountOrZero, Factor, Side
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -77,7 +77,7 @@ class AutoencoderTaskConfig(TaskConfig):
     perceptual: PerceptualConfig
     discriminator: DiscriminatorConfig
     crop_px: Annotated[Side, Field(multiple_of=_STRIDE_PX, ge=_LEAST_PX)]
-    chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
+    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     buckets: BucketConfig
 
     @model_validator(mode="after")

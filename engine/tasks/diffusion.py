@@ -55,7 +55,7 @@ from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
 from models.weights.fit import is_meta, refuse_misfits
 from utils import rng
-from utils.config.bounds import BatchSize, Count, Factor, Fraction, Positive
+from utils.config.bounds import Count, Factor, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
@@ -122,7 +122,7 @@ class DiffusionTaskConfig(TaskConfig):
     loss: LossConfig
     timesteps: TimestepsConfig
     buckets: BucketConfig
-    chunk: BatchSize  # consecutive samples of one bucket; a micro-batch is a part of a chunk
+    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
     captions: CaptionConfig
     caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
     mask: MaskConfig | None  # null: the loss counts everywhere

@@ -23,7 +23,7 @@ from engine.task import Report, StepOutput, Streams
 from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, TaskConfig, label_fields
 from models.config import ConvNeXtV2Config, ModelConfig
 from models.fcmae import FCMAE, check_patch_grid, count_removed, draw_mask, repeat_sites
-from utils.config.bounds import Count, Depth, Duration, Side, Width
+from utils.config.bounds import Count, Duration, Side, Width
 from utils.config.schema import Strict
 from utils.contracts import Batch
 from utils.errors import UserError
@@ -54,7 +54,7 @@ class FCMAETaskConfig(TaskConfig):
     mask_ratio: Annotated[float, Field(ge=1e-6, lt=1)]
     patch_px: Side | None
     decoder_dim: Width
-    decoder_depth: Depth  # at least one block, or nothing of the image would reach a masked site
+    decoder_depth: Count  # at least one block, or nothing of the image would reach a masked site
     probe: ProbeConfig
 
 

@@ -11,14 +11,14 @@ import torch
 from torch import Tensor, nn
 
 from engine.tasks.kind import TaskConfig
-from utils.config.bounds import Alpha, Fraction
+from utils.config.bounds import Factor, Fraction
 
 
 class MixingConfig(TaskConfig):
     """The keys of a task that mixes its batches. Each alpha is a parameter of lambda's beta distribution; 0: off."""
 
-    mixup_alpha: Alpha
-    cutmix_alpha: Alpha
+    mixup_alpha: Factor
+    cutmix_alpha: Factor
     mix_probability: Fraction  # of mixing a batch
 
 

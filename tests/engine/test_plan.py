@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from pydantic import TypeAdapter
 
+from bench.measure import read_values
 from engine.config import _LoopConfig
 from engine.plan import Plan, make_plan
 from engine.split import split_batch
 from optim.config import OptimConfig, ScheduleConfig
 from tests.support import refuses
-from utils.config.help import read_values
 
 
 def read(group, name, **changes):

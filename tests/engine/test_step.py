@@ -9,7 +9,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
-from bench.measure import build_bench_run
+from bench.measure import build_bench_run, read_values
 from engine.run.recorder import _Meter
 from engine.run.skips import EMPTY_STEPS, SkipWatch
 from engine.task import StepOutput, Task, log_mean, networks_of
@@ -21,7 +21,6 @@ from optim.config import OptimConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues
 from tests.support import refuses
-from utils.config.help import read_values
 from utils.ranks import distributed
 
 CPU = torch.device("cpu")

@@ -13,6 +13,7 @@ from peft import LoHaConfig, LoKrConfig, LoraConfig, get_peft_model
 from pydantic import TypeAdapter, ValidationError
 from torch import nn
 
+from bench.measure import read_values
 from models.sdxl.changes import Change
 from models.sdxl.family import draw_networks
 from models.sdxl.lora import LoRA, LoRAConfig, LoRALayer, write_kohya
@@ -20,7 +21,6 @@ from models.sdxl.lora_files import merge_lora
 from optim.config import OptimConfig
 from optim.groups import build_groups
 from tests.support import refuses
-from utils.config.help import read_values
 
 ALL = ["unet.*", "text_encoder*"]
 KINDS = ["lora", "dora", "loha", "lokr"]

@@ -5,6 +5,7 @@ import torch
 from pydantic import TypeAdapter
 from torch import nn
 
+from bench.measure import read_values
 from models.convnextv2 import ConvNeXtV2
 from models.fcmae import FCMAE
 from optim.config import OptimConfig
@@ -12,7 +13,6 @@ from optim.groups import build_groups as build
 from optim.groups import is_vector, set_group_values
 from optim.schedules import GroupValues
 from tests.support import refuses
-from utils.config.help import read_values
 
 DEPTHS = [1, 2, 3, 1]
 

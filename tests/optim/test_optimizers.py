@@ -7,13 +7,13 @@ from pydantic import TypeAdapter
 from schedulefree import AdamWScheduleFree
 from torch import nn
 
+from bench.measure import read_values
 from optim.alone import round_stochastically, step_by_gradients, step_each
 from optim.build import at_average, build_optimizer, check_optimizer, to_training_point
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues, Schedule
 from optim.state import load_optimizer_state, optimizer_state
-from utils.config.help import read_values
 
 STEPS = 10
 CONSTANT, ONE_CYCLE = (

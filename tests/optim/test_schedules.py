@@ -6,9 +6,9 @@ import pytest
 import torch
 from pydantic import TypeAdapter
 
+from bench.measure import read_values
 from optim.config import ScheduleConfig
 from optim.schedules import Schedule, cosine, linear
-from utils.config.help import read_values
 
 STEPS = 10
 

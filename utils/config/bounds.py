@@ -2,16 +2,14 @@
 
 from typing import Annotated
 
-from pydantic import AfterValidator, Field
+from pydantic import Field
 
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # steps, images, jobs
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-BatchSize = Annotated[int, Field(ge=1, le=2**24)]
 Processes = Annotated[int, Field(ge=1, le=1024)]  # processes or threads of one machine
 Workers = Annotated[int, Field(ge=0, le=1024)]
 Side = Annotated[int, Field(ge=1, le=16_384)]  # pixels
-Depth = Annotated[int, Field(ge=1, le=1000)]
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Pixels = Annotated[int, Field(ge=1, le=10**12)]
 
@@ -24,12 +22,3 @@ Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float3
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # in epochs or minutes
 DurationOrZero = Annotated[float, Field(ge=0, le=1e9)]
 Patience = Annotated[float, Field(ge=1, le=1e8)]  # in seconds
-
-
-def _is_alpha(value: float) -> float:
-    if 0 < value < 1e-6:
-        raise ValueError(f"{value:g} is too small; set 0 (off), or at least 1e-6")
-    return value
-
-
-Alpha = Annotated[float, Field(ge=0, le=1e6), AfterValidator(_is_alpha)]  # the parameter of a beta distribution

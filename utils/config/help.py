@@ -3,7 +3,6 @@
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import yaml
 
@@ -70,12 +69,3 @@ def _read(folder: Path, name: str) -> Iterator[str]:
             yield from _read(folder, base)
     without_list = re.sub(r"^defaults:\n(?:  - .*\n)+", "", text, flags=re.MULTILINE)
     yield from (line for line in without_list.splitlines() if line != "# @package _global_")
-
-
-def read_values(group: str, name: str) -> dict[str, Any]:
-    """Return the values of a group's file and of those that it builds on."""
-    own = yaml.safe_load((CONF / group / f"{name}.yaml").read_text(encoding="utf-8"))
-    from omegaconf import OmegaConf  # takes longer than --help
-
-    bases = [read_values(group, base) for base in own.pop("defaults", ()) if isinstance(base, str)]
-    return OmegaConf.to_container(OmegaConf.merge(*bases, own))

@@ -1,7 +1,6 @@
 """Validate a configuration, and turn errors of Hydra, OmegaConf and pydantic into lines `dotted.key: problem; fix`."""
 
 import re
-from collections.abc import Iterable
 from typing import Any, TypeVar
 
 from hydra.errors import MissingConfigException, OverrideParseException
@@ -97,9 +96,8 @@ def _problem(error: Any, key: str, schema: type[Strict]) -> tuple[str, str]:
     return key, f"{re.sub('^[A-Z][a-z]* should ', 'must ', error['msg'])}, {found}"
 
 
-def _unknown(key: str, schema: type[Strict], siblings: Iterable[str] = ()) -> str:
-    """siblings: names beside it, which a schema of free keys does not have."""
-    known = {known for known, _ in walk_keys(schema)} | {f"{key.rpartition('.')[0]}.{name}" for name in siblings}
+def _unknown(key: str, schema: type[Strict]) -> str:
+    known = {known for known, _ in walk_keys(schema)}
     return f"unknown key; {close_names(key, known - {key})}"
 
 
@@ -116,7 +114,7 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         cause = error.__cause__
-        return f"{cause.full_key}: {_unknown(cause.full_key, schema, cause.parent_node or ())}"
+        return f"{cause.full_key}: {_unknown(cause.full_key, schema)}"
     if isinstance(error, OmegaConfBaseException) and error.full_key:
         return f"{error.full_key}: {str(error).splitlines()[0]}"
     found = re.match("Sweep parameters '([^=]+)=(.*)' requires|Ambiguous value for argument '([^=]+)=(.*)'", str(error))

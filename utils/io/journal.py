@@ -51,20 +51,18 @@ def _line(value: Any) -> bytes:
 
 
 @contextmanager
-def open_journal(
-    key: str, output: Path, command: Any = None, *, is_folder: bool = False, patience_sec: float = 0.0
-) -> Iterator[Journal]:
+def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool = False) -> Iterator[Journal]:
     """Lock an output and open its journal, which has parts if a command of the same description was killed.
 
     The journal's file is removed at the end, unless it has parts after an error. Raises UserError (`key`) if another
-    process writes the output for longer than `patience_sec`, or for a write error.
+    process writes the output, or for a write error.
     """
     folder, name = (output, None) if is_folder else (output.parent, output.name)
     path = folder / (".journal" if is_folder else f".{name}.journal")
     is_new = not folder.exists()
     with output_errors(key, output), ExitStack() as stack:
         refusal = f"{key}: another command is writing {output}; wait for it, or name another one"
-        stack.enter_context(file_lock(path, refusal, patience_sec))
+        stack.enter_context(file_lock(path, refusal))
         remove_temporary([folder], name)
         journal = Journal(path, command)
         is_done = False

@@ -28,6 +28,7 @@ RANKS_VARIABLE = "ATELIER_DRY_RUN_RANKS"  # the ranks of a job, for the dry run 
 GPUS_VARIABLE = "ATELIER_DRY_RUN_GPUS"  # set if that job will have GPUs
 _FIRST_PORT = 10_000
 _PORTS = 20_000  # all below 32768, the first of Linux's ephemeral ports
+_POLL_STEPS = 4  # between two votes: a gloo collective of many ranks takes milliseconds
 T = TypeVar("T")
 
 
@@ -207,32 +208,11 @@ def any_rank(*asks: bool) -> list[bool]:
     return [count > 0 for count in all_reduce_sum(torch.tensor(asks, dtype=torch.int32)).tolist()]
 
 
-class Poll:
-    """Ask whether a rank makes a request, but let ranks meet only about once a second: between many, a vote takes long.
-
-    All ranks call it at each step. They agree on how many calls go without a vote, since they agree on its outcome.
-    """
-
-    _LONGEST = 32  # calls: if steps become slow at once, a request still does not wait for minutes
-
-    def __init__(self) -> None:
-        self._calls = 0
-        self._every = 1
-        self._asked_at = time.monotonic()
-
-    def __call__(self, *asks: bool) -> list[bool]:
-        """Return for each request whether a rank makes it, or no for all. In a single process each call asks."""
-        self._calls += 1
-        if is_distributed() and self._calls % self._every:
-            return [False] * len(asks)
-        seconds = time.monotonic() - self._asked_at
-        self._asked_at += seconds
-        *found, is_late, is_early = any_rank(*asks, seconds > 1, seconds < 0.5)
-        if is_late:
-            self._every = max(1, self._every // 2)
-        elif is_early:
-            self._every = min(self._LONGEST, 2 * self._every)
-        return found
+def poll(step: int, *asks: bool) -> list[bool]:
+    """Return for each request whether a rank makes it; between ranks at each `_POLL_STEPS` steps."""
+    if is_distributed() and step % _POLL_STEPS:
+        return [False] * len(asks)
+    return any_rank(*asks)
 
 
 def gather_objects(value: T) -> list[T]:

@@ -67,11 +67,7 @@ def restart_count() -> int:
 
 
 def place_of(rank: int) -> str:
-    """Return the prefix of a rank's lines: rank and node in a SLURM job of several ranks, else the rank if not 0."""
-    node = os.environ.get("SLURMD_NODENAME")
-    ranks = os.environ.get("WORLD_SIZE") or os.environ.get("SLURM_STEP_NUM_TASKS", "1")
-    if node is not None and ranks != "1":
-        return f"[rank {rank} {node}] "
+    """Return the prefix of a rank's lines; rank 0 has none."""
     return "" if rank == 0 else f"[rank {rank}] "
 
 
