@@ -6,7 +6,6 @@ whole command. What only a process can show (status, traceback, files left open)
 
 import importlib
 import logging
-import os
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -72,17 +71,15 @@ def configure(script: str, overrides: Sequence[str] = ()) -> tuple[Any, Job]:
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
     """Change the working directory, and put back what a run sets for its process."""
-    before = Path.cwd(), torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
+    threads, is_deterministic = torch.get_num_threads(), torch.are_deterministic_algorithms_enabled()
     logger = logging.getLogger("atelier")
-    handlers, propagate = list(logger.handlers), logger.propagate
-    os.chdir(folder)
-    try:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setattr(logger, "handlers", [*logger.handlers])
+        patch.setattr(logger, "propagate", logger.propagate)
         yield
-    finally:
-        os.chdir(before[0])
-        torch.set_num_threads(before[1])
-        torch.use_deterministic_algorithms(before[2])
-        logger.handlers[:], logger.propagate = handlers, propagate
+    torch.set_num_threads(threads)
+    torch.use_deterministic_algorithms(is_deterministic)
 
 
 def run(script: str, overrides: Sequence[str], folder: Path) -> str:

