@@ -77,9 +77,11 @@ def working_in(folder: Path) -> Iterator[None]:
         patch.chdir(folder)
         patch.setattr(logger, "handlers", [*logger.handlers])
         patch.setattr(logger, "propagate", logger.propagate)
-        yield
-    torch.set_num_threads(threads)
-    torch.use_deterministic_algorithms(is_deterministic)
+        try:
+            yield
+        finally:
+            torch.set_num_threads(threads)
+            torch.use_deterministic_algorithms(is_deterministic)
 
 
 def run(script: str, overrides: Sequence[str], folder: Path) -> str:
