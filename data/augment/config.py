@@ -75,11 +75,7 @@ class AugmentConfig(Strict):
     def preprocessing(self, channels: int) -> dict[str, Any]:
         """Return the preprocessing of evaluation, as weight files store it."""
         names = {"image_size_hw", "pad", "eval_resize", "eval_crop", "interpolation", "mean", "std"}
-        return {
-            **self.model_dump(include=names),
-            "channels": channels,
-            **({"shortest_px": self.shortest_px()} if self.shrink else {}),
-        }
+        return {**self.model_dump(include=names), "channels": channels, "shortest_px": self.shortest_px()}
 
     def shortest_px(self) -> int | None:
         """Return the shorter side in pixels to which `shrink` reduces images, or None; no crop is enlarged after it.

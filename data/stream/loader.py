@@ -30,7 +30,7 @@ from data.stream.source import IMAGE, Record, Source, UnreadableImage
 from utils import rng
 from utils.contracts import Batch, Machine
 from utils.errors import UserError
-from utils.io.files import AppendFile, ignore_write_errors
+from utils.io.files import ignore_write_errors
 from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
 from utils.ranks.processes import end_with_parent
@@ -187,7 +187,6 @@ class UnreadableLog:
 
     def __init__(self, file: Path | None) -> None:
         self._file = file
-        self._lines = None
         self.seen = set()
         text = file.read_text(encoding="utf-8", errors="replace") if file is not None and file.is_file() else ""
         for line in text.split("\n"):
@@ -205,9 +204,8 @@ class UnreadableLog:
         if not self._waiting or self._file is None or not self._file.parent.is_dir():
             return
         with ignore_write_errors(self._file):
-            if self._lines is None:
-                self._lines = AppendFile(self._file)
-            self._lines.write(self._waiting)
+            with open(self._file, "a", encoding="utf-8") as lines:
+                lines.write(self._waiting)
             self._waiting = ""
 
 

@@ -215,17 +215,18 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     other = "tags" if config.source == "caption" else "caption"
     collection.refuse_faults(config.source, rows=rows)
     collection.refuse_faults(other, rows=rows[~has[config.source]])
-    counts = {config.source: has[config.source], other: has[other] & ~has[config.source]}
-    counts["empty"] = ~(has["caption"] | has["tags"])
-    if counts["empty"].all():
+    is_empty = ~(has["caption"] | has["tags"])
+    if is_empty.all():
         raise UserError(
             f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
             "sidecars or a manifest (docs/collections.md), or write tags with predict.py output=beside text.spaces=true"
         )
-    if len(without := rows[counts["empty"]]):
+    if len(without := rows[is_empty]):
         names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
         log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(without):,}", names)
-    return "; ".join(f"{name} {chosen.sum():,}" for name, chosen in counts.items() if chosen.any())
+    counts = {config.source: has[config.source].sum(), other: (has[other] & ~has[config.source]).sum()}
+    counts["empty"] = is_empty.sum()
+    return "; ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
 def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> dict[str, dict[str, int]]:

@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import pyarrow.compute as pc
 
 from data.collection.collection import Collection
 from data.layouts.table import count_values
@@ -109,8 +108,7 @@ def count_tags(collection: Collection, rules: TagRules) -> list[tuple[Tag, int]]
 
     Images of weight 0 do not count. Raises UserError (`<key>rating_s`) as `map_tags` does.
     """
-    table = collection.table.select(["tags", "rating", "split", "weight"])
-    table = table.filter(pc.and_(pc.equal(table["split"], "train"), pc.greater(table["weight"], 0.0)))
+    table = collection.table.select(["tags", "rating"]).take(collection.rows("train"))
     occurrences: Counter[Tag] = Counter()
     for text, count in count_values(table["tags"]).items():
         occurrences.update(dict.fromkeys(rules.read(text), count))
