@@ -59,17 +59,20 @@ def find_repeats(root: str) -> list[ConceptConfig]:
     if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
         return []
     parts = [part for part in ("img", "reg") if (folder / part).is_dir()] if (folder / "img").is_dir() else [""]
-    found = [(part, each) for part in parts for each in list_folder(folder / part) if not is_passed_over(each.name)]
-    names = [(part, each.name) for part, each in found if each.is_dir()]
-    matches = [REPEATS.fullmatch(name) for _, name in names]
-    if None in matches or any(is_image_name(each.name) for _, each in found):
-        return []
-    priors = [part for part, _ in names].count("reg")
     concepts = []
-    for (part, name), match in sorted(zip(names, matches)):
-        how = {"share": 0.5 / priors, "is_prior": True} if part == "reg" else {"repeats": int(match[1])}
-        concepts.append(ConceptConfig(path=os.path.join(part, name), trigger=match[2], **how))
-    return concepts
+    for part in parts:
+        for each in sorted(list_folder(folder / part), key=lambda each: each.name):
+            if is_passed_over(each.name):
+                continue
+            match = REPEATS.fullmatch(each.name)
+            if is_image_name(each.name) or (each.is_dir() and match is None):
+                return []
+            if each.is_dir():
+                path = os.path.join(part, each.name)
+                concepts.append(ConceptConfig(path=path, repeats=int(match[1]), trigger=match[2]))
+    priors = [concept for concept in concepts if concept.path.startswith("reg/")]
+    changes = {"repeats": None, "share": 0.5 / max(len(priors), 1), "is_prior": True}
+    return [concept.model_copy(update=changes) if concept in priors else concept for concept in concepts]
 
 
 def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:

@@ -172,18 +172,18 @@ def test_images_are_kept_as_configured(collection, gib, kept):
     assert isinstance(source, Cached) is kept
 
 
-@pytest.mark.parametrize(("share", "kept"), [(4.0, True), (1.1, True), (0.9, False)])
-def test_auto_keeps_images_where_half_of_them_fit_into_half_of_the_memory(collection, monkeypatch, caplog, share, kept):
+@pytest.mark.parametrize(
+    ("gib", "share", "low", "high"),
+    [("auto", 4.0, 0, 2.0), ("auto", 1.1, 0, 0.55), ("auto", 0.9, -1, 0), (0.5, 4.0, 0.4, 0.5), (8.0, 4.0, 3.9, 4.0)],
+)
+def test_auto_keeps_images_where_half_fit_into_half_of_the_memory_and_a_number_what_is_free(
+    collection, monkeypatch, caplog, gib, share, low, high
+):
+    """share, low, high: of the size of all images, which is a GiB for a number."""
     source = images(collection)
-    whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13
+    whole = sum(source.read(row)["image"].numel() for row in range(12)) / 12 * 13 if gib == "auto" else GIB
     monkeypatch.setattr(caches, "free_memory", lambda: int(share * whole))
     with caplog.at_level(logging.INFO):
-        budget = _choose_budget(source, collection, "auto")
-    assert (0 < budget <= share * whole / 2) is kept
-    assert ("data.cache.memory_gib" in caplog.text) is not kept
-
-
-def test_a_number_is_taken_up_to_what_is_free(collection, monkeypatch, caplog):
-    monkeypatch.setattr(caches, "free_memory", lambda: 2**30)
-    assert _choose_budget(images(collection), collection, 0.5) == 2**29 and not caplog.text
-    assert _choose_budget(images(collection), collection, 8.0) == 2**30 and "data.cache.memory_gib" in caplog.text
+        budget = _choose_budget(source, collection, gib)
+    assert low * whole < budget <= high * whole
+    assert ("data.cache.memory_gib" in caplog.text) is (budget == 0 or gib == 8.0)

@@ -187,27 +187,20 @@ def test_a_known_balanced_order():
 # --- grouped
 
 
-def grouped_chunks(first, count):
-    """Return the rows and the group of some chunks; a chunk holds one group, that of its rows."""
-    sampler = SAMPLERS["grouped"](0)
-    found = [[sampler.at(number * CHUNK + offset) for offset in range(CHUNK)] for number in range(first, first + count)]
-    of_row = dict(zip(ROWS.tolist(), GROUPS.tolist()))
-    assert all(of_row[row] == chunk[0][1] == group for chunk in found for row, group in chunk)
-    return [([row for row, _ in chunk], chunk[0][1]) for chunk in found]
-
-
 def test_a_group_carries_what_fills_no_chunk_so_that_its_samples_come_equally_often():
     """From the start to the end of any epoch, their counts differ by at most one; after `chunk` epochs, by none."""
-    sampler = SAMPLERS["grouped"](0)
+    sampler, counts = SAMPLERS["grouped"](0), Counter()
     assert sampler.chunk == CHUNK and sampler.epoch_length == len(ROWS)
-    counts = {group: Counter(dict.fromkeys(ROWS[group == GROUPS].tolist(), 0)) for group in set(GROUPS.tolist())}
     for cycle in range(3):
         for first, end in itertools.pairwise(sampler.epoch_starts):
-            for rows, group in grouped_chunks(cycle * len(ROWS) + first, end - first):
-                counts[group].update(rows)
-            for group, of in counts.items():
-                assert max(of.values()) - min(of.values()) <= 1, group
-        assert {count for of in counts.values() for count in of.values()} == {CHUNK * (cycle + 1)}
+            for number in range(cycle * len(ROWS) + first, cycle * len(ROWS) + end):
+                drawn = [sampler.at(number * CHUNK + offset) for offset in range(CHUNK)]
+                assert len({group for _, group in drawn}) == 1 and {*drawn} <= {*zip(ROWS.tolist(), GROUPS.tolist())}
+                counts.update(row for row, _ in drawn)
+            for group in set(GROUPS.tolist()):
+                shown = [counts[row] for row in ROWS[group == GROUPS].tolist()]
+                assert max(shown) - min(shown) <= 1, group
+        assert {*counts.values()} == {CHUNK * (cycle + 1)}
 
 
 def test_a_known_grouped_order():

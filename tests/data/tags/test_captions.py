@@ -100,13 +100,9 @@ def test_the_first_tags_stay_and_the_others_are_shuffled():
 
 
 def test_tags_are_dropped_in_their_order_with_the_probability_stated():
-    text = ", ".join(map(str, range(100)))
-    lengths = []
-    for key in range(50):
-        tags = list(map(int, vary(text, key, tag_dropout=0.3, keep_first=5)[0].split(", ")))
-        assert tags[:5] == list(range(5)) and tags == sorted(tags)
-        lengths.append(len(tags) - 5)
-    assert abs(np.mean(lengths) / 95 - 0.7) < 0.03
+    text = ", ".join(map(str, range(5000)))
+    tags = [int(tag) for tag in vary(text, tag_dropout=0.3, keep_first=5)[0].split(", ")]
+    assert tags[:5] == list(range(5)) and tags == sorted(tags) and abs(len(tags) / 5000 - 0.7) < 0.03
     assert vary(text, tag_dropout=1.0, keep_first=1) == ("0", False)
 
 

@@ -20,8 +20,7 @@ BOORU = {  # name: category
 
 
 def vocabulary_of(tags):
-    names, count = tuple(tags), len(tags)
-    return Vocabulary(names, tuple(tags.values()), (1,) * count, tuple(range(count)))
+    return Vocabulary.of((category, name) for name, category in tags.items())
 
 
 def build(tags, name="booru"):

@@ -24,9 +24,7 @@ FUZZ = settings(max_examples=60, deadline=None, database=None)
 def vocabulary(*tags, ratings=True):
     """Return the ratings and tags: (category, name), or a name for a general one."""
     keys = [(9, name) for name in RATINGS] if ratings else []
-    keys += [(0, tag) if isinstance(tag, str) else tag for tag in tags]
-    return Vocabulary(tuple(name for _, name in keys), tuple(number for number, _ in keys), (1,) * len(keys),
-                      tuple(range(len(keys))))  # fmt: skip
+    return Vocabulary.of([*keys, *((0, tag) if isinstance(tag, str) else tag for tag in tags)])
 
 
 def collection_of(root, rows):
@@ -44,7 +42,7 @@ def of_rows(tags, ratings=None):
 
 
 def rows_of(found):
-    return [found.ids[start:end].tolist() for start, end in zip(found.offsets, found.offsets[1:])]
+    return [found.of_row(row).tolist() for row in range(len(found.tagged))]
 
 
 def rules_of(root, aliases="", implications="", rating_s=None):
