@@ -319,10 +319,16 @@ def assert_same_rows(first, second, tolerance=1e-5):
             assert b[name] == (pytest.approx(value, rel=tolerance) if isinstance(value, float) else value), name
 
 
+def read_table(path):
+    """Return the rows of a CSV file as name -> text."""
+    with open(path, encoding="utf-8", newline="") as stream:
+        return list(csv.DictReader(stream))
+
+
 def training_log(run_dir):
     """Return the lines of a run's training_log.txt as name -> text, without readings."""
-    with open(Path(run_dir) / "training_log.txt", newline="") as stream:
-        return [{name: text for name, text in line.items() if not is_reading(name)} for line in csv.DictReader(stream)]
+    lines = read_table(Path(run_dir) / "training_log.txt")
+    return [{name: text for name, text in line.items() if not is_reading(name)} for line in lines]
 
 
 def samples_by_step(run_dir):

@@ -1,6 +1,5 @@
 """evaluate.py job=compare: taggers over files of the WD form, runs and weight files; report.html; refusals."""
 
-import csv
 import itertools
 
 import numpy as np
@@ -9,7 +8,7 @@ import pytest
 from PIL import Image
 
 from tests.in_process import SHORT, SMALL_MODEL, run
-from tests.support import refuses
+from tests.support import read_table, refuses
 from utils.formats.thresholds import find_thresholds
 from utils.formats.vocabulary import Vocabulary, write_vocabulary
 from utils.io.files import read_json
@@ -67,11 +66,6 @@ def place(tmp_path_factory):
     return folder
 
 
-def rows_of(path):
-    with open(path, encoding="utf-8", newline="") as stream:
-        return list(csv.DictReader(stream))
-
-
 def test_taggers_of_ours_and_of_others_are_compared(place):
     line = run("evaluate", [*ARENA, "models=[run,wd,blind,one,run/weights/last_weights.safetensors]"], place)
     (folder,) = (place / "outputs/evaluate").glob("arena-*")
@@ -82,10 +76,10 @@ def test_taggers_of_ours_and_of_others_are_compared(place):
     assert sorted(rows, key=lambda name: -rows[name]["mAP"]) == list(rows)
     assert run("evaluate", [*ARENA, "models=[wd,run]", "dry_run=true"], place).startswith("dry run")
     assert rows["blind"]["mAP"] < 0.6 < rows["wd"]["mAP"]
-    tags = {row["tag"]: row for row in rows_of(folder / "tables/arena_tags.csv")}
+    tags = {row["tag"]: row for row in read_table(folder / "tables/arena_tags.csv")}
     assert set(tags) == {"general", "sensitive", *COLOURS} and tags["green"]["support"] == "12"
     assert all(float(tags[colour]["wd"]) == pytest.approx(1) for colour in COLOURS)  # its channels are BGR
-    assert {row["group"] for row in rows_of(folder / "tables/arena_groups.csv")} == {"all", "general", "rating"}
+    assert {row["group"] for row in read_table(folder / "tables/arena_groups.csv")} == {"all", "general", "rating"}
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert "data:image/png" in page and "blind" in page
 

@@ -1,7 +1,5 @@
 """Weights of any step: kept by `loop.keep_weights_every`, or in a checkpoint; named, exported, side by side."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
@@ -10,6 +8,7 @@ from PIL import Image
 import evaluate
 from tests.in_process import TINY, make_images, run, run_command, run_until_killed
 from tests.support import TINY as TINY_TASKS
+from tests.support import read_table
 from utils.io.weights import choose_weights, find_weights, read_weights
 
 RUN = [*TINY, "data.root=images", "loop.total_steps=5", "loop.keep_weights_every=2", "loop.ema_decay=0.5"]
@@ -31,8 +30,7 @@ def place(tmp_path_factory):
 
 
 def table_of(folder):
-    with open(folder / "tables/grid.csv", newline="") as file:
-        return list(csv.DictReader(file))
+    return read_table(folder / "tables/grid.csv")
 
 
 def test_averages_are_kept_at_every_multiple_and_the_end_and_a_killed_run_leaves_the_same(place):

@@ -1,7 +1,5 @@
 """Rows of predict.py: each against the network applied to its file alone."""
 
-import csv
-
 import numpy as np
 import pytest
 import torch
@@ -10,7 +8,7 @@ from PIL import Image
 from data.augment.transforms import EvalTransform
 from engine.exports.weights import open_weights
 from tests.in_process import TINY, make_images, run
-from tests.support import rows
+from tests.support import read_table, rows
 from utils.io.weights import read_weights
 
 
@@ -30,9 +28,7 @@ def test_each_row_is_what_the_network_says_of_its_file(place):
     for output in ("found.jsonl", "found.csv"):
         run("predict", [*given, f"output={output}"], place)
     found = rows(place / "found.jsonl")
-    with open(place / "found.csv", newline="") as stream:
-        table = list(csv.DictReader(stream))
-    for row, line in zip(found, table, strict=True):
+    for row, line in zip(found, read_table(place / "found.csv"), strict=True):
         assert line == {name: str(row.get(name, "")) for name in ("path", "class", "prob", "error")}
     assert [row["path"] for row in found] == [f"images/val/{c}/{number:03}.png" for c in "ABC" for number in range(2)]
     assert found.pop(2).keys() == {"path", "error"}

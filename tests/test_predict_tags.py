@@ -1,6 +1,5 @@
 """predict.py on taggers: literal rows and texts of a made vector of probabilities, and where they are written."""
 
-import csv
 import io
 import os
 import shutil
@@ -13,8 +12,8 @@ from data.tags.rules import TextConfig, read_text_rules
 from data.tools.predictions import find_excluded, spell_tags
 from models.outputs import OUTPUTS, RowOptions
 from models.predictor import Predictor
-from tests.in_process import SHORT, SMALL_MODEL, make_images, run
-from tests.support import refuses, rows, thresholds_of
+from tests.in_process import SHORT, SMALL_MODEL, Killed, make_images, run
+from tests.support import read_table, refuses, rows, thresholds_of
 from utils.config.messages import ConfigError
 from utils.formats.spelling import join_tags
 from utils.formats.thresholds import write_thresholds
@@ -189,10 +188,6 @@ def test_texts_that_are_there_are_kept_merged_or_replaced(place, images):
         go(place, "beside", *words, "existing=append")
 
 
-class Killed(Exception):
-    pass
-
-
 def kill_at_the_third_batch(monkeypatch, *arguments):
     rows_of, calls = Predictor.rows, []
 
@@ -270,10 +265,9 @@ def hash_of(place, name):
 
 def tags_of(place, *words, **where):
     go(place, "x.csv", *words, **where)
-    with open(place / "x.csv", newline="") as stream:
-        (found,) = {(line["rating"], line["tags"]) for line in csv.DictReader(stream)}
-    assert found[0] == "explicit"
-    return found[1].split(", ")
+    ((rating, tags),) = {(line["rating"], line["tags"]) for line in read_table(place / "x.csv")}
+    assert rating == "explicit"
+    return tags.split(", ")
 
 
 ORDERED = sorted((key for key in KEYS if key[0] != 9), key=lambda key: -PROBS[key])

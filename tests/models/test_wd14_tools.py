@@ -4,7 +4,6 @@ timm runs as it is, imgutils in slow_wd14_tools.py. sd-scripts and ComfyUI-WD14-
 file as the program in its README.md does, for images of SIDE in place of 448 px.
 """
 
-import csv
 import json
 import shutil
 
@@ -19,7 +18,7 @@ from models.interop.tag_forms import to_wd_order
 from tests.models.test_export_formats import geometry
 from tests.models.test_export_snippets import run_program
 from tests.models.test_tag_exports import open_tagger
-from tests.support import export, thresholds_of
+from tests.support import export, read_table, thresholds_of
 from utils.formats.thresholds import PER_TAG
 from utils.formats.vocabulary import CHARACTER, GENERAL, RATING, Vocabulary, read_vocabulary, vocabulary_of
 from utils.io.files import write_json
@@ -119,8 +118,7 @@ def test_a_wd14_file_takes_and_gives_what_the_programs_expect(place):
     found = json.loads({entry.key: entry.value for entry in proto.metadata_props}["atelier"])
     assert vocabulary_of(found) == read_vocabulary(place / "repo/selected_tags.csv") == ordered
     assert found["weights_hash"] == "hash"
-    with open(place / "repo/selected_tags.csv", encoding="utf-8") as stream:
-        least = [float(row["best_threshold"]) for row in csv.DictReader(stream)]
+    least = [float(row["best_threshold"]) for row in read_table(place / "repo/selected_tags.csv")]
     assert least == found["thresholds"] == [LEAST.get(key, 0.35) for key in ordered.columns]
 
 
@@ -146,8 +144,7 @@ def test_timm_gives_our_tags_for_bgr_in_the_same_rows(place, wanted):
     batch = torch.stack([transform(image) for image in images])[:, [2, 1, 0]]
     with torch.no_grad():
         probs = model(batch).sigmoid().numpy()
-    with open(place / "repo/selected_tags.csv", encoding="utf-8") as stream:
-        keys = [(int(row["category"]), row["name"]) for row in csv.DictReader(stream)]
+    keys = [(int(row["category"]), row["name"]) for row in read_table(place / "repo/selected_tags.csv")]
     for found, ours in zip(probs, wanted):
         given = dict(zip(keys, found.tolist()))
         assert given == pytest.approx({key: ours.get(key, 0.0) for key in given}, abs=1e-4)
