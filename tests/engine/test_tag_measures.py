@@ -167,31 +167,35 @@ def halves():
     return parts
 
 
+def by_category(*parts, precision=0.8, recall=0.9):
+    """Return the rows of the categories and of all tags."""
+    rows = calibrate(*parts, precision=precision, recall=recall).rows
+    return {(row.profile, row.category): row for row in rows if row.profile != PER_TAG}
+
+
 def test_profiles_meet_their_targets_on_the_images_of_the_fit(halves):
-    table = calibrate(halves[0], halves[0], precision=0.8, recall=0.9)
-    rows = {(row.profile, row.category): row for row in table.rows if row.profile != PER_TAG}
+    rows = by_category(halves[0], halves[0])
     assert set(rows) == {(profile, number) for profile in CATEGORY_PROFILES for number in (0, 4, 9, OVERALL)}
     for number in (0, 4, OVERALL):
         balanced, precise, complete = (rows[profile, number] for profile in CATEGORY_PROFILES)
         assert abs(balanced.precision - balanced.recall) < 0.02
         assert precise.threshold > balanced.threshold > complete.threshold
         assert 0.8 <= precise.precision < 0.9 and 0.9 <= complete.recall < 0.96
-        assert (balanced.note, precise.note, complete.note) == (None,) * 3
+        assert balanced.note is precise.note is complete.note is None
         assert lower_bound(precise.precision, IMAGES) > 0.78
 
 
 def test_a_category_with_few_positives_takes_the_threshold_of_all_tags_and_says_so(halves, log):
     """10 of 10 is at least 0.787 with 95 % confidence."""
     assert [lower_bound(1.0, 10), lower_bound(0.5, 64)] == pytest.approx([0.787, 0.3993], abs=5e-4)
-    table = calibrate(*halves, precision=0.8, recall=0.9)
-    rows = {(row.profile, row.category): row for row in table.rows if row.profile != PER_TAG}
+    rows = by_category(*halves)
     for profile in CATEGORY_PROFILES:
         rare, overall = rows[profile, 9], rows[profile, OVERALL]
         assert rare.threshold == overall.threshold and "9 positives" in rare.note and overall.note is None
         assert f"{profile} of rating: 9 positives" in log.text
     few = TagScores(fill([20], slice(20)).reduce(), VOCABULARY)
-    assert all("positives on 1" in row.note for row in calibrate(few, few, 0.9, 0.95).rows if row.profile != PER_TAG)
-    assert "is not reached" in {row.category: row for row in calibrate(*halves, 0.99, 0.9).rows[4:8]}[0].note
+    assert all("positives on 1" in row.note for row in by_category(few, few, precision=0.9, recall=0.95).values())
+    assert "is not reached" in by_category(*halves, precision=0.99)["high_precision", 0].note
 
 
 def test_thresholds_are_measured_on_other_images(halves):
