@@ -243,28 +243,26 @@ def test_the_same_pictures_and_the_same_fixed_loss_for_the_same_seed():
 
 
 def test_offloaded_networks_are_used_during_visits_alone(monkeypatch):
-    """Outside of visits their weights are NaN here, where a GPU would find them on the host."""
+    """Outside of visits their weights are doubled here, where a GPU would find them on the host."""
     picture = ["task.samples.prompts=[a cat]"]
     task, batch = build(*picture), make_batch()
     wanted = losses(task, batch), task.sample()[0]
+    decoded = sdxl.decode_latents(task.vae, torch.ones(1, 4, 8, 8))
     networks = networks_of(task, task.offloaded).values()
-    values = {network: [tensor.clone() for tensor in network.parameters()] for network in networks}
 
-    def fill(network, tensors):
-        for parameter, tensor in zip(network.parameters(), tensors):
-            parameter.data = tensor
+    def scale(networks, factor):
+        for parameter in torch.nn.ModuleList(networks).parameters():
+            parameter.data *= factor
 
     @contextmanager
     def visiting(device, *visitors):
-        for network in visitors:
-            fill(network, values[network])
+        scale(visitors, 0.5)
         yield
-        for network in visitors:
-            fill(network, [torch.full_like(tensor, float("nan")) for tensor in values[network]])
+        scale(visitors, 2.0)
 
     monkeypatch.setattr("engine.tasks.diffusion.visiting", visiting)
-    with visiting(None, *networks):
-        pass
+    scale(networks, 2.0)
+    assert not torch.equal(sdxl.decode_latents(task.vae, torch.ones(1, 4, 8, 8)), decoded)
     assert set(task.offloaded) == {"vae", *ENCODERS}
     assert torch.equal(losses(task, batch), wanted[0]) and np.array_equal(task.sample()[0], wanted[1])
     learns = "task.lora.targets=[unet.*.to_q,text_encoder*.q_proj]"

@@ -21,8 +21,8 @@ def naive(vae, predicted, true):
     caught = []
     blocks = [vae.decoder.mid_block, *vae.decoder.up_blocks]
     hooks = [block.register_forward_hook(lambda *call: caught.append(call[2].detach().double())) for block in blocks]
-    for z in (predicted, true):
-        vae.decode(z)
+    vae.decode(predicted)
+    vae.decode(true)
     for hook in hooks:
         hook.remove()
     losses = []

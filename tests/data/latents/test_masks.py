@@ -31,14 +31,13 @@ def write(folder, source, count=3):
         draw = np.random.default_rng(number).integers(0, 256, (9, 7), dtype=np.uint8)
         mask = Image.fromarray(draw).resize(SIZE_HW[::-1])
         image = Image.merge("RGB", [mask] * 3)
-        if source == "alpha" and number < count - 1:
+        if number < count - 1 and source == "alpha":
             image = Image.merge("RGBA", [Image.new("L", mask.size, 255)] * 3 + [mask])  # on black: the mask
+        if number < count - 1 and source == "beside":
+            mask.save(folder / f"images/{number}{('.mask', '-masklabel')[number]}.png")
+        if number < count - 1 and source == "folder":
+            mask.save(folder / f"masks/{number}.png")
         image.save(folder / f"images/{number}.png")
-        name = {"beside": f"images/{number}{('.mask', '-masklabel')[number % 2]}.png"}.get(
-            source, f"masks/{number}.png"
-        )
-        if source != "alpha" and number < count - 1:
-            mask.save(folder / name)
     return load(folder / "images", folder / "index")
 
 
