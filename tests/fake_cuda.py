@@ -272,11 +272,10 @@ def score_tags(counts, vocabulary):
 
 def _check_devices(learner):
     """Check that everything a step uses is on the device."""
-    tensors = {**learner.task.state_dict(), **dict(learner.task.named_buffers()), **learner.scale}
-    for state in learner.optimizer.state.values():
-        tensors |= {f"{len(tensors)} {key}": value for key, value in state.items() if isinstance(value, torch.Tensor)}
-    wrong = {name: str(tensor.device) for name, tensor in tensors.items() if tensor.device != DEVICE}
-    assert not wrong, wrong
+    task = learner.task
+    used = [task.state_dict(), dict(task.named_buffers()), learner.scale, list(learner.optimizer.state.values())]
+    devices = {tensor.device for tensor in _tensors(used)}
+    assert devices == {DEVICE}, devices
 
 
 def zeros(*shape):

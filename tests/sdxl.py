@@ -22,3 +22,12 @@ def assert_equal(found, wanted):
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():
         assert found[name].dtype == tensor.dtype and torch.equal(found[name], tensor), name
+
+
+def paint(pipeline, text, negative="", height=64, guidance=5.0, seed=0):
+    """Draw a picture with diffusers, [height, 64, 3] from 0 to 1."""
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline(
+        text, negative_prompt=negative, height=height, width=64, num_inference_steps=3, guidance_scale=guidance,
+        guidance_rescale=0.7, generator=torch.Generator().manual_seed(seed), output_type="np",
+    ).images[0]  # fmt: skip

@@ -15,6 +15,7 @@ from models.sdxl.lora import write_kohya
 from tests.engine.test_diffusion_exports import export, place  # noqa: F401 (a fixture)
 from tests.in_process import Killed, run, run_command
 from tests.models.test_sdxl_lora import build_lora, build_networks, vary
+from tests.sdxl import paint
 
 SIZE = ["pictures.image_size_hw=[64,64]", "pictures.steps=3", "device=cpu"]
 OWN = {"text": "a dog", "negative": "grey, low: quality", "image_size_hw": [96, 64], "guidance": 3.0, "seed": 7}
@@ -46,13 +47,9 @@ def test_pictures_equal_those_of_diffusers_on_the_exported_folder_and_carry_thei
     assert [*drawn] == ["00000-0.png", "00001-1.png", "00002-7.png"]
     pipeline = StableDiffusionXLPipeline.from_pretrained(export(prompts, "lora", "diffusers"), local_files_only=True)
     pipeline.scheduler = DDIMScheduler.from_config(pipeline.scheduler.config)
-    wanted = [("a cat, outdoors", "", 64, 5.0, 0), ("a cat, outdoors", "", 64, 5.0, 1)]
-    wanted += [("a dog", OWN["negative"], 96, 3.0, 7)]
-    for picture, (text, negative, height, guidance, seed) in zip(drawn.values(), wanted, strict=True):
-        theirs = pipeline(
-            text, negative_prompt=negative, height=height, width=64, num_inference_steps=3, guidance_scale=guidance,
-            guidance_rescale=0.7, generator=torch.Generator().manual_seed(seed), output_type="np",
-        ).images[0]  # fmt: skip
+    wanted = [paint(pipeline, "a cat, outdoors"), paint(pipeline, "a cat, outdoors", seed=1)]
+    wanted += [paint(pipeline, "a dog", OWN["negative"], 96, 3.0, 7)]
+    for picture, theirs in zip(drawn.values(), wanted, strict=True):
         assert np.abs(theirs - picture / 255).max() <= 1e-3 + 0.5 / 255  # half a level: PNGs are rounded
     text, settings = Image.open(prompts / "drawn/00002-7.png").text["parameters"].split("\nSteps: ")
     assert text == "a dog\nNegative prompt: grey, low: quality"

@@ -64,33 +64,36 @@ def test_both_players_resume_exactly_and_the_encoder_stays(place):
     assert len({round(value, 4) for value in begun}) == 6
 
 
-def test_exports_are_what_diffusers_and_comfyui_load(place):
-    base = MovedBase(path=str(place / "base"), vae=None)
-    task = open_weights(place / "run/weights/best_weights.safetensors", "export", base).task
-    latents = torch.randn(1, 4, 8, 8)
+@pytest.fixture(scope="module")
+def exported(place):
+    """The VAE of the run, which is exported in both formats."""
     for form in ("vae", "vae_diffusers"):
         run("export", ["run_dir=run", f"format={form}", "precision=fp16"], place)
+    base = MovedBase(path=str(place / "base"), vae=None)
+    return open_weights(place / "run/weights/best_weights.safetensors", "export", base).task.vae
+
+
+def test_exports_are_what_diffusers_and_comfyui_load(place, exported):
+    latents = torch.randn(1, 4, 8, 8)
     read = AutoencoderKL.from_pretrained(place / "run/export/vae_diffusers")
     with torch.no_grad():
-        assert torch.equal(read.decode(latents).sample, task.vae.decode(latents).sample)
+        assert torch.equal(read.decode(latents).sample, exported.decode(latents).sample)
     base = part_state("vae", draw_networks()["vae"])
     assert all(torch.equal(read.get_parameter(name), base[name]) for name in base if name.startswith("encoder."))
     alone = load_file(place / "run/export/vae/vae.safetensors")
     assert "decoder.up.3.block.0.norm1.weight" in alone and alone["decoder.mid.attn_1.q.weight"].ndim == 4
     state = {f"first_stage_model.{name}": tensor for name, tensor in alone.items()}
-    assert_equal(from_single_file("vae", state), part_state("vae", task.vae))
+    assert_equal(from_single_file("vae", state), part_state("vae", exported))
 
 
 @pytest.mark.parametrize("form", ["vae", "vae_diffusers"])
-def test_the_program_in_the_card_decodes_an_image_again(form, place):
+def test_the_program_in_the_card_decodes_an_image_again(form, place, exported):
     folder = place / f"run/export/{form}"
     image = np.random.default_rng(0).integers(0, 256, (43, 70, 3), dtype=np.uint8)
     Image.fromarray(image).save(folder / "image.png")
-    base = MovedBase(path=str(place / "base"), vae=None)
-    vae = open_weights(place / "run/weights/best_weights.safetensors", "export", base).task.vae
     with torch.no_grad():
         batch = torch.tensor(image[:40, :64]).permute(2, 0, 1)[None] / 127.5 - 1
-        wanted = vae.decode(vae.encode(batch).latent_dist.mode()).sample[0].permute(1, 2, 0)
+        wanted = exported.decode(exported.encode(batch).latent_dist.mode()).sample[0].permute(1, 2, 0)
     assert np.abs(run_program(folder, place / "base", "decoded.png") - ((wanted + 1) * 127.5).numpy()).max() < 1
 
 

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 import yaml
 
 pytest.importorskip("diffusers", reason="make install-sdxl")
@@ -19,7 +18,7 @@ from PIL import Image
 
 from engine.exports.weights import open_weights
 from tests.in_process import run, working_in
-from tests.sdxl import write_base
+from tests.sdxl import paint, write_base
 from tests.support import TINY, make_collection, refuses
 from utils.io.files import read_json
 from utils.io.weights import read_header, read_weights, write_tensors
@@ -62,15 +61,7 @@ def export(place, name, form):
 
 
 def make_pictures(pipeline):
-    pipeline.set_progress_bar_config(disable=True)
-    made = [
-        pipeline(
-            prompt, negative_prompt="", height=64, width=64, num_inference_steps=3, guidance_scale=5.0,
-            guidance_rescale=0.7, generator=torch.Generator().manual_seed(seed), output_type="np",
-        ).images[0]
-        for seed, prompt in enumerate(PROMPTS)
-    ]  # fmt: skip
-    return (np.stack(made) * 255).round()
+    return (np.stack([paint(pipeline, text, seed=seed) for seed, text in enumerate(PROMPTS)]) * 255).round()
 
 
 def differ(first, second):

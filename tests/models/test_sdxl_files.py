@@ -57,7 +57,11 @@ def file(networks, folder):
 
 
 def states(networks):
-    return {part: part_state(part, network) for part, network in networks.items()}
+    """Return the tensors of networks by part and name."""
+    whole = {}
+    for part in PARTS:
+        whole |= {f"{part}.{name}": one for name, one in part_state(part, networks[part]).items()}
+    return whole
 
 
 def test_names_and_shapes_are_those_of_the_real_sdxl():
@@ -85,8 +89,7 @@ def test_our_files_are_read_bit_exactly(networks, folder, file):
     (folder / "README.md").write_text("---\ntags: [a]\nlicense: openrail++\n---\n# SDXL\n")
     for path in (folder, file):
         found = load_networks(path)
-        for part, state in states(networks).items():
-            assert_equal(states(found)[part], state)
+        assert_equal(states(found), states(networks))
         assert found["vae"].config.scaling_factor == 0.13025
         assert {"license": "openrail++", **V_ZTSNR}.items() <= describe(path).items()
         ids = torch.randint(999, (1, 77))
@@ -99,8 +102,7 @@ def test_diffusers_reads_both(networks, folder, file):
     assert first.scheduler.config.prediction_type == "v_prediction" and not first.config.force_zeros_for_empty_prompt
     assert first.scheduler.alphas_cumprod[-1] == 0 and first.scheduler.config.timestep_spacing == "trailing"
     for pipeline in (first, second):  # tests/engine/test_diffusion_exports.py compares their pictures
-        for part, state in states(networks).items():
-            assert_equal(part_state(part, getattr(pipeline, part)), state)
+        assert_equal(states(pipeline.components), states(networks))
     assert first.tokenizer_2("a cat", padding="max_length").input_ids[-1] == 0
 
 
@@ -151,11 +153,10 @@ def test_files_of_other_programs_are_read(program, networks, file, tmp_path):
     tensors = {name: tensor for name, tensor in load_file(file).items() if name not in ("v_pred", "ztsnr")}
     tensors |= {name: one.clone() for name, one in beside.items()}
     save_file(tensors, path := tmp_path / "other.safetensors", metadata=metadata)
-    found, source = states(load_networks(path)), describe(path)
+    assert_equal(states(load_networks(path)), states(networks))
+    source = describe(path)
     assert (source["prediction_type"], source["zero_terminal_snr"]) == says
     assert source["other_noise"] is None and source["unread"] == []
-    for part, state in states(networks).items():
-        assert_equal(found[part], state)
 
 
 def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, file, tmp_path):
@@ -163,9 +164,7 @@ def test_a_first_encoder_without_prefix_float8_and_foreign_tensors(networks, fil
     tensors = {name.replace(f"{FIRST}text_model.", FIRST): one for name, one in load_file(file).items()}
     low = {name: one.to(LOW) for name, one in tensors.items()}
     save_file({**low, "model_ema.w": ONE}, path := tmp_path / "other.safetensors")
-    found = states(load_networks(path))
-    for part, state in states(networks).items():
-        assert_equal(found[part], {name: one.to(LOW).float() for name, one in state.items()})
+    assert_equal(states(load_networks(path)), {name: one.to(LOW).float() for name, one in states(networks).items()})
     assert describe(path)["unread"] == ["model_ema.w"]
 
 
@@ -175,8 +174,7 @@ def test_shards_are_those_of_the_index(variant, networks, folder, tmp_path):
     pipeline.save_pretrained(other := tmp_path / "other", max_shard_size="2MB", variant=variant)
     stale = next(other.glob("unet/*-00001-of-*"))
     shutil.copy(stale, stale.with_name("diffusion_pytorch_model-00009-of-00009.safetensors"))
-    for part, state in states(load_networks(other)).items():
-        assert_equal(state, part_state(part, networks[part]))
+    assert_equal(states(load_networks(other)), states(networks))
     shutil.copy(stale, stale.with_name(f"diffusion_pytorch_model{'.fp16' if variant else ''}.safetensors"))
     with refuses("both"):
         load_networks(other)

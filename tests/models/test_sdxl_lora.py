@@ -35,22 +35,15 @@ def build_networks():
     return {name: network.requires_grad_(False) for name, network in parts.items()}
 
 
-def run_unet(networks, prompt=None, pooled=None):
-    draw = torch.Generator().manual_seed(1)
-    latents = torch.randn(2, 4, 8, 8, generator=draw)
-    prompt = torch.randn(2, 77, 80, generator=draw) if prompt is None else prompt
-    pooled = torch.randn(2, 48, generator=draw) if pooled is None else pooled
-    conditions = {"text_embeds": pooled, "time_ids": torch.full((2, 6), 64.0)}
-    return networks["unet"](latents, torch.tensor([10, 900]), prompt, added_cond_kwargs=conditions).sample
-
-
 def run(networks):
     """Return the U-Net's output for what the text encoders make of two captions."""
-    ids = torch.randint(999, (2, 77), generator=torch.Generator().manual_seed(2))
-    first = networks["text_encoder"](ids, output_hidden_states=True)
-    second = networks["text_encoder_2"](ids, output_hidden_states=True)
+    draw = torch.Generator().manual_seed(1)
+    ids = torch.randint(999, (2, 77), generator=draw)
+    first, second = (networks[name](ids, output_hidden_states=True) for name in ("text_encoder", "text_encoder_2"))
     prompt = torch.cat([first.hidden_states[-1], second.hidden_states[-1]], dim=-1)
-    return run_unet(networks, prompt, second.text_embeds)
+    latents = torch.randn(2, 4, 8, 8, generator=draw)
+    conditions = {"text_embeds": second.text_embeds, "time_ids": torch.full((2, 6), 64.0)}
+    return networks["unet"](latents, torch.tensor([10, 900]), prompt, added_cond_kwargs=conditions).sample
 
 
 def configure(**changes):
@@ -72,17 +65,17 @@ def vary(lora):
 
 def gradients(networks, lora):
     lora.zero_grad()
-    run_unet(networks).square().mean().backward()
+    run(networks).square().mean().backward()
     return {name: parameter.grad.clone() for name, parameter in lora.named_parameters()}
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_begins_without_effect_and_trains_the_matrices_alone(kind):
     networks = build_networks()
-    before, names = run_unet(networks), set(networks["unet"].state_dict())
+    before, names = run(networks), set(networks["unet"].state_dict())
     lora = build_lora(networks, kind=kind)
     lora.attach(networks)
-    torch.testing.assert_close(run_unet(networks), before, rtol=0, atol=1e-5 if kind == "dora" else 0)
+    torch.testing.assert_close(run(networks), before, rtol=0, atol=1e-5 if kind == "dora" else 0)
     assert set(networks["unet"].state_dict()) == names
     found = gradients(networks, vary(lora))
     assert all(gradient.abs().max() > 0 for gradient in found.values())
