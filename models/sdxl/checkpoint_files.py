@@ -4,14 +4,11 @@
     StableDiffusionXLPipeline.from_single_file(FILE, config=FOLDER)
 
 diffusers ignores a single file's markers: without the folder's scheduler config, it assumes epsilon prediction.
-Headers have the hash of the tensors, like ModelSpec and kohya's LoRAs.
 Source: Stability-AI/ModelSpec:README.md (1.0.1), kohya-ss/sd-scripts:library/train_util.py,
 comfyanonymous/ComfyUI:comfy/supported_models.py.
 """
 
 import copy
-import hashlib
-import mmap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -29,31 +26,23 @@ from utils.io.weights import weight_metadata, write_tensors
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-NO_HASH = "0" * 64  # placeholder in a header until the tensors are hashed
 GENERATIVE_MODELS = "https://github.com/Stability-AI/generative-models"  # ModelSpec's implementation of single files
 
 
 def write_modelspec(
     path: Path, tensors: Mapping[str, Tensor], facts: Mapping[str, str], metadata: Mapping[str, str]
 ) -> None:
-    """Write a file with facts for ModelSpec, and replace each NO_HASH by the SHA-256 of everything after the header.
+    """Write a file with facts for ModelSpec.
 
     facts: `title`, `architecture` and `implementation`, which are required, `prediction_type` as diffusers names it,
     and `license`, `author`, `date`, `resolution`, ..., without ModelSpec's prefix; those of sd-scripts have `ss_`.
     metadata: of other programs.
     """
-    facts = {**facts, "sai_model_spec": "1.0.1", "hash_sha256": f"0x{NO_HASH}"}
+    facts = {**facts, "sai_model_spec": "1.0.1"}
     if facts.get("prediction_type"):
         facts["prediction_type"] = PREDICTIONS[facts["prediction_type"]].names[0]
     own = {name if name.startswith("ss_") else f"modelspec.{name}": text for name, text in facts.items()}
-    texts = {**metadata, **own}
-    write_tensors(path, tensors, texts)
-    with open(path, "r+b") as stream, mmap.mmap(stream.fileno(), 0) as content:
-        start = 8 + int.from_bytes(content[:8], "little")
-        with memoryview(content)[start:] as payload:
-            digest = hashlib.sha256(payload).hexdigest()
-        content[:start] = content[:start].replace(NO_HASH.encode(), digest.encode())
-        content.flush()
+    write_tensors(path, tensors, {**metadata, **own})
 
 
 def write_single_file(

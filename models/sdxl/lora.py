@@ -24,7 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.hooks import RemovableHandle
 
 from models.sdxl.changes import Change, Kind, draw_tensors, norm_like
-from models.sdxl.checkpoint_files import GENERATIVE_MODELS, NO_HASH, write_modelspec
+from models.sdxl.checkpoint_files import GENERATIVE_MODELS, write_modelspec
 from models.sdxl.family import ENCODERS, PARTS
 from models.sdxl.names import rename, text_prefix
 from models.sdxl.networks import unused_layer
@@ -157,7 +157,7 @@ def find_layers(networks: Mapping[str, nn.Module]) -> dict[str, nn.Linear | nn.C
         prefix = text_prefix(network, networks[network])
         unused = unused_layer(networks[network]) if network == "text_encoder" else None
         for name, layer in networks[network].named_modules():
-            if isinstance(layer, nn.Linear | nn.Conv2d) and (unused is None or unused not in f".{name}"):
+            if isinstance(layer, nn.Linear | nn.Conv2d) and (unused is None or unused not in name):
                 layers[f"{network}.{prefix}{name}"] = layer
     return layers
 
@@ -224,7 +224,6 @@ def write_kohya(path: Path, lora: LoRA, dtype: torch.dtype, facts: Mapping[str, 
         "ss_network_dim": str(config.rank),
         "ss_network_alpha": str(config.alpha),
         "ss_network_args": json.dumps(arguments),
-        "sshs_model_hash": NO_HASH,
     }
     facts = {**facts, "architecture": "stable-diffusion-xl-v1-base/lora", "implementation": GENERATIVE_MODELS}
     write_modelspec(path, tensors, facts, metadata)
