@@ -86,7 +86,8 @@ class BucketConfig(Strict):
 
     @model_validator(mode="after")
     def _has_squares(self) -> "BucketConfig":
-        least, most = self.min_px**2, self.max_px**2
+        least = self.min_px**2
+        most = self.max_px**2
         if not least <= max(self.areas_px) <= most or min(self.areas_px) < self.step_px**2:
             raise ValueError(
                 f"task.buckets.areas_px: the largest of {self.areas_px} must be between min_px x min_px and "

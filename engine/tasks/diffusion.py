@@ -221,10 +221,9 @@ class DiffusionTask(Task):
         needed = PARTS if config.text_cache is None else ("unet", "vae")
         self.trained = self.exported = self.averaged = trained
         self.helpers = tuple(name for name in needed if name not in trained)
-        used = {*ENCODERS} if config.trains_text else set()
-        if config.loss.perceptual is not None:
-            used.add("vae")
-        self.offloaded = tuple(name for name in ("vae", *ENCODERS) if name in {*self.helpers} - used)
+        self.offloaded = ("vae",) if config.loss.perceptual is None else ()
+        if config.text_cache is None and not config.trains_text:
+            self.offloaded += ENCODERS
         if config.judge is not None:
             self.helpers += ("judge",)
             self.choices = {"judge.recall": False, "judge.leakage": True, "judge.similarity": False}
