@@ -75,8 +75,6 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         metadata = {next(iter(images)): fault}
     none = Sidecar()
     records = [known.get(path, none).updated(rows.get(path, none)).updated(metadata.get(path, none)) for path in images]
-    if count := sum(record != none for record in records):
-        log.info("data.root: %s of %s images have a sidecar", f"{count:,}", f"{len(images):,}")
     if any(labels) and (stated := sum(record.label is not None for record in records)):
         log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
     return _build_rows(images, splits, _add_labels(list(images), labels, records))

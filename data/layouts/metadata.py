@@ -34,9 +34,6 @@ from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES
 from utils.io.files import readable
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
 
 _PATH_NAMES = [name for name, field in OTHER_NAMES.items() if field == "path"]
 
@@ -86,7 +83,6 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
                 sidecars[path] = _parse_entry(f"{str(root / name)!r}, {key!r}", record, unused)
             else:
                 unused.add(f"entries of {name} without an image", key)
-        log.info("%s: %s of %s entries match an image", name, f"{len(sidecars):,}", f"{len(entries):,}")
     return sidecars
 
 
@@ -131,9 +127,7 @@ def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) ->
     images = sorted(images)
     by_name = {os.path.splitext(os.path.basename(path))[0]: path for path in images}
     sidecars: dict[str, Sidecar] = {}
-    count = 0
     for where, post in _iterate_posts(file):
-        count += 1
         names = [str(post[name]) for name in ("id", "md5") if post.get(name) is not None]
         path = next((by_name[name] for name in names if name in by_name), None)
         if path is not None and path not in sidecars:
@@ -142,7 +136,6 @@ def read_posts(root: Path, file: Path, images: Iterable[str], unused: Unused) ->
         raise UserError(
             f"data.root: no post of {str(file)!r} has one of the {len(images):,} images; name images by id or md5"
         )
-    log.info("%s: %s of %s posts have an image", file.name, f"{len(sidecars):,}", f"{count:,}")
     unused.add(f"images without a post in {file.name}", *(path for path in images if path not in sidecars))
     return sidecars
 

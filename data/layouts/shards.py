@@ -31,10 +31,7 @@ from utils.errors import UserError, about
 from utils.io.files import readable, write_atomically
 from utils.io.memo import files_key
 from utils.ranks.processes import count_cores, map_in_processes
-from utils.record.logging import get_logger
 from utils.record.progress import track
-
-log = get_logger(__name__)
 
 _TAR = ".tar"
 _PARQUET = ".parquet"
@@ -81,7 +78,6 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
         why = "".join(f"; {line}" for _, line in unused.describe())
         raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
     table = pa.concat_tables(tables)
-    log.info("data.root: %s images in %d shards (%s)", f"{len(table):,}", len(files), show_some(list(files)))
     return build_table(dict(zip(table.column_names, table.columns)))
 
 

@@ -59,14 +59,12 @@ class Manifest(Tool):
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=verify)
-            damaged = {path: fact for path, fact in zip(paths, facts) if fact.is_damaged}
-            columns = {
-                "sha256": [fact.sha256 for fact in facts],
-                "weight": [0.0 if fact.is_damaged else 1.0 for fact in facts],
-                **{name: [getattr(fact, name) for fact in facts] for name in (_DECODED if verify else ())},
-            }
+            damaged = {path: f"unreadable: {fact.reason}" for path, fact in zip(paths, facts) if fact.is_damaged}
+            columns: dict[str, list] = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
             if damaged:
-                columns["reason"] = [f"unreadable: {fact.reason}" if fact.is_damaged else None for fact in facts]
+                columns["reason"] = [damaged.get(path) for path in paths]
+            for name in ("sha256", *(_DECODED if verify else ())):
+                columns[name] = [getattr(fact, name) for fact in facts]
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
             if self.duplicates:
@@ -81,8 +79,8 @@ class Manifest(Tool):
             save_manifest(folder, table, scanned_ns=scanned_ns)
         if damaged:
             for path in list(damaged)[:_NAMED]:
-                log.warning("%s: unreadable: %s", path, damaged[path].reason)
-            kinds = Counter(fact.kind for fact in damaged.values()).most_common()
+                log.warning("%s: %s", path, damaged[path])
+            kinds = Counter(fact.kind for fact in facts if fact.is_damaged).most_common()
             log.warning(
                 "%s of %s images are unreadable and get weight 0 (see the column reason): %s; replace or remove them, "
                 "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",

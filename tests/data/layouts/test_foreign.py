@@ -14,6 +14,7 @@ from data.images.bytes import open_contents
 from data.open import open_images
 from tests.data.collection.test_collection import load as load_into
 from tests.data.collection.test_collection import put
+from tests.data.layouts.test_manifest import write_rows
 from tests.support import data_config, refuses
 
 
@@ -249,15 +250,7 @@ def test_the_tables_of_imagefolder_are_read(form, tmp_path, load, log):
     (root / "train/c/0.txt").write_text("a, b")
     rows = {"file_name": ["c/0.png", "x\\1.png", "gone.png"], "text": ["one", "two", "three"], "label": ["A", "B", "A"]}
     rows["score"] = [0.5, 1.5, 2]
-    match form:
-        case "jsonl":
-            lines = [json.dumps(dict(zip(rows, values))) + "\n" for values in zip(*rows.values())]
-            (root / "train/metadata.jsonl").write_text("".join(lines))
-        case "csv":
-            lines = [",".join(map(str, values)) + "\n" for values in (rows, *zip(*rows.values()))]
-            (root / "train/metadata.csv").write_text("".join(lines))
-        case "parquet":
-            write_parquet(root / "train/metadata.parquet", pa.table(rows))
+    write_rows(root / f"train/metadata.{form}", rows)
     found = load(root)
     assert [(row.path, row.label, row.caption, row.tags) for row in map(found.row, range(len(found)))] == [
         ("train/c/0.png", "A", "one", ("a", "b")),

@@ -25,6 +25,19 @@ def jsonl(root, rows):
     return root
 
 
+def write_rows(file, columns):
+    """Write columns as the form that the file's ending names."""
+    rows = list(zip(*columns.values()))
+    match file.suffix:
+        case ".jsonl":
+            file.write_text("".join(json.dumps(dict(zip(columns, row))) + "\n" for row in rows))
+        case ".csv":
+            lines = [["" if value is None else str(value) for value in row] for row in (columns, *rows)]
+            file.write_text("".join(",".join(line) + "\n" for line in lines))
+        case ".parquet":
+            pq.write_table(pa.table(columns), file)
+
+
 def parquet(root, **arrays):
     pq.write_table(pa.table(arrays), root / "manifest.parquet")
     return root
@@ -195,13 +208,7 @@ def test_further_columns_are_kept_with_their_types(form, opened, root, log):
     put(root, "a.png", "b.png")
     names = {"path": ["a.png", "b.png"], "score": [1, 2.5], "hash": ["f0", None], "width": [9, 8]}
     nested = {"vector": [[0.5, 1.0], [2.0]], "extra": [{"a": 1}, None]}
-    match form:
-        case "jsonl":
-            jsonl(root, [dict(zip((*names, *nested), row)) for row in zip(*names.values(), *nested.values())])
-        case "csv":
-            (root / "manifest.csv").write_text("path,score,hash,width\na.png,1,f0,9\nb.png,2.5,,8\n")
-        case "parquet":
-            parquet(root, **names, **nested)
+    write_rows(root / f"manifest.{form}", names if form == "csv" else names | nested)
     collection = opened(root)
     assert collection.column("score").tolist() == [1.0, 2.5] and collection.column("hash").tolist() == ["f0", None]
     assert collection.column("width").dtype == np.int64 and collection.row(1).width == 8

@@ -28,8 +28,9 @@ def place(tmp_path_factory):
     """Return a folder with the files of a collection and with its shards, which are of about 20 KiB."""
     place = tmp_path_factory.mktemp("pack")
     make_collection(place / "files", per_class=6, validation=2)
-    write_manifest(place / "files")
+    write_manifest(place / "files", verify=True)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("data.tools.pack.upright_size", lambda content, name: pytest.fail("the manifest states the size"))
         patch.setattr("data.tools.pack._MIB", 2**14)
         pack_collection(load(place / "files", place / "cache"), place / "packed")
     return place
@@ -63,6 +64,7 @@ def shards(folder):
 def test_a_packed_collection_is_the_collection(collections, place):
     files, packed = collections
     assert packed.fingerprint == files.fingerprint and packed.is_packed and not files.is_packed
+    assert files.stated_sizes().tolist() == packed.stated_sizes().tolist() and files.stated_sizes().all()
     contents = open_contents(packed)
     for row in range(len(files)):
         assert contents.read(row) == open_contents(files).read(row)
@@ -94,16 +96,6 @@ def test_the_index_has_the_sizes_of_upright_images(tmp_path, pack):
     pq.write_table(pq.read_table(manifest).drop_columns(["width", "height"]), manifest)
     with refuses(r"^data\.root: .*image sizes.*job=pack"):
         image_sizes(load(tmp_path / "packed", tmp_path / "cache"), np.arange(3), tmp_path / "none.json")
-
-
-def test_what_a_manifest_states_of_the_pixels_is_kept(tmp_path, pack, monkeypatch):
-    make_collection(tmp_path / "files", per_class=2, validation=1)
-    Image.new("RGBA", (8, 8), (0, 0, 0, 0)).save(tmp_path / "files/train/A/clear.png")
-    write_manifest(tmp_path / "files", verify=True)
-    monkeypatch.setattr("data.tools.pack.upright_size", lambda content, name: pytest.fail("read again"))
-    pack(load(tmp_path / "files", tmp_path / "cache"), tmp_path / "packed")
-    files, packed = (load(tmp_path / name, tmp_path / "cache") for name in ("files", "packed"))
-    assert files.stated_sizes().tolist() == packed.stated_sizes().tolist() and files.stated_sizes().all()
 
 
 def test_webdataset_reads_the_shards(collections, place):
