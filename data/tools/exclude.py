@@ -1,7 +1,7 @@
 """Jobs that change the manifest of job=manifest: filter and duplicates write weight 0 and a reason, split the splits.
 
-A `Finder` also restores images that an earlier call excluded and this one does not find. It never changes a manifest of
-the user's: it writes a changed copy into the folder for reports.
+A `Finder` also restores images that an earlier call excluded and this one does not find. A manifest of the user's is
+refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -19,11 +19,10 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.images.decode import Decoder
 from data.images.open import read_file
-from data.layouts.manifest import find_manifest, read_table, refuse_foreign, save_manifest, scanned_at
+from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.table import TYPES, replace_column
 from data.layouts.tables import read_parquet
-from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 from data.open import load_collection
 from data.tools.measure import FileFacts, measure_files
@@ -56,27 +55,23 @@ class Finder(Tool):
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
-        file = find_manifest(root)
-        is_ours = file is None or scanned_at(file) is not None
-        folder = root if is_ours else Path(self.report)
-        with open_journal("data.root", folder / PARQUET):
-            table = read_own_manifest(root) if is_ours else read_table(file, Unused())
-            table, count = exclude(table, self.name, reasons)
+        with open_journal("data.root", root / PARQUET):
+            table, count = exclude(read_own_manifest(root), self.name, reasons)
             if groups:
                 known = table["group"].to_pylist() if "group" in table.column_names else [None] * len(table)
                 now = [groups.get(path, number) for path, number in zip(table["path"].to_pylist(), known)]
                 table = replace_column(table, "group", pa.array(now, TYPES["group"]))
-            save_manifest(folder, table)
-        copied = f" in {folder / PARQUET}; to use it, put it in the place of your {file.name}" if not is_ours else ""
-        return f"{count:,} images excluded ({listing}){copied}"
+            save_manifest(root, table)
+        return f"{count:,} images excluded ({listing})"
 
 
 def read_own_manifest(root: Path) -> pa.Table:
     """Return the manifest that job=manifest wrote. Raises UserError (`data.root`) if it is absent or foreign."""
-    if not (root / PARQUET).is_file():
+    file = find_manifest(root)
+    if file is None:
         raise UserError(f"data.root: {str(root)!r} has no {PARQUET}; run prepare.py job=manifest first")
-    refuse_foreign(root / PARQUET)
-    return read_parquet(root / PARQUET)
+    refuse_foreign(file)
+    return read_parquet(file)
 
 
 def _read_reasons(table: pa.Table) -> list[str | None]:

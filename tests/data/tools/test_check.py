@@ -161,15 +161,12 @@ def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
 
 
-def test_a_manifest_of_the_users_is_changed_in_a_copy(root, tmp_path):
-    content = "path,split,caption\ncat/2.jpg,val,mine\ndog/copy.png,train,\ndog/1.png,train,other"
+def test_a_manifest_of_the_users_is_refused_after_the_list(root, tmp_path):
+    content = "path\ncat/2.jpg\ndog/copy.png"
     (root / "manifest.csv").write_text(content)
-    words = ["job=duplicates", *FOLDER, "job.apply=true"]
-    assert "put it in the place of your manifest.csv" in run("prepare", words, tmp_path)
-    cat, dog, other = pq.read_table(tmp_path / "outputs/care/manifest.parquet").to_pylist()
-    assert (cat["weight"], cat["group"], dog["group"], dog["weight"]) == (None, -1, -1, 0.0)
-    assert cat["caption"] == "mine" and other["group"] is None
-    assert (root / "manifest.csv").read_text() == content
+    with refuses(r"^data\.root: .*manifest\.csv' was not written by job=manifest"):
+        run("prepare", ["job=duplicates", *FOLDER, "job.apply=true"], tmp_path)
+    assert list(listed(tmp_path, "duplicates")) == ["cat/2.jpg"] and (root / "manifest.csv").read_text() == content
 
 
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
