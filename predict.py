@@ -49,7 +49,7 @@ from engine.exports.weights import MovedBase, load_predictor
 from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
-from utils.config.bounds import Count, Fraction, Pixels, Workers
+from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
 from utils.errors import UserError, about
@@ -94,7 +94,7 @@ class PredictConfig(Strict):
     batch_size: Count
     max_pixels: Pixels
     device: Literal["auto", "cpu", "cuda"]
-    workers: Literal["auto"] | Workers
+    workers: Literal["auto"] | CountOrZero
     dry_run: bool
 
     @model_validator(mode="after")

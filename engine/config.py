@@ -15,11 +15,9 @@ from utils.config.bounds import (
     Patience,
     Pixels,
     Positive,
-    Processes,
     Seed,
     Share,
     Side,
-    Workers,
 )
 from utils.config.messages import ConfigError, validate
 from utils.config.schema import PathText, Strict, TermsText
@@ -76,8 +74,8 @@ class MachineConfig(Strict):
     device: Literal["auto", "cpu", "cuda"]
     precision: Literal["auto", "fp32", "bf16", "fp16"]
     channels_last: Literal["auto"] | bool
-    workers: Literal["auto"] | Workers
-    threads: Processes | None
+    workers: Literal["auto"] | CountOrZero
+    threads: Count | None
     deterministic: bool
     hang_timeout_sec: Patience
 
@@ -88,7 +86,7 @@ class RuntimeConfig(MachineConfig):
     parallel: Literal["ddp", "fsdp"]
     compile: Literal["auto"] | bool
     cuda_graphs: bool
-    prefetch_batches: Processes
+    prefetch_batches: Count
     grad_checkpointing: bool
     offload: bool
     memory_gib: Positive | None

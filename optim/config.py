@@ -4,7 +4,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, JsonValue, model_validator
 
-from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Rate, Share
+from utils.config.bounds import BelowOne, Count, CountOrZero, DurationOrZero, Factor, Share
 from utils.config.schema import Strict
 
 _JOINT = ("lamb", "adan", "bnb", "fused")  # parts of timm's names: all gradients or steps together, or not tried
@@ -23,8 +23,8 @@ class _Optim(Strict):
     """The keys of every optimiser. keeps_layout: it changes the values of parameters, never their memory."""
 
     keeps_layout: ClassVar[bool] = True
-    lr: Rate | None  # takes precedence over base_lr
-    base_lr: Rate  # for 256 samples per step
+    lr: Factor | None  # takes precedence over base_lr
+    base_lr: Factor  # for 256 samples per step
     weight_decay: Factor
     layer_decay: Share
     layer_decay_kind: Literal["single", "group", "timm"]
@@ -119,7 +119,7 @@ class CosineConfig(_Schedule):
     """
 
     name: Literal["cosine"]
-    min_lr: Rate
+    min_lr: Factor
     restarts: CountOrZero
 
 

@@ -4,7 +4,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from utils.config.bounds import Count, CountOrZero, Processes, Workers
+from utils.config.bounds import Count, CountOrZero
 from utils.config.help import CONF, ROOT
 from utils.config.schema import PathText, Strict
 
@@ -19,9 +19,9 @@ class LaunchConfig(Strict):
     script: Script
     folder: PathText
     nodes: Count
-    gpus_per_node: Workers
-    ranks_per_node: Processes | None  # null: one for each GPU, 1 without GPUs
-    cpus_per_rank: Processes | None
+    gpus_per_node: CountOrZero
+    ranks_per_node: Count | None  # null: one for each GPU, 1 without GPUs
+    cpus_per_rank: Count | None
     time_min: Count
     stop_before_end_sec: Annotated[int, Field(ge=1, le=65535)]  # before the job's time ends, it is asked to save
     max_requeues: CountOrZero  # how often a stopped job continues

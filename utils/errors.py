@@ -90,7 +90,4 @@ def close_names(name: str, known: Iterable[str]) -> str:
     """Return `close: a, b` with the nearest known names, or `known: ...` with the first names if none is near."""
     known = sorted(known)
     near = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
-    if near:
-        return "close: " + ", ".join(near)
-    more = f", ... ({len(known)} in all)" if len(known) > _SHOWN else ""
-    return "known: " + ", ".join(known[:_SHOWN]) + more
+    return f"close: {', '.join(near)}" if near else f"known: {', '.join(known[:_SHOWN])}"

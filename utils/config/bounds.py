@@ -7,8 +7,6 @@ from pydantic import Field
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
 Count = Annotated[int, Field(ge=1, le=10**9)]  # steps, images, jobs
 CountOrZero = Annotated[int, Field(ge=0, le=10**9)]
-Processes = Annotated[int, Field(ge=1, le=1024)]  # processes or threads of one machine
-Workers = Annotated[int, Field(ge=0, le=1024)]
 Side = Annotated[int, Field(ge=1, le=16_384)]  # pixels
 Width = Annotated[int, Field(ge=1, le=65_536)]
 Pixels = Annotated[int, Field(ge=1, le=10**12)]
@@ -16,7 +14,6 @@ Pixels = Annotated[int, Field(ge=1, le=10**12)]
 Fraction = Annotated[float, Field(ge=0, le=1)]
 Share = Annotated[float, Field(ge=1e-6, le=1)]
 BelowOne = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(ge=0, le=1e4)]  # a learning rate
 Factor = Annotated[float, Field(ge=0, le=1e6)]
 Positive = Annotated[float, Field(ge=1e-30, le=1e30)]  # representable in float32
 Duration = Annotated[float, Field(ge=1e-6, le=1e9)]  # in epochs or minutes

@@ -55,7 +55,7 @@ def describe(script: Path, documentation: str, words: Sequence[str] = ()) -> str
         known = list_options(group, script.stem)
         name = chosen[group] if chosen.get(group) in known else name
         if (CONF / group).is_dir():
-            lines += ["", f"{group}={name}  ({', '.join(known[:20])}{', ...' if len(known) > 20 else ''})"]
+            lines += ["", f"{group}={name}  ({', '.join(known)})"]
         if name in known:
             lines += [f"  {line}" for line in _read(CONF / group, name)]
     return "\n".join([*lines, "", "Examples:", examples])

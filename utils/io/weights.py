@@ -145,7 +145,7 @@ def read_torch(path: Path, which: str = "model") -> tuple[dict[str, Tensor], dic
     if isinstance(content, dict):
         states = [name for names in ENTRIES.values() for name in names if isinstance(content.get(name), dict)]
         if states:
-            metadata["entries"] = [str(name)[:_SHOWN_CHARACTERS] for name in content]
+            metadata["entries"] = list(map(str, content))
             if isinstance(licence := content.get("license"), str):
                 metadata["origin"] = {"license": licence[:_SHOWN_CHARACTERS]}
             chosen = next((name for name in ENTRIES[which] if name in states), states[0])

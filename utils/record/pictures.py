@@ -21,12 +21,12 @@ Line = tuple[str, str]  # a caption's line: text and colour
 _FRAME = (206, 212, 218)
 _LINE_PX = 18  # height of a caption's line
 _CHARACTER_PX = 8
+_LINE_CHARACTERS = 27  # of a wrapped text
 _PADDING_PX = 8  # between tiles
 _CODE_POINT = re.compile(r"U\+(10[0-9A-F]{4}|[0-9A-F]{4,5})")
-_LONGEST = 200  # characters of a name
 
 
-def legible(name: str, longest: int = _LONGEST) -> str:
+def legible(name: str) -> str:
     """Return a class's name for a picture, on one line.
 
     A code point (`U+0041`, as in the glyphs) becomes its character, a combining one on a dotted circle, unless the
@@ -36,7 +36,7 @@ def legible(name: str, longest: int = _LONGEST) -> str:
     char = chr(int(named[1], 16)) if named else " "
     kind = unicodedata.category(char)[0]
     if kind in "ZC":  # separators and controls
-        return " ".join(name[:longest].split())
+        return " ".join(name.split())
     return f"◌{char}" if kind == "M" else char
 
 
@@ -45,9 +45,9 @@ def shorten(text: str, most: int) -> str:
     return text if len(text) <= most else f"{text[: most // 2].rstrip()}…{text[len(text) - (most - 1) // 2 :].lstrip()}"
 
 
-def wrap(text: str, most_lines: int, width: int = 27) -> list[str]:
-    """Return a text as legible lines of `width` characters; the last may end in …."""
-    return textwrap.wrap(legible(text, width * most_lines), width, max_lines=most_lines, placeholder="…")
+def wrap(text: str, most_lines: int) -> list[str]:
+    """Return a text as legible lines; the last may end in …."""
+    return textwrap.wrap(legible(text), _LINE_CHARACTERS, max_lines=most_lines, placeholder="…")
 
 
 def _to_tile(image: np.ndarray, tile_px: int) -> Image.Image:

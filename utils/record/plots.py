@@ -91,8 +91,6 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Plot every figure of a run over its steps; none if an epoch ended before the first log."""
     evaluated = _names(rows, "evaluate")
     hidden = {_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS}
-    if not any(series(rows, "skipped_steps", "train")[1]):
-        hidden.add("skipped_steps")
     panels = list_curves(evaluated, _names(rows, "train") - hidden)
     if not panels:
         return

@@ -56,9 +56,8 @@ def write_report(
     for name, rows in tables.items():
         write_table(folder / "tables" / f"{prefix}{name}.csv", rows)
     for name, image in images.items():
-        write_atomically(
-            folder / "plots" / f"{prefix}{name}.png", lambda file, image=image: Image.fromarray(image).save(file, "PNG")
-        )
+        picture = Image.fromarray(image)
+        write_atomically(folder / "plots" / f"{prefix}{name}.png", partial(picture.save, format="PNG"))
 
 
 def keep_pictures(folder: Path, step: int, names: Iterable[str]) -> None:

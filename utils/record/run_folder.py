@@ -35,10 +35,9 @@ from utils.io.files import (
 )
 from utils.io.safe_text import hide_secrets, hide_secrets_in
 from utils.ranks import distributed
-from utils.record.logging import get_logger, log_copied_to, restart_count
+from utils.record.logging import log_copied_to, restart_count
 from utils.record.run_reader import COMPLETE_FILE, CONFIG_FILE, LOCK_FILE, NOTE_VARIABLE, OVERRIDES_FILE
 
-log = get_logger(__name__)
 
 GIT_FILE = "git_state.json"
 ENVIRONMENT_FILE = "environment.json"
@@ -107,7 +106,6 @@ def open_run_folder(config: dict[str, Any], job: Job) -> Iterator[RunFolder]:
     folder = RunFolder(path, hide_secrets_in(config), job)
     with ExitStack() as stack:
         distributed.rank_zero_call(lambda: _open(folder, stack))
-        log.debug("run folder: %s", path)
         yield folder
 
 

@@ -6,7 +6,7 @@ W&B writes from a separate process and TensorBoard from a thread, so calls are c
 import os
 import secrets
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -31,28 +31,24 @@ class Tracker:
     """Pass values to a writer. After a first failed call, log a warning and make no more calls."""
 
     def __init__(self, writer: "_Wandb | _Tensorboard") -> None:
-        self._writer = writer
-        self._failed = False
+        self._writer: _Wandb | _Tensorboard | None = writer
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         """Record the values of a step."""
-        self._try(self._writer.add, step, values)
+        self._try("add", step, values)
 
     def close(self, status: int | None) -> None:
         """Write pending values. status: 0 for a complete run, 1 for a failed one, None for a stopped one."""
-        self._try(self._writer.close, status)
+        self._try("close", status)
 
-    def _try(self, call: Callable[..., None], *arguments: Any) -> None:
-        if self._failed:
+    def _try(self, method: str, *arguments: Any) -> None:
+        if self._writer is None:
             return
         try:
-            call(*arguments)
+            getattr(self._writer, method)(*arguments)
         except Exception as error:  # a server, a disk, a foreign library
-            self._failed = True
-            log.warning(
-                "tracking: %s failed (%s: %s) and is disabled; metrics.jsonl has every row",
-                self._writer.name, type(error).__name__, error,
-            )  # fmt: skip
+            log.warning("tracking: %s failed (%r) and is disabled; metrics.jsonl has all", self._writer.name, error)
+            self._writer = None
 
 
 class _Tensorboard:

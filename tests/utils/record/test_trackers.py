@@ -208,5 +208,5 @@ def test_a_tracker_that_fails_is_named_once_and_ends_no_run(images, tmp_path, mo
     monkeypatch.setattr("utils.record.trackers._Tensorboard.add", fail)
     fine_tune(images, tmp_path, "loop.total_steps=3", "tracking=tensorboard")
     (warning,) = re.findall("tracking: .*", (tmp_path / "run/log.txt").read_text())
-    assert "TensorBoard failed (OSError: No space left on device)" in warning
+    assert "TensorBoard failed (OSError('No space left on device'))" in warning
     assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 3
