@@ -47,7 +47,9 @@ class Tracker:
         try:
             getattr(self._writer, method)(*arguments)
         except Exception as error:  # a server, a disk, a foreign library
-            log.warning("tracking: %s failed (%r) and is disabled; metrics.jsonl has all", self._writer.name, error)
+            log.warning(
+                "tracking: %s failed (%s) and is disabled; metrics.jsonl has all", self._writer.name, repr(error)
+            )
             self._writer = None
 
 
