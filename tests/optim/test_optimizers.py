@@ -13,7 +13,6 @@ from optim.build import at_average, build_optimizer, check_optimizer, to_trainin
 from optim.config import OptimConfig, ScheduleConfig
 from optim.groups import build_groups, set_group_values
 from optim.schedules import GroupValues, Schedule
-from optim.state import load_optimizer_state, optimizer_state
 
 STEPS = 10
 CONSTANT, ONE_CYCLE = (
@@ -45,14 +44,6 @@ def set_gradients(model, step, poison=None):
         parameter.grad = torch.randn(parameter.shape, generator=generator).to(parameter.dtype)
     if poison is not None:
         next(model.parameters()).grad[0, 0] = poison
-
-
-def test_a_rule_that_changes_on_resume_counts():
-    """A state has nothing of the settings of a group."""
-    first, second = (build("adamw", network(), rules=[{"match": "2.*", "lr_scale": scale}]) for scale in (0.5, 0.1))
-    tensors, others = optimizer_state(first)
-    load_optimizer_state(second, tensors, others, "here")
-    assert {group["lr_scale"] for group in second.param_groups} == {0.1, 1.0} and others == {}
 
 
 def test_rounding_is_unbiased_and_goes_to_a_neighbour():
