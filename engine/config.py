@@ -133,10 +133,8 @@ class TrainingConfig(Strict):
         elif phase.image_size_hw is None and phase.areas_px is not None and buckets and not buckets.sizes_hw:
             values["task"]["buckets"] = buckets.of_areas(phase.areas_px).model_dump()
         else:
-            raise ValueError(
-                f"{key}: a phase has one size: image_size_hw, or for SDXL and its VAE areas_px (with "
-                "task.buckets.sizes_hw=null); set one that this run reads"
-            )
+            areas = "areas_px with task.buckets.sizes_hw=null"
+            raise ValueError(f"{key}: set one size: image_size_hw, or for SDXL and its VAE {areas}")
         try:
             return validate(values, type(self))
         except ConfigError as error:
@@ -164,10 +162,7 @@ class TrainingConfig(Strict):
     def _phases_fit(self) -> Self:
         total = math.fsum(phase.fraction for phase in self.loop.phases or ())
         if total > 1 - 1e-6:
-            raise ValueError(
-                f"loop.phases: the fractions add up to {total:g}; set less than 1 in all: the rest of the run has its "
-                "own size"
-            )
+            raise ValueError(f"loop.phases: the fractions add up to {total:g}; set less than 1 in all")
         self.at_phases()
         return self
 
