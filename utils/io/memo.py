@@ -46,11 +46,12 @@ def measure_once(
     measure: Callable[[list[Path]], Iterable[Any]],
     store: Path,
     what: str,
+    is_kept: Callable[[Any], bool] = lambda value: value is not None,
 ) -> list[Any]:
     """Return a JSON value for each file; `measure` yields the values of new and changed files in order.
 
     store: the cache, a file of lines. A killed process loses at most one value. If `measure` changes, change this name.
-    what: text for the progress bar. None is not cached.
+    what: text for the progress bar. is_kept: whether to cache a value.
     """
     names = {path: os.path.abspath(path) for path in paths}
     versions = {path: file_version(path) for path in names}  # before the files are read
@@ -65,7 +66,7 @@ def measure_once(
             lines.write("\n")  # the last line may be incomplete
     for path, value in track(zip(waiting, measure(waiting)), len(waiting), what):
         values[path] = value
-        if lines is not None and versions[path] is not None and value is not None:
+        if lines is not None and versions[path] is not None and is_kept(value):
             lines.write(json.dumps([names[path], versions[path], value]) + "\n")
     if lines is not None:
         lines.close()
