@@ -103,9 +103,12 @@ class AugmentConfig(Strict):
     def describe(self, task_mirrors: bool) -> str:
         """Describe image size and augmentation in one line; task_mirrors: whether the task flips images."""
         height, width = self.image_size_hw
-        steps = [] if self.pad == "none" else [f"pad={self.pad}"]
-        steps += [f"crops of {self.crop_scale[0]:.0%} to {self.crop_scale[1]:.0%}"] if self.crop_scale[0] < 1 else []
-        steps.append("mirror" if self.horizontal_flip or task_mirrors else "no mirror")
+        low, high = self.crop_scale
+        steps = [
+            "" if self.pad == "none" else f"pad={self.pad}",
+            f"crops of {low:.0%} to {high:.0%}" if low < 1 else "",
+            "mirror" if self.horizontal_flip or task_mirrors else "no mirror",
+        ]
         names = ("affine", "color_jitter", "rand_augment", "random_erasing")
         steps += [name for name in names if getattr(self, name)]
-        return f"{height} x {width} px; {', '.join(steps)}"
+        return f"{height} x {width} px; {', '.join(filter(None, steps))}"

@@ -37,6 +37,11 @@ def columns(collection, *names):
     return [tuple(row) for row in zip(*(collection.table[name].to_pylist() for name in names))]
 
 
+def listed(collection, *names):
+    """Return the values of each row in one text."""
+    return [" ".join(map(str, row)) for row in columns(collection, *names)]
+
+
 @pytest.fixture
 def root(tmp_path):
     (tmp_path / "root").mkdir()
@@ -65,12 +70,12 @@ def refuse(opened, tmp_path):
 def test_class_folders_with_splits(opened, root):
     put(root, "train/cat/b.png", "train/cat/deep/er/a.png", "train/dog/a.png", "val/cat/a.png", "Valid/dog/a.png")
     collection = opened(root)
-    assert columns(collection, "path", "split", "label") == [
-        ("Valid/dog/a.png", "val", "dog"),
-        ("train/cat/b.png", "train", "cat"),
-        ("train/cat/deep/er/a.png", "train", "cat"),
-        ("train/dog/a.png", "train", "dog"),
-        ("val/cat/a.png", "val", "cat"),
+    assert listed(collection, "path", "split", "label") == [
+        "Valid/dog/a.png val dog",
+        "train/cat/b.png train cat",
+        "train/cat/deep/er/a.png train cat",
+        "train/dog/a.png train dog",
+        "val/cat/a.png val cat",
     ]
     assert collection.rows("train").tolist() == [1, 2, 3] and collection.rows("val").dtype == np.int64
     assert collection.absolute_path(4) == root / "val/cat/a.png"
@@ -79,26 +84,16 @@ def test_class_folders_with_splits(opened, root):
 
 def test_class_folders_without_splits_and_flat_folders(opened, root, tmp_path):
     put(root, "cat/a.png", "dog/x/a.png")
-    assert columns(opened(root), "path", "split", "label") == [
-        ("cat/a.png", "train", "cat"),
-        ("dog/x/a.png", "train", "dog"),
-    ]
+    assert listed(opened(root), "path", "split", "label") == ["cat/a.png train cat", "dog/x/a.png train dog"]
     flat = put(tmp_path / "flat", "b.PNG", "a.png", "._a.png", ".trash/b.png")
     (flat / "notes.md").write_text("not an image")
-    assert columns(opened(flat), "path", "split", "label") == [("a.png", "train", None), ("b.PNG", "train", None)]
+    assert listed(opened(flat), "path", "split", "label") == ["a.png train None", "b.PNG train None"]
 
 
 def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, log):
-    others = [
-        "cat/a-masklabel.png",
-        "cat/A-CondLabel.PNG",
-        "cat/a.mask.png",
-        "cat/@eaDir/a.png/T.jpg",
-        "#recycle/a.png",
-        "cat/._a.png",
-    ]
-    put(root, "cat/a.png", "dog/b.png", *others, "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
-    assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/b.png", "dog")]
+    others = "cat/a-masklabel.png cat/A-CondLabel.PNG cat/a.mask.png cat/@eaDir/a.png/T.jpg #recycle/a.png cat/._a.png"
+    put(root, "cat/a.png", "dog/b.png", *others.split(), "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
+    assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/b.png dog"]
     assert "3 masks, except by task.mask: cat/A-CondLabel.PNG" in log.text
     assert "5 hidden names, thumbnails, bins and indexes of systems: " in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
@@ -121,7 +116,7 @@ def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
     put(tmp_path / "elsewhere", "x.png")
     put(root, "cat/a.png")
     (root / "dog").symlink_to(tmp_path / "elsewhere")
-    assert columns(opened(root), "path", "label") == [("cat/a.png", "cat"), ("dog/x.png", "dog")]
+    assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/x.png dog"]
 
 
 @pytest.mark.parametrize(

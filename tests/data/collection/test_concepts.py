@@ -8,7 +8,8 @@ import pytest
 from data.collection.collection import Collection, describe_concepts
 from data.collection.concepts import ConceptConfig, count_positions, find_repeats, share_out
 from data.collection.index import index_collection
-from tests.data.collection.test_collection import columns, put
+from tests.data.collection.test_collection import listed, put
+from tests.support import refuses
 from utils.errors import UserError
 
 
@@ -58,9 +59,8 @@ def test_largest_remainders_add_up():
     ],
 )
 def test_impossible_shares_are_refused(concepts, counts, key):
-    with pytest.raises(UserError) as caught:
+    with refuses(f"^{key}"):
         count_positions([concept(**each) for each in concepts], np.array(counts))
-    assert str(caught.value).startswith(key)
 
 
 def test_folders_become_one_table(opened, tmp_path, log):
@@ -71,13 +71,13 @@ def test_folders_become_one_table(opened, tmp_path, log):
     concepts.append(concept(str(tmp_path / "else"), trigger="thing", captions={"shuffle": True}))
     collection = opened(tmp_path / "root", *concepts, fraction=0.5)
     other = str(tmp_path / "else")
-    assert columns(collection, "path", "concept", "caption") == [
-        (f"{other}/e.png", 3, "thing"),
-        (f"{other}/f.png", 3, "thing"),
-        ("dog/a/a.png", 0, "a dog"),
-        ("dog/a/b.png", 0, "a dog"),
-        ("dog/in/c.png", 1, "a dog"),
-        ("reg/val/d.png", 2, "a dog"),
+    assert listed(collection, "path", "concept", "caption") == [
+        f"{other}/e.png 3 thing",
+        f"{other}/f.png 3 thing",
+        "dog/a/a.png 0 a dog",
+        "dog/a/b.png 0 a dog",
+        "dog/in/c.png 1 a dog",
+        "reg/val/d.png 2 a dog",
     ]
     assert collection.concepts == concepts and all(collection.absolute_path(row).is_file() for row in range(6))
     validated = collection.concept_ids()[collection.rows("val")].tolist()
