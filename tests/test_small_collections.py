@@ -24,18 +24,17 @@ NONE = ["data.validation_fraction=0"]
 
 
 def fill(root, layout, count):
-    """Write images of two classes with captions of two tags."""
-    rows = ["path,label,tags"]
+    """Write images, of two classes or in one folder, with captions of two tags."""
     for number in range(count):
-        name = f"{'cd'[number % 2]}/{number}.png" if layout == "classes" else f"{number}.png"
-        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        file = root / "cd"[number % 2] / f"{number}.png" if layout == "classes" else root / f"{number}.png"
+        file.parent.mkdir(parents=True, exist_ok=True)
         draw = np.random.default_rng(number)
-        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(root / name)
-        if layout != "manifest":
-            (root / name).with_suffix(".txt").write_text(f"blue, tag {number % 2}")
-        rows.append(f'{name},{"cd"[number % 2]},"blue,tag {number % 2}"')
-    if layout == "manifest":
-        (root / "manifest.csv").write_text("\n".join(rows))
+        Image.fromarray(draw.integers(0, 255, (64, 64, 3), dtype=np.uint8)).save(file)
+        file.with_suffix(".txt").write_text(f"blue, tag {number % 2}")
+
+
+def evaluate(folder, *words):
+    return run("evaluate", ["run_dir=run", *ON_CPU, *words], folder)
 
 
 @pytest.mark.parametrize(
@@ -43,7 +42,7 @@ def fill(root, layout, count):
     [
         ("train", "classes", 2, [], False),
         ("train", "classes", 3, [], True),  # the single image of the other class is for training
-        ("train", "manifest", 10, NONE, False),
+        ("train", "classes", 10, NONE, False),
         ("tagging", "flat", 1, [], False),
         ("tagging", "flat", 2, [], True),
         ("fcmae", "flat", 1, [], False),
@@ -68,13 +67,12 @@ def test_a_few_images_train_by_every_script(script, layout, count, words, is_val
     assert "the run is complete: 2 of 2" in capsys.readouterr().err
     if (script, count) == ("tagging", 2):  # one validation image
         with refuses("^calibrate: the images are too few"):
-            run("evaluate", ["run_dir=run", *ON_CPU, "calibrate=true"], tmp_path)
+            evaluate(tmp_path, "calibrate=true")
     if not is_validated:
-        evaluate = ["run_dir=run", *ON_CPU, "batch_size=4"]
         with refuses("^split: in has no image of split=val"):
-            run("evaluate", evaluate, tmp_path)
+            evaluate(tmp_path, "batch_size=4")
         assert "run has no best weights, because it was not evaluated; using last_weights" in capsys.readouterr().err
-        run("evaluate", [*evaluate, "split=train"], tmp_path)
+        evaluate(tmp_path, "batch_size=4", "split=train")
         assert read_json(tmp_path / "run/metrics_train.json")["split"] == "train"
 
 
@@ -99,9 +97,9 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
     fill(tmp_path / "in", "classes", 12)
     name, settings = SCRIPTS["train"]
     run(name, settings, tmp_path)
-    words = ["run_dir=run", *ON_CPU, "runtime.precision=fp32", "batch_size=5", "per_image=true"]
+    words = ["runtime.precision=fp32", "batch_size=5", "per_image=true"]
     for split, count in (("val", 2), ("all", 12)):
-        run("evaluate", [*words, f"split={split}"], tmp_path)
+        evaluate(tmp_path, *words, f"split={split}")
         rows = images_of(tmp_path)
         file = "metrics.json" if split == "val" else f"metrics_{split}.json"
         figures = read_json(tmp_path / "run" / file)
@@ -113,7 +111,7 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
             assert row["label"] == row["path"][0] and row["wrong"] == (row["label"] != row["prediction"])
             assert 0.5 <= row["probability"] <= 1
     with refuses("calibrate: true fits a tagger's thresholds"):
-        run("evaluate", [*words, "split=train", "calibrate=true"], tmp_path)
+        evaluate(tmp_path, *words, "split=train", "calibrate=true")
 
 
 def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
@@ -122,11 +120,11 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
         fill(tmp_path / name, layout, 12)
     name, settings = SCRIPTS["train"]
     run(name, settings, tmp_path)
-    run("evaluate", ["run_dir=run", *ON_CPU], tmp_path)
+    evaluate(tmp_path)
     own = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
     for words in ([], ["split=val", "data.validation_fraction=0.5"], ["weights=last"]):
-        run("evaluate", ["run_dir=run", *ON_CPU, "data.root=test", *words], tmp_path)
-    run("evaluate", ["run_dir=run", *ON_CPU, "data.root=apart"], tmp_path)
+        evaluate(tmp_path, "data.root=test", *words)
+    evaluate(tmp_path, "data.root=apart")
     assert {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")} == own
     found = {file: read_json(file) for file in (tmp_path / "run/evaluate").glob("*/metrics*.json")}
     sizes = sorted(
@@ -138,14 +136,10 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
     ]  # fmt: skip
     assert all((file.parent / "report.html").exists() and each["data"] for file, each in found.items())
 
-    run(
-        "evaluate",
-        ["run_dir=run", *ON_CPU, "data.root=../" + tmp_path.name + "/in", "data.validation_fraction=0.5"],
-        tmp_path,
-    )
+    evaluate(tmp_path, "data.root=../" + tmp_path.name + "/in", "data.validation_fraction=0.5")
     again = read_json(tmp_path / "run/metrics.json")
     assert again["samples"] == 2 and "data" not in again
-    run("evaluate", ["run_dir=run", *ON_CPU, "split=train"], tmp_path)
+    evaluate(tmp_path, "split=train")
     assert {"metrics_train.json", "report_train.html"} <= {file.name for file in (tmp_path / "run").glob("*.*")}
 
 
@@ -154,8 +148,8 @@ def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     name, settings = SCRIPTS["tagging"]
     run(name, settings, tmp_path)
     with refuses("split: train"):
-        run("evaluate", ["run_dir=run", *ON_CPU, "split=train", "calibrate=true"], tmp_path)
-    run("evaluate", ["run_dir=run", *ON_CPU, "batch_size=5", "per_image=true", "split=all"], tmp_path)
+        evaluate(tmp_path, "split=train", "calibrate=true")
+    evaluate(tmp_path, "batch_size=5", "per_image=true", "split=all")
     for number, row in enumerate(sorted(images_of(tmp_path), key=lambda row: int(row["path"].split(".")[0]))):
         tags, found = set(row["tags"]), set(row["prediction"])
         assert tags == {"blue", f"tag_{number % 2}"} and len(row["probability"]) == len(found)

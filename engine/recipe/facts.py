@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 
@@ -21,7 +22,7 @@ from engine.update.runtime import Runtime
 from models.build import build_network
 from models.config import ModelConfig, TimmConfig
 from models.image_model import Normalise
-from models.weights.timm_hub import cached_names, load_timm, stated_preprocessing
+from models.weights.timm_hub import load_timm, stated_preprocessing
 from utils.errors import UserError
 from utils.hardware import has_fast_bf16
 from utils.ranks import distributed
@@ -155,21 +156,18 @@ def find_facts(
     collection: Collection,
     labels: np.ndarray | None,
     runtime: Runtime,
-    *,
-    is_own: bool,
-    looks_for_weights: bool,
+    names: Sequence[str] | None,
 ) -> Facts:
     """Return the facts of a collection and a machine; takes a few seconds.
 
-    labels: the class of each row of the collection, negative for none; None: it has tags. is_own: the network of the
-    configuration is the user's choice, with its initial weights. looks_for_weights: else, timm's weights on this
-    machine may be used.
+    labels: the class of each row of the collection, negative for none; None: it has tags. names: of timm's networks
+    whose weights may be used; None: the network of the configuration is the user's choice, with its initial weights.
     """
     seconds = 60 * config.loop.minutes
     rows = training_rows(collection, config.loop, None if labels is None else labels >= 0)
     most_px = max(_MOST_PX, *config.augment.image_size_hw)
     sample = draw_sample(config, collection, rows, labels, most_px)
-    rate = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
+    step_sec = time_network(_config(REFERENCE.name, REFERENCE.channels), UNIT_PX, _BATCH, runtime)
     border = round(sample.small[:, :, 0].median().item())
     is_grey = bool((sample.small == sample.small[:, :1]).all())
     is_fast = has_fast_bf16(runtime.device.type)
@@ -187,18 +185,18 @@ def find_facts(
         mirrors = compare_mirrored(sample.small, sample.labels)
         facts = replace(facts, mirrors=mirrors, colours=tells_colour(sample.small, sample.labels))
     network = None
-    if is_own:
+    if names is None:
         side = max(config.augment.image_size_hw)
-        own_rate = time_network(config.model, side, _OWN_BATCH, runtime) * (side / UNIT_PX) ** 2
-        network = Network(config.model.name, 0, rate / own_rate, config.init_from is not None)
-    elif looks_for_weights and labels is not None and facts.shows_things:
-        network = _most_telling(sample, seconds, len(rows), rate, runtime)
-    step_sec = 1 / rate
+        own_sec = time_network(config.model, side, _OWN_BATCH, runtime) * (UNIT_PX / side) ** 2
+        network = Network(config.model.name, 0, own_sec / step_sec, config.init_from is not None)
+    elif labels is not None and facts.shows_things:
+        network = _most_telling(names, sample, seconds, len(rows), step_sec, runtime)
     first_sec = max(sample.read_sec / runtime.workers, step_sec) if runtime.workers else sample.read_sec + step_sec
     left = max(_SHARE * seconds - (time.monotonic() - STARTED), 1.0)  # after what was timed above
-    ranks = distributed.planned_world_size()  # each reads its part of the first epoch, then the memory cache has all
-    cached = left - len(rows) * first_sec / ranks  # seconds after the first epoch
-    reference = len(rows) + cached * ranks / step_sec if cached > 0 else left * ranks / first_sec
+    time_of_ranks = left * distributed.planned_world_size()
+    # After the first epoch the memory cache has all images.
+    after_first = len(rows) + (time_of_ranks - len(rows) * first_sec) / step_sec
+    reference = max(time_of_ranks / first_sec, after_first)
     return replace(facts, network=network, reference=reference)
 
 
@@ -206,15 +204,17 @@ def _config(name: str, channels: list[int] | None = None) -> TimmConfig:
     return TimmConfig(family="timm", name=name, in_channels=3, drop_path_rate=None, channels=channels)
 
 
-def _most_telling(sample: Sample, seconds: float, images: int, rate: float, runtime: Runtime) -> Network | None:
-    """Return the network of timm whose weights are on this machine and whose features tell most of the class.
+def _most_telling(
+    names: Sequence[str], sample: Sample, seconds: float, images: int, step_sec: float, runtime: Runtime
+) -> Network | None:
+    """Return the network of timm whose features tell most of the class.
 
-    None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. rate: of the reference.
+    None if none that can be trained for `LEAST_EPOCHS` tells more than small pictures do. step_sec: of the reference.
     """
     best = None
     most = 0.0
     deadline = time.monotonic() + _PROBE_SHARE * seconds
-    for name in cached_names():
+    for name in names:
         try:
             features, image_sec = _read_features(name, sample.fine[:_FINE], deadline, runtime)
         except UserError as error:
@@ -234,7 +234,7 @@ def _most_telling(sample: Sample, seconds: float, images: int, rate: float, runt
         log.info(line, name, right, plain, epochs)
         if epochs >= LEAST_EPOCHS and right - plain > max(most, _error(plain, count)):
             most = right - plain
-            best = Network(name, 0, rate * update_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True)
+            best = Network(name, 0, update_sec / step_sec * (UNIT_PX / FINE_PX) ** 2, is_pretrained=True)
     return best
 
 
@@ -302,7 +302,7 @@ def tells_colour(small: Tensor, labels: Tensor) -> bool:
 
 
 def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -> float:
-    """Return how many images a second, of this side, the machine trains a network with."""
+    """Return the seconds in which the machine trains a network with an image of this side."""
     layout = torch.channels_last if runtime.channels_last else torch.contiguous_format
     with torch.random.fork_rng(devices=[]):
         network = build_network(config, num_classes=10).to(runtime.device, memory_format=layout)
@@ -328,4 +328,4 @@ def time_network(config: ModelConfig, side: int, batch: int, runtime: Runtime) -
         repeat()
         wait_for(runtime.device)
         count += 1
-    return count * batch / (time.monotonic() - started)
+    return (time.monotonic() - started) / (count * batch)

@@ -17,6 +17,7 @@ from engine.recipe.pretrained import use_pretrained
 from engine.run.length import read_minutes
 from engine.tasks.kind import ImageTrainingConfig, Kind
 from engine.update.runtime import Runtime
+from models.weights.timm_hub import cached_names
 from utils.config.entry_point import Job, recompose
 from utils.io.safe_text import Lines
 from utils.ranks import distributed
@@ -228,9 +229,10 @@ def _choose_words(
     labels: the class of each row of the collection, negative for none; None: it has tags.
     """
     given = [word for word in job.overrides if word != _NO_WEIGHTS]
-    is_own = any(_touches(word, "model") for word in given) or config.init_from is not None
-    looks_for_weights = given == job.overrides
-    facts = find_facts(config, collection, labels, runtime, is_own=is_own, looks_for_weights=looks_for_weights)
+    names = cached_names() if given == job.overrides else []
+    if config.init_from is not None or any(_touches(word, "model") for word in given):
+        names = None
+    facts = find_facts(config, collection, labels, runtime, names)
     chosen = []
     lines = []
     for rule in list_rules(facts):

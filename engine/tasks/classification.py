@@ -20,8 +20,8 @@ from engine.measures.tags import TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput, log_mean
 from engine.tasks.head import fit_head
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, label_fields
-from engine.tasks.mixing import Mixing, MixingConfig, name_targets
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, label_fields
+from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.update.runtime import Runtime
 from utils.config.bounds import BelowOne
 from utils.contracts import Batch
@@ -49,19 +49,18 @@ class ClassificationTaskConfig(MixingConfig):
             )
 
 
-class ClassificationTask(ImageTask):
+class ClassificationTask(MixingTask):
     """Own a classifier. `facts["class_names"]` gives the order of its outputs."""
 
     best_metric: ClassVar[str] = "top1"
     best_is_lowest: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, outputs=len(setup.facts["class_names"]))
-        self.class_names = list(setup.facts["class_names"])
+        super().__init__(setup, setup.facts["class_names"])
+        self.class_names = self.names
         self.label_smoothing = setup.task.label_smoothing
         self.head = setup.task.head
         self.keep_head = self.head == "kept"
-        self.mixing = Mixing(setup.task)
 
     def forward(self, batch: Batch, progress: Tensor) -> StepOutput:
         """Return each sample's loss."""
@@ -80,12 +79,6 @@ class ClassificationTask(ImageTask):
             return images, labels
         targets = F.one_hot(labels, len(self.class_names)).to(images.dtype)
         return self.mixing(images, targets, batch["weight"])
-
-    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        """Return mixed images, and the classes of each."""
-        images, targets = self.views(batch)
-        targets = targets if targets.dim() == 2 else F.one_hot(targets, len(self.class_names))
-        return self.normalise.undo(images), name_targets(targets, self.class_names)
 
     def evaluate(self, loaders: Mapping[str, Iterable[Batch]], step: int) -> Report:
         """Measure all samples of `val`.

@@ -9,9 +9,11 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from engine.tasks.kind import TaskConfig
+from engine.tasks.kind import ImageTask, Setup, TaskConfig
 from utils.config.bounds import Factor, Fraction
+from utils.contracts import Batch
 
 
 class MixingConfig(TaskConfig):
@@ -20,11 +22,6 @@ class MixingConfig(TaskConfig):
     mixup_alpha: Factor
     cutmix_alpha: Factor
     mix_probability: Fraction  # of mixing a batch
-
-
-def name_targets(targets: Tensor, names: Sequence[str]) -> list[str]:
-    """Return the names of each sample's targets [B, K], without unknown ones."""
-    return [", ".join(names[index] for index in torch.nonzero(row > 0)[:, 0]) for row in targets]
 
 
 class Mixing(nn.Module):
@@ -78,6 +75,26 @@ class Mixing(nn.Module):
         rows, columns = (_box_side(*each, ratio) for each in ((y, height), (x, width)))
         box = rows[:, None] & columns
         return torch.where(cuts, 1.0 - box.sum() / (height * width), share), box
+
+
+class MixingTask(ImageTask):
+    """A task that mixes its batches (`views`). names: of its outputs."""
+
+    def __init__(self, setup: Setup, names: Sequence[str]) -> None:
+        super().__init__(setup, outputs=len(names))
+        self.names = list(names)
+        self.mixing = Mixing(setup.task)
+
+    def views(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Return images for the network, and labels [B] or targets [B, K]. In training, both may be mixed."""
+        raise NotImplementedError
+
+    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
+        """Return the images of `views`, and the names of each one's targets, without unknown ones."""
+        images, targets = self.views(batch)
+        targets = F.one_hot(targets, len(self.names)) if targets.dim() == 1 else targets
+        texts = [", ".join(self.names[index] for index in torch.nonzero(row > 0)[:, 0]) for row in targets]
+        return self.normalise.undo(images), texts
 
 
 def _box_side(place: Tensor, size: int, ratio: Tensor) -> Tensor:

@@ -30,8 +30,8 @@ from engine.measures.tag_scores import TagScores, calibrate, is_fitted
 from engine.measures.tags import TagCounts, TagHistograms
 from engine.measures.top_samples import TopSamples
 from engine.task import Report, StepOutput
-from engine.tasks.kind import ImageTask, ImageTrainingConfig, Kind, Setup, read_setup
-from engine.tasks.mixing import Mixing, MixingConfig, name_targets
+from engine.tasks.kind import ImageTrainingConfig, Kind, Setup, read_setup
+from engine.tasks.mixing import MixingConfig, MixingTask
 from engine.tasks.new_tags import fit_new_tags
 from engine.update.runtime import Runtime
 from models.image_model import output_layers
@@ -137,18 +137,17 @@ def asymmetric(logits: Tensor, targets: Tensor, gamma_neg: float, clip: float) -
     return -log_likelihood * weight
 
 
-class TaggingTask(ImageTask):
+class TaggingTask(MixingTask):
     """Own a tagger. Its outputs have the order of its vocabulary."""
 
     best_metric: ClassVar[str] = "mAP"
     best_is_lowest: ClassVar[bool] = False
 
     def __init__(self, setup: Setup) -> None:
-        super().__init__(setup, outputs=len(setup.facts["tag_names"]))
+        super().__init__(setup, setup.facts["tag_names"])
         self.vocabulary = vocabulary_of(setup.facts)
         self.loss = setup.task.loss
         self.append_to = setup.task.append_to
-        self.mixing = Mixing(setup.task)
         self.thresholds = np.full(len(self.vocabulary), DEFAULT, np.float32)  # of `describe_images`
         self.mirror = None
         self._priors = None
@@ -179,11 +178,6 @@ class TaggingTask(ImageTask):
         if self.training and self.mirror is not None:
             images, targets = self.mirror(images, targets, batch["key"])
         return self.mixing(self.normalise(images), targets, batch["weight"])
-
-    def show_inputs(self, batch: Batch) -> tuple[Tensor, list[str]]:
-        """Return mirrored and mixed images, and the tags of each."""
-        images, targets = self.views(batch)
-        return self.normalise.undo(images), name_targets(targets, self.vocabulary.names)
 
     def label_losses(self, logits: Tensor, targets: Tensor) -> Tensor:
         """Return the loss of each sample [B], summed over its tags. NaN targets are ignored."""

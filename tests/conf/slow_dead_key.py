@@ -20,8 +20,6 @@ from tests.in_process import ON_IMAGES, SCRIPTS, SHORT, SMALL_MODEL, draw_few_gl
 from tests.support import TINY
 from utils.config.schema import Strict
 
-FIELDS_OF_RUNTIME = Runtime.__dataclass_fields__
-
 
 def owner_of(model, name):
     """Return the class that states a field: `max_pixels` is one key for every kind of data."""
@@ -44,30 +42,23 @@ def list_fields(schema):
 
 
 def record_reads(monkeypatch):
-    """Return a set that gets the fields that the program reads of its configuration, and of `Runtime`, and where."""
+    """Return a set that gets the fields that the program reads of its configuration, and of `Runtime`, made of it."""
     seen = set()
+    copied = Runtime.__dataclass_fields__
 
     def read(owner, name):
         cls = type(owner)
-        if not name.startswith("_") and name in (FIELDS_OF_RUNTIME if cls is Runtime else cls.model_fields):
+        if not name.startswith("_") and name in (copied if cls is Runtime else cls.model_fields):
             caller = sys._getframe(1).f_code
-            # Validators stand in the rooms' config.py; a description is no use of a value.
-            if not caller.co_filename.endswith("config.py") and caller.co_name != "describe":
-                model = "Runtime" if cls is Runtime else owner_of(cls, name).__name__
-                seen.add((f"{model}.{name}", caller.co_name))
+            # Validators stand in the rooms' config.py; a description is no use of a value, nor is a copy into Runtime.
+            idle = caller.co_name == "describe" or (caller.co_name == "choose_runtime" and name in copied)
+            if not idle and not caller.co_filename.endswith("config.py"):
+                seen.add(f"{'MachineConfig' if cls is Runtime else owner_of(cls, name).__name__}.{name}")
         return object.__getattribute__(owner, name)
 
     for cls in (Strict, Runtime):
         monkeypatch.setattr(cls, "__getattribute__", read, raising=False)
     return seen
-
-
-def take(seen):
-    """Return what was read since the last call; what `choose_runtime` copies into Runtime must be read there."""
-    copies = {(f"MachineConfig.{name}", "choose_runtime") for name in FIELDS_OF_RUNTIME}
-    reads = {name for name, _ in seen - copies}
-    seen.clear()
-    return reads | {name.replace("Runtime.", "MachineConfig.") for name in reads}
 
 
 def without_a_cluster(monkeypatch):
@@ -161,7 +152,8 @@ def run_all(seen, folder):
             words[script] = shlex.join(overrides[1:])
         elif find_spec("diffusers") or ("sdxl" not in line and script != "finetune_vae"):
             run(script, overrides, folder)
-            reads[group_of(script)] |= take(seen)
+            reads[group_of(script)] |= seen
+            seen.clear()
     return reads
 
 

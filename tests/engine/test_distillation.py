@@ -91,6 +91,10 @@ def test_the_loss_of_features_is_that_of_the_formula(name, size):
 # --- runs
 
 
+def distil(place, *words):
+    run("finetune", [*DISTIL, *words], place)
+
+
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
     """A folder with tagged and with bare images, and the runs of a tagger and a classifier."""
@@ -111,18 +115,14 @@ def place(tmp_path_factory):
 @pytest.fixture(scope="module")
 def features(place):
     """The run of a student of features."""
-    run("finetune", [*DISTIL, "task.teacher=teacher", "task.targets=features", "run_dir=features"], place)
+    distil(place, "task.teacher=teacher", "task.targets=features", "run_dir=features")
     return place / "features"
-
-
-def train_rows(place, name):
-    return rows(place / name / "metrics.jsonl", "train")
 
 
 def test_a_student_of_a_tagger_learns_from_bare_images_and_becomes_a_tagger(place):
     steps = ["loop.total_steps=30", "loop.checkpoint_every_steps=30", "loop.evaluate_every_epochs=15", "optim.lr=0.01"]
-    run("finetune", [*DISTIL, *steps, "task.teacher=teacher", "data.root=bare", "run_dir=student"], place)
-    losses = [row["loss"] for row in train_rows(place, "student")]
+    distil(place, *steps, "task.teacher=teacher", "data.root=bare", "run_dir=student")
+    losses = [row["loss"] for row in rows(place / "student/metrics.jsonl", "train")]
     assert sum(losses[-5:]) < sum(losses[:5]) - 0.2  # its least is the teacher's entropy
 
     names = {name for name in checkpoint_tensors(place / "student", 30) if name.startswith(("weights/", "task/"))}
@@ -158,8 +158,8 @@ def test_a_run_resumes_bit_for_bit(place):
 
 def test_a_student_of_a_classifier_and_one_of_features(place, features):
     write_manifest(place / "bare")
-    run("finetune", [*DISTIL, "task.teacher=classifier", "augment=glyphs", "augment.image_size_hw=[32,32]",
-                     "data.root=images", "run_dir=classes"], place)  # fmt: skip
+    distil(place, "task.teacher=classifier", "augment=glyphs",
+                     "data.root=images", "run_dir=classes")  # fmt: skip
     run("evaluate", ["run_dir=classes", "runtime.device=cpu", "runtime.threads=1", "output=classes.json"], place)
     assert "top1" in read_json(place / "classes.json")
     rebuilt = open_weights(place / "classes/weights/best_weights.safetensors")
@@ -180,7 +180,7 @@ def test_a_student_of_a_classifier_and_one_of_features(place, features):
 )
 def test_a_wrong_teacher_is_named(teacher, said, place, features):
     with refuses(re.compile(rf"^task\.teacher: .*{said}", re.DOTALL)):
-        run("finetune", [*DISTIL, f"task.teacher={teacher}", "run_dir=x"], place)
+        distil(place, f"task.teacher={teacher}", "run_dir=x")
     with refuses(r"^task\.teacher: .* takes images of 3 channels, but the student takes 1; set"):
         find_teacher(str(place / "teacher"), 1)
 

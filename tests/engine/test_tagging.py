@@ -7,6 +7,7 @@ from torch.nn import functional as F
 
 from bench.measure import read_group
 from data.layouts.table import build_table
+from data.stream.batch import Ragged, collate
 from data.tags.rules import TagRules
 from data.tags.tag_index import map_tags
 from engine.exports.weights import open_weights
@@ -39,11 +40,10 @@ def make(facts=FACTS, **changes):
 
 def make_tags(tags=TAGS):
     """A batch; an image without a rating has an unknown one."""
-    batch = make_batch(len(tags)) | {"tags": torch.tensor(sum(tags, []))}
-    batch["tags_offsets"] = torch.tensor([0, *np.cumsum([len(own) for own in tags])])
-    unknown = [[] if own[0] < 4 else [0, 1, 2, 3] for own in tags]
-    batch["unknown_tags_offsets"] = torch.tensor([0, *np.cumsum([len(own) for own in unknown])])
-    return batch | {"unknown_tags": torch.tensor(sum(unknown, []), dtype=torch.int64)}
+    ratings = torch.arange(4)
+    lists = [(torch.tensor(own), ratings[: 0 if own[0] < 4 else 4]) for own in tags]
+    samples = [{"tags": Ragged(own), "unknown_tags": Ragged(unknown)} for own, unknown in lists]
+    return make_batch(len(tags)) | collate(samples, len(tags))
 
 
 # --- a batch
