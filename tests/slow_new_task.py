@@ -5,11 +5,10 @@ import re
 import shlex
 import shutil
 import subprocess
-import sys
 
 import pytest
 
-from tests.support import ROOT, make_collection, rows
+from tests.support import ROOT, command, make_collection, rows
 from utils.io.files import read_json
 
 PAGE = (ROOT / "docs/new_task.md").read_text(encoding="utf-8")
@@ -30,8 +29,7 @@ def insert(file, before, text):
 
 
 def start(program, line, *more):
-    words = [sys.executable, *shlex.split(line)[1:], *more]
-    ended = subprocess.run(words, cwd=program, capture_output=True, text=True, timeout=300)
+    ended = command(*shlex.split(line), *more, cwd=program)
     assert ended.returncode == 0, ended.stderr
 
 

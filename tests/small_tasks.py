@@ -57,8 +57,7 @@ def make_batch(task, setup, device):
     samples = []
     for number in range(BATCH):
         images = torch.zeros(3, SIZE, SIZE, dtype=torch.uint8)
-        sample = {"sample_id": torch.tensor(number), "key": torch.tensor(number), "weight": torch.tensor(1.0)}
-        sample |= {"images": images, "labels": torch.tensor(number % 3)}
+        sample = {"sample_id": number, "key": number, "weight": 1.0, "images": images, "labels": number % 3}
         if task == "fcmae":
             sample["mask"] = torch.zeros(patch_count(setup.model, setup.task, [SIZE, SIZE]), dtype=torch.bool)
         if task in ("tagging", "distillation"):
@@ -66,7 +65,7 @@ def make_batch(task, setup, device):
             sample["unknown_tags"] = Ragged(torch.zeros(1, dtype=torch.int64))
         if task == "diffusion":
             sample |= {"fit": torch.tensor([SIZE, SIZE, 0, 0, SIZE, SIZE]), "token_ids": torch.zeros(1, 77).long()}
-            sample |= {"is_dropped": torch.tensor(False), "strata": torch.tensor([number, BATCH])}
+            sample |= {"is_dropped": False, "strata": torch.tensor([number, BATCH])}
         samples.append(sample)
     batch = collate(samples, len(samples), channels_last=True)
     return {name: tensor.to(device) for name, tensor in batch.items()}

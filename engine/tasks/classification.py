@@ -1,6 +1,6 @@
 """Classification: one class per image, with mixup, cutmix and label smoothing."""
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, ClassVar, Literal
 
 import numpy as np
@@ -113,14 +113,13 @@ class ClassificationTask(MixingTask):
         wrong = mistakes.reduce()
         decided = decisions.reduce()
         if distributed.is_main():
-            images = f"{int(scalars['samples']):,} images, {confusion.correct.sum():,} of them right"
             report.tables = {"classes": confusion.class_rows(names), "confusions": confusion.pair_rows(names, _PAIRS)}
             ((_, correct, predicted),) = decided.tails()
-            rows = decision_rows("all", predicted[0].cpu().numpy(), correct[0].cpu().numpy(), int(scalars["samples"]))
-            report.tables["decisions"] = rows
+            counts = (side[0].cpu().numpy() for side in (predicted, correct))
+            report.tables["decisions"] = decision_rows("all", *counts, int(scalars["samples"]))
             report.images = {
                 "confusion": lambda: draw_confusion(confusion, names),
-                "mistakes": lambda: draw_predictions(wrong, names, f"Mistakes, the most confident first, of {images}"),
+                "mistakes": lambda: draw_predictions(wrong, names, "Mistakes, the most confident first"),
             }
         return report
 
@@ -156,11 +155,6 @@ class ClassificationKind(Kind):
         """Return the rows of known classes, and a function that adds a sample's label."""
         class_ids = collection.class_ids(setup.facts["class_names"])
         return class_ids >= 0, label_fields(class_ids)
-
-    def count_classes(self, collection: Collection, setup: Setup, rows: np.ndarray) -> Sequence[int]:
-        """Return the number of rows of each class."""
-        names = setup.facts["class_names"]
-        return np.bincount(collection.class_ids(names)[rows], minlength=len(names)).tolist()
 
     def prepare(
         self, task: ClassificationTask, data: Data, setup: Setup, config: ImageTrainingConfig, runtime: Runtime

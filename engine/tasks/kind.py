@@ -191,8 +191,10 @@ class Kind:
         return np.ones(len(collection), dtype=bool), no_fields
 
     def count_classes(self, collection: Collection, setup: Setup, rows: np.ndarray) -> Sequence[int]:
-        """Return the number of training rows of each class, if images have one class."""
-        return ()
+        """Return the number of rows of each class; none if the task has no classes."""
+        names = setup.facts.get("class_names", [])
+        class_ids = collection.class_ids(names)[rows]
+        return np.bincount(class_ids[class_ids >= 0], minlength=len(names)).tolist()
 
     def views(self, setup: Setup, augment: AugmentConfig) -> Views:
         """Return the named views of a training image. Custom views are made in the workers."""

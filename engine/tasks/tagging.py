@@ -110,30 +110,27 @@ def read_tagger(file: str) -> Setup:
     return read_setup(Path(file), {"tagging": TaggingKind()})[1]
 
 
-def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
-    """Return the loss per sample and tag, float32 [B, T]."""
-    if config.name == "bce":
-        return bce(logits.float(), targets)
-    return asymmetric(logits.float(), targets, config.gamma_neg, config.clip)
-
-
 def bce(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the binary cross-entropy."""
     return F.binary_cross_entropy_with_logits(logits, targets, reduction="none")
 
 
-def asymmetric(logits: Tensor, targets: Tensor, gamma_neg: float, clip: float) -> Tensor:
-    """Return the asymmetric loss. Its focusing weights get no gradient, as in the published training.
+def tag_loss(config: TagLossConfig, logits: Tensor, targets: Tensor) -> Tensor:
+    """Return the loss per sample and tag, float32 [B, T]: the cross-entropy or the asymmetric loss.
 
+    The focusing weights of the latter get no gradient, as in the published training.
     Source: Ridnik et al. 2021 (arXiv 2009.14119), equations 4 to 7; Alibaba-MIIL/ASL:src/loss_functions/losses.py.
     Differs: gamma+ is 0, its published value; log p is exact even for a positive with p < 1e-8, which therefore keeps
     its gradient.
     """
-    absent = ((-logits).sigmoid() + clip).clamp(max=1)  # 1 - p_m
+    logits = logits.float()
+    if config.name == "bce":
+        return bce(logits, targets)
+    absent = ((-logits).sigmoid() + config.clip).clamp(max=1)  # 1 - p_m
     log_likelihood = targets * F.logsigmoid(logits) + (1 - targets) * absent.clamp(min=_EPS).log()
     with torch.no_grad():
         prob = logits.sigmoid() * targets + absent * (1 - targets)  # of the target
-        weight = (1 - prob) ** (gamma_neg * (1 - targets))
+        weight = (1 - prob) ** (config.gamma_neg * (1 - targets))
     return -log_likelihood * weight
 
 
@@ -394,11 +391,11 @@ class TaggingKind(Kind):
     def find_facts(self, config: ImageTrainingConfig, collection: Collection) -> dict[str, Any]:
         """Return the vocabulary and, for training only, the tags' frequencies and how mirroring changes them."""
         vocabulary = choose_vocabulary(config.task, collection)
-        known = None
+        facts = vocabulary.facts()
         if config.task.append_to is not None:
             known = vocabulary_of(read_tagger(config.init_from).facts)
             vocabulary = append_tags(known, vocabulary)
-        facts = vocabulary.facts() | ({} if known is None else {"known_tags": len(known)})
+            facts = {**vocabulary.facts(), "known_tags": len(known)}
         index = index_of(collection, Setup(config.model, config.task, facts=facts))
         log.info("tags: %s; %s", f"{len(vocabulary):,}", index.describe(vocabulary))
         rows = training_rows(collection, config.loop, index.tagged)

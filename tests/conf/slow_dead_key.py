@@ -51,9 +51,10 @@ def record_reads(monkeypatch):
         if not name.startswith("_") and name in (copied if cls is Runtime else cls.model_fields):
             caller = sys._getframe(1).f_code
             # Validators stand in the rooms' config.py; a description is no use of a value, nor is a copy into Runtime.
-            idle = caller.co_name == "describe" or (caller.co_name == "choose_runtime" and name in copied)
-            if not idle and not caller.co_filename.endswith("config.py"):
-                seen.add(f"{'MachineConfig' if cls is Runtime else owner_of(cls, name).__name__}.{name}")
+            model = "MachineConfig" if cls is Runtime else owner_of(cls, name).__name__
+            is_copy = caller.co_name == "choose_runtime" and model == "MachineConfig" and name in copied
+            if not is_copy and caller.co_name != "describe" and not caller.co_filename.endswith("config.py"):
+                seen.add(f"{model}.{name}")
         return object.__getattribute__(owner, name)
 
     for cls in (Strict, Runtime):

@@ -63,18 +63,15 @@ def test_every_model_refuses_unknown_keys_and_every_leaf_has_a_type(script):
 # --- leaves that slow_dead_key.py cannot see
 
 
-def test_mean_and_std_reach_the_network():
-    config, _ = configure("finetune", [*SMALL_MODEL, "augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]"])
-    setup = Setup(config.model, config.task, config.augment.preprocessing(3), {"class_names": ["a", "b"]})
-    task = KINDS[config.task.name].build(setup)
+def test_what_augment_states_of_evaluation_reaches_it():
+    stated = ["augment.mean=[0.1,0.2,0.3]", "augment.std=[0.4,0.5,0.6]", "augment.eval_crop=0.5"]
+    config, _ = configure("finetune", [*SMALL_MODEL, *stated, "augment.image_size_hw=[8,8]"])
+    preprocessing = config.augment.preprocessing(3)
+    task = KINDS[config.task.name].build(Setup(config.model, config.task, preprocessing, {"class_names": ["a", "b"]}))
     assert task.normalise.mean.flatten().tolist() == pytest.approx([0.1, 0.2, 0.3])
     assert task.normalise.std.flatten().tolist() == pytest.approx([0.4, 0.5, 0.6])
-
-
-def test_eval_crop_reaches_evaluation():
-    config, _ = configure("finetune", ["augment.eval_crop=0.5", "augment.image_size_hw=[8,8]"])
     image = torch.zeros(3, 16, 16, dtype=torch.uint8)
     image[:, 4:12, 4:12] = 200
-    assert (EvalTransform(config.augment.preprocessing(3))(image) == 200).all()
+    assert (EvalTransform(preprocessing)(image) == 200).all()
     config, _ = configure("finetune", ["augment.eval_resize=squash", "augment.image_size_hw=[16,8]"])
     assert torch.equal(EvalTransform(config.augment.preprocessing(3))(image)[:, :, 0], image[:, :, 0])

@@ -42,12 +42,12 @@ def test_mixup_is_timms_with_one_share_and_the_reverse_batch():
 def test_cutmix_takes_one_rectangle_of_the_partner_and_its_true_share():
     for seed in range(8):
         mixed, targets = mix(seed, mixup_alpha=0.0)
-        from_partner = (mixed == images().flip(0)).all(dim=1) & ~(images() == images().flip(0)).all(dim=1)
-        assert all(torch.equal(from_partner[0], found) for found in from_partner)
-        rows, columns = from_partner[0].any(dim=1).sum(), from_partner[0].any(dim=0).sum()
-        assert from_partner[0].sum() == rows * columns
-        assert float(targets[0, 0]) == pytest.approx(1 - float(from_partner[0].float().mean()))
-        assert torch.equal(torch.where(from_partner[:, None], images(), mixed), images())
+        partners = images().flip(0)
+        box, *others = (mixed == partners).all(dim=1) & ~(images() == partners).all(dim=1)
+        assert all(torch.equal(box, other) for other in others)
+        assert box.sum() == box.any(dim=1).sum() * box.any(dim=0).sum()
+        assert float(targets[0, 0]) == pytest.approx(1 - float(box.float().mean()))
+        assert torch.equal(torch.where(box, images(), mixed), images())
 
 
 def test_the_box_is_timms(monkeypatch):

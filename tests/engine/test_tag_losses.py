@@ -5,6 +5,7 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from scipy.special import expit as sigmoid
 
 from engine.tasks.tagging import TagLossConfig, tag_loss
 
@@ -16,10 +17,6 @@ SOFT = torch.linspace(0, 1, 97)[torch.randperm(97, generator=torch.Generator().m
 
 def make(name, **changes):
     return partial(tag_loss, TagLossConfig(name=name, **{**DEFAULTS, **changes}))
-
-
-def sigmoid(x):
-    return 1 / (1 + np.exp(-x))
 
 
 def bce_formula(x, y, **_):
