@@ -2,8 +2,8 @@
 
     {"path": "a/1.png", "field": "label", "was": "a", "now": "b", "verdict": "accepted", "by": "3f2a", "at": "2026-..."}
 
-Lines are only appended, by any number of processes. The last line about an image counts, if what the collection says is
-seen or chosen in one of its lines. The verdict `undone` goes back to what counted before.
+Lines are only appended, by any number of processes. The last line about an image counts, if the collection's value is
+`was` or `now` of one of its lines. The verdict `undone` goes back to what counted before.
 """
 
 import os
@@ -100,7 +100,7 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
 
 
 class Desk:
-    """The decisions about a collection: those in its file, and those that the file could not take yet. Thread-safe."""
+    """The decisions about a collection: those in its file, and those that wait to be written. Thread-safe."""
 
     def __init__(self, root: Path) -> None:
         self._root = root
@@ -132,12 +132,12 @@ class Desk:
 
 
 def settle(value: Any, stack: Sequence[Decision]) -> Decision | None:
-    """Return the decision that counts: the last one, if `value` is what a reviewer had or chose."""
+    """Return the decision that counts: the last one, if `value` is `was` or `now` of any of them."""
     return stack[-1] if any(value in (each.was, each.now) for each in stack) else None
 
 
 def retag(text: str, before: Sequence[str], now: Sequence[str]) -> str:
-    """Return the lines of a text with other tags, on a line each if they were; lines that are no tags stay."""
+    """Return a text with other tags. Lines of one tag each stay so; lines that are no tags stay as they are."""
     lines = text.split("\n")
     added = [tag for tag in now if tag not in before]
     split = [[line.strip()] if line.strip() in before else split_tags(line) for line in lines]

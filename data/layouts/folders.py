@@ -99,7 +99,7 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
-        unused.add("masks, except by task.mask", *(folder + name for name in filter(is_mask_name, names)))
+        unused.add("masks, which task.mask alone reads", *(folder + name for name in filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         unused.add(ORPHANS, *orphans)

@@ -35,7 +35,7 @@ log = get_logger(__name__)
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
-_ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # a user states these for us
+_ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # refused if of a wrong type
 _COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PART = 512  # files per task of a thread, and cached folders
 

@@ -300,10 +300,10 @@ def list_faults(
 
 
 def refuse_faults(faults: Iterable[str], listing: Path, *fields: str) -> None:
-    """Raise UserError (`data.on_bad_sidecar`) if one of the column's values is about `fields`, which are read."""
+    """Raise UserError (`data.on_bad_sidecar`) if a fault is about one of `fields`, or about a whole file."""
     lines = [line for fault in faults for line in fault.split("\n") if line.split(":")[0] in (*fields, "file")]
     if lines:
         raise UserError(
             f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} ({listing} "
-            "lists all); fix or remove them, or set data.on_bad_sidecar=skip to do without what they say"
+            "lists all); fix or remove them, or set data.on_bad_sidecar=skip to ignore them"
         )

@@ -55,7 +55,9 @@ def _apply(root: Path) -> str:
     if file is None or scanned_at(file) is not None:
         file = find_one(root, POSTS)
     if file is not None:
-        raise UserError(f"data.root: sidecars are not read beside {file}; {CORRECTIONS} is taken anyway, or edit it")
+        raise UserError(
+            f"data.root: sidecars are not read beside {file}; edit it, or leave {CORRECTIONS}, which is read"
+        )
     table = _read_rows(root, decisions)
     images, sidecars, _ = scan_folder(root, Unused())
     pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())

@@ -40,7 +40,7 @@ _WARNED = 20  # warnings about images that are copied unchanged
 _PRESENT = "present"
 _COPIED = "copied"
 _SHRUNK = "shrunk"
-_CHANGED = {"size", "sha256", *MEASURED} - {"group"}  # columns that a smaller image has otherwise
+_CHANGED = {"size", "sha256", *MEASURED} - {"group"}  # columns that differ in a smaller image
 _WRITTEN = ("JPEG", "PNG", "WEBP")
 _QUALITY = 95  # of JPEG and WebP
 _SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
@@ -94,7 +94,7 @@ class Copy(Tool):
 
 
 def _copy_rows(manifest: Path, target: Path, images: Sequence[str], *, is_changed: bool) -> None:
-    """Write the rows of the copied images. is_changed: without what is not true of smaller images."""
+    """Write the rows of the copied images. is_changed: without the columns that differ in smaller images."""
     table = read_parquet(manifest) if manifest.name == PARQUET else read_table(manifest, Unused())
     table = table.filter(pc.is_in(table["path"], pa.array(images, pa.string())))
     if is_changed:
@@ -104,7 +104,7 @@ def _copy_rows(manifest: Path, target: Path, images: Sequence[str], *, is_change
 
 
 def _copy_all(copy: functools.partial, files: Sequence[str], fallback: functools.partial) -> Iterable[str]:
-    """Copy files in processes; return what was done with each. fallback: for one that ends its process."""
+    """Copy files in processes; return what was done with each. fallback: for a file that crashes its process."""
     return track(map_items(copy, files, fallback), len(files), "copying files")
 
 

@@ -78,7 +78,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
 
 
 def _list_images(path: Path, unused: Unused) -> list[Path]:
-    """Return the images in a folder or of a pattern, sorted. One that names a hidden folder means it."""
+    """Return the images in a folder or of a pattern, sorted; hidden ones only if `path` names their folder."""
     inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
     files = [file for file in inside if file.is_file() and not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
     if path.is_dir():

@@ -31,28 +31,23 @@ def root(tmp_path):
 
 def test_a_part_by_terms(root, tmp_path):
     (root / "x/a-masklabel.png").write_bytes(b"a mask, which goes with its image")
+    (root / "x/metadata.jsonl").write_text("")  # tables that describe images go, too
+    (root / "meta_tags.jsonl").write_text("")
     assert "2 of 3 images" in run("prepare", [*COPY, "job.find=red_hair"], tmp_path)
     copied = sorted(p.relative_to(tmp_path / "part").as_posix() for p in (tmp_path / "part").rglob("*") if p.is_file())
-    assert copied == ["x/a-masklabel.png", "x/a.png", "x/a.txt", "y/c.png", "y/c.txt"]
+    images = ["x/a-masklabel.png", "x/a.png", "x/a.txt", "x/metadata.jsonl", "y/c.png", "y/c.txt"]
+    assert copied == ["meta_tags.jsonl", *images]
     assert (tmp_path / "part/x/a.png").read_bytes() == (root / "x/a.png").read_bytes()
-    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 0 of 5 files")
+    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 0 of 7 files")
     label, times = root / "x/a.txt", (root / "x/a.txt").stat()
     label.write_text("red hair, cap")  # of the same size, and with its time set back
     os.utime(label, ns=(times.st_atime_ns, times.st_mtime_ns))
-    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 1 of 5 files")
+    assert run("prepare", [*COPY, "job.find=red_hair"], tmp_path).endswith("copied 1 of 7 files")
     assert (tmp_path / "part/x/a.txt").read_text() == "red hair, cap"
     assert run("prepare", [*COPY, "job.to=other", 'job.find=-"red hair" OR path:a.'], tmp_path).startswith(
         "2 of 3 images"
     )
     assert (tmp_path / "other/x/a.txt").is_file()
-
-
-def test_tables_that_describe_the_images_go_with_them(root, tmp_path):
-    for name in ("metadata.csv", "x/metadata.jsonl", "y/metadata.csv", "meta_tags.jsonl"):
-        (root / name).write_text("file_name\n" if name.endswith("csv") else "")
-    run("prepare", [*COPY, "job.find=hat"], tmp_path)
-    copied = {path.relative_to(tmp_path / "part").as_posix() for path in (tmp_path / "part").rglob("meta*")}
-    assert copied == {"metadata.csv", "x/metadata.jsonl", "y/metadata.csv", "meta_tags.jsonl"}
 
 
 def test_the_rows_of_a_manifest_go_with_the_images(root, tmp_path):
