@@ -46,7 +46,7 @@ WRONG = {
     "finetune init_from=foreign.pth": "init_from: ... stages.0.0.grn.gamma",
     "pretrain_fcmae task.patch_px=3": "task.patch_px: ",
     "finetune init_from=nowhere dry_run=true": "init_from: nowhere does not exist",
-    "finetune init_from=pretrained model.dims=[8,24]": "init_from: ... model.dims=[8,16]",
+    "finetune init_from=pretrained model.dims=[8,24]": "init_from: ... (16, 8, 2, 2) ... (24, 8, 2, 2) ... model.dims",
     "finetune run_dir=tuned resume=damaged": "resume: damaged ... weights.safetensors",
     "finetune run_dir=tuned seed=1 optim.lr=0.5 loop.total_steps=3": "resume: ... 'resume_allow=[optim.lr,seed]'.",
     "finetune run_dir=tuned loop.total_steps=1": "loop.total_steps: ",
