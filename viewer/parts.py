@@ -10,7 +10,7 @@ from fastapi import HTTPException
 from nicegui import ui
 
 from utils.io.safe_text import escape_controls
-from utils.record.run_index import RunIndex, is_run
+from utils.record.run_index import RunIndex, is_own_run
 from utils.record.run_reader import STATES
 
 REFRESH_SEC = 2.0
@@ -68,6 +68,6 @@ def find_run(index: RunIndex, name: str) -> Path:
     if number.isdecimal() and int(number) < len(index.roots):
         root = index.roots[int(number)]
         path = (root / relative).resolve()
-        if path.is_relative_to(root) and is_run(path):
+        if path.is_relative_to(root) and is_own_run(path):
             return path
     raise HTTPException(404, "no such run")

@@ -34,7 +34,7 @@ async def show_tables(path: Path) -> None:
         return
 
     async def fill(table: ui.table, name: str) -> None:
-        names, rows = await background.io_bound(tables.read_table, files[name])
+        names, rows = await background.io_bound(tables.read_csv, files[name])
         table.columns = make_columns({name: escape_controls(show_name(name)) for name in names})
         table.rows = [{**dict(zip(names, map(tables.to_cell, row))), "": place} for place, row in enumerate(rows)]
 
@@ -93,7 +93,7 @@ def draw_decisions(decisions: np.ndarray, threshold: float) -> tuple[str, list[d
 async def show_mistakes(name: str, path: Path, shelf: Shelf) -> None:
     """Show which classes are confused, and the images of a confusion, or the worst of all."""
     ui.link("Review the labels", f"/review?run={quote(name)}")
-    rows = await background.io_bound(tables.read_rows, path, "confusions")
+    rows = await background.io_bound(tables.read_newest, path, "confusions")
     texts = [escape_controls(f"{row['true']} → {row['predicted']} ({row['count']})") for row in rows]
     pairs = {(row["true"], row["predicted"]): text for row, text in zip(rows, texts)}
     chosen = ui.select({(): "all mistakes, the worst first", **pairs}, value=(), with_input=True).classes("w-full")

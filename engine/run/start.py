@@ -26,7 +26,7 @@ from engine.run.length import fit_minutes, use_minutes
 from engine.run.loop import Run
 from engine.task import Streams, Task, networks_of
 from engine.update.batch_size import out_of_memory
-from engine.update.runtime import Runtime, choose_compile, is_free, start_machine
+from engine.update.runtime import Runtime, choose_compile, chooses_threads, start_machine
 from optim.build import check_optimizer, check_shardable
 from optim.groups import build_groups, groups_table
 from utils.config.entry_point import Job
@@ -138,7 +138,7 @@ def open_run(
     """
     values = config.model_dump(mode="json")
     with open_run_folder(values, job) as folder, StopRequest():
-        if is_free(config.runtime):
+        if chooses_threads(config.runtime):
             keep_threads(folder.path / ENVIRONMENT_FILE)
         run = Run(task, streams, plan, config, runtime, folder)
         recorder = run.recorder

@@ -65,8 +65,8 @@ def choose_compile(config: RuntimeConfig, device: str, total_steps: int) -> bool
     return pays and not config.deterministic and not missing_for_compile(device)
 
 
-def is_free(config: MachineConfig) -> bool:
-    """Return whether the number of threads is chosen here: by no key, no variable, no launcher.
+def chooses_threads(config: MachineConfig) -> bool:
+    """Return whether the number of threads is chosen here, by no key, no variable, no launcher.
 
     Threads wait for each other at the end of each operation, so one that shares its core with another process holds up
     all. A deterministic run does not depend on what else the machine does.
@@ -135,7 +135,7 @@ def choose_runtime(config: MachineConfig) -> Runtime:
     device = choose_device(config.device)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
-    elif device == "cpu" and is_free(config):
+    elif device == "cpu" and chooses_threads(config):
         _leave_cores()
     _set_backends(config, device)
     precision = choose_precision(config.precision, device)

@@ -126,6 +126,8 @@ def list_configs(*, tiny: bool) -> dict[str, dict[str, Any]]:
         "transformer_layers_per_block": sizes.blocks,
         "attention_head_dim": list(map(_heads, sizes.unet)),  # diffusers' name for the number of heads
         "norm_num_groups": min(32, sizes.unet[0] // 4),
+    }
+    unet |= {
         "cross_attention_dim": sum(sizes.text),
         "addition_time_embed_dim": sizes.number,
         "projection_class_embeddings_input_dim": 6 * sizes.number + sizes.text[1],

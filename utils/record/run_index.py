@@ -46,7 +46,7 @@ def is_inside(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder)
 
 
-def is_run(path: Path) -> bool:
+def is_own_run(path: Path) -> bool:
     """Return whether a folder is a run whose files lie in it: a link to another file would show that file."""
     return (path / CONFIG_FILE).is_file() and not any(links_out(path))
 
@@ -58,7 +58,7 @@ def find_runs(roots: Sequence[Path]) -> Iterator[Path]:
             path = Path(folder)
             if CONFIG_FILE in files and "weights" in folders:
                 folders.clear()
-                if is_run(path):
+                if is_own_run(path):
                     yield path
             elif len(path.relative_to(root).parts) >= _DEEPEST:
                 folders.clear()

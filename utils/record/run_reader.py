@@ -24,7 +24,7 @@ NOTE_VARIABLE = "ATELIER_RUN_NOTE"  # a file in which a run writes its folder, f
 # failed: it has ended with an error. dead: its process has vanished, by a kill or with its machine.
 STATES = ("running", "requeued", "failed", "dead", "stopped", "finished")
 log = get_logger(__name__)
-Part = TypeVar("Part", bound=BaseModel)
+Section = TypeVar("Section", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ class RunReader:
                 raise ValueError("it has no keys")
         return config
 
-    def part(self, schema: type[Part]) -> Part:
+    def part(self, schema: type[Section]) -> Section:
         """Return the part of the configuration that a schema describes. Raises UserError (`run_dir`)."""
         with about("run_dir"), readable(self.path / CONFIG_FILE, "JSON"):
             return schema.model_validate(self.config)

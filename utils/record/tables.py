@@ -29,14 +29,14 @@ def find_tables(run: Path) -> dict[str, Path]:
     return {name: newest[name] for name in sorted(newest, key=lambda name: (name not in ("tags", "classes"), name))}
 
 
-def read_rows(run: Path, name: str) -> list[dict[str, str]]:
+def read_newest(run: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of the newest table of a name; none without it."""
     file = find_tables(run).get(name)
-    columns, rows = read_table(file) if file else ([], [])
+    columns, rows = read_csv(file) if file else ([], [])
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 
-def read_table(path: Path) -> tuple[list[str], list[list[str]]]:
+def read_csv(path: Path) -> tuple[list[str], list[list[str]]]:
     """Return the names of a CSV file's columns, and its first _TABLE_ROWS rows."""
     with path.open(newline="", encoding="utf-8", errors="replace") as file:
         names, *rows = list(islice(csv.reader(file), _TABLE_ROWS + 1)) or [[]]
@@ -52,7 +52,7 @@ def to_cell(text: str) -> int | float | str | None:
 
 def read_decisions(run: Path) -> dict[str, np.ndarray]:
     """Return the columns DECISIONS of each group, [6, N], at rising thresholds. Raises ValueError."""
-    rows = read_rows(run, "decisions")
+    rows = read_newest(run, "decisions")
     groups: dict[str, list[list[str]]] = {}
     for row in rows:
         groups.setdefault(row["group"], []).append([row.get(name, "") for name in DECISIONS])

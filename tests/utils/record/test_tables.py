@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from utils.record.tables import find_tables, read_decisions, read_rows, reliability, to_cell, worst_images
+from utils.record.tables import find_tables, read_decisions, read_newest, reliability, to_cell, worst_images
 
 
 def write(run, **texts):
@@ -50,9 +50,9 @@ def test_the_newest_table_of_a_name_and_no_link_out(tmp_path):
         "classes": "classes", "another": "another", "other": "other",
     }  # fmt: skip
     assert next(iter(find_tables(run))) == "classes"
-    assert read_rows(run, "classes") == [{"a": "1"}] and read_rows(run, "tags") == []
+    assert read_newest(run, "classes") == [{"a": "1"}] and read_newest(run, "tags") == []
     os.utime(run / "tables/classes.csv", (0, 0))
-    assert read_rows(run, "classes") == [{"b": "2"}]
+    assert read_newest(run, "classes") == [{"b": "2"}]
 
 
 def test_the_worst_images_of_all_and_of_a_pair(tmp_path):
