@@ -84,8 +84,8 @@ def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
 def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np.ndarray:
     """Return how many positions of an epoch each concept has, int64 [C]. counts: its samples, [C].
 
-    repeats: that many for each sample. share: this part of the epoch; without repeats anywhere, shares count relative
-    to their sum, and an epoch is as long as every sample needs to occur. Raises UserError (`data.concepts`).
+    repeats: that many for each sample. share: this part of the epoch. If no concept has repeats, only the ratio of the
+    shares counts, and the epoch is long enough for every sample to occur. Raises UserError (`data.concepts`).
     """
     shares = np.array([concept.share or 0.0 for concept in concepts])
     fixed = counts * [0 if concept.share is not None else concept.repeats or 1 for concept in concepts]

@@ -94,7 +94,7 @@ class Cached(Source):
         return None if self._has(row) else self.inner.file_of(row)
 
     def prefetch(self, rows: Iterable[int]) -> None:
-        """Start to read the rows that are not cached. A generator: most sources do not ask which these are."""
+        """Start to read the rows that are not cached. Lazily, because most sources ignore it."""
         self.inner.prefetch(row for row in rows if not self._has(row))
 
     def _count(self, name: str) -> None:

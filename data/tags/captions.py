@@ -61,9 +61,9 @@ class CaptionConfig(Strict):
     The text is split into tags at commas, unless it is a sentence (`is_sentence`). The first `keep_first` tags
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
     these categories come first, in this order; those of other categories follow. dropout: by category, in place of
-    `tag_dropout`. keep_tokens_separator: what is before it stays in front, in place of `keep_first`, and what is after
-    a second one stays at the end; it is removed. prefix, suffix: texts around every caption that is kept. emphasis:
-    brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
+    `tag_dropout`. keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a
+    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept.
+    emphasis: brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
     """
 
     source: Literal["caption", "tags"]
@@ -230,9 +230,9 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
 
 
 def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> dict[str, dict[str, int]]:
-    """Return how many of `rows` have a tag in their captions, by folder and tag; the most frequent tags of large ones.
+    """Count the rows that have a tag in their captions, by the folder's name and tag; only the most frequent tags.
 
-    A short caption without a separator counts as a tag, as in sd-scripts, whose files hold these counts.
+    A short caption without a comma counts as a tag, as in sd-scripts, whose files hold these counts.
     """
     counts = Counter[tuple[str, str]]()
     for index in rows.tolist():

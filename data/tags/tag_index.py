@@ -3,8 +3,8 @@
 index = index_tags(collection, vocabulary, rules, cache=Path("outputs/cache/tags"))
 index.of_row(0), index.unknown_of(0), index.tagged[rows]
 
-A label is positive, negative or unknown. All are known, but ratings of an image without one, and what the image's
-`unknown_tags` say: `hat`, the tags of a category (`character:*`) or all (`*`), but not `-hat` or `-general:*`.
+A label is positive, negative or unknown. Unknown are the ratings of an image without a rating, and what its
+`unknown_tags` name: `hat`, the tags of a category (`character:*`) or all (`*`), except `-hat` or `-general:*`.
 """
 
 from array import array
@@ -113,10 +113,8 @@ def index_tags(
     """Return the tags of a collection as outputs of a vocabulary; rank 0 computes them if `cache` lacks them.
 
     only_used: see `map_tags`.
-
     Raises UserError (`data.root`, `<key>rating_s`) as `map_tags` does, or if no image has a tag of the vocabulary.
     """
-
     collection.refuse_faults(*TAG_LISTS, "rating")
 
     def make() -> Path:
