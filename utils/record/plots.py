@@ -30,7 +30,6 @@ _STYLE = {
 }  # fmt: skip
 # Characters are drawn by the first of these fonts that has them; the first two come with matplotlib.
 _FONTS = ("DejaVu Sans", "STIXGeneral", "Noto Sans CJK JP", "WenQuanYi Zen Hei", "Noto Sans Symbols2")
-_PANEL_INCHES = (5.4, 3.4)  # width and height of a panel with its labels
 _TRAINED_AS = {"top1": "accuracy"}  # {figure of evaluation: figure of training} in one panel
 
 
@@ -96,8 +95,7 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
         return
     columns = min(len(panels), 3)
     lines = math.ceil(len(panels) / columns)
-    width, height = _PANEL_INCHES
-    figure = Figure(figsize=(width * columns, height * lines), layout="tight")
+    figure = Figure(figsize=(5.4 * columns, 3.4 * lines), layout="tight")
     figure.suptitle(title)
     for number, name in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, number, title=title_curve(name), xlabel="step")
