@@ -112,8 +112,11 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
 def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     """Cast a column to its type, an extra one to int64, float64 or text. Raises ArrowException for other values."""
     source = column.type.value_type if pa.types.is_dictionary(column.type) else column.type
-    is_whole = pa.types.is_boolean(source) or pa.types.is_integer(source)
-    other = pa.int64() if is_whole else pa.float64() if pa.types.is_floating(source) else pa.string()
+    other = pa.string()
+    if pa.types.is_boolean(source) or pa.types.is_integer(source):
+        other = pa.int64()
+    elif pa.types.is_floating(source):
+        other = pa.float64()
     if name == "label" and other == pa.float64():
         with suppress(pa.ArrowException):
             column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them

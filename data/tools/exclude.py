@@ -87,10 +87,16 @@ def exclude(table: pa.Table, job: str, reasons: Mapping[str, str]) -> tuple[pa.T
     now = []
     ours = 0
     for path, weight, before in zip(table["path"].to_pylist(), table["weight"].to_pylist(), _read_reasons(table)):
-        can_change = before is None or before.startswith(f"{job}: ")
-        now.append(before if not can_change else f"{job}: {reasons[path]}" if path in reasons else None)
-        weights.append(0.0 if now[-1] else 1.0 if before else weight)
-        ours += bool(can_change and now[-1])
+        reason = before
+        if before is None or before.startswith(f"{job}: "):
+            reason = f"{job}: {reasons[path]}" if path in reasons else None
+            ours += reason is not None
+        if reason is not None:
+            weight = 0.0
+        elif before is not None:
+            weight = 1.0  # restored
+        now.append(reason)
+        weights.append(weight)
     table = replace_column(table, "weight", pa.array(weights, pa.float32()))
     table = replace_column(table, "reason", pa.array(now, pa.string()))
     return (table if any(now) else table.drop_columns("reason")), ours
