@@ -27,7 +27,7 @@ from utils.record.report import TableRow
 
 log = get_logger(__name__)
 
-_SHOWN = 30  # values of a column in the log
+_SHOWN = 30  # the most frequent values of a column, in the log; the page has all
 _COLUMNS = ("split", "label", "rating", "mode", "orientation", "transparent", "tags")
 _DRAWN = ("width", "height", "brightness", "sharpness")
 
@@ -58,9 +58,8 @@ class Check(Tool):
         tables = _count_values(collection, facts)
         tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
         for name, rows in tables.items():
-            more = f", and {len(rows) - _SHOWN:,} more" if len(rows) > _SHOWN else ""
             if rows:
-                log.info("%s: %s%s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]), more)
+                log.info("%s: %s", name, ", ".join(f"{row[name]} {row['images']:,}" for row in rows[:_SHOWN]))
         pictures = {name: _draw_histogram(name, values) for name, values in _measurements(facts).items()}
         page = save_report(Path(self.report) / self.name, data.root, _summarise(collection), tables, pictures)
         return f"{describe_collection(collection)}; {found or 'no fault'}; {page}"

@@ -88,10 +88,8 @@ class Manifest(Tool):
             )  # fmt: skip
         if self.duplicates:
             sizes = [count for count in Counter(table["group"].drop_null().to_pylist()).values() if count > 1]
-            log.info(
-                "%s of %s images are near-duplicates, mirrored ones included: %s groups, the largest has %s (column "
-                "group)", f"{sum(sizes):,}", f"{len(table):,}", f"{len(sizes):,}", f"{max(sizes, default=0):,}",
-            )  # fmt: skip
+            largest = max(sizes, default=0)
+            log.info("near-duplicates: %d groups, the largest has %d images (column group)", len(sizes), largest)
         splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
         log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(damaged)} unreadable"
