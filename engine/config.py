@@ -43,7 +43,7 @@ class _LoopConfig(Strict):
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's
     early_stop_epochs: Duration | None  # end at an evaluation this many epochs after the best one
     batch_size: Count
-    micro_batch_size: Literal["auto"] | Count  # auto: all samples of an update
+    micro_batch_size: Literal["auto"] | Count  # auto: all samples of a rank
     sampling: Literal["shuffled", "blocks", "balanced"]
     find: TermsText | None  # training images, by the terms of data/collection/search.py
     per_class: Count | Share | None
@@ -60,11 +60,7 @@ class _LoopConfig(Strict):
 
     def split(self, world_size: int, chunk: int | None) -> tuple[int, int]:
         """Return (micro_batch_size, accum_steps); see `split_batch`. Raises UserError."""
-        cap = self.micro_batch_size
-        if cap == "auto":
-            if world_size > 1:
-                raise UserError("loop.micro_batch_size: auto is for one process; set what it found on one device")
-            cap = self.batch_size
+        cap = self.batch_size if self.micro_batch_size == "auto" else self.micro_batch_size
         return split_batch(self.batch_size, world_size, cap, chunk)
 
 

@@ -52,11 +52,8 @@ def test_an_evaluation_that_runs_out_is_named(tmp_path, monkeypatch):
         run("finetune", base, tmp_path)
 
 
-def test_a_rank_that_runs_out_ends_the_run_and_auto_is_for_one_process(collection, tmp_path):
+def test_a_rank_that_runs_out_ends_the_run(collection, tmp_path):
     overrides = common("classification", collection, tmp_path / "run", *AUTO, "loop.batch_size=24")
-    said = run_process("finetune.py", overrides, tmp_path, ranks=2, expect=2)
-    assert "loop.micro_batch_size: auto is for one process" in said
-    overrides.append("loop.micro_batch_size=12")
     trouble = {"TROUBLE": "little_memory 9 9"}
     said = run_process("tests/tasks/troubled.py", overrides, tmp_path, ranks=2, expect=2, variables=trouble)
     assert "loop.micro_batch_size: the device is out of memory in training, with 12 samples" in said
