@@ -139,7 +139,7 @@ def test_what_a_recipe_has_wrong(recipe, tmp_path, monkeypatch, capfd):
     for words, key in (
         (["data.root=empty"], "data.root: "),
         (["data.root=nowhere"], "data.root: "),
-        (["data.root=empty", "stages.pretran.command=x.py"], "stages.pretran: unknown key; close: stages.pretrain"),
+        (["data.root=empty", "stages.pretran.command=x.py"], "stages.pretran: unknown key"),
         (["data.root=empty", 'stages.sdxl.command="x.py \\"y"'], "stages.sdxl.command: "),
     ):
         assert run_command("workshop", words, tmp_path, monkeypatch) == 2

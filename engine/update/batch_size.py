@@ -1,8 +1,9 @@
 """The micro-batch size, halved when the device runs out of memory.
 
-A run begins with `loop.micro_batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory changes
-nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order, batch and
-learning rate stay. A rank that runs out of memory would leave the others waiting in a collective, so it ends the run.
+A run begins with `loop.micro_batch_size`, or with all samples of a rank (`auto`). A pass that runs out of memory
+changes nothing: the update is repeated with micro-batches half as large, as are all later updates. Samples, order,
+batch and learning rate stay. A rank that runs out of memory would leave the others waiting in a collective, so it ends
+the run.
 """
 
 from collections.abc import Sequence
