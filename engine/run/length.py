@@ -29,7 +29,7 @@ log = get_logger(__name__)
 
 _FILE = "minutes.json"
 _WARM_UP = 3  # updates, and evaluations of a batch: the first are slow
-_SHARE = 0.02  # of the time for the timing of updates, of each of `loop.phases`
+_SHARE = 0.02  # of the time for each of two timings of updates, of each of `loop.phases`
 _MOST_UPDATES = 50  # of a timing
 _SLOW = 8  # with slower updates than so many in a timing, one warm-up update is enough
 _DRAIN = 2  # first use up twice the batches that workers read ahead, so that the timing waits for data as the run will
@@ -95,17 +95,17 @@ def fit_minutes(run: Run) -> None:
     file = run.folder.path / _FILE
     if minutes is None or file.exists():
         return
-    world_size = run.plan.world_size
 
     def plan_of(steps: int) -> Plan:
-        return plan_streams(_of_length(run.config, steps), run.streams, world_size)
+        return plan_streams(_of_length(run.config, steps), run.streams, run.plan.world_size)
 
     step_sec = _time_steps(run, _SHARE * 60 * minutes)
     evaluation_sec = _time_evaluation(run)
     start_sec = monotonic() - STARTED
     left = 60 * minutes - start_sec - _END_SEC
     steps = distributed.rank_zero_call(lambda: _count_steps(left, step_sec, evaluation_sec, plan_of))
-    found = f"a step takes {step_sec:.3g} s, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
+    step = f"{step_sec[0]:.3g} s, after the first epoch {step_sec[1]:.3g} s"
+    found = f"a step takes {step}, an evaluation {evaluation_sec:.3g} s, the start took {start_sec:.3g} s"
     if steps < 1:
         raise UserError(f"loop.minutes: {minutes:g} are too few: {found}; set more")
     run.plan = plan_of(steps)
@@ -117,31 +117,46 @@ def fit_minutes(run: Run) -> None:
             write_json(file, Found(minutes=minutes, steps=steps, words=list(run.folder.job.planned)).model_dump())
 
 
-def _count_steps(left: float, step_sec: float, evaluation_sec: float, plan_of: Callable[[int], Plan]) -> int:
+def _count_fitting(seconds: float, epoch: int, step_sec: tuple[float, float]) -> int:
+    """Return the number of steps that fit; step_sec: of each of the first `epoch` ones, and of a later one."""
+    first, later = step_sec
+    more = seconds - epoch * first
+    return int(epoch + more / later if more > 0 else seconds / first)
+
+
+def _count_steps(
+    left: float, step_sec: tuple[float, float], evaluation_sec: float, plan_of: Callable[[int], Plan]
+) -> int:
     """Return the number of steps that leave time for their evaluations and for a range test."""
-    steps = int(left / step_sec)
+    steps = int(left / min(step_sec))
     while steps >= 1:  # fewer steps may have fewer evaluations
         plan = plan_of(steps)
         evaluations = math.ceil(plan.epoch_at(steps) / plan.evaluate_every_epochs - 1e-9)
-        fewer = int((left - evaluations * evaluation_sec) / step_sec) - plan.range_test_steps
+        epoch = plan.epoch_length // plan.batch_size
+        fewer = _count_fitting(left - evaluations * evaluation_sec, epoch, step_sec) - plan.range_test_steps
         if fewer >= steps:
             break
         steps = fewer
     return steps
 
 
-def _time_steps(run: Run, seconds: float) -> float:
-    """Return the mean seconds of an update, of all streams by their share of the run.
+def _time_steps(run: Run, seconds: float) -> tuple[float, float]:
+    """Return the mean seconds of an update in the first epoch, and after it, when images come from the memory cache.
 
-    seconds: for the updates of a stream.
+    The same updates are timed twice, of all streams by their share of the run. seconds: of each timing.
     """
     shares = [phase.fraction for phase in run.config.loop.phases or ()]
     shares.append(1 - math.fsum(shares))
-    return math.fsum(share * _time_stream(run, number, seconds) for number, share in enumerate(shares))
+    first = later = 0.0
+    for number, share in enumerate(shares):
+        count, stream_sec = _time_stream(run, number, seconds)
+        first += share * stream_sec
+        later += share * _time_stream(run, number, seconds, count)[1]
+    return first, later
 
 
-def _time_stream(run: Run, phase: int, seconds: float) -> float:
-    """Return the mean seconds of an update of one stream. The updates are undone."""
+def _time_stream(run: Run, phase: int, seconds: float, count: int | None = None) -> tuple[int, float]:
+    """Return the number of updates of one stream that were timed, and their mean seconds. The updates are undone."""
     learner = run.learner
 
     def time_updates(count: int) -> float:
@@ -155,24 +170,24 @@ def _time_stream(run: Run, phase: int, seconds: float) -> float:
 
     with undone(learner), closing(run.read(phase, run.plan.total_steps)) as batches:
         time_updates(1)  # may compile
-        about = 0.0
         for _ in range(_WARM_UP):
             about = time_updates(1)
             if about > seconds / _SLOW:
                 break
-        count = min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))
+        if count is None:
+            count = min(_MOST_UPDATES, int(seconds / max(about, 1e-6)))
         if count < 1:
-            return about
+            return 0, about
         ahead = learner.runtime.workers * learner.runtime.prefetch_batches  # batches that workers read meanwhile
         if ahead:
             time_updates(min(_DRAIN * ahead, count))
-        return time_updates(count)
+        return count, time_updates(count)
 
 
 def _time_evaluation(run: Run) -> float:
     """Return the seconds of an evaluation, from its first batches."""
     batches = max([len(loader) for loader in run.streams.evaluation.values()], default=0)
-    if run.streams.evaluation_samples == 0 or batches == 0:
+    if not (run.streams.evaluation_samples and batches):
         return 0.0
 
     def seconds(most: int) -> float:

@@ -13,11 +13,11 @@ MORE = ["loop.evaluate_every_epochs=2", "loop.ema_decay=0.9", "loop.checkpoint_e
 
 @pytest.fixture
 def words(tmp_path, monkeypatch):
-    """A command of 10 minutes on a machine where a step takes 40 s and an evaluation 15 s, and the start 20 s."""
+    """A command of 10 minutes: 20 s of start, steps of 60 s in the first epoch, then of 39 s, evaluations of 15 s."""
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED + 20)
     monkeypatch.setattr(minutes, "_MOST_UPDATES", 1)
     monkeypatch.setattr(minutes, "_END_SEC", 2.5)
-    monkeypatch.setattr(minutes, "_time_steps", timed := timing(minutes._time_steps, 40.0))
+    monkeypatch.setattr(minutes, "_time_steps", timed := timing(minutes._time_steps, (60.0, 39.0)))
     monkeypatch.setattr(minutes, "_time_evaluation", timing(minutes._time_evaluation, 15.0))
     root, given = make_images(tmp_path / "images"), [word for word in TINY if word != LENGTH]
     return [*given, *MORE, f"data.root={root}", f"run_dir={tmp_path / 'run'}", "loop.minutes=10"], timed
@@ -55,7 +55,7 @@ def test_a_run_of_minutes_is_one_of_its_steps_also_when_it_is_resumed(words, tmp
         (["loop.total_epochs=3"], r"loop\.minutes: 10 sets the length, and so does loop\.total_epochs=3"),
         (
             ["loop.minutes=0.5"],
-            r"loop\.minutes: 0\.5 are too few: a step takes 40 s, .*the start took 20 s",
+            r"loop\.minutes: 0\.5 are too few: a step takes 60 s, after the first epoch 39 s, .*the start took 20 s",
         ),
     ],
 )
@@ -66,12 +66,12 @@ def test_what_is_no_length_is_refused(more, said, words, tmp_path):
 
 
 def test_how_sure_the_best_figure_is_and_what_would_improve_it_are_said(words, tmp_path, capsys):
-    run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)
+    run("finetune", [*words[0], "loop.minutes=2"], tmp_path)
     said = capsys.readouterr().err
     assert "1 steps, 0.5 epochs" in said
     found = read_json(tmp_path / "run/result.json")
     (low, high), value = found["interval"], found["value"]
     assert low < value < high and f"top-1 {value:.4g} (95 % interval: {low:.4g} to {high:.4g})" in said
     assert f"to improve  {found['help'][0]}" in said
-    run("finetune", [*words[0], "loop.minutes=1.5"], tmp_path)  # a complete run keeps it
+    run("finetune", [*words[0], "loop.minutes=2"], tmp_path)  # a complete run keeps it
     assert read_json(tmp_path / "run/result.json") == found

@@ -28,7 +28,7 @@ def words(tmp_path, monkeypatch):
     """A command of train.py on a machine where 20 steps fit into its minutes."""
     monkeypatch.setattr(facts, "time_network", lambda config, side, batch, runtime: 0.002)
     monkeypatch.setattr(facts, "has_fast_bf16", lambda device: True)
-    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: 20.0)
+    monkeypatch.setattr(minutes, "_time_steps", lambda run, seconds: (20.0, 20.0))
     monkeypatch.setattr(minutes, "_time_evaluation", lambda run: 1.0)
     monkeypatch.setattr(minutes, "monotonic", lambda: minutes.STARTED)
     root = make_images(tmp_path / "images")
