@@ -4,7 +4,7 @@ A `Finder` also restores images that an earlier call excluded and this one does 
 refused.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Literal
@@ -17,8 +17,6 @@ from data.collection.duplicates import group_duplicates
 from data.collection.search import find_rows
 from data.collection.split import assign_validation
 from data.config import DataConfig
-from data.images.decode import Decoder
-from data.images.open import read_file
 from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
 from data.layouts.table import TYPES, replace_column
@@ -30,12 +28,8 @@ from data.tools.tool import Tool, list_files, refuse_shards, save_report
 from utils.config.schema import PathText, TermsText
 from utils.errors import UserError
 from utils.io.journal import open_journal
-from utils.record.pictures import RIGHT, WRONG, image_grid, legible, shorten
-from utils.record.progress import track
 
 _TEXTS = ("caption", "tags", "label")
-_SHEETS = 60  # groups of duplicates in the report
-_SHOWN = 8  # images of a group
 
 
 class Finder(Tool):
@@ -119,7 +113,7 @@ class Filter(Finder):
 
 
 class Duplicates(Finder):
-    """Write a page with groups of duplicates, and exclude or list all images but one of each; write column `group`.
+    """Write a table of groups of duplicates, and exclude or list all images but one of each; write column `group`.
 
     The one with the most of caption, tags and label is kept, of these the largest. match: near: similar images,
     mirrored ones included; exact: equal bytes.
@@ -156,13 +150,8 @@ class Duplicates(Finder):
                 numbers[path] = -number  # negative, because the groups of job=manifest are hashes
                 if not is_kept:
                     reasons[path] = f"a duplicate: {group[0]} is kept"
-        shown = [group for group in groups if facts[group[0]].kind is None][:_SHEETS]
-        sheets = {
-            f"group_{number:03}": _draw_group(root, group, Decoder(3, data.max_pixels))
-            for number, group in enumerate(track(shown, len(shown), "drawing the groups"), start=1)
-        }
         figures = {"groups": len(groups), "images in them": len(rows)}
-        save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, sheets)
+        save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, {})
         return reasons, numbers
 
 
@@ -181,20 +170,6 @@ def find_groups(facts: dict[str, FileFacts], match: str) -> list[list[str]]:
         if key is not None:
             members.setdefault(key, []).append(path)
     return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))
-
-
-def _draw_group(root: Path, group: Sequence[str], decoder: Decoder) -> np.ndarray:
-    """Draw the first images of a group with names and sizes; the kept image in blue."""
-    pixels = []
-    captions = []
-    for path in group[:_SHOWN]:
-        pixels.append(decoder(read_file(root / path), path).permute(1, 2, 0).numpy())
-        height, width = pixels[-1].shape[:2]
-        texts = (path.rpartition("/")[2], f"{width} x {height}")
-        color = RIGHT if path == group[0] else WRONG
-        captions.append([(shorten(legible(text), 30), color) for text in texts])
-    title = f"{len(group):,} images like {shorten(legible(group[0]), 60)}"
-    return image_grid(pixels, captions, title, columns=4, tile_px=226)
 
 
 class Split(Tool):
