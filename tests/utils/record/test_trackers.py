@@ -1,14 +1,13 @@
-"""Trackers. What they write is read back: W&B's offline files and TensorBoard's event files; a tracker ends no run."""
+"""Trackers: what W&B is given, and what is in TensorBoard's event files; a tracker ends no run."""
 
-import json
 import re
 import socket
-import struct
 import threading
 import time
 from types import SimpleNamespace
 
 import pytest
+import wandb
 
 from tests.in_process import TINY, configure, make_images, run
 from tests.support import is_reading, rows
@@ -35,49 +34,17 @@ def environment(monkeypatch, tmp_path):
     monkeypatch.setenv("WANDB_API_KEY", KEY)
 
 
-def read_log(path):
-    """Yield the records of LevelDB's log format behind W&B's header of 7 bytes: blocks of 32768 bytes, each record
-    crc32, length (little endian), type (1 whole, 2 first, 3 middle, 4 last part).
-    """
-    data, at, parts = path.read_bytes(), 7, []
-    assert data.startswith(b":W&B")
-    while at + 7 <= len(data):
-        if 32768 - at % 32768 < 7:
-            at += 32768 - at % 32768
-            continue
-        length, kind = struct.unpack("<HB", data[at + 4 : at + 7])
-        if kind == 0:
-            return
-        parts.append(data[at + 7 : at + 7 + length])
-        at += 7 + length
-        if kind in (1, 4):
-            yield b"".join(parts)
-            parts = []
+@pytest.fixture
+def logged(monkeypatch):
+    """Return the rows that W&B is given: for each start of a run, by their steps."""
+    starts, log = {}, wandb.Run.log
 
+    def note(run, values, step):
+        starts.setdefault(run, {}).setdefault(step, {}).update(values)
+        log(run, values, step=step)
 
-def read_wandb(run_dir):
-    """Return for each start of an offline run: its id, name, tags, config and logged rows."""
-    from wandb.proto.wandb_internal_pb2 import Record
-
-    starts = []
-    for file in sorted(run_dir.glob("wandb/offline-run-*/*.wandb"), key=lambda path: path.parent.stat().st_ctime_ns):
-        start = {"rows": [], "config": {}}
-        for data in read_log(file):
-            record = Record.FromString(data)
-            if record.WhichOneof("record_type") == "run":
-                sent = record.run
-                start |= {"id": sent.run_id, "name": sent.display_name, "tags": [*sent.tags], "project": sent.project}
-                start["config"] |= {item.key: json.loads(item.value_json) for item in sent.config.update}
-            elif record.WhichOneof("record_type") == "history":
-                items = record.history.item
-                row = {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items}
-                start["rows"].append(row)
-        starts.append(start)
+    monkeypatch.setattr(wandb.Run, "log", note)
     return starts
-
-
-def steps_of(start):
-    return [row["_step"] for row in start["rows"] if "train/loss" in row]
 
 
 def fine_tune(images, folder, *overrides):
@@ -104,30 +71,28 @@ def expected_rows(run_dir):
 # ---------------------------------------------------------------------------------------------------------------- W&B
 
 
-def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(images, plain, tmp_path, monkeypatch):
+def test_wandb_offline_has_the_config_and_every_row_once_over_a_resumption(
+    images, plain, logged, tmp_path, monkeypatch
+):
     monkeypatch.setattr("sys.argv", ["finetune.py", f"data.token={KEY}"])
     monkeypatch.setenv("WANDB_TAGS", "small,glyphs")
     fine_tune(images, tmp_path, "loop.total_steps=3", "loop.checkpoint_every_steps=2", *WANDB)
     run_dir = tmp_path / "run"
-    (first,) = read_wandb(run_dir)
-    assert (first["name"], first["project"], first["tags"]) == ("run", "tests", ["small", "glyphs"])
-    assert first["id"] == (run_dir / "wandb_run_id.txt").read_text().strip()
-    saved = read_json(run_dir / "config.json")
-    assert {name: value for name, value in first["config"].items() if name != "_wandb"} == saved
-    logged = {}
-    for row in first["rows"]:
-        figures = {name: value for name, value in row.items() if name.startswith(("train/", "evaluate/", "epoch/"))}
-        logged[row["_step"]] = {name: value for name, value in figures.items() if not is_reading(name)}
-    assert logged == expected_rows(run_dir)
-    assert any(name.startswith("images/confusion") for row in first["rows"] for name in row)
+    (first,) = logged
+    assert (first.name, first.project, first.tags) == ("run", "tests", ("small", "glyphs"))
+    assert first.id == (run_dir / "wandb_run_id.txt").read_text().strip()
+    assert dict(first.config) == read_json(run_dir / "config.json")
+    figures = {step: {name: row[name] for name in row if not is_reading(name)} for step, row in logged[first].items()}
+    pictures = [name for row in figures.values() for name in [*row] if name.startswith("images/") and row.pop(name)]
+    assert figures == expected_rows(run_dir) and "images/confusion" in pictures
     assert list(run_dir.glob("wandb/offline-run-*/files/media/images/**/confusion_*.png"))
     assert rows(run_dir / "metrics.jsonl") == rows(plain / "metrics.jsonl")
 
     (run_dir / "checkpoints/step_00000003/state.json").write_text("{")  # damaged: the run goes back to step 2
     fine_tune(images, tmp_path, "loop.total_steps=5", *WANDB)
-    _, second = read_wandb(run_dir)
-    assert second["id"] == first["id"] and steps_of(first) == [1, 2, 3] and steps_of(second) == [4, 5]
-    assert second["config"]["loop"]["total_steps"] == 5
+    first, second = logged
+    assert second.id == first.id and [max(logged[first]), *logged[second]] == [3, 4, 5]
+    assert second.config["loop"]["total_steps"] == 5 and list(run_dir.glob("wandb/offline-run-*/*.wandb"))
     files = [path for path in tmp_path.rglob("*") if path.is_file()]
     assert len(files) > 10 and not [path for path in files if KEY.encode() in path.read_bytes()]
 
