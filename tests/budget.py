@@ -109,11 +109,11 @@ def main(arguments: list[str]) -> int:
     for room in rooms:
         count = sum(nodes[file] for file in nodes if any(belongs(file, pattern) for pattern in room["files"]))
         program += count if room.get("program", True) else 0
-        marks = f", goal {room['goal']:,}" if "goal" in room else ""
+        mark = ""
         if count > room["nodes"]:
             above.append(room["name"])
-            marks += "  <- above"
-        print(f"{room['name']:32} {count:8,} of {room['nodes']:8,} nodes{marks}")
+            mark = "  <- above"
+        print(f"{room['name']:32} {count:8,} of {room['nodes']:8,} nodes{mark}")
     print(f"{'the program':32} {program:8,}")
     if above:
         print(f"above their limit in tests/budget.toml: {', '.join(above)}: take something out")

@@ -96,7 +96,7 @@ def test_an_export_goes_to_the_hub_unless_its_licence_forbids_it(place, server, 
     with monkeypatch.context() as patch:
         patch.setattr(logging.getLogger("atelier"), "propagate", True)
         assert run("export", [*words, "hub.dry_run=true"], place).endswith("nothing is uploaded")
-    assert re.search(r"model\.safetensors  [\d,]+ bytes", caplog.text) and not server.puts and not server.commits
+    assert re.search(r"model\.safetensors  [\d,]+ bytes", caplog.text) and not server.files
     assert run("export", words, place).endswith(f"me/net has commit {COMMIT}")
     assert server.files.keys() >= {"model.safetensors", "README.md", "export.json"}
     run(

@@ -289,11 +289,10 @@ def test_a_base_on_the_hub_is_fetched_and_is_the_folder(tmp_path, server):  # no
     write_base(tmp_path / "base", noise=EPSILON)
     files = [path for path in (tmp_path / "base").rglob("*") if path.is_file()]
     content = {path.relative_to(tmp_path / "base").as_posix(): path.read_bytes() for path in files}
-    server.commits = [
-        {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other", "README.md": b"---\nlicense: mit\n---\n"}
-    ]
+    server.files = {**content, "unet/diffusion_pytorch_model.fp16.safetensors": b"other"}
+    server.files["README.md"] = b"---\nlicense: mit\n---\n"
     assert_equal(load_networks("hf:me/net@main")["unet"].state_dict(), draw_networks()["unet"].state_dict())
     assert describe("hf:me/net@main")["license"] == "mit" and not list(tmp_path.glob("hub/**/*fp16*"))
-    server.commits = [{}]
+    server.files = {}
     with refuses(r"^model\.path: hf:me/net@v2 has no model_index\.json"):
         describe("hf:me/net@v2")

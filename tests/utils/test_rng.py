@@ -1,6 +1,5 @@
 """Random numbers as functions of counters: literal tables, properties, equality for any batch split."""
 
-import numpy as np
 import pytest
 import torch
 
@@ -50,9 +49,6 @@ def test_keys_do_not_collide_and_have_63_bits():
     keys = [rng.sample_key(seed, position, view) for seed in (0, 1) for position in range(25_000) for view in (0, 1)]
     assert len(set(keys)) == len(keys) == 100_000
     assert all(0 <= key < 2**63 for key in keys)
-    together = np.array(keys)
-    ones = [float((together >> bit & 1).mean()) for bit in range(63)]
-    assert all(abs(share - 0.5) < 0.01 for share in ones)  # 6 standard deviations
     torch.tensor(keys[:10])  # int64 holds them
     torch.Generator().manual_seed(max(keys))  # and so do generators
 

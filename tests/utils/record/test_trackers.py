@@ -119,13 +119,6 @@ def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
     assert refused.value.args[0].startswith("tracking.project: ")
 
 
-def test_wandb_that_is_disabled_ends_no_run(images, tmp_path, monkeypatch):
-    monkeypatch.setenv("WANDB_MODE", "disabled")
-    fine_tune(images, tmp_path, "loop.total_steps=2", "tracking=wandb")
-    assert len(rows(tmp_path / "run/metrics.jsonl", "train")) == 2
-    assert not list(tmp_path.glob("run/wandb/*run-*"))
-
-
 def test_a_run_that_was_stopped_waits_a_few_seconds_for_wandb(monkeypatch):
     monkeypatch.setattr("utils.record.trackers._STOP_SEC", 0.1)
     writer, asked = object.__new__(_Wandb), threading.Event()
