@@ -117,7 +117,7 @@ def test_a_run_that_is_ended_at_random_moments(task, words, steps, longest_sec, 
     draw, seconds, statuses = random.Random(task), [], []
     for part in range(MOMENTS):
         started = support.start(script, overrides, tmp_path)
-        marks = ("the first step", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
+        marks = ("train loss", "resumed from", "range test") if part or number == signal.SIGKILL else ("",)
         while started.processes[0].is_alive() and not any(mark in started.output for mark in marks):
             time.sleep(0.01)
         time.sleep(moment(part, longest_sec, draw))
