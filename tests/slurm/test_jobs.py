@@ -35,7 +35,7 @@ def test_a_sweep_is_one_array(cluster, images, tmp_path):
         [sys.executable, "-m", "utils.record.sweep_table", str(tmp_path / "outputs/sweeps/rates")],
         cwd=ROOT, check=True, capture_output=True, text=True,
     ).stdout.splitlines()  # fmt: skip
-    assert table[0].split()[:2] == ["settings", "top1"]
+    assert table[0].split()[:3] == ["settings", "runs", "top1"]
     assert sorted(row.split()[0] for row in table[1:]) == ["optim.lr=0.01", "optim.lr=0.02"]
 
 
