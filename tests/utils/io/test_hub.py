@@ -21,13 +21,13 @@ class Hub:
     def __init__(self, cache):
         self.cache, self.files, self.private, self.is_offline, self.error = cache, {}, True, False, None
 
-    def create_repo(self, api, name, private, exist_ok):
+    def create_repo(self, name, private, exist_ok):
         assert exist_ok and name == "me/net"
 
-    def repo_info(self, api, name):
+    def repo_info(self, name):
         return SimpleNamespace(private=self.private)
 
-    def create_commit(self, api, name, additions, commit_message):
+    def create_commit(self, name, additions, commit_message):
         if self.error is not None:
             raise self.error
         self.files = {each.path_in_repo: Path(each.path_or_fileobj).read_bytes() for each in additions}
@@ -50,8 +50,7 @@ class Hub:
 def server(monkeypatch, tmp_path):
     server = Hub(tmp_path / "hub")
     for name in ("create_repo", "repo_info", "create_commit"):
-        method = getattr(server, name)
-        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", lambda api, *a, method=method, **k: method(api, *a, **k))
+        monkeypatch.setattr(f"huggingface_hub.HfApi.{name}", getattr(server, name))
     monkeypatch.setattr("huggingface_hub.hf_hub_download", server.download)
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     return server

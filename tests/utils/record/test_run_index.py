@@ -26,18 +26,16 @@ def make_run(path, log="", **files):
 
 
 def test_states_steps_and_results(tmp_path):
+    result = '{"metric": "mAP", "value": 0.5, "step": 4, "is_lowest_best": false}'
     finished = {"complete_json": "{}", "metrics_jsonl": line(20, loss=1.5)}
+    odd = said([], float("nan"), left_sec=10**400, total_steps="x")
+    progress = {"b": said("stopped"), "c": said("running"), "requeued": said("requeued"), "failed": said("failed")}
+    for name, text in {**progress, "damaged": odd}.items():
+        make_run(tmp_path / name, progress_json=text)
     make_run(tmp_path / "sweep/a=1", progress_json=said("finished", 20), **finished)
-    make_run(tmp_path / "b", progress_json=said("stopped"))
-    make_run(tmp_path / "c", progress_json=said("running"))
-    running = make_run(tmp_path / "d", progress_json=said("running", 7), result_json=json.dumps(
-        {"metric": "mAP", "value": 0.5, "step": 4, "is_lowest_best": False}
-    ))  # fmt: skip
-    make_run(tmp_path / "requeued", progress_json=said("requeued"))
-    make_run(tmp_path / "failed", progress_json=said("failed"))
+    running = make_run(tmp_path / "d", progress_json=said("running", 7), result_json=result)
     make_run(tmp_path / "older/finished", **finished)
     make_run(tmp_path / "older/other", metrics_jsonl=line(3, loss=1.5))
-    make_run(tmp_path / "damaged", progress_json=said([], float("nan"), left_sec=10**400, total_steps="x"))
     (tmp_path / "e/weights").mkdir(parents=True)  # no configuration
     make_run(Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff")))
     make_run(tmp_path / "f").joinpath("config.json").write_text("[")
