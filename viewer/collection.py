@@ -62,6 +62,7 @@ class Tiles:
         self._tile = tile
         self._rows = np.empty(0, np.int64)
         self._seen = (0.0, 700.0, 600.0)
+        self._drawn: tuple[list[int], str] | None = None
         self._area = ui.scroll_area(on_scroll=self._scroll).style(f"height: {height}").props("tabindex=0")
         with self._area, ui.element("div").classes("w-full") as self._space:
             self._table = ui.table(columns=[], rows=[], row_key="row").on("open", lambda event: choose(event.args))
@@ -73,6 +74,7 @@ class Tiles:
         self._rows = rows
         self._seen = (0.0, *self._seen[1:])
         self._area.scroll_to(pixels=0)
+        self._drawn = None
         self._draw()
 
     def _scroll(self, event: Any) -> None:
@@ -87,8 +89,13 @@ class Tiles:
         at = top * max(whole - view, 0) / max(high - view, 1)  # if the bar had the whole height
         first = max(0, int(at // _LINE_PX) - 2)
         last = first + int(view // _LINE_PX) + 6
-        self._space.style(f"height: {high}px; --columns: {columns}; padding-top: {top - at + first * _LINE_PX:.0f}px")
-        self._table.rows = [self._tile(row) for row in self._rows[first * columns : last * columns].tolist()]
+        style = f"height: {high}px; --columns: {columns}; padding-top: {top - at + first * _LINE_PX:.0f}px"
+        rows = self._rows[first * columns : last * columns].tolist()
+        if (rows, style) == self._drawn:  # the page makes tiles anew, and a tile with the focus loses it
+            return
+        self._drawn = rows, style
+        self._space.style(style)
+        self._table.rows = [self._tile(row) for row in rows]
 
 
 def describe_image(shelf: Shelf, name: str, collection: Collection, row: int) -> dict[str, str]:
