@@ -47,7 +47,7 @@ install-interop: install  ## a tool that reads a tagger's exports, in an environ
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-interop.txt
 	$(INTEROP)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps dghs-imgutils==0.19.0
 
-demo: install  ## the best classifier of the embedded glyphs that four minutes give, its export and predictions; six minutes
+demo: install  ## the best classifier of the embedded glyphs that four minutes give, its export and predictions; five minutes
 	$(PY) workshop.py recipe=demo
 
 demo-fcmae: install  ## what pretraining does: FCMAE and fine-tuning, and two starts from scratch, in equal minutes; ten minutes
