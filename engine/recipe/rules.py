@@ -116,7 +116,7 @@ def list_rules(facts: Facts) -> Iterator[Rule]:
     network = choose_network(facts)
     side = choose_px(facts)
     yield _choose_weights(facts, network)
-    if facts.grey and not network.is_pretrained:
+    if facts.grey and facts.has_classes and not network.is_pretrained:  # programs give a tagger RGB
         words = "model.in_channels=1 augment.mean=[0.5] augment.std=[0.5]"
         yield Rule("model init_from augment.mean augment.std", words, "no image has a colour")
     more = " or more" if facts.side_px == facts.most_px else ""

@@ -153,6 +153,7 @@ def test_a_network_of_grey_images_reads_one_channel(words, tmp_path):
     assert config["model"]["in_channels"] == len(config["augment"]["mean"]) == 1
     weights = Network("resnet50", 0, 1.0, is_pretrained=True)  # of three channels
     assert not chosen(replace(FACTS, grey=True, network=weights), "model.in_channels")
+    assert not chosen(replace(FACTS, grey=True, has_classes=False), "model.in_channels")
 
 
 @pytest.mark.parametrize("mirrors", [True, False])
