@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from engine.exports.weights import Weights
-from engine.tasks.diffusion import DiffusionTaskConfig
+from engine.tasks.diffusion_config import DiffusionTaskConfig
 from models.interop.metadata import dict_of, licence_entry
 from models.sdxl.changes import SHOWN
 

@@ -15,19 +15,13 @@ Source: Podell et al. 2023 (arXiv 2307.01952); models/sdxl/step.py has the other
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any
 
 import numpy as np
 import torch
-from pydantic import Field, model_validator
 from torch import Tensor, nn
 
-from data.collection.concepts import find_repeats
-from data.latents.buckets import BucketConfig
-from data.latents.masks import MASK, MaskConfig
-from data.tags.captions import CaptionConfig
-from data.tags.tag_weights import TagWeightsConfig
-from engine.config import TrainingConfig
+from data.latents.masks import MASK
 from engine.measures.means import measure_means
 from engine.task import (
     FILE_HASHES,
@@ -41,22 +35,20 @@ from engine.task import (
     split_exported,
     visiting,
 )
-from engine.tasks.judge import Judge, JudgeConfig, gather, read_texts
-from engine.tasks.kind import Setup, TaskConfig
+from engine.tasks.judge import Judge, gather, read_texts
+from engine.tasks.kind import Setup
 from models.sdxl import step as sdxl
 from models.sdxl.family import ENCODERS, PARTS, PREFIXES
 from models.sdxl.lora import ADAPTED, LoRA, LoRAConfig
 from models.sdxl.lora_files import read_lora
 from models.sdxl.names import from_single_file
 from models.sdxl.networks import Networks, base_files, describe, freeze_unused, open_networks
-from models.sdxl.perceptual import LatentPerceptualConfig, perceptual_loss
-from models.sdxl.sampling import EncodedPrompt, Prompt, SamplesConfig, encode_prompt, sample_pictures, scheduler_config
+from models.sdxl.perceptual import perceptual_loss
+from models.sdxl.sampling import EncodedPrompt, Prompt, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.tokenizer import LENGTH
 from models.sdxl.vae import latent_scale
 from models.weights.fit import is_meta, refuse_misfits
 from utils import rng
-from utils.config.bounds import Count, Factor, Fraction, Positive
-from utils.config.schema import PathText, Strict
 from utils.contracts import Batch
 from utils.errors import UserError, about
 from utils.io.files import readable
@@ -70,129 +62,6 @@ log = get_logger(__name__)
 
 _BINS = 5  # ranges of timesteps with a logged error each
 _LEAST_AREA = 1e-6  # of a mask that is divided by, so that an empty one trains nothing
-
-
-class NoiseConfig(Strict):
-    """The prediction type and the noise schedule.
-
-    convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
-    offset: strength of a random brightness in the noise; 0 is off.
-    """
-
-    prediction_type: sdxl.PredictionType
-    zero_terminal_snr: bool
-    convert: bool
-    offset: Fraction
-
-    @model_validator(mode="after")
-    def _has_a_target_everywhere(self) -> Self:
-        if self.zero_terminal_snr and self.prediction_type != "v_prediction":
-            raise ValueError(
-                f"task.noise.zero_terminal_snr: true is for v_prediction, not {self.prediction_type}: in pure noise, "
-                "epsilon has nothing to predict, and flow always ends in it; set "
-                "task.noise.zero_terminal_snr=false, or task.noise.prediction_type=v_prediction"
-            )
-        return self
-
-
-class LossConfig(Strict):
-    """Weights of the loss by noise level, explained at `loss_weight` in models/sdxl/step.py.
-
-    perceptual: adds a loss of the VAE's decoder at low noise (models/sdxl/perceptual.py).
-    """
-
-    weighting: sdxl.Weighting
-    gamma: Positive
-    floor: Factor
-    perceptual: LatentPerceptualConfig | None
-
-
-class TimestepsConfig(Strict):
-    """How to draw timesteps. shift: see `shift_times` in models/sdxl/step.py."""
-
-    sampling: sdxl.TimestepSampling
-    shift: Annotated[float, Field(ge=0.01, le=100)]
-
-
-class DiffusionTaskConfig(TaskConfig):
-    """SDXL on captioned images."""
-
-    name: Literal["diffusion"]
-    noise: NoiseConfig
-    loss: LossConfig
-    timesteps: TimestepsConfig
-    buckets: BucketConfig
-    chunk: Count  # consecutive samples of one bucket; a micro-batch is a part of a chunk
-    captions: CaptionConfig
-    caption_chunks: Annotated[int, Field(ge=1, le=32)]  # of 75 tokens; a longer caption is cut
-    mask: MaskConfig | None  # null: the loss counts everywhere
-    tag_weights: TagWeightsConfig | None  # null: all images have the same weight
-    lora: LoRAConfig | None  # null: train the whole U-Net
-    train_text_encoders: bool  # the whole encoders, together with the whole U-Net
-    latent_cache: PathText | None  # a folder; null: encode images at every step
-    text_cache: PathText | None  # a folder; null: encode captions at every step
-    text_variants: Count  # per caption in the text cache
-    samples: SamplesConfig
-    judge: JudgeConfig | None  # null: off
-
-    @property
-    def trains_text(self) -> bool:
-        """Whether the text encoders change in training."""
-        return self.train_text_encoders or (self.lora is not None and self.lora.trains_text)
-
-    @property
-    def stated_noise(self) -> dict[str, Any]:
-        """Return the noise as exports state it and as pictures are sampled: arguments of `scheduler_config`."""
-        stated = self.noise.model_dump(include={"prediction_type", "zero_terminal_snr"})
-        if self.noise.prediction_type == "flow":
-            stated["shift"] = self.timesteps.shift
-        return stated
-
-    @property
-    def encoding(self) -> dict[str, bool]:
-        """Return how prompts are encoded: options of `encode_prompt`."""
-        return {"zeros_for_empty_prompt": self.captions.dropout_to == "zeros", "emphasis": self.captions.emphasis}
-
-    def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
-
-        They are recorded, and compared on resume.
-        """
-        data = config.data
-        if data.concepts is None and data.name == "image_folder":
-            concepts = find_repeats(data.root)
-            data = data.model_copy(update={"concepts": concepts or None})
-        return config.model_copy(update={"model": config.model.settled(), "data": data})
-
-    def check_run(self, config: TrainingConfig) -> None:
-        """Raise ValueError if two settings exclude each other."""
-        if config.loop.sampling != "shuffled":
-            raise ValueError(
-                f"loop.sampling: {config.loop.sampling} does not work with task=diffusion, which orders images by "
-                "bucket; set loop.sampling=shuffled (task.tag_weights gives rare tags more weight)"
-            )
-        if self.noise.prediction_type == "flow" and self.loss.weighting != "none":
-            raise ValueError(
-                f"task.loss.weighting: {self.loss.weighting} is for epsilon and v; flow has its plain error, and "
-                "task.timesteps says how often each noise level comes; set task.loss.weighting=none"
-            )
-        if self.lora is not None and self.train_text_encoders:
-            raise ValueError(
-                "task.train_text_encoders: true trains the whole encoders, but task.lora is set; add "
-                "'text_encoder*_proj' to task.lora.targets to train them by LoRA, or set task.lora=null"
-            )
-        if config.model.frozen_dtype == "float8" and (self.lora is None or config.runtime.parallel == "fsdp"):
-            raise ValueError(
-                "model.frozen_dtype: float8 stores a LoRA's base, which fsdp cannot shard and task.lora=null trains; "
-                "set bfloat16"
-            )
-        if self.text_cache is not None and self.trains_text:
-            raise ValueError("task.text_cache: the cache needs frozen encoders, but they are trained; set it to null")
-        for number, concept in enumerate(config.data.concepts or ()):
-            key = f"data.concepts.{number}"
-            if concept.mask and self.mask is None:
-                raise ValueError(f"{key}.mask: true, but task.mask is null; set task.mask to their source")
-            self.captions.changed(f"{key}.captions", concept.captions)
 
 
 class DiffusionTask(Task):

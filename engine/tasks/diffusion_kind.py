@@ -29,7 +29,8 @@ from data.tags.tag_weights import weigh_images
 from engine.config import TrainingConfig
 from engine.recipe.memory import fit_memory
 from engine.task import FILE_HASHES, IMAGE_HASHES, Streams
-from engine.tasks.diffusion import DiffusionTask, DiffusionTaskConfig, NoiseConfig
+from engine.tasks.diffusion import DiffusionTask
+from engine.tasks.diffusion_config import DiffusionTaskConfig, NoiseConfig
 from engine.tasks.judge import Judge, judged_stream, text_field
 from engine.tasks.kind import Kind, Setup, TaskTrainingConfig
 from engine.update.runtime import Runtime

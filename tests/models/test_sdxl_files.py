@@ -12,7 +12,7 @@ pytest.importorskip("diffusers", reason="make install-sdxl")
 
 from diffusers import StableDiffusionXLPipeline
 
-from engine.tasks.diffusion import NoiseConfig
+from engine.tasks.diffusion_config import NoiseConfig
 from engine.tasks.diffusion_kind import check_noise
 from models.sdxl.checkpoint_files import write_single_file
 from models.sdxl.family import PARTS, PREFIXES, build_part, draw_networks, list_configs
