@@ -16,7 +16,7 @@ log = get_logger(__name__)
 _LEAST_EPOCHS = 12
 _MOST_EPOCHS = 200
 _LEAST_STEPS = 1000
-# `loop.evaluate_every_epochs=auto`: 5 evaluations, or as many as read a fifth of what training reads.
+# `loop.evaluate_every_epochs=auto`: 5 evaluations, or more: as many as together read a fifth of what training reads.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
 # With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the

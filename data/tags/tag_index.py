@@ -171,7 +171,7 @@ def map_tags(table: pa.Table, vocabulary: Vocabulary, rules: TagRules, only_used
 
 
 class _Mapper:
-    """Map rows to outputs of a vocabulary, and count texts that it lacks.
+    """Map rows to outputs of a vocabulary. Count the texts that the vocabulary lacks.
 
     sets: the distinct sets of unknown outputs, ascending.
     """

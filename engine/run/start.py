@@ -166,7 +166,7 @@ def open_run(
 
 
 def keep_threads(file: Path) -> None:
-    """Set the threads of the run's first start, on which its bits depend, if this machine has so many cores."""
+    """Set as many threads as the run's first start had, at most one a core: the bits of a run depend on them."""
     with suppress(OSError, ValueError, KeyError):
         torch.set_num_threads(min(int(read_json(file)["threads"]), count_cores()))
 

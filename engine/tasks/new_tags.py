@@ -1,4 +1,4 @@
-"""New tags on a frozen tagger (`task.append_to`): logistic regressions of the tags that it lacks, as rows of its head.
+"""New tags on a frozen tagger (`task.append_to`). A logistic regression for each becomes a row of the head.
 
 Nothing else of the network changes.
 """
