@@ -174,6 +174,7 @@ PageConfig: host port open token alerts             # all of view.py: tests/view
 AlertsConfig: disk_gib command webhook
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/engine/test_diffusion.py
+ConceptConfig: mask                                 # with task.mask: tests/data/latents/test_masks.py
 LatentPerceptualConfig: weight min_snr              # tests/models/test_sdxl_perceptual.py
 PictureConfig: image_size_hw steps guidance         # tests/engine/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
