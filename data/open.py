@@ -34,6 +34,7 @@ from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
 from data.images.open import warn_of_missing_libraries
 from data.layouts.glyphs import draw_glyphs
+from data.layouts.table import SPLITS
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
 from data.stream.order import Sampler, Views, build_sampler
 from data.stream.source import Source
@@ -56,23 +57,29 @@ def load_collection(config: DataConfig) -> Collection:
 
     collection = Collection(config.root, Path(distributed.rank_zero_call(index)))
     log.debug("collection: %s, read by %s", describe_collection(collection), decoder_versions())
-    if collection.twins:
-        log.warning(
-            "data.root: %s of %s validation images have an equal or similar image in training, so figures are too "
-            "good; prepare.py job=duplicates shows them, and job=split keeps groups on one side (docs/collections.md)",
-            f"{collection.twins:,}", f"{len(collection.rows('val')):,}",
-        )  # fmt: skip
+    for split, twins in collection.twins.items():
+        if twins:
+            log.warning(
+                "data.root: %s of %s images of the %s split have an equal or similar image in training, so figures are "
+                "too good; prepare.py job=duplicates shows them; job.apply=true excludes copies (docs/collections.md)",
+                f"{twins:,}", f"{len(collection.rows(split)):,}", split,
+            )  # fmt: skip
     return collection
 
 
 def describe_collection(collection: Collection) -> str:
     """Describe a collection in one line: root, splits and classes."""
-    train, val = (f"{len(collection.rows(split)):,}" for split in ("train", "val"))
+    train, val, test = (f"{len(collection.rows(split)):,}" for split in SPLITS)
+    counts = (
+        f"{train} training and {val} validation"
+        if test == "0"
+        else f"{train} training, {val} validation and {test} test"
+    )
     classes = len(collection.class_names("train"))
     labels = f" of {classes} classes" if classes else ", without labels"
     unused = np.count_nonzero(collection.weights() == 0)
     without = f", without {unused:,} of weight 0" if unused else ""
-    return f"{collection.root}: {train} training and {val} validation images{labels}{without}"
+    return f"{collection.root}: {counts} images{labels}{without}"
 
 
 def load_files(
@@ -139,7 +146,7 @@ class Data:
         self.collection = collection
         self.source = source
         self.dry_run = dry_run
-        self.fingerprints = {"data.root": collection.fingerprint}
+        self.fingerprints = {"data.root": collection.seen}
         self.machine = machine
         self.batch_size = batch_size
         self._seed = seed

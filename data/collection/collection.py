@@ -5,6 +5,8 @@ collection = Collection("photos", index)
 collection.row(0).caption, collection.rows("val"), collection.class_names("train")
 """
 
+import json
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.collection.concepts import CONCEPT, count_positions
-from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, TWINS, map_index
+from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, SEEN, TWINS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, refuse_faults
@@ -49,9 +51,10 @@ class Row:
 class Collection:
     """The rows of an index, sorted by path. The file is memory-mapped: processes share the pages that they read.
 
-    fingerprint: a hash of the columns, stored in the index. twins: validation
-    images that have a near-duplicate in training (`count_twins`). is_packed: whether rows are byte ranges of shards, in
-    the columns `data.layouts.table.PLACES`. concepts: `data.concepts`; empty without.
+    fingerprint: a hash of the columns, stored in the index. seen: the same without the test split, which training does
+    not read. twins: how many images of `val` and of `test` have a near-duplicate in training (`count_twins`).
+    is_packed: whether rows are byte ranges of shards, in the columns `data.layouts.table.PLACES`. concepts:
+    `data.concepts`; empty without.
     """
 
     def __init__(self, root: str, arrow: Path) -> None:
@@ -61,13 +64,14 @@ class Collection:
         self.table = map_index(arrow)
         assert self.table is not None, arrow
         self.fingerprint: str = self.table.schema.metadata[FINGERPRINT].decode()
-        self.twins = int(self.table.schema.metadata.get(TWINS, 0))
+        self.seen: str = self.table.schema.metadata[SEEN].decode()
+        self.twins: dict[str, int] = json.loads(self.table.schema.metadata[TWINS])
         self.concepts = CONCEPT_LIST.validate_json(self.table.schema.metadata.get(CONCEPTS, b"[]"))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
     def __len__(self) -> int:
-        """Return the number of rows in both splits."""
+        """Return the number of rows in all splits."""
         return self.table.num_rows
 
     def row(self, i: int) -> Row:
@@ -79,9 +83,17 @@ class Collection:
         return Path(self.root) / self.row(i).path
 
     def rows(self, split: str) -> np.ndarray:
-        """Return the row indices of a split (train or val), int64 [n], ascending, without rows of weight 0."""
+        """Return the row indices of a split (train, val or test), int64 [n], ascending, without rows of weight 0."""
         assert split in SPLITS, split
         return np.flatnonzero(pc.equal(self.table["split"], split).to_numpy() & (self.weights() > 0)).astype(np.int64)
+
+    def folder_of(self, rows: np.ndarray) -> str:
+        """Return the deepest folder with the files of some rows; of shards, the root."""
+        if self.is_packed:
+            return str(self.root)
+        return os.path.commonpath(
+            [self.root / os.path.dirname(path) for path in self.table["path"].take(rows).to_pylist()]
+        )
 
     def class_names(self, split: str) -> list[str]:
         """Return the distinct labels of a split, sorted, without rows of weight 0."""
@@ -93,7 +105,7 @@ class Collection:
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
     def weights(self) -> np.ndarray:
-        """Return the weight of each row, float32 [N]; 0 excludes it from both splits."""
+        """Return the weight of each row, float32 [N]; 0 excludes it from all splits."""
         return self.table["weight"].to_numpy()
 
     def concept_ids(self) -> np.ndarray:
@@ -160,7 +172,7 @@ def describe_concepts(collection: Collection, rows: np.ndarray) -> str:
 
 
 def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
-    """Return the sorted class names of the training split, and check the classes of both splits.
+    """Return the sorted class names of the training split, and check those of the validation split.
 
     Raises UserError (`data.root`): fewer than two classes; a validation class without training images; a training class
     of several images without validation images, unless `allow_missing` or no class has any.

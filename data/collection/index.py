@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +21,7 @@ from data.layouts.names import CORRECTIONS
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
-from data.layouts.table import PLACES, SCHEMA, build_table, hash_table, replace_column
+from data.layouts.table import PLACES, SCHEMA, SPLITS, TEST, build_table, hash_table, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
 from utils.errors import UserError
@@ -33,11 +33,12 @@ log = get_logger(__name__)
 
 CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FINGERPRINT = b"fingerprint"
+SEEN = b"seen"  # the fingerprint without the test split
 _UNUSED = b"unused"
 TWINS = b"twins"
 CONCEPTS = b"concepts"
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 12  # format version; increment it to rebuild every index
+_INDEX = 13  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -93,16 +94,22 @@ def index_collection(
     table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
     lines = unused.describe(len(table))
     say_unused(lines)
-    fingerprint = hash_table(table)
-    if concepts:
-        fingerprint = sha256_text(f"{fingerprint} {stated[CONCEPTS]}")[:16]
+    fingerprint = _hash(table, stated)
     target = target or cache / f"{fingerprint}.arrow"
     if map_index(target) is None:
-        metadata = {FINGERPRINT: fingerprint, _UNUSED: json.dumps(lines), TWINS: str(count_twins(table))}
+        twins = {split: count_twins(table, split) for split in SPLITS[1:]}
+        seen = _hash(table.filter(pc.not_equal(table["split"], TEST)), stated)
+        metadata = {FINGERPRINT: fingerprint, SEEN: seen, _UNUSED: json.dumps(lines), TWINS: json.dumps(twins)}
         table = table.replace_schema_metadata({**metadata, **stated})
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
     return target
+
+
+def _hash(table: pa.Table, stated: Mapping[bytes, bytes]) -> str:
+    """Return the fingerprint of rows and of what is stated beside them."""
+    fingerprint = hash_table(table)
+    return sha256_text(f"{fingerprint} {stated[CONCEPTS]}")[:16] if stated else fingerprint
 
 
 def _find_parts(

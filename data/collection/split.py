@@ -1,4 +1,4 @@
-"""Choose the validation split: the one of the collection, or a share of its rows; count what both splits share."""
+"""Choose the validation split: the one of the collection, or a share of its training rows; count what splits share."""
 
 import hashlib
 from collections.abc import Sequence
@@ -17,30 +17,24 @@ FINGERPRINTS = ("group", "phash", "sha256")  # columns in which equal or similar
 
 
 def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
-    """Return a table with training and validation rows only, and log what was done.
+    """Return a table with a validation split, and log what was done. Test rows stay test rows.
 
-    Without a validation split, `fraction` of the rows becomes one. Test rows are dropped if there is a validation
-    split; otherwise they become the validation split.
+    Without a validation split, `fraction` of the training rows becomes one.
     """
-    is_test = pc.equal(table["split"], TEST)
-    has_validation = "val" in table["split"].unique().to_pylist()
-    if pc.any(is_test).as_py():
-        use = "ignored; there is a validation split" if has_validation else "used for validation; there is no other"
-        log.info("data.root: the test split (%s images) is %s", f"{pc.sum(is_test).as_py():,}", use)
-        if has_validation:
-            return table.filter(pc.invert(is_test))
-        return replace_column(table, "split", pc.if_else(is_test, "val", table["split"]))
-    if fraction == 0 or has_validation:
+    tests = pc.sum(pc.equal(table["split"], TEST)).as_py() or 0
+    if fraction == 0 or tests == len(table) or "val" in table["split"].unique().to_pylist():
         return table
     chosen = np.zeros(len(table), bool)
-    is_read = pc.not_equal(table["weight"], 0.0).to_numpy()  # rows of weight 0 are never read; they stay in training
+    # Rows of weight 0 are never read; they stay in training.
+    is_read = pc.and_(pc.not_equal(table["split"], TEST), pc.not_equal(table["weight"], 0.0)).to_numpy()
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
-        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)%s",
-        f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
+        "data.root: no validation split; split off %s of %s %simages (data.validation_fraction=%s)%s%s",
+        f"{chosen.sum():,}", f"{is_read.sum():,}", "training " if tests else "", fraction,
         "" if chosen.any() else ": a single image, class image or group of near-duplicates stays in training",
+        f"; the {tests:,} test images stay apart" if tests else "",
     )  # fmt: skip
-    return replace_column(table, "split", pa.array(np.where(chosen, "val", "train"), pa.string()))
+    return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
 
 def _choose(table: pa.Table, fraction: float) -> np.ndarray:
@@ -105,9 +99,10 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray
     return leads
 
 
-def count_twins(table: pa.Table) -> int:
-    """Return how many validation images have an equal or similar image in training. Weight 0 does not count."""
-    table = table.filter(pc.not_equal(table["weight"], 0.0))
-    is_val = pc.equal(table["split"], "val").to_numpy()
-    leads = lead_rows(table, FINGERPRINTS) if is_val.any() else np.arange(len(table))
-    return int(np.isin(leads[is_val], leads[~is_val]).sum())
+def count_twins(table: pa.Table, split: str) -> int:
+    """Return how many images of a split have an equal or similar image in training. Weight 0 does not count."""
+    is_one = pc.is_in(table["split"], pa.array(["train", split]))
+    table = table.filter(pc.and_(is_one, pc.not_equal(table["weight"], 0.0)))
+    is_held = pc.equal(table["split"], split).to_numpy()
+    leads = lead_rows(table, FINGERPRINTS) if is_held.any() else np.arange(len(table))
+    return int(np.isin(leads[is_held], leads[~is_held]).sum())

@@ -247,11 +247,12 @@ def _choose_budget(source: Source, collection: Collection, gib: float | str) -> 
             log.warning("data.cache.memory_gib: %g is more than the %.1f GiB of free memory", gib, free / GIB)
         return int(min(gib * GIB, free))
     sizes = [0]
-    for row in spread(np.flatnonzero(collection.weights()), _ESTIMATE_IMAGES):
+    rows = np.concatenate([collection.rows("train"), collection.rows("val")])
+    for row in spread(rows, _ESTIMATE_IMAGES):
         with suppress(UnreadableImage):  # the loader reports it
             sizes.append(source.read(int(row))[IMAGE].numel())
     room = _FREE_SHARE * free
-    whole = len(collection) * sum(sizes) / max(1, len(sizes) - 1)
+    whole = len(rows) * sum(sizes) / max(1, len(sizes) - 1)
     if room < _WORTH_SHARE * whole:
         log.info(
             "data.cache.memory_gib: decoded images are not cached: all need about %.1f GiB, but %.1f are free; set a "

@@ -39,8 +39,8 @@ TYPES |= {**dict.fromkeys(TAG_LISTS, TYPES["tags"]), **MEASURED, **PLACES}  # al
 _LARGE = {pa.string(): pa.large_string(), TYPES["tags"]: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
 _NAMED = 5  # names in a message
-SPLITS = ("train", "val")
-TEST = "test"  # only until `assign_validation`
+TEST = "test"  # never trained on, never used to choose anything
+SPLITS = ("train", "val", TEST)
 SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": TEST}  # spellings of users
 
 

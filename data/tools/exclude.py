@@ -7,7 +7,7 @@ refused.
 from collections.abc import Mapping
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +19,7 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
-from data.layouts.table import TYPES, replace_column
+from data.layouts.table import SPLITS, TEST, TYPES, count_values, replace_column
 from data.layouts.tables import read_parquet
 from data.layouts.walk import check_root
 from data.open import load_collection
@@ -115,7 +115,8 @@ class Filter(Finder):
 class Duplicates(Finder):
     """Write a table of groups of duplicates, and exclude or list all images but one of each; write column `group`.
 
-    The one with the most of caption, tags and label is kept, of these the largest. match: near: similar images,
+    One of the test split is kept before others, then the one with the most of caption, tags and label, of these the
+    largest. No image of the test split is excluded. match: near: similar images,
     mirrored ones included; exact: equal bytes.
     """
 
@@ -127,16 +128,17 @@ class Duplicates(Finder):
         root = check_root(data.root)
         table = load_collection(data).table
         refuse_shards(root, table)
-        rows = table.select(["path", "size", "weight", *_TEXTS]).to_pylist()
+        rows = table.select(["path", "size", "weight", "split", *_TEXTS]).to_pylist()
         found = {  # without images that other jobs exclude: a group must not keep one of those
             row["path"]: row for row, why in zip(rows, _read_reasons(table))
             if row["weight"] or not why or why.startswith(f"{self.name}: ")
         }  # fmt: skip
         facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
 
-        def rank(path: str) -> tuple[int, int, int, str]:  # most texts first, then most pixels, then most bytes
+        def rank(path: str) -> tuple[Any, ...]:  # tests first, then most texts, then most pixels, then most bytes
             texts = sum(bool(found[path][name]) for name in _TEXTS)
-            return -texts, -(facts[path].width or 0) * (facts[path].height or 0), -found[path]["size"], path
+            is_other = found[path]["split"] != TEST
+            return is_other, -texts, -(facts[path].width or 0) * (facts[path].height or 0), -found[path]["size"], path
 
         groups = [sorted(group, key=rank) for group in find_groups(facts, self.match)]
         numbers: dict[str, int] = {}
@@ -145,7 +147,7 @@ class Duplicates(Finder):
         for number, group in enumerate(groups, start=1):
             for path in group:
                 width, height = facts[path].width, facts[path].height
-                is_kept = path == group[0]
+                is_kept = path == group[0] or found[path]["split"] == TEST
                 rows.append({"group": number, "path": path, "kept": is_kept, "width": width, "height": height})
                 numbers[path] = -number  # negative, because the groups of job=manifest are hashes
                 if not is_kept:
@@ -186,13 +188,11 @@ class Split(Tool):
         root = check_root(data.root)
         with open_journal("data.root", root / PARQUET) if self.apply else nullcontext():
             table = read_own_manifest(root)
-            can_change = pc.not_equal(table["split"], "test")
-            ours = table.filter(can_change)
-            ours = replace_column(ours, "split", pa.array(["train"] * len(ours), pa.string()))
-            splits = assign_validation(ours, data.validation_fraction)["split"].combine_chunks()
-            line = f"{pc.sum(pc.equal(splits, 'val')).as_py():,} of {len(ours):,} images for validation"
+            ours = pc.if_else(pc.equal(table["split"], TEST), TEST, "train")
+            table = assign_validation(replace_column(table, "split", ours), data.validation_fraction)
+            counts = count_values(table["split"])
+            line = ", ".join(f"{split}: {counts.get(split, 0):,}" for split in SPLITS)
             if not self.apply:
                 return f"{line}; set job.apply=true to write it into the manifest"
-            whole = pc.replace_with_mask(table["split"].combine_chunks(), can_change.combine_chunks(), splits)
-            save_manifest(root, replace_column(table, "split", whole))
+            save_manifest(root, table)
             return line

@@ -12,7 +12,7 @@ import data.collection.collection
 import data.layouts.table
 from data.collection.collection import Collection, check_classes
 from data.collection.index import index_collection
-from data.layouts.table import SCHEMA, build_table, count_values, hash_table
+from data.layouts.table import SCHEMA, SPLITS, build_table, count_values, hash_table
 from data.open import describe_collection
 from data.tools.predictions import find_images
 from tests.support import refuses
@@ -101,15 +101,25 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
 
 
 @pytest.mark.parametrize("is_manifest", [False, True], ids=["folders", "manifest"])
-@pytest.mark.parametrize("names, use", [(["train", "test", "valid"], "ignored"), (["train", "test"], "validation")])
-def test_a_test_split_is_ignored_beside_a_validation_split(names, use, is_manifest, opened, root, log):
-    put(root, *(f"{name}/a.png" for name in names))
+@pytest.mark.parametrize("given", [["train", "test", "valid"], ["train", "test"]])
+def test_a_test_split_stays_apart_and_changes_nothing_of_training(given, is_manifest, opened, root):
+    names = [f"{name}/{number}.png" for name in given for number in range(3)]
+    put(root, *names)
     if is_manifest:
-        lines = [f"{name}/a.png,{name}" for name in names]
+        lines = [f"{name},{name.partition('/')[0]}" for name in names]
         (root / "manifest.csv").write_text("\n".join(["path,split", *lines]))
     collection = opened(root, 0.5)
-    assert dict(columns(collection, "path", "split")) == {"train/a.png": "train", f"{names[-1]}/a.png": "val"}
-    assert [use in text for text in log.messages if "test split" in text] == [True]
+    paths = {split: {collection.row(row).path for row in collection.rows(split)} for split in SPLITS}
+    assert paths["test"] == {name for name in names if name.startswith("test")}
+    assert paths["train"] | paths["val"] == {*names} - paths["test"] and paths["train"] and paths["val"]
+    assert collection.folder_of(collection.rows("test")) == str(root / "test")
+    assert "and 3 test images" in describe_collection(collection)
+    seen = collection.seen, collection.fingerprint
+    (root / "test/0.png").unlink()
+    if is_manifest:
+        (root / "manifest.csv").write_text((root / "manifest.csv").read_text().replace("test/0.png,test\n", ""))
+    collection = opened(root, 0.5)
+    assert [each == now for each, now in zip(seen, (collection.seen, collection.fingerprint))] == [True, False]
 
 
 def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):

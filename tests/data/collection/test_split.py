@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pytest
 
 from data.collection.split import assign_validation, count_twins
@@ -92,14 +93,29 @@ def test_validation_images_like_a_training_image_are_counted():
             "weight": [1, 1, 1, 1, 1, 0],
         }
     )
-    assert count_twins(table) == 1  # d, one bit from a
-    assert count_twins(table.append_column("group", pa.array([1, 2, 3, 4, 2, 3]))) == 1  # e; f has weight 0
-    assert count_twins(table.drop_columns("phash")) == 2 and count_twins(table.drop_columns(["phash", "sha256"])) == 0
+    assert count_twins(table, "val") == 1  # d, one bit from a
+    assert count_twins(table.append_column("group", pa.array([1, 2, 3, 4, 2, 3])), "val") == 1  # e; f has weight 0
+    assert count_twins(table.drop_columns("phash"), "val") == 2
+    assert count_twins(table.drop_columns(["phash", "sha256"]), "val") == 0
+    tested = replace_column(table, "split", pa.array(["train", "train", "val", "test", "val", "test"]))
+    assert [count_twins(tested, split) for split in ("val", "test")] == [0, 1]  # those of two held-out splits are none
 
 
 def test_a_given_split_stays():
     given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": ["train", "val"]})
     assert assign_validation(given, 0.5) is given and chosen(labelled({"x": 2}), 0) == set()
+
+
+def test_a_test_split_stays_and_nothing_else_depends_on_it(log):
+    table = labelled({"x": 30, "y": 7}, 20)
+    tests = pa.table({**dict(zip(table.column_names, table.columns)), "split": pa.array(["test"] * len(table))})
+    tests = replace_column(tests, "path", pc.binary_join_element_wise("test", tests["path"], "/"))
+    both = build_table(dict(zip(table.column_names, pa.concat_tables([table, tests]).columns)))
+    found = assign_validation(both, 0.25)
+    assert chosen(both, 0.25) == chosen(table, 0.25)
+    assert found.filter(pc.equal(found["split"], "test")) == tests.take(pc.sort_indices(tests["path"]))
+    assert "of 57 training images" in log.text and "57 test images stay apart" in log.text
+    assert assign_validation(tests, 0.25) is tests
 
 
 def test_images_that_nothing_reads_are_not_split_off(tmp_path):
