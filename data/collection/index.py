@@ -95,7 +95,7 @@ def index_collection(
     lines = unused.describe(len(table))
     say_unused(lines)
     fingerprint = _hash(table, stated)
-    target = target or cache / f"{fingerprint}.arrow"
+    target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
         twins = {split: count_twins(table, split) for split in SPLITS[1:]}
         seen = _hash(table.filter(pc.not_equal(table["split"], TEST)), stated)
