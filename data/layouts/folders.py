@@ -27,8 +27,9 @@ from data.layouts.names import (
     is_table,
     masked_stem,
 )
+from data.layouts.places import lacks_labels, place_images
 from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
-from data.layouts.table import SPLIT_NAMES, build_table
+from data.layouts.table import build_table
 from data.layouts.tables import find_one
 from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import walk_folders
@@ -139,23 +140,20 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]
     return images
 
 
-def place_image(path: str) -> tuple[str | None, str | None]:
-    """Return the split and the label that an image has by its folders."""
-    folders = path.split("/")[:-1]
-    split = SPLIT_NAMES.get(folders[0].lower()) if folders else None
-    inner = folders if split is None else folders[1:]
-    return split, inner[0] if inner else None
-
-
 def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:
     """Return the split and the label (None in a flat folder) of each path.
 
-    Raises UserError if only some images are in split folders or class folders.
+    Raises UserError if only some images are in split folders, or only some of a split in class folders.
     """
-    splits, labels = map(list, zip(*map(place_image, paths)))
-    for values, what in ((splits, "a split folder (train/, val/)"), (labels, "a class folder")):
-        if None in values and any(values):
-            yes, no = (paths[[value is None for value in values].index(absent)] for absent in (False, True))
+    splits, labels = place_images(paths)
+    is_outside = [split is None and any(splits) for split in splits]
+    for lacking, given, what in (
+        (is_outside, splits, "a split folder (train/, val/, test/)"),
+        (lacks_labels(splits, labels), labels, "a class folder"),
+    ):
+        if any(lacking):
+            no = paths[lacking.index(True)]
+            yes = next(path for path, value in zip(paths, given) if value is not None)
             raise UserError(
                 f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move all images into "
                 "such folders, or none, or list images, splits and labels in a manifest.jsonl"

@@ -19,11 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from data.layouts.folders import place_image
 from data.layouts.manifest import OUTSIDE
 from data.layouts.names import IMAGE_SUFFIXES, POSTS, SHARD_SUFFIXES, is_image_name, is_mask_name, is_passed_over
+from data.layouts.places import place_images, read_split
 from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
-from data.layouts.table import SPLIT_NAMES, TYPES, build_table, show_some
+from data.layouts.table import TYPES, build_table, show_some
 from data.layouts.tables import read_records
 from data.layouts.unused import OTHERS, Unused
 from data.layouts.walk import walk_folders
@@ -88,7 +88,7 @@ def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
     """
     name, shard_name, file = shard
     rows = (_read_tar if name.endswith(_TAR) else _read_arrow)(file, name, unused := Unused())
-    by_name = next((SPLIT_NAMES[word] for word in re.split("[^a-z]+", name.lower()) if word in SPLIT_NAMES), "train")
+    by_name = next(filter(None, map(read_split, name.split("/"))), "train")
     rows = [{**row, "split": row.get("split") or by_name, "shard": shard_name} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
 
@@ -125,6 +125,7 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
                 texts.setdefault(stem, {})[suffix] = where
                 contents[where] = os.pread(stream.fileno(), member.size, member.offset_data)
     rows = []
+    places = dict(zip(images, zip(*place_images(list(images)))))
     stems = {os.path.splitext(path)[0] for path in images}
     read = set()
     for path, member in images.items():
@@ -137,7 +138,7 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
         columns = read_texts(f"{name}/{path}", texts.get(owner, {}), contents.__getitem__, unused)._asdict()
         columns |= {"offset": member.offset_data, "length": member.size, "size": member.size}
         if not texts:
-            columns["split"], columns["label"] = place_image(path)
+            columns["split"], columns["label"] = places[path]
         rows.append({"path": f"{name}/{path}", **columns})
     folders = {os.path.dirname(path) for path in images} - {""} if texts else ()
     unused.add("folders in shards with texts, which are no classes", *(f"{name}/{folder}" for folder in folders))

@@ -41,7 +41,11 @@ _CHUNK_ROWS = 131_072
 _NAMED = 5  # names in a message
 TEST = "test"  # never trained on, never used to choose anything
 SPLITS = ("train", "val", TEST)
-SPLIT_NAMES = {"train": "train", "val": "val", "valid": "val", "validation": "val", "test": TEST}  # spellings of users
+SPLIT_NAMES = {  # spellings of users, as `datasets` has them
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("test", "testing", "eval", "evaluation"), TEST),
+}
 
 
 def build_table(columns: Mapping[str, Any]) -> pa.Table:

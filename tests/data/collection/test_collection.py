@@ -135,6 +135,7 @@ def test_links_are_followed_in_a_scanned_folder(opened, root, tmp_path):
         (["a.png", "cat/b.png"], ["'cat/b.png'", "class folder", "'a.png'"]),
         (["train/cat/a.png", "val/b.png"], ["'train/cat/a.png'", "class folder", "'val/b.png'"]),
         (["train/a.png", "extra/b.png"], ["'train/a.png'", "split folder", "'extra/b.png'"]),
+        (["train_images/a.png", "extra/b.png"], ["'train_images/a.png'", "split folder", "'extra/b.png'"]),
     ],
 )
 def test_mixed_layouts_are_refused(refuse, root, paths, words):

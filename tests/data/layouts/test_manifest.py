@@ -107,7 +107,7 @@ def test_a_csv_manifest(opened, root):
         ({"path": "b.png", "tags": ["x", None]}, ["'tags'", "null"]),
         ({"path": "b.png", "caption": ["x"]}, ["'caption'", "list<"]),
         ({"path": "b.png", "weight": float("nan")}, ["row 1", "nan"]),
-        ({"path": "b.png", "split": "dev"}, ["row 1", "'dev'", "validation"]),
+        ({"path": "b.png", "split": "fold 1"}, ["row 1", "'fold 1'", "validation"]),
         ({"path": "a.png"}, ["'a.png'", "twice"]),
         ({"path": "no/b.png"}, ["'no/b.png'", "No such file"]),
         ({"path": "sub"}, ["'sub'", "is not a file"]),

@@ -1,0 +1,94 @@
+"""The split and the class that images have by their folders, and the split that a name says.
+
+A split may be any folder with one of the words of `datasets`: `train`, `train_images`, `images/val`, `x/Training`. As
+there, the folders are read by words; here only if all images are in such folders.
+
+Source: huggingface/datasets:src/datasets/data_files.py, SPLIT_KEYWORDS.
+"""
+
+import functools
+import re
+from collections.abc import Sequence
+
+from data.layouts.table import SPLIT_NAMES, TEST
+
+_WORDS = re.compile(r"[^\W\d_]+")
+_CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+# Words beside the one of a split that name no class, alone or joined as in `trainset`.
+_FILLERS = (
+    *("", "images", "image", "imgs", "img", "pictures", "pics", "photos", "data", "dataset", "set", "split", "full"),
+    *("jpg", "jpeg", "jpegs", "png", "resized", "samples", "folder"),
+)
+_NAMES = {**SPLIT_NAMES, **dict.fromkeys(("pred", "predict", "prediction"), TEST)}  # of folders and files
+_DEEPEST = 3  # folders above a split, as in `name/name/images/train`
+_Folders = Sequence[str]
+
+
+@functools.cache
+def read_split(name: str) -> str | None:
+    """Return the split that the words of a name say: train, val or test; None for none, or for several."""
+    found = {_NAMES[word] for word in _split_words(name) if word in _NAMES}
+    return found.pop() if len(found) == 1 else None
+
+
+def _split_words(name: str) -> list[str]:
+    """Return the words of a name in lower case; `trainset` counts as `train`."""
+    words = [word.lower() for word in _WORDS.findall(_CAMEL.sub(" ", name))]
+    return [next((key for key in _NAMES if _is_joined(word, key)), word) for word in words]
+
+
+def _is_joined(word: str, key: str) -> bool:
+    return word.startswith(key) and word[len(key) :] in _FILLERS
+
+
+def _is_only_split(name: str) -> bool:
+    """Return whether a name says a split and nothing else, so that it is no class."""
+    return read_split(name) is not None and all(word in _NAMES or word in _FILLERS for word in _split_words(name))
+
+
+def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
+    """Return the split and the label of each path by its folders; None where they say none."""
+    folders = [path.split("/")[:-1] for path in paths]
+    depth = _find_depth(folders)
+    splits = [None if depth is None or len(parts) <= depth else read_split(parts[depth]) for parts in folders]
+    above = [parts[:depth] if split else [] for parts, split in zip(folders, splits)]
+    inner = [parts[len(outer) + 1 :] if split else parts for parts, outer, split in zip(folders, above, splits)]
+    groups: dict[str, list[int]] = {}
+    for row, (parts, split) in enumerate(zip(folders, splits)):
+        groups.setdefault(parts[depth] if split else "", []).append(row)
+    for name, rows in groups.items():
+        while _is_wrapped([inner[row] for row in rows], name.lower()):
+            for row in rows:
+                inner[row] = inner[row][1:]
+    if not any(inner) and len({*map(tuple, above)}) > 1:  # cat/train/, dog/train/
+        inner = [parts[-1:] for parts in above]
+    return splits, [parts[0] if parts else None for parts in inner]
+
+
+def _find_depth(folders: Sequence[_Folders]) -> int | None:
+    """Return how many folders are above those of splits; None without splits.
+
+    At the root, one folder whose name says only a split is enough: the others are then beside it, and refused.
+    """
+    first = {parts[0] for parts in folders if parts}
+    if any(map(_is_only_split, first)) or len({*map(read_split, first)} - {None}) > 1:
+        return 0
+    for depth in range(_DEEPEST):
+        names = {parts[depth] if len(parts) > depth else "" for parts in folders}
+        if all(map(read_split, names)):
+            return depth
+    return None
+
+
+def _is_wrapped(folders: Sequence[_Folders], outer: str) -> bool:
+    """Return whether all images are in one folder that is no class: `images`, or one named as the split's, `outer`."""
+    names = {parts[0].lower() if parts else "" for parts in folders}
+    name = names.pop()
+    return not names and bool(name) and (name in _FILLERS or name == outer)
+
+
+def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:
+    """Return for each image whether it must have a label and has none: in a split that has some, but the test split."""
+    labelled = {split for split, label in zip(splits, labels) if label is not None}
+    needed = {*splits} - {TEST} if labelled - {TEST} else labelled
+    return [label is None and split in needed for split, label in zip(splits, labels)]
