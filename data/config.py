@@ -24,7 +24,7 @@ class CacheConfig(Strict):
 class DataConfig(Strict):
     """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
-    validation_fraction: used only if the collection has no validation split.
+    validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images.
     on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
@@ -33,7 +33,7 @@ class DataConfig(Strict):
 
     name: Literal["image_folder", "glyphs"]
     root: PathText
-    validation_fraction: BelowOne
+    validation_fraction: Literal["auto"] | BelowOne
     on_bad_sidecar: Literal["stop", "skip"]
     max_pixels: Pixels
     background: Background | None

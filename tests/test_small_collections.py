@@ -1,5 +1,5 @@
-"""Collections of a few images train by every script, with a validation image where one can be spared and without else;
-and a row for each image of an evaluation."""
+"""Collections of a few images train by every script, without validation images unless these are asked for. Each image
+of an evaluation has a row."""
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -20,7 +20,7 @@ SCRIPTS = {
     "vae": ("finetune_vae", [*TINY["autoencoder"], *SHORT]),
     "sdxl": ("finetune_sdxl", [*TINY["diffusion"], *SHORT]),
 }
-NONE = ["data.validation_fraction=0"]
+TENTH = ["data.validation_fraction=0.1"]
 
 
 def fill(root, layout, count):
@@ -41,14 +41,14 @@ def evaluate(folder, *words):
     "script, layout, count, words, is_validated",
     [
         ("train", "classes", 2, [], False),
-        ("train", "classes", 3, [], True),  # the single image of the other class is for training
-        ("train", "classes", 10, NONE, False),
-        ("tagging", "flat", 1, [], False),
-        ("tagging", "flat", 2, [], True),
+        ("train", "classes", 3, TENTH, True),  # the single image of the other class is for training
+        ("train", "classes", 10, [], False),
+        ("tagging", "flat", 1, TENTH, False),
+        ("tagging", "flat", 2, TENTH, True),
         ("fcmae", "flat", 1, [], False),
         ("sdxl", "flat", 1, ["task.samples.prompts=[a]"], False),
         ("vae", "flat", 1, [], False),
-        ("vae", "flat", 2, [], True),
+        ("vae", "flat", 2, TENTH, True),
     ],
 )
 def test_a_few_images_train_by_every_script(script, layout, count, words, is_validated, tmp_path, capsys):
@@ -96,7 +96,7 @@ def images_of(place):
 def test_a_classifier_has_a_row_for_each_image(tmp_path):
     fill(tmp_path / "in", "classes", 12)
     name, settings = SCRIPTS["train"]
-    run(name, settings, tmp_path)
+    run(name, [*settings, *TENTH], tmp_path)
     words = ["runtime.precision=fp32", "batch_size=5", "per_image=true"]
     for split, count in (("val", 2), ("all", 12)):
         evaluate(tmp_path, *words, f"split={split}")
@@ -119,7 +119,7 @@ def test_other_images_are_measured_whole_and_leave_the_runs_figures(tmp_path):
     for name, layout in (("in", "classes"), ("test", "classes"), ("apart/train", "classes"), ("apart/val", "classes")):
         fill(tmp_path / name, layout, 12)
     name, settings = SCRIPTS["train"]
-    run(name, settings, tmp_path)
+    run(name, [*settings, *TENTH], tmp_path)
     evaluate(tmp_path)
     own = {file.name: file.read_bytes() for file in (tmp_path / "run").glob("*.*")}
     for words in ([], ["split=val", "data.validation_fraction=0.5"], ["weights=last"]):

@@ -5,6 +5,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import assign_validation, count_twins
+from data.collection.split import assign_validation, count_twins, settle_fraction
 from data.layouts.corrections import Decisions, correct, read_corrections
 from data.layouts.names import CORRECTIONS
 from data.layouts.recognise import Layout, recognise
@@ -54,9 +55,14 @@ class _Part:
         """Return the files that determine its rows."""
         return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
 
-    def read(self, fraction: float, is_prior: bool = False) -> pa.Table:
+    @cached_property
+    def table(self) -> pa.Table:
+        """Its rows as its layout has them."""
+        return self.layout.read()
+
+    def read(self, fraction: float | Literal["auto"], is_prior: bool = False) -> pa.Table:
         """Return its table with splits and corrections. is_prior: all of it is for training."""
-        table = self.layout.read()
+        table = self.table
         if is_prior:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
@@ -67,7 +73,7 @@ class _Part:
 def index_collection(
     root: str,
     *,
-    validation_fraction: float,
+    validation_fraction: float | Literal["auto"],
     cache: Path,
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
@@ -137,12 +143,20 @@ def _find_part(folder: str, cache: Path, unused: Unused, corrections: bool) -> _
     return _Part(folder, layout, decisions, unused)
 
 
-def _read_parts(parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: float) -> pa.Table:
+def _read_parts(
+    parts: list[_Part], concepts: Sequence[ConceptConfig], root: str, fraction: float | Literal["auto"]
+) -> pa.Table:
     """Return one table. Each concept is split as a collection of its own. Raises UserError."""
     if not concepts:
         return parts[0].read(fraction)
     base = os.path.abspath(os.path.expanduser(root))
     tables = []
+    if fraction == "auto":
+        images = 0
+        for number, (concept, part) in enumerate(zip(concepts, parts)):
+            with _naming(number):
+                images += 0 if concept.is_prior else len(part.table)
+        fraction = settle_fraction(fraction, images)
     for number, (concept, part) in enumerate(zip(concepts, parts)):
         with _naming(number):
             table = _add_trigger(part.read(fraction, concept.is_prior), concept.trigger)

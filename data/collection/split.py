@@ -2,6 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import pyarrow as pa
@@ -14,9 +15,25 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 FINGERPRINTS = ("group", "phash", "sha256")  # columns in which equal or similar images agree
+# `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
+_FRACTION = 0.1
+_LEAST_IMAGES = 100
 
 
-def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
+def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
+    """Return the share of so many images that is for validation; `auto` takes none from a small collection."""
+    if fraction != "auto":
+        return fraction
+    if images >= _LEAST_IMAGES:
+        return _FRACTION
+    log.info(
+        "data.root: all %s images are for training: below %d none is taken for validation, unless "
+        "data.validation_fraction=%s or a folder val/ asks for it", f"{images:,}", _LEAST_IMAGES, _FRACTION,
+    )  # fmt: skip
+    return 0.0
+
+
+def assign_validation(table: pa.Table, fraction: float | Literal["auto"]) -> pa.Table:
     """Return a table with a validation split, and log what was done. Test rows stay test rows.
 
     Without a validation split, `fraction` of the training rows becomes one.
@@ -27,6 +44,9 @@ def assign_validation(table: pa.Table, fraction: float) -> pa.Table:
     chosen = np.zeros(len(table), bool)
     # Rows of weight 0 are never read; they stay in training.
     is_read = pc.and_(pc.not_equal(table["split"], TEST), pc.not_equal(table["weight"], 0.0)).to_numpy()
+    fraction = settle_fraction(fraction, int(is_read.sum()))
+    if fraction == 0:
+        return table
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
         "data.root: no validation split; split off %s of %s %simages (data.validation_fraction=%s)%s%s",
