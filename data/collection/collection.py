@@ -22,6 +22,7 @@ from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, refuse_faults
 from data.layouts.table import MEASURED, PLACES, SPLITS, TYPES, count_values, show_some
 from utils.errors import UserError
+from utils.io.names import to_nfc
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -101,7 +102,7 @@ class Collection:
 
     def class_ids(self, names: Sequence[str]) -> np.ndarray:
         """Return the position of each row's label in `names`, int64 [N]; -1 for other labels and rows without one."""
-        ids = pc.index_in(self.table["label"], value_set=pa.array(names, pa.string()))
+        ids = pc.index_in(self.table["label"], value_set=pa.array(map(to_nfc, names), pa.string()))
         return ids.fill_null(-1).to_numpy().astype(np.int64)
 
     def weights(self) -> np.ndarray:

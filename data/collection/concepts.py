@@ -19,6 +19,7 @@ from data.layouts.walk import check_root, list_folder
 from utils.config.bounds import Count, Fraction, Positive
 from utils.config.schema import PathText, Strict
 from utils.errors import UserError
+from utils.io.names import find_path
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -78,7 +79,7 @@ def find_repeats(root: str) -> list[ConceptConfig]:
 def find_folders(root: str, concepts: Sequence[ConceptConfig]) -> list[str]:
     """Return the absolute folder of each concept."""
     base = os.path.abspath(os.path.expanduser(root))
-    return [os.path.abspath(os.path.join(base, os.path.expanduser(concept.path))) for concept in concepts]
+    return [find_path(os.path.abspath(os.path.join(base, os.path.expanduser(each.path)))) for each in concepts]
 
 
 def count_positions(concepts: Sequence[ConceptConfig], counts: np.ndarray) -> np.ndarray:

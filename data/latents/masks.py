@@ -7,9 +7,9 @@
 A mask is resized, mirrored and cropped as its image is, and averaged over the pixels of each latent.
 """
 
+import functools
 import os
 from collections.abc import Callable, Mapping
-from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,6 +30,7 @@ from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
+from utils.io.names import find_path, list_names
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -37,6 +38,7 @@ log = get_logger(__name__)
 
 MASK = "mask"
 _MEASURED = Path("outputs/cache/masks.jsonl")
+_FOLDERS = 512  # whose names are kept
 _BESIDE = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
 
 Masks = Mapping[int, tuple[str, str, bool]]  # by row: a file, its SHA-256, and whether the mask is its alpha channel
@@ -78,8 +80,10 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
         return [other.with_suffix(".png"), other]
 
     def find() -> Masks:
-        files = {row: file for row in sizes if (file := next(filter(os.path.isfile, list_files(row)), None))}
-        values = measure_once(list(files.values()), partial(in_threads, _measure), _MEASURED, "reading masks")
+        listed = functools.lru_cache(_FOLDERS)(list_names)
+        found = ((row, (Path(find_path(str(file), listed)) for file in list_files(row))) for row in sizes)
+        files = {row: file for row, named in found if (file := next(filter(os.path.isfile, named), None))}
+        values = measure_once(list(files.values()), functools.partial(in_threads, _measure), _MEASURED, "reading masks")
         images = set() if is_alpha else {os.path.abspath(collection.absolute_path(row)) for row in range(len(ids))}
         masks = {}
         wrong = []

@@ -26,6 +26,7 @@ from utils.errors import UserError
 from utils.formats.spelling import join_tags, split_tags
 from utils.io.files import file_lock, output_errors
 from utils.io.memo import file_version
+from utils.io.names import Names
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -154,6 +155,8 @@ def correct(table: pa.Table, decisions: Decisions, unused: Unused) -> pa.Table:
 
     Those about other images, or about images with another label or other tags now, are added to `unused`.
     """
+    known = Names(set(table["path"].to_pylist()))
+    decisions = {(known.find(path) or path, field): stack for (path, field), stack in decisions.items()}
     paths = list(dict.fromkeys(path for path, _ in decisions))
     rows = pc.index_in(pa.array(paths, pa.string()), value_set=table["path"].combine_chunks())
     absent = {path for path, row in zip(paths, rows.to_pylist()) if row is None}

@@ -6,6 +6,7 @@ tables (metadata.py) take precedence over them. Masks of images, hidden names an
 passed over; links are followed.
 """
 
+import errno
 import itertools
 import os
 import re
@@ -32,13 +33,14 @@ from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
 from data.layouts.table import build_table
 from data.layouts.tables import find_one
 from data.layouts.unused import ORPHANS, Unused
-from data.layouts.walk import walk_folders
+from data.layouts.walk import unreadable, walk_folders
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_FOR_ALL = 0o444  # the mode of a file that every user may read
 _BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
 _BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
@@ -47,8 +49,8 @@ REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats,
 def read_folder(root: Path, unused: Unused) -> pa.Table:
     """Read a collection without a manifest into a table, sorted by path: its table of posts, else folders and sidecars.
 
-    Raises UserError (`data.root`): no image; images both in and beside class folders or split folders; a dangling link
-    or another image path that is not a file; a circle of links. Unreadable sidecars are in the column `sidecar_fault`.
+    Raises UserError (`data.root`): no image; images both in and beside class folders or split folders. Unreadable
+    sidecars are in the column `sidecar_fault`.
     """
     images, sidecars, tables = scan_folder(root, unused)
     if not images:
@@ -96,7 +98,7 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
     sidecars: dict[str, list[str]] = {}
     tables: list[str] = []
     for folder, entries, names in walk_folders(root, unused):
-        images |= _read_images(folder, entries)
+        images |= _read_images(folder, entries, unused)
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
@@ -120,23 +122,19 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
     return sorted(set(found))
 
 
-def _read_images(folder: str, entries: list[os.DirEntry[str]]) -> dict[str, int]:
-    """Return the size in bytes of each image in a folder, by path.
-
-    Raises UserError if an image path is not a file, or its name is not UTF-8.
-    """
+def _read_images(folder: str, entries: list[os.DirEntry[str]], unused: Unused) -> dict[str, int]:
+    """Return the size in bytes of each image in a folder, by path; those that cannot be read are added to `unused`."""
     images = {}
     for entry in entries:
-        if not is_image_name(entry.name):
-            continue
-        path = folder + entry.name
-        try:
-            path.encode()
-            if not entry.is_file():
-                raise OSError("it is not a file, or a dangling link")
-            images[path] = entry.stat().st_size
-        except (OSError, UnicodeEncodeError) as error:
-            raise UserError(f"data.root: {path!r} cannot be read ({error}); remove or rename it") from error
+        if is_image_name(entry.name):
+            try:
+                state = entry.stat()
+                # Asked only of files that not all may read: on a network disk each question takes time.
+                if state.st_mode & _FOR_ALL != _FOR_ALL and not os.access(entry, os.R_OK, effective_ids=True):
+                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+                images[folder + entry.name] = state.st_size
+            except OSError as error:
+                unused.add(unreadable(error), folder + entry.name)
     return images
 
 

@@ -25,10 +25,11 @@ from data.layouts.sidecars import pair_sidecars
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column, show_some
 from data.layouts.tables import OTHER_NAMES, find_one, name_columns, read_columns
 from data.layouts.unused import OTHERS, Unused
-from data.layouts.walk import walk_folders
-from utils.errors import UserError
+from data.layouts.walk import HIDDEN, walk_folders
+from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
 from utils.io.memo import in_threads
+from utils.io.names import find_path, list_names
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -63,13 +64,16 @@ def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
     table = build_table({**dict(zip(table.column_names, table.columns)), "split": _read_splits(file, table["split"])})
+    is_packed = PLACES.keys() <= set(table.column_names)
+    if root is not None and not is_packed and not pc.all(pc.string_is_ascii(table["path"])).as_py():
+        table = _spell_paths(root, table)
     paths = table["path"]
     where = f"{str(file)!r}, column path"
     repeated = paths.slice(1).filter(pc.equal(paths.slice(1), paths.slice(0, len(paths) - 1)))
     if len(repeated):
         raise UserError(f"data.root: {where}: {repeated[0].as_py()!r} is there twice; keep one of the rows")
     _check_spelling(paths, where)
-    if PLACES.keys() <= set(table.column_names):
+    if is_packed:
         _check_places(root, file, table)
         sizes = table["length"]
     elif root is None:
@@ -77,6 +81,15 @@ def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
     else:
         sizes = pa.array(find_sizes(root, paths.to_pylist(), where))
     return replace_column(table, "size", pc.coalesce(table["size"], sizes))
+
+
+def _spell_paths(root: Path, table: pa.Table) -> pa.Table:
+    """Return a table sorted by its paths as the folders spell them: a manifest may have their other Unicode form."""
+    listed = functools.lru_cache(_PART)(list_names)
+    base = os.path.join(root, "")
+    with about("data.root"):
+        paths = [find_path(base + path, listed).removeprefix(base) for path in table["path"].to_pylist()]
+    return build_table({**dict(zip(table.column_names, table.columns)), "path": paths})
 
 
 def read_table(file: Path, unused: Unused) -> pa.Table:
@@ -230,7 +243,9 @@ def read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
         unused.add("images that the manifest does not list", *filter(is_image_name, paths))
         if scanned_at(manifest) is None:
             unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
-    unused.add(OTHERS, *(path for path in others.get(OTHERS, ()) if path not in listed))
+    others.pop(HIDDEN, None)
+    others[OTHERS] = [path for path in others.get(OTHERS, ()) if path not in listed]
+    unused.merge(others)
     return table
 
 

@@ -11,7 +11,7 @@ machine matches by its last parts.
 """
 
 import os
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -34,11 +34,12 @@ from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
 from utils.formats.vocabulary import CATEGORIES
 from utils.io.files import readable
+from utils.io.names import Names
 
 _PATH_NAMES = [name for name, field in OTHER_NAMES.items() if field == "path"]
 
 
-def read_tables(root: Path, files: Iterable[str], images: Container[str], unused: Unused) -> dict[str, Sidecar]:
+def read_tables(root: Path, files: Iterable[str], images: Mapping[str, int], unused: Unused) -> dict[str, Sidecar]:
     """Return metadata of images by path, from tables of imagefolder: TABLES in any folder.
 
     Raises UserError (`data.root`) if one cannot be read, or if a folder has two.
@@ -52,9 +53,12 @@ def read_tables(root: Path, files: Iterable[str], images: Container[str], unused
         if key is None:
             unused.add("tables without a column file_name", name)
             continue
+        known = Names(images)
         for image, record in zip(table[key].to_pylist(), read_records(name, table.drop_columns([key]), unused)):
             path = os.path.normpath(os.path.join(os.path.dirname(name), str(image).replace("\\", "/")))
-            if path in images:
+            with about(f"data.root: {name}"):
+                path = known.find(path)
+            if path is not None:
                 found[path] = record
             else:
                 unused.add("rows of tables without an image", f"{image} in {name}")
@@ -67,6 +71,7 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
     Raises UserError (`data.root`) if the file cannot be read, or if there is more than one.
     """
     by_key = {key: path for path in paths for key in (os.path.splitext(path)[0], path)}
+    known = Names(by_key)
     found: dict[str, dict[str, Any]] = {}
     for name in sorted(filter(is_metadata, os.listdir(root))):
         if entries := _read_entries(root, root / name):
@@ -79,8 +84,10 @@ def read_metadata(root: Path, paths: Iterable[str], unused: Unused) -> dict[str,
         for key, record in entries.items():
             parts = key.replace("\\", "/").split("/")
             ends = ("/".join(parts[start:]) for start in range(len(parts)))
-            if (path := next((by_key[end] for end in ends if end in by_key), None)) is not None:
-                sidecars[path] = _parse_entry(f"{str(root / name)!r}, {key!r}", record, unused)
+            with about(f"data.root: {name}"):
+                end = next(filter(None, map(known.find, ends)), None)
+            if end is not None:
+                sidecars[by_key[end]] = _parse_entry(f"{str(root / name)!r}, {key!r}", record, unused)
             else:
                 unused.add(f"entries of {name} without an image", key)
     return sidecars

@@ -26,6 +26,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.io.files import readable, write_text
+from utils.io.names import Names
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
@@ -230,8 +231,10 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
     for image in images if files else ():
         for owner in (image, os.path.splitext(image)[0]):
             owners.setdefault(owner, []).append(image)
+    known = Names(owners)
     for name in files:
-        found = owners.get(os.path.splitext(name)[0], ())
+        with about(f"data.root: {folder + name!r}"):
+            found = owners.get(known.find(os.path.splitext(name)[0]), ())
         for image in found:
             pairs.setdefault(folder + image, []).append(folder + name)
         if not found and not is_metadata(folder + name):

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import os
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -65,7 +66,7 @@ def _name_numbers(table: pa.RecordBatch | pa.Table, name: str) -> list[Any]:
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:
     """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
-    files = [root / name for name in names if (root / name).exists()]
+    files = [root / name for name in names if os.path.isfile(root / name) or os.path.isdir(root / name)]  # no pipe
     if len(files) > 1:
         names = " and ".join(file.name for file in files)
         raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")

@@ -17,11 +17,12 @@ from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
-from data.layouts.walk import check_root
+from data.layouts.walk import check_root, is_fault
 from data.open import describe_collection, load_collection
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, save_report
 from utils.config.schema import PathText
+from utils.io.names import Names
 from utils.record.logging import get_logger
 from utils.record.report import TableRow
 
@@ -76,6 +77,8 @@ class Check(Tool):
         for path, fact in zip(images, measure_files(root, images, max_pixels) if self.verify else ()):
             if fact.kind is not None:
                 yield path, fact.kind, fact.reason
+        for reason in filter(is_fault, unused):
+            yield from _same_fault(unused[reason], reason)
         manifest = find_manifest(root)
         table = read_folder(root, Unused()) if manifest is None else read_table(manifest, Unused())
         if PLACES.keys() <= set(table.column_names):
@@ -84,7 +87,8 @@ class Check(Tool):
             bad = table.filter(pc.is_valid(table[FAULT])).to_pylist() if FAULT in table.column_names else ()
             yield from ((row["path"], "a bad sidecar", row[FAULT]) for row in bad)
         else:
-            rows = set(table["path"].to_pylist())
+            known = Names(sizes)
+            rows = {known.find(path) or path for path in table["path"].to_pylist()}
             lacking = [path for path in images if path not in rows]
             gone = [path for path in sorted(rows.difference(images)) if not (root / path).is_file()]
             yield from _same_fault(lacking, "an image without a row in the manifest")

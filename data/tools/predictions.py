@@ -6,6 +6,7 @@ Nothing is written outside the image folder or the folder that the user sets, ev
 import base64
 import csv
 import glob
+import itertools
 import json
 import os
 import re
@@ -21,9 +22,11 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.layouts.names import IMAGE_SUFFIXES, has_reader, is_image_name, is_passed_over
+from data.layouts.names import IMAGE_SUFFIXES, is_image_name, is_passed_over
 from data.layouts.sidecars import decode
-from data.layouts.unused import OTHERS, Unused, say_unused
+from data.layouts.table import show_some
+from data.layouts.unused import Unused, say_unused
+from data.layouts.walk import NOT_UTF8, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
 from utils.formats.spelling import Tag, is_sentence, parse_tag, split_tags, write_tag
@@ -31,6 +34,7 @@ from utils.formats.vocabulary import CATEGORIES, CHARACTER
 from utils.io.files import remove_temporary, write_atomically
 from utils.io.journal import Journal
 from utils.io.memo import file_version
+from utils.io.names import find_path, is_utf8, show_name
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -55,35 +59,40 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
     """
     names = [source] if isinstance(source, str) else source
     if source == "-":
-        names = [line for line in sys.stdin.read().split("\n") if line]
+        names = [os.fsdecode(line) for line in sys.stdin.buffer.read().split(b"\n") if line]
     folders: set[Path] = set()
     paths: dict[Path, None] = {}
+    absent = []
     unused = Unused()
-    for path in map(Path, names):
-        files = [path] if path.is_file() else _list_images(path, unused)
-        if not files:
-            raise UserError(
-                f"{key}: {path} is no image, and no folder or pattern (such as 'a/**/*.png') with images; known "
-                f"endings: {', '.join(IMAGE_SUFFIXES)}"
-            )
-        paths |= dict.fromkeys(files)
+    for path in map(Path, map(find_path, names)):
+        files = [path] if os.path.isfile(path) else _list_images(path, unused, key)
+        absent += [] if files else [show_name(str(path))]
+        paths |= dict.fromkeys(file for file in files if is_utf8(str(file)))
+        unused.add(NOT_UTF8, *(show_name(str(file)) for file in files if not is_utf8(str(file))))
         folders |= {path} if path.is_dir() else {file.parent for file in files}
     say_unused(unused.describe(len(paths)), key)
+    if absent:
+        count = f"{len(absent):,} of {len(names):,} have no image: " if len(names) > 1 else ""
+        raise UserError(
+            f"{key}: {count}{show_some(absent)} is no image, and no folder or pattern (such as 'a/**/*.png') with "
+            f"images; known endings: {', '.join(IMAGE_SUFFIXES)}"
+        )
     if not paths:
-        raise UserError(f"{key}: stdin has no image; write one path per line")
-    for path in paths:
-        if str(path) != str(path).encode(errors="replace").decode():
-            raise UserError(f"{key}: the file name {str(path)!r} is not UTF-8; rename the file")
+        raise UserError(f"{key}: no image is left; name a folder, or with `-` write one path per line to stdin")
     return Images(os.path.commonpath(map(os.path.abspath, folders)), list(paths))
 
 
-def _list_images(path: Path, unused: Unused) -> list[Path]:
+def _list_images(path: Path, unused: Unused, key: str) -> list[Path]:
     """Return the images in a folder or of a pattern, sorted; hidden ones only if `path` names their folder."""
-    inside = path.rglob("*") if path.is_dir() else map(Path, glob.iglob(str(path), recursive=True))
-    files = [file for file in inside if file.is_file() and not any(map(is_passed_over, {*file.parts} - {*path.parts}))]
     if path.is_dir():
-        unused.add(OTHERS, *(str(file) for file in files if not has_reader(file.name)))
-    return sorted(file for file in files if is_image_name(file.name))
+        walked = walk_folders(path, unused, key, follows_links=False)  # outputs beside images stay in the folder
+        found = itertools.chain.from_iterable(map(folder.__add__, names) for folder, _, names in walked)
+        return sorted(path / name for name in found if is_image_name(name))
+    files = []
+    for file in map(Path, glob.iglob(str(path), recursive=True)):
+        if file.is_file() and is_image_name(file.name) and not any(map(is_passed_over, {*file.parts} - {*path.parts})):
+            files.append(file)
+    return sorted(files)
 
 
 class Predicted:

@@ -8,8 +8,10 @@ import typing
 from collections.abc import Iterator
 from typing import Annotated, Any
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 from pydantic.fields import FieldInfo
+
+from utils.io.names import find_path
 
 
 class Strict(BaseModel):
@@ -20,7 +22,8 @@ class Strict(BaseModel):
 
 # On the command line, paths are quoted: Hydra's grammar would refuse or change some of them.
 _IS_PATH = "path"
-PathText = Annotated[str, Field(min_length=1, max_length=4095, pattern=r"^([^/\x00]{0,255}(/|$))+$"), _IS_PATH]
+_IS_SHORT = Field(min_length=1, max_length=4095, pattern=r"^([^/\x00]{0,255}(/|$))+$")
+PathText = Annotated[str, _IS_SHORT, AfterValidator(find_path), _IS_PATH]  # as the file system spells it
 _IS_TERMS = "terms"
 TermsText = Annotated[str, _IS_TERMS]  # what data/collection/search.py finds; quoted, too, because of its = < and "
 

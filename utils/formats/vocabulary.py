@@ -20,6 +20,7 @@ import numpy as np
 from pydantic import Field, TypeAdapter
 
 from utils.io.files import readable, sha256_text
+from utils.io.names import to_nfc
 from utils.record.report import write_table
 
 # Danbooru's category numbers.
@@ -110,7 +111,7 @@ def read_vocabulary(path: Path) -> Vocabulary:
     path = path / FILE if path.is_dir() else path
     advice = "prepare.py job=vocabulary writes one"
     with readable(path, "vocabulary", advice), open(path, encoding="utf-8-sig", newline="") as stream:
-        rows = [[row[column] for column in _COLUMNS] for row in csv.DictReader(stream)]
+        rows = [[to_nfc(row[column]) for column in _COLUMNS] for row in csv.DictReader(stream)]
     return read_facts(path, dict(zip(_COLUMNS.values(), zip(*rows))))
 
 

@@ -176,22 +176,6 @@ def test_roots_that_are_none(refuse, root, tmp_path):
     refuse(root, "no image", ".png")
 
 
-def test_bad_links_and_names_are_refused(refuse, root):
-    put(root, "cat/a.png")
-    bad = root / "cat" / "b.png"
-    for make, word in (
-        (lambda: bad.symlink_to(root), "circle"),
-        (lambda: bad.symlink_to(root / "nowhere.png"), "dangling link"),
-        (lambda: bad.symlink_to("b.png"), "symbolic links"),
-        (lambda: os.mkfifo(bad), "not a file"),
-    ):
-        make()
-        refuse(root, "cat/b.png", word)
-        bad.unlink()
-    (root / "cat" / os.fsdecode(b"\xff.png")).write_bytes(b"x")
-    refuse(root, r"cat/\udcff.png", "rename")
-
-
 # Sidecars. Their content is in test_tag_readers.py.
 
 

@@ -1,0 +1,175 @@
+"""Names in either Unicode form find each other, and what cannot be read costs itself alone and is named at once."""
+
+import json
+import os
+import shutil
+import socket
+import tempfile
+import unicodedata
+from pathlib import Path
+
+import pytest
+
+from data.collection.concepts import ConceptConfig
+from data.latents.masks import find_masks
+from data.layouts.corrections import Decision, append_corrections
+from data.tools.predictions import find_images
+from tests.data.collection.test_collection import columns, load, put
+from tests.in_process import run
+from tests.support import data_config, refuses
+from utils.formats.vocabulary import read_vocabulary
+from utils.io.names import find_path
+
+
+def mac(text):
+    return unicodedata.normalize("NFD", text)
+
+
+FORMS = [("Föhn", mac("Föhn")), (mac("Föhn"), "Föhn")]  # of the files, and of what names them
+
+
+@pytest.fixture
+def opened(tmp_path):
+    return lambda root: load(root, tmp_path / "cache")
+
+
+@pytest.mark.parametrize(("ours", "theirs"), FORMS)
+@pytest.mark.parametrize("kind", ["manifest.csv", "metadata.csv", "meta_cap.json", "x.txt", "x.png.json"])
+def test_a_text_finds_its_image_in_the_other_form(opened, tmp_path, kind, ours, theirs):
+    root = put(tmp_path / "root", f"{ours}/{ours}.png", "a/b.png")
+    text = f"path,label,caption\n{theirs}/{theirs}.png,{theirs},found\na/b.png,a,none\n"
+    if kind == "meta_cap.json":
+        text = json.dumps({f"{theirs}/{theirs}.png": {"tags": "x", "caption": "found"}})
+    elif kind.startswith("x"):
+        text = "found" if kind.endswith("txt") else '{"caption": "found"}'
+    name = kind if "x" != kind[0] else f"{ours}/{kind.replace('x', theirs, 1)}"
+    (root / name).write_text(text.replace("path", "file_name") if "metadata" in kind else text)
+    assert (f"{ours}/{ours}.png", "Föhn", "found") in columns(opened(root), "path", "label", "caption")
+
+
+def test_classes_are_one_over_the_splits_of_two_systems(opened, tmp_path):
+    root = put(tmp_path / "root", "train/Käse/a.png", f"val/{mac('Käse')}/a.png")
+    collection = opened(root)
+    assert collection.class_names("train") == collection.class_names("val") == ["Käse"]
+    assert collection.class_ids([mac("Käse")]).tolist() == [0, 0]  # of an older run
+
+
+def test_two_names_of_one_look_are_two_images_and_refused_where_one_is_meant(opened, tmp_path):
+    both = "é"  # and a third form: half of it is composed
+    names = [f"{both}{both}", mac(f"{both}{both}")]
+    root = put(tmp_path / "root", *(f"{name}.png" for name in names))
+    assert [path for (path,) in columns(opened(root), "path")] == [f"{name}.png" for name in sorted(names)]
+    (root / f"{both}{mac(both)}.txt").write_text("whose?")
+    with refuses(r"^data\.root: .*Unicode form.*rename"):
+        opened(root)
+    with refuses("Unicode form"):
+        find_path(str(root / f"{both}{mac(both)}.png"))
+    (root / "manifest.csv").write_text(f"path\n{names[0]}.png\n{names[1]}.png\n")
+    assert len(opened(root)) == 2
+    (root / f"{names[0]}.png").unlink()
+    (root / "manifest.csv").write_text(f"path\n{names[1]}.png\n{names[0]}.png\n")
+    with refuses("twice"):
+        opened(root)
+
+
+def test_paths_of_the_configuration_and_of_predict_find_folders(opened, tmp_path, monkeypatch):
+    root = put(tmp_path / mac("Böden"), f"{mac('Föhn')}/a.png", f"{mac('Föhn')}/{mac('ü')}.png", "b/a.png")
+    config = data_config(root=str(tmp_path / "Böden"), concepts=[ConceptConfig(path="Föhn"), ConceptConfig(path="b")])
+    assert config.root == str(root)
+    monkeypatch.chdir(tmp_path)
+    assert "2 training and 1 val" in run("prepare", ["job=check", "data=image_folder", "data.root=Böden"], tmp_path)
+    assert [path.name for path in find_images(f"{root}/Föhn/ü.png", "input").paths] == [f"{mac('ü')}.png"]
+    assert len(find_images(str(tmp_path / "Böden/Föhn"), "input").paths) == 2
+
+
+def test_a_correction_a_mask_and_a_vocabulary(opened, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    root = put(tmp_path / "root", f"A/{mac('ö')}.png", "B/b.png")
+    append_corrections(root, [Decision(path="A/ö.png", field="label", was="A", now="B", verdict="edited", by="labels", at="2026")])
+    put(root, "A/ö.mask.png")
+    import numpy as np
+
+    collection = opened(root)
+    assert collection.class_names("train") == ["B"]
+    masks = find_masks(collection, np.arange(2), np.full((2, 2), 4), "beside", training=True)
+    assert [Path(file).name for file, _, _ in masks.values()] == ["ö.mask.png"]
+    (tmp_path / "selected_tags.csv").write_text(f"tag_id,name,category,count\n1,{mac('pokémon')},0,3\n")
+    assert read_vocabulary(tmp_path).names == ("pokémon",)
+
+
+# What cannot be read.
+
+
+@pytest.fixture
+def other_user():
+    """Be a user without rights, in a folder that is made for it; skip where the test is not root's."""
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    folder = Path(tempfile.mkdtemp(dir="/tmp"))
+    folder.chmod(0o777)
+    os.seteuid(65534)
+    yield folder
+    os.seteuid(0)
+    shutil.rmtree(folder)
+
+
+def trouble(root):
+    """Write two images, and one of each kind that cannot be read; return what each is called in a message."""
+    put(root, "cat/a.png", "dog/a.png")
+    (root / "cat" / os.fsdecode(b"f\xf6hn.png")).write_bytes(b"x")
+    (root / os.fsdecode(b"k\xe4se")).mkdir()
+    (root / os.fsdecode(b"k\xe4se") / "b.png").write_bytes(b"x")
+    (root / "cat/gone.png").symlink_to("/nowhere/1.png")
+    (root / "cat/itself.png").symlink_to("itself.png")
+    (root / "cat/circle").symlink_to(root)
+    os.mkfifo(root / "dog/pipe.png")
+    os.mkfifo(root / "metadata.csv")
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(root / "dog/socket.png"))
+    return {
+        "2 names that are not UTF-8": (r"cat/f\xf6hn.png", r"k\xe4se/b.png"),
+        "1 links to files that do not exist": ("cat/gone.png",),
+        "1 files that cannot be read (Too many levels of symbolic links)": ("cat/itself.png",),
+        "1 links back to a folder above": ("cat/circle",),
+        "3 pipes, sockets and devices": ("dog/pipe.png", "dog/socket.png", "metadata.csv"),
+    }
+
+
+def check_said(text, expected):
+    for reason, names in expected.items():
+        (line,) = {line.split("not used: ")[1] for line in text.splitlines() if f"not used: {reason}" in line}
+        assert all(name in line for name in names), line
+
+
+@pytest.mark.parametrize("command", ["check", "manifest", "predict"])
+def test_each_is_named_by_every_job_and_the_others_are_read(tmp_path, command, log):
+    expected = trouble(tmp_path / "root")
+    if command == "predict":
+        assert len(find_images(str(tmp_path / "root"), "input").paths) == 2
+    else:
+        line = run("prepare", [f"job={command}", "data=image_folder", "data.root=root"], tmp_path)
+        assert command != "check" or "pipes, sockets and devices: 3" in line
+    check_said(log.text, expected)
+    if command == "manifest":  # it lists the two; what is beside it is said again
+        log.clear()
+        assert len(load(tmp_path / "root", tmp_path / "cache")) == 2
+        check_said(log.text, expected)
+
+
+def test_what_the_user_has_no_right_to(other_user, log):
+    root = put(other_user / "root", "cat/a.png", "cat/b.png", "dog/a.png", "fox/a.png", "gnu/a.png")
+    os.seteuid(0)
+    (root / "cat/b.png").chmod(0o000)
+    (root / "fox").chmod(0o000)
+    (root / "gnu").chmod(0o444)  # its names can be listed, not read
+    os.seteuid(65534)
+    collection = load(root, other_user / "cache")
+    assert [path for (path,) in columns(collection, "path")] == ["cat/a.png", "dog/a.png"]
+    lines = {
+        "2 files that cannot be read (Permission denied)": ("cat/b.png", "gnu/a.png"),
+        "1 folders that cannot be listed (Permission denied)": ("fox/",),
+    }
+    check_said(log.text, lines)
+    for folder in ("fox", "gnu", "fox/below"):
+        with refuses(r"^data\.root: .*cannot be (read|reached) \(Permission denied\)"):
+            load(root / folder, other_user / "cache")
