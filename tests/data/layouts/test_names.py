@@ -85,7 +85,9 @@ def test_paths_of_the_configuration_and_of_predict_find_folders(opened, tmp_path
 def test_a_correction_a_mask_and_a_vocabulary(opened, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     root = put(tmp_path / "root", f"A/{mac('ö')}.png", "B/b.png")
-    append_corrections(root, [Decision(path="A/ö.png", field="label", was="A", now="B", verdict="edited", by="labels", at="2026")])
+    append_corrections(
+        root, [Decision(path="A/ö.png", field="label", was="A", now="B", verdict="edited", by="labels", at="2026")]
+    )
     put(root, "A/ö.mask.png")
     import numpy as np
 
