@@ -42,7 +42,7 @@ def test_a_text_finds_its_image_in_the_other_form(opened, tmp_path, kind, ours, 
         text = json.dumps({f"{theirs}/{theirs}.png": {"tags": "x", "caption": "found"}})
     elif kind.startswith("x"):
         text = "found" if kind.endswith("txt") else '{"caption": "found"}'
-    name = kind if "x" != kind[0] else f"{ours}/{kind.replace('x', theirs, 1)}"
+    name = kind if kind[0] != "x" else f"{ours}/{kind.replace('x', theirs, 1)}"
     (root / name).write_text(text.replace("path", "file_name") if "metadata" in kind else text)
     assert (f"{ours}/{ours}.png", "Föhn", "found") in columns(opened(root), "path", "label", "caption")
 
