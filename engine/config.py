@@ -34,10 +34,24 @@ class PhaseConfig(Strict):
     areas_px: Annotated[list[Pixels], Field(min_length=1)] | None = None
 
 
+class AutoLengthConfig(Strict):
+    """The length of `total_epochs=auto`: `epochs`, or more until `samples` are read, at most `most_epochs`."""
+
+    epochs: Duration
+    samples: Count
+    most_epochs: Duration | None
+
+    def count_epochs(self, epoch_length: int) -> float:
+        """Return the epochs of a collection of so many samples."""
+        more = self.samples / epoch_length
+        return max(self.epochs, more if self.most_epochs is None else min(more, self.most_epochs))
+
+
 class _LoopConfig(Strict):
     """Length, batch sizes, evaluations and checkpoints of a run. `total_steps` takes precedence over `total_epochs`."""
 
-    total_epochs: Literal["auto"] | Duration  # auto: derived from the collection's size (engine/plan.py)
+    total_epochs: Literal["auto"] | Duration
+    auto: AutoLengthConfig
     total_steps: CountOrZero | None  # 0: evaluate `init_from` and save it as a run
     minutes: Positive | None  # in place of both (engine/run/length.py)
     best: str | None  # the figure of an evaluation that selects the best weights; None: the task's

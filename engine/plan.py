@@ -6,19 +6,18 @@ from itertools import accumulate
 
 from engine.config import TrainingConfig
 from engine.task import Streams
-from optim.config import OneCycleConfig
+from optim.config import ConstantConfig, CosineConfig, OneCycleConfig
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
-# `loop.total_epochs=auto`: at least 1,000 updates, within 12 to 200 epochs.
-_LEAST_EPOCHS = 12
-_MOST_EPOCHS = 200
-_LEAST_STEPS = 1000
 # `loop.evaluate_every_epochs=auto`: 5 evaluations, or more: as many as together read a fifth of what training reads.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
+# An epoch of fewer updates is not evaluated alone: so many lie between two evaluations, of which there are at most 20.
+_LEAST_BETWEEN = 25
+_MOST_EVALUATIONS = 20
 # With loop.minutes: at most a 20th of the time. An image of an evaluation takes a third of one of training, and the
 # pictures of an evaluation two seconds.
 _TIMED_SHARE = 0.15
@@ -89,10 +88,9 @@ def make_plan(
     loop = config.loop
     size = loop.batch_size
     micro, accum = loop.split(world_size, chunk)
-    total = _count_steps(config, epoch_length / size)
-    epochs = total * size / epoch_length
+    total = _count_steps(config, epoch_length)
     warmup = _count_warmup(config, epoch_length / size, total)
-    every = _evaluate_every(config, epochs, evaluation_samples / epoch_length)
+    every = _evaluate_every(config, total, epoch_length / size, evaluation_samples / epoch_length)
     shares = accumulate(phase.fraction for phase in loop.phases or ())
     ends = tuple(round(total * share) for share in shares)
     return Plan(
@@ -110,25 +108,25 @@ def make_plan(
     )
 
 
-def _count_steps(config: TrainingConfig, per_epoch: float) -> int:
+def _count_steps(config: TrainingConfig, epoch_length: int) -> int:
     """Return the updates of the run."""
     loop = config.loop
     if loop.total_steps is not None:
         return loop.total_steps
-    epochs = loop.total_epochs
-    if epochs == "auto":
-        epochs = min(max(_LEAST_EPOCHS, math.ceil(_LEAST_STEPS / per_epoch)), _MOST_EPOCHS)
-    return max(1, math.ceil(epochs * per_epoch - 1e-9))
+    epochs = loop.auto.count_epochs(epoch_length) if loop.total_epochs == "auto" else loop.total_epochs
+    return max(1, math.ceil(epochs * epoch_length / loop.batch_size - 1e-9))
 
 
 def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
     schedule = config.schedule
     if isinstance(schedule, OneCycleConfig):
         return 0
-    steps = round(schedule.warmup_epochs * per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
-    if steps > total > 0:
-        log.warning("schedule: the warm-up of %d steps is longer than the run; cut to its %d steps", steps, total)
-    return min(steps, total)
+    return min(count_stated(schedule, per_epoch), int(schedule.warmup_most * total + 1e-9))
+
+
+def count_stated(schedule: CosineConfig | ConstantConfig, per_epoch: float) -> int:
+    """Return the warm-up steps of a schedule, which a short run cuts."""
+    return round(schedule.warmup_epochs * per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
 
 
 def _peak_rate(config: TrainingConfig) -> float:
@@ -136,18 +134,22 @@ def _peak_rate(config: TrainingConfig) -> float:
     return optim.base_lr * config.loop.batch_size / 256 if optim.lr is None else optim.lr
 
 
-def _evaluate_every(config: TrainingConfig, epochs: float, share: float) -> float:
-    """Return the epochs between two evaluations. epochs: of the run; share: what an evaluation reads of an epoch.
+def _evaluate_every(config: TrainingConfig, total: int, per_epoch: float, share: float) -> float:
+    """Return the epochs between two evaluations. total: updates; share: what an evaluation reads of an epoch.
 
     An evaluation reads no more images than were trained since the one before; only the last one of a run may.
     """
     loop = config.loop
+    epochs = total / per_epoch
     if loop.evaluate_every_epochs != "auto":
         return loop.evaluate_every_epochs
     if loop.minutes is not None:
         most = min(_TIMED_SHARE * epochs / share if share else math.inf, _EVALUATIONS_A_MINUTE * loop.minutes)
         return epochs / max(int(most), 1) or 1.0
-    return max(share, min(max(1.0, share / _EVALUATION_SHARE), epochs / _EVALUATIONS or 1.0))
+    every = max(1.0, share / _EVALUATION_SHARE)
+    if per_epoch < _LEAST_BETWEEN:
+        every = max(every, max(_LEAST_BETWEEN, total / _MOST_EVALUATIONS) / per_epoch)
+    return max(share, min(every, epochs / _EVALUATIONS or 1.0))
 
 
 def _count_test_steps(config: TrainingConfig, total: int) -> int:

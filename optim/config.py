@@ -105,10 +105,14 @@ OptimConfig = Annotated[
 
 
 class _Schedule(Strict):
-    """The keys of schedules with warm-up. `warmup_steps` takes precedence over `warmup_epochs`."""
+    """The keys of schedules with warm-up. `warmup_steps` takes precedence over `warmup_epochs`.
+
+    warmup_most: a run of any length warms up for at most this share of its steps.
+    """
 
     warmup_epochs: DurationOrZero
     warmup_steps: CountOrZero | None
+    warmup_most: Share
 
 
 class CosineConfig(_Schedule):

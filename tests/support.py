@@ -157,6 +157,7 @@ def common(task, data, run_dir, *more):
         "runtime.threads=1",
         "runtime.device=cpu",
         "schedule.warmup_steps=2",
+        "schedule.warmup_most=1.0",
         "loop.log_every_steps=1",
         "loop.evaluate_every_epochs=1",
         "tracking.samples=true",

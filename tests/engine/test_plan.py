@@ -52,6 +52,9 @@ def test_a_batch_that_does_not_divide_is_refused(global_size, world):
 
 # --- steps, warm-up, rate
 
+TRAIN = {"epochs": 12.0, "samples": 128_000, "most_epochs": 200.0}
+LORA = {"epochs": 10.0, "samples": 2_000, "most_epochs": None}
+
 
 @pytest.mark.parametrize(
     "loop, length, batch, steps, why",
@@ -60,9 +63,12 @@ def test_a_batch_that_does_not_divide_is_refused(global_size, world):
         ({"total_epochs": 0.001}, 10, 10, 1, "at least one step"),
         ({"total_epochs": 1.1}, 50, 1, 55, "1.1 x 50 is 55.00000000000001 as a float"),
         ({"total_epochs": 3.0, "total_steps": 7}, 100, 10, 7, "steps win"),
-        ({"total_epochs": "auto"}, 10_667, 128, math.ceil(12 * 10_667 / 128), "at least 12 epochs"),
-        ({"total_epochs": "auto"}, 10_000, 128, math.ceil(13 * 10_000 / 128), "what 1,000 updates take"),
-        ({"total_epochs": "auto"}, 64, 128, 100, "up to 200 epochs"),
+        ({"auto": TRAIN}, 10_667, 128, math.ceil(12 * 10_667 / 128), "at least 12 epochs"),
+        ({"auto": TRAIN}, 10_000, 128, 1_000, "at least 128,000 samples"),
+        ({"auto": TRAIN}, 64, 128, 100, "up to 200 epochs"),
+        ({"auto": LORA}, 1, 8, 250, "2,000 samples of any small collection"),
+        ({"auto": LORA}, 300, 8, 375, "10 epochs"),
+        ({"auto": LORA, "total_epochs": 20.0}, 15, 8, 38, "a number goes before auto"),
     ],
 )
 def test_epochs_become_steps_once(loop, length, batch, steps, why):
@@ -72,14 +78,17 @@ def test_epochs_become_steps_once(loop, length, batch, steps, why):
 @pytest.mark.parametrize(
     "warmup, expected, why",
     [
-        ({"warmup_epochs": 1.0, "warmup_steps": None}, 10, "one epoch of ten steps"),
+        ({"warmup_epochs": 0.2, "warmup_steps": None}, 2, "a fifth of an epoch of ten steps"),
         ({"warmup_epochs": 5.0, "warmup_steps": 0}, 0, "steps win, and 0 is a value"),
-        ({"warmup_epochs": 9.0, "warmup_steps": None}, 30, "cut to the run's 30 steps"),
+        ({"warmup_epochs": 9.0, "warmup_steps": None}, 3, "at most a tenth"),
+        ({"warmup_epochs": 0.0, "warmup_steps": 100}, 3, "also in steps"),
+        ({"warmup_epochs": 1.0, "warmup_steps": None, "warmup_most": 0.5}, 10, "a recipe may want more"),
     ],
 )
 def test_warmup_steps(warmup, expected, why):
-    found = plan(epoch_length=100, total_epochs=3.0, batch_size=10, warmup=warmup)
-    assert found.warmup_steps == expected, why
+    """Whichever way the length is stated."""
+    for length in ({"total_epochs": 3.0}, {"total_steps": 30}, {"auto": {**LORA, "epochs": 3.0, "samples": 1}}):
+        assert plan(epoch_length=100, batch_size=10, warmup=warmup, **length).warmup_steps == expected, why
 
 
 def test_the_rate_follows_the_batch():
@@ -170,7 +179,10 @@ def test_evaluations_and_what_is_due_among_them_are_the_first_at_or_beyond_each_
     ("training", "validation", "loop", "epochs"),
     [
         (1_281_167, 50_000, {"total_epochs": 100}, 1.0),  # a twenty-fifth of an epoch
-        (289, 1_958, {"total_epochs": 1000}, 5 * 1_958 / 289),
+        (289, 1_958, {"total_epochs": 1000}, 1000 / 20),  # an epoch of one update: 20 times
+        (15, 0, {"total_steps": 250, "batch_size": 8}, 25 * 8 / 15),  # only pictures: 25 updates apart
+        (15, 0, {"total_steps": 3000, "batch_size": 8}, 150 * 8 / 15),
+        (15, 0, {"total_steps": 35, "batch_size": 8}, 7 * 8 / 15),  # five times
         (10_000, 10_000, {"total_epochs": 20}, 4.0),  # five times a run
         (2_890, 19_580, {"total_epochs": 20}, 19_580 / 2_890),  # no more than was trained since the one before
         (47_495, 7_158, {"total_steps": 3, "batch_size": 16}, 7_158 / 47_495),  # only the last
@@ -181,5 +193,6 @@ def test_evaluations_read_a_fifth_of_what_training_reads_or_come_five_times(trai
     made = plan(epoch_length=training, evaluation_samples=validation, **loop)
     assert made.evaluate_every_epochs == pytest.approx(epochs, rel=0.01)
     due = [step for step in range(1, made.total_steps + 1) if made.is_due(step, made.evaluate_every_epochs)]
+    assert len(due) <= 20 or epochs == 1.0 or "evaluate_every_epochs" in loop
     images = [made.batch_size * (step - before) for before, step in zip([0, *due], due[:-1])]
     assert all(count > validation - made.batch_size for count in images) or "evaluate_every_epochs" in loop

@@ -26,6 +26,7 @@ FREE_KEYS = (
     "data.cache.*_gib",
     "data.cache.folder",
     "loop.total_*",
+    "loop.auto.*",
     "loop.early_stop_epochs",
     "loop.micro_batch_size",
     "loop.*_every*",
