@@ -1,45 +1,45 @@
-# Everything runs in a virtual environment that this file makes; PYTHON chooses the interpreter (3.11 or 3.12).
+# Everything runs in a virtual environment that this file makes; PYTHON chooses the interpreter of a new one.
 # The first interpreter that runs and fits (a version manager's stub may be on the PATH and not run).
-PYTHON ?= $(shell for p in python3.12 python3.11 python3 python; do \
-	$$p -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' 2>/dev/null && echo $$p && break; done)
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 14))
+PYTHON ?= $(shell for p in python3 python3.14 python3.13 python3.12 python3.11 python; do \
+	$$p -c '$(FITS)' 2>/dev/null && echo $$p && break; done)
 VENV := .venv
 PY := $(VENV)/bin/python
 STAMP := $(VENV)/.installed
+EXTRAS := $(patsubst requirements-%.txt,$(STAMP)-%,$(filter-out %-interop.txt,$(wildcard requirements-*.txt)))
+DEV := $(STAMP)-dev
 
-.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu simd clean
 
 help:  ## this list
-	@sed -nE 's/^([a-z -]+):[^#]*## (.*)/\1\t\2/p' $(MAKEFILE_LIST) | awk -F'\t' '{printf "make %-26s %s\n", $$1, $$2}'
+	@awk -F ':[^#]*## ' '/^[a-z -]+:[^#]*## / {printf "make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+# All that was asked for so far is named in each call, so that pip keeps versions that fit together.
+ASKED = $(patsubst $(STAMP)-%,-r requirements-%.txt,$(filter $(EXTRAS),$(sort $@ $(shell ls $(STAMP)-* 2>/dev/null))))
+define PIP
+	@$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt $(ASKED) || \
+		{ echo "pip failed: its lines above say why. For no network, a proxy or a full disk: docs/install.md"; exit 1; }
+	@touch $@
+endef
 
 install: $(STAMP)  ## make .venv and install requirements.txt
 
 $(STAMP): requirements.txt
-	@test -n "$(PYTHON)" && $(PYTHON) -c 'import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))' || \
-		{ echo "Python 3.11 or 3.12 is needed and none was found; run: make PYTHON=/path/to/python3.12"; exit 1; }
-	test -x $(PY) || $(PYTHON) -m venv $(VENV)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt
-	touch $(STAMP)
+	@test -x $(PY) || $(PYTHON) -c '$(FITS)' 2> /dev/null || \
+		{ echo "Python 3.11 to 3.14 is needed, found $(or $(PYTHON),none); name one: make install PYTHON=/path/to/python3"; exit 1; }
+	@test -x $(PY) || $(PYTHON) -m venv $(VENV) || true
+	@$(PY) -m pip --version > /dev/null 2>&1 || $(PY) -m ensurepip > /dev/null 2>&1 || \
+		{ echo "$(VENV) has no pip (see above); on Debian and Ubuntu: sudo apt install python3-venv; then make install again"; exit 1; }
+	@echo "$(VENV): installing requirements.txt; PyTorch with CUDA is most of 3 GB to download, 7 GB on the disk"
+	$(PIP)
 
-SDXL := $(VENV)/.installed-sdxl
-install-sdxl: $(SDXL)  ## add requirements-sdxl.txt, which finetune_sdxl.py needs, to .venv
+$(EXTRAS): $(STAMP)-%: requirements-%.txt $(STAMP)
+	@echo "$(VENV): installing requirements-$*.txt"
+	$(PIP)
 
-$(SDXL): requirements-sdxl.txt $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-sdxl.txt
-	touch $(SDXL)
-
-CLOUD := $(VENV)/.installed-cloud
-install-cloud: $(CLOUD)  ## add requirements-cloud.txt, which data.root=s3://... needs, to .venv
-
-$(CLOUD): requirements-cloud.txt $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-cloud.txt
-	touch $(CLOUD)
-
-VIEW := $(VENV)/.installed-view
-install-view: $(VIEW)  ## add requirements-view.txt, which view.py needs, to .venv
-
-$(VIEW): requirements-view.txt $(STAMP)
-	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.txt -r requirements-view.txt
-	touch $(VIEW)
+install-sdxl: $(STAMP)-sdxl  ## add requirements-sdxl.txt, which finetune_sdxl.py needs, to .venv
+install-cloud: $(STAMP)-cloud  ## add requirements-cloud.txt, which data.root=s3://... needs, to .venv
+install-view: $(STAMP)-view  ## add requirements-view.txt, which view.py needs, to .venv
 
 INTEROP := .venv-interop
 install-interop: install  ## a tool that reads a tagger's exports, in an environment of its own, for tests/models/slow_wd14_tools.py
@@ -69,25 +69,30 @@ workshop: install-sdxl  ## images with few tags to a tagger and a tiny SDXL that
 # Idle threads sleep: on two cores, processes with spinning threads slow each other down.
 test test-slow test-slurm test-view: export OMP_WAIT_POLICY := PASSIVE
 
-test: install lint  ## lint, then all tests but the slow ones; MORE: arguments for pytest
+test: $(DEV) lint  ## lint, then all tests but the slow ones; MORE: arguments for pytest
 	$(PY) -m pytest -n 2 --dist worksteal --ignore=tests/slurm --ignore=tests/viewer $(MORE)
 
-test-slow: install  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
+OTHER := .venv-python
+test-python:  ## lint and test on another Python, in an environment of its own: make test-python PYTHON=python3.14
+	@test "$$($(OTHER)/bin/python -V 2>&1)" = "$$($(PYTHON) -V 2>&1)" || rm -rf $(OTHER)
+	$(MAKE) test VENV=$(OTHER) PYTHON=$(PYTHON)
+
+test-slow: $(DEV)  ## the slow tests, files named slow_*.py; MORE: arguments for pytest
 	$(PY) -m pytest -n 2 --dist worksteal -o python_files='slow_*.py' --ignore=tests/viewer tests $(MORE)
 
 # Where a program is missing, root installs its packages from Debian; one target at a time, under make -j.
 APT = @command -v $(1) >/dev/null || test "$$(id -u)" != 0 || flock /var/cache/apt \
 	sh -c 'apt-get update -qq && apt-get install -y -qq --no-install-recommends $(2)'
 
-test-slurm: install  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing
+test-slurm: $(DEV)  ## jobs on a real SLURM on this machine, as root: installs it from Debian where it is missing
 	$(call APT,sbatch,slurm-wlm munge)
 	$(PY) -m pytest -n 2 --dist loadfile -rs tests/slurm
 
-test-view: install-view  ## the page of view.py in a browser: installs Debian's chromium, as root, where it is missing
+test-view: install-view $(DEV)  ## the page of view.py in a browser: installs Debian's chromium, as root, where it is missing
 	$(call APT,chromium,chromium fonts-dejavu-core)
 	$(PY) -m pytest -rs tests/viewer
 
-lint: install  ## ruff (rules and format), and the syntax nodes of each room against tests/budget.toml
+lint: $(DEV)  ## ruff (rules and format), and the syntax nodes of each room against tests/budget.toml
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 	$(PY) tests/budget.py
@@ -110,4 +115,4 @@ simd: install  ## pillow-simd in place of Pillow; it gains nothing here and read
 	@$(PY) -c '$(DECODERS)'
 
 clean:  ## remove environment, outputs and drawn collections
-	rm -rf $(VENV) $(INTEROP) outputs collections .pytest_cache .ruff_cache
+	rm -rf $(VENV) $(INTEROP) $(OTHER) outputs collections .pytest_cache .ruff_cache

@@ -4,6 +4,8 @@
 exception is a defect in Atelier and keeps its traceback.
 """
 
+from __future__ import annotations  # as in utils/start.py
+
 import difflib
 import re
 import time
@@ -24,7 +26,6 @@ EXTRAS = {
     "open_clip": "sdxl",
     "ftfy": "sdxl",
     "nicegui": "view",
-    "psutil": "view",
     "s3fs": "cloud",
 }
 

@@ -1,11 +1,14 @@
 """The capabilities of this machine: its processors, torch.compile, and the free memory."""
 
 import os
+import resource
 import shutil
+import sys
 import sysconfig
 from importlib.util import find_spec
 from pathlib import Path
 
+import psutil
 import torch
 
 from utils.errors import UserError
@@ -75,11 +78,11 @@ def check_compile(device: str) -> None:
 def free_memory() -> int:
     """Return the bytes that this process may still allocate, within the limits of its container or job.
 
-    Linux only. Source: proc(5), MemAvailable; cgroups(7), version 2.
+    Source: cgroups(7), version 2.
     """
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    free = next(1024 * int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    free = psutil.virtual_memory().available
+    groups = Path("/proc/self/cgroup")
+    for line in groups.read_text().splitlines() if groups.is_file() else ():
         group = Path("/sys/fs/cgroup", line.rpartition(":")[2].strip("/"))
         for folder in (group, *group.parents):
             try:
@@ -91,3 +94,9 @@ def free_memory() -> int:
             if limit != "max":
                 free = min(free, int(limit) - used + int(parts["inactive_file"]))
     return max(0, free)
+
+
+def peak_memory() -> int:
+    """Return the most bytes of memory that this process has had at once."""
+    unit = 1 if sys.platform == "darwin" else 2**10  # getrusage(2)
+    return unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

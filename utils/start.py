@@ -5,12 +5,15 @@ from utils.start import begin
 begin(__doc__)
 """
 
+from __future__ import annotations  # any Python must read this file, to be told which one is needed
+
 import ctypes
 import os
 import sys
 import time
 from contextlib import suppress
 from pathlib import Path
+from types import TracebackType
 
 from utils.errors import EXIT_USER_ERROR
 
@@ -21,18 +24,24 @@ _M_MMAP_MAX = -4
 _MOST = 2**31 - 1  # mallopt takes an int
 
 
+_NEEDS = (
+    "Atelier needs Python 3.11 or later on Linux, or on macOS for small runs; on Windows use WSL 2 (docs/install.md)"
+)
+_INSTALL = "run: make install, then: source .venv/bin/activate (docs/install.md)"
+_MAC = "macOS: the CPU alone, in one process; GPUs, loader workers, the memory cache and SLURM need Linux"
+
 _busy_before: float | None = None
 
 
 def begin(documentation: str) -> None:
     """Answer `--help` and end the process, or prepare the process for its work.
 
-    documentation: the script's docstring. Ends with a message on a system other than Linux.
+    documentation: the script's docstring. Ends with a message if the system, Python or its packages do not fit.
     """
     global _busy_before
-    if not hasattr(os, "sched_getaffinity"):
-        sys.stderr.write("Atelier needs Linux; on Windows use WSL, on macOS a Linux container or virtual machine\n")
-        sys.exit(EXIT_USER_ERROR)
+    if sys.platform not in ("linux", "darwin") or sys.version_info < (3, 11):
+        _refuse(f"{_NEEDS}; found Python {sys.version.split()[0]} on {sys.platform}")
+    sys.excepthook = _explain
     _busy_before = _busy_sec()
     keep_freed_memory()
     if {"--help", "-h"} & set(sys.argv) and documentation == sys.modules["__main__"].__doc__:
@@ -40,6 +49,20 @@ def begin(documentation: str) -> None:
 
         sys.stdout.write(describe(Path(sys.argv[0]).resolve(), documentation, sys.argv[1:]))
         sys.exit()
+    if sys.platform == "darwin" and "__mp_main__" not in sys.modules:  # the script as a process of its pool imports it
+        sys.stderr.write(_MAC + "\n")
+
+
+def _refuse(message: str) -> None:
+    sys.stderr.write(message + "\n")
+    sys.exit(EXIT_USER_ERROR)
+
+
+def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Show in one line that Python lacks a package, as it does outside of the environment; others as usual."""
+    if kind is ModuleNotFoundError and not Path(__file__).parents[1].joinpath(str(error.name).split(".")[0]).exists():
+        _refuse(f"{error} in {sys.executable}; {_INSTALL}")
+    sys.__excepthook__(kind, error, trace)
 
 
 def keep_freed_memory() -> None:
@@ -58,9 +81,9 @@ def keep_freed_memory() -> None:
 
 def _busy_sec() -> float:
     """Return the seconds that other processes have used of the cores that this one may use."""
-    cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
     ticks = 0
-    with suppress(OSError), open("/proc/stat") as file:
+    with suppress(OSError, AttributeError), open("/proc/stat") as file:  # of Linux
+        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
         for line in file:
             words = line.split()
             if words[0] in cores:

@@ -213,6 +213,8 @@ def keep_in_memory(source: Source, collection: Collection, config: CacheConfig) 
 
     All ranks must call it.
     """
+    if not hasattr(os, "memfd_create"):  # macOS
+        return source
     pool = _share_pool(len(collection), lambda: _choose_budget(source, collection, config.memory_gib))
     return source if pool is None else Cached(source, pool, lambda row: row, "l1")
 

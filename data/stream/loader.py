@@ -9,6 +9,7 @@ import functools
 import itertools
 import json
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -141,8 +142,10 @@ class Loader(Dataset):
         return {"sample_id": draw.index, "key": draw.key, "weight": weight, **views, **fields}
 
     def load(self, batches: Iterable[list[Draw]]) -> Iterator[Batch]:
-        """Yield batches on the device. Raises UserError (`runtime.workers`) if workers lack shared memory."""
+        """Yield batches on the device. Raises UserError (`runtime.workers`) if workers lack shared memory, or Linux."""
         workers = self.machine.workers
+        if workers > 0 and sys.platform == "darwin":  # a fork of a process with threads may crash there
+            raise UserError(f"runtime.workers: {workers} need Linux; set runtime.workers=0 or auto")
         of_workers: dict[str, Any] = {}
         if workers > 0:
             of_workers["prefetch_factor"] = self.machine.prefetch_batches

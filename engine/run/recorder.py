@@ -2,7 +2,6 @@
 
 import json
 import math
-import resource
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from engine.update.batch_size import show_samples
 from engine.update.learner import Learner
 from engine.update.step import StepResult
 from utils.contracts import Batch, TrainStream
+from utils.hardware import peak_memory
 from utils.io.files import AppendFile, ignore_write_errors, sha256_text
 from utils.io.weights import hash_tensors
 from utils.ranks import distributed
@@ -222,7 +222,7 @@ class Recorder:
         """Return this process's peak memory: allocated on the GPU, or resident on a CPU."""
         if self._device.type == "cuda":
             return torch.cuda.max_memory_allocated(self._device) / 2**30
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # Linux counts KiB
+        return peak_memory() / 2**30
 
     def add_step(self, step: int, batches: Sequence[Batch], result: StepResult) -> None:
         """Record update number `step` (from 1), without a host synchronisation."""

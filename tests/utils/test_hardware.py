@@ -1,6 +1,7 @@
 """The memory that a process may take: of the system, or of the groups that hold it."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -26,7 +27,7 @@ def test_the_least_that_a_group_leaves(tmp_path, monkeypatch, groups, files, exp
         for name, value in content.items():
             (tmp_path / "sys/fs/cgroup" / folder / name).write_text(f"{value}\n")
     (tmp_path / "proc/self").mkdir(parents=True)
-    (tmp_path / "proc/meminfo").write_text(f"MemTotal: 9 kB\nMemAvailable:   {12 * 2**20} kB\n")
     (tmp_path / "proc/self/cgroup").write_text(groups + "\n")
+    monkeypatch.setattr(hardware.psutil, "virtual_memory", lambda: SimpleNamespace(available=12 * GIB))
     monkeypatch.setattr(hardware, "Path", lambda first, *parts: Path(tmp_path, first.lstrip("/"), *parts))
     assert free_memory() == expected * GIB

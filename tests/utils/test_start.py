@@ -1,5 +1,6 @@
 """`begin` says what a system lacks, lets the C library keep freed memory, and counts what others use."""
 
+import ctypes
 import os
 import resource
 import subprocess
@@ -7,7 +8,9 @@ import sys
 
 import pytest
 
-from tests.support import ROOT
+from tests.in_process import TINY, run
+from tests.support import ROOT, refuses
+from utils.start import begin
 
 PROGRAM = """
 import resource, torch
@@ -42,7 +45,54 @@ def test_cores_that_others_use_are_counted():
     assert 0.5 < float(found.stdout) <= 1.1
 
 
-def test_another_system_is_told_what_is_needed():
-    elsewhere = "import os, runpy\ndel os.sched_getaffinity\nrunpy.run_path('train.py', run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", elsewhere], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "Linux" in done.stderr and "WSL" in done.stderr and done.stderr.count("\n") == 1
+def start(before, script="train.py", options=()):
+    """Run a root script, without arguments, after some lines of Python."""
+    lines = f"{before}\nimport runpy, sys\nsys.argv = [{script!r}]\nrunpy.run_path({script!r}, run_name='__main__')"
+    done = subprocess.run([sys.executable, *options, "-c", lines], cwd=ROOT, capture_output=True, text=True)
+    return done.returncode, done.stderr
+
+
+def test_windows_is_told_what_is_needed():
+    status, said = start("import os, sys\ndel os.sched_getaffinity\nsys.platform = 'win32'")
+    assert status == 2 and "Linux" in said and "WSL" in said and said.count("\n") == 1
+
+
+def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, monkeypatch, capsys):
+    """Without what Linux alone has; no test has run on a Mac."""
+
+    def open_file(file, *others, real=open, **more):
+        if str(file).startswith(("/proc/", "/sys/")):
+            raise FileNotFoundError(file)
+        return real(file, *others, **more)
+
+    monkeypatch.setattr(sys, "platform", "darwin")
+    monkeypatch.setattr("builtins.open", open_file)
+    monkeypatch.delattr(os, "sched_getaffinity")
+    monkeypatch.delattr(os, "memfd_create")
+    monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
+    monkeypatch.setattr(sys, "excepthook", sys.__excepthook__)  # `begin` sets it
+    begin("")
+    said = capsys.readouterr().err
+    assert all(word in said for word in ("macOS", "CPU", "Linux")) and said.count("\n") == 1
+    words = [
+        *TINY,
+        f"data.root={collection}",
+        f"run_dir={tmp_path / 'run'}",
+        "runtime=auto",
+        "data.cache.memory_gib=auto",
+    ]
+    run("train", words, tmp_path)
+    assert (tmp_path / "run/weights/last_weights.safetensors").is_file()
+    with refuses("runtime.workers"):
+        run("train", [*words, "runtime.workers=2", f"run_dir={tmp_path / 'other'}"], tmp_path)
+
+
+def test_a_python_without_the_packages_is_told_how_to_get_them():
+    status, said = start("", options=["-S"])  # without site-packages
+    assert status == 2 and said.count("\n") == 1
+    assert sys.executable in said and "make install" in said and ".venv/bin/activate" in said
+
+
+def test_another_python_is_told_which_one_is_needed():
+    status, said = start("import sys\nsys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'")
+    assert status == 2 and "3.11" in said and "3.10.1" in said and said.count("\n") == 1

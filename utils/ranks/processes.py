@@ -7,6 +7,7 @@ import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import suppress
 from typing import TypeVar
 
 from utils.ranks.signals import leave_to_parent
@@ -20,12 +21,15 @@ _MAX_CHUNK = 64  # items per message to a process
 
 
 def end_with_parent() -> None:
-    """Have this process killed when its parent ends, even if it hangs."""
-    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+    """Have this process killed when its parent ends, even if it hangs; on Linux."""
+    with suppress(AttributeError):  # macOS
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
 
 
 def count_cores() -> int:
     """Return the number of cores that this process may use."""
+    if not hasattr(os, "sched_getaffinity"):  # macOS
+        return os.cpu_count() or 1
     return len(os.sched_getaffinity(0))
 
 

@@ -2,6 +2,7 @@
 
 import fsspec
 import pytest
+from moto import server
 
 from data.augment.transforms import EvalTransform
 from data.images.bytes import NO_ANSWER, open_contents
@@ -14,7 +15,6 @@ from tests.data.stream.test_loader import stream, take
 from tests.support import data_config, make_collection, pack_collection, refuses, write_manifest
 
 s3fs = pytest.importorskip("s3fs", reason="make install-cloud")
-server = pytest.importorskip("moto.server", reason="make install-cloud")
 BUCKET = "s3://pictures"
 
 
