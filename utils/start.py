@@ -44,12 +44,14 @@ def begin(documentation: str) -> None:
     sys.excepthook = _explain
     _busy_before = _busy_sec()
     keep_freed_memory()
-    if {"--help", "-h"} & set(sys.argv) and documentation == sys.modules["__main__"].__doc__:
+    if documentation != sys.modules["__main__"].__doc__:  # a process of a pool imports its parent's script
+        return
+    if {"--help", "-h"} & set(sys.argv):
         from utils.config.help import describe
 
         sys.stdout.write(describe(Path(sys.argv[0]).resolve(), documentation, sys.argv[1:]))
         sys.exit()
-    if sys.platform == "darwin" and "__mp_main__" not in sys.modules:  # the script as a process of its pool imports it
+    if sys.platform == "darwin":
         sys.stderr.write(_MAC + "\n")
 
 
