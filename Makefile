@@ -9,7 +9,7 @@ STAMP := $(VENV)/.installed
 EXTRAS := $(patsubst requirements-%.txt,$(STAMP)-%,$(filter-out %-interop.txt,$(wildcard requirements-*.txt)))
 DEV := $(STAMP)-dev
 
-.PHONY: help install install-sdxl install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu simd clean
+.PHONY: help install install-sdxl install-formats install-cloud install-interop install-view demo demo-fcmae demo-tagger demo-sdxl workshop test test-slow test-slurm test-view test-python lint bench bench-gpu simd clean
 
 help:  ## this list
 	@awk -F ':[^#]*## ' '/^[a-z -]+:[^#]*## / {printf "make %-26s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -38,6 +38,7 @@ $(EXTRAS): $(STAMP)-%: requirements-%.txt $(STAMP)
 	$(PIP)
 
 install-sdxl: $(STAMP)-sdxl  ## add requirements-sdxl.txt, which finetune_sdxl.py needs, to .venv
+install-formats: $(STAMP)-formats  ## add requirements-formats.txt to .venv: HEIC, JPEG XL, and the previews in raw photographs
 install-cloud: $(STAMP)-cloud  ## add requirements-cloud.txt, which data.root=s3://... needs, to .venv
 install-view: $(STAMP)-view  ## add requirements-view.txt, which view.py needs, to .venv
 

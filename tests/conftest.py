@@ -3,6 +3,7 @@
 import logging
 import os
 import subprocess
+import sys
 from contextlib import contextmanager
 
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -13,6 +14,8 @@ os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"  # else the fork server's ques
 import pytest
 import torch
 
+from data.images import further
+from data.layouts import names
 from tests.support import draw_nothing, make_collection
 from utils.errors import missing_extra
 from utils.record.logging import ROOT
@@ -48,6 +51,17 @@ def no_curves(monkeypatch):
 def settled(monkeypatch):
     """Files that were just written count as old ones."""
     monkeypatch.setattr("utils.io.memo._YOUNG_SEC", 0)
+
+
+@pytest.fixture
+def without_formats(monkeypatch):
+    """The packages of requirements-formats.txt are not installed."""
+    further.load_package.cache_clear()
+    for package, (module, endings) in names.FURTHER.items():
+        monkeypatch.setitem(sys.modules, module, None)
+        for ending in endings:
+            monkeypatch.setitem(names.MISSING, ending, package)
+    monkeypatch.setattr(names, "IMAGE_SUFFIXES", tuple(e for e in names.IMAGE_SUFFIXES if e not in names.MISSING))
 
 
 @pytest.hookimpl(wrapper=True)

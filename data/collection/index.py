@@ -18,7 +18,7 @@ from pydantic import TypeAdapter
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
 from data.collection.split import assign_validation, count_twins, settle_fraction
 from data.layouts.corrections import Decisions, correct, read_corrections
-from data.layouts.names import CORRECTIONS
+from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
@@ -90,7 +90,7 @@ def index_collection(
     parts = _find_parts(root, concepts, cache, unused, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
-    key = files_key(files, _INDEX, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
+    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])

@@ -3,9 +3,8 @@
 import numpy as np
 from PIL import Image
 
-from data.images.open import Unsupported
+from data.images.open import ORIENTATION, Unsupported
 
-_ORIENTATION = 0x0112  # the tag of EXIF
 UPRIGHT = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -16,6 +15,8 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
+_PHOTOMETRIC = 0x0106  # a tag of TIFF
+_BITS = 0x0102  # a tag of TIFF
 _TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
 
@@ -30,8 +31,20 @@ def load_upright(image: Image.Image) -> Image.Image:
     Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
     image.load()
+    if image.format == "TIFF" and image.mode.startswith("I;16"):
+        image = _read_levels(image)
     method = UPRIGHT.get(read_orientation(image))
     return image if method is None else image.transpose(method)
+
+
+def _read_levels(image: Image.Image) -> Image.Image:
+    """Return 16-bit grey of a TIFF with black as zero and white as 65,535; Pillow leaves stored levels as they are."""
+    levels = np.asarray(image).astype(np.int64)
+    if image.tag_v2.get(_BITS) == (12,):
+        levels = levels * 65535 // 4095
+    if image.tag_v2.get(_PHOTOMETRIC) == 0:
+        levels = 65535 - levels
+    return Image.fromarray(levels.astype(np.uint16))
 
 
 def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:
@@ -54,9 +67,11 @@ def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | No
 
 
 def read_orientation(image: Image.Image) -> int:
-    """Return the EXIF orientation, 1 by default."""
+    """Return the EXIF orientation, 1 by default; JPEG XL's decoder turns, but for a JPEG within."""
+    if image.format == "JXL" and not image.jpeg:
+        return 1
     try:
-        return image.getexif().get(_ORIENTATION, 1)
+        return image.getexif().get(ORIENTATION, 1)
     except Exception:  # any type; the pixels are fine without it, and every viewer shows them
         return 1
 

@@ -4,6 +4,7 @@ Pillow opens every file, so formats, limits and error messages do not depend on 
 grey and RGB JPEGs without warnings; Pillow decodes everything else.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -18,11 +19,14 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from data.images.convert import UPRIGHT, convert, load_upright, read_orientation
-from data.images.open import open_image
+from data.images.open import MENDED, open_image
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
+from utils.record.logging import get_logger
 
-_RULES = 2  # version of conversion and resizing; increment it to invalidate cached images
+log = get_logger(__name__)
+
+_RULES = 3  # version of conversion and resizing; increment it to invalidate cached images
 
 
 def decoder_versions() -> str:
@@ -30,14 +34,21 @@ def decoder_versions() -> str:
     return f"JPEG by simplejpeg {version('simplejpeg')}, others by pillow {PIL.__version__}"
 
 
+@functools.cache
+def _say_mended() -> None:
+    """Log once in a process that a JPEG has been read whose end marker is missing."""
+    log.warning(
+        "a JPEG without an end marker is read, because all its data are there; prepare.py job=check lists such files"
+    )
+
+
 @dataclass(frozen=True)
 class Decoder:
     """Decode the first frame of an image to 8 bits, upright, RGB (3 channels) or grey (1).
 
     Applies EXIF rotation, puts transparent images on `background`, scales 16-bit grey to 8 bits, converts CMYK, and
-    takes the largest image of an icon. max_pixels: larger images are refused from their header; Pillow's own limit
-    (DEFAULT_MAX_PIXELS) also applies. shortest_px: reduce images with a longer shorter side to it; a JPEG is decoded
-    at 1/2, 1/4 or 1/8 scale if that suffices.
+    takes the largest image of an icon. max_pixels: larger images are refused from their header. shortest_px: reduce
+    images with a longer shorter side to it; a JPEG is decoded at 1/2, 1/4 or 1/8 scale if that suffices.
     Raises UserError (`model.in_channels`).
     """
 
@@ -64,15 +75,17 @@ class Decoder:
         Raises UnreadableImage: empty, cut off, damaged, not an image, too large, unsupported.
         """
         with open_image(content, name, self.max_pixels) as image:
-            return self._decode(content, image)
+            if MENDED in image.info:
+                _say_mended()
+            return self._decode(image)
 
-    def _decode(self, content: bytes, image: Image.Image) -> Tensor:
+    def _decode(self, image: Image.Image) -> Tensor:
         """Decode an opened image."""
         whole = image.size
         if self.shortest_px is not None:
             image.draft(None, (self.shortest_px, self.shortest_px))  # sets the scale of a JPEG
         scaled = image.size != whole  # before loading, which may change the size from the header
-        pixels = self._decode_jpeg(content, image)
+        pixels = self._decode_jpeg(image)
         if pixels is None:
             pixels = convert(load_upright(image), self.channels, background_rgb(self.background))
         decoded = torch.from_numpy(pixels).permute(2, 0, 1)
@@ -83,7 +96,7 @@ class Decoder:
         is_wide = decoded.shape[1] <= decoded.shape[2]
         return resize(decoded, (self.shortest_px, longer) if is_wide else (longer, self.shortest_px), "bilinear")
 
-    def _decode_jpeg(self, content: bytes, image: Image.Image) -> np.ndarray | None:
+    def _decode_jpeg(self, image: Image.Image) -> np.ndarray | None:
         """Return the pixels of a plain JPEG at the scale of the opened image, or None if Pillow must decode it."""
         if image.format not in ("JPEG", "MPO") or image.mode not in ("L", "RGB"):
             return None
@@ -94,7 +107,7 @@ class Decoder:
         room = np.empty((height, width, 1 if grey else 3), np.uint8)
         try:
             pixels = simplejpeg.decode_jpeg(
-                content, "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
+                image.fp.getvalue(), "GRAY" if grey else "RGB", min_height=height, min_width=width, buffer=room
             )
         except ValueError:  # damage that Pillow may accept, or unknown kinds
             return None

@@ -15,6 +15,10 @@ from contextlib import contextmanager, suppress
 
 from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
 
+from data.images.further import FORMATS as FURTHER_FORMATS
+from data.images.further import load_package, package_of, read_preview
+from data.images.jpeg import complete, lacks_end
+from data.layouts.names import INSTALL
 from data.stream.source import UnreadableImage
 from utils.record.logging import get_logger
 
@@ -24,8 +28,7 @@ log = get_logger(__name__)
 # collection may come from an untrusted source. TGA has no signature, so it is tried last, and only for its suffix.
 FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "PPM", "ICO", "JPEG2000")
 _TGA_SUFFIX = ".tga"
-# Above this Pillow itself refuses a file as a decompression bomb (twice Image.MAX_IMAGE_PIXELS).
-DEFAULT_MAX_PIXELS = 178_956_970
+UNLIMITED = 2**31  # pixels, where only the header is read
 
 # Libraries that Pillow can be built without, its names for them, and the first bytes of files that need them.
 _LIBRARIES = {
@@ -49,7 +52,9 @@ UNSUPPORTED = "a kind of image that is not supported"
 TOO_LARGE = "too many pixels"
 NOT_OPENED = "the file cannot be opened"
 NO_MEMORY = "too little memory"
-NO_DECODER = "this Pillow was built without its decoder"
+NO_DECODER = "its decoder is not installed"
+MENDED = "end marker"  # in `info` of an image: its end marker is missing, but its data are whole
+ORIENTATION = 0x0112  # the tag of EXIF
 
 # Pillow's warnings (truncated EXIF, a palette with transparency, a broken animation) would add a line to the log for
 # each image and worker. `max_pixels` limits sizes.
@@ -82,6 +87,8 @@ def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = Fal
         yield _open(content, name, max_pixels, header)
     except UnreadableImage:
         raise
+    except ImportError as error:
+        raise UnreadableImage(name, NO_DECODER, f"it needs {package_of(content, name)}: {INSTALL}") from error
     except Exception as error:  # decoders raise many types on damaged bytes: OSError, SyntaxError, struct.error...
         kind, detail = _explain_header(content[:256]) if isinstance(error, UnidentifiedImageError) else _explain(error)
         missing = [name for name, begins in _missing_libraries().items() if re.match(begins, content, re.DOTALL)]
@@ -92,17 +99,33 @@ def open_image(content: bytes, name: str, max_pixels: int, *, header: bool = Fal
 
 
 def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Image:
-    """Open an image, and decode a PNG unless only its `header` is needed; again without chunks that cannot be read."""
+    """Open an image, and decode a PNG unless only its `header` is needed; again without chunks that cannot be read.
+
+    Raises ImportError without the package that reads it.
+    """
+    package = package_of(content, name)
     formats = (*_formats(), "TGA") if name.lower().endswith(_TGA_SUFFIX) else _formats()
+    turn = 1
+    if package == "rawpy":
+        content, turn = read_preview(content)
+    elif package is not None:
+        load_package(package)
+        formats = (FURTHER_FORMATS[package],)
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # it refuses twice that, within files, too
 
     def load(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=formats)
         if image.width * image.height > max_pixels:
             size = f"{image.width} x {image.height} pixels"
-            raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} allowed")
+            raise UnreadableImage(name, TOO_LARGE, f"{size} is more than the {max_pixels:,} that max_pixels allows")
         if image.format == "PNG" and not header:
             _scale_transparency(image)
             image.load()
+        if image.format in ("JPEG", "MPO") and not header and lacks_end(content):
+            image = load(complete(content, image.mode))
+            image.info[MENDED] = True
+        if turn != 1:
+            image.getexif().setdefault(ORIENTATION, turn)
         return image
 
     try:
@@ -163,7 +186,7 @@ def _explain(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     match error:
         case Image.DecompressionBombError():
-            return TOO_LARGE, f"more pixels than Pillow opens, {DEFAULT_MAX_PIXELS:,}"
+            return TOO_LARGE, f"more pixels than twice the {Image.MAX_IMAGE_PIXELS:,} that max_pixels allows"
         case Unsupported():
             return UNSUPPORTED, text
         case MemoryError():

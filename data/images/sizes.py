@@ -11,7 +11,7 @@ from PIL import Image
 
 from data.collection.collection import Collection
 from data.images.convert import read_orientation
-from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
+from data.images.open import UNLIMITED, open_image, read_file
 from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.io.files import sha256_file
@@ -36,7 +36,7 @@ def upright_size(content: bytes, name: str) -> tuple[int, int]:
 
     Raises UnreadableImage as `Decoder` does, except for damaged pixels.
     """
-    with open_image(content, name, DEFAULT_MAX_PIXELS, header=True) as image:
+    with open_image(content, name, UNLIMITED, header=True) as image:
         return size_of(image)
 
 

@@ -19,7 +19,7 @@ from torch.nn import functional
 
 from data.collection.collection import Collection
 from data.images.convert import convert, is_transparent, load_upright
-from data.images.open import DEFAULT_MAX_PIXELS, open_image, read_file
+from data.images.open import UNLIMITED, open_image, read_file
 from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
@@ -114,7 +114,7 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
 def _measure(path: Path) -> list[Any]:
     """Return height and width (None for an unreadable file), the SHA-256, and whether there is an alpha channel."""
     try:
-        with open_image(read_file(path), os.fspath(path), DEFAULT_MAX_PIXELS, header=True) as image:
+        with open_image(read_file(path), os.fspath(path), UNLIMITED, header=True) as image:
             return [list(size_of(image)), sha256_file(path), is_transparent(image)]
     except UnreadableImage:
         return [None, "", False]
@@ -144,7 +144,7 @@ class Masked(Source):
 
     def _read_mask(self, row: int, key: int, group: int) -> Record:
         path, _, is_alpha = self._masks[row]
-        with open_image(read_file(path), path, DEFAULT_MAX_PIXELS) as opened:
+        with open_image(read_file(path), path, UNLIMITED) as opened:
             image = load_upright(opened)
             pixels = convert(image.convert("RGBA").getchannel("A") if is_alpha else image, 1, (0, 0, 0))
         placed = place(torch.from_numpy(pixels).permute(2, 0, 1), *self._find_fit(row, key, group))

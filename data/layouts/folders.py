@@ -29,10 +29,10 @@ from data.layouts.names import (
     masked_stem,
 )
 from data.layouts.places import lacks_labels, place_images
-from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
+from data.layouts.sidecars import Sidecar, has_boxes, pair_sidecars, read_sidecars
 from data.layouts.table import build_table
 from data.layouts.tables import find_one
-from data.layouts.unused import ORPHANS, Unused
+from data.layouts.unused import BOXES, ORPHANS, Unused
 from data.layouts.walk import unreadable, walk_folders
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -105,7 +105,8 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         unused.add("masks, which task.mask alone reads", *(folder + name for name in filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
-        unused.add(ORPHANS, *orphans)
+        for path in orphans:
+            unused.add(BOXES if has_boxes(root / path) else ORPHANS, path)
     return images, sidecars, tables
 
 

@@ -24,7 +24,7 @@ from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar, is
 from data.layouts.sidecars import pair_sidecars
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column, show_some
 from data.layouts.tables import OTHER_NAMES, find_one, name_columns, read_columns
-from data.layouts.unused import OTHERS, Unused
+from data.layouts.unused import LACKING, Unused
 from data.layouts.walk import HIDDEN, walk_folders
 from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
@@ -244,8 +244,8 @@ def read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
         if scanned_at(manifest) is None:
             unused.add("sidecars beside a manifest", *filter(is_sidecar, paths))
     others.pop(HIDDEN, None)
-    others[OTHERS] = [path for path in others.get(OTHERS, ()) if path not in listed]
-    unused.merge(others)
+    for reason, paths in others.items():
+        unused.add(reason, *(path for path in paths if path not in listed or reason == LACKING))
     return table
 
 

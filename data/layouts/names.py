@@ -1,10 +1,25 @@
 """The file names of a collection: what is an image, what describes images, and what is passed over."""
 
 import os
+from importlib.util import find_spec
 
+# Raw photographs of cameras; of each, the preview that the camera has put into it is read.
+RAW_SUFFIXES = (
+    *(".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
+    *(".3fr", ".fff", ".iiq", ".x3f", ".rwl", ".erf", ".mef", ".mrw", ".kdc", ".dcr", ".mos"),
+)
+# What the packages of requirements-formats.txt read: by package, the module and the endings.
+FURTHER = {
+    "pillow-heif": ("pillow_heif", (".heic", ".heif", ".hif", ".heics", ".heifs")),
+    "pillow-jxl-plugin": ("pillow_jxl", (".jxl",)),
+    "rawpy": ("rawpy", RAW_SUFFIXES),
+}
+INSTALL = "make install-formats"
+MISSING = {ending: name for name, (module, endings) in FURTHER.items() if not find_spec(module) for ending in endings}
 IMAGE_SUFFIXES = (
     *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    *(ending for _, endings in FURTHER.values() for ending in endings if ending not in MISSING),
 )
 MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
 SUFFIXES = (".caption", ".txt", ".json")  # of sidecars, files beside an image

@@ -25,7 +25,7 @@ from data.layouts.places import place_images, read_split
 from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
 from data.layouts.table import TYPES, build_table, show_some
 from data.layouts.tables import read_records
-from data.layouts.unused import OTHERS, Unused
+from data.layouts.unused import Unused
 from data.layouts.walk import walk_folders
 from utils.errors import UserError, about
 from utils.io.files import readable, write_atomically
@@ -110,7 +110,7 @@ def _read_tar(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
             stem, suffix = os.path.splitext(path)
             suffix = suffix.lower()
             if suffix not in (*IMAGE_SUFFIXES, *TEXT_SUFFIXES):
-                unused.add(OTHERS, *([where] if _is_plain(member) else []))
+                unused.add_files(*([where] if _is_plain(member) else []))
             elif not _is_plain(member) or re.search(OUTSIDE, path):
                 unused.add("members of shards that are no plain files, or have an unsafe path", where)
             elif is_mask_name(path) or any(map(is_passed_over, path.split("/"))):

@@ -32,6 +32,8 @@ FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
+_COCO = re.compile(rb'"(?:images|annotations|categories)"\s*:\s*\[')
+_HEAD_BYTES = 65_536
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
 _FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
@@ -240,6 +242,14 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
         if not found and not is_metadata(folder + name):
             orphans.append(folder + name)
     return pairs, sorted(orphans)
+
+
+def has_boxes(file: Path) -> bool:
+    """Return whether a JSON file begins as COCO's annotations."""
+    if file.suffix.lower() != ".json" or not file.is_file():
+        return False
+    with open(file, "rb") as content:
+        return _COCO.search(content.read(_HEAD_BYTES)) is not None
 
 
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:

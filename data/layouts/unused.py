@@ -9,6 +9,7 @@ import os
 from collections import Counter
 from collections.abc import Iterable
 
+from data.layouts.names import INSTALL, MISSING
 from data.layouts.table import show_some
 from utils.record.logging import get_logger
 
@@ -16,6 +17,17 @@ log = get_logger(__name__)
 
 ORPHANS = "sidecars without an image"  # a reason
 OTHERS = "files of kinds that no reader takes"  # a reason; they are counted by ending
+LACKING = f"images whose package is not installed ({INSTALL} reads them)"  # counted by ending, too
+RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so
+BOXES = "annotation files, whose boxes and outlines are not read"
+_KINDS = {
+    "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)": (
+        ".csv .tsv .xlsx .xls .ods"
+    ),
+    "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",
+    BOXES: ".xml",
+}
+_BY_ENDING = {ending: reason for reason, endings in _KINDS.items() for ending in endings.split()}
 Lines = Iterable[tuple[int, str]]  # each with its level
 
 
@@ -31,6 +43,12 @@ class Unused(dict[str, list[str]]):
         if names:
             self.setdefault(reason, []).extend(names)
 
+    def add_files(self, *names: str) -> None:
+        """Add files that no reader takes, each under what would make it read."""
+        for name in names:
+            ending = find_ending(name)
+            self.add(LACKING if ending in MISSING else _BY_ENDING.get(ending, OTHERS), name)
+
     def merge(self, other: "Unused") -> None:
         """Add the names that a reader in another process did not use."""
         for reason, names in other.items():
@@ -45,16 +63,21 @@ class Unused(dict[str, list[str]]):
         for reason in sorted(self):
             names = sorted(set(self[reason]))  # threads add in any order, and columns recur in each shard
             are_few = reason == OTHERS and len(names) <= images
-            shown = count_endings(names) if reason == OTHERS else names
+            shown = count_endings(names) if reason in (OTHERS, LACKING) else names
             lines.append((logging.INFO if are_few else logging.WARNING, f"{len(names):,} {reason}: {show_some(shown)}"))
         return lines
 
 
+def find_ending(name: str) -> str:
+    """Return the ending of a file, or `._*` for the copies of macOS."""
+    is_fork = os.path.basename(name).startswith(RESOURCE_FORK)
+    return f"{RESOURCE_FORK}*" if is_fork else os.path.splitext(name)[1].lower() or "no ending"
+
+
 def count_endings(names: Iterable[str]) -> list[str]:
-    """Return how many names have each ending, the most frequent first."""
-    endings = Counter(os.path.splitext(name)[1].lower() or "no ending" for name in names)
-    ordered = sorted(endings.items(), key=lambda item: (-item[1], item[0]))
-    return [f"{ending} {count:,}" for ending, count in ordered]
+    """Return how many names have each ending, the most frequent first, and the package that it lacks."""
+    ordered = sorted(Counter(map(find_ending, names)).items(), key=lambda item: (-item[1], item[0]))
+    return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in ordered]
 
 
 def say_unused(lines: Lines, key: str = "data.root") -> None:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.layouts.names import IMAGE_SUFFIXES, SUFFIXES, has_reader, is_passed_over, is_sidecar
-from data.layouts.unused import OTHERS, Unused
+from data.layouts.unused import OTHERS, RESOURCE_FORK, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.io.names import is_utf8, show_name
@@ -68,7 +68,9 @@ def walk_folders(
             files = []
             for entry in entries:
                 path = folder + entry.name
-                if is_passed_over(entry.name):
+                if entry.name.startswith(RESOURCE_FORK):
+                    unused.add(OTHERS, show_name(path))
+                elif is_passed_over(entry.name):
                     if entry.name.lower().endswith((*IMAGE_SUFFIXES, *SUFFIXES)) or entry.is_dir(follow_symlinks=False):
                         unused.add(HIDDEN, show_name(path))
                 elif (fault := _find_fault(entry, path)) is not None:
@@ -80,7 +82,7 @@ def walk_folders(
                 else:
                     below.append((f"{path}/", (*chain, real)))
             names = {entry.name for entry in files}
-            unused.add(OTHERS, *(folder + name for name in names if not has_reader(folder + name)))
+            unused.add_files(*(folder + name for name in names if not has_reader(folder + name)))
             yield folder, files, names
         level = below
 

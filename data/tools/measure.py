@@ -18,10 +18,10 @@ from PIL import Image
 from data.collection.duplicates import perceptual_hash
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.images.open import (
-    DEFAULT_MAX_PIXELS,
     NO_DECODER,
     NO_MEMORY,
     NOT_OPENED,
+    UNLIMITED,
     open_image,
     read_file,
     warn_of_missing_libraries,
@@ -86,9 +86,7 @@ def measure_files(root: Path, paths: Sequence[str], max_pixels: int, *, decodes:
     return [FileFacts(*value) for value in values]
 
 
-def measure_file(
-    file: str | os.PathLike[str], max_pixels: int = DEFAULT_MAX_PIXELS, *, decodes: bool = True
-) -> FileFacts:
+def measure_file(file: str | os.PathLike[str], max_pixels: int = UNLIMITED, *, decodes: bool = True) -> FileFacts:
     """Return the SHA-256 of a file, and facts about its pixels if it `decodes`, or the reason why it is unreadable."""
     digest = None
     try:
