@@ -95,7 +95,7 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
     put(root, "cat/a.png", "dog/b.png", *others.split(), "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
     assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/b.png dog"]
     assert "3 masks, which task.mask alone reads: cat/A-CondLabel.PNG" in log.text
-    assert "5 hidden names, thumbnails, bins and indexes of systems: " in log.text
+    assert "4 hidden names, thumbnails, bins and indexes of systems: " in log.text and "._* 1" in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
     assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant
 
@@ -172,7 +172,7 @@ def test_roots_that_are_none(refuse, root, tmp_path):
     refuse("", "''")
     (tmp_path / "file").write_text("")
     refuse(tmp_path / "file", "a file, not a folder")
-    (root / "a.heic").write_text("")
+    (root / "a.mov").write_text("")
     refuse(root, "no image", ".png")
 
 
