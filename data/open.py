@@ -32,7 +32,7 @@ from data.config import DataConfig
 from data.images.bytes import Images
 from data.images.caches import keep_in_memory, keep_on_disk
 from data.images.decode import Decoder, decoder_versions
-from data.images.open import warn_of_missing_libraries
+from data.images.open import allow_pixels, warn_of_missing_libraries
 from data.layouts.glyphs import draw_glyphs
 from data.layouts.table import SPLITS
 from data.stream.loader import EvaluationStream, Fields, Loader, TrainStream, UnreadableLog, no_fields
@@ -48,6 +48,8 @@ log = get_logger(__name__)
 
 def load_collection(config: DataConfig) -> Collection:
     """Index the collection on rank 0 and open it on every rank. Missing glyphs are drawn first."""
+
+    allow_pixels(config.max_pixels)
 
     def index() -> str:
         warn_of_missing_libraries()

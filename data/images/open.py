@@ -65,6 +65,11 @@ class Unsupported(ValueError):
     """A valid image that has no 8-bit form."""
 
 
+def allow_pixels(max_pixels: int) -> None:
+    """Let Pillow open images of this size; it refuses twice its limit, also of the pictures within files."""
+    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)
+
+
 def read_file(path: str | os.PathLike[str], name: str | None = None) -> bytes:
     """Return the bytes of a file. Raises UnreadableImage, with `name` if given, if it cannot be opened."""
     try:
@@ -111,7 +116,8 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
     elif package is not None:
         load_package(package)
         formats = (FURTHER_FORMATS[package],)
-    Image.MAX_IMAGE_PIXELS = max(Image.MAX_IMAGE_PIXELS, max_pixels)  # it refuses twice that, within files, too
+    if not header:
+        allow_pixels(max_pixels)
 
     def load(content: bytes) -> Image.Image:
         image = Image.open(io.BytesIO(content), formats=formats)
