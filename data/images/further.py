@@ -9,7 +9,7 @@ import io
 import re
 from types import ModuleType
 
-from data.layouts.names import FURTHER, RAW_SUFFIXES
+from data.layouts.names import FURTHER, is_raw
 
 # The first bytes of files that a package reads; an AVIF may begin as HEIF does, and names its kind a little later.
 _BEGINS = {
@@ -22,7 +22,7 @@ _TURNS = {3: 3, 5: 8, 6: 6}  # LibRaw's numbers of a rotation, and those of EXIF
 
 def package_of(content: bytes, name: str) -> str | None:
     """Return the package that a file needs beside Pillow: by its first bytes, or by the ending of a raw photograph."""
-    if name.lower().endswith(RAW_SUFFIXES):
+    if is_raw(name):
         return "rawpy"
     return next((package for package, begins in _BEGINS.items() if begins.match(content)), None)
 

@@ -13,7 +13,7 @@ import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 
-from PIL import Image, PngImagePlugin, UnidentifiedImageError, features
+from PIL import Image, PngImagePlugin, TiffImagePlugin, UnidentifiedImageError, features
 
 from data.images.further import FORMATS as FURTHER_FORMATS
 from data.images.further import load_package, package_of, read_preview
@@ -42,6 +42,11 @@ _PNG = b"\x89PNG\r\n\x1a\n"
 # Ancillary chunks of a PNG to keep when one of them cannot be read, from trial to trial.
 _KEPT_CHUNKS = ((b"eXIf", b"tRNS", b"iCCP"), (b"eXIf", b"tRNS"), (b"eXIf",), ())
 PngImagePlugin.MAX_TEXT_CHUNK = 8_000_000  # bytes of an unpacked text or profile; libpng's limit
+
+# Pillow knows some kinds of 16-bit grey only with black as zero; `load_upright` turns the others.
+for (_prefix, _white, *_kind), _modes in list(TiffImagePlugin.OPEN_INFO.items()):
+    if _white == 1 and _modes[0].startswith("I;16"):
+        TiffImagePlugin.OPEN_INFO.setdefault((_prefix, 0, *_kind), _modes)
 
 # The kinds of faults, as counted by `prepare.py job=manifest`.
 EMPTY = "the file is empty"

@@ -23,6 +23,7 @@ from data.images.open import UNLIMITED, open_image, read_file
 from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
+from data.layouts.names import is_condition, masked_stem
 from data.layouts.table import show_some
 from data.stream.source import Record, Source, UnreadableImage
 from utils.config.bounds import Fraction
@@ -30,7 +31,7 @@ from utils.config.schema import PathText, Strict
 from utils.errors import UserError
 from utils.io.files import sha256_file
 from utils.io.memo import in_threads, measure_once
-from utils.io.names import find_path, list_names
+from utils.io.names import find_path, list_names, to_nfc
 from utils.ranks import distributed
 from utils.record.logging import get_logger
 
@@ -39,7 +40,6 @@ log = get_logger(__name__)
 MASK = "mask"
 _MEASURED = Path("outputs/cache/masks.jsonl")
 _FOLDERS = 512  # whose names are kept
-_BESIDE = (".mask.png", "-masklabel.png")  # the second is OneTrainer's
 
 Masks = Mapping[int, tuple[str, str, bool]]  # by row: a file, its SHA-256, and whether the mask is its alpha channel
 FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: the fit, and whether it is mirrored
@@ -48,9 +48,10 @@ FindFit = Callable[[int, int, int], tuple[Fit, bool]]  # of row, key and group: 
 class MaskConfig(Strict):
     """Where masks are, and how they count.
 
-    source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`; or a
-    folder with `a/x.png` (or `a/x.jpg`) for `a/x.jpg` of `data.root`. The loss counts where a mask is white or opaque,
-    and by `floor` where it is darker. An image without a mask counts as a whole.
+    source: `alpha`, the image's own channel; `beside`, for `x.jpg` the file `x.mask.png` or `x-masklabel.png`, or one
+    with another ending of images; or a folder with `a/x.png` (or `a/x.jpg`) for `a/x.jpg` of `data.root`.
+    The loss counts where a mask is white or opaque, and by `floor` where it is darker. An image without a mask counts
+    as a whole.
     normalise: divide an image's loss by the mean of its mask, so that small masks count as much as large ones.
     """
 
@@ -70,12 +71,20 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
     concepts = collection.concepts
     ids = collection.concept_ids()
 
+    @functools.lru_cache(_FOLDERS)
+    def list_masks(folder: Path) -> dict[str, str]:
+        """Return the masks in a folder by the name of their image without its ending."""
+        names = sorted(file.name for file in folder.glob("*"))  # none in a shard
+        masks = ((masked_stem(name), name) for name in names if not is_condition(name))
+        return {to_nfc(stem): name for stem, name in masks if stem is not None}
+
     def list_files(row: int) -> list[Path]:
         path = collection.absolute_path(row)
         if concepts and concepts[ids[row]].mask is False:
             return []
         if source in ("alpha", "beside"):
-            return [path] if is_alpha else [path.with_name(path.stem + ending) for ending in _BESIDE]
+            beside = list_masks(path.parent).get(to_nfc(path.stem), f"{path.stem}.mask.png")
+            return [path if is_alpha else path.with_name(beside)]
         other = Path(source, collection.row(row).path.lstrip("/")).expanduser()
         return [other.with_suffix(".png"), other]
 

@@ -23,14 +23,16 @@ from data.layouts.names import (
     POSTS,
     SHARD_SUFFIXES,
     TABLES,
+    is_condition,
     is_image_name,
     is_mask_name,
+    is_raw,
     is_table,
     masked_stem,
 )
 from data.layouts.places import lacks_labels, place_images
 from data.layouts.sidecars import Sidecar, has_boxes, pair_sidecars, read_sidecars
-from data.layouts.table import build_table
+from data.layouts.table import build_table, show_some
 from data.layouts.tables import find_one
 from data.layouts.unused import BOXES, ORPHANS, Unused
 from data.layouts.walk import unreadable, walk_folders
@@ -40,6 +42,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_CONDITIONS = "conditioning images of OneTrainer, which are not read"
 _FOR_ALL = 0o444  # the mode of a file that every user may read
 _BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
 _BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
@@ -63,6 +66,9 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
         posts = read_posts(root, file, images, unused)
         return _build_rows({path: images[path] for path in posts}, ["train"] * len(posts), list(posts.values()))
+    if slashed := [path for path in images if "\\" in path]:
+        what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
+        log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
     splits, labels = _place_images(root, list(images))
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
@@ -98,11 +104,15 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
     sidecars: dict[str, list[str]] = {}
     tables: list[str] = []
     for folder, entries, names in walk_folders(root, unused):
-        images |= _read_images(folder, entries, unused)
+        stems = {os.path.splitext(name)[0] for name in names if is_image_name(name) and not is_raw(name)}
+        twins = {name for name in names if is_raw(name) and os.path.splitext(name)[0] in stems}
+        unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
+        images |= _read_images(folder, [entry for entry in entries if entry.name not in twins], unused)
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
-        unused.add("masks, which task.mask alone reads", *(folder + name for name in filter(is_mask_name, names)))
+        for name in filter(is_mask_name, names):
+            unused.add(_CONDITIONS if is_condition(name) else "masks, which task.mask alone reads", folder + name)
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         for path in orphans:

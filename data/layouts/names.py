@@ -21,7 +21,8 @@ IMAGE_SUFFIXES = (
     *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
     *(ending for _, endings in FURTHER.values() for ending in endings if ending not in MISSING),
 )
-MASK_ENDINGS = (".mask", "-masklabel", "-condlabel")  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
+CONDITION = "-condlabel"  # of OneTrainer's `x-condlabel.png`, a picture that conditions, which nothing reads
+MASK_ENDINGS = (".mask", "-masklabel", CONDITION)  # of `x.mask.png`, which belongs to the image `x`; OneTrainer's
 SUFFIXES = (".caption", ".txt", ".json")  # of sidecars, files beside an image
 SHARD_SUFFIXES = (".tar", ".arrow", ".parquet")
 # Tables. Those of a manifest and of posts, the corrections and kohya's `meta_*` are at the root alone.
@@ -51,6 +52,16 @@ def is_image_name(name: str) -> bool:
 def is_mask_name(name: str) -> bool:
     """Return whether a file name belongs to a mask."""
     return masked_stem(name) is not None
+
+
+def is_condition(name: str) -> bool:
+    """Return whether the name of a mask is that of a conditioning image."""
+    return os.path.splitext(name)[0].lower().endswith(CONDITION)
+
+
+def is_raw(name: str) -> bool:
+    """Return whether a file name is that of a raw photograph."""
+    return name.lower().endswith(RAW_SUFFIXES)
 
 
 def masked_stem(name: str) -> str | None:

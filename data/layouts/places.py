@@ -48,7 +48,7 @@ def _is_only_split(name: str) -> bool:
 
 def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
     """Return the split and the label of each path by its folders; None where they say none."""
-    folders = [path.split("/")[:-1] for path in paths]
+    folders = [re.split(r"[/\\]", path)[:-1] for path in paths]  # a zip of Windows may have backslashes
     depth = _find_depth(folders)
     splits = [None if depth is None or len(parts) <= depth else read_split(parts[depth]) for parts in folders]
     above = [parts[:depth] if split else [] for parts, split in zip(folders, splits)]

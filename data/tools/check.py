@@ -77,6 +77,8 @@ class Check(Tool):
         for path, fact in zip(images, measure_files(root, images, max_pixels) if self.verify else ()):
             if fact.kind is not None:
                 yield path, fact.kind, fact.reason
+            elif fact.remark is not None:
+                yield path, fact.remark.partition(" (")[0], fact.remark
         for reason in filter(is_fault, unused):
             yield from _same_fault(unused[reason], reason)
         manifest = find_manifest(root)

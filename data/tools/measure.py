@@ -18,6 +18,7 @@ from PIL import Image
 from data.collection.duplicates import perceptual_hash
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.images.open import (
+    MENDED,
     NO_DECODER,
     NO_MEMORY,
     NOT_OPENED,
@@ -34,6 +35,7 @@ from utils.ranks.processes import map_items
 
 CACHE = Path("outputs/cache/facts")
 FATAL = "ends the process that reads it"  # the kind of fault if a decoder crashes
+_FULL_LEVEL = 65_535
 _SIDE_PX = 512  # size for measuring sharpness, so that one threshold fits all images
 
 
@@ -44,6 +46,7 @@ class FileFacts(NamedTuple):
     rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. phash: see
     data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
     levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
+    remark: what is odd about a readable one.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
     """
 
@@ -59,6 +62,7 @@ class FileFacts(NamedTuple):
     phash: int | None = None
     brightness: float | None = None
     sharpness: float | None = None
+    remark: str | None = None
 
     @property
     def is_damaged(self) -> bool:
@@ -127,4 +131,15 @@ def _measure_image(image: Image.Image) -> FileFacts:
     return facts._replace(
         brightness=round(float(levels.mean()) / 255, 4),
         sharpness=round(float(edges.var()), 2) if edges.size else 0.0,
+        remark=_find_remark(upright, MENDED in image.info),
     )
+
+
+def _find_remark(image: Image.Image, is_mended: bool) -> str | None:
+    """Return what is odd about a decoded image: levels of fewer bits than its 16, or a JPEG without its end."""
+    if image.mode.startswith("I;16"):
+        top = int(np.asarray(image).max())
+        if 0 < top < _FULL_LEVEL / 8:
+            factor = _FULL_LEVEL // (2 ** top.bit_length() - 1)
+            return f"16-bit grey that is nearly black (levels up to {top:,} of 65,535; save them times {factor})"
+    return "a JPEG without an end marker, which is read" if is_mended else None

@@ -82,6 +82,21 @@ def test_class_folders_with_splits(opened, root):
     assert collection.table["size"][1].as_py() == (root / "train/cat/b.png").stat().st_size
 
 
+def test_backslashes_in_names_are_folders(opened, root, log):
+    put(root, r"train\cat\0.png", r"train\dog\0.png", r"val\cat\0.png", r"val\dog\1.png")
+    (root / r"train\cat\0.txt").write_text("red")
+    found = listed(opened(root), "split", "label", "tags")
+    assert found == ["train cat ['red']", "train dog []", "val cat []", "val dog []"]
+    assert "4 names with backslashes" in log.text
+
+
+def test_a_raw_photograph_beside_its_jpeg_is_no_second_image(opened, root, log, monkeypatch):
+    monkeypatch.setattr("data.layouts.names.IMAGE_SUFFIXES", (".jpg", ".nef"))
+    put(root, "a/1.jpg", "a/1.NEF", "a/2.nef")
+    assert listed(opened(root), "path") == ["a/1.jpg", "a/2.nef"]
+    assert "1 raw photographs beside an image of the same name: a/1.NEF" in log.text
+
+
 def test_class_folders_without_splits_and_flat_folders(opened, root, tmp_path):
     put(root, "cat/a.png", "dog/x/a.png")
     assert listed(opened(root), "path", "split", "label") == ["cat/a.png train cat", "dog/x/a.png train dog"]
@@ -94,7 +109,8 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
     others = "cat/a-masklabel.png cat/A-CondLabel.PNG cat/a.mask.png cat/@eaDir/a.png/T.jpg #recycle/a.png cat/._a.png"
     put(root, "cat/a.png", "dog/b.png", *others.split(), "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
     assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/b.png dog"]
-    assert "3 masks, which task.mask alone reads: cat/A-CondLabel.PNG" in log.text
+    assert "2 masks, which task.mask alone reads: cat/a-masklabel.png" in log.text
+    assert "1 conditioning images of OneTrainer, which are not read: cat/A-CondLabel.PNG" in log.text
     assert "4 hidden names, thumbnails, bins and indexes of systems: " in log.text and "._* 1" in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
     assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant

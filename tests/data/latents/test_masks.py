@@ -34,7 +34,8 @@ def write(folder, source, count=3):
         if number < count - 1 and source == "alpha":
             image = Image.merge("RGBA", [Image.new("L", mask.size, 255)] * 3 + [mask])  # on black: the mask
         if number < count - 1 and source == "beside":
-            mask.save(folder / f"images/{number}{('.mask', '-masklabel')[number]}.png")
+            mask.save(folder / f"images/{number}{('.mask.bmp', '-MaskLabel.tif')[number]}")
+            mask.transpose(Image.Transpose.ROTATE_180).save(folder / f"images/{number}-condlabel.png")  # which is none
         if number < count - 1 and source == "folder":
             mask.save(folder / f"masks/{number}.png")
         image.save(folder / f"images/{number}.png")

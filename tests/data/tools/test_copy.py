@@ -95,6 +95,15 @@ def test_a_smaller_copy_keeps_what_files_carry_and_goes_on(tmp_path, log):
             assert name == "a.jpg" or image.text["parameters"] == "a prompt, ü"
 
 
+def test_max_pixels_lifts_pillows_limit_too(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 40_000)  # it refuses twice that
+    (tmp_path / "images").mkdir()
+    picture(1, (300, 300)).save(tmp_path / "images/large.png")
+    words = ["job=downsample", *COPY[1:3], "job.longest_px=40"]
+    assert "1 could not be" in run("prepare", [*words, "job.to=a", "data.max_pixels=80000"], tmp_path)
+    assert "downsampled 1 images" in run("prepare", [*words, "job.to=b", "data.max_pixels=90000"], tmp_path)
+
+
 def test_jobs_that_read_files_refuse_shards(root, tmp_path):
     run("prepare", ["job=pack", "job.output=shards", *COPY[1:-1]], tmp_path)
     jobs = (["copy", "job.to=v"], ["duplicates"])
