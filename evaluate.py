@@ -1,6 +1,7 @@
-"""Evaluate weights on a collection's validation split, or other images, exactly on any number of ranks.
+"""Evaluate weights on a collection's validation or test split, or other images, exactly on any number of ranks.
 
-    python evaluate.py run_dir=RUN weights=best                       a run, on its own data
+    python evaluate.py run_dir=RUN weights=best                       a run, on its own validation images
+    python evaluate.py run_dir=RUN split=test                         on its test images
     python evaluate.py run_dir=RUN weights=last data.root=PATH        its last weights, on other images
     python evaluate.py weights=FILE data.root=PATH                    a weight file of ours
     python evaluate.py run_dir=RUN split=train per_image=true         a row for each training image
@@ -9,10 +10,11 @@
 
 Weights from elsewhere are evaluated as a run: finetune.py init_from=FILE task.head=kept loop.total_steps=0.
 
-Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder; with another split
-metrics_SPLIT.json and so on. Figures of other images are in RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in
-outputs/evaluate/. per_image=true adds tables/images.parquet. job=compare writes arena.json, report.html, tables and
-plots, job=grid grid.json, report.html, tables/grid.csv and for SDXL plots/grid.png.
+Writes metrics.json, report.html, tables/evaluate_*.csv and plots/evaluate_*.png into the run folder; other weights and
+splits have names of their own: metrics_last_test.json and so on. Figures of other images are in
+RUN/evaluate/WEIGHTS-FOLDER-HASH/, those of a file in outputs/evaluate/. per_image=true adds tables/images.parquet.
+job=compare writes arena.json, report.html, tables and plots, job=grid grid.json, report.html, tables/grid.csv and for
+SDXL plots/grid.png.
 """
 
 from utils.start import begin
@@ -31,6 +33,7 @@ from pydantic import Field, model_validator
 from data.config import DataConfig
 from data.open import load_collection
 from engine.config import MachineConfig
+from engine.exports.results import compare_results, read_results
 from engine.exports.weights import MovedBase, load_predictor
 from engine.judging.arena import Arena, ArenaConfig
 from engine.judging.grid import list_weights, to_part, to_report
@@ -51,12 +54,13 @@ from utils.ranks import distributed
 from utils.record.figures import show_cell, show_rows
 from utils.record.logging import get_logger
 from utils.record.report import write_page, write_report
-from utils.record.tables import IMAGES
+from utils.record.run_reader import run_of
 
 log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
 _DRY_RUN = "dry run: nothing is evaluated"
+_TEST_CHOOSES = "the test split chooses nothing, and calibrate=true chooses thresholds"
 
 
 # -------------------------------------------------------------------------------------------------- 1. A weight file
@@ -72,9 +76,9 @@ class _Targets(Strict):
 class Evaluate(Strict):
     """Measure one weight file.
 
-    run_dir, weights: best, last or ema of a run, or a weight file. output: a JSON file. split: auto is val, or all of
-    other images without a split of their own. per_image: also write a row for each image. calibrate: also write a
-    tagger's thresholds.
+    run_dir, weights: best, last or ema of a run, or a weight file. output: a JSON file. split: auto is val; of other
+    images val, else test, else all. per_image: also write a row for each image. calibrate: also write a tagger's
+    thresholds.
     """
 
     name: Literal["evaluate"]
@@ -82,7 +86,7 @@ class Evaluate(Strict):
     weights: PathText
     output: PathText | None
     model: MovedBase
-    split: Literal["auto", "val", "train", "all"]
+    split: Literal["auto", "val", "test", "train", "all"]
     per_image: bool
     calibrate: bool
     calibration: _Targets
@@ -93,6 +97,8 @@ class Evaluate(Strict):
             raise ValueError(f"run_dir: must be given for weights={self.weights}; add run_dir=RUN, or weights=FILE")
         if self.run_dir is None and data is None:
             raise ValueError("data: must be given without run_dir; add data.root=PATH")
+        if self.calibrate and self.split == "test":
+            raise ValueError(f"calibrate: {_TEST_CHOOSES}; remove calibrate=true, or split=test")
 
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
@@ -100,7 +106,8 @@ class Evaluate(Strict):
             path = choose_weights(self.run_dir or "", self.weights)
         images = choose_images(config.data, self.run_dir, self.split)
         folder = Path(self.run_dir or "")
-        if not images.is_own:
+        is_own = images.is_own and path.resolve().parent == (folder / "weights").resolve()
+        if not is_own:
             parent = _RESULTS if self.run_dir is None else folder / "evaluate"
             name = f"{path.stem}-{Path(hide_secrets(images.data.root)).name}"
             source = {"weights": str(path.resolve()), "data": images.data.model_dump(mode="json"), "split": self.split}
@@ -112,6 +119,8 @@ class Evaluate(Strict):
         if self.calibrate and not opened.is_tagger:
             task = metadata["task"]["name"]
             raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {task!r}")
+        if self.calibrate and opened.split == "test":
+            raise UserError(f"split: {_TEST_CHOOSES}; calibrate with split=val or split=all")
         if self.calibrate and images.is_own and opened.split != "val":
             raise UserError(f"split: {opened.split} has images that were trained on; calibrate with split=val")
         if config.dry_run:
@@ -122,28 +131,33 @@ class Evaluate(Strict):
         with torch.inference_mode(), opened.runtime.autocast():
             report, thresholds = self._measure(opened, described)
         seconds = round(time.perf_counter() - started, 3)
+        name = path.stem.removesuffix("_weights") if is_own and self.weights != "best" else "best"
+        other = "".join(f"_{part}" for part in (name, self.split) if part not in ("best", "auto", "val"))
         if described is not None:
             root = collection.root.resolve() if isinstance(collection.root, Path) else hide_secrets(collection.root)
+            table = folder / f"tables/images{other}.parquet"
             with output_errors("run_dir", folder):
-                described.write(folder / IMAGES, collection.table["path"], str(root))
-            log.info("wrote %s", folder / IMAGES)
+                described.write(table, collection.table["path"], str(root))
+            log.info("wrote %s", table)
         if not distributed.is_main():
             return _show(report)
 
         figures = {"weights": str(path), "weights_hash": metadata.get("weights_hash"), "split": opened.split}
+        place = "validation" if opened.split == "val" else opened.split
         if not images.is_own:
             figures["data"] = hide_secrets(str(collection.root))
-        figures |= {"step": metadata["step"], "seconds": seconds, **report.scalars}
-        other = "" if self.split in ("auto", "val") else f"_{self.split}"
+            place = f"{Path(figures['data']).name}{'' if opened.split == 'all' else f', {place}'}"
+        measured = f"{place}: {opened.count(report.scalars)} images"
+        figures |= {"measured": measured, "step": metadata["step"], "seconds": seconds, **report.scalars}
         output = Path(self.output or folder / f"metrics{other}.json")
-        title = f"{path}, step {metadata['step']}, on {opened.split} of {collection.root}"
+        title = f"{path}, step {metadata['step']}, on {measured} of {collection.root}"
         write_results(folder, output, title, figures, report, other)
         if thresholds is not None:
             beside = thresholds_path(path)
             with output_errors("weights", beside):
                 write_thresholds(beside, thresholds, metadata["weights_hash"])
             log.info("wrote %s, which predict.py and export.py read", beside)
-        return _show(report)
+        return f"{measured}: {_show(report)}"
 
     def _measure(self, opened: Measured, described: ImageRows | None) -> tuple[Report, ThresholdTable | None]:
         """Read the images once; only rows at thresholds that the same command fits need a second pass."""
@@ -175,6 +189,12 @@ def write_results(
     with output_errors("output", output):
         write_json(output, figures)
     log.info("wrote %s", output)
+    if other is not None:
+        run = run_of(Path(figures["weights"]))
+        results = read_results(folder if run is None else run.path, figures["weights_hash"])
+        if len(results) > 1:
+            report.tables = {"measured": compare_results(results), **report.tables}
+            log.info("%s", Lines(show_rows(report.tables["measured"])))
     with output_errors("run_dir", folder):
         images = report.draw()
         write_report(folder, report.tables, images, "" if other is None else f"evaluate{other}_")

@@ -3,6 +3,7 @@
     python predict.py weights=RUN input=PATH output=predictions.jsonl
     python predict.py weights=RUN/weights/last_weights.safetensors input=PATH output=predictions.csv top=1
     python predict.py weights=RUN/export/model.onnx input=image.png output=predictions.csv
+    python predict.py weights=RUN input=FOLDER output=submission.csv form=sample_submission.csv   of a competition
     python predict.py weights=RUN input=FOLDER output=beside text.spaces=true            tags: a .txt beside each image
     python predict.py weights=RUN input=FOLDER like=image.png top=20 output=like.jsonl   the images most like one
     python predict.py weights=RUN_OR_BASE prompts=FILE output=FOLDER lora=[FILE:0.8]     SDXL: a picture of each prompt
@@ -27,6 +28,7 @@ from torch import Tensor
 
 from data.open import load_files
 from data.tags.rules import TagRules, TextConfig, read_text_rules
+from data.tools.form import Form, read_form
 from data.tools.predictions import (
     Destination,
     Embeddings,
@@ -78,6 +80,7 @@ class PredictConfig(Strict):
     input: PathText | Annotated[list[PathText], Field(min_length=1)] | None
     prompts: PathText | None
     output: PathText  # a file, FOLDER/ or `beside`
+    form: PathText | None  # a CSV file, whose ids and columns the output has
     existing: Literal["skip", "append", "overwrite"] | None  # for images that have tags, or with skip a row
     like: PathText | None
     top: Count  # the number of classes, or with `like` of images
@@ -103,6 +106,8 @@ class PredictConfig(Strict):
             raise ValueError("input: must be given, or prompts for pictures of SDXL, and not both; add input=PATH")
         if self.prompts is not None and self.existing == "append":
             raise ValueError("existing: append is for .txt files; set skip or overwrite")
+        if self.form is not None and (self.like or self.prompts or not self.output.endswith(".csv")):
+            raise ValueError("form: is for output=FILE.csv of classes or tags; remove it, or like and prompts")
         if self.prompts is None and self.lora:
             raise ValueError("lora: is for pictures of SDXL; add prompts=FILE")
         if self.threshold is not None and (isinstance(self.thresholds, str) or self.profile != PER_TAG):
@@ -112,8 +117,10 @@ class PredictConfig(Strict):
         return self
 
 
-def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> RowOptions:
-    """Return the options for rows. An excluded tag has an infinite threshold."""
+def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path, form: Form | None) -> RowOptions:
+    """Return the options for rows. An excluded tag has an infinite threshold; a form may need all probabilities."""
+    if form is not None and form.has_probs:
+        return predictor.options(len(predictor.names), np.float32(0.0))
     text = config.text
     least = np.float32(0.0)
     if predictor.output.has_tags:
@@ -128,13 +135,17 @@ def choose_rows(config: PredictConfig, predictor: Predictor, weights: Path) -> R
     return predictor.options(config.top, least, max_tags=text.max_tags, order=text.order)
 
 
-def choose_destination(config: PredictConfig, predictor: Predictor, images: Images, weights: str) -> Destination:
+def choose_destination(
+    config: PredictConfig, predictor: Predictor, images: Images, weights: str, form: Form | None
+) -> Destination:
     """Return the destination of the predictions. weights: the hash of the weights.
 
     Raises UserError (`output`, `existing`, `like`) if the destination does not suit the weights.
     """
     output = Path(config.output)
     columns = predictor.output.columns
+    if form is not None:
+        return RowFile(output, form.columns, keep=False, choose=form.fill)
     if config.like is not None:
         found = predict_all(predictor, find_images(config.like, "like").paths, config, embed_with(predictor))
         query = stack_rows(chain.from_iterable(found), "like")[1][0]
@@ -255,13 +266,19 @@ def main(config: PredictConfig, job: Job) -> str:
         return "dry run: nothing is embedded"
 
     # --------------------------------------------------------------------------- 2. The images and the destination
-    options = predictor.options(config.top, np.float32(0.0)) if is_search else choose_rows(config, predictor, weights)
     version = sha256_file(weights)
     rules = read_text_rules(config.text)
     is_stored = config.like is not None and isinstance(config.input, str) and config.input.endswith(".npz")
     stored = read_embeddings(Path(config.input), version) if is_stored else {}
     images = Images("", []) if is_stored else find_images(config.input, "input")
-    destination = choose_destination(config, predictor, images, version)
+    form = None
+    if config.form is not None:
+        form = read_form(Path(config.form), images, predictor.names)
+        images = form.images
+    options = predictor.options(config.top, np.float32(0.0))
+    if not is_search:
+        options = choose_rows(config, predictor, weights, form)
+    destination = choose_destination(config, predictor, images, version, form)
     if config.dry_run:
         return f"dry run: {len(choose_paths(config, images, destination, {}))} images, nothing is predicted"
     if is_stored:

@@ -71,7 +71,7 @@ def train(config: TrainingConfig, job: Job) -> str | None:
 
     # ----------------------------------------------------------------------------------------------- 5. The training
     words = shlex.join([f"data={config.data.name}", f"data.root={config.data.root}"])
-    commands = kind.commands(setup, is_validated=streams.evaluation_samples > 0)
+    commands = kind.commands(setup, streams, collection)
     with open_run(task, streams, plan, config, job, runtime) as run:
         if distributed.is_main():
             with output_errors("run_dir", path):

@@ -89,8 +89,8 @@ def test_a_validation_image_without_a_bucket_ends_no_run(tmp_path, capsys):
 # ------------------------------------------------------------------------------------------------ a row for each image
 
 
-def images_of(place):
-    return pq.read_table(place / "run/tables/images.parquet").to_pylist()
+def images_of(place, split="val"):
+    return pq.read_table(place / f"run/tables/images{'' if split == 'val' else f'_{split}'}.parquet").to_pylist()
 
 
 def test_a_classifier_has_a_row_for_each_image(tmp_path):
@@ -100,7 +100,7 @@ def test_a_classifier_has_a_row_for_each_image(tmp_path):
     words = ["runtime.precision=fp32", "batch_size=5", "per_image=true"]
     for split, count in (("val", 2), ("all", 12)):
         evaluate(tmp_path, *words, f"split={split}")
-        rows = images_of(tmp_path)
+        rows = images_of(tmp_path, split)
         file = "metrics.json" if split == "val" else f"metrics_{split}.json"
         figures = read_json(tmp_path / "run" / file)
         assert len(rows) == count and [row["path"] for row in rows] == sorted(row["path"] for row in rows)
@@ -150,7 +150,7 @@ def test_a_tagger_has_a_row_for_each_image_at_its_thresholds(tmp_path):
     with refuses("split: train"):
         evaluate(tmp_path, "split=train", "calibrate=true")
     evaluate(tmp_path, "batch_size=5", "per_image=true", "split=all")
-    for number, row in enumerate(sorted(images_of(tmp_path), key=lambda row: int(row["path"].split(".")[0]))):
+    for number, row in enumerate(sorted(images_of(tmp_path, "all"), key=lambda row: int(row["path"].split(".")[0]))):
         tags, found = set(row["tags"]), set(row["prediction"])
         assert tags == {"blue", f"tag_{number % 2}"} and len(row["probability"]) == len(found)
         assert all(prob >= 0.35 for prob in row["probability"])

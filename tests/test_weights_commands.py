@@ -51,7 +51,7 @@ def weights_of(place, run, name="last"):
 def metrics(folder, *overrides):
     run("evaluate", [*overrides, "output=found.json"], folder)
     found = read_json(folder / "found.json")
-    return {name: value for name, value in found.items() if name not in ("weights", "step", "seconds")}
+    return {name: value for name, value in found.items() if name not in ("weights", "measured", "step", "seconds")}
 
 
 def test_results_without_a_run_lie_below_outputs_by_file_and_collection(place):

@@ -3,7 +3,6 @@
 An unknown fact has no line. Texts may be a stranger's: they are shown as code.
 """
 
-import math
 import re
 import shutil
 from collections.abc import Mapping
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 
 from engine.exports.format import Format
+from engine.exports.results import read_results
 from engine.exports.weights import Weights
 from models.interop import snippets
 from models.interop.metadata import base_model, dict_of, label_names, licence_of
@@ -22,7 +22,7 @@ from utils.errors import UserError
 from utils.formats.thresholds import PER_TAG, ThresholdTable
 from utils.io.files import read_json, write_json
 from utils.io.safe_text import code_span, hide_secrets_in, safe_lines
-from utils.record.figures import COUNTS, interval, show_cell, show_interval, show_rows
+from utils.record.figures import COUNTS, show_figure, show_rows
 
 REPORT = "export.json"  # one entry for each file that was exported into a folder, under the file's name
 _SAMPLES = "plots/evaluate_samples.png"  # of a run
@@ -38,7 +38,10 @@ _LIMITS = {
     "features": "Its outputs are features for further training or search; they name nothing.",
     None: "Its pictures show what its training images and the base model show, with their faults.",
 }
-_NO_FIGURES = ("seconds", "step")
+_WHAT_CHOSE = (
+    "Validation images chose the best weights of the run; test images were used for nothing but these figures."
+)
+Results = Mapping[str, Mapping[str, float]]  # of `read_results`
 
 
 @dataclass(frozen=True)
@@ -66,14 +69,14 @@ class Card:
         """Write README.md, and for SDXL a picture of samples. more: Markdown to append."""
         run = self.weights.run
         place = Path(self.run_dir) if self.run_dir else run and run.path
-        figures = read_figures(self.weights, place)
-        lines = [*self._introduce(), *self._describe_training(), *_show_results(figures, self.thresholds)]
+        results = read_results(Path(place or ""), self.metadata.get("weights_hash"))
+        lines = [*self._introduce(), *self._describe_training(), *_show_results(results, self.thresholds)]
         lines += [f"- {code_span(prompt)}" for prompt in self._prompts()]
-        if figures and (place / _SAMPLES).is_file():
+        if results and (place / _SAMPLES).is_file():
             shutil.copy(place / _SAMPLES, folder / "samples.png")
             lines += ["", "![samples](samples.png)"]
         lines += ["", *self._state_limits()]
-        front = yaml.safe_dump(hide_secrets_in(self._front_matter(figures)), sort_keys=False, width=10**6)
+        front = yaml.safe_dump(hide_secrets_in(self._front_matter(results)), sort_keys=False, width=10**6)
         text = re.sub(r"\n{3,}", "\n\n", "\n".join(lines)).rstrip()
         text = f"---\n{front}---\n\n{text}\n"
         if more:
@@ -141,7 +144,7 @@ class Card:
             lines.append("It forbids commercial use, also of these weights.")
         return lines
 
-    def _front_matter(self, figures: Mapping[str, float]) -> dict[str, Any]:
+    def _front_matter(self, results: Results) -> dict[str, Any]:
         """Return what the hub reads of a card: licence, base model, library, task, tags, prompts and figures."""
         front: dict[str, Any] = {}
         if (licence := licence_of(self.metadata)) is not None:
@@ -159,21 +162,21 @@ class Card:
         front["tags"] = ["atelier", *([str(name)] if name else [])]
         if prompts := self._prompts():
             front["widget"] = [{"text": prompt} for prompt in prompts]
-        if "pipeline_tag" in front and figures:
+        entries = []
+        for title, figures in results.items() if "pipeline_tag" in front else ():
             metrics = [{"type": name, "value": value} for name, value in figures.items() if name not in COUNTS]
-            dataset = {"type": "images", "name": "the validation images", "split": "validation"}
-            result = {"task": {"type": front["pipeline_tag"]}, "dataset": dataset, "metrics": metrics}
-            front["model-index"] = [{"name": self.weights.title, "results": [result]}]
+            split, _, images = title.partition(": ")
+            dataset = {"type": "images", "name": images, "split": split}
+            entries.append({"task": {"type": front["pipeline_tag"]}, "dataset": dataset, "metrics": metrics})
+            front["model-index"] = [{"name": self.weights.title, "results": entries}]
         return front
 
 
-def _show_results(figures: Mapping[str, float], thresholds: ThresholdTable | None) -> list[str]:
-    lines = []
-    if figures:
-        lines += ["## Results", "", "Measured on the validation images:", ""]
-        for name, value in figures.items():
-            lines.append(f"- {name}: {show_cell(value)}{show_interval(interval(name, figures))}")
-        lines.append("")
+def _show_results(results: Results, thresholds: ThresholdTable | None) -> list[str]:
+    lines = ["## Results", "", _WHAT_CHOSE, ""] if results else []
+    for title, figures in results.items():
+        lines += [f"Measured on {code_span(title)}:", ""]
+        lines += [*(f"- {name}: {show_figure(name, figures)}" for name in figures), ""]
     if rows := [asdict(row) for row in (thresholds.rows if thresholds else ()) if row.profile != PER_TAG]:
         fitted = "Thresholds, fitted to one half of the images of their calibration and measured on the other:"
         lines += [fitted, "", "```", show_rows(rows), "```", ""]
@@ -182,18 +185,6 @@ def _show_results(figures: Mapping[str, float], thresholds: ThresholdTable | Non
 
 def _list(facts: Mapping[str, Any]) -> list[str]:
     return [*(f"- {name}: {code_span(value)}" for name, value in facts.items() if value is not None), ""]
-
-
-def read_figures(weights: Weights, folder: Path | None) -> dict[str, float]:
-    """Return the figures of evaluate.py in a run's folder if they are of these weights on `val`, or nothing."""
-    try:
-        measured = dict(read_json(Path(folder or "") / "metrics.json"))
-    except (OSError, ValueError, TypeError):
-        return {}
-    if (measured.get("weights_hash"), measured.get("split")) != (weights.metadata.get("weights_hash"), "val"):
-        return {}
-    numbers = {name: value for name, value in measured.items() if isinstance(value, int | float)}
-    return {name: value for name, value in numbers.items() if name not in _NO_FIGURES and math.isfinite(value)}
 
 
 def add_report(folder: Path, report: dict[str, Any]) -> None:

@@ -1,6 +1,6 @@
 """Weights and the images to measure them on, for evaluate.py."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -10,9 +10,11 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from data.config import DataConfig
+from data.layouts.table import show_some
 from data.open import Data, describe_collection, load_collection
 from engine.config import MachineConfig
 from engine.exports.weights import MovedBase, Weights, open_weights
+from engine.tasks.kind import predict_command
 from engine.update.runtime import Runtime, choose_trained
 from utils.contracts import Batch
 from utils.errors import UserError, about
@@ -43,13 +45,13 @@ class Images(NamedTuple):
 def choose_images(data: DataConfig | None, run: str | None, split: str) -> Images:
     """Return the images of `data`, or of a run. Those of a run are split as in training.
 
-    split: with auto, other images have no split but their own.
+    split: other images have no split but their own, unless it names one of training.
     """
     saved = None if run is None else RunReader(Path(run)).part(_RunData)
     if data is None:
         return Images(saved.data, saved.seed, True)
     is_own = saved is not None and Path(data.root).resolve() == Path(saved.data.root).resolve()
-    fraction = 0.0 if split == "auto" else data.validation_fraction
+    fraction = data.validation_fraction if split in ("train", "val") else 0.0
     if is_own:
         fraction = saved.data.validation_fraction
     data = data.model_copy(update={"validation_fraction": fraction})
@@ -77,18 +79,40 @@ class Measured:
         if self.runtime.channels_last:
             task.to(memory_format=torch.channels_last)
         loaders = self.weights.kind.evaluation(self.data, self.weights.setup, self.rows, training=False)
-        if loaders["val"].samples == 0:
+        if len(self.rows) == 0:
             raise UserError(
-                f"split: {self.data.collection.root} has no image of split={self.split} that the task can use; set "
-                "split=train, or name other data"
+                f"split: {self.data.collection.root} has no image of split={self.split}; set another one, or "
+                "data.root to other images"
             )
+        if left := len(self.rows) - loaders["val"].samples:
+            self._report_left(left)
         return {name: track(loader, len(loader), f"evaluating {name}") for name, loader in loaders.items()}
+
+    def count(self, figures: Mapping[str, float]) -> str:
+        """Return how many images the figures are of, `38 of 40` if not all."""
+        measured = int(figures.get("samples", len(self.rows)))
+        return f"{measured:,}" if measured == len(self.rows) else f"{measured:,} of {len(self.rows):,}"
+
+    def _report_left(self, left: int) -> None:
+        """Warn of images that the task cannot measure. Raises UserError (`split`), with what to do, if it can none."""
+        collection = self.data.collection
+        known = self.weights.setup.facts.get("class_names", [])
+        labels = collection.table["label"].take(self.rows).drop_null().unique().to_pylist() if known else []
+        what = f"{left:,} of {len(self.rows):,} images of split={self.split} have no label that the weights know"
+        if others := sorted({*labels}.difference(known)):
+            what += f", but such as {show_some(others)}; the weights know {show_some(known)}"
+        if left < len(self.rows):
+            log.warning("data.root: %s; they are not measured", what)
+            return
+        run = self.weights.run
+        command = predict_command(collection, self.rows, str(self.weights.path if run is None else run.path))
+        raise UserError(f"split: {what}. Images without labels are predicted: {command}")
 
 
 def open_measured(
     path: Path, base: MovedBase, images: Images, split: str, machine: MachineConfig, batch_size: int
 ) -> Measured:
-    """Open weights and images. split: auto is val; of other images than the run's, all if they have no val."""
+    """Open weights and images. split: auto is val; of other images than the run's, val, else test, else all."""
     with about("weights"):
         weights = open_weights(path, "evaluation", base)
     runtime = choose_trained(machine, weights.metadata.get("precision"))
@@ -97,7 +121,7 @@ def open_measured(
     data = Data(collection, source, runtime, seed=images.seed, batch_size=batch_size, run_path=None)
     log.info("%s", describe_collection(collection))
     if split == "auto":
-        has_val = len(collection.rows("val")) > 0
-        split = "val" if images.is_own or has_val else "all"
+        stated = [name for name in ("val", "test") if len(collection.rows(name))]
+        split = "val" if images.is_own else [*stated, "all"][0]
     rows = np.flatnonzero(collection.weights()) if split == "all" else collection.rows(split)
     return Measured(weights, data, rows, split, runtime)

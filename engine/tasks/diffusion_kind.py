@@ -107,10 +107,10 @@ class DiffusionKind(BucketedKind):
     schema = SDXLTrainingConfig
     scripts = ("finetune_sdxl",)
 
-    def commands(self, setup: Setup, *, is_validated: bool) -> Sequence[str]:
+    def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the export that programs read, and the evaluation."""
         form = "single_file" if setup.task.lora is None else "kohya"
-        return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, is_validated=is_validated)]
+        return [f"python export.py format={form} run_dir={{run}}", *super().commands(setup, streams, collection)]
 
     def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
         """Return the configuration with the settings that make it fit."""

@@ -9,6 +9,7 @@
 A kind's config, task and Kind are in one file; kinds.py has an entry for each.
 """
 
+import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -142,9 +143,15 @@ class Kind:
 
     # --------------------------------------------------------------------------------------------------------- setup
 
-    def commands(self, setup: Setup, *, is_validated: bool) -> Sequence[str]:
+    def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the commands to suggest after a run."""
-        return [self.evaluation_command, *self.next_commands] if is_validated else self.next_commands
+        commands = [self.evaluation_command] if streams.evaluation_samples else []
+        tests = collection.rows("test")
+        if len(tests) and self.samples(collection, setup)[0][tests].any():
+            commands.append("python evaluate.py run_dir={run} split=test")
+        elif len(tests) and self.output is not None:
+            commands.append(predict_command(collection, tests, "{run}"))
+        return [*commands, *self.next_commands]
 
     def fit_memory(self, config: TrainingConfig, job: Job, runtime: Runtime) -> TrainingConfig:
         """Return the configuration that fits `runtime.memory_gib`, for kinds that predict their memory."""
@@ -246,6 +253,15 @@ class Kind:
 
     def write(self, folder: Path, setup: Setup) -> None:
         """Write files that a run folder has beside those of all runs. Rank 0 calls it; it may raise OSError."""
+
+
+def predict_command(collection: Collection, rows: np.ndarray, weights: str) -> str:
+    """Return the command that predicts some images, in the form of a sample submission at the root if there is one."""
+    names = (file for file in sorted(Path(collection.root).glob("*.csv")) if "submission" in file.name.lower())
+    words = [f"input={collection.folder_of(rows)}", "output=predictions.csv"]
+    if (form := next(names, None)) is not None:
+        words = [words[0], "output=submission.csv", f"form={form}"]
+    return f"python predict.py weights={weights} {shlex.join(words)}"
 
 
 def label_fields(class_ids: np.ndarray) -> Fields:

@@ -54,7 +54,14 @@ def make_tagger():
 def place(tmp_path_factory):
     """Return a folder with the repository for all programs, and the images."""
     folder = tmp_path_factory.mktemp("tools")
-    measured = {"weights": "/home/me/w", "weights_hash": "hash", "split": "val", "mAP": 0.71, "seconds": 3.0}
+    measured = {
+        "weights": "/home/me/w",
+        "weights_hash": "hash",
+        "split": "val",
+        "measured": "validation: 9 images",
+        "mAP": 0.71,
+        "seconds": 3.0,
+    }
     write_json(folder / "metrics.json", measured)
     report = export("wd_repository", *make_tagger(), folder / "repo", thresholds=THRESHOLDS, run_dir=str(folder))
     assert report["left_out"] == {"artist": 1, "copyright": 1} and report["constant"] == ["sensitive"]

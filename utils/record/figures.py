@@ -83,12 +83,17 @@ def interval(name: str, figures: Mapping[str, float]) -> tuple[float, float] | N
     Of top1, top5, ...: Wilson's, of a share of `samples` independent images.
     """
     images = figures.get("samples")
-    if not images or not re.fullmatch(r"top\d+", name):
+    if not images or name not in figures or not re.fullmatch(r"top\d+", name):
         return None
     from scipy.stats import binomtest
 
     found = binomtest(round(figures[name] * images), round(images)).proportion_ci(method="wilson")
     return float(found.low), float(found.high)
+
+
+def show_figure(name: str, figures: Mapping[str, float]) -> str:
+    """Return a figure with its interval as text; nothing if it is not among the figures."""
+    return f"{show_cell(figures.get(name))}{show_interval(interval(name, figures))}"
 
 
 def show_interval(ends: tuple[float, float] | None) -> str:

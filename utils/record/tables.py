@@ -77,13 +77,19 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
     wanted = [("rank", "<=", most)]
     if "label" in columns:
         wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
-    return pq.read_table(run / IMAGES, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+    return pq.read_table(_find_images(run), filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+
+
+def _find_images(run: Path) -> Path | None:
+    """Return the newest table of images, of any split; None without one, or for links out of the run."""
+    files = [file for file in run.glob("tables/images*.parquet") if is_inside(file, run)]
+    return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
 def _read_schema(run: Path) -> pa.Schema:
-    """Return the columns of images.parquet; none without the file, or for a link out of the run."""
-    path = run / IMAGES
-    return pq.read_schema(path) if path.is_file() and is_inside(path, run) else pa.schema([])
+    """Return the columns of the newest table of images; none without one."""
+    path = _find_images(run)
+    return pa.schema([]) if path is None else pq.read_schema(path)
 
 
 def images_root(run: Path) -> str:

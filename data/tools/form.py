@@ -1,0 +1,77 @@
+"""Predictions in the form of another table, such as the sample submission of a competition."""
+
+import csv
+import io
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from data.layouts.sidecars import decode
+from data.layouts.table import show_some
+from data.tools.predictions import Choose, Images, Row
+from utils.errors import UserError, about
+from utils.io.files import readable
+
+_NUMBER = re.compile(r"[-+]?\d*\.?\d+")
+
+
+class Form(NamedTuple):
+    """A table whose first column has ids of images.
+
+    images: those of the ids. has_probs: whether the other columns are probabilities of the classes or tags that they
+    name; else there is one, for the class or the tags. fill: from predictions to the rows of the table.
+    """
+
+    columns: list[str]
+    images: Images
+    has_probs: bool
+    fill: Choose
+
+
+def read_form(file: Path, given: Images, names: Sequence[str]) -> Form:
+    """Read a CSV file for predictions of some images as classes or tags. Raises UserError (`form`)."""
+    with about("form"), readable(file, ".csv"):
+        table = csv.DictReader(io.StringIO(decode(file.read_bytes())))
+        rows = list(table)
+        ids, *columns = table.fieldnames
+        values = [row[columns[0]] for row in rows]
+    known: dict[str, list[Path]] = {}
+    for path in given.paths:
+        whole = os.path.relpath(os.path.abspath(path), given.root)
+        for name in {whole, path.name, os.path.splitext(whole)[0], path.stem}:
+            known.setdefault(name, []).append(path)
+    found = [known.get(row[ids], []) for row in rows]
+    if wrong := [row[ids] for row, paths in zip(rows, found) if len(paths) != 1]:
+        raise UserError(
+            f"form: {len(wrong):,} of {len(rows):,} in the first column, {ids!r}, of {file} have no image of input, or "
+            f"several: {show_some(wrong)}; input has images such as {given.paths[0]}"
+        )
+    lacking = [column for column in columns if column not in names]
+    has_probs = len(columns) > 1 or not lacking
+    is_number = all(map(_NUMBER.fullmatch, values)) and not any(map(_NUMBER.fullmatch, names))
+    if lacking and (has_probs or is_number):
+        raise UserError(
+            f"form: {file} wants numbers in columns that are no class of the weights: {show_some(lacking)}; they "
+            f"have {show_some(names)}; give each column the name of the class whose probability it takes"
+        )
+    paths = [path for (path,) in found]
+
+    def fill(predicted: Iterable[Row]) -> Iterator[Row]:
+        by_path = {row["path"]: row for row in predicted}
+        for row, path in zip(rows, paths):
+            one = by_path[str(path)]
+            yield {"path": str(path), **row, **({} if "error" in one else _fill(one, columns, has_probs))}
+
+    return Form([ids, *columns], Images(given.root, list(dict.fromkeys(paths))), has_probs, fill)
+
+
+def _fill(row: Row, columns: Sequence[str], has_probs: bool) -> Row:
+    """Return the values of columns for a prediction."""
+    if not has_probs:
+        return {columns[0]: row.get("class", row.get("tags"))}
+    probs = {each["class"]: each["prob"] for each in row.get("top", ())}
+    for group in row.get("probs", {}).values():  # of tags, by category
+        probs |= group
+    return {column: probs[column] for column in columns}
