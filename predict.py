@@ -273,7 +273,7 @@ def main(config: PredictConfig, job: Job) -> str:
     images = Images("", []) if is_stored else find_images(config.input, "input")
     form = None
     if config.form is not None:
-        form = read_form(Path(config.form), images, predictor.names)
+        form = read_form(Path(config.form), images, predictor.names, has_tags=predictor.output.has_tags)
         images = form.images
     options = predictor.options(config.top, np.float32(0.0))
     if not is_search:

@@ -30,7 +30,7 @@ class Form(NamedTuple):
     fill: Choose
 
 
-def read_form(file: Path, given: Images, names: Sequence[str]) -> Form:
+def read_form(file: Path, given: Images, names: Sequence[str], *, has_tags: bool) -> Form:
     """Read a CSV file for predictions of some images as classes or tags. Raises UserError (`form`)."""
     with about("form"), readable(file, ".csv"):
         table = csv.DictReader(io.StringIO(decode(file.read_bytes())))
@@ -48,13 +48,16 @@ def read_form(file: Path, given: Images, names: Sequence[str]) -> Form:
             f"form: {len(wrong):,} of {len(rows):,} in the first column, {ids!r}, of {file} have no image of input, or "
             f"several: {show_some(wrong)}; input has images such as {given.paths[0]}"
         )
-    lacking = [column for column in columns if column not in names]
-    has_probs = len(columns) > 1 or not lacking
+    differing = {*columns}.difference(names)
+    has_probs = len(columns) > 1 or not differing
+    if len(columns) > 1 and not has_tags:
+        differing = {*columns}.symmetric_difference(names)
     is_number = all(map(_NUMBER.fullmatch, values)) and not any(map(_NUMBER.fullmatch, names))
-    if lacking and (has_probs or is_number):
+    if differing and (has_probs or is_number):
         raise UserError(
-            f"form: {file} wants numbers in columns that are no class of the weights: {show_some(lacking)}; they "
-            f"have {show_some(names)}; give each column the name of the class whose probability it takes"
+            f"form: {file} takes numbers, but its columns and the classes of the weights differ in "
+            f"{show_some(sorted(differing))}; "
+            f"the weights have {show_some(names)}; name each column as the class whose probability it takes"
         )
     paths = [path for (path,) in found]
 

@@ -73,11 +73,11 @@ def test_evaluate_gives_the_figures_of_training_on_any_number_of_ranks(collectio
     for ranks in (1, 3):
         arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=4", "per_image=true"]
         run("evaluate.py", [f"run_dir={tmp_path}/run", *arguments], tmp_path, ranks=ranks)
-        found = read_json(tmp_path / "run/metrics.json")
+        found = read_json(tmp_path / "run/metrics_last.json")
         assert found["step"] == 4 and found["samples"] == 15.0
         for name in ("loss", "top1", "top3"):
             assert found[name] == pytest.approx(trained[name], rel=1e-6)
-        tables.append(pq.read_table(tmp_path / "run/tables/images.parquet"))
+        tables.append(pq.read_table(tmp_path / "run/tables/images_last.parquet"))
     for name, column, other in zip(tables[0].column_names, *tables, strict=True):
         exact = name not in ("loss", "probability", "margin")
         assert len(column) == 15

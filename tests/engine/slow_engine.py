@@ -175,7 +175,7 @@ def test_the_same_figures_on_any_number_of_ranks_and_from_evaluate(tmp_path):
     for ranks in (1, 2):
         arguments = ["weights=last", "runtime.precision=fp32", "runtime.threads=1", "batch_size=5"]
         run("evaluate.py", [f"run_dir={tmp_path}/1", *arguments], tmp_path, ranks=ranks)
-        metrics = read_json(tmp_path / "1/metrics.json")
+        metrics = read_json(tmp_path / "1/metrics_last.json")
         assert (metrics["probe/knn"], metrics["probe/linear"]) == found[0]
 
 

@@ -154,7 +154,7 @@ def test_training_and_evaluate_write_the_same_tables(tmp_path):
     run("finetune", [*TINY, *one_channel, f"data.root={data}", "run_dir=run"], tmp_path)
     run("evaluate", ["run_dir=run", "weights=last", "runtime.threads=1", "runtime.precision=fp32"], tmp_path)
     for name in ("classes", "confusions", "decisions"):
-        files = [tmp_path / f"run/tables/{prefix}{name}.csv" for prefix in ("", "evaluate_")]
+        files = [tmp_path / f"run/tables/{prefix}{name}.csv" for prefix in ("", "evaluate_last_")]
         assert files[0].read_text() == files[1].read_text()
     for name in ("confusion", "mistakes"):
-        assert all((tmp_path / f"run/plots/{prefix}{name}.png").exists() for prefix in ("", "evaluate_"))
+        assert all((tmp_path / f"run/plots/{prefix}{name}.png").exists() for prefix in ("", "evaluate_last_"))

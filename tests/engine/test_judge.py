@@ -65,7 +65,7 @@ def test_a_killed_run_and_evaluate_give_the_same_figures(place):
     run("finetune_sdxl", words, place)
     assert judged(place / "killed")[-1] == whole
     run("evaluate", ["run_dir=killed", "weights=last", "runtime.device=cpu", "runtime.threads=1"], place)
-    measured = read_json(place / "killed/metrics.json")
+    measured = read_json(place / "killed/metrics_last.json")
     assert {name: measured[name] for name in whole} == whole
 
 

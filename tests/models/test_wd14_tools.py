@@ -135,7 +135,7 @@ def test_the_readme_has_front_matter_figures_and_a_program_that_prints_rating_an
     readme = (tmp_path / "README.md").read_text(encoding="utf-8")
     assert readme.startswith("---\nlibrary_name: timm\npipeline_tag")
     assert "- mAP: 0.71\n" in readme and "high_recall" in readme
-    assert "/home/me" not in readme and "seconds" not in readme and "Measured on the validation images:" in readme
+    assert "/home/me" not in readme and "seconds" not in readme and "Measured on `validation: 9 images`:" in readme
     found, _ = run_program(tmp_path)
     assert found["tags"] == pytest.approx({key[1]: wanted[0][key] for key in passed(wanted[0], LEAST.get)}, abs=1e-3)
     assert found["rating"] == max(("general", "questionable", "explicit"), key=lambda name: wanted[0][RATING, name])

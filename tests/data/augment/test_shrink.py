@@ -65,7 +65,7 @@ def test_an_evaluation_shrinks_as_the_run_did(tmp_path):
     assert read_weights(weights)[1]["preprocessing"]["shortest_px"] == 19  # 16 / 0.875
     run("evaluate", ["run_dir=run", "weights=last", "runtime.device=cpu"], tmp_path)
     expected = rows(tmp_path / "run/metrics.jsonl", "evaluate")[-1]["loss"]
-    found = read_json(tmp_path / "run/metrics.json")["loss"]
+    found = read_json(tmp_path / "run/metrics_last.json")["loss"]
     assert found == pytest.approx(expected, rel=1e-6)
     with refuses(r"augment.shrink: True in the run, False now"):
         run("finetune", [*command, "augment.shrink=false", "loop.total_steps=3"], tmp_path)

@@ -1,0 +1,99 @@
+"""A held-out test set: train/, val/, test/ with labels, and another folder with labels (docs/held_out.md)."""
+
+import shutil
+
+import pytest
+import yaml
+
+from tests.door.follow import follow
+from tests.in_process import SMALL_MODEL, run
+from tests.support import make_collection, read_table, refuses
+from utils.io.files import read_json
+
+ON_CPU = ["runtime.device=cpu", "runtime.threads=1"]
+SHORT = [*SMALL_MODEL, *ON_CPU, "loop.minutes=null", "loop.total_steps=6", "loop.batch_size=16", "augment=glyphs"]
+SHORT += ["augment.image_size_hw=[16,16]", "loop.micro_batch_size=16", "data.validation_fraction=0.0"]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    """Return a folder with the page's commands done: photos with three splits, and `later` with other images."""
+    folder = tmp_path_factory.mktemp("held_out")
+    make_collection(folder / "photos", per_class=8, validation=3)
+    shutil.move(make_collection(folder / "made", per_class=5, validation=4, seed=7) / "train", folder / "photos/test")
+    shutil.move(folder / "made/val", folder / "later")
+    words = {"PHOTOS": "photos", "RUN": "run", "OTHER": "later"}
+    short = {"train.py": SHORT, "evaluate.py": ON_CPU}
+    folder.joinpath("said.txt").write_text("\n".join(map(str, follow("held_out.md", folder, words, short))))
+    return folder
+
+
+def test_the_test_split_and_another_folder_are_measured_whole_beside_the_runs_own(place):
+    found = [read_json(file) for file in sorted(place.glob("run/**/metrics*.json"))]
+    assert [(each["split"], each["samples"], "data" in each) for each in found] == [
+        ("all", 12, True), ("val", 9, False), ("test", 15, False),
+    ]  # fmt: skip
+    assert read_json(place / "run/config.json")["data"]["root"] == "photos"
+    (last,) = place.glob("run/evaluate/*/tables/evaluate_measured.csv")
+    assert [*read_table(last)[0]] == ["figure", "validation: 9 images", "test: 15 images", "later: 12 images"]
+    assert "test: 15 images: loss=" in (place / "said.txt").read_text()
+
+
+def test_no_result_replaces_another(place):
+    before = {file: file.read_bytes() for file in place.glob("run/**/*") if file.is_file() and file.name != "log.txt"}
+    words = ["run_dir=run", "weights=last", "per_image=true", *ON_CPU]
+    for split in ("val", "test"):
+        run("evaluate", [*words, f"split={split}"], place)
+    assert all(file.read_bytes() == content for file, content in before.items())
+    assert {"images_last.parquet", "images_last_test.parquet"} <= {file.name for file in place.glob("run/tables/*")}
+
+
+def test_the_card_says_which_images_its_figures_are_of(place):
+    text = (place / "run/export/README.md").read_text()
+    results = yaml.safe_load(text.split("---\n")[1])["model-index"][0]["results"]
+    assert [(each["dataset"]["split"], each["dataset"]["name"]) for each in results] == [
+        ("validation", "9 images"), ("test", "15 images"), ("later", "12 images"),
+    ]  # fmt: skip
+    assert "Measured on `test: 15 images`:" in text
+
+
+def test_training_does_not_depend_on_the_test_split(place):
+    shutil.copytree(place / "photos", place / "without")
+    shutil.rmtree(place / "without/test")
+    run("train", [*SHORT, "data.root=without", "run_dir=again"], place)
+    one, other = ((place / name / "weights/best_weights.safetensors").read_bytes() for name in ("run", "again"))
+    assert one[-1000:] == other[-1000:]
+
+
+def test_a_test_split_never_calibrates(place):
+    with refuses("calibrate: "):
+        run("evaluate", ["run_dir=run", "split=test", "calibrate=true", *ON_CPU], place)
+
+
+def test_classes_of_the_test_split_alone_are_left_out_and_named(place, capsys):
+    shutil.copytree(place / "photos", place / "more")
+    shutil.move(place / "more/test/C", place / "more/test/see")
+    run("evaluate", ["run_dir=run", "data.root=more/test", *ON_CPU], place)
+    assert "5 of 15 images" in (said := capsys.readouterr().err) and "see" in said
+    (file,) = [file for file in place.glob("run/evaluate/*/metrics.json") if "-test-" in str(file)]
+    assert read_json(file)["measured"] == "test: 10 of 15 images"
+
+
+def test_a_test_split_without_labels_is_predicted_in_the_form_of_a_sample_submission(place, capsys):
+    (place / "contest").mkdir()
+    shutil.copytree(place / "photos/train", place / "contest/train")
+    files = sorted(place.glob("photos/test/*/*.png"))
+    (place / "contest/test").mkdir()
+    for number, file in enumerate(files):
+        shutil.copy(file, place / f"contest/test/{number}.png")
+    lines = ["id,label", *(f"{number},A" for number in reversed(range(len(files))))]
+    (place / "contest/sample_submission.csv").write_text("\n".join(lines))
+    run("train", [*SHORT, "data.root=contest", "run_dir=entry"], place)
+    command = "predict.py weights=entry input=contest/test output=submission.csv form=contest/sample_submission.csv"
+    assert command in capsys.readouterr().err
+    with refuses("split: 15 of 15 .*predict.py .*form=contest/sample_submission.csv"):
+        run("evaluate", ["run_dir=entry", "split=test", *ON_CPU], place)
+    run("predict", [*command.split()[1:], "device=cpu"], place)
+    rows = read_table(place / "submission.csv")
+    assert [row["id"] for row in rows] == [line.partition(",")[0] for line in lines[1:]]
+    assert {row["label"] for row in rows} <= {*"ABC"}
