@@ -46,11 +46,12 @@ from data.tools.predictions import (
     stack_rows,
 )
 from engine.config import MachineConfig
-from engine.exports.painter import DrawConfig, draw, open_painter, read_prompts
+from engine.exports.painter import DrawConfig, draw, open_painter
 from engine.exports.weights import MovedBase, load_predictor
 from engine.update.runtime import choose_runtime
 from models.outputs import RowOptions
 from models.predictor import Predictor
+from models.sdxl.prompts import read_prompts
 from utils.config.bounds import Count, CountOrZero, Fraction, Pixels
 from utils.config.entry_point import Job, entry_point
 from utils.config.schema import PathList, PathText, Strict
@@ -243,7 +244,7 @@ def join_texts(
 
 def draw_prompts(config: PredictConfig, device: str) -> str:
     """Draw the pictures of `prompts`. Return the line of the result."""
-    prompts = config.pictures.complete_all(read_prompts(Path(config.prompts)))
+    prompts = config.pictures.complete_all(read_prompts(config.prompts, config.pictures.image_size_hw))
     painter = open_painter(config.weights, config.model, config.lora, torch.device(device))
     if config.dry_run:
         return f"dry run: {len(prompts)} pictures, nothing is drawn"

@@ -27,6 +27,7 @@ class DataConfig(Strict):
     validation_fraction: used only if the collection has no validation split; auto: 0.1, or 0 below 100 images.
     on_bad_sidecar: stop a script that reads the field which a sidecar has wrong, or skip that field.
     background: the colour behind transparent images; null: white in training, else the one stored with the weights.
+    trigger: before each caption that does not have it, and the caption of an image without texts (finetune_sdxl.py).
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
     corrections: take what reviewers decided, if the collection has a `corrections.jsonl`.
     """
@@ -39,6 +40,7 @@ class DataConfig(Strict):
     background: Background | None
     cache: CacheConfig
     concepts: list[ConceptConfig] | None = None  # a run from before this key has none
+    trigger: str | None = None  # the same
     corrections: bool = True  # a run from before this key has no such file
 
     def index_settings(self) -> dict[str, Any]:
@@ -50,6 +52,8 @@ class DataConfig(Strict):
 def _refuse_concepts(data: DataConfig) -> DataConfig:
     if data.concepts:
         raise ValueError("data.concepts: are for finetune_sdxl.py; set it to null, and data.root to one folder")
+    if data.trigger is not None:
+        raise ValueError(f"data.trigger: {data.trigger!r} is for the captions of finetune_sdxl.py; remove it")
     return data
 
 

@@ -41,11 +41,6 @@ class AutoLengthConfig(Strict):
     samples: Count
     most_epochs: Duration | None
 
-    def count_epochs(self, epoch_length: int) -> float:
-        """Return the epochs of a collection of so many samples."""
-        more = self.samples / epoch_length
-        return max(self.epochs, more if self.most_epochs is None else min(more, self.most_epochs))
-
 
 class _LoopConfig(Strict):
     """Length, batch sizes, evaluations and checkpoints of a run. `total_steps` takes precedence over `total_epochs`."""

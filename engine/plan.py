@@ -113,7 +113,9 @@ def _count_steps(config: TrainingConfig, epoch_length: int) -> int:
     loop = config.loop
     if loop.total_steps is not None:
         return loop.total_steps
-    epochs = loop.auto.count_epochs(epoch_length) if loop.total_epochs == "auto" else loop.total_epochs
+    epochs = loop.total_epochs
+    if epochs == "auto":
+        epochs = max(loop.auto.epochs, min(loop.auto.samples / epoch_length, loop.auto.most_epochs or math.inf))
     return max(1, math.ceil(epochs * epoch_length / loop.batch_size - 1e-9))
 
 

@@ -64,8 +64,6 @@ class LibraryConfig(_AdamW):
         for key, value in values.items():
             if value not in (None, 1.0):
                 raise ValueError(f"optim.{key}: {value}, but optim={self.name} has it for all parameters; remove it")
-        if self.name == "prodigy" and (self.lr or 0.0) < 0.1:  # a script or recipe has a rate of AdamW
-            raise ValueError(f"optim.lr: {self.lr}, but it is a factor of the rate that Prodigy finds; set 1.0")
         return self
 
 

@@ -5,6 +5,7 @@ A concept is an index per row, the column CONCEPT. `data.concepts` is the table;
 """
 
 import os
+import re
 from collections.abc import Sequence
 from typing import Self
 
@@ -24,6 +25,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_NO_REPEATS = re.compile(r"0+_.+")
 CONCEPT = "concept"  # a column: the index of a row's concept
 
 
@@ -51,19 +53,29 @@ class ConceptConfig(Strict):
             raise ValueError(f"{self.path!r} has repeats={self.repeats} and share={self.share:g}; give one of them")
         return self
 
+    def without_trigger(self) -> Self:
+        """Return the concept for a run whose captions have a trigger; priors get none."""
+        change = {"captions": {**self.captions, "prefix": ""}} if self.is_prior else {"trigger": None}
+        return self.model_copy(update=change)
+
 
 def find_repeats(root: str) -> list[ConceptConfig]:
     """Return the folders `10_name` of sd-scripts as concepts: all folders of the root, or those in its img and reg.
 
-    There is none if another folder or an image is among them. Images of reg are half of an epoch, as in sd-scripts.
+    There is none if another folder or an image is among them. Folders `0_name` are left out. Images of reg are half of
+    an epoch, as in sd-scripts.
     """
     if is_remote(root) or find_one(folder := check_root(root), (PARQUET, JSONL, CSV, *POSTS)) is not None:
         return []
     parts = [part for part in ("img", "reg") if (folder / part).is_dir()] if (folder / "img").is_dir() else [""]
     concepts = []
+    left = []
     for part in parts:
         for each in sorted(list_folder(folder / part), key=lambda each: each.name):
             if is_passed_over(each.name):
+                continue
+            if _NO_REPEATS.fullmatch(each.name) and each.is_dir():
+                left.append(os.path.join(part, each.name))
                 continue
             match = REPEATS.fullmatch(each.name)
             if is_image_name(each.name) or (each.is_dir() and match is None):
@@ -71,6 +83,8 @@ def find_repeats(root: str) -> list[ConceptConfig]:
             if each.is_dir():
                 path = os.path.join(part, each.name)
                 concepts.append(ConceptConfig(path=path, repeats=int(match[1]), trigger=match[2]))
+    if left and concepts:
+        log.info("data.root: 0 repeats leave out %s", ", ".join(map(repr, left)))
     priors = [concept for concept in concepts if concept.path.startswith("reg/")]
     changes = {"repeats": None, "share": 0.5 / max(len(priors), 1), "is_prior": True}
     return [concept.model_copy(update=changes) if concept in priors else concept for concept in concepts]

@@ -62,7 +62,8 @@ class CaptionConfig(Strict):
     stay; each other tag is dropped with probability `tag_dropout`, and `shuffle` permutes the rest. order: the tags of
     these categories come first, in this order; those of other categories follow. dropout: by category, in place of
     `tag_dropout`. keep_tokens_separator: tags before it stay in front (`keep_first` is then not used), tags after a
-    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept.
+    second one stay at the end; the separator is removed. prefix, suffix: texts around every caption that is kept; a
+    caption that has the prefix somewhere gets no second one.
     emphasis: brackets and BREAK are emphasis (utils/formats/emphasis.py); brackets of tags are not.
     """
 
@@ -140,7 +141,9 @@ class CaptionConfig(Strict):
             first = self.keep_first if len(parts) == 1 else len(split[0])
             end = len(tags) - len(split[2]) if len(parts) == 3 else len(tags)
             tags[first:end] = self._choose(tags[first:end], text, generator)
-        return _SEPARATOR.join(filter(None, [self.prefix, *tags, self.suffix]))
+        has_prefix = re.search(rf"(?<!\w){re.escape(self.prefix)}(?!\w)", _SEPARATOR.join(tags), re.IGNORECASE)
+        prefix = "" if has_prefix else self.prefix
+        return _SEPARATOR.join(filter(None, [prefix, *tags, self.suffix]))
 
     def _choose(self, tags: list[str], text: str, generator: torch.Generator | None) -> list[str]:
         """Return tags of a text in their order; with a generator, without those that are dropped."""
@@ -216,16 +219,18 @@ def describe_captions(collection: Collection, rows: np.ndarray, config: CaptionC
     collection.refuse_faults(config.source, rows=rows)
     collection.refuse_faults(other, rows=rows[~has[config.source]])
     is_empty = ~(has["caption"] | has["tags"])
-    if is_empty.all():
+    if is_empty.all() and not config.prefix:
         raise UserError(
-            f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; give them "
-            "sidecars or a manifest (docs/collections.md), or write tags with predict.py output=beside text.spaces=true"
+            f"data.root: none of the {len(rows):,} images of {str(collection.root)!r} has a caption or tags; for one "
+            'subject or style set data.trigger="sks dog", words of your own that will call it; or give each image a '
+            ".txt file with its caption (docs/lora.md), or write tags with predict.py output=beside text.spaces=true"
         )
-    if len(without := rows[is_empty]):
+    without = rows[is_empty]
+    if len(without) and not config.prefix:
         names = show_some([repr(collection.row(row).path) for row in without[:100].tolist()])
         log.warning("captions: %s images have neither a caption nor tags: %s", f"{len(without):,}", names)
     counts = {config.source: has[config.source].sum(), other: (has[other] & ~has[config.source]).sum()}
-    counts["empty"] = is_empty.sum()
+    counts["the trigger alone" if config.prefix else "empty"] = is_empty.sum()
     return "; ".join(f"{name} {count:,}" for name, count in counts.items() if count)
 
 
@@ -239,7 +244,7 @@ def count_tags(collection: Collection, rows: np.ndarray, captions: Captions) -> 
         row = collection.row(index)
         config = captions.of(index)
         folder = PurePosixPath(row.path).parent.name or collection.root.name
-        tags = itertools.chain.from_iterable(map(config.split, config.read(row)))
+        tags = itertools.chain.from_iterable(map(config.split, map(config.complete, config.read(row))))
         short = dict.fromkeys((folder, tag.lower()) for tag in tags if len(tag) <= _LONGEST_TAG)
         counts.update(short.keys())
     found: dict[str, dict[str, int]] = {}

@@ -148,9 +148,9 @@ def write_kohya(weights: Weights, folder: Path, config: "ExportConfig") -> Entry
 
 
 def _given(weights: Weights, config: "ExportConfig") -> dict[str, str | None]:
-    """Return the user's facts. Without `trigger`, it is the prefix of all captions."""
-    prefix = dict_of(dict_of(weights.metadata, "task"), "captions").get("prefix")
-    return {"author": config.author, "description": config.description, "trigger": config.trigger or prefix or None}
+    """Return the user's facts. Without `trigger`, it is that of the run."""
+    trigger = config.trigger or dict_of(weights.metadata, "trained_on").get("trigger")
+    return {"author": config.author, "description": config.description, "trigger": trigger}
 
 
 def _facts(weights: Weights, config: "ExportConfig") -> dict[str, str]:

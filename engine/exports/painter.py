@@ -1,6 +1,6 @@
 """Draw pictures of prompts with SDXL, a run's or a base model: predict.py prompts=FILE.
 
-    prompts = config.complete_all(read_prompts(Path("prompts.txt")))
+    prompts = config.complete_all(read_prompts("prompts.txt", config.image_size_hw))
     painter = open_painter("outputs/sdxl", moved, ["style.safetensors:0.8"], device)
     draw(painter, prompts, Path("pictures"), existing=None)
 
@@ -18,7 +18,6 @@ from typing import Annotated, Literal
 
 import numpy as np
 import torch
-import yaml
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from pydantic import Field
@@ -31,13 +30,11 @@ from engine.tasks.diffusion import DiffusionTask
 from models.sdxl.family import ENCODERS, SAMPLERS
 from models.sdxl.lora_files import merge_lora
 from models.sdxl.networks import Networks, SDXLConfig, base_files, describe, open_networks
-from models.sdxl.sampling import PictureConfig, Prompt, PromptText, encode_prompt, sample_pictures, scheduler_config
+from models.sdxl.sampling import PictureConfig, Prompt, encode_prompt, sample_pictures, scheduler_config
 from models.sdxl.vae import AS_STATED
 from utils.config.bounds import Seed
-from utils.config.messages import validate
-from utils.config.schema import Strict
 from utils.errors import UserError, about
-from utils.io.files import readable, refuse_links_out, sha256_file, write_atomically
+from utils.io.files import refuse_links_out, sha256_file, write_atomically
 from utils.io.journal import open_journal
 from utils.io.memo import hash_once
 from utils.io.weights import find_weights, read_weights
@@ -60,24 +57,6 @@ class DrawConfig(PictureConfig):
             own = None if isinstance(prompt, str) else prompt.seed
             complete += [self.complete(prompt, seed) for seed in (self.seeds if own is None else [own])]
         return complete
-
-
-class _Prompts(Strict):
-    prompts: Annotated[list[PromptText], Field(min_length=1)]
-
-
-def read_prompts(file: Path) -> list[str | Prompt]:
-    """Return the prompts of a .txt file, one on each line, or of a .yaml or .json list of texts and mappings.
-
-    Raises UserError (`prompts`) for a wrong entry, by its number from 0.
-    """
-    with about("prompts"), readable(file, ".txt, .yaml or .json"):
-        text = file.read_text("utf-8-sig")
-        if file.suffix in (".yaml", ".yml", ".json"):
-            prompts = yaml.safe_load(text)
-        else:
-            prompts = [line.strip() for line in text.split("\n") if line.strip()]
-    return validate({"prompts": prompts}, _Prompts).prompts
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,8 @@ def modelspec_facts(weights: Weights, given: Mapping[str, str | None]) -> dict[s
         facts |= {"trigger_phrase": given["trigger"], "ss_sd_model_name": source, **_describe_training(task, metadata)}
     described = f"{what} of {source}, after {metadata['step']} steps"
     if images:
-        described += f" on {images} images"
+        size = dict_of(metadata, "trained_on").get("batch_size")
+        described += f"{f' of {size} samples' if size else ''} on {images} images"
     facts["description"] = given["description"] or described
     known = {name: value for name, value in facts.items() if value not in (None, "")}
     return {name: json.dumps(value) if isinstance(value, dict) else str(value) for name, value in known.items()}
@@ -41,6 +42,7 @@ def _describe_training(task: DiffusionTaskConfig, metadata: Mapping[str, Any]) -
     facts: dict[str, Any] = {"prediction_type": task.noise.prediction_type}
     facts["ss_new_sd_model_hash"] = dict_of(metadata, "origin").get("sha256")
     facts["ss_num_train_images"] = trained_on.get("images")
+    facts["ss_total_batch_size"] = trained_on.get("batch_size")
     facts["ss_tag_frequency"] = trained_on.get("tag_frequency")
     facts["ss_learning_rate"] = metadata.get("lr")
     facts["ss_steps"] = metadata["step"]

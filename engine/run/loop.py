@@ -81,6 +81,7 @@ class Run:
             "images": plan.epoch_length,
             "validation_images": streams.evaluation_samples,
             "fingerprint": streams.fingerprints.get("data.root"),
+            "batch_size": plan.batch_size,
             **streams.trained_on,
         }
         self.learner = Learner(task, config, plan, runtime)

@@ -70,6 +70,8 @@ class DiffusionTask(Task):
     def __init__(self, setup: Setup) -> None:
         super().__init__()
         config = setup.task
+        if "auto" in (config.noise.prediction_type, config.noise.zero_terminal_snr):
+            raise UserError("task.noise: auto, which only a new run settles; set prediction_type and zero_terminal_snr")
         self._config = config
         self._model = setup.model
         self.metadata = {"task": config.model_dump(mode="json")}  # with the sizes of buckets that suit the images

@@ -14,33 +14,56 @@ from engine.tasks.judge import JudgeConfig
 from engine.tasks.kind import TaskConfig
 from models.sdxl import step as sdxl
 from models.sdxl.lora import LoRAConfig
+from models.sdxl.networks import describe
 from models.sdxl.perceptual import LatentPerceptualConfig
+from models.sdxl.prompts import read_prompts
 from models.sdxl.sampling import SamplesConfig
 from utils.config.bounds import Count, Factor, Fraction, Positive
+from utils.config.messages import validate
 from utils.config.schema import PathText, Strict
+from utils.errors import UserError
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class NoiseConfig(Strict):
     """The prediction type and the noise schedule.
 
+    auto: those of the base model; to convert one, or without one, v_prediction with zero terminal SNR.
     convert: accept a base model with another prediction type or noise schedule, and train it towards this one.
     offset: strength of a random brightness in the noise; 0 is off.
     """
 
-    prediction_type: sdxl.PredictionType
-    zero_terminal_snr: bool
+    prediction_type: Literal["auto"] | sdxl.PredictionType
+    zero_terminal_snr: Literal["auto"] | bool
     convert: bool
     offset: Fraction
 
     @model_validator(mode="after")
     def _has_a_target_everywhere(self) -> Self:
-        if self.zero_terminal_snr and self.prediction_type != "v_prediction":
+        if self.zero_terminal_snr is True and self.prediction_type not in ("auto", "v_prediction"):
             raise ValueError(
                 f"task.noise.zero_terminal_snr: true is for v_prediction, not {self.prediction_type}: in pure noise, "
                 "epsilon has nothing to predict, and flow always ends in it; set "
                 "task.noise.zero_terminal_snr=false, or task.noise.prediction_type=v_prediction"
             )
         return self
+
+    def settled(self, path: str | None) -> dict[str, Any]:
+        """Return the values, without auto. path: of the base model; None: a tiny one."""
+        values = self.model_dump()
+        if "auto" not in (self.prediction_type, self.zero_terminal_snr):
+            return values
+        own = {"prediction_type": "v_prediction", "zero_terminal_snr": True}
+        base = own if path is None or self.convert else describe(path)
+        kind = base["prediction_type"] if self.prediction_type == "auto" else self.prediction_type
+        if self.zero_terminal_snr == "auto":
+            # A file that does not say it is sampled without.
+            values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
+        if path is not None and not self.convert:
+            log.info("task.noise: %s predicts %s, which is trained", path, kind)
+        return {**values, "prediction_type": kind}
 
 
 class LossConfig(Strict):
@@ -102,15 +125,33 @@ class DiffusionTaskConfig(TaskConfig):
         return {"zeros_for_empty_prompt": self.captions.dropout_to == "zeros", "emphasis": self.captions.emphasis}
 
     def complete(self, config: TrainingConfig) -> TrainingConfig:
-        """Return the configuration with the values of the VAE, and with folders `10_name` as concepts.
+        """Return the configuration with the values of the VAE, the noise of the base model, the trigger in captions,
+        the prompts of a file, and folders `10_name` as concepts.
 
         They are recorded, and compared on resume.
         """
+        values = config.model_dump()
+        values["model"] = config.model.settled()
+        task = values["task"]
+        task["noise"] = self.noise.settled(config.model.path)
+        if isinstance(self.samples.prompts, str):
+            task["samples"]["prompts"] = read_prompts(
+                self.samples.prompts, self.samples.image_size_hw, "task.samples.prompts"
+            )
         data = config.data
-        if data.concepts is None and data.name == "image_folder":
-            concepts = find_repeats(data.root)
-            data = data.model_copy(update={"concepts": concepts or None})
-        return config.model_copy(update={"model": config.model.settled(), "data": data})
+        concepts = data.concepts
+        if concepts is None and data.name == "image_folder":
+            concepts = find_repeats(data.root) or None
+        if data.trigger is not None:
+            if config.data.concepts or self.captions.prefix:
+                raise UserError(
+                    f"data.trigger: {data.trigger!r} is the trigger of all images; remove it where data.concepts or "
+                    "task.captions.prefix states others"
+                )
+            task["captions"]["prefix"] = data.trigger
+            concepts = concepts and [concept.without_trigger() for concept in concepts]
+        values["data"]["concepts"] = concepts
+        return validate(values, type(config))
 
     def check_run(self, config: TrainingConfig) -> None:
         """Raise ValueError if two settings exclude each other."""

@@ -147,6 +147,9 @@ class DiffusionKind(BucketedKind):
         if collection.concepts:
             described["concepts"] = describe_concepts(collection, streams.train.sampler.rows)
         trained_on = {**streams.trained_on, "images": len(images), "tag_frequency": frequency}
+        triggers = [captions.prefix, *(each.trigger for each in collection.concepts if not each.is_prior)]
+        if known := ", ".join(dict.fromkeys(filter(None, triggers))):
+            trained_on["trigger"] = known
         return replace(streams, described=described, trained_on=trained_on)
 
     def read(self, data: Data, setup: Setup, rows: np.ndarray, parts: int, *, training: bool) -> Reading:

@@ -61,7 +61,10 @@ class PictureConfig(Strict):
 class SamplesConfig(PictureConfig):
     """Pictures of an evaluation, one per prompt, with fixed noise: the seed of the N-th is N, unless it has its own."""
 
-    prompts: list[PromptText]
+    prompts: Annotated[  # or a file of them (models/sdxl/prompts.py)
+        Annotated[str, Tag("file")] | Annotated[list[PromptText], Tag("list")],
+        Discriminator(lambda value: "file" if isinstance(value, str) else "list"),
+    ]
 
     def complete_all(self) -> list[Prompt]:
         """Return the prompts with all settings."""

@@ -32,9 +32,9 @@ FIVES = ["loop.batch_size=10", "loop.micro_batch_size=5", "task.chunk=5"]
 
 def build(*overrides):
     """Return a task as a run builds it."""
-    config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *overrides])
+    config, _ = configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *overrides])
     torch.manual_seed(0)
-    task = DiffusionKind().build(Setup(config.model, config.task))
+    task = DiffusionKind().build(Setup(config.model, config.task.complete(config).task))
     task.load_helpers("training")
     return task.train()
 

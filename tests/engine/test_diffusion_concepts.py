@@ -12,7 +12,7 @@ from data.tags.captions import Captions
 from tests.data.collection.test_collection import put
 from tests.engine.test_diffusion import FIVES, RESUMED, SHORT, assert_equal_runs, build, losses, make_batch
 from tests.engine.test_diffusion_refusals import refused
-from tests.in_process import configure, run, run_command, run_until_killed
+from tests.in_process import configure, run, run_command, run_until_killed, working_in
 from tests.support import refuses, rows
 from utils.record.run_reader import RunReader
 
@@ -48,9 +48,9 @@ def test_killed_and_resumed_equals_uninterrupted_and_a_changed_concept_is_refuse
 def test_folders_of_sd_scripts_are_concepts_and_an_empty_list_switches_that_off(place, capsys):
     run("finetune_sdxl", [*SHORT, "data.root=kohya", "dry_run=true"], place)
     said = capsys.readouterr().err
-    assert "1        3     50.0%  img/3_sks dog, trigger 'sks dog' in 1 captions" in said
-    assert "1        3     50.0%  reg/1_dog, share 0.5, prior, trigger 'dog' in 1 captions" in said
-    with refuses("none of the 2 images"):
+    assert "2        3     50.0%  img/3_sks dog, trigger 'sks dog' in 2 captions" in said
+    assert "1        6     50.0%  reg/1_dog, share 0.5, prior, trigger 'dog' in 1 captions" in said
+    with refuses("none of the 3 images"):
         run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "dry_run=true"], place)
 
 
@@ -90,10 +90,42 @@ def test_wrong_concepts_are_refused_by_key(concept, key, place, monkeypatch, cap
     assert key in refused(place, monkeypatch, capsys, f"data.concepts=[{concept}]")
 
 
+def test_a_trigger_is_before_each_caption_that_does_not_have_it_and_no_prior_has_one(place, tmp_path, capsys):
+    put(place / "mixed/dog", "a.png", text="a dog")
+    put(place / "mixed/dog", "b.png", text="A Sks Dog, running")
+    put(place / "mixed/dog", "c.png")
+    texts = captions_of(place, tmp_path, "data.root=mixed", "data.trigger=sks dog", "task.captions.shuffle=true")
+    assert texts == ["sks dog, a dog", "A Sks Dog, running", "sks dog"]
+    texts = captions_of(place, tmp_path, "data.root=kohya", "data.trigger=zwx dog")
+    assert texts == ["zwx dog", "zwx dog", "dog"], "in place of the folder's own name; the prior keeps its"
+    run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.trigger=zwx dog", "dry_run=true"], place)
+    assert "the trigger alone 2" in capsys.readouterr().err
+    for words in ([CONCEPTS, "data.root=images"], ["task.captions.prefix=a", "data.root=kohya"]):
+        with refuses("^data.trigger: 'sks' is the trigger of all"):
+            run("finetune_sdxl", [*SHORT, *words, "data.trigger=sks"], place)
+    with refuses('data.trigger="sks dog"'):
+        run("finetune_sdxl", [*SHORT, "data.root=kohya", "data.concepts=[]", "run_dir=none"], place)
+
+
+def captions_of(place, cache, *words):
+    """Return the complete caption of each image of a run, by path."""
+    config, _ = configure("finetune_sdxl", [*SHORT, *words])
+    with working_in(place):
+        config = config.task.complete(config)
+        index = index_collection(config.data.root, cache=cache, **config.data.index_settings())
+        collection = Collection(config.data.root, index)
+    rules = Captions(config.task.captions, collection)
+    return [rules.of(row).complete(rules.of(row).read(collection.row(row))[0]) for row in range(len(collection))]
+
+
 @pytest.mark.parametrize("script", ["train", "finetune_vae", "prepare"])
 def test_other_scripts_refuse_concepts(script):
-    with refuses("data.concepts: are for finetune_sdxl.py"):
-        configure(script, ["data=image_folder", "data.root=x", "data.concepts=[{path: y}]"])
+    for word, key in (
+        ("data.concepts=[{path: y}]", "data.concepts: are"),
+        ("data.trigger=sks", "data.trigger: 'sks' is"),
+    ):
+        with refuses(f"{key} for .*finetune_sdxl.py"):
+            configure(script, ["data=image_folder", "data.root=x", word])
 
 
 def test_an_imported_dataset_config_trains_as_an_experiment(place, capsys, monkeypatch):

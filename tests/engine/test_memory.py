@@ -14,7 +14,9 @@ WHOLE_BATCH = ["loop.micro_batch_size=4", "loop.batch_size=4"]
 
 
 def configured(*words):
-    return configure("finetune_sdxl", [*TINY["diffusion"], "data.root=IMAGES", *WHOLE_BATCH, *words])[0]
+    words = [*TINY["diffusion"], "data.root=IMAGES", "data.concepts=[]", *WHOLE_BATCH, *words]
+    config, _ = configure("finetune_sdxl", words)
+    return config.task.complete(config)
 
 
 def allocated(task, batch):

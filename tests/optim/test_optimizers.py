@@ -145,7 +145,6 @@ REFUSED = [
     ("timm", {"opt": "sgdw"}, "optim.extra: .*momentum"),  # timm's own default
     ("timm", {"opt": "adafactor"}, "schedule.cycle_momentum: .* adafactor"),
     ("prodigy", {"layer_decay": 0.9}, "optim.layer_decay: 0.9"),
-    ("prodigy", {"lr": 1e-4}, "optim.lr: 0.0001"),
     ("prodigy", {"rules": [{"match": "2.*", "lr_scale": 0.1}]}, "optim.rules.0.lr_scale: 0.1"),
     ("schedulefree", {"rules": [{"match": "2.*", "freeze_steps": 9}]}, "optim.rules.0.freeze_steps: 9"),
 ]  # fmt: skip

@@ -123,6 +123,8 @@ def test_folders_that_make_no_collection_are_refused(concepts, words, opened, tm
         (["10_sks/a.png", "a.png"], []),
         (["10_sks/a.png", ".thumbs/a.png"], [("10_sks", 10, "sks")]),
         (["2024_summer/a.png"], []),
+        (["0_sks/a.png", "5_dog/a.png"], [("5_dog", 5, "dog")]),  # sd-scripts leaves the first out
+        (["0_sks/a.png"], []),
         (["a.png"], []),
     ],
 )

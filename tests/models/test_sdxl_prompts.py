@@ -1,0 +1,54 @@
+"""Files of prompts: the options of sd-scripts and the web UIs, comments, lists, and what is wrong in them."""
+
+import pytest
+
+from models.sdxl.prompts import read_prompts
+from models.sdxl.sampling import Prompt
+from tests.support import refuses
+
+LINES = b"""# prompts for the samples\r
+\r
+a cat on a chair --n low quality, blurry --w 96 --h 70 --d 7 --l 7.5 --s 4\r
+  # another
+a dog -- seen -d from afar --w 64
+--prompt "two cats" --negative_prompt "grey" --steps 3 --cfg_scale 2 --seed -1
+a bird --ss euler_a --s 9 --n\t
+a half-timbered house, 10--20 people
+"""
+
+
+def test_options_of_sd_scripts_and_the_web_uis_are_read(tmp_path, log):
+    file = tmp_path / "prompts.txt"
+    file.write_bytes(b"\xef\xbb\xbf" + LINES)
+    assert read_prompts(str(file), (512, 256)) == [
+        Prompt(
+            text="a cat on a chair",
+            negative="low quality, blurry",
+            image_size_hw=[64, 96],
+            seed=7,
+            guidance=7.5,
+            steps=4,
+        ),
+        Prompt(text="a dog -- seen -d from afar", image_size_hw=[512, 64]),
+        Prompt(text="two cats", negative="grey", steps=3, guidance=2.0),
+        Prompt(text="a bird", steps=9, negative=""),
+        "a half-timbered house, 10--20 people",
+    ]
+    assert "prompts: " in log.text and "--ss (1 line" in log.text and "--n --" in log.text
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("a\nb --s many", "prompts.1.steps: must be a valid integer, found 'many'"),
+        ("a --w 96 --h x", "prompts.0.image_size_hw.0: "),
+        ("a --d -7", "prompts.0.seed: "),
+        ("# nothing", "prompts: "),
+    ],
+)
+def test_what_is_wrong_is_named_by_the_key_and_the_number_of_the_prompt(text, said, tmp_path):
+    (tmp_path / "prompts.txt").write_text(text)
+    with refuses(said):
+        read_prompts(str(tmp_path / "prompts.txt"), (64, 64))
+    with refuses(said.replace("prompts", "task.samples.prompts", 1)):
+        read_prompts(str(tmp_path / "prompts.txt"), (64, 64), "task.samples.prompts")
