@@ -5,7 +5,7 @@ FROM python:3.14-slim
 RUN apt-get update && apt-get install -y --no-install-recommends g++ git && rm -rf /var/lib/apt/lists/*
 WORKDIR /atelier
 COPY requirements*.txt ./
-RUN pip install --no-cache-dir -r requirements.txt -r requirements-sdxl.txt -r requirements-view.txt
+RUN pip install --no-cache-dir -r requirements.txt -r requirements-sdxl.txt -r requirements-view.txt -r requirements-formats.txt
 COPY . .
 # Any user may run it: libraries keep their caches below HOME.
 ENV HOME=/tmp
