@@ -6,12 +6,13 @@ from itertools import accumulate
 
 from engine.config import TrainingConfig
 from engine.task import Streams
-from optim.config import ConstantConfig, CosineConfig, OneCycleConfig
+from optim.config import OneCycleConfig
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 
+_LEAST_STEPS = 100  # of `loop.total_epochs=auto`: fewer updates learn little, of any batch
 # `loop.evaluate_every_epochs=auto`: 5 evaluations, or more: as many as together read a fifth of what training reads.
 _EVALUATIONS = 5
 _EVALUATION_SHARE = 0.2
@@ -115,7 +116,8 @@ def _count_steps(config: TrainingConfig, epoch_length: int) -> int:
         return loop.total_steps
     epochs = loop.total_epochs
     if epochs == "auto":
-        epochs = max(loop.auto.epochs, min(loop.auto.samples / epoch_length, loop.auto.most_epochs or math.inf))
+        few = min(loop.auto.samples / epoch_length, loop.auto.most_epochs or math.inf)
+        epochs = max(loop.auto.epochs, few, _LEAST_STEPS * loop.batch_size / epoch_length)
     return max(1, math.ceil(epochs * epoch_length / loop.batch_size - 1e-9))
 
 
@@ -123,12 +125,21 @@ def _count_warmup(config: TrainingConfig, per_epoch: float, total: int) -> int:
     schedule = config.schedule
     if isinstance(schedule, OneCycleConfig):
         return 0
-    return min(count_stated(schedule, per_epoch), int(schedule.warmup_most * total + 1e-9))
+    return min(count_stated(config, per_epoch, total), int(schedule.warmup_most * total + 1e-9))
 
 
-def count_stated(schedule: CosineConfig | ConstantConfig, per_epoch: float) -> int:
-    """Return the warm-up steps of a schedule, which a short run cuts."""
-    return round(schedule.warmup_epochs * per_epoch) if schedule.warmup_steps is None else schedule.warmup_steps
+def count_stated(config: TrainingConfig, per_epoch: float, total: int) -> int:
+    """Return the warm-up steps of a schedule, which a short run cuts. total: updates of the run.
+
+    Epochs of warm-up are a share of `loop.auto.epochs`, which longer runs keep.
+    """
+    schedule = config.schedule
+    if schedule.warmup_steps is not None:
+        return schedule.warmup_steps
+    longer = 1.0
+    if config.loop.total_epochs == "auto":
+        longer = max(1.0, total / per_epoch / config.loop.auto.epochs)
+    return round(schedule.warmup_epochs * longer * per_epoch)
 
 
 def _peak_rate(config: TrainingConfig) -> float:

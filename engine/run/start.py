@@ -128,7 +128,7 @@ def _show_warmup(config: TrainingConfig, plan: Plan) -> str:
     schedule = config.schedule
     if isinstance(schedule, OneCycleConfig):
         return ""
-    stated = count_stated(schedule, plan.epoch_length / plan.batch_size)
+    stated = count_stated(config, plan.epoch_length / plan.batch_size, plan.total_steps)
     if config.loop.minutes is not None and config.loop.total_steps is None:
         return f", warm-up of at most {schedule.warmup_most:.0%} of the run"
     cut = f", not {stated:,}: schedule.warmup_most={schedule.warmup_most:g}" if stated > plan.warmup_steps else ""

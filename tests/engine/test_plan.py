@@ -65,7 +65,8 @@ LORA = {"epochs": 10.0, "samples": 2_000, "most_epochs": None}
         ({"total_epochs": 3.0, "total_steps": 7}, 100, 10, 7, "steps win"),
         ({"auto": TRAIN}, 10_667, 128, math.ceil(12 * 10_667 / 128), "at least 12 epochs"),
         ({"auto": TRAIN}, 10_000, 128, 1_000, "at least 128,000 samples"),
-        ({"auto": TRAIN}, 64, 128, 100, "up to 200 epochs"),
+        ({"auto": TRAIN}, 128, 128, 200, "up to 200 epochs"),
+        ({"auto": TRAIN}, 5, 128, 100, "at least 100 updates"),
         ({"auto": LORA}, 1, 8, 250, "2,000 samples of any small collection"),
         ({"auto": LORA}, 300, 8, 375, "10 epochs"),
         ({"auto": LORA, "total_epochs": 20.0}, 15, 8, 38, "a number goes before auto"),
@@ -87,8 +88,14 @@ def test_epochs_become_steps_once(loop, length, batch, steps, why):
 )
 def test_warmup_steps(warmup, expected, why):
     """Whichever way the length is stated."""
-    for length in ({"total_epochs": 3.0}, {"total_steps": 30}, {"auto": {**LORA, "epochs": 3.0, "samples": 1}}):
+    for length in ({"total_epochs": 3.0}, {"total_epochs": 1000.0, "total_steps": 30}):
         assert plan(epoch_length=100, batch_size=10, warmup=warmup, **length).warmup_steps == expected, why
+
+
+@pytest.mark.parametrize("length", [{}, {"total_steps": 100}])
+def test_a_small_collection_that_is_read_more_often_keeps_the_share_of_warm_up(length):
+    warmup = {"warmup_epochs": 1.0, "warmup_steps": None}
+    assert plan(epoch_length=50, warmup=warmup, **length).warmup_steps == 5  # a 20th, as of 20 epochs
 
 
 def test_the_rate_follows_the_batch():
