@@ -197,7 +197,7 @@ def _explain(error: Exception) -> tuple[str, str]:
     text = " ".join(str(error).split())
     match error:
         case Image.DecompressionBombError():
-            return TOO_LARGE, f"more pixels than twice the {Image.MAX_IMAGE_PIXELS:,} that max_pixels allows"
+            return TOO_LARGE, f"{text.partition(' exceeds')[0]} is more than max_pixels allows"
         case Unsupported():
             return UNSUPPORTED, text
         case MemoryError():

@@ -7,6 +7,7 @@ passed over; links are followed.
 """
 
 import errno
+import functools
 import itertools
 import os
 import re
@@ -66,9 +67,8 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         unused.add("sidecars, because posts describe the images", *itertools.chain(*sidecars.values()))
         posts = read_posts(root, file, images, unused)
         return _build_rows({path: images[path] for path in posts}, ["train"] * len(posts), list(posts.values()))
-    if slashed := [path for path in images if "\\" in path]:
-        what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
-        log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
+    if slashed := sorted(path for path in images if "\\" in path):
+        _say_slashed(f"{len(slashed):,}", show_some(slashed))
     splits, labels = _place_images(root, list(images))
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
@@ -87,6 +87,13 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
     if any(labels) and (stated := sum(record.label is not None for record in records)):
         log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
     return _build_rows(images, splits, _add_labels(list(images), labels, records))
+
+
+@functools.cache
+def _say_slashed(count: str, names: str) -> None:
+    """Log once in a process, whose commands may read a folder twice."""
+    what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
+    log.warning("data.root: %s %s: %s", count, what, names)
 
 
 def _build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:

@@ -12,6 +12,7 @@ import data.collection.collection
 import data.layouts.table
 from data.collection.collection import Collection, check_classes
 from data.collection.index import index_collection
+from data.layouts.folders import _say_slashed
 from data.layouts.table import SCHEMA, SPLITS, build_table, count_values, hash_table
 from data.open import describe_collection
 from data.tools.predictions import find_images
@@ -83,6 +84,7 @@ def test_class_folders_with_splits(opened, root):
 
 
 def test_backslashes_in_names_are_folders(opened, root, log):
+    _say_slashed.cache_clear()
     put(root, r"train\cat\0.png", r"train\dog\0.png", r"val\cat\0.png", r"val\dog\1.png")
     (root / r"train\cat\0.txt").write_text("red")
     found = listed(opened(root), "split", "label", "tags")
