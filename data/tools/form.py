@@ -21,7 +21,8 @@ class Form(NamedTuple):
     """A table whose first column has ids of images.
 
     images: those of the ids. has_probs: whether the other columns are probabilities of the classes or tags that they
-    name; else there is one, for the class or the tags. fill: from predictions to the rows of the table.
+    name; else there is one, for the class or the tags. fill: from predictions to the rows of the table; the row of an
+    image that cannot be read stays as it is.
     """
 
     columns: list[str]
@@ -37,13 +38,13 @@ def read_form(file: Path, given: Images, names: Sequence[str], *, has_tags: bool
         rows = list(table)
         ids, *columns = table.fieldnames
         values = [row[columns[0]] for row in rows]
-    known: dict[str, list[Path]] = {}
+    known: dict[str, Path | None] = {}
     for path in given.paths:
-        whole = os.path.relpath(os.path.abspath(path), given.root)
+        whole = os.path.relpath(path, given.root)
         for name in {whole, path.name, os.path.splitext(whole)[0], path.stem}:
-            known.setdefault(name, []).append(path)
-    found = [known.get(row[ids], []) for row in rows]
-    if wrong := [row[ids] for row, paths in zip(rows, found) if len(paths) != 1]:
+            known[name] = None if name in known else path
+    paths = [known.get(row[ids]) for row in rows]
+    if wrong := [row[ids] for row, path in zip(rows, paths) if path is None]:
         raise UserError(
             f"form: {len(wrong):,} of {len(rows):,} in the first column, {ids!r}, of {file} have no image of input, or "
             f"several: {show_some(wrong)}; input has images such as {given.paths[0]}"
@@ -52,29 +53,27 @@ def read_form(file: Path, given: Images, names: Sequence[str], *, has_tags: bool
     has_probs = len(columns) > 1 or not differing
     if len(columns) > 1 and not has_tags:
         differing = {*columns}.symmetric_difference(names)
-    is_number = all(map(_NUMBER.fullmatch, values)) and not any(map(_NUMBER.fullmatch, names))
+    is_number = _NUMBER.fullmatch(values[0]) and not any(map(_NUMBER.fullmatch, names))
     if differing and (has_probs or is_number):
         raise UserError(
             f"form: {file} takes numbers, but its columns and the classes of the weights differ in "
-            f"{show_some(sorted(differing))}; "
-            f"the weights have {show_some(names)}; name each column as the class whose probability it takes"
+            f"{show_some(sorted(differing))}; the weights have {show_some(names)}; name each column as the class whose "
+            "probability it takes"
         )
-    paths = [path for (path,) in found]
 
     def fill(predicted: Iterable[Row]) -> Iterator[Row]:
         by_path = {row["path"]: row for row in predicted}
-        for row, path in zip(rows, paths):
-            one = by_path[str(path)]
-            yield {"path": str(path), **row, **({} if "error" in one else _fill(one, columns, has_probs))}
+        for row, path in zip(rows, map(str, paths)):
+            yield {"path": path, **row, **_fill(by_path[path], columns, has_probs)}
 
     return Form([ids, *columns], Images(given.root, list(dict.fromkeys(paths))), has_probs, fill)
 
 
 def _fill(row: Row, columns: Sequence[str], has_probs: bool) -> Row:
-    """Return the values of columns for a prediction."""
-    if not has_probs:
-        return {columns[0]: row.get("class", row.get("tags"))}
+    """Return the values of columns for a prediction; none for an image that cannot be read."""
     probs = {each["class"]: each["prob"] for each in row.get("top", ())}
     for group in row.get("probs", {}).values():  # of tags, by category
         probs |= group
-    return {column: probs[column] for column in columns}
+    if "error" in row or has_probs:
+        return {column: probs[column] for column in columns if column in probs}
+    return {columns[0]: row.get("class", row.get("tags"))}

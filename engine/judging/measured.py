@@ -90,8 +90,8 @@ class Measured:
 
     def count(self, figures: Mapping[str, float]) -> str:
         """Return how many images the figures are of, `38 of 40` if not all."""
-        measured = int(figures.get("samples", len(self.rows)))
-        return f"{measured:,}" if measured == len(self.rows) else f"{measured:,} of {len(self.rows):,}"
+        counts = (int(figures.get("samples", len(self.rows))), len(self.rows))
+        return " of ".join(dict.fromkeys(f"{count:,}" for count in counts))
 
     def _report_left(self, left: int) -> None:
         """Warn of images that the task cannot measure. Raises UserError (`split`), with what to do, if it can none."""

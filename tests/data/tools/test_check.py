@@ -82,6 +82,18 @@ def test_a_split_is_written_into_the_manifest(root, tmp_path):
     assert all(len(found) == 1 for group, found in sides.items() if group is not None)
 
 
+def test_the_test_split_stays_and_its_copies_leave_training(tmp_path):
+    for name in ("train/a/1.png", "train/a/2.png", "test/a/1.png", "test/a/2.png"):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(1).save(tmp_path / "images" / name)
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
+    run("prepare", ["job=split", *FOLDER, "job.apply=true"], tmp_path)
+    run("prepare", ["job=duplicates", *FOLDER, "job.apply=true"], tmp_path)
+    assert reasons(tmp_path / "images").keys() == {"train/a/1.png", "train/a/2.png"}
+    found = run("prepare", ["job=check", *FOLDER], tmp_path)
+    assert "0 training, 0 validation and 2 test images" in found
+
+
 def test_facts_are_of_the_upright_image(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import tarfile
 from pathlib import Path
 from signal import SIGKILL
@@ -28,6 +29,7 @@ def place(tmp_path_factory):
     """Return a folder with the files of a collection and with its shards, which are of about 20 KiB."""
     place = tmp_path_factory.mktemp("pack")
     make_collection(place / "files", per_class=6, validation=2)
+    shutil.copytree(place / "files/val/B", place / "files/test/B")
     write_manifest(place / "files", verify=True)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("data.tools.pack.upright_size", lambda content, name: pytest.fail("the manifest states the size"))
