@@ -23,7 +23,8 @@ from data.tools.apply_corrections import ApplyCorrections
 from data.tools.cache import Cache
 from data.tools.check import Check
 from data.tools.copy import Copy
-from data.tools.exclude import Duplicates, Filter, Split
+from data.tools.duplicates import Duplicates
+from data.tools.exclude import Filter, Split
 from data.tools.import_sd_scripts import Import
 from data.tools.machine import Machine
 from data.tools.manifest import Manifest

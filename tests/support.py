@@ -133,7 +133,7 @@ def data_config(**changes):
 def write_manifest(root, *, verify=False, **changes):
     """Write the manifest of a folder by job=manifest and return it; changes: of `data_config`."""
     data = data_config(**{"root": str(root), "validation_fraction": 0.0, **changes})
-    Manifest(name="manifest", verify=verify, duplicates=False).run(data)
+    Manifest(name="manifest", verify=verify).run(data)
     return pq.read_table(Path(root, "manifest.parquet"))
 
 

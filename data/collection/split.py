@@ -8,13 +8,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.collection.duplicates import group_duplicates
 from data.layouts.table import TEST, replace_column, show_some
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-FINGERPRINTS = ("group", "phash", "sha256")  # columns in which equal or similar images agree
+FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images agree
 # `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
 _FRACTION = 0.1
 _LEAST_IMAGES = 100
@@ -113,7 +112,6 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray
     if (name := next(names, None)) is not None:
         members = np.flatnonzero(pc.is_valid(table[name]).to_numpy())
         groups = table[name].drop_null().to_numpy()
-        groups = group_duplicates(groups) if name == "phash" else groups
         _, first, group = np.unique(groups, return_index=True, return_inverse=True)
         leads[members] = members[first][group]
     return leads

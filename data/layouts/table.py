@@ -25,7 +25,7 @@ _COLUMNS = {
 }
 SCHEMA = pa.schema([*_COLUMNS.items()])
 # Columns that prepare.py fills from the files. They are not in the fingerprint, because they only depend on the files'
-# content: runs can be resumed after the manifest is written again.
+# content: runs can be resumed after the manifest is written again. phash: only earlier versions wrote and read it.
 MEASURED = {
     **{name: pa.int64() for name in ("width", "height", "orientation", "transparent", "phash", "group")},
     "mode": pa.string(),

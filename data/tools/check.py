@@ -19,6 +19,7 @@ from data.layouts.table import PLACES, SPLITS, count_values
 from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import check_root, is_fault
 from data.open import describe_collection, load_collection
+from data.tools.duplicates import find_groups
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool, list_files, save_report
 from utils.config.schema import PathText
@@ -56,6 +57,10 @@ class Check(Tool):
         collection = load_collection(data)
         paths = [] if collection.is_packed or not self.verify else collection.table["path"].to_pylist()
         facts = measure_files(Path(data.root), paths, data.max_pixels)
+        copies = sum(len(group) - 1 for group in find_groups(dict(zip(paths, facts)), "near"))
+        if copies:
+            line = "%s images show the picture of another one: prepare.py job=duplicates data.root=%s lists them"
+            log.warning(line, f"{copies:,}", data.root)
         tables = _count_values(collection, facts)
         tables["faults"] = [{"faults": kind, "images": count} for kind, count in kinds]
         for name, rows in tables.items():

@@ -2,10 +2,10 @@
 
 import time
 from collections import Counter
+from collections.abc import Sequence
 from typing import Literal
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data.collection.duplicates import group_duplicates
 from data.collection.index import CACHE
@@ -16,30 +16,29 @@ from data.layouts.folders import read_folder
 from data.layouts.manifest import find_manifest, find_sizes, refuse_foreign, save_manifest
 from data.layouts.names import CORRECTIONS, PARQUET
 from data.layouts.sidecars import list_faults
-from data.layouts.table import MEASURED, TYPES, count_values, replace_column
+from data.layouts.table import TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
-from data.tools.measure import measure_files
+from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_DECODED = ("width", "height", "mode", "orientation", "transparent", "phash", "sharpness")  # columns of verify=true
+_DECODED = ("width", "height", "mode", "orientation", "transparent", "sharpness")  # columns of verify=true
 _NAMED = 20  # unreadable images in the log
 
 
 class Manifest(Tool):
     """Check the images of `data.root` and write a manifest with the SHA-256 of every file.
 
-    verify: decode every image and fill in the columns _DECODED. Damaged images get weight 0 and a reason; without
-    verify, only files that cannot be opened. duplicates: verify, and fill in group (see `group_duplicates`).
+    verify: decode every image, and fill in the columns _DECODED and `group` (see `group_duplicates`), which the splits
+    keep together. Damaged images get weight 0 and a reason; without verify, only files that cannot be opened.
     """
 
     name: Literal["manifest"]
     verify: bool
-    duplicates: bool
 
     def run(self, data: DataConfig) -> str:
         """Write `manifest.parquet` into the folder.
@@ -48,7 +47,6 @@ class Manifest(Tool):
         writable or whose manifest another command writes, and for a manifest that this job did not write.
         """
         folder = check_root(data.root)
-        verify = self.verify or self.duplicates
         with open_journal("data.root", folder / PARQUET):
             if (manifest := find_manifest(folder)) is not None:
                 refuse_foreign(manifest)
@@ -58,19 +56,17 @@ class Manifest(Tool):
             say_unused(unused.describe(len(table)))
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
-            facts = measure_files(folder, paths, data.max_pixels, decodes=verify)
+            facts = measure_files(folder, paths, data.max_pixels, decodes=self.verify)
             damaged = {path: f"unreadable: {fact.reason}" for path, fact in zip(paths, facts) if fact.is_damaged}
             columns: dict[str, list] = {"weight": [0.0 if path in damaged else 1.0 for path in paths]}
             if damaged:
                 columns["reason"] = [damaged.get(path) for path in paths]
-            for name in ("sha256", *(_DECODED if verify else ())):
+            for name in ("sha256", *(_DECODED if self.verify else ())):
                 columns[name] = [getattr(fact, name) for fact in facts]
+            if self.verify:
+                columns["group"] = _number_groups(facts)
             for name, column in columns.items():
                 table = replace_column(table, name, pa.array(column, TYPES.get(name, pa.string())))
-            if self.duplicates:
-                hashes = table["phash"].combine_chunks()
-                groups = pa.array(group_duplicates(hashes.drop_null().to_numpy()), MEASURED["group"])
-                table = replace_column(table, "group", pc.replace_with_mask(hashes, hashes.is_valid(), groups))
             table = assign_validation(table, data.validation_fraction)
             if data.corrections and (decisions := read_corrections(folder)):
                 log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
@@ -86,10 +82,17 @@ class Manifest(Tool):
                 "then write the manifest again", f"{len(damaged):,}", f"{len(paths):,}",
                 ", ".join(f"{kind}: {count:,}" for kind, count in kinds),
             )  # fmt: skip
-        if self.duplicates:
+        if self.verify:
             sizes = [count for count in Counter(table["group"].drop_null().to_pylist()).values() if count > 1]
             largest = max(sizes, default=0)
             log.info("near-duplicates: %d groups, the largest has %d images (column group)", len(sizes), largest)
         splits, labels, tags = (count_values(table[name]) for name in ("split", "label", "tags"))
         log.info("wrote %s: %s, %d classes, %d tags", folder / PARQUET, splits, len(labels), len(tags))
         return f"{len(table)} images, {len(damaged)} unreadable"
+
+
+def _number_groups(facts: Sequence[FileFacts]) -> list[int | None]:
+    """Return the number of each image's group of near-duplicates; None without pixels."""
+    thumbnails = [fact.thumbnail for fact in facts if fact.thumbnail is not None]
+    groups = iter(group_duplicates(thumbnails).tolist())
+    return [None if fact.thumbnail is None else next(groups) for fact in facts]

@@ -15,7 +15,7 @@ import numpy as np
 import PIL
 from PIL import Image
 
-from data.collection.duplicates import perceptual_hash
+from data.collection.duplicates import draw_thumbnail
 from data.images.convert import UPRIGHT, convert, is_transparent, load_upright, read_orientation
 from data.images.open import (
     MENDED,
@@ -43,8 +43,8 @@ class FileFacts(NamedTuple):
     """Facts about one file. kind, reason: why it is unreadable (data/images/open.py), else None.
 
     sha256: None if it cannot be opened. All other fields are None unless it was decoded. width, height: after EXIF
-    rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. phash: see
-    data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
+    rotation. mode: Pillow's mode of the file. orientation: from EXIF, 1 to 8. transparent: 0 or 1. thumbnail:
+    see data/collection/duplicates.py. brightness: mean grey level, 0 to 1. sharpness: variance of the Laplacian of grey
     levels from 0 to 255, with the longer side at 512 pixels; below about 100 an image looks blurred.
     remark: what is odd about a readable one.
     Source: Pech-Pacheco et al. 2000, Diatom autofocusing in brightfield microscopy.
@@ -59,7 +59,7 @@ class FileFacts(NamedTuple):
     mode: str | None = None
     orientation: int | None = None
     transparent: int | None = None
-    phash: int | None = None
+    thumbnail: str | None = None
     brightness: float | None = None
     sharpness: float | None = None
     remark: str | None = None
@@ -126,7 +126,7 @@ def _measure_image(image: Image.Image) -> FileFacts:
     facts = facts._replace(
         orientation=orientation if orientation in UPRIGHT else 1,
         transparent=transparent,
-        phash=perceptual_hash(pixels),
+        thumbnail=draw_thumbnail(pixels),
     )
     return facts._replace(
         brightness=round(float(levels.mean()) / 255, 4),

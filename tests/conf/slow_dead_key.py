@@ -114,7 +114,7 @@ export run_dir=asl format=wd14
 evaluate job=compare models=[asl] min_support=1 $folders $cpu
 predict weights=tuned input=images output=found.csv
 predict weights=asl input=images output=tags.csv
-prepare job=manifest job.duplicates=true $folders
+prepare job=manifest $folders
 prepare job=check $glyphs
 prepare job=pack $folders job.output=packed
 prepare job=vocabulary $folders job.output=tags.csv job.min_count=1

@@ -12,10 +12,10 @@ from tests.support import refuses
 SIZES, WIDE = {"width": 100, "height": 50}, {"width": 300, "height": 300}
 ROWS = [
     {"path": "a.png", "label": "cat", "tags": ["1girl", "character:Hatsune Miku", 'a "b" \\*'], "a b": 0.5, **SIZES},
-    {"path": "b.png", "label": "o", "tags": ["hat", "red hat"], "phash": 2**60 - 1, "split": "val", **WIDE},
-    {"path": "c.png", "phash": 1, "caption": "<script>", "weight": 0.0},
+    {"path": "b.png", "label": "o", "tags": ["hat", "red hat"], "group": 2, "split": "val", **WIDE},
+    {"path": "c.png", "group": 1, "caption": "<script>", "weight": 0.0},
 ]  # fmt: skip
-ROWS[0] |= {"caption": "A Red house", "phash": 1}
+ROWS[0] |= {"caption": "A Red house", "group": 1}
 
 
 @pytest.fixture

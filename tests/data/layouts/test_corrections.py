@@ -67,7 +67,7 @@ def test_the_manifest_takes_them_and_agrees_with_them(animals, opened, tmp_path,
     data = data_config(root=str(animals), validation_fraction=0.0)
     for corrections, label in ((True, "dog"), (False, "cat")):
         taken = data.model_copy(update={"corrections": corrections})
-        Manifest(name="manifest", verify=False, duplicates=False).run(taken)
+        Manifest(name="manifest", verify=False).run(taken)
         assert ("changed since: cat/2.png" in caplog.text) == corrections
         (held := animals / CORRECTIONS).rename(tmp_path / "held")
         assert labels(opened(animals))[0] == label

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image, ImageFilter
 
 from data.images.open import CUT_OFF, NOT_OPENED
-from data.tools.exclude import find_groups
+from data.tools.duplicates import find_groups
 from data.tools.measure import FileFacts, measure_file, measure_files
 from tests.data.tools.test_duplicates import picture
 from tests.in_process import run
@@ -69,7 +69,7 @@ def test_a_filter_excludes_in_the_manifest_and_takes_back(root, tmp_path):
 
 def test_a_split_is_written_into_the_manifest(root, tmp_path):
     words = ["job=split", *FOLDER[:2], "data.validation_fraction=0.34"]
-    run("prepare", ["job=manifest", "job.duplicates=true", *FOLDER], tmp_path)
+    run("prepare", ["job=manifest", *FOLDER], tmp_path)
     splits = pq.read_table(root / "manifest.parquet")["split"].to_pylist()
     assert run("prepare", words, tmp_path).endswith("set job.apply=true to write it into the manifest")
     assert pq.read_table(root / "manifest.parquet")["split"].to_pylist() == splits
@@ -152,6 +152,7 @@ def test_orphans_are_found_both_ways(root, tmp_path):
 
 def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     words = ["job=duplicates", *FOLDER]
+    picture(2).resize((300, 202)).save(root / "dog/large.png")
     run("prepare", [*words, "job.match=exact"], tmp_path)
     assert listed(tmp_path, "duplicates") == {"dog/same.png": "a duplicate: dog/1.png is kept"}
     files = {file: file.read_bytes() for file in root.rglob("*.*")}
@@ -160,19 +161,21 @@ def test_the_one_with_tags_of_each_group_stays(root, tmp_path):
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
     run("prepare", [*words, "job.apply=true"], tmp_path)
     excluded = {
-        "dog/copy.png": "duplicates: a duplicate: cat/2.jpg is kept",  # which has tags, though it is smaller
+        "dog/large.png": "duplicates: a duplicate: dog/1.png is kept",  # which has tags, though it is smaller
         "dog/same.png": "duplicates: a duplicate: dog/1.png is kept",
     }
     assert {path: reason for path, reason in reasons(root).items() if reason.startswith("duplicates")} == excluded
     assert all(file.read_bytes() == content for file, content in files.items())
+    other = "here label dog; in cat/2.jpg label cat, tag red"
+    assert listed(tmp_path, "same_picture") == {"dog/copy.png": other} and "dog/copy.png" not in reasons(root)
     run("prepare", ["job=manifest", *FOLDER], tmp_path)
-    run("prepare", ["job=filter", *FOLDER, "job.find=tags<1", "job.apply=true"], tmp_path)  # the copies have no tags
+    run("prepare", ["job=filter", *FOLDER, "job.find=path:dog/", "job.apply=true"], tmp_path)
     run("prepare", [*words, "job.apply=true"], tmp_path)
     assert not any(reason.startswith("duplicates") for reason in reasons(root).values())
 
 
 def test_a_manifest_of_the_users_is_refused_after_the_list(root, tmp_path):
-    content = "path\ncat/2.jpg\ndog/copy.png"
+    content = "path,label\ncat/2.jpg,cat\ndog/copy.png,cat"
     (root / "manifest.csv").write_text(content)
     with refuses(r"^data\.root: .*manifest\.csv' was not written by job=manifest"):
         run("prepare", ["job=duplicates", *FOLDER, "job.apply=true"], tmp_path)
@@ -181,7 +184,7 @@ def test_a_manifest_of_the_users_is_refused_after_the_list(root, tmp_path):
 
 def test_unreadable_files_are_duplicates_by_their_bytes_alone():
     facts = {"a": FileFacts("x", CUT_OFF), "b": FileFacts("x", CUT_OFF), "c": FileFacts(None), "d": FileFacts(None)}
-    facts |= {"e": FileFacts("y", phash=0), "f": FileFacts("z", phash=3)}
+    facts |= {"e": FileFacts("y", thumbnail="A" * 384), "f": FileFacts("z", thumbnail="A" * 384)}
     assert find_groups(facts, "near") == [["a", "b"], ["e", "f"]]
     assert find_groups(facts, "exact") == [["a", "b"]]
 
@@ -201,3 +204,22 @@ def test_a_fault_that_may_pass_is_not_kept(root, tmp_path, monkeypatch):
         patched.setattr("data.tools.measure.measure_file", lambda *_, **__: FileFacts(None, NOT_OPENED, "busy"))
         assert measure_files(root, list(TAGS), 10**6)[0].kind == NOT_OPENED
     assert [facts.kind for facts in measure_files(root, list(TAGS), 10**6)] == [None] * 3
+
+
+def test_copies_with_other_tags_stay(tmp_path):
+    """Spelling makes no difference; what a kept image does not say is never lost."""
+    root = tmp_path / "images"
+    root.mkdir()
+    texts = ["1girl, hat, smile", "1Girl, (hat:1.2), Smile", "hat", "1girl, cat", None, "rating:s, hat"]
+    for number, text in enumerate(texts):
+        picture(0).resize((150 + 10 * number, 101 + 7 * number)).save(root / f"{number}.png")
+        if text:
+            (root / f"{number}.txt").write_text(text)
+    run("prepare", ["job=duplicates", *FOLDER], tmp_path)
+    assert listed(tmp_path, "duplicates") == {
+        f"{number}.png": "a duplicate: 1.png is kept" for number in (0, 2, 4)
+    }  # of equal tags the larger one
+    assert listed(tmp_path, "same_picture") == {
+        "3.png": "here tag cat; in 1.png tag hat, tag smile",
+        "5.png": "here rating s; in 1.png tag 1girl, tag smile",
+    }
