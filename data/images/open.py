@@ -60,6 +60,7 @@ NO_MEMORY = "too little memory"
 NO_DECODER = "its decoder is not installed"
 MENDED = "end marker"  # in `info` of an image: its end marker is missing, but its data are whole
 ORIENTATION = 0x0112  # the tag of EXIF
+RAW = "raw"  # the format of an image that is the preview in a raw photograph
 
 # Pillow's warnings (truncated EXIF, a palette with transparency, a broken animation) would add a line to the log for
 # each image and worker. `max_pixels` limits sizes.
@@ -135,7 +136,8 @@ def _open(content: bytes, name: str, max_pixels: int, header: bool) -> Image.Ima
         if image.format in ("JPEG", "MPO") and not header and lacks_end(content):
             image = load(complete(content, image.mode))
             image.info[MENDED] = True
-        if turn != 1:
+        if package == "rawpy":
+            image.format = RAW
             image.getexif().setdefault(ORIENTATION, turn)
         return image
 

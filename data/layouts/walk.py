@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from data.layouts.names import IMAGE_SUFFIXES, SUFFIXES, has_reader, is_passed_over, is_sidecar
-from data.layouts.unused import OTHERS, RESOURCE_FORK, Unused
+from data.layouts.unused import LACKING, OTHERS, RESOURCE_FORK, Unused
 from utils.errors import UserError
 from utils.io.memo import in_threads
 from utils.io.names import is_utf8, show_name
@@ -121,8 +121,8 @@ def unreadable(error: OSError) -> str:
 
 
 def is_fault(reason: str) -> bool:
-    """Return whether a reason for `Unused` is that a name or a file cannot be read."""
-    return reason.startswith((NOT_UTF8, _CIRCLES, _BROKEN, _SPECIAL, _NOT_READ, _NOT_LISTED))
+    """Return whether a reason for `Unused` is that a name or a file cannot be read, or not yet."""
+    return reason.startswith((NOT_UTF8, _CIRCLES, _BROKEN, _SPECIAL, _NOT_READ, _NOT_LISTED, LACKING))
 
 
 def _real_folder(entry: os.DirEntry[str], chain: tuple[str, ...]) -> str | None:

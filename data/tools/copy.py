@@ -41,8 +41,8 @@ _PRESENT = "present"
 _COPIED = "copied"
 _SHRUNK = "shrunk"
 _CHANGED = {"size", "sha256", *MEASURED} - {"group"}  # columns that differ in a smaller image
-_WRITTEN = ("JPEG", "PNG", "WEBP")
-_QUALITY = 95  # of JPEG and WebP
+_WRITTEN = ("JPEG", "PNG", "WEBP", "AVIF", "HEIF")
+_QUALITY = 95  # of all but PNG
 _SMOOTH = {"P": "RGB", "PA": "RGBA", "1": "L"}  # the modes for smooth resizing
 _METADATA = ("exif", "icc_profile", "xmp", "dpi", "comment")
 

@@ -41,7 +41,8 @@ def start(root, **changes):
 
 
 def check(root, **changes):
-    run("prepare", ["job=check", "data=image_folder", f"data.root={root}"], root.parent)
+    line = run("prepare", ["job=check", "data=image_folder", f"data.root={root}"], root.parent)
+    assert "not installed (make install-formats reads them): 120" in line
 
 
 def write(root, **changes):
