@@ -1,0 +1,119 @@
+"""docs/photographs.md on the folders of a phone: every photograph is read, and the rest is one line."""
+
+import csv
+import re
+import shutil
+import unicodedata
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from data.images.further import load_package
+from tests.door.follow import follow
+from tests.in_process import SHORT, run
+from tests.support import ROOT, refuses
+
+KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190)}
+ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
+FORMS = {"heic": "HEIF", "avif": "AVIF", "webp": "WEBP"}
+FAST = {"AVIF": {"speed": 10}}
+TURNS = (1, 6, 3, 8)
+EACH = 36  # photographs of a kind, above 100 in all, so that some are for validation
+SMALL = [
+    *SHORT,
+    "loop.minutes=null",
+    "loop.total_steps=12",
+    "loop.batch_size=16",
+    "model.name=resnet10t",
+    "init_from=null",
+]
+
+
+def draw(kind, number):
+    """Return a photograph of a kind: soft colours around its own."""
+    draw = np.random.default_rng([number, *KINDS[kind]])
+    soft = Image.fromarray(draw.integers(0, 256, (5, 6, 3), np.uint8)).resize((96, 64), Image.Resampling.BICUBIC)
+    return Image.fromarray((np.asarray(soft) * 0.5 + np.multiply(KINDS[kind], 0.5)).astype(np.uint8))
+
+
+def make_phone(root, count):
+    """Write the folders of a phone as a Mac copies them; returns how many photographs, films and `._` files."""
+    made = [0, 0, 0]
+    for kind in KINDS:
+        folder = root / unicodedata.normalize("NFD", kind)
+        folder.mkdir(parents=True)
+        (folder / ".DS_Store").write_bytes(b"\0\0\0\1Bud1")
+        for number in range(count):
+            name = unicodedata.normalize("NFD", f"{'IMG' if number % 5 else 'Föto'}_{number:04}.{ENDINGS[number % 8]}")
+            exif = Image.Exif()
+            exif[0x0112] = TURNS[number % 4]
+            form = FORMS.get(name.rpartition(".")[2].lower(), "JPEG")
+            draw(kind, number).save(folder / name, form, exif=exif.tobytes(), quality=90, **FAST.get(form, {}))
+            made[0] += 1
+            if number % 6 == 0:
+                (folder / name).with_suffix(".MOV").write_bytes(b"\0\0\0\x14ftypqt  ")
+                made[1] += 1
+            if number % 6 == 1:
+                (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
+                made[2] += 1
+    return made
+
+
+def run_python(page, folder, **words):
+    """Run the Python block of a page in a folder."""
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)[1]
+    for word, value in words.items():
+        block = re.sub(rf"\b{word}\b", value, block)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        exec(compile(block, page, "exec"), {})
+
+
+def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
+    pytest.importorskip("pillow_heif", reason="make install-formats")
+    load_package("pillow-heif")
+    photographs, films, forks = make_phone(tmp_path / "phone", EACH)
+    make_phone(tmp_path / "new", 8)
+    words = {"PHOTOS": "phone", "NEW": "new", "RUN": "mine"}
+    short = {"train.py": SMALL, "predict.py": ["device=cpu"], "evaluate.py": ["runtime.device=cpu"]}
+    checked, trained, measured, predicted = follow("photographs.md", tmp_path, words, short)
+
+    said = capsys.readouterr().err
+    unused = f"not used: {films + forks} files of kinds that no reader takes: ._* {forks}, .mov {films}"
+    assert {line for line in said.splitlines() if "data.root: not used" in line} == {f"data.root: {unused}"}
+    val = round(photographs / 10 / 3) * 3
+    assert f"{photographs - val} training and {val} validation images of 3 classes; no fault" in checked
+    assert "top1=" in measured and "24 images" in predicted
+    assert "unreadable" not in said
+
+    with open(tmp_path / "mine/new.csv", encoding="utf-8") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 24 and {row["class"] for row in rows} <= set(KINDS) and not any(row["error"] for row in rows)
+    before = sorted(file for file in (tmp_path / "new").rglob("*"))
+    run_python("photographs.md", tmp_path, RUN="mine")
+    copies = [file.parent.name for file in (tmp_path / "sorted").rglob("*.*")]
+    assert sorted(copies) == sorted(row["class"] for row in rows)
+    assert sorted(file for file in (tmp_path / "new").rglob("*")) == before
+
+
+def test_without_the_package_each_command_names_it_and_the_count(tmp_path, log, capsys, without_formats):
+    for kind, colour in KINDS.items():
+        (tmp_path / "phone" / kind).mkdir(parents=True)
+        for number in range(4):
+            Image.new("RGB", (32, 32), colour).save(tmp_path / f"phone/{kind}/{number}.jpg")
+            (tmp_path / f"phone/{kind}/{number}.HEIC").write_bytes(b"\0\0\0\x1cftypheic" + bytes(99))
+    advice = "12 images whose package is not installed (make install-formats reads them): .heic 12 (pillow-heif)"
+    for script, *words in (["prepare", "job=check"], ["train", "run_dir=mine", "dry_run=true", *SMALL]):
+        log.clear()
+        run(script, [*words, "data.root=phone"], tmp_path)
+        assert f"data.root: not used: {advice}" in log.text + capsys.readouterr().err
+    run("train", ["data.root=phone", "run_dir=mine", *SMALL], tmp_path)
+    run("predict", ["weights=mine", "input=phone", "output=a.csv", "device=cpu"], tmp_path)
+    assert f"input: not used: {advice}" in log.text
+    shutil.rmtree(tmp_path / "phone/Hunde")
+    for file in Path(tmp_path, "phone").rglob("*.jpg"):
+        file.unlink()
+    with refuses(r"^data.root: .*holds no image .*\.heic 8 \(pillow-heif\)"):
+        run("train", ["data.root=phone", "run_dir=other", "dry_run=true", *SMALL], tmp_path)
