@@ -1,6 +1,6 @@
 r"""Fine-tune SDXL on captioned images: a LoRA, or the whole U-Net.
 
-    python finetune_sdxl.py model.path=sd_xl_base_1.0.safetensors data.root=PATH task.noise.convert=true
+    python finetune_sdxl.py model.path=sd_xl_base_1.0.safetensors data.root=PATH
     python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora.rank=32 'task.samples.prompts=["a cat"]'
     python finetune_sdxl.py model.path=FOLDER data.root=PATH task.lora=null optim.lr=1e-5   train the whole U-Net
     python finetune_sdxl.py model.path=FOLDER data.root=PATH init_from=RUN                  continue its LoRA or U-Net

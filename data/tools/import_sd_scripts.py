@@ -42,7 +42,7 @@ class _Options(Strict):
     """The keys of a subset that have a counterpart, with the defaults of sd-scripts."""
 
     image_dir: PathText
-    num_repeats: Count = 1
+    num_repeats: CountOrZero = 1
     class_tokens: str | None = None
     is_reg: bool = False
     alpha_mask: bool = False
@@ -122,7 +122,11 @@ class Import(Tool):
             general = read.pop("general", {})
             for dataset in read.pop("datasets", []):
                 for subset in dataset.pop("subsets", []):
-                    subsets.append(_check({**general, **dataset, **subset}, notes))
+                    options = _check({**general, **dataset, **subset}, notes)
+                    if options.num_repeats == 0:
+                        log.info("job.source: %s has 0 repeats and is left out, as there", options.image_dir)
+                    else:
+                        subsets.append(options)
             if not subsets or read:
                 raise UserError(f"{file} has {', '.join(read) or 'no subset'}; write datasets with subsets")
         return subsets

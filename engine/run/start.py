@@ -81,6 +81,11 @@ def describe_run(task: Task, streams: Streams, config: TrainingConfig, job: Job,
     """Return the run's plan, and log the start screen."""
     path = default_run_dir(config.model_dump(mode="json"), job)
     config = use_minutes(config, path, job.overrides)
+    if config.loop.early_stop_epochs is not None and streams.evaluation_samples == 0:
+        raise UserError(
+            f"loop.early_stop_epochs: {config.loop.early_stop_epochs:g}, but there are no validation images; set "
+            "data.validation_fraction=0.1, or early_stop_epochs=null"
+        )
     plan = plan_streams(config, streams, distributed.planned_world_size())
     networks = networks_of(task, task.trained)
     groups = build_groups(task, networks, config.optim)

@@ -61,8 +61,13 @@ class NoiseConfig(Strict):
         if self.zero_terminal_snr == "auto":
             # A file that does not say it is sampled without.
             values["zero_terminal_snr"] = base["prediction_type"] == kind and bool(base["zero_terminal_snr"])
-        if path is not None and not self.convert:
+        if base.get("is_stated"):
             log.info("task.noise: %s predicts %s, which is trained", path, kind)
+        elif base is not own and self.prediction_type == "auto":
+            log.warning(
+                "task.noise: %s does not say what it predicts and is trained as %s, as programs use it; if its "
+                "author says v, set task.noise.convert=true task.noise.prediction_type=v_prediction", path, kind,
+            )  # fmt: skip
         return {**values, "prediction_type": kind}
 
 

@@ -106,6 +106,7 @@ class DiffusionKind(BucketedKind):
     task = DiffusionTask
     schema = SDXLTrainingConfig
     scripts = ("finetune_sdxl",)
+    next_commands = ("python predict.py weights={run} prompts=FILE output=FOLDER",)
 
     def commands(self, setup: Setup, streams: Streams, collection: Collection) -> list[str]:
         """Return the export that programs read, and the evaluation."""
@@ -187,6 +188,11 @@ class DiffusionKind(BucketedKind):
         loaders = super().evaluation(data, setup, rows, training=training)
         judge = setup.task.judge
         if judge is not None:
+            if len(rows) == 0:
+                raise UserError(
+                    "task.judge: draws captions of validation images, and there are none; set "
+                    "data.validation_fraction=0.1, or task.judge=null"
+                )
             loaders["judge"] = judged_stream(Judge(judge), judge, data, setup.task.captions, rows)
         return loaders
 

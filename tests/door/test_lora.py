@@ -1,6 +1,7 @@
 """A dog: 15 photographs without texts and a base that predicts epsilon end as a LoRA for ComfyUI (docs/lora.md)."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -92,22 +93,34 @@ def test_prodigy_takes_its_own_rate_where_the_command_has_none():
         use_factor(configure("finetune_sdxl", [*words[:4], "optim.lr=1e-4"])[0], ["optim.lr=1e-4"])
 
 
-def test_a_flow_base_says_the_one_change_and_one_to_convert_becomes_v(place):
-    write_base(place / "flow", noise={"prediction_type": "flow", "zero_terminal_snr": False})
-    words = ["experiment=sdxl/lora", "data.root=dog", "data.concepts=[]"]
-    for base, more, wanted in (
-        (place / "flow", ["task.loss.weighting=none"], ("flow", False)),
-        (place / "base", ["task.noise.convert=true"], ("v_prediction", True)),
-        (
-            place / "base",
-            ["task.noise.prediction_type=v_prediction", "task.noise.convert=true"],
-            ("v_prediction", True),
-        ),
-        (place / "base", ["task.noise.prediction_type=epsilon"], ("epsilon", False)),
-    ):
-        config, _ = configure("finetune_sdxl", [*words, f"model.path={base}", *more])
+@pytest.fixture
+def settle(place):
+    """Return the noise of a run of some words on a base."""
+
+    def settle(base, *words):
+        words = ["experiment=sdxl/lora", "data.root=dog", "data.concepts=[]", f"model.path={place / base}", *words]
+        config, _ = configure("finetune_sdxl", words)
         noise = config.task.complete(config).task.noise
-        assert (noise.prediction_type, noise.zero_terminal_snr) == wanted
-    config, _ = configure("finetune_sdxl", [*words, f"model.path={place}/flow"])
-    with refuses("task.loss.weighting: min_snr is for epsilon and v"):
-        config.task.complete(config)
+        return noise.prediction_type, noise.zero_terminal_snr
+
+    return settle
+
+
+def test_noise_is_that_of_the_base_unless_another_is_wanted(place, settle, log):
+    assert settle("base", "task.noise.convert=true") == ("v_prediction", True)
+    assert settle("base", "task.noise.prediction_type=v_prediction", "task.noise.convert=true") == (
+        "v_prediction",
+        True,
+    )
+    assert settle("base", "task.noise.prediction_type=epsilon") == ("epsilon", False)
+    write_base(place / "flow", noise={"prediction_type": "flow", "zero_terminal_snr": False})
+    with refuses("task.loss.weighting: min_snr is for epsilon and v.*set task.loss.weighting=none"):
+        settle("flow")
+    assert settle("flow", "task.loss.weighting=none") == ("flow", False)
+    shutil.copytree(place / "base", place / "silent")
+    file = place / "silent/scheduler/scheduler_config.json"
+    values = json.loads(file.read_text())
+    del values["prediction_type"]
+    file.write_text(json.dumps(values))
+    assert "does not say" not in log.text
+    assert settle("silent") == ("epsilon", False) and "silent does not say what it predicts" in log.text

@@ -114,6 +114,7 @@ def test_a_folder_in_several_resolutions_is_trained_in_each(tmp_path):
         (SUBSET + "keep_tokens = 'x'", ["a: keep_tokens: must be"]),
         ("[[datasets]]\n[[datasets.subsets]]\nis_reg = true", ["image_dir: missing"]),
         ("[general]", ["no subset"]),
+        (SUBSET + "num_repeats = 0", ["no subset"]),  # as sd-scripts leaves it out
         ("datasets = 3", ["not a readable"]),
         ("a = [", ["not a readable"]),
         (SUBSET + "[network]\ndim = 4", ["network"]),
