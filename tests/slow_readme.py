@@ -35,6 +35,7 @@ def folder(tmp_path_factory):
     path = tmp_path_factory.mktemp("readme")
     draw_few_glyphs(path / "collections/glyphs")
     make_collection(path / "PATH")
+    shutil.copytree(path / "PATH/val", path / "PATH/test")
     return path
 
 

@@ -10,14 +10,12 @@ from tests.in_process import SCRIPTS as COMMAND_NAMES
 from tests.support import ROOT
 from utils.config.help import CONF
 
-PAGES = [ROOT / "README.md", ROOT / "docs/commands.md"]
+PAGES = [ROOT / "README.md"]
+PAGES += [ROOT / f"docs/{name}.md" for name in ("wrong_labels", "another_machine", "commands", "comfyui")]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-COMMANDS = [
-    line.split("#")[0].strip()
-    for block in re.findall(r"```bash\n(.*?)```", TEXT, flags=re.DOTALL)
-    for line in block.splitlines()
-    if line.split("#")[0].strip()
-]
+_CODE = re.compile(r"^```bash\n(.*?)^```|^\|[^|]+\| `(python [^`]+)`", re.DOTALL | re.MULTILINE)  # blocks, and cells of a table
+_LINES = [line.partition("#")[0].strip() for match in _CODE.finditer(TEXT) for line in (match[1] or match[2]).splitlines()]
+COMMANDS = [line for line in _LINES if line]
 SCRIPTS = ["submit/slurm" if name == "slurm" else name for name in COMMAND_NAMES]
 NOT_KEYS = re.compile(r"\.(py|yaml|toml|jsonl?|csv|txt|html|parquet|safetensors|png|md|onnx)$|^task\.(origin|column)$")
 
@@ -40,6 +38,11 @@ every_page = pytest.mark.parametrize("page", [PAGES[0], *DOCS], ids=lambda page:
 def test_every_link_leads_somewhere(page):
     links = re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert [link for link in links if "://" not in link and not (page.parent / link).exists()] == []
+
+
+def test_the_index_names_every_page():
+    links = re.findall(r"\]\(([^)#]+)", (ROOT / "docs/README.md").read_text(encoding="utf-8"))
+    assert [page.name for page in DOCS if page.name not in {*links, "README.md"}] == []
 
 
 @every_page
