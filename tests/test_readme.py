@@ -13,8 +13,10 @@ from utils.config.help import CONF
 PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / f"docs/{name}.md" for name in ("wrong_labels", "another_machine", "commands", "comfyui")]
 TEXT = "\n".join(page.read_text(encoding="utf-8") for page in PAGES)
-_CODE = re.compile(r"^```bash\n(.*?)^```|^\|[^|]+\| `(python [^`]+)`", re.DOTALL | re.MULTILINE)  # blocks, and cells of a table
-_LINES = [line.partition("#")[0].strip() for match in _CODE.finditer(TEXT) for line in (match[1] or match[2]).splitlines()]
+# Blocks, and the first code of a table's second cell.
+_CODE = re.compile(r"^```bash\n(.*?)^```|^\|[^|]+\| `(python [^`]+)`", re.DOTALL | re.MULTILINE)
+_TEXTS = [match[1] or match[2] for match in _CODE.finditer(TEXT)]
+_LINES = [line.partition("#")[0].strip() for text in _TEXTS for line in text.splitlines()]
 COMMANDS = [line for line in _LINES if line]
 SCRIPTS = ["submit/slurm" if name == "slurm" else name for name in COMMAND_NAMES]
 NOT_KEYS = re.compile(r"\.(py|yaml|toml|jsonl?|csv|txt|html|parquet|safetensors|png|md|onnx)$|^task\.(origin|column)$")
