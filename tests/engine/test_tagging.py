@@ -159,7 +159,7 @@ def place(tmp_path_factory):
     run("train", [*RUN, "run_dir=run", "loop.total_steps=60", "loop.ema_decay=0.5", "optim.lr=0.01",
                   "loop.evaluate_every_epochs=15", "loop.checkpoint_every_steps=60", "lr_finder.enabled=false",
                   "loop.batch_size=8", "loop.micro_batch_size=8",
-                  "optim=adamw", "schedule=cosine"], folder)  # fmt: skip
+                  "optim=adamw", "schedule=cosine", "schedule.warmup_steps=2"], folder)  # fmt: skip
     return folder
 
 
