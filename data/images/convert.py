@@ -16,7 +16,7 @@ UPRIGHT = {
 }
 _ALPHA = ("LA", "PA", "RGBA", "RGBa")
 _PHOTOMETRIC = 0x0106  # a tag of TIFF
-_BITS = 0x0102  # a tag of TIFF
+_WHITE_IS_ZERO = 0
 _TO_EIGHT_BIT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 16 bits to 8, rounding to nearest
 
 
@@ -31,20 +31,10 @@ def load_upright(image: Image.Image) -> Image.Image:
     Pillow's TIFF reader already rotates when loading, and removes the orientation.
     """
     image.load()
-    if image.format == "TIFF" and image.mode.startswith("I;16"):
-        image = _read_levels(image)
+    if image.format == "TIFF" and image.mode.startswith("I;16") and image.tag_v2.get(_PHOTOMETRIC) == _WHITE_IS_ZERO:
+        image = Image.fromarray(65535 - np.asarray(image).astype(np.uint16))
     method = UPRIGHT.get(read_orientation(image))
     return image if method is None else image.transpose(method)
-
-
-def _read_levels(image: Image.Image) -> Image.Image:
-    """Return 16-bit grey of a TIFF with black as zero and white as 65,535; Pillow leaves stored levels as they are."""
-    levels = np.asarray(image).astype(np.int64)
-    if image.tag_v2.get(_BITS) == (12,):
-        levels = levels * 65535 // 4095
-    if image.tag_v2.get(_PHOTOMETRIC) == 0:
-        levels = 65535 - levels
-    return Image.fromarray(levels.astype(np.uint16))
 
 
 def convert(image: Image.Image, channels: int, colour: tuple[int, int, int] | None) -> np.ndarray:

@@ -45,7 +45,7 @@ PngImagePlugin.MAX_TEXT_CHUNK = 8_000_000  # bytes of an unpacked text or profil
 
 # Pillow knows some kinds of 16-bit grey only with black as zero; `load_upright` turns the others.
 for (_prefix, _white, *_kind), _modes in list(TiffImagePlugin.OPEN_INFO.items()):
-    if _white == 1 and _modes[0].startswith("I;16"):
+    if _white == 1 and _modes[1] in ("I;16", "I;16B"):
         TiffImagePlugin.OPEN_INFO.setdefault((_prefix, 0, *_kind), _modes)
 
 # The kinds of faults, as counted by `prepare.py job=manifest`.

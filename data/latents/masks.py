@@ -23,7 +23,7 @@ from data.images.open import UNLIMITED, open_image, read_file
 from data.images.sizes import size_of
 from data.latents.buckets import Buckets, Fit, place
 from data.latents.latent_cache import SHRINK, STORED
-from data.layouts.names import is_condition, masked_stem
+from data.layouts.names import CONDITION, masked_stem
 from data.layouts.table import show_some
 from data.stream.source import Record, Source, UnreadableImage
 from utils.config.bounds import Fraction
@@ -75,7 +75,7 @@ def find_masks(collection: Collection, rows: np.ndarray, sizes_hw: np.ndarray, s
     def list_masks(folder: Path) -> dict[str, str]:
         """Return the masks in a folder by the name of their image without its ending."""
         names = sorted(file.name for file in folder.glob("*"))  # none in a shard
-        masks = ((masked_stem(name), name) for name in names if not is_condition(name))
+        masks = ((masked_stem(name), name) for name in names if CONDITION not in name.lower())
         return {to_nfc(stem): name for stem, name in masks if stem is not None}
 
     def list_files(row: int) -> list[Path]:

@@ -24,7 +24,6 @@ from data.layouts.names import (
     POSTS,
     SHARD_SUFFIXES,
     TABLES,
-    is_condition,
     is_image_name,
     is_mask_name,
     is_raw,
@@ -43,7 +42,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_CONDITIONS = "conditioning images of OneTrainer, which are not read"
+_MASKS = "masks, which task.mask alone reads, and OneTrainer's conditioning images"
 _FOR_ALL = 0o444  # the mode of a file that every user may read
 _BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
 _BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
@@ -118,8 +117,7 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
-        for name in filter(is_mask_name, names):
-            unused.add(_CONDITIONS if is_condition(name) else "masks, which task.mask alone reads", folder + name)
+        unused.add(_MASKS, *map(folder.__add__, filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
         for path in orphans:

@@ -54,11 +54,6 @@ def is_mask_name(name: str) -> bool:
     return masked_stem(name) is not None
 
 
-def is_condition(name: str) -> bool:
-    """Return whether the name of a mask is that of a conditioning image."""
-    return os.path.splitext(name)[0].lower().endswith(CONDITION)
-
-
 def is_raw(name: str) -> bool:
     """Return whether a file name is that of a raw photograph."""
     return name.lower().endswith(RAW_SUFFIXES)

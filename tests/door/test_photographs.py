@@ -2,9 +2,7 @@
 
 import csv
 import re
-import shutil
 import unicodedata
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,8 +10,8 @@ from PIL import Image
 
 from data.images.further import load_package
 from tests.door.follow import follow
-from tests.in_process import SHORT, run
-from tests.support import ROOT, refuses
+from tests.in_process import SHORT, working_in
+from tests.support import ROOT
 
 KINDS = {"Hunde": (180, 60, 40), "Katzen": (40, 150, 60), "Möwen": (50, 60, 190)}
 ENDINGS = ("jpg", "HEIC", "JPG", "HEIC", "avif", "webp", "HEIC", "jpeg")
@@ -61,16 +59,6 @@ def make_phone(root, count):
     return made
 
 
-def run_python(page, folder, **words):
-    """Run the Python block of a page in a folder."""
-    block = re.search(r"```python\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)[1]
-    for word, value in words.items():
-        block = re.sub(rf"\b{word}\b", value, block)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.chdir(folder)
-        exec(compile(block, page, "exec"), {})
-
-
 def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     pytest.importorskip("pillow_heif", reason="make install-formats")
     load_package("pillow-heif")
@@ -92,28 +80,9 @@ def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
         rows = list(csv.DictReader(file))
     assert len(rows) == 24 and {row["class"] for row in rows} <= set(KINDS) and not any(row["error"] for row in rows)
     before = sorted(file for file in (tmp_path / "new").rglob("*"))
-    run_python("photographs.md", tmp_path, RUN="mine")
+    block = re.search(r"```python\n(.*?)```", (ROOT / "docs/photographs.md").read_text(encoding="utf-8"), re.DOTALL)[1]
+    with working_in(tmp_path):
+        exec(block.replace("RUN/", "mine/"), {})
     copies = [file.parent.name for file in (tmp_path / "sorted").rglob("*.*")]
     assert sorted(copies) == sorted(row["class"] for row in rows)
     assert sorted(file for file in (tmp_path / "new").rglob("*")) == before
-
-
-def test_without_the_package_each_command_names_it_and_the_count(tmp_path, log, capsys, without_formats):
-    for kind, colour in KINDS.items():
-        (tmp_path / "phone" / kind).mkdir(parents=True)
-        for number in range(4):
-            Image.new("RGB", (32, 32), colour).save(tmp_path / f"phone/{kind}/{number}.jpg")
-            (tmp_path / f"phone/{kind}/{number}.HEIC").write_bytes(b"\0\0\0\x1cftypheic" + bytes(99))
-    advice = "12 images whose package is not installed (make install-formats reads them): .heic 12 (pillow-heif)"
-    for script, *words in (["prepare", "job=check"], ["train", "run_dir=mine", "dry_run=true", *SMALL]):
-        log.clear()
-        run(script, [*words, "data.root=phone"], tmp_path)
-        assert f"data.root: not used: {advice}" in log.text + capsys.readouterr().err
-    run("train", ["data.root=phone", "run_dir=mine", *SMALL], tmp_path)
-    run("predict", ["weights=mine", "input=phone", "output=a.csv", "device=cpu"], tmp_path)
-    assert f"input: not used: {advice}" in log.text
-    shutil.rmtree(tmp_path / "phone/Hunde")
-    for file in Path(tmp_path, "phone").rglob("*.jpg"):
-        file.unlink()
-    with refuses(r"^data.root: .*holds no image .*\.heic 8 \(pillow-heif\)"):
-        run("train", ["data.root=phone", "run_dir=other", "dry_run=true", *SMALL], tmp_path)

@@ -111,8 +111,7 @@ def test_masks_and_what_systems_put_beside_pictures_are_no_images(opened, root, 
     others = "cat/a-masklabel.png cat/A-CondLabel.PNG cat/a.mask.png cat/@eaDir/a.png/T.jpg #recycle/a.png cat/._a.png"
     put(root, "cat/a.png", "dog/b.png", *others.split(), "dog/.thumbs/b.png", "__MACOSX/cat/a.png")
     assert listed(opened(root), "path", "label") == ["cat/a.png cat", "dog/b.png dog"]
-    assert "2 masks, which task.mask alone reads: cat/a-masklabel.png" in log.text
-    assert "1 conditioning images of OneTrainer, which are not read: cat/A-CondLabel.PNG" in log.text
+    assert "3 masks, which task.mask alone reads, and OneTrainer's conditioning images: cat/A-Cond" in log.text
     assert "4 hidden names, thumbnails, bins and indexes of systems: " in log.text and "._* 1" in log.text
     assert sorted(path.name for path in find_images(str(root), "input").paths) == ["a.png", "b.png"]
     assert find_images(str(root / "cat/@eaDir"), "input").paths == [root / "cat/@eaDir/a.png/T.jpg"]  # meant
