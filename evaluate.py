@@ -60,7 +60,6 @@ log = get_logger(__name__)
 
 _RESULTS = Path("outputs/evaluate")  # results that belong to no run
 _DRY_RUN = "dry run: nothing is evaluated"
-_TEST_CHOOSES = "the test split chooses nothing, and calibrate=true chooses thresholds"
 
 
 # -------------------------------------------------------------------------------------------------- 1. A weight file
@@ -98,7 +97,7 @@ class Evaluate(Strict):
         if self.run_dir is None and data is None:
             raise ValueError("data: must be given without run_dir; add data.root=PATH")
         if self.calibrate and self.split == "test":
-            raise ValueError(f"calibrate: {_TEST_CHOOSES}; remove calibrate=true, or split=test")
+            raise ValueError("calibrate: the test split chooses no thresholds; set split=val, or remove calibrate=true")
 
     def run(self, config: "EvaluateConfig", runtime: Runtime) -> str:
         """Measure, and write the results: of the run's own images into its folder, of others into one of their own."""
@@ -119,10 +118,10 @@ class Evaluate(Strict):
         if self.calibrate and not opened.is_tagger:
             task = metadata["task"]["name"]
             raise UserError(f"calibrate: true fits a tagger's thresholds, but these weights are for the task {task!r}")
-        if self.calibrate and opened.split == "test":
-            raise UserError(f"split: {_TEST_CHOOSES}; calibrate with split=val or split=all")
-        if self.calibrate and images.is_own and opened.split != "val":
-            raise UserError(f"split: {opened.split} has images that were trained on; calibrate with split=val")
+        if self.calibrate and opened.split != "val" and (images.is_own or opened.split == "test"):
+            raise UserError(
+                f"split: {opened.split} has images that were trained on, or are for tests; calibrate with split=val"
+            )
         if config.dry_run:
             return _DRY_RUN
 

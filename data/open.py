@@ -77,7 +77,7 @@ def describe_collection(collection: Collection) -> str:
         if test == "0"
         else f"{train} training, {val} validation and {test} test"
     )
-    classes = len(collection.class_names("train"))
+    classes = len(collection.class_names("train") or collection.class_names("test"))
     labels = f" of {classes} classes" if classes else ", without labels"
     unused = np.count_nonzero(collection.weights() == 0)
     without = f", without {unused:,} of weight 0" if unused else ""

@@ -191,6 +191,8 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     if len(train) < 2:
         further = [name for name in collection.table.column_names if name not in TYPES]
         others = f", and the manifest has no column label, but {', '.join(further)}" if further and not train else ""
+        if tests := len(collection.rows("test")):
+            others += f", and {tests:,} images in its test split, which is not trained on"
         raise UserError(
             f"data.root: {root!r} has {len(train)} classes in its training split ({known}){others}; classification "
             "needs two. Set data.root to a folder with one sub-folder per class (or with train/ and val/ that contain "

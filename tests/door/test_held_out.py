@@ -66,7 +66,7 @@ def test_training_does_not_depend_on_the_test_split(place):
 
 
 def test_a_test_split_never_calibrates(place):
-    with refuses("calibrate: "):
+    with refuses("calibrate: the test split"):
         run("evaluate", ["run_dir=run", "split=test", "calibrate=true", *ON_CPU], place)
 
 
@@ -76,6 +76,10 @@ def test_classes_of_the_test_split_alone_are_left_out_and_named(place, capsys):
     run("evaluate", ["run_dir=run", "data.root=more/test", *ON_CPU], place)
     assert "5 of 15 images" in (said := capsys.readouterr().err) and "see" in said
     (file,) = [file for file in place.glob("run/evaluate/*/metrics.json") if "-test-" in str(file)]
+    (place / "only").mkdir()
+    shutil.move(place / "more/test", place / "only/test")
+    with refuses("data.root: .*15 images in its test split"):
+        run("train", [*SHORT, "data.root=only", "run_dir=none"], place)
     assert read_json(file)["measured"] == "test: 10 of 15 images"
 
 
