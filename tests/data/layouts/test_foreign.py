@@ -278,14 +278,14 @@ def test_folders_of_datasets_are_read(write, train, test, kind, tmp_path, load, 
     write(tmp_path / "root" / test, arrow_table([20, 21], kind))
     found = load(tmp_path / "root")
     assert [found.row(row).path for row in found.rows("train")] == [f"{train}/{n:08}.png" for n in (0, 1, 3, 4, 5, 6)]
-    assert len(found.rows("val")) == 2 and "1 rows without image bytes" in log.text
+    assert len(found.rows("test")) == 2 and "1 rows without image bytes" in log.text
     rows = [found.row(int(row)) for row in found.rows("train")]
     assert [row.label for row in rows] == [None, "cat", None, "cat", "dog", None]
     assert (rows[2].caption, rows[2].tags) == ("picture 3", ("a", "b"))
     contents = open_contents(found)
     assert [contents.read(int(row)) for row in found.rows("train")] == [png(n) for n in (1, 2, 4, 5, 6, 7)]
     images = open_images(found, data_config(max_pixels=100), {"channels": 1})
-    assert images.read(int(found.rows("val")[1]))["image"].unique().tolist() == [21]
+    assert images.read(int(found.rows("test")[1]))["image"].unique().tolist() == [21]
 
 
 def test_what_is_no_data_set_of_images_is_refused(tmp_path, load):
