@@ -5,6 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from data.collection.concepts import ConceptConfig
+from data.layouts.tables import TableChoice, choose_table
 from utils.config.bounds import BelowOne, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
@@ -21,6 +22,9 @@ class CacheConfig(Strict):
     disk_gib: Annotated[float, Field(ge=0, le=65_536)]
 
 
+ColumnName = Literal["path", "label", "tags", "caption", "split", "rating", "weight", "group", "id"]
+
+
 class DataConfig(Strict):
     """A user's collection, or the embedded one, which is drawn into `root` if it is missing.
 
@@ -30,6 +34,8 @@ class DataConfig(Strict):
     trigger: before each caption that does not have it, and the caption of an image without texts (finetune_sdxl.py).
     concepts: the folders that make the collection; null: all of `root`, or its folders `10_name` (finetune_sdxl.py).
     corrections: take what reviewers decided, if the collection has a `corrections.jsonl`.
+    table: the user's table that names the images, relative to root or the working directory; auto: the one that is
+    there; none. columns: its names of our columns.
     """
 
     name: Literal["image_folder", "glyphs"]
@@ -42,10 +48,16 @@ class DataConfig(Strict):
     concepts: list[ConceptConfig] | None = None  # a run from before this key has none
     trigger: str | None = None  # the same
     corrections: bool = True  # a run from before this key has no such file
+    table: Literal["auto", "none"] | PathText = "none"  # a run from before this key has read none
+    columns: dict[ColumnName, str | list[str]] | None = None
+
+    def choice(self) -> TableChoice:
+        """Return what `table` and `columns` say."""
+        return choose_table(self.table, self.columns)
 
     def index_settings(self) -> dict[str, Any]:
         """Return what an index depends on beside the files, as `index_collection` takes it."""
-        names = ("validation_fraction", "on_bad_sidecar", "corrections")
+        names = ("validation_fraction", "on_bad_sidecar", "corrections", "table", "columns")
         return {"concepts": self.concepts or (), **{name: getattr(self, name) for name in names}}
 
 

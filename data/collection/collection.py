@@ -16,11 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from data.collection.concepts import CONCEPT, count_positions
-from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, SEEN, TWINS, map_index
+from data.collection.index import CONCEPT_LIST, CONCEPTS, FINGERPRINT, POSSIBLE_LABELS, SEEN, TWINS, map_index
 from data.collection.split import FINGERPRINTS, lead_rows
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT, refuse_faults
-from data.layouts.table import MEASURED, PLACES, SPLITS, TYPES, count_values, show_some
+from data.layouts.table import MEASURED, PLACES, SPLITS, count_values, show_some
 from utils.errors import UserError
 from utils.io.names import to_nfc
 from utils.record.logging import get_logger
@@ -68,6 +68,7 @@ class Collection:
         self.seen: str = self.table.schema.metadata[SEEN].decode()
         self.twins: dict[str, int] = json.loads(self.table.schema.metadata[TWINS])
         self.concepts = CONCEPT_LIST.validate_json(self.table.schema.metadata.get(CONCEPTS, b"[]"))
+        self.possible_labels: list[str] = json.loads(self.table.schema.metadata.get(POSSIBLE_LABELS, b"[]"))
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 
@@ -189,8 +190,8 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
     if len(train) < 2:
-        further = [name for name in collection.table.column_names if name not in TYPES]
-        others = f", and the manifest has no column label, but {', '.join(further)}" if further and not train else ""
+        further = show_some(collection.possible_labels)
+        others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""
         if tests := len(collection.rows("test")):
             others += f", and {tests:,} images in its test split, which is not trained on"
         raise UserError(

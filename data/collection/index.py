@@ -23,7 +23,8 @@ from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
 from data.layouts.table import PLACES, SCHEMA, SPLITS, TEST, build_table, hash_table, replace_column
-from data.layouts.unused import Unused, say_unused
+from data.layouts.tables import POSSIBLE, TableChoice, choose_table
+from data.layouts.unused import Unused, list_unused, say_unused
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
@@ -36,10 +37,11 @@ CACHE = Path("outputs/cache/collections")  # of indexes, for all commands
 FINGERPRINT = b"fingerprint"
 SEEN = b"seen"  # the fingerprint without the test split
 _UNUSED = b"unused"
+POSSIBLE_LABELS = b"possible_labels"
 TWINS = b"twins"
 CONCEPTS = b"concepts"
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 13  # format version; increment it to rebuild every index
+_INDEX = 14  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -78,37 +80,45 @@ def index_collection(
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
     corrections: bool = True,
+    table: str = "auto",
+    columns: Mapping[str, str | Sequence[str]] | None = None,
 ) -> Path:
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
     and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
-    corrections: take those of the collection, if it has any. Raises UserError (`data.root`, `data.corrections`).
+    corrections: take those of the collection, if it has any. table, columns: as in `DataConfig`. Raises UserError
+    (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
     unused = Unused()
-    parts = _find_parts(root, concepts, cache, unused, corrections)
+    choice = choose_table(table, columns)
+    parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
-    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, validation_fraction, on_bad_sidecar, *map(str, stated.values()))
+    settings = (validation_fraction, on_bad_sidecar, choice, *map(str, stated.values()))
+    key = files_key(files, _INDEX, *IMAGE_SUFFIXES, *settings)
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
         log.debug("data.root: %s is unchanged; using its index", files[0])
         say_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
-    table = _read_parts(parts, concepts, root, validation_fraction)
-    table = list_faults(table, cache, unused, on_bad_sidecar, fields=())
-    lines = unused.describe(len(table))
+    rows = _read_parts(parts, concepts, root, validation_fraction)
+    rows = list_faults(rows, cache, unused, on_bad_sidecar, fields=())
+    for line in unused.said:
+        log.info("data.root: %s", line)
+    fingerprint = _hash(rows, stated)
+    lines = [*unused.describe(len(rows)), *list_unused(unused, cache / f"unused_{fingerprint}.csv")]
     say_unused(lines)
-    fingerprint = _hash(table, stated)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
-        twins = {split: count_twins(table, split) for split in SPLITS[1:]}
-        seen = _hash(table.filter(pc.not_equal(table["split"], TEST)), stated)
+        twins = {split: count_twins(rows, split) for split in SPLITS[1:]}
+        seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
         metadata = {FINGERPRINT: fingerprint, SEEN: seen, _UNUSED: json.dumps(lines), TWINS: json.dumps(twins)}
-        table = table.replace_schema_metadata({**metadata, **stated})
+        metadata[POSSIBLE_LABELS] = json.dumps(unused.get(POSSIBLE, []))
+        rows = rows.replace_schema_metadata({**metadata, **stated})
         # Uncompressed, for memory mapping, and in the chunks of the table.
-        write_atomically(target, lambda file: write_feather(table, str(file), "uncompressed", chunksize=len(table)))
+        write_atomically(target, lambda file: write_feather(rows, str(file), "uncompressed", chunksize=len(rows)))
     return target
 
 
@@ -119,23 +129,23 @@ def _hash(table: pa.Table, stated: Mapping[bytes, bytes]) -> str:
 
 
 def _find_parts(
-    root: str, concepts: Sequence[ConceptConfig], cache: Path, unused: Unused, corrections: bool
+    root: str, concepts: Sequence[ConceptConfig], cache: Path, unused: Unused, choice: TableChoice, corrections: bool
 ) -> list[_Part]:
     """Return the folder of each concept, or `root` alone. Raises UserError (`data.root`, `data.concepts.N.path`)."""
     if not concepts:
-        return [_find_part(root, cache, unused, corrections)]
+        return [_find_part(root, cache, unused, choice, corrections)]
     folders = find_folders(root, concepts)
     parts = []
     for number, folder in enumerate(folders):
         if folder in folders[:number]:
             raise UserError(f"data.concepts.{number}.path: {folder!r} is there twice; join both, and their repeats")
         with _naming(number):
-            parts.append(_find_part(folder, cache, unused, corrections))
+            parts.append(_find_part(folder, cache, unused, choice, corrections))
     return parts
 
 
-def _find_part(folder: str, cache: Path, unused: Unused, corrections: bool) -> _Part:
-    layout = recognise(folder, cache, unused)
+def _find_part(folder: str, cache: Path, unused: Unused, choice: TableChoice, corrections: bool) -> _Part:
+    layout = recognise(folder, cache, unused, choice)
     decisions = read_corrections(check_root(folder)) if corrections and not is_remote(folder) else {}
     if decisions:
         count = f"{len(decisions):,}"

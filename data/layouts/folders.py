@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
+from data.layouts.listed import Finder, find_tables, read_listed_images
 from data.layouts.metadata import read_metadata, read_posts, read_tables
 from data.layouts.names import (
     CORRECTIONS,
@@ -33,7 +34,7 @@ from data.layouts.names import (
 from data.layouts.places import lacks_labels, place_images
 from data.layouts.sidecars import Sidecar, has_boxes, pair_sidecars, read_sidecars
 from data.layouts.table import build_table, show_some
-from data.layouts.tables import find_one
+from data.layouts.tables import TableChoice, find_one
 from data.layouts.unused import BOXES, ORPHANS, Unused
 from data.layouts.walk import unreadable, walk_folders
 from utils.errors import UserError
@@ -49,8 +50,11 @@ _BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
 REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
-def read_folder(root: Path, unused: Unused) -> pa.Table:
-    """Read a collection without a manifest into a table, sorted by path: its table of posts, else folders and sidecars.
+def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
+    """Read a collection without a manifest into a table, sorted by path.
+
+    By its table of posts, else by a table of the user (`choice`; data/layouts/listed.py), else by folders and sidecars.
+    A table that `choice` does not name is read if no class folders and no sidecars describe the images.
 
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders. Unreadable
     sidecars are in the column `sidecar_fault`.
@@ -68,14 +72,27 @@ def read_folder(root: Path, unused: Unused) -> pa.Table:
         return _build_rows({path: images[path] for path in posts}, ["train"] * len(posts), list(posts.values()))
     if slashed := sorted(path for path in images if "\\" in path):
         _say_slashed(f"{len(slashed):,}", show_some(slashed))
-    splits, labels = _place_images(root, list(images))
+    splits, labels = place_images([path.replace("\\", "/") for path in images])
+    places = dict(zip(images, splits))
+    is_described = any(labels) or 2 * len(sidecars) > len(images)
+    if choice.table or not is_described:
+        if (listed := read_listed_images(root, images, places, choice, unused)) is not None:
+            unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))
+            return listed
+    else:
+        others = find_tables(root, Finder(places), choice, Unused())
+        reason = "tables that name images, which folders or sidecars describe (data.table=FILE reads one)"
+        names = [each.file.name for each in others]
+        unused.remove(*names)
+        unused.add(reason, *names)
+    splits = _check_places(root, list(images), splits, labels)
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
     unused.add("numbers of folders as repeats: finetune_sdxl.py alone reads them, if all folders have one", *numbered)
     known = in_threads(lambda path: read_sidecars(root, path, sidecars[path], unused), list(sidecars))
     known = dict(zip(sidecars, known))
     try:
-        rows = read_tables(root, tables, images, unused)
+        rows = read_tables(root, tables, images, unused, choice.columns)
         metadata = read_metadata(root, images, unused)
     except (OSError, ValueError) as error:  # UserError is one
         fault = Sidecar(sidecar_fault=f"file: {str(error).removeprefix('data.root: ')}")
@@ -154,12 +171,11 @@ def _read_images(folder: str, entries: list[os.DirEntry[str]], unused: Unused) -
     return images
 
 
-def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | None]]:
-    """Return the split and the label (None in a flat folder) of each path.
+def _check_places(root: Path, paths: list[str], splits: list[str | None], labels: list[str | None]) -> list[str]:
+    """Return the split of each path; train if folders say none.
 
     Raises UserError if only some images are in split folders, or only some of a split in class folders.
     """
-    splits, labels = place_images(paths)
     is_outside = [split is None and any(splits) for split in splits]
     for lacking, given, what in (
         (is_outside, splits, "a split folder (train/, val/, test/)"),
@@ -172,7 +188,7 @@ def _place_images(root: Path, paths: list[str]) -> tuple[list[str], list[str | N
                 f"data.root: {str(root)!r} mixes layouts: {yes!r} is in {what}, {no!r} is not; move all images into "
                 "such folders, or none, or list images, splits and labels in a manifest.jsonl"
             )
-    return [split or "train" for split in splits], labels
+    return [split or "train" for split in splits]
 
 
 def _add_labels(paths: list[str], labels: list[str | None], sidecars: list[Sidecar]) -> list[Sidecar]:

@@ -7,12 +7,15 @@ byte ranges of shards, and `path` is only a name.
 
 import functools
 import itertools
+import json
 import math
 import os
 import stat
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +26,16 @@ import pyarrow.parquet as pq
 from data.layouts.names import MANIFESTS, PARQUET, is_image_name, is_sidecar, is_table
 from data.layouts.sidecars import pair_sidecars
 from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, build_table, replace_column, show_some
-from data.layouts.tables import OTHER_NAMES, find_one, name_columns, read_columns
+from data.layouts.tables import (
+    POSSIBLE,
+    Columns,
+    TableChoice,
+    find_one,
+    list_labels,
+    name_columns,
+    name_field,
+    read_columns,
+)
 from data.layouts.unused import LACKING, Unused
 from data.layouts.walk import HIDDEN, walk_folders
 from utils.errors import UserError, about
@@ -36,6 +48,7 @@ log = get_logger(__name__)
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
+_MADE_FROM = b"atelier.made_from"  # in that metadata, too: `data.table` and `data.columns`
 _ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # refused if of a wrong type
 _COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PART = 512  # files per task of a thread, and cached folders
@@ -46,16 +59,16 @@ def find_manifest(root: Path) -> Path | None:
     return find_one(root, MANIFESTS)
 
 
-def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
+def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns) -> pa.Table:
     """Read a manifest into a table, sorted by path, and fill in file sizes.
 
-    root: None for remote shards, which are not checked.
+    root: None for remote shards, which are not checked. stated: `data.columns`.
 
     Raises UserError (`data.root`) with the file and the column, row (from 0, without a CSV header) or path: broken
     file; missing column or wrong type; path that is missing, repeated or outside the root; unknown split; weight that
     is negative or not finite; shard that is missing or too short.
     """
-    table = read_table(file, unused)
+    table = read_table(file, unused, stated)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
     if further := [name for name in table.column_names if name not in TYPES]:
@@ -63,7 +76,8 @@ def read_manifest(root: Path | None, file: Path, unused: Unused) -> pa.Table:
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():
         raise UserError(f"data.root: {str(file)!r}, row {row}: weight is {weights[row]}; write a number of at least 0")
-    table = build_table({**dict(zip(table.column_names, table.columns)), "split": _read_splits(file, table["split"])})
+    splits = read_splits(file, table["split"], "train")
+    table = build_table({**dict(zip(table.column_names, table.columns)), "split": splits})
     is_packed = PLACES.keys() <= set(table.column_names)
     if root is not None and not is_packed and not pc.all(pc.string_is_ascii(table["path"])).as_py():
         table = _spell_paths(root, table)
@@ -92,27 +106,21 @@ def _spell_paths(root: Path, table: pa.Table) -> pa.Table:
     return build_table({**dict(zip(table.column_names, table.columns)), "path": paths})
 
 
-def read_table(file: Path, unused: Unused) -> pa.Table:
+def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({})) -> pa.Table:
     """Read a manifest without checking its rows, and cast its columns to our types.
 
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
     table = read_columns(file)
-    names = {OTHER_NAMES.get(name, name) for name in table.column_names}
-    if len(set(table.column_names)) < table.num_columns or "path" not in names:
+    made = _made_from(file).get("columns", {})  # job=manifest has given these our names
+    stated = {ours: theirs for ours, theirs in stated.items() if made.get(ours) != list(theirs)}
+    fields = {*map(name_field, table.column_names), *stated}
+    if len(set(table.column_names)) < table.num_columns or "path" not in fields:
         raise UserError(
             f"data.root: {str(file)!r} has the columns {', '.join(table.column_names)}; it needs path, and may have "
-            f"{', '.join(SCHEMA.names)}, each once"
+            f"{', '.join(SCHEMA.names)}, each once; data.columns={{path: NAME}} says which one is the path"
         )
-    columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
-    for name, field in name_columns(table).items():
-        try:
-            columns[field] = _cast(field, table[name])
-        except pa.ArrowException as error:
-            where = f"column {name!r} of {str(file)!r} is {table[name].type} ({error})"
-            if field in _ASKED:
-                raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
-            unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
+    columns = cast_columns(file, table, name_columns(table, stated), unused)
     if columns["path"].null_count:
         row = pc.index(columns["path"].is_null(), True).as_py()
         raise UserError(f"data.root: {str(file)!r}, row {row}: path is null; fill it in, or remove the row")
@@ -120,6 +128,27 @@ def read_table(file: Path, unused: Unused) -> pa.Table:
         if name in columns and pc.list_flatten(columns[name]).null_count:
             raise UserError(f"data.root: column {name!r} of {str(file)!r} holds lists with a null; remove the null")
     return pa.table(columns)
+
+
+def cast_columns(
+    file: Path, table: pa.Table, names: Mapping[str, str], unused: Unused
+) -> dict[str, pa.Array | pa.ChunkedArray]:
+    """Return columns by our names (`names`: ours by theirs), of our types; those of SCHEMA first, null if absent.
+
+    Raises UserError (`data.root`) for one of _ASKED that cannot be cast; others are added to `unused`.
+    """
+    columns = {field.name: pa.nulls(len(table), field.type) for field in SCHEMA}
+    if "label" not in names.values():
+        unused.add(POSSIBLE, *list_labels(table, (name for name, ours in names.items() if ours not in TYPES)).values())
+    for name, field in names.items():
+        try:
+            columns[field] = _cast(field, table[name])
+        except pa.ArrowException as error:
+            where = f"column {name!r} of {str(file)!r} is {table[name].type} ({error})"
+            if field in _ASKED:
+                raise UserError(f"data.root: {where}; write {TYPES[field]}") from error
+            unused.add("columns of the manifest that are no numbers or texts, or not of their type", where)
+    return columns
 
 
 def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
@@ -138,12 +167,12 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     return column.cast(TYPES.get(name, other))
 
 
-def _read_splits(file: Path, column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Normalise the split column to train, val and test; null becomes train."""
+def read_splits(file: Path, column: pa.ChunkedArray | pa.Array, default: str | None) -> pa.ChunkedArray | pa.Array:
+    """Normalise the split column to train, val and test; null becomes `default`. Raises UserError (`data.root`)."""
     names = pc.unique(column)
-    splits = [SPLIT_NAMES.get((name or "train").lower()) for name in names.to_pylist()]
-    if None in splits:
-        name = names[splits.index(None)]
+    splits = [default if name is None else SPLIT_NAMES.get(name.lower(), "") for name in names.to_pylist()]
+    if "" in splits:
+        name = names[splits.index("")]
         raise UserError(
             f"data.root: {str(file)!r}, row {pc.index(column, name)}: split is {name.as_py()!r}; allowed are "
             f"{', '.join(SPLIT_NAMES)}"
@@ -204,14 +233,18 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     return list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))
 
 
-def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:
+def save_manifest(
+    root: Path, table: pa.Table, scanned_ns: int | None = None, made_from: TableChoice | None = None
+) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
-    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced.
+    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced, as `made_from`.
     Raises UserError (`data.root`) if it cannot be written.
     """
     scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
-    table = table.replace_schema_metadata({} if scanned_ns is None else {_SCANNED: str(scanned_ns)})
+    made = _made_from(root / PARQUET) if made_from is None else made_from._asdict()
+    metadata = {} if scanned_ns is None else {_SCANNED: str(scanned_ns), _MADE_FROM: json.dumps(made)}
+    table = table.replace_schema_metadata(metadata)
     with output_errors("data.root", root / PARQUET):
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
 
@@ -223,6 +256,23 @@ def scanned_at(file: Path) -> int | None:
     return None
 
 
+def _made_from(file: Path) -> dict[str, Any]:
+    """Return what `save_manifest` was told that a manifest was made from."""
+    with suppress(pa.ArrowException, OSError, TypeError, KeyError, ValueError):
+        return json.loads(pq.read_schema(file).metadata[_MADE_FROM])
+    return {}
+
+
+def refuse_other_table(file: Path, table: str | Literal[False] | None) -> None:
+    """Raise UserError (`data.table`) for a manifest beside a table that it was not made from."""
+    made = _made_from(file).get("table")
+    if table and table != made:
+        raise UserError(
+            f"data.table: {table!r}, but {str(file)!r} goes first, and was made "
+            f"{f'from {made!r}' if made else 'without this key'}; move it away, or leave data.table out"
+        )
+
+
 def refuse_foreign(file: Path) -> None:
     """Raise UserError for a manifest that job=manifest did not write."""
     if scanned_at(file) is None:
@@ -232,9 +282,9 @@ def refuse_foreign(file: Path) -> None:
         )
 
 
-def read_listed(root: Path, manifest: Path, unused: Unused) -> pa.Table:
-    """Read a manifest, and count what its folders have beside the images that it lists."""
-    table = read_manifest(root, manifest, unused)
+def read_listed(root: Path, manifest: Path, unused: Unused, stated: Columns) -> pa.Table:
+    """Read a manifest, and count what its folders have beside the images that it lists. stated: `data.columns`."""
+    table = read_manifest(root, manifest, unused, stated)
     is_packed = PLACES.keys() <= set(table.column_names)
     listed = set(table["shard" if is_packed else "path"].to_pylist())
     others = Unused()

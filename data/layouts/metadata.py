@@ -28,7 +28,7 @@ from data.layouts.sidecars import (
     read_lines,
     refuse_link_out,
 )  # fmt: skip
-from data.layouts.tables import OTHER_NAMES, find_one, name_columns, read_columns, read_records
+from data.layouts.tables import Columns, find_one, name_columns, name_field, read_columns, read_records
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag, split_tags, write_tag
@@ -36,11 +36,11 @@ from utils.formats.vocabulary import CATEGORIES
 from utils.io.files import readable
 from utils.io.names import Names
 
-_PATH_NAMES = [name for name, field in OTHER_NAMES.items() if field == "path"]
 
-
-def read_tables(root: Path, files: Iterable[str], images: Mapping[str, int], unused: Unused) -> dict[str, Sidecar]:
-    """Return metadata of images by path, from tables of imagefolder: TABLES in any folder.
+def read_tables(
+    root: Path, files: Iterable[str], images: Mapping[str, int], unused: Unused, stated: Columns
+) -> dict[str, Sidecar]:
+    """Return metadata of images by path, from tables of imagefolder: TABLES in any folder. stated: `data.columns`.
 
     Raises UserError (`data.root`) if one cannot be read, or if a folder has two.
     """
@@ -49,12 +49,14 @@ def read_tables(root: Path, files: Iterable[str], images: Mapping[str, int], unu
         file = find_one((root / name).parent, TABLES)
         refuse_link_out(root, file)
         table = read_columns(file)
-        key = next((column for column, field in name_columns(table).items() if field == "path"), None)
+        names = name_columns(table, stated)
+        key = next((column for column, field in names.items() if field == "path"), None)
         if key is None:
             unused.add("tables without a column file_name", name)
             continue
         known = Names(images)
-        for image, record in zip(table[key].to_pylist(), read_records(name, table.drop_columns([key]), unused)):
+        del names[key]
+        for image, record in zip(table[key].to_pylist(), read_records(name, table, unused, names)):
             path = os.path.normpath(os.path.join(os.path.dirname(name), str(image).replace("\\", "/")))
             with about(f"data.root: {name}"):
                 path = known.find(path)
@@ -106,7 +108,7 @@ def _read_entries(root: Path, file: Path) -> dict[str, dict[str, Any]]:
 
 def _path_of(record: dict[str, Any]) -> Any:
     """Return the path in a row, under any of its names."""
-    return next((record[name] for name in (*_PATH_NAMES, "path") if name in record), None)
+    return next((value for name, value in record.items() if name_field(name) == "path"), None)
 
 
 def _parse_entry(where: str, record: dict[str, Any], unused: Unused) -> Sidecar:

@@ -12,9 +12,10 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, find_newer, read_listed, read_manifest
+from data.layouts.manifest import find_manifest, find_newer, read_listed, read_manifest, refuse_other_table
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.shards import find_shards, read_shards
+from data.layouts.tables import TableChoice
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
 
@@ -26,37 +27,38 @@ class Layout(NamedTuple):
     read: Callable[[], pa.Table]
 
 
-def recognise(root: str, cache: Path, unused: Unused) -> Layout:
+def recognise(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout:
     """Return the layout of a collection. Fetched and unpacked files go to `cache`. Raises UserError (`data.root`)."""
-    found = (recognise_one(root, cache, unused) for recognise_one in _RECOGNISERS)
+    found = (recognise_one(root, cache, unused, choice) for recognise_one in _RECOGNISERS)
     return next(layout for layout in found if layout is not None)
 
 
-def _remote_shards(root: str, cache: Path, unused: Unused) -> Layout | None:
+def _remote_shards(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
     if not is_remote(root):
         return None
     manifest = fetch_manifest(root, cache)
-    return Layout([manifest], partial(read_manifest, None, manifest, unused))
+    return Layout([manifest], partial(read_manifest, None, manifest, unused, choice.columns))
 
 
-def _manifest(root: str, cache: Path, unused: Unused) -> Layout | None:
+def _manifest(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
     folder = check_root(root)
     manifest = find_manifest(folder)
     if manifest is None:
         return None
+    refuse_other_table(manifest, choice.table)
     find_newer(folder, manifest)
-    return Layout([manifest], partial(read_listed, folder, manifest, unused))
+    return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
 
 
-def _shards(root: str, cache: Path, unused: Unused) -> Layout | None:
+def _shards(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
     """WebDataset or Hugging Face shards, in a folder without an image."""
     folder = check_root(root)
     files = find_shards(folder, cache, unused)
-    return Layout(list(files.values()), partial(read_shards, folder, files, unused)) if files else None
+    return Layout(list(files.values()), partial(read_shards, folder, files, unused, choice.columns)) if files else None
 
 
-def _folder(root: str, cache: Path, unused: Unused) -> Layout | None:
-    return Layout([], partial(read_folder, check_root(root), unused))
+def _folder(root: str, cache: Path, unused: Unused, choice: TableChoice) -> Layout | None:
+    return Layout([], partial(read_folder, check_root(root), unused, choice))
 
 
 _RECOGNISERS = (_remote_shards, _manifest, _shards, _folder)  # the first that knows the root has it

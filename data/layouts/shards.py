@@ -10,9 +10,9 @@ range of it. A Parquet file is compressed: it is unpacked once into an Arrow fil
 import os
 import re
 import tarfile  # noqa: TID251 (members are listed)
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -24,7 +24,7 @@ from data.layouts.names import IMAGE_SUFFIXES, POSTS, SHARD_SUFFIXES, is_image_n
 from data.layouts.places import place_images, read_split
 from data.layouts.sidecars import FAULT, TEXT_SUFFIXES, pair_sidecars, read_texts
 from data.layouts.table import TYPES, build_table, show_some
-from data.layouts.tables import read_records
+from data.layouts.tables import POSSIBLE, Columns, list_labels, name_columns, name_field, read_records
 from data.layouts.unused import Unused
 from data.layouts.walk import walk_folders
 from utils.errors import UserError, about
@@ -63,14 +63,21 @@ def find_shards(root: Path, cache: Path, unused: Unused) -> dict[str, Path]:
     return files | {name: _unpack_parquet(file, cache) for name, file in files.items() if name.endswith(_PARQUET)}
 
 
-def read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
-    """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core."""
-    shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
+def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Columns) -> pa.Table:
+    """Read WebDataset or Hugging Face shards, files by name, into one table, in one process per core.
+
+    stated: `data.columns`.
+    """
+    names = _name_columns([file for name, file in files.items() if not name.endswith(_TAR)], stated, unused)
+    places = {name: name if file == root / name else str(file.resolve()) for name, file in files.items()}
+    shards = [_Shard(name, places[name], file, names) for name, file in files.items()]
     tables = []
     results = map(_read_shard, shards)
     if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         lost = "shards that end the process that reads them"
-        results = map_in_processes(_read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
+        results = map_in_processes(
+            _read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard.name]}))
+        )
     for rows, left in track(results, len(shards), "scanning shards"):
         tables.append(rows)
         unused.merge(left)
@@ -81,15 +88,43 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused) -> pa.Table:
     return build_table(dict(zip(table.column_names, table.columns)))
 
 
-def _read_shard(shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
-    """Return the rows of a shard, and what is not used. The split comes from the shard's name.
+class _Shard(NamedTuple):
+    """A shard. place: the value for the column `shard`. names: ours of the columns of all Arrow files."""
 
-    shard: its name, the value for the column `shard`, and the file.
-    """
-    name, shard_name, file = shard
-    rows = (_read_tar if name.endswith(_TAR) else _read_arrow)(file, name, unused := Unused())
+    name: str
+    place: str
+    file: Path
+    names: Mapping[str, str]
+
+
+def _name_columns(files: Sequence[Path], stated: Columns, unused: Unused) -> dict[str, str]:
+    """Return our names of the columns of Arrow files, beside images; add those that may be labels to `unused`."""
+    tables = []
+    for file in files:
+        with about("data.root"), readable(file, file.suffix), pa.memory_map(str(file)) as mapped:
+            table = pa.ipc.open_stream(mapped).read_all()
+            table = table.drop_columns([name for name in [_find_image(table.schema)] if name is not None])
+            table.validate(full=True)
+            tables.append(table)
+    if not tables:
+        return {}
+    table = pa.concat_tables(tables, promote_options="permissive")
+    names = name_columns(table, stated)
+    if "label" not in names.values():
+        unused.add(POSSIBLE, *list_labels(table, names).values())
+    return names
+
+
+def _read_shard(shard: _Shard) -> tuple[pa.Table, Unused]:
+    """Return the rows of a shard, and what is not used. The split comes from the shard's name."""
+    name = shard.name
+    unused = Unused()
+    if name.endswith(_TAR):
+        rows = _read_tar(shard.file, name, unused)
+    else:
+        rows = _read_arrow(shard, unused)
     by_name = next(filter(None, map(read_split, name.split("/"))), "train")
-    rows = [{**row, "split": row.get("split") or by_name, "shard": shard_name} for row in rows]
+    rows = [{**row, "split": row.get("split") or by_name, "shard": shard.place} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
 
 
@@ -193,40 +228,51 @@ def _unpack_parquet(file: Path, cache: Path) -> Path:
     return target
 
 
-def _read_arrow(file: Path, name: str, unused: Unused) -> list[dict[str, Any]]:
+def _read_arrow(shard: _Shard, unused: Unused) -> list[dict[str, Any]]:
     """Return the images of an Arrow file as rows.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
-    with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
+    file = shard.file
+    with about("data.root"), readable(Path(shard.name), file.suffix), pa.memory_map(str(file)) as mapped:
         whole = mapped.read_buffer()
         rows = []
         for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
             batch.validate(full=True)
-            rows += _rows_of(name, batch, whole, len(rows), unused)
+            rows += _rows_of(shard, batch, whole, len(rows), unused)
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
     return [row for row in rows if row["length"]]
 
 
+def _find_image(schema: pa.Schema) -> str | None:
+    """Return the column of images: a struct with bytes, else plain bytes, first those of a usual name."""
+    structs = [field.name for field in schema if pa.types.is_struct(field.type) and "bytes" in field.type.names]
+    plain = [field.name for field in schema if pa.types.is_binary(field.type) or pa.types.is_large_binary(field.type)]
+    plain.sort(key=lambda name: name_field(name) != "path")
+    return next(iter((*structs, *plain)), None)
+
+
 def _rows_of(
-    name: str, batch: pa.RecordBatch, whole: pa.Buffer, first: int, unused: Unused
+    shard: _Shard, batch: pa.RecordBatch, whole: pa.Buffer, first: int, unused: Unused
 ) -> Iterator[dict[str, Any]]:
     """Yield the rows of a batch, numbered from `first`: path, byte range (length 0 without an image) and columns."""
-    structs = [field for field in batch.schema if pa.types.is_struct(field.type)]
-    image = next((field.name for field in structs if field.type.get_field_index("bytes") >= 0), None)
+    name = shard.name
+    image = _find_image(batch.schema)
     if image is None:
-        raise UserError(f"data.root: {name!r} has no image column (bytes and path), only {batch.schema.names}")
+        raise UserError(f"data.root: {name!r} has no image column (bytes), only {batch.schema.names}")
     images = batch.column(image)
-    content = images.field("bytes")
+    is_plain = not pa.types.is_struct(images.type)
+    content = images if is_plain else images.field("bytes")
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
     ends = ends[content.offset : content.offset + len(content) + 1].astype(np.int64)
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
-    lengths = pc.binary_length(pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
-    files = images.field("path").to_pylist() if images.type.get_field_index("path") >= 0 else [None] * len(batch)
-    records = read_records(name, batch.drop_columns([image]), unused)
+    lengths = pc.binary_length(images if is_plain else pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
+    has_names = not is_plain and "path" in images.type.names
+    files = images.field("path").to_pylist() if has_names else [None] * len(batch)
+    records = read_records(name, batch, unused, shard.names)
     for number, (file, offset, length, sidecar) in enumerate(zip(files, (begin + ends).tolist(), lengths, records)):
         path = f"{name}/{first + number:08}{os.path.splitext(file or '')[1].lower()}"
         yield {"path": path, "offset": offset, "length": length, "size": length, **sidecar._asdict()}

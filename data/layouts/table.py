@@ -38,7 +38,7 @@ TYPES = dict(zip(SCHEMA.names, SCHEMA.types))
 TYPES |= {**dict.fromkeys(TAG_LISTS, TYPES["tags"]), **MEASURED, **PLACES}  # all columns with a meaning
 _LARGE = {pa.string(): pa.large_string(), TYPES["tags"]: pa.large_list(pa.large_string())}
 _CHUNK_ROWS = 131_072
-_NAMED = 5  # names in a message
+SHOWN = 5  # names in a message
 TEST = "test"  # never trained on, never used to choose anything
 SPLITS = ("train", "val", TEST)
 SPLIT_NAMES = {  # spellings of users, as `datasets` has them
@@ -132,4 +132,4 @@ def replace_column(table: pa.Table, name: str, column: pa.Array | pa.ChunkedArra
 
 def show_some(texts: Sequence[str]) -> str:
     """Join the first few texts, for messages."""
-    return ", ".join(texts[:_NAMED]) + (", ..." if len(texts) > _NAMED else "")
+    return ", ".join(texts[:SHOWN]) + (", ..." if len(texts) > SHOWN else "")

@@ -1,52 +1,126 @@
 """Read tables: one reader of files, and one map of the names that programs give to our columns."""
 
+import io
 import itertools
 import json
 import os
-from collections.abc import Iterable
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.sidecars import Sidecar, is_field, parse_record, read_lines
-from data.layouts.table import TAG_LISTS, TYPES
+from data.layouts.sidecars import Sidecar, decode, is_field, load_json, parse_record, read_lines
+from data.layouts.table import SPLIT_NAMES, TAG_LISTS, TYPES
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import split_tags
 from utils.io.files import readable
+from utils.record.logging import get_logger
 
-# Other names of a column, in the order in which they are tried.
-OTHER_NAMES = {
-    **dict.fromkeys(("file_name", "image_file_name", "image_path", "filename"), "path"),
-    "labels": "label",
-    "captions": "caption",
-    "text": "caption",
-    "prompt": "caption",
+log = get_logger(__name__)
+
+# The names of a column, in the order in which they are tried; in lower case, with _ between words.
+_NAMES = {
+    "path": (
+        *("path", "file_name", "image_file_name", "image_path", "filename", "filepath", "filepaths", "file_path"),
+        *("file", "image", "image_name", "img", "img_path", "img_name", "image_id", "datei", "dateiname", "bild"),
+    ),
+    "label": (
+        *("label", "labels", "class", "class_name", "classname", "classes", "target", "category", "category_name"),
+        *("fine_label", "coarse_label", "breed", "species", "variety", "diagnosis", "klasse", "kategorie", "classe"),
+        *("clase", "categoria"),
+    ),
+    "caption": ("caption", "captions", "text", "prompt"),
+    "tags": ("tags",),
+    "split": ("split", "data_set", "dataset", "partition", "subset"),
 }
+_FIELDS = {name: field for field, names in _NAMES.items() for name in names}
+_ORDER = {name: number for number, name in enumerate(_FIELDS)}
+POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
+_SEPARATORS = ",;\t|"
+Columns = Mapping[str, Sequence[str]]  # names of a table by ours, as `data.columns` has them
 
 
-def name_columns(table: pa.Table | pa.RecordBatch) -> dict[str, str]:
-    """Return our name of each column with values: of several columns for one field, the first has its name."""
+class TableChoice(NamedTuple):
+    """What the settings say about tables: `data.table`, False for none, and `data.columns`."""
+
+    table: str | Literal[False] | None = None
+    columns: Columns = MappingProxyType({})
+
+
+def choose_table(table: str, columns: Mapping[str, str | Sequence[str]] | None) -> TableChoice:
+    """Return the choice of `data.table` and `data.columns`."""
+    lists = {ours: [theirs] if isinstance(theirs, str) else [*theirs] for ours, theirs in (columns or {}).items()}
+    return TableChoice({"auto": None, "none": False}.get(table, table), lists)
+
+
+def name_field(name: str) -> str:
+    """Return our name of a column, or its own."""
+    return _FIELDS.get(_fold(name), name)
+
+
+def _fold(name: str) -> str:
+    return re.sub(r"[\s.-]+", "_", name.strip().lower())
+
+
+def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns = MappingProxyType({})) -> dict[str, str]:
+    """Return our name of each column with values: of several columns for one field, the first has its name.
+
+    stated: these names come first. Raises UserError (`data.columns`) for one that the table has not.
+    """
     names = table.schema.names
-    own = [name for name in names if name not in OTHER_NAMES]
+    given = {name: ours for ours, theirs in stated.items() for name in theirs}
+    if absent := next((name for name in given if name not in names), None):
+        raise UserError(f"data.columns: {given[absent]}: {absent!r} is no column; the table has {', '.join(names)}")
+    own = [name for name in names if name not in given and name_field(name) == name]
+    others = sorted((name for name in names if name_field(name) != name), key=lambda name: _ORDER[_fold(name)])
     ours: dict[str, str] = {}
-    for name in (*own, *(name for name in OTHER_NAMES if name in names)):
-        if table.column(name).null_count < len(table):
-            field = OTHER_NAMES.get(name, name)
-            ours[name] = name if field in ours.values() else field
+    for name in dict.fromkeys((*given, *own, *others)):
+        if table.column(name).null_count == len(table):
+            continue
+        field = given.get(name) or name_field(name)
+        is_other_split = field == "split" != name and not _are_splits(table.column(name))
+        field = name if is_other_split or field in ours.values() else field
+        if field not in ours.values():
+            ours[name] = field
     return ours
 
 
-def read_records(where: str, table: pa.RecordBatch | pa.Table, unused: Unused) -> list[Sidecar]:
-    """Return the metadata in each row of a table. Columns that are not read are named."""
+def _are_splits(column: pa.ChunkedArray | pa.Array) -> bool:
+    return {str(value).lower() for value in column.to_pylist()} <= {*SPLIT_NAMES, "none"}
+
+
+def list_labels(table: pa.Table, names: Iterable[str]) -> dict[str, str]:
+    """Return which columns may be labels, with their number of values: texts and whole numbers that recur."""
+    found = {}
+    for name in names:
+        column = table[name].drop_null()
+        if is_text(column.type) or pa.types.is_integer(column.type):
+            count = pc.count_distinct(column).as_py()
+            if 1 < count <= max(len(column) / 2, 2):
+                found[name] = f"{name} ({count:,} values)"
+    return found
+
+
+def is_text(kind: pa.DataType) -> bool:
+    """Return whether a column holds texts."""
+    return pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_dictionary(kind)
+
+
+def read_records(
+    where: str, table: pa.RecordBatch | pa.Table, unused: Unused, names: Mapping[str, str]
+) -> list[Sidecar]:
+    """Return the metadata in each row of a table. names: ours by theirs. Columns that are not read are named."""
     columns: dict[str, list[Any]] = {}
-    for name, field in name_columns(table).items():
-        if is_field(field):
+    for name in filter(table.schema.names.__contains__, names):
+        if is_field(field := names[name]):
             columns[field] = _name_numbers(table, name)
         else:
             unused.add("columns of tables of unknown name, or second of their kind", name)
@@ -73,11 +147,26 @@ def find_one(root: Path, names: Iterable[str]) -> Path | None:
     return files[0] if files else None
 
 
-def read_columns(file: Path) -> pa.Table:
-    """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`data.root`)."""
-    read = {".parquet": read_parquet, ".jsonl": _read_jsonl, ".csv": _read_csv}[file.suffix]
-    with about("data.root"), readable(file, file.suffix):
-        return read(file)
+def read_columns(file: Path, key: str = "data.root", *, is_ours: bool = True) -> pa.Table:
+    """Read a Parquet, JSONL, JSON or CSV file with the types it has. Raises UserError (`key`).
+
+    is_ours: texts must be UTF-8 or UTF-16; else Windows-1252 is read, as spreadsheets write it.
+    """
+    kind = file.suffix.lower()
+    with about(key), readable(file, kind):
+        if kind == ".parquet":
+            return read_parquet(file)
+        if kind == ".jsonl":
+            return _read_rows(row for _, row in read_lines(file))
+        content = file.read_bytes()
+        try:
+            text = decode(content)
+        except UnicodeDecodeError:
+            if is_ours:
+                raise
+            log.info("%s: %s is not UTF-8 and is read as Windows-1252", key, file.name)
+            text = content.decode("cp1252")
+        return _read_rows(load_json(text, repr(str(file)))) if kind == ".json" else _read_csv(text)
 
 
 def read_parquet(file: Path) -> pa.Table:
@@ -86,9 +175,9 @@ def read_parquet(file: Path) -> pa.Table:
         return parquet.read()
 
 
-def _read_jsonl(file: Path) -> pa.Table:
-    """Read a JSONL file. Arrow's reader would take texts that are dates for timestamps."""
-    rows = [row for _, row in read_lines(file)]
+def _read_rows(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """Return the table of JSON objects. Arrow's reader would take texts that are dates for timestamps."""
+    rows = list(rows)
     names = dict.fromkeys(itertools.chain.from_iterable(rows))
     return pa.table({name: _to_array([row.get(name) for row in rows]) for name in names})
 
@@ -101,26 +190,36 @@ def _to_array(values: list[Any]) -> pa.Array:
         return pa.array([v if isinstance(v, str | None) else json.dumps(v) for v in values], pa.string())
 
 
-def _read_csv(file: Path) -> pa.Table:
+def _read_csv(text: str) -> pa.Table:
     """Read a CSV file. Empty fields are null; tags are separated by commas, so several tags need quotes."""
-    parsing = pa.csv.ParseOptions(newlines_in_values=True)
-    with pa.csv.open_csv(file, parse_options=parsing) as reader:
+    first, _, rest = text.partition("\n")
+    unquoted = re.sub(r'"[^"]*"', "", first)
+    separator = max(_SEPARATORS, key=unquoted.count)
+    if first.lower().startswith("sep=") and len(first) == 5:  # of Excel
+        separator = first[4]
+        text = rest
+    content = text.encode()
+    parsing = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
+    with pa.csv.open_csv(io.BytesIO(content), parse_options=parsing) as reader:
         types = dict.fromkeys(reader.schema.names, pa.string())  # Arrow would take texts that are dates for timestamps
     converting = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    table = pa.csv.read_csv(file, convert_options=converting, parse_options=parsing)
+    table = pa.csv.read_csv(io.BytesIO(content), convert_options=converting, parse_options=parsing)
     columns = []
     for name, column in zip(table.column_names, table.columns):
         if name in TAG_LISTS:
             column = pa.array([text and split_tags(text) for text in column.to_pylist()], TYPES["tags"])
-        elif TYPES.get(name) != pa.string():
-            column = _to_numbers(column)
+        elif TYPES.get(name_field(name)) != pa.string():
+            column = _to_numbers(column, "," if separator == "," else ".")
         columns.append(column)
     return pa.table(columns, names=table.column_names)
 
 
-def _to_numbers(texts: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Return numbers if every text is one; not of `007`, and not of more digits than a number has."""
-    trimmed = pc.utf8_trim_whitespace(texts)
+def _to_numbers(texts: pa.ChunkedArray, comma: str) -> pa.ChunkedArray:
+    """Return numbers if every text is one; not of `007`, and not of more digits than a number has.
+
+    comma: what a comma stands for; a point in tables with another separator.
+    """
+    trimmed = pc.replace_substring(pc.utf8_trim_whitespace(texts), ",", comma)
     for kind, is_text in ((pa.int64(), r"^-?0\d"), (pa.float64(), r"^-?(0\d|\d{16})")):
         with suppress(pa.ArrowException):
             if not pc.any(pc.match_substring_regex(trimmed, is_text)).as_py():

@@ -4,21 +4,28 @@ Every reader of `layouts/` takes an `Unused` and adds what it does not use. The 
 that a start that reads no file again says the same.
 """
 
+import csv
+import io
 import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
+from pathlib import Path
 
 from data.layouts.names import INSTALL, MISSING
-from data.layouts.table import show_some
+from data.layouts.table import SHOWN, show_some
+from utils.io.files import write_text
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
 ORPHANS = "sidecars without an image"  # a reason
+ROWS = "rows of"  # how reasons about rows of tables begin
+UNNAMED = "images that no row of"
 OTHERS = "files of kinds that no reader takes"  # a reason; they are counted by ending
 LACKING = f"images whose package is not installed ({INSTALL} reads them)"  # counted by ending, too
 RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so
+FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
 BOXES = "annotation files, whose boxes and outlines are not read"
 _KINDS = {
     "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)": (
@@ -34,9 +41,15 @@ Lines = Iterable[tuple[int, str]]  # each with its level
 class Unused(dict[str, list[str]]):
     """The names of unused files, members, rows or columns, by reason. Threads may share one.
 
+    said: lines about what a reader has found and uses, for the log.
+
     unused.add("sidecars without an image", "cat/x.txt", "cat/y.txt")
     unused.describe()      [(logging.WARNING, "2 sidecars without an image: cat/x.txt, cat/y.txt")]
     """
+
+    def __init__(self, *names: dict[str, list[str]]) -> None:
+        super().__init__(*names)
+        self.said = list[str]()
 
     def add(self, reason: str, *names: str) -> None:
         """Add names. The reason is a noun in the plural, without a name, so that equal cases are one line."""
@@ -47,7 +60,15 @@ class Unused(dict[str, list[str]]):
         """Add files that no reader takes, each under what would make it read."""
         for name in names:
             ending = find_ending(name)
-            self.add(LACKING if ending in MISSING else _BY_ENDING.get(ending, OTHERS), name)
+            reason = LACKING if ending in MISSING else _BY_ENDING.get(ending, OTHERS)
+            self.add(FORMS if is_form(name) else reason, name)
+
+    def remove(self, *files: str) -> None:
+        """Remove files that are used after all."""
+        for reason, names in [*self.items()]:
+            self[reason] = [name for name in names if name not in files]
+            if not self[reason]:
+                del self[reason]
 
     def merge(self, other: "Unused") -> None:
         """Add the names that a reader in another process did not use."""
@@ -68,10 +89,27 @@ class Unused(dict[str, list[str]]):
         return lines
 
 
+def is_form(name: str) -> bool:
+    """Return whether a file is the form of a competition's answer, whose labels are none."""
+    return "submission" in name.lower() and name.lower().endswith(".csv")
+
+
 def find_ending(name: str) -> str:
     """Return the ending of a file, or `._*` for the copies of macOS."""
     is_fork = os.path.basename(name).startswith(RESOURCE_FORK)
     return f"{RESOURCE_FORK}*" if is_fork else os.path.splitext(name)[1].lower() or "no ending"
+
+
+def list_unused(unused: Unused, file: Path) -> Lines:
+    """Write all names into a CSV file, if the lines of `describe` leave out some, or name rows; return a line of it."""
+    if not any(len(names) > SHOWN or reason.startswith(ROWS) for reason, names in unused.items()):
+        return []
+    text = io.StringIO()
+    lines = csv.writer(text)
+    lines.writerow(("name", "why it is not used"))
+    lines.writerows((name, reason) for reason in sorted(unused) for name in sorted({*unused[reason]}))
+    write_text(file, text.getvalue())
+    return [(logging.INFO, f"all of these are listed in {file}")]
 
 
 def count_endings(names: Iterable[str]) -> list[str]:

@@ -18,7 +18,7 @@ from data.layouts.manifest import find_manifest, scanned_at
 from data.layouts.names import CORRECTIONS, POSTS, UNDO
 from data.layouts.sidecars import decode, load_json, parse_record
 from data.layouts.table import show_some
-from data.layouts.tables import find_one
+from data.layouts.tables import TableChoice, find_one
 from data.layouts.unused import Unused, say_unused
 from data.layouts.walk import check_root
 from data.tools.tool import Tool
@@ -46,10 +46,10 @@ class ApplyCorrections(Tool):
         """Write the sidecars. Raises UserError (`data.root`, `job.undo`)."""
         root = check_root(data.root)
         with open_journal("data.root", root / UNDO):
-            return _restore(root) if self.undo else _apply(root)
+            return _restore(root) if self.undo else _apply(root, data.choice())
 
 
-def _apply(root: Path) -> str:
+def _apply(root: Path, choice: TableChoice) -> str:
     file = find_manifest(root)
     decisions = read_corrections(root)
     if file is None or scanned_at(file) is not None:
@@ -58,7 +58,7 @@ def _apply(root: Path) -> str:
         raise UserError(
             f"data.root: sidecars are not read beside {file}; edit it, or leave {CORRECTIONS}, which is read"
         )
-    table = _read_rows(root, decisions)
+    table = _read_rows(root, decisions, choice)
     images, sidecars, _ = scan_folder(root, Unused())
     pairs = zip(table.to_pylist(), correct(table, decisions, left := Unused()).to_pylist())
     changes = [(row, now, field) for row, now in pairs for field in ("label", "tags") if row[field] != now[field]]
@@ -78,14 +78,20 @@ def _apply(root: Path) -> str:
             undo.sync()
             write_text(root / name, text)
     undo.close()
-    rows = {row["path"]: row for row in _read_rows(root, decisions).to_pylist()}
+    rows = {row["path"]: row for row in _read_rows(root, decisions, choice).to_pylist()}
     if kept := [row["path"] for row, now, field in changes if rows[row["path"]][field] != now[field]]:
         log.warning("data.root: a table of metadata goes before the sidecars of %s; edit it", show_some(kept))
     return f"{len(changes) - len(kept):,} labels and lists of tags are in sidecars; job.undo=true takes them back"
 
 
-def _read_rows(root: Path, decisions: Decisions) -> pa.Table:
-    table = read_folder(root, Unused())
+def _read_rows(root: Path, decisions: Decisions, choice: TableChoice) -> pa.Table:
+    unused = Unused()
+    table = read_folder(root, unused, choice)
+    if unused.said:
+        table = unused.said[0].partition(":")[0]
+        raise UserError(
+            f"data.table: sidecars are not read beside {table}; edit it, or leave {CORRECTIONS}, which is read"
+        )
     return table.filter(pc.is_in(table["path"], pa.array({path for path, _ in decisions}, pa.string())))
 
 

@@ -16,7 +16,7 @@ from data.layouts.manifest import find_manifest, read_table
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import FAULT
 from data.layouts.table import PLACES, SPLITS, count_values
-from data.layouts.unused import ORPHANS, Unused
+from data.layouts.unused import ORPHANS, ROWS, UNNAMED, Unused
 from data.layouts.walk import check_root, is_fault
 from data.open import describe_collection, load_collection
 from data.tools.duplicates import find_groups
@@ -46,7 +46,7 @@ class Check(Tool):
 
     def run(self, data: DataConfig) -> str:
         """Check the collection. Raises UserError (`data.root`, `job.report`)."""
-        faults = [] if is_remote(data.root) else list(self._find_faults(check_root(data.root), data.max_pixels))
+        faults = [] if is_remote(data.root) else list(self._find_faults(check_root(data.root), data))
         kinds = Counter(kind for _, kind, _ in faults).most_common()
         found = ", ".join(f"{kind}: {count:,}" for kind, count in kinds)
         if faults:
@@ -70,7 +70,7 @@ class Check(Tool):
         page = save_report(Path(self.report) / self.name, data.root, _summarise(collection), tables, pictures)
         return f"{describe_collection(collection)}; {found or 'no fault'}; {page}"
 
-    def _find_faults(self, root: Path, max_pixels: int) -> Iterator[tuple[str, str, str]]:
+    def _find_faults(self, root: Path, data: DataConfig) -> Iterator[tuple[str, str, str]]:
         """Yield path, kind and reason of each fault of the images, the manifest and the sidecars of a folder.
 
         If any image has a sidecar, images without one are named. A manifest replaces sidecars, so bad ones do not
@@ -79,7 +79,7 @@ class Check(Tool):
         unused = Unused()
         sizes, sidecars, _ = scan_folder(root, unused)
         images = sorted(sizes)
-        for path, fact in zip(images, measure_files(root, images, max_pixels) if self.verify else ()):
+        for path, fact in zip(images, measure_files(root, images, data.max_pixels) if self.verify else ()):
             if fact.kind is not None:
                 yield path, fact.kind, fact.reason
             elif fact.remark is not None:
@@ -87,7 +87,13 @@ class Check(Tool):
         for reason in filter(is_fault, unused):
             yield from _same_fault(unused[reason], reason)
         manifest = find_manifest(root)
-        table = read_folder(root, Unused()) if manifest is None else read_table(manifest, Unused())
+        left = Unused()
+        if manifest is None:
+            table = read_folder(root, left, data.choice())
+        else:
+            table = read_table(manifest, left, data.choice().columns)
+        for reason in (reason for reason in left if reason.startswith((ROWS, UNNAMED))):
+            yield from _same_fault(left[reason], reason)
         if PLACES.keys() <= set(table.column_names):
             return
         if manifest is None:

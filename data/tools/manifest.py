@@ -51,8 +51,10 @@ class Manifest(Tool):
             if (manifest := find_manifest(folder)) is not None:
                 refuse_foreign(manifest)
             scanned_ns = time.time_ns()
-            table = read_folder(folder, unused := Unused())
+            table = read_folder(folder, unused := Unused(), data.choice())
             table = list_faults(table, CACHE, unused, data.on_bad_sidecar)
+            for line in unused.said:
+                log.info("data.root: %s", line)
             say_unused(unused.describe(len(table)))
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
@@ -72,7 +74,7 @@ class Manifest(Tool):
                 log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
                 table = correct(table, decisions, left := Unused())
                 say_unused(left.describe())
-            save_manifest(folder, table, scanned_ns=scanned_ns)
+            save_manifest(folder, table, scanned_ns, made_from=data.choice())
         if damaged:
             for path in list(damaged)[:_NAMED]:
                 log.warning("%s: %s", path, damaged[path])

@@ -283,12 +283,17 @@ def test_nobodys_manifest_is_overwritten(root):
         find_manifest(root).unlink()
 
 
-def test_the_names_of_other_programs_are_read_and_a_column_that_is_no_label_is_named(opened, root):
-    put(root, "a.png", "b.png")
-    (root / "manifest.csv").write_text("file_name,class,text\na.png,x,one\nb.png,y,two\n")
-    collection = opened(root)
-    assert [(row.path, row.caption) for row in map(collection.row, range(2))] == [("a.png", "one"), ("b.png", "two")]
-    with refuses("no column label, but class;"):
-        check_classes(collection, allow_missing=False)
+def test_one_map_of_names_reads_every_form_and_possible_labels_are_named(opened, root):
+    put(root, "a.png", "b.png", "c.png", "d.png")
+    rows = {"file_name": ["a.png", "b.png", "c.png", "d.png"], "class": ["x", "y"] * 2, "text": ["one", "two"] * 2}
+    for name in ("manifest.csv", "manifest.jsonl", "manifest.parquet", "metadata.csv", "metadata.jsonl"):
+        write_rows(root / name, rows)
+        assert columns(opened(root), "label", "caption") == [("x", "one"), ("y", "two")] * 2, name
+        (root / name).unlink()
     (root / "manifest.csv").write_text("filename,labels,text,caption\na.png,x,one,1\nb.png,y,two,2\n")
     assert columns(opened(root), "label", "caption", "text") == [("x", "1", "one"), ("y", "2", "two")]
+    write_rows(
+        root / "manifest.csv", {"Filename": rows["file_name"], "colour": ["red", "blue"] * 2, "age": [1, 2, 3, 3]}
+    )
+    with refuses(r"^data\.root: .*data\.columns=\{label: NAME\} takes one of colour \(2 values\)"):
+        check_classes(opened(root), allow_missing=False)
