@@ -21,8 +21,11 @@ def read_results(folder: Path, weights_hash: str | None) -> dict[str, dict[str, 
         with suppress(OSError, ValueError, TypeError, KeyError):
             found = dict(read_json(file))
             if found["weights_hash"] == weights_hash and ("data" in found or found["split"] in ("val", "test")):
-                numbers = {name: value for name, value in found.items() if isinstance(value, int | float)}
-                kept = {name: value for name, value in numbers.items() if name not in _NO_FIGURES and isfinite(value)}
+                kept = {
+                    name: value
+                    for name, value in found.items()
+                    if isinstance(value, int | float) and name not in _NO_FIGURES and isfinite(value)
+                }
                 results[str(found["measured"])] = kept
     return results
 
