@@ -46,6 +46,10 @@ def begin(documentation: str) -> None:
     keep_freed_memory()
     if documentation != sys.modules["__main__"].__doc__:  # a process of a pool imports its parent's script
         return
+    if sys.getfilesystemencoding() != "utf-8":  # a forced locale: names would not be UTF-8
+        os.execve(sys.executable, [sys.executable, *sys.orig_argv[1:]], {**os.environ, "PYTHONUTF8": "1"})
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(encoding="utf-8", errors="backslashreplace")
     if {"--help", "-h"} & set(sys.argv):
         from utils.config.help import describe
 

@@ -26,6 +26,7 @@ from data.stream.source import UnreadableImage
 from utils.errors import UserError
 from utils.formats.background import DEFAULT, background_rgb
 from utils.io.files import canonical_json, sha256_text
+from utils.io.memo import own_cache
 from utils.record.run_index import RunIndex, find_runs, is_inside
 from utils.record.run_reader import RunReader
 
@@ -103,7 +104,7 @@ class Shelf:
         contents = open_contents(collection)
         config = self.config(name)
         if (file := contents.file_of(row)) is not None:
-            roots = [config.root, *find_folders(config.root, config.concepts or ()), CACHE]
+            roots = [config.root, *find_folders(config.root, config.concepts or ()), own_cache(CACHE)]
             if not any(is_inside(Path(file.path), Path(root).resolve()) for root in roots):
                 raise UnreadableImage(contents.name_of(row), "a link out of the collection", file.path)
         return contents.read(row)

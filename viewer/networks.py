@@ -19,6 +19,7 @@ from utils.formats.spelling import join_tags
 from utils.formats.thresholds import thresholds_path
 from utils.formats.vocabulary import FILE, category_name
 from utils.io.files import ignore_write_errors, readable, sha256_text
+from utils.io.memo import own_cache
 from utils.record.run_index import is_inside
 from viewer.images import Shelf, image_address
 
@@ -131,7 +132,7 @@ class Networks:
         opened = shelf.open(collection, again=True)
         contents = open_contents(opened)
         vectors = dict[str | int, np.ndarray]()
-        file = _EMBEDDINGS / f"{path.stem}-{version[:16]}-{collection}.npz"
+        file = own_cache(_EMBEDDINGS) / f"{path.stem}-{version[:16]}-{collection}.npz"
         with suppress(UserError):  # there is none yet, or it is damaged
             vectors |= predictions.read_embeddings(file, version)
         rows = np.flatnonzero(opened.weights()).tolist()

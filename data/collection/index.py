@@ -28,7 +28,7 @@ from data.layouts.unused import Unused, list_unused, say_unused
 from data.layouts.walk import check_root
 from utils.errors import UserError
 from utils.io.files import sha256_text, write_atomically
-from utils.io.memo import files_key
+from utils.io.memo import files_key, own_cache
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -91,6 +91,7 @@ def index_collection(
     corrections: take those of the collection, if it has any. table, columns: as in `DataConfig`. Raises UserError
     (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
+    cache = own_cache(cache)
     unused = Unused()
     choice = choose_table(table, columns)
     parts = _find_parts(root, concepts, cache, unused, choice, corrections)

@@ -21,6 +21,7 @@ from data.layouts.names import CORRECTIONS
 from data.layouts.sidecars import refuse_link_out
 from data.layouts.table import show_some, take_rows
 from data.layouts.unused import Unused
+from data.layouts.walk import COPY
 from utils.config.schema import Strict
 from utils.errors import UserError
 from utils.formats.spelling import join_tags, split_tags
@@ -84,7 +85,7 @@ def append_corrections(root: Path, decisions: Sequence[Decision]) -> None:
     refuse_link_out(root, file)
     refusal = f"data.corrections: another process is writing {file}; try again"
     with (
-        output_errors("data.corrections", file),
+        output_errors("data.corrections", file, COPY),
         file_lock(file, refusal, _PATIENCE_SEC),
         open(file, "r+b", buffering=0) as lines,
     ):

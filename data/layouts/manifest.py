@@ -37,7 +37,7 @@ from data.layouts.tables import (
     read_columns,
 )
 from data.layouts.unused import LACKING, Unused
-from data.layouts.walk import HIDDEN, walk_folders
+from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
 from utils.io.files import output_errors, write_atomically
 from utils.io.memo import in_threads
@@ -245,7 +245,7 @@ def save_manifest(
     made = _made_from(root / PARQUET) if made_from is None else made_from._asdict()
     metadata = {} if scanned_ns is None else {_SCANNED: str(scanned_ns), _MADE_FROM: json.dumps(made)}
     table = table.replace_schema_metadata(metadata)
-    with output_errors("data.root", root / PARQUET):
+    with output_errors("data.root", root / PARQUET, COPY):
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
 
 

@@ -26,6 +26,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
 from utils.io.files import readable, write_text
+from utils.io.memo import own_cache
 from utils.io.names import Names
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
@@ -36,6 +37,7 @@ _COCO = re.compile(rb'"(?:images|annotations|categories)"\s*:\s*\[')
 _HEAD_BYTES = 65_536
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
+_TEXTS = (str, int, float)  # of captions: a number is its digits
 _FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
 
 
@@ -161,10 +163,11 @@ def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
 def _read_caption(record: dict[str, Any]) -> str | None:
     """Return the caption of a record; several ones of a list on a line each."""
     caption = record.get("caption")
-    if caption is None or isinstance(caption, str):
-        return clean(caption or "") or None
-    if isinstance(caption, list) and all(isinstance(text, str | None) for text in caption):
-        return "\n".join(line for text in caption if (line := " ".join(clean(text or "").split()))) or None
+    if caption is None or type(caption) in _TEXTS:
+        return clean(str("" if caption is None else caption)) or None
+    if isinstance(caption, list) and all(text is None or type(text) in _TEXTS for text in caption):
+        words = [clean(str("" if text is None else text)).split() for text in caption]
+        return "\n".join(map(" ".join, filter(None, words))) or None
     raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
 
 
@@ -302,7 +305,7 @@ def list_faults(
     if FAULT not in table.column_names:
         return table
     faulty = table.select(["path", FAULT]).filter(pc.is_valid(table[FAULT])).to_pylist()
-    file = cache / f"bad_sidecars_{hash_table(table)}.jsonl"
+    file = own_cache(cache) / f"bad_sidecars_{hash_table(table)}.jsonl"
     write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in faulty))
     unused.add(f"bad sidecars, all listed in {file}", *(row[FAULT] for row in faulty))
     if on_bad == "stop":

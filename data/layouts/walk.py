@@ -20,6 +20,8 @@ _CIRCLES = "links back to a folder above, which are circles"
 _BROKEN = "links to files that do not exist"
 _NOT_FOLLOWED = "links to folders, which are not followed here; name the folders themselves"
 _SPECIAL = "pipes, sockets and devices"
+# Of a file beside the images, whose place no key names.
+COPY = "make room, let your user write there, or work on a copy: prepare.py job=copy data.root=PATH job.to=FOLDER"
 _ADVICE = "give your user the right to read it, or name another folder"
 _NOT_READ = "files that cannot be read"
 _NOT_LISTED = "folders that cannot be listed"

@@ -15,12 +15,14 @@ from contextlib import suppress
 from dataclasses import dataclass
 from multiprocessing.context import ForkContext, ForkProcess
 from multiprocessing.popen_fork import Popen
+from multiprocessing.queues import Queue
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch._utils import ExceptionWrapper
 from torch.utils.data import DataLoader, Dataset, get_worker_info
 
 from data.collection.collection import Collection, Row
@@ -34,7 +36,7 @@ from utils.errors import UserError
 from utils.io.files import ignore_write_errors
 from utils.io.safe_text import hide_secrets
 from utils.ranks import distributed
-from utils.ranks.processes import end_with_parent
+from utils.ranks.processes import end_with_parent, shorten_socket_folder
 from utils.ranks.signals import leave_to_parent
 from utils.record.logging import get_logger
 
@@ -76,12 +78,24 @@ def _start_worker(worker: int) -> None:
     end_with_parent()
 
 
+class _Results(Queue):
+    """A queue of batches. If one cannot be sent, the rank gets the reason; it would wait forever otherwise."""
+
+    def _on_queue_feeder_error(self, error: Exception, result: tuple[int, Any]) -> None:
+        fault = RuntimeError(f"a batch cannot be sent ({error})")
+        self.put((result[0], ExceptionWrapper((RuntimeError, fault, None))))
+
+
 class _WorkerContext(ForkContext):
     """Fork processes that ignore SIGTERM; terminate() kills them, because torch then waits for their end."""
 
     class Process(ForkProcess):
         class _Popen(Popen):
             terminate = Popen.kill
+
+    def Queue(self, maxsize: int = 0) -> Queue:
+        """Return a queue that does not lose batches."""
+        return _Results(maxsize, ctx=self)
 
 
 class Loader(Dataset):
@@ -148,6 +162,7 @@ class Loader(Dataset):
             raise UserError(f"runtime.workers: {workers} need Linux; set runtime.workers=0 or auto")
         of_workers: dict[str, Any] = {}
         if workers > 0:
+            shorten_socket_folder()
             of_workers["prefetch_factor"] = self.machine.prefetch_batches
             of_workers["multiprocessing_context"] = _WorkerContext()
         loader = DataLoader(
@@ -165,12 +180,14 @@ class Loader(Dataset):
                 self._report(problems)
                 yield self.to_device(loaded)
         except RuntimeError as error:
-            if (match := re.search(r"RuntimeError: (unable to .*shared memory.*)", str(error))) is None:
+            if (
+                match := re.search(r"RuntimeError: (unable to .*shared memory.*|a batch cannot .*)", str(error))
+            ) is None:
                 raise
             raise UserError(
                 f"runtime.workers: a loader worker has no room for a batch ({match.group(1)}); set runtime.workers=0, "
                 "or a lower runtime.workers, runtime.prefetch_batches or loop.micro_batch_size, or give the machine "
-                "more shared memory (/dev/shm; docker run --shm-size=8g)"
+                "more shared memory (/dev/shm; docker run --shm-size=8g) or open files (ulimit -n)"
             ) from None
 
     def to_device(self, batch: Batch | Packed) -> Batch:

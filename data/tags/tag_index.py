@@ -25,6 +25,7 @@ from utils.errors import UserError, about
 from utils.formats.spelling import Tag, parse_tag
 from utils.formats.vocabulary import GENERAL, RATING, Vocabulary
 from utils.io.files import write_atomically
+from utils.io.memo import own_cache
 from utils.io.weights import read_tensors, write_tensors
 from utils.ranks import distributed
 from utils.record.logging import get_logger
@@ -119,7 +120,7 @@ def index_tags(
 
     def make() -> Path:
         name = f"{collection.fingerprint}-{vocabulary.hash}-{rules.hash}-{_VERSION}{'-used' * only_used}.safetensors"
-        file = cache / name
+        file = own_cache(cache) / name
         with suppress(UserError, TypeError):  # missing or damaged
             TagIndex.open(file)
             return file

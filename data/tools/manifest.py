@@ -18,7 +18,7 @@ from data.layouts.names import CORRECTIONS, PARQUET
 from data.layouts.sidecars import list_faults
 from data.layouts.table import TYPES, count_values, replace_column
 from data.layouts.unused import Unused, say_unused
-from data.layouts.walk import check_root
+from data.layouts.walk import COPY, check_root
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import Tool
 from utils.io.journal import open_journal
@@ -47,7 +47,7 @@ class Manifest(Tool):
         writable or whose manifest another command writes, and for a manifest that this job did not write.
         """
         folder = check_root(data.root)
-        with open_journal("data.root", folder / PARQUET):
+        with open_journal("data.root", folder / PARQUET, advice=COPY):
             if (manifest := find_manifest(folder)) is not None:
                 refuse_foreign(manifest)
             scanned_ns = time.time_ns()

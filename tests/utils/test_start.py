@@ -96,3 +96,18 @@ def test_a_python_without_the_packages_is_told_how_to_get_them():
 def test_another_python_is_told_which_one_is_needed():
     status, said = start("import sys\nsys.version_info, sys.version = (3, 10, 1), '3.10.1 (main)'")
     assert status == 2 and "3.11" in said and "3.10.1" in said and said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "locale", [{"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}, {"PYTHONIOENCODING": "ascii"}]
+)
+def test_names_are_utf8_in_every_locale(tmp_path, locale):
+    lines = ['"""Say names."""', "import os, sys", "from utils.start import begin", "begin(__doc__)"]
+    (tmp_path / "say.py").write_text("\n".join([*lines, "print(*os.listdir(), sys.argv)"]))
+    (tmp_path / "here").mkdir()
+    (tmp_path / "here/Föhn").touch()
+    done = subprocess.run(
+        [sys.executable, "../say.py", "a=ö"],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **locale}, cwd=tmp_path / "here", capture_output=True, check=True,
+    )  # fmt: skip
+    assert done.stdout.decode() == "Föhn ['../say.py', 'a=ö']\n"

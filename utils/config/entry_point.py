@@ -64,6 +64,7 @@ _INSTEAD = {
     "launcher": "sweep.gpus=[0,1], or python submit/slurm.py,",
 }
 _OTHER = "a key that --help lists"
+_INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it are escapes
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
 
 
@@ -98,7 +99,7 @@ def _quote(value: str) -> str:
     is_quoted = len(value) > 1 and value[0] == value[-1] and value[0] in "'\""
     if is_quoted or value in ("", "null", "???"):
         return value
-    return QuotedString(value, Quote.single).with_quotes()
+    return QuotedString(_INTERPOLATION.sub(r"\1\1\\${", value), Quote.single).with_quotes()
 
 
 def follow_init_from(values: DictConfig, job: Job) -> Job:

@@ -22,6 +22,7 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 T = TypeVar("T")
+ANOTHER_PATH = "make room there, or name another path"
 _SHOWN_CHARACTERS = 200  # of a library's error
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _TEMPORARY = re.compile(r"\.(.+)\.\d+\.tmp", re.DOTALL)  # of write_atomically
@@ -83,14 +84,14 @@ def refuse_links_out(key: str, folder: Path) -> None:
 
 
 @contextmanager
-def output_errors(key: str, path: Path) -> Iterator[None]:
+def output_errors(key: str, path: Path, advice: str = ANOTHER_PATH) -> Iterator[None]:
     """Turn a write error into a UserError (DiskFull for lack of room) that names the key and the path."""
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or error
         kind = DiskFull if any(os.strerror(number) in str(reason) for number in _FULL) else UserError
-        raise kind(f"{key}: {path} cannot be written ({reason}); make room there, or name another path") from None
+        raise kind(f"{key}: {path} cannot be written ({reason}); {advice}") from None
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from utils.io.files import file_lock, output_errors, remove_temporary
+from utils.io.files import ANOTHER_PATH, file_lock, output_errors, remove_temporary
 
 
 class Journal:
@@ -51,7 +51,9 @@ def _line(value: Any) -> bytes:
 
 
 @contextmanager
-def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool = False) -> Iterator[Journal]:
+def open_journal(
+    key: str, output: Path, command: Any = None, *, is_folder: bool = False, advice: str = ANOTHER_PATH
+) -> Iterator[Journal]:
     """Lock an output and open its journal, which has parts if a command of the same description was killed.
 
     The journal's file is removed at the end, unless it has parts after an error. Raises UserError (`key`) if another
@@ -60,7 +62,7 @@ def open_journal(key: str, output: Path, command: Any = None, *, is_folder: bool
     folder, name = (output, None) if is_folder else (output.parent, output.name)
     path = folder / (".journal" if is_folder else f".{name}.journal")
     is_new = not folder.exists()
-    with output_errors(key, output), ExitStack() as stack:
+    with output_errors(key, output, advice), ExitStack() as stack:
         refusal = f"{key}: another command is writing {output}; wait for it, or name another one"
         stack.enter_context(file_lock(path, refusal))
         remove_temporary([folder], name)

@@ -7,8 +7,10 @@ A file is unchanged if its size, mtime, ctime and inode are. The system sets cti
 set it. A file that was changed just now may change again within a tick of the clock, so it counts as changed.
 """
 
+import functools
 import json
 import os
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -17,11 +19,40 @@ from pathlib import Path
 from typing import Any
 
 from utils.io.files import AppendFile, canonical_json, ignore_write_errors, sha256_file, sha256_text
+from utils.record.logging import get_logger
 from utils.record.progress import track
 
+log = get_logger(__name__)
+
+OURS = Path("outputs/cache")  # of all caches that no key names
 _THREADS = 8
 _SUBMITTED = 10_000
 _YOUNG_SEC = 2  # the tick of the coarsest file system
+
+
+def own_cache(path: Path) -> Path:
+    """Return a path in outputs/cache, or its like in the user's own cache folder if this user may not write it.
+
+    A clone may be another user's, or read-only. Other paths, which a user has named, are returned as they are.
+    """
+    if OURS not in (path, *path.parents) or _may_write(path):
+        return path
+    return _find_own() / path.relative_to(OURS)
+
+
+def _may_write(path: Path) -> bool:
+    """Return whether the user may write a file or a folder, or make it."""
+    there = next(place for place in (path, *Path(os.path.abspath(path)).parents) if place.exists())
+    return os.access(there, os.W_OK, effective_ids=True)
+
+
+@functools.cache
+def _find_own() -> Path:
+    """Return the user's cache folder (XDG), else one in the folder for temporary files; say so."""
+    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "atelier")
+    own = home if _may_write(home) else Path(tempfile.gettempdir(), f"atelier-{os.geteuid()}")
+    log.info("%s is not writable for this user; caches are in %s (XDG_CACHE_HOME names another folder)", OURS, own)
+    return own
 
 
 def file_version(path: str | os.PathLike[str]) -> list[int] | None:
@@ -53,6 +84,7 @@ def measure_once(
     store: the cache, a file of lines. A killed process loses at most one value. If `measure` changes, change this name.
     what: text for the progress bar. is_kept: whether to cache a value.
     """
+    store = own_cache(store)
     names = {path: os.path.abspath(path) for path in paths}
     versions = {path: file_version(path) for path in names}  # before the files are read
     known = _read(store)

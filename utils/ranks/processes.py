@@ -3,20 +3,28 @@
 import ctypes
 import multiprocessing
 import os
+import shutil
 import signal
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
+from multiprocessing import util
 from typing import TypeVar
 
+from utils.errors import UserError
 from utils.ranks.signals import leave_to_parent
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 PARALLEL_FROM = 512  # items; with fewer, starting processes takes longer than the work
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_MAX_ADDRESS_BYTES = 107  # linux/un.h: 108 with the zero at its end
 _MAX_CHUNK = 64  # items per message to a process
 
 
@@ -24,6 +32,23 @@ def end_with_parent() -> None:
     """Have this process killed when its parent ends, even if it hangs; on Linux."""
     with suppress(AttributeError):  # macOS
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, ctypes.c_ulong(signal.SIGKILL))
+
+
+def shorten_socket_folder() -> None:
+    """Move multiprocessing's sockets from a long TMPDIR into a short folder, because an address has 107 bytes.
+
+    Raises UserError (`runtime.workers`) if there is none.
+    """
+    folder = util.get_temp_dir()
+    if len(os.fsencode(f"{folder}/listener-12345678")) <= _MAX_ADDRESS_BYTES:
+        return
+    short = next((place for place in ("/tmp", "/var/tmp", "/dev/shm") if os.access(place, os.W_OK | os.X_OK)), None)
+    if short is None:
+        raise UserError(f"runtime.workers: TMPDIR is too long for sockets ({folder}); name a short one, or set 0")
+    own = tempfile.mkdtemp(prefix="pymp-", dir=short)
+    log.info("TMPDIR is too long for the sockets of loader workers; they are in %s", own)
+    util.Finalize(None, shutil.rmtree, args=(own, True), exitpriority=-100)  # as for the usual folder
+    multiprocessing.current_process()._config["tempdir"] = own
 
 
 def count_cores() -> int:

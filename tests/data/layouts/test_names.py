@@ -77,7 +77,7 @@ def test_paths_of_the_configuration_and_of_predict_find_folders(opened, tmp_path
     config = data_config(root=str(tmp_path / "Böden"), concepts=[ConceptConfig(path="Föhn"), ConceptConfig(path="b")])
     assert config.root == str(root)
     monkeypatch.chdir(tmp_path)
-    assert "2 training and 1 val" in run("prepare", ["job=check", "data=image_folder", "data.root=Böden"], tmp_path)
+    assert "3 training and 0 val" in run("prepare", ["job=check", "data=image_folder", "data.root=Böden"], tmp_path)
     assert [path.name for path in find_images(f"{root}/Föhn/ü.png", "input").paths] == [f"{mac('ü')}.png"]
     assert len(find_images(str(tmp_path / "Böden/Föhn"), "input").paths) == 2
 
@@ -97,6 +97,13 @@ def test_a_correction_a_mask_and_a_vocabulary(opened, tmp_path, monkeypatch):
     assert [Path(file).name for file, _, _ in masks.values()] == ["ö.mask.png"]
     (tmp_path / "selected_tags.csv").write_text(f"tag_id,name,category,count\n1,{mac('pokémon')},0,3\n")
     assert read_vocabulary(tmp_path).names == ("pokémon",)
+
+
+def test_a_number_is_a_caption(opened, tmp_path):
+    root = put(tmp_path / "root", "a.png", "b.png")
+    (root / "a.json").write_text('{"caption": 7}')
+    (root / "b.json").write_text('{"caption": ["one", 2, null, 1.5]}')
+    assert columns(opened(root), "caption") == [("7",), ("one\n2\n1.5",)]
 
 
 # What cannot be read.

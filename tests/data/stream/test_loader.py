@@ -151,6 +151,21 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
         take(train_stream(folder, workers=1), 1)
 
 
+def test_a_long_folder_for_sockets_and_too_many_files_are_no_hang(folder, monkeypatch, tmp_path, log):
+    config = multiprocessing.current_process()._config
+    monkeypatch.setitem(config, "tempdir", str(tmp_path / ("x" * 120)))
+    for _ in range(2):
+        assert len(take(train_stream(folder, workers=2), 2)) == 2
+    assert log.text.count("TMPDIR") == 1 and len(config["tempdir"]) < 80
+
+    def refuse(descriptor):
+        raise OSError(24, "Too many open files")
+
+    monkeypatch.setattr("multiprocessing.reduction.DupFd", refuse)  # in the thread of a worker that sends batches
+    with refuses(r"^runtime\.workers: .*Too many open files.* set runtime\.workers=0"):
+        take(train_stream(folder, workers=1), 1)
+
+
 # --- what a batch holds
 
 

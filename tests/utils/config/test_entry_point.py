@@ -13,6 +13,7 @@ from utils.record.run_folder import default_run_dir
 
 # One of each kind that Hydra's grammar refuses or reads as something else.
 NAMES = [
+    "a${b}c", "a\\${b}", "\\\\${oc.env:HOME}",
     "données", "データ", "with space", "a,b", "[x]", "{x}", "(x)", "a=b", "a&b", "a;b", "a:b", "a#b", "100%", "$HOME",
     "~x", "!x", "*?", "it's", "'", '"', 'say "hi"', "back\\slash", "end\\", "end\\\\", "a\\'b", "\\'", "x\\\\'y'\\",
     "null.png", "true", "1e3", "-x", "a  b", " x", "x ", "a|b", "<x>", "@x", "%20", "`x`",
@@ -38,7 +39,7 @@ PATHS = ["weights=w", "input=i", "output=o"]
 # ---------------------------------------------------------------------------------------------------------------- paths
 
 
-@pytest.mark.parametrize("names", [NAMES[start::13] for start in range(13)])
+@pytest.mark.parametrize("names", [NAMES[start::14] for start in range(14)])
 def test_paths_arrive_unchanged(names, start_command):
     seen = []
     first, second, third = names
