@@ -279,6 +279,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     # ComfyUI's name of the key is not ModelSpec's.
     stated = texts.get("modelspec.prediction_type") or texts.get("modelspec.predict_key")
     prediction = "v_prediction" if "v_pred" in names else _PREDICTIONS.get((stated or "epsilon").lower())
+    is_stated = stated is not None or "v_pred" in names
     if prediction is None:
         raise unusable(f"{path} says that it predicts {stated[:_MAX_TEXT]!r}, not epsilon, v or flow")
     rescaled = None
@@ -292,7 +293,7 @@ def _describe_file(path: Path) -> dict[str, Any]:
     return {
         "layout": "single file",
         "prediction_type": prediction,
-        "is_stated": bool(stated) or "v_pred" in names,
+        "is_stated": is_stated,
         "zero_terminal_snr": rescaled,
         "other_noise": other,
         "shift": _read_shift(texts.get("ss_discrete_flow_shift")),
