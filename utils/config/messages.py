@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from utils.config.help import CONF, list_options
 from utils.config.recipe import flatten
-from utils.config.schema import Strict, walk_keys
+from utils.config.schema import Strict, path_keys, walk_keys
 from utils.errors import UserError, close_names
 
 Schema = TypeVar("Schema", bound=Strict)
@@ -109,8 +109,10 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
         return f"{group}: unknown {name!r}; {close_names(name, list_options(group))} (files of {CONF / group}){advice}"
     if isinstance(error, OverrideParseException):
         key, equals, value = error.override.partition("=")
-        if not equals:
-            return f"{key}: is no flag, and no value is given; write {key}=VALUE"
+        if not equals or key.startswith("-"):
+            known = {name for name, _ in walk_keys(schema)}
+            keys = known if key in known or key.startswith("-") else path_keys(schema)  # mostly a folder
+            return f"{key}: write KEY=VALUE, without dashes; {close_names(key.lstrip('-'), keys)}"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         cause = error.__cause__

@@ -86,6 +86,8 @@ def map_in_processes(
                 yield result
                 done += 1
         except BrokenProcessPool:  # by an item of this chunk or, with several processes, of a later one
+            for worker in list((pool._processes or {}).values()):
+                worker.kill()  # Python 3.14 waits for them, and they ignore its SIGTERM
             pool.shutdown()  # its other workers free their memory before the chunk is tried again
             chunk = items[done : done + chunk_size]
             yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
