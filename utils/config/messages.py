@@ -111,8 +111,9 @@ def hydra_problem(error: Exception, schema: type[Strict]) -> str:
         key, equals, value = error.override.partition("=")
         if not equals or key.startswith("-"):
             known = {name for name, _ in walk_keys(schema)}
-            keys = known if key in known or key.startswith("-") else path_keys(schema)  # mostly a folder
-            return f"{key}: write KEY=VALUE, without dashes; {close_names(key.lstrip('-'), keys)}"
+            is_key = key in known or key.startswith("-")  # a word alone is mostly a folder
+            advice = close_names(key.lstrip("-"), known) if is_key else close_names("", path_keys(schema))
+            return f"{key}: write KEY=VALUE, without dashes; {advice}"
         return f"{key}: {value!r} cannot be read; put special characters in quotes: {key}='\"a, b\"'"
     if isinstance(error.__cause__, ConfigKeyError | ConfigAttributeError):
         cause = error.__cause__

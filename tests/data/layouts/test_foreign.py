@@ -105,7 +105,7 @@ def stated(size, kind=tarfile.REGTYPE):
     [
         (4 * 1024 + 5, b"x", 4, "from byte 4,096 of"),
         (4 * 1024, bytes(1024), 4, "from byte 4,096 of 10,240 (its end is followed by more)"),
-        (4 * 1024, stated(-1), 4, "a member of -1 bytes"),
+        (4 * 1024, stated(-1), 4, "from byte 4,096 of"),
         (4 * 1024, stated(2**60), 4, "from byte 4,096 of"),
         (4 * 1024, stated(70, tarfile.GNUTYPE_SPARSE), 8, "1 members of shards that are no plain files"),
         (9 * 1024, None, 9, "from byte 9,216 of 9,216 (the mark of its end is missing)"),

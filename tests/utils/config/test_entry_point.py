@@ -88,9 +88,7 @@ def test_a_missing_package_is_status_2_and_named_with_what_installs_it(start_com
 def test_a_defect_is_status_1_with_its_traceback(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS) == 1
     err = capsys.readouterr().err
-    assert err.startswith("Traceback") and err.rstrip().endswith(
-        "ZeroDivisionError: integer division or modulo by zero"
-    )
+    assert err.startswith("Traceback") and err.splitlines()[-1].startswith("ZeroDivisionError: ")
 
 
 def test_another_rank_shows_only_what_it_may_be_alone_with(start_command, capsys, monkeypatch):
@@ -106,7 +104,7 @@ def test_another_rank_shows_only_what_it_may_be_alone_with(start_command, capsys
 def test_cfg_job_prints_the_configuration_and_runs_nothing(start_command, capsys):
     assert start_command(lambda config, job: 1 // 0, *PATHS[:1], "--cfg", "job", *PATHS[1:]) == 0
     printed = capsys.readouterr()
-    assert "\nweights: w\ninput: i\noutput: o\nexisting: null\n" in printed.out and printed.err == ""
+    assert "\nweights: w\ninput: i\noutput: o\nform: null\nexisting: null\n" in printed.out and printed.err == ""
 
 
 # ------------------------------------------------------------------------------------------------------------ multiruns
