@@ -109,7 +109,7 @@ def index_collection(
     for line in unused.said:
         log.info("data.root: %s", line)
     fingerprint = _hash(rows, stated)
-    lines = [*unused.describe(len(rows)), *list_unused(unused, cache / f"unused_{fingerprint}.csv")]
+    lines = [*unused.describe(len(rows)), *list_unused(unused, cache)]
     say_unused(lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:

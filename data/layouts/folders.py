@@ -151,8 +151,15 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
         stems = {os.path.splitext(name)[0] for name in here}
         found += itertools.chain(*pair_sidecars(folder, here, names)[0].values())
         found += (folder + name for name in names if masked_stem(name) in stems)
-        found += (path for path in map(folder.__add__, names) if is_table(path) or path == CORRECTIONS)
+        found += (
+            path for path in map(folder.__add__, names) if is_table(path) or path == CORRECTIONS or _is_of_user(path)
+        )
     return sorted(set(found))
+
+
+def _is_of_user(path: str) -> bool:
+    """Return whether a file may be a table of the user (listed.py)."""
+    return "/" not in path and path.lower().endswith((".csv", ".tsv"))
 
 
 def _read_images(folder: str, entries: list[os.DirEntry[str]], unused: Unused) -> dict[str, int]:

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data.layouts.names import INSTALL, MISSING
 from data.layouts.table import SHOWN, show_some
-from utils.io.files import write_text
+from utils.io.files import sha256_text, write_text
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -100,14 +100,15 @@ def find_ending(name: str) -> str:
     return f"{RESOURCE_FORK}*" if is_fork else os.path.splitext(name)[1].lower() or "no ending"
 
 
-def list_unused(unused: Unused, file: Path) -> Lines:
-    """Write all names into a CSV file, if the lines of `describe` leave out some, or name rows; return a line of it."""
+def list_unused(unused: Unused, folder: Path) -> Lines:
+    """Write all names into a CSV file, if the lines of `describe` leave out some or name rows; return a line of it."""
     if not any(len(names) > SHOWN or reason.startswith(ROWS) for reason, names in unused.items()):
         return []
     text = io.StringIO()
     lines = csv.writer(text)
     lines.writerow(("name", "why it is not used"))
     lines.writerows((name, reason) for reason in sorted(unused) for name in sorted({*unused[reason]}))
+    file = folder / f"unused_{sha256_text(text.getvalue())[:16]}.csv"
     write_text(file, text.getvalue())
     return [(logging.INFO, f"all of these are listed in {file}")]
 

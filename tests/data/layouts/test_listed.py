@@ -1,0 +1,66 @@
+"""Tables of users: which rows name which files, and what is a label."""
+
+import pytest
+
+from data.collection.collection import Collection
+from data.collection.index import index_collection
+from tests.data.collection.test_collection import columns, put
+from tests.support import refuses
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write images and tables (by name a text), and return the rows as `path split label tags`."""
+
+    def read(images, tables, **choice):
+        put(tmp_path / "root", *images.split())
+        for name, text in tables.items():
+            (tmp_path / "root" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+        index = index_collection(str(tmp_path / "root"), validation_fraction=0.0, cache=tmp_path / "cache", **choice)
+        rows = columns(Collection(str(tmp_path / "root"), index), "path", "split", "label", "tags")
+        return [f"{path} {split} {label or ''} {'+'.join(tags)}".strip() for path, split, label, tags in rows]
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("text", "choice"),
+    [
+        ("id,breed\na,x\nb,y\nc,x\nd,y\n", {}),
+        ("sep=;\nbild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
+        ('note\tName\tSpecies\n"two\nlines"\tp/a.png\tx\n\tb\ty\n\tc\tx\n\td\ty\n', {}),
+        ("photo,what\na,x\nb,y\nc,x\nd,y\n", {}),
+        ("photo,x,y\na,1,0\nb,0,1\nc,1,0\nd,0,1\n", {}),
+        ("id,size,what,who\na,9,x,m\nb,8,y,n\nc,7,x,n\nd,6,y,m\n", {"columns": {"label": "what"}}),
+    ],
+)
+def test_forms_of_one_table(text, choice, read):
+    assert read(
+        "p/images/a.png p/images/b.png p/images/c.png p/images/d.png".replace("p/", ""), {"t.csv": text}, **choice
+    ) == [f"images/{name}.png train {label}" for name, label in zip("abcd", "xyxy")]
+
+
+def test_names_in_both_splits_are_those_of_the_tables_split(read):
+    tables = {"train.csv": "id,label\n1,x\n2,y\n", "test.csv": "id\n1\n", "sample_submission.csv": "id,label\n1,x\n"}
+    assert read("train/1.png train/2.png test/1.png test/3.png", tables) == [
+        "test/1.png test", "test/3.png test", "train/1.png train x", "train/2.png train y",
+    ]  # fmt: skip
+
+
+def test_several_tags_of_an_image(read):
+    tables = {"t.csv": "image,labels\na,wet cold\nb,wet\nc,cold\n"}
+    assert read("a.png b.png c.png", tables, columns={"tags": "labels"}) == [
+        "a.png train  wet+cold", "b.png train  wet", "c.png train  cold",
+    ]  # fmt: skip
+
+
+def test_several_tables_are_named_with_the_key(read):
+    with refuses(r"^data\.table: 2 tables name images: a\.csv .*; b\.csv .*data\.table=a\.csv"):
+        read("1.png 2.png", {"a.csv": "id,label\n1,x\n2,y\n", "b.csv": "id,label\n1,x\n2,y\n"})
+
+
+def test_a_table_that_names_nothing_or_is_absent_is_refused(read):
+    with refuses(r"^data\.table: no column of .*data\.columns=\{path: NAME\}"):
+        read("1.png", {"a.csv": "id,label\nz,x\n"}, table="a.csv")
+    with refuses(r"^data\.table: 'b\.csv' is no file"):
+        read("1.png", {}, table="b.csv")

@@ -1,0 +1,33 @@
+"""A Kaggle folder: train.csv, train/, test/ without labels, sample_submission.csv, a zip (docs/competition.md)."""
+
+import csv
+
+from tests.door.follow import follow
+from tests.door.test_held_out import ON_CPU, SHORT
+from tests.support import make_collection
+
+
+def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
+    made = make_collection(tmp_path / "made", per_class=10, validation=2)
+    root = tmp_path / "dogs"
+    lines = ["id,breed"]
+    for split, name in (("train", "train"), ("val", "test")):
+        (root / name).mkdir(parents=True)
+        for number, file in enumerate(sorted(made.glob(f"{split}/*/*.png"))):
+            file.rename(root / name / f"{name[:2]}{number:03}.png")
+            lines += [f"tr{number:03},breed {file.parent.name}"] * (name == "train")
+    (root / "train.csv").write_text("\n".join(lines))
+    ids = [f"te{number:03}" for number in (5, 3, 4, 0, 1, 2)]
+    (root / "sample_submission.csv").write_text("\n".join(["id,breed", *(f"{each},breed A" for each in ids)]))
+    (root / "dogs.zip").write_bytes(b"PK")
+    short = {
+        "train.py": [*SHORT[:-1], "data.validation_fraction=0.2"],
+        "evaluate.py": ON_CPU,
+        "predict.py": ["device=cpu"],
+    }
+    follow("competition.md", tmp_path, {"PHOTOS": "dogs", "RUN": "run"}, short)
+    assert "train.csv: column id names 30 of 30 files in train/, with .png; label: breed, 3 classes" in log.text
+    assert "dogs.zip" in log.text
+    with open(tmp_path / "submission.csv") as file:
+        rows = [*csv.DictReader(file)]
+    assert [row["id"] for row in rows] == ids and {row["breed"] for row in rows} <= {"breed A", "breed B", "breed C"}
