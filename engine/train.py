@@ -78,5 +78,5 @@ def train(config: TrainingConfig, job: Job) -> str | None:
         if distributed.is_main():
             with output_errors("run_dir", path):
                 kind.write(path, setup)
-        run.fit([line.replace("{run}", str(path)).replace("{data}", words) for line in commands])
+        run.fit([line.replace("{run}", shlex.quote(str(path))).replace("{data}", words) for line in commands])
     return None
