@@ -189,6 +189,13 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     known, missing, unknown = (
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
+    tagged = (pc.list_value_length(collection.table["tags"]).to_numpy() > 0).sum()
+    if not train and tagged:
+        raise UserError(
+            f"data.root: {root!r} has no classes, but tags on {tagged:,} images; add task=tagging to train a tagger "
+            "(docs/booru.md). For a classifier, put the images into one sub-folder per class, or add a manifest.csv "
+            "with the columns path and label"
+        )
     if len(train) < 2:
         further = show_some(collection.possible_labels)
         others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""

@@ -62,9 +62,10 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     A class of n images gives round(fraction * n) images (halves up), at least 1 and at most n - 1: the ones with the
     lowest path hashes. The choice in a class does not depend on other classes, and an added image moves at most one
     other. A class with a single image keeps it for training, with a warning. Images without a label are chosen by
-    their `id` if the table has that column (the highest id % 1000, from 950 for 0.05), else if their path hash is in
-    the lowest `fraction` of all hashes. Rows of one `group` stay together: the first one decides. Images without a
-    label leave neither split empty: the lowest hash goes to validation, or the highest to training.
+    their `id` if the table has that column (the highest id % 1000, from 950 for 0.05), unless these are fewer than half
+    of `fraction`; else if their path hash is in the lowest `fraction` of all hashes. Rows of one `group` stay together:
+    the first one decides. Images without a label leave neither split empty: the lowest hash goes to validation, or the
+    highest to training.
     """
     names = pc.unique(table["label"]).drop_null()
     labels = pc.index_in(table["label"], value_set=names).fill_null(-1).to_numpy()
@@ -72,7 +73,9 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     chosen = hashes < np.uint64(fraction * 2**64)
     if "id" in table.column_names and pa.types.is_integer(table["id"].type):
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
-        chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
+        # Ids in a row, as of a collection that was numbered, give too few or none.
+        if by_id.mean() >= fraction / 2:
+            chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
     leads = lead_rows(table)
     is_lead = leads == np.arange(len(table))
     rows = np.flatnonzero(is_lead & (labels >= 0))

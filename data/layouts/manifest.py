@@ -46,6 +46,8 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
+_OURS = ("id", "reason")  # columns of job=manifest beside TYPES
+
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
 _MADE_FROM = b"atelier.made_from"  # in that metadata, too: `data.table` and `data.columns`
@@ -71,7 +73,7 @@ def read_manifest(root: Path | None, file: Path, unused: Unused, stated: Columns
     table = read_table(file, unused, stated)
     if len(table) == 0:
         raise UserError(f"data.root: {str(file)!r} has no row; list at least one image, or remove the file")
-    if further := [name for name in table.column_names if name not in TYPES]:
+    if further := [name for name in table.column_names if name not in (*TYPES, *_OURS)]:
         log.info("data.root: %s has the extra columns %s; known columns: %s", file.name, further, list(TYPES))
     weights = table["weight"].fill_null(1.0).to_numpy()
     for row in np.flatnonzero(~((weights >= 0) & np.isfinite(weights))).tolist():

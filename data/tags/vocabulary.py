@@ -9,6 +9,7 @@ import numpy as np
 from data.collection.collection import Collection
 from data.layouts.table import count_values
 from data.tags.rules import Category, TagRules, TagRulesConfig, read_rules
+from data.tags.spellings import find_variants, say_spellings
 from data.tags.tag_index import map_tags
 from utils.config.bounds import Count
 from utils.config.schema import PathText
@@ -63,6 +64,7 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
         return tag.category != RATING and (bool(listed & keep) or (fits and not listed & ignore))
 
     found = count_tags(collection, read_rules(config, key))
+    say_spellings(count_values(collection.table["tags"]), find_variants(found), key)
     chosen = [entry for entry in found if is_included(*entry)]
     if not chosen:
         most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]
@@ -76,7 +78,9 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
     if any(count for _, count in found[: len(RATINGS)]):
         chosen = found[: len(RATINGS)] + chosen
     counts = Counter(category_name(tag.category) for tag, _ in chosen)
-    log.info("%d of %d tags: %s", len(chosen), len(found), ", ".join(f"{n:,} {name}" for name, n in counts.items()))
+    kinds = ", ".join(f"{n:,} {name}" for name, n in counts.items())
+    rule = f"those on at least {config.min_count} training images ({key}min_count)"
+    log.info("%d of %d tags, %s: %s", len(chosen), len(found), rule, kinds)
     return _complete(chosen)
 
 

@@ -11,6 +11,7 @@ from data.config import DataConfig
 from data.layouts.table import TEST
 from data.layouts.walk import check_root
 from data.open import load_collection
+from data.tags.spellings import fold
 from data.tools.exclude import Finder, read_reasons
 from data.tools.measure import FileFacts, measure_files
 from data.tools.tool import list_files, refuse_shards, save_report
@@ -36,17 +37,17 @@ class Image(NamedTuple):
 
     @property
     def rank(self) -> tuple[Any, ...]:
-        """The order in which images are kept: tests, then most texts, most tags, most pixels, most bytes."""
+        """The order in which images are kept: tests, then most tags, most texts, most pixels, most bytes."""
         texts = sum(bool(self.row[name]) for name in _TEXTS)
         pixels = (self.facts.width or 0) * (self.facts.height or 0)
-        return self.row["split"] != TEST, -texts, -len(self.claims), -pixels, -self.row["size"], self.path
+        return self.row["split"] != TEST, -len(self.claims), -texts, -pixels, -self.row["size"], self.path
 
 
 class Duplicates(Finder):
     """Write a table of groups of duplicates, and exclude or list all images but one of each; write column `group`.
 
-    One of the test split is kept before others, then the one with the most of caption, tags and label, then the one
-    with the most tags, then the largest. Images of the test split stay, and so do those with a label, rating or tag
+    One of the test split is kept before others, then the one with a label, a rating and the most tags, then the one
+    with a caption, then the largest. Images of the test split stay, and so do those with a label, rating or tag
     that the kept one lacks: these are listed apart. match: near: one picture in several sizes, formats or brightnesses,
     or mirrored; exact: equal bytes.
     """
@@ -124,10 +125,10 @@ def _find_alike(image: Image, kept: Sequence[Image]) -> list[Image]:
 
 
 def read_claims(row: Mapping[str, Any]) -> Claims:
-    """Return what a row says of its picture: label, rating and tags, spelled as in vocabularies."""
+    """Return what a row says of its picture: label, rating and tags, whose spelling makes no difference."""
     stated = {("label", row["label"]), ("rating", parse_rating(row["rating"] or ""))}
     for tag in map(parse_tag, row["tags"]):
-        stated.add(("rating", parse_rating(tag.name)) if tag.category == RATING else ("tag", tag.name))
+        stated.add(("rating", parse_rating(tag.name)) if tag.category == RATING else ("tag", fold(tag.name)))
     return frozenset(claim for claim in stated if claim[1])
 
 

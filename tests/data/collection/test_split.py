@@ -173,3 +173,11 @@ def test_a_group_is_one_image_of_its_class():
     (first,) = [int(path) for path in lowest(["00000", "00003", "00005"])[:1]]
     assert chosen_numbers(table, 0.3) == {0: {0, 1, 2}, 3: {3, 4}, 5: {5}}[first]
     assert chosen_numbers(table_of(3, "x", group=[7, 7, 7]), 0.5) == set()
+
+
+def test_ids_in_a_row_do_not_leave_validation_empty():
+    """A collection that was numbered has no id whose last three digits are high."""
+    table = table_of(80).append_column("id", pa.array(range(7000, 7080)))
+    assert chosen_numbers(table, 0.2) == chosen_numbers(table_of(80), 0.2) and len(chosen_numbers(table, 0.2)) > 8
+    spread = table_of(80).append_column("id", pa.array(range(0, 80 * 37, 37)))
+    assert 8 < len(chosen_numbers(spread, 0.2)) != len(chosen_numbers(table, 0.2))
