@@ -17,6 +17,7 @@ FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images a
 # `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
 _FRACTION = 0.1
 _LEAST_IMAGES = 100
+_LEAST_BY_ID = 4  # images for validation; fewer than half of these are no chance
 
 
 def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
@@ -72,10 +73,12 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     hashes = hash_paths(table["path"])
     chosen = hashes < np.uint64(fraction * 2**64)
     if "id" in table.column_names and pa.types.is_integer(table["id"].type):
+        has_id = pc.is_valid(table["id"]).to_numpy()
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
-        # Ids in a row, as of a collection that was numbered, give too few or none.
-        if by_id.mean() >= fraction / 2:
-            chosen = np.where(pc.is_null(table["id"]).to_numpy(), chosen, by_id)
+        expected = fraction * has_id.sum()
+        # Ids in a row, as of a collection that was numbered, may have none of these.
+        if expected < _LEAST_BY_ID or by_id.sum() >= expected / 2:
+            chosen = np.where(has_id, by_id, chosen)
     leads = lead_rows(table)
     is_lead = leads == np.arange(len(table))
     rows = np.flatnonzero(is_lead & (labels >= 0))

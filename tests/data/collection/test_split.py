@@ -151,8 +151,8 @@ def test_rows_with_an_id_go_by_its_last_digits(fraction, start):
 
 def test_rows_without_an_id_or_with_a_class_go_by_their_path():
     by_path = chosen_numbers(table_of(200), 0.25)
-    mixed = chosen_numbers(table_of(200, id=[0] * 100 + [None] * 100), 0.25)
-    assert mixed == {number for number in by_path if number >= 100}
+    mixed = chosen_numbers(table_of(200, id=[*range(0, 1000, 10), *[None] * 100]), 0.25)
+    assert mixed == {*range(75, 100)} | {number for number in by_path if number >= 100}
     names = replace_column(table_of(200), "id", pa.array([f"{number}999" for number in range(200)]))
     assert chosen_numbers(names, 0.25) == by_path
     assert chosen_numbers(table_of(40, "x", id=[999] * 40), 0.25) == chosen_numbers(table_of(40, "x"), 0.25)
