@@ -4,11 +4,11 @@ import re
 import shlex
 
 import pytest
-import yaml
 
 from tests.in_process import SCRIPTS as COMMAND_NAMES
+from tests.in_process import load_command
 from tests.support import ROOT
-from utils.config.help import CONF
+from utils.config.schema import walk_keys
 
 PAGES = [ROOT / "README.md"]
 PAGES += [ROOT / f"docs/{name}.md" for name in ("wrong_labels", "another_machine", "commands", "comfyui")]
@@ -49,22 +49,10 @@ def test_the_index_names_every_page():
 
 @every_page
 def test_every_key_exists(page):
-    """Words in code, such as `loop.total_steps=0`, that begin with a key or group of conf/."""
-    keys = {key for file in CONF.rglob("*.yaml") for key in list_keys(file)}
+    """Words in code, such as `loop.total_steps=0`, that begin with a key or group."""
+    keys = {key for script in COMMAND_NAMES for key, _ in walk_keys(load_command(script).schema)}
     roots = {key.partition(".")[0] for key in keys}
     for code in re.findall(r"`([^`\n]+)`", page.read_text(encoding="utf-8")):
         for key in re.findall(r"(?:^|\s)([a-z_]+(?:\.[a-z_0-9]+)+)(?==|\s|$)", code):
             if key.partition(".")[0] in roots and not NOT_KEYS.search(key):
                 assert key in keys, f"`{code}`"
-
-
-def list_keys(file):
-    """Yield the dotted keys of a file of conf/, with its group."""
-    text, group = file.read_text(encoding="utf-8"), file.relative_to(CONF).parts[0]
-    start = "" if file.parent == CONF or "@package _global_" in text else f"{group}."
-    left = [(start, yaml.safe_load(text) or {})]
-    while left:
-        start, values = left.pop()
-        for name, value in values.items():
-            yield f"{start}{name}"
-            left += [(f"{start}{name}.", value)] if isinstance(value, dict) else []

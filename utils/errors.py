@@ -8,6 +8,7 @@ from __future__ import annotations  # as in utils/start.py
 
 import difflib
 import re
+import sys
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -20,13 +21,13 @@ EXIT_STOPPED = 75
 EXIT_INTERRUPTED = 130  # Ctrl-C without anything to save
 
 # `make install-NAME` installs the packages of requirements-NAME.txt. The modules that a command may lack, by NAME:
-EXTRAS = {
-    "diffusers": "sdxl",
-    "peft": "sdxl",
-    "open_clip": "sdxl",
-    "ftfy": "sdxl",
-    "nicegui": "view",
-    "s3fs": "cloud",
+_EXTRAS = {
+    "diffusers": "-sdxl",
+    "peft": "-sdxl",
+    "open_clip": "-sdxl",
+    "ftfy": "-sdxl",
+    "nicegui": "-view",
+    "s3fs": "-cloud",
 }
 
 _SHOWN = 20  # names in a message
@@ -52,14 +53,12 @@ def about(key: str) -> Iterator[None]:
         raise
 
 
-def missing_extra(error: BaseException) -> str | None:
-    """Return what to install if an import fails for want of an extra package, None for other errors."""
+def missing_package(error: BaseException) -> str | None:
+    """Return what to install if an import fails for want of a package, None for other errors."""
     if not isinstance(error, ModuleNotFoundError):
         return None
-    module = (error.name or "").partition(".")[0]
-    if module not in EXTRAS:
-        return None
-    return f"needs the package {module}, which is not installed; run: make install-{EXTRAS[module]}"
+    target = _EXTRAS.get(str(error.name).partition(".")[0], "")
+    return f"{error} in {sys.executable}; run: make install{target}, then: source .venv/bin/activate (docs/install.md)"
 
 
 def lost_worker(error: BaseException | None) -> str | None:

@@ -15,22 +15,21 @@ from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 
-from utils.errors import EXIT_USER_ERROR
+from utils.errors import EXIT_USER_ERROR, missing_package
 
 STARTED = time.monotonic()  # of the script
-_BUSY = (1, 3, 6, 7)  # fields of a line of /proc/stat: user, system, and both kinds of interrupts; without nice
 _M_TRIM_THRESHOLD = -1  # malloc.h
 _M_MMAP_MAX = -4
 _MOST = 2**31 - 1  # mallopt takes an int
 
-
 _NEEDS = (
     "Atelier needs Python 3.11 or later on Linux, or on macOS for small runs; on Windows use WSL 2 (docs/install.md)"
 )
-_INSTALL = "run: make install, then: source .venv/bin/activate (docs/install.md)"
-_MAC = "macOS: the CPU alone, in one process; GPUs, loader workers, the memory cache and SLURM need Linux"
-
-_busy_before: float | None = None
+# The platforms that Atelier runs on, and what each lacks.
+_LACKS = {
+    "linux": "",
+    "darwin": "macOS: the CPU alone, in one process; GPUs, loader workers, the memory cache and SLURM need Linux\n",
+}
 
 
 def begin(documentation: str) -> None:
@@ -38,11 +37,9 @@ def begin(documentation: str) -> None:
 
     documentation: the script's docstring. Ends with a message if the system, Python or its packages do not fit.
     """
-    global _busy_before
-    if sys.platform not in ("linux", "darwin") or sys.version_info < (3, 11):
+    if sys.platform not in _LACKS or sys.version_info < (3, 11):
         _refuse(f"{_NEEDS}; found Python {sys.version.split()[0]} on {sys.platform}")
     sys.excepthook = _explain
-    _busy_before = _busy_sec()
     keep_freed_memory()
     if documentation != sys.modules["__main__"].__doc__:  # a process of a pool imports its parent's script
         return
@@ -55,8 +52,10 @@ def begin(documentation: str) -> None:
 
         sys.stdout.write(describe(Path(sys.argv[0]).resolve(), documentation, sys.argv[1:]))
         sys.exit()
-    if sys.platform == "darwin":
-        sys.stderr.write(_MAC + "\n")
+    sys.stderr.write(_LACKS[sys.platform])
+    import psutil
+
+    psutil.cpu_times_percent(percpu=True)  # `cores_of_others` counts from here on
 
 
 def _refuse(message: str) -> None:
@@ -66,8 +65,8 @@ def _refuse(message: str) -> None:
 
 def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Show in one line that Python lacks a package, as it does outside of the environment; others as usual."""
-    if kind is ModuleNotFoundError and not Path(__file__).parents[1].joinpath(str(error.name).split(".")[0]).exists():
-        _refuse(f"{error} in {sys.executable}; {_INSTALL}")
+    if missing := missing_package(error):
+        _refuse(missing)
     sys.__excepthook__(kind, error, trace)
 
 
@@ -85,20 +84,11 @@ def keep_freed_memory() -> None:
         mallopt(_M_TRIM_THRESHOLD, _MOST)
 
 
-def _busy_sec() -> float:
-    """Return the seconds that other processes have used of the cores that this one may use."""
-    ticks = 0
-    with suppress(OSError, AttributeError), open("/proc/stat") as file:  # of Linux
-        cores = {f"cpu{core}" for core in os.sched_getaffinity(0)}
-        for line in file:
-            words = line.split()
-            if words[0] in cores:
-                ticks += sum(int(words[field]) for field in _BUSY)
-    return ticks / os.sysconf("SC_CLK_TCK") - time.process_time()
-
-
 def cores_of_others() -> float:
-    """Return how many of this process's cores others have used on average since the process began."""
-    if _busy_before is None:  # a test or a notebook, which did not call `begin`
-        return 0.0
-    return max(0.0, _busy_sec() - _busy_before) / (time.monotonic() - STARTED)
+    """Return how many of this process's cores others have used on average since `begin`; 0 on macOS."""
+    import psutil
+
+    shares = psutil.cpu_times_percent(percpu=True)
+    cores = getattr(os, "sched_getaffinity", lambda _: ())(0)
+    busy = [shares[core].user + shares[core].system for core in cores if core < len(shares)]
+    return max(0.0, sum(busy) / 100 - time.process_time() / (time.monotonic() - STARTED))

@@ -59,14 +59,7 @@ def test_windows_is_told_what_is_needed():
 
 def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, monkeypatch, capsys):
     """Without what Linux alone has; no test has run on a Mac."""
-
-    def open_file(file, *others, real=open, **more):
-        if str(file).startswith(("/proc/", "/sys/")):
-            raise FileNotFoundError(file)
-        return real(file, *others, **more)
-
     monkeypatch.setattr(sys, "platform", "darwin")
-    monkeypatch.setattr("builtins.open", open_file)
     monkeypatch.delattr(os, "sched_getaffinity")
     monkeypatch.delattr(os, "memfd_create")
     monkeypatch.setattr(ctypes, "CDLL", lambda name: object())
@@ -74,17 +67,11 @@ def test_macos_trains_on_the_cpu_and_says_what_is_missing(tmp_path, collection, 
     begin(sys.modules["__main__"].__doc__)
     said = capsys.readouterr().err
     assert all(word in said for word in ("macOS", "CPU", "Linux")) and said.count("\n") == 1
-    words = [
-        *TINY,
-        f"data.root={collection}",
-        f"run_dir={tmp_path / 'run'}",
-        "runtime=auto",
-        "data.cache.memory_gib=auto",
-    ]
-    run("train", words, tmp_path)
+    words = [*TINY, f"data.root={collection}", "runtime=auto", "data.cache.memory_gib=auto"]
+    run("train", [*words, "run_dir=run"], tmp_path)
     assert (tmp_path / "run/weights/last_weights.safetensors").is_file()
     with refuses("runtime.workers"):
-        run("train", [*words, "runtime.workers=2", f"run_dir={tmp_path / 'other'}"], tmp_path)
+        run("train", [*words, "run_dir=other", "runtime.workers=2"], tmp_path)
 
 
 def test_a_python_without_the_packages_is_told_how_to_get_them():

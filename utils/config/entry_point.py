@@ -31,7 +31,7 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.config.help import CONF, list_options, read_defaults
 from utils.config.messages import ConfigError, Schema, hydra_problem, validate
 from utils.config.schema import path_keys
-from utils.config.sweep import FLAGS, parse_sweep, run_sweep
+from utils.config.sweep import FLAGS, parse_sweep, run_jobs
 from utils.errors import (
     EXIT_CRASH,
     EXIT_INTERRUPTED,
@@ -43,7 +43,7 @@ from utils.errors import (
     UserError,
     about,
     lost_worker,
-    missing_extra,
+    missing_package,
 )
 from utils.io.files import readable
 from utils.io.safe_text import Lines, hide_secrets, safe_lines
@@ -56,14 +56,6 @@ from utils.record.sweep_table import read_jobs, sweep_table
 log = get_logger(__name__)
 
 _SHOW = ("--cfg", "job")  # prints the configuration
-# What Hydra's own keys would set, and the keys that set it here.
-_INSTEAD = {
-    "run": "run_dir=PATH",
-    "sweep": "sweep.name=NAME",
-    "sweeper": "sweep.trials=N",
-    "launcher": "sweep.gpus=[0,1], or python submit/slurm.py,",
-}
-_OTHER = "a key that --help lists"
 _INTERPOLATION = re.compile(r"(\\*)\$\{")  # OmegaConf's; backslashes before it are escapes
 _NO_FILE = re.compile(r"(?i)null|true|false|[-+]?[\d._]+(e[-+]?\d+)?")  # Hydra reads these as other types than text
 
@@ -128,8 +120,8 @@ def _check_word(word: str) -> None:
     name = key.lstrip("+~")
     if re.search("[\ud800-\udfff]", word):  # not UTF-8
         raise ConfigError(f"{key!a}: must be UTF-8, found {value!a}")
-    if (found := re.match(r"hydra(?:[./](\w+)|\b)", name)) is not None:
-        raise ConfigError(f"{name}: Hydra only composes the keys here; type {_INSTEAD.get(found[1], _OTHER)} instead")
+    if re.match(r"hydra\b", name):
+        raise ConfigError(f"{name}: Hydra only composes the keys here; --help lists those for run folders and sweeps")
     if value.startswith("glob("):
         raise ConfigError(f"{name}: {value} is not read; write the values, {name}=A,B, and add --multirun")
     if _NO_FILE.fullmatch(value) and (options := list_options(name)):
@@ -153,7 +145,7 @@ class Command(Generic[Schema]):
     script: str
     main: Callable[[Schema, Job], str | None]
     schema: type[Schema]
-    config_dir: Path
+    config_dir: Path = CONF
 
     def __call__(self) -> None:
         """Run the command in sys.argv and exit with its status."""
@@ -174,7 +166,13 @@ class Command(Generic[Schema]):
                 status = self._report(error)
             except RuntimeError as later:  # from torch's signal handler: a loader worker died
                 status = self._report(later)
-        _leave(status)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises if a loader worker ends during the exit
+        grouped = distributed.shutdown(failed=status != EXIT_OK)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if grouped or status == EXIT_STOPPED:  # gloo might abort the shutdown, or W&B still wait for an upload
+            os._exit(status)
+        sys.exit(status)
 
     def _run(self, arguments: list[str]) -> int:
         """Run a job or a sweep and return the greatest exit status."""
@@ -229,7 +227,7 @@ class Command(Generic[Schema]):
         if "sweep" not in self.schema.model_fields:
             raise ConfigError(f"--multirun: is for training; {self.script}.py takes one value for each key")
         sweep = parse_sweep(arguments)
-        statuses = run_sweep(sweep, sys.argv[0])
+        statuses = run_jobs(sweep.jobs(), sweep.settings, sys.argv[0])
         jobs = read_jobs(Path(sweep.base))
         if jobs and environment_rank() == 0:
             log.info("%s", Lines(sweep_table(jobs)))
@@ -247,35 +245,20 @@ class Command(Generic[Schema]):
         if isinstance(error, UserError):
             self._say(str(error), other_ranks=not isinstance(error, ConfigError))
             return EXIT_CRASH if isinstance(error, DiskFull) else EXIT_USER_ERROR
-        if (missing := missing_extra(error)) is not None:
-            self._say(missing, other_ranks=True)
-            return EXIT_USER_ERROR
+        message = missing_package(error)
         if type(error).__name__ == "OutOfMemoryError":  # torch's; in training, UserError names stage and shape
-            advice = "set a smaller batch size, or a smaller model or image"
-            self._say(f"the device is out of memory ({error}); {advice}", other_ranks=True)
-            return EXIT_USER_ERROR
-        if (lost := lost_worker(error)) is not None:
-            self._say(lost, other_ranks=True)
-            return EXIT_LOST_RANK
+            message = f"the device is out of memory ({error}); set a smaller batch size, or a smaller model or image"
+        if message or (lost := lost_worker(error)):
+            self._say(message or lost, other_ranks=True)
+            return EXIT_USER_ERROR if message else EXIT_LOST_RANK
         text = safe_lines("".join(traceback.format_exception(error)))  # a defect
         sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
         return EXIT_CRASH
 
 
-def _leave(status: int) -> None:
-    """Exit; skip the interpreter's shutdown if gloo might abort it or W&B might still wait for an upload."""
-    signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # else torch raises if a loader worker ends during the exit
-    grouped = distributed.shutdown(failed=status != EXIT_OK)
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if grouped or status == EXIT_STOPPED:
-        os._exit(status)
-    sys.exit(status)
-
-
 def recompose(job: Job, words: Sequence[str], schema: type[Schema]) -> Schema:
     """Return the configuration of a job with more words, for keys that its own do not set."""
-    values, _ = Command(job.script, lambda config, job: None, schema, CONF).compose([*words, *job.overrides])
+    values, _ = Command(job.script, lambda config, job: None, schema).compose([*words, *job.overrides])
     return validate(values, schema)
 
 

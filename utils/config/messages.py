@@ -21,7 +21,8 @@ class ConfigError(UserError):
 
     def __str__(self) -> str:
         """Return a title, and a line for each problem."""
-        title = "1 configuration error" if len(self.args) == 1 else f"{len(self.args)} configuration errors"
+        count = len(self.args)
+        title = f"{count} configuration error{'s' * (count > 1)}"
         return "\n  ".join([title, *self.args])
 
 

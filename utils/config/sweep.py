@@ -87,7 +87,10 @@ class Sweep:
         return [override for override in self.overrides if override.is_sweep_override()]
 
     def jobs(self) -> Iterator[SweepJob]:
-        """Yield the jobs of all combinations of values."""
+        """Yield the jobs of all combinations of values, or of a search."""
+        if self.settings.trials is not None:
+            yield from _trials(self)
+            return
         names = [key.key_or_group for key in self.swept]
         for values in itertools.product(*(key.sweep_string_iterator() for key in self.swept)):
             yield self.job(dict(zip(names, values)))
@@ -127,11 +130,6 @@ def parse_sweep(words: Sequence[str]) -> Sweep:
             base = item.value()
     settings = validate({"sweep": values}, _SweepWords).sweep
     return Sweep(overrides, settings, str(base or f"outputs/sweeps/{settings.name}"))
-
-
-def run_sweep(sweep: Sweep, script: str) -> dict[SweepJob, int]:
-    """Run a sweep's jobs; see `run_jobs`."""
-    return run_jobs(sweep.jobs() if sweep.settings.trials is None else _trials(sweep), sweep.settings, script)
 
 
 def run_jobs(jobs: Iterator[SweepJob], settings: SweepConfig, script: str) -> dict[SweepJob, int]:

@@ -3,7 +3,6 @@
 import ctypes
 import multiprocessing
 import os
-import shutil
 import signal
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -11,9 +10,10 @@ from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import suppress
 from multiprocessing import util
+from pathlib import Path
 from typing import TypeVar
 
-from utils.errors import UserError
+from utils.io.files import output_errors
 from utils.ranks.signals import leave_to_parent
 from utils.record.logging import get_logger
 
@@ -24,7 +24,7 @@ Result = TypeVar("Result")
 
 PARALLEL_FROM = 512  # items; with fewer, starting processes takes longer than the work
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_MAX_ADDRESS_BYTES = 107  # linux/un.h: 108 with the zero at its end
+_LONGEST_TMPDIR = 107 - len("/pymp-12345678/listener-12345678")  # linux/un.h: 108 bytes with the zero at their end
 _MAX_CHUNK = 64  # items per message to a process
 
 
@@ -35,20 +35,15 @@ def end_with_parent() -> None:
 
 
 def shorten_socket_folder() -> None:
-    """Move multiprocessing's sockets from a long TMPDIR into a short folder, because an address has 107 bytes.
+    """Use /tmp for temporary files if TMPDIR is too long for multiprocessing's sockets, whose address has 107 bytes.
 
-    Raises UserError (`runtime.workers`) if there is none.
+    Raises UserError (`runtime.workers`) if there is no room for the sockets.
     """
-    folder = util.get_temp_dir()
-    if len(os.fsencode(f"{folder}/listener-12345678")) <= _MAX_ADDRESS_BYTES:
-        return
-    short = next((place for place in ("/tmp", "/var/tmp", "/dev/shm") if os.access(place, os.W_OK | os.X_OK)), None)
-    if short is None:
-        raise UserError(f"runtime.workers: TMPDIR is too long for sockets ({folder}); name a short one, or set 0")
-    own = tempfile.mkdtemp(prefix="pymp-", dir=short)
-    log.info("TMPDIR is too long for the sockets of loader workers; they are in %s", own)
-    util.Finalize(None, shutil.rmtree, args=(own, True), exitpriority=-100)  # as for the usual folder
-    multiprocessing.current_process()._config["tempdir"] = own
+    if len(os.fsencode(tempfile.gettempdir())) > _LONGEST_TMPDIR:
+        tempfile.tempdir = "/tmp"
+        log.info("TMPDIR is too long for the sockets of loader workers; temporary files are in /tmp")
+    with output_errors("runtime.workers", Path(tempfile.gettempdir()), "name another TMPDIR, or set 0"):
+        util.get_temp_dir()
 
 
 def count_cores() -> int:
@@ -82,18 +77,16 @@ def map_in_processes(
         # multiprocessing.Pool would wait forever for a killed process; a fork would not copy our threads.
         pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), initializer=leave_to_parent)
         try:
-            for result in pool.map(function, items[done:], chunksize=chunk_size):
-                yield result
-                done += 1
-        except BrokenProcessPool:  # by an item of this chunk or, with several processes, of a later one
-            for worker in list((pool._processes or {}).values()):
-                worker.kill()  # Python 3.14 waits for them, and they ignore its SIGTERM
-            pool.shutdown()  # its other workers free their memory before the chunk is tried again
-            chunk = items[done : done + chunk_size]
-            yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
-            done += len(chunk)
-        finally:  # without waiting for the workers, because the consumer may stop early
+            with suppress(BrokenProcessPool):
+                for result in pool.map(function, items[done:], chunksize=chunk_size):
+                    yield result
+                    done += 1
+        finally:  # the consumer may stop early
             workers = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             for worker in workers:
-                worker.kill()
+                worker.kill()  # they ignore the SIGTERM of Python 3.14, which waits for them
+                worker.join()  # frees its memory
+        if chunk := items[done : done + chunk_size]:  # an item of it, or of a later chunk, has killed its process
+            yield from [fatal(chunk[0])] if count == 1 else map_in_processes(function, chunk, fatal, 1)
+            done += len(chunk)

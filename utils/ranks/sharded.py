@@ -21,8 +21,9 @@ def own_parts(parameters: Iterable[nn.Parameter]) -> list[nn.Parameter]:
     """Return parameters for an optimiser: sharded ones become `Part`s."""
     parts = []
     for whole in parameters:
-        part = Part(own_part(whole), requires_grad=whole.requires_grad) if is_shared(whole) else whole
-        if isinstance(part, Part):
+        part = whole
+        if is_shared(whole):
+            part = Part(own_part(whole), requires_grad=whole.requires_grad)
             part.whole = whole
         parts.append(part)
     return parts

@@ -82,14 +82,15 @@ class Watchdog:
         """
         if self._thread is None or self._store is None:
             return None
-        others = [other for other in range(self._size) if other != self._rank]
+        others = [str(other) for other in range(self._size) if other != self._rank]
         try:
-            before = {other: self._store.get(str(other)).split(b"|")[0] for other in others}
+            before = self._store.multi_get(others)
             time.sleep(2.5 * self.interval_sec)
-            gone = [other for other in others if self._store.get(str(other)).split(b"|")[0] == before[other]]
+            now = self._store.multi_get(others)
+            gone = [other for other, *states in zip(others, before, now) if len(set(states)) == 1]
         except Exception:  # rank 0, which owns the store, is gone
-            gone = [0]
-        return f"rank {', '.join(map(str, gone))} has died: no sign of life" if gone else None
+            gone = ["0"]
+        return f"rank {', '.join(gone)} has died: no sign of life" if gone else None
 
     def _state(self) -> str:
         return f"{self._rounds}|{self._progress}|{self._phase}"

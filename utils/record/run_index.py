@@ -97,20 +97,18 @@ class RunIndex:
         said = run.progress
         step, total, left_sec = (_number(said.get(name)) for name in ("step", "total_steps", "left_sec"))
         steps, losses = self.curves(path).series("train", "loss")
-        told, *times = (_changed(path / name) for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt"))
-        changed = max(told, *times)
+        files = (path / name for name in (PROGRESS_FILE, CONFIG_FILE, "log.txt"))
+        told, *others = (file.stat().st_mtime if file.exists() else 0.0 for file in files)
+        changed = max(told, *others)
         names = {key: _name(config.get(key)) for key in ("task", "model")}
         if result is not None:
             names |= {"metric": escape_controls(str(result["metric"])), "best": _number(result["value"])}
         job = SweptRun(run.settings, state, result) if _JOB.fullmatch(path.name) else None
         last = int(max([step or 0, *steps[-1:]]))
         times = {"changed": changed, "told": told or changed, "left_sec": left_sec if state == "running" else None}
-        spark = _spark(steps, losses)
+        _, spark = thin(steps, losses, _SPARK_POINTS)
+        spark = tuple(spark[np.isfinite(spark)].tolist())
         return RunState(path, state, step=last, total=total and int(total), spark=spark, job=job, **names, **times)
-
-
-def _changed(path: Path) -> float:
-    return path.stat().st_mtime if path.exists() else 0.0
 
 
 def _number(value: Any) -> float | None:
@@ -119,8 +117,3 @@ def _number(value: Any) -> float | None:
 
 def _name(part: Any) -> str:
     return escape_controls(str(part.get("name", "") if isinstance(part, dict) else part or ""))
-
-
-def _spark(steps: np.ndarray, losses: np.ndarray) -> tuple[float, ...]:
-    values = thin(steps, losses, _SPARK_POINTS)[1]
-    return tuple(values[np.isfinite(values)].tolist())

@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from utils.io.safe_text import escape_controls
 from utils.record.run_index import is_inside
 
 DECISIONS = ("threshold", "predicted", "correct", "precision", "recall", "f1")
-IMAGES = Path("tables/images.parquet")
 _TABLE_ROWS = 20_000
 _NUMBER = re.compile(r"-?(0|[1-9][0-9]*)(\.[0-9]+)?(e[-+]?[0-9]+)?")  # 007 is a name
 
@@ -71,13 +69,12 @@ def worst_images(run: Path, most: int, pair: Sequence[str] = ()) -> list[dict[st
 
     pair: only those of this label and prediction. Raises OSError, ValueError.
     """
-    columns = _read_schema(run).names
-    if not columns:
+    if (path := _find_images(run)) is None:
         return None
     wanted = [("rank", "<=", most)]
-    if "label" in columns:
+    if "label" in pq.read_schema(path).names:
         wanted = [(name, "==", value) for name, value in zip(("label", "prediction"), pair)] or [("wrong", "==", True)]
-    return pq.read_table(_find_images(run), filters=wanted).sort_by("rank").slice(0, most).to_pylist()
+    return pq.read_table(path, filters=wanted).sort_by("rank").slice(0, most).to_pylist()
 
 
 def _find_images(run: Path) -> Path | None:
@@ -86,15 +83,11 @@ def _find_images(run: Path) -> Path | None:
     return max(files, key=lambda file: file.stat().st_mtime_ns, default=None)
 
 
-def _read_schema(run: Path) -> pa.Schema:
-    """Return the columns of the newest table of images; none without one."""
-    path = _find_images(run)
-    return pa.schema([]) if path is None else pq.read_schema(path)
-
-
 def images_root(run: Path) -> str:
     """Return the root of the collection that images.parquet is about; empty if an older release wrote it."""
-    return (_read_schema(run).metadata or {}).get(b"root", b"").decode(errors="replace")
+    path = _find_images(run)
+    metadata = (path and pq.read_schema(path).metadata) or {}
+    return metadata.get(b"root", b"").decode(errors="replace")
 
 
 def find_differences(run: Path, most: int) -> list[tuple[str, float, Any]]:

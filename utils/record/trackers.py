@@ -67,7 +67,7 @@ class _Tensorboard:
 
     def add(self, step: int, values: Mapping[str, Value]) -> None:
         for name, value in values.items():
-            if _is_picture(value):
+            if isinstance(value, np.ndarray):
                 self._writer.add_image(name, value, step, dataformats="HWC")
             else:
                 self._writer.add_scalar(name, value, step)
@@ -111,7 +111,9 @@ class _Wandb:
         import wandb
 
         if step > self._logged_step:
-            shown = {name: wandb.Image(value) if _is_picture(value) else value for name, value in values.items()}
+            shown = {
+                name: wandb.Image(value) if isinstance(value, np.ndarray) else value for name, value in values.items()
+            }
             self._run.log(shown, step=step)
 
     def close(self, status: int | None) -> None:
@@ -124,10 +126,6 @@ class _Wandb:
             return
         self._run.finish(exit_code=status)
         wandb.teardown()
-
-
-def _is_picture(value: Value) -> bool:
-    return isinstance(value, np.ndarray)
 
 
 def choose_mode() -> str:

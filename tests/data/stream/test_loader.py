@@ -153,7 +153,8 @@ def test_shared_memory_without_room_for_a_batch_is_a_users_error(folder, monkeyp
 
 def test_a_long_folder_for_sockets_and_too_many_files_are_no_hang(folder, monkeypatch, tmp_path, log):
     config = multiprocessing.current_process()._config
-    monkeypatch.setitem(config, "tempdir", str(tmp_path / ("x" * 120)))
+    monkeypatch.delitem(config, "tempdir", raising=False)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path / ("x" * 120)))
     for _ in range(2):
         assert len(take(train_stream(folder, workers=2), 2)) == 2
     assert log.text.count("TMPDIR") == 1 and len(config["tempdir"]) < 80

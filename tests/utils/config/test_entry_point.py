@@ -48,17 +48,6 @@ def test_paths_arrive_unchanged(names, start_command):
     assert (seen[0].weights, seen[0].input, seen[0].output) == (first, f"a/{second}", f"{third}/b")
 
 
-@pytest.mark.parametrize(
-    ("given", "quoted"),
-    [
-        ("a=x y", "a='x y'"), ("+a=x y", "+a='x y'"), ("a='", "a='\\''"),
-        *((same, same) for same in ("a=null", "a=[b,c]", "a='a b'", 'a="x"', "a=???", "a=", "seed=a b", "--multirun")),
-    ],
-)  # fmt: skip
-def test_paths_are_quoted_unless_they_are(given, quoted):
-    assert quote_paths([given], {"a"}) == [quoted]
-
-
 def test_in_a_multirun_a_comma_separates_paths_but_not_in_the_name_of_a_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "a,b").mkdir()

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from tests.support import refuses
-from utils.config.sweep import _tell, _trials, parse_sweep, run_sweep
+from utils.config.sweep import _tell, parse_sweep, run_jobs
 from utils.io.files import read_json, write_json
 from utils.record.run_reader import RESULT_FILE, RunReader
 
@@ -56,7 +56,8 @@ def script(tmp_path, monkeypatch):
 
 def run(script, *words):
     """Return {job: status}."""
-    statuses = run_sweep(parse_sweep(["--multirun", *words]), script)
+    sweep = parse_sweep(["--multirun", *words])
+    statuses = run_jobs(sweep.jobs(), sweep.settings, script)
     return {Path(job.folder).name: status for job, status in statuses.items()}
 
 
@@ -140,7 +141,7 @@ def test_trials_of_the_same_values_are_not_under_way_together(script):
 
 @pytest.mark.parametrize(("is_lowest_best", "value"), [(True, -0.5), (False, 0.5), (None, None)])
 def test_a_search_is_told_what_to_maximise(script, is_lowest_best, value):
-    job = next(_trials(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"])))
+    job = next(parse_sweep(["--multirun", "top=interval(0,10)", "sweep.trials=2"]).jobs())
     Path(job.folder).mkdir(parents=True)
     if value is not None:
         write_json(Path(job.folder) / RESULT_FILE, {"metric": "m", "value": 0.5, "is_lowest_best": is_lowest_best})

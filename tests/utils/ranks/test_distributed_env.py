@@ -119,9 +119,3 @@ def test_a_failed_rank_does_not_wait_for_its_peers_in_nccl(backends, failed, lea
     monkeypatch.setattr(torch.distributed, "get_backend_config", lambda: backends)
     monkeypatch.setattr(torch.distributed, "destroy_process_group", lambda: left.append(True))
     assert distributed.shutdown(failed=failed) and bool(left) == leaves
-
-
-def test_ranks_meet_at_every_fourth_step(monkeypatch):
-    monkeypatch.setattr(distributed, "is_distributed", lambda: True)
-    monkeypatch.setattr(distributed, "any_rank", lambda *asks: list(asks))
-    assert [distributed.poll(step, True, False) for step in range(1, 5)] == [[False, False]] * 3 + [[True, False]]

@@ -1,7 +1,6 @@
 """Figures of a run as columns, while the run writes them, and as few points as a plot needs."""
 
 import json
-from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -44,18 +43,6 @@ def test_damaged_rows_are_left_out_and_nan_is_a_gap(path, damage):
     curves.read()
     np.testing.assert_array_equal(curves.series("train", "loss"), [[1, 2, 3], [1.5, np.nan, 1.0]])
     assert curves.names("train") == ["loss"]
-
-
-def test_two_pages_read_each_row_once(path):
-    curves = Curves(path)
-    with ThreadPoolExecutor(4) as pool, path.open("a") as file:
-        for step in range(200):
-            file.write(line(step, loss=1.0))
-            file.flush()
-            for _ in range(2):
-                pool.submit(curves.read)
-                pool.submit(curves.series, "train", "loss")
-    assert values_of(curves)[0] == list(range(200))
 
 
 def test_a_file_that_a_resume_has_cut_is_read_anew(path):

@@ -7,7 +7,6 @@ import json
 
 import pytest
 
-from utils.record import metrics_log
 from utils.record.metrics_log import MetricsLog, keep_rows, series
 
 
@@ -82,18 +81,3 @@ def test_the_csv_has_a_row_an_epoch_and_the_columns_of_all(tmp_path):
     assert read_csv(tmp_path) == [head[:3], first[:3]]
     MetricsLog(tmp_path, 6, {"epoch": 3}).close()  # rows of epochs have a limit of their own
     assert not (tmp_path / "training_log.txt").exists() and steps_of(tmp_path) == [4]
-
-
-@pytest.mark.parametrize(("pause_sec", "writes"), [(20.0, [0, 20]), (0.0, [*range(21), 20])])
-def test_short_epochs_write_the_csv_now_and_then_and_the_end_all_rows(tmp_path, monkeypatch, pause_sec, writes):
-    """Else a run of a thousand epochs of a step each would spend its time on it."""
-    written, write_table = [], metrics_log.write_table
-    monkeypatch.setattr(
-        metrics_log, "write_table", lambda path, rows: [written.append(len(rows)), write_table(path, rows)]
-    )
-    monkeypatch.setattr(metrics_log, "_CSV_SEC", pause_sec)
-    log = MetricsLog(tmp_path, 0)
-    for step in range(1, 21):
-        log.add(step, "epoch", {"epoch": step})
-    log.close()
-    assert written == writes and len(read_csv(tmp_path)) == 21

@@ -1,7 +1,7 @@
 """The table of a sweep, from run folders: groups over seeds, order, what has no value yet."""
 
-from utils.io.files import file_lock, write_json
-from utils.record.sweep_table import SweptRun, main, read_jobs, sweep_table
+from utils.io.files import write_json
+from utils.record.sweep_table import SweptRun, main, sweep_table
 
 
 def make_run(folder, overrides, value=None, *, complete=True, is_lowest_best=False):
@@ -41,9 +41,3 @@ def test_what_is_best_is_first_and_what_has_no_value_last():
 def test_a_folder_without_jobs_is_refused(tmp_path, capsys):
     assert main(str(tmp_path)) == 2
     assert f"sweep_table: {tmp_path} holds no job of a sweep; give outputs/sweeps/NAME" in capsys.readouterr().err
-
-
-def test_a_run_that_is_under_way_is_running(tmp_path):
-    make_run(tmp_path / "a", ["seed=1"], complete=False)
-    with file_lock(tmp_path / "a/.lock", ""):
-        assert [job.state for job in read_jobs(tmp_path)] == ["running"]
