@@ -49,11 +49,12 @@ class Curves:
             *lines, unfinished = file.read().split(b"\n")
             self.size = file.tell() - len(unfinished)
             for _, row in parse_rows(lines):
-                self._add(row)
+                self.add(row)
             return bool(lines)
         return False
 
-    def _add(self, row: Row) -> None:
+    def add(self, row: Row) -> None:
+        """Add the numbers of a row."""
         for name, value in row.items():
             number = math.nan if value is None else value
             if name != "step" and isinstance(number, int | float):

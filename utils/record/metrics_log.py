@@ -9,7 +9,7 @@ import json
 import math
 import re
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -23,12 +23,6 @@ log = get_logger(__name__)
 METRICS_FILE = "metrics.jsonl"
 _CSV_SEC = 20.0  # between two writes of training_log.txt
 Row = dict[str, Any]
-
-
-def series(rows: Sequence[Row], name: str, kind: str) -> tuple[list[int], list[float]]:
-    """Return the steps and values of one figure in the rows of one kind."""
-    found = [(row["step"], row[name]) for row in rows if row.get("kind") == kind and row.get(name) is not None]
-    return [step for step, _ in found], [value for _, value in found]
 
 
 def parse_rows(lines: Iterable[bytes]) -> Iterator[tuple[bytes, Row]]:

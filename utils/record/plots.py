@@ -17,8 +17,9 @@ from matplotlib.font_manager import fontManager
 from PIL import Image
 
 from utils.io.files import write_atomically
+from utils.record.curves import Curves, Series
 from utils.record.figures import list_curves, title_curve
-from utils.record.metrics_log import Row, series
+from utils.record.metrics_log import Row
 
 BLUE = "#1c6dd0"
 ORANGE = "#d9480f"
@@ -88,9 +89,12 @@ def plot_learning_curve(images: Sequence[int], errors: np.ndarray, fitted: np.nd
 @style()
 def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Plot every figure of a run over its steps; none if an epoch ended before the first log."""
-    evaluated = _names(rows, "evaluate")
+    curves = Curves(path)  # of these rows, without a file
+    for row in rows:
+        curves.add(row)
+    evaluated = _names(curves, "evaluate")
     hidden = {_TRAINED_AS[name] for name in evaluated if name in _TRAINED_AS}
-    panels = list_curves(evaluated, _names(rows, "train") - hidden)
+    panels = list_curves(evaluated, _names(curves, "train") - hidden)
     if not panels:
         return
     columns = min(len(panels), 3)
@@ -99,24 +103,20 @@ def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     figure.suptitle(title)
     for number, name in enumerate(panels, start=1):
         axis = figure.add_subplot(lines, columns, number, title=title_curve(name), xlabel="step")
-        _plot(axis, "training", series(rows, _TRAINED_AS.get(name, name), "train"), BLUE)
-        _plot(axis, "validation", series(rows, name, "evaluate"), ORANGE)
-        _plot(axis, "average", series(rows, f"ema/{name}", "evaluate"), GREEN)
+        _plot(axis, "training", curves.series("train", _TRAINED_AS.get(name, name)), BLUE)
+        _plot(axis, "validation", curves.series("evaluate", name), ORANGE)
+        _plot(axis, "average", curves.series("evaluate", f"ema/{name}"), GREEN)
         axis.legend()
     _save(figure, path)
 
 
-def _names(rows: Sequence[Row], kind: str) -> set[str]:
+def _names(curves: Curves, kind: str) -> set[str]:
     """Return the figures of one kind of rows; those of the averaged weights have the name of the weights' own."""
-    names = set()
-    for row in rows:
-        if row["kind"] == kind:
-            names |= {name.removeprefix("ema/") for name, value in row.items() if isinstance(value, float)}
-    return {name for name in names if not name.startswith("data/")}
+    return {name.removeprefix("ema/") for name in curves.names(kind) if not name.startswith("data/")}
 
 
-def _plot(axis: Axes, label: str, curve: tuple[list[int], list[float]], color: str) -> None:
+def _plot(axis: Axes, label: str, curve: Series, color: str) -> None:
     """Plot steps and values with the newest value in the legend; one value is a point."""
     steps, values = curve
-    if values:
+    if len(values):
         axis.plot(steps, values, "o-" if len(values) < 30 else "-", color=color, label=f"{label} {values[-1]:.4g}")
