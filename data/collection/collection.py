@@ -135,8 +135,7 @@ class Collection:
         """Raise UserError (`data.on_bad_sidecar`) if `rows`, or all, have unreadable fields: tags, rating, caption."""
         if FAULT in self._columns:
             faults = self._columns[FAULT] if rows is None else self._columns[FAULT].take(rows)
-            listing = self.arrow.with_name(f"bad_sidecars_{self.fingerprint}.jsonl")
-            refuse_faults(faults.drop_null().to_pylist(), listing, *fields)
+            refuse_faults(faults.drop_null().to_pylist(), *fields)
 
     def stated_sizes(self) -> np.ndarray | None:
         """Return height and width from the index, int64 [N, 2], 0 if unknown; or None without these columns."""
@@ -190,17 +189,13 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
     tagged = (pc.list_value_length(collection.table["tags"]).to_numpy() > 0).sum()
-    if not train and tagged:
-        raise UserError(
-            f"data.root: {root!r} has no classes, but tags on {tagged:,} images; add task=tagging to train a tagger "
-            "(docs/booru.md). For a classifier, put the images into one sub-folder per class, or add a manifest.csv "
-            "with the columns path and label"
-        )
     if len(train) < 2:
         further = show_some(collection.possible_labels)
         others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""
         if tests := len(collection.rows("test")):
             others += f", and {tests:,} images in its test split, which is not trained on"
+        if tagged and not train:
+            others += f", but tags on {tagged:,} images (task=tagging trains a tagger: docs/booru.md)"
         raise UserError(
             f"data.root: {root!r} has {len(train)} classes in its training split ({known}){others}; classification "
             "needs two. Set data.root to a folder with one sub-folder per class (or with train/ and val/ that contain "

@@ -5,7 +5,6 @@ A concept is an index per row, the column CONCEPT. `data.concepts` is the table;
 """
 
 import os
-import re
 from collections.abc import Sequence
 from typing import Self
 
@@ -25,7 +24,6 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_NO_REPEATS = re.compile(r"0+_.+")
 CONCEPT = "concept"  # a column: the index of a row's concept
 
 
@@ -72,17 +70,16 @@ def find_repeats(root: str) -> list[ConceptConfig]:
     left = []
     for part in parts:
         for each in sorted(list_folder(folder / part), key=lambda each: each.name):
-            if is_passed_over(each.name):
-                continue
-            if _NO_REPEATS.fullmatch(each.name) and each.is_dir():
-                left.append(os.path.join(part, each.name))
+            if is_passed_over(each.name) or not (each.is_dir() or is_image_name(each.name)):
                 continue
             match = REPEATS.fullmatch(each.name)
-            if is_image_name(each.name) or (each.is_dir() and match is None):
+            if match is None or not each.is_dir():
                 return []
-            if each.is_dir():
-                path = os.path.join(part, each.name)
-                concepts.append(ConceptConfig(path=path, repeats=int(match[1]), trigger=match[2]))
+            path = os.path.join(part, each.name)
+            if repeats := int(match[1]):
+                concepts.append(ConceptConfig(path=path, repeats=repeats, trigger=match[2]))
+            else:
+                left.append(path)
     if left and concepts:
         log.info("data.root: 0 repeats leave out %s", ", ".join(map(repr, left)))
     priors = [concept for concept in concepts if concept.path.startswith("reg/")]

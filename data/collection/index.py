@@ -41,7 +41,7 @@ POSSIBLE_LABELS = b"possible_labels"
 TWINS = b"twins"
 CONCEPTS = b"concepts"
 CONCEPT_LIST = TypeAdapter(list[ConceptConfig])
-_INDEX = 14  # format version; increment it to rebuild every index
+_INDEX = 15  # format version; increment it to rebuild every index
 
 
 @dataclass(frozen=True)
@@ -105,11 +105,11 @@ def index_collection(
         say_unused(json.loads(known.schema.metadata[_UNUSED]))
         return target
     rows = _read_parts(parts, concepts, root, validation_fraction)
-    rows = list_faults(rows, cache, unused, on_bad_sidecar, fields=())
+    rows = list_faults(rows, unused, on_bad_sidecar, fields=())
     for line in unused.said:
         log.info("data.root: %s", line)
     fingerprint = _hash(rows, stated)
-    lines = [*unused.describe(len(rows)), *list_unused(unused, cache)]
+    lines = [*unused.describe(), *list_unused(unused, cache)]
     say_unused(lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:

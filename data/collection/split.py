@@ -17,7 +17,6 @@ FINGERPRINTS = ("group", "sha256")  # columns in which equal or similar images a
 # `data.validation_fraction=auto`: a tenth. Of fewer images, a tenth says next to nothing, and is missed in training.
 _FRACTION = 0.1
 _LEAST_IMAGES = 100
-_LEAST_BY_ID = 4  # images for validation; fewer than half of these are no chance
 
 
 def settle_fraction(fraction: float | Literal["auto"], images: int) -> float:
@@ -38,21 +37,19 @@ def assign_validation(table: pa.Table, fraction: float | Literal["auto"]) -> pa.
 
     Without a validation split, `fraction` of the training rows becomes one.
     """
-    tests = pc.sum(pc.equal(table["split"], TEST)).as_py() or 0
-    if fraction == 0 or tests == len(table) or "val" in table["split"].unique().to_pylist():
-        return table
     chosen = np.zeros(len(table), bool)
     # Rows of weight 0 are never read; they stay in training.
     is_read = pc.and_(pc.not_equal(table["split"], TEST), pc.not_equal(table["weight"], 0.0)).to_numpy()
+    if fraction == 0 or not is_read.any() or "val" in table["split"].unique().to_pylist():
+        return table
     fraction = settle_fraction(fraction, int(is_read.sum()))
     if fraction == 0:
         return table
     chosen[is_read] = _choose(table.filter(pa.array(is_read)), fraction)
     log.info(
-        "data.root: no validation split; split off %s of %s %simages (data.validation_fraction=%s)%s%s",
-        f"{chosen.sum():,}", f"{is_read.sum():,}", "training " if tests else "", fraction,
+        "data.root: no validation split; split off %s of %s images (data.validation_fraction=%s)%s",
+        f"{chosen.sum():,}", f"{is_read.sum():,}", fraction,
         "" if chosen.any() else ": a single image, class image or group of near-duplicates stays in training",
-        f"; the {tests:,} test images stay apart" if tests else "",
     )  # fmt: skip
     return replace_column(table, "split", pc.if_else(pa.array(chosen), "val", table["split"]))
 
@@ -75,9 +72,8 @@ def _choose(table: pa.Table, fraction: float) -> np.ndarray:
     if "id" in table.column_names and pa.types.is_integer(table["id"].type):
         has_id = pc.is_valid(table["id"]).to_numpy()
         by_id = table["id"].fill_null(0).to_numpy() % 1000 >= round(1000 * (1 - fraction))
-        expected = fraction * has_id.sum()
         # Ids in a row, as of a collection that was numbered, may have none of these.
-        if expected < _LEAST_BY_ID or by_id.sum() >= expected / 2:
+        if by_id.sum() >= fraction * has_id.sum() / 2:
             chosen = np.where(has_id, by_id, chosen)
     leads = lead_rows(table)
     is_lead = leads == np.arange(len(table))

@@ -6,8 +6,6 @@ tables (metadata.py) take precedence over them. Masks of images, hidden names an
 passed over; links are followed.
 """
 
-import errno
-import functools
 import itertools
 import os
 import re
@@ -16,7 +14,7 @@ from pathlib import Path
 
 import pyarrow as pa
 
-from data.layouts.listed import Finder, find_tables, read_listed_images
+from data.layouts.listed import read_listed_images
 from data.layouts.metadata import read_metadata, read_posts, read_tables
 from data.layouts.names import (
     CORRECTIONS,
@@ -32,10 +30,10 @@ from data.layouts.names import (
     masked_stem,
 )
 from data.layouts.places import lacks_labels, place_images
-from data.layouts.sidecars import Sidecar, has_boxes, pair_sidecars, read_sidecars
+from data.layouts.sidecars import Sidecar, pair_sidecars, read_sidecars
 from data.layouts.table import build_table, show_some
 from data.layouts.tables import TableChoice, find_one
-from data.layouts.unused import BOXES, ORPHANS, Unused
+from data.layouts.unused import ORPHANS, Unused
 from data.layouts.walk import unreadable, walk_folders
 from utils.errors import UserError
 from utils.io.memo import in_threads
@@ -44,10 +42,9 @@ from utils.record.logging import get_logger
 log = get_logger(__name__)
 
 _MASKS = "masks, which task.mask alone reads, and OneTrainer's conditioning images"
-_FOR_ALL = 0o444  # the mode of a file that every user may read
 _BY_ID = re.compile(r"(\d{2,4})/(\d{1,18})")
 _BY_HASH = re.compile(r"([0-9a-f]{2,5})/(?=[0-9a-f]{9,}$)\1.*")
-REPEATS = re.compile(r"([1-9]\d{0,2})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
+REPEATS = re.compile(r"(\d{1,3})_(.+)")  # a folder of sd-scripts: repeats, and the caption of images without one
 
 
 def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
@@ -61,7 +58,7 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     """
     images, sidecars, tables = scan_folder(root, unused)
     if not images:
-        others = "".join(f" ({line})" for _, line in unused.describe())
+        others = "".join(f" ({line})" for line in unused.describe())
         raise UserError(
             f"data.root: {str(root)!r} holds no image{others}; allowed are the endings "
             f"{' '.join(IMAGE_SUFFIXES)}; or add a manifest.parquet, manifest.jsonl or manifest.csv with the images"
@@ -71,20 +68,15 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
         posts = read_posts(root, file, images, unused)
         return _build_rows({path: images[path] for path in posts}, ["train"] * len(posts), list(posts.values()))
     if slashed := sorted(path for path in images if "\\" in path):
-        _say_slashed(f"{len(slashed):,}", show_some(slashed))
+        what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
+        log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
     splits, labels = place_images([path.replace("\\", "/") for path in images])
-    places = dict(zip(images, splits))
-    is_described = any(labels) or 2 * len(sidecars) > len(images)
-    if choice.table or not is_described:
-        if (listed := read_listed_images(root, images, places, choice, unused)) is not None:
-            unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))
-            return listed
-    else:
-        others = find_tables(root, Finder(places), choice, Unused())
-        reason = "tables that name images, which folders or sidecars describe (data.table=FILE reads one)"
-        names = [each.file.name for each in others]
-        unused.remove(*names)
-        unused.add(reason, *names)
+    listed = None
+    if choice.table or not (any(labels) or 2 * len(sidecars) > len(images)):
+        listed = read_listed_images(root, images, dict(zip(images, splits)), choice, unused)
+    if listed is not None:
+        unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))
+        return listed
     splits = _check_places(root, list(images), splits, labels)
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))
@@ -100,16 +92,7 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
         metadata = {next(iter(images)): fault}
     none = Sidecar()
     records = [known.get(path, none).updated(rows.get(path, none)).updated(metadata.get(path, none)) for path in images]
-    if any(labels) and (stated := sum(record.label is not None for record in records)):
-        log.info("data.root: %s labels come from sidecars, not from folders", f"{stated:,}")
     return _build_rows(images, splits, _add_labels(list(images), labels, records))
-
-
-@functools.cache
-def _say_slashed(count: str, names: str) -> None:
-    """Log once in a process, whose commands may read a folder twice."""
-    what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
-    log.warning("data.root: %s %s: %s", count, what, names)
 
 
 def _build_rows(images: Mapping[str, int], splits: Sequence[str], sidecars: Sequence[Sidecar]) -> pa.Table:
@@ -130,15 +113,19 @@ def scan_folder(root: Path, unused: Unused) -> tuple[dict[str, int], dict[str, l
         stems = {os.path.splitext(name)[0] for name in names if is_image_name(name) and not is_raw(name)}
         twins = {name for name in names if is_raw(name) and os.path.splitext(name)[0] in stems}
         unused.add("raw photographs beside an image of the same name", *map(folder.__add__, twins))
-        images |= _read_images(folder, [entry for entry in entries if entry.name not in twins], unused)
+        for entry in entries:
+            if is_image_name(entry.name) and entry.name not in twins:
+                try:
+                    images[folder + entry.name] = entry.stat().st_size
+                except OSError as error:
+                    unused.add(unreadable(error), folder + entry.name)
         paired, orphans = pair_sidecars(folder, filter(is_image_name, names), names)
         sidecars |= paired
         tables += sorted(folder + name for name in names.intersection(TABLES))
         unused.add(_MASKS, *map(folder.__add__, filter(is_mask_name, names)))
         shards = (folder + name for name in names if name.endswith(SHARD_SUFFIXES))
         unused.add("shards beside images", *(path for path in shards if not is_table(path) and path != PARQUET))
-        for path in orphans:
-            unused.add(BOXES if has_boxes(root / path) else ORPHANS, path)
+        unused.add(ORPHANS, *orphans)
     return images, sidecars, tables
 
 
@@ -160,22 +147,6 @@ def list_descriptions(root: Path, images: Iterable[str]) -> list[str]:
 def _is_of_user(path: str) -> bool:
     """Return whether a file may be a table of the user (listed.py)."""
     return "/" not in path and path.lower().endswith((".csv", ".tsv"))
-
-
-def _read_images(folder: str, entries: list[os.DirEntry[str]], unused: Unused) -> dict[str, int]:
-    """Return the size in bytes of each image in a folder, by path; those that cannot be read are added to `unused`."""
-    images = {}
-    for entry in entries:
-        if is_image_name(entry.name):
-            try:
-                state = entry.stat()
-                # Asked only of files that not all may read: on a network disk each question takes time.
-                if state.st_mode & _FOR_ALL != _FOR_ALL and not os.access(entry, os.R_OK, effective_ids=True):
-                    raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
-                images[folder + entry.name] = state.st_size
-            except OSError as error:
-                unused.add(unreadable(error), folder + entry.name)
-    return images
 
 
 def _check_places(root: Path, paths: list[str], splits: list[str | None], labels: list[str | None]) -> list[str]:

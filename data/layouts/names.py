@@ -4,10 +4,11 @@ import os
 from importlib.util import find_spec
 
 # Raw photographs of cameras; of each, the preview that the camera has put into it is read.
-RAW_SUFFIXES = (
-    *(".nef", ".nrw", ".cr2", ".cr3", ".crw", ".arw", ".sr2", ".srf", ".dng", ".orf", ".rw2", ".raf", ".pef", ".srw"),
-    *(".3fr", ".fff", ".iiq", ".x3f", ".rwl", ".erf", ".mef", ".mrw", ".kdc", ".dcr", ".mos"),
+_RAW = (
+    ".nef .nrw .cr2 .cr3 .crw .arw .sr2 .srf .dng .orf .rw2 .raf .pef .srw .3fr .fff .iiq .x3f .rwl .erf .mef .mrw "
+    ".kdc .dcr .mos"
 )
+RAW_SUFFIXES = tuple(_RAW.split())
 # What the packages of requirements-formats.txt read: by package, the module and the endings.
 FURTHER = {
     "pillow-heif": ("pillow_heif", (".heic", ".heif", ".hif", ".heics", ".heifs")),
@@ -16,9 +17,12 @@ FURTHER = {
 }
 INSTALL = "make install-formats"
 MISSING = {ending: name for name, (module, endings) in FURTHER.items() if not find_spec(module) for ending in endings}
+_OF_PILLOW = (
+    ".png .jpg .jpeg .jfif .webp .gif .bmp .dib .tif .tiff .avif .ppm .pgm .pbm .pnm .tga .ico .jp2 .j2k .jpx .jpf "
+    ".j2c .jpc"
+)
 IMAGE_SUFFIXES = (
-    *(".png", ".jpg", ".jpeg", ".jfif", ".webp", ".gif", ".bmp", ".dib", ".tif", ".tiff", ".avif"),
-    *(".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico", ".jp2", ".j2k", ".jpx", ".jpf", ".j2c", ".jpc"),
+    *_OF_PILLOW.split(),
     *(ending for _, endings in FURTHER.values() for ending in endings if ending not in MISSING),
 )
 CONDITION = "-condlabel"  # of OneTrainer's `x-condlabel.png`, a picture that conditions, which nothing reads
@@ -37,11 +41,12 @@ UNDO = "corrections_undo.jsonl"  # of job=apply_corrections
 GLYPHS = "glyphs.json"  # of the embedded collection
 _OURS = (*MANIFESTS, CORRECTIONS, UNDO, GLYPHS)
 # What systems put beside pictures, in lower case: thumbnails and indexes, bins, snapshots, resource forks.
-SYSTEM_NAMES = frozenset(
-    ("@eadir", "@__thumb", "@tmp", "@sharebin", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "__macosx")
-    + ("$recycle.bin", "recycler", "system volume information", "found.000", "lost+found", "network trash folder")
-    + ("temporary items", "__pycache__")
+_SYSTEM_NAMES = (
+    "@eadir @__thumb @tmp @sharebin @recycle @recently-snapshot #recycle #snapshot __macosx $recycle.bin recycler "
+    "found.000 lost+found __pycache__"
 )
+SYSTEM_NAMES = {*_SYSTEM_NAMES.split(), "system volume information", "network trash folder", "temporary items"}
+RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so: no picture
 
 
 def is_image_name(name: str) -> bool:

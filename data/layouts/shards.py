@@ -7,12 +7,13 @@ An Arrow file has an image column, a struct of bytes and path. It stores image b
 range of it. A Parquet file is compressed: it is unpacked once into an Arrow file in the cache, as `datasets` does.
 """
 
+import functools
 import os
 import re
 import tarfile  # noqa: TID251 (members are listed)
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import IO, Any, NamedTuple
+from typing import IO, Any
 
 import numpy as np
 import pyarrow as pa
@@ -68,63 +69,33 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Colu
 
     stated: `data.columns`.
     """
-    names = _name_columns([file for name, file in files.items() if not name.endswith(_TAR)], stated, unused)
-    places = {name: name if file == root / name else str(file.resolve()) for name, file in files.items()}
-    shards = [_Shard(name, places[name], file, names) for name, file in files.items()]
+    shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     tables = []
-    results = map(_read_shard, shards)
+    read = functools.partial(_read_shard, stated)
+    results = map(read, shards)
     if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         lost = "shards that end the process that reads them"
-        results = map_in_processes(
-            _read_shard, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard.name]}))
-        )
+        results = map_in_processes(read, shards, lambda shard: (_ROWS.empty_table(), Unused({lost: [shard[0]]})))
     for rows, left in track(results, len(shards), "scanning shards"):
         tables.append(rows)
         unused.merge(left)
     if not any(map(len, tables)):
-        why = "".join(f"; {line}" for _, line in unused.describe())
+        why = "".join(f"; {line}" for line in unused.describe())
         raise UserError(f"data.root: {str(root)!r} holds no image in {show_some(list(files))}{why}")
     table = pa.concat_tables(tables)
     return build_table(dict(zip(table.column_names, table.columns)))
 
 
-class _Shard(NamedTuple):
-    """A shard. place: the value for the column `shard`. names: ours of the columns of all Arrow files."""
+def _read_shard(stated: Columns, shard: tuple[str, str, Path]) -> tuple[pa.Table, Unused]:
+    """Return the rows of a shard, and what is not used. The split comes from the shard's name.
 
-    name: str
-    place: str
-    file: Path
-    names: Mapping[str, str]
-
-
-def _name_columns(files: Sequence[Path], stated: Columns, unused: Unused) -> dict[str, str]:
-    """Return our names of the columns of Arrow files, beside images; add those that may be labels to `unused`."""
-    tables = []
-    for file in files:
-        with about("data.root"), readable(file, file.suffix), pa.memory_map(str(file)) as mapped:
-            table = pa.ipc.open_stream(mapped).read_all()
-            table = table.drop_columns([name for name in [_find_image(table.schema)] if name is not None])
-            table.validate(full=True)
-            tables.append(table)
-    if not tables:
-        return {}
-    table = pa.concat_tables(tables, promote_options="permissive")
-    names = name_columns(table, stated)
-    if "label" not in names.values():
-        unused.add(POSSIBLE, *list_labels(table, names).values())
-    return names
-
-
-def _read_shard(shard: _Shard) -> tuple[pa.Table, Unused]:
-    """Return the rows of a shard, and what is not used. The split comes from the shard's name."""
-    name = shard.name
+    shard: its name, the value for the column `shard`, and the file.
+    """
+    name, place, file = shard
     unused = Unused()
-    if name.endswith(_TAR):
-        rows = _read_tar(shard.file, name, unused)
-    else:
-        rows = _read_arrow(shard, unused)
+    rows = _read_tar(file, name, unused) if name.endswith(_TAR) else _read_arrow(file, name, unused, stated)
     by_name = next(filter(None, map(read_split, name.split("/"))), "train")
-    rows = [{**row, "split": row.get("split") or by_name, "shard": shard.place} for row in rows]
+    rows = [{**row, "split": row.get("split") or by_name, "shard": place} for row in rows]
     return pa.Table.from_pylist(rows, _ROWS), unused
 
 
@@ -228,18 +199,28 @@ def _unpack_parquet(file: Path, cache: Path) -> Path:
     return target
 
 
-def _read_arrow(shard: _Shard, unused: Unused) -> list[dict[str, Any]]:
+def _read_arrow(file: Path, name: str, unused: Unused, stated: Columns) -> list[dict[str, Any]]:
     """Return the images of an Arrow file as rows.
 
     Raises UserError (`data.root`) if it cannot be read, is compressed, or has no image column.
     """
-    file = shard.file
-    with about("data.root"), readable(Path(shard.name), file.suffix), pa.memory_map(str(file)) as mapped:
+    with about("data.root"), readable(Path(name), file.suffix), pa.memory_map(str(file)) as mapped:
         whole = mapped.read_buffer()
+        table = pa.ipc.open_stream(whole).read_all()  # its buffers are slices of `whole`
+        table.validate(full=True)
+        image = _find_image(table.schema)
+        if image is None:
+            raise UserError(f"data.root: {name!r} has no image column (bytes), only {table.column_names}")
+        names = name_columns(table.drop_columns(image), stated)
+        if "label" not in names.values():
+            unused.add(POSSIBLE, *list_labels(table, names).values())
         rows = []
-        for batch in pa.ipc.open_stream(whole):  # its buffers are slices of `whole`
-            batch.validate(full=True)
-            rows += _rows_of(shard, batch, whole, len(rows), unused)
+        for batch in table.to_batches():
+            places = _find_bytes(name, batch.column(image), whole)
+            records = read_records(name, batch, unused, names)
+            for number, ((ending, offset, length), record) in enumerate(zip(places, records), start=len(rows)):
+                row = {"path": f"{name}/{number:08}{ending}", "offset": offset, "length": length, "size": length}
+                rows.append({**row, **record._asdict()})
     unused.add("rows without image bytes", *(row["path"] for row in rows if not row["length"]))
     return [row for row in rows if row["length"]]
 
@@ -252,27 +233,17 @@ def _find_image(schema: pa.Schema) -> str | None:
     return next(iter((*structs, *plain)), None)
 
 
-def _rows_of(
-    shard: _Shard, batch: pa.RecordBatch, whole: pa.Buffer, first: int, unused: Unused
-) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a batch, numbered from `first`: path, byte range (length 0 without an image) and columns."""
-    name = shard.name
-    image = _find_image(batch.schema)
-    if image is None:
-        raise UserError(f"data.root: {name!r} has no image column (bytes), only {batch.schema.names}")
-    images = batch.column(image)
+def _find_bytes(name: str, images: pa.Array, whole: pa.Buffer) -> Iterator[tuple[str, int, int]]:
+    """Return the ending, the first byte in `whole`, and the length of each image; length 0 without an image."""
     is_plain = not pa.types.is_struct(images.type)
-    content = images if is_plain else images.field("bytes")
+    content = images if is_plain else pc.struct_field(images, "bytes")
     _, ends, data = content.buffers()
     ends = np.frombuffer(ends, np.int64 if pa.types.is_large_binary(content.type) else np.int32)
-    ends = ends[content.offset : content.offset + len(content) + 1].astype(np.int64)
+    ends = ends[content.offset : content.offset + len(content)].astype(np.int64)
     begin = 0 if data is None else data.address - whole.address
     if not 0 <= begin <= whole.size:
         raise UserError(f"data.root: {name!r} is compressed; save it uncompressed, as save_to_disk of `datasets` does")
-    lengths = pc.binary_length(images if is_plain else pc.struct_field(images, "bytes")).fill_null(0).to_pylist()
     has_names = not is_plain and "path" in images.type.names
-    files = images.field("path").to_pylist() if has_names else [None] * len(batch)
-    records = read_records(name, batch, unused, shard.names)
-    for number, (file, offset, length, sidecar) in enumerate(zip(files, (begin + ends).tolist(), lengths, records)):
-        path = f"{name}/{first + number:08}{os.path.splitext(file or '')[1].lower()}"
-        yield {"path": path, "offset": offset, "length": length, "size": length, **sidecar._asdict()}
+    files = pc.struct_field(images, "path").to_pylist() if has_names else [None] * len(images)
+    endings = [os.path.splitext(file or "")[1].lower() for file in files]
+    return zip(endings, (begin + ends).tolist(), pc.binary_length(content).fill_null(0).to_pylist())

@@ -17,27 +17,21 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from data.layouts.names import SUFFIXES, is_metadata, is_sidecar
-from data.layouts.table import hash_table
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
 from utils.formats.spelling import PREFIXES, clean, is_sentence, split_tags
 from utils.formats.vocabulary import CATEGORIES, GENERAL, RATING
-from utils.io.files import readable, write_text
-from utils.io.memo import own_cache
+from utils.io.files import readable
 from utils.io.names import Names
 
 FAULT = "sidecar_fault"  # a column; see `Sidecar`
 
 TEXT_SUFFIXES = (".cls", *SUFFIXES)  # a later one takes precedence
 _MAX_BYTES = 16 * 2**20
-_COCO = re.compile(rb'"(?:images|annotations|categories)"\s*:\s*\[')
-_HEAD_BYTES = 65_536
 # The fields with tags of one category: texts of Danbooru, lists of gallery-dl. Other boorus have further categories.
 _CATEGORY_FIELD = re.compile(r"(?:tag_string|tags)_([a-z]+)")
-_TEXTS = (str, int, float)  # of captions: a number is its digits
 _FIELDS = ("id", "md5", "label", "rating", "caption", "tags", "tag_string", "unknown_tags")
 
 
@@ -163,10 +157,10 @@ def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
 def _read_caption(record: dict[str, Any]) -> str | None:
     """Return the caption of a record; several ones of a list on a line each."""
     caption = record.get("caption")
-    if caption is None or type(caption) in _TEXTS:
-        return clean(str("" if caption is None else caption)) or None
-    if isinstance(caption, list) and all(text is None or type(text) in _TEXTS for text in caption):
-        words = [clean(str("" if text is None else text)).split() for text in caption]
+    if caption is None or isinstance(caption, str):
+        return clean(caption or "") or None
+    if isinstance(caption, list) and all(isinstance(text, str | None) for text in caption):
+        words = [clean(text or "").split() for text in caption]
         return "\n".join(map(" ".join, filter(None, words))) or None
     raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
 
@@ -247,14 +241,6 @@ def pair_sidecars(folder: str, images: Iterable[str], names: Iterable[str]) -> t
     return pairs, sorted(orphans)
 
 
-def has_boxes(file: Path) -> bool:
-    """Return whether a JSON file begins as COCO's annotations."""
-    if file.suffix.lower() != ".json" or not file.is_file():
-        return False
-    with open(file, "rb") as content:
-        return _COCO.search(content.read(_HEAD_BYTES)) is not None
-
-
 def refuse_link_out(root: Path, file: Path, beside: str | None = None) -> None:
     """Raise UserError for a link out of the collection, because any text file could become a caption otherwise.
 
@@ -296,30 +282,28 @@ def load_json(text: str, where: str) -> Any:
 
 
 def list_faults(
-    table: pa.Table, cache: Path, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
+    table: pa.Table, unused: Unused, on_bad: Literal["stop", "skip"], fields: Sequence[str] = FIELDS
 ) -> pa.Table:
-    """Write the images with a bad sidecar into a file of `cache`; return the table without the column of faults.
+    """Add bad sidecars to `unused`; return the table without the column of faults.
 
     With `stop`, it raises UserError for faults of `fields`; without fields, the column stays for later readers.
     """
     if FAULT not in table.column_names:
         return table
-    faulty = table.select(["path", FAULT]).filter(pc.is_valid(table[FAULT])).to_pylist()
-    file = own_cache(cache) / f"bad_sidecars_{hash_table(table)}.jsonl"
-    write_text(file, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in faulty))
-    unused.add(f"bad sidecars, all listed in {file}", *(row[FAULT] for row in faulty))
+    faults = table[FAULT].drop_null().to_pylist()
+    unused.add("bad sidecars", *faults)
     if on_bad == "stop":
         if not fields:
             return table
-        refuse_faults((row[FAULT] for row in faulty), file, *fields)
+        refuse_faults(faults, *fields)
     return table.drop_columns(FAULT)
 
 
-def refuse_faults(faults: Iterable[str], listing: Path, *fields: str) -> None:
+def refuse_faults(faults: Iterable[str], *fields: str) -> None:
     """Raise UserError (`data.on_bad_sidecar`) if a fault is about one of `fields`, or about a whole file."""
     lines = [line for fault in faults for line in fault.split("\n") if line.split(":")[0] in (*fields, "file")]
     if lines:
         raise UserError(
-            f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} ({listing} "
-            "lists all); fix or remove them, or set data.on_bad_sidecar=skip to ignore them"
+            f"data.on_bad_sidecar: stop, and {len(lines):,} sidecars cannot be read, such as {lines[0]} (prepare.py "
+            "job=check lists all); fix or remove them, or set data.on_bad_sidecar=skip to ignore them"
         )

@@ -6,7 +6,6 @@ that a start that reads no file again says the same.
 
 import csv
 import io
-import logging
 import os
 from collections import Counter
 from collections.abc import Iterable
@@ -19,23 +18,21 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-ORPHANS = "sidecars without an image"  # a reason
+ORPHANS = "sidecars without an image (of annotation files, boxes and outlines are not read)"  # a reason
 ROWS = "rows of"  # how reasons about rows of tables begin
 UNNAMED = "images that no row of"
-OTHERS = "files of kinds that no reader takes"  # a reason; they are counted by ending
-LACKING = f"images whose package is not installed ({INSTALL} reads them)"  # counted by ending, too
-RESOURCE_FORK = "._"  # what macOS writes beside a file on disks of others begins so
+OTHERS = "files of kinds that no reader takes"  # a reason
+LACKING = f"images whose package is not installed ({INSTALL} reads them)"
 FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
-BOXES = "annotation files, whose boxes and outlines are not read"
+_COUNTED = (OTHERS, LACKING)  # by ending
 _KINDS = {
     "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)": (
         ".csv .tsv .xlsx .xls .ods"
     ),
     "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",
-    BOXES: ".xml",
+    "annotation files, whose boxes and outlines are not read": ".xml",
 }
 _BY_ENDING = {ending: reason for reason, endings in _KINDS.items() for ending in endings.split()}
-Lines = Iterable[tuple[int, str]]  # each with its level
 
 
 class Unused(dict[str, list[str]]):
@@ -44,7 +41,7 @@ class Unused(dict[str, list[str]]):
     said: lines about what a reader has found and uses, for the log.
 
     unused.add("sidecars without an image", "cat/x.txt", "cat/y.txt")
-    unused.describe()      [(logging.WARNING, "2 sidecars without an image: cat/x.txt, cat/y.txt")]
+    unused.describe()      ["2 sidecars without an image: cat/x.txt, cat/y.txt"]
     """
 
     def __init__(self, *names: dict[str, list[str]]) -> None:
@@ -67,25 +64,19 @@ class Unused(dict[str, list[str]]):
         """Remove files that are used after all."""
         for reason, names in [*self.items()]:
             self[reason] = [name for name in names if name not in files]
-            if not self[reason]:
-                del self[reason]
 
     def merge(self, other: "Unused") -> None:
         """Add the names that a reader in another process did not use."""
         for reason, names in other.items():
             self.add(reason, *names)
 
-    def describe(self, images: int = 0) -> list[tuple[int, str]]:
-        """Return a line for each reason: count, reason and the first names.
-
-        Files of other kinds are a warning if they outnumber the `images` of the collection.
-        """
+    def describe(self) -> list[str]:
+        """Return a line for each reason: count, reason and the first names."""
         lines = []
-        for reason in sorted(self):
+        for reason in sorted(filter(self.get, self)):
             names = sorted(set(self[reason]))  # threads add in any order, and columns recur in each shard
-            are_few = reason == OTHERS and len(names) <= images
-            shown = count_endings(names) if reason in (OTHERS, LACKING) else names
-            lines.append((logging.INFO if are_few else logging.WARNING, f"{len(names):,} {reason}: {show_some(shown)}"))
+            shown = count_endings(names) if reason in _COUNTED else names
+            lines.append(f"{len(names):,} {reason}: {show_some(shown)}")
         return lines
 
 
@@ -95,22 +86,23 @@ def is_form(name: str) -> bool:
 
 
 def find_ending(name: str) -> str:
-    """Return the ending of a file, or `._*` for the copies of macOS."""
-    is_fork = os.path.basename(name).startswith(RESOURCE_FORK)
-    return f"{RESOURCE_FORK}*" if is_fork else os.path.splitext(name)[1].lower() or "no ending"
+    """Return the ending of a file."""
+    return os.path.splitext(name)[1].lower() or "no ending"
 
 
-def list_unused(unused: Unused, folder: Path) -> Lines:
+def list_unused(unused: Unused, folder: Path) -> list[str]:
     """Write all names into a CSV file, if the lines of `describe` leave out some or name rows; return a line of it."""
-    if not any(len(names) > SHOWN or reason.startswith(ROWS) for reason, names in unused.items()):
+    named = {reason: names for reason, names in unused.items() if reason not in _COUNTED}
+    if not any(len(names) > SHOWN or reason.startswith(ROWS) for reason, names in named.items()):
         return []
+    rows = [("name", "why it is not used")]
+    for reason, names in sorted(unused.items()):
+        rows += [(name, reason) for name in sorted({*names})]
     text = io.StringIO()
-    lines = csv.writer(text)
-    lines.writerow(("name", "why it is not used"))
-    lines.writerows((name, reason) for reason in sorted(unused) for name in sorted({*unused[reason]}))
+    csv.writer(text).writerows(rows)
     file = folder / f"unused_{sha256_text(text.getvalue())[:16]}.csv"
     write_text(file, text.getvalue())
-    return [(logging.INFO, f"all of these are listed in {file}")]
+    return [f"all of these are listed in {file}"]
 
 
 def count_endings(names: Iterable[str]) -> list[str]:
@@ -119,7 +111,7 @@ def count_endings(names: Iterable[str]) -> list[str]:
     return [f"{ending} {count:,}" + (f" ({MISSING[ending]})" if ending in MISSING else "") for ending, count in ordered]
 
 
-def say_unused(lines: Lines, key: str = "data.root") -> None:
+def say_unused(lines: Iterable[str], key: str = "data.root") -> None:
     """Log the lines of `describe`."""
-    for level, line in lines:
-        log.log(level, "%s: not used: %s", key, line)
+    for line in lines:
+        log.warning("%s: not used: %s", key, line)

@@ -8,7 +8,6 @@ from typing import Literal
 import pyarrow as pa
 
 from data.collection.duplicates import group_duplicates
-from data.collection.index import CACHE
 from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.corrections import correct, read_corrections
@@ -52,10 +51,10 @@ class Manifest(Tool):
                 refuse_foreign(manifest)
             scanned_ns = time.time_ns()
             table = read_folder(folder, unused := Unused(), data.choice())
-            table = list_faults(table, CACHE, unused, data.on_bad_sidecar)
+            table = list_faults(table, unused, data.on_bad_sidecar)
             for line in unused.said:
                 log.info("data.root: %s", line)
-            say_unused(unused.describe(len(table)))
+            say_unused(unused.describe())
             paths = table["path"].to_pylist()
             find_sizes(folder, paths, "a manifest cannot name this image")
             facts = measure_files(folder, paths, data.max_pixels, decodes=self.verify)

@@ -70,7 +70,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
         paths |= dict.fromkeys(file for file in files if is_utf8(str(file)))
         unused.add(NOT_UTF8, *(show_name(str(file)) for file in files if not is_utf8(str(file))))
         folders |= {path} if path.is_dir() else {file.parent for file in files}
-    say_unused(unused.describe(len(paths)), key)
+    say_unused(unused.describe(), key)
     if absent:
         count = f"{len(absent):,} of {len(names):,} have no image: " if len(names) > 1 else ""
         raise UserError(
@@ -85,7 +85,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
 def _list_images(path: Path, unused: Unused, key: str) -> list[Path]:
     """Return the images in a folder or of a pattern, sorted; hidden ones only if `path` names their folder."""
     if path.is_dir():
-        walked = walk_folders(path, unused, key, follows_links=False)  # outputs beside images stay in the folder
+        walked = walk_folders(path, unused, follows_links=False)  # outputs beside images stay in the folder
         found = itertools.chain.from_iterable(map(folder.__add__, names) for folder, _, names in walked)
         return sorted(path / name for name in found if is_image_name(name))
     files = []

@@ -37,8 +37,8 @@ def draw(kind, number):
 
 
 def make_phone(root, count):
-    """Write the folders of a phone as a Mac copies them; returns how many photographs, films and `._` files."""
-    made = [0, 0, 0]
+    """Write the folders of a phone as a Mac copies them; returns how many photographs and films."""
+    made = [0, 0]
     for kind in KINDS:
         folder = root / unicodedata.normalize("NFD", kind)
         folder.mkdir(parents=True)
@@ -55,21 +55,20 @@ def make_phone(root, count):
                 made[1] += 1
             if number % 6 == 1:
                 (folder / f"._{name}").write_bytes(b"\0\5\x16\7")
-                made[2] += 1
     return made
 
 
 def test_photographs_of_a_phone_are_all_learned_from(tmp_path, capsys):
     pytest.importorskip("pillow_heif", reason="make install-formats")
     load_package("pillow-heif")
-    photographs, films, forks = make_phone(tmp_path / "phone", EACH)
+    photographs, films = make_phone(tmp_path / "phone", EACH)
     make_phone(tmp_path / "new", 8)
     words = {"PHOTOS": "phone", "NEW": "new", "RUN": "mine"}
     short = {"train.py": SMALL, "predict.py": ["device=cpu"], "evaluate.py": ["runtime.device=cpu"]}
     checked, trained, measured, predicted = follow("photographs.md", tmp_path, words, short)
 
     said = capsys.readouterr().err
-    unused = f"not used: {films + forks} files of kinds that no reader takes: ._* {forks}, .mov {films}"
+    unused = f"not used: {films} files of kinds that no reader takes: .mov {films}"
     assert {line for line in said.splitlines() if "data.root: not used" in line} == {f"data.root: {unused}"}
     val = round(photographs / 10 / 3) * 3
     assert f"{photographs - val} training and {val} validation images of 3 classes; no fault" in checked

@@ -35,21 +35,22 @@ def own_cache(path: Path) -> Path:
 
     A clone may be another user's, or read-only. Other paths, which a user has named, are returned as they are.
     """
-    if OURS not in (path, *path.parents) or _may_write(path):
+    if not path.is_relative_to(OURS) or _may_write(path):
         return path
     return _find_own() / path.relative_to(OURS)
 
 
 def _may_write(path: Path) -> bool:
     """Return whether the user may write a file or a folder, or make it."""
-    there = next(place for place in (path, *Path(os.path.abspath(path)).parents) if place.exists())
+    path = path.absolute()
+    there = next(filter(os.path.exists, (path, *path.parents)))
     return os.access(there, os.W_OK, effective_ids=True)
 
 
 @functools.cache
 def _find_own() -> Path:
     """Return the user's cache folder (XDG), else one in the folder for temporary files; say so."""
-    home = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser(), "atelier")
+    home = Path(os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache"), "atelier")
     own = home if _may_write(home) else Path(tempfile.gettempdir(), f"atelier-{os.geteuid()}")
     log.info("%s is not writable for this user; caches are in %s (XDG_CACHE_HOME names another folder)", OURS, own)
     return own

@@ -4,6 +4,7 @@ Names(os.listdir("photos")).find("Föhn.png")      the name as the folder spells
 find_path("photos/Föhn.png")                      the path as the file system spells it
 """
 
+import functools
 import os
 import unicodedata
 from collections.abc import Callable, Collection
@@ -18,16 +19,12 @@ def to_nfc(text: str) -> str:
 
 def is_utf8(name: str) -> bool:
     """Return whether a name of the file system is UTF-8; Python has surrogates in place of other bytes."""
-    try:
-        name.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+    return name.encode(errors="ignore").decode() == name
 
 
 def show_name(name: str) -> str:
     r"""Return a name as text; bytes that are not UTF-8 as `\xf6`, as `ls -b` shows them in octal."""
-    return name if is_utf8(name) else os.fsencode(name).decode(errors="backslashreplace")
+    return os.fsencode(name).decode(errors="backslashreplace")
 
 
 class Names:
@@ -36,17 +33,18 @@ class Names:
     def __init__(self, names: Collection[str]) -> None:
         """Keep a set or a dictionary of names."""
         self._names = names
-        self._forms: dict[str, list[str]] | None = None
+
+    @functools.cached_property
+    def _forms(self) -> dict[str, list[str]]:
+        forms: dict[str, list[str]] = {}
+        for name in self._names:
+            forms.setdefault(to_nfc(name), []).append(name)
+        return forms
 
     def find(self, name: str) -> str | None:
         """Return the name that exists, or None. Raises UserError if two names differ from it in their form alone."""
-        if name in self._names or name.isascii():
-            return name if name in self._names else None
-        if self._forms is None:
-            self._forms = {}
-            for each in self._names:
-                if not each.isascii():
-                    self._forms.setdefault(to_nfc(each), []).append(each)
+        if name in self._names:
+            return name
         found = self._forms.get(to_nfc(name), [None])
         if len(found) > 1:
             raise UserError(

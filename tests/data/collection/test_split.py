@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pytest
 
 from data.collection.collection import Collection
@@ -115,20 +114,9 @@ def test_validation_images_like_a_training_image_are_counted():
 
 
 def test_a_given_split_stays():
-    given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": ["train", "val"]})
-    assert assign_validation(given, 0.5) is given and chosen(labelled({"x": 2}), 0) == set()
-
-
-def test_a_test_split_stays_and_nothing_else_depends_on_it(log):
-    table = labelled({"x": 30, "y": 7}, 20)
-    tests = pa.table({**dict(zip(table.column_names, table.columns)), "split": pa.array(["test"] * len(table))})
-    tests = replace_column(tests, "path", pc.binary_join_element_wise("test", tests["path"], "/"))
-    both = build_table(dict(zip(table.column_names, pa.concat_tables([table, tests]).columns)))
-    found = assign_validation(both, 0.25)
-    assert chosen(both, 0.25) == chosen(table, 0.25)
-    assert found.filter(pc.equal(found["split"], "test")) == tests.take(pc.sort_indices(tests["path"]))
-    assert "of 57 training images" in log.text and "57 test images stay apart" in log.text
-    assert assign_validation(tests, 0.25) is tests
+    for split in ("val", "test"):
+        given = build_table({"path": ["a", "b"], "label": ["x", "x"], "split": [split, split]})
+        assert assign_validation(given, 0.5) is given and chosen(labelled({"x": 2}), 0) == set()
 
 
 def test_images_that_nothing_reads_are_not_split_off(tmp_path):
@@ -141,12 +129,12 @@ def test_images_that_nothing_reads_are_not_split_off(tmp_path):
     assert [collection.row(row).path for row in collection.rows("val")] == [second]
 
 
-@pytest.mark.parametrize("fraction, start", [(0.05, 950), (0.7, 300), (0.001, 999), (0.0004, 1000)])
+@pytest.mark.parametrize("fraction, start", [(0.05, 950), (0.7, 300)])
 def test_rows_with_an_id_go_by_its_last_digits(fraction, start):
     ids = np.random.default_rng(0).integers(-(2**40), 2**40, 3000).tolist()
     found = chosen_numbers(table_of(3000, id=ids), fraction)
     expected = {number for number, id in enumerate(ids) if id % 1000 >= start}
-    assert found == expected if expected else len(found) == 1
+    assert found == expected
 
 
 def test_rows_without_an_id_or_with_a_class_go_by_their_path():
@@ -179,5 +167,3 @@ def test_ids_in_a_row_do_not_leave_validation_empty():
     """A collection that was numbered has no id whose last three digits are high."""
     table = table_of(80).append_column("id", pa.array(range(7000, 7080)))
     assert chosen_numbers(table, 0.2) == chosen_numbers(table_of(80), 0.2) and len(chosen_numbers(table, 0.2)) > 8
-    spread = table_of(80).append_column("id", pa.array(range(0, 80 * 37, 37)))
-    assert 8 < len(chosen_numbers(spread, 0.2)) != len(chosen_numbers(table, 0.2))

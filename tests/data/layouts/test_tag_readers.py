@@ -263,8 +263,7 @@ def test_a_bad_sidecar_stops_only_who_reads_the_field(tmp_path, files, field, me
         collection.refuse_faults(*{*FIELDS} - {field})
     with refuses(r"^data\.on_bad_sidecar: stop, and 1 ") as caught:
         collection.refuse_faults("tags" if field == "file" else field)
-    (listing,) = (tmp_path / ".cache").glob("bad_sidecars_*.jsonl")
-    assert message in str(caught.value) and str(listing) in str(caught.value) and message in listing.read_text()
+    assert message in str(caught.value)
     with refuses(r"^data\.on_bad_sidecar: "):
         write_manifest(tmp_path)
     write_manifest(tmp_path, on_bad_sidecar="skip")
