@@ -49,7 +49,7 @@ from utils.io.files import readable
 from utils.io.safe_text import Lines, hide_secrets, safe_lines
 from utils.ranks import distributed
 from utils.ranks.signals import StopRequest, Terminated
-from utils.record.logging import environment_rank, get_logger, place_of, setup_logging
+from utils.record.logging import environment_rank, get_logger, own_place, setup_logging
 from utils.record.run_reader import run_of
 from utils.record.sweep_table import read_jobs, sweep_table
 
@@ -235,10 +235,11 @@ class Command(Generic[Schema]):
 
     def _say(self, message: str, *, other_ranks: bool = False) -> None:
         """Show an error on rank 0. other_ranks: show its first line on other ranks, too, which may fail alone."""
-        rank = environment_rank()
         lines = safe_lines(f"{self.script}.py: {message}").splitlines()
-        if rank == 0 or other_ranks:
-            sys.stderr.write(place_of(rank) + "\n".join(lines if rank == 0 else lines[:1]) + "\n")
+        if environment_rank():
+            lines = lines[:1] if other_ranks else ()
+        if lines:
+            sys.stderr.write(own_place() + "\n".join(lines) + "\n")
 
     def _report(self, error: Exception) -> int:
         """Show an error and return its exit status."""
@@ -252,7 +253,7 @@ class Command(Generic[Schema]):
             self._say(message or lost, other_ranks=True)
             return EXIT_USER_ERROR if message else EXIT_LOST_RANK
         text = safe_lines("".join(traceback.format_exception(error)))  # a defect
-        sys.stderr.write(textwrap.indent(text, place_of(environment_rank()), lambda line: True))
+        sys.stderr.write(textwrap.indent(text, own_place(), lambda line: True))
         return EXIT_CRASH
 
 

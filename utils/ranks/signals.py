@@ -13,7 +13,7 @@ from types import FrameType
 
 from utils.errors import EXIT_STOPPED
 from utils.ranks import distributed
-from utils.record.logging import environment_rank, place_of
+from utils.record.logging import own_place
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
 REPEAT_SEC = 1.0  # earlier signals belong to the first request: a launcher forwards signals that its ranks have, too
@@ -30,7 +30,7 @@ def is_stop_requested() -> bool:
 def _tell(number: int, text: str) -> None:
     """Write to stderr without its buffer, which the signal may have interrupted. Ignores errors."""
     with suppress(OSError):
-        os.write(2, f"{place_of(environment_rank())}{signal.Signals(number).name}{text}\n".encode())
+        os.write(2, f"{own_place()}{signal.Signals(number).name}{text}\n".encode())
 
 
 def leave_to_parent() -> None:

@@ -66,9 +66,10 @@ def restart_count() -> int:
     return int(os.environ.get("SLURM_RESTART_COUNT", "0"))
 
 
-def place_of(rank: int) -> str:
-    """Return the prefix of a rank's lines; rank 0 has none."""
-    return "" if rank == 0 else f"[rank {rank}] "
+def own_place() -> str:
+    """Return the prefix of this rank's lines; rank 0 has none."""
+    rank = environment_rank()
+    return f"[rank {rank}] " if rank else ""
 
 
 def setup_logging() -> None:
@@ -76,7 +77,6 @@ def setup_logging() -> None:
 
     DEBUG messages give reasons, such as for the value of an `auto`; log.txt alone has them.
     """
-    rank = environment_rank()
     logger = logging.getLogger(ROOT)
     logger.setLevel(logging.DEBUG)
     logger.propagate = False
@@ -84,8 +84,8 @@ def setup_logging() -> None:
         logger.removeHandler(handler)
         handler.close()
     handler = _StderrHandler()
-    handler.setLevel(logging.INFO if rank == 0 else logging.WARNING)
-    handler.setFormatter(_SafeFormatter("%(message)s", place_of(rank)))
+    handler.setLevel(logging.WARNING if environment_rank() else logging.INFO)
+    handler.setFormatter(_SafeFormatter("%(message)s", own_place()))
     logger.addHandler(handler)
     logger.addHandler(MemoryHandler(sys.maxsize, flushLevel=sys.maxsize))  # kept for log.txt
 

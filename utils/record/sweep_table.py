@@ -46,25 +46,21 @@ def sweep_table(jobs: Sequence[SweptRun]) -> str:
         settings = sorted(text for text in job.overrides - shared if not text.startswith(_SEED))
         groups.setdefault(" ".join(settings) or "-", []).append(job)
     metric = next((str(job.result["metric"]) for job in jobs if job.result), "value")
-    rows = [["settings", "runs", metric, "least to greatest", "state"]]
-    for settings, group in sorted(groups.items(), key=lambda pair: _rank(pair[1])):
-        values = _values(group)
-        average = f"{mean(values):.4f}" if values else "-"
-        spread = f"{min(values):.4f} to {max(values):.4f}" if len(values) > 1 else "-"
-        rows.append([settings, str(len(group)), average, spread, ", ".join(dict.fromkeys(job.state for job in group))])
-    return align_columns(rows)
-
-
-def _values(group: Sequence[SweptRun]) -> list[float]:
-    results = [job.result for job in group if job.result]
-    return [result["value"] for result in results if result["value"] is not None]
-
-
-def _rank(group: Sequence[SweptRun]) -> float:
-    """Return what is lowest for the best group."""
-    values = _values(group)
-    is_lowest_best = any(job.result["is_lowest_best"] for job in group if job.result)
-    return mean(values) * (1 if is_lowest_best else -1) if values else math.inf
+    rows = []
+    for settings, group in groups.items():
+        results = [job.result for job in group if job.result and job.result["value"] is not None]
+        values = [result["value"] for result in results]
+        order = math.inf
+        average = spread = "-"
+        if values:
+            order = mean(values) * (1 if results[0]["is_lowest_best"] else -1)
+            average = f"{mean(values):.4f}"
+        if len(values) > 1:
+            spread = f"{min(values):.4f} to {max(values):.4f}"
+        states = ", ".join(dict.fromkeys(job.state for job in group))
+        rows.append((order, [settings, str(len(group)), average, spread, states]))
+    head = ["settings", "runs", metric, "least to greatest", "state"]
+    return align_columns([head, *(row for _, row in sorted(rows))])
 
 
 def main(folder: str) -> int:

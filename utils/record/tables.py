@@ -29,8 +29,9 @@ def find_tables(run: Path) -> dict[str, Path]:
 
 def read_newest(run: Path, name: str) -> list[dict[str, str]]:
     """Return the rows of the newest table of a name; none without it."""
-    file = find_tables(run).get(name)
-    columns, rows = read_csv(file) if file else ([], [])
+    if (file := find_tables(run).get(name)) is None:
+        return []
+    columns, rows = read_csv(file)
     return [dict(zip(columns, row, strict=True)) for row in rows]
 
 

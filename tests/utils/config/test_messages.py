@@ -11,7 +11,6 @@ from omegaconf import OmegaConf
 from tests.in_process import compose, load_command, run_command
 from utils.config.entry_point import validate
 from utils.config.messages import ConfigError
-from utils.config.schema import path_keys
 
 ABSENT = object()
 
@@ -62,12 +61,6 @@ def test_all_errors_are_listed_together():
     keys = [problem.partition(": ")[0] for problem in problems]
     assert sorted(keys) == ["data.root", "loop.micro_batch_size", "optim.lrr", "seed"]
     assert str(ConfigError(*problems)) == "4 configuration errors\n  " + "\n  ".join(problems)
-
-
-def test_a_schema_says_which_keys_are_paths():
-    keys = {key for script in ("finetune", "predict") for key in path_keys(load_command(script).schema)}
-    assert {"run_dir", "data.root", "data.cache.folder", "task.append_to", "weights", "text.aliases"} <= keys
-    assert not {"seed", "model.name", "text.separator"} & keys
 
 
 # arguments, the key that the message names, what it says besides

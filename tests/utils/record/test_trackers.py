@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 import wandb
 
-from tests.in_process import TINY, configure, make_images, run
+from tests.in_process import TINY, make_images, run
 from tests.support import is_reading, rows
-from utils.config.messages import ConfigError
 from utils.io.files import read_json
 from utils.record.trackers import Tracker, _Wandb, choose_mode
 
@@ -114,9 +113,6 @@ def test_the_mode_is_chosen_by_what_is_there(monkeypatch):
         assert choose_mode() == mode
     monkeypatch.setenv("WANDB_MODE", "disabled")
     assert choose_mode() == "disabled"
-    with pytest.raises(ConfigError) as refused:
-        configure("finetune", ["tracking=wandb", "tracking.project=a/b"])
-    assert refused.value.args[0].startswith("tracking.project: ")
 
 
 def test_a_run_that_was_stopped_waits_a_few_seconds_for_wandb(monkeypatch):
