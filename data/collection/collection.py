@@ -188,7 +188,7 @@ def check_classes(collection: Collection, allow_missing: bool) -> list[str]:
     known, missing, unknown = (
         show_some(list(map(repr, names))) for names in (train, sorted(several - {*val}), sorted({*val} - {*train}))
     )
-    tagged = (pc.list_value_length(collection.table["tags"]).to_numpy() > 0).sum()
+    tagged = (pc.list_value_length(collection.table["tags"].take(rows)).to_numpy() > 0).sum()
     if len(train) < 2:
         further = show_some(collection.possible_labels)
         others = f", and no column is the label; data.columns={{label: NAME}} takes one of {further}" if further else ""

@@ -51,7 +51,7 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     """Read a collection without a manifest into a table, sorted by path.
 
     By its table of posts, else by a table of the user (`choice`; data/layouts/listed.py), else by folders and sidecars.
-    A table that `choice` does not name is read if no class folders and no sidecars describe the images.
+    A table that `choice` does not name is read if neither folders of two classes nor sidecars describe the images.
 
     Raises UserError (`data.root`): no image; images both in and beside class folders or split folders. Unreadable
     sidecars are in the column `sidecar_fault`.
@@ -71,8 +71,9 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
         what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
         log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
     splits, labels = place_images([path.replace("\\", "/") for path in images])
+    is_described = len({*labels} - {None}) > 1 or 2 * len(sidecars) > len(images)  # one folder tells no class
     listed = None
-    if choice.table or not (any(labels) or 2 * len(sidecars) > len(images)):
+    if choice.table or not is_described:
         listed = read_listed_images(root, images, dict(zip(images, splits)), choice, unused)
     if listed is not None:
         unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))

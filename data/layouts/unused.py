@@ -25,10 +25,9 @@ OTHERS = "files of kinds that no reader takes"  # a reason
 LACKING = f"images whose package is not installed ({INSTALL} reads them)"
 FORMS = "forms of an answer (predict.py form=FILE output=ANSWER.csv fills one in)"
 _COUNTED = (OTHERS, LACKING)  # by ending
+UNREAD = "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)"
 _KINDS = {
-    "tables that nobody has read (data.table=FILE data.columns={path: COLUMN, label: COLUMN} reads a .csv)": (
-        ".csv .tsv .xlsx .xls .ods"
-    ),
+    UNREAD: ".csv .tsv .xlsx .xls .ods",
     "archives, which are not looked into (unpack them)": ".zip .rar .7z .gz .tgz .bz2 .tbz .xz .txz .zst",
     "annotation files, whose boxes and outlines are not read": ".xml",
 }

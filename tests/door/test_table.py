@@ -10,11 +10,11 @@ from tests.support import make_collection
 def make_spreadsheet(folder):
     """Move drawn images into one folder, and write their classes as Excel does."""
     made = make_collection(folder / "made", per_class=10, validation=0)
-    (folder / "photos").mkdir()
+    (folder / "photos/pictures").mkdir(parents=True)  # one folder tells no class
     rows = ["filename;klasse;schärfe"]
     for number, file in enumerate(sorted(made.rglob("*.png"))):
         name = f"IMG_{number:03}"
-        file.rename(folder / f"photos/{name}.png")
+        file.rename(folder / f"photos/pictures/{name}.png")
         label = f"Käfer {file.parent.name}"
         rows += [f"{name}{'.png' if number % 3 else ''};{label};0,{number}"] if number else []
     rows += ["IMG_900.png;Käfer A;0,5", "IMG_901;Käfer B;0,5"]
@@ -29,9 +29,9 @@ def test_a_spreadsheet_ends_with_a_classifier_and_a_list_of_what_does_not_match(
         "predict.py": ["device=cpu"],
     }
     follow("table.md", tmp_path, {"PHOTOS": "photos", "RUN": "run"}, short)
-    assert "labels.csv: column filename names 29 of 30 files, with .png; label: klasse, 3 classes" in log.text
+    assert "labels.csv: column filename names 29 of 30 files in pictures/, with .png; label: klasse, 3 classes" in log.text
     assert "2 rows of labels.csv without an image: IMG_900.png, IMG_901" in log.text
     (listing,) = {*tmp_path.glob("outputs/cache/collections/unused_*.csv")}
-    assert {row["name"] for row in csv.DictReader(listing.open())} >= {"IMG_900.png", "IMG_901", "IMG_000.png"}
+    assert {row["name"] for row in csv.DictReader(listing.open())} >= {"IMG_900.png", "IMG_901", "pictures/IMG_000.png"}
     with open(tmp_path / "classes.csv") as lines:
         assert len([*csv.DictReader(lines)]) == 30
