@@ -29,7 +29,9 @@ def test_a_spreadsheet_ends_with_a_classifier_and_a_list_of_what_does_not_match(
         "predict.py": ["device=cpu"],
     }
     follow("table.md", tmp_path, {"PHOTOS": "photos", "RUN": "run"}, short)
-    assert "labels.csv: column filename names 29 of 30 files in pictures/, with .png; label: klasse, 3 classes" in log.text
+    assert (
+        "labels.csv: column filename names 29 of 30 files in pictures/, with .png; label: klasse, 3 classes" in log.text
+    )
     assert "2 rows of labels.csv without an image: IMG_900.png, IMG_901" in log.text
     (listing,) = {*tmp_path.glob("outputs/cache/collections/unused_*.csv")}
     assert {row["name"] for row in csv.DictReader(listing.open())} >= {"IMG_900.png", "IMG_901", "pictures/IMG_000.png"}
