@@ -25,7 +25,7 @@ import numpy as np
 from data.layouts.names import IMAGE_SUFFIXES, is_image_name, is_passed_over
 from data.layouts.sidecars import decode
 from data.layouts.table import show_some
-from data.layouts.unused import Unused, say_unused
+from data.layouts.unused import UNREAD, Unused, say_unused
 from data.layouts.walk import NOT_UTF8, walk_folders
 from data.tags.rules import TagRules, TextConfig
 from utils.errors import UserError
@@ -70,6 +70,7 @@ def find_images(source: str | Sequence[str], key: str) -> Images:
         paths |= dict.fromkeys(file for file in files if is_utf8(str(file)))
         unused.add(NOT_UTF8, *(show_name(str(file)) for file in files if not is_utf8(str(file))))
         folders |= {path} if path.is_dir() else {file.parent for file in files}
+    unused.pop(UNREAD, None)  # a prediction needs no table
     say_unused(unused.describe(), key)
     if absent:
         count = f"{len(absent):,} of {len(names):,} have no image: " if len(names) > 1 else ""
