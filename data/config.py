@@ -5,7 +5,7 @@ from typing import Annotated, Any, Literal
 from pydantic import AfterValidator, Field
 
 from data.collection.concepts import ConceptConfig
-from data.layouts.tables import TableChoice, choose_table
+from data.layouts.tables import TableChoice
 from utils.config.bounds import BelowOne, Pixels
 from utils.config.schema import PathText, Strict
 from utils.formats.background import Background
@@ -49,11 +49,11 @@ class DataConfig(Strict):
     trigger: str | None = None  # the same
     corrections: bool = True  # a run from before this key has no such file
     table: Literal["auto", "none"] | PathText = "none"  # a run from before this key has read none
-    columns: dict[ColumnName, str | list[str]] | None = None
+    columns: dict[ColumnName, str] = {}
 
     def choice(self) -> TableChoice:
         """Return what `table` and `columns` say."""
-        return choose_table(self.table, self.columns)
+        return TableChoice(self.table, self.columns)
 
     def index_settings(self) -> dict[str, Any]:
         """Return what an index depends on beside the files, as `index_collection` takes it."""

@@ -7,7 +7,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -23,7 +23,7 @@ from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
 from data.layouts.table import PLACES, SCHEMA, SPLITS, TEST, build_table, hash_table, replace_column
-from data.layouts.tables import POSSIBLE, TableChoice, choose_table
+from data.layouts.tables import POSSIBLE, TableChoice
 from data.layouts.unused import Unused, list_unused, say_unused
 from data.layouts.walk import check_root
 from utils.errors import UserError
@@ -80,20 +80,20 @@ def index_collection(
     on_bad_sidecar: Literal["stop", "skip"] = "stop",
     concepts: Sequence[ConceptConfig] = (),
     corrections: bool = True,
-    table: str = "auto",
-    columns: Mapping[str, str | Sequence[str]] | None = None,
+    **tables: Any,
 ) -> Path:
     """Read a collection, or its concepts, in any layout and return the index: an uncompressed Arrow file in `cache`.
 
     The index of an unchanged manifest or of unchanged shards is reused; if an image has been removed since, reading it
     reports that. A folder is scanned at each call. An index inside a collection is never used. What the collection has
     and no reader uses is logged at each call. on_bad_sidecar: with `stop`, who reads a field refuses its faults.
-    corrections: take those of the collection, if it has any. table, columns: as in `DataConfig`. Raises UserError
-    (`data.root`, `data.table`, `data.columns`, `data.corrections`).
+    corrections: take those of the collection, if it has any. tables: `table` and `columns`, as in `DataConfig`.
+
+    Raises UserError (`data.root`, `data.table`, `data.columns`, `data.corrections`).
     """
     cache = own_cache(cache)
     unused = Unused()
-    choice = choose_table(table, columns)
+    choice = TableChoice(**tables)
     parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}

@@ -70,14 +70,13 @@ def read_folder(root: Path, unused: Unused, choice: TableChoice) -> pa.Table:
     if slashed := sorted(path for path in images if "\\" in path):
         what = "names with backslashes, as an archive of Windows leaves them, are read as folders"
         log.warning("data.root: %s %s: %s", f"{len(slashed):,}", what, show_some(slashed))
-    splits, labels = place_images([path.replace("\\", "/") for path in images])
+    splits, labels = place_images([*images])
     is_described = len({*labels} - {None}) > 1 or 2 * len(sidecars) > len(images)  # one folder tells no class
-    listed = None
-    if choice.table or not is_described:
+    if choice.table != "auto" or not is_described:
         listed = read_listed_images(root, images, dict(zip(images, splits)), choice, unused)
-    if listed is not None:
-        unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))
-        return listed
+        if listed is not None:
+            unused.add("sidecars beside a table", *itertools.chain(*sidecars.values()))
+            return listed
     splits = _check_places(root, list(images), splits, labels)
     folders = {path.rpartition("/")[0] for path in images}
     numbered = (folder for folder in folders if REPEATS.fullmatch(os.path.basename(folder)))

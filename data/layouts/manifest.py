@@ -7,7 +7,6 @@ byte ranges of shards, and `path` is only a name.
 
 import functools
 import itertools
-import json
 import math
 import os
 import stat
@@ -15,7 +14,6 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
@@ -29,7 +27,6 @@ from data.layouts.table import PLACES, SCHEMA, SPLIT_NAMES, TAG_LISTS, TYPES, bu
 from data.layouts.tables import (
     POSSIBLE,
     Columns,
-    TableChoice,
     find_one,
     list_labels,
     name_columns,
@@ -39,6 +36,7 @@ from data.layouts.tables import (
 from data.layouts.unused import LACKING, Unused
 from data.layouts.walk import COPY, HIDDEN, walk_folders
 from utils.errors import UserError, about
+from utils.formats.spelling import split_tags
 from utils.io.files import output_errors, write_atomically
 from utils.io.memo import in_threads
 from utils.io.names import find_path, list_names
@@ -50,7 +48,6 @@ _OURS = ("id", "reason")  # columns of job=manifest beside TYPES
 
 OUTSIDE = r"(^|/)\.{0,2}(/|$)|\x00"  # absolute paths, empty parts, `.`, `..` and NUL
 _SCANNED = b"atelier.scanned_ns"  # in the metadata of a manifest of job=manifest alone; others are never overwritten
-_MADE_FROM = b"atelier.made_from"  # in that metadata, too: `data.table` and `data.columns`
 _ASKED = ("path", "split", "label", *TAG_LISTS, "rating", "caption", "weight")  # refused if of a wrong type
 _COPIED_NS = 60 * 10**9  # a manifest whose ctime is so much later than its mtime was copied with its times
 _PART = 512  # files per task of a thread, and cached folders
@@ -114,8 +111,8 @@ def read_table(file: Path, unused: Unused, stated: Columns = MappingProxyType({}
     Raises UserError (`data.root`) for a broken file, a missing column, or one of _ASKED that cannot be cast.
     """
     table = read_columns(file)
-    made = _made_from(file).get("columns", {})  # job=manifest has given these our names
-    stated = {ours: theirs for ours, theirs in stated.items() if made.get(ours) != list(theirs)}
+    if scanned_at(file) is not None:  # job=manifest has given our names to some
+        stated = {ours: theirs for ours, theirs in stated.items() if theirs in table.column_names}
     fields = {*map(name_field, table.column_names), *stated}
     if len(set(table.column_names)) < table.num_columns or "path" not in fields:
         raise UserError(
@@ -164,22 +161,24 @@ def _cast(name: str, column: pa.ChunkedArray) -> pa.ChunkedArray:
     if name == "label" and other == pa.float64():
         with suppress(pa.ArrowException):
             column = column.cast(pa.int64())  # whole numbers beside nulls, as pandas writes them
+    if name in TAG_LISTS and not pa.types.is_nested(source):  # at commas, else semicolons, bars or spaces
+        texts = column.cast(pa.string()).to_pylist()
+        mark = next((mark for mark in ",;|" if any(mark in (text or "") for text in texts)), " ")
+        column = pa.array([text and split_tags(text.replace(mark, ",")) for text in texts], TYPES["tags"])
     if name == "group" and other == pa.string():  # the names of groups: equal ones get one number
         column = pc.index_in(column, value_set=pc.unique(column).drop_null())
     return column.cast(TYPES.get(name, other))
 
 
-def read_splits(file: Path, column: pa.ChunkedArray | pa.Array, default: str | None) -> pa.ChunkedArray | pa.Array:
-    """Normalise the split column to train, val and test; null becomes `default`. Raises UserError (`data.root`)."""
-    names = pc.unique(column)
-    splits = [default if name is None else SPLIT_NAMES.get(name.lower(), "") for name in names.to_pylist()]
-    if "" in splits:
-        name = names[splits.index("")]
-        raise UserError(
-            f"data.root: {str(file)!r}, row {pc.index(column, name)}: split is {name.as_py()!r}; allowed are "
-            f"{', '.join(SPLIT_NAMES)}"
-        )
-    return pc.take(pa.array(splits, pa.string()), pc.index_in(column, value_set=names))
+def read_splits(file: Path, column: pa.ChunkedArray | pa.Array, default: str) -> list[str]:
+    """Return the splits of a column as train, val and test; of null `default`. Raises UserError (`data.root`)."""
+    names = column.to_pylist()
+    splits = [default if name is None else SPLIT_NAMES.get(name.lower()) for name in names]
+    if None in splits:
+        row = splits.index(None)
+        allowed = ", ".join(SPLIT_NAMES)
+        raise UserError(f"data.root: {str(file)!r}, row {row}: split is {names[row]!r}; allowed are {allowed}")
+    return splits
 
 
 def _check_spelling(paths: pa.Array | pa.ChunkedArray, where: str) -> None:
@@ -235,18 +234,14 @@ def find_sizes(root: Path, paths: Sequence[str], where: str) -> list[int]:
     return list(itertools.chain(*in_threads(lambda part: list(map(look_up, part)), parts)))
 
 
-def save_manifest(
-    root: Path, table: pa.Table, scanned_ns: int | None = None, made_from: TableChoice | None = None
-) -> None:
+def save_manifest(root: Path, table: pa.Table, scanned_ns: int | None = None) -> None:
     """Write a table as `manifest.parquet` of the root, atomically.
 
-    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced, as `made_from`.
+    scanned_ns: when job=manifest has read the folder; None: as in the manifest that is replaced.
     Raises UserError (`data.root`) if it cannot be written.
     """
     scanned_ns = scanned_at(root / PARQUET) if scanned_ns is None else scanned_ns
-    made = _made_from(root / PARQUET) if made_from is None else made_from._asdict()
-    metadata = {} if scanned_ns is None else {_SCANNED: str(scanned_ns), _MADE_FROM: json.dumps(made)}
-    table = table.replace_schema_metadata(metadata)
+    table = table.replace_schema_metadata({} if scanned_ns is None else {_SCANNED: str(scanned_ns)})
     with output_errors("data.root", root / PARQUET, COPY):
         write_atomically(root / PARQUET, lambda file: pq.write_table(table, file, compression="zstd"))
 
@@ -256,23 +251,6 @@ def scanned_at(file: Path) -> int | None:
     with suppress(pa.ArrowException, OSError, TypeError, KeyError, ValueError):  # reading refuses a broken file
         return int(pq.read_schema(file).metadata[_SCANNED])
     return None
-
-
-def _made_from(file: Path) -> dict[str, Any]:
-    """Return what `save_manifest` was told that a manifest was made from."""
-    with suppress(pa.ArrowException, OSError, TypeError, KeyError, ValueError):
-        return json.loads(pq.read_schema(file).metadata[_MADE_FROM])
-    return {}
-
-
-def refuse_other_table(file: Path, table: str | Literal[False] | None) -> None:
-    """Raise UserError (`data.table`) for a manifest beside a table that it was not made from."""
-    made = _made_from(file).get("table")
-    if table and table != made:
-        raise UserError(
-            f"data.table: {table!r}, but {str(file)!r} goes first, and was made "
-            f"{f'from {made!r}' if made else 'without this key'}; move it away, or leave data.table out"
-        )
 
 
 def refuse_foreign(file: Path) -> None:

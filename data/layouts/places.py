@@ -12,14 +12,13 @@ from collections.abc import Sequence
 
 from data.layouts.table import SPLIT_NAMES, TEST
 
-_WORDS = re.compile(r"[^\W\d_]+")
 _CAMEL = re.compile(r"(?<=[a-z])(?=[A-Z])")
+_SPLITS = {**SPLIT_NAMES, "pred": TEST}  # of folders and files
+_SPLIT = "|".join(_SPLITS)
 # Words beside the one of a split that name no class, alone or joined as in `trainset`.
-_FILLERS = (
-    *("", "images", "image", "imgs", "img", "pictures", "pics", "photos", "data", "dataset", "set", "split", "full"),
-    *("jpg", "jpeg", "jpegs", "png", "resized", "samples", "folder"),
-)
-_NAMES = {**SPLIT_NAMES, **dict.fromkeys(("pred", "predict", "prediction"), TEST)}  # of folders and files
+_FILLER = "images?|imgs?|pictures|pics|photos|data|set|split|full|jpe?gs?|png|resized|samples|folder"
+_WORDS = re.compile(rf"(?<![^\W\d_])({_SPLIT})(?:{_FILLER})?(?![^\W\d_])", re.I)
+_NO_CLASS = re.compile(rf"(?:{_SPLIT}|{_FILLER}|[\W\d_])+", re.I)
 _DEEPEST = 3  # folders above a split, as in `name/name/images/train`
 _Folders = Sequence[str]
 
@@ -27,23 +26,13 @@ _Folders = Sequence[str]
 @functools.cache
 def read_split(name: str) -> str | None:
     """Return the split that the words of a name say: train, val or test; None for none, or for several."""
-    found = {_NAMES[word] for word in _split_words(name) if word in _NAMES}
+    found = {_SPLITS[word.lower()] for word in _WORDS.findall(_CAMEL.sub(" ", name))}
     return found.pop() if len(found) == 1 else None
-
-
-def _split_words(name: str) -> list[str]:
-    """Return the words of a name in lower case; `trainset` counts as `train`."""
-    words = [word.lower() for word in _WORDS.findall(_CAMEL.sub(" ", name))]
-    return [next((key for key in _NAMES if _is_joined(word, key)), word) for word in words]
-
-
-def _is_joined(word: str, key: str) -> bool:
-    return word.startswith(key) and word[len(key) :] in _FILLERS
 
 
 def _is_only_split(name: str) -> bool:
     """Return whether a name says a split and nothing else, so that it is no class."""
-    return read_split(name) is not None and all(word in _NAMES or word in _FILLERS for word in _split_words(name))
+    return read_split(name) is not None and _NO_CLASS.fullmatch(name) is not None
 
 
 def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | None]]:
@@ -53,7 +42,7 @@ def place_images(paths: Sequence[str]) -> tuple[list[str | None], list[str | Non
     splits = [None if depth is None or len(parts) <= depth else read_split(parts[depth]) for parts in folders]
     above = [parts[:depth] if split else [] for parts, split in zip(folders, splits)]
     inner = [parts[len(outer) + 1 :] if split else parts for parts, outer, split in zip(folders, above, splits)]
-    groups: dict[str, list[int]] = {}
+    groups: dict[str, list[int]] = {}  # of one split folder each, or all without
     for row, (parts, split) in enumerate(zip(folders, splits)):
         groups.setdefault(parts[depth] if split else "", []).append(row)
     for name, rows in groups.items():
@@ -82,9 +71,8 @@ def _find_depth(folders: Sequence[_Folders]) -> int | None:
 
 def _is_wrapped(folders: Sequence[_Folders], outer: str) -> bool:
     """Return whether all images are in one folder that is no class: `images`, or one named as the split's, `outer`."""
-    names = {parts[0].lower() if parts else "" for parts in folders}
-    name = names.pop()
-    return not names and bool(name) and (name in _FILLERS or name == outer)
+    name, *others = {parts[0].lower() if parts else "" for parts in folders}
+    return not others and bool(name) and (name == outer or re.fullmatch(rf"(?:{_FILLER})+", name) is not None)
 
 
 def lacks_labels(splits: Sequence[str | None], labels: Sequence[str | None]) -> list[bool]:

@@ -12,12 +12,15 @@ from typing import NamedTuple
 import pyarrow as pa
 
 from data.layouts.folders import read_folder
-from data.layouts.manifest import find_manifest, find_newer, read_listed, read_manifest, refuse_other_table
+from data.layouts.manifest import find_manifest, find_newer, read_listed, read_manifest
 from data.layouts.remote import fetch_manifest, is_remote
 from data.layouts.shards import find_shards, read_shards
 from data.layouts.tables import TableChoice
 from data.layouts.unused import Unused
 from data.layouts.walk import check_root
+from utils.record.logging import get_logger
+
+log = get_logger(__name__)
 
 
 class Layout(NamedTuple):
@@ -45,7 +48,9 @@ def _manifest(root: str, cache: Path, unused: Unused, choice: TableChoice) -> La
     manifest = find_manifest(folder)
     if manifest is None:
         return None
-    refuse_other_table(manifest, choice.table)
+    if choice.table not in ("auto", "none"):
+        what = "is not read, because the manifest goes first; move it away to read the table"
+        log.warning("data.table: %s %s: %s", choice.table, what, manifest)
     find_newer(folder, manifest)
     return Layout([manifest], partial(read_listed, folder, manifest, unused, choice.columns))
 

@@ -1,26 +1,25 @@
 """Read tables: one reader of files, and one map of the names that programs give to our columns."""
 
+import csv
 import io
 import itertools
 import json
-import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.csv
 import pyarrow.parquet as pq
 
-from data.layouts.sidecars import Sidecar, decode, is_field, load_json, parse_record, read_lines
-from data.layouts.table import SPLIT_NAMES, TAG_LISTS, TYPES
+from data.layouts.sidecars import Sidecar, decode, is_field, parse_record, read_lines
+from data.layouts.table import TYPES
 from data.layouts.unused import Unused
 from utils.errors import UserError, about
-from utils.formats.spelling import split_tags
 from utils.io.files import readable
 from utils.record.logging import get_logger
 
@@ -39,26 +38,20 @@ _NAMES = {
     ),
     "caption": ("caption", "captions", "text", "prompt"),
     "tags": ("tags",),
-    "split": ("split", "data_set", "dataset", "partition", "subset"),
+    "split": ("split",),
 }
 _FIELDS = {name: field for field, names in _NAMES.items() for name in names}
 _ORDER = {name: number for number, name in enumerate(_FIELDS)}
 POSSIBLE = "columns that may be labels (data.columns={label: NAME} takes one)"  # a reason; names have counts of values
 _SEPARATORS = ",;\t|"
-Columns = Mapping[str, Sequence[str]]  # names of a table by ours, as `data.columns` has them
+Columns = Mapping[str, str]  # names of a table by ours, as `data.columns` has them
 
 
 class TableChoice(NamedTuple):
-    """What the settings say about tables: `data.table`, False for none, and `data.columns`."""
+    """What the settings say about tables: `data.table` (a file, auto or none), and `data.columns`."""
 
-    table: str | Literal[False] | None = None
+    table: str = "auto"
     columns: Columns = MappingProxyType({})
-
-
-def choose_table(table: str, columns: Mapping[str, str | Sequence[str]] | None) -> TableChoice:
-    """Return the choice of `data.table` and `data.columns`."""
-    lists = {ours: [theirs] if isinstance(theirs, str) else [*theirs] for ours, theirs in (columns or {}).items()}
-    return TableChoice({"auto": None, "none": False}.get(table, table), lists)
 
 
 def name_field(name: str) -> str:
@@ -76,25 +69,16 @@ def name_columns(table: pa.Table | pa.RecordBatch, stated: Columns = MappingProx
     stated: these names come first. Raises UserError (`data.columns`) for one that the table has not.
     """
     names = table.schema.names
-    given = {name: ours for ours, theirs in stated.items() for name in theirs}
+    given = {theirs: ours for ours, theirs in stated.items()}
     if absent := next((name for name in given if name not in names), None):
         raise UserError(f"data.columns: {given[absent]}: {absent!r} is no column; the table has {', '.join(names)}")
-    own = [name for name in names if name not in given and name_field(name) == name]
-    others = sorted((name for name in names if name_field(name) != name), key=lambda name: _ORDER[_fold(name)])
     ours: dict[str, str] = {}
-    for name in dict.fromkeys((*given, *own, *others)):
-        if table.column(name).null_count == len(table):
-            continue
+    for name in sorted(names, key=lambda name: (name not in given, _ORDER.get(_fold(name), -1))):
         field = given.get(name) or name_field(name)
-        is_other_split = field == "split" != name and not _are_splits(table.column(name))
-        field = name if is_other_split or field in ours.values() else field
-        if field not in ours.values():
+        field = name if field in ours.values() else field
+        if field not in ours.values() and table.column(name).null_count < len(table):
             ours[name] = field
     return ours
-
-
-def _are_splits(column: pa.ChunkedArray | pa.Array) -> bool:
-    return {str(value).lower() for value in column.to_pylist()} <= {*SPLIT_NAMES, "none"}
 
 
 def list_labels(table: pa.Table, names: Iterable[str]) -> dict[str, str]:
@@ -140,17 +124,16 @@ def _name_numbers(table: pa.RecordBatch | pa.Table, name: str) -> list[Any]:
 
 def find_one(root: Path, names: Iterable[str]) -> Path | None:
     """Return the file at the root with one of these names, or None. Raises UserError if there are two."""
-    files = [root / name for name in names if os.path.isfile(root / name) or os.path.isdir(root / name)]  # no pipe
-    if len(files) > 1:
-        names = " and ".join(file.name for file in files)
-        raise UserError(f"data.root: {str(root)!r} holds both {names}; keep the correct one")
-    return files[0] if files else None
+    file, *others = [file for file in map(root.joinpath, names) if file.is_file() or file.is_dir()] or [None]  # no pipe
+    if others:
+        raise UserError(f"data.root: {str(root)!r} holds both {file.name} and {others[0].name}; keep the correct one")
+    return file
 
 
-def read_columns(file: Path, key: str = "data.root", *, is_ours: bool = True) -> pa.Table:
-    """Read a Parquet, JSONL, JSON or CSV file with the types it has. Raises UserError (`key`).
+def read_columns(file: Path, key: str = "data.root") -> pa.Table:
+    """Read a Parquet, JSONL or CSV file with the types it has. Raises UserError (`key`).
 
-    is_ours: texts must be UTF-8 or UTF-16; else Windows-1252 is read, as spreadsheets write it.
+    A CSV file in neither UTF-8 nor UTF-16 is read as Windows-1252, which spreadsheets write.
     """
     kind = file.suffix.lower()
     with about(key), readable(file, kind):
@@ -162,11 +145,9 @@ def read_columns(file: Path, key: str = "data.root", *, is_ours: bool = True) ->
         try:
             text = decode(content)
         except UnicodeDecodeError:
-            if is_ours:
-                raise
             log.info("%s: %s is not UTF-8 and is read as Windows-1252", key, file.name)
             text = content.decode("cp1252")
-        return _read_rows(load_json(text, repr(str(file)))) if kind == ".json" else _read_csv(text)
+        return _read_csv(text)
 
 
 def read_parquet(file: Path) -> pa.Table:
@@ -191,37 +172,31 @@ def _to_array(values: list[Any]) -> pa.Array:
 
 
 def _read_csv(text: str) -> pa.Table:
-    """Read a CSV file. Empty fields are null; tags are separated by commas, so several tags need quotes."""
-    first, _, rest = text.partition("\n")
-    unquoted = re.sub(r'"[^"]*"', "", first)
-    separator = max(_SEPARATORS, key=unquoted.count)
-    if first.lower().startswith("sep=") and len(first) == 5:  # of Excel
-        separator = first[4]
-        text = rest
-    content = text.encode()
-    parsing = pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True)
-    with pa.csv.open_csv(io.BytesIO(content), parse_options=parsing) as reader:
-        types = dict.fromkeys(reader.schema.names, pa.string())  # Arrow would take texts that are dates for timestamps
-    converting = pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""])
-    table = pa.csv.read_csv(io.BytesIO(content), convert_options=converting, parse_options=parsing)
+    """Read a CSV file. Empty fields are null."""
+    first = text.partition("\n")[0]
+    separator = max(_SEPARATORS, key=re.sub(r'"[^"]*"', "", first).count)
+    names = next(csv.reader([first], delimiter=separator))
+    types = dict.fromkeys(names, pa.string())  # Arrow would take texts that are dates for timestamps
+    table = pa.csv.read_csv(
+        io.BytesIO(text.encode()),
+        parse_options=pa.csv.ParseOptions(delimiter=separator, newlines_in_values=True),
+        convert_options=pa.csv.ConvertOptions(column_types=types, strings_can_be_null=True, null_values=[""]),
+    )
     columns = []
     for name, column in zip(table.column_names, table.columns):
-        if name in TAG_LISTS:
-            column = pa.array([text and split_tags(text) for text in column.to_pylist()], TYPES["tags"])
-        elif TYPES.get(name_field(name)) != pa.string():
-            column = _to_numbers(column, "," if separator == "," else ".")
-        columns.append(column)
+        is_text = TYPES.get(name_field(name)) in (pa.string(), TYPES["tags"])
+        columns.append(column if is_text else _to_numbers(column, "." if separator == "," else ","))
     return pa.table(columns, names=table.column_names)
 
 
-def _to_numbers(texts: pa.ChunkedArray, comma: str) -> pa.ChunkedArray:
+def _to_numbers(texts: pa.ChunkedArray, point: str) -> pa.ChunkedArray:
     """Return numbers if every text is one; not of `007`, and not of more digits than a number has.
 
-    comma: what a comma stands for; a point in tables with another separator.
+    point: the decimal point, a comma in tables with another separator.
     """
-    trimmed = pc.replace_substring(pc.utf8_trim_whitespace(texts), ",", comma)
-    for kind, is_text in ((pa.int64(), r"^-?0\d"), (pa.float64(), r"^-?(0\d|\d{16})")):
+    trimmed = pc.replace_substring(pc.utf8_trim_whitespace(texts), point, ".")
+    is_number = not pc.any(pc.match_substring_regex(trimmed, r"^-?(0\d|\d{16})")).as_py()
+    for kind in (pa.int64(), pa.float64()) if is_number else ():
         with suppress(pa.ArrowException):
-            if not pc.any(pc.match_substring_regex(trimmed, is_text)).as_py():
-                return trimmed.cast(kind)
+            return trimmed.cast(kind)
     return texts

@@ -73,7 +73,7 @@ class Manifest(Tool):
                 log.info("data.corrections: those of %s are taken", folder / CORRECTIONS)
                 table = correct(table, decisions, left := Unused())
                 say_unused(left.describe())
-            save_manifest(folder, table, scanned_ns, made_from=data.choice())
+            save_manifest(folder, table, scanned_ns)
         if damaged:
             for path in list(damaged)[:_NAMED]:
                 log.warning("%s: %s", path, damaged[path])
