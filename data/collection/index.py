@@ -5,7 +5,6 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +15,7 @@ from pyarrow.feather import write_feather
 from pydantic import TypeAdapter
 
 from data.collection.concepts import CONCEPT, ConceptConfig, find_folders
-from data.collection.split import assign_validation, count_twins, settle_fraction
+from data.collection.split import assign_validation, count_twins
 from data.layouts.corrections import Decisions, correct, read_corrections
 from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
@@ -57,14 +56,9 @@ class _Part:
         """Return the files that determine its rows."""
         return [*self.layout.files, *([Path(self.folder).expanduser() / CORRECTIONS] if self.decisions else [])]
 
-    @cached_property
-    def table(self) -> pa.Table:
-        """Its rows as its layout has them."""
-        return self.layout.read()
-
     def read(self, fraction: float | Literal["auto"], is_prior: bool = False) -> pa.Table:
         """Return its table with splits and corrections. is_prior: all of it is for training."""
-        table = self.table
+        table = self.layout.read()
         if is_prior:
             table = replace_column(table, "split", pa.array(["train"] * len(table)))
             fraction = 0.0
@@ -97,7 +91,7 @@ def index_collection(
     parts = _find_parts(root, concepts, cache, unused, choice, corrections)
     files = [file for part in parts for file in part.files()] if all(part.layout.files for part in parts) else []
     stated = {CONCEPTS: CONCEPT_LIST.dump_json(list(concepts))} if concepts else {}
-    settings = (validation_fraction, on_bad_sidecar, choice, *map(str, stated.values()))
+    settings = (validation_fraction, on_bad_sidecar, tables, *map(str, stated.values()))
     key = files_key(files, _INDEX, *IMAGE_SUFFIXES, *settings)
     target = cache / f"{key}.arrow" if files else None
     if target is not None and (known := map_index(target)) is not None:
@@ -162,12 +156,6 @@ def _read_parts(
         return parts[0].read(fraction)
     base = os.path.abspath(os.path.expanduser(root))
     tables = []
-    if fraction == "auto":
-        images = 0
-        for number, (concept, part) in enumerate(zip(concepts, parts)):
-            with _naming(number):
-                images += 0 if concept.is_prior else len(part.table)
-        fraction = settle_fraction(fraction, images)
     for number, (concept, part) in enumerate(zip(concepts, parts)):
         with _naming(number):
             table = _add_trigger(part.read(fraction, concept.is_prior), concept.trigger)

@@ -9,7 +9,7 @@ without an image, and images without a row, are counted and listed in a file; th
 
 import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import NamedTuple
 
@@ -19,7 +19,7 @@ import pyarrow.compute as pc
 from data.layouts.manifest import cast_columns, read_splits
 from data.layouts.names import is_image_name, is_passed_over, is_table
 from data.layouts.places import read_split
-from data.layouts.table import TEST, TYPES, build_table
+from data.layouts.table import SHOWN, TEST, TYPES, build_table
 from data.layouts.tables import TableChoice, is_text, list_labels, name_columns, name_field, read_columns
 from data.layouts.unused import ROWS, UNNAMED, Unused, is_form
 from utils.errors import UserError
@@ -33,11 +33,10 @@ _Splits = Mapping[str, str | None]  # of images by path
 
 
 class _Listed(NamedTuple):
-    """A table, its split (by the file's name), its column of names, and the image of each row, or None."""
+    """A table, its column of names, and the image of each row, or None."""
 
     file: Path
     table: pa.Table
-    split: str | None
     key: str
     paths: list[str | None]
 
@@ -51,19 +50,27 @@ def read_listed_images(
     are kept without a label. Raises UserError (`data.table`, `data.columns`): a table that is absent or names no image;
     several tables.
     """
-    find = _build_finder(splits)
-    tables = [_match(file, find, splits, choice, unused) for file in _find_files(root, choice)]
-    tables = _choose_tables([each for each in tables if each is not None])
+    files = _find_files(root, choice)
+    find = _build_finder(splits if files else {})
+    tables = [_match(file, find, splits, choice, unused) for file in files]
+    tables = [each for each in tables if each is not None]
+    tables = [each for each in tables if read_split(each.file.stem) != TEST] or tables  # these have no label
+    if len(tables) > 1:
+        lines = [f"{each.file.name} ({', '.join(each.table.column_names[:SHOWN])})" for each in tables]
+        raise UserError(
+            f"data.table: {len(tables)} tables name images: {'; '.join(lines)}; choose one, as in "
+            f"data.table={tables[0].file.name}, or data.table=none to read none"
+        )
     if not tables:
         return None
-    parts = [_read_rows(each, splits, choice, unused) for each in tables]
-    files = [each.file.name for each in tables]
-    left = splits.keys() - {path for part in parts for path in part["path"].to_pylist()}
+    name = tables[0].file.name
+    rows = _read_rows(tables[0], splits, choice, unused)
+    left = splits.keys() - rows["path"].to_pylist()
     waiting = [path for path in left if splits[path] == TEST]
-    unused.remove(*files)
-    unused.add(f"{UNNAMED} {' and '.join(files)} names", *left.difference(waiting))
-    parts.append(pa.Table.from_pylist([{"path": path, "split": TEST} for path in waiting], _WAITING))
-    table = pa.concat_tables(parts, promote_options="permissive")
+    unused.remove(name)
+    unused.add(f"{UNNAMED} {name} names", *left.difference(waiting))
+    others = pa.Table.from_pylist([{"path": path, "split": TEST} for path in waiting], _WAITING)
+    table = pa.concat_tables([rows, others], promote_options="default")
     sizes = [images[path] for path in table["path"].to_pylist()]
     return build_table({**dict(zip(table.column_names, table.columns)), "size": sizes})
 
@@ -72,30 +79,31 @@ def _build_finder(splits: _Splits) -> Callable[[str, str], str | None]:
     """Return a function that finds the image of a name: with or without its ending, in any folder."""
     images: dict[str, list[str]] = {}
     for path in splits:
-        for end in _list_ends(path):
-            for key in {end, os.path.splitext(end)[0]}:
-                images.setdefault(key, []).append(path)
+        images.setdefault(_split_name(path)[0], []).append(path)
 
     @functools.cache
     def find(name: str, split: str) -> str | None:
-        """Return the image that shares the most folders with the name; of several, the only one of the split."""
-        for end in _list_ends(name):
-            stem = os.path.splitext(end)[0] if is_image_name(end) else end
-            if found := images.get(end) or images.get(stem):
-                found = found if len(found) == 1 else [path for path in found if splits[path] == split]
-                return found[0] if len(found) == 1 else None
-        return None
+        """Return the image that shares the most folders with the name, then its ending, then the split."""
+        parts = _split_name(name)
+        ending = os.path.splitext(name.lower())[1]
+        ranks = {}
+        for path in images.get(parts[0], ()):
+            shared = len(os.path.commonprefix([parts, _split_name(path)]))
+            ranks[path] = (shared, path.lower().endswith(ending), splits[path] == split)
+        best = max(ranks.values(), default=None)
+        found = [path for path, rank in ranks.items() if rank == best]
+        return found[0] if len(found) == 1 else None
 
     return find
 
 
-def _list_ends(name: str) -> list[str]:
-    """Return a path without none, one and more of its first folders, in lower case and one spelling."""
-    parts = to_nfc(name).casefold().strip().replace("\\", "/").split("/")
-    return ["/".join(parts[start:]) for start in range(len(parts))]
+def _split_name(name: str) -> list[str]:
+    """Return the name of a file without its ending, and its folders, the last first; all in one spelling."""
+    stem = os.path.splitext(name)[0] if is_image_name(name) else name
+    return to_nfc(stem).casefold().strip().replace("\\", "/").split("/")[::-1]
 
 
-def _find_files(root: Path, choice: TableChoice) -> Iterable[Path]:
+def _find_files(root: Path, choice: TableChoice) -> list[Path]:
     """Return the stated table, or those at the root that may be one. Raises UserError (`data.table`)."""
     if choice.table == "auto":
         files = (file for file in sorted(root.iterdir()) if file.suffix.lower() in _ENDINGS)
@@ -111,7 +119,7 @@ def _find_files(root: Path, choice: TableChoice) -> Iterable[Path]:
 def _match(
     file: Path, find: Callable[[str, str], str | None], splits: _Splits, choice: TableChoice, unused: Unused
 ) -> _Listed | None:
-    """Return a table with the column that names most images; None if it names fewer than half of its rows or images.
+    """Return a table with the column that names most images; None if it names at most half of its rows or images.
 
     Raises UserError (`data.table`) if it is the stated one, and cannot be read or names none.
     """
@@ -122,39 +130,25 @@ def _match(
             raise
         unused.add("tables that cannot be read", f"{file.name} ({error})")
         return None
-    split = read_split(file.stem)
+    split = read_split(file.stem) or "train"
     names = [name for name in dict.fromkeys(table.column_names) if name]
     table = table.select([table.column_names.index(name) for name in names])
     found = {}
     for name in names:
         if choice.columns.get("path") in (None, name):
-            found[name] = [find(str(value), split or "train") for value in table[name].to_pylist()]
+            found[name] = [find(str(value), split) for value in table[name].to_pylist()]
     counts = {name: len({*paths} - {None}) for name, paths in found.items()}
     key = max(counts, key=lambda name: (counts[name], name_field(name) == "path"), default="")
-    if choice.table != "auto" and not counts.get(key):
+    count = counts.get(key, 0)
+    if choice.table == "auto":
+        is_other = 2 * count <= min(len(table), len(splits)) or {"path", "error"} <= {*names}  # of predict.py
+        return None if is_other else _Listed(file, table, key, found[key])
+    if not count:
         raise UserError(
             f"data.table: no column of {str(file)!r} names one of the {len(splits):,} images, such as "
             f"{min(splits)!r}; it has {', '.join(names)}; name the right one: data.columns={{path: NAME}}"
         )
-    is_other = 2 * counts.get(key, 0) < min(len(table), len(splits)) or {"path", "error"} <= {*names}  # of predict.py
-    return None if is_other and choice.table == "auto" else _Listed(file, table, split, key, found[key])
-
-
-def _choose_tables(tables: list[_Listed]) -> list[_Listed]:
-    """Return the one table, or one for each split; of test, only with the same columns: the others have no label.
-
-    Raises UserError (`data.table`) for others.
-    """
-    known = [each.table.column_names for each in tables if each.split != TEST]
-    tables = [each for each in tables if each.split != TEST or not known or each.table.column_names in known]
-    splits = {each.split for each in tables}
-    if len(tables) > 1 and (None in splits or len(splits) < len(tables)):
-        lines = [f"{each.file.name} ({', '.join(each.table.column_names[:6])})" for each in tables]
-        raise UserError(
-            f"data.table: {len(tables)} tables name images: {'; '.join(lines)}; choose one, as in "
-            f"data.table={tables[0].file.name}, or data.table=none to read none"
-        )
-    return tables
+    return _Listed(file, table, key, found[key])
 
 
 def _read_rows(each: _Listed, splits: _Splits, choice: TableChoice, unused: Unused) -> pa.Table:
@@ -176,7 +170,8 @@ def _read_rows(each: _Listed, splits: _Splits, choice: TableChoice, unused: Unus
         said.append(f"{field}: the {len(flags)} columns of 0 and 1")
     columns["path"] = pa.array(first)
     own = read_splits(each.file, columns["split"], "")
-    columns["split"] = pa.array([mine or splits[path] or each.split or "train" for mine, path in zip(own, first)])
+    by_name = read_split(each.file.stem) or "train"
+    columns["split"] = pa.array([mine or splits[path] or by_name for mine, path in zip(own, first)])
     if classes := pc.count_distinct(columns["label"]).as_py():
         said.append(f"{classes:,} classes")
     folder = os.path.join(os.path.commonpath([os.path.dirname(path) for path in first]), "")
@@ -200,17 +195,17 @@ def _choose_columns(table: pa.Table, choice: TableChoice, unused: Unused) -> tup
     others = [name for name, ours in names.items() if ours not in TYPES]
     flags: list[str] = []
     if not {"label", "tags", "caption"} & {*names.values()}:
-        flags = [name for name in others if _are_flags(table[name])]
+        flags = [
+            name
+            for name in others
+            if not pa.types.is_nested(table[name].type) and _FLAGS.issuperset(table[name].drop_null().to_pylist())
+        ]
         possible = [*list_labels(table, others)]
         texts = [name for name in possible if is_text(table[name].type)] or possible
         if len(flags) < 2:
             flags = []
             names |= dict.fromkeys(texts, "label") if len(texts) == 1 else {}
     return {name: ours for name, ours in names.items() if name not in (*odd, *flags)}, flags
-
-
-def _are_flags(column: pa.ChunkedArray) -> bool:
-    return not pa.types.is_nested(column.type) and {*column.drop_null().to_pylist()} <= _FLAGS
 
 
 def _read_flags(flags: pa.Table) -> tuple[str, pa.Array]:

@@ -3,7 +3,7 @@
 import csv
 
 from tests.door.follow import follow
-from tests.door.test_held_out import ON_CPU, SHORT
+from tests.door.test_table import QUICK
 from tests.support import make_collection
 
 
@@ -20,12 +20,7 @@ def test_a_competition_ends_with_a_submission_in_its_form(tmp_path, log):
     ids = [f"te{number:03}" for number in (5, 3, 4, 0, 1, 2)]
     (root / "sample_submission.csv").write_text("\n".join(["id,breed", *(f"{each},breed A" for each in ids)]))
     (root / "dogs.zip").write_bytes(b"PK")
-    short = {
-        "train.py": [*SHORT[:-1], "data.validation_fraction=0.2"],
-        "evaluate.py": ON_CPU,
-        "predict.py": ["device=cpu"],
-    }
-    follow("competition.md", tmp_path, {"PHOTOS": "dogs", "RUN": "run"}, short)
+    follow("competition.md", tmp_path, {"PHOTOS": "dogs", "RUN": "run"}, QUICK)
     assert "train.csv: column id names 30 of 30 files in train/, with .png; label: breed, 3 classes" in log.text
     assert "dogs.zip" in log.text
     with open(tmp_path / "submission.csv") as file:

@@ -7,9 +7,6 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from data.collection.collection import Collection
-from data.collection.concepts import ConceptConfig
-from data.collection.index import index_collection
 from data.collection.split import assign_validation, count_twins
 from data.layouts.table import build_table, replace_column
 from tests.data.collection.test_collection import load, put
@@ -85,17 +82,10 @@ def test_a_small_collection_has_images_on_both_sides(count):
     assert not chosen_numbers(table_of(count), 0.0)
 
 
-def test_below_100_images_none_is_taken_unless_asked_and_concepts_count_together(tmp_path, log):
+def test_below_100_images_none_is_taken_unless_asked(log):
     assert not chosen(labelled({"a": 60, "b": 39}), "auto")
     assert "all 99 images are for training" in log.text and "data.validation_fraction=0.1" in log.text
     assert chosen(labelled({"a": 61, "b": 39}), "auto") == chosen(labelled({"a": 61, "b": 39}), 0.1)
-    for name, count in (("one", 60), ("two", 40), ("reg", 90)):
-        put(tmp_path / "in", *(f"{name}/{number}.png" for number in range(count)))
-    concepts = [ConceptConfig(path="one"), ConceptConfig(path="two"), ConceptConfig(path="reg", is_prior=True)]
-    for first, wanted in ((1, 0), (0, 2)):  # 40 images beside priors, 100
-        settings = {"validation_fraction": "auto", "cache": tmp_path / "cache", "concepts": concepts[first:]}
-        found = Collection(str(tmp_path / "in"), index_collection(str(tmp_path / "in"), **settings))
-        assert len(np.unique(found.concept_ids()[found.rows("val")])) == wanted
 
 
 def test_validation_images_like_a_training_image_are_counted():

@@ -27,7 +27,7 @@ def read(tmp_path):
     ("text", "choice"),
     [
         ("id,breed\na,x\nb,y\nc,x\nd,y\n", {}),
-        ("sep=;\nbild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
+        ("bild;klasse\nC:\\f\\a.JPG;x\nb.png;y\nc;x\nd;y\n".encode("utf-16"), {}),
         ('note\tName\tSpecies\n"two\nlines"\tp/a.png\tx\n\tb\ty\n\tc\tx\n\td\ty\n', {}),
         ("photo,what\na,x\nb,y\nc,x\nd,y\n", {}),
         ("photo,x,y\na,1,0\nb,0,1\nc,1,0\nd,0,1\n", {}),

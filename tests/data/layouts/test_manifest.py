@@ -103,7 +103,6 @@ def test_a_csv_manifest(opened, root):
     [
         ('{"path": "a.png"', ["JSON"]),
         ({"label": "x"}, ["row 1", "path is null"]),
-        ({"path": "b.png", "tags": "x y"}, ["'tags'", "list<"]),
         ({"path": "b.png", "tags": ["x", None]}, ["'tags'", "null"]),
         ({"path": "b.png", "caption": ["x"]}, ["'caption'", "list<"]),
         ({"path": "b.png", "weight": float("nan")}, ["row 1", "nan"]),
@@ -143,12 +142,11 @@ def test_links_inside_the_root_are_fine(opened, root):
         ("path,weight\na.png,heavy\n", "heavy"),
         ("path\n", "no row"),
         ("path,tags,tags\na.png,x,y\n", "each once"),
-        ("path,label\na.png,f\udcfcr\n", "not a readable .csv"),  # in another encoding
     ],
 )
 def test_csv_manifests_are_refused(refuse, root, text, word):
     put(root, "a.png", "b.png")
-    (root / "manifest.csv").write_bytes(text.encode("utf-8", "surrogateescape"))
+    (root / "manifest.csv").write_text(text)
     refuse(root, "manifest.csv", word)
 
 
