@@ -1,21 +1,14 @@
-"""Spellings of tags: which texts were read as one tag, and which tags differ in spaces and hyphens alone."""
+"""Spellings of tags that differ in underscores and hyphens alone, as 1girl and 1_girl."""
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 
-from data.layouts.table import show_some
-from utils.formats.spelling import Tag, parse_tag
-from utils.record.logging import get_logger
-
-log = get_logger(__name__)
-
-_SHOWN = 3  # spellings of a tag
+from utils.formats.spelling import Tag
 
 
 def fold(name: str) -> str:
-    """Return a name without its separators; itself if only signs are left, as of a kaomoji."""
-    folded = re.sub("[_-]", "", name)
-    return folded if re.search(r"\w", folded) else name
+    """Return a name without the underscores and hyphens between letters and digits; those of a kaomoji stay."""
+    return re.sub(r"(?<=[^\W_])[_-](?=[^\W_])", "", name)
 
 
 def find_variants(found: Iterable[tuple[Tag, int]]) -> dict[str, str]:
@@ -30,24 +23,3 @@ def find_variants(found: Iterable[tuple[Tag, int]]) -> dict[str, str]:
         if first != tag.name and count:
             variants[tag.name] = first
     return variants
-
-
-def say_spellings(texts: Iterable[str], variants: Mapping[str, str], key: str) -> None:
-    """Log which texts were read as one tag, and which tags stay two. key: prefix of the configuration keys."""
-    written: dict[str, list[str]] = {}
-    for text in texts:
-        written.setdefault(parse_tag(text).name, []).append(text)
-    merged = [f"{name} ({_join(sorted(each))})" for name, each in sorted(written.items()) if len(each) > 1]
-    if merged:
-        log.info("%d tags are written in several ways and read as one: %s", len(merged), show_some(merged))
-    if variants:
-        log.warning(
-            "%d tags differ from another one in spaces and hyphens alone and stay apart: %s. %saliases=FILE joins "
-            "them: a CSV with a line such as %s (prepare.py job=vocabulary writes it)", len(variants),
-            show_some([f"{alias} and {name}" for alias, name in variants.items()]), key,
-            ",".join(next(iter(variants.items()))),
-        )  # fmt: skip
-
-
-def _join(texts: Sequence[str]) -> str:
-    return ", ".join(texts[:_SHOWN]) + (", ..." if len(texts) > _SHOWN else "")

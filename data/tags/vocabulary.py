@@ -7,9 +7,9 @@ from pathlib import Path
 import numpy as np
 
 from data.collection.collection import Collection
-from data.layouts.table import count_values
+from data.layouts.table import count_values, show_some
 from data.tags.rules import Category, TagRules, TagRulesConfig, read_rules
-from data.tags.spellings import find_variants, say_spellings
+from data.tags.spellings import find_variants
 from data.tags.tag_index import map_tags
 from utils.config.bounds import Count
 from utils.config.schema import PathText
@@ -64,7 +64,12 @@ def make_vocabulary(collection: Collection, config: VocabularyConfig, key: str) 
         return tag.category != RATING and (bool(listed & keep) or (fits and not listed & ignore))
 
     found = count_tags(collection, read_rules(config, key))
-    say_spellings(count_values(collection.table["tags"]), find_variants(found), key)
+    if variants := [",".join(pair) for pair in find_variants(found).items()]:
+        log.warning(
+            "%d tags differ from another one in spaces and hyphens alone and stay apart: %s. %saliases=FILE joins "
+            "them: a CSV with these lines (prepare.py job=vocabulary writes it)",
+            len(variants), show_some(variants), key,
+        )  # fmt: skip
     chosen = [entry for entry in found if is_included(*entry)]
     if not chosen:
         most = [f"{tag.name!r} on {count:,}" for tag, count in found[len(RATINGS) :][:_SHOWN]]

@@ -2,13 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
-
-import numpy as np
+from typing import Any, Literal
 
 from data.collection.duplicates import are_alike, group_duplicates, read_thumbnails
 from data.config import DataConfig
-from data.layouts.table import TEST
+from data.layouts.table import TEST, show_some
 from data.layouts.walk import check_root
 from data.open import load_collection
 from data.tags.spellings import fold
@@ -21,65 +19,43 @@ from utils.record.logging import get_logger
 
 log = get_logger(__name__)
 
-_TEXTS = ("caption", "tags", "label")
-_SHOWN = 5  # tags in a reason
 
-Claims = frozenset[tuple[str, str]]
-
-
-class Image(NamedTuple):
-    """An image of a group: its row of the collection, its facts, and what it says of the picture (`read_claims`)."""
-
-    path: str
-    row: Mapping[str, Any]
-    facts: FileFacts
-    claims: Claims
-
-    @property
-    def rank(self) -> tuple[Any, ...]:
-        """The order in which images are kept: tests, then most tags, most texts, most pixels, most bytes."""
-        texts = sum(bool(self.row[name]) for name in _TEXTS)
-        pixels = (self.facts.width or 0) * (self.facts.height or 0)
-        return self.row["split"] != TEST, -len(self.claims), -texts, -pixels, -self.row["size"], self.path
+Image = Mapping[str, Any]  # a row of the collection, its `FileFacts`, and `claims`
 
 
 class Duplicates(Finder):
-    """Write a table of groups of duplicates, and exclude or list all images but one of each; write column `group`.
+    """Write a table of groups of duplicates, and exclude or list all images but one of each.
 
-    One of the test split is kept before others, then the one with a label, a rating and the most tags, then the one
-    with a caption, then the largest. Images of the test split stay, and so do those with a label, rating or tag
-    that the kept one lacks: these are listed apart. match: near: one picture in several sizes, formats or brightnesses,
-    or mirrored; exact: equal bytes.
+    One of the test split is kept before others, then the one with the most of label, rating, tags and caption, then the
+    largest. Images of the test split stay, and so do those with a label, rating or tag that the kept one lacks: these
+    are listed apart. match: near: one picture in several sizes, formats or brightnesses, or mirrored; exact: equal
+    bytes.
     """
 
     name: Literal["duplicates"]
     match: Literal["near", "exact"]
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
+    def choose(self, data: DataConfig) -> dict[str, str]:
         """Return all images except one of each group. Raises UserError (`data.root`, `job.report`)."""
         root = check_root(data.root)
         table = load_collection(data).table
         refuse_shards(root, table)
-        rows = table.select(["path", "size", "weight", "split", "rating", *_TEXTS]).to_pylist()
         found = {  # without images that other jobs exclude: a group must not keep one of those
-            row["path"]: row for row, why in zip(rows, read_reasons(table))
+            row["path"]: row for row, why in zip(table.to_pylist(), read_reasons(table))
             if row["weight"] or not why or why.startswith(f"{self.name}: ")
         }  # fmt: skip
         facts = dict(zip(found, measure_files(root, list(found), data.max_pixels)))
-        groups = find_groups(facts, self.match)
-        numbers: dict[str, int] = {}
         reasons: dict[str, str] = {}
         others: dict[str, str] = {}
         rows = []
+        groups = find_groups(facts, self.match)
         for number, group in enumerate(groups, start=1):
-            images = [Image(path, found[path], facts[path], read_claims(found[path])) for path in group]
-            excluded, contrary = sort_out(sorted(images, key=lambda image: image.rank), is_exact=self.match == "exact")
-            reasons |= excluded
-            others |= contrary
-            for path in sorted(group, key=excluded.__contains__):
-                size = {"width": facts[path].width, "height": facts[path].height}
-                rows.append({"group": number, "path": path, "kept": path not in excluded, **size})
-                numbers[path] = -number  # negative, because those of job=manifest count from 0
+            images = [{**found[path], **facts[path]._asdict(), "claims": read_claims(found[path])} for path in group]
+            images.sort(key=_rank)
+            sort_out(images, reasons, others)
+            for image in images:
+                shown = {name: image[name] for name in ("path", "width", "height")}
+                rows.append({"group": number, "kept": image["path"] not in reasons, **shown})
         figures = {"groups": len(groups), "images in them": len(rows), "that say something else": len(others)}
         save_report(Path(self.report) / self.name, str(root), figures, {"groups": rows}, {})
         listing = list_files(self.report, "same_picture", others)
@@ -88,66 +64,58 @@ class Duplicates(Finder):
                 "%s images show the picture of another one and have another label, rating or tag; they stay. %s lists "
                 "them: put right what is wrong, then run job=manifest and this job again", f"{len(others):,}", listing,
             )  # fmt: skip
-        return reasons, numbers
+        return reasons
 
 
-def sort_out(images: Sequence[Image], *, is_exact: bool) -> tuple[dict[str, str], dict[str, str]]:
-    """Return why images of a group are excluded, and what those say that contradict a kept one; both by path.
+def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[str, str]) -> None:
+    """Add why images of a group are excluded, and what those say that contradict a kept one; both by path.
 
-    images: in the order of `rank`. An image is excluded if a kept one is alike and says all that it says. In a long
-    chain the ends are not alike, so several may be kept.
+    images: in the order in which they are kept. One is excluded if a kept one is alike and says all that it says. In a
+    long chain the ends are not alike, so several may be kept.
     """
-    kept = [image for image in images if image.row["split"] == TEST]
-    excluded = {}
-    contrary = {}
-    for image in images:
-        if image in kept:
+    pictures = read_thumbnails([image["thumbnail"] for image in images])
+    kept: list[int] = []
+    for number, image in enumerate(images):
+        is_alike = are_alike(pictures[[number]], pictures[kept])
+        alike = [images[other] for other, same in zip(kept, is_alike) if same]
+        wider = [other["path"] for other in alike if image["claims"] <= other["claims"]]
+        if wider and image["split"] != TEST:
+            excluded[image["path"]] = f"a duplicate: {wider[0]} is kept"
             continue
-        alike = kept if is_exact else _find_alike(image, kept)
-        wider = [other for other in alike if image.claims <= other.claims]
-        if wider:
-            excluded[image.path] = f"a duplicate: {wider[0].path} is kept"
-            continue
-        if alike:
-            there = _show(alike[0].claims - image.claims)
-            contrary[image.path] = f"here {_show(image.claims - alike[0].claims)}; in {alike[0].path} {there}"
-        kept.append(image)
-    return excluded, contrary
+        kept.append(number)
+        if alike and not wider:
+            here, there = image["claims"], alike[0]["claims"]
+            contrary[image["path"]] = f"here {_show(here - there)}; in {alike[0]['path']} {_show(there - here)}"
 
 
-def _find_alike(image: Image, kept: Sequence[Image]) -> list[Image]:
-    """Return the kept images of a group that show an image's picture; without thumbnails, their bytes are equal."""
-    thumbnails = [other.facts.thumbnail for other in kept]
-    if image.facts.thumbnail is None or not kept:
-        return list(kept)
-    own = np.repeat(read_thumbnails([image.facts.thumbnail]), len(kept), axis=0)
-    return [other for other, alike in zip(kept, are_alike(own, read_thumbnails(thumbnails))) if alike]
+def _rank(image: Image) -> tuple[Any, ...]:
+    """Sort tests first, then what says most, then what has a caption, then the largest."""
+    pixels = image["width"] * image["height"]
+    is_other = image["split"] != TEST
+    return is_other, -len(image["claims"]), not image["caption"], -pixels, -image["size"], image["path"]
 
 
-def read_claims(row: Mapping[str, Any]) -> Claims:
+def _show(claims: frozenset[str]) -> str:
+    return show_some(sorted(claims)) or "nothing more"
+
+
+def read_claims(row: Image) -> frozenset[str]:
     """Return what a row says of its picture: label, rating and tags, whose spelling makes no difference."""
-    stated = {("label", row["label"]), ("rating", parse_rating(row["rating"] or ""))}
-    for tag in map(parse_tag, row["tags"]):
-        stated.add(("rating", parse_rating(tag.name)) if tag.category == RATING else ("tag", fold(tag.name)))
-    return frozenset(claim for claim in stated if claim[1])
-
-
-def _show(claims: Claims) -> str:
-    shown = [f"{kind} {name}" for kind, name in sorted(claims)]
-    return ", ".join(shown[:_SHOWN]) + (", ..." if len(shown) > _SHOWN else "") or "nothing more"
+    claims = {f"label {row['label']}"} if row["label"] else set()
+    for tag in map(parse_tag, (*row["tags"], f"rating:{row['rating'] or ''}")):
+        if tag.name:
+            is_rating = tag.category == RATING
+            claims.add(f"rating {parse_rating(tag.name)}" if is_rating else f"tag {fold(tag.name)}")
+    return frozenset(claims)
 
 
 def find_groups(facts: Mapping[str, FileFacts], match: str) -> list[list[str]]:
-    """Return the paths of each group with at least two images, the largest group first.
-
-    match: near: alike, or equal bytes without pixels; exact: equal bytes.
-    """
-    keys: dict[str, int | str | None] = {path: fact.sha256 for path, fact in facts.items()}
-    drawn = {path: fact.thumbnail for path, fact in facts.items() if fact.thumbnail is not None}
-    if match != "exact":
-        keys |= zip(drawn, group_duplicates(list(drawn.values())).tolist())
+    """Return the paths of each group with at least two images, the largest group first; match: see `Duplicates`."""
+    drawn = {path: fact for path, fact in facts.items() if fact.thumbnail is not None}
+    keys = [fact.sha256 for fact in drawn.values()]
+    if match == "near":
+        keys = group_duplicates([fact.thumbnail for fact in drawn.values()]).tolist()
     members: dict[int | str, list[str]] = {}
-    for path, key in keys.items():
-        if key is not None:
-            members.setdefault(key, []).append(path)
+    for path, key in zip(drawn, keys):
+        members.setdefault(key, []).append(path)
     return sorted((group for group in members.values() if len(group) > 1), key=lambda group: -len(group))

@@ -18,7 +18,7 @@ from data.collection.split import assign_validation
 from data.config import DataConfig
 from data.layouts.manifest import find_manifest, refuse_foreign, save_manifest
 from data.layouts.names import PARQUET
-from data.layouts.table import SPLITS, TEST, TYPES, count_values, replace_column
+from data.layouts.table import SPLITS, TEST, count_values, replace_column
 from data.layouts.tables import read_parquet
 from data.layouts.walk import check_root
 from data.open import load_collection
@@ -34,23 +34,19 @@ class Finder(Tool):
     report: PathText
     apply: bool
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
-        """Return the reason for each image to exclude, and numbers of groups; both by path. Raises UserError."""
+    def choose(self, data: DataConfig) -> dict[str, str]:
+        """Return the reason for each image to exclude, by path. Raises UserError."""
         raise NotImplementedError
 
     def run(self, data: DataConfig) -> str:
         """List the images, and exclude them if `apply` is true."""
         root = check_root(data.root)
-        reasons, groups = self.choose(data)
+        reasons = self.choose(data)
         listing = list_files(self.report, self.name, reasons)
         if not self.apply:
             return f"{len(reasons):,} images would be excluded ({listing}); set job.apply=true to exclude them"
         with open_journal("data.root", root / PARQUET):
             table, count = exclude(read_own_manifest(root), self.name, reasons)
-            if groups:
-                known = table["group"].to_pylist() if "group" in table.column_names else [None] * len(table)
-                now = [groups.get(path, number) for path, number in zip(table["path"].to_pylist(), known)]
-                table = replace_column(table, "group", pa.array(now, TYPES["group"]))
             save_manifest(root, table)
         return f"{count:,} images excluded ({listing})"
 
@@ -98,14 +94,14 @@ class Filter(Finder):
     name: Literal["filter"]
     find: TermsText | None
 
-    def choose(self, data: DataConfig) -> tuple[dict[str, str], dict[str, int]]:
+    def choose(self, data: DataConfig) -> dict[str, str]:
         """Return the images that are found. Raises UserError (`data.root`, `job.find`)."""
         if self.find is None:
-            return {}, {}
+            return {}
         collection = load_collection(data)
         rows = find_rows(collection, self.find, "job.find")
         paths = collection.table["path"].take(rows).to_pylist()
-        return dict.fromkeys(paths, f"found by {self.find}"), {}
+        return dict.fromkeys(paths, f"found by {self.find}")
 
 
 class Split(Tool):
