@@ -84,8 +84,10 @@ def sort_out(images: Sequence[Image], excluded: dict[str, str], contrary: dict[s
             continue
         kept.append(number)
         if alike and not wider:
-            here, there = image["claims"], alike[0]["claims"]
-            contrary[image["path"]] = f"here {_show(here - there)}; in {alike[0]['path']} {_show(there - here)}"
+            there = alike[0]["claims"]
+            less = show_some(sorted(there - image["claims"])) or "nothing more"
+            more = show_some(sorted(image["claims"] - there))
+            contrary[image["path"]] = f"here {more}; in {alike[0]['path']} {less}"
 
 
 def _rank(image: Image) -> tuple[Any, ...]:
@@ -93,10 +95,6 @@ def _rank(image: Image) -> tuple[Any, ...]:
     pixels = image["width"] * image["height"]
     is_other = image["split"] != TEST
     return is_other, -len(image["claims"]), not image["caption"], -pixels, -image["size"], image["path"]
-
-
-def _show(claims: frozenset[str]) -> str:
-    return show_some(sorted(claims)) or "nothing more"
 
 
 def read_claims(row: Image) -> frozenset[str]:
