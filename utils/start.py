@@ -13,7 +13,7 @@ import sys
 import time
 from contextlib import suppress
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from utils.errors import EXIT_USER_ERROR, missing_package
 
@@ -63,11 +63,11 @@ def _refuse(message: str) -> None:
     sys.exit(EXIT_USER_ERROR)
 
 
-def _explain(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+def _explain(*raised: Any) -> None:
     """Show in one line that Python lacks a package, as it does outside of the environment; others as usual."""
-    if missing := missing_package(error):
+    if missing := missing_package(raised[1]):
         _refuse(missing)
-    sys.__excepthook__(kind, error, trace)
+    sys.__excepthook__(*raised)
 
 
 def keep_freed_memory() -> None:

@@ -112,14 +112,9 @@ class RunReader:
         return (self.path / COMPLETE_FILE).exists()
 
     @property
-    def is_alive(self) -> bool:
-        """Whether a process holds the folder's lock."""
-        return is_locked(self.path / LOCK_FILE)
-
-    @property
     def state(self) -> str:
         """What the run is, one of STATES. A run of an older release that is neither finished nor alive is `stopped`."""
-        if self.is_complete or self.is_alive:
+        if self.is_complete or is_locked(self.path / LOCK_FILE):
             return "finished" if self.is_complete else "running"
         said = self.progress.get("state", "stopped")
         return said if said in STATES and said != "running" else "dead"

@@ -3,17 +3,14 @@
 import errno
 import json
 import sys
-import tempfile
 import threading
 from contextlib import ExitStack
-from pathlib import Path
 
 import pytest
 
 from tests.in_process import working_in
 from tests.support import refuses
 from utils.config.entry_point import Job
-from utils.config.help import ROOT
 from utils.errors import UserError
 from utils.io.files import read_json
 from utils.record.logging import get_logger, setup_logging
@@ -41,11 +38,11 @@ def test_what_a_folder_holds_and_what_a_resumption_changes(tmp_path, monkeypatch
         write_config(folder, {"torch": "x"})
         get_logger("during").warning("said during")
         assert all((folder.path / name).is_dir() for name in ("checkpoints", "weights", "plots"))
-        assert RunReader(folder.path).is_alive
+        assert RunReader(folder.path).state == "running"
     assert (tmp_path / "job/run_dir").read_text() == str(folder.path.absolute())
     get_logger("after").info("said after")
     run = RunReader(folder.path)
-    assert run.config == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)} and not run.is_alive
+    assert run.config == {"script": "finetune", **config_for(tmp_path / "a/run", seed=1)} and run.state == "stopped"
     assert (folder.path / "overrides.txt").read_text() == "seed=1\noptim.lr=0.1\n"
     said = (folder.path / "log.txt").read_text()
     assert "INFO said before" in said and "WARNING said during" in said and "after" not in said
@@ -132,8 +129,5 @@ def test_the_environment_says_what_ran(monkeypatch, tmp_path):
     json.dumps(state, allow_nan=False)
     assert state["command"] == ["finetune.py", "seed=1"] and state["runtime"] == "device=cpu"
     assert {"python", "torch", "numpy", "pillow", "simplejpeg", "threads", "world_size", "git"} <= set(state)
-    monkeypatch.setattr("utils.record.run_folder.ROOT", Path(tempfile.gettempdir()))  # no checkout
-    assert git_state() == {"commit": None, "changed_files": None}
-    monkeypatch.setattr("utils.record.run_folder.ROOT", ROOT)
     monkeypatch.setenv("PATH", str(tmp_path))  # no git
     assert git_state() == {"commit": None, "changed_files": None}
