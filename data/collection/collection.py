@@ -64,11 +64,12 @@ class Collection:
         self.arrow = arrow
         self.table = map_index(arrow)
         assert self.table is not None, arrow
-        self.fingerprint: str = self.table.schema.metadata[FINGERPRINT].decode()
-        self.seen: str = self.table.schema.metadata[SEEN].decode()
-        self.twins: dict[str, int] = json.loads(self.table.schema.metadata[TWINS])
-        self.concepts = CONCEPT_LIST.validate_json(self.table.schema.metadata.get(CONCEPTS, b"[]"))
-        self.possible_labels: list[str] = json.loads(self.table.schema.metadata.get(POSSIBLE_LABELS, b"[]"))
+        facts = self.table.schema.metadata
+        self.fingerprint = facts[FINGERPRINT].decode()
+        self.seen = facts[SEEN].decode()
+        self.twins: dict[str, int] = json.loads(facts[TWINS])
+        self.concepts = CONCEPT_LIST.validate_json(facts.get(CONCEPTS, b"[]"))
+        self.possible_labels: list[str] = json.loads(facts[POSSIBLE_LABELS])
         self.is_packed = PLACES.keys() <= set(self.table.column_names)
         self._columns = dict(zip(self.table.column_names, self.table.columns))  # a table rebuilds them at each access
 

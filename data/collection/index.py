@@ -21,7 +21,7 @@ from data.layouts.names import CORRECTIONS, IMAGE_SUFFIXES
 from data.layouts.recognise import Layout, recognise
 from data.layouts.remote import is_remote
 from data.layouts.sidecars import list_faults
-from data.layouts.table import PLACES, SCHEMA, SPLITS, TEST, build_table, hash_table, replace_column
+from data.layouts.table import PLACES, SCHEMA, TEST, build_table, hash_table, replace_column
 from data.layouts.tables import POSSIBLE, TableChoice
 from data.layouts.unused import Unused, list_unused, say_unused
 from data.layouts.walk import check_root
@@ -107,10 +107,14 @@ def index_collection(
     say_unused(lines)
     target = target or cache / f"{fingerprint}_{_INDEX}.arrow"
     if map_index(target) is None:
-        twins = {split: count_twins(rows, split) for split in SPLITS[1:]}
         seen = _hash(rows.filter(pc.not_equal(rows["split"], TEST)), stated)
-        metadata = {FINGERPRINT: fingerprint, SEEN: seen, _UNUSED: json.dumps(lines), TWINS: json.dumps(twins)}
-        metadata[POSSIBLE_LABELS] = json.dumps(unused.get(POSSIBLE, []))
+        metadata = {
+            FINGERPRINT: fingerprint,
+            SEEN: seen,
+            _UNUSED: json.dumps(lines),
+            TWINS: json.dumps(count_twins(rows)),
+        }
+        metadata[POSSIBLE_LABELS] = json.dumps(sorted({*unused.get(POSSIBLE, ())}))
         rows = rows.replace_schema_metadata({**metadata, **stated})
         # Uncompressed, for memory mapping, and in the chunks of the table.
         write_atomically(target, lambda file: write_feather(rows, str(file), "uncompressed", chunksize=len(rows)))

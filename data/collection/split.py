@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from data.layouts.table import TEST, replace_column, show_some
+from data.layouts.table import SPLITS, TEST, replace_column, show_some
 from utils.record.logging import get_logger
 
 log = get_logger(__name__)
@@ -119,10 +119,9 @@ def lead_rows(table: pa.Table, prints: Sequence[str] = ("group",)) -> np.ndarray
     return leads
 
 
-def count_twins(table: pa.Table, split: str) -> int:
-    """Return how many images of a split have an equal or similar image in training. Weight 0 does not count."""
-    is_one = pc.is_in(table["split"], pa.array(["train", split]))
-    table = table.filter(pc.and_(is_one, pc.not_equal(table["weight"], 0.0)))
-    is_held = pc.equal(table["split"], split).to_numpy()
-    leads = lead_rows(table, FINGERPRINTS) if is_held.any() else np.arange(len(table))
-    return int(np.isin(leads[is_held], leads[~is_held]).sum())
+def count_twins(table: pa.Table) -> dict[str, int]:
+    """Return how many images of `val` and of `test` have an equal or similar image in training, without weight 0."""
+    table = table.filter(pc.not_equal(table["weight"], 0.0))
+    leads = lead_rows(table, FINGERPRINTS)
+    train, *held = (leads[pc.equal(table["split"], split).to_numpy()] for split in SPLITS)
+    return {split: int(np.isin(each, train).sum()) for split, each in zip(SPLITS[1:], held)}

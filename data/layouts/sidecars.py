@@ -157,12 +157,13 @@ def _read_value(field: str, largest: int, record: dict[str, Any]) -> str | None:
 def _read_caption(record: dict[str, Any]) -> str | None:
     """Return the caption of a record; several ones of a list on a line each."""
     caption = record.get("caption")
-    if caption is None or isinstance(caption, str):
-        return clean(caption or "") or None
-    if isinstance(caption, list) and all(isinstance(text, str | None) for text in caption):
-        words = [clean(text or "").split() for text in caption]
-        return "\n".join(map(" ".join, filter(None, words))) or None
-    raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
+    texts = caption if isinstance(caption, list) else [caption]
+    if not all(isinstance(text, str | None) for text in texts):
+        raise ValueError(f"the caption {reprlib.repr(caption)}; write a text, or a list of texts")
+    lines = [clean(text or "") for text in texts]
+    if caption is texts:  # of a list, each is one line
+        lines = [" ".join(line.split()) for line in lines]
+    return "\n".join(filter(None, lines)) or None
 
 
 _READERS = {"tags": _read_tags, "caption": _read_caption}

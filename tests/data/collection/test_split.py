@@ -97,10 +97,11 @@ def test_validation_images_like_a_training_image_are_counted():
             "weight": [1, 1, 1, 1, 1, 0],
         }
     )
-    assert count_twins(table.append_column("group", pa.array([1, 2, 3, 4, 2, 3])), "val") == 1  # e; f has weight 0
-    assert count_twins(table, "val") == 2 and count_twins(table.drop_columns("sha256"), "val") == 0
+    grouped = table.append_column("group", pa.array([1, 2, 3, 4, 2, 3]))
+    assert count_twins(grouped) == {"val": 1, "test": 0}  # e; f has weight 0
+    assert count_twins(table)["val"] == 2 and count_twins(table.drop_columns("sha256"))["val"] == 0
     tested = replace_column(table, "split", pa.array(["train", "train", "val", "test", "val", "test"]))
-    assert [count_twins(tested, split) for split in ("val", "test")] == [1, 1]  # c and f are not of training
+    assert count_twins(tested) == {"val": 1, "test": 1}  # c and f are not of training
 
 
 def test_a_given_split_stays():
