@@ -71,7 +71,7 @@ def read_shards(root: Path, files: dict[str, Path], unused: Unused, stated: Colu
     """
     shards = [(name, name if file == root / name else str(file.resolve()), file) for name, file in files.items()]
     tables = []
-    read = functools.partial(_read_shard, stated)
+    read = functools.partial(_read_shard, {**stated})  # a mappingproxy cannot be sent
     results = map(read, shards)
     if len(shards) >= _PARALLEL_FROM and count_cores() > 1:
         lost = "shards that end the process that reads them"
