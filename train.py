@@ -3,7 +3,6 @@ r"""Train a classifier: find the learning rate, then train one cycle, with live 
     python train.py                                                       the embedded glyphs
     python train.py data.root=PATH                      class folders, with or without train/ and val/
     python train.py model.name=convnext_atto optim=adamw data.root=PATH
-    python train.py curve=true data.root=PATH          a learning curve: 25, 50 and 100 % of the labels
     python train.py --multirun optim.lr=0.1,0.4 sweep.name=rates       a sweep
     torchrun --nproc_per_node=8 train.py data.root=PATH
 
@@ -14,23 +13,11 @@ from utils.start import begin
 
 begin(__doc__)
 
-from engine.judging.curve import train_curve
 from engine.tasks.kinds import training_schema
 from engine.train import train
-from utils.config.entry_point import Job, entry_point
+from utils.config.entry_point import entry_point
 
-
-class TrainConfig(training_schema("train")):
-    """conf/train.yaml, checked."""
-
-    curve: bool
-
-
-@entry_point("train", TrainConfig)
-def main(config: TrainConfig, job: Job) -> str | None:
-    """Train, or draw a learning curve."""
-    return train_curve(config, job) if config.curve else train(config, job)
-
+main = entry_point("train", training_schema("train"))(train)
 
 if __name__ == "__main__":
     main()

@@ -21,7 +21,6 @@ FREE_KEYS = (
     "run_dir",
     "resume*",
     "dry_run",
-    "curve",
     "data.corrections",  # what they change is in the collection's fingerprint
     "data.cache.*_gib",
     "data.cache.folder",

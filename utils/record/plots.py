@@ -74,19 +74,6 @@ def plot_range_test(
 
 
 @style()
-def plot_learning_curve(images: Sequence[int], errors: np.ndarray, fitted: np.ndarray, title: str, path: Path) -> None:
-    """Plot errors, [N], over numbers of images, and the fitted ones. The last is predicted."""
-    figure = Figure(figsize=(8.4, 4.8), layout="tight")
-    axis = figure.add_subplot(title=title, xlabel="training images", ylabel="error", xscale="log")
-    axis.plot(images, fitted, label="fitted")
-    axis.plot(images, errors, "o", label="measured; the last is predicted")
-    axis.set_xticks(images, images)
-    axis.minorticks_off()
-    axis.legend()
-    _save(figure, path)
-
-
-@style()
 def plot_curves(rows: Sequence[Row], path: Path, title: str) -> None:
     """Plot every figure of a run over its steps; none if an epoch ended before the first log."""
     curves = Curves(path)  # of these rows, without a file
