@@ -88,8 +88,9 @@ pretrain_fcmae $short $folders task.decoder_dim=8 $network optim=adan schedule=c
     "augment.affine={degrees: 5.0, translate: 0.1, scale: [0.9, 1.1], shear_degrees: 5.0}" \
     "augment.color_jitter={strength: 0.2, hue: 0.1}" \
     augment.rand_augment=rand-m9-mstd0.5-inc1
-train $short $folders $network lr_finder.enabled=true loop.total_steps=100 loop.evaluate_every_epochs=50 \
-    loop.checkpoint_every_steps=50 optim=sgd schedule=onecycle tracking=tensorboard run_dir=sgd
+train $short $folders $network lr_finder.enabled=true loop.total_steps=null loop.total_epochs=auto \
+    loop.auto.samples=8 loop.evaluate_every_epochs=50 loop.checkpoint_every_steps=50 optim=sgd schedule=onecycle \
+    tracking=tensorboard run_dir=sgd
 finetune $short $folders schedule=cosine schedule.warmup_steps=0 model=timm model.name=test_resnet optim=timm \
     loop.ema_decay=0.9 run_dir=timm
 finetune_sdxl $sdxl $disk task.lora=null run_dir=sdxl_whole \
@@ -174,7 +175,6 @@ AlertsConfig: disk_gib command webhook
 ViewConfig: runs
 MaskConfig: source floor normalise                  # tests/engine/test_diffusion.py
 ConceptConfig: mask                                 # with task.mask: tests/data/latents/test_masks.py
-LatentPerceptualConfig: weight min_snr              # tests/models/test_sdxl_perceptual.py
 PictureConfig: image_size_hw steps guidance         # tests/engine/test_diffusion.py
 DrawConfig: negative                                # tests/test_predict_pictures.py
 WandbTrackingConfig: project                        # tests/utils/record/test_trackers.py
@@ -189,7 +189,6 @@ ConvNeXtV2Config: name depths dims stem_stride drop_path_rate head_init_scale
 AugmentConfig: mean std eval_crop eval_resize pad shrink               # tests/data/augment, test_no_dead_key.py
 DataConfig: validation_fraction on_bad_sidecar corrections table columns       # tests/data
 DataConfig: trigger                                 # tests/engine/test_diffusion_concepts.py
-PhaseConfig: *                                      # TrainingConfig.at_phases: tests/engine/test_phases.py
 finetune_sdxl TrainingConfig: init_weights
 finetune_sdxl _LoopConfig: sampling
 finetune_vae TrainingConfig: init_weights
